@@ -1,0 +1,27 @@
+# The tools of the environment that is active; PYTHON=.venv/bin/python for another.
+PYTHON ?= python
+
+.PHONY: test kernels lint format types demo clean
+
+test:
+	$(PYTHON) -m pytest -q
+
+kernels:
+	$(PYTHON) -m pytest -q tests/kernels
+
+lint: types
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+
+types:
+	$(PYTHON) -m mypy
+
+format:
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+
+demo:
+	$(PYTHON) -m iwm_fast demo --out runs/demo
+
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

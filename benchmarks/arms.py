@@ -1,0 +1,92 @@
+"""Train several variants of a configuration at the same budget on several seeds, evaluate all alike, and tabulate.
+
+    python -m benchmarks.arms CONFIG --data DIR --out RUNS --json FILE --seeds 0 1 2 \\
+        --arm none model.predictor.conditioning=none --arm feature model.predictor.conditioning=feature \\
+        --set train.steps=600
+
+DIR holds train/ and test/ with a folder a class. Each training and each evaluation is the command line a user would type, in
+a process of its own. An arm's figures are means over the seeds with a 95 % interval (Student's t).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from iwm_fast.environment import environment
+
+SCHEMA = "iwm-fast-arms/1"
+# Two-sided 95 % quantile of Student's t by degrees of freedom.
+T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+SHOWN = ("loss_last", "mrr", "mrr_shuffled", "mrr_neutral", "knn", "knn_untrained", "linear", "linear_untrained", "rank_me")
+
+
+def interval(values: list[float]) -> dict[str, float | None]:
+    """Mean and half-width of the 95 % interval; None for one value alone."""
+    half = T95[len(values) - 1] * stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    return {"mean": mean(values), "half_width": half}
+
+
+def run_one(config: str, data: Path, run: Path, seed: int, overrides: list[str], what: str) -> dict[str, Any]:
+    """Train and evaluate once; returns the evaluation, the curve and the seconds."""
+    shutil.rmtree(run, ignore_errors=True)
+    iwm = [sys.executable, "-m", "iwm_fast"]
+    began = time.perf_counter()
+    keys = [f"data.root={data / 'train'}", f"train.seed={seed}", *overrides]
+    subprocess.run([*iwm, "pretrain", config, *keys, "--out", str(run)], check=True)
+    seconds = time.perf_counter() - began
+    answer = run / "evaluation.json"
+    subprocess.run([*iwm, "evaluate", str(run), "--data", str(data), "--what", what, "--json", str(answer)], check=True)
+    curve = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    logged = [r for r in curve if "loss" in r]
+    evaluation = json.loads(answer.read_text())
+    evaluation |= {"loss_last": logged[-1]["loss"], "rank_me": logged[-1]["rank_me"]}
+    return {"seed": seed, "seconds": seconds, "steps": logged[-1]["step"], "evaluation": evaluation, "curve": curve}
+
+
+def table(arms: list[dict[str, Any]]) -> str:
+    """Markdown: an arm a row, mean ± half-width of the interval a column."""
+    names = [n for n in SHOWN if all(n in run["evaluation"] for arm in arms for run in arm["runs"])]
+    lines = ["| arm | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    for arm in arms:
+        cells = []
+        for name in names:
+            found = interval([run["evaluation"][name] for run in arm["runs"]])
+            width = "" if found["half_width"] is None else f" ± {found['half_width']:.3f}"
+            cells.append(f"{found['mean']:.3f}{width}")
+        lines.append(f"| {arm['name']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config")
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True, help="folder for the runs")
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--arm", action="append", nargs="+", required=True, metavar="NAME [KEY=VALUE ...]")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="for all arms")
+    parser.add_argument("--what", default="mrr,knn,linear")
+    args = parser.parse_args()
+    arms: list[dict[str, Any]] = [{"name": name, "overrides": keys, "runs": []} for name, *keys in args.arm]
+    for seed in args.seeds:  # seeds outside, so that a stopped measurement has whole rounds
+        for arm in arms:
+            run = args.out / f"{arm['name']}_{seed}"
+            arm["runs"].append(run_one(args.config, args.data, run, seed, [*args.set, *arm["overrides"]], args.what))
+            result = {"schema": SCHEMA, "environment": environment(), "command": sys.argv[1:], "arms": arms}
+            args.json.write_text(json.dumps(result) + "\n")
+    print(table(arms))
+
+
+if __name__ == "__main__":
+    main()

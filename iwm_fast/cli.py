@@ -1,0 +1,287 @@
+"""The command line: a thin face. Every command says what it does, hands over, and prints the answer.
+
+What a command needs is imported inside it, so that ``--help`` answers at once and ``data synth`` never loads torch.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from iwm_fast import __version__
+from iwm_fast.arguments import config_and_overrides, prepare
+from iwm_fast.errors import UserError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="iwm-fast",
+    help="Pretrain, measure and export Image World Models (arXiv:2403.00504).",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+data_app = typer.Typer(help="Draw, look at and check images.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+Json = Annotated[
+    str | None, typer.Option("--json", metavar="FILE", help="Write the answer as JSON to FILE; without FILE, print it.")
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="KEY.PATH=VALUE...", help="Settings that replace those of CONFIG.")
+]
+CONFIG_HELP = "A YAML file, or the name of a packaged one such as vit_tiny_p4_32.yaml."
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"iwm-fast {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _globally(
+    *,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an error; also after a command.")
+    ] = False,
+) -> None:
+    """Both are acted upon elsewhere: the version in its callback, --debug before the parser sees the arguments."""
+    del version, debug
+
+
+@app.command(epilog="Example: iwm-fast demo --out runs/demo")
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="Folder for the images, the run and the report.")],
+    overrides: Overrides = None,
+    json: Json = None,
+) -> None:
+    """Draw a set of images, pretrain a tiny world model on it, measure it and write a report, in minutes on a CPU."""
+    from iwm_fast.console import counting, print_table
+    from iwm_fast.demo import demo as run_demo
+    from iwm_fast.demo import demo_rows
+
+    with counting() as progress:
+        figures = run_demo(out, overrides or [], progress)
+    if json != "-":
+        print_table("iwm-fast demo", ("", "value", ""), demo_rows(figures))
+    _answer(json, "demo", figures)
+
+
+@app.command(epilog="Example: iwm-fast pretrain vit_tiny_p4_32.yaml data.root=photos/train train.seed=1 --out runs/a")
+def pretrain(
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help=CONFIG_HELP)],
+    out: Annotated[Path, typer.Option("--out", metavar="RUN", help="The run's folder.")],
+    overrides: Overrides = None,
+    resume: Annotated[
+        str,
+        typer.Option("--resume", metavar="auto|never|PATH", help="Go on from the newest checkpoint, none, or PATH."),
+    ] = "never",
+) -> None:
+    """Train a world model. Alone on one device, or one of several ranks under torchrun, deepspeed or SLURM."""
+    from iwm_fast.config.load import find_config, load_config
+
+    loaded = load_config(find_config(config), overrides or [])
+    from iwm_fast.engine import pretrain as train
+
+    train(loaded, out, resume)
+
+
+@app.command(epilog="Example: iwm-fast evaluate runs/a --data photos --what mrr,knn,linear --json a.json")
+def evaluate(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A folder that pretrain wrote.")],
+    data: Annotated[Path, typer.Option("--data", metavar="DIR", help="Images: train/ and test/, or one to be split.")],
+    what: Annotated[str, typer.Option("--what", help="What to measure, with commas between.")] = "mrr,knn,linear",
+    checkpoint: Annotated[str, typer.Option("--checkpoint", help="latest, or a name such as step_000500.")] = "latest",
+    images: Annotated[
+        int | None, typer.Option("--images", min=1, help="Images ranked for MRR; default: the run's.")
+    ] = None,
+    json: Json = None,
+) -> None:
+    """Measure a run's world model and representation, print a table and write RUN/report/index.html."""
+    from iwm_fast.console import counting, print_table
+    from iwm_fast.eval.run import evaluate_run, result_rows
+
+    words = [word.strip() for word in what.split(",") if word.strip()]
+    with counting() as progress:
+        results = evaluate_run(run, data, what=words, checkpoint=checkpoint, images=images, progress=progress)
+    if json != "-":
+        columns = ("", "value", "95 % interval", "chance", "shuffled action", "neutral action", "untrained")
+        print_table(f"iwm-fast evaluate, step {results['step']}", columns, result_rows(results))
+        for measure, why in results.get("not_run", {}).items():
+            typer.echo(f"{measure} not run: {why}")
+        typer.echo(f"report: {results['report']}")
+    _answer(json, "evaluate", results)
+
+
+@app.command(epilog="Example: iwm-fast export runs/a --out weights/a")
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A folder that pretrain wrote.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="A folder that does not exist yet.")],
+    checkpoint: Annotated[str, typer.Option("--checkpoint", help="latest, or a name such as step_000500.")] = "latest",
+) -> None:
+    """Write encoder, target encoder and predictor as safetensors with a JSON of what they are."""
+    from iwm_fast.engine.export import export_run
+
+    written = export_run(run, out, checkpoint)
+    for path in sorted(written.iterdir()):
+        typer.echo(path)
+
+
+@app.command(
+    "config", epilog="Example: iwm-fast config vit_tiny_p4_32.yaml train.lr=5e-4    or: iwm-fast config --schema"
+)
+def show_config(
+    config: Annotated[str | None, typer.Argument(metavar="CONFIG", help=CONFIG_HELP)] = None,
+    overrides: Overrides = None,
+    schema: Annotated[
+        bool, typer.Option("--schema", help="List every key: type, default, allowed values, meaning.")
+    ] = False,
+    json: Json = None,
+) -> None:
+    """Print a configuration as it would be used, every key with its value."""
+    from dataclasses import asdict
+
+    from iwm_fast.config import dump_config, load_config
+    from iwm_fast.config.listing import rows
+    from iwm_fast.config.load import find_config, packaged_names
+
+    if schema:
+        if json is None:
+            from iwm_fast.console import print_table
+
+            print_table(
+                "configuration",
+                ("key", "type", "default", "allowed", "meaning"),
+                [list(asdict(r).values()) for r in rows()],
+            )
+        _answer(json, "config-schema", {"keys": [asdict(row) for row in rows()]})
+        return
+    if config is None:
+        raise UserError(f"config: name a YAML file, or one of {', '.join(packaged_names())}; --schema lists the keys")
+    loaded = load_config(find_config(config), overrides or [])
+    if json is None:
+        typer.echo(dump_config(loaded), nl=False)
+    _answer(json, "config", {"config": loaded.model_dump(mode="json")})
+
+
+@app.command(epilog="Example: iwm-fast doctor")
+def doctor(json: Json = None) -> None:
+    """Say for each part of the stack its version, whether a run here uses it, and why not.
+
+    The exit code is 1 where a part that a run needs does not work.
+    """
+    from dataclasses import asdict
+
+    from iwm_fast.console import print_table
+    from iwm_fast.doctor import examine, part_rows
+
+    parts = examine()
+    if json != "-":
+        print_table("iwm-fast doctor", ("part", "version", "used", "how, or why not"), part_rows(parts))
+    _answer(json, "doctor", {"parts": [asdict(part) for part in parts]})
+    if any(part.broken for part in parts):
+        raise typer.Exit(1)
+
+
+@data_app.command(epilog="Example: iwm-fast data synth --out shapes --train 4096 --test 800")
+def synth(
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="A folder that does not exist yet.")],
+    classes: Annotated[int, typer.Option("--classes", min=2, max=8, help="Kinds of image.")] = 8,
+    train: Annotated[int, typer.Option("--train", min=1, help="Training images in all.")] = 4096,
+    test: Annotated[int, typer.Option("--test", min=1, help="Test images in all.")] = 800,
+    size: Annotated[int, typer.Option("--size", min=16, help="Side, pixels.")] = 64,
+    seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
+) -> None:
+    """Draw a labelled set of JPEGs, for those with no data at hand."""
+    from iwm_fast.data.synth import draw_dataset
+
+    draw_dataset(out, classes=classes, train=train, test=test, size=size, seed=seed)
+    typer.echo(f"{out}: drawn; train on data.root={out / 'train'}")
+
+
+@data_app.command(epilog="Example: iwm-fast data preview photos --out views --count 8 vit_tiny_p4_32.yaml")
+def preview(
+    root: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of images.")],
+    out: Annotated[Path, typer.Option("--out", metavar="OUT", help="Folder for the pictures and params.json.")],
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="CONFIG KEY.PATH=VALUE...", help="Default: vit_base_p16_224_equi.yaml."),
+    ] = None,
+    count: Annotated[int, typer.Option("--count", min=1, help="Images.")] = 8,
+    seed: Annotated[int | None, typer.Option("--seed", min=0, help="Default: train.seed of the configuration.")] = None,
+) -> None:
+    """Write the views, masks and parameters of some images as training would draw them."""
+    from iwm_fast.config.load import find_config, load_config
+
+    name, overrides = config_and_overrides(words or [], "vit_base_p16_224_equi.yaml")
+    config = load_config(find_config(name), overrides)
+    from iwm_fast.data.preview import write_preview
+
+    write_preview(config, root, out, count, config.train.seed if seed is None else seed)
+    typer.echo(f"{out}: {count} images drawn, parameters in {out / 'params.json'}")
+
+
+@data_app.command(epilog="Example: iwm-fast data verify photos --json verdict.json")
+def verify(
+    root: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of images.")],
+    json: Json = None,
+) -> None:
+    """Decode every image as training would and name those that cannot be. Training skips and replaces them."""
+    from iwm_fast.console import print_table
+    from iwm_fast.data.verify import verify as verify_images
+
+    verdict = verify_images(root)
+    if json != "-":
+        typer.echo(f"{root}: {verdict['decoded']} of {verdict['files']} files decode")
+        if verdict["bad"]:
+            print_table("cannot be used", ("file", "reason"), [(bad["file"], bad["reason"]) for bad in verdict["bad"]])
+    _answer(json, "data-verify", verdict)
+
+
+def _answer(destination: str | None, kind: str, body: dict[str, Any]) -> None:
+    if destination is not None:
+        from iwm_fast.results import write_result
+
+        write_result(destination, kind, body)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return the exit code: 0, 2 for what the user can mend (one line), 130 for an interruption."""
+    words, debug = prepare(sys.argv[1:] if arguments is None else arguments)
+    from iwm_fast.quiet import quiet_third_parties
+
+    quiet_third_parties()
+    try:
+        code = typer.main.get_command(app).main(words, prog_name="iwm-fast", standalone_mode=False)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of a pipe has seen enough
+        sys.stderr.close()
+        return 0
+    except (UserError, typer.TyperException, OSError) as error:
+        if debug:
+            raise
+        line = _one_line(error)
+        if line:  # a bare "iwm-fast data" has printed its help and says nothing more
+            print(f"iwm-fast: {line}", file=sys.stderr)
+        return 2
+    return code if isinstance(code, int) else 0
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, OSError):
+        message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    elif isinstance(error, typer.TyperException):
+        message = error.format_message()
+        context = getattr(error, "ctx", None)  # of errors in the usage, the command they were made with
+        if message and context is not None:
+            message += f" See {context.command_path} --help."
+    else:
+        message = str(error)
+    return " ".join(message.split())

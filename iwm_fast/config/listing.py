@@ -1,0 +1,112 @@
+"""The schema as a table: one row a key, with its type, default, allowed values and meaning.
+
+The rows are read from the pydantic models (through their JSON schema), so that the table, the errors and the checks
+cannot disagree.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from iwm_fast.config.schema import Config, EncoderShape
+
+__all__ = ["Row", "allowed", "rows", "section_keys"]
+
+
+# JSON Schema's names of types, in words.
+_NUMBERS = {"integer": "whole number", "number": "number"}
+_PLAIN = {"boolean": "true or false", "string": "text", "null": "null"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One key of a configuration. ``default`` is JSON text, so that null, text and numbers look different."""
+
+    key: str
+    type: str
+    default: str
+    allowed: str
+    description: str
+
+
+def _bounds(field: dict[str, Any], noun: str) -> str:
+    """A number's range in words."""
+    low, high = field.get("minimum"), field.get("maximum")
+    above, below = field.get("exclusiveMinimum"), field.get("exclusiveMaximum")
+    parts = []
+    if low is not None and high is not None:
+        parts.append(f"from {low:g} to {high:g}")
+    elif low is not None:
+        parts.append(f"of at least {low:g}")
+    elif high is not None:
+        parts.append(f"of at most {high:g}")
+    if above is not None:
+        parts.append(f"above {above:g}")
+    if below is not None:
+        parts.append(f"below {below:g}")
+    return " ".join([noun, " and ".join(parts)]) if parts else noun
+
+
+def _words(field: dict[str, Any]) -> tuple[str, str]:
+    """(type, allowed values) of a field of the JSON schema."""
+    if "anyOf" in field:
+        pairs = [_words(choice) for choice in field["anyOf"]]
+        return " or ".join(kind for kind, _ in pairs), ", or ".join(values for _, values in pairs)
+    if "$ref" in field:
+        shape = ", ".join(EncoderShape.model_fields)
+        return "mapping", f"a mapping {{{shape}}}"
+    if "enum" in field:
+        return "choice", "one of " + ", ".join(str(value) for value in field["enum"])
+    kind = field.get("type")
+    if kind == "array":
+        if "prefixItems" in field:
+            return "pair", f"a list of {len(field['prefixItems'])} numbers [first, last]"
+        return "list", f"a list of {_words(field['items'])[1].removeprefix('one of ')}"
+    if kind in _NUMBERS:
+        return _NUMBERS[kind], _bounds(field, f"a {_NUMBERS[kind]}")
+    if kind in _PLAIN:
+        return _PLAIN[kind], _PLAIN[kind]
+    raise TypeError(f"no words for the schema {field}")
+
+
+def _section_rows(prefix: str, section: dict[str, Any], definitions: dict[str, Any]) -> list[Row]:
+    """The rows of one section and of the sections in it, in the order in which they are declared."""
+    found: list[Row] = []
+    for name, field in section["properties"].items():
+        key = f"{prefix}{name}"
+        if "$ref" in field:
+            found += _section_rows(f"{key}.", definitions[field["$ref"].rsplit("/", 1)[-1]], definitions)
+            continue
+        kind, values = _words(field)
+        default = json.dumps(field["default"], ensure_ascii=False) if "default" in field else "required"
+        found.append(Row(key, kind, default, values, field.get("description", "")))
+    return found
+
+
+@functools.cache
+def rows() -> tuple[Row, ...]:
+    """Every key of a configuration; an encoder given as a mapping has its keys below ``model.encoder``."""
+    schema = Config.model_json_schema()
+    found: list[Row] = []
+    for row in _section_rows("", schema, schema["$defs"]):
+        found.append(row)
+        if row.key == "model.encoder":
+            found += _section_rows("model.encoder.", schema["$defs"][EncoderShape.__name__], schema["$defs"])
+    return tuple(found)
+
+
+@functools.cache
+def section_keys() -> frozenset[str]:
+    """The keys that hold a section rather than a value: ``train``, ``model.predictor`` and so on."""
+    keys = {row.key.rsplit(".", 1)[0] for row in rows()} | {row.key.split(".", 1)[0] for row in rows()}
+    return frozenset(keys - {"model.encoder"})
+
+
+def allowed(key: str) -> str:
+    """What may stand at a key that exists, in words."""
+    if key in section_keys():
+        return "a section (a mapping of keys)"
+    return next(row.allowed for row in rows() if row.key == key)

@@ -1,0 +1,201 @@
+"""From a YAML file and ``key.path=value`` overrides to a validated :class:`Config`, and back to YAML.
+
+Whatever is wrong is told in one line: the file and line or "command line", the key, what was found, what is allowed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from iwm_fast.config import yaml_text
+from iwm_fast.config.listing import allowed, rows, section_keys
+from iwm_fast.config.schema import Config
+from iwm_fast.config.yaml_text import Keys
+from iwm_fast.errors import UserError
+
+__all__ = ["dump_config", "find_config", "load_config", "packaged_config", "packaged_names"]
+
+_COMMAND_LINE = "command line"
+
+
+def _packaged_folder() -> Path:
+    """The configurations that come with the package.
+
+    Installed they lie inside it; in a checkout a relative link leads to the root's ``configs/``, and where the file
+    system has no links the folder is found beside the package.
+    """
+    package = Path(__file__).resolve().parent.parent
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"
+
+
+def packaged_names() -> list[str]:
+    """The file names of the packaged configurations, sorted."""
+    return sorted(path.name for path in _packaged_folder().glob("*.yaml"))
+
+
+def packaged_config(name: str) -> Path:
+    """The file of a packaged configuration: ``demo``, ``demo.yaml`` or ``deepspeed/zero1.json``.
+
+    Raises UserError naming those that exist when there is none of that name.
+    """
+    file = name if name.endswith((".yaml", ".json")) else f"{name}.yaml"
+    path = _packaged_folder() / file
+    if not path.is_file():
+        raise UserError(f"{name}: no such configuration; packaged ones are {', '.join(packaged_names())}")
+    return path
+
+
+def find_config(name: str) -> Path:
+    """A file of that path, else the packaged configuration of that name (``configs/`` before it may stand or not)."""
+    path = Path(name)
+    if path.exists():
+        return path
+    bare = name.removeprefix("./").removeprefix("configs/")
+    if "/" in bare:
+        raise UserError(f"{name}: no such file; packaged configurations are {', '.join(packaged_names())}")
+    return packaged_config(bare)
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """The configuration in ``path`` with ``key.path=value`` overrides applied in order.
+
+    Raises UserError, one line, for a file that cannot be read, malformed YAML, a duplicate or unknown key, a value of
+    the wrong type or range, and keys that contradict each other.
+    """
+    values, lines = _read(path)
+    overridden: set[Keys] = set()
+    for text in overrides:
+        overridden.add(_override(values, text))
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        problems = _problems(error, values)
+        keys, message = problems[0]
+        where = _where(str(path), keys, lines, overridden)
+        more = len(problems) - 1
+        suffix = "" if not more else f" (and {more} more problem{'s' if more > 1 else ''})"
+        raise UserError(": ".join(part for part in (where, ".".join(keys), message) if part) + suffix) from error
+
+
+def dump_config(config: Config) -> str:
+    """YAML text of the whole configuration; :func:`load_config` reads it back equal."""
+    return yaml_text.dump(config.model_dump(mode="json"))
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[Keys, int]]:
+    """The mapping in a YAML file, sections left empty being empty mappings, and the lines of its keys."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text; a configuration is a YAML file") from error
+    values, lines = yaml_text.parse(text, str(path))
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise UserError(
+            f"{path}: holds {_shown(values)}; a configuration is a mapping of {', '.join(Config.model_fields)}"
+        )
+    _fill_empty_sections(values, ())
+    return values, lines
+
+
+def _fill_empty_sections(values: dict[str, Any], keys: Keys) -> None:
+    """A section whose keys are all commented out is null in YAML; here it is a section without keys."""
+    for key, value in values.items():
+        if value is None and ".".join((*keys, key)) in section_keys():
+            values[key] = {}
+        elif isinstance(value, dict):
+            _fill_empty_sections(value, (*keys, key))
+
+
+def _override(values: dict[str, Any], text: str) -> Keys:
+    """Apply one ``key.path=value`` to ``values`` in place; the keys that it set."""
+    key, equals, value = text.partition("=")
+    key = key.strip()
+    if not equals or not key or not all(key.split(".")):
+        raise UserError(f"{_COMMAND_LINE}: {_shown(text)}: an override is written key.path=value, as train.lr=1e-3")
+    if key in section_keys():
+        raise UserError(f"{_COMMAND_LINE}: {key}: a section; override its keys one by one, as {_first_key(key)}=...")
+    keys = tuple(key.split("."))
+    if not any(row.key == key for row in rows()):
+        raise UserError(f"{_COMMAND_LINE}: {key}: {_unknown(keys)}")
+    below = values
+    for part in keys[:-1]:
+        if not isinstance(below.get(part), dict):
+            below[part] = {}
+        below = below[part]
+    below[keys[-1]] = yaml_text.parse_value(value, f"{_COMMAND_LINE}: {key}")
+    return keys
+
+
+def _first_key(section: str) -> str:
+    return next(row.key for row in rows() if row.key.startswith(f"{section}."))
+
+
+def _where(path: str, keys: Keys, lines: dict[Keys, int], overridden: set[Keys]) -> str:
+    """The file and line, or the command line, that a problem at ``keys`` comes from; both for keys that contradict."""
+    if any(keys[: len(o)] == o for o in overridden):
+        return _COMMAND_LINE
+    here = next((lines[keys[:n]] for n in range(len(keys), 0, -1) if keys[:n] in lines), None)
+    file = path if here is None else f"{path}:{here}"
+    return f"{file} and {_COMMAND_LINE}" if any(o[: len(keys)] == keys for o in overridden) else file
+
+
+def _problems(error: ValidationError, values: dict[str, Any]) -> list[tuple[Keys, str]]:
+    """(keys, message) of each problem that pydantic found, unknown keys first: they often explain the rest."""
+    found: list[tuple[bool, Keys, str]] = []
+    for problem in error.errors(include_url=False):
+        # Pydantic puts a union's alternatives (an encoder's name or its shape) into the location; keys have no "[".
+        location = tuple(part for part in problem["loc"] if not (isinstance(part, str) and "[" in part))
+        kind, in_union = problem["type"], len(location) < len(problem["loc"])
+        if in_union and (kind == "model_type" or (kind == "literal_error" and isinstance(problem["input"], dict))):
+            continue  # the alternative that was not meant
+        keys = tuple(str(part) for part in location)
+        if isinstance(location[-1] if location else None, int):
+            keys = keys[:-1]
+        if kind == "extra_forbidden":
+            found.append((False, keys, _unknown(keys)))
+        elif kind == "missing":
+            found.append((True, keys, f"missing; give {allowed('.'.join(keys))}"))
+        elif kind == "value_error":
+            found.append((True, keys, str(problem["ctx"]["error"])))
+        else:
+            found.append((True, keys, f"found {_shown(_value_at(values, keys))}; allowed: {allowed('.'.join(keys))}"))
+    return [(keys, message) for _, keys, message in sorted(found, key=lambda item: item[0])]
+
+
+def _unknown(keys: Keys) -> str:
+    """Name the known key nearest to an unknown one: a sibling first, then the same name in another section."""
+    known = sorted({row.key for row in rows()} | section_keys())
+    prefix = ".".join((*keys[:-1], ""))
+    siblings = {
+        key.removeprefix(prefix): key for key in known if key.startswith(prefix) and "." not in key[len(prefix) :]
+    }
+    near = [siblings[name] for name in difflib.get_close_matches(keys[-1], siblings, n=1)]
+    same_name = [key for key in known if key.rsplit(".", 1)[-1] == keys[-1]]
+    near += difflib.get_close_matches(".".join(keys), same_name, n=1, cutoff=0.0)
+    near += difflib.get_close_matches(".".join(keys), known, n=1)
+    return (
+        f"unknown key; did you mean {near[0]}?" if near else f"unknown key; known here: {', '.join(siblings) or 'none'}"
+    )
+
+
+def _value_at(values: Any, keys: Keys) -> Any:
+    for key in keys:
+        values = values[key] if isinstance(values, dict) else values
+    return values
+
+
+def _shown(value: Any) -> str:
+    """A value as an error shows it: JSON, so that text and numbers look different, on one line, not too long."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 80 else f"{text[:77]}..."

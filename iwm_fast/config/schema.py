@@ -1,0 +1,305 @@
+"""Every key of a configuration: its type, unit, allowed range and meaning stand here and nowhere else.
+
+The models are frozen and refuse unknown keys. Checks across fields stand in the model that holds both fields.
+Sources of defaults: the paper (arXiv:2403.00504) and, where it is silent, I-JEPA's published ViT configurations.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+__all__ = [
+    "ENCODERS",
+    "ActionsConfig",
+    "CheckpointConfig",
+    "Config",
+    "DataConfig",
+    "EncoderShape",
+    "EvalConfig",
+    "LogConfig",
+    "MasksConfig",
+    "ModelConfig",
+    "PredictorConfig",
+    "TrainConfig",
+    "ZeroConfig",
+]
+
+Probability = Annotated[float, Field(ge=0.0, le=1.0)]
+Fraction = Annotated[float, Field(gt=0.0, le=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """What all sections share: immutable, no unknown key, no silent conversion of a string to a number."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+def _pair(value: object) -> object:
+    """YAML has lists only; a pair is kept as a tuple so that a configuration stays hashable and immutable."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+Range = Annotated[tuple[float, float], BeforeValidator(_pair)]
+
+
+def _require_ascending(name: str, pair: tuple[float, float], low: float, high: float) -> None:
+    if not low <= pair[0] <= pair[1] <= high:
+        raise ValueError(f"{name} is {list(pair)}; it must be ascending and within [{low:g}, {high:g}]")
+
+
+class EncoderShape(Section):
+    """The size of a vision transformer."""
+
+    depth: Count = Field(description="transformer blocks")
+    width: Count = Field(description="token width D; a multiple of heads and of 4 (sin-cos positions)")
+    heads: Count = Field(description="attention heads")
+    mlp_ratio: Positive = Field(4.0, description="hidden width of each block's MLP over the token width")
+
+    @model_validator(mode="after")
+    def _divisible(self) -> Self:
+        if self.width % self.heads or self.width % 4:
+            raise ValueError(f"width {self.width} must be a multiple of heads ({self.heads}) and of 4")
+        return self
+
+
+ENCODERS: dict[str, EncoderShape] = {
+    "vit_micro": EncoderShape(depth=4, width=128, heads=4),
+    "vit_tiny": EncoderShape(depth=12, width=192, heads=3),
+    "vit_small": EncoderShape(depth=12, width=384, heads=6),
+    "vit_base": EncoderShape(depth=12, width=768, heads=12),
+    "vit_large": EncoderShape(depth=24, width=1024, heads=16),
+    "vit_huge": EncoderShape(depth=32, width=1280, heads=16),
+}
+EncoderName = Literal["vit_micro", "vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge"]
+Conditioning = Literal["none", "sequence", "feature", "block", "sequence+block", "feature+block"]
+
+
+class PredictorConfig(Section):
+    """The world model: from the source's tokens and an action to the target's tokens."""
+
+    kind: Literal["vit", "mlp"] = Field(
+        "vit", description="vit attends over context and mask tokens; mlp acts on each visible token alone"
+    )
+    depth: Count = Field(18, description="blocks (paper: 12 invariant, 18 equivariant)")
+    width: Count = Field(384, description="token width; a multiple of heads and of 4")
+    heads: Count | None = Field(None, description="attention heads; default: one per 32 of width (I-JEPA)")
+    mlp_ratio: Positive = Field(4.0, description="hidden width of each block's MLP over the predictor's width")
+    conditioning: Conditioning = Field(
+        "feature", description="where the action enters; block may be joined to the others with +"
+    )
+
+    @property
+    def head_count(self) -> int:
+        """Attention heads after the default is applied."""
+        return self.heads if self.heads is not None else max(1, self.width // 32)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.width % self.head_count or self.width % 4:
+            raise ValueError(f"width {self.width} must be a multiple of heads ({self.head_count}) and of 4")
+        if self.kind == "mlp" and self.conditioning not in ("none", "block"):
+            raise ValueError(f"kind mlp takes its action in its blocks: conditioning is {self.conditioning}, use block")
+        return self
+
+
+class ModelConfig(Section):
+    """The networks."""
+
+    encoder: EncoderName | EncoderShape = Field("vit_base", description="a name, or {depth, width, heads}")
+    patch: Count = Field(16, description="side of a patch, pixels; divides image")
+    image: Count = Field(224, description="side of the square views, pixels")
+    target: Literal["ema", "shared"] = Field("ema", description="target encoder: moving average, or the encoder itself")
+    normalize_target: bool = Field(True, description="layer-normalise target tokens without affine (I-JEPA)")
+    attention: Literal["auto", "xformers", "sdpa"] = Field(
+        "auto", description="auto: xformers on a GPU, PyTorch's SDPA on the CPU"
+    )
+    predictor: PredictorConfig = PredictorConfig()
+
+    @property
+    def encoder_shape(self) -> EncoderShape:
+        """Depth, width and heads of the encoder, whichever way it was named."""
+        return self.encoder if isinstance(self.encoder, EncoderShape) else ENCODERS[self.encoder]
+
+    @property
+    def grid(self) -> int:
+        """Patches along a side."""
+        return self.image // self.patch
+
+    @model_validator(mode="after")
+    def _divisible(self) -> Self:
+        if self.image % self.patch:
+            raise ValueError(f"image {self.image} must be a multiple of patch {self.patch}")
+        return self
+
+
+class ActionsConfig(Section):
+    """What is done to a view, how often and how strongly, and which of it the predictor is told."""
+
+    groups: Annotated[tuple[Literal["photometric", "geometric"], ...], BeforeValidator(_pair)] = Field(
+        ("photometric",), description="photometric, or photometric and geometric"
+    )
+    strength: NonNegative = Field(1.0, description="multiplies the four jitter strengths; 2 strong, 3 very strong")
+    form: Literal["difference", "absolute"] = Field(
+        "difference", description="jitter told as target minus source (paper), or as both views' own values"
+    )
+    jitter_probability: Probability = 0.8
+    brightness: NonNegative = Field(0.4, description="factor drawn from 1 ± this, clipped at 0")
+    contrast: NonNegative = Field(0.4, description="factor drawn from 1 ± this, clipped at 0")
+    saturation: NonNegative = Field(0.2, description="factor drawn from 1 ± this, clipped at 0")
+    hue: NonNegative = Field(0.1, description="in turns: 0.1 is ± 36 degrees of rotation in YIQ; at most half a turn")
+    grayscale_probability: Probability = 0.2
+    blur_probability: Probability = 0.2
+    blur_sigma: Range = Field((0.1, 2.0), description="pixels, drawn uniformly")
+    solarize_probability: Probability = 0.1
+    solarize_threshold: Annotated[int, Field(ge=0, le=255)] = Field(128, description="levels at or above are inverted")
+    crop_scale: Range = Field((0.3, 1.0), description="share of the image's area")
+    crop_aspect: Range = Field((0.75, 4 / 3), description="width over height, drawn log-uniformly")
+    flip_probability: Probability = 0.5
+    rotation_probability: Probability = Field(
+        0.75, description="geometric group only: chance of one, two or three quarter turns of the source"
+    )
+
+    @model_validator(mode="after")
+    def _ranges(self) -> Self:
+        _require_ascending("blur_sigma", self.blur_sigma, 0.01, 20.0)
+        _require_ascending("crop_scale", self.crop_scale, 0.01, 1.0)
+        _require_ascending("crop_aspect", self.crop_aspect, 0.1, 10.0)
+        if self.groups not in (("photometric",), ("photometric", "geometric")):
+            raise ValueError(
+                f"groups is {list(self.groups)}; it must be [photometric] or [photometric, geometric]"
+            )
+        return self
+
+
+class MasksConfig(Section):
+    """Multi-block masks (I-JEPA, section 3): what the encoder does not see and the predictor answers for."""
+
+    target_blocks: Count = 4
+    target_scale: Range = Field((0.15, 0.2), description="share of the patches in one target block")
+    target_aspect: Range = Field((0.75, 1.5), description="height over width of a target block")
+    context_scale: Range = Field((0.85, 1.0), description="share of the patches in the square context block")
+    min_context: Count = Field(10, description="fewest patches that the encoder sees; drawn again below it")
+
+    @model_validator(mode="after")
+    def _ranges(self) -> Self:
+        _require_ascending("target_scale", self.target_scale, 0.001, 1.0)
+        _require_ascending("target_aspect", self.target_aspect, 0.1, 10.0)
+        _require_ascending("context_scale", self.context_scale, 0.001, 1.0)
+        return self
+
+
+class DataConfig(Section):
+    """Where images come from and how they are decoded."""
+
+    source: Literal["auto", "folder"] = Field("auto", description="auto: chosen by what lies under root")
+    root: str | None = Field(None, description="folder of images; sub-folders are classes")
+    device: Literal["auto", "cpu", "gpu"] = Field("auto", description="where DALI decodes and augments")
+    threads: Annotated[int, Field(ge=1, le=256)] | None = Field(
+        None, description="DALI's CPU threads; default: cores divided by the ranks of this host"
+    )
+    prefetch: Count = Field(3, description="batches prepared ahead")
+    max_bad_fraction: Probability = Field(0.01, description="share of samples that may fail before the run stops")
+    max_pixels: Count = Field(178_956_970, description="larger images are refused as decompression bombs (Pillow)")
+
+
+class TrainConfig(Section):
+    """Optimisation."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    epochs: Positive = Field(300.0, description="length of the training in passes over the data")
+    steps: Count | None = Field(None, description="where this start ends; default: the whole training")
+    schedule_steps: Count | None = Field(None, description="length of the schedules; default: the whole training")
+    global_batch: Count = Field(2048, description="images a step over all ranks and accumulated micro-batches")
+    micro_batch: Count | None = Field(None, description="ceiling of the images a rank computes at once; default: none")
+    precision: Literal["fp32", "bf16"] = "bf16"
+    lr: Positive = Field(1e-3, description="peak learning rate at a global batch of lr_batch")
+    lr_batch: Count | None = Field(None, description="lr is scaled by global_batch / lr_batch; default: not scaled")
+    lr_start: NonNegative = Field(0.2, description="learning rate before warm-up, over the peak (I-JEPA: 2e-4 / 1e-3)")
+    lr_final: NonNegative = Field(1e-3, description="learning rate at the end, over the peak (I-JEPA: 1e-6 / 1e-3)")
+    weight_decay: Range = Field((0.04, 0.4), description="cosine from first to last; not for biases and norms")
+    warmup: Annotated[int, Field(ge=0)] = Field(0, description="steps of linear warm-up of the learning rate")
+    ema: Range = Field((0.996, 1.0), description="momentum of the target encoder, cosine from first to last")
+    betas: Range = Field((0.9, 0.999), description="AdamW's decay rates of the moments")
+    clip: NonNegative = Field(0.0, description="global gradient norm above which gradients are scaled down; 0: never")
+    activation_checkpointing: bool = Field(False, description="recompute blocks in the backward pass to save memory")
+    max_skipped: Annotated[int, Field(ge=0)] = Field(
+        10, description="steps in a row with a non-finite loss or gradient that are skipped before the run stops"
+    )
+
+    @model_validator(mode="after")
+    def _ranges(self) -> Self:
+        _require_ascending("ema", self.ema, 0.0, 1.0)
+        if not all(0 <= b < 1 for b in self.betas):
+            raise ValueError(f"betas is {list(self.betas)}; each must be in [0, 1)")
+        if min(self.weight_decay) < 0:
+            raise ValueError(f"weight_decay is {list(self.weight_decay)}; each must be 0 or more")
+        return self
+
+
+class ZeroConfig(Section):
+    """What DeepSpeed divides over the ranks: 0 nothing, 1 optimizer, 2 and gradients, 3 and parameters."""
+
+    stage: Literal[0, 1, 2, 3] = 1
+
+
+class LogConfig(Section):
+    """What is written while training."""
+
+    every_steps: Count = 10
+    tensorboard: bool = True
+    rank_me_floor: Probability = Field(
+        0.05, description="warn of collapse when RankMe of the target falls under this share of the width"
+    )
+
+
+class CheckpointConfig(Section):
+    """When the state is written, and how much of it is kept."""
+
+    every_steps: Count = 1000
+    keep_last: Count = 3
+
+
+class EvalConfig(Section):
+    """Evaluation while training."""
+
+    every_steps: Count | None = Field(None, description="k-NN and MRR every so many steps; default: never")
+    root: str | None = Field(None, description="folder with train/ and test/, or with a folder a class")
+    images: Count = Field(2000, description="most images used for k-NN while training, of each split")
+    mrr_images: Count = Field(32, description="images whose banks are ranked while training")
+    bank: Annotated[int, Field(ge=2)] = Field(256, description="actions, and so transformed targets, in a bank")
+
+
+class Config(Section):
+    """A run, whole."""
+
+    model: ModelConfig = ModelConfig()
+    actions: ActionsConfig = ActionsConfig()
+    masks: MasksConfig = MasksConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    zero: ZeroConfig = ZeroConfig()
+    log: LogConfig = LogConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    eval: EvalConfig = EvalConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.model.predictor.kind == "mlp" and "geometric" in self.actions.groups:
+            raise ValueError(
+                "model.predictor.kind mlp cannot look elsewhere than at a patch's own place: "
+                "actions.groups must be [photometric], or use kind vit"
+            )
+        if self.train.activation_checkpointing and self.train.precision == "bf16" and self.zero.stage == 0:
+            raise ValueError(
+                "train.activation_checkpointing in bf16 needs zero.stage 1, 2 or 3: stage 0 rounds its fp32 weights for the "
+                "forward pass only, and recomputation would read them unrounded"
+            )
+        patches = self.model.grid**2
+        if self.masks.min_context >= patches:
+            raise ValueError(f"masks.min_context is {self.masks.min_context}; a view has only {patches} patches")
+        return self

@@ -1,0 +1,116 @@
+"""YAML as configurations use it: YAML 1.2's plain scalars, no duplicate keys, and the line on which each key stands.
+
+PyYAML follows YAML 1.1, where ``1e-3`` is a string, ``on`` is true, ``1:30`` is ninety and ``017`` is fifteen. Here a
+number is what a reader takes for one, and what :func:`dump` writes, :func:`parse` reads back equal.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import yaml
+
+from iwm_fast.errors import UserError
+
+__all__ = ["Keys", "dump", "parse", "parse_value"]
+
+Keys = tuple[str, ...]
+
+# A configuration is three levels deep. The bound also ends an anchor that contains itself.
+_MAX_DEPTH = 16
+
+_PLAIN_COLLECTIONS = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
+_PLAIN_SCALARS = (
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("int", r"[-+]?[0-9]+", "-+0123456789"),
+    ("float", r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?", "-+0123456789."),
+)
+
+
+class _Loader(yaml.SafeLoader):
+    """A safe loader with YAML 1.2's core scalars."""
+
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - PyYAML's own class attribute, replaced not shared
+
+
+class _Dumper(yaml.SafeDumper):
+    """A safe dumper that quotes exactly the strings that the loader would take for something else."""
+
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - as above
+
+
+def _construct_int(loader: _Loader, node: yaml.ScalarNode) -> int:
+    return int(loader.construct_scalar(node))
+
+
+def _construct_float(loader: _Loader, node: yaml.ScalarNode) -> float:
+    value = float(loader.construct_scalar(node))
+    if math.isinf(value):
+        raise yaml.constructor.ConstructorError(None, None, f"{node.value} is too large a number", node.start_mark)
+    return value
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
+_Loader.add_constructor("tag:yaml.org,2002:float", _construct_float)
+for _kind, _pattern, _first in _PLAIN_SCALARS:
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(rf"^(?:{_pattern})$"), list(_first))
+
+
+def _convert(loader: _Loader, node: yaml.Node, keys: Keys, lines: dict[Keys, int], name: str) -> Any:
+    """A node's plain value; notes the line of every key below it in ``lines``."""
+    if len(keys) > _MAX_DEPTH:
+        raise UserError(f"{name}:{node.start_mark.line + 1}: nested more than {_MAX_DEPTH} levels deep")
+    if not isinstance(node, yaml.ScalarNode) and node.tag not in _PLAIN_COLLECTIONS:
+        raise UserError(f"{name}:{node.start_mark.line + 1}: the tag {node.tag} has no meaning in a configuration")
+    if isinstance(node, yaml.SequenceNode):
+        return [_convert(loader, item, (*keys, str(i)), lines, name) for i, item in enumerate(node.value)]
+    if not isinstance(node, yaml.MappingNode):
+        return loader.construct_object(node)
+    values: dict[str, Any] = {}
+    for key_node, value_node in node.value:
+        line = key_node.start_mark.line + 1
+        key = key_node.value
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise UserError(f"{name}:{line}: a key must be plain text, found a list or mapping")
+        if key in values:
+            first = lines[(*keys, key)]
+            raise UserError(f"{name}:{line}: {'.'.join((*keys, key))}: given twice, first on line {first}; keep one")
+        lines[(*keys, key)] = line
+        values[key] = _convert(loader, value_node, (*keys, key), lines, name)
+    return values
+
+
+def parse(text: str, name: str, *, numbered: bool = True) -> tuple[Any, dict[Keys, int]]:
+    """The plain value of a YAML document, and the line of each of its keys.
+
+    ``name`` is the file as errors call it, followed by the line where ``numbered``. A malformed text, a duplicate key
+    or a tag of other software is a UserError.
+    """
+    try:
+        loader = _Loader(text)
+        try:
+            node = loader.get_single_node()
+            lines: dict[Keys, int] = {}
+            return (None if node is None else _convert(loader, node, (), lines, name)), lines
+        finally:
+            loader.dispose()
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"{name}:{mark.line + 1}" if numbered and mark is not None else name
+        raise UserError(f"{where}: not valid YAML: {error.problem or error.context}") from error
+    except yaml.reader.ReaderError as error:
+        raise UserError(f"{name}: not valid YAML: {error.reason} at character {error.position}") from error
+
+
+def parse_value(text: str, name: str) -> Any:
+    """The plain value of one scalar, list or mapping, as it stands after ``=`` on the command line."""
+    return parse(text, name, numbered=False)[0]
+
+
+def dump(values: dict[str, Any]) -> str:
+    """YAML text in the mapping's own order, short lists on one line."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, default_flow_style=None, allow_unicode=True, width=110)

@@ -1,0 +1,98 @@
+"""The record of files that could not be decoded: counted, written down once each, and the run stopped above a limit."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from iwm_fast.errors import UserError
+
+__all__ = ["BadSamples"]
+
+FILE_NAME = "bad_samples.jsonl"
+_NAMED = 10
+# The limit is not looked at before so many files were tried, so that its message names more than the first bad one.
+_AT_LEAST = 20
+
+
+class BadSamples:
+    """Bad files of a set of `total` files; more than `max_fraction` of them end the run.
+
+    With a `run_dir`, each is appended to its bad_samples.jsonl once ({file, reason, epoch, sample_id}): every rank of
+    the run appends to the same file and reads the others' lines from it, so that the limit is about the whole set.
+    """
+
+    def __init__(self, total: int, max_fraction: float, run_dir: Path | None = None) -> None:
+        self.total, self.max_fraction = total, max_fraction
+        self._path = run_dir / FILE_NAME if run_dir is not None else None
+        self._own: dict[str, str] = {}
+        self._others: dict[str, str] = {}
+        self._earlier: set[str] = set()  # written by a start before this one: not written again, and not counted
+        self._offset = 0
+        self._earlier = set(self._new_lines())
+        self._tried: set[int] = set()
+
+    def __len__(self) -> int:
+        """Bad files that this rank met."""
+        return len(self._own)
+
+    def tried(self, files: list[int]) -> None:
+        """Note which files were read, good or bad."""
+        if len(self._tried) < _AT_LEAST:
+            self._tried.update(files)
+
+    def add(self, file: Path, reason: str, epoch: int, sample_id: int) -> None:
+        """Note a bad file; only the first time counts."""
+        name = str(file.absolute())
+        if name in self._own:
+            return
+        self._own[name] = reason
+        self._others.update(self._new_lines())
+        if self._path is None or name in self._earlier or name in self._others:
+            return
+        line = json.dumps({"file": name, "reason": reason, "epoch": epoch, "sample_id": sample_id}) + "\n"
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        # one write in append mode, so that ranks' lines do not mix
+        handle = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(handle, line.encode())
+        finally:
+            os.close(handle)
+
+    def check(self) -> None:
+        """UserError where more than the allowed share of the files is bad."""
+        bad = self._others | self._own
+        if len(self._tried) >= min(_AT_LEAST, self.total) and len(bad) > self.max_fraction * self.total:
+            raise UserError(self._message(bad))
+
+    def all_bad(self) -> UserError:
+        """The error for a set without a single file that can be decoded."""
+        return UserError(self._message(self._others | self._own))
+
+    def _message(self, bad: dict[str, str]) -> str:
+        first = "; ".join(f"{name} ({reason})" for name, reason in list(bad.items())[:_NAMED])
+        more = f"; and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""
+        return (
+            f"{len(bad)} of {self.total} files cannot be decoded, more than data.max_bad_fraction "
+            f"({self.max_fraction:g}) allows: {first}{more}. "
+            "Mend or remove them (iwm-fast data verify finds them all), or raise the limit"
+        )
+
+    def _new_lines(self) -> dict[str, str]:
+        """File and reason of the lines appended since the last call."""
+        if self._path is None or not self._path.exists():
+            return {}
+        found = {}
+        with self._path.open("rb") as file:
+            file.seek(self._offset)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break  # another rank is still writing it
+                self._offset += len(line)
+                try:
+                    entry = json.loads(line)
+                    found[str(entry["file"])] = str(entry["reason"])
+                except (ValueError, KeyError, TypeError):
+                    continue  # torn by a run that was killed
+        return found

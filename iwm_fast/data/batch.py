@@ -1,0 +1,36 @@
+"""What the data hand to the engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from iwm_fast.data.masks import PatchSets
+
+__all__ = ["Batch"]
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """A micro-batch: what one rank computes at once. B images, S × S pixels, A components of an action.
+
+    source and target: uint8 (B, S, S, 3) on DALI's device. action: float32 (B, A), on the host. patches: on the host.
+    ids and epochs: int64 (B,), the sample ids (places in the image set) and the passes over the data they belong to.
+    global_context and global_target: context and target tokens of the whole global batch, over all ranks and
+    micro-batches: the number that the global mean of the loss divides by.
+    """
+
+    source: Tensor
+    target: Tensor
+    action: Tensor
+    patches: PatchSets
+    ids: NDArray[np.int64]
+    epochs: NDArray[np.int64]
+    global_context: int
+    global_target: int
+
+    def __len__(self) -> int:
+        return len(self.ids)

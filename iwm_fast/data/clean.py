@@ -1,0 +1,107 @@
+"""Clean views for evaluation: the centred largest square of each image, resized, nothing else done to it."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from iwm_fast.actions import Views
+from iwm_fast.data.encoded import BadSample, Encoded, read
+from iwm_fast.data.files import ImageSet
+from iwm_fast.data.graph import BadRows, ViewGraph
+from iwm_fast.data.loader import dali_device, dali_threads
+
+__all__ = ["CleanImages", "centred_square", "load_clean"]
+
+MAX_PIXELS = 178_956_970  # data.max_pixels' default, which is Pillow's
+
+
+@dataclass(frozen=True, eq=False)
+class CleanImages:
+    """images: uint8 (b, S, S, 3) on DALI's device; rows: int64 (b,), their places in what was asked for, ascending;
+    failed: reason by row for the files of this batch that cannot be decoded, which have no place in `images`.
+    """
+
+    images: Tensor
+    rows: NDArray[np.int64]
+    failed: dict[int, str]
+
+
+@dataclass
+class _Group:
+    rows: list[int]
+    encoded: list[Encoded]
+    failed: dict[int, str]
+
+
+def centred_square(size: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The largest square in the middle of images of `size` (B, 2): int64 (B, 4), x, y, width, height."""
+    side = size.min(axis=1, keepdims=True)
+    return np.concatenate([(size - side) // 2, side, side], axis=1)
+
+
+def load_clean(
+    images: ImageSet | Sequence[Path],
+    size: int,
+    *,
+    device: str = "cpu",
+    threads: int | None = None,
+    batch: int = 64,
+    max_pixels: int = MAX_PIXELS,
+) -> Iterator[CleanImages]:
+    """The images in their order, `batch` files at a time (fewer images where some of these fail, none where all do).
+
+    device: data.device, so "auto", "cpu" or "gpu"; threads: DALI's, None for its share of the cores.
+    """
+    paths = images.paths if isinstance(images, ImageSet) else images
+    graph = ViewGraph(size, batch, dali_device(device), dali_threads(threads), geometric=False, max_pixels=max_pixels)
+    underway: deque[_Group] = deque()
+    for first in range(0, len(paths), batch):
+        group = _read(paths, range(first, min(first + batch, len(paths))), max_pixels)
+        if group.rows:
+            graph.submit(group.encoded, _views(group.encoded))
+        underway.append(group)
+        if len(underway) == 2:  # DALI decodes one batch while the next is read
+            yield _collect(graph, underway.popleft())
+    while underway:
+        yield _collect(graph, underway.popleft())
+
+
+def _read(paths: Sequence[Path], rows: range, max_pixels: int) -> _Group:
+    group = _Group([], [], {})
+    for row in rows:
+        try:
+            group.encoded.append(read(paths[row], max_pixels))
+            group.rows.append(row)
+        except BadSample as bad:
+            group.failed[row] = bad.reason
+    return group
+
+
+def _views(encoded: list[Encoded]) -> Views:
+    size = np.array([(one.width, one.height) for one in encoded], np.int64)
+    return Views.neutral(size, centred_square(size))
+
+
+def _collect(graph: ViewGraph, group: _Group) -> CleanImages:
+    while group.rows:
+        try:
+            images = graph.collect().base
+        except BadRows as bad:
+            group.failed |= {group.rows[row]: reason for row, reason in bad.reasons.items()}
+            kept = [row for row in range(len(group.rows)) if row not in bad.reasons]
+            group.rows = [group.rows[row] for row in kept]
+            group.encoded = [group.encoded[row] for row in kept]
+            if kept:
+                graph.replace(group.encoded, _views(group.encoded))
+            else:
+                graph.drop()
+        else:
+            return CleanImages(images, np.array(group.rows, np.int64), group.failed)
+    return CleanImages(graph.nothing(), np.zeros(0, np.int64), group.failed)

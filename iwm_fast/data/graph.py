@@ -1,0 +1,209 @@
+"""Runs the DALI definition of the views batch by batch, and survives what DALI cannot decode.
+
+DALI has no notion of a bad sample: one file that it refuses fails the batch and invalidates the pipeline, and the error
+does not say which. So a batch that fails is looked through file by file, those that DALI refuses are decoded by Pillow
+(whose verdict counts), and the batch, with all that were queued behind it, runs again in a fresh pipeline (15 ms).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from iwm_fast.actions import Views
+from iwm_fast.data.encoded import BadSample, Encoded, reencode
+from iwm_fast.data.pipeline import build_probe, build_views, view_inputs
+
+__all__ = ["BadRows", "RenderedViews", "ViewGraph"]
+
+# DALI's errors come as these (a decoder's failure as RuntimeError); others are faults of this program.
+_DALI_ERRORS = (RuntimeError, ValueError, IndexError)
+
+
+class BadRows(BadSample):
+    """Rows of a batch that neither DALI nor Pillow decodes; `reasons`: a line for each."""
+
+    def __init__(self, reasons: dict[int, str]) -> None:
+        super().__init__("; ".join(f"row {row}: {reason}" for row, reason in reasons.items()))
+        self.reasons = reasons
+
+
+@dataclass(frozen=True, eq=False)
+class RenderedViews:
+    """uint8 (B, S, S, 3) on the graph's device. base: I', what the target's jitter was applied to; source_base: the
+    source's own, the same tensor without the geometric group. lossless: rows that DALI refused and Pillow decoded.
+    """
+
+    source: Tensor
+    target: Tensor
+    base: Tensor
+    source_base: Tensor
+    lossless: tuple[int, ...] = ()
+
+
+@dataclass
+class _Pending:
+    encoded: list[Encoded]
+    views: Views
+    lossless: tuple[int, ...] = ()
+    error: str | None = None
+
+
+class ViewGraph:
+    """Renders batches of at most `batch` samples as `size` × `size` views.
+
+    device: "cpu" or "gpu" (the GPU `device_id`, default torch's current one); threads: DALI's, on the CPU. geometric:
+    the source has a geometry of its own. `submit` returns at once and the work goes on behind; `collect` waits for the
+    oldest batch submitted. Not to be used from two threads at a time.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        batch: int,
+        device: str,
+        threads: int,
+        *,
+        geometric: bool,
+        max_pixels: int = 2**31 - 1,
+        device_id: int | None = None,
+    ) -> None:
+        if device not in ("cpu", "gpu"):
+            raise ValueError(f"device is {device!r}; it must be 'cpu' or 'gpu'")
+        self.size, self.batch, self.device, self.threads = size, batch, device, threads
+        self.geometric, self.max_pixels = geometric, max_pixels
+        self.device_id = torch.cuda.current_device() if device == "gpu" and device_id is None else device_id
+        self._pending: deque[_Pending] = deque()
+        self._stream = torch.cuda.Stream(self.device_id) if device == "gpu" else None
+        self._pipeline = self._build()
+
+    def __len__(self) -> int:
+        return len(self._pending)
+
+    def run(self, encoded: Sequence[Encoded], views: Views) -> RenderedViews:
+        """One batch, at once; BadRows where some row cannot be decoded (the batch is then dropped)."""
+        self.submit(encoded, views)
+        try:
+            return self.collect()
+        except BadRows:
+            self.drop()
+            raise
+
+    def submit(self, encoded: Sequence[Encoded], views: Views) -> None:
+        """Queue a batch; ValueError where it is empty, too large, or the counts differ."""
+        if not 0 < len(encoded) <= self.batch or len(encoded) != len(views):
+            raise ValueError(f"{len(encoded)} files and {len(views)} views; both must be equal and 1 to {self.batch}")
+        if not self.geometric and not views.shared_geometry:
+            raise ValueError("views with a geometry of the source's own need a ViewGraph with geometric=True")
+        self._pending.append(_Pending(list(encoded), views))
+        self._schedule(self._pending[-1])
+
+    def collect(self) -> RenderedViews:
+        """The oldest batch. BadRows where some row cannot be decoded: then `replace` or `drop` that batch."""
+        head = self._pending[0]
+        try:
+            outputs = self._outputs(head)
+        except _DALI_ERRORS as error:
+            self._repair(head, error)
+            outputs = self._outputs(head)
+        self._pending.popleft()
+        source, target, base = outputs[:3]
+        return RenderedViews(source, target, base, outputs[3] if self.geometric else base, head.lossless)
+
+    def replace(self, encoded: Sequence[Encoded], views: Views) -> None:
+        """Put another batch in the place of the oldest one."""
+        self._pending[0] = _Pending(list(encoded), views)
+        self._restart()
+
+    def drop(self) -> None:
+        """Forget the oldest batch."""
+        self._pending.popleft()
+        self._restart()
+
+    def nothing(self) -> Tensor:
+        """The images of an empty batch: uint8 (0, S, S, 3) on the graph's device."""
+        device = "cpu" if self.device == "cpu" else f"cuda:{self.device_id}"
+        return torch.empty((0, self.size, self.size, 3), dtype=torch.uint8, device=device)
+
+    def _build(self) -> Any:
+        return build_views(
+            self.size, self.batch, self.device, self.threads, geometric=self.geometric, device_id=self.device_id
+        )
+
+    def _schedule(self, batch: _Pending) -> None:
+        """Feed and start a batch; what DALI says against it is kept for the batch's turn."""
+        try:
+            for name, value in view_inputs(batch.encoded, batch.views, geometric=self.geometric).items():
+                self._pipeline.feed_input(name, value)
+            self._pipeline.schedule_run()
+        except _DALI_ERRORS as error:
+            batch.error = str(error)
+
+    def _restart(self) -> None:
+        """A fresh pipeline, and every queued batch again."""
+        self._pipeline = self._build()
+        for batch in self._pending:
+            batch.error = None
+            self._schedule(batch)
+
+    def _outputs(self, head: _Pending) -> list[Tensor]:
+        if head.error is not None:
+            raise RuntimeError(head.error)
+        outputs = self._pipeline.share_outputs()
+        tensors = [self._tensor(output) for output in outputs]
+        self._pipeline.release_outputs()
+        return tensors
+
+    def _tensor(self, output: Any) -> Tensor:
+        """DALI's memory as a tensor: shared on the CPU, where the dynamic executor gives it away; copied on a GPU.
+
+        On a GPU DALI may reuse the memory as soon as the last reference goes, while torch's kernels still read it.
+        """
+        shared: Tensor = torch.from_dlpack(output.as_tensor())
+        if self._stream is None:
+            return shared
+        with torch.cuda.stream(self._stream):
+            copy = shared.clone()
+        self._stream.synchronize()
+        return copy
+
+    def _repair(self, head: _Pending, error: Exception) -> None:
+        """Make the oldest batch decodable and start all again, or raise BadRows; other errors of DALI are raised."""
+        refused = [row for row, one in enumerate(head.encoded) if not one.lossless and self._refuses(head, row)]
+        if not refused:
+            raise error
+        reasons = {}
+        for row in refused:
+            old = head.encoded[row]
+            try:
+                head.encoded[row] = self._reencode(old)
+            except BadSample as bad:
+                reasons[row] = bad.reason
+        if reasons:
+            raise BadRows(reasons) from error
+        head.lossless = tuple(sorted({*head.lossless, *refused}))
+        self._restart()
+
+    def _reencode(self, old: Encoded) -> Encoded:
+        new = reencode(old.data.tobytes(), self.max_pixels)
+        if (new.width, new.height) != (old.width, old.height):
+            raise BadSample(f"its header says {old.width} x {old.height} pixels, its data {new.width} x {new.height}")
+        return new
+
+    def _refuses(self, head: _Pending, row: int) -> bool:
+        """Whether DALI fails on this row alone. A failed pipeline is not used again."""
+        probe = build_probe(self.device, device_id=self.device_id)
+        inputs = view_inputs(head.encoded[row : row + 1], head.views.take(np.array([row])), geometric=self.geometric)
+        try:
+            for name in ("encoded", "start", "shape"):
+                probe.feed_input(name, inputs[name])
+            probe.run()
+        except _DALI_ERRORS:
+            return True
+        return False

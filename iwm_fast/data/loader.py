@@ -1,0 +1,279 @@
+"""The endless stream of micro-batches that training consumes, prepared by a thread beside it.
+
+Which images, in which order, under which parameters and masks is a function of (seed, position in the stream) alone:
+global position p is sample permutation(seed, p // n)[p % n] of epoch p // n. World size, micro-batch, threads and
+prefetching only divide that order among ranks and batches, so a run can go on from any position on any of them.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from iwm_fast.actions import ActionSpace, Views
+from iwm_fast.config.schema import Config
+from iwm_fast.data.bad import BadSamples
+from iwm_fast.data.batch import Batch
+from iwm_fast.data.files import ImageSet
+from iwm_fast.data.graph import BadRows, RenderedViews, ViewGraph
+from iwm_fast.data.masks import MaskSampler, PatchSets
+from iwm_fast.data.randomness import permutation
+from iwm_fast.data.samples import FileStore, SampleReader, Samples
+from iwm_fast.data.views import draw_views
+from iwm_fast.errors import UserError
+
+__all__ = ["SampleOrder", "TrainingStream", "dali_device", "dali_threads", "divide_batch"]
+
+# Batches inside DALI at a time: one at work, one waiting, so that its threads never wait for Python.
+_IN_DALI = 2
+_POLL_S = 0.1
+_JOIN_S = 30.0
+
+
+def dali_device(wanted: str) -> str:
+    """What data.device means here, "cpu" or "gpu"; UserError where a GPU is asked for and there is none."""
+    if wanted == "gpu" and not torch.cuda.is_available():
+        raise UserError("data.device is gpu, but torch sees no GPU here; set data.device=cpu or auto")
+    return ("gpu" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
+
+
+def dali_threads(wanted: int | None, world: int = 1) -> int:
+    """Threads for DALI: data.threads, or the cores this process may use over the ranks of this host."""
+    if wanted is not None:
+        return wanted
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", str(world)))
+    return max(1, len(os.sched_getaffinity(0)) // max(1, ranks))
+
+
+def divide_batch(global_batch: int, world: int, ceiling: int | None) -> tuple[int, int]:
+    """(micro-batch, accumulation): the largest divisor of a rank's share that is not above `ceiling`.
+
+    UserError where `world` does not divide the global batch.
+    """
+    if global_batch % world:
+        raise UserError(
+            f"train.global_batch is {global_batch}, which {world} ranks cannot share evenly; "
+            f"make it a multiple of {world}, or change the number of ranks"
+        )
+    share = global_batch // world
+    micro = next(size for size in range(min(share, ceiling or share), 0, -1) if share % size == 0)
+    return micro, share // micro
+
+
+class SampleOrder:
+    """Sample ids and epochs by global position, for `count` samples."""
+
+    def __init__(self, seed: int, count: int) -> None:
+        self.seed, self.count = seed, count
+        self._orders: dict[int, NDArray[np.int64]] = {}
+
+    def __call__(self, start: int, stop: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(ids, epochs) of the positions start to stop, int64 each."""
+        positions = np.arange(start, stop, dtype=np.int64)
+        epochs = positions // self.count
+        needed = np.unique(epochs).tolist()
+        self._orders = {
+            epoch: self._orders[epoch] if epoch in self._orders else permutation(self.seed, epoch, self.count)
+            for epoch in needed
+        }
+        ids = np.empty_like(positions)
+        for epoch in needed:
+            rows = epochs == epoch
+            ids[rows] = self._orders[epoch][positions[rows] % self.count]
+        return ids, epochs
+
+
+@dataclass
+class _InFlight:
+    """A micro-batch that DALI is working on, with all that the host knows of it."""
+
+    samples: Samples
+    views: Views
+    patches: PatchSets
+    global_context: int
+    global_target: int
+
+
+class TrainingStream:
+    """Endless iterator of `Batch`: of each global batch, `rank` of `world` has its contiguous share, in micro-batches.
+
+    start: global samples already consumed. run_dir: where bad_samples.jsonl is written, if anywhere. accumulation:
+    micro-batches of a rank in a global batch, each of micro_batch images. An error in the background thread (UserError
+    where too many files are bad) is raised by the next `next`. Close it, or use it as a context manager.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        files: ImageSet,
+        space: ActionSpace,
+        *,
+        rank: int = 0,
+        world: int = 1,
+        start: int = 0,
+        run_dir: Path | None = None,
+    ) -> None:
+        self.micro_batch, self.accumulation = divide_batch(config.train.global_batch, world, config.train.micro_batch)
+        self.device = dali_device(config.data.device)
+        self.wait_s = 0.0
+        self._config, self._space, self._rank, self._start = config, space, rank, start
+        self._bad = BadSamples(len(files), config.data.max_bad_fraction, run_dir)
+        self._reader = SampleReader(FileStore(files.paths, config.data.max_pixels), config.train.seed, self._bad)
+        self._order = SampleOrder(config.train.seed, len(files))
+        geometric = "geometric" in config.actions.groups
+        self._masks = MaskSampler(config.masks, config.model.grid, config.train.seed, exclude=not geometric)
+        self._graph = ViewGraph(
+            config.model.image,
+            self.micro_batch,
+            self.device,
+            dali_threads(config.data.threads, world),
+            geometric=geometric,
+            max_pixels=config.data.max_pixels,
+        )
+        self._ready: queue.Queue[Batch | BaseException] = queue.Queue(config.data.prefetch)
+        self._stop = threading.Event()
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="iwm-fast data", daemon=True)
+        # At interpreter exit too: a thread inside DALI while Python goes down would crash.
+        self._finalizer = weakref.finalize(self, _shut_down, self._stop, self._thread, self._ready)
+        self._thread.start()
+
+    @property
+    def bad(self) -> int:
+        """Files that could not be decoded, of those this rank has met so far (ahead of training by the prefetch)."""
+        return len(self._bad)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._failure is not None:
+            raise self._failure
+        begin = time.perf_counter()
+        item = self._take()
+        self.wait_s = time.perf_counter() - begin
+        if isinstance(item, BaseException):
+            self._failure = item
+            raise item
+        if self.device == "gpu":
+            for tensor in (item.source, item.target):
+                tensor.record_stream(torch.cuda.current_stream(tensor.device))
+        return item
+
+    def close(self) -> None:
+        """End the thread and let go of what was prepared; `next` raises after that."""
+        self._finalizer()
+        self._failure = self._failure or ValueError("this TrainingStream is closed")
+
+    def __enter__(self) -> TrainingStream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _take(self) -> Batch | BaseException:
+        while True:
+            try:
+                return self._ready.get(timeout=_POLL_S)
+            except queue.Empty:
+                if not self._thread.is_alive() and self._ready.empty():
+                    return RuntimeError("the data thread ended without a word")
+
+    def _run(self) -> None:
+        """The thread: keep DALI busy, hand over what is done, in order."""
+        try:
+            underway: deque[_InFlight] = deque()
+            for batch in self._plan():
+                if self._stop.is_set():
+                    return
+                self._graph.submit(batch.samples.encoded, batch.views)
+                underway.append(batch)
+                if len(underway) == _IN_DALI:
+                    self._put(self._finish(underway.popleft()))
+        except BaseException as error:  # noqa: BLE001  (handed to the thread that asks for the next batch)
+            self._put(error)
+
+    def _put(self, item: Batch | BaseException) -> None:
+        while not self._stop.is_set():
+            try:
+                return self._ready.put(item, timeout=_POLL_S)
+            except queue.Full:
+                continue
+        return None
+
+    def _plan(self) -> Iterator[_InFlight]:
+        """The rank's micro-batches, read and with their parameters drawn, before any pixel is decoded."""
+        size, position = self._config.train.global_batch, self._start
+        share = self.micro_batch * self.accumulation
+        while True:
+            ids, epochs = self._order(position, position + size)
+            patches = self._masks.draw(epochs, ids)
+            totals = int(patches.context_lengths.sum()), int(patches.target_lengths.sum())
+            for first in range(self._rank * share, (self._rank + 1) * share, self.micro_batch):
+                rows = slice(first, first + self.micro_batch)
+                samples = self._reader.read(ids[rows], epochs[rows])
+                yield _InFlight(samples, self._draw(samples), _rows_of(patches, rows), *totals)
+            position += size
+
+    def _draw(self, samples: Samples) -> Views:
+        return draw_views(self._config.actions, self._config.train.seed, samples.epochs, samples.ids, samples.size)
+
+    def _finish(self, batch: _InFlight) -> Batch:
+        rendered = self._collect(batch)
+        return Batch(
+            source=rendered.source,
+            target=rendered.target,
+            action=torch.from_numpy(self._space.encode(batch.views)),
+            patches=batch.patches,
+            ids=batch.samples.ids,
+            epochs=batch.samples.epochs,
+            global_context=batch.global_context,
+            global_target=batch.global_target,
+        )
+
+    def _collect(self, batch: _InFlight) -> RenderedViews:
+        """The oldest batch's views; files that turn out bad on decoding are replaced, their parameters drawn anew."""
+        while True:
+            try:
+                rendered = self._graph.collect()
+            except BadRows as bad:
+                batch.samples = self._reader.replace(batch.samples, bad.reasons)
+                batch.views = self._draw(batch.samples)
+                self._graph.replace(batch.samples.encoded, batch.views)
+                continue
+            for row in rendered.lossless:
+                self._reader.store.use_pillow(int(batch.samples.files[row]))
+            return rendered
+
+
+def _rows_of(patches: PatchSets, rows: slice) -> PatchSets:
+    """The patches of a run of images."""
+    return PatchSets(
+        *_packed_rows(patches.context, patches.context_lengths, rows),
+        *_packed_rows(patches.target, patches.target_lengths, rows),
+    )
+
+
+def _packed_rows(
+    packed: NDArray[np.int64], lengths: NDArray[np.int64], rows: slice
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    first, last = int(lengths[: rows.start].sum()), int(lengths[: rows.stop].sum())
+    return packed[first:last], lengths[rows]
+
+
+def _shut_down(stop: threading.Event, thread: threading.Thread, ready: queue.Queue[Batch | BaseException]) -> None:
+    stop.set()
+    thread.join(_JOIN_S)
+    while not ready.empty():
+        ready.get_nowait()

@@ -1,0 +1,198 @@
+"""A labelled set of drawn JPEGs, for those with no data at hand and for tests.
+
+A class is a shape and what fills it. Everything else is drawn anew for each image from the same distributions whatever
+the class: both colours, the background's gradient and ripples, place, size, angle, the light's direction and strength,
+shadow and noise. So neither a mean colour nor a position tells the class, while colour carries enough structure that a
+photometric action can be seen.
+
+Legend: B images, S pixels a side; coordinates run from -1 to 1 over the image, y downwards.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from iwm_fast.errors import UserError
+
+__all__ = ["CLASSES", "draw_dataset", "draw_images"]
+
+CLASSES = (
+    "disc_smooth",
+    "square_striped",
+    "triangle_smooth",
+    "ring_striped",
+    "disc_striped",
+    "square_smooth",
+    "triangle_striped",
+    "ring_smooth",
+)
+_QUALITY = 90
+_CHUNK = 64  # images drawn at a time: 3 MB an intermediate at 64 pixels
+_SPLITS = ("train", "test")
+_RECORD = "synth.json"
+
+Floats = NDArray[np.float32]
+
+
+def draw_dataset(
+    out: Path, *, classes: int = 8, train: int = 4096, test: int = 800, size: int = 64, seed: int = 0
+) -> None:
+    """Write `train` and `test` images of size × size to out/train/CLASS/NNNNN.jpg and out/test/….
+
+    The folder appears whole or not at all; one that already holds exactly this set is left as it is. Reproducible from
+    the seed. UserError where `out` holds anything else, or cannot be written; ValueError for a number out of range.
+    """
+    if not 2 <= classes <= len(CLASSES):
+        raise ValueError(f"classes is {classes}; it must be 2 to {len(CLASSES)}")
+    if train < 1 or test < 1 or size < 16:
+        raise ValueError(f"train is {train}, test {test} and size {size}; they must be at least 1, 1 and 16")
+    record = {"classes": list(CLASSES[:classes]), "train": train, "test": test, "size": size, "seed": seed}
+    if _is_drawn(out, record):
+        return
+    partial = out.parent / f".{out.name}.partial-{os.getpid()}"
+    try:
+        _write(partial, record)
+        if out.exists():
+            out.rmdir()
+        partial.rename(out)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written: {error.strerror or error}; choose another --out") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def draw_images(labels: NDArray[np.int64], size: int, rng: np.random.Generator) -> NDArray[np.uint8]:
+    """One image for each label (B,), a place in CLASSES: uint8 (B, S, S, 3)."""
+    count = len(labels)
+    line = (np.arange(size, dtype=np.float32) + 0.5) * (2 / size) - 1
+    x = np.broadcast_to(line[None, None, :], (count, size, size))
+    y = np.broadcast_to(line[None, :, None], (count, size, size))
+    back, front = _colours(count, rng)
+    canvas = _background(x, y, back, rng)
+    place = rng.uniform(-0.35, 0.35, (2, count, 1, 1)).astype(np.float32)
+    scale = rng.uniform(0.4, 0.62, (count, 1, 1)).astype(np.float32)
+    angle = rng.uniform(0, 2 * np.pi, (count, 1, 1)).astype(np.float32)
+    offset = rng.uniform(0.03, 0.12, (2, count, 1, 1)).astype(np.float32)
+    shadow = _coverage(labels, x - place[0] - offset[0], y - place[1] - offset[1], scale, angle, size)
+    canvas *= (1 - rng.uniform(0.15, 0.5, (count, 1, 1)).astype(np.float32) * shadow)[..., None]
+    u, v = x - place[0], y - place[1]
+    inside = _coverage(labels, u, v, scale, angle, size)[..., None]
+    canvas += inside * (_filling(labels, u, v, scale, front, rng) - canvas)
+    canvas *= _light(x, y, rng)[..., None]
+    canvas += rng.normal(0, 0.012, canvas.shape).astype(np.float32)
+    return np.asarray(np.clip(canvas * 255 + 0.5, 0, 255), np.uint8)
+
+
+def _is_drawn(out: Path, record: dict[str, object]) -> bool:
+    """Whether this very set is there already; UserError where something else is."""
+    if not out.exists():
+        return False
+    if not out.is_dir():
+        raise UserError(f"{out} is a file; choose another --out")
+    try:
+        if json.loads((out / _RECORD).read_text(encoding="utf-8")) == record:
+            return True
+    except (OSError, ValueError):
+        pass
+    if any(out.iterdir()):
+        raise UserError(f"{out} holds other files already; choose another --out, or remove it")
+    return False
+
+
+def _write(folder: Path, record: dict[str, object]) -> None:
+    seed, size, names = record["seed"], record["size"], record["classes"]
+    assert isinstance(seed, int)
+    assert isinstance(size, int)
+    assert isinstance(names, list)
+    for part, split in enumerate(_SPLITS):
+        total = record[split]
+        assert isinstance(total, int)
+        for name in names:
+            (folder / split / name).mkdir(parents=True)
+        for first in range(0, total, _CHUNK):
+            numbers = np.arange(first, min(first + _CHUNK, total))
+            labels = numbers % len(names)
+            pixels = draw_images(labels, size, np.random.default_rng((seed, part, first)))
+            for number, label, image in zip(numbers.tolist(), labels.tolist(), pixels, strict=True):
+                path = folder / split / names[label] / f"{number:05d}.jpg"
+                Image.fromarray(image).save(path, quality=_QUALITY)
+    (folder / _RECORD).write_text(json.dumps(record), encoding="utf-8")
+
+
+def _colours(count: int, rng: np.random.Generator) -> tuple[Floats, Floats]:
+    """Background and foreground colours (B, 2, 3) in 0 to 1, two of each; the pairs' means differ clearly."""
+    back = rng.uniform(0.05, 0.95, (count, 3))
+    away = rng.normal(size=(count, 3))
+    away /= np.linalg.norm(away, axis=1, keepdims=True)
+    front = back + away * rng.uniform(0.5, 0.8, (count, 1))
+    # a colour pushed out of the cube comes in again on the other side of the background
+    front = np.where((front < 0) | (front > 1), back - (front - back), front)
+    pairs = np.clip(np.stack([back, front])[:, :, None, :] + rng.normal(0, 0.12, (2, count, 2, 3)), 0, 1)
+    return pairs[0].astype(np.float32), pairs[1].astype(np.float32)
+
+
+def _background(x: Floats, y: Floats, colours: Floats, rng: np.random.Generator) -> Floats:
+    """A gradient between two colours in some direction, with two long waves across it: (B, S, S, 3)."""
+    count = len(x)
+    mix = np.full(x.shape, 0.5, np.float32)
+    for strength, low, high in ((0.35, 0.0, 0.0), (0.18, 2.0, 5.0), (0.12, 3.0, 8.0)):
+        angle, phase = rng.uniform(0, 2 * np.pi, (2, count, 1, 1)).astype(np.float32)
+        along = np.cos(angle) * x + np.sin(angle) * y
+        frequency = rng.uniform(low, high, (count, 1, 1)).astype(np.float32)
+        mix += strength * (np.sin(frequency * along + phase) if high else along)
+    mix = np.clip(mix, 0, 1)[..., None]
+    near, far = colours[:, 0, None, None, :], colours[:, 1, None, None, :]
+    return np.asarray(near + mix * (far - near), np.float32)
+
+
+def _coverage(labels: NDArray[np.int64], u: Floats, v: Floats, scale: Floats, angle: Floats, size: int) -> Floats:
+    """How much of each pixel the shape covers, (B, S, S) in 0 to 1; u, v from the shape's centre."""
+    a = (np.cos(angle) * u + np.sin(angle) * v) / scale
+    b = (np.cos(angle) * v - np.sin(angle) * u) / scale
+    distance = np.empty_like(a)  # to the outline, in units of the scale, negative inside
+    shapes = np.array([CLASSES[label].split("_")[0] for label in labels])
+    radius = np.hypot(a, b)
+    for shape in np.unique(shapes):
+        rows = shapes == shape
+        if shape == "disc":
+            distance[rows] = radius[rows] - 0.9
+        elif shape == "ring":
+            distance[rows] = np.abs(radius[rows] - 0.75) - 0.25
+        elif shape == "square":
+            distance[rows] = np.maximum(np.abs(a[rows]), np.abs(b[rows])) - 0.8
+        else:  # triangle, equilateral: three half-planes
+            half = 0.5 * b[rows]
+            sides = (b[rows], -half + 0.866 * a[rows], -half - 0.866 * a[rows])
+            distance[rows] = np.maximum(np.maximum(sides[0], sides[1]), sides[2]) - 0.58
+    return np.asarray(np.clip(0.5 - distance * scale * (size / 2), 0, 1), np.float32)
+
+
+def _filling(
+    labels: NDArray[np.int64], u: Floats, v: Floats, scale: Floats, colours: Floats, rng: np.random.Generator
+) -> Floats:
+    """What fills the shape, (B, S, S, 3): a soft gradient, or stripes of two colours."""
+    count = len(u)
+    angle, phase = rng.uniform(0, 2 * np.pi, (2, count, 1, 1)).astype(np.float32)
+    along = (np.cos(angle) * u + np.sin(angle) * v) / scale
+    frequency = rng.uniform(9, 14, (count, 1, 1)).astype(np.float32)
+    striped = np.array(["striped" in CLASSES[label] for label in labels])[:, None, None]
+    waves = np.where(striped, np.clip(0.5 + 1.5 * np.sin(frequency * along + phase), 0, 1), 0.5 + 0.4 * along)
+    one, other = colours[:, 0, None, None, :], colours[:, 1, None, None, :]
+    # stripes darken or brighten by a third on top of their colours, so that they show when both colours are alike
+    contrast = np.where(striped, 1 + 0.33 * (waves - 0.5), 1 + 0.1 * (waves - 0.5))[..., None]
+    return np.asarray((one + np.clip(waves, 0, 1)[..., None] * (other - one)) * contrast, np.float32)
+
+
+def _light(x: Floats, y: Floats, rng: np.random.Generator) -> Floats:
+    """How bright the light is at each pixel, (B, S, S): a slope across the image around a strength of its own."""
+    count = len(x)
+    angle = rng.uniform(0, 2 * np.pi, (count, 1, 1)).astype(np.float32)
+    strength, slope = rng.uniform((0.75,), (1.15,), (count, 1, 1)), rng.uniform(0, 0.3, (count, 1, 1))
+    return np.asarray(strength * (1 + slope * (np.cos(angle) * x + np.sin(angle) * y)), np.float32)

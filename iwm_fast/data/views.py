@@ -1,0 +1,136 @@
+"""What is done to each image: crops, flips, jitter and destructive transformations, drawn before any pixel is read.
+
+Every draw is a function of (seed, epoch, sample id), so the same tensor goes to the operators and into the action.
+Each quantity has a fixed place in its stream: a probability that changes never moves another quantity's draw.
+Sources: RECIPE of arXiv:2403.00504; the crop is torchvision's `RandomResizedCrop.get_params` (ten attempts, then a
+centred fallback), the jitter's ranges are those of torchvision's `ColorJitter`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from iwm_fast.actions import NO_SOLARIZE, Geometry, Jitter, Views
+from iwm_fast.config.schema import ActionsConfig
+from iwm_fast.data.randomness import BANK, SOURCE_GEOMETRY, VIEWS, uniforms
+from iwm_fast.errors import UserError
+
+__all__ = ["draw_bank", "draw_views"]
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+_ATTEMPTS = 10
+# Places in a geometry's draws: area and aspect of each attempt, then x, y, flip, rotated or not, turns.
+_POSITION, _FLIP, _ROTATED, _TURNS = 20, 22, 23, 24
+_GEOMETRY = 26
+# Places in the VIEWS stream after the target's geometry: two jitters (applied, b, c, s, h), then the destructive ones.
+_TARGET, _SOURCE, _GRAYSCALE, _BLUR, _SIGMA, _SOLARIZE = 26, 31, 36, 37, 38, 39
+_VIEWS = 40
+# Redraws of equal rows of a bank. float32 factors of the usual strengths collide once in 2⁶⁰; more than a few rounds
+# mean that the strengths leave fewer distinct values than were asked for.
+_BANK_ROUNDS = 32
+
+
+def draw_views(actions: ActionsConfig, seed: int, epoch: Ints, sample: Ints, size: Ints) -> Views:
+    """What is done to B samples.
+
+    epoch and sample: int64 (B,); size: int64 (B, 2), width and height of the upright images in pixels (ValueError
+    unless each is at least 1).
+    """
+    size = np.asarray(size, np.int64)
+    if size.ndim != 2 or size.shape[1] != 2 or (size < 1).any():
+        raise ValueError(f"size has shape {size.shape}; it must be (B, 2), each width and height at least 1")
+    draws = uniforms(seed, epoch, sample, VIEWS, _VIEWS)
+    geometric = "geometric" in actions.groups
+    geometry = _geometry(actions, draws, size, rotate=False)
+    source_geometry = geometry
+    if geometric:
+        own = uniforms(seed, epoch, sample, SOURCE_GEOMETRY, _GEOMETRY)
+        source_geometry = _geometry(actions, own, size, rotate=True)
+    low, high = actions.blur_sigma
+    sigma = np.maximum(low + (high - low) * draws[:, _SIGMA], np.finfo(np.float32).tiny)
+    return Views(
+        size=size,
+        target_geometry=geometry,
+        source_geometry=source_geometry,
+        target=_jitter(actions, draws[:, _TARGET + 1 :], draws[:, _TARGET] < actions.jitter_probability),
+        source=_jitter(actions, draws[:, _SOURCE + 1 :], draws[:, _SOURCE] < actions.jitter_probability),
+        grayscale=draws[:, _GRAYSCALE] < actions.grayscale_probability,
+        blur_sigma=np.where(draws[:, _BLUR] < actions.blur_probability, sigma, 0.0).astype(np.float32),
+        solarize_threshold=np.where(
+            draws[:, _SOLARIZE] < actions.solarize_probability, np.int64(actions.solarize_threshold), NO_SOLARIZE
+        ),
+        shared_geometry=not geometric,
+    )
+
+
+def draw_bank(actions: ActionsConfig, seed: int, sample: int, count: int) -> Jitter:
+    """A bank of `count` distinct jitters for an image, always applied, with the configured strengths.
+
+    UserError where the strengths do not allow so many distinct ones (all are 0, say).
+    """
+    rows = np.empty((count, 4), np.float32)
+    missing = np.arange(count)
+    for start in range(0, 4 * count * _BANK_ROUNDS, 4 * count):
+        draws = uniforms(seed, 0, sample, BANK, 4 * count, start=start).reshape(count, 4)
+        jitter = _jitter(actions, draws[: len(missing)], np.ones(len(missing), bool))
+        rows[missing] = np.stack([jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue], axis=1)
+        first = np.unique(rows, axis=0, return_index=True)[1]
+        missing = np.setdiff1d(np.arange(count), first)
+        if not len(missing):
+            return Jitter(*np.ascontiguousarray(rows.T))
+    raise UserError(
+        f"actions: the jitter allows fewer than {count} distinct actions for a bank (strength {actions.strength:g}); "
+        "raise actions.strength, or one of actions.brightness, contrast, saturation, hue, above 0"
+    )
+
+
+def _jitter(actions: ActionsConfig, draws: Floats, applied: NDArray[np.bool_]) -> Jitter:
+    """Factors and hue from draws (B, 4 or more), neutral where not applied."""
+    factors = []
+    for column, strength in enumerate((actions.brightness, actions.contrast, actions.saturation)):
+        low, high = max(0.0, 1.0 - strength * actions.strength), 1.0 + strength * actions.strength
+        factors.append(np.where(applied, low + (high - low) * draws[:, column], 1.0).astype(np.float32))
+    turns = min(actions.hue * actions.strength, 0.5)
+    hue = np.where(applied, 360.0 * turns * (2.0 * draws[:, 3] - 1.0), 0.0).astype(np.float32)
+    return Jitter(factors[0], factors[1], factors[2], hue)
+
+
+def _geometry(actions: ActionsConfig, draws: Floats, size: Ints, *, rotate: bool) -> Geometry:
+    """Crop and flip, and quarter turns if asked for, from draws (B, 26 or more)."""
+    turns = 1 + (3 * draws[:, _TURNS]).astype(np.int64)
+    rotated = (draws[:, _ROTATED] < actions.rotation_probability) & rotate
+    return Geometry(
+        crop=_crop(actions, draws, size),
+        flip=draws[:, _FLIP] < actions.flip_probability,
+        rotation=np.where(rotated, turns, 0),
+    )
+
+
+def _crop(actions: ActionsConfig, draws: Floats, size: Ints) -> Ints:
+    """Random resized crop: int64 (B, 4) x, y, width, height, inside the image and at least 1 pixel each way."""
+    area = np.prod(size.astype(np.float64), axis=1, keepdims=True)
+    low, high = actions.crop_scale
+    area = area * (low + (high - low) * draws[:, :_ATTEMPTS])  # (B, attempts)
+    narrow, wide = np.log(actions.crop_aspect)
+    aspect = np.exp(narrow + (wide - narrow) * draws[:, _ATTEMPTS : 2 * _ATTEMPTS])
+    boxes = np.rint(np.sqrt(np.stack([area * aspect, area / aspect], axis=2))).astype(np.int64)  # (B, attempts, 2)
+    fits = ((boxes > 0) & (boxes <= size[:, None, :])).all(axis=2)
+    first = fits.argmax(axis=1)
+    found = fits.any(axis=1)[:, None]
+    box = np.where(found, boxes[np.arange(len(size)), first], _fallback(actions, size))
+    free = size - box
+    drawn = (draws[:, _POSITION : _POSITION + 2] * (free + 1)).astype(np.int64)
+    corner = np.where(found, drawn, free // 2)
+    return np.concatenate([corner, box], axis=1)
+
+
+def _fallback(actions: ActionsConfig, size: Ints) -> Ints:
+    """The largest box of an allowed aspect, for images too long or too high for any attempt: int64 (B, 2)."""
+    width, height = size.T
+    narrow, wide = actions.crop_aspect
+    fitted_height = np.where(width < narrow * height, np.rint(width / narrow).astype(np.int64), height)
+    fitted_width = np.where(width > wide * height, np.rint(height * wide).astype(np.int64), width)
+    return np.asarray(np.clip(np.stack([fitted_width, fitted_height], axis=1), 1, size), np.int64)

@@ -1,0 +1,172 @@
+"""What this installation can do: each part's version, whether a run here would use it, and why not."""
+
+from __future__ import annotations
+
+import importlib
+import io
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from typing import Any
+
+from packaging.requirements import Requirement
+
+from iwm_fast.environment import cpu_name, installed_version, usable_cores
+
+__all__ = ["Part", "examine", "part_rows"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One line of the diagnosis. ``broken``: a run needs it and it does not work."""
+
+    part: str
+    version: str | None
+    used: bool
+    reason: str
+    broken: bool = False
+
+
+def _bounds(package: str) -> str:
+    """What is wrong with an installed version, by the bounds iwm-fast was tested with; empty when nothing is."""
+    try:
+        declared = metadata.requires("iwm-fast") or []
+    except metadata.PackageNotFoundError:
+        return ""  # a checkout that is not installed has no metadata
+    version = installed_version(package)
+    for text in declared:
+        requirement = Requirement(text)
+        if requirement.name == package and version and not requirement.specifier.contains(version, prereleases=True):
+            return f"; version {version} is outside the tested {requirement.specifier}"
+    return ""
+
+
+def _imported(module: str) -> str:
+    """Why a module cannot be imported; empty when it can."""
+    try:
+        importlib.import_module(module)
+    except (ImportError, OSError, RuntimeError) as error:  # OSError: a shared library that does not load
+        return f"does not import: {' '.join(str(error).split())}"
+    return ""
+
+
+def _part(name: str, package: str, module: str, judge: Callable[[], tuple[bool, str]]) -> Part:
+    """A part that is a package: absent, not importable, or as ``judge`` (used, reason) finds it."""
+    version = installed_version(package)
+    if version is None:
+        return Part(name, None, False, f"not installed: pip install {package}", broken=True)
+    wrong = _imported(module)
+    if wrong:
+        return Part(name, version, False, wrong + _bounds(package), broken=True)
+    used, reason = judge()
+    return Part(name, version, used, reason + _bounds(package))
+
+
+def _torch() -> tuple[bool, str]:
+    return True, f"models and autograd; {usable_cores()} usable cores of {cpu_name()}"
+
+
+def _cuda() -> Part:
+    import torch
+
+    if torch.version.cuda is None:
+        return Part("CUDA", None, False, "this build of torch is for the CPU")
+    if not torch.cuda.is_available():
+        return Part("CUDA", torch.version.cuda, False, "no GPU or no driver is visible")
+    names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+    return Part("CUDA", torch.version.cuda, True, names)
+
+
+def _triton() -> tuple[bool, str]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return False, "no GPU: the kernels run as their plain PyTorch references"
+    from iwm_fast.kernels import conditioned_mlp
+
+    x, square, row = (
+        torch.zeros(1, 16, device="cuda"),
+        torch.zeros(16, 16, device="cuda"),
+        torch.zeros(16, device="cuda"),
+    )
+    try:
+        conditioned_mlp(x, square, row, square, row, backend="triton")
+    except ValueError as error:
+        return False, str(error)
+    return True, "fused kernels"
+
+
+def _xformers() -> tuple[bool, str]:
+    import torch
+
+    from iwm_fast.models.attention import resolve_backend
+
+    if resolve_backend("auto", "cuda" if torch.cuda.is_available() else "cpu") == "xformers":
+        return True, "packed attention"
+    return False, "its operators need a GPU: attention is PyTorch's SDPA"
+
+
+def _deepspeed() -> tuple[bool, str]:
+    return True, "training engine, ZeRO stages 0 to 3"
+
+
+def _dali() -> tuple[bool, str]:
+    """Decode one JPEG with DALI: an import alone says nothing of its libraries."""
+    import numpy as np
+    from nvidia.dali import fn, pipeline_def
+    from PIL import Image
+
+    encoded = io.BytesIO()
+    Image.new("RGB", (16, 8), (200, 100, 50)).save(encoded, "JPEG")
+
+    @pipeline_def(batch_size=1, num_threads=1, device_id=None)
+    def decode() -> Any:
+        files = fn.external_source(source=lambda: [np.frombuffer(encoded.getvalue(), np.uint8)])
+        return fn.decoders.image(files)
+
+    pipeline = decode()
+    try:
+        pipeline.build()
+        shape = pipeline.run()[0].as_array().shape
+    except RuntimeError as error:
+        return False, f"does not decode a JPEG: {' '.join(str(error).split())}"
+    return shape == (1, 8, 16, 3), "decodes and augments"
+
+
+def _collectives() -> Iterator[Part]:
+    import torch
+    import torch.distributed as dist
+
+    on_gpu = torch.cuda.is_available()
+    nccl = ".".join(map(str, torch.cuda.nccl.version())) if dist.is_nccl_available() else None
+    if nccl is None:
+        yield Part("NCCL", None, False, "this build of torch has none", broken=on_gpu)
+    else:
+        yield Part("NCCL", nccl, on_gpu, "ranks on GPUs" if on_gpu else "no GPU: ranks talk over gloo")
+    if dist.is_gloo_available():
+        yield Part("gloo", None, not on_gpu, "ranks on GPUs talk over NCCL" if on_gpu else "ranks on the CPU")
+    else:
+        yield Part("gloo", None, False, "this build of torch has none", broken=not on_gpu)
+
+
+def examine() -> list[Part]:
+    """Look at every part; nothing is changed. Torch comes first: without it the others are not looked at."""
+    torch_part = _part("torch", "torch", "torch", _torch)
+    if torch_part.broken:
+        return [torch_part]
+    dali = _part("DALI", "nvidia-dali-cuda130", "nvidia.dali", _dali)
+    return [
+        torch_part,
+        _cuda(),
+        _part("Triton", "triton", "triton", _triton),
+        _part("xformers", "xformers", "xformers.ops", _xformers),
+        _part("DeepSpeed", "deepspeed", "deepspeed", _deepspeed),
+        dali if dali.used else Part(**{**asdict(dali), "broken": True}),
+        *_collectives(),
+    ]
+
+
+def part_rows(parts: list[Part]) -> list[tuple[str, str, str, str]]:
+    """The diagnosis as rows of a table: part, version, used, reason."""
+    used = ("no", "yes")
+    return [(p.part, p.version or "–", "broken" if p.broken else used[p.used], p.reason) for p in parts]

@@ -1,0 +1,84 @@
+"""Ranks, devices and the process group: alone, under torchrun, the deepspeed launcher or SLURM, on GPUs or on CPUs."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from iwm_fast.errors import UserError
+
+__all__ = ["Ranks", "any_rank", "start", "stop"]
+
+# One collective may wait this long for a rank that is slow (reading a cold disk, say) before it counts as hung.
+COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Where this process stands among all."""
+
+    rank: int
+    world: int
+    local_rank: int
+    local_world: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        """Whether this rank writes what is written once."""
+        return self.rank == 0
+
+
+def _environment() -> tuple[int, int, int, int]:
+    """(rank, world, local rank, local world) from torchrun's or deepspeed's variables, else SLURM's, else alone."""
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        world = int(env["WORLD_SIZE"])
+        return int(env["RANK"]), world, int(env.get("LOCAL_RANK", 0)), int(env.get("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", 1)))
+    if int(env.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in env:
+        if "MASTER_ADDR" not in env or "MASTER_PORT" not in env:
+            raise UserError("SLURM: MASTER_ADDR and MASTER_PORT are not set; export them in the batch script (first host, any free port)")
+        tasks = int(env.get("SLURM_NTASKS_PER_NODE", 1))
+        return int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env.get("SLURM_LOCALID", 0)), tasks
+    return 0, 1, 0, 1
+
+
+def start() -> Ranks:
+    """Join the process group (NCCL on GPUs, gloo on CPUs) and prepare DeepSpeed's accelerator; call before importing deepspeed."""
+    rank, world, local_rank, local_world = _environment()
+    on_gpu = torch.cuda.is_available()
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if on_gpu else "cpu")
+    os.environ.setdefault("LOCAL_RANK", str(local_rank))  # DeepSpeed asserts that it is there
+    if on_gpu:
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"rank {rank}: local rank {local_rank} has no GPU of its own, {torch.cuda.device_count()} visible; start one process a GPU"
+            )
+        torch.cuda.set_device(local_rank)
+    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    if not dist.is_initialized():
+        backend = "nccl" if on_gpu else "gloo"
+        if world == 1:  # no port is opened when there is nobody to talk to
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=COLLECTIVE_TIMEOUT)
+        else:
+            dist.init_process_group(backend, rank=rank, world_size=world, timeout=COLLECTIVE_TIMEOUT)
+    return Ranks(rank, world, local_rank, local_world, device)
+
+
+def any_rank(flag: bool, ranks: Ranks) -> bool:
+    """Whether ``flag`` holds on any rank; every rank gets the same answer."""
+    if ranks.world == 1:
+        return flag
+    votes = torch.tensor([int(flag)], dtype=torch.int32, device=ranks.device)
+    dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+    return bool(votes.item())
+
+
+def stop() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

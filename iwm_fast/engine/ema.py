@@ -1,0 +1,88 @@
+"""The target encoder's moving average: fp32, divided over the ranks as ZeRO divides the optimizer's state.
+
+A rank averages only the parts of the encoder whose fp32 weights it holds, so the update needs no communication. The working
+copy that the target's forward reads is then refreshed: at stage 0 the average is the working copy; at stages 1 and 2 one
+coalesced all-gather in the working dtype a step; at stage 3 each rank writes its own part and DeepSpeed gathers by layer.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from iwm_fast.engine.distributed import Ranks
+from iwm_fast.engine.zero import Shard, ZeroEngine
+
+__all__ = ["TARGET", "TargetAverage", "target_name"]
+
+ONLINE, TARGET = "encoder.", "target_encoder."
+
+
+def target_name(online: str) -> str:
+    """The target's name of an encoder's parameter."""
+    return TARGET + online.removeprefix(ONLINE)
+
+
+class TargetAverage:
+    """``average ← momentum · average + (1 − momentum) · weight``, element by element, in fp32."""
+
+    def __init__(self, zero: ZeroEngine, ranks: Ranks) -> None:
+        self.shards: list[Shard] = [s for s in zero.shards if s.name.startswith(ONLINE)]
+        self._ranks = ranks
+        self._stage = zero.stage
+        targets = dict(zero.module.named_parameters())
+        self._targets: dict[str, nn.Parameter] = {s: p for s, p in targets.items() if s.startswith(TARGET)}
+        if zero.stage == 0:
+            self.averages = [self._targets[target_name(s.name)].data.view(-1) for s in self.shards]
+            return
+        self.averages = [s.weight.clone() for s in self.shards]
+        if zero.stage == 3:
+            self._mine = [
+                self._targets[target_name(s.name)].ds_tensor.data.view(-1)[: s.weight.numel()] for s in self.shards  # type: ignore[attr-defined]
+            ]
+        else:
+            self._lay_out()
+
+    def update(self, momentum: float) -> None:
+        """Move the average towards the weights by ``1 − momentum`` and refresh the working copy."""
+        torch._foreach_lerp_(self.averages, [s.weight for s in self.shards], 1.0 - momentum)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Bring the working copy to the average."""
+        if self._stage == 0:
+            return
+        torch._foreach_copy_(self._mine, self.averages)
+        if self._stage == 3:
+            return
+        if self._ranks.world > 1:
+            # Bytes, because not every backend gathers every dtype.
+            dist.all_gather_into_tensor(self._everyone.view(torch.uint8), self._sent.view(torch.uint8))
+        torch._foreach_copy_(self._working, self._received)
+
+    def _lay_out(self) -> None:
+        """Buffers of the all-gather: each rank sends its parts one behind the other, padded to the longest rank."""
+        mine = [(target_name(s.name), s.start, s.weight.numel()) for s in self.shards]
+        layouts: list[list[tuple[str, int, int]]] = [mine]
+        if self._ranks.world > 1:
+            layouts = [[] for _ in range(self._ranks.world)]
+            dist.all_gather_object(layouts, mine)
+        longest = max(sum(length for _, _, length in layout) for layout in layouts)
+        example = next(iter(self._targets.values()))
+        self._everyone = torch.zeros(len(layouts) * longest, dtype=example.dtype, device=example.device)
+        self._sent = self._everyone if self._ranks.world == 1 else torch.zeros_like(self._everyone[:longest])
+        self._mine = list(_pieces(self._sent, mine))
+        self._working: list[Tensor] = []
+        self._received: list[Tensor] = []
+        for rank, layout in enumerate(layouts):
+            self._received += _pieces(self._everyone[rank * longest :], layout)
+            for name, start, length in layout:
+                self._working.append(self._targets[name].data.view(-1)[start : start + length])
+
+
+def _pieces(flat: Tensor, layout: list[tuple[str, int, int]]) -> list[Tensor]:
+    offsets = [0]
+    for _, _, length in layout:
+        offsets.append(offsets[-1] + length)
+    return [flat[a:b] for a, b in zip(offsets, offsets[1:], strict=False)]

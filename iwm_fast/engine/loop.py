@@ -1,0 +1,151 @@
+"""The training step and the loop around it."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from iwm_fast.config import Config
+from iwm_fast.data.batch import Batch
+from iwm_fast.data.loader import TrainingStream
+from iwm_fast.engine.distributed import Ranks
+from iwm_fast.engine.ema import TargetAverage
+from iwm_fast.engine.health import rank_me, spread
+from iwm_fast.engine.metrics import memory_bytes
+from iwm_fast.engine.optimizer import set_hyperparameters
+from iwm_fast.engine.schedules import Schedules
+from iwm_fast.engine.zero import ZeroEngine
+from iwm_fast.errors import UserError
+from iwm_fast.models.packing import Segments
+from iwm_fast.planning.mfu import StepCounter
+
+__all__ = ["Trainer"]
+
+
+@dataclass
+class Spans:
+    """Host seconds of one step by part; on a GPU the parts are asynchronous and only ``step`` is meaningful."""
+
+    parts: dict[str, float] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Any:
+        """Time a part, and name it in traces."""
+        with torch.profiler.record_function(f"iwm/{name}"):
+            begin = time.perf_counter()
+            yield
+            self.parts[name] = self.parts.get(name, 0.0) + time.perf_counter() - begin
+
+
+class Trainer:
+    """Everything a step touches. ``step`` counts the steps done; all ranks call the same methods."""
+
+    def __init__(
+        self, config: Config, zero: ZeroEngine, average: TargetAverage | None, stream: TrainingStream, schedules: Schedules,
+        ranks: Ranks, *, predicts: str, action_dim: int, dataset_size: int, step: int, updates: int,
+    ) -> None:  # fmt: skip
+        self.config, self.zero, self.average, self.stream = config, zero, average, stream
+        self.schedules, self.ranks, self.predicts, self.dataset_size = schedules, ranks, predicts, dataset_size
+        self.step, self.updates = step, updates
+        self.skipped_in_a_row = 0
+        self.counter = StepCounter(config, action_dim, ranks.device)
+        self._batches = iter(stream)
+        self._mark = time.perf_counter()
+        self._width = config.model.encoder_shape.width
+
+    def train_step(self) -> dict[str, Any] | None:
+        """One optimizer step over the global batch; returns the record when this step is a logged one."""
+        spans = Spans()
+        lr, decay = self.schedules.lr(self.step), self.schedules.weight_decay(self.step)
+        set_hyperparameters(self.zero.optimizer, lr, decay)
+        total = torch.zeros((), dtype=torch.float32, device=self.ranks.device)
+        ids: list[int] = []
+        for _ in range(self.stream.accumulation):
+            with spans("data"):
+                batch = next(self._batches)
+                ids += batch.ids.tolist()
+            with spans("forward"):
+                output, tokens = self._forward(batch)
+                # DeepSpeed averages over ranks and micro-batches; the loss is a mean over the global batch (DESIGN: its
+                # tokens are known to every rank), so undo the averages and divide once.
+                share = output.loss_sum / (tokens * self._width)
+                total += share.detach()
+            with spans("backward"):
+                self.zero.engine.backward(share * (self.ranks.world * self.stream.accumulation))
+            with spans("optimizer"):
+                self.zero.engine.step()
+        self.step += 1
+        if self.zero.skipped:
+            self._count_skipped(ids)
+        else:
+            self.skipped_in_a_row, self.updates = 0, self.updates + 1
+            if self.average is not None:
+                with spans("ema"):
+                    self.average.update(self.schedules.ema(self.step - 1))
+        now = time.perf_counter()
+        self.counter.add(now - self._mark, spans.parts)
+        self._mark = now
+        if self.step % self.config.log.every_steps and self.step != 1 and not self._last_step:
+            return None
+        return self._record(total, lr, decay, output.target_features)
+
+    def restart_clock(self) -> None:
+        """Leave what happened since the last step (a checkpoint, an evaluation) out of the step's time."""
+        self._mark = time.perf_counter()
+
+    @property
+    def _last_step(self) -> bool:
+        return self.step == (self.config.train.steps or self.schedules.total)
+
+    def _forward(self, batch: Batch) -> tuple[Any, int]:
+        """The model's output for a micro-batch and the predicted tokens of the global batch."""
+        device, patches = self.ranks.device, batch.patches
+        context = torch.from_numpy(patches.context).to(device, non_blocking=True)
+        context_segments = Segments.from_lengths(patches.context_lengths, device)
+        predicted, predicted_segments, tokens = context, context_segments, batch.global_context
+        if self.predicts == "target":
+            predicted = torch.from_numpy(patches.target).to(device, non_blocking=True)
+            predicted_segments = Segments.from_lengths(patches.target_lengths, device)
+            tokens = batch.global_target
+        self.counter.count(patches.context_lengths, patches.target_lengths)
+        output = self.zero.engine(
+            batch.source.to(device), batch.target.to(device), batch.action.to(device),
+            context, context_segments, predicted, predicted_segments,
+        )  # fmt: skip
+        return output, tokens
+
+    def _count_skipped(self, ids: list[int]) -> None:
+        self.skipped_in_a_row += 1
+        if self.skipped_in_a_row > self.config.train.max_skipped:
+            raise UserError(
+                f"step {self.step}: loss or gradient not finite in {self.skipped_in_a_row} steps in a row "
+                f"(sample ids of this rank in the last: {ids[:10]}…); lower train.lr, set train.clip, or look at these samples"
+            )
+
+    def _record(self, total: Tensor, lr: float, decay: float, features: Tensor) -> dict[str, Any]:
+        if self.ranks.world > 1:
+            dist.all_reduce(total)
+        images = self.config.train.global_batch
+        timing = self.counter.take(images)
+        return {
+            "step": self.step,
+            "epoch": self.step * images / self.dataset_size,
+            "samples_seen": self.step * images,
+            "loss": float(total),
+            "lr": lr,
+            "weight_decay": decay,
+            "ema_momentum": self.schedules.ema(self.step - 1) if self.average is not None else None,
+            "grad_norm": self.zero.grad_norm,
+            **timing,
+            "memory_bytes": memory_bytes(self.ranks.device),
+            "rank_me": rank_me(features),
+            "target_spread": spread(features),
+            "bad_samples": self.stream.bad,
+            "skipped_in_a_row": self.skipped_in_a_row,
+        }

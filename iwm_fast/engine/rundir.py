@@ -1,0 +1,96 @@
+"""A run's folder: who may write to it, whether a start may go on from it, and what it says of itself."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from iwm_fast.config import Config, dump_config
+from iwm_fast.errors import UserError
+
+__all__ = ["RunDirectory"]
+
+# What may differ when a run is resumed: where this start ends, how the work is divided, what is logged.
+FREE_KEYS = ("train.steps", "train.micro_batch", "zero.stage", "log.")
+
+
+class RunDirectory:
+    """Names of the files in a run's folder, and the rules about them."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config_file = path / "config.yaml"
+        self.environment_file = path / "environment.json"
+        self.metrics_file = path / "metrics.jsonl"
+        self.bad_samples_file = path / "bad_samples.jsonl"
+        self.tensorboard = path / "tensorboard"
+        self.checkpoints = path / "checkpoints"
+        self.report = path / "report"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder for this job; a second live job gets a UserError."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / ".lock").open("a+") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                lock.seek(0)
+                holder = lock.read().strip() or "unknown"
+                raise UserError(f"{self.path}: another live job ({holder}) holds it; wait for it or choose another --out") from error
+            lock.truncate(0)
+            lock.write(f"pid {os.getpid()}")
+            lock.flush()
+            yield
+
+    def begin(self, config: Config, environment: dict[str, Any]) -> None:
+        """Write what describes the run."""
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        _replace(self.config_file, dump_config(config))
+        _replace(self.environment_file, json.dumps(environment, indent=1) + "\n")
+
+    def require_same(self, config: Config) -> None:
+        """Raise UserError naming the first key that may not differ from the configuration the run was started with."""
+        before = dict(_leaves(yaml.safe_load(self.config_file.read_text())))
+        now = dict(_leaves(yaml.safe_load(dump_config(config))))
+        for key in sorted(before.keys() | now.keys()):
+            if before.get(key) != now.get(key) and not key.startswith(FREE_KEYS):
+                raise UserError(
+                    f"{self.config_file}: {key} was {before.get(key)} when the run began and is {now.get(key)} now; "
+                    f"a resumed run keeps it (set it back, or start a new --out)"
+                )
+
+    def drop_metrics_after(self, step: int) -> None:
+        """Forget the lines that a killed run logged after the checkpoint's step; earlier ones stay byte for byte."""
+        if not self.metrics_file.exists():
+            return
+        kept = []
+        for line in self.metrics_file.read_bytes().splitlines(keepends=True):
+            try:
+                if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+                    break
+            except ValueError:  # torn by the kill; nothing after it can be older
+                break
+            kept.append(line)
+        _replace(self.metrics_file, b"".join(kept).decode())
+
+
+def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from _leaves(value, f"{prefix}{key}.")
+    else:
+        yield prefix.removesuffix("."), tree
+
+
+def _replace(path: Path, text: str) -> None:
+    aside = path.with_name(f".{path.name}.partial")
+    aside.write_text(text)
+    aside.replace(path)

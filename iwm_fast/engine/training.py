@@ -1,0 +1,228 @@
+"""One start of a training: from a configuration and a folder to a run with its checkpoints."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from iwm_fast.actions import ActionSpace
+from iwm_fast.config import Config
+from iwm_fast.data.files import ImageSet, list_images
+from iwm_fast.data.loader import TrainingStream
+from iwm_fast.engine import checkpoint
+from iwm_fast.engine.checkpoint import Checkpoint
+from iwm_fast.engine.distributed import Ranks, any_rank, start
+from iwm_fast.engine.ema import TargetAverage
+from iwm_fast.engine.loop import Trainer
+from iwm_fast.engine.metrics import MetricsLog
+from iwm_fast.engine.monitor import evaluate_during_training
+from iwm_fast.engine.progress import TrainingProgress
+from iwm_fast.engine.rundir import RunDirectory
+from iwm_fast.engine.schedules import Schedules
+from iwm_fast.engine.signals import StopRequest, end_with_parent
+from iwm_fast.engine.state import fragments, restore_module, restore_shards
+from iwm_fast.engine.zero import ZeroEngine, initialize
+from iwm_fast.environment import environment
+from iwm_fast.errors import UserError
+from iwm_fast.models.attention import resolve_backend
+from iwm_fast.models.iwm import IWM
+
+__all__ = ["pretrain", "training_steps"]
+
+
+@dataclass
+class Run:
+    """What a start has built."""
+
+    config: Config
+    directory: RunDirectory
+    ranks: Ranks
+    zero: ZeroEngine
+    average: TargetAverage | None
+    trainer: Trainer
+    stop_at: int
+
+
+def training_steps(config: Config, images: int) -> int:
+    """Length of the schedules in steps: ``train.schedule_steps``, or ``train.epochs`` passes over ``images``."""
+    if config.train.schedule_steps is not None:
+        return config.train.schedule_steps
+    return max(1, round(config.train.epochs * images / config.train.global_batch))
+
+
+def pretrain(config: Config, out: Path, resume: str = "never") -> None:
+    """Train into folder ``out``, alone or as one rank of many.
+
+    ``resume``: ``never`` (refused when ``out`` has checkpoints), ``auto`` (the newest whole one, or anew), or a checkpoint's path.
+    Raises UserError for whatever the user can mend.
+    """
+    began = time.perf_counter()
+    ranks = start()
+    if ranks.world > 1:
+        end_with_parent()
+    if "OMP_NUM_THREADS" not in os.environ and ranks.device.type == "cpu":
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks.local_world))
+    directory = RunDirectory(out)
+    if config.data.root is None:
+        raise UserError("data.root is not set: name the folder of images, for example data.root=photos/train")
+    if not ranks.first:
+        _follow(config, directory, ranks, began)
+        return
+    with directory.locked():
+        _lead(config, directory, resume, ranks, began)
+
+
+def _lead(config: Config, directory: RunDirectory, resume: str, ranks: Ranks, began: float) -> None:
+    chosen = _decide(ranks, lambda: _prepare(config, directory, resume))
+    _train(config, directory, chosen, ranks, began)
+
+
+def _follow(config: Config, directory: RunDirectory, ranks: Ranks, began: float) -> None:
+    chosen = _decide(ranks, None)
+    _train(config, directory, chosen, ranks, began)
+
+
+def _decide(ranks: Ranks, choose: Callable[[], Path | None] | None) -> Path | None:
+    """The first rank chooses for all; what it could not do ends every rank."""
+    answer: list[Any] = [None, None]
+    if choose is not None:
+        try:
+            answer[0] = choose()
+        except UserError as error:
+            answer[1] = str(error)
+    if ranks.world > 1:
+        dist.broadcast_object_list(answer, src=0)
+    if answer[1] is not None:
+        raise UserError(answer[1])
+    return answer[0]
+
+
+def _prepare(config: Config, directory: RunDirectory, resume: str) -> Path | None:
+    """Choose the checkpoint to go on from and write what describes the run."""
+    found, passed = checkpoint.newest(directory.checkpoints) if directory.checkpoints.is_dir() else (None, [])
+    if resume == "never":
+        if found or passed:
+            raise UserError(f"{directory.path}: has checkpoints already; go on with --resume auto, or choose another --out")
+        chosen = None
+    elif resume == "auto":
+        for line in passed:
+            print(f"passed over a damaged checkpoint: {line}", flush=True)
+        if passed and found is None:
+            raise UserError(f"{directory.checkpoints}: no whole checkpoint is left ({passed[0]}); restore one, or choose another --out")
+        chosen = found
+    else:
+        chosen = Path(resume)
+        wrong = checkpoint.damage(chosen)
+        if wrong:
+            raise UserError(f"{chosen}: {wrong}; name another checkpoint")
+    if chosen is not None:
+        if directory.config_file.exists():
+            directory.require_same(config)
+        directory.drop_metrics_after(Checkpoint(chosen).step)
+    directory.begin(config, environment())
+    return chosen
+
+
+def _train(config: Config, directory: RunDirectory, chosen: Path | None, ranks: Ranks, began: float) -> None:
+    files = list_images(Path(config.data.root or ""))
+    space = ActionSpace(config.actions.groups, config.actions.form)
+    torch.manual_seed(config.train.seed)
+    model = IWM(config.model, space.dim, activation_checkpointing=config.train.activation_checkpointing).to(ranks.device)
+    saved = Checkpoint(chosen) if chosen is not None else None
+    done, updates = (saved.step, int(saved.index["updates"])) if saved else (0, 0)
+    schedules = Schedules(config.train, training_steps(config, len(files.paths)))
+    stop_at = config.train.steps or schedules.total
+    stream = TrainingStream(
+        config, files, space, rank=ranks.rank, world=ranks.world, start=done * config.train.global_batch, run_dir=directory.path
+    )
+    try:
+        predicts = model.predicts
+        if saved:
+            restore_module(model, saved)
+        zero = initialize(model, config, ranks, stream.micro_batch, stream.accumulation)
+        average = TargetAverage(zero, ranks) if config.model.target == "ema" else None
+        if saved:
+            restore_shards(zero, average, saved)
+        trainer = Trainer(
+            config, zero, average, stream, schedules, ranks,
+            predicts=predicts, action_dim=space.dim, dataset_size=len(files.paths), step=done, updates=updates,
+        )  # fmt: skip
+        run = Run(config, directory, ranks, zero, average, trainer, stop_at)
+        with TrainingProgress(stop_at, done, shown=ranks.first) as progress:
+            _announce(run, files, saved, progress)
+            _loop(run, space, progress, began)
+    finally:
+        stream.close()
+
+
+def _announce(run: Run, files: ImageSet, saved: Checkpoint | None, progress: TrainingProgress) -> None:
+    config = run.config
+    attention = resolve_backend(config.model.attention, run.ranks.device.type)
+    progress.say(
+        f"{len(files.paths)} images, {run.ranks.world} rank(s) on {run.ranks.device.type}, ZeRO stage {config.zero.stage}, "
+        f"{config.train.precision}, attention {attention}, global batch {config.train.global_batch} = {run.ranks.world} × "
+        f"{run.trainer.stream.accumulation} × {run.trainer.stream.micro_batch}"
+    )
+    if saved:
+        progress.say(f"resumed from {saved.path}: the next step is {run.trainer.step + 1} of {run.stop_at}")
+
+
+def _loop(run: Run, space: ActionSpace, progress: TrainingProgress, began: float) -> None:
+    config, trainer, ranks = run.config, run.trainer, run.ranks
+    board = run.directory.tensorboard if config.log.tensorboard else None
+    first = trainer.step + 1
+    log = MetricsLog(run.directory.metrics_file, board) if ranks.first else None
+    with StopRequest() as stop:
+        trainer.restart_clock()
+        while trainer.step < run.stop_at:
+            record = trainer.train_step()
+            if record and trainer.step == first:
+                record["first_step_after_s"] = time.perf_counter() - began
+            stopping = any_rank(stop.asked, ranks)
+            if _due(config.eval.every_steps, trainer.step) and config.eval.root:
+                record = (record or {"step": trainer.step}) | evaluate_during_training(run.zero, run.average, config, space, ranks)
+                trainer.restart_clock()
+            if record and log:
+                log.write(record)
+                _warn_of_collapse(record, config, progress)
+            progress.step(trainer.step, record if record and "loss" in record else None)
+            if stopping or trainer.step == run.stop_at or _due(config.checkpoint.every_steps, trainer.step):
+                _save(run)
+                trainer.restart_clock()
+            if stopping:
+                progress.say(f"stopped as asked after step {trainer.step}, checkpoint written; go on with --resume auto")
+                break
+    if log:
+        log.close()
+
+
+def _due(every: int | None, step: int) -> bool:
+    return every is not None and step % every == 0
+
+
+def _save(run: Run) -> None:
+    trainer = run.trainer
+    meta = {
+        "updates": trainer.updates,
+        "samples_seen": trainer.step * run.config.train.global_batch,
+        "written_by": {"world": run.ranks.world, "stage": run.zero.stage},
+        "action_names": list(ActionSpace(run.config.actions.groups, run.config.actions.form).names),
+    }
+    parts = fragments(run.zero, run.average, run.ranks)
+    checkpoint.write(run.directory.checkpoints, trainer.step, parts, meta, run.ranks, run.config.checkpoint.keep_last)
+
+
+def _warn_of_collapse(record: dict[str, Any], config: Config, progress: TrainingProgress) -> None:
+    floor = config.log.rank_me_floor * config.model.encoder_shape.width
+    if record.get("rank_me", floor) < floor:
+        progress.say(
+            f"step {record['step']}: the target may be collapsing: RankMe {record['rank_me']:.1f} of "
+            f"{config.model.encoder_shape.width}, spread {record['target_spread']:.2e}"
+        )

@@ -1,0 +1,161 @@
+"""DeepSpeed's engine around a model, and the one place that knows how each ZeRO stage lays out a rank's share of the state."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from iwm_fast.config import Config
+from iwm_fast.engine.casting import Bf16Compute
+from iwm_fast.engine.distributed import Ranks
+from iwm_fast.engine.optimizer import MOMENTS, build_optimizer, ensure_state
+
+__all__ = ["Shard", "ZeroEngine", "deepspeed_config", "initialize"]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One rank's contiguous part of one trainable parameter: views into the optimizer's own memory, fp32, 1-D.
+
+    ``start`` is an offset into the flattened parameter; ``weight`` and ``moments`` have the same length.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    weight: Tensor
+    moments: dict[str, Tensor]
+
+    @property
+    def stop(self) -> int:
+        """Offset one past the last element."""
+        return self.start + self.weight.numel()
+
+
+@dataclass
+class ZeroEngine:
+    """DeepSpeed's engine with the pieces of it that the loop uses."""
+
+    engine: Any
+    optimizer: torch.optim.Optimizer
+    stage: int
+    module: nn.Module
+    shards: list[Shard]
+
+    @property
+    def skipped(self) -> bool:
+        """Whether the last step was dropped because a gradient was not finite."""
+        return bool(getattr(self.engine.optimizer, "overflow", False))
+
+    @property
+    def grad_norm(self) -> float:
+        """Global gradient norm of the last step, before clipping."""
+        norm = self.engine.get_global_grad_norm()
+        return float(norm) if norm is not None else float("nan")
+
+    def set_updates(self, count: int) -> None:
+        """Tell AdamW how many updates its moments have seen (its bias correction depends on it)."""
+        if self.stage == 3:  # stage 3 puts its sub-groups into the optimizer one at a time, and only while it steps
+            tensors = list(self.engine.optimizer.fp32_partitioned_groups_flat)
+        else:
+            tensors = [p for group in self.optimizer.param_groups for p in group["params"]]
+        ensure_state(self.optimizer, tensors, count)
+
+
+def deepspeed_config(config: Config, micro_batch: int, accumulation: int) -> dict[str, Any]:
+    """The JSON DeepSpeed is given: the packaged base of the stage, and what follows from the configuration."""
+    base = resources.files("iwm_fast.configs").joinpath(f"deepspeed/zero{config.zero.stage}.json")
+    settings: dict[str, Any] = json.loads(base.read_text())
+    settings |= {
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        # Stage 0 clips in FiniteAdamW, which needs the norm anyway.
+        "gradient_clipping": config.train.clip if config.zero.stage else 0.0,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": None,
+        "wall_clock_breakdown": False,
+    }
+    if config.zero.stage == 3:
+        # A parameter that stays whole between steps would not see the target's average, written into its partition.
+        settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    # At stage 0 Bf16Compute rounds fp32 weights: DeepSpeed's own bf16 wrapper for stage 0 is another optimizer with other
+    # arithmetic, which could not be compared with the other stages.
+    if config.train.precision == "bf16" and config.zero.stage:
+        settings["bf16"] = {"enabled": True, "check_grad_overflow": True}
+    return settings
+
+
+def initialize(model: nn.Module, config: Config, ranks: Ranks, micro_batch: int, accumulation: int) -> ZeroEngine:
+    """Hand ``model`` (fp32, on the rank's device) to DeepSpeed and collect this rank's shards, moments at zero.
+
+    Under bf16 DeepSpeed makes its fp32 master weights from the rounded ones; they are set back to ``model``'s own here.
+    """
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed would compile its shared-memory collective at the first start (half a minute, and a compiler): not needed.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    stage = config.zero.stage
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    full = {name: p.detach().to(torch.float32, copy=True).flatten() for name, p in trainable.items()}
+    shapes = {name: tuple(p.shape) for name, p in trainable.items()}
+    optimizer = build_optimizer(model, config.train, stage)
+    rounding = stage == 0 and config.train.precision == "bf16"
+    engine, _, _, _ = deepspeed.initialize(
+        model=Bf16Compute(model) if rounding else model,
+        optimizer=optimizer,
+        config=deepspeed_config(config, micro_batch, accumulation),
+        dist_init_required=False,
+    )
+    zero = ZeroEngine(engine, optimizer, stage, model, [])
+    zero.set_updates(0)
+    zero.shards = _shards(zero, shapes)
+    for shard in zero.shards:
+        shard.weight.copy_(full[shard.name][shard.start : shard.stop])
+        for moment in shard.moments.values():
+            moment.zero_()
+    return zero
+
+
+def _shards(zero: ZeroEngine, shapes: dict[str, tuple[int, ...]]) -> list[Shard]:
+    named = {name: p for name, p in zero.module.named_parameters() if p.requires_grad}
+    collect = {0: _whole, 1: _fragment, 2: _fragment, 3: _partition}[zero.stage]
+    found = (collect(zero, name, parameter, shapes[name]) for name, parameter in named.items())
+    return [shard for shard in found if shard is not None]
+
+
+def _whole(zero: ZeroEngine, name: str, parameter: nn.Parameter, shape: tuple[int, ...]) -> Shard:
+    """Stage 0: every rank holds all of it."""
+    state = zero.optimizer.state[parameter]
+    return Shard(name, shape, 0, parameter.data.view(-1), {key: state[key].view(-1) for key in MOMENTS})
+
+
+def _fragment(zero: ZeroEngine, name: str, parameter: nn.Parameter, shape: tuple[int, ...]) -> Shard | None:
+    """Stages 1 and 2: the part of a parameter that falls into this rank's slice of the flattened group, if any."""
+    mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+    if mapping is None:
+        return None
+    where = mapping.get_hp_fragment_address()
+    flat = zero.optimizer.param_groups[mapping.param_group_index]["params"][0]
+    state = zero.optimizer.state[flat]
+    moments = {key: state[key].narrow(0, where.start, where.numel) for key in MOMENTS}
+    return Shard(name, shape, mapping.lp_fragment_address.start, mapping.get_hp_fragment().data, moments)
+
+
+def _partition(zero: ZeroEngine, name: str, parameter: nn.Parameter, shape: tuple[int, ...]) -> Shard | None:
+    """Stage 3: an equal share of each parameter a rank; the last ones are padded, and may hold nothing but padding."""
+    from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+
+    weight = safe_get_local_fp32_param(parameter)
+    start = weight.numel() * zero.engine.global_rank
+    length = min(weight.numel(), parameter.ds_numel - start)  # type: ignore[attr-defined]
+    if length <= 0:
+        return None
+    moments = {key: safe_get_local_optimizer_state(parameter, key)[:length] for key in MOMENTS}
+    return Shard(name, shape, start, weight[:length].data, moments)

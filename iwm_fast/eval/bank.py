@@ -1,0 +1,61 @@
+"""The bank of an image: many distinct colour jitters of its clean view, and the actions that lead to them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from iwm_fast.actions import ActionSpace, Jitter, colour_matrix
+from iwm_fast.config import ActionsConfig
+from iwm_fast.data.views import draw_bank
+
+__all__ = ["JITTER_COMPONENTS", "Bank", "jittered_views", "make_bank", "varying"]
+
+JITTER_COMPONENTS = ("brightness", "contrast", "saturation", "hue")
+
+
+@dataclass(frozen=True)
+class Bank:
+    """The jitters (count,) of one image and the actions (count, A) that lead to them from its clean view."""
+
+    jitter: Jitter
+    actions: np.ndarray  # float32
+
+
+def varying(actions: ActionsConfig) -> list[str]:
+    """The jitter components that the configuration lets vary; without one there is no bank."""
+    return [name for name in JITTER_COMPONENTS if actions.strength * getattr(actions, name) > 0]
+
+
+def make_bank(
+    actions: ActionsConfig, space: ActionSpace, sample: int, count: int, *, seed: int = 0, vary: str | None = None
+) -> Bank:
+    """The bank of image number ``sample``: a function of (seed, sample) alone, with the strengths of the configuration.
+
+    ``vary`` names the one component that is left to vary; the others are then neutral. ValueError for another name.
+    """
+    jitter = draw_bank(actions, seed, sample, count)
+    neutral = Jitter.neutral(count)
+    if vary is not None:
+        if vary not in JITTER_COMPONENTS:
+            raise ValueError(f"vary is {vary!r}; it must be one of {', '.join(JITTER_COMPONENTS)}, or None")
+        jitter = Jitter(**{name: getattr(jitter if name == vary else neutral, name) for name in JITTER_COMPONENTS})
+    return Bank(jitter, space.jitter_action(neutral, jitter))
+
+
+def jittered_views(image: Tensor, jitter: Jitter) -> Tensor:
+    """The image (S, S, 3) uint8 under each jitter: (count, S, S, 3) uint8, on the image's device.
+
+    The same affine map of colour as DALI's ``color_twist``, rounded and clipped once. Written as three products and
+    not as a matrix product, which a GPU may do in TF32: ten bits of mantissa are not enough for 256 levels.
+    """
+    matrix = torch.from_numpy(np.asarray(colour_matrix(jitter), dtype=np.float32)).to(image.device)  # (count, 3, 4)
+    level = image.float()[None, :, :, :, None]  # (1, S, S, in, 1)
+    weight = matrix[:, None, None]  # (count, 1, 1, out, 4)
+    out = weight[..., 3].expand(-1, *image.shape[:2], -1).clone()  # (count, S, S, out)
+    for channel in range(3):
+        out += level[..., channel, :] * weight[..., channel]
+    return out.round_().clamp_(0, 255).to(torch.uint8)

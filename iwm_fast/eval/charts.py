@@ -1,0 +1,114 @@
+"""Charts of the report as SVG text to stand inside a page: transparent, and coloured by the page's own text colour."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+
+__all__ = ["Bar", "bars", "curve"]
+
+# A colour that nothing else has: it becomes currentColor in the page, so axes and words follow light and dark.
+_INK = "#010203"
+# Of middling lightness, told apart on white and on near-black alike.
+_COLOURS = ("#3b86c6", "#d9822b", "#3a9d6a", "#a15fb8", "#8a919b")
+_SIZE = (4.8, 2.9)  # inches: on a telephone's width of 360 points ten-point words stay readable
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A bar with its name and the ends of its interval, if it has one."""
+
+    name: str
+    value: float
+    interval: Sequence[float] | None = None
+
+
+def _figure() -> tuple[Figure, Axes]:
+    figure = Figure(figsize=_SIZE, layout="constrained")
+    axes = figure.add_subplot()
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("bottom", "left"):
+        axes.spines[side].set_color(_INK)
+    axes.tick_params(colors=_INK, labelsize=9)
+    axes.grid(axis="y", color=_INK, alpha=0.15, linewidth=0.6)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def _svg(figure: Figure, name: str, description: str) -> str:
+    """The figure as an <svg> element that fills the width of its place and keeps its proportions."""
+    text = io.StringIO()
+    # A salt of our own makes the identifiers, and so the text, the same each time.
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif"}):
+        FigureCanvasSVG(figure).print_svg(text, metadata={"Date": None})
+    svg = text.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    # Every chart has a figure_1: the name in front keeps the charts of one page from clipping each other.
+    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}_", svg)
+    svg = re.sub(r"(<svg[^>]*?) width=\"[^\"]*\"", r"\1", svg, count=1)
+    svg = re.sub(r"(<svg[^>]*?) height=\"[^\"]*\"", r"\1", svg, count=1)
+    svg = svg.replace("<svg", f'<svg role="img" aria-label="{description}"', 1)
+    return svg.replace(_INK, "currentColor")
+
+
+def _series(records: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:
+    """Steps and values where the record has the key and the value is a number."""
+    pairs = [(r["step"], r[key]) for r in records if isinstance(r.get(key), int | float)]
+    return [float(step) for step, _ in pairs], [float(value) for _, value in pairs]
+
+
+def curve(
+    records: Sequence[Mapping[str, Any]], keys: Mapping[str, str], *, name: str, label: str, chance: float | None = None
+) -> str | None:
+    """Lines over the step, of the ``keys`` (record key -> name in the legend); None where no record has one of them.
+
+    ``name`` is unique on the page and made of letters; ``label`` is plain text without quotes or angle brackets.
+    """
+    series = {legend: _series(records, key) for key, legend in keys.items()}
+    series = {legend: pair for legend, pair in series.items() if pair[0]}
+    if not series:
+        return None
+    figure, axes = _figure()
+    for colour, (legend, (steps, values)) in zip(_COLOURS, series.items(), strict=False):
+        few = len(steps) < 30  # a line of one or two points would not be seen
+        axes.plot(steps, values, color=colour, linewidth=1.6, label=legend, marker="o" if few else None, markersize=3)
+    if chance is not None:
+        axes.axhline(chance, color=_INK, alpha=0.6, linestyle="--", linewidth=1, label="chance")
+    axes.set_xlabel("step", color=_INK)
+    axes.set_ylabel(label, color=_INK)
+    axes.margins(x=0.01)
+    if len(series) > 1 or chance is not None:
+        axes.legend(frameon=False, labelcolor=_INK, fontsize=9)
+    return _svg(figure, name, f"{label} over the steps of training")
+
+
+def bars(values: Sequence[Bar], *, name: str, label: str) -> str:
+    """Horizontal bars from the top down, each with its value and interval; the first one is emphasised."""
+    figure, axes = _figure()
+    axes.grid(visible=False)
+    places = list(range(len(values)))
+    colours = [_COLOURS[0]] + [_COLOURS[-1]] * (len(values) - 1)
+    axes.barh(places, [bar.value for bar in values], color=colours, height=0.66)
+    reach = max(max(bar.value, bar.interval[1] if bar.interval else 0) for bar in values)
+    for place, bar in zip(places, values, strict=True):
+        end = bar.value
+        if bar.interval is not None:
+            axes.plot(bar.interval, [place, place], color=_INK, linewidth=1.2, solid_capstyle="butt")
+            end = max(end, bar.interval[1])
+        axes.text(end + 0.015 * reach, place, f"{bar.value:.3f}", color=_INK, va="center", fontsize=9)
+    axes.set_yticks(places, [bar.name for bar in values])
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.14 * reach or 1)
+    axes.set_xlabel(label, color=_INK)
+    axes.tick_params(axis="y", length=0)
+    return _svg(figure, name, label)

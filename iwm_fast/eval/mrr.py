@@ -1,0 +1,202 @@
+"""Mean reciprocal rank: does the predictor, told an action, find the view that the action leads to among its like?
+
+For an image the clean view is encoded without a mask; the bank is the target representation of many jitters of that
+view. For each queried action the predictor answers for all patches, and the bank is ranked by distance to the answer.
+A rank is 1 plus the number of nearer items plus half the number of others equally near, so a collapsed model scores
+1 / 128.5 on a bank of 256, an oracle 1, and a random ranking H_256 / 256 = 0.0239.
+
+Controls are ranked in the same pass. ``shuffled`` asks for the next query's action and looks for its own view.
+``neutral`` asks for no change, ``bypass`` takes the source's representation for the answer: one ranking serves all
+queries of an image, so with every action of the bank queried both are at chance exactly, unless there are ties.
+Source of the measure: arXiv:2403.00504, section 3; of its bank, distances and controls: ours (README, evaluation).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from iwm_fast.actions import ActionSpace
+from iwm_fast.config import Config
+from iwm_fast.eval.bank import Bank, jittered_views, make_bank
+from iwm_fast.eval.features import device_of, evaluating
+from iwm_fast.eval.stats import bootstrap_interval, chance_hit, chance_mrr, evenly_spaced
+from iwm_fast.models.blocks import layer_norm_rows
+from iwm_fast.models.iwm import IWM
+
+__all__ = ["CONTROLS", "DISTANCES", "Distances", "MrrResult", "bank_distances", "mean_ranks", "mean_reciprocal_rank"]
+
+CONTROLS = ("shuffled", "neutral", "bypass")
+DISTANCES = ("l2", "cosine")
+# Of the target's norm. fp32 networks repeat themselves to about 1e-7 of it when an image moves within a batch;
+# distances nearer than this are the same distance, or a collapsed model would be ranked by its rounding.
+TIE = 2.0**-20
+_SLICE = 2**14  # numbers of each row multiplied at once in float64
+
+
+@dataclass(frozen=True)
+class Distances:
+    """Of one image: from each answer (rows) to each item of the bank (columns), float64 on the CPU."""
+
+    queries: np.ndarray  # (Q,) int64, items of the bank whose actions were asked for
+    answers: dict[str, np.ndarray]  # distance -> (Q, bank)
+    neutral: dict[str, np.ndarray]  # distance -> (bank,)
+    bypass: dict[str, np.ndarray]  # distance -> (bank,)
+    ties: dict[str, float]  # distance -> difference up to which two items are equally near
+
+    def ranks(self, distance: str) -> dict[str, np.ndarray]:
+        """Rank (Q,) of each query's own view, for the model and for each control."""
+        answers, tie = self.answers[distance], self.ties[distance]
+        same = {name: np.broadcast_to(getattr(self, name)[distance], answers.shape) for name in ("neutral", "bypass")}
+        rows = {"model": answers, "shuffled": np.roll(answers, -1, axis=0), **same}
+        return {name: mean_ranks(row, self.queries, tie) for name, row in rows.items()}
+
+
+@dataclass(frozen=True)
+class MrrResult:
+    """Ranks by distance and by what was ranked ("model" or a control): float64 (images, queries)."""
+
+    ranks: dict[str, dict[str, np.ndarray]]
+    bank: int
+
+    def mrr(self, what: str = "model", distance: str = "l2") -> float:
+        """Mean of 1 / rank over queries and images."""
+        return float((1 / self.ranks[distance][what]).mean())
+
+    def summary(self) -> dict[str, Any]:
+        """Names and values for a table or JSON: mrr, h1, h5 with controls and chance; cosine ones end in _cosine."""
+        images, queries = self.ranks["l2"]["model"].shape
+        out: dict[str, Any] = {
+            "mrr_chance": chance_mrr(self.bank),
+            "h1_chance": chance_hit(self.bank, 1),
+            "h5_chance": chance_hit(self.bank, 5),
+            "mrr_bank": self.bank,
+            "mrr_images": images,
+            "mrr_queries": queries,
+        }
+        for distance in DISTANCES:
+            for what in ("model", *CONTROLS):
+                ranks = self.ranks[distance][what]
+                end = ("" if what == "model" else f"_{what}") + ("" if distance == "l2" else f"_{distance}")
+                reciprocal = (1 / ranks).mean(axis=1)
+                out[f"mrr{end}"] = float(reciprocal.mean())
+                out[f"mrr{end}_interval"] = list(bootstrap_interval(reciprocal))
+                for k in (1, 5):
+                    out[f"h{k}{end}"] = float((ranks <= k).mean())
+        return out
+
+
+def mean_ranks(distances: np.ndarray, truth: np.ndarray, tie: float) -> np.ndarray:
+    """Rank (Q,) of column truth[q] in row q of ``distances`` (Q, N), 1 is nearest; within ``tie`` the mean is shared.
+
+    A distance that is not a number is farther than all others, and equally so.
+    """
+    distances = np.nan_to_num(distances, nan=np.inf)
+    own = np.take_along_axis(distances, truth[:, None], axis=1)  # (Q, 1)
+    nearer: np.ndarray = (distances < own - tie).sum(axis=1)
+    with np.errstate(invalid="ignore"):  # inf - inf
+        equal: np.ndarray = ((np.abs(distances - own) <= tie) | (distances == own)).sum(axis=1) - 1
+    return 1 + nearer + equal / 2
+
+
+def _euclidean(a: Tensor, b: Tensor) -> Tensor:
+    """Distances (Q, N) float64 between rows of a (Q, K) and b (N, K).
+
+    ‖a‖² + ‖b‖² − 2ab loses all digits of a near pair in fp32 (and TF32 more); in float64, a slice of K at a time, the
+    product takes a few per cent of the time that the networks take.
+    """
+    squared = torch.zeros(len(a), len(b), dtype=torch.float64, device=a.device)
+    for a_part, b_part in zip(a.split(_SLICE, dim=1), b.split(_SLICE, dim=1), strict=True):
+        x, y = a_part.double(), b_part.double()
+        squared += x.square().sum(dim=1)[:, None] + y.square().sum(dim=1)
+        squared.addmm_(x, y.T, alpha=-2)
+    return squared.clamp_(min=0).sqrt_()
+
+
+def _pooled(tokens: Tensor) -> Tensor:
+    """Unit vectors (B, D) float64 of the mean tokens; their Euclidean distance orders as the cosine distance does."""
+    return F.normalize(tokens.double().mean(dim=1), dim=1)
+
+
+def _answers(model: IWM, z: Tensor, actions: Tensor, chunk: int) -> Iterator[Tensor]:
+    """Predictions (b, L, D) float32 for each of ``actions`` (n, A), from one source (1, L, D)."""
+    for rows in actions.split(chunk):
+        yield model.predict(z.expand(len(rows), -1, -1), rows).float()
+
+
+def bank_distances(
+    model: IWM, image: Tensor, bank: Bank, queries: np.ndarray, *, normalize: bool, chunk: int = 64
+) -> Distances:
+    """Rank material of one clean image (S, S, 3) uint8 on the model's device. Call it within ``evaluating(model)``."""
+    device = image.device
+    targets = torch.cat([model.targets(views).float() for views in jittered_views(image, bank.jitter).split(chunk)])
+    flat, pooled = targets.flatten(1), _pooled(targets)  # (N, L·D), (N, D)
+    z = model.encode(image[None], "context")  # (1, L, D)
+    asked = torch.from_numpy(bank.actions[queries]).to(device)
+    asked = torch.cat([asked, torch.zeros_like(asked[:1])])  # the last row is neutral
+    # Normalised as the targets are, or its scale alone would set it apart.
+    source = layer_norm_rows(z).float() if normalize else z.float()
+    rows: dict[str, list[Tensor]] = {name: [] for name in DISTANCES}
+    for answer in (*_answers(model, z, asked, chunk), source):
+        rows["l2"].append(_euclidean(answer.flatten(1), flat))
+        rows["cosine"].append(_euclidean(_pooled(answer), pooled))
+    all_rows = {name: torch.cat(parts).cpu().numpy() for name, parts in rows.items()}
+    norm = float(flat.double().square().sum(dim=1).mean().sqrt())
+    return Distances(
+        queries=queries,
+        answers={name: rows[:-2] for name, rows in all_rows.items()},
+        neutral={name: rows[-2] for name, rows in all_rows.items()},
+        bypass={name: rows[-1] for name, rows in all_rows.items()},
+        ties={"l2": TIE * norm, "cosine": TIE},
+    )
+
+
+def mean_reciprocal_rank(
+    model: IWM,
+    config: Config,
+    space: ActionSpace,
+    images: Tensor,
+    *,
+    bank: int = 256,
+    queries: int | None = None,
+    vary: str | None = None,
+    seed: int = 0,
+    chunk: int = 64,
+    progress: Callable[[int, int], None] | None = None,
+) -> MrrResult:
+    """Ranks over clean ``images`` (n, S, S, 3) uint8, each with its own bank, of ``bank`` distinct jitters.
+
+    ``queries``: actions asked for, spread evenly over the bank; default all. ``vary``: a bank of one component alone.
+    ``progress`` is called with (images done, images). The model is left as it was.
+    """
+    asked = evenly_spaced(bank if queries is None else queries, bank)
+    if len(asked) < 2:
+        raise ValueError(f"queries is {queries} of a bank of {bank}; two are needed to shuffle the actions")
+    if not len(images):
+        raise ValueError("images is empty; at least one is needed")
+    ranks: dict[str, dict[str, list[np.ndarray]]] = {
+        distance: {what: [] for what in ("model", *CONTROLS)} for distance in DISTANCES
+    }
+    with evaluating(model):
+        for i, image in enumerate(images):
+            drawn = make_bank(config.actions, space, i, bank, seed=seed, vary=vary)
+            found = bank_distances(
+                model,
+                image.to(device_of(model)),
+                drawn,
+                asked,
+                normalize=config.model.normalize_target,
+                chunk=chunk,
+            )
+            for distance, by_what in ranks.items():
+                for what, values in found.ranks(distance).items():
+                    by_what[what].append(values)
+            if progress is not None:
+                progress(i + 1, len(images))
+    return MrrResult({d: {what: np.stack(v) for what, v in by_what.items()} for d, by_what in ranks.items()}, bank)

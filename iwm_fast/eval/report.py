@@ -1,0 +1,181 @@
+"""The report: one HTML page that holds its pictures, for a person with a browser and no network."""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from iwm_fast.config import Config, dump_config
+from iwm_fast.eval.charts import Bar, bars, curve
+from iwm_fast.eval.examples import RankedExample
+from iwm_fast.eval.page import document, example_block, facts, fold, number, percent, section, table
+
+__all__ = ["read_metrics", "write_report"]
+
+_MRR_NAMES = {
+    "": "world model",
+    "_shuffled": "shuffled action",
+    "_neutral": "neutral action",
+    "_bypass": "no predictor",
+}
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl; a last line that a kill tore is left out. A missing file has no records."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+
+
+def _interval(results: Mapping[str, Any], key: str, form: Any) -> str:
+    ends = results.get(f"{key}_interval")
+    return f"{form(ends[0])} – {form(ends[1])}" if ends else ""
+
+
+def _world_model_rows(results: Mapping[str, Any]) -> list[list[str]]:
+    """A row a measure: value, interval, chance, then each control."""
+    rows = []
+    for name, key, end, form in (
+        ("MRR", "mrr", "", number),
+        ("H@1", "h1", "", percent),
+        ("H@5", "h5", "", percent),
+        ("MRR, cosine of pooled tokens", "mrr", "_cosine", number),
+    ):
+        controls = [form(results[f"{key}{control}{end}"]) for control in list(_MRR_NAMES)[1:]]
+        value = form(results[f"{key}{end}"])
+        rows.append([name, value, _interval(results, f"{key}{end}", form), form(results[f"{key}_chance"]), *controls])
+    return rows
+
+
+def _representation_rows(results: Mapping[str, Any]) -> list[list[str]]:
+    """A row a measure: value, interval, then both of the untrained network."""
+    rows = []
+    for name, key in (
+        ("k-NN top-1", "knn"),
+        ("k-NN top-1, plain votes", "knn_plain"),
+        ("linear probe top-1", "linear"),
+        ("linear probe top-5", "linear_top5"),
+    ):
+        if results.get(key) is not None:
+            cells = [name]
+            for column in (key, f"{key}_untrained"):
+                value = results.get(column)
+                cells += ["" if value is None else percent(value), _interval(results, column, percent)]
+            rows.append(cells)
+    return rows
+
+
+def _world_model(results: Mapping[str, Any]) -> str:
+    head = ["", "value", "95 % interval", "chance", "shuffled action", "neutral action", "no predictor"]
+    values = [
+        Bar(f"{name}", results[f"mrr{end}"], results.get(f"mrr{end}_interval")) for end, name in _MRR_NAMES.items()
+    ]
+    values.insert(1, Bar("chance", results["mrr_chance"]))
+    chart = bars(values, name="mrrbars", label="mean reciprocal rank")
+    parts = {key.removeprefix("mrr_only_"): value for key, value in results.items() if key.startswith("mrr_only_")}
+    alone = table(["bank that varies only", "MRR"], [[k, number(v)] for k, v in parts.items()]) if parts else ""
+    return section(
+        "The world model",
+        table(head, _world_model_rows(results)) + alone + f'<div class="charts"><div>{chart}</div></div>',
+        f"The clean view of an image is encoded; told one of {results['mrr_bank']} colour jitters, the predictor "
+        "answers for all patches, and the jittered views are ranked by the distance of their representation to that. "
+        f"Mean of 1 / rank of the true one over {results['mrr_queries']} queries of each of {results['mrr_images']} "
+        "images; interval by bootstrap over images. Distance: L2 over all tokens.",
+        "Shuffled: told another view's action. Neutral: told of no change. No predictor: the source's representation "
+        "is the answer. The last two rank a bank once for all queries: with every action asked for they are at chance.",
+    )
+
+
+def _representation(results: Mapping[str, Any]) -> str:
+    rows = _representation_rows(results)
+    if not rows:
+        return ""
+    protocol = (
+        f"Frozen {results['encoder']} encoder, {results['pooling']}, {results['train_images']} training and "
+        f"{results['test_images']} test images of {results['classes']} classes. Untrained: the same network as it was "
+        "before the first step. Interval by bootstrap over test images."
+    )
+    notes = [protocol]
+    if "knn_k" in results:
+        notes.append(f"k-NN: k = {results['knn_k']}, votes weighted by exp(cosine / {results['knn_temperature']:g}).")
+    if "linear_weight_decay" in results:
+        notes.append(
+            f"Linear probe: weight decay {results['linear_weight_decay']:g}, chosen on a tenth of the training images."
+        )
+    return section(
+        "The representation", table(["", "value", "95 % interval", "untrained", "95 % interval"], rows), *notes
+    )
+
+
+def _training(metrics: Sequence[Mapping[str, Any]], mrr_chance: float | None) -> str:
+    charts = [
+        curve(metrics, {"loss": "loss"}, name="loss", label="loss"),
+        curve(metrics, {"lr": "lr"}, name="lr", label="learning rate"),
+        curve(metrics, {"rank_me": "RankMe"}, name="rankme", label="RankMe of the target"),
+        curve(metrics, {"mrr": "MRR", "mrr_shuffled": "shuffled"}, name="mrr", label="MRR", chance=mrr_chance),
+        curve(metrics, {"knn": "k-NN"}, name="knn", label="k-NN top-1"),
+        curve(metrics, {"images_per_s": "images/s"}, name="speed", label="images per second"),
+    ]
+    shown = "".join(f"<div>{chart}</div>" for chart in charts if chart is not None)
+    return section("Training", f'<div class="charts">{shown}</div>') if shown else ""
+
+
+def _examples(examples: Sequence[RankedExample]) -> str:
+    if not examples:
+        return ""
+    return section(
+        "What the world model takes for the answer",
+        "".join(example_block(example) for example in examples),
+        "Each image's first action is asked for; neither images nor actions were chosen by their result. The numbers "
+        "are places in the ranking; the view that was asked for has a green frame where it is among those shown.",
+    )
+
+
+def write_report(
+    path: Path,
+    *,
+    config: Config,
+    name: str,
+    step: int,
+    results: Mapping[str, Any],
+    metrics: Sequence[Mapping[str, Any]],
+    examples: Sequence[RankedExample],
+    environment: Mapping[str, Any],
+    date: datetime | None = None,
+) -> None:
+    """Write the page to ``path`` (folders are made), whole or not at all.
+
+    ``name``: the configuration's. ``results``: of ``evaluate_model``; what was not measured is left out of the page.
+    ``metrics``: of ``read_metrics``. ``date``: default now.
+    """
+    when = (date or datetime.now(UTC)).astimezone(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    speeds = [r["images_per_s"] for r in metrics if isinstance(r.get("images_per_s"), int | float)]
+    losses = [r["loss"] for r in metrics if isinstance(r.get("loss"), int | float)]
+    lead = [f"step {step}", when]
+    if losses:
+        lead.append(f"loss {losses[0]:.4f} → {losses[-1]:.4f}")
+    if speeds:
+        lead.append(f"{sorted(speeds)[len(speeds) // 2]:.0f} images/s")
+    not_run = results.get("not_run", {})
+    body = "\n".join(
+        (
+            f'<h1>{html.escape(name)}</h1><p class="soft">{html.escape(" · ".join(lead))}</p>',
+            "".join(f'<p class="soft">{html.escape(f"{what}: {why}")}</p>' for what, why in not_run.items()),
+            _world_model(results) if "mrr" in results else "",
+            _representation(results),
+            _examples(examples),
+            _training(metrics, results.get("mrr_chance")),
+            section(
+                "How it was made", fold("Configuration", dump_config(config)) + fold("Environment", facts(environment))
+            ),
+        )
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    aside.write_text(document(f"{name}, step {step}", body), encoding="utf-8")
+    aside.replace(path)

@@ -1,0 +1,82 @@
+"""Measure a run that lies on disk, and write its report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from iwm_fast.engine.loading import load_model
+from iwm_fast.environment import environment
+from iwm_fast.errors import UserError
+from iwm_fast.eval.evaluate import WHAT, Progress, evaluate_model
+from iwm_fast.eval.examples import ranked_examples
+from iwm_fast.eval.report import read_metrics, write_report
+from iwm_fast.eval.splits import open_splits
+
+__all__ = ["evaluate_run", "result_rows"]
+
+# Images of the report whose banks are shown as ranked: enough to see a habit, few enough to scroll through.
+_SHOWN_IMAGES = 6
+
+
+def evaluate_run(
+    run: Path,
+    data: Path,
+    *,
+    what: Sequence[str] = WHAT,
+    checkpoint: str = "latest",
+    images: int | None = None,
+    name: str | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Measure ``what`` of a run's checkpoint on the images under ``data``; also writes ``RUN/report/index.html``.
+
+    ``images``: those whose banks are ranked, default ``eval.mrr_images``. ``name``: the report's title, default the
+    run's folder. Returns the names and values of ``evaluate_model``, with ``step`` and ``report``.
+    Raises UserError for an unknown ``what``, a folder that is no run, and data that cannot be used.
+    """
+    unknown = [word for word in what if word not in WHAT]
+    if unknown or not what:
+        raise UserError(f"--what: {unknown[0] if unknown else 'empty'}: it is a list of {', '.join(WHAT)}")
+    model, config, space, step = load_model(run, checkpoint)
+    model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    train, test = open_splits(data, config)
+    results = evaluate_model(model, config, space, train=train, test=test, what=what, images=images, progress=progress)
+    shown = ranked_examples(model, config, space, test.spread(_SHOWN_IMAGES), bank=config.eval.bank)
+    report = run / "report" / "index.html"
+    write_report(
+        report,
+        config=config,
+        name=name or run.resolve().name,
+        step=step,
+        results=results,
+        metrics=read_metrics(run / "metrics.jsonl"),
+        examples=shown,
+        environment=environment(),
+    )
+    return {**results, "step": step, "report": str(report)}
+
+
+def result_rows(results: Mapping[str, Any]) -> list[list[str]]:
+    """A row a measure for a table of a terminal: value, 95 % interval, chance, shuffled, neutral, untrained.
+
+    What does not apply is empty; all the rest of ``results``, the protocol above all, is left to JSON and report.
+    """
+    rows = []
+    for name, distance in (("mrr", ""), ("mrr", "_cosine"), *((n, "") for n in ("h1", "h5", "knn", "linear"))):
+        if name + distance not in results:
+            continue
+        low, high = results.get(f"{name}{distance}_interval") or (None, None)
+        beside = [f"{name}_chance", *(f"{name}_{what}{distance}" for what in ("shuffled", "neutral", "untrained"))]
+        rows.append(
+            [
+                name + distance,
+                f"{results[name + distance]:.4f}",
+                "" if low is None else f"{low:.4f} – {high:.4f}",
+                *(f"{results[key]:.4f}" if key in results else "" for key in beside),
+            ]
+        )
+    return rows

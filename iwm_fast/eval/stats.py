@@ -1,0 +1,48 @@
+"""Bootstrap intervals, chance levels, and the protocol's fixed random choices."""
+
+from __future__ import annotations
+
+import numpy as np
+
+__all__ = ["Interval", "bootstrap_interval", "chance_hit", "chance_mrr", "evenly_spaced"]
+
+Interval = tuple[float, float]
+RESAMPLES = 1000  # the ends of a 95 % interval then move by about a twentieth of its width between seeds
+CONFIDENCE = 0.95
+_BLOCK = 2**22  # random row numbers held at once: 32 MiB of int64
+
+
+def bootstrap_interval(values: np.ndarray) -> Interval:
+    """Percentile bootstrap of the mean of ``values`` (n,): 95 %, 1,000 resamples, always the same seed.
+
+    Raises ValueError for an empty or not one-dimensional array.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    if values.ndim != 1 or not len(values):
+        raise ValueError(f"values has shape {values.shape}; it must be (n,) with n at least 1")
+    generator = np.random.default_rng(0)
+    block = max(1, _BLOCK // len(values))
+    means = np.concatenate(
+        [
+            values[generator.integers(0, len(values), (min(block, RESAMPLES - done), len(values)))].mean(axis=1)
+            for done in range(0, RESAMPLES, block)
+        ]
+    )
+    low, high = np.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return float(low), float(high)
+
+
+def chance_mrr(bank: int) -> float:
+    """Expected reciprocal rank of a uniformly random ranking of ``bank`` items: H_bank / bank."""
+    return float((1.0 / np.arange(1, bank + 1)).sum() / bank)
+
+
+def chance_hit(bank: int, k: int) -> float:
+    """Expected H@k of a uniformly random ranking of ``bank`` items."""
+    return min(k, bank) / bank
+
+
+def evenly_spaced(count: int, total: int) -> np.ndarray:
+    """``count`` (at most ``total``) distinct indices, int64, ascending: the middles of equal parts of range(total)."""
+    count = min(count, total)
+    return (2 * np.arange(count, dtype=np.int64) + 1) * total // max(2 * count, 1)

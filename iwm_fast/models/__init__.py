@@ -1,0 +1,24 @@
+"""Networks: ViT encoder over packed visible patches, predictors, and the IWM module that ties them to target and loss.
+
+Shapes: B images, L patches of a whole image, N packed tokens, D (De, Dp) token width (of encoder, of predictor),
+A action components, S side of an image in pixels.
+"""
+
+from __future__ import annotations
+
+from .attention import packed_attention, resolve_backend
+from .iwm import IWM, IWMOutput
+from .packing import Segments
+from .predictors import MlpPredictor, VitPredictor
+from .vit import VisionTransformer
+
+__all__ = [
+    "IWM",
+    "IWMOutput",
+    "MlpPredictor",
+    "Segments",
+    "VisionTransformer",
+    "VitPredictor",
+    "packed_attention",
+    "resolve_backend",
+]

@@ -1,0 +1,163 @@
+"""Transformer blocks over packed tokens, and how their weights begin.
+
+A module that hands its weights to an operator of `iwm_fast.kernels` owns them as direct parameters, because ZeRO stage
+3 gathers the parameters of the module whose forward is running and of no other. So a block's second normalisation and
+both linear layers live in `ConditionedMlp` under the operator's names; `export_names` maps them to timm's.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from iwm_fast import kernels
+
+from .attention import Attention
+from .packing import Segments
+
+__all__ = [
+    "INIT_STD",
+    "NORM_EPS",
+    "Block",
+    "ConditionedMlp",
+    "Kept",
+    "Norm",
+    "initialise_linear",
+    "layer_norm_rows",
+    "rescale_blocks",
+    "run_blocks",
+]
+
+NORM_EPS = 1e-6
+INIT_STD = 0.02  # I-JEPA
+
+
+class Norm(nn.LayerNorm):
+    """Layer normalisation with fp32 statistics whatever the tokens' type (PyTorch's own does so) and this eps."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, eps=NORM_EPS)
+
+
+class ConditionedMlp(nn.Module):
+    """x + MLP(LN(x)), with the action as a bias of its image where `actions` is above 0: one operator."""
+
+    def __init__(self, width: int, hidden: int, actions: int = 0) -> None:
+        super().__init__()
+        self.norm_weight = nn.Parameter(torch.ones(width))
+        self.norm_bias = nn.Parameter(torch.zeros(width))
+        self.w_in = nn.Parameter(torch.empty(hidden, width))
+        self.b_in = nn.Parameter(torch.zeros(hidden))
+        self.w_out = nn.Parameter(torch.empty(width, hidden))
+        self.b_out = nn.Parameter(torch.zeros(width))
+        # Zero at first: training starts from the unconditioned network and no action disturbs it.
+        self.w_action = nn.Parameter(torch.zeros(hidden, actions)) if actions else None
+        nn.init.trunc_normal_(self.w_in, std=INIT_STD)
+        nn.init.trunc_normal_(self.w_out, std=INIT_STD)
+
+    def forward(self, x: Tensor, segments: Segments, action: Tensor | None = None) -> Tensor:
+        """Map x (N, D) packed and action (B, A) to (N, D). A module without `w_action` ignores the action."""
+        conditioned = self.w_action is not None
+        return kernels.conditioned_mlp(
+            x,
+            self.w_in,
+            self.b_in,
+            self.w_out,
+            self.b_out,
+            action=action if conditioned else None,
+            w_action=self.w_action,
+            cu_seqlens=segments.cu_seqlens if conditioned else None,
+            norm_weight=self.norm_weight,
+            norm_bias=self.norm_bias,
+            residual=True,
+            eps=NORM_EPS,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """The tokens to go on with after a last attention, where nobody reads the others.
+
+    rows: int64 (Nk,), in the block's tokens, in any order; segments: of the Nk; action: (B, A), of the same images.
+    """
+
+    rows: Tensor
+    segments: Segments
+    action: Tensor
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: attention, then MLP."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float, attention: str, actions: int = 0) -> None:
+        super().__init__()
+        self.norm1 = Norm(width)
+        self.attn = Attention(width, heads, attention)
+        self.mlp = ConditionedMlp(width, round(width * mlp_ratio), actions)
+        for linear in (self.attn.qkv, self.attn.proj):
+            initialise_linear(linear)
+
+    def forward(
+        self,
+        x: Tensor,
+        segments: Segments,
+        action: Tensor | None = None,
+        kept: Kept | None = None,
+    ) -> Tensor:
+        """Map x (N, D) packed and action (B, A) to (N, D), or to (Nk, D) with `kept`."""
+        x = x + self.attn(self.norm1(x), segments)
+        if kept is None:
+            return self.mlp(x, segments, action)
+        return self.mlp(x.index_select(0, kept.rows), kept.segments, kept.action)
+
+
+def run_blocks(
+    blocks: nn.ModuleList,
+    x: Tensor,
+    segments: Segments,
+    action: Tensor | None = None,
+    *,
+    kept: Kept | None = None,
+    recompute: bool = False,
+) -> Tensor:
+    """Take x through all blocks; with `recompute` only each block's input is kept for the backward pass.
+
+    `kept` is for the last block, which has to be a `Block`.
+    """
+    last = len(blocks) - 1
+    for i, block in enumerate(blocks):
+        arguments = (x, segments, action) if kept is None or i < last else (x, segments, action, kept)
+        if recompute and torch.is_grad_enabled():
+            x = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
+        else:
+            x = block(*arguments)
+    return x
+
+
+def initialise_linear(linear: nn.Linear) -> None:
+    """Truncated normal of 0.02 and no bias, as I-JEPA."""
+    nn.init.trunc_normal_(linear.weight, std=INIT_STD)
+    nn.init.zeros_(linear.bias)
+
+
+@torch.no_grad()
+def rescale_blocks(blocks: nn.ModuleList) -> None:
+    """Divide the weights that write to the residual stream by √(2 · layer), layers counted from 1, as I-JEPA."""
+    for layer, block in enumerate(blocks, start=1):
+        factor = math.sqrt(2.0 * layer)
+        if isinstance(block, Block):
+            block.attn.proj.weight.div_(factor)
+            block.mlp.w_out.div_(factor)
+        elif isinstance(block, ConditionedMlp):
+            block.w_out.div_(factor)
+
+
+def layer_norm_rows(x: Tensor) -> Tensor:
+    """Layer normalisation without affine over the last dimension, in fp32 or better."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    return F.layer_norm(x, (x.shape[-1],), eps=NORM_EPS)

@@ -1,0 +1,77 @@
+"""The encoder under timm's names: its weights load into timm's `VisionTransformer` as they are.
+
+Ours differ in the blocks' MLPs alone, which own their normalisation (`blocks` says why), and in the fixed positions,
+which timm keeps as a parameter.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from iwm_fast.config.schema import ModelConfig
+
+from .blocks import NORM_EPS
+from .positions import sincos_positions
+from .vit import IMAGENET_MEAN, IMAGENET_STD
+
+__all__ = ["from_timm", "timm_arguments", "timm_name", "to_timm"]
+
+_MLP_NAMES = {
+    "mlp.norm_weight": "norm2.weight",
+    "mlp.norm_bias": "norm2.bias",
+    "mlp.w_in": "mlp.fc1.weight",
+    "mlp.b_in": "mlp.fc1.bias",
+    "mlp.w_out": "mlp.fc2.weight",
+    "mlp.b_out": "mlp.fc2.bias",
+}
+_OUR_NAMES = {theirs: ours for ours, theirs in _MLP_NAMES.items()}
+_IN_BLOCK = re.compile(r"(blocks\.\d+\.)(.+)")
+
+
+def _rename(name: str, table: Mapping[str, str]) -> str:
+    found = _IN_BLOCK.fullmatch(name)
+    return name if found is None else found[1] + table.get(found[2], found[2])
+
+
+def timm_name(name: str) -> str:
+    """The name that timm gives to a parameter of our encoder."""
+    return _rename(name, _MLP_NAMES)
+
+
+def to_timm(encoder: Mapping[str, Tensor], grid: int) -> dict[str, Tensor]:
+    """The state of a `VisionTransformer` of ours under timm's names, `pos_embed` (1, grid², D) included."""
+    state = {timm_name(name): value for name, value in encoder.items()}
+    norm = state["norm.weight"]
+    state["pos_embed"] = sincos_positions(norm.shape[0], grid).to(norm)[None]
+    return state
+
+
+def from_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `to_timm`: our names, without the fixed positions."""
+    return {_rename(name, _OUR_NAMES): value for name, value in state.items() if name != "pos_embed"}
+
+
+def timm_arguments(model: ModelConfig) -> dict[str, Any]:
+    """Keyword arguments of timm's `VisionTransformer` that make it compute what our encoder does.
+
+    Its `forward_features` then takes images (B, 3, S, S) in 0..1 with `mean` taken off and divided by `std`, which
+    stand under "pretrained_cfg" as timm writes them.
+    """
+    shape = model.encoder_shape
+    return {
+        "img_size": model.image,
+        "patch_size": model.patch,
+        "embed_dim": shape.width,
+        "depth": shape.depth,
+        "num_heads": shape.heads,
+        "mlp_ratio": shape.mlp_ratio,
+        "num_classes": 0,
+        "class_token": False,
+        "global_pool": "avg",
+        "fc_norm": False,
+        "pretrained_cfg": {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD), "norm_eps": NORM_EPS},
+    }

@@ -1,0 +1,187 @@
+"""The image world model: context encoder, target encoder, conditioned predictor, and the loss that ties them."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from iwm_fast import kernels
+from iwm_fast.config.schema import ModelConfig
+
+from .blocks import NORM_EPS, layer_norm_rows
+from .packing import Segments
+from .predictors import MlpPredictor, VitPredictor
+from .vit import VisionTransformer
+
+__all__ = ["IWM", "IWMOutput"]
+
+_RANK_ME_TOKENS = 2048
+
+
+@dataclass(frozen=True, eq=False)
+class IWMOutput:
+    """What one forward pass gives.
+
+    loss_sum: fp32 scalar, Σ‖ẑ − z‖² over the predicted tokens; the division by N · D is the caller's.
+    tokens: predicted tokens, on the host.
+    target_features: (T, D), detached: T ≤ 2048 of the target encoder's tokens, before any normalisation for the loss,
+        evenly spread over images and places.
+    """
+
+    loss_sum: Tensor
+    tokens: int
+    target_features: Tensor
+
+
+class IWM(nn.Module):
+    """An image world model.
+
+    encoder: of the source. target_encoder: of the target, or None where the encoder itself is (model.target: shared).
+    predictor: the world model. predicts: which patches it answers for, "target" (those of the target blocks) or
+    "context" (the source's own visible ones, the mlp predictor).
+
+    Weights begin the same for the same torch seed. They may be cast to bf16 as a whole: inputs follow, and
+    normalisation statistics, softmax and loss stay in fp32. The target encoder is never differentiated; moving it
+    towards the encoder is the caller's work.
+    """
+
+    def __init__(self, model: ModelConfig, action_dim: int, *, activation_checkpointing: bool = False) -> None:
+        super().__init__()
+        if action_dim < 1:
+            raise ValueError(f"action_dim is {action_dim}; it must be at least 1")
+        shape, predictor = model.encoder_shape, model.predictor
+        self.config = model
+        self.action_dim = action_dim
+        self.encoder = VisionTransformer(shape, model.image, model.patch, model.attention, activation_checkpointing)
+        self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False) if model.target == "ema" else None
+        self.predictor: VitPredictor | MlpPredictor
+        self.predicts: Literal["target", "context"]
+        if predictor.kind == "mlp":
+            self.predicts = "context"
+            self.predictor = MlpPredictor(predictor, shape.width, action_dim, activation_checkpointing)
+        else:
+            self.predicts = "target"
+            self.predictor = VitPredictor(
+                predictor, shape.width, model.grid, action_dim, model.attention, activation_checkpointing
+            )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that the weights are in, and so the activations."""
+        return self.predictor.proj.weight.dtype
+
+    def forward(
+        self,
+        source: Tensor,
+        target: Tensor,
+        action: Tensor,
+        context: Tensor,
+        context_segments: Segments,
+        predicted: Tensor,
+        predicted_segments: Segments,
+    ) -> IWMOutput:
+        """The summed loss of a batch of B images.
+
+        Args:
+            source: uint8 (B, S, S, 3), the view x.
+            target: uint8 (B, S, S, 3), the view y.
+            action: (B, A), from source to target.
+            context: int64 (Nc,), the source's visible patches, packed.
+            context_segments: of the Nc patches.
+            predicted: int64 (Nt,), the target's patches to predict, packed; with the mlp predictor, the context's.
+            predicted_segments: of the Nt patches.
+
+        Raises:
+            ValueError: shapes do not fit together, or other patches than the context's are asked of the mlp predictor.
+
+        """
+        self._check(source, target, action, predicted, predicted_segments)
+        z_y = self._encode_target(target)
+        z_x = self.encoder(source, context, context_segments)
+        action = action.to(self.dtype)
+        if isinstance(self.predictor, MlpPredictor):
+            if predicted_segments.lengths != context_segments.lengths:
+                raise ValueError("predicted must be the context's own patches: the mlp predictor cannot look elsewhere")
+            prediction = self.predictor(z_x, context_segments, action)
+        else:
+            prediction = self.predictor(z_x, context, context_segments, predicted, predicted_segments, action)
+        loss = kernels.stopgrad_l2(
+            prediction,
+            z_y,
+            index=predicted_segments.image_of_token * self.encoder.patches + predicted,
+            normalize_target=self.config.normalize_target,
+            reduction="sum",
+            eps=NORM_EPS,
+        )
+        return IWMOutput(loss, predicted_segments.total, _spread(z_y, self.encoder.patches))
+
+    def encode(self, images: Tensor, which: Literal["target", "context"] = "context") -> Tensor:
+        """(B, L, D): all patches of uint8 (B, S, S, 3) through the context or the target encoder."""
+        if which not in ("target", "context"):
+            raise ValueError(f"which is {which!r}; it must be target or context")
+        if which == "target":
+            return self._encode_target(images).unflatten(0, (len(images), -1))
+        return self.encoder(images).unflatten(0, (len(images), -1))
+
+    def targets(self, images: Tensor) -> Tensor:
+        """(B, L, D): what the predictor is asked for, layer-normalised where the config says so (then fp32)."""
+        z = self.encode(images, "target")
+        return layer_norm_rows(z) if self.config.normalize_target else z
+
+    def predict(self, z: Tensor, action: Tensor) -> Tensor:
+        """Predict all patches of the target from all patches of the source.
+
+        Args:
+            z: (B, L, D) from `encode`; one image expanded over many actions is fine.
+            action: (B, A).
+
+        Returns:
+            (B, L, D).
+
+        """
+        images, patches = z.shape[:2]
+        if patches != self.encoder.patches or action.shape != (images, self.action_dim):
+            raise ValueError(
+                f"z is {tuple(z.shape)} and action {tuple(action.shape)}; they must be (B, {self.encoder.patches}, "
+                f"{self.encoder.width}) and (B, {self.action_dim})"
+            )
+        packed, action = z.flatten(0, 1).to(self.dtype), action.to(self.dtype)
+        segments = Segments.uniform(images, patches, z.device)
+        if isinstance(self.predictor, MlpPredictor):
+            prediction = self.predictor(packed, segments, action)
+        else:
+            everywhere = torch.arange(patches, device=z.device).repeat(images)
+            prediction = self.predictor(packed, everywhere, segments, everywhere, segments, action)
+        return prediction.unflatten(0, (images, patches))
+
+    @torch.no_grad()
+    def _encode_target(self, images: Tensor) -> Tensor:
+        encoder = self.encoder if self.target_encoder is None else self.target_encoder
+        return encoder(images)
+
+    def _check(self, source: Tensor, target: Tensor, action: Tensor, predicted: Tensor, segments: Segments) -> None:
+        if source.shape != target.shape:
+            raise ValueError(f"target is {tuple(target.shape)}; it must be source's shape, {tuple(source.shape)}")
+        if action.shape != (len(source), self.action_dim):
+            raise ValueError(f"action is {tuple(action.shape)}; it must be (B, A) = ({len(source)}, {self.action_dim})")
+        if predicted.shape != (segments.total,) or len(segments.lengths) != len(source):
+            raise ValueError(
+                f"predicted_segments are of {len(segments.lengths)} images and {segments.total} tokens; there are "
+                f"{len(source)} images and predicted {tuple(predicted.shape)}"
+            )
+
+
+def _spread(features: Tensor, patches: int) -> Tensor:
+    """At most 2048 rows of features (B · L, D).
+
+    The stride has no factor in common with L, so that every place in the image takes part.
+    """
+    stride = max(1, -(-features.shape[0] // _RANK_ME_TOKENS))
+    while math.gcd(stride, patches) > 1:
+        stride += 1
+    return features[::stride].clone()

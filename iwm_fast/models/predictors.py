@@ -1,0 +1,191 @@
+"""The world models: from the source's tokens and the action to what the target's tokens should be."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from iwm_fast import kernels
+from iwm_fast.config.schema import PredictorConfig
+
+from .attention import resolve_backend
+from .blocks import INIT_STD, Block, ConditionedMlp, Kept, Norm, initialise_linear, rescale_blocks, run_blocks
+from .packing import Segments, interleave, invert, take_rows
+from .positions import sincos_positions
+
+__all__ = ["ActionTokens", "FeatureMixer", "MlpPredictor", "VitPredictor"]
+
+
+class FeatureMixer(nn.Module):
+    """`feature` conditioning: a three-layer MLP of [mask token; action], W·[m; a] computed as W_m·m + W_a·a.
+
+    The layers keep their input's variance at the start (deviation 1/√fan-in): at the blocks' 0.02 three of them would
+    shrink the positions, which the mask tokens live by, a thousandfold.
+    """
+
+    def __init__(self, width: int, actions: int) -> None:
+        super().__init__()
+        self.w_in = nn.Parameter(torch.empty(width, width))
+        self.w_action = nn.Parameter(torch.empty(width, actions))
+        self.b_in = nn.Parameter(torch.zeros(width))
+        self.w_out = nn.Parameter(torch.empty(width, width))
+        self.b_out = nn.Parameter(torch.zeros(width))
+        self.out = nn.Linear(width, width)
+        for weight, fan_in in (
+            (self.w_in, width + actions),
+            (self.w_action, width + actions),
+            (self.w_out, width),
+            (self.out.weight, width),
+        ):
+            nn.init.trunc_normal_(weight, std=fan_in**-0.5)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, tokens: Tensor, segments: Segments, action: Tensor) -> Tensor:
+        """Map tokens (N, D) packed and action (B, A) to (N, D)."""
+        hidden = kernels.conditioned_mlp(
+            tokens,
+            self.w_in,
+            self.b_in,
+            self.w_out,
+            self.b_out,
+            action=action,
+            w_action=self.w_action,
+            cu_seqlens=segments.cu_seqlens,
+        )
+        return self.out(F.gelu(hidden))
+
+
+class ActionTokens(nn.Module):
+    """`sequence` conditioning: each component of the action becomes a token through its own linear layer."""
+
+    def __init__(self, width: int, actions: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(actions, width))
+        self.bias = nn.Parameter(torch.empty(actions, width))
+        # As nn.Linear with one input begins: the components have to be told apart from the first step on.
+        nn.init.uniform_(self.weight, -1.0, 1.0)
+        nn.init.uniform_(self.bias, -1.0, 1.0)
+
+    def forward(self, action: Tensor) -> Tensor:
+        """Map action (B, A) to (B · A, D), packed."""
+        return torch.addcmul(self.bias, action[:, :, None], self.weight).flatten(0, 1)
+
+
+class VitPredictor(nn.Module):
+    """Transformer over each image's context tokens and one mask token for each patch to predict."""
+
+    pos_embed: Tensor
+
+    def __init__(
+        self,
+        config: PredictorConfig,
+        encoder_width: int,
+        grid: int,
+        actions: int,
+        attention: str = "auto",
+        activation_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        width = config.width
+        kinds = config.conditioning.split("+")
+        self.attention = attention
+        self.activation_checkpointing = activation_checkpointing
+        self.embed = nn.Linear(encoder_width, width)
+        self.mask_token = nn.Parameter(torch.empty(width))
+        self.register_buffer("pos_embed", sincos_positions(width, grid), persistent=False)
+        self.feature = FeatureMixer(width, actions) if "feature" in kinds else None
+        self.sequence = ActionTokens(width, actions) if "sequence" in kinds else None
+        in_blocks = actions if "block" in kinds else 0
+        self.blocks = nn.ModuleList(
+            Block(width, config.head_count, config.mlp_ratio, attention, in_blocks) for _ in range(config.depth)
+        )
+        self.norm = Norm(width)
+        self.proj = nn.Linear(width, encoder_width)
+        nn.init.trunc_normal_(self.mask_token, std=INIT_STD)
+        initialise_linear(self.embed)
+        initialise_linear(self.proj)
+        rescale_blocks(self.blocks)
+
+    def forward(
+        self,
+        z: Tensor,
+        context: Tensor,
+        context_segments: Segments,
+        predicted: Tensor,
+        predicted_segments: Segments,
+        action: Tensor,
+    ) -> Tensor:
+        """Predict the target's tokens.
+
+        Args:
+            z: (Nc, De), the source's encoded patches, packed.
+            context: int64 (Nc,), their patch numbers on the source's grid.
+            context_segments: of the Nc tokens.
+            predicted: int64 (Nt,), the patch numbers to predict, on the target's grid.
+            predicted_segments: of the Nt tokens.
+            action: (B, A), from the source to the target.
+
+        Returns:
+            (Nt, De), packed in the order of `predicted`.
+
+        """
+        position = self.pos_embed.to(z.dtype)
+        seen = self.embed(z) + position.index_select(0, context)
+        # Token and position are added once for each patch of the grid, not once for each mask token.
+        asked = (position + self.mask_token).index_select(0, predicted)
+        if self.feature is not None:
+            asked = self.feature(asked, predicted_segments, action)
+        tokens, parts = [seen, asked], [context_segments, predicted_segments]
+        if self.sequence is not None:
+            tokens.append(self.sequence(action))
+            parts.append(Segments.uniform(len(action), action.shape[1], z.device))
+        joined, places = interleave(parts)
+        place, ordered_action = torch.cat(places), action
+        # The CPU's attention takes images of one length at a time: joined in that order, nothing moves in the blocks.
+        if resolve_backend(self.attention, z.device.type) == "sdpa" and not joined.is_sorted:
+            by_length = joined.by_length
+            place = by_length.token_rank[place]
+            joined, ordered_action = by_length.segments, action.index_select(0, by_length.image_order)
+        rows = place[context_segments.total : context_segments.total + predicted_segments.total]
+        x = run_blocks(
+            self.blocks,
+            take_rows(torch.cat(tokens), invert(place), place),
+            joined,
+            ordered_action,
+            kept=Kept(rows, predicted_segments, action),
+            recompute=self.activation_checkpointing,
+        )
+        return self.proj(self.norm(x))
+
+
+class MlpPredictor(nn.Module):
+    """Residual MLP blocks that act on each visible token alone, told the action in every block.
+
+    It predicts the target at the source's own visible patches.
+    """
+
+    def __init__(
+        self,
+        config: PredictorConfig,
+        encoder_width: int,
+        actions: int,
+        activation_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        self.activation_checkpointing = activation_checkpointing
+        in_blocks = 0 if config.conditioning == "none" else actions
+        self.embed = nn.Linear(encoder_width, config.width)
+        self.blocks = nn.ModuleList(
+            ConditionedMlp(config.width, round(config.width * config.mlp_ratio), in_blocks) for _ in range(config.depth)
+        )
+        self.norm = Norm(config.width)
+        self.proj = nn.Linear(config.width, encoder_width)
+        initialise_linear(self.embed)
+        initialise_linear(self.proj)
+        rescale_blocks(self.blocks)
+
+    def forward(self, z: Tensor, segments: Segments, action: Tensor) -> Tensor:
+        """Map z (N, De) packed and action (B, A) to (N, De)."""
+        x = run_blocks(self.blocks, self.embed(z), segments, action, recompute=self.activation_checkpointing)
+        return self.proj(self.norm(x))

@@ -1,0 +1,166 @@
+"""The encoder: a vision transformer over the visible patches of each image. No class token; fixed sin-cos positions."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from iwm_fast.config.schema import EncoderShape
+
+from .attention import resolve_backend
+from .blocks import INIT_STD, Block, Norm, rescale_blocks, run_blocks
+from .packing import Segments, take_rows
+from .positions import sincos_positions
+
+__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "PatchEmbedding", "VisionTransformer", "gather_patches"]
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of RGB in 0..1, as timm and torchvision
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def gather_patches(images: Tensor, patch: int, patches: Tensor | None, image_of_token: Tensor | None) -> Tensor:
+    """Cut patches out of uint8 images, before anything is computed on them.
+
+    Args:
+        images: uint8 (B, S, S, 3).
+        patch: side of a patch, pixels.
+        patches: int64 (N,), row-major number of each wanted patch in its image; None: all of them.
+        image_of_token: int64 (N,), the image of each wanted patch; not read without `patches`.
+
+    Returns:
+        uint8 (N, patch · patch · 3), rows of pixels as they lie in the image; N = B · L without `patches`.
+
+    """
+    batch, side = images.shape[:2]
+    grid = side // patch
+    strips = images.reshape(batch, grid, patch, grid, patch * 3)
+    if patches is None or image_of_token is None:
+        return strips.transpose(2, 3).reshape(batch * grid * grid, patch * patch * 3)
+    # A patch is `patch` strips of patch · 3 bytes; strip (b, row, line, column) is the
+    # (((b · grid + row) · patch + line) · grid + column)-th.
+    row = image_of_token * grid + patches // grid
+    first = row * (patch * grid) + patches % grid
+    lines = first[:, None] + torch.arange(0, patch * grid, grid, device=images.device)
+    return strips.reshape(-1, patch * 3).index_select(0, lines.flatten()).view(-1, patch * patch * 3)
+
+
+class PatchProjection(nn.Module):
+    """The linear layer of the patch embedding, with its weight in the shape of timm's convolution."""
+
+    def __init__(self, patch: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width, 3, patch, patch))
+        self.bias = nn.Parameter(torch.zeros(width))
+        nn.init.trunc_normal_(self.weight, std=INIT_STD)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Map pixels (N, patch · patch · 3), channel last, to (N, D)."""
+        return F.linear(pixels, self.weight.permute(0, 2, 3, 1).flatten(1), self.bias)
+
+
+class PatchEmbedding(nn.Module):
+    """uint8 patches → tokens; ImageNet's mean and deviation are taken out in fp32 first."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, patch: int, width: int) -> None:
+        super().__init__()
+        self.proj = PatchProjection(patch, width)
+        std = torch.tensor(IMAGENET_STD).repeat(patch * patch)
+        mean = torch.tensor(IMAGENET_MEAN).repeat(patch * patch)
+        self.register_buffer("scale", 1 / (255 * std), persistent=False)
+        self.register_buffer("shift", -mean / std, persistent=False)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Map uint8 pixels (N, patch · patch · 3) to (N, D) of the weights' type."""
+        dtype = self.proj.weight.dtype
+        exact = torch.promote_types(dtype, torch.float32)
+        normalised = torch.addcmul(self.shift.to(exact), pixels.to(exact), self.scale.to(exact))
+        return self.proj(normalised.to(dtype))
+
+
+class VisionTransformer(nn.Module):
+    """Encoder of the visible patches of uint8 images; parameter names follow timm but for the blocks' MLPs."""
+
+    pos_embed: Tensor
+
+    def __init__(
+        self,
+        shape: EncoderShape,
+        image: int,
+        patch: int,
+        attention: str = "auto",
+        activation_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        self.image = image
+        self.patch = patch
+        self.width = shape.width
+        self.attention = attention
+        self.activation_checkpointing = activation_checkpointing
+        self.patch_embed = PatchEmbedding(patch, shape.width)
+        self.register_buffer("pos_embed", sincos_positions(shape.width, image // patch), persistent=False)
+        self.blocks = nn.ModuleList(
+            Block(shape.width, shape.heads, shape.mlp_ratio, attention) for _ in range(shape.depth)
+        )
+        self.norm = Norm(shape.width)
+        rescale_blocks(self.blocks)
+
+    @property
+    def patches(self) -> int:
+        """L, the patches of a whole image."""
+        return (self.image // self.patch) ** 2
+
+    def forward(self, images: Tensor, patches: Tensor | None = None, segments: Segments | None = None) -> Tensor:
+        """Encode the visible patches.
+
+        Args:
+            images: uint8 (B, S, S, 3).
+            patches: int64 (N,), row-major numbers of the visible patches of each image, packed; None: all.
+            segments: of the N patches; needed with `patches`, not without.
+
+        Returns:
+            (N, D), packed in the order of `patches`.
+
+        Raises:
+            ValueError: the images' shape or type is not the model's, or patches and segments do not belong together.
+
+        """
+        self._check(images, patches, segments)
+        if patches is None or segments is None:
+            everything = Segments.uniform(len(images), self.patches, images.device)
+            tokens = self.patch_embed(gather_patches(images, self.patch, None, None))
+            x = (tokens.view(len(images), self.patches, -1) + self.pos_embed.to(tokens.dtype)).flatten(0, 1)
+            return self._encode(x, everything)
+        image = segments.image_of_token
+        # The CPU's attention takes images of one length at a time: sorted once here, nothing moves in the blocks.
+        resort = resolve_backend(self.attention, images.device.type) == "sdpa" and not segments.is_sorted
+        if resort:
+            by_length = segments.by_length
+            patches, image = patches[by_length.token_order], image[by_length.token_order]
+            x = self._encode(self._embed(images, patches, image), by_length.segments)
+            return take_rows(x, by_length.token_rank, by_length.token_order)
+        return self._encode(self._embed(images, patches, image), segments)
+
+    def _embed(self, images: Tensor, patches: Tensor, image: Tensor) -> Tensor:
+        tokens = self.patch_embed(gather_patches(images, self.patch, patches, image))
+        return tokens + self.pos_embed.to(tokens.dtype).index_select(0, patches)
+
+    def _encode(self, x: Tensor, segments: Segments) -> Tensor:
+        return self.norm(run_blocks(self.blocks, x, segments, recompute=self.activation_checkpointing))
+
+    def _check(self, images: Tensor, patches: Tensor | None, segments: Segments | None) -> None:
+        if images.dtype != torch.uint8 or tuple(images.shape[1:]) != (self.image, self.image, 3):
+            required = f"uint8 (B, {self.image}, {self.image}, 3)"
+            raise ValueError(f"images are {images.dtype} {tuple(images.shape)}; they must be {required}")
+        if (patches is None) != (segments is None):
+            raise ValueError("patches and segments come together: give both or neither")
+        if patches is None or segments is None:
+            return
+        if patches.shape != (segments.total,) or len(segments.lengths) != len(images):
+            raise ValueError(
+                f"segments are of {len(segments.lengths)} images and {segments.total} tokens; there are "
+                f"{len(images)} images and patches {tuple(patches.shape)}"
+            )

@@ -1,0 +1,141 @@
+"""Useful operations of one training step, counted from the token counts of each image.
+
+A multiply-add is two operations. Counted: the matrix products of linear layers and of attention (its two products,
+each over an image's own tokens). Not counted, as is the custom of MFU: normalisation, GELU, softmax, residuals,
+optimizer, and anything computed twice (activation checkpointing, attention's recomputation). The backward pass of a
+product is two products of its size, or one where its input needs no gradient (pixels, actions).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from iwm_fast import kernels
+from iwm_fast.config.schema import ModelConfig
+
+__all__ = ["StepFlops", "step_flops"]
+
+
+@dataclass(frozen=True)
+class StepFlops:
+    """Operations of one step by part; `*_backward` without recomputation."""
+
+    target_forward: int
+    context_forward: int
+    context_backward: int
+    predictor_forward: int
+    predictor_backward: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return (
+            self.target_forward
+            + self.context_forward
+            + self.context_backward
+            + self.predictor_forward
+            + self.predictor_backward
+        )
+
+
+@dataclass(frozen=True)
+class _Count:
+    """Forward operations whose input needs a gradient, and those whose input needs none."""
+
+    inner: int
+    first: int = 0
+
+    @property
+    def forward(self) -> int:
+        return self.inner + self.first
+
+    @property
+    def backward(self) -> int:
+        return 2 * self.inner + self.first
+
+    def __add__(self, other: _Count) -> _Count:
+        return _Count(self.inner + other.inner, self.first + other.first)
+
+
+def _attention(width: int, lengths: np.ndarray) -> int:
+    """Operations of q kᵀ and the weights times v, of every image for itself, and of the four projections."""
+    tokens = int(lengths.sum())
+    return 8 * tokens * width * width + 4 * width * int((lengths * lengths).sum())
+
+
+def _mlp(width: int, ratio: float, tokens: int, images: int, actions: int) -> _Count:
+    hidden = round(width * ratio)
+    whole = kernels.conditioned_mlp_flops(tokens, width, hidden, width, images=images, actions=actions)
+    action = 2 * images * hidden * actions
+    return _Count(whole - action, action)
+
+
+def _encoder(model: ModelConfig, lengths: np.ndarray) -> _Count:
+    shape, tokens = model.encoder_shape, int(lengths.sum())
+    embedding = _Count(0, 2 * tokens * shape.width * model.patch * model.patch * 3)
+    mlp = _mlp(shape.width, shape.mlp_ratio, tokens, 0, 0)
+    return embedding + _Count(shape.depth * (_attention(shape.width, lengths) + mlp.inner))
+
+
+def _vit_predictor(model: ModelConfig, actions: int, context: np.ndarray, predicted: np.ndarray) -> _Count:
+    config, outer = model.predictor, model.encoder_shape.width
+    width, images, kinds = config.width, len(context), config.conditioning.split("+")
+    asked = int(predicted.sum())
+    joined = context + predicted + (actions if "sequence" in kinds else 0)
+    in_blocks = actions if "block" in kinds else 0
+    count = _Count(2 * int(context.sum()) * outer * width + 2 * asked * width * outer)
+    if "feature" in kinds:
+        count += _Count(6 * asked * width * width, 2 * images * width * actions)
+    count += _Count(config.depth * _attention(width, joined))
+    for block in range(config.depth):
+        # After the last attention only the predicted tokens go on.
+        tokens = asked if block == config.depth - 1 else int(joined.sum())
+        count += _mlp(width, config.mlp_ratio, tokens, images, in_blocks)
+    return count
+
+
+def _mlp_predictor(model: ModelConfig, actions: int, context: np.ndarray) -> _Count:
+    config, outer = model.predictor, model.encoder_shape.width
+    tokens, images = int(context.sum()), len(context)
+    in_blocks = 0 if config.conditioning == "none" else actions
+    count = _Count(4 * tokens * outer * config.width)
+    for _ in range(config.depth):
+        count += _mlp(config.width, config.mlp_ratio, tokens, images, in_blocks)
+    return count
+
+
+def step_flops(
+    model: ModelConfig,
+    action_dim: int,
+    context_lengths: Sequence[int] | np.ndarray,
+    predicted_lengths: Sequence[int] | np.ndarray,
+) -> StepFlops:
+    """Operations of one step over the images whose token counts are given.
+
+    Args:
+        model: the networks.
+        action_dim: A, components of an action.
+        context_lengths: (B,), visible patches of each source.
+        predicted_lengths: (B,), patches to predict of each target; not read for the mlp predictor, which answers for
+            the context's.
+
+    Raises:
+        ValueError: the two do not have one entry an image each.
+
+    """
+    context = np.asarray(context_lengths, dtype=np.int64)
+    predicted = np.asarray(predicted_lengths, dtype=np.int64)
+    if context.ndim != 1 or context.shape != predicted.shape:
+        raise ValueError(
+            f"predicted_lengths has shape {predicted.shape}; it must be context_lengths' shape (B,) = {context.shape}"
+        )
+    target = _encoder(model, np.full(len(context), model.grid**2, dtype=np.int64))
+    encoder = _encoder(model, context)
+    if model.predictor.kind == "mlp":
+        predictor = _mlp_predictor(model, action_dim, context)
+    else:
+        predictor = _vit_predictor(model, action_dim, context, predicted)
+    return StepFlops(target.forward, encoder.forward, encoder.backward, predictor.forward, predictor.backward)

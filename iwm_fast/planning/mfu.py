@@ -1,0 +1,61 @@
+"""Times and useful operations of the steps since the last logged one, and the share of the device's peak they reach."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from iwm_fast.config import Config
+from iwm_fast.planning.flops import step_flops
+
+__all__ = ["StepCounter", "peak_flops"]
+
+# Dense bf16 matrix rate, operations a second, from the vendors' data sheets; by a part of the device's name.
+PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12}
+COMPUTE = ("forward", "backward", "optimizer", "ema")
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """The device's peak in operations a second, or None where it is not known (every CPU)."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAKS.items() if part in name), None)
+
+
+class StepCounter:
+    """Adds up steps; ``take`` gives their medians and means and starts anew."""
+
+    def __init__(self, config: Config, action_dim: int, device: torch.device) -> None:
+        self._model = config.model
+        self._action_dim = action_dim
+        self._peak = peak_flops(device)
+        self._steps: list[float] = []
+        self._parts: dict[str, list[float]] = {}
+        self._flops = 0.0
+
+    def count(self, context: NDArray[np.int64], predicted: NDArray[np.int64]) -> None:
+        """Count a micro-batch's operations from the images' token counts, both (B,)."""
+        self._flops += step_flops(self._model, self._action_dim, context, predicted).total
+
+    def add(self, step_s: float, parts: dict[str, float]) -> None:
+        """One step's seconds, whole and by part."""
+        self._steps.append(step_s)
+        for name, seconds in parts.items():
+            self._parts.setdefault(name, []).append(seconds)
+
+    def take(self, images: int) -> dict[str, float | None]:
+        """Per step: images/s, seconds, waiting for data, what is neither compute nor data (all means), MFU."""
+        total, steps = sum(self._steps), len(self._steps)
+        compute = sum(sum(self._parts.get(name, [])) for name in COMPUTE)
+        waited = sum(self._parts.get("data", []))
+        taken = {
+            "images_per_s": images * steps / total,
+            "step_s": total / steps,
+            "data_wait_s": waited / steps,
+            "overhead_s": (total - compute - waited) / steps,
+            "mfu": self._flops / total / self._peak if self._peak else None,
+        }
+        self._steps, self._parts, self._flops = [], {}, 0.0
+        return taken

@@ -1,0 +1,27 @@
+"""Operators of iwm-fast, each behind one public function. Imports torch, triton and numpy only.
+
+Shape suffixes: N tokens of all images packed one after another, B images, D token width, H hidden width, A action
+components, Do output width, M rows of a table of targets. Reference implementations are plain PyTorch, work in any
+floating type up to float64 on any device, and define what the other backends have to give.
+"""
+
+from __future__ import annotations
+
+from .conditioned_mlp import (
+    conditioned_mlp,
+    conditioned_mlp_bytes,
+    conditioned_mlp_flops,
+    conditioned_mlp_reference,
+)
+from .stopgrad_l2 import stopgrad_l2, stopgrad_l2_bytes, stopgrad_l2_flops, stopgrad_l2_reference
+
+__all__ = [
+    "conditioned_mlp",
+    "conditioned_mlp_bytes",
+    "conditioned_mlp_flops",
+    "conditioned_mlp_reference",
+    "stopgrad_l2",
+    "stopgrad_l2_bytes",
+    "stopgrad_l2_flops",
+    "stopgrad_l2_reference",
+]

@@ -1,0 +1,81 @@
+"""Installs iwm-fast. Metadata and the mapping of folders stand here; the tools' settings stand in pyproject.toml."""
+
+import ast
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).resolve().parent
+
+
+def version() -> str:
+    """``iwm_fast.__version__``, read without importing the package (its requirements are not there yet)."""
+    tree = ast.parse((ROOT / "iwm_fast" / "__init__.py").read_text(encoding="utf-8"))
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and any(
+            isinstance(t, ast.Name) and t.id == "__version__" for t in node.targets
+        ):
+            return str(ast.literal_eval(node.value))
+    raise RuntimeError("iwm_fast/__init__.py does not set __version__")
+
+
+# The checkout has relative links iwm_fast/kernels and iwm_fast/configs, so that it also runs without being installed.
+# The links are left out here and the folders they lead to are mapped instead: each file enters the wheel once.
+ENGINE = find_packages(include=["iwm_fast", "iwm_fast.*"], exclude=["iwm_fast.kernels*", "iwm_fast.configs*"])
+KERNELS = ["iwm_fast.kernels", *(f"iwm_fast.kernels.{name}" for name in find_packages("kernels"))]
+
+setup(
+    name="iwm-fast",
+    version=version(),
+    description="A fast training engine for Image World Models: a JEPA whose predictor is told the transformation",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=[*ENGINE, *KERNELS, "iwm_fast.configs"],
+    package_dir={"iwm_fast.kernels": "kernels", "iwm_fast.configs": "configs"},
+    package_data={"iwm_fast": ["py.typed"], "iwm_fast.configs": ["*.yaml", "deepspeed/*.json"]},
+    include_package_data=False,
+    entry_points={"console_scripts": ["iwm-fast = iwm_fast.cli:main"]},
+    # The bounds are the versions that were run together. torch 2.14 and later would bring CUDA packages of several GB
+    # to machines without a GPU; the CPU build of torch asks for no triton, so triton has a bound of its own.
+    install_requires=[
+        "torch>=2.11,<2.14",
+        "triton>=3.6,<3.8",
+        "xformers>=0.0.35,<0.0.36",
+        "deepspeed>=0.19.8,<0.20",
+        "nvidia-dali-cuda130>=2.4,<2.5",
+        "numpy>=2.0,<3",
+        "pillow>=11",
+        "pydantic>=2.10,<3",
+        "PyYAML>=6.0.2",
+        "typer>=0.15",
+        "rich>=13.8",
+        "safetensors>=0.5",
+        "tensorboard>=2.18",
+        "matplotlib>=3.9",
+        "packaging>=24",
+    ],
+    extras_require={
+        # setuptools and wheel: a test builds the wheel and looks into it.
+        "test": [
+            "pytest>=8.3",
+            "hypothesis>=6.115",
+            "ruff>=0.8",
+            "mypy>=1.13",
+            "types-PyYAML>=6.0.12",
+            "setuptools>=77",
+            "wheel>=0.43",
+        ],
+        "bench": ["psutil>=6"],
+    },
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+    zip_safe=False,
+)

@@ -1,0 +1,222 @@
+"""Configurations: what they load to, that they survive being written, and the one line that each mistake gets."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import iwm_fast
+from iwm_fast.config import Config, dump_config, load_config, packaged_config
+from iwm_fast.config.listing import rows
+from iwm_fast.config.load import find_config, packaged_names
+from iwm_fast.errors import UserError
+
+PACKAGE = Path(iwm_fast.__file__).parent
+NAMES = [
+    "demo.yaml",
+    "mlp_predictor_shared_target.yaml",
+    "vit_base_p16_224_equi.yaml",
+    "vit_base_p16_224_inv.yaml",
+    "vit_large_p16_224.yaml",
+    "vit_small_p16_224.yaml",
+    "vit_tiny_p4_32.yaml",
+    "vit_tiny_p8_96.yaml",
+]
+
+
+@pytest.fixture
+def file(tmp_path):
+    """Writes a configuration and returns its path."""
+
+    def write(text: str) -> Path:
+        path = tmp_path / "run.yaml"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+def problem(path: Path, *overrides: str) -> str:
+    """The one line that loading gives, without the folder."""
+    with pytest.raises(UserError) as caught:
+        load_config(path, overrides)
+    line = str(caught.value)
+    assert "\n" not in line
+    return line.replace(f"{path.parent}/", "")
+
+
+def test_the_packaged_configurations_are_those_of_the_readme():
+    assert packaged_names() == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_packaged_configuration_loads_and_survives_a_round_trip(name, tmp_path):
+    config = load_config(packaged_config(name))
+    (tmp_path / "again.yaml").write_text(dump_config(config), encoding="utf-8")
+    assert load_config(tmp_path / "again.yaml") == config
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_packaged_configuration_begins_with_what_it_is_for(name):
+    head = packaged_config(name).read_text(encoding="utf-8").splitlines()[:6]
+    assert head[0].startswith("# ")
+    assert any("Machine:" in line for line in head)
+    assert any("Figures:" in line for line in head)
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_deepspeed_base_holds_the_stage_and_leaves_batch_and_optimizer_to_the_engine(stage):
+    import json
+
+    base = json.loads(packaged_config(f"deepspeed/zero{stage}.json").read_text(encoding="utf-8"))
+    assert base["zero_optimization"]["stage"] == stage
+    assert set(base) == {"zero_optimization"}
+
+
+@pytest.mark.parametrize("name", ["demo", "demo.yaml", "configs/demo.yaml", "./configs/demo.yaml"])
+def test_packaged_configuration_is_found_by_name_from_anywhere(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert find_config(name) == packaged_config("demo")
+
+
+def test_a_file_comes_before_a_packaged_configuration_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("demo.yaml").write_text("train: {seed: 7}", encoding="utf-8")
+    assert load_config(find_config("demo.yaml")).train.seed == 7
+
+
+def test_numbers_are_read_as_people_write_them(file):
+    """YAML 1.1, PyYAML's own, reads 1e-3 as a string and 017 as fifteen."""
+    config = load_config(file("train: {lr: 1e-3, seed: 017, lr_start: .5, epochs: 1E+2}"))
+    assert (config.train.lr, config.train.seed, config.train.lr_start, config.train.epochs) == (1e-3, 17, 0.5, 100.0)
+
+
+def test_overrides_replace_the_file_and_later_ones_earlier_ones(file):
+    path = file("train: {lr: 1e-3, ema: [0.9, 1.0]}")
+    config = load_config(
+        path, ["train.lr=1", "train.lr=5e-4", "train.ema=[0.5, 0.75]", "data.root=a=b", "train.steps="]
+    )
+    assert (config.train.lr, config.train.ema, config.data.root, config.train.steps) == (5e-4, (0.5, 0.75), "a=b", None)
+
+
+def test_a_section_whose_keys_are_commented_out_has_its_defaults(file):
+    assert load_config(file("train:\n  # lr: 1\nmodel:\n  predictor:\n")) == Config()
+    assert load_config(file("")) == Config()
+
+
+def test_an_encoder_may_be_a_shape(file):
+    shape = load_config(file("model: {encoder: {depth: 2, width: 8, heads: 2}}")).model.encoder_shape
+    assert (shape.depth, shape.width, shape.heads) == (2, 8, 2)
+
+
+@given(
+    st.text(st.characters(blacklist_categories=["Cs"]), max_size=20), st.floats(1e-30, 1e30), st.integers(0, 2**63 - 1)
+)
+def test_whatever_is_written_is_read_back_equal(tmp_path_factory, root, lr, seed):
+    """Text that looks like a number, a flag or YAML's own syntax stays text, and floats keep every bit."""
+    config = Config.model_validate({"data": {"root": root}, "train": {"lr": lr, "seed": seed}})
+    path = tmp_path_factory.mktemp("written") / "c.yaml"
+    path.write_bytes(dump_config(config).encode())
+    assert load_config(path) == config
+
+
+MISTAKES = {
+    "unknown key": ("train:\n  lrr: 1e-3", "run.yaml:2: train.lrr: unknown key; did you mean train.lr?"),
+    "unknown section": ("trian:\n  lr: 1e-3", "run.yaml:1: trian: unknown key; did you mean train?"),
+    "key of another section": ("lr: 1", "run.yaml:1: lr: unknown key; did you mean train.lr?"),
+    "unknown key of the encoder": (
+        "model: {encoder: {depth: 1, width: 4, heads: 1, mlp_ration: 4}}",
+        "run.yaml:1: model.encoder.mlp_ration: unknown key; did you mean model.encoder.mlp_ratio?",
+    ),
+    "wrong type": ("train:\n  lr: fast", 'run.yaml:2: train.lr: found "fast"; allowed: a number above 0'),
+    "float for int": (
+        "train: {steps: 2.5}",
+        "run.yaml:1: train.steps: found 2.5; allowed: a whole number of at least 1, or null",
+    ),
+    "text for flag": ("log: {tensorboard: on}", 'run.yaml:1: log.tensorboard: found "on"; allowed: true or false'),
+    "infinite": ("train: {lr: .inf}", 'run.yaml:1: train.lr: found ".inf"; allowed: a number above 0'),
+    "out of range": (
+        "data: {max_bad_fraction: 1.5}",
+        "run.yaml:1: data.max_bad_fraction: found 1.5; allowed: a number from 0 to 1",
+    ),
+    "no choice": ("zero: {stage: 4}", "run.yaml:1: zero.stage: found 4; allowed: one of 0, 1, 2, 3"),
+    "pair of three": (
+        "train: {ema: [0, 0.5, 1]}",
+        "run.yaml:1: train.ema: found [0, 0.5, 1]; allowed: a list of 2 numbers [first, last]",
+    ),
+    "scalar for section": ("train: 3", "run.yaml:1: train: found 3; allowed: a section (a mapping of keys)"),
+    "missing": (
+        "model: {encoder: {depth: 2, width: 8}}",
+        "run.yaml:1: model.encoder.heads: missing; give a whole number of at least 1",
+    ),
+    "contradiction": ("model:\n  image: 100", "run.yaml:1: model: image 100 must be a multiple of patch 16"),
+    "duplicate": ("train:\n  lr: 1\n  lr: 2", "run.yaml:3: train.lr: given twice, first on line 2; keep one"),
+    "malformed": ("train:\n  lr: [1", "run.yaml:2: not valid YAML: expected ',' or ']', but got '<stream end>'"),
+    "tab": ("train:\n\tlr: 1", "run.yaml:2: not valid YAML: found character '\\t' that cannot start any token"),
+    "list": ("- 1", "run.yaml: holds [1]; a configuration is a mapping of " + ", ".join(Config.model_fields)),
+    "self-reference": ("train: &a\n  lr: *a", "run.yaml:1: nested more than 16 levels deep"),
+    "object": (
+        "train: !!python/object:os.system {}",
+        "run.yaml:1: the tag tag:yaml.org,2002:python/object:os.system has no meaning in a configuration",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_in_a_file_gets_one_line_with_file_line_key_and_what_is_allowed(file, name):
+    text, line = MISTAKES[name]
+    assert problem(file(text)) == line
+
+
+OVERRIDE_MISTAKES = {
+    "trian.lr=1": "command line: trian.lr: unknown key; did you mean train.lr?",
+    "train.image=32": "command line: train.image: unknown key; did you mean model.image?",
+    "train.lr=fast": 'command line: train.lr: found "fast"; allowed: a number above 0',
+    "train.lr={1": "command line: train.lr: not valid YAML: expected ',' or '}', but got '<stream end>'",
+    "train.lr": 'command line: "train.lr": an override is written key.path=value, as train.lr=1e-3',
+    "train=3": "command line: train: a section; override its keys one by one, as train.seed=...",
+    "model.patch=7": "run.yaml:1 and command line: model: image 32 must be a multiple of patch 7",
+}
+
+
+@pytest.mark.parametrize("override", OVERRIDE_MISTAKES)
+def test_a_mistake_in_an_override_is_told_of_the_command_line(file, override):
+    assert problem(file("model: {image: 32, patch: 4}"), override) == OVERRIDE_MISTAKES[override]
+
+
+def test_of_several_problems_the_first_is_told_and_the_others_counted(file):
+    line = problem(file("train: {lr: a, seed: b}\nzero: {stge: 1}"))
+    assert line == "run.yaml:2: zero.stge: unknown key; did you mean zero.stage? (and 2 more problems)"
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
+    assert problem(tmp_path / "no.yaml") == "no.yaml: cannot be read: No such file or directory"
+    assert "cannot be read" in problem(tmp_path)
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    assert problem(tmp_path / "binary.yaml").startswith("binary.yaml: not UTF-8 text")
+
+
+def test_an_unknown_packaged_name_lists_those_that_exist():
+    with pytest.raises(UserError, match=r"^vit_tiny\.yaml: no such configuration; packaged ones are demo\.yaml, "):
+        find_config("vit_tiny.yaml")
+
+
+def test_every_key_says_what_it_means():
+    assert [row.key for row in rows() if not row.description] == []
+
+
+def test_every_key_is_read_by_something():
+    """A key that nothing reads is a promise that nothing keeps."""
+    read = set()
+    for path in (*PACKAGE.rglob("*.py"), *(PACKAGE / "kernels").rglob("*.py")):
+        if path.parent.name != "config":
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            read |= {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)}
+    # Read through properties of the schema: model.encoder as encoder_shape, model.predictor.heads as head_count.
+    through = {"model.encoder": "encoder_shape", "model.predictor.heads": "head_count"}
+    keys = {row.key: through.get(row.key, row.key.rsplit(".", 1)[-1]) for row in rows()}
+    assert [key for key, name in keys.items() if name not in read] == []

@@ -1,0 +1,119 @@
+"""Checkpoints: whole or refused, and independent of how the state was divided."""
+
+import errno
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from iwm_fast.engine import checkpoint
+from iwm_fast.engine.checkpoint import Checkpoint, Fragment
+from iwm_fast.engine.distributed import Ranks
+from iwm_fast.errors import UserError
+
+ALONE = Ranks(0, 1, 0, 1, torch.device("cpu"))
+
+
+def pieces(name, tensor, cuts):
+    edges = [0, *sorted(cuts), tensor.numel()]
+    return [
+        Fragment("weight", name, tuple(tensor.shape), a, tensor.flatten()[a:b])
+        for a, b in zip(edges, edges[1:], strict=False)
+        if b > a
+    ]
+
+
+def save(root, step=1, keep_last=3, value=1.0):
+    fragments = pieces("layer", torch.full((4, 3), value), [])
+    return checkpoint.write(root, step, fragments, {"updates": step}, ALONE, keep_last)
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_any_range_is_read_back_from_any_division(data, tmp_path_factory):
+    numel = data.draw(st.integers(1, 60))
+    value = torch.randn(numel)
+    cuts = data.draw(st.lists(st.integers(0, numel), max_size=6))
+    start = data.draw(st.integers(0, numel - 1))
+    stop = data.draw(st.integers(start + 1, numel))
+    root = tmp_path_factory.mktemp("cut")
+    path = checkpoint.write(root, 7, pieces("w", value, cuts), {}, ALONE, 1)
+    saved = Checkpoint(path)
+    out = torch.full((stop - start,), float("nan"))
+    saved.fill("weight", "w", start, out)
+    assert torch.equal(out, value[start:stop])
+    assert torch.equal(saved.full("weight", "w"), value)
+
+
+def test_a_missing_fragment_is_an_error_not_a_zero(tmp_path):
+    path = checkpoint.write(tmp_path, 1, pieces("w", torch.ones(10), [4])[1:], {}, ALONE, 1)
+    with pytest.raises(UserError, match="incomplete"):
+        Checkpoint(path).full("weight", "w")
+
+
+@pytest.mark.parametrize("harm", ["truncate", "flip", "remove", "no manifest"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(tmp_path, harm):
+    old, new = save(tmp_path, 1), save(tmp_path, 2)
+    shard = next(new.glob("*.safetensors"))
+    content = bytearray(shard.read_bytes())
+    if harm == "truncate":
+        shard.write_bytes(content[:-5])
+    elif harm == "flip":
+        content[-3] ^= 4
+        shard.write_bytes(content)
+    elif harm == "remove":
+        shard.unlink()
+    else:
+        (new / "manifest.json").unlink()
+    found, passed = checkpoint.newest(tmp_path)
+    assert found == old
+    assert len(passed) == 1 and str(new) in passed[0]
+
+
+def test_latest_names_the_newest_and_older_ones_are_pruned(tmp_path):
+    for step in range(1, 6):
+        save(tmp_path, step, keep_last=2)
+    assert sorted(p.name for p in tmp_path.glob("step_*")) == ["step_000004", "step_000005"]
+    assert (tmp_path / "latest").read_text() == "step_000005\n"
+    assert checkpoint.newest(tmp_path) == (tmp_path / "step_000005", [])
+
+
+def test_a_full_disk_leaves_nothing_under_a_final_name_and_the_old_one_usable(tmp_path, monkeypatch):
+    old = save(tmp_path, 1)
+
+    def full(tensors, path):
+        path.write_bytes(b"half of it")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(UserError, match="No space left"):
+        save(tmp_path, 2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step_000001"]
+    assert checkpoint.newest(tmp_path)[0] == old
+
+
+def test_a_leftover_of_a_killed_writer_is_neither_used_nor_in_the_way(tmp_path):
+    leftover = tmp_path / ".step_000002.partial"
+    leftover.mkdir()
+    (leftover / "rank_00000.safetensors").write_bytes(b"torn")
+    assert checkpoint.newest(tmp_path) == (None, [])
+    written = save(tmp_path, 2)
+    assert checkpoint.newest(tmp_path) == (written, [])
+    assert not leftover.exists()
+
+
+def test_another_architecture_is_refused_with_the_first_difference(tmp_path):
+    saved = Checkpoint(save(tmp_path))
+    saved.require_architecture({"layer": (4, 3)})
+    with pytest.raises(UserError, match="another architecture: layer is 4×3 there and 4×5"):
+        saved.require_architecture({"layer": (4, 5)})
+    with pytest.raises(UserError, match="absent"):
+        saved.require_architecture({"layer": (4, 3), "more": (1,)})
+
+
+def test_nothing_in_a_checkpoint_is_a_pickle(tmp_path):
+    path = save(tmp_path)
+    assert {p.suffix for p in path.iterdir()} == {".safetensors", ".json"}
+    json.loads((path / "index.json").read_text())

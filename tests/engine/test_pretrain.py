@@ -1,0 +1,137 @@
+"""Whole starts on one rank: what a run leaves behind, and that stopping and going on changes nothing."""
+
+import json
+
+import pytest
+import torch
+from small_run import losses, metrics, small_config, state
+
+from iwm_fast.engine import pretrain
+from iwm_fast.errors import UserError
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_ten_and_ten_steps_equal_twenty_bit_for_bit(tiny_images, tmp_path, stage, capfd):
+    config = small_config(tiny_images, zero__stage=stage)
+    pretrain(config, tmp_path / "straight")
+    pretrain(small_config(tiny_images, zero__stage=stage, train__steps=10), tmp_path / "halves")
+    pretrain(config, tmp_path / "halves", resume="auto")
+    assert "the next step is 11 of 20" in capfd.readouterr().err
+    assert [r["step"] for r in metrics(tmp_path / "halves")] == list(range(1, 21))
+    assert losses(tmp_path / "halves") == losses(tmp_path / "straight")
+    straight, halves = state(tmp_path / "straight", 20), state(tmp_path / "halves", 20)
+    assert straight.keys() == halves.keys()
+    assert all(torch.equal(straight[key], halves[key]) for key in straight)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_stages_follow_the_undivided_trajectory(tiny_images, tmp_path, stage):
+    pretrain(small_config(tiny_images, train__steps=8), tmp_path / "plain")
+    pretrain(small_config(tiny_images, train__steps=8, zero__stage=stage), tmp_path / "divided")
+    assert losses(tmp_path / "divided") == pytest.approx(losses(tmp_path / "plain"), rel=1e-4)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_accumulation_does_not_change_losses_or_gradients(tiny_images, tmp_path, stage):
+    pretrain(small_config(tiny_images, train__steps=5, zero__stage=stage), tmp_path / "whole")
+    pretrain(small_config(tiny_images, train__steps=5, train__micro_batch=3, zero__stage=stage), tmp_path / "parts")
+    whole, parts = metrics(tmp_path / "whole"), metrics(tmp_path / "parts")
+    for key in ("loss", "grad_norm"):
+        assert [r[key] for r in parts] == pytest.approx([r[key] for r in whole], rel=1e-4)
+
+
+def test_a_checkpoint_of_one_stage_resumes_as_another(tiny_images, tmp_path):
+    pretrain(small_config(tiny_images), tmp_path / "straight")
+    for first, then in ((0, 3), (3, 2), (1, 0)):
+        run = tmp_path / f"from{first}to{then}"
+        pretrain(small_config(tiny_images, train__steps=10, zero__stage=first), run)
+        pretrain(small_config(tiny_images, zero__stage=then), run, resume="auto")
+        assert losses(run) == pytest.approx(losses(tmp_path / "straight"), rel=1e-4)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_bf16_follows_fp32_and_keeps_fp32_weights(tiny_images, tmp_path, stage):
+    pretrain(small_config(tiny_images, train__steps=8), tmp_path / "fp32")
+    pretrain(small_config(tiny_images, train__steps=8, train__precision="bf16", zero__stage=stage), tmp_path / "bf16")
+    # bf16 has 8 bits of mantissa: one rounding is 0.4 %, a loss of a few dozen of them in sequence stays within 5 %.
+    assert losses(tmp_path / "bf16") == pytest.approx(losses(tmp_path / "fp32"), rel=0.05)
+    weights = state(tmp_path / "bf16", 8)
+    assert any(not torch.equal(w, w.bfloat16().float()) for key, w in weights.items() if key.startswith("weight/"))
+
+
+def test_the_average_moves_under_bf16_at_a_momentum_close_to_one(tiny_images, tmp_path):
+    """In bf16 a step of 4e-4 of the difference would round to nothing: the average has to be kept in fp32."""
+    config = small_config(tiny_images, train__steps=4, train__precision="bf16", train__ema=[0.9996, 0.9996], zero__stage=1)
+    pretrain(config, tmp_path / "run")
+    after = state(tmp_path / "run", 4)
+    moved = [
+        (after[key] - after[key.replace("ema/target_encoder.", "weight/encoder.")]).abs().max() for key in after
+        if key.startswith("ema/") and key.endswith("mlp.w_in")
+    ]  # fmt: skip
+    first = small_config(tiny_images, train__steps=1, train__precision="bf16", train__ema=[0.9996, 0.9996], zero__stage=1)
+    pretrain(first, tmp_path / "first")
+    start = state(tmp_path / "first", 1)
+    assert all(m > 0 for m in moved)
+    assert any(not torch.equal(start[key], after[key]) for key in after if key.startswith("ema/"))
+
+
+def test_the_average_equals_float64(tiny_images, tmp_path):
+    """Averages of consecutive checkpoints' weights, recomputed in float64."""
+    config = small_config(tiny_images, train__steps=4, checkpoint__every_steps=1, checkpoint__keep_last=9, zero__stage=2)
+    pretrain(config, tmp_path / "run")
+    steps = [state(tmp_path / "run", s) for s in (1, 2, 3, 4)]
+    momenta = [r["ema_momentum"] for r in metrics(tmp_path / "run")]
+    for key in [k for k in steps[0] if k.startswith("ema/")]:
+        expected = steps[0][key].double()
+        for momentum, at in zip(momenta[1:], steps[1:], strict=True):
+            expected = momentum * expected + (1 - momentum) * at[key.replace("ema/target_encoder.", "weight/encoder.")]
+        torch.testing.assert_close(steps[3][key].double(), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_a_run_says_what_it_is_and_logs_what_is_promised(tiny_images, tmp_path):
+    pretrain(small_config(tiny_images, train__steps=3, log__tensorboard=True), tmp_path / "run")
+    assert (tmp_path / "run/config.yaml").exists()
+    assert json.loads((tmp_path / "run/environment.json").read_text())["packages"]["torch"]
+    assert list((tmp_path / "run/tensorboard").iterdir())
+    promised = (
+        "step epoch samples_seen loss lr weight_decay ema_momentum grad_norm images_per_s data_wait_s step_s mfu "
+        "memory_bytes rank_me bad_samples"
+    ).split()
+    for record in metrics(tmp_path / "run"):
+        assert set(promised) <= record.keys()
+    assert metrics(tmp_path / "run")[2]["samples_seen"] == 24
+
+
+def test_a_run_with_checkpoints_is_not_overwritten(tiny_images, tmp_path):
+    config = small_config(tiny_images, train__steps=1)
+    pretrain(config, tmp_path / "run")
+    with pytest.raises(UserError, match="--resume auto"):
+        pretrain(config, tmp_path / "run")
+
+
+def test_auto_on_an_empty_run_starts_anew(tiny_images, tmp_path):
+    pretrain(small_config(tiny_images, train__steps=1), tmp_path / "run", resume="auto")
+    assert [r["step"] for r in metrics(tmp_path / "run")] == [1]
+
+
+def test_another_architecture_is_refused_in_one_line(tiny_images, tmp_path):
+    pretrain(small_config(tiny_images, train__steps=1), tmp_path / "run")
+    wider = small_config(tiny_images, model__predictor={"depth": 1, "width": 32, "heads": 2})
+    with pytest.raises(UserError, match="another architecture") as caught:
+        pretrain(wider, tmp_path / "other", resume=str(tmp_path / "run/checkpoints/step_000001"))
+    assert "\n" not in str(caught.value)
+
+
+def test_non_finite_gradients_skip_the_step_and_end_the_run_after_the_limit(tiny_images, tmp_path):
+    config = small_config(tiny_images, train__lr=1e30, train__warmup=0, train__max_skipped=2, train__lr_start=1.0)
+    with pytest.raises(UserError, match="not finite in 3 steps in a row"):
+        pretrain(config, tmp_path / "run")
+
+
+@pytest.mark.parametrize("predictor", [{"kind": "mlp", "conditioning": "block"}, {"conditioning": "sequence+block"}])
+def test_other_predictors_and_the_shared_target_train_too(tiny_images, tmp_path, predictor):
+    shape = {"depth": 2, "width": 32, "heads": 2}
+    config = small_config(tiny_images, train__steps=6, model__target="shared", model__predictor=shape | predictor)
+    pretrain(config, tmp_path / "run")
+    assert all(loss > 0 for loss in losses(tmp_path / "run"))
+    assert metrics(tmp_path / "run")[0]["ema_momentum"] is None

@@ -1,0 +1,68 @@
+"""Two CPU ranks: the same trajectory as one, at every stage, and resume across world sizes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from small_run import losses, metrics, small_config, state
+
+from iwm_fast.engine import pretrain
+
+HERE = Path(__file__).parent
+
+
+def two_ranks(images, out, jobs):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", str(HERE / "two_ranks.py")]
+    environment = os.environ | {"PYTHONPATH": f"{HERE.parent}:{os.environ.get('PYTHONPATH', '')}", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, str(images), str(out), *map(json.dumps, jobs)], env=environment, text=True, capture_output=True, timeout=300
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_images, tmp_path_factory):
+    """One rank, and on two ranks: each stage, accumulation, and halves resumed in both directions."""
+    out = tmp_path_factory.mktemp("ranks")
+    pretrain(small_config(tiny_images), out / "one")
+    for stage in (0, 2):
+        pretrain(small_config(tiny_images, train__steps=10, zero__stage=stage), out / f"one_then_two_{stage}")
+    jobs = [{"name": f"two_{s}", "zero__stage": s} for s in range(4)]
+    jobs += [{"name": f"two_accumulated_{s}", "zero__stage": s, "train__micro_batch": 2, "train__steps": 6} for s in (0, 2, 3)]
+    jobs += [{"name": f"one_then_two_{s}", "zero__stage": then, "resume": "auto"} for s, then in ((0, 3), (2, 1))]
+    jobs += [{"name": f"two_then_one_{s}", "zero__stage": s, "train__steps": 10} for s in (0, 1, 3)]
+    jobs += [{"name": f"two_halves_{s}", "zero__stage": s, "train__steps": 10} for s in (1, 3)]
+    jobs += [{"name": f"two_halves_{s}", "zero__stage": s, "resume": "auto"} for s in (1, 3)]
+    two_ranks(tiny_images, out, jobs)
+    for stage in (0, 1, 3):
+        pretrain(small_config(tiny_images, zero__stage=0), out / f"two_then_one_{stage}", resume="auto")
+    return out
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_two_ranks_follow_one(runs, stage):
+    assert losses(runs / f"two_{stage}") == pytest.approx(losses(runs / "one"), rel=1e-4)
+    norms = [[r["grad_norm"] for r in metrics(runs / name)] for name in (f"two_{stage}", "one")]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_accumulation_on_two_ranks_follows_one(runs, stage):
+    assert losses(runs / f"two_accumulated_{stage}") == pytest.approx(losses(runs / "one")[:6], rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["one_then_two_0", "one_then_two_2", "two_then_one_0", "two_then_one_1", "two_then_one_3"])
+def test_a_run_goes_on_with_another_number_of_ranks(runs, name):
+    assert [r["step"] for r in metrics(runs / name)] == list(range(1, 21))
+    assert losses(runs / name) == pytest.approx(losses(runs / "one"), rel=1e-4)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_halves_on_two_ranks_equal_the_whole_bit_for_bit(runs, stage):
+    assert losses(runs / f"two_halves_{stage}") == losses(runs / f"two_{stage}")
+    whole, halves = state(runs / f"two_{stage}", 20), state(runs / f"two_halves_{stage}", 20)
+    assert all(torch.equal(whole[key], halves[key]) for key in whole)

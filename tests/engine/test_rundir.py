@@ -1,0 +1,46 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+from iwm_fast.config import Config
+from iwm_fast.engine.rundir import RunDirectory
+from iwm_fast.errors import UserError
+
+
+def changed(config, section, **values):
+    return config.model_copy(update={section: getattr(config, section).model_copy(update=values)})
+
+
+def test_a_second_live_job_is_refused_and_a_dead_one_is_not(tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from iwm_fast.engine.rundir import RunDirectory\n"
+        "with RunDirectory(Path(sys.argv[1])).locked(): print('held', flush=True); sys.stdin.read()"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(UserError, match=f"pid {holder.pid}"), RunDirectory(tmp_path).locked():
+        pass
+    holder.kill()
+    holder.wait()
+    with RunDirectory(tmp_path).locked():
+        pass
+
+
+def test_only_what_does_not_change_the_training_may_differ_on_resume(tmp_path):
+    run, config = RunDirectory(tmp_path), Config()
+    run.begin(config, {})
+    run.require_same(changed(changed(config, "zero", stage=3), "train", steps=7, micro_batch=2))
+    with pytest.raises(UserError, match=r"train\.lr was 0\.001 .* 0\.002"):
+        run.require_same(changed(config, "train", lr=2e-3))
+
+
+def test_lines_after_the_checkpoint_and_torn_lines_are_dropped_and_the_rest_is_kept_byte_for_byte(tmp_path):
+    run = RunDirectory(tmp_path)
+    lines = [json.dumps({"step": s, "loss": s / 3}) + "\n" for s in (1, 5, 10, 12)]
+    run.metrics_file.write_text("".join(lines) + '{"step": 13, "lo')
+    run.drop_metrics_after(10)
+    assert run.metrics_file.read_text() == "".join(lines[:3])

@@ -1,0 +1,99 @@
+"""Packed attention is each image's own attention."""
+
+from __future__ import annotations
+
+import warnings
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from iwm_fast.errors import UserError
+from iwm_fast.models import attention
+from iwm_fast.models.attention import packed_attention, resolve_backend
+from iwm_fast.models.packing import Segments
+
+
+def draw_qkv(tokens: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    """Three views of one (N, 3, 2, 5) tensor, as the model has them."""
+    torch.manual_seed(tokens)
+    return list(torch.randn(tokens, 3, 2, 5, dtype=dtype).requires_grad_().unbind(1))
+
+
+@given(lengths=st.lists(st.integers(0, 7), min_size=1, max_size=7))
+@settings(deadline=None, max_examples=40)
+def test_equals_each_image_for_itself(plain: SimpleNamespace, lengths: list[int]) -> None:
+    q, k, v = draw_qkv(sum(lengths))
+    ours = packed_attention(q, k, v, Segments.from_lengths(lengths), "sdpa")
+    assert ours.shape == q.shape
+    images = zip(*(part.split(lengths) for part in (q, k, v)), strict=True)
+    theirs = torch.cat([plain.attention(*image) for image in images if len(image[0])] or [v])
+    torch.testing.assert_close(ours, theirs)
+    if sum(lengths):
+        weight = torch.randn_like(ours)
+        for a, b in zip(
+            torch.autograd.grad((ours * weight).sum(), (q, k, v), retain_graph=True),
+            torch.autograd.grad((theirs * weight).sum(), (q, k, v)),
+            strict=True,
+        ):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("lengths", [[3, 1, 6, 3], [4, 4, 4], [5, 0, 2]], ids=["ragged", "equal", "with an empty one"])
+def test_equals_sdpa_with_the_mask_that_xformers_would_use(lengths: list[int]) -> None:
+    pytest.importorskip("xformers.ops")
+    q, k, v = (part.detach() for part in draw_qkv(sum(lengths)))
+    segments = Segments.from_lengths(lengths)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        mask = segments.block_diagonal_mask.materialize((sum(lengths), sum(lengths)), dtype=torch.float64)
+    heads_first = (part.transpose(0, 1) for part in (q, k, v))
+    dense = F.scaled_dot_product_attention(*heads_first, attn_mask=mask).transpose(0, 1)
+    torch.testing.assert_close(packed_attention(q, k, v, segments, "sdpa"), dense)
+
+
+def test_xformers_gets_one_packed_row_and_the_mask_of_the_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("xformers.ops")
+    seen = {}
+
+    def operator(q: Tensor, k: Tensor, v: Tensor, attn_bias: object) -> Tensor:
+        seen.update(shape=q.shape, bias=attn_bias)
+        return v
+
+    monkeypatch.setattr(attention, "_xformers", lambda: SimpleNamespace(memory_efficient_attention=operator))
+    segments = Segments.from_lengths([2, 0, 3])
+    q, k, v = draw_qkv(5)
+    assert packed_attention(q, k, v, segments, "xformers").shape == v.shape
+    assert seen["shape"] == (1, 5, 2, 5)
+    assert seen["bias"] is segments.block_diagonal_mask
+    assert seen["bias"].q_seqinfo.seqstart_py == [0, 2, 5]
+
+
+def test_segments_of_another_batch_are_refused() -> None:
+    with pytest.raises(ValueError, match="segments have 4 tokens"):
+        packed_attention(*draw_qkv(5), Segments.from_lengths([2, 2]), "sdpa")
+
+
+def test_unknown_backend_is_refused() -> None:
+    with pytest.raises(ValueError, match="backend is 'flash'"):
+        packed_attention(*draw_qkv(5), Segments.from_lengths([5]), "flash")
+    with pytest.raises(ValueError, match="requested is 'flash'"):
+        resolve_backend("flash", "cpu")
+
+
+def test_who_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    resolve = resolve_backend.__wrapped__
+    monkeypatch.setattr(attention, "_xformers", object)
+    assert resolve("auto", "cpu") == "sdpa"
+    assert resolve("auto", "cuda") == "xformers"
+    assert resolve("sdpa", "cuda") == "sdpa"
+    with pytest.raises(UserError, match="no operator for cpu"):
+        resolve("xformers", "cpu")
+    monkeypatch.setattr(attention, "_xformers", lambda: None)
+    assert resolve("auto", "cuda") == "sdpa"
+    with pytest.raises(UserError, match="not installed"):
+        resolve("xformers", "cuda")

@@ -1,0 +1,249 @@
+"""The whole model against an independent float64 forward that takes one image at a time."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from iwm_fast.config.schema import EncoderShape, ModelConfig, PredictorConfig
+from iwm_fast.models import IWM, Segments
+
+ACTIONS = 3
+CONDITIONINGS = ["none", "sequence", "feature", "block", "sequence+block", "feature+block"]
+
+
+def configure(conditioning: str = "feature", *, kind: str = "vit", **options: Any) -> ModelConfig:
+    """12 × 12 images of 3 × 3 patches, two encoder and two predictor blocks of different widths."""
+    return ModelConfig(
+        encoder=EncoderShape(depth=2, width=16, heads=2, mlp_ratio=2.0),
+        patch=4,
+        image=12,
+        predictor=PredictorConfig(
+            kind=kind,  # type: ignore[arg-type]
+            depth=2,
+            width=12,
+            heads=3,
+            mlp_ratio=1.5,
+            conditioning=conditioning,  # type: ignore[arg-type]
+        ),
+        **options,
+    )
+
+
+VARIANTS = {
+    **{conditioning: configure(conditioning) for conditioning in CONDITIONINGS},
+    "shared target": configure(target="shared"),
+    "target as it is": configure(normalize_target=False),
+    "mlp": configure("block", kind="mlp"),
+    "mlp without action": configure("none", kind="mlp", target="shared"),
+}
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["", "checkpointed"])
+@pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS.keys())
+def test_loss_and_every_gradient(plain: SimpleNamespace, config: ModelConfig, recompute: bool) -> None:
+    """1e-5: the model's fixed positions and pixel statistics are fp32, the independent ones float64."""
+    model = plain.exact_model(config, ACTIONS, activation_checkpointing=recompute)
+    batch = plain.draw_batch(config, ACTIONS, [5, 1, 0, 6], [2, 4, 3, 2])
+    out = model(*batch.arguments())
+    state = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+    expected = plain.iwm_loss(model, state, batch)
+    torch.testing.assert_close(out.loss_sum, expected, rtol=1e-6, atol=0)
+    assert out.tokens == sum(len(image) for image in batch.predicted)
+    out.loss_sum.backward()
+    expected.backward()
+    for name, parameter in model.named_parameters():
+        if name.startswith("target_encoder."):
+            assert not parameter.requires_grad
+            assert parameter.grad is None
+            continue
+        theirs = state[name].grad
+        assert parameter.grad is not None, name
+        assert theirs is not None, name
+        torch.testing.assert_close(
+            parameter.grad, theirs, rtol=1e-5, atol=1e-5 * float(theirs.abs().max()), msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.fixture(scope="module")
+def exact_models(plain: SimpleNamespace) -> dict[str, IWM]:
+    """Made once: an example's time is the forward pass."""
+    return {conditioning: plain.exact_model(configure(conditioning), ACTIONS) for conditioning in CONDITIONINGS}
+
+
+@given(data=st.data(), images=st.integers(1, 4), conditioning=st.sampled_from(CONDITIONINGS))
+@settings(deadline=None, max_examples=12)
+def test_any_lengths(
+    plain: SimpleNamespace, exact_models: dict[str, IWM], data: st.DataObject, images: int, conditioning: str
+) -> None:
+    """Images with no context, a single token, nothing to predict, or nothing at all."""
+    counts = st.lists(st.integers(0, 4), min_size=images, max_size=images)
+    model = exact_models[conditioning]
+    model.zero_grad()
+    batch = plain.draw_batch(model.config, ACTIONS, data.draw(counts), data.draw(counts))
+    state = dict(model.named_parameters())
+    with torch.no_grad():
+        expected = plain.iwm_loss(model, state, batch)
+    out = model(*batch.arguments())
+    torch.testing.assert_close(out.loss_sum.detach(), expected, rtol=1e-6, atol=1e-9)
+    out.loss_sum.backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_images_of_a_batch_do_not_see_each_other(plain: SimpleNamespace) -> None:
+    """The sum over images, in any order and any division, is the same loss."""
+    config = configure("sequence+block")
+    model = plain.exact_model(config, ACTIONS)
+    batch = plain.draw_batch(config, ACTIONS, [5, 1, 3, 6], [2, 4, 3, 1])
+    with torch.no_grad():
+        whole = model(*batch.arguments()).loss_sum
+        shuffled = model(*batch.take([2, 0, 3, 1]).arguments()).loss_sum
+        parts = sum(model(*batch.take([i]).arguments()).loss_sum for i in range(4))
+    torch.testing.assert_close(shuffled, whole)
+    torch.testing.assert_close(parts, whole)
+
+
+def test_predictions_follow_their_images(plain: SimpleNamespace) -> None:
+    config = configure("feature+block")
+    model = plain.exact_model(config, ACTIONS)
+    z, action = torch.randn(3, 9, 16, dtype=torch.float64), torch.randn(3, ACTIONS, dtype=torch.float64)
+    order = [2, 0, 1]
+    torch.testing.assert_close(model.predict(z[order], action[order]), model.predict(z, action)[order])
+
+
+@pytest.mark.parametrize("kind", ["vit", "mlp"])
+@pytest.mark.parametrize("conditioning", CONDITIONINGS)
+def test_who_listens_to_the_action(plain: SimpleNamespace, kind: str, conditioning: str) -> None:
+    if kind == "mlp" and conditioning not in ("none", "block"):
+        pytest.skip("the mlp predictor has its action in its blocks or not at all")
+    model = plain.exact_model(configure(conditioning, kind=kind), ACTIONS)
+    z = torch.randn(1, 9, 16, dtype=torch.float64).expand(2, -1, -1)
+    action = torch.tensor([[0.0, 0.0, 0.0], [0.5, -0.5, 1.0]], dtype=torch.float64)
+    one, other = model.predict(z, action)
+    assert torch.equal(one, other) == (conditioning == "none")
+
+
+def test_block_conditioning_begins_at_zero() -> None:
+    torch.manual_seed(0)
+    model = IWM(configure("block"), ACTIONS)
+    z, action = torch.randn(1, 9, 16).expand(2, -1, -1), torch.tensor([[0.0] * 3, [1.0] * 3])
+    one, other = model.predict(z, action)
+    assert torch.equal(one, other)
+    before = [block.mlp.w_action for block in model.predictor.blocks]
+    model.predict(z, action)[1].sum().backward()
+    assert all(w is not None and w.grad is not None and w.grad.any() for w in before)
+
+
+@pytest.mark.parametrize("conditioning", CONDITIONINGS)
+def test_predict_is_the_predictor_asked_for_every_patch(plain: SimpleNamespace, conditioning: str) -> None:
+    config = configure(conditioning)
+    model = plain.exact_model(config, ACTIONS)
+    images = torch.randint(0, 256, (2, 12, 12, 3), dtype=torch.uint8)
+    action = torch.randn(2, ACTIONS, dtype=torch.float64)
+    z = model.encode(images)
+    world = plain.as_timm(dict(model.named_parameters()), "predictor.")
+    everywhere = list(range(9))
+    for i in range(2):
+        expected = plain.predictor(world, z[i], everywhere, everywhere, action[i], 3, 3)
+        torch.testing.assert_close(model.predict(z, action)[i], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_target_encoder_begins_equal_and_is_the_encoder_where_shared() -> None:
+    model = IWM(configure(target="ema"), ACTIONS)
+    images = torch.randint(0, 256, (2, 12, 12, 3), dtype=torch.uint8)
+    assert model.target_encoder is not None
+    assert model.target_encoder is not model.encoder
+    assert torch.equal(model.encode(images, "target"), model.encode(images, "context"))
+    assert not model.encode(images, "target").requires_grad
+    assert model.encode(images, "context").requires_grad
+    shared = IWM(configure(target="shared"), ACTIONS)
+    assert shared.target_encoder is None
+    assert not shared.encode(images, "target").requires_grad
+
+
+def test_targets_are_normalised_as_the_loss_has_them() -> None:
+    images = torch.randint(0, 256, (2, 12, 12, 3), dtype=torch.uint8)
+    z = IWM(configure(), ACTIONS).targets(images)
+    assert z.shape == (2, 9, 16)
+    torch.testing.assert_close(z.mean(-1), torch.zeros(2, 9), atol=1e-6, rtol=0)
+    torch.testing.assert_close(z.var(-1, correction=0), torch.ones(2, 9), atol=1e-4, rtol=0)
+
+
+def test_bf16_weights_give_an_fp32_loss_near_the_fp32_one(plain: SimpleNamespace) -> None:
+    """bf16 has 8 bits of mantissa; over some thirty roundings in a row, 3 % is what the loss may differ."""
+    config = configure("feature+block")
+    model = plain.exact_model(config, ACTIONS)
+    batch = plain.draw_batch(config, ACTIONS, [5, 1, 3, 6], [2, 4, 3, 1])
+    expected = model(*batch.arguments()).loss_sum
+    batch.action = batch.action.float()
+    out = model.bfloat16()(*batch.arguments())
+    assert out.loss_sum.dtype == torch.float32
+    torch.testing.assert_close(out.loss_sum.double(), expected, rtol=0.03, atol=0)
+    out.loss_sum.backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.bfloat16 for p in model.encoder.parameters())
+
+
+def test_features_for_rank_come_from_every_place_of_the_grid() -> None:
+    """400 images of 9 patches: at most 2048 rows, and no place of the grid left out."""
+    torch.manual_seed(0)
+    model = IWM(configure(), ACTIONS)
+    images = torch.zeros(400, 12, 12, 3, dtype=torch.uint8)
+    alone = Segments.uniform(400, 1)
+    patch = torch.zeros(400, dtype=torch.int64)
+    out = model(images, images, torch.zeros(400, ACTIONS), patch, alone, patch, alone)
+    assert not out.target_features.requires_grad
+    assert 1000 <= len(out.target_features) <= 2048
+    # Images are all alike, so only the position makes a difference.
+    assert len({tuple(round(float(v), 4) for v in row) for row in out.target_features}) == 9
+
+
+def test_each_gathering_module_owns_what_it_hands_to_a_kernel() -> None:
+    """ZeRO stage 3 gathers the direct parameters of the module whose forward runs, and hides all others: with every
+    other parameter emptied between a module's forward passes the model has to work."""
+    model = IWM(configure("feature+block"), ACTIONS).requires_grad_(False)
+    values = {parameter: parameter.data for parameter in model.parameters()}
+
+    def gather(module: torch.nn.Module, _: object) -> None:
+        for parameter in module.parameters(recurse=False):
+            parameter.data = values[parameter]
+
+    def release(module: torch.nn.Module, *_: object) -> None:
+        for parameter in module.parameters(recurse=False):
+            parameter.data = torch.empty(0)
+
+    images = torch.randint(0, 256, (2, 12, 12, 3), dtype=torch.uint8)
+    patches, segments = torch.tensor([0, 4, 7]), Segments.from_lengths([1, 2])
+    arguments = (images, images, torch.ones(2, ACTIONS), patches, segments, patches, segments)
+    expected = model(*arguments).loss_sum
+    for module in model.modules():
+        release(module)
+        module.register_forward_pre_hook(gather)
+        module.register_forward_hook(release)
+    torch.testing.assert_close(model(*arguments).loss_sum, expected)
+
+
+def test_wrong_arguments_say_what_is_wrong(plain: SimpleNamespace) -> None:
+    config = configure()
+    model = plain.exact_model(config, ACTIONS)
+    batch = plain.draw_batch(config, ACTIONS, [2, 2], [2, 2])
+    source, target, action, context, contexts, predicted, asked = batch.arguments()
+    with pytest.raises(ValueError, match="target is"):
+        model(source, target[:1], action, context, contexts, predicted, asked)
+    with pytest.raises(ValueError, match="action is"):
+        model(source, target, action[:, :2], context, contexts, predicted, asked)
+    with pytest.raises(ValueError, match="predicted_segments are of 2 images"):
+        model(source, target, action, context, contexts, predicted[:3], asked)
+    with pytest.raises(ValueError, match="which is"):
+        model.encode(source, "teacher")
+    with pytest.raises(ValueError, match="z is"):
+        model.predict(torch.zeros(2, 8, 16).double(), action)
+    with pytest.raises(ValueError, match="at least 1"):
+        IWM(config, 0)
+    mlp = plain.exact_model(configure("block", kind="mlp"), ACTIONS)
+    with pytest.raises(ValueError, match="cannot look elsewhere"):
+        mlp(source, target, action, context, contexts, predicted[:3], Segments.from_lengths([1, 2]))

@@ -1,0 +1,65 @@
+"""Segments, their order by length, and the joining of packed sets."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from iwm_fast.models.packing import Segments, interleave, invert, take_rows
+
+LENGTHS = st.lists(st.integers(0, 6), max_size=8)
+
+
+@given(lengths=LENGTHS)
+@settings(deadline=None, max_examples=40)
+def test_segments_describe_the_tokens(lengths: list[int]) -> None:
+    segments = Segments.from_lengths(lengths)
+    assert segments.cu_seqlens.dtype == torch.int32
+    assert segments.cu_seqlens.tolist() == [0, *np.cumsum(lengths).astype(int).tolist()]
+    assert segments.total == sum(lengths)
+    assert segments.image_of_token.tolist() == [i for i, n in enumerate(lengths) for _ in range(n)]
+    assert [n for images, n in segments.groups for _ in range(images)] == lengths
+    assert segments.is_sorted == (lengths == sorted(lengths))
+
+
+@given(lengths=LENGTHS)
+@settings(deadline=None, max_examples=40)
+def test_order_by_length_there_and_back(lengths: list[int]) -> None:
+    segments = Segments.from_lengths(lengths)
+    ordered = segments.by_length
+    assert list(ordered.segments.lengths) == sorted(lengths)
+    assert ordered.segments.is_sorted
+    tokens = [(i, t) for i, n in enumerate(lengths) for t in range(n)]
+    images = ordered.image_order.tolist()
+    assert [tokens[k] for k in ordered.token_order.tolist()] == [(i, t) for i in images for t in range(lengths[i])]
+    assert torch.equal(ordered.token_order[ordered.token_rank], torch.arange(segments.total))
+
+
+@given(data=st.data(), images=st.integers(0, 6), parts=st.integers(1, 3))
+@settings(deadline=None, max_examples=40)
+def test_interleave_puts_the_parts_of_an_image_side_by_side(data: st.DataObject, images: int, parts: int) -> None:
+    row = st.lists(st.integers(0, 4), min_size=images, max_size=images)
+    lengths = [data.draw(row) for _ in range(parts)]
+    joined, places = interleave([Segments.from_lengths(part) for part in lengths])
+    expected = [(i, p, t) for i in range(images) for p in range(parts) for t in range(lengths[p][i])]
+    assert list(joined.lengths) == [sum(part[i] for part in lengths) for i in range(images)]
+    for p, place in enumerate(places):
+        tokens = [(i, p, t) for i in range(images) for t in range(lengths[p][i])]
+        assert [expected[k] for k in place.tolist()] == tokens
+
+
+def test_take_rows_differentiates_as_indexing() -> None:
+    order = torch.tensor([3, 0, 2, 1])
+    x, weight = torch.randn(4, 3, dtype=torch.float64, requires_grad=True), torch.randn(4, 3, dtype=torch.float64)
+    (ours,) = torch.autograd.grad((take_rows(x, order, invert(order)) * weight).sum(), x)
+    (theirs,) = torch.autograd.grad((x[order] * weight).sum(), x)
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("lengths", [[1, -1], [[1, 2]]], ids=["negative", "two rows"])
+def test_wrong_lengths_are_refused(lengths: list[int]) -> None:
+    with pytest.raises(ValueError, match="lengths must be"):
+        Segments.from_lengths(lengths)

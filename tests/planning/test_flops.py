@@ -1,0 +1,94 @@
+"""The count of operations against torch's own counter and against a count by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from iwm_fast.config.schema import EncoderShape, ModelConfig, PredictorConfig
+from iwm_fast.models import IWM, Segments
+from iwm_fast.planning import step_flops
+
+ACTIONS = 3
+CASES = [("vit", c) for c in ("none", "sequence", "feature", "block", "sequence+block", "feature+block")]
+CASES += [("mlp", "block"), ("mlp", "none")]
+
+
+def configure(kind: str, conditioning: str) -> ModelConfig:
+    return ModelConfig(
+        encoder=EncoderShape(depth=2, width=16, heads=2),
+        patch=4,
+        image=12,
+        predictor=PredictorConfig(
+            kind=kind,  # type: ignore[arg-type]
+            depth=2,
+            width=12,
+            heads=3,
+            mlp_ratio=1.5,
+            conditioning=conditioning,  # type: ignore[arg-type]
+        ),
+    )
+
+
+@pytest.mark.parametrize(("kind", "conditioning"), CASES, ids=[f"{k} {c}" for k, c in CASES])
+def test_equals_what_torch_counts(kind: str, conditioning: str) -> None:
+    """Attention as plain products (torch counts none in the CPU's fused one), on packed, ragged lengths.
+
+    The forward count is exact part by part. In the backward pass torch's count may differ only in the attention, which
+    is not among its products of known gradient size: here it is, as matmuls, so the whole is exact too.
+    """
+    config = configure(kind, conditioning)
+    model = IWM(config, ACTIONS)
+    seen = [4, 2, 4]
+    asked = seen if kind == "mlp" else [3, 5, 1]
+    rows = [torch.cat([torch.arange(n) for n in counts]) for counts in (seen, asked)]
+    segments = [Segments.from_lengths(counts) for counts in (seen, asked)]
+    images = torch.zeros(3, 12, 12, 3, dtype=torch.uint8)
+    ours = step_flops(config, ACTIONS, seen, asked)
+    counter = FlopCounterMode(display=False)
+    with sdpa_kernel(SDPBackend.MATH), counter:
+        out = model(images, images, torch.ones(3, ACTIONS), rows[0], segments[0], rows[1], segments[1])
+        forward = counter.get_total_flops()
+        out.loss_sum.backward()
+    counts = counter.get_flop_counts()
+    assert sum(counts["IWM.target_encoder"].values()) == ours.target_forward
+    assert forward == ours.target_forward + ours.context_forward + ours.predictor_forward
+    assert counter.get_total_flops() == ours.total
+
+
+def test_by_hand() -> None:
+    """One image of 9 patches, 4 seen and 2 asked for; widths 16 and 12, one block each."""
+    config = ModelConfig(
+        encoder=EncoderShape(depth=1, width=16, heads=2),
+        patch=4,
+        image=12,
+        predictor=PredictorConfig(depth=1, width=12, heads=3, conditioning="feature"),
+    )
+    count = step_flops(config, ACTIONS, [4], [2])
+
+    def encoder(tokens: int) -> tuple[int, int]:
+        return 2 * tokens * 48 * 16, tokens * 24 * 16 * 16 + 4 * tokens * tokens * 16
+
+    assert count.target_forward == sum(encoder(9))
+    first, inner = encoder(4)
+    assert (count.context_forward, count.context_backward) == (first + inner, first + 2 * inner)
+    action = 2 * 12 * ACTIONS
+    inner = 2 * 4 * 16 * 12  # into the predictor's width
+    inner += 3 * 2 * 2 * 12 * 12  # the mask tokens' three layers
+    inner += 6 * 8 * 12 * 12 + 4 * 6 * 6 * 12  # attention over 6 tokens
+    inner += 2 * 16 * 12 * 12  # MLP of the two that are asked for
+    inner += 2 * 2 * 12 * 16  # out of it
+    assert (count.predictor_forward, count.predictor_backward) == (inner + action, 2 * inner + action)
+
+
+def test_an_image_more_costs_its_own_and_packing_nothing() -> None:
+    config = configure("vit", "feature")
+    one, other = step_flops(config, ACTIONS, [4], [3]), step_flops(config, ACTIONS, [7], [1])
+    assert step_flops(config, ACTIONS, [4, 7], [3, 1]).total == one.total + other.total
+
+
+def test_unequal_images_are_refused() -> None:
+    with pytest.raises(ValueError, match="predicted_lengths has shape"):
+        step_flops(configure("vit", "none"), ACTIONS, [4, 4], [3])

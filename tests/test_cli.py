@@ -1,0 +1,282 @@
+"""The command line: help, JSON, and that whatever the user can mend is one line on stderr with exit code 2."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from iwm_fast.arguments import config_and_overrides, prepare
+from iwm_fast.cli import main
+from iwm_fast.config import load_config
+from iwm_fast.console import print_table
+from iwm_fast.demo import demo_rows
+from iwm_fast.doctor import examine
+from iwm_fast.environment import environment
+from iwm_fast.errors import UserError
+from iwm_fast.results import write_result
+
+COMMANDS = [
+    ["demo"],
+    ["pretrain"],
+    ["evaluate"],
+    ["export"],
+    ["config"],
+    ["doctor"],
+    ["data", "synth"],
+    ["data", "preview"],
+    ["data", "verify"],
+]
+
+
+def run(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own."""
+    command = [sys.executable, "-m", "iwm_fast", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, check=False)
+
+
+def refused(done: subprocess.CompletedProcess[str]) -> str:
+    """The one line of a command that the user can mend."""
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1, done.stderr
+    return lines[0]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_help_has_an_example(command, capsys):
+    assert main([*command, "--help"]) == 0
+    assert f"Example: iwm-fast {' '.join(command)} " in f"{' '.join(capsys.readouterr().out.split())} "
+
+
+def test_help_answers_at_once_and_loads_nothing_heavy():
+    code = (
+        "import sys; from iwm_fast.cli import main; main(['pretrain', '--help'])\n"
+        "heavy = {'torch', 'deepspeed', 'nvidia', 'xformers', 'numpy', 'matplotlib'} & set(sys.modules)\n"
+        "sys.exit(f'loaded: {heavy}' if heavy else 0)"
+    )
+    began = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert time.perf_counter() - began < 5  # half a second on a free machine; tests share theirs
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("iwm-fast 0.")
+
+
+WRONG = {
+    "unknown command": (["pretrian"], "No such command 'pretrian'. Did you mean 'pretrain'? See iwm-fast --help."),
+    "missing argument": (["pretrain"], "Missing argument 'CONFIG'. See iwm-fast pretrain --help."),
+    "missing option": (["pretrain", "demo.yaml"], "Missing option '--out'. See iwm-fast pretrain --help."),
+    "unknown key": (["config", "demo", "train.lrr=1"], "command line: train.lrr: unknown key; did you mean train.lr?"),
+    "wrong range": (["config", "demo", "train.lr=-1"], "command line: train.lr: found -1; allowed: a number above 0"),
+    "no such file": (["config", "no/such.yaml"], "no/such.yaml: no such file; packaged configurations are "),
+    "no configuration": (["config"], "config: name a YAML file, or one of demo.yaml, "),
+    "unknown measure": (
+        ["evaluate", "nowhere", "--data", "x", "--what", "mrr,bleu"],
+        "--what: bleu: it is a list of mrr, knn, linear",
+    ),
+    "no run": (["evaluate", "nowhere", "--data", "x"], "nowhere: not a run (no config.yaml)"),
+    "no run to export": (["export", "nowhere", "--out", "somewhere"], "nowhere: not a run (no config.yaml)"),
+    "data for demo": (
+        ["demo", "--out", "somewhere", "data.root=x"],
+        "command line: data.root: demo draws its own images",
+    ),
+    "not an override": (
+        ["data", "preview", "x", "--out", "y", "demo", "z"],
+        "command line: z: expected key.path=value",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_command_line_is_one_line_and_exit_code_2(name, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments, line = WRONG[name]
+    assert main(arguments) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith(f"iwm-fast: {line}")
+    assert shown.err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("place", ["before", "after"])
+def test_debug_gives_the_traceback(place):
+    words = ["config", "demo", "train.lrr=1"]
+    with pytest.raises(UserError):
+        main(["--debug", *words] if place == "before" else [*words, "--debug"])
+
+
+@pytest.mark.parametrize("what", ["missing", "empty", "text"])
+def test_a_folder_without_images_is_refused(what, tmp_path):
+    root = tmp_path / "images"
+    if what != "missing":
+        root.mkdir()
+    if what == "text":
+        (root / "notes.txt").write_text("no picture", encoding="utf-8")
+    done = run("pretrain", "vit_tiny_p4_32.yaml", f"data.root={root}", "--out", tmp_path / "run")
+    assert refused(done).startswith(f"iwm-fast: {root} ")
+
+
+def test_no_folder_named_is_refused(tmp_path):
+    line = refused(run("pretrain", "vit_tiny_p4_32.yaml", "--out", tmp_path / "run"))
+    assert line.startswith("iwm-fast: data.root is not set")
+
+
+def test_a_run_goes_through_all_commands(tiny_images, tmp_path):
+    """Pretrain, resume, refuse another architecture, evaluate, export: each as a user would call it."""
+    out = tmp_path / "run"
+    words = [
+        "vit_tiny_p4_32.yaml",
+        f"data.root={tiny_images}",
+        "model.encoder={depth: 1, width: 16, heads: 2}",
+        "model.predictor.depth=1",
+        "model.predictor.width=16",
+        "model.predictor.heads=2",
+        "train.global_batch=8",
+        "train.schedule_steps=2",
+        "eval.bank=4",
+        "log.every_steps=1",
+    ]
+    first = run("pretrain", *words, "train.steps=1", "--out", out)
+    assert first.returncode == 0, first.stderr
+    assert "refused" not in first.stderr
+    second = run("--local_rank=0", "pretrain", *words, "--out", out, "--resume", "auto")
+    assert second.returncode == 0, second.stderr
+    steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert steps == [1, 2]
+    again = run("pretrain", *words, "--out", out)
+    assert "has checkpoints already" in refused(again)
+    other = run("pretrain", *words, "model.predictor.depth=2", "--out", out, "--resume", "auto")
+    assert "model.predictor.depth was 1" in refused(other)
+
+    measured = run("evaluate", out, "--data", tiny_images, "--images", "2", "--json")
+    assert measured.returncode == 0, measured.stderr
+    figures = json.loads(measured.stdout)
+    assert figures["schema"] == "iwm-fast-evaluate/1"
+    assert figures["step"] == 2
+    assert {"mrr", "mrr_chance", "mrr_shuffled", "mrr_neutral", "knn", "knn_untrained", "linear"} <= set(figures)
+    assert "data:image/png" in (out / "report" / "index.html").read_text(encoding="utf-8")
+
+    exported = run("export", out, "--out", tmp_path / "weights")
+    assert exported.returncode == 0, exported.stderr
+    assert (tmp_path / "weights" / "encoder.safetensors").exists()
+    assert load_config(out / "config.yaml").train.global_batch == 8
+
+
+def test_data_commands(tmp_path):
+    drawn = run(
+        "data", "synth", "--out", tmp_path / "set", "--classes", "2", "--train", "6", "--test", "4", "--size", "32"
+    )
+    assert drawn.returncode == 0, drawn.stderr
+    (tmp_path / "set" / "train" / "torn.jpg").write_bytes(b"\xff\xd8\xff\xe0")
+    checked = run("data", "verify", tmp_path / "set", "--json")
+    assert checked.returncode == 0, checked.stderr
+    verdict = json.loads(checked.stdout)
+    assert verdict["schema"] == "iwm-fast-data-verify/1"
+    assert (verdict["files"], verdict["decoded"], len(verdict["bad"])) == (11, 10, 1)
+    assert verdict["bad"][0]["file"].endswith("torn.jpg")
+    shown = run(
+        "data", "preview", tmp_path / "set" / "test", "--out", tmp_path / "views", "--count", "2", "vit_tiny_p4_32.yaml"
+    )
+    assert shown.returncode == 0, shown.stderr
+    assert len(json.loads((tmp_path / "views" / "params.json").read_text(encoding="utf-8"))) == 2
+
+
+def test_config_prints_yaml_that_loads_back_and_json(tmp_path, capsys):
+    assert main(["config", "vit_tiny_p4_32.yaml", "train.lr=5e-4"]) == 0
+    text = capsys.readouterr().out
+    (tmp_path / "c.yaml").write_text(text, encoding="utf-8")
+    assert load_config(tmp_path / "c.yaml").train.lr == 5e-4
+    assert main(["config", "demo", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["schema"] == "iwm-fast-config/1"
+    assert document["config"]["model"]["encoder"] == "vit_micro"
+
+
+def test_config_schema_has_a_line_a_key(capsys):
+    assert main(["config", "--schema"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("train.lr ") and "above 0" in line for line in lines)
+    assert main(["config", "--schema", "--json"]) == 0
+    assert {"key", "type", "default", "allowed", "description"} == set(json.loads(capsys.readouterr().out)["keys"][0])
+
+
+def test_doctor_names_every_part_with_a_reason():
+    parts = {part.part: part for part in examine()}
+    assert set(parts) == {"torch", "CUDA", "Triton", "xformers", "DeepSpeed", "DALI", "NCCL", "gloo"}
+    assert all(part.reason for part in parts.values())
+    assert not any(part.broken for part in parts.values())
+    assert parts["torch"].used
+    assert parts["DALI"].used
+
+
+def test_environment_names_no_host_and_no_path():
+    import platform
+
+    text = json.dumps(environment())
+    assert platform.node() not in text
+    assert str(Path.home()) not in text
+    assert str(Path(__file__).parent.parent) not in text
+    assert environment()["packages"]["torch"] is not None
+
+
+def test_results_have_schema_and_environment_and_no_nan(tmp_path):
+    target = tmp_path / "new" / "r.json"
+    write_result(str(target), "demo", {"x": float("nan"), "y": [1.5, float("inf")], "z": (1, "a")})
+    document = json.loads(target.read_text(encoding="utf-8"))
+    assert document["schema"] == "iwm-fast-demo/1"
+    assert "python" in document["environment"]
+    assert (document["x"], document["y"], document["z"]) == (None, [1.5, None], [1, "a"])
+
+
+def test_a_result_that_cannot_be_written_is_a_user_error(tmp_path):
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    with pytest.raises(UserError, match="cannot be written"):
+        write_result(str(tmp_path / "file" / "r.json"), "demo", {})
+
+
+PREPARED = {
+    "launcher": (["--local_rank=1", "pretrain", "c"], ["pretrain", "c"], False),
+    "old launcher": (["pretrain", "c", "--local-rank", "1"], ["pretrain", "c"], False),
+    "debug after": (["doctor", "--debug"], ["doctor"], True),
+    "json at the end": (["doctor", "--json"], ["doctor", "--json", "-"], False),
+    "json before an option": (["demo", "--json", "--out", "x"], ["demo", "--json", "-", "--out", "x"], False),
+    "json with a file": (["demo", "--json", "f", "--out", "x"], ["demo", "--json", "f", "--out", "x"], False),
+    "json to a pipe": (["doctor", "--json", "-"], ["doctor", "--json", "-"], False),
+    "after two dashes": (["x", "--", "--debug"], ["x", "--", "--debug"], False),
+}
+
+
+@pytest.mark.parametrize("name", PREPARED)
+def test_arguments_are_prepared_for_the_parser(name):
+    before, after, debug = PREPARED[name]
+    assert prepare(before) == (after, debug)
+
+
+def test_an_optional_configuration_is_told_from_overrides():
+    assert config_and_overrides([], "d") == ("d", [])
+    assert config_and_overrides(["a.b=1"], "d") == ("d", ["a.b=1"])
+    assert config_and_overrides(["c.yaml", "a.b=1"], "d") == ("c.yaml", ["a.b=1"])
+
+
+def test_tables_elsewhere_than_on_a_terminal_have_a_line_a_row(capsys):
+    print_table("title", ("a", "b"), [("x" * 200, "[red]y"), ("z", "")])
+    assert capsys.readouterr().out.splitlines() == ["title", f"a{' ' * 199}  b", f"{'x' * 200}  [red]y", "z"]
+
+
+def test_the_demonstrations_table_has_what_it_promises():
+    names = ("mrr", "mrr_chance", "mrr_shuffled", "mrr_neutral", "knn", "knn_untrained", "linear", "linear_untrained")
+    figures = {**dict.fromkeys(names, 0.5), "loss_first": 1.0, "loss_last": 0.5, "images_per_s": 9.0}
+    rows = demo_rows({**figures, "steps": 3, "seconds": 4.0, "report": "r.html"})
+    assert [row[0] for row in rows][:2] == ["loss", "MRR"]
+    assert rows[1] == ("MRR", "0.500", "1.0 × chance (0.5000)")
