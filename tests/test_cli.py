@@ -149,13 +149,10 @@ def test_a_run_goes_through_all_commands(tiny_images, tmp_path):
     ]
     first = run("pretrain", *words, "train.steps=1", "--out", out)
     assert first.returncode == 0, first.stderr
-    assert "refused" not in first.stderr
     second = run("--local_rank=0", "pretrain", *words, "--out", out, "--resume", "auto")
     assert second.returncode == 0, second.stderr
     steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert steps == [1, 2]
-    again = run("pretrain", *words, "--out", out)
-    assert "has checkpoints already" in refused(again)
     other = run("pretrain", *words, "model.predictor.depth=2", "--out", out, "--resume", "auto")
     assert "model.predictor.depth was 1" in refused(other)
 

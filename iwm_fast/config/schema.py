@@ -147,19 +147,19 @@ class ActionsConfig(Section):
     form: Literal["difference", "absolute"] = Field(
         "difference", description="jitter told as target minus source (paper), or as both views' own values"
     )
-    jitter_probability: Probability = 0.8
+    jitter_probability: Probability = Field(0.8, description="chance of colour jitter, for each view by itself")
     brightness: NonNegative = Field(0.4, description="factor drawn from 1 ± this, clipped at 0")
     contrast: NonNegative = Field(0.4, description="factor drawn from 1 ± this, clipped at 0")
     saturation: NonNegative = Field(0.2, description="factor drawn from 1 ± this, clipped at 0")
     hue: NonNegative = Field(0.1, description="in turns: 0.1 is ± 36 degrees of rotation in YIQ; at most half a turn")
-    grayscale_probability: Probability = 0.2
-    blur_probability: Probability = 0.2
+    grayscale_probability: Probability = Field(0.2, description="chance that the source loses its colour")
+    blur_probability: Probability = Field(0.2, description="chance that the source is blurred")
     blur_sigma: Range = Field((0.1, 2.0), description="pixels, drawn uniformly")
-    solarize_probability: Probability = 0.1
+    solarize_probability: Probability = Field(0.1, description="chance that the source is solarized")
     solarize_threshold: Annotated[int, Field(ge=0, le=255)] = Field(128, description="levels at or above are inverted")
     crop_scale: Range = Field((0.3, 1.0), description="share of the image's area")
     crop_aspect: Range = Field((0.75, 4 / 3), description="width over height, drawn log-uniformly")
-    flip_probability: Probability = 0.5
+    flip_probability: Probability = Field(0.5, description="chance of a horizontal flip")
     rotation_probability: Probability = Field(
         0.75, description="geometric group only: chance of one, two or three quarter turns of the source"
     )
@@ -179,7 +179,7 @@ class ActionsConfig(Section):
 class MasksConfig(Section):
     """Multi-block masks (I-JEPA, section 3): what the encoder does not see and the predictor answers for."""
 
-    target_blocks: Count = 4
+    target_blocks: Count = Field(4, description="blocks an image; the predictor answers for their union")
     target_scale: Range = Field((0.15, 0.2), description="share of the patches in one target block")
     target_aspect: Range = Field((0.75, 1.5), description="height over width of a target block")
     context_scale: Range = Field((0.85, 1.0), description="share of the patches in the square context block")
@@ -210,13 +210,13 @@ class DataConfig(Section):
 class TrainConfig(Section):
     """Optimisation."""
 
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="of weights, order, parameters and masks")
     epochs: Positive = Field(300.0, description="length of the training in passes over the data")
     steps: Count | None = Field(None, description="where this start ends; default: the whole training")
     schedule_steps: Count | None = Field(None, description="length of the schedules; default: the whole training")
     global_batch: Count = Field(2048, description="images a step over all ranks and accumulated micro-batches")
     micro_batch: Count | None = Field(None, description="ceiling of the images a rank computes at once; default: none")
-    precision: Literal["fp32", "bf16"] = "bf16"
+    precision: Literal["fp32", "bf16"] = Field("bf16", description="of the computation; master weights are always fp32")
     lr: Positive = Field(1e-3, description="peak learning rate at a global batch of lr_batch")
     lr_batch: Count | None = Field(None, description="lr is scaled by global_batch / lr_batch; default: not scaled")
     lr_start: NonNegative = Field(0.2, description="learning rate before warm-up, over the peak (I-JEPA: 2e-4 / 1e-3)")
@@ -244,14 +244,16 @@ class TrainConfig(Section):
 class ZeroConfig(Section):
     """What DeepSpeed divides over the ranks: 0 nothing, 1 optimizer, 2 and gradients, 3 and parameters."""
 
-    stage: Literal[0, 1, 2, 3] = 1
+    stage: Literal[0, 1, 2, 3] = Field(
+        1, description="0 nothing is divided, 1 optimizer, 2 and gradients, 3 and parameters"
+    )
 
 
 class LogConfig(Section):
     """What is written while training."""
 
-    every_steps: Count = 10
-    tensorboard: bool = True
+    every_steps: Count = Field(10, description="a line of metrics every so many steps")
+    tensorboard: bool = Field(True, description="also write RUN/tensorboard")
     rank_me_floor: Probability = Field(
         0.05, description="warn of collapse when RankMe of the target falls under this share of the width"
     )
@@ -260,8 +262,8 @@ class LogConfig(Section):
 class CheckpointConfig(Section):
     """When the state is written, and how much of it is kept."""
 
-    every_steps: Count = 1000
-    keep_last: Count = 3
+    every_steps: Count = Field(1000, description="a checkpoint every so many steps, and at the end")
+    keep_last: Count = Field(3, description="checkpoints kept; older ones are removed")
 
 
 class EvalConfig(Section):

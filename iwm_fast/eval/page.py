@@ -28,13 +28,15 @@ h1 { font-size: 1.5rem; margin: 0; overflow-wrap: anywhere; } h2 { font-size: 1.
 p { margin: .4rem 0; max-width: 46rem; } .soft { color: var(--soft); font-size: .9rem; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .35rem .8rem .35rem 0; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; } th { color: var(--soft); font-weight: 600; font-size: .85rem; }
+th:first-child, td:first-child { text-align: left; white-space: normal; min-width: 7rem; }
+th { color: var(--soft); font-weight: 600; font-size: .85rem; }
 td:nth-child(2) { font-weight: 700; }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); gap: 1rem; }
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr)); gap: 1rem;
+  align-items: start; margin-top: 1rem; }
 .charts > div, .example, pre { background: var(--card); border: 1px solid var(--line); border-radius: .6rem;
   padding: .7rem; }
 .charts svg { display: block; width: 100%; height: auto; }
-.example { margin: .8rem 0; } .example > p { margin: 0 0 .5rem; }
+.example { margin: .8rem 0; } .example > p { margin: 0 0 .5rem; max-width: none; }
 .rows { display: flex; flex-wrap: wrap; gap: .7rem 1.6rem; }
 .row > span { display: block; color: var(--soft); font-size: .85rem; margin-bottom: .25rem; }
 .strip { display: flex; flex-wrap: wrap; gap: .4rem; }
@@ -119,17 +121,17 @@ def example_block(example: RankedExample) -> str:
     action = (
         f"brightness ×{a['brightness']:.2f}, contrast ×{a['contrast']:.2f}, "
         f"saturation ×{a['saturation']:.2f}, hue {a['hue']:+.0f}°"
-    )
+    ).replace("-", "−")
     asked = _picture(example.source, "source") + _picture(example.target, "asked for", true=True)
     rows = (
         f'<div class="row"><span>Source and the view asked for</span><div class="strip">{asked}</div></div>'
         + _views("Ranked by the world model", example.ranked)
-        + _views(f"With another action (asked view at {_place(example.rank_shuffled)})", example.shuffled)
-        + _views(f"With no action (asked view at {_place(example.rank_neutral)})", example.neutral)
+        + _views(f"Told another action: ranked {_place(example.rank_shuffled)}", example.shuffled)
+        + _views(f"Told no action: ranked {_place(example.rank_neutral)}", example.neutral)
     )
     return (
-        f'<div class="example"><p>{html.escape(action)}: the view asked for is '
-        f"<strong>at {_place(example.rank)} of {example.bank}</strong></p>"
+        f'<div class="example"><p>{html.escape(action)}: the view asked for is ranked '
+        f"<strong>{_place(example.rank)} of {example.bank}</strong></p>"
         f'<div class="rows">{rows}</div></div>'
     )
 

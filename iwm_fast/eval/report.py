@@ -81,7 +81,7 @@ def _world_model(results: Mapping[str, Any]) -> str:
     alone = table(["bank that varies only", "MRR"], [[k, number(v)] for k, v in parts.items()]) if parts else ""
     return section(
         "The world model",
-        table(head, _world_model_rows(results)) + alone + f'<div class="charts"><div>{chart}</div></div>',
+        table(head, _world_model_rows(results)) + f'<div class="charts"><div>{chart}</div>{alone}</div>',
         f"The clean view of an image is encoded; told one of {results['mrr_bank']} colour jitters, the predictor "
         "answers for all patches, and the jittered views are ranked by the distance of their representation to that. "
         f"Mean of 1 / rank of the true one over {results['mrr_queries']} queries of each of {results['mrr_images']} "

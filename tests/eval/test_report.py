@@ -174,6 +174,7 @@ def test_charts_are_sound_svg_coloured_by_the_page():
         assert root.tag.endswith("svg")
         assert "width" not in root.attrib
         assert "currentColor" in svg
+        assert "#ffffff" not in svg  # no ground of its own: the page's shows through
         assert "#010203" not in svg
         assert "metadata" not in svg
     assert curve([{"step": 1, "loss": None}], {"loss": "loss"}, name="loss", label="loss") is None
