@@ -1,11 +1,12 @@
-"""Train several variants of a configuration at the same budget on several seeds, evaluate all alike, and tabulate.
+r"""Train several variants of a configuration at the same budget on several seeds, evaluate all alike, and tabulate.
 
     python -m benchmarks.arms CONFIG --data DIR --out RUNS --json FILE --seeds 0 1 2 \\
-        --arm none model.predictor.conditioning=none --arm feature model.predictor.conditioning=feature \\
+        --arm none model.predictor.conditioning=none \
+        --arm feature model.predictor.conditioning=feature \\
         --set train.steps=600
 
-DIR holds train/ and test/ with a folder a class. Each training and each evaluation is the command line a user would type, in
-a process of its own. An arm's figures are means over the seeds with a 95 % interval (Student's t).
+DIR holds train/ and test/ with a folder a class. Each training and each evaluation is the command line a user would
+type, in a process of its own. An arm's figures are means over the seeds with a 95 % interval (Student's t).
 """
 
 from __future__ import annotations
@@ -26,7 +27,17 @@ from iwm_fast.environment import environment
 SCHEMA = "iwm-fast-arms/1"
 # Two-sided 95 % quantile of Student's t by degrees of freedom.
 T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
-SHOWN = ("loss_last", "mrr", "mrr_shuffled", "mrr_neutral", "knn", "knn_untrained", "linear", "linear_untrained", "rank_me")
+SHOWN = (
+    "loss_last",
+    "mrr",
+    "mrr_shuffled",
+    "mrr_neutral",
+    "knn",
+    "knn_untrained",
+    "linear",
+    "linear_untrained",
+    "rank_me",
+)
 
 
 def interval(values: list[float]) -> dict[str, float | None]:

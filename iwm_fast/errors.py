@@ -1,4 +1,6 @@
-"""The one exception that means "the user can mend this": the command line prints it as a single line and exits with 2."""
+"""The one exception that means "the user can mend this": the command line prints it as a single line and exits with
+2.
+"""
 
 from __future__ import annotations
 

@@ -34,3 +34,5 @@ def quiet_third_parties() -> None:
         logger = logging.getLogger(name)
         if not any(isinstance(old, _Known) for old in logger.filters):
             logger.addFilter(_Known(beginnings))
+    # DeepSpeed calls collectives by the names that every supported torch has; 2.13 has newer ones.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+_tensor` is deprecated", FutureWarning)

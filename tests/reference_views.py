@@ -48,7 +48,8 @@ def solarize(image, threshold):
 
 
 def _weights(length, size):
-    """(size, length): the antialiased linear filter, a triangle as wide as an output pixel, or an input pixel if wider."""
+    """(size, length): the antialiased linear filter, a triangle as wide as an output pixel, or an input pixel if
+    wider."""
     scale = length / size
     support = max(scale, 1.0)
     centre = (np.arange(size) + 0.5) * scale

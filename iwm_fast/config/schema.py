@@ -170,9 +170,7 @@ class ActionsConfig(Section):
         _require_ascending("crop_scale", self.crop_scale, 0.01, 1.0)
         _require_ascending("crop_aspect", self.crop_aspect, 0.1, 10.0)
         if self.groups not in (("photometric",), ("photometric", "geometric")):
-            raise ValueError(
-                f"groups is {list(self.groups)}; it must be [photometric] or [photometric, geometric]"
-            )
+            raise ValueError(f"groups is {list(self.groups)}; it must be [photometric] or [photometric, geometric]")
         return self
 
 
@@ -298,8 +296,8 @@ class Config(Section):
             )
         if self.train.activation_checkpointing and self.train.precision == "bf16" and self.zero.stage == 0:
             raise ValueError(
-                "train.activation_checkpointing in bf16 needs zero.stage 1, 2 or 3: stage 0 rounds its fp32 weights for the "
-                "forward pass only, and recomputation would read them unrounded"
+                "train.activation_checkpointing in bf16 needs zero.stage 1, 2 or 3: stage 0 rounds its fp32 "
+                "weights for the forward pass only, and recomputation would read them unrounded"
             )
         patches = self.model.grid**2
         if self.masks.min_context >= patches:

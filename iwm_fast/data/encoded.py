@@ -2,8 +2,8 @@
 
 The verdict on a file is Pillow's: what a user sees is the upright RGB image that Pillow gives, or the reason why it
 gives none. Plain JPEG and PNG files, which DALI decodes to the same pixels, pass through as they are. Whatever DALI is
-known or suspected to do differently (EXIF orientation of WebP, CMYK, palettes, alpha, 16 bits, a missing end marker) is
-decoded by Pillow here and handed on as an uncompressed PNM.
+known or suspected to do differently (EXIF orientation, CMYK, palettes, alpha, 16 bits, WebP, an unusual header, a
+missing end marker) is decoded by Pillow here and handed on as an uncompressed PNM.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
+
+from iwm_fast.data.structure import plain_jpeg, plain_png
 
 __all__ = ["BadSample", "Encoded", "decode_upright", "inspect", "read", "read_bytes", "reencode"]
 
@@ -39,7 +41,6 @@ _PILLOW_ERRORS = (
     Image.DecompressionBombWarning,
 )
 _ORIENTATION = 0x0112
-_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
 class BadSample(Exception):  # noqa: N818  (a verdict on a file, not a fault of the program)
@@ -138,12 +139,12 @@ def _line(error: BaseException) -> str:
 
 def _plain(image: Image.Image, raw: bytes) -> bool:
     """Whether DALI decodes these bytes as Pillow does, and the file is whole as far as can be told without decoding."""
-    if image.mode not in ("RGB", "L") or "transparency" in image.info:
-        return False
+    if image.mode not in {"RGB", "L"} or "transparency" in image.info or image.info.get("adobe_transform") == 0:
+        return False  # Adobe's transform 0 in a JPEG: stored as RGB, which nvJPEG does not expect
     if image.format == "JPEG":
-        return raw.endswith(b"\xff\xd9") and _upright(image)
+        return plain_jpeg(raw) and _upright(image)
     if image.format == "PNG":
-        return _plain_png(raw) and _upright(image)
+        return plain_png(raw) and _upright(image)
     return False
 
 
@@ -154,22 +155,3 @@ def _upright(image: Image.Image) -> bool:
         return bool(image.getexif().get(_ORIENTATION, 1) == 1)
     except _PILLOW_ERRORS:
         return False
-
-
-def _plain_png(raw: bytes) -> bool:
-    """Eight bits, every checksum right, the end chunk in its place, and nothing after the pixels that turns them."""
-    if not raw.startswith(_PNG_SIGNATURE) or len(raw) < 33 or raw[24] != 8 or raw[26] or raw[27]:
-        return False
-    view, at = memoryview(raw), len(_PNG_SIGNATURE)
-    while at + 12 <= len(raw):
-        (length,) = struct.unpack_from(">I", raw, at)
-        end = at + 8 + length
-        if end + 4 > len(raw) or struct.unpack_from(">I", raw, end)[0] != zlib.crc32(view[at + 4 : end]):
-            return False
-        kind = raw[at + 4 : at + 8]
-        if kind == b"IEND":
-            return bool(end + 4 == len(raw))
-        if kind in (b"eXIf", b"acTL", b"tRNS"):
-            return False
-        at = end + 4
-    return False

@@ -47,6 +47,7 @@ def _decode(device: str) -> Any:
         start=_host("start", types.INT32, 1),
         shape=_host("shape", types.INT32, 1),
         axis_names="WH",
+        adjust_orientation=False,  # Pillow turned what had to be; a second reading of EXIF could only disagree
         device="mixed" if device == "gpu" else "cpu",
         jpeg_fancy_upsampling=True,  # nvJPEG then upsamples chroma as libjpeg-turbo (and Pillow) do
     )

@@ -30,9 +30,10 @@ _HIDDEN = 128  # the level that stands for a patch the encoder does not see
 def write_preview(config: Config, root: Path, out: Path, count: int, seed: int) -> None:
     """Write the first `count` samples of a training on `root` with this configuration and seed to the folder `out`.
 
-    NNN_base.png (the target's crop: decoded, resized, flipped), NNN_target.png, NNN_source.png, NNN_masked.png (what the
-    encoder sees of the source); with the geometric group NNN_source_base.png; and params.json, an object a sample, with
+    NNN_base.png (the target's crop: decoded, resized, flipped), NNN_target.png, NNN_source.png, NNN_masked.png (what
+    the encoder sees of the source); with the geometric group NNN_source_base.png; and params.json, an object a sample,
     factors as the operators used them. UserError where `root` has no usable images or `out` cannot be written.
+    written.
     """
     files = list_images(root)
     bad = BadSamples(len(files), config.data.max_bad_fraction)

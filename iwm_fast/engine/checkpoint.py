@@ -1,8 +1,8 @@
 """Checkpoints that do not depend on how a run was divided, and that loading never unpickles.
 
-A checkpoint is a folder ``step_000123``: one safetensors file a rank with that rank's fragments of the fp32 weights, AdamW's
-moments and the target's average; ``index.json`` with where each fragment belongs; ``manifest.json`` with the size and SHA-256
-of every file. It is written beside its place, synced, and renamed; ``latest`` moves last.
+A checkpoint is a folder ``step_000123``: one safetensors file a rank with that rank's fragments of the fp32 weights,
+AdamW's moments and the target's average; ``index.json`` with where each fragment belongs; ``manifest.json`` with the
+size and SHA-256 of every file. It is written beside its place, synced, and renamed; ``latest`` moves last.
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ class Fragment:
         return f"{self.kind}/{self.name}@{self.start}"
 
 
-def write(root: Path, step: int, fragments: Iterable[Fragment], meta: dict[str, Any], ranks: Ranks, keep_last: int) -> Path:
+def write(
+    root: Path, step: int, fragments: Iterable[Fragment], meta: dict[str, Any], ranks: Ranks, keep_last: int
+) -> Path:
     """Write checkpoint ``root/step_NNNNNN`` from all ranks' fragments and let ``latest`` name it; all ranks call it.
 
     Raises UserError on every rank when any rank could not write; nothing is left under a final name then.
@@ -74,7 +76,9 @@ def write(root: Path, step: int, fragments: Iterable[Fragment], meta: dict[str, 
     if failed:
         if ranks.first:
             shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(f"{final}: checkpoint could not be written ({failed[0]}); free space or mend the folder, then --resume auto")
+        raise UserError(
+            f"{final}: checkpoint could not be written ({failed[0]}); free space or mend the folder, then --resume auto"
+        )
     return final
 
 
@@ -132,7 +136,9 @@ def damage(path: Path) -> str | None:
 
 
 def newest(root: Path) -> tuple[Path | None, list[str]]:
-    """The newest whole checkpoint below ``root`` (the one ``latest`` names, if whole) and what was passed over, with reasons."""
+    """The newest whole checkpoint below ``root`` (the one ``latest`` names, if whole) and what was passed over, with
+    reasons.
+    """
     candidates = _steps(root)
     passed: list[str] = []
     for path in candidates:
@@ -164,7 +170,9 @@ class Checkpoint:
         return int(self.index["step"])
 
     def fill(self, kind: str, name: str, start: int, out: Tensor) -> None:
-        """Copy elements ``start`` … of the flattened tensor into ``out`` (1-D). Raises UserError when some are missing."""
+        """Copy elements ``start`` … of the flattened tensor into ``out`` (1-D). Raises UserError when some are
+        missing.
+        """
         stop, filled = start + out.numel(), 0
         for first, length, file in self._where.get(f"{kind}/{name}", []):
             a, b = max(start, first), min(stop, first + length)
@@ -173,7 +181,10 @@ class Checkpoint:
                 out[a - start : b - start].copy_(part)
                 filled += b - a
         if filled != out.numel():
-            raise UserError(f"{self.path}: {kind} of {name} is incomplete ({filled} of {out.numel()} elements); use another checkpoint")
+            raise UserError(
+                f"{self.path}: {kind} of {name} is incomplete "
+                f"({filled} of {out.numel()} elements); use another checkpoint"
+            )
 
     def full(self, kind: str, name: str) -> Tensor:
         """The whole tensor in its own shape, fp32, on the CPU."""

@@ -38,17 +38,27 @@ def _environment() -> tuple[int, int, int, int]:
     env = os.environ
     if "RANK" in env and "WORLD_SIZE" in env:
         world = int(env["WORLD_SIZE"])
-        return int(env["RANK"]), world, int(env.get("LOCAL_RANK", 0)), int(env.get("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", 1)))
+        return (
+            int(env["RANK"]),
+            world,
+            int(env.get("LOCAL_RANK", 0)),
+            int(env.get("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", 1))),
+        )
     if int(env.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in env:
         if "MASTER_ADDR" not in env or "MASTER_PORT" not in env:
-            raise UserError("SLURM: MASTER_ADDR and MASTER_PORT are not set; export them in the batch script (first host, any free port)")
+            raise UserError(
+                "SLURM: MASTER_ADDR and MASTER_PORT are not set; export them in the batch script "
+                "(first host, any free port)"
+            )
         tasks = int(env.get("SLURM_NTASKS_PER_NODE", 1))
         return int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env.get("SLURM_LOCALID", 0)), tasks
     return 0, 1, 0, 1
 
 
 def start() -> Ranks:
-    """Join the process group (NCCL on GPUs, gloo on CPUs) and prepare DeepSpeed's accelerator; call before importing deepspeed."""
+    """Join the process group (NCCL on GPUs, gloo on CPUs) and prepare DeepSpeed's accelerator; call before importing
+    deepspeed.
+    """
     rank, world, local_rank, local_world = _environment()
     on_gpu = torch.cuda.is_available()
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if on_gpu else "cpu")
@@ -56,7 +66,8 @@ def start() -> Ranks:
     if on_gpu:
         if local_rank >= torch.cuda.device_count():
             raise UserError(
-                f"rank {rank}: local rank {local_rank} has no GPU of its own, {torch.cuda.device_count()} visible; start one process a GPU"
+                f"rank {rank}: local rank {local_rank} has no GPU of its own, "
+                f"{torch.cuda.device_count()} visible; start one process a GPU"
             )
         torch.cuda.set_device(local_rank)
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")

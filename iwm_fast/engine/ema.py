@@ -1,11 +1,14 @@
 """The target encoder's moving average: fp32, divided over the ranks as ZeRO divides the optimizer's state.
 
-A rank averages only the parts of the encoder whose fp32 weights it holds, so the update needs no communication. The working
-copy that the target's forward reads is then refreshed: at stage 0 the average is the working copy; at stages 1 and 2 one
-coalesced all-gather in the working dtype a step; at stage 3 each rank writes its own part and DeepSpeed gathers by layer.
+A rank averages only the parts of the encoder whose fp32 weights it holds, so the update needs no communication. The
+working copy that the target's forward reads is then refreshed: at stage 0 the average is the working copy; at stages
+1 and 2 one coalesced all-gather in the working dtype a step; at stage 3 each rank writes its own part and DeepSpeed
+gathers by layer.
 """
 
 from __future__ import annotations
+
+import itertools
 
 import torch
 import torch.distributed as dist
@@ -38,9 +41,8 @@ class TargetAverage:
             return
         self.averages = [s.weight.clone() for s in self.shards]
         if zero.stage == 3:
-            self._mine = [
-                self._targets[target_name(s.name)].ds_tensor.data.view(-1)[: s.weight.numel()] for s in self.shards  # type: ignore[attr-defined]
-            ]
+            parts = (self._targets[target_name(s.name)].ds_tensor for s in self.shards)  # type: ignore[attr-defined]
+            self._mine = [p.data.view(-1)[: s.weight.numel()] for p, s in zip(parts, self.shards, strict=True)]
         else:
             self._lay_out()
 
@@ -85,4 +87,4 @@ def _pieces(flat: Tensor, layout: list[tuple[str, int, int]]) -> list[Tensor]:
     offsets = [0]
     for _, _, length in layout:
         offsets.append(offsets[-1] + length)
-    return [flat[a:b] for a, b in zip(offsets, offsets[1:], strict=False)]
+    return [flat[a:b] for a, b in itertools.pairwise(offsets)]

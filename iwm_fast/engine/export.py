@@ -19,10 +19,12 @@ SCHEMA = "iwm-fast-export/1"
 
 
 def export_run(run: Path, out: Path, which: str = "latest") -> Path:
-    """Write ``encoder``, ``target_encoder`` (when it is its own), ``predictor`` and ``encoder_timm`` .safetensors and config.json.
+    """Write ``encoder``, ``target_encoder`` (when it is its own), ``predictor`` and ``encoder_timm`` .safetensors
+    and config.json.
 
-    ``encoder_timm.safetensors`` loads into timm's VisionTransformer built with the arguments under ``timm`` in config.json; it
-    holds the weights that the paper evaluates: the target encoder's where there is one. The folder appears whole or not at all.
+    ``encoder_timm.safetensors`` loads into timm's VisionTransformer built with the arguments under ``timm`` in
+    config.json; it holds the weights that the paper evaluates: the target encoder's where there is one. The folder
+    appears whole or not at all.
     """
     if out.exists():
         raise UserError(f"{out}: exists already; choose another --out")

@@ -9,10 +9,11 @@ __all__ = ["rank_me", "spread"]
 
 
 def rank_me(tokens: Tensor) -> float:
-    """RankMe (Garrido et al. 2023, arXiv:2210.02885): exp of the entropy of the normalised singular values of (T, D) tokens.
+    """RankMe (Garrido et al. 2023, arXiv:2210.02885): exp of the entropy of the normalised singular values of (T, D)
+    tokens.
 
-    From the eigenvalues of the D × D Gram matrix in float64, which costs less than a decomposition of the tokens when T ≫ D.
-    A perfectly collapsed representation gives 1, an isotropic one D; tokens that are not finite give NaN.
+    From the eigenvalues of the D × D Gram matrix in float64, which costs less than a decomposition of the tokens
+    when T ≫ D. A perfectly collapsed representation gives 1, an isotropic one D; tokens that are not finite give NaN.
     """
     x = tokens.double()
     if not torch.isfinite(x).all():

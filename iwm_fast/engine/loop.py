@@ -47,8 +47,9 @@ class Trainer:
     """Everything a step touches. ``step`` counts the steps done; all ranks call the same methods."""
 
     def __init__(
-        self, config: Config, zero: ZeroEngine, average: TargetAverage | None, stream: TrainingStream, schedules: Schedules,
-        ranks: Ranks, *, predicts: str, action_dim: int, dataset_size: int, step: int, updates: int,
+        self, config: Config, zero: ZeroEngine, average: TargetAverage | None, stream: TrainingStream,
+        schedules: Schedules, ranks: Ranks, *, predicts: str, action_dim: int, dataset_size: int, step: int, updates:
+        int,
     ) -> None:  # fmt: skip
         self.config, self.zero, self.average, self.stream = config, zero, average, stream
         self.schedules, self.ranks, self.predicts, self.dataset_size = schedules, ranks, predicts, dataset_size
@@ -125,7 +126,8 @@ class Trainer:
         if self.skipped_in_a_row > self.config.train.max_skipped:
             raise UserError(
                 f"step {self.step}: loss or gradient not finite in {self.skipped_in_a_row} steps in a row "
-                f"(sample ids of this rank in the last: {ids[:10]}…); lower train.lr, set train.clip, or look at these samples"
+                f"(sample ids of this rank in the last: {ids[:10]}…); lower train.lr, set train.clip, or look at these "
+                "samples"
             )
 
     def _record(self, total: Tensor, lr: float, decay: float, features: Tensor) -> dict[str, Any]:

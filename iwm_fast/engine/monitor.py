@@ -19,7 +19,9 @@ from iwm_fast.models.iwm import IWM
 __all__ = ["evaluate_during_training", "whole_model"]
 
 
-def whole_model(zero: ZeroEngine, average: TargetAverage | None, config: Config, space: ActionSpace, ranks: Ranks) -> IWM:
+def whole_model(
+    zero: ZeroEngine, average: TargetAverage | None, config: Config, space: ActionSpace, ranks: Ranks
+) -> IWM:
     """The live state as one fp32 model on every rank's device; collective."""
     model = IWM(config.model, space.dim).to(ranks.device)
     parts = [(s.name, s.start, s.weight) for s in zero.shards]

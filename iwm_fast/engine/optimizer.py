@@ -18,8 +18,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class FiniteAdamW(torch.optim.AdamW):
     """AdamW that leaves weights and moments alone when a gradient is not finite.
 
-    Used at ZeRO stage 0, where DeepSpeed steps a client optimizer as it is. ``overflow`` and ``_global_grad_norm`` are the
-    names under which DeepSpeed's engine looks for the outcome (``DeepSpeedEngine._take_model_step``).
+    Used at ZeRO stage 0, where DeepSpeed steps a client optimizer as it is. ``overflow`` and ``_global_grad_norm``
+    are the names under which DeepSpeed's engine looks for the outcome (``DeepSpeedEngine._take_model_step``).
     """
 
     def __init__(self, params: Any, *, clip: float = 0.0, **options: Any) -> None:

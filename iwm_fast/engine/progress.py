@@ -27,7 +27,11 @@ class TrainingProgress:
         self._begin, self._begun_at, self._last_line = done, time.monotonic(), 0.0
         if shown and self._console.is_terminal:
             self._bar = Progress(
-                TextColumn("pretrain"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[said]}"), TimeRemainingColumn(),
+                TextColumn("pretrain"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[said]}"),
+                TimeRemainingColumn(),
                 console=self._console,
             )
             self._task = self._bar.add_task("steps", total=total, completed=done, said="")
@@ -37,7 +41,9 @@ class TrainingProgress:
             self._bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._bar:
             self._bar.stop()
 
@@ -56,7 +62,9 @@ class TrainingProgress:
             return
         said = f"loss {record['loss']:.4f}  {record['images_per_s']:.0f} images/s" if record else None
         if self._bar:
-            self._bar.update(self._task, completed=step, **({"said": said} if said else {}))
+            self._bar.update(self._task, completed=step)
+            if said:
+                self._bar.update(self._task, said=said)
         elif said and (time.monotonic() - self._last_line >= PLAIN_EVERY_S or step >= self._total):
             self._last_line = time.monotonic()
             left = (self._total - step) * (self._last_line - self._begun_at) / max(1, step - self._begin)

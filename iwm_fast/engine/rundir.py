@@ -44,7 +44,9 @@ class RunDirectory:
             except OSError as error:
                 lock.seek(0)
                 holder = lock.read().strip() or "unknown"
-                raise UserError(f"{self.path}: another live job ({holder}) holds it; wait for it or choose another --out") from error
+                raise UserError(
+                    f"{self.path}: another live job ({holder}) holds it; wait for it or choose another --out"
+                ) from error
             lock.truncate(0)
             lock.write(f"pid {os.getpid()}")
             lock.flush()

@@ -18,7 +18,9 @@ def _cosine(first: float, last: float, progress: float) -> float:
 
 @dataclass(frozen=True)
 class Schedules:
-    """The three schedules of I-JEPA (src/utils/schedulers.py): ``step`` counts from 0, ``total`` is their length in steps."""
+    """The three schedules of I-JEPA (src/utils/schedulers.py): ``step`` counts from 0, ``total`` is their length in
+    steps.
+    """
 
     train: TrainConfig
     total: int

@@ -14,7 +14,9 @@ __all__ = ["StopRequest", "end_with_parent"]
 
 
 class StopRequest:
-    """While active, SIGTERM and SIGUSR1 set ``asked`` instead of ending the process; the loop looks at it between steps."""
+    """While active, SIGTERM and SIGUSR1 set ``asked`` instead of ending the process; the loop looks at it between
+    steps.
+    """
 
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -27,16 +29,20 @@ class StopRequest:
             self._before = {number: signal.signal(number, self._ask) for number in self.SIGNALS}
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _ask(self, number: int, frame: FrameType | None) -> None:
+    def _ask(self, _number: int, _frame: FrameType | None) -> None:
         self.asked = True
 
 
 def end_with_parent(poll_s: float = 2.0) -> None:
-    """End this process when its launcher is gone: torchrun starts workers in sessions of their own, which outlive it."""
+    """End this process when its launcher is gone: torchrun starts workers in sessions of their own, which outlive
+    it.
+    """
     parent = os.getppid()
 
     def watch() -> None:

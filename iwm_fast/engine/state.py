@@ -16,7 +16,9 @@ __all__ = ["fragments", "restore_module", "restore_shards"]
 
 
 def fragments(zero: ZeroEngine, average: TargetAverage | None, ranks: Ranks) -> Iterator[Fragment]:
-    """This rank's share of what a checkpoint holds. At stage 0, where all ranks hold everything, an even part of each tensor."""
+    """What a checkpoint holds of this rank. At stage 0, where all ranks hold everything, an even part of each
+    tensor.
+    """
     for shard in zero.shards:
         for kind, tensor in {"weight": shard.weight, **shard.moments}.items():
             yield from _own(zero, ranks, Fragment(kind, shard.name, shard.shape, shard.start, tensor))

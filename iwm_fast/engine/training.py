@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from iwm_fast.data.files import ImageSet, list_images
 from iwm_fast.data.loader import TrainingStream
 from iwm_fast.engine import checkpoint
 from iwm_fast.engine.checkpoint import Checkpoint
+from iwm_fast.engine.clock import seconds_since_start
 from iwm_fast.engine.distributed import Ranks, any_rank, start
 from iwm_fast.engine.ema import TargetAverage
 from iwm_fast.engine.loop import Trainer
@@ -60,10 +60,9 @@ def training_steps(config: Config, images: int) -> int:
 def pretrain(config: Config, out: Path, resume: str = "never") -> None:
     """Train into folder ``out``, alone or as one rank of many.
 
-    ``resume``: ``never`` (refused when ``out`` has checkpoints), ``auto`` (the newest whole one, or anew), or a checkpoint's path.
-    Raises UserError for whatever the user can mend.
+    ``resume``: ``never`` (refused when ``out`` has checkpoints), ``auto`` (the newest whole one, or anew), or a
+    checkpoint's path. Raises UserError for whatever the user can mend.
     """
-    began = time.perf_counter()
     ranks = start()
     if ranks.world > 1:
         end_with_parent()
@@ -73,20 +72,20 @@ def pretrain(config: Config, out: Path, resume: str = "never") -> None:
     if config.data.root is None:
         raise UserError("data.root is not set: name the folder of images, for example data.root=photos/train")
     if not ranks.first:
-        _follow(config, directory, ranks, began)
+        _follow(config, directory, ranks)
         return
     with directory.locked():
-        _lead(config, directory, resume, ranks, began)
+        _lead(config, directory, resume, ranks)
 
 
-def _lead(config: Config, directory: RunDirectory, resume: str, ranks: Ranks, began: float) -> None:
+def _lead(config: Config, directory: RunDirectory, resume: str, ranks: Ranks) -> None:
     chosen = _decide(ranks, lambda: _prepare(config, directory, resume))
-    _train(config, directory, chosen, ranks, began)
+    _train(config, directory, chosen, ranks)
 
 
-def _follow(config: Config, directory: RunDirectory, ranks: Ranks, began: float) -> None:
+def _follow(config: Config, directory: RunDirectory, ranks: Ranks) -> None:
     chosen = _decide(ranks, None)
-    _train(config, directory, chosen, ranks, began)
+    _train(config, directory, chosen, ranks)
 
 
 def _decide(ranks: Ranks, choose: Callable[[], Path | None] | None) -> Path | None:
@@ -101,7 +100,8 @@ def _decide(ranks: Ranks, choose: Callable[[], Path | None] | None) -> Path | No
         dist.broadcast_object_list(answer, src=0)
     if answer[1] is not None:
         raise UserError(answer[1])
-    return answer[0]
+    chosen: Path | None = answer[0]
+    return chosen
 
 
 def _prepare(config: Config, directory: RunDirectory, resume: str) -> Path | None:
@@ -109,13 +109,18 @@ def _prepare(config: Config, directory: RunDirectory, resume: str) -> Path | Non
     found, passed = checkpoint.newest(directory.checkpoints) if directory.checkpoints.is_dir() else (None, [])
     if resume == "never":
         if found or passed:
-            raise UserError(f"{directory.path}: has checkpoints already; go on with --resume auto, or choose another --out")
+            raise UserError(
+                f"{directory.path}: has checkpoints already; go on with --resume auto, or choose another --out"
+            )
         chosen = None
     elif resume == "auto":
         for line in passed:
             print(f"passed over a damaged checkpoint: {line}", flush=True)
         if passed and found is None:
-            raise UserError(f"{directory.checkpoints}: no whole checkpoint is left ({passed[0]}); restore one, or choose another --out")
+            raise UserError(
+                f"{directory.checkpoints}: no whole checkpoint is left ({passed[0]}); "
+                "restore one, or choose another --out"
+            )
         chosen = found
     else:
         chosen = Path(resume)
@@ -130,23 +135,30 @@ def _prepare(config: Config, directory: RunDirectory, resume: str) -> Path | Non
     return chosen
 
 
-def _train(config: Config, directory: RunDirectory, chosen: Path | None, ranks: Ranks, began: float) -> None:
+def _train(config: Config, directory: RunDirectory, chosen: Path | None, ranks: Ranks) -> None:
     files = list_images(Path(config.data.root or ""))
     space = ActionSpace(config.actions.groups, config.actions.form)
     torch.manual_seed(config.train.seed)
-    model = IWM(config.model, space.dim, activation_checkpointing=config.train.activation_checkpointing).to(ranks.device)
+    model = IWM(config.model, space.dim, activation_checkpointing=config.train.activation_checkpointing)
+    model = model.to(ranks.device)
     saved = Checkpoint(chosen) if chosen is not None else None
     done, updates = (saved.step, int(saved.index["updates"])) if saved else (0, 0)
     schedules = Schedules(config.train, training_steps(config, len(files.paths)))
     stop_at = config.train.steps or schedules.total
     stream = TrainingStream(
-        config, files, space, rank=ranks.rank, world=ranks.world, start=done * config.train.global_batch, run_dir=directory.path
+        config,
+        files,
+        space,
+        rank=ranks.rank,
+        world=ranks.world,
+        start=done * config.train.global_batch,
+        run_dir=directory.path,
     )
     try:
         predicts = model.predicts
         if saved:
             restore_module(model, saved)
-        zero = initialize(model, config, ranks, stream.micro_batch, stream.accumulation)
+        zero = initialize(model, config, stream.micro_batch, stream.accumulation)
         average = TargetAverage(zero, ranks) if config.model.target == "ema" else None
         if saved:
             restore_shards(zero, average, saved)
@@ -157,7 +169,7 @@ def _train(config: Config, directory: RunDirectory, chosen: Path | None, ranks: 
         run = Run(config, directory, ranks, zero, average, trainer, stop_at)
         with TrainingProgress(stop_at, done, shown=ranks.first) as progress:
             _announce(run, files, saved, progress)
-            _loop(run, space, progress, began)
+            _loop(run, space, progress)
     finally:
         stream.close()
 
@@ -166,15 +178,16 @@ def _announce(run: Run, files: ImageSet, saved: Checkpoint | None, progress: Tra
     config = run.config
     attention = resolve_backend(config.model.attention, run.ranks.device.type)
     progress.say(
-        f"{len(files.paths)} images, {run.ranks.world} rank(s) on {run.ranks.device.type}, ZeRO stage {config.zero.stage}, "
-        f"{config.train.precision}, attention {attention}, global batch {config.train.global_batch} = {run.ranks.world} × "
-        f"{run.trainer.stream.accumulation} × {run.trainer.stream.micro_batch}"
+        f"{len(files.paths)} images, {run.ranks.world} rank(s) on {run.ranks.device.type}, "
+        f"ZeRO stage {config.zero.stage}, {config.train.precision}, attention {attention}, "
+        f"global batch {config.train.global_batch} = "
+        f"{run.ranks.world} × {run.trainer.stream.accumulation} × {run.trainer.stream.micro_batch}"
     )
     if saved:
         progress.say(f"resumed from {saved.path}: the next step is {run.trainer.step + 1} of {run.stop_at}")
 
 
-def _loop(run: Run, space: ActionSpace, progress: TrainingProgress, began: float) -> None:
+def _loop(run: Run, space: ActionSpace, progress: TrainingProgress) -> None:
     config, trainer, ranks = run.config, run.trainer, run.ranks
     board = run.directory.tensorboard if config.log.tensorboard else None
     first = trainer.step + 1
@@ -184,10 +197,12 @@ def _loop(run: Run, space: ActionSpace, progress: TrainingProgress, began: float
         while trainer.step < run.stop_at:
             record = trainer.train_step()
             if record and trainer.step == first:
-                record["first_step_after_s"] = time.perf_counter() - began
+                record["first_step_after_s"] = seconds_since_start()
             stopping = any_rank(stop.asked, ranks)
             if _due(config.eval.every_steps, trainer.step) and config.eval.root:
-                record = (record or {"step": trainer.step}) | evaluate_during_training(run.zero, run.average, config, space, ranks)
+                record = (record or {"step": trainer.step}) | evaluate_during_training(
+                    run.zero, run.average, config, space, ranks
+                )
                 trainer.restart_clock()
             if record and log:
                 log.write(record)
@@ -197,7 +212,9 @@ def _loop(run: Run, space: ActionSpace, progress: TrainingProgress, began: float
                 _save(run)
                 trainer.restart_clock()
             if stopping:
-                progress.say(f"stopped as asked after step {trainer.step}, checkpoint written; go on with --resume auto")
+                progress.say(
+                    f"stopped as asked after step {trainer.step}, checkpoint written; go on with --resume auto"
+                )
                 break
     if log:
         log.close()

@@ -1,4 +1,6 @@
-"""DeepSpeed's engine around a model, and the one place that knows how each ZeRO stage lays out a rank's share of the state."""
+"""DeepSpeed's engine around a model, and the one place that knows how each ZeRO stage lays out a rank's share of the
+state.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,6 @@ from torch import Tensor, nn
 
 from iwm_fast.config import Config
 from iwm_fast.engine.casting import Bf16Compute
-from iwm_fast.engine.distributed import Ranks
 from iwm_fast.engine.optimizer import MOMENTS, build_optimizer, ensure_state
 
 __all__ = ["Shard", "ZeroEngine", "deepspeed_config", "initialize"]
@@ -84,14 +85,14 @@ def deepspeed_config(config: Config, micro_batch: int, accumulation: int) -> dic
     if config.zero.stage == 3:
         # A parameter that stays whole between steps would not see the target's average, written into its partition.
         settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-    # At stage 0 Bf16Compute rounds fp32 weights: DeepSpeed's own bf16 wrapper for stage 0 is another optimizer with other
-    # arithmetic, which could not be compared with the other stages.
+    # At stage 0 Bf16Compute rounds fp32 weights: DeepSpeed's own bf16 wrapper for stage 0 is another optimizer with
+    # other arithmetic, which could not be compared with the other stages.
     if config.train.precision == "bf16" and config.zero.stage:
         settings["bf16"] = {"enabled": True, "check_grad_overflow": True}
     return settings
 
 
-def initialize(model: nn.Module, config: Config, ranks: Ranks, micro_batch: int, accumulation: int) -> ZeroEngine:
+def initialize(model: nn.Module, config: Config, micro_batch: int, accumulation: int) -> ZeroEngine:
     """Hand ``model`` (fp32, on the rank's device) to DeepSpeed and collect this rank's shards, moments at zero.
 
     Under bf16 DeepSpeed makes its fp32 master weights from the rounded ones; they are set back to ``model``'s own here.
@@ -99,7 +100,8 @@ def initialize(model: nn.Module, config: Config, ranks: Ranks, micro_batch: int,
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # DeepSpeed would compile its shared-memory collective at the first start (half a minute, and a compiler): not needed.
+    # DeepSpeed would compile its shared-memory collective at the first start (half a minute, and a compiler): not
+    # needed.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     stage = config.zero.stage
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -138,7 +140,7 @@ def _whole(zero: ZeroEngine, name: str, parameter: nn.Parameter, shape: tuple[in
 
 def _fragment(zero: ZeroEngine, name: str, parameter: nn.Parameter, shape: tuple[int, ...]) -> Shard | None:
     """Stages 1 and 2: the part of a parameter that falls into this rank's slice of the flattened group, if any."""
-    mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+    mapping = parameter._hp_mapping  # type: ignore[attr-defined]  # noqa: SLF001  (DeepSpeed has no public name)
     if mapping is None:
         return None
     where = mapping.get_hp_fragment_address()

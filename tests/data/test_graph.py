@@ -56,7 +56,12 @@ def draw(encoded, **changes):
     return draw_views(config, 5, np.zeros_like(ids), ids, sizes(encoded))
 
 
-NEUTRAL = {"jitter_probability": 0.0, "grayscale_probability": 0.0, "blur_probability": 0.0, "solarize_probability": 0.0}
+NEUTRAL = {
+    "jitter_probability": 0.0,
+    "grayscale_probability": 0.0,
+    "blur_probability": 0.0,
+    "solarize_probability": 0.0,
+}
 
 
 def only(component):
@@ -140,7 +145,9 @@ def test_crops_are_in_coordinates_of_the_upright_image(kind, orientation):
     raw = turned(picture(70, 50, orientation), orientation, kind)
     one = inspect(raw, NO_LIMIT)
     upright = decode_upright(raw, NO_LIMIT)
-    assert (one.width, one.height) == (upright.shape[1], upright.shape[0]) == ((50, 70) if orientation > 4 else (70, 50))
+    assert (
+        (one.width, one.height) == (upright.shape[1], upright.shape[0]) == ((50, 70) if orientation > 4 else (70, 50))
+    )
     crop = np.array([[3, 5, 30, 40]])
     views = Views.neutral(sizes([one]), crop)
     base = ViewGraph(SIZE, 1, "cpu", 1, geometric=False).run([one], views).base[0].numpy()

@@ -1,6 +1,7 @@
 """Checkpoints: whole or refused, and independent of how the state was divided."""
 
 import errno
+import itertools
 import json
 
 import pytest
@@ -20,7 +21,7 @@ def pieces(name, tensor, cuts):
     edges = [0, *sorted(cuts), tensor.numel()]
     return [
         Fragment("weight", name, tuple(tensor.shape), a, tensor.flatten()[a:b])
-        for a, b in zip(edges, edges[1:], strict=False)
+        for a, b in itertools.pairwise(edges)
         if b > a
     ]
 
@@ -69,7 +70,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(tmp_path, h
         (new / "manifest.json").unlink()
     found, passed = checkpoint.newest(tmp_path)
     assert found == old
-    assert len(passed) == 1 and str(new) in passed[0]
+    assert len(passed) == 1
+    assert str(new) in passed[0]
 
 
 def test_latest_names_the_newest_and_older_ones_are_pruned(tmp_path):

@@ -1,6 +1,8 @@
-"""Run under torchrun by test_ranks.py: several trainings one after the other on the same ranks, which saves the imports.
+"""Run under torchrun by test_ranks.py: several trainings one after the other on the same ranks, which saves the
+imports.
 
-Arguments: images, out, then one JSON object of changes to the small configuration, with its run's name, for each training.
+Arguments: images, out, then one JSON object of changes to the small configuration, with its run's name, for each
+training.
 """
 
 import json
