@@ -6,6 +6,7 @@ Each is named; nothing is silenced whole.
 from __future__ import annotations
 
 import logging
+import warnings
 
 __all__ = ["quiet_third_parties"]
 

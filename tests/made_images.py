@@ -47,3 +47,9 @@ def write_images(folder: Path, count, *, size=(40, 30), first=0):
         path.write_bytes(encode(picture(size[0] + number % 7, size[1] + number % 5, number)))
         paths.append(path)
     return paths
+
+
+def broken_tables(raw):
+    """A JPEG whose header is in order and whose Huffman tables are not: only a decoder notices."""
+    at = raw.index(b"\xff\xc4") + 5
+    return raw[:at] + b"\xff" * 16 + raw[at + 16 :]

@@ -28,9 +28,10 @@ class BadSamples:
         self._path = run_dir / FILE_NAME if run_dir is not None else None
         self._own: dict[str, str] = {}
         self._others: dict[str, str] = {}
-        self._earlier: set[str] = set()  # written by a start before this one: not written again, and not counted
         self._offset = 0
-        self._earlier = set(self._new_lines())
+        self._earlier = set(self._new_lines())  # of a start before this one: not written again, and not counted
+        if self._path is not None and self._path.exists() and self._path.stat().st_size > self._offset:
+            os.truncate(self._path, self._offset)  # the last line was torn when an earlier start was killed
         self._tried: set[int] = set()
 
     def __len__(self) -> int:

@@ -103,6 +103,8 @@ def decode_upright(raw: bytes, max_pixels: int) -> NDArray[np.uint8]:
     try:
         image.load()
         upright = _transpose(image)
+        if upright.mode == "P" and "transparency" in upright.info:
+            upright = upright.convert("RGBA")  # the same colours; Pillow warns of the direct way
         return np.asarray(upright if upright.mode == "RGB" else upright.convert("RGB"))
     except _PILLOW_ERRORS as error:
         raise BadSample(_line(error)) from error

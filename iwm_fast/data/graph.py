@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -177,7 +176,7 @@ class ViewGraph:
 
     def _repair(self, head: _Pending, error: Exception) -> None:
         """Make the oldest batch decodable and start all again, or raise BadRows; other errors of DALI are raised."""
-        refused = [row for row, one in enumerate(head.encoded) if not one.lossless and self._refuses(head, row)]
+        refused = self._refused(head)
         if not refused:
             raise error
         reasons = {}
@@ -198,14 +197,19 @@ class ViewGraph:
             raise BadSample(f"its header says {old.width} x {old.height} pixels, its data {new.width} x {new.height}")
         return new
 
-    def _refuses(self, head: _Pending, row: int) -> bool:
-        """Whether DALI fails on this row alone. A failed pipeline is not used again."""
-        probe = build_probe(self.device, device_id=self.device_id)
-        inputs = view_inputs(head.encoded[row : row + 1], head.views.take(np.array([row])), geometric=self.geometric)
-        try:
-            for name in ("encoded", "start", "shape"):
-                probe.feed_input(name, inputs[name])
-            probe.run()
-        except _DALI_ERRORS:
-            return True
-        return False
+    def _refused(self, head: _Pending) -> list[int]:
+        """Rows that DALI fails on when it is given them alone. A failed pipeline is not used again."""
+        inputs = view_inputs(head.encoded, head.views, geometric=self.geometric)
+        refused, probe = [], None
+        for row, one in enumerate(head.encoded):
+            if one.lossless:
+                continue
+            probe = probe or build_probe(self.device, device_id=self.device_id)
+            try:
+                for name in ("encoded", "start", "shape"):
+                    probe.feed_input(name, inputs[name][row : row + 1])
+                probe.run()
+            except _DALI_ERRORS:
+                refused.append(row)
+                probe = None
+        return refused

@@ -6,8 +6,9 @@ import pytest
 import torch
 from small_run import losses, metrics, small_config, state
 
-from iwm_fast.engine import pretrain
+from iwm_fast.engine import load_model, pretrain
 from iwm_fast.errors import UserError
+from iwm_fast.eval.evaluate import evaluate_monitor
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -141,3 +142,16 @@ def test_other_predictors_and_the_shared_target_train_too(tiny_images, tmp_path,
     pretrain(config, tmp_path / "run")
     assert all(loss > 0 for loss in losses(tmp_path / "run"))
     assert metrics(tmp_path / "run")[0]["ema_momentum"] is None
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_evaluation_while_training_measures_the_live_model_and_changes_nothing(tiny_images, tmp_path, stage):
+    measured = {"eval__every_steps": 2, "eval__root": str(tiny_images), "eval__mrr_images": 2, "eval__bank": 8}
+    pretrain(small_config(tiny_images, train__steps=4, zero__stage=stage, **measured), tmp_path / "with")
+    pretrain(small_config(tiny_images, train__steps=4, zero__stage=stage), tmp_path / "without")
+    assert losses(tmp_path / "with") == losses(tmp_path / "without")
+    records = metrics(tmp_path / "with")
+    assert [r["step"] for r in records if "mrr" in r] == [2, 4]
+    model, config, space, _ = load_model(tmp_path / "with")
+    again = evaluate_monitor(model, config, space, tiny_images)
+    assert {key: records[3][key] for key in again} == pytest.approx(again)

@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from made_images import encode, picture, turned
+from PIL import Image
+
+from iwm_fast.data.encoded import BadSample, decode_upright, inspect, read
+from iwm_fast.data.structure import plain_jpeg, plain_png
+
+LIMIT = 10**7
+IMAGE = picture(33, 21)
+JPEG = encode(IMAGE)
+PNG = encode(IMAGE, "PNG")
+
+
+def pixels(encoded):
+    """Of a lossless one: an uncompressed PNM."""
+    header, image = encoded.data.tobytes().split(b"255\n", 1)
+    assert header == b"P6\n%d %d\n" % (encoded.width, encoded.height)
+    return np.frombuffer(image, np.uint8).reshape(encoded.height, encoded.width, 3)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        JPEG,
+        encode(IMAGE, progressive=True),
+        encode(IMAGE, subsampling=0),
+        encode(Image.fromarray(IMAGE).convert("L")),
+        turned(IMAGE, 1),
+        PNG,
+        encode(Image.fromarray(IMAGE).convert("L"), "PNG"),
+    ],
+    ids=["jpeg", "progressive", "444", "gray", "orientation 1", "png", "gray png"],
+)
+def test_plain_files_pass_as_they_are(raw):
+    encoded = inspect(raw, LIMIT)
+    assert encoded.data.tobytes() == raw
+    assert (encoded.width, encoded.height, encoded.lossless) == (33, 21, False)
+
+
+ODD = {
+    "cmyk": encode(Image.fromarray(IMAGE).convert("CMYK")),
+    "palette": encode(Image.fromarray(IMAGE).quantize(16), "PNG"),
+    "alpha": encode(Image.fromarray(IMAGE).convert("RGBA"), "PNG"),
+    "16 bits": encode(Image.fromarray(IMAGE[..., 0].astype(np.uint16) * 257), "PNG"),
+    "black and white": encode(Image.fromarray(IMAGE).convert("1"), "PNG"),
+    "webp": encode(IMAGE, "WEBP", lossless=True),
+    "bmp": encode(IMAGE, "BMP"),
+    "turned jpeg": turned(IMAGE, 6),
+    "turned png": turned(IMAGE, 5, "PNG"),
+    "turned webp": turned(IMAGE, 8, "WEBP"),
+    "rgb jpeg": encode(IMAGE, keep_rgb=True, subsampling=0),
+    "trailing bytes": JPEG + b"\0\0",
+    "fill bytes": JPEG[:2] + b"\xff" + JPEG[2:],
+}
+
+
+@pytest.mark.parametrize("kind", sorted(ODD))
+def test_odd_files_are_handed_on_as_pillow_decodes_them(kind):
+    encoded = inspect(ODD[kind], LIMIT)
+    assert encoded.lossless
+    assert np.array_equal(pixels(encoded), decode_upright(ODD[kind], LIMIT))
+    assert (encoded.width, encoded.height) == ((21, 33) if kind.startswith("turned") else (33, 21))
+
+
+def png_chunk(kind, body=b""):
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def test_pillows_orientations_turn_the_pixels_upright():
+    upright = decode_upright(turned(IMAGE, 6, "PNG"), LIMIT)
+    assert np.array_equal(upright, np.rot90(IMAGE, -1))
+
+
+@pytest.mark.parametrize(
+    ("raw", "reason"),
+    [
+        (b"", "identify"),
+        (b"hello, this is text", "identify"),
+        (bytes(300), "identify"),
+        (JPEG[:20], "identify|[Tt]runcated"),
+        (JPEG[: len(JPEG) // 2], "[Tt]runcated"),
+        (JPEG[:-30], "truncated"),
+        (PNG[: len(PNG) // 2], "[Tt]runcated"),
+    ],
+    ids=["empty", "text", "zeros", "header", "half", "nearly", "half png"],
+)
+def test_what_pillow_refuses_is_refused_in_one_line(raw, reason):
+    with pytest.raises(BadSample, match=reason) as caught:
+        inspect(raw, LIMIT)
+    assert "\n" not in caught.value.reason
+
+
+def test_too_many_pixels_are_refused_before_they_are_decoded():
+    with pytest.raises(BadSample, match=r"33 x 21 pixels: more than data.max_pixels \(600\)"):
+        inspect(JPEG, 600)
+
+
+def test_a_bomb_is_refused(tmp_path):
+    """Three lines of PNG that claim 400 megapixels."""
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", 20000, 20000, 8, 2, 0, 0, 0))
+    path = tmp_path / "bomb.png"
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + png_chunk(b"IDAT", zlib.compress(bytes(100))) + png_chunk(b"IEND"))
+    with pytest.raises(BadSample, match="pixels"):
+        read(path, 178_956_970)
+
+
+def test_files_that_cannot_be_read_say_why(tmp_path):
+    with pytest.raises(BadSample, match="No such file"):
+        read(tmp_path / "missing.jpg", LIMIT)
+    with pytest.raises(BadSample, match="cannot be read"):
+        read(tmp_path, LIMIT)
+    (tmp_path / "empty.jpg").write_bytes(b"")
+    with pytest.raises(BadSample, match="empty"):
+        read(tmp_path / "empty.jpg", LIMIT)
+
+
+def test_png_damage_is_seen_by_its_checksums():
+    assert plain_png(PNG)
+    for at in (40, len(PNG) // 2, len(PNG) - 20):
+        assert not plain_png(PNG[:at] + bytes([PNG[at] ^ 1]) + PNG[at + 1 :])
+
+
+@settings(max_examples=200, deadline=None)
+@given(at=st.integers(0, 700), new=st.binary(min_size=0, max_size=8), cut=st.integers(0, 8))
+def test_damaged_headers_are_never_a_surprise(at, new, cut):
+    """Whatever is written over a header: plain, decoded by Pillow, or a BadSample; no other exception."""
+    raw = JPEG[:at] + new + JPEG[at + cut :]
+    try:
+        encoded = inspect(raw, LIMIT)
+    except BadSample:
+        return
+    assert encoded.lossless or plain_jpeg(raw)
+    assert encoded.width * encoded.height <= LIMIT
