@@ -17,7 +17,9 @@ import math
 import shutil
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -88,14 +90,24 @@ def main() -> None:
     parser.add_argument("--arm", action="append", nargs="+", required=True, metavar="NAME [KEY=VALUE ...]")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="for all arms")
     parser.add_argument("--what", default="mrr,knn,linear")
+    parser.add_argument("--jobs", type=int, default=1, help="trainings at a time; give each OMP_NUM_THREADS threads")
     args = parser.parse_args()
     arms: list[dict[str, Any]] = [{"name": name, "overrides": keys, "runs": []} for name, *keys in args.arm]
-    for seed in args.seeds:  # seeds outside, so that a stopped measurement has whole rounds
-        for arm in arms:
-            run = args.out / f"{arm['name']}_{seed}"
-            arm["runs"].append(run_one(args.config, args.data, run, seed, [*args.set, *arm["overrides"]], args.what))
+    lock = threading.Lock()
+
+    def job(arm: dict[str, Any], seed: int) -> None:
+        run = args.out / f"{arm['name']}_{seed}"
+        done = run_one(args.config, args.data, run, seed, [*args.set, *arm["overrides"]], args.what)
+        with lock:  # after each, so that a stopped measurement has what it has measured
+            arm["runs"].append(done)
+            arm["runs"].sort(key=lambda run: run["seed"])
             result = {"schema": SCHEMA, "environment": environment(), "command": sys.argv[1:], "arms": arms}
             args.json.write_text(json.dumps(result) + "\n")
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        # Seeds outside, so that what is done first is a whole round of the arms.
+        for future in [pool.submit(job, arm, seed) for seed in args.seeds for arm in arms]:
+            future.result()
     print(table(arms))
 
 

@@ -10,7 +10,7 @@ from iwm_fast import kernels
 from iwm_fast.config.schema import PredictorConfig
 
 from .attention import resolve_backend
-from .blocks import INIT_STD, Block, ConditionedMlp, Kept, Norm, initialise_linear, rescale_blocks, run_blocks
+from .blocks import Block, ConditionedMlp, Kept, Norm, initialise_linear, rescale_blocks, run_blocks
 from .packing import Segments, interleave, invert, take_rows
 from .positions import sincos_positions
 
@@ -102,7 +102,7 @@ class VitPredictor(nn.Module):
         )
         self.norm = Norm(width)
         self.proj = nn.Linear(width, encoder_width)
-        nn.init.trunc_normal_(self.mask_token, std=INIT_STD)
+        nn.init.trunc_normal_(self.mask_token, std=0.02)  # I-JEPA
         initialise_linear(self.embed)
         initialise_linear(self.proj)
         rescale_blocks(self.blocks)

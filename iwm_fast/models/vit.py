@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from iwm_fast.config.schema import EncoderShape
 
 from .attention import resolve_backend
-from .blocks import INIT_STD, Block, Norm, rescale_blocks, run_blocks
+from .blocks import Block, Norm, rescale_blocks, run_blocks
 from .packing import Segments, take_rows
 from .positions import sincos_positions
 
@@ -52,7 +52,7 @@ class PatchProjection(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width, 3, patch, patch))
         self.bias = nn.Parameter(torch.zeros(width))
-        nn.init.trunc_normal_(self.weight, std=INIT_STD)
+        nn.init.xavier_uniform_(self.weight.view(width, -1))  # as a linear layer, which it is (MAE)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Map pixels (N, patch · patch · 3), channel last, to (N, D)."""
