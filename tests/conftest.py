@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 from PIL import Image
 
 from iwm_fast.quiet import quiet_third_parties
@@ -16,6 +17,9 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 quiet_third_parties()
+# A first example pays for imports, and CI must say the same of the same commit each time.
+settings.register_profile("iwm", deadline=None, derandomize=bool(os.environ.get("CI")))
+settings.load_profile("iwm")
 
 
 @pytest.fixture(scope="session")

@@ -299,6 +299,8 @@ class Config(Section):
                 "train.activation_checkpointing in bf16 needs zero.stage 1, 2 or 3: stage 0 rounds its fp32 "
                 "weights for the forward pass only, and recomputation would read them unrounded"
             )
+        if self.eval.every_steps is not None and self.eval.root is None:
+            raise ValueError("eval.every_steps is set and eval.root is not; name the folder to evaluate on")
         patches = self.model.grid**2
         if self.masks.min_context >= patches:
             raise ValueError(f"masks.min_context is {self.masks.min_context}; a view has only {patches} patches")

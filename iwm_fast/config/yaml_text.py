@@ -53,6 +53,13 @@ def _construct_float(loader: _Loader, node: yaml.ScalarNode) -> float:
     return value
 
 
+def _represent_text(dumper: _Dumper, value: str) -> yaml.ScalarNode:
+    # YAML folds line breaks, of which \n is one of several: what is not printable is escaped between double quotes.
+    style = None if value.isprintable() else '"'
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)
 _Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
 _Loader.add_constructor("tag:yaml.org,2002:float", _construct_float)
 for _kind, _pattern, _first in _PLAIN_SCALARS:

@@ -26,6 +26,8 @@ class Ranks:
     local_rank: int
     local_world: int
     device: torch.device
+    # Small host-side messages; on GPUs a gloo group of its own, so that asking does not wait for the device.
+    control: dist.ProcessGroup | None = None
 
     @property
     def first(self) -> bool:
@@ -77,15 +79,16 @@ def start() -> Ranks:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=COLLECTIVE_TIMEOUT)
         else:
             dist.init_process_group(backend, rank=rank, world_size=world, timeout=COLLECTIVE_TIMEOUT)
-    return Ranks(rank, world, local_rank, local_world, device)
+    control = dist.new_group(backend="gloo") if on_gpu and world > 1 else None
+    return Ranks(rank, world, local_rank, local_world, device, control)
 
 
 def any_rank(flag: bool, ranks: Ranks) -> bool:
     """Whether ``flag`` holds on any rank; every rank gets the same answer."""
     if ranks.world == 1:
         return flag
-    votes = torch.tensor([int(flag)], dtype=torch.int32, device=ranks.device)
-    dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+    votes = torch.tensor([int(flag)], dtype=torch.int32)
+    dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=ranks.control)
     return bool(votes.item())
 
 

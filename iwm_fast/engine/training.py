@@ -131,7 +131,7 @@ def _prepare(config: Config, directory: RunDirectory, resume: str) -> Path | Non
         if directory.config_file.exists():
             directory.require_same(config)
         directory.drop_metrics_after(Checkpoint(chosen).step)
-    directory.begin(config, environment())
+    directory.begin(config, {"schema": "iwm-fast-environment/1", "environment": environment()})
     return chosen
 
 
@@ -185,6 +185,8 @@ def _announce(run: Run, files: ImageSet, saved: Checkpoint | None, progress: Tra
     )
     if saved:
         progress.say(f"resumed from {saved.path}: the next step is {run.trainer.step + 1} of {run.stop_at}")
+    if run.trainer.step >= run.stop_at:
+        progress.say(f"nothing to do: {run.trainer.step} steps are done; raise train.steps to go on")
 
 
 def _loop(run: Run, space: ActionSpace, progress: TrainingProgress) -> None:

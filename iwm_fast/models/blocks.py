@@ -140,8 +140,8 @@ def run_blocks(
 def initialise_linear(linear: nn.Linear) -> None:
     """Xavier's uniform and no bias, as MAE.
 
-    I-JEPA's fixed deviation of 0.02 is the same at ViT-B's width. At widths of 100 to 200 and small patches it is a third
-    of it or less: tokens then carry their position and little of the image, and the target hardly leaves that.
+    I-JEPA's fixed deviation of 0.02 is about the same at ViT-B's width. At widths of 100 to 200 and small patches it is
+    a third of it or less: tokens then carry their position and little of the image, and the target hardly leaves that.
     """
     nn.init.xavier_uniform_(linear.weight)
     nn.init.zeros_(linear.bias)

@@ -6,7 +6,7 @@ import ast
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import iwm_fast
@@ -116,6 +116,7 @@ def test_an_encoder_may_be_a_shape(file):
 @given(
     st.text(st.characters(blacklist_categories=["Cs"]), max_size=20), st.floats(1e-30, 1e30), st.integers(0, 2**63 - 1)
 )
+@example("a\x85b", 1e-3, 0)  # a line break to YAML
 def test_whatever_is_written_is_read_back_equal(tmp_path_factory, root, lr, seed):
     """Text that looks like a number, a flag or YAML's own syntax stays text, and floats keep every bit."""
     config = Config.model_validate({"data": {"root": root}, "train": {"lr": lr, "seed": seed}})

@@ -98,7 +98,7 @@ def test_the_average_equals_float64(tiny_images, tmp_path):
 def test_a_run_says_what_it_is_and_logs_what_is_promised(tiny_images, tmp_path):
     pretrain(small_config(tiny_images, train__steps=3, log__tensorboard=True), tmp_path / "run")
     assert (tmp_path / "run/config.yaml").exists()
-    assert json.loads((tmp_path / "run/environment.json").read_text())["packages"]["torch"]
+    assert json.loads((tmp_path / "run/environment.json").read_text())["environment"]["packages"]["torch"]
     assert list((tmp_path / "run/tensorboard").iterdir())
     promised = {
         "step", "epoch", "samples_seen", "loss", "lr", "weight_decay", "ema_momentum", "grad_norm", "images_per_s",
@@ -119,6 +119,15 @@ def test_a_run_with_checkpoints_is_not_overwritten(tiny_images, tmp_path):
 def test_auto_on_an_empty_run_starts_anew(tiny_images, tmp_path):
     pretrain(small_config(tiny_images, train__steps=1), tmp_path / "run", resume="auto")
     assert [r["step"] for r in metrics(tmp_path / "run")] == [1]
+
+
+def test_a_run_that_is_done_says_so_and_stays_as_it_is(tiny_images, tmp_path, capfd):
+    config = small_config(tiny_images, train__steps=2)
+    pretrain(config, tmp_path / "run")
+    before = (tmp_path / "run/metrics.jsonl").read_bytes()
+    pretrain(config, tmp_path / "run", resume="auto")
+    assert "nothing to do: 2 steps are done" in capfd.readouterr().err
+    assert (tmp_path / "run/metrics.jsonl").read_bytes() == before
 
 
 def test_another_architecture_is_refused_in_one_line(tiny_images, tmp_path):

@@ -1,0 +1,10 @@
+"""Everything in this folder needs a GPU; without one it is skipped, and says so."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _needs_a_gpu():
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU; torch sees none")

@@ -1,0 +1,51 @@
+"""The whole path on a GPU against the same path on the CPU."""
+
+import pytest
+import torch
+from small_run import losses, metrics, small_config
+
+from iwm_fast.actions import Views
+from iwm_fast.config import ActionsConfig
+from iwm_fast.data.encoded import read
+from iwm_fast.data.files import list_images
+from iwm_fast.data.graph import ViewGraph
+from iwm_fast.data.views import draw_views
+from iwm_fast.engine import pretrain
+from iwm_fast.models.attention import packed_attention
+from iwm_fast.models.packing import Segments
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_training_on_a_gpu_runs_at_every_stage_and_precision(tiny_images, tmp_path, stage, precision):
+    config = small_config(
+        tiny_images, train__steps=6, train__precision=precision, zero__stage=stage, data__device="gpu"
+    )
+    pretrain(config, tmp_path / "run")
+    found = losses(tmp_path / "run")
+    assert found[-1] < found[0]
+    assert metrics(tmp_path / "run")[-1]["memory_bytes"] == torch.cuda.max_memory_allocated()
+
+
+def test_gpu_and_cpu_draw_the_same_views(tiny_images):
+    """nvJPEG and libjpeg-turbo round differently: two levels in the mean is what emitted-means-exact allows."""
+    paths = list_images(tiny_images).paths[:8]
+    encoded = [read(path, 10**8) for path in paths]
+    size = torch.tensor([(e.width, e.height) for e in encoded]).numpy()
+    ids = torch.arange(8).numpy()
+    views: Views = draw_views(ActionsConfig(), 0, ids * 0, ids, size)
+    on = {d: ViewGraph(32, 8, d, 2, geometric=False, max_pixels=10**8).run(encoded, views) for d in ("cpu", "gpu")}
+    for view in ("source", "target"):
+        difference = getattr(on["gpu"], view).cpu().float() - getattr(on["cpu"], view).float()
+        assert difference.abs().mean() <= 2.0
+
+
+@pytest.mark.parametrize("lengths", [(5, 17, 1, 33), (64,) * 3, (7, 0, 9)])
+def test_xformers_equals_per_image_attention(lengths):
+    segments = Segments.from_lengths(lengths, "cuda")
+    q, k, v = (torch.randn(sum(lengths), 2, 32, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    out = packed_attention(q, k, v, segments, "xformers")
+    exact = packed_attention(*(t.double().cpu() for t in (q, k, v)), Segments.from_lengths(lengths), "sdpa")
+    plain = packed_attention(q.cpu(), k.cpu(), v.cpu(), Segments.from_lengths(lengths), "sdpa")
+    # Not less accurate than twice what bf16 itself loses.
+    assert (out.double().cpu() - exact).norm() <= 2 * (plain.double() - exact).norm() + 1e-3 * exact.norm()
