@@ -7,6 +7,7 @@ import torch
 from small_run import losses, metrics, small_config, state
 
 from iwm_fast.engine import load_model, pretrain
+from iwm_fast.engine.checkpoint import Checkpoint
 from iwm_fast.errors import UserError
 from iwm_fast.eval.evaluate import evaluate_monitor
 
@@ -119,6 +120,25 @@ def test_a_run_with_checkpoints_is_not_overwritten(tiny_images, tmp_path):
 def test_auto_on_an_empty_run_starts_anew(tiny_images, tmp_path):
     pretrain(small_config(tiny_images, train__steps=1), tmp_path / "run", resume="auto")
     assert [r["step"] for r in metrics(tmp_path / "run")] == [1]
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_recomputed_activations_change_nothing(tiny_images, tmp_path, stage):
+    plain = small_config(tiny_images, train__steps=5, zero__stage=stage)
+    recomputed = small_config(tiny_images, train__steps=5, zero__stage=stage, train__activation_checkpointing=True)
+    pretrain(plain, tmp_path / "plain")
+    pretrain(recomputed, tmp_path / "recomputed")
+    assert losses(tmp_path / "recomputed") == pytest.approx(losses(tmp_path / "plain"), rel=1e-6)
+
+
+def test_the_geometric_group_trains_resumes_and_is_recorded(tiny_images, tmp_path):
+    groups = {"actions__groups": ["photometric", "geometric"], "checkpoint__every_steps": 3}
+    pretrain(small_config(tiny_images, train__steps=6, **groups), tmp_path / "straight")
+    pretrain(small_config(tiny_images, train__steps=3, **groups), tmp_path / "halves")
+    pretrain(small_config(tiny_images, train__steps=6, **groups), tmp_path / "halves", resume="auto")
+    assert losses(tmp_path / "halves") == losses(tmp_path / "straight")
+    names = Checkpoint(tmp_path / "straight/checkpoints/step_000006").index["action_names"]
+    assert {"crop_x", "flip", "rotation_3"} <= set(names)
 
 
 def test_a_run_that_is_done_says_so_and_stays_as_it_is(tiny_images, tmp_path, capfd):
