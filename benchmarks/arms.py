@@ -65,6 +65,11 @@ def run_one(config: str, data: Path, run: Path, seed: int, overrides: list[str],
     return {"seed": seed, "seconds": seconds, "steps": logged[-1]["step"], "evaluation": evaluation, "curve": curve}
 
 
+def public(words: list[str]) -> list[str]:
+    """The command without the folders of the machine it ran on: an absolute path becomes its last part."""
+    return [Path(word).name if word.startswith("/") else word for word in words]
+
+
 def table(arms: list[dict[str, Any]]) -> str:
     """Markdown: an arm a row, mean ± half-width of the interval a column."""
     names = [n for n in SHOWN if all(n in run["evaluation"] for arm in arms for run in arm["runs"])]
@@ -101,7 +106,7 @@ def main() -> None:
         with lock:  # after each, so that a stopped measurement has what it has measured
             arm["runs"].append(done)
             arm["runs"].sort(key=lambda run: run["seed"])
-            result = {"schema": SCHEMA, "environment": environment(), "command": sys.argv[1:], "arms": arms}
+            result = {"schema": SCHEMA, "environment": environment(), "command": public(sys.argv[1:]), "arms": arms}
             args.json.write_text(json.dumps(result) + "\n")
 
     with ThreadPoolExecutor(args.jobs) as pool:

@@ -13,7 +13,7 @@ from typing import Any
 
 from iwm_fast import __version__
 
-__all__ = ["PACKAGES", "cpu_name", "environment", "installed_version"]
+__all__ = ["PACKAGES", "cpu_name", "environment", "installed_version", "usable_cores"]
 
 PACKAGES = (
     "torch",

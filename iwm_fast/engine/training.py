@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from iwm_fast.engine.schedules import Schedules
 from iwm_fast.engine.signals import StopRequest, end_with_parent
 from iwm_fast.engine.state import fragments, restore_module, restore_shards
 from iwm_fast.engine.zero import ZeroEngine, initialize
-from iwm_fast.environment import environment
+from iwm_fast.environment import environment, usable_cores
 from iwm_fast.errors import UserError
 from iwm_fast.models.attention import resolve_backend
 from iwm_fast.models.iwm import IWM
@@ -67,31 +68,23 @@ def pretrain(config: Config, out: Path, resume: str = "never") -> None:
     if ranks.world > 1:
         end_with_parent()
     if "OMP_NUM_THREADS" not in os.environ and ranks.device.type == "cpu":
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks.local_world))
-    directory = RunDirectory(out)
+        torch.set_num_threads(max(1, usable_cores() // ranks.local_world))
     if config.data.root is None:
         raise UserError("data.root is not set: name the folder of images, for example data.root=photos/train")
-    if not ranks.first:
-        _follow(config, directory, ranks)
-        return
-    with directory.locked():
-        _lead(config, directory, resume, ranks)
+    directory = RunDirectory(out)
+    with contextlib.ExitStack() as held:
+
+        def choose() -> Path | None:
+            held.enter_context(directory.locked())
+            return _prepare(config, directory, resume)
+
+        _train(config, directory, _decide(ranks, choose), ranks)
 
 
-def _lead(config: Config, directory: RunDirectory, resume: str, ranks: Ranks) -> None:
-    chosen = _decide(ranks, lambda: _prepare(config, directory, resume))
-    _train(config, directory, chosen, ranks)
-
-
-def _follow(config: Config, directory: RunDirectory, ranks: Ranks) -> None:
-    chosen = _decide(ranks, None)
-    _train(config, directory, chosen, ranks)
-
-
-def _decide(ranks: Ranks, choose: Callable[[], Path | None] | None) -> Path | None:
-    """The first rank chooses for all; what it could not do ends every rank."""
+def _decide(ranks: Ranks, choose: Callable[[], Path | None]) -> Path | None:
+    """The first rank chooses for all; what it could not do ends every rank with its words."""
     answer: list[Any] = [None, None]
-    if choose is not None:
+    if ranks.first:
         try:
             answer[0] = choose()
         except UserError as error:
@@ -127,10 +120,9 @@ def _prepare(config: Config, directory: RunDirectory, resume: str) -> Path | Non
         wrong = checkpoint.damage(chosen)
         if wrong:
             raise UserError(f"{chosen}: {wrong}; name another checkpoint")
-    if chosen is not None:
-        if directory.config_file.exists():
-            directory.require_same(config)
-        directory.drop_metrics_after(Checkpoint(chosen).step)
+    if chosen is not None and directory.config_file.exists():
+        directory.require_same(config)
+    directory.drop_metrics_after(Checkpoint(chosen).step if chosen is not None else 0)
     directory.begin(config, {"schema": "iwm-fast-environment/1", "environment": environment()})
     return chosen
 

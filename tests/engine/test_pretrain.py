@@ -118,8 +118,11 @@ def test_a_run_with_checkpoints_is_not_overwritten(tiny_images, tmp_path):
 
 
 def test_auto_on_an_empty_run_starts_anew(tiny_images, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/metrics.jsonl").write_text('{"step": 1, "loss": 5.0}\n')  # of a start killed before a checkpoint
     pretrain(small_config(tiny_images, train__steps=1), tmp_path / "run", resume="auto")
     assert [r["step"] for r in metrics(tmp_path / "run")] == [1]
+    assert losses(tmp_path / "run") != [5.0]
 
 
 @pytest.mark.parametrize("stage", [0, 3])
