@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from iwm_fast.errors import UserError
 
-__all__ = ["Ranks", "any_rank", "start", "stop"]
+__all__ = ["Ranks", "any_rank", "start"]
 
 # One collective may wait this long for a rank that is slow (reading a cold disk, say) before it counts as hung.
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)
@@ -90,9 +90,3 @@ def any_rank(flag: bool, ranks: Ranks) -> bool:
     votes = torch.tensor([int(flag)], dtype=torch.int32)
     dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=ranks.control)
     return bool(votes.item())
-
-
-def stop() -> None:
-    """Leave the process group."""
-    if dist.is_initialized():
-        dist.destroy_process_group()

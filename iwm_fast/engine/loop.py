@@ -48,8 +48,8 @@ class Trainer:
 
     def __init__(
         self, config: Config, zero: ZeroEngine, average: TargetAverage | None, stream: TrainingStream,
-        schedules: Schedules, ranks: Ranks, *, predicts: str, action_dim: int, dataset_size: int, step: int, updates:
-        int,
+        schedules: Schedules, ranks: Ranks, *, predicts: str, action_dim: int, dataset_size: int, step: int,
+        updates: int,
     ) -> None:  # fmt: skip
         self.config, self.zero, self.average, self.stream = config, zero, average, stream
         self.schedules, self.ranks, self.predicts, self.dataset_size = schedules, ranks, predicts, dataset_size

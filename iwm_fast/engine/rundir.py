@@ -29,10 +29,8 @@ class RunDirectory:
         self.config_file = path / "config.yaml"
         self.environment_file = path / "environment.json"
         self.metrics_file = path / "metrics.jsonl"
-        self.bad_samples_file = path / "bad_samples.jsonl"
         self.tensorboard = path / "tensorboard"
         self.checkpoints = path / "checkpoints"
-        self.report = path / "report"
 
     @contextmanager
     def locked(self) -> Iterator[None]:
