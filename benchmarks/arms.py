@@ -24,7 +24,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from iwm_fast.environment import environment
+from iwm_fast.planning.environment import environment
 
 SCHEMA = "iwm-fast-arms/1"
 # Two-sided 95 % quantile of Student's t by degrees of freedom.

@@ -27,7 +27,7 @@ import torch
 
 from iwm_fast.data.synth import draw_dataset
 from iwm_fast.doctor import examine
-from iwm_fast.environment import environment
+from iwm_fast.planning.environment import environment
 
 SCHEMA = "iwm-fast-gpu-suite/1"
 # Configurations trained, with what makes them fit a measurement of a minute.

@@ -11,7 +11,8 @@ from typing import Any
 
 from packaging.requirements import Requirement
 
-from iwm_fast.environment import cpu_name, installed_version, usable_cores
+from iwm_fast.config.cores import usable_cores
+from iwm_fast.planning.environment import cpu_name, installed_version
 
 __all__ = ["Part", "examine", "part_rows"]
 

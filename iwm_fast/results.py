@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from iwm_fast.environment import environment
 from iwm_fast.errors import UserError
+from iwm_fast.planning.environment import environment
 
 __all__ = ["write_result"]
 

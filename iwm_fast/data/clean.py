@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from iwm_fast.actions import Views
+from iwm_fast.data.devices import dali_device, dali_threads
 from iwm_fast.data.encoded import BadSample, Encoded, read
 from iwm_fast.data.files import ImageSet
 from iwm_fast.data.graph import BadRows, ViewGraph
-from iwm_fast.data.loader import dali_device, dali_threads
 
 __all__ = ["CleanImages", "centred_square", "load_clean"]
 

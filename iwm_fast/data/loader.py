@@ -7,13 +7,9 @@ prefetching only divide that order among ranks and batches, so a run can go on f
 
 from __future__ import annotations
 
-import os
-import queue
-import threading
-import time
-import weakref
 from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +21,7 @@ from iwm_fast.actions import ActionSpace, Views
 from iwm_fast.config.schema import Config
 from iwm_fast.data.bad import BadSamples
 from iwm_fast.data.batch import Batch
+from iwm_fast.data.devices import dali_device, dali_threads
 from iwm_fast.data.files import ImageSet
 from iwm_fast.data.graph import BadRows, RenderedViews, ViewGraph
 from iwm_fast.data.masks import MaskSampler, PatchSets
@@ -33,27 +30,10 @@ from iwm_fast.data.samples import FileStore, SampleReader, Samples
 from iwm_fast.data.views import draw_views
 from iwm_fast.errors import UserError
 
-__all__ = ["SampleOrder", "TrainingStream", "dali_device", "dali_threads", "divide_batch"]
+__all__ = ["SampleOrder", "TrainingStream", "divide_batch"]
 
 # Batches inside DALI at a time: one at work, one waiting, so that its threads never wait for Python.
 _IN_DALI = 2
-_POLL_S = 0.1
-_JOIN_S = 30.0
-
-
-def dali_device(wanted: str) -> str:
-    """What data.device means here, "cpu" or "gpu"; UserError where a GPU is asked for and there is none."""
-    if wanted == "gpu" and not torch.cuda.is_available():
-        raise UserError("data.device is gpu, but torch sees no GPU here; set data.device=cpu or auto")
-    return ("gpu" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
-
-
-def dali_threads(wanted: int | None, world: int = 1) -> int:
-    """Threads for DALI: data.threads, or the cores this process may use over the ranks of this host."""
-    if wanted is not None:
-        return wanted
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", str(world)))
-    return max(1, len(os.sched_getaffinity(0)) // max(1, ranks))
 
 
 def divide_batch(global_batch: int, world: int, ceiling: int | None) -> tuple[int, int]:
@@ -110,7 +90,8 @@ class TrainingStream:
 
     start: global samples already consumed. run_dir: where bad_samples.jsonl is written, if anywhere. accumulation:
     micro-batches of a rank in a global batch, each of micro_batch images. An error in the background thread (UserError
-    where too many files are bad) is raised by the next `next`. Close it, or use it as a context manager.
+    where too many files are bad) is raised by the `next` of the batch that it struck, and by every one after it. Close
+    it, or use it as a context manager.
     """
 
     def __init__(
@@ -126,7 +107,6 @@ class TrainingStream:
     ) -> None:
         self.micro_batch, self.accumulation = divide_batch(config.train.global_batch, world, config.train.micro_batch)
         self.device = dali_device(config.data.device)
-        self.wait_s = 0.0
         self._config, self._space, self._rank, self._start = config, space, rank, start
         self._bad = BadSamples(len(files), config.data.max_bad_fraction, run_dir)
         self._reader = SampleReader(FileStore(files.paths, config.data.max_pixels), config.train.seed, self._bad)
@@ -141,13 +121,12 @@ class TrainingStream:
             geometric=geometric,
             max_pixels=config.data.max_pixels,
         )
-        self._ready: queue.Queue[Batch | BaseException] = queue.Queue(config.data.prefetch)
-        self._stop = threading.Event()
         self._failure: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="iwm-fast data", daemon=True)
-        # At interpreter exit too: a thread inside DALI while Python goes down would crash.
-        self._finalizer = weakref.finalize(self, _shut_down, self._stop, self._thread, self._ready)
-        self._thread.start()
+        self._batches = self._prepare()
+        # One thread, so that batches are made in order. What is asked for ahead is all that it ever does: it ends by
+        # itself when nobody asks any more.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="iwm-fast data")
+        self._ahead = deque(self._ask() for _ in range(config.data.prefetch))
 
     @property
     def bad(self) -> int:
@@ -160,20 +139,21 @@ class TrainingStream:
     def __next__(self) -> Batch:
         if self._failure is not None:
             raise self._failure
-        begin = time.perf_counter()
-        item = self._take()
-        self.wait_s = time.perf_counter() - begin
-        if isinstance(item, BaseException):
-            self._failure = item
-            raise item
+        self._ahead.append(self._ask())
+        asked = self._ahead.popleft()
+        self._failure = asked.exception()  # waits
+        if self._failure is not None:
+            raise self._failure
+        batch = asked.result()
         if self.device == "gpu":
-            for tensor in (item.source, item.target):
+            for tensor in (batch.source, batch.target):
                 tensor.record_stream(torch.cuda.current_stream(tensor.device))
-        return item
+        return batch
 
     def close(self) -> None:
         """End the thread and let go of what was prepared; `next` raises after that."""
-        self._finalizer()
+        self._thread.shutdown(cancel_futures=True)
+        self._ahead.clear()
         self._failure = self._failure or ValueError("this TrainingStream is closed")
 
     def __enter__(self) -> TrainingStream:
@@ -182,35 +162,17 @@ class TrainingStream:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _take(self) -> Batch | BaseException:
-        while True:
-            try:
-                return self._ready.get(timeout=_POLL_S)
-            except queue.Empty:
-                if not self._thread.is_alive() and self._ready.empty():
-                    return RuntimeError("the data thread ended without a word")
+    def _ask(self) -> Future[Batch]:
+        return self._thread.submit(next, self._batches)
 
-    def _run(self) -> None:
-        """The thread: keep DALI busy, hand over what is done, in order."""
-        try:
-            underway: deque[_InFlight] = deque()
-            for batch in self._plan():
-                if self._stop.is_set():
-                    return
-                self._graph.submit(batch.samples.encoded, batch.views)
-                underway.append(batch)
-                if len(underway) == _IN_DALI:
-                    self._put(self._finish(underway.popleft()))
-        except BaseException as error:  # noqa: BLE001  (handed to the thread that asks for the next batch)
-            self._put(error)
-
-    def _put(self, item: Batch | BaseException) -> None:
-        while not self._stop.is_set():
-            try:
-                return self._ready.put(item, timeout=_POLL_S)
-            except queue.Full:
-                continue
-        return None
+    def _prepare(self) -> Iterator[Batch]:
+        """Keep DALI busy, and give out what is done, in order. Runs in the thread."""
+        underway: deque[_InFlight] = deque()
+        for batch in self._plan():
+            self._graph.submit(batch.samples.encoded, batch.views)
+            underway.append(batch)
+            if len(underway) == _IN_DALI:
+                yield self._finish(underway.popleft())
 
     def _plan(self) -> Iterator[_InFlight]:
         """The rank's micro-batches, read and with their parameters drawn, before any pixel is decoded."""
@@ -270,10 +232,3 @@ def _packed_rows(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     first, last = int(lengths[: rows.start].sum()), int(lengths[: rows.stop].sum())
     return packed[first:last], lengths[rows]
-
-
-def _shut_down(stop: threading.Event, thread: threading.Thread, ready: queue.Queue[Batch | BaseException]) -> None:
-    stop.set()
-    thread.join(_JOIN_S)
-    while not ready.empty():
-        ready.get_nowait()

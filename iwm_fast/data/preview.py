@@ -13,9 +13,10 @@ from PIL import Image
 from iwm_fast.actions import NO_SOLARIZE, ActionSpace, Geometry, Jitter, Views
 from iwm_fast.config.schema import Config
 from iwm_fast.data.bad import BadSamples
+from iwm_fast.data.devices import dali_device, dali_threads
 from iwm_fast.data.files import list_images
 from iwm_fast.data.graph import BadRows, RenderedViews, ViewGraph
-from iwm_fast.data.loader import SampleOrder, dali_device, dali_threads
+from iwm_fast.data.loader import SampleOrder
 from iwm_fast.data.masks import MaskSampler, PatchSets
 from iwm_fast.data.samples import FileStore, SampleReader, Samples
 from iwm_fast.data.views import draw_views

@@ -9,9 +9,9 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from iwm_fast.engine.loading import find_checkpoint, load_model
-from iwm_fast.environment import environment
 from iwm_fast.errors import UserError
 from iwm_fast.models.export_names import timm_arguments, to_timm
+from iwm_fast.planning.environment import environment
 
 __all__ = ["export_run"]
 

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from iwm_fast.actions import ActionSpace
 from iwm_fast.config import Config
+from iwm_fast.config.cores import usable_cores
 from iwm_fast.data.files import ImageSet, list_images
 from iwm_fast.data.loader import TrainingStream
 from iwm_fast.engine import checkpoint
@@ -30,10 +31,10 @@ from iwm_fast.engine.schedules import Schedules
 from iwm_fast.engine.signals import StopRequest, end_with_parent
 from iwm_fast.engine.state import fragments, restore_module, restore_shards
 from iwm_fast.engine.zero import ZeroEngine, initialize
-from iwm_fast.environment import environment, usable_cores
 from iwm_fast.errors import UserError
 from iwm_fast.models.attention import resolve_backend
 from iwm_fast.models.iwm import IWM
+from iwm_fast.planning.environment import environment
 
 __all__ = ["pretrain", "training_steps"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 
 from iwm_fast.engine.loading import load_model
-from iwm_fast.environment import environment
+from iwm_fast.engine.rundir import RunDirectory
 from iwm_fast.errors import UserError
 from iwm_fast.eval.evaluate import WHAT, Progress, evaluate_model
 from iwm_fast.eval.examples import ranked_examples
@@ -55,7 +56,7 @@ def evaluate_run(
         results=results,
         metrics=read_metrics(run / "metrics.jsonl"),
         examples=shown,
-        environment=environment(),
+        environment=json.loads(RunDirectory(run).environment_file.read_text())["environment"],
     )
     return {**results, "step": step, "report": str(report)}
 

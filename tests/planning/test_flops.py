@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from iwm_fast.config.schema import EncoderShape, ModelConfig, PredictorConfig
 from iwm_fast.models import IWM, Segments
-from iwm_fast.planning import step_flops
+from iwm_fast.planning.flops import step_flops
 
 ACTIONS = 3
 CASES = [("vit", c) for c in ("none", "sequence", "feature", "block", "sequence+block", "feature+block")]

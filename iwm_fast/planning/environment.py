@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import platform
 import subprocess
 import sys
@@ -11,9 +10,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from iwm_fast import __version__
+import iwm_fast
+from iwm_fast.config.cores import usable_cores
 
-__all__ = ["PACKAGES", "cpu_name", "environment", "installed_version", "usable_cores"]
+__all__ = ["PACKAGES", "cpu_name", "environment", "installed_version"]
 
 PACKAGES = (
     "torch",
@@ -48,11 +48,6 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def usable_cores() -> int:
-    """Cores this process may run on, which in a container or a batch job can be fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _git(folder: Path, *arguments: str) -> str | None:
     try:
         done = subprocess.run(
@@ -65,7 +60,7 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 def _commit() -> str | None:
     """The commit of the checkout this package runs from, ``-modified`` added when tracked files differ from it."""
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
     commit = _git(root, "rev-parse", "HEAD")
@@ -88,7 +83,7 @@ def environment() -> dict[str, Any]:
     import torch
 
     return {
-        "iwm_fast": __version__,
+        "iwm_fast": iwm_fast.__version__,
         "commit": _commit(),
         "python": platform.python_version(),
         "implementation": sys.implementation.name,

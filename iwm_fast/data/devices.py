@@ -1,0 +1,27 @@
+"""Where DALI runs, and on how many threads."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from iwm_fast.config.cores import usable_cores
+from iwm_fast.errors import UserError
+
+__all__ = ["dali_device", "dali_threads"]
+
+
+def dali_device(wanted: str) -> str:
+    """What data.device means here, "cpu" or "gpu"; UserError where a GPU is asked for and there is none."""
+    if wanted == "gpu" and not torch.cuda.is_available():
+        raise UserError("data.device is gpu, but torch sees no GPU here; set data.device=cpu or auto")
+    return ("gpu" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
+
+
+def dali_threads(wanted: int | None, world: int = 1) -> int:
+    """Threads for DALI: data.threads, or the cores this process may use over the ranks of this host."""
+    if wanted is not None:
+        return wanted
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", str(world)))
+    return max(1, usable_cores() // max(1, ranks))
