@@ -178,6 +178,11 @@ class MasksConfig(Section):
     """Multi-block masks (I-JEPA, section 3): what the encoder does not see and the predictor answers for."""
 
     target_blocks: Count = Field(4, description="blocks an image; the predictor answers for their union")
+    visible_blocks: Annotated[int, Field(ge=0)] = Field(
+        0,
+        description="of the target blocks, those that the encoder sees all the same: there the predictor answers for "
+        "the action alone; below target_blocks",
+    )
     target_scale: Range = Field((0.15, 0.2), description="share of the patches in one target block")
     target_aspect: Range = Field((0.75, 1.5), description="height over width of a target block")
     context_scale: Range = Field((0.85, 1.0), description="share of the patches in the square context block")
@@ -188,6 +193,8 @@ class MasksConfig(Section):
         _require_ascending("target_scale", self.target_scale, 0.001, 1.0)
         _require_ascending("target_aspect", self.target_aspect, 0.1, 10.0)
         _require_ascending("context_scale", self.context_scale, 0.001, 1.0)
+        if self.visible_blocks >= self.target_blocks:
+            raise ValueError(f"visible_blocks is {self.visible_blocks}; it must be below {self.target_blocks} blocks")
         return self
 
 

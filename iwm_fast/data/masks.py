@@ -1,7 +1,8 @@
 """Multi-block masks: which patches of a source the encoder sees, and which patches of the target are predicted.
 
 Legend: B images, K target blocks, G patches along a side. Per image, K rectangles (the targets, which may overlap) and
-one square (the context) are drawn; the context loses the patches of the targets. As in I-JEPA (arXiv:2301.08243,
+one square (the context) are drawn; the context loses the patches of the targets, but for those of the last
+`visible_blocks` of them that no other target covers. As in I-JEPA (arXiv:2301.08243,
 section 3), without what its sampler gets wrong: positions include the last row and column, sizes are drawn per image
 and block, and no image is cut to the batch's shortest. A function of (seed, epoch, sample id) alone, vectorised over
 the batch.
@@ -71,16 +72,13 @@ class MaskSampler:
         """Context and target as bool (B, G·G)."""
         context, blocks = self._attempt(epoch, sample, 0)
         target = _union(blocks)
-        if self.exclude:
-            context &= ~target
         short = np.flatnonzero(context.sum(axis=1) < self.masks.min_context)
         blocks = blocks[short]
         for attempt in range(1, _ATTEMPTS):
             if not len(short):
                 return context, target
-            own, blocks = self._attempt(epoch[short], sample[short], attempt)
+            context[short], blocks = self._attempt(epoch[short], sample[short], attempt)
             target[short] = _union(blocks)
-            context[short] = own & ~target[short] if self.exclude else own
             still = context[short].sum(axis=1) < self.masks.min_context
             short, blocks = short[still], blocks[still]
         if len(short):
@@ -88,7 +86,7 @@ class MaskSampler:
         return context, target
 
     def _attempt(self, epoch: Ints, sample: Ints, attempt: int) -> tuple[Bools, Bools]:
-        """One draw: the context square, bool (B, G·G), and the target blocks, bool (B, K, G·G)."""
+        """One draw: the context's patches, bool (B, G·G), and the target blocks, bool (B, K, G·G)."""
         count = self.masks.target_blocks
         places = 4 * (count + 1)
         draws = uniforms(self.seed, epoch, sample, MASKS, places, start=attempt * places)
@@ -104,7 +102,10 @@ class MaskSampler:
         inside = (line >= first[..., None]) & (line < (first + sides)[..., None])  # (B, K + 1, 2, G)
         boxes = inside[:, :, 0, :, None] & inside[:, :, 1, None, :]
         boxes = boxes.reshape(len(boxes), count + 1, self.grid**2)
-        return boxes[:, count], boxes[:, :count]
+        context, blocks = boxes[:, count], boxes[:, :count]
+        if self.exclude:
+            context = context & ~_union(blocks[:, : count - self.masks.visible_blocks])
+        return context, blocks
 
     def _fall_back(self, blocks: Bools) -> tuple[Bools, Bools]:
         """Context and target of the last draw's blocks (B, K, G·G) where no draw left enough context.

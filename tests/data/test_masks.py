@@ -232,3 +232,24 @@ def test_no_samples_give_no_patches():
 def test_min_context_that_leaves_nothing_to_predict_is_refused():
     with pytest.raises(ValueError, match="min_context is 16"):
         MaskSampler(MasksConfig(min_context=16), 4, 0)
+
+
+@given(st.integers(0, 2**63 - 1))
+def test_visible_blocks_are_seen_and_predicted(seed):
+    """With a context of the whole grid, what is not seen is exactly what the hidden blocks cover."""
+    config = MasksConfig(
+        target_blocks=6, visible_blocks=2, target_scale=(0.0625, 0.0625), target_aspect=(1, 1), context_scale=(1, 1)
+    )
+    sets = draw(MaskSampler(config, 8, seed), 40)
+    context = one_hot(sets.context, sets.context_lengths, 64).astype(bool)
+    target = one_hot(sets.target, sets.target_lengths, 64).astype(bool)
+    assert (context | target).all()
+    both = (context & target).sum(axis=1)
+    assert both.max() <= 8  # two blocks of 2 × 2
+    assert (both >= 4).mean() > 0.8
+    assert ((~context).sum(axis=1) <= 16).all()
+
+
+def test_as_many_visible_blocks_as_blocks_are_refused():
+    with pytest.raises(ValueError, match="visible_blocks is 4; it must be below 4"):
+        MasksConfig(visible_blocks=4)
