@@ -6,8 +6,10 @@ PYTHON ?= python
 test:
 	$(PYTHON) -m pytest -q
 
+# The kernels' tests in Triton's interpreter, then every kernel compiled for every architecture, with no GPU.
 kernels:
 	$(PYTHON) -m pytest -q tests/kernels
+	$(PYTHON) -m iwm_fast.kernels.aot
 
 lint: types
 	$(PYTHON) -m ruff check .

@@ -34,7 +34,11 @@ setup(
     python_requires=">=3.11",
     packages=[*ENGINE, *KERNELS, "iwm_fast.configs"],
     package_dir={"iwm_fast.kernels": "kernels", "iwm_fast.configs": "configs"},
-    package_data={"iwm_fast": ["py.typed"], "iwm_fast.configs": ["*.yaml", "deepspeed/*.json"]},
+    package_data={
+        "iwm_fast": ["py.typed"],
+        "iwm_fast.kernels": ["tuned.json"],
+        "iwm_fast.configs": ["*.yaml", "deepspeed/*.json"],
+    },
     include_package_data=False,
     entry_points={"console_scripts": ["iwm-fast = iwm_fast.cli:main"]},
     # The bounds are the versions that were run together. torch 2.14 and later would bring CUDA packages of several GB

@@ -7,6 +7,7 @@ floating type up to float64 on any device, and define what the other backends ha
 
 from __future__ import annotations
 
+from ._backend import use_backend
 from .conditioned_mlp import (
     conditioned_mlp,
     conditioned_mlp_bytes,
@@ -24,4 +25,5 @@ __all__ = [
     "stopgrad_l2_bytes",
     "stopgrad_l2_flops",
     "stopgrad_l2_reference",
+    "use_backend",
 ]

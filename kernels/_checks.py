@@ -5,17 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["check_backend", "check_eps", "check_floating", "check_like", "check_shape"]
-
-_BACKENDS = ("auto", "reference", "triton")
-
-
-def check_backend(backend: str) -> None:
-    """Accept "auto" and "reference"; say of "triton" that this version does not contain it."""
-    if backend not in _BACKENDS:
-        raise ValueError(f"backend is {backend!r}; it must be one of {', '.join(_BACKENDS)}")
-    if backend == "triton":
-        raise ValueError('backend is "triton", which is not built in this version; use "auto" or "reference"')
+__all__ = ["check_eps", "check_floating", "check_like", "check_shape"]
 
 
 def check_floating(name: str, tensor: Tensor, dimensions: int) -> None:

@@ -2,10 +2,15 @@
 
     out = [x +] w_out · gelu( w_in · [LN](x) + w_action · action[image of token] + b_in ) + b_out
 
-x (N, D) holds the tokens of B images one after another, image i in rows cu_seqlens[i] to cu_seqlens[i + 1]. The
-action's part is a bias of its image, computed once an image (B, H): [x; action] is never concatenated. This version has
-the plain-PyTorch reference, whose products are the library's; the normalisation's statistics are fp32 for half inputs,
-and the products accumulate in fp32. It keeps the hidden activations for the backward pass.
+x (N, D) holds the tokens of B images one after another, image i in rows cu_seqlens[i] to cu_seqlens[i + 1].
+
+Fused (Triton): the action's part is a bias of its image, computed once an image (B, H) and added, with b_in, in the
+first product's epilogue beside GELU; b_out and the residual are added in the second's. [x; action] is never
+concatenated, and an action never broadcast to tokens in memory. Left to the library: the (B, H) bias, and any product
+for which a measurement prefers it. Recomputed: normalisation and hidden activations, which the backward pass makes
+again in chunks of tokens whose hidden stays in L2 (`_mlp_triton`). Statistics and accumulators are fp32.
+
+Reference (plain PyTorch, below): its products are the library's, and it keeps the hidden for the backward pass.
 
 Operations and bytes: `conditioned_mlp_flops`, `conditioned_mlp_bytes`.
 """
@@ -13,14 +18,20 @@ Operations and bytes: `conditioned_mlp_flops`, `conditioned_mlp_bytes`.
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
-from ._checks import check_backend, check_eps, check_floating, check_like, check_shape
+from . import _mlp_triton
+from ._backend import autocast_type, resolve_backend
+from ._checks import check_eps, check_floating, check_like, check_shape
 
 __all__ = ["conditioned_mlp", "conditioned_mlp_bytes", "conditioned_mlp_flops", "conditioned_mlp_reference"]
+
+ACTIVATIONS = {"gelu": "none", "gelu_tanh": "tanh"}  # to PyTorch's name of the approximation
 
 
 def conditioned_mlp_flops(
@@ -81,6 +92,7 @@ def conditioned_mlp_reference(
     norm_bias: Tensor | None = None,
     residual: bool = False,
     eps: float = 1e-6,
+    activation: str = "gelu",
 ) -> Tensor:
     """What `conditioned_mlp` computes, in PyTorch's operators and differentiated by them. Arguments are not checked."""
     normed = x if norm_weight is None else F.layer_norm(x, (x.shape[1],), norm_weight, norm_bias, eps)
@@ -93,8 +105,86 @@ def conditioned_mlp_reference(
         image = torch.repeat_interleave(lengths, output_size=x.shape[0])  # (N,)
         # addmm adds the bias inside the product: one pass less over (N, H) than adding it afterwards.
         hidden = torch.addmm(bias.index_select(0, image), normed, w_in.t())
-    out = F.linear(F.gelu(hidden), w_out, b_out)
+    out = F.linear(F.gelu(hidden, approximate=ACTIVATIONS[activation]), w_out, b_out)
     return out.add_(x) if residual else out
+
+
+@torch.library.custom_op("iwm_fast::conditioned_mlp", mutates_args=())
+def _operator(
+    x: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, b_out: Tensor, action: Tensor | None,
+    w_action: Tensor | None, cu_seqlens: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None,
+    residual: bool, eps: float, activation: str,
+) -> Tensor:  # fmt: skip
+    return _mlp_triton.forward(
+        x, w_in, b_in, w_out, b_out, action, w_action, cu_seqlens, norm_weight, norm_bias, residual, eps, activation
+    )
+
+
+@torch.library.custom_op("iwm_fast::conditioned_mlp_backward", mutates_args=())
+def _backward_operator(
+    grad: Tensor, x: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, b_out: Tensor, action: Tensor | None,
+    w_action: Tensor | None, cu_seqlens: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None,
+    residual: bool, eps: float, activation: str,
+) -> list[Tensor]:  # fmt: skip
+    """The gradients of the inputs that have one, in the inputs' order."""
+    found = _mlp_triton.backward(
+        grad, x, w_in, b_in, w_out, b_out, action, w_action, cu_seqlens, norm_weight, norm_bias, residual, eps,
+        activation,
+    )  # fmt: skip
+    return [g for g in vars(found).values() if g is not None]
+
+
+@_operator.register_fake
+def _(x: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(x.shape[0], w_out.shape[0])
+
+
+@_backward_operator.register_fake
+def _(grad: Tensor, *inputs: Any) -> list[Tensor]:
+    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in _differentiable(inputs[:10])]
+
+
+def _differentiable(tensors: tuple[Tensor | None, ...]) -> list[Tensor]:
+    """The given ones of the operator's ten tensors, cu_seqlens left out."""
+    return [t for i, t in enumerate(tensors) if t is not None and i != _CU_SEQLENS]
+
+
+_CU_SEQLENS = 7  # place among the operator's tensors
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:10])
+    ctx.options = inputs[10:]
+
+
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    tensors = ctx.saved_tensors
+    found = iter(torch.ops.iwm_fast.conditioned_mlp_backward(grad, *tensors, *ctx.options))
+    grads = [None if t is None or i == _CU_SEQLENS else next(found) for i, t in enumerate(tensors)]
+    return (*grads, None, None, None)
+
+
+_operator.register_autograd(_differentiate, setup_context=_keep)
+
+
+def _sizes(x: Any, w_in: Any, w_out: Any, action: Any) -> dict[str, Any]:
+    images, actions = action or (0, 0)
+    return {
+        "tokens": x[0], "width": x[1], "hidden": w_in[0], "out": w_out[0], "images": images, "actions": actions,
+    }  # fmt: skip
+
+
+@register_flop_formula(torch.ops.iwm_fast.conditioned_mlp)
+def _forward_flops(x: Any, w_in: Any, b_in: Any, w_out: Any, b_out: Any, action: Any, *_: Any, **__: Any) -> int:
+    return conditioned_mlp_flops(**_sizes(x, w_in, w_out, action))
+
+
+@register_flop_formula(torch.ops.iwm_fast.conditioned_mlp_backward)
+def _backward_flops(
+    grad: Any, x: Any, w_in: Any, b_in: Any, w_out: Any, b_out: Any, action: Any, *_: Any, **__: Any
+) -> int:
+    """Useful operations: what is computed again is not counted, as is the custom of MFU."""
+    return conditioned_mlp_flops(**_sizes(x, w_in, w_out, action), backward=True)
 
 
 def conditioned_mlp(
@@ -130,23 +220,36 @@ def conditioned_mlp(
         norm_bias: (D,).
         residual: add x to the result; needs Do = D.
         eps: added to the variance.
-        activation: "gelu", the exact one.
-        backend: "auto" or "reference"; "triton" is not built in this version.
+        activation: "gelu", the exact one, or "gelu_tanh".
+        backend: "triton", "reference", or "auto": Triton on CUDA for fp32, fp16 and bf16, else the reference.
+
+    Under autocast all floating arguments are taken to its type first, normalisation's statistics staying fp32. The
+    result can be differentiated once; the Triton backend has no second derivative.
 
     Returns:
-        (N, Do) of x's type.
+        (N, Do) of x's type, or of autocast's.
 
     Raises:
         ValueError: an argument is of the wrong shape, type or device; its name comes first.
 
     """
-    check_backend(backend)
     check_eps(eps)
-    if activation != "gelu":
-        raise ValueError(f'activation is {activation!r}; it must be "gelu"')
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation is {activation!r}; it must be one of {', '.join(ACTIVATIONS)}")
+    check_floating("x", x, 2)
+    wanted = autocast_type(x)
+    if wanted is not None:
+        x, w_in, b_in, w_out, b_out = (t.to(wanted) for t in (x, w_in, b_in, w_out, b_out))
+        action, w_action, norm_weight, norm_bias = (
+            None if t is None else t.to(wanted) for t in (action, w_action, norm_weight, norm_bias)
+        )
     check_weights(x, w_in, b_in, w_out, b_out, residual=residual)
     check_action(x, w_in, action, w_action, cu_seqlens)
     check_norm(x, norm_weight, norm_bias)
+    if resolve_backend(backend, "x", x) == "triton":
+        return torch.ops.iwm_fast.conditioned_mlp(
+            x, w_in, b_in, w_out, b_out, action, w_action, cu_seqlens, norm_weight, norm_bias, residual, eps, activation
+        )
     return conditioned_mlp_reference(
         x,
         w_in,
@@ -160,12 +263,12 @@ def conditioned_mlp(
         norm_bias=norm_bias,
         residual=residual,
         eps=eps,
+        activation=activation,
     )
 
 
 def check_weights(x: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, b_out: Tensor, *, residual: bool) -> None:
     """Raise ValueError unless tokens and weights fit together."""
-    check_floating("x", x, 2)
     check_floating("w_in", w_in, 2)
     check_floating("w_out", w_out, 2)
     hidden, out = w_in.shape[0], w_out.shape[0]
@@ -197,7 +300,8 @@ def check_action(
     check_like("action", action, "x", x)
     check_like("w_action", w_action, "x", x)
     check_like("cu_seqlens", cu_seqlens, "x", x, dtype=torch.int32)
-    if cu_seqlens.device.type == "cpu":
+    # Values are not looked at while a graph is traced: there are none.
+    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
         bounds = cu_seqlens.tolist()
         rising = all(a <= b for a, b in pairwise(bounds))
         if bounds[0] != 0 or bounds[-1] != x.shape[0] or not rising:

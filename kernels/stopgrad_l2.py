@@ -2,9 +2,17 @@
 
     loss = scale · Σ_n ‖ pred[n] − [LN](target[index[n]]) ‖²
 
-pred (N, D); target (M, D); index (N,) int64 or None. The gradient, 2 · scale · (pred − target), comes from the same
-pass as the loss: what is kept for the backward pass is the difference, in fp32 (float64 for float64 predictions), and
-nothing is kept where no gradient is asked for. All arithmetic is fp32 for half inputs.
+pred (N, D); target (M, D); index (N,) int64 or None. All arithmetic is fp32 for half inputs.
+
+Fused (Triton): gather, normalisation, difference, square and sum, and, where pred wants one, the gradient
+2 · scale · (pred − target), all from one read of pred and of its target rows. The sum is taken in two ordered stages:
+equal inputs give equal bits. The gradient is written for an incoming gradient of 1, which is what the backward pass
+then gets: it costs nothing more. For any other (a loss scale, say) it is made again from pred and target, because a
+gradient that has been rounded to half cannot be scaled without rounding it twice, or losing it in fp16's subnormals. A
+compiled graph makes it in its backward pass only.
+
+Reference (plain PyTorch, below): keeps the fp32 difference for the backward pass, and nothing where no gradient is
+asked for.
 
 Operations and bytes: `stopgrad_l2_flops`, `stopgrad_l2_bytes`.
 """
@@ -15,9 +23,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import triton
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
-from ._checks import check_backend, check_eps, check_floating, check_like, check_shape
+from ._backend import resolve_backend
+from ._checks import check_eps, check_floating, check_like, check_shape
+from ._launch import pieces, rows_a_program, rows_together
+from ._rows import distance_kernel
 
 __all__ = ["stopgrad_l2", "stopgrad_l2_bytes", "stopgrad_l2_flops", "stopgrad_l2_reference"]
 
@@ -91,6 +104,107 @@ def stopgrad_l2_reference(
     return _difference(pred, target, index, normalize_target, eps).square().sum() * scale
 
 
+def launch_distance(
+    pred: Tensor, target: Tensor, index: Tensor | None, normalize: bool, scale: float, eps: float, *,
+    sums: Tensor | None = None, grad: Tensor | None = None, incoming: Tensor | None = None, skip_one: bool = False,
+) -> None:  # fmt: skip
+    """Launch `distance_kernel` for what is wanted: `sums`, `grad` or both."""
+    rows, width = pred.shape
+    pred, target = rows_together(pred), rows_together(target)
+    block_d, parts = pieces(width)
+    block_n = rows_a_program(width, 2)
+    distance_kernel[(triton.cdiv(rows, block_n),)](
+        pred_ptr=pred, target_ptr=target, index_ptr=None if index is None else index.contiguous(),
+        incoming_ptr=incoming, sums_ptr=sums, grad_ptr=grad,
+        N=rows, M=target.shape[0], D=width,
+        stride_pn=pred.stride(0), stride_tm=target.stride(0), stride_gn=0 if grad is None else grad.stride(0),
+        scale=scale, eps=eps,
+        HAS_INDEX=index is not None, NORMALIZE=normalize, WRITE_SUM=sums is not None, WRITE_GRAD=grad is not None,
+        HAS_INCOMING=incoming is not None, SKIP_ONE=skip_one,
+        BLOCK_N=block_n, BLOCK_D=block_d, PARTS=parts, num_warps=4,
+    )  # fmt: skip
+
+
+@torch.library.custom_op("iwm_fast::stopgrad_l2", mutates_args=())
+def _operator(
+    pred: Tensor, target: Tensor, index: Tensor | None, normalize: bool, scale: float, eps: float, with_grad: bool
+) -> tuple[Tensor, Tensor]:
+    """The loss, fp32, and its gradient (N, D), or (0, D) unless it is asked for."""
+    grad = torch.empty(pred.shape[0] if with_grad else 0, pred.shape[1], dtype=pred.dtype, device=pred.device)
+    if not pred.numel():
+        return pred.new_zeros((), dtype=torch.float32), grad
+    programs = triton.cdiv(pred.shape[0], rows_a_program(pred.shape[1], 2))
+    sums = torch.empty(programs, dtype=torch.float32, device=pred.device)
+    launch_distance(pred, target, index, normalize, scale, eps, sums=sums, grad=grad if with_grad else None)
+    return (sums.sum(dtype=torch.float64) * scale).float(), grad
+
+
+@_operator.register_fake
+def _(
+    pred: Tensor, target: Tensor, index: Tensor | None, normalize: bool, scale: float, eps: float, with_grad: bool
+) -> tuple[Tensor, Tensor]:
+    rows = pred.shape[0] if with_grad else 0
+    return pred.new_empty((), dtype=torch.float32), pred.new_empty(rows, pred.shape[1])
+
+
+@torch.library.custom_op("iwm_fast::stopgrad_l2_backward", mutates_args=())
+def _backward_operator(
+    incoming: Tensor, pred: Tensor, target: Tensor, index: Tensor | None, normalize: bool, scale: float, eps: float
+) -> Tensor:
+    """The loss's gradient times `incoming`, (N, D), from pred and target."""
+    grad = torch.empty(pred.shape, dtype=pred.dtype, device=pred.device)
+    if grad.numel():
+        factor = incoming.float().reshape(1)
+        launch_distance(pred, target, index, normalize, scale, eps, grad=grad, incoming=factor)
+    return grad
+
+
+@_backward_operator.register_fake
+def _(incoming: Tensor, pred: Tensor, *_: Any) -> Tensor:
+    return pred.new_empty(pred.shape)
+
+
+@torch.library.custom_op("iwm_fast::stopgrad_l2_scale_", mutates_args=("grad",))
+def _scale_operator(
+    grad: Tensor, incoming: Tensor, pred: Tensor, target: Tensor, index: Tensor | None, normalize: bool, scale: float,
+    eps: float,
+) -> None:  # fmt: skip
+    """Turn `grad` (N, D), the loss's gradient, into that times `incoming`; where incoming is 1 it stays untouched."""
+    if grad.numel():
+        factor = incoming.float().reshape(1)
+        launch_distance(pred, target, index, normalize, scale, eps, grad=grad, incoming=factor, skip_one=True)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    pred, target, index, *ctx.options, with_grad = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(pred, target, index)
+    # Not a saved tensor: it is handed over by the first backward pass, and a second one makes its own.
+    ctx.grad = output[1] if with_grad else None
+
+
+def _differentiate(ctx: Any, incoming: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    nothing = (None,) * 6
+    if incoming is None:
+        return (None, *nothing)
+    saved = (*ctx.saved_tensors, *ctx.options)
+    grad, ctx.grad = ctx.grad, None
+    # A graph that is being traced may not write into what its forward pass returned: there it is made anew too.
+    if grad is None or type(incoming) is not Tensor:
+        return (torch.ops.iwm_fast.stopgrad_l2_backward(incoming, *saved), *nothing)
+    torch.ops.iwm_fast.stopgrad_l2_scale_(grad, incoming, *saved)
+    return (grad, *nothing)
+
+
+_operator.register_autograd(_differentiate, setup_context=_keep)
+
+
+@register_flop_formula(torch.ops.iwm_fast.stopgrad_l2)
+def _count(pred: Any, target: Any, index: Any, normalize: bool, *_: Any, **__: Any) -> int:
+    return stopgrad_l2_flops(*pred, normalize_target=normalize)
+
+
 def stopgrad_l2(
     pred: Tensor,
     target: Tensor,
@@ -111,7 +225,10 @@ def stopgrad_l2(
         normalize_target: layer-normalise each target row, without affine.
         reduction: "mean" over N · D, "token_mean" over N, or "sum".
         eps: added to the variance of the normalisation.
-        backend: "auto" or "reference"; "triton" is not built in this version.
+        backend: "triton", "reference", or "auto": Triton on CUDA for fp32, fp16 and bf16, else the reference.
+
+    Under autocast the types must agree all the same, and the arithmetic is fp32 as ever. The result can be
+    differentiated once.
 
     Returns:
         A scalar, fp32 (float64 for float64 predictions).
@@ -120,7 +237,6 @@ def stopgrad_l2(
         ValueError: an argument is of the wrong shape, type or device; its name comes first.
 
     """
-    check_backend(backend)
     check_eps(eps)
     if reduction not in _REDUCTIONS:
         raise ValueError(f"reduction is {reduction!r}; it must be one of {', '.join(_REDUCTIONS)}")
@@ -133,10 +249,16 @@ def stopgrad_l2(
         check_shape("target", target, (target.shape[0], pred.shape[1]), "(M, D)")
         check_shape("index", index, (pred.shape[0],), "(N,)")
         check_like("index", index, "pred", pred, dtype=torch.int64)
-        if index.device.type == "cpu" and index.numel():
+        # Values are not looked at while a graph is traced: there are none.
+        if index.device.type == "cpu" and index.numel() and not torch.compiler.is_compiling():
             low, high = (int(v) for v in torch.aminmax(index))
             if low < 0 or high >= target.shape[0]:
                 raise ValueError(f"index spans {low} to {high}; target has rows 0 to {target.shape[0] - 1}")
+    if resolve_backend(backend, "pred", pred) == "triton":
+        with_grad = pred.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        options = (normalize_target, _scale(pred, reduction), eps, with_grad)
+        loss: Tensor = torch.ops.iwm_fast.stopgrad_l2(pred, target.detach(), index, *options)[0]
+        return loss
     return stopgrad_l2_reference(
         pred, target, index=index, normalize_target=normalize_target, reduction=reduction, eps=eps
     )

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from iwm_fast.kernels import conditioned_mlp, conditioned_mlp_bytes, conditioned_mlp_flops
+from iwm_fast.kernels import conditioned_mlp, conditioned_mlp_bytes, conditioned_mlp_flops, use_backend
 
 LENGTHS = {
     "ragged": [3, 1, 7],
@@ -147,7 +147,7 @@ REFUSED = {
     "eps": ({"eps": 0.0}, "eps is 0.0"),
     "activation": ({"activation": "relu"}, "activation is 'relu'"),
     "backend": ({"backend": "cuda"}, "backend is 'cuda'"),
-    "triton": ({"backend": "triton"}, 'backend is "triton", which is not built'),
+    "triton in float64": ({"backend": "triton"}, "x is torch.float64; backend .triton. takes"),
 }
 
 
@@ -168,3 +168,21 @@ def test_counts_by_hand() -> None:
     assert conditioned_mlp_bytes(*sizes, images=2, actions=3, element=4) == 4 * (10 * 4 + 10 * 6 + weights)
     backward = 4 * (10 * 4 + 10 * 6 + 10 * 4 + 2 * weights)
     assert conditioned_mlp_bytes(*sizes, images=2, actions=3, element=4, backward=True) == backward
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_triton_on_a_cpu_is_refused_in_one_line() -> None:
+    given = {k: v.detach().float() if isinstance(v, Tensor) and v.is_floating_point() else v
+             for k, v in arguments([3, 4]).items()}  # fmt: skip
+    with pytest.raises(ValueError, match=r"x is on cpu; backend .triton. needs a CUDA device"):
+        conditioned_mlp(**given, backend="triton")
+    with use_backend("triton"), pytest.raises(ValueError, match="needs a CUDA device"):
+        conditioned_mlp(**given)
+
+
+def test_tanh_form_of_gelu() -> None:
+    given = arguments([6], action=False, norm=False)
+    x = given["x"].detach()
+    hidden = torch.nn.functional.gelu(x @ given["w_in"].t() + given["b_in"], approximate="tanh")
+    expected = hidden @ given["w_out"].t() + given["b_out"] + x
+    torch.testing.assert_close(conditioned_mlp(**given, activation="gelu_tanh"), expected)

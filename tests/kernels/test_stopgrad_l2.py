@@ -114,7 +114,7 @@ REFUSED = {
     "index negative": ({"index": torch.tensor([0, -1, 2, 0])}, "index spans -1 to 2"),
     "reduction": ({"reduction": "max"}, "reduction is 'max'"),
     "eps": ({"eps": -1.0}, "eps is -1.0"),
-    "triton": ({"backend": "triton"}, 'backend is "triton", which is not built'),
+    "triton in float64": ({"backend": "triton"}, "pred is torch.float64; backend .triton. takes"),
 }
 
 

@@ -1,0 +1,70 @@
+"""Which backend answers a call, decided here and nowhere else."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ._jit import INTERPRETED
+
+__all__ = ["BACKENDS", "autocast_type", "resolve_backend", "use_backend"]
+
+BACKENDS = ("auto", "reference", "triton")
+_TYPES = (torch.float32, torch.float16, torch.bfloat16)
+_INTERPRETED = bool(INTERPRETED.value)
+# What "auto" means. A plain global: torch.compile reads it while tracing, and cannot read a context variable.
+_auto = "auto"
+
+
+@contextlib.contextmanager
+def use_backend(backend: str) -> Iterator[None]:
+    """What ``backend="auto"`` means inside: for tests and measurements that compare backends through whole models."""
+    global _auto  # noqa: PLW0603  (as above)
+    _require_known(backend)
+    before, _auto = _auto, backend
+    try:
+        yield
+    finally:
+        _auto = before
+
+
+def resolve_backend(backend: str, name: str, x: Tensor) -> str:
+    """Choose "triton" or "reference" for a call whose first argument is `x`, called `name` in errors.
+
+    "auto": Triton for fp32, fp16 and bf16 on CUDA, else the reference. Raises ValueError for an unknown backend, and
+    where Triton is asked for by name and cannot do it.
+    """
+    _require_known(backend)
+    if backend == "auto":
+        backend = _auto
+    if backend == "auto":
+        return "triton" if x.is_cuda and x.dtype in _TYPES else "reference"
+    if backend == "reference":
+        return backend
+    if x.dtype not in _TYPES:
+        raise ValueError(
+            f'{name} is {x.dtype}; backend "triton" takes torch.float32, torch.float16 and torch.bfloat16: '
+            'use backend="reference"'
+        )
+    if not x.is_cuda and not _INTERPRETED and x.device.type != "meta":
+        raise ValueError(
+            f'{name} is on {x.device}; backend "triton" needs a CUDA device, or Triton\'s interpreter '
+            '(TRITON_INTERPRET=1 when Python starts): use backend="reference"'
+        )
+    return backend
+
+
+def autocast_type(x: Tensor) -> torch.dtype | None:
+    """The type that autocast asks of a product on x's device, or None where it is off or x is float64."""
+    kind = x.device.type
+    if x.dtype == torch.float64 or kind == "meta" or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
+def _require_known(backend: str) -> None:
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}; it must be one of {', '.join(BACKENDS)}")

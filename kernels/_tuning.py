@@ -1,0 +1,237 @@
+"""Which implementation and which block sizes a product uses: measured where it was measured, else found out once.
+
+A choice is looked up, in this order: in this process; in the measurements that ship with the package (`tuned.json`); in
+what this machine found out before, on its own disk; else the candidates of the architecture are timed, the first
+process to ask holding a lock while the others on the machine wait to read its answer. The key has the row count's
+bucket (a power of two), so packed batches of changing size do not tune again. Candidates that need more shared memory
+than the device has are never tried. One that fails all the same is left out, named once, and the next is taken.
+
+On the CPU (Triton's interpreter) nothing is timed: the first candidate is taken.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from statistics import median
+from typing import Any, Protocol, TypeVar
+
+import torch
+import triton
+
+from ._candidates import Choice, candidates_of
+
+__all__ = ["TUNING_DIR_VARIABLE", "Chooser", "Tuner", "bucket", "tuner", "use_tuner"]
+
+TUNING_DIR_VARIABLE = "IWM_FAST_TUNING_DIR"
+_REPEATS = 10
+# What a candidate may fail with that another may survive. Out of device memory is not among them.
+_FAILURES = (triton.runtime.errors.TritonError, triton.compiler.errors.CompilationError)
+_held: set[Path] = set()  # folders whose lock this process holds
+T = TypeVar("T")
+
+
+def bucket(rows: int) -> int:
+    """The power of two at or above `rows`, at least 16."""
+    return max(16, 1 << max(0, rows - 1).bit_length())
+
+
+@dataclass(frozen=True)
+class Key:
+    """What a choice depends on: the product, its type, its rows' bucket, and its other two sizes."""
+
+    product: str
+    dtype: str
+    rows: int
+    columns: int
+    depth: int
+
+    def __str__(self) -> str:
+        return f"{self.product} {self.dtype} {self.rows}x{self.columns}x{self.depth}"
+
+
+class Chooser(Protocol):
+    """What the launchers ask: which choice, and to make the call with it."""
+
+    def run(
+        self, product: str, dtype: torch.dtype, sizes: tuple[int, int, int], call: Callable[[Choice], Any], /
+    ) -> Any:
+        """`call` with a choice for a product of `sizes` (rows, columns, depth)."""
+
+
+class Tuner:
+    """Choices of one device.
+
+    name: the device's, as a file name. folder: where answers are kept. time: seconds of a call, on this device.
+    shared: bytes of shared memory a program may have.
+    """
+
+    def __init__(
+        self, name: str, architecture: str, shared: int, folder: Path, time: Callable[[Callable[[], object]], float]
+    ) -> None:
+        self.name, self.architecture, self.shared, self.folder, self.time = name, architecture, shared, folder, time
+        self._chosen: dict[Key, Choice] = {}
+        self._failed: set[tuple[Key, Choice]] = set()
+
+    def run(self, product: str, dtype: torch.dtype, sizes: tuple[int, int, int], call: Callable[[Choice], T]) -> T:
+        """`call` with the best choice for a product of `sizes` (rows, columns, depth), or the next that works."""
+        key = Key(product, str(dtype).removeprefix("torch."), bucket(sizes[0]), sizes[1], sizes[2])
+        while True:
+            choice = self._chosen.get(key) or self._choose(key, dtype.itemsize, call)
+            try:
+                return call(choice)
+            except _FAILURES as error:
+                self._leave_out(key, choice, error)
+
+    def candidates(self, key: Key, element: int) -> list[Choice]:
+        """Those that fit into shared memory and have not failed, the architecture's preferred one first."""
+        fitting = (c for c in candidates_of(self.architecture, key.product) if c.shared_bytes(element) <= self.shared)
+        return [choice for choice in fitting if (key, choice) not in self._failed]
+
+    def _choose(self, key: Key, element: int, call: Callable[[Choice], object]) -> Choice:
+        left = self.candidates(key, element)
+        if not left:
+            raise RuntimeError(f"no implementation of {key} works on {self.name}; set backend=reference")
+        choice = left[0]
+        if self.architecture != "interpreter" and not _capturing():
+            choice = self._known(_shipped(self.name), key, left) or self._find_out(key, left, call)
+        self._chosen[key] = choice
+        return choice
+
+    def _known(self, table: dict[str, Any], key: Key, left: Sequence[Choice]) -> Choice | None:
+        found = table.get(str(key))
+        choice = Choice(**found["choice"]) if found else None
+        return choice if choice in left else None
+
+    def _find_out(self, key: Key, left: Sequence[Choice], call: Callable[[Choice], object]) -> Choice:
+        with _locked(self.folder) as writable:
+            path = self.folder / f"{self.name}-triton-{triton.__version__}.json"
+            table = _read(path)
+            known = self._known(table, key, left)
+            if known is not None:
+                return known
+            seconds = self._measure(key, left, call)
+            best = min(seconds, key=lambda choice: seconds[choice], default=left[-1])
+            if writable and seconds:
+                table = _read(path)  # the timing may have added to it
+                kept = {str(asdict(choice)): value for choice, value in seconds.items()}
+                table[str(key)] = {"choice": asdict(best), "seconds": kept}
+                partial = path.with_name(f".{path.name}.{os.getpid()}")
+                partial.write_text(json.dumps(table, indent=1) + "\n")
+                partial.replace(path)
+            return best
+
+    def _measure(self, key: Key, left: Sequence[Choice], call: Callable[[Choice], object]) -> dict[Choice, float]:
+        seconds = {}
+        for choice in left:
+            try:
+                seconds[choice] = self.time(lambda choice=choice: call(choice))  # type: ignore[misc]
+            except _FAILURES as error:
+                self._leave_out(key, choice, error)
+        return seconds
+
+    def _leave_out(self, key: Key, choice: Choice, error: BaseException) -> None:
+        self._failed.add((key, choice))
+        self._chosen.pop(key, None)
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        warnings.warn(f"{key} on {self.name}: {choice} left out: {first_line}", RuntimeWarning, stacklevel=2)
+
+
+def _capturing() -> bool:
+    """Whether a CUDA graph is being recorded: nothing may be timed then."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        table = json.loads(path.read_text())
+    except (OSError, ValueError):  # not there yet, or torn: it is found out again
+        return {}
+    return table if isinstance(table, dict) else {}
+
+
+@cache
+def _shipped(name: str) -> dict[str, Any]:
+    found = _read(Path(__file__).with_name("tuned.json")).get("devices", {}).get(name, {})
+    return found if isinstance(found, dict) else {}
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Hold the folder's lock; gives False where the folder cannot be written, and each process finds out by itself.
+
+    Timing a whole MLP asks for its products' choices in turn: a lock that this process holds is not waited for.
+    """
+    if folder in _held:
+        yield True
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        lock = (folder / ".lock").open("a")
+    except OSError:
+        yield False
+        return
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _held.add(folder)
+        try:
+            yield True
+        finally:
+            _held.discard(folder)
+
+
+def _cuda_seconds(call: Callable[[], object]) -> float:
+    """Median seconds of a call by CUDA events, after two that do not count."""
+    found = []
+    for i in range(_REPEATS + 2):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        if i >= 2:
+            found.append(begin.elapsed_time(end) / 1000)
+    return median(found)
+
+
+def _folder() -> Path:
+    """On this machine's own disk: a home folder is often shared by a cluster's nodes."""
+    return Path(os.environ.get(TUNING_DIR_VARIABLE) or Path(tempfile.gettempdir()) / f"iwm-fast-{os.getuid()}")
+
+
+_in_place: ContextVar[Chooser | None] = ContextVar("iwm_fast_kernels_tuner", default=None)
+
+
+@contextlib.contextmanager
+def use_tuner(other: Chooser) -> Iterator[None]:
+    """Ask `other` instead of the devices' tuners: for compiling ahead, for tests, for measuring one choice."""
+    token = _in_place.set(other)
+    try:
+        yield
+    finally:
+        _in_place.reset(token)
+
+
+def tuner(device: torch.device) -> Chooser:
+    """Whom to ask for a choice on a device."""
+    return _in_place.get() or _tuner_of(device)
+
+
+@cache
+def _tuner_of(device: torch.device) -> Tuner:
+    """The tuner of a CUDA device, or of the interpreter for the CPU."""
+    if device.type == "cpu":
+        return Tuner("interpreter", "interpreter", 2**62, _folder(), lambda _: 0.0)
+    properties = torch.cuda.get_device_properties(device)
+    shared = triton.runtime.driver.active.utils.get_device_properties(device.index or 0)["max_shared_mem"]
+    name = properties.name.replace(" ", "_").replace("/", "_")
+    return Tuner(name, f"sm_{properties.major}{properties.minor}", shared, _folder(), _cuda_seconds)

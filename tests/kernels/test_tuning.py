@@ -1,0 +1,187 @@
+"""The tuner: what it picks, what it remembers, and what it survives."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import time
+
+import pytest
+import torch
+import triton
+
+from iwm_fast.kernels import _tuning
+from iwm_fast.kernels._candidates import ARCHITECTURES, LIBRARY, PRODUCTS, SHARED_LIMIT, Choice, candidates_of
+from iwm_fast.kernels._tuning import Tuner, bucket
+
+SIZES = (5000, 1536, 384)
+
+
+def make(folder, seconds=None, shared=10**9, name="A_GPU", architecture="sm_90"):
+    """A tuner that is told how long each choice takes: by default, the longer its list the later it stands."""
+    order = candidates_of(architecture, "hidden")
+    wanted = seconds or {choice: 1.0 + order.index(choice) for choice in order}
+    timed = []
+
+    def clock(call):
+        choice = call()
+        timed.append(choice)
+        return wanted[choice]
+
+    return Tuner(name, architecture, shared, folder, clock), timed
+
+
+def ask(tuner, sizes=SIZES, dtype=torch.bfloat16, call=lambda choice: choice):
+    return tuner.run("hidden", dtype, sizes, call)
+
+
+@pytest.mark.parametrize(("rows", "expected"), [(0, 16), (1, 16), (16, 16), (17, 32), (8192, 8192), (8193, 16384)])
+def test_bucket(rows, expected):
+    assert bucket(rows) == expected
+
+
+def test_the_fastest_is_taken_and_timed_once_a_bucket(tmp_path):
+    order = candidates_of("sm_90", "hidden")
+    seconds = dict.fromkeys(order, 2.0) | {order[2]: 1.0}
+    tuner, timed = make(tmp_path, seconds)
+    assert ask(tuner) == order[2]
+    assert len(timed) == len(order)
+    assert ask(tuner, (4097, 1536, 384)) == order[2]  # the same bucket
+    assert len(timed) == len(order)
+    ask(tuner, (4000, 1536, 384))
+    assert len(timed) == 2 * len(order)
+
+
+def test_another_process_on_the_machine_reads_the_answer(tmp_path):
+    first, _ = make(tmp_path)
+    chosen = ask(first)
+    second, timed = make(tmp_path)
+    assert ask(second) == chosen
+    assert not timed
+    other, timed = make(tmp_path, name="ANOTHER_GPU")
+    ask(other)
+    assert timed
+
+
+def _tune_slowly(folder, answers):
+    tuner, timed = make(folder)
+    clock = tuner.time
+    tuner.time = lambda call: (time.sleep(0.05), clock(call))[1]
+    ask(tuner)
+    answers.put(len(timed))
+
+
+def test_of_many_processes_one_tunes_and_the_others_wait(tmp_path):
+    context = multiprocessing.get_context("fork")
+    answers = context.Queue()
+    workers = [context.Process(target=_tune_slowly, args=(tmp_path, answers)) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    found = sorted(answers.get(timeout=60) for _ in workers)
+    for worker in workers:
+        worker.join()
+    assert found == [0, 0, len(candidates_of("sm_90", "hidden"))]
+
+
+def test_what_shipped_with_the_package_comes_first(tmp_path, monkeypatch):
+    choice = candidates_of("sm_90", "hidden")[1]
+    key = "hidden bfloat16 8192x1536x384"
+    table = {key: {"choice": vars(choice)}}
+    monkeypatch.setattr(_tuning, "_shipped", lambda name: table if name == "A_GPU" else {})
+    tuner, timed = make(tmp_path)
+    assert ask(tuner) == choice
+    assert not timed
+
+
+def test_candidates_without_room_are_never_tried(tmp_path):
+    tuner, timed = make(tmp_path, shared=100_000)
+    ask(tuner)
+    assert timed
+    assert all(choice.shared_bytes(2) <= 100_000 for choice in timed)
+    assert len(timed) < len(candidates_of("sm_90", "hidden"))
+
+
+FAILURES = [
+    triton.runtime.errors.OutOfResources(300_000, 232_448, "shared memory"),
+    triton.runtime.errors.PTXASError("ptxas fatal: Ptx assembly aborted"),
+]
+
+
+@pytest.mark.parametrize("error", FAILURES, ids=["out of resources", "assembler"])
+@pytest.mark.parametrize("when", ["while timed", "when used"])
+def test_a_candidate_that_fails_is_named_once_and_the_next_is_taken(when, error, tmp_path):
+    first, second = candidates_of("sm_90", "hidden")[:2]
+    tuner, _ = make(tmp_path)
+    if when == "when used":
+        ask(tuner)
+
+    def call(choice):
+        if choice == first:
+            raise error
+        return choice
+
+    with pytest.warns(RuntimeWarning, match="left out") as warned:
+        assert ask(tuner, call=call) == second
+    assert ask(tuner, call=call) == second
+    assert len(warned) == 1
+    assert "block_n=128" in str(warned[0].message)
+
+
+def test_other_errors_are_not_swallowed(tmp_path):
+    def call(_):
+        raise torch.OutOfMemoryError("no memory left")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        ask(make(tmp_path)[0], call=call)
+
+
+@pytest.mark.filterwarnings("ignore:.*left out")
+def test_when_nothing_works_the_error_says_what_to_do(tmp_path):
+    def call(_):
+        raise FAILURES[0]
+
+    with pytest.raises(RuntimeError, match="set backend=reference"):
+        ask(make(tmp_path)[0], call=call)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"hidden bfloat16 8192x1536x384": {"choice": {"by": "library"}}}'])
+def test_a_torn_or_foreign_file_is_found_out_again_or_used(content, tmp_path):
+    tuner, _ = make(tmp_path)
+    (tmp_path / f"A_GPU-triton-{triton.__version__}.json").write_text(content)
+    expected = LIBRARY if "library" in content else candidates_of("sm_90", "hidden")[0]
+    assert ask(tuner) == expected
+
+
+def test_a_folder_that_cannot_be_written_is_no_reason_to_stop(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    tuner, timed = make(tmp_path / "file")
+    assert ask(tuner) == candidates_of("sm_90", "hidden")[0]
+    assert timed
+
+
+def test_a_whole_mlp_is_timed_while_its_products_are(tmp_path):
+    """The products' choices are asked for under the lock that the whole's timing holds."""
+    tuner = Tuner("A_GPU", "sm_90", 10**9, tmp_path, lambda call: (call(), 1.0)[1])
+
+    def whole(choice):
+        ask(tuner)
+        return choice
+
+    assert tuner.run("forward 384", torch.bfloat16, SIZES, whole).by == "staged"
+    table = json.loads((tmp_path / f"A_GPU-triton-{triton.__version__}.json").read_text())
+    assert sorted(table) == ["forward 384 bfloat16 8192x1536x384", "hidden bfloat16 8192x1536x384"]
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "sm_86", "sm_120", "sm_70"])
+def test_every_architecture_has_candidates(architecture, product):
+    found = candidates_of(architecture, product)
+    assert found
+    assert found[-1].by == "library" or product.startswith("forward")
+    limit = SHARED_LIMIT.get(architecture)
+    assert limit is None or all(choice.shared_bytes(2) <= limit for choice in found)
+
+
+def test_the_interpreter_times_nothing(tmp_path):
+    tuner = Tuner("interpreter", "interpreter", 10**9, tmp_path, pytest.fail)
+    assert isinstance(ask(tuner), Choice)

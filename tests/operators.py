@@ -1,0 +1,83 @@
+"""Inputs for the kernels' operators, and how far two evaluations of them lie from a float64 one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from iwm_fast.kernels import conditioned_mlp
+
+
+def mlp_inputs(
+    lengths: Sequence[int],
+    *,
+    width: int,
+    hidden: int,
+    out: int | None = None,
+    actions: int | None = 5,
+    norm: bool = True,
+    residual: bool = True,
+    scale: float = 1.0,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """Arguments of `conditioned_mlp`: tokens of size `scale`, weights that keep sizes about alike, fresh leaves."""
+    generator = torch.Generator().manual_seed(seed)
+    out = width if residual or out is None else out
+
+    def draw(*shape: int, size: float = 1.0) -> Tensor:
+        return (torch.randn(*shape, generator=generator, dtype=torch.float64) * size).to(device, dtype).requires_grad_()
+
+    given: dict[str, Any] = {
+        "x": draw(sum(lengths), width, size=scale),
+        "w_in": draw(hidden, width, size=width**-0.5),
+        "b_in": draw(hidden, size=0.3),
+        "w_out": draw(out, hidden, size=hidden**-0.5),
+        "b_out": draw(out, size=0.3),
+        "residual": residual,
+    }
+    if actions is not None:
+        bounds = torch.tensor([0, *torch.tensor(lengths, dtype=torch.int64).cumsum(0).tolist()], dtype=torch.int32)
+        given |= {
+            "action": draw(len(lengths), actions),
+            "w_action": draw(hidden, actions, size=actions**-0.5),
+            "cu_seqlens": bounds.to(device),
+        }
+    if norm:
+        given |= {"norm_weight": draw(width), "norm_bias": draw(width, size=0.3)}
+    return given
+
+
+def cast(given: dict[str, Any], dtype: torch.dtype, device: str | None = None) -> dict[str, Any]:
+    """The same numbers in another type: new leaves."""
+    return {
+        key: value.detach().to(device or value.device, dtype).requires_grad_()
+        if isinstance(value, Tensor) and value.is_floating_point()
+        else value.to(device)
+        if isinstance(value, Tensor) and device is not None
+        else value
+        for key, value in given.items()
+    }
+
+
+def outcome(given: dict[str, Any], upstream: Tensor, run: Callable[..., Tensor] = conditioned_mlp, **options: Any):
+    """Name to tensor: the result, and the gradient of each differentiable argument for an incoming `upstream`."""
+    leaves = {key: value for key, value in given.items() if isinstance(value, Tensor) and value.requires_grad}
+    out = run(**given, **options)
+    weight = upstream.to(out.device, out.dtype)
+    grads = torch.autograd.grad(out, list(leaves.values()), weight, allow_unused=True)
+    return {"out": out.detach()} | dict(zip(leaves, grads, strict=True))
+
+
+def distances(found: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
+    """‖found − exact‖ over ‖exact‖ of each tensor, or the norm itself where the exact one is zero."""
+    result = {}
+    for name, wanted in exact.items():
+        error = (found[name].double().cpu() - wanted.double().cpu()).norm()
+        size = wanted.double().norm().cpu()
+        result[name] = float(error / size) if size > 0 else float(error)
+    return result

@@ -1,0 +1,25 @@
+"""Triton's kernels themselves: on a GPU where there is one, else in Triton's interpreter, in a process of its own.
+
+    TRITON_INTERPRET=1 python -m pytest tests/triton
+
+`tests/kernels/test_interpreter.py` runs just that, because the interpreter and the compiler cannot share a process.
+"""
+
+import pytest
+import torch
+
+from iwm_fast.kernels._jit import INTERPRETED
+
+
+def pytest_collection_modifyitems(items):
+    if INTERPRETED.value or torch.cuda.is_available():
+        return
+    reason = "needs TRITON_INTERPRET=1 or a GPU: tests/kernels/test_interpreter.py runs it in a process of its own"
+    for item in items:
+        if "tests/triton" in item.path.as_posix():
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def device():
+    return "cpu" if INTERPRETED.value else "cuda"

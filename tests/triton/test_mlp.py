@@ -1,0 +1,232 @@
+"""conditioned_mlp on Triton against float64, and against what the eager reference loses in the same type."""
+
+from __future__ import annotations
+
+from statistics import median
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from operators import cast, distances, mlp_inputs, outcome
+
+from iwm_fast.kernels import _mlp_triton, conditioned_mlp
+from iwm_fast.kernels._candidates import STAGED, Choice
+from iwm_fast.kernels._tuning import use_tuner
+
+HALF = [torch.float16, torch.bfloat16]
+lengths_of_images = st.lists(st.integers(0, 45), min_size=1, max_size=4)
+
+
+def upstream(case, seed=1):
+    rows, out = case["x"].shape[0], case["w_out"].shape[0]
+    return torch.randn(rows, out, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def compare(case, **options):
+    """Errors of the Triton backend and of the eager reference, both in the case's own type, against float64."""
+    weight = upstream(case).to(case["x"].dtype).double()
+    exact = outcome(cast(case, torch.float64, "cpu"), weight, backend="reference", **options)
+    ours = outcome(case, weight, backend="triton", **options)
+    eager = outcome(case, weight, backend="reference", **options)
+    assert all(g is not None and g.shape == exact[name].shape for name, g in ours.items())
+    return distances(ours, exact), distances(eager, exact)
+
+
+@settings(max_examples=15)
+@given(
+    lengths=lengths_of_images,
+    width=st.sampled_from([192, 384, 768, 100]),
+    hidden=st.sampled_from([40, 97, 160]),
+    actions=st.one_of(st.none(), st.integers(1, 32)),
+    norm=st.booleans(),
+    residual=st.booleans(),
+    scale=st.sampled_from([1e-4, 1.0, 1e3]),
+    activation=st.sampled_from(["gelu", "gelu_tanh"]),
+    seed=st.integers(0, 99),
+)
+def test_fp32_output_and_gradients_to_1e_5(
+    lengths, width, hidden, actions, norm, residual, scale, activation, seed, device
+):
+    """One rounding is 6e-8; a sum of 768 products in blocks leaves a few of them."""
+    case = mlp_inputs(
+        lengths, width=width, hidden=hidden, out=33, actions=actions, norm=norm, residual=residual, scale=scale,
+        seed=seed, device=device,
+    )  # fmt: skip
+    ours, _ = compare(case, activation=activation)
+    assert max(ours.values()) <= 1e-5, ours
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@settings(max_examples=10)
+@given(
+    lengths=lengths_of_images,
+    width=st.sampled_from([192, 384, 768, 100]),
+    hidden=st.sampled_from([40, 97, 160]),
+    actions=st.one_of(st.none(), st.integers(1, 32)),
+    norm=st.booleans(),
+    residual=st.booleans(),
+    scale=st.sampled_from([1e-2, 1.0, 30.0]),
+    seed=st.integers(0, 99),
+)
+def test_half_is_never_much_less_accurate_than_eager(
+    dtype, lengths, width, hidden, actions, norm, residual, scale, seed, device
+):
+    """At most 1.5 times eager's error; an error within one rounding of the result is right whatever eager's luck."""
+    case = mlp_inputs(
+        lengths, width=width, hidden=hidden, out=33, actions=actions, norm=norm, residual=residual, scale=scale,
+        seed=seed, dtype=dtype, device=device,
+    )  # fmt: skip
+    ours, eager = compare(case)
+    for name, error in ours.items():
+        assert error <= max(1.5 * eager[name], torch.finfo(dtype).eps / 2), (name, error, eager[name])
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_half_is_as_accurate_as_eager_in_the_median(dtype, device):
+    ratios = []
+    for seed, width in enumerate([192, 384, 768, 100, 192, 384]):
+        case = mlp_inputs([29, 0, 41], width=width, hidden=130, seed=seed, dtype=dtype, device=device)
+        ours, eager = compare(case)
+        ratios += [ours[name] / eager[name] for name in ours]
+    assert median(ratios) <= 1.1, median(ratios)
+
+
+@pytest.mark.parametrize("lengths", [[], [0], [0, 0, 0]], ids=["no images", "one empty", "three empty"])
+def test_no_tokens_give_no_rows_and_zero_gradients(lengths, device):
+    case = mlp_inputs(lengths, width=24, hidden=40, device=device)
+    found = outcome(case, upstream(case), backend="triton")
+    assert found["out"].shape == (0, 24)
+    assert not any(g.any() for name, g in found.items() if name != "out")
+
+
+def test_non_contiguous_inputs_give_the_same(device):
+    case = mlp_inputs([13, 0, 22], width=48, hidden=40, device=device)
+    strided = dict(case)
+    for name in ("x", "w_in", "w_out", "action", "w_action"):
+        strided[name] = case[name].detach().t().contiguous().t().requires_grad_()
+        assert not strided[name].is_contiguous()
+    for name in ("b_in", "b_out", "norm_weight", "norm_bias"):
+        strided[name] = case[name].detach().repeat_interleave(2)[::2].requires_grad_()
+    weight = upstream(case).t().contiguous().t()
+    ours, theirs = outcome(strided, weight, backend="triton"), outcome(case, weight, backend="triton")
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+@pytest.mark.parametrize("norm", [True, False], ids=["norm", "no norm"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_not_finite_stays_so_and_stays_in_its_row(bad, norm, dtype, device):
+    case = mlp_inputs([9, 12], width=24, hidden=40, norm=norm, dtype=dtype, device=device)
+    plain = conditioned_mlp(**case, backend="triton")
+    with torch.no_grad():
+        case["x"][5, 3] = bad
+    found = outcome(case, upstream(case), backend="triton")
+    assert not found["out"][5].isfinite().any()
+    others = torch.arange(21, device=device) != 5
+    assert torch.equal(found["out"][others], plain[others])
+    assert not found["x"][5].isfinite().any()
+    assert found["x"][others].isfinite().all()
+    assert found["w_in"].isnan().any()
+    assert found["w_out"].isnan().any()
+
+
+def test_a_weight_that_is_not_finite_reaches_every_row(device):
+    case = mlp_inputs([9, 12], width=24, hidden=40, device=device)
+    with torch.no_grad():
+        case["w_in"][7, 2] = float("nan")
+    assert conditioned_mlp(**case, backend="triton").isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+@pytest.mark.parametrize("norm", [True, False], ids=["norm", "no norm"])
+@pytest.mark.parametrize("actions", [3, None], ids=["action", "no action"])
+def test_every_element_is_written(actions, norm, dtype, device, monkeypatch):
+    """Memory that is handed out is full of NaN; whatever is left unwritten, or read before, shows."""
+    case = mlp_inputs([31, 0, 39], width=100, hidden=72, actions=actions, norm=norm, dtype=dtype, device=device)
+    expected = outcome(case, upstream(case), backend="triton")
+    empty = torch.empty
+
+    def poisoned(*shape, **options):
+        fresh = empty(*shape, **options)
+        return fresh.fill_(float("nan")) if fresh.is_floating_point() else fresh
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+    found = outcome(case, upstream(case), backend="triton")
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+def test_equal_inputs_give_equal_bits(dtype, device):
+    case = mlp_inputs([50, 0, 83, 7], width=96, hidden=72, dtype=dtype, device=device)
+    first = outcome(case, upstream(case), backend="triton")
+    second = outcome(case, upstream(case), backend="triton")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_chunks_of_tokens_change_nothing(device, monkeypatch):
+    """200 tokens in one chunk, in chunks of 64 that cut images, and between; weights' gradients are summed over all."""
+    case = mlp_inputs([70, 1, 129], width=48, hidden=40, device=device)
+    found = []
+    for size in (2**30, 1, 2**15):
+        monkeypatch.setattr(_mlp_triton, "l2_bytes", lambda _, size=size: size)
+        found.append(outcome(case, upstream(case), backend="triton"))
+    for other in found[1:]:
+        for name, value in found[0].items():
+            torch.testing.assert_close(other[name], value, rtol=1e-5, atol=1e-5)
+
+
+CHOICES = {
+    "library": Choice("library"),
+    "narrow": Choice("triton", 16, 64, 32, 4, 1),
+    "wide": Choice("triton", 64, 16, 16, 4, 1),
+    "fused": Choice("fused", 32, 32, 32, 4, 1),
+}
+
+
+class Fixed:
+    """In the tuner's place: one choice for every product, or for the whole MLP."""
+
+    def __init__(self, choice):
+        self.choice = choice
+
+    def run(self, product, _dtype, _sizes, call):
+        whole, fused = product.startswith("forward "), self.choice.by == "fused"
+        return call(self.choice if whole == fused else STAGED if whole else CHOICES["narrow"])
+
+
+@pytest.mark.parametrize("choice", CHOICES.values(), ids=CHOICES.keys())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("actions", [3, None], ids=["action", "no action"])
+@pytest.mark.parametrize("norm", [True, False], ids=["norm", "no norm"])
+def test_every_implementation_gives_the_same(choice, dtype, actions, norm, device):
+    case = mlp_inputs([33, 0, 18], width=100, hidden=72, actions=actions, norm=norm, dtype=dtype, device=device)
+    with use_tuner(Fixed(choice)):
+        ours, eager = compare(case)
+    for name, error in ours.items():
+        limit = 1e-5 if dtype == torch.float32 else max(1.5 * eager[name], torch.finfo(dtype).eps / 2)
+        assert error <= limit, (name, error, eager[name])
+
+
+def test_frozen_weights_get_no_gradient(device):
+    case = mlp_inputs([9, 12], width=24, hidden=40, device=device)
+    for name, value in case.items():
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and name != "x":
+            case[name] = value.detach()
+    conditioned_mlp(**case, backend="triton").sum().backward()
+    assert case["x"].grad is not None
+    assert case["w_in"].grad is None
+
+
+def test_precision_of_fp32_products_is_what_torch_is_told(device):
+    """TF32 keeps 10 bits of the mantissa; the interpreter has none and stays exact."""
+    case = mlp_inputs([40], width=64, hidden=64, device=device)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        ours, _ = compare(case)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert max(ours.values()) <= 5e-3

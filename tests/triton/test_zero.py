@@ -1,0 +1,21 @@
+"""The operators inside DeepSpeed: at ZeRO stage 3 weights are there only while their module runs."""
+
+import pytest
+from small_run import losses, small_config
+
+from iwm_fast.engine import pretrain
+from iwm_fast.kernels import use_backend
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_pretraining_follows_the_reference(stage, tiny_images, tmp_path):
+    """Losses in fp32 to 1e-4, as between stages: encoder, predictor with the action in its blocks, and the loss."""
+    found = {}
+    for backend in ("triton", "reference"):
+        config = small_config(
+            tiny_images, train__steps=3, zero__stage=stage, model__predictor__conditioning="feature+block"
+        )
+        with use_backend(backend):
+            pretrain(config, tmp_path / backend)
+        found[backend] = losses(tmp_path / backend)
+    assert found["triton"] == pytest.approx(found["reference"], rel=1e-4)
