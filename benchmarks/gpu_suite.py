@@ -1,7 +1,7 @@
 """Build, check and time on one GPU all there is, and write JSON: the program to run where a GPU is at hand for
 minutes only.
 
-    python -m benchmarks.gpu_suite --out OUT [--parts doctor ceilings tests train] [--steps 60]
+    python -m benchmarks.gpu_suite --out OUT [--parts doctor ceilings kernels tests train] [--steps 60]
 
 Each part writes ``OUT/PART.json`` as soon as it is done, so that a run that is cut off leaves what it had measured;
 a part that fails writes its error instead, the others go on, and the exit code is 1. Nothing is downloaded.
@@ -13,20 +13,25 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 
+from benchmarks import timing
+from benchmarks.contenders import CONTENDERS
+from benchmarks.kernels import CASES, measure
 from iwm_fast.data.synth import draw_dataset
 from iwm_fast.doctor import examine
+from iwm_fast.kernels import TUNING_DIR_VARIABLE
 from iwm_fast.planning.environment import environment
 
 SCHEMA = "iwm-fast-gpu-suite/1"
@@ -43,46 +48,40 @@ TRAINED = {
 WARM_UP = 10
 
 
-def seconds(run: Callable[[], object], device: torch.device, repeats: int = 20) -> list[float]:
-    """Seconds of each of ``repeats`` calls, after three that do not count; waits for the device on both sides."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
-    found = []
-    for i in range(repeats + 3):
-        wait()
-        begin = time.perf_counter()
-        run()
-        wait()
-        if i >= 3:
-            found.append(time.perf_counter() - begin)
-    return found
-
-
 def doctor(_: argparse.Namespace, __: torch.device) -> dict[str, Any]:
     """What of the stack runs here."""
     return {"parts": [asdict(part) for part in examine()]}
 
 
 def ceilings(_: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """The machine's own limits: a copy (bytes read plus bytes written) and a bf16 matrix product, random operands."""
-    size, side = (2**31, 8192) if device.type == "cuda" else (2**26, 512)
-    source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
-    copy = seconds(lambda: target.copy_(source), device)
-    product = seconds(lambda: a @ b, device)
-    return {
-        "copy_seconds": copy,
-        "copy_bytes_per_s": 2 * size / median(copy),
-        "matmul_side": side,
-        "matmul_seconds": product,
-        "matmul_flops_per_s": 2 * side**3 / median(product),
-    }
+    """The machine's own limits: a copy, and a bf16 matrix product."""
+    return timing.ceilings(device)
 
 
-def tests(args: argparse.Namespace, _: torch.device) -> dict[str, Any]:
-    """Run tests/gpu with pytest: exit code and the end of what it said."""
-    command = [sys.executable, "-m", "pytest", "-q", "-rs", "tests/gpu", "--durations=10"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=args.limit)
+def kernels(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Every contender of benchmarks.kernels on every case, and the choices that the tuner made for them."""
+    cases = CASES if device.type == "cuda" else CASES[:1]
+    found = measure(cases, device, args.repeats, partial(print, flush=True))
+    tables = {path.name.split("-triton-")[0]: json.loads(path.read_text()) for path in _tuning(args).glob("*.json")}
+    # In the form of kernels/tuned.json, to be copied there.
+    (args.out / "tuned.json").write_text(json.dumps({"schema": "iwm-fast-tuned/1", "devices": tables}, indent=1) + "\n")
+    return found | {"contenders": {name: c.version for name, c in CONTENDERS.items()}}
+
+
+def _tuning(args: argparse.Namespace) -> Path:
+    path: Path = args.out / "tuning"
+    return path
+
+
+def tests(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Run tests/gpu, and the kernels' tests on the GPU, with pytest: exit code and the end of what it said.
+
+    On a CPU, two of the interpreter's tests show that the part works.
+    """
+    chosen = ["tests/gpu", "tests/triton"] if device.type == "cuda" else ["tests/gpu", "tests/triton", "-k", "opcheck"]
+    command = [sys.executable, "-m", "pytest", "-q", "-rs", "-W", "ignore", "--durations=10", *chosen]
+    environment = os.environ | ({} if device.type == "cuda" else {"TRITON_INTERPRET": "1"})
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=args.limit, env=environment)
     if done.returncode:
         raise RuntimeError(f"pytest exited with {done.returncode}: {done.stdout[-6000:]}{done.stderr[-2000:]}")
     return {"returncode": done.returncode, "said": done.stdout[-6000:]}
@@ -121,7 +120,7 @@ def train(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     return {"rows": rows}
 
 
-PARTS = {part.__name__: part for part in (doctor, ceilings, tests, train)}
+PARTS = {part.__name__: part for part in (doctor, ceilings, kernels, tests, train)}
 
 
 def main() -> int:
@@ -130,13 +129,15 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=60, help="of each training")
+    parser.add_argument("--repeats", type=int, default=30, help="of each timed call")
     parser.add_argument("--limit", type=float, default=500.0, help="seconds that a subprocess may take")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         print("gpu_suite: torch sees no GPU; --device cpu shows that the program works", file=sys.stderr)
         return 2
     args.out.mkdir(parents=True, exist_ok=True)
+    os.environ[TUNING_DIR_VARIABLE] = str(_tuning(args).resolve())
     device, failed = torch.device(args.device), []
     for name in args.parts:
         begin = time.perf_counter()

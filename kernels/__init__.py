@@ -8,6 +8,7 @@ floating type up to float64 on any device, and define what the other backends ha
 from __future__ import annotations
 
 from ._backend import use_backend
+from ._tuning import TUNING_DIR_VARIABLE
 from .conditioned_mlp import (
     conditioned_mlp,
     conditioned_mlp_bytes,
@@ -17,6 +18,7 @@ from .conditioned_mlp import (
 from .stopgrad_l2 import stopgrad_l2, stopgrad_l2_bytes, stopgrad_l2_flops, stopgrad_l2_reference
 
 __all__ = [
+    "TUNING_DIR_VARIABLE",
     "conditioned_mlp",
     "conditioned_mlp_bytes",
     "conditioned_mlp_flops",

@@ -80,11 +80,11 @@ class _StopGradL2(torch.autograd.Function):
         return (difference * (grads[0] * (2 * ctx.scale))).to(ctx.dtype), None, None, None, None, None
 
 
-def _scale(pred: Tensor, reduction: str) -> float:
-    """The factor of Σ‖·‖² that the reduction means; of an empty sum, any finite number."""
+def _factor(pred: Tensor, reduction: str, scale: float) -> float:
+    """The factor of Σ‖·‖² that reduction and scale mean; of an empty sum, any finite number."""
     if reduction == "sum":
-        return 1.0
-    return 1.0 / max(pred.shape[0] if reduction == "token_mean" else pred.numel(), 1)
+        return scale
+    return scale / max(pred.shape[0] if reduction == "token_mean" else pred.numel(), 1)
 
 
 def stopgrad_l2_reference(
@@ -94,14 +94,15 @@ def stopgrad_l2_reference(
     index: Tensor | None = None,
     normalize_target: bool = False,
     reduction: str = "mean",
+    scale: float = 1.0,
     eps: float = 1e-6,
 ) -> Tensor:
     """What `stopgrad_l2` computes, in PyTorch's own operators. Arguments are not checked."""
-    scale = _scale(pred, reduction)
+    factor = _factor(pred, reduction, scale)
     target = target.detach()
     if pred.requires_grad and torch.is_grad_enabled():
-        return _StopGradL2.apply(pred, target, index, normalize_target, scale, eps)
-    return _difference(pred, target, index, normalize_target, eps).square().sum() * scale
+        return _StopGradL2.apply(pred, target, index, normalize_target, factor, eps)
+    return _difference(pred, target, index, normalize_target, eps).square().sum() * factor
 
 
 def launch_distance(
@@ -212,6 +213,7 @@ def stopgrad_l2(
     index: Tensor | None = None,
     normalize_target: bool = False,
     reduction: str = "mean",
+    scale: float = 1.0,
     eps: float = 1e-6,
     backend: str = "auto",
 ) -> Tensor:
@@ -224,6 +226,8 @@ def stopgrad_l2(
             only (elsewhere that would wait for the device).
         normalize_target: layer-normalise each target row, without affine.
         reduction: "mean" over N · D, "token_mean" over N, or "sum".
+        scale: multiplies the loss. What is known before the backward pass belongs here, where it costs nothing, and not
+            into a product with the loss afterwards.
         eps: added to the variance of the normalisation.
         backend: "triton", "reference", or "auto": Triton on CUDA for fp32, fp16 and bf16, else the reference.
 
@@ -256,9 +260,9 @@ def stopgrad_l2(
                 raise ValueError(f"index spans {low} to {high}; target has rows 0 to {target.shape[0] - 1}")
     if resolve_backend(backend, "pred", pred) == "triton":
         with_grad = pred.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        options = (normalize_target, _scale(pred, reduction), eps, with_grad)
+        options = (normalize_target, _factor(pred, reduction, scale), eps, with_grad)
         loss: Tensor = torch.ops.iwm_fast.stopgrad_l2(pred, target.detach(), index, *options)[0]
         return loss
     return stopgrad_l2_reference(
-        pred, target, index=index, normalize_target=normalize_target, reduction=reduction, eps=eps
+        pred, target, index=index, normalize_target=normalize_target, reduction=reduction, scale=scale, eps=eps
     )

@@ -72,13 +72,11 @@ class Trainer:
                 batch = next(self._batches)
                 ids += batch.ids.tolist()
             with spans("forward"):
-                output, tokens = self._forward(batch)
-                # DeepSpeed averages over ranks and micro-batches; the loss is a mean over the global batch (DESIGN: its
-                # tokens are known to every rank), so undo the averages and divide once.
-                share = output.loss_sum / (tokens * self._width)
-                total += share.detach()
+                output = self._forward(batch)
+                total += output.loss.detach()
             with spans("backward"):
-                self.zero.engine.backward(share * (self.ranks.world * self.stream.accumulation))
+                # The loss has its factor already, so that the gradient that comes in is 1: stopgrad_l2 wrote it so.
+                self.zero.engine.backward(output.loss, scale_wrt_gas=False)
             with spans("optimizer"):
                 self.zero.engine.step()
         self.step += 1
@@ -104,8 +102,12 @@ class Trainer:
     def _last_step(self) -> bool:
         return self.step == (self.config.train.steps or self.schedules.total)
 
-    def _forward(self, batch: Batch) -> tuple[Any, int]:
-        """The model's output for a micro-batch and the predicted tokens of the global batch."""
+    def _forward(self, batch: Batch) -> Any:
+        """The model's output for a micro-batch.
+
+        Its loss is its share of the mean over the global batch, whose tokens every rank knows, times the ranks:
+        DeepSpeed averages gradients over them.
+        """
         device, patches = self.ranks.device, batch.patches
         context = torch.from_numpy(patches.context).to(device, non_blocking=True)
         context_segments = Segments.from_lengths(patches.context_lengths, device)
@@ -115,11 +117,10 @@ class Trainer:
             predicted_segments = Segments.from_lengths(patches.target_lengths, device)
             tokens = batch.global_target
         self.counter.count(patches.context_lengths, patches.target_lengths)
-        output = self.zero.engine(
+        return self.zero.engine(
             batch.source.to(device), batch.target.to(device), batch.action.to(device),
-            context, context_segments, predicted, predicted_segments,
+            context, context_segments, predicted, predicted_segments, self.ranks.world / (tokens * self._width),
         )  # fmt: skip
-        return output, tokens
 
     def _count_skipped(self, ids: list[int]) -> None:
         self.skipped_in_a_row += 1
@@ -133,6 +134,7 @@ class Trainer:
     def _record(self, total: Tensor, lr: float, decay: float, features: Tensor) -> dict[str, Any]:
         if self.ranks.world > 1:
             dist.all_reduce(total)
+            total = total / self.ranks.world
         images = self.config.train.global_batch
         timing = self.counter.take(images)
         return {

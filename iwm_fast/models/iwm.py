@@ -27,13 +27,13 @@ _RANK_ME_TOKENS = 2048
 class IWMOutput:
     """What one forward pass gives.
 
-    loss_sum: fp32 scalar, Σ‖ẑ − z‖² over the predicted tokens; the division by N · D is the caller's.
+    loss: fp32 scalar, loss_scale · Σ‖ẑ − z‖² over the predicted tokens.
     tokens: predicted tokens, on the host.
     target_features: (T, D), detached: T ≤ 2048 of the target encoder's tokens, before any normalisation for the loss,
         evenly spread over images and places.
     """
 
-    loss_sum: Tensor
+    loss: Tensor
     tokens: int
     target_features: Tensor
 
@@ -84,8 +84,9 @@ class IWM(nn.Module):
         context_segments: Segments,
         predicted: Tensor,
         predicted_segments: Segments,
+        loss_scale: float = 1.0,
     ) -> IWMOutput:
-        """The summed loss of a batch of B images.
+        """The loss of a batch of B images.
 
         Args:
             source: uint8 (B, S, S, 3), the view x.
@@ -95,6 +96,8 @@ class IWM(nn.Module):
             context_segments: of the Nc patches.
             predicted: int64 (Nt,), the target's patches to predict, packed; with the mlp predictor, the context's.
             predicted_segments: of the Nt patches.
+            loss_scale: what the summed loss is multiplied by; the division by N · D is the caller's, because N may be
+                of more than this batch.
 
         Raises:
             ValueError: shapes do not fit together, or other patches than the context's are asked of the mlp predictor.
@@ -116,6 +119,7 @@ class IWM(nn.Module):
             index=predicted_segments.image_of_token * self.encoder.patches + predicted,
             normalize_target=self.config.normalize_target,
             reduction="sum",
+            scale=loss_scale,
             eps=NORM_EPS,
         )
         return IWMOutput(loss, predicted_segments.total, _spread(z_y, self.encoder.patches))

@@ -129,3 +129,13 @@ def test_counts_by_hand() -> None:
     assert stopgrad_l2_bytes(10, 4, element=4, indexed=False, gradient=False) == 10 * 2 * 4 * 4
     assert stopgrad_l2_flops(10, 4) == 160
     assert stopgrad_l2_flops(10, 4, normalize_target=True) == 360
+
+
+@pytest.mark.parametrize("reduction", ["mean", "token_mean", "sum"])
+def test_scale_multiplies_loss_and_gradient(reduction: str) -> None:
+    pred, target = draw(5, 7, 0).requires_grad_(), draw(5, 7, 1)
+    plain = stopgrad_l2(pred, target, reduction=reduction)
+    scaled = stopgrad_l2(pred, target, reduction=reduction, scale=0.125)
+    assert torch.equal(scaled, plain * 0.125)
+    grads = [torch.autograd.grad(loss, pred)[0] for loss in (scaled, plain)]
+    assert torch.equal(grads[0], grads[1] * 0.125)

@@ -53,9 +53,9 @@ def test_loss_and_every_gradient(plain: SimpleNamespace, config: ModelConfig, re
     out = model(*batch.arguments())
     state = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
     expected = plain.iwm_loss(model, state, batch)
-    torch.testing.assert_close(out.loss_sum, expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(out.loss, expected, rtol=1e-6, atol=0)
     assert out.tokens == sum(len(image) for image in batch.predicted)
-    out.loss_sum.backward()
+    out.loss.backward()
     expected.backward()
     for name, parameter in model.named_parameters():
         if name.startswith("target_encoder."):
@@ -90,8 +90,8 @@ def test_any_lengths(
     with torch.no_grad():
         expected = plain.iwm_loss(model, state, batch)
     out = model(*batch.arguments())
-    torch.testing.assert_close(out.loss_sum.detach(), expected, rtol=1e-6, atol=1e-9)
-    out.loss_sum.backward()
+    torch.testing.assert_close(out.loss.detach(), expected, rtol=1e-6, atol=1e-9)
+    out.loss.backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
 
@@ -101,9 +101,9 @@ def test_images_of_a_batch_do_not_see_each_other(plain: SimpleNamespace) -> None
     model = plain.exact_model(config, ACTIONS)
     batch = plain.draw_batch(config, ACTIONS, [5, 1, 3, 6], [2, 4, 3, 1])
     with torch.no_grad():
-        whole = model(*batch.arguments()).loss_sum
-        shuffled = model(*batch.take([2, 0, 3, 1]).arguments()).loss_sum
-        parts = sum(model(*batch.take([i]).arguments()).loss_sum for i in range(4))
+        whole = model(*batch.arguments()).loss
+        shuffled = model(*batch.take([2, 0, 3, 1]).arguments()).loss
+        parts = sum(model(*batch.take([i]).arguments()).loss for i in range(4))
     torch.testing.assert_close(shuffled, whole)
     torch.testing.assert_close(parts, whole)
 
@@ -180,12 +180,12 @@ def test_bf16_weights_give_an_fp32_loss_near_the_fp32_one(plain: SimpleNamespace
     config = configure("feature+block")
     model = plain.exact_model(config, ACTIONS)
     batch = plain.draw_batch(config, ACTIONS, [5, 1, 3, 6], [2, 4, 3, 1])
-    expected = model(*batch.arguments()).loss_sum
+    expected = model(*batch.arguments()).loss
     batch.action = batch.action.float()
     out = model.bfloat16()(*batch.arguments())
-    assert out.loss_sum.dtype == torch.float32
-    torch.testing.assert_close(out.loss_sum.double(), expected, rtol=0.03, atol=0)
-    out.loss_sum.backward()
+    assert out.loss.dtype == torch.float32
+    torch.testing.assert_close(out.loss.double(), expected, rtol=0.03, atol=0)
+    out.loss.backward()
     assert all(p.grad is not None and p.grad.dtype == torch.bfloat16 for p in model.encoder.parameters())
 
 
@@ -220,12 +220,12 @@ def test_each_gathering_module_owns_what_it_hands_to_a_kernel() -> None:
     images = torch.randint(0, 256, (2, 12, 12, 3), dtype=torch.uint8)
     patches, segments = torch.tensor([0, 4, 7]), Segments.from_lengths([1, 2])
     arguments = (images, images, torch.ones(2, ACTIONS), patches, segments, patches, segments)
-    expected = model(*arguments).loss_sum
+    expected = model(*arguments).loss
     for module in model.modules():
         release(module)
         module.register_forward_pre_hook(gather)
         module.register_forward_hook(release)
-    torch.testing.assert_close(model(*arguments).loss_sum, expected)
+    torch.testing.assert_close(model(*arguments).loss, expected)
 
 
 def test_wrong_arguments_say_what_is_wrong(plain: SimpleNamespace) -> None:

@@ -51,7 +51,7 @@ def test_equals_what_torch_counts(kind: str, conditioning: str) -> None:
     with sdpa_kernel(SDPBackend.MATH), counter:
         out = model(images, images, torch.ones(3, ACTIONS), rows[0], segments[0], rows[1], segments[1])
         forward = counter.get_total_flops()
-        out.loss_sum.backward()
+        out.loss.backward()
     counts = counter.get_flop_counts()
     assert sum(counts["IWM.target_encoder"].values()) == ours.target_forward
     assert forward == ours.target_forward + ours.context_forward + ours.predictor_forward

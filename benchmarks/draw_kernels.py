@@ -1,0 +1,82 @@
+"""Draw the roofline of a file that benchmarks.kernels wrote, and print its table.
+
+    python -m benchmarks.draw_kernels benchmarks/results/FILE.json docs/PICTURE.png
+
+Operations a second over operations a byte (the fewest bytes that the work can move), both on logarithmic axes, under
+the limits that the same run measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+
+def table(document: dict[str, Any]) -> str:
+    """Markdown: a timed row a line, with the ratio to the eager contender of the same case and pass."""
+    timed = [row for row in document["rows"] if "p50" in row]
+    eager = {(str(r["case"]), r["passes"]): r["p50"] for r in timed if r["contender"] == "eager"}
+    lines = ["| operation | N | D | H | A | pass | contender | ms (p20 – p80) | × eager | of matmul | of copy |"]
+    lines.append("|---" * 11 + "|")
+    for row in timed:
+        case, (low, middle, high) = row["case"], (1e3 * row[key] for key in ("p20", "p50", "p80"))
+        ratio = eager[str(case), row["passes"]] / row["p50"]
+        lines.append(
+            f"| {case['operation']} | {case['tokens']} | {case['width']} | {case['hidden']} | {case['actions']} "
+            f"| {row['passes']} | {row['contender']} {row['version']} | {middle:.3f} ({low:.3f} – {high:.3f}) "
+            f"| {ratio:.2f} | {row['share_of_matmul']:.1%} | {row['share_of_copy']:.1%} |"
+        )
+    return "\n".join(lines)
+
+
+def draw(document: dict[str, Any], picture: Path) -> None:
+    """The roofline: a colour a contender, a circle a forward pass, a square one with gradients."""
+    limits = document["ceilings"]
+    top, slope = limits["matmul_flops_per_s"], limits["copy_bytes_per_s"]
+    timed = [row for row in document["rows"] if "p50" in row]
+    figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
+    reach = np.geomspace(0.5, 4000, 200)
+    axis.plot(reach, np.minimum(top, slope * reach), color="black", lw=1, label="measured limits")
+    names = list(dict.fromkeys(row["contender"] for row in timed))
+    for row in timed:
+        name = row["contender"]
+        first = row is next(r for r in timed if r["contender"] == name)
+        axis.scatter(
+            row["flops"] / row["bytes"],
+            row["flops"] / row["p50"],
+            color=f"C{names.index(name)}",
+            marker="o" if row["passes"] == "forward" else "s",
+            s=24,
+            label=name if first else None,
+        )
+    axis.set(
+        xscale="log", yscale="log", xlabel="operations a byte of the fewest", ylabel="operations a second",
+        title=f"{document['device']}: circles forward, squares with gradients",
+    )  # fmt: skip
+    axis.grid(alpha=0.3, which="both")
+    axis.legend(fontsize=8)
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(picture, dpi=110)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path)
+    parser.add_argument("picture", type=Path)
+    args = parser.parse_args()
+    document = json.loads(args.results.read_text())
+    print(table(document))
+    draw(document, args.picture)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""How benchmarks take time, and the machine's own limits to compare with."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+
+__all__ = ["ceilings", "seconds", "spread"]
+
+_WARM_UP = 3
+
+
+def seconds(call: Callable[[int], object], device: torch.device, repeats: int = 20) -> list[float]:
+    """Seconds of each of `repeats` calls after three that do not count. `call` gets a running number, to rotate inputs.
+
+    On a GPU each call is timed by events; on a CPU by the clock.
+    """
+    found = []
+    for i in range(-_WARM_UP, repeats):
+        if device.type == "cuda":
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            call(i + _WARM_UP)
+            end.record()
+            end.synchronize()
+            taken = begin.elapsed_time(end) / 1000
+        else:
+            start = time.perf_counter()
+            call(i + _WARM_UP)
+            taken = time.perf_counter() - start
+        if i >= 0:
+            found.append(taken)
+    return found
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """p20, p50 and p80."""
+    if len(values) < 2:
+        return {"p20": values[0], "p50": values[0], "p80": values[0]}
+    fifths = quantiles(values, n=5, method="inclusive")
+    return {"p20": fifths[0], "p50": median(values), "p80": fifths[3]}
+
+
+def ceilings(device: torch.device) -> dict[str, Any]:
+    """A copy (bytes read plus bytes written) and a bf16 matrix product of random operands, each a second."""
+    size, side = (2**31, 8192) if device.type == "cuda" else (2**26, 512)
+    source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
+    copy = seconds(lambda _: target.copy_(source), device)
+    product = seconds(lambda _: a @ b, device)
+    return {
+        "copy_seconds": copy,
+        "copy_bytes_per_s": 2 * size / median(copy),
+        "matmul_side": side,
+        "matmul_seconds": product,
+        "matmul_flops_per_s": 2 * side**3 / median(product),
+    }
