@@ -1,6 +1,6 @@
 """Compile every kernel for every architecture without a GPU, and say what each takes of the chip.
 
-    python -m iwm_fast.kernels.aot [--json FILE] [--keep DIR] [--arch sm_90 ...]
+    python -m iwm_fast.kernels.aot [--json FILE] [--markdown FILE] [--keep DIR] [--arch sm_90 ...]
 
 The launchers run on tensors without memory while their launches are recorded, so what is compiled here is what they
 launch: the same types, strides and block sizes, each candidate of an architecture for that architecture. Exit code 1
@@ -230,10 +230,47 @@ def _line(report: Report) -> str:
     )
 
 
+_COLUMNS = (
+    "kernel", "architecture", "of", "blocks", "warps", "stages", "registers", "spilled bytes", "shared bytes", "programs",
+    "matrix instructions",
+)  # fmt: skip
+
+
+def _markdown(reports: list[Report]) -> str:
+    """The rows as a page."""
+    command = f"python -m iwm_fast.kernels.aot --arch {' '.join(sorted({r.arch for r in reports}))} --markdown FILE"
+    lines = [
+        "# What the kernels take of the chip",
+        "",
+        f"Compiled ahead of time with Triton {triton.__version__}, no GPU, by `{command}`. Programs: that fit on a",
+        "multiprocessor at once, an estimate from registers, threads and shared memory.",
+        "",
+        "| " + " | ".join(_COLUMNS) + " |",
+        "|---" * len(_COLUMNS) + "|",
+    ]
+    for r in reports:
+        blocks = " × ".join(str(v) for k, v in r.config.items() if k.startswith("BLOCK_"))
+        blocks += f" × {r.config['PARTS']} pieces" if "PARTS" in r.config else ""
+        matrix = ", ".join(f"{n} {kind}" for kind, n in r.matrix_instructions.items())
+        lines.append(
+            f"| {r.kernel} | {r.arch} | {r.shape} | {blocks} | {r.config['num_warps']} "
+            f"| {r.config.get('num_stages', '')} | {r.registers} | {r.spill_bytes} | {r.shared_bytes} | {r.programs} "
+            f"| {matrix} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    partial.replace(path)
+
+
 def main(words: list[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m iwm_fast.kernels.aot", description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--markdown", type=Path, help="write them as a page here")
     parser.add_argument("--keep", type=Path, help="write the cubins into this folder")
     parser.add_argument("--arch", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
     args = parser.parse_args(words)
@@ -246,9 +283,9 @@ def main(words: list[str] | None = None) -> int:
         print(_line(report) + (f"  <- {report.fault}" if report.fault else ""), flush=True)
     if args.json is not None:
         document = {"schema": SCHEMA, "triton": triton.__version__, "rows": [asdict(report) for report in reports]}
-        partial = args.json.with_name(f".{args.json.name}.partial")
-        partial.write_text(json.dumps(document, indent=1) + "\n")
-        partial.replace(args.json)
+        _write(args.json, json.dumps(document, indent=1) + "\n")
+    if args.markdown is not None:
+        _write(args.markdown, _markdown(reports))
     faults = [report for report in reports if report.fault]
     print(f"{len(reports)} kernels for {', '.join(args.arch)} with triton {triton.__version__}, {len(faults)} at fault")
     return 1 if faults else 0

@@ -102,7 +102,7 @@ def test_wheel_holds_every_module_and_configuration_once(wheel):
         for pattern in ("*.yaml", "deepspeed/*.json")
         for p in (ROOT / "configs").glob(pattern)
     }
-    expected = engine | kernels | configs | {"iwm_fast/py.typed"}
+    expected = engine | kernels | configs | {"iwm_fast/py.typed", "iwm_fast/kernels/tuned.json"}
     assert {name for name in names if ".dist-info/" not in name} == expected
     assert set(names.values()) == {1}
 

@@ -1,0 +1,56 @@
+"""The kernels on a GPU at the sizes that training has, and past 2³¹ elements; tests/triton has everything smaller."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from operators import cast, distances, mlp_inputs, outcome
+
+from iwm_fast.kernels import conditioned_mlp, stopgrad_l2
+
+ROOT = Path(__file__).resolve().parents[2]
+PAST_INT32 = 2**31 + 2**20
+
+
+def test_all_that_the_interpreter_passes():
+    command = [sys.executable, "-m", "pytest", "-q", "-W", "ignore", "tests/triton"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-6000:]
+
+
+@pytest.mark.parametrize("width", [192, 384, 768, 1024, 1280])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_training_sizes_are_as_accurate_as_eager(width, dtype):
+    case = mlp_inputs([197] * 40 + [0, 3], width=width, hidden=4 * width, actions=16, dtype=dtype, device="cuda")
+    upstream = torch.randn_like(case["x"])
+    exact = outcome(cast(case, torch.float64), upstream, backend="reference")
+    ours = distances(outcome(case, upstream, backend="triton"), exact)
+    eager = distances(outcome(case, upstream, backend="reference"), exact)
+    for name, error in ours.items():
+        assert error <= max(1.5 * eager[name], torch.finfo(dtype).eps / 2), (name, error, eager[name])
+
+
+def test_the_mlp_past_two_to_the_31_elements():
+    width = 128
+    rows = PAST_INT32 // width
+    case = mlp_inputs([0], width=width, hidden=64, actions=None, dtype=torch.bfloat16, device="cuda")
+    case["x"] = torch.randn(rows, width, dtype=torch.bfloat16, device="cuda")
+    case = {key: value.detach() if isinstance(value, torch.Tensor) else value for key, value in case.items()}
+    out = conditioned_mlp(**case, backend="triton")
+    for part in (slice(0, 100), slice(rows - 100, rows)):
+        expected = conditioned_mlp(**(case | {"x": case["x"][part]}), backend="reference")
+        assert (out[part].float() - expected.float()).norm() <= 0.01 * expected.float().norm()
+
+
+def test_the_loss_past_two_to_the_31_elements():
+    width = 256
+    rows = PAST_INT32 // width
+    pred = torch.randn(rows, width, dtype=torch.bfloat16, device="cuda").requires_grad_()
+    target = torch.randn(1000, width, dtype=torch.bfloat16, device="cuda")
+    index = torch.randint(0, 1000, (rows,), device="cuda")
+    (grad,) = torch.autograd.grad(stopgrad_l2(pred, target, index=index, reduction="sum", backend="triton"), pred)
+    tail = slice(rows - 100, rows)
+    expected = 2 * (pred[tail].float() - target[index[tail]].float())
+    assert (grad[tail].float() - expected).norm() <= 0.01 * expected.norm()
