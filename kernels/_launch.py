@@ -7,6 +7,8 @@ bits.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import triton
 from torch import Tensor
@@ -22,6 +24,7 @@ __all__ = [
     "linear",
     "norm_backward",
     "normalise",
+    "on_device",
     "pieces",
     "rows_a_program",
     "rows_together",
@@ -35,6 +38,11 @@ _GROUP = 8
 _SUM_ROWS = 256
 # Values a program of a row kernel holds: 4 warps with 64 registers of them a lane. More spills.
 _HELD = 4 * 32 * 64
+
+
+def on_device(x: Tensor) -> AbstractContextManager[object]:
+    """Launch where `x` lies, whichever device is the current one."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def rows_together(x: Tensor) -> Tensor:

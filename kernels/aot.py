@@ -145,7 +145,8 @@ def _launch_all(width: int, hidden: int, actions: int, dtype: torch.dtype) -> No
     loss = (empty(tokens, width), empty(200, width), empty(tokens, kind=torch.int64), True, 1.0, 1e-6)
     grad = empty(tokens, width)
     launch_distance(*loss, sums=empty(tokens, kind=torch.float32), grad=grad)
-    launch_distance(*loss, grad=grad, incoming=empty(1, kind=torch.float32))
+    for skip_one in (False, True):
+        launch_distance(*loss, grad=grad, incoming=empty(1, kind=torch.float32), skip_one=skip_one)
 
 
 def _signature(launch: Launch) -> tuple[dict[str, str], dict[tuple[int, ...], Any], dict[tuple[int, ...], Any]]:
@@ -231,8 +232,8 @@ def _line(report: Report) -> str:
 
 
 _COLUMNS = (
-    "kernel", "architecture", "of", "blocks", "warps", "stages", "registers", "spilled bytes", "shared bytes", "programs",
-    "matrix instructions",
+    "kernel", "architecture", "of", "blocks", "warps", "stages", "registers", "spilled bytes", "shared bytes",
+    "programs", "matrix instructions",
 )  # fmt: skip
 
 

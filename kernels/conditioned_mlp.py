@@ -28,6 +28,7 @@ from torch.utils.flop_counter import register_flop_formula
 from . import _mlp_triton
 from ._backend import autocast_type, resolve_backend
 from ._checks import check_eps, check_floating, check_like, check_shape
+from ._launch import on_device
 
 __all__ = ["conditioned_mlp", "conditioned_mlp_bytes", "conditioned_mlp_flops", "conditioned_mlp_reference"]
 
@@ -115,9 +116,10 @@ def _operator(
     w_action: Tensor | None, cu_seqlens: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None,
     residual: bool, eps: float, activation: str,
 ) -> Tensor:  # fmt: skip
-    return _mlp_triton.forward(
-        x, w_in, b_in, w_out, b_out, action, w_action, cu_seqlens, norm_weight, norm_bias, residual, eps, activation
-    )
+    with on_device(x):
+        return _mlp_triton.forward(
+            x, w_in, b_in, w_out, b_out, action, w_action, cu_seqlens, norm_weight, norm_bias, residual, eps, activation
+        )
 
 
 @torch.library.custom_op("iwm_fast::conditioned_mlp_backward", mutates_args=())
@@ -127,10 +129,11 @@ def _backward_operator(
     residual: bool, eps: float, activation: str,
 ) -> list[Tensor]:  # fmt: skip
     """The gradients of the inputs that have one, in the inputs' order."""
-    found = _mlp_triton.backward(
-        grad, x, w_in, b_in, w_out, b_out, action, w_action, cu_seqlens, norm_weight, norm_bias, residual, eps,
-        activation,
-    )  # fmt: skip
+    with on_device(x):
+        found = _mlp_triton.backward(
+            grad, x, w_in, b_in, w_out, b_out, action, w_action, cu_seqlens, norm_weight, norm_bias, residual, eps,
+            activation,
+        )  # fmt: skip
     return [g for g in vars(found).values() if g is not None]
 
 

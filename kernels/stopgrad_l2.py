@@ -29,7 +29,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ._backend import resolve_backend
 from ._checks import check_eps, check_floating, check_like, check_shape
-from ._launch import pieces, rows_a_program, rows_together
+from ._launch import on_device, pieces, rows_a_program, rows_together
 from ._rows import distance_kernel
 
 __all__ = ["stopgrad_l2", "stopgrad_l2_bytes", "stopgrad_l2_flops", "stopgrad_l2_reference"]
@@ -114,16 +114,17 @@ def launch_distance(
     pred, target = rows_together(pred), rows_together(target)
     block_d, parts = pieces(width)
     block_n = rows_a_program(width, 2)
-    distance_kernel[(triton.cdiv(rows, block_n),)](
-        pred_ptr=pred, target_ptr=target, index_ptr=None if index is None else index.contiguous(),
-        incoming_ptr=incoming, sums_ptr=sums, grad_ptr=grad,
-        N=rows, M=target.shape[0], D=width,
-        stride_pn=pred.stride(0), stride_tm=target.stride(0), stride_gn=0 if grad is None else grad.stride(0),
-        scale=scale, eps=eps,
-        HAS_INDEX=index is not None, NORMALIZE=normalize, WRITE_SUM=sums is not None, WRITE_GRAD=grad is not None,
-        HAS_INCOMING=incoming is not None, SKIP_ONE=skip_one,
-        BLOCK_N=block_n, BLOCK_D=block_d, PARTS=parts, num_warps=4,
-    )  # fmt: skip
+    with on_device(pred):
+        distance_kernel[(triton.cdiv(rows, block_n),)](
+            pred_ptr=pred, target_ptr=target, index_ptr=None if index is None else index.contiguous(),
+            incoming_ptr=incoming, sums_ptr=sums, grad_ptr=grad,
+            N=rows, M=target.shape[0], D=width,
+            stride_pn=pred.stride(0), stride_tm=target.stride(0), stride_gn=0 if grad is None else grad.stride(0),
+            scale=scale, eps=eps,
+            HAS_INDEX=index is not None, NORMALIZE=normalize, WRITE_SUM=sums is not None, WRITE_GRAD=grad is not None,
+            HAS_INCOMING=incoming is not None, SKIP_ONE=skip_one,
+            BLOCK_N=block_n, BLOCK_D=block_d, PARTS=parts, num_warps=4,
+        )  # fmt: skip
 
 
 @torch.library.custom_op("iwm_fast::stopgrad_l2", mutates_args=())
