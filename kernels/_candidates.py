@@ -103,7 +103,7 @@ _WHOLE: dict[str, dict[str, list[Choice]]] = {
     "forward 192": {
         "sm_80": [STAGED, _fused(64, 32, 64, 8, 1), _fused(32, 64, 64, 4, 2)],
         "sm_90": [STAGED, _fused(128, 64, 64, 8, 1), _fused(64, 64, 64, 8, 2), _fused(128, 32, 64, 8, 2)],
-        "sm_100": [STAGED, _fused(128, 32, 64, 8, 2), _fused(64, 64, 64, 8, 2)],
+        "sm_100": [STAGED, _fused(128, 32, 64, 8, 2)],
     },
     "forward 384": {
         "sm_80": [STAGED, _fused(64, 32, 128, 8, 2)],
