@@ -27,17 +27,17 @@ _SMALLEST_CHUNK = 64
 
 @dataclass(frozen=True)
 class Gradients:
-    """Of every input of the operator that has one, in the inputs' types; None where there was no such input."""
+    """Of every input of the operator that wants one, in the inputs' types; None where there was no such input."""
 
     x: Tensor
-    w_in: Tensor
-    b_in: Tensor
-    w_out: Tensor
-    b_out: Tensor
-    action: Tensor | None
-    w_action: Tensor | None
-    norm_weight: Tensor | None
-    norm_bias: Tensor | None
+    w_in: Tensor | None = None
+    b_in: Tensor | None = None
+    w_out: Tensor | None = None
+    b_out: Tensor | None = None
+    action: Tensor | None = None
+    w_action: Tensor | None = None
+    norm_weight: Tensor | None = None
+    norm_bias: Tensor | None = None
 
 
 def l2_bytes(x: Tensor) -> int:
@@ -102,9 +102,9 @@ def forward(
 def backward(
     grad: Tensor, x: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, b_out: Tensor, action: Tensor | None,
     w_action: Tensor | None, cu_seqlens: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None,
-    residual: bool, eps: float, activation: str,
+    residual: bool, eps: float, activation: str, weights: bool,
 ) -> Gradients:  # fmt: skip
-    """Every gradient for the incoming one, grad (N, Do)."""
+    """Every gradient for the incoming one, grad (N, Do); without `weights`, that of x alone."""
     x, grad = launch.rows_together(x), launch.rows_together(grad)
     units, width, out = w_in.shape[0], w_in.shape[1], w_out.shape[0]
 
@@ -118,17 +118,19 @@ def backward(
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.shape[0]:
         bias, image = _image_bias(x.shape[0], b_in, action, w_action, cu_seqlens)
-        launch.segment_sum(grad, None, db_out)
+        if weights:
+            launch.segment_sum(grad, None, db_out)
     for rows in _chunks(x, units, 2):
         tokens, dout = x[rows], grad[rows]
         normed, *statistics = (tokens,) if norm is None else launch.normalise(tokens, *norm, eps)
         hidden, dhidden = launch.hidden_backward(
             normed, w_in, bias, None if image is None else image[rows], dout, w_out, activation
         )
-        dw_out += launch.weight_grad(dout, hidden)
-        dw_in += launch.weight_grad(dhidden, normed)
-        bounds = None if cu_seqlens is None else (cu_seqlens - rows.start).clamp(0, tokens.shape[0])
-        launch.segment_sum(dhidden, bounds, dbias)
+        if weights:
+            dw_out += launch.weight_grad(dout, hidden)
+            dw_in += launch.weight_grad(dhidden, normed)
+            bounds = None if cu_seqlens is None else (cu_seqlens - rows.start).clamp(0, tokens.shape[0])
+            launch.segment_sum(dhidden, bounds, dbias)
         passed = dout if residual else None
         if norm is None:
             launch.linear(dhidden, w_in.t(), None, dx[rows], residual=passed)
@@ -139,6 +141,8 @@ def backward(
         dweight, dshift = launch.norm_backward(dnormed, tokens, norm[0], mean, rstd, passed, dx[rows])
         dnorm_weight += dweight
         dnorm_bias += dshift
+    if not weights:
+        return Gradients(x=dx)
     return Gradients(
         x=dx,
         w_in=dw_in.to(w_in.dtype),

@@ -136,12 +136,13 @@ def _launch_all(width: int, hidden: int, actions: int, dtype: torch.dtype) -> No
     action = (empty(images, actions), empty(hidden, actions)) if actions else (None, None)
     norm = (None, None) if hidden == width else (empty(width), empty(width))
     cu_seqlens = empty(images + 1, kind=torch.int32) if actions else None
-    inputs = (
+    inputs: tuple[Any, ...] = (
         empty(tokens, width), empty(hidden, width), empty(hidden), empty(width, hidden), empty(width),
         *action, cu_seqlens, *norm, norm[0] is not None, 1e-6, "gelu",
     )  # fmt: skip
     _mlp_triton.forward(*inputs)
-    _mlp_triton.backward(empty(tokens, width), *inputs)
+    backward_inputs: tuple[Any, ...] = (empty(tokens, width), *inputs, True)
+    _mlp_triton.backward(*backward_inputs)
     loss = (empty(tokens, width), empty(200, width), empty(tokens, kind=torch.int64), True, 1.0, 1e-6)
     grad = empty(tokens, width)
     launch_distance(*loss, sums=empty(tokens, kind=torch.float32), grad=grad)

@@ -126,13 +126,13 @@ def _operator(
 def _backward_operator(
     grad: Tensor, x: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, b_out: Tensor, action: Tensor | None,
     w_action: Tensor | None, cu_seqlens: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None,
-    residual: bool, eps: float, activation: str,
+    residual: bool, eps: float, activation: str, weights: bool,
 ) -> list[Tensor]:  # fmt: skip
-    """The gradients of the inputs that have one, in the inputs' order."""
+    """The gradients of the inputs that have one, in the inputs' order; without `weights`, that of x alone."""
     with on_device(x):
         found = _mlp_triton.backward(
             grad, x, w_in, b_in, w_out, b_out, action, w_action, cu_seqlens, norm_weight, norm_bias, residual, eps,
-            activation,
+            activation, weights,
         )  # fmt: skip
     return [g for g in vars(found).values() if g is not None]
 
@@ -144,7 +144,8 @@ def _(x: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, *_: Any) -> Tensor:
 
 @_backward_operator.register_fake
 def _(grad: Tensor, *inputs: Any) -> list[Tensor]:
-    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in _differentiable(inputs[:10])]
+    wanted = _differentiable(inputs[:10]) if inputs[-1] else inputs[:1]
+    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in wanted]
 
 
 def _differentiable(tensors: tuple[Tensor | None, ...]) -> list[Tensor]:
@@ -162,8 +163,9 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     tensors = ctx.saved_tensors
-    found = iter(torch.ops.iwm_fast.conditioned_mlp_backward(grad, *tensors, *ctx.options))
-    grads = [None if t is None or i == _CU_SEQLENS else next(found) for i, t in enumerate(tensors)]
+    weights = any(ctx.needs_input_grad[1:10])
+    found = iter(torch.ops.iwm_fast.conditioned_mlp_backward(grad, *tensors, *ctx.options, weights))
+    grads = [None if t is None or i == _CU_SEQLENS else next(found, None) for i, t in enumerate(tensors)]
     return (*grads, None, None, None)
 
 
@@ -184,10 +186,13 @@ def _forward_flops(x: Any, w_in: Any, b_in: Any, w_out: Any, b_out: Any, action:
 
 @register_flop_formula(torch.ops.iwm_fast.conditioned_mlp_backward)
 def _backward_flops(
-    grad: Any, x: Any, w_in: Any, b_in: Any, w_out: Any, b_out: Any, action: Any, *_: Any, **__: Any
+    grad: Any, x: Any, w_in: Any, b_in: Any, w_out: Any, b_out: Any, action: Any, *rest: Any, **_: Any
 ) -> int:
     """Useful operations: what is computed again is not counted, as is the custom of MFU."""
-    return conditioned_mlp_flops(**_sizes(x, w_in, w_out, action), backward=True)
+    sizes = _sizes(x, w_in, w_out, action)
+    if rest[-1]:
+        return conditioned_mlp_flops(**sizes, backward=True)
+    return conditioned_mlp_flops(**(sizes | {"images": 0}))  # x's two products are as large as the forward pass's
 
 
 def conditioned_mlp(

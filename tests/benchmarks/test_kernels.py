@@ -1,0 +1,77 @@
+"""The kernels' benchmark: what it counts, what it compares, and that a wrong answer is never timed."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import kernels
+from benchmarks.contenders import CONTENDERS, Contender
+from benchmarks.draw_kernels import draw, table
+from benchmarks.kernels import Case, kept_bytes
+from benchmarks.timing import spread
+
+MLP = Case("conditioned_mlp", tokens=64, width=24, hidden=40, actions=3, images=4)
+LOSS = Case("stopgrad_l2", tokens=64, width=24, rows=90)
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """Contenders without torch.compile, which takes its time; ceilings of a small machine."""
+    chosen = {name: CONTENDERS[name] for name in ("iwm-fast triton", "eager", "liger")}
+    monkeypatch.setattr(kernels, "CONTENDERS", chosen)
+    monkeypatch.setattr(kernels, "ceilings", lambda _: {"matmul_flops_per_s": 1e12, "copy_bytes_per_s": 1e10})
+    return chosen
+
+
+def run(cases):
+    return kernels.measure(cases, torch.device("cpu"), 3, lambda _: None)
+
+
+def test_each_contender_has_its_rows_or_its_reason(few, tmp_path):
+    document = run([MLP, LOSS])
+    json.dumps(document)
+    for case in (MLP, LOSS):
+        rows = [row for row in document["rows"] if row["case"]["operation"] == case.operation]
+        assert [(row["contender"], row.get("passes")) for row in rows] == [
+            ("iwm-fast triton", None),
+            ("eager", "forward"),
+            ("eager", "forward+backward"),
+            ("liger", None),
+        ]
+        assert rows[0]["skipped"] == "needs a GPU"
+        for row in rows[1:3]:
+            assert len(row["seconds"]) == 3
+            assert row["p20"] <= row["p50"] <= row["p80"]
+            assert 0 < max(row["errors"].values()) < 0.1
+            assert row["share_of_matmul"] == pytest.approx(row["flops"] / row["p50"] / 1e12)
+    picture = tmp_path / "roofline.png"
+    draw(document, picture)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert table(document).count("| eager ") == 4
+
+
+def test_wrong_answers_are_not_timed(few):
+    few["fast and wrong"] = Contender("1", lambda _: lambda pred, **_: pred.float().square().mean())
+    rows = [row for row in run([LOSS])["rows"] if row["contender"] == "fast and wrong"]
+    assert [row["skipped"] for row in rows] == ["its answers are wrong"]
+    assert "seconds" not in rows[0]
+
+
+def test_counts_by_hand():
+    assert LOSS.counts(backward=True) == {"flops": 64 * 24 * 9, "bytes": 64 * (3 * 24 * 2 + 8)}
+    forward = 2 * 64 * 40 * (24 + 24) + 2 * 4 * 40 * 3
+    backward = 2 * 2 * 64 * 40 * (24 + 24) + 2 * 4 * 40 * 3
+    assert MLP.counts(backward=False)["flops"] == forward
+    assert MLP.counts(backward=True)["flops"] == forward + backward
+
+
+def test_kept_bytes_are_those_of_the_graph_alone():
+    x = torch.randn(10, 8, requires_grad=True)
+    assert kept_bytes(lambda x: x.exp(), {"x": x}) == 10 * 8 * 4  # its result
+    assert kept_bytes(lambda x: x * x, {"x": x}) == 0  # the input itself
+
+
+def test_spread():
+    assert spread([float(i) for i in range(11)]) == {"p20": 2.0, "p50": 5.0, "p80": 8.0}
+    assert spread([4.0]) == {"p20": 4.0, "p50": 4.0, "p80": 4.0}
