@@ -61,6 +61,7 @@ def run_one(config: str, data: Path, run: Path, seed: int, overrides: list[str],
     curve = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     logged = [r for r in curve if "loss" in r]
     evaluation = json.loads(answer.read_text())
+    del evaluation["report"]  # a path of this machine
     evaluation |= {"loss_last": logged[-1]["loss"], "rank_me": logged[-1]["rank_me"]}
     return {"seed": seed, "seconds": seconds, "steps": logged[-1]["step"], "evaluation": evaluation, "curve": curve}
 
