@@ -199,8 +199,11 @@ def test_features_for_rank_come_from_every_place_of_the_grid() -> None:
     out = model(images, images, torch.zeros(400, ACTIONS), patch, alone, patch, alone)
     assert not out.target_features.requires_grad
     assert 1000 <= len(out.target_features) <= 2048
-    # Images are all alike, so only the position makes a difference.
-    assert len({tuple(round(float(v), 4) for v in row) for row in out.target_features}) == 9
+    # Images are all alike, so only the position makes a difference, and rounding, which differs by place in the batch: a
+    # row is new where every one before it is farther than that. (Rounded to digits, two equal rows may differ.)
+    near = torch.cdist(out.target_features, out.target_features) < 1e-3
+    new = ~near.tril(-1).any(dim=1)
+    assert int(new.sum()) == 9
 
 
 def test_each_gathering_module_owns_what_it_hands_to_a_kernel() -> None:
