@@ -199,9 +199,10 @@ def test_features_for_rank_come_from_every_place_of_the_grid() -> None:
     out = model(images, images, torch.zeros(400, ACTIONS), patch, alone, patch, alone)
     assert not out.target_features.requires_grad
     assert 1000 <= len(out.target_features) <= 2048
-    # Images are all alike, so only the position makes a difference, and rounding, which differs by place in the batch: a
-    # row is new where every one before it is farther than that. (Rounded to digits, two equal rows may differ.)
-    near = torch.cdist(out.target_features, out.target_features) < 1e-3
+    # Images are all alike, so only the position makes a difference, and rounding, which differs by place in the batch:
+    # a row is new where every one before it is farther than that. (Rounded to digits, two equal rows may differ.)
+    rows = out.target_features.double()
+    near = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist") < 1e-3
     new = ~near.tril(-1).any(dim=1)
     assert int(new.sum()) == 9
 
