@@ -8,12 +8,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from iwm_fast import __version__
-from iwm_fast.arguments import config_and_overrides, prepare
+from iwm_fast.arguments import prepare
+from iwm_fast.commands import data
+from iwm_fast.commands.options import CONFIG_HELP, Json, Overrides, answer
 from iwm_fast.errors import UserError
 
 __all__ = ["app", "main"]
@@ -25,16 +27,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-data_app = typer.Typer(help="Draw, look at and check images.", no_args_is_help=True)
-app.add_typer(data_app, name="data")
-
-Json = Annotated[
-    str | None, typer.Option("--json", metavar="FILE", help="Write the answer as JSON to FILE; without FILE, print it.")
-]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="KEY.PATH=VALUE...", help="Settings that replace those of CONFIG.")
-]
-CONFIG_HELP = "A YAML file, or the name of a packaged one such as vit_tiny_p4_32.yaml."
+app.add_typer(data.app, name="data")
 
 
 def _version(asked: bool) -> None:
@@ -70,7 +63,7 @@ def demo(
         figures = run_demo(out, overrides or [], progress)
     if json != "-":
         print_table("iwm-fast demo", ("", "value", ""), demo_rows(figures))
-    _answer(json, "demo", figures)
+    answer(json, "demo", figures)
 
 
 @app.command(epilog="Example: iwm-fast pretrain vit_tiny_p4_32.yaml data.root=photos/train train.seed=1 --out runs/a")
@@ -116,7 +109,7 @@ def evaluate(
         for measure, why in results.get("not_run", {}).items():
             typer.echo(f"{measure} not run: {why}")
         typer.echo(f"report: {results['report']}")
-    _answer(json, "evaluate", results)
+    answer(json, "evaluate", results)
 
 
 @app.command(epilog="Example: iwm-fast export runs/a --out weights/a")
@@ -160,14 +153,14 @@ def show_config(
                 ("key", "type", "default", "allowed", "meaning"),
                 [list(asdict(r).values()) for r in rows()],
             )
-        _answer(json, "config-schema", {"keys": [asdict(row) for row in rows()]})
+        answer(json, "config-schema", {"keys": [asdict(row) for row in rows()]})
         return
     if config is None:
         raise UserError(f"config: name a YAML file, or one of {', '.join(packaged_names())}; --schema lists the keys")
     loaded = load_config(find_config(config), overrides or [])
     if json is None:
         typer.echo(dump_config(loaded), nl=False)
-    _answer(json, "config", {"config": loaded.model_dump(mode="json")})
+    answer(json, "config", {"config": loaded.model_dump(mode="json")})
 
 
 @app.command(epilog="Example: iwm-fast doctor")
@@ -184,71 +177,9 @@ def doctor(json: Json = None) -> None:
     parts = examine()
     if json != "-":
         print_table("iwm-fast doctor", ("part", "version", "used", "how, or why not"), part_rows(parts))
-    _answer(json, "doctor", {"parts": [asdict(part) for part in parts]})
+    answer(json, "doctor", {"parts": [asdict(part) for part in parts]})
     if any(part.broken for part in parts):
         raise typer.Exit(1)
-
-
-@data_app.command(epilog="Example: iwm-fast data synth --out shapes --train 4096 --test 800")
-def synth(
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="A folder that does not exist yet.")],
-    classes: Annotated[int, typer.Option("--classes", min=2, max=8, help="Kinds of image.")] = 8,
-    train: Annotated[int, typer.Option("--train", min=1, help="Training images in all.")] = 4096,
-    test: Annotated[int, typer.Option("--test", min=1, help="Test images in all.")] = 800,
-    size: Annotated[int, typer.Option("--size", min=16, help="Side, pixels.")] = 64,
-    seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
-) -> None:
-    """Draw a labelled set of JPEGs, for those with no data at hand."""
-    from iwm_fast.data.synth import draw_dataset
-
-    draw_dataset(out, classes=classes, train=train, test=test, size=size, seed=seed)
-    typer.echo(f"{out}: drawn; train on data.root={out / 'train'}")
-
-
-@data_app.command(epilog="Example: iwm-fast data preview photos --out views --count 8 vit_tiny_p4_32.yaml")
-def preview(
-    root: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of images.")],
-    out: Annotated[Path, typer.Option("--out", metavar="OUT", help="Folder for the pictures and params.json.")],
-    words: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="CONFIG KEY.PATH=VALUE...", help="Default: vit_base_p16_224_equi.yaml."),
-    ] = None,
-    count: Annotated[int, typer.Option("--count", min=1, help="Images.")] = 8,
-    seed: Annotated[int | None, typer.Option("--seed", min=0, help="Default: train.seed of the configuration.")] = None,
-) -> None:
-    """Write the views, masks and parameters of some images as training would draw them."""
-    from iwm_fast.config.load import find_config, load_config
-
-    name, overrides = config_and_overrides(words or [], "vit_base_p16_224_equi.yaml")
-    config = load_config(find_config(name), overrides)
-    from iwm_fast.data.preview import write_preview
-
-    write_preview(config, root, out, count, config.train.seed if seed is None else seed)
-    typer.echo(f"{out}: {count} images drawn, parameters in {out / 'params.json'}")
-
-
-@data_app.command(epilog="Example: iwm-fast data verify photos --json verdict.json")
-def verify(
-    root: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of images.")],
-    json: Json = None,
-) -> None:
-    """Decode every image as training would and name those that cannot be. Training skips and replaces them."""
-    from iwm_fast.console import print_table
-    from iwm_fast.data.verify import verify as verify_images
-
-    verdict = verify_images(root)
-    if json != "-":
-        typer.echo(f"{root}: {verdict['decoded']} of {verdict['files']} files decode")
-        if verdict["bad"]:
-            print_table("cannot be used", ("file", "reason"), [(bad["file"], bad["reason"]) for bad in verdict["bad"]])
-    _answer(json, "data-verify", verdict)
-
-
-def _answer(destination: str | None, kind: str, body: dict[str, Any]) -> None:
-    if destination is not None:
-        from iwm_fast.results import write_result
-
-        write_result(destination, kind, body)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
