@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ._candidates import Choice
 from ._products import fused_mlp_kernel, hidden_backward_kernel, linear_kernel, weight_grad_kernel
-from ._rows import activate_kernel, hidden_gradient_kernel, norm_backward_kernel, norm_kernel, segment_sum_kernel
+from ._rows import activate_kernel, norm_backward_kernel, norm_kernel, segment_sum_kernel
 from ._tuning import tuner
 
 __all__ = [
@@ -166,13 +166,7 @@ def _library_linear(
 ) -> Tensor:  # fmt: skip
     product = torch.mm(x, w.t())
     if activation is not None and bias is not None:
-        grid, blocks = _elementwise(product)
-        activate_kernel[grid](
-            u_ptr=product, bias_ptr=bias, image_ptr=image,
-            N=product.shape[0], M=product.shape[1],
-            stride_un=product.stride(0), stride_bi=product.shape[1],
-            PER_IMAGE=image is not None, TANH=activation == "gelu_tanh", **blocks,
-        )  # fmt: skip
+        _activate(product, None, bias, image, activation)
         return out.copy_(product)
     total = product.to(torch.promote_types(out.dtype, torch.float32))
     for part in (bias, residual):
@@ -180,8 +174,17 @@ def _library_linear(
     return out.copy_(total)
 
 
-def _elementwise(x: Tensor) -> tuple[tuple[int, int], dict[str, int]]:
-    return (triton.cdiv(x.shape[0], 16), triton.cdiv(x.shape[1], 128)), {"BLOCK_N": 16, "BLOCK_M": 128, "num_warps": 4}
+def _activate(u: Tensor, d: Tensor | None, bias: Tensor, image: Tensor | None, activation: str) -> None:
+    """Turn u (N, M) into act(u + bias[image]), and d (N, M) into the gradient through it, in place."""
+    assert d is None or d.stride() == u.stride()
+    rows, columns = u.shape
+    activate_kernel[(triton.cdiv(rows, 16), triton.cdiv(columns, 128))](
+        u_ptr=u, d_ptr=d, bias_ptr=bias, image_ptr=image,
+        N=rows, M=columns,
+        stride_un=u.stride(0), stride_bi=columns,
+        PER_IMAGE=image is not None, HAS_GRADIENT=d is not None, TANH=activation == "gelu_tanh",
+        BLOCK_N=16, BLOCK_M=128, num_warps=4,
+    )  # fmt: skip
 
 
 def fused_mlp(
@@ -219,13 +222,7 @@ def hidden_backward(
     def call(choice: Choice) -> tuple[Tensor, Tensor]:
         if choice.by == "library":
             u, d = torch.mm(x, w_in.t()), torch.mm(dout, w_out)
-            grid, blocks = _elementwise(u)
-            hidden_gradient_kernel[grid](
-                u_ptr=u, d_ptr=d, bias_ptr=bias, image_ptr=image,
-                N=rows, M=units,
-                stride_un=u.stride(0), stride_bi=units,
-                PER_IMAGE=image is not None, TANH=activation == "gelu_tanh", **blocks,
-            )  # fmt: skip
+            _activate(u, d, bias, image, activation)
             return u, d
         hidden, dhidden = torch.empty(2, rows, units, dtype=x.dtype, device=x.device).unbind()
         hidden_backward_kernel[(triton.cdiv(rows, choice.block_n) * triton.cdiv(units, choice.block_m),)](

@@ -40,6 +40,24 @@ class Gradients:
     norm_bias: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class _Sums:
+    """Gradients of the weights, added up over the chunks in fp32; bias (B, H) is that of the images' biases."""
+
+    w_in: Tensor
+    w_out: Tensor
+    bias: Tensor
+    b_out: Tensor
+    norm_weight: Tensor
+    norm_bias: Tensor
+
+    @staticmethod
+    def zeros(x: Tensor, w_in: Tensor, w_out: Tensor, images: int) -> _Sums:
+        units, width, out = w_in.shape[0], w_in.shape[1], w_out.shape[0]
+        shapes = ((units, width), (out, units), (images, units), (1, out), (width,), (width,))
+        return _Sums(*(torch.zeros(shape, dtype=torch.float32, device=x.device) for shape in shapes))
+
+
 def l2_bytes(x: Tensor) -> int:
     """L2 of x's device."""
     return torch.cuda.get_device_properties(x.device).L2_cache_size if x.is_cuda else _INTERPRETER_L2
@@ -106,31 +124,24 @@ def backward(
 ) -> Gradients:  # fmt: skip
     """Every gradient for the incoming one, grad (N, Do); without `weights`, that of x alone."""
     x, grad = launch.rows_together(x), launch.rows_together(grad)
-    units, width, out = w_in.shape[0], w_in.shape[1], w_out.shape[0]
-
-    def zeros(*shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=torch.float32, device=x.device)
-
-    dw_in, dw_out = zeros(units, width), zeros(out, units)
-    dnorm_weight, dnorm_bias = zeros(width), zeros(width)
-    dbias, db_out = zeros(1 if action is None else action.shape[0], units), zeros(1, out)
+    sums = _Sums.zeros(x, w_in, w_out, 1 if action is None else action.shape[0]) if weights else None
     norm = None if norm_weight is None or norm_bias is None else (norm_weight.contiguous(), norm_bias.contiguous())
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.shape[0]:
         bias, image = _image_bias(x.shape[0], b_in, action, w_action, cu_seqlens)
-        if weights:
-            launch.segment_sum(grad, None, db_out)
-    for rows in _chunks(x, units, 2):
+        if sums is not None:
+            launch.segment_sum(grad, None, sums.b_out)
+    for rows in _chunks(x, w_in.shape[0], 2):
         tokens, dout = x[rows], grad[rows]
         normed, *statistics = (tokens,) if norm is None else launch.normalise(tokens, *norm, eps)
         hidden, dhidden = launch.hidden_backward(
             normed, w_in, bias, None if image is None else image[rows], dout, w_out, activation
         )
-        if weights:
-            dw_out += launch.weight_grad(dout, hidden)
-            dw_in += launch.weight_grad(dhidden, normed)
+        if sums is not None:
+            sums.w_out.add_(launch.weight_grad(dout, hidden))
+            sums.w_in.add_(launch.weight_grad(dhidden, normed))
             bounds = None if cu_seqlens is None else (cu_seqlens - rows.start).clamp(0, tokens.shape[0])
-            launch.segment_sum(dhidden, bounds, dbias)
+            launch.segment_sum(dhidden, bounds, sums.bias)
         passed = dout if residual else None
         if norm is None:
             launch.linear(dhidden, w_in.t(), None, dx[rows], residual=passed)
@@ -139,18 +150,19 @@ def backward(
         dnormed = torch.empty(tokens.shape, dtype=torch.float32, device=x.device)
         launch.linear(dhidden, w_in.t(), None, dnormed)
         dweight, dshift = launch.norm_backward(dnormed, tokens, norm[0], mean, rstd, passed, dx[rows])
-        dnorm_weight += dweight
-        dnorm_bias += dshift
-    if not weights:
+        if sums is not None:
+            sums.norm_weight.add_(dweight)
+            sums.norm_bias.add_(dshift)
+    if sums is None:
         return Gradients(x=dx)
     return Gradients(
         x=dx,
-        w_in=dw_in.to(w_in.dtype),
-        b_in=dbias.sum(dim=0).to(b_in.dtype),
-        w_out=dw_out.to(w_out.dtype),
-        b_out=db_out[0].to(b_out.dtype),
-        action=None if action is None or w_action is None else (dbias @ w_action.float()).to(action.dtype),
-        w_action=None if action is None or w_action is None else (dbias.t() @ action.float()).to(w_action.dtype),
-        norm_weight=None if norm_weight is None else dnorm_weight.to(norm_weight.dtype),
-        norm_bias=None if norm_bias is None else dnorm_bias.to(norm_bias.dtype),
+        w_in=sums.w_in.to(w_in.dtype),
+        b_in=sums.bias.sum(dim=0).to(b_in.dtype),
+        w_out=sums.w_out.to(w_out.dtype),
+        b_out=sums.b_out[0].to(b_out.dtype),
+        action=None if action is None or w_action is None else (sums.bias @ w_action.float()).to(action.dtype),
+        w_action=None if action is None or w_action is None else (sums.bias.t() @ action.float()).to(w_action.dtype),
+        norm_weight=None if norm_weight is None else sums.norm_weight.to(norm_weight.dtype),
+        norm_bias=None if norm_bias is None else sums.norm_bias.to(norm_bias.dtype),
     )

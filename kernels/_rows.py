@@ -3,8 +3,7 @@
 norm_kernel             LN(x) and the statistics of each row
 norm_backward_kernel    gradient of LN's input, and sums for the gradients of its weight and bias, one row a program
 segment_sum_kernel      Σ of the rows of each image, in their order
-activate_kernel         act(u + bias[image]) in place, beside a library's product
-hidden_gradient_kernel  the hidden layer's two gradients in place, beside a library's products
+activate_kernel         act(u + bias[image]) in place, beside a library's products, and the gradient through it
 distance_kernel         squared distance to gathered, normalised targets, and its gradient
 
 A row is held in PARTS pieces of BLOCK_D, so that a width that is no power of two wastes no lanes (384 is 3 × 128) and
@@ -21,7 +20,6 @@ from ._jit import gelu, gelu_slope, to_type
 __all__ = [
     "activate_kernel",
     "distance_kernel",
-    "hidden_gradient_kernel",
     "norm_backward_kernel",
     "norm_kernel",
     "segment_sum_kernel",
@@ -137,51 +135,32 @@ def segment_sum_kernel(
 
 
 @triton.jit
-def _biased(u_ptr, bias_ptr, image_ptr, o_n, o_m, m_n, m_m, stride_un, stride_bi, PER_IMAGE: tl.constexpr):
-    """u + bias[image], fp32 (BLOCK_N, BLOCK_M)."""
-    m = m_n[:, None] & m_m[None, :]
-    u = tl.load(u_ptr + o_n.to(tl.int64)[:, None] * stride_un + o_m[None, :], mask=m, other=0.0).to(tl.float32)
-    if PER_IMAGE:
-        b_image = tl.load(image_ptr + o_n, mask=m_n, other=0).to(tl.int64)
-        biased = u + tl.load(bias_ptr + b_image[:, None] * stride_bi + o_m[None, :], mask=m, other=0.0)
-    else:
-        biased = u + tl.load(bias_ptr + o_m, mask=m_m, other=0.0)[None, :]
-    return biased
-
-
-@triton.jit
 def activate_kernel(
-    u_ptr, bias_ptr, image_ptr,
-    N, M,
-    stride_un, stride_bi,
-    PER_IMAGE: tl.constexpr, TANH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
-):  # fmt: skip
-    """u (N, M) becomes act(u + bias[image]); bias fp32 (images, M) or (M,)."""
-    o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    o_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    m_n, m_m = o_n < N, o_m < M
-    u = _biased(u_ptr, bias_ptr, image_ptr, o_n, o_m, m_n, m_m, stride_un, stride_bi, PER_IMAGE)
-    p_u = u_ptr + o_n.to(tl.int64)[:, None] * stride_un + o_m[None, :]
-    tl.store(p_u, to_type(gelu(u, TANH), u_ptr.dtype.element_ty), mask=m_n[:, None] & m_m[None, :])
-
-
-@triton.jit
-def hidden_gradient_kernel(
     u_ptr, d_ptr, bias_ptr, image_ptr,
     N, M,
     stride_un, stride_bi,
-    PER_IMAGE: tl.constexpr, TANH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+    PER_IMAGE: tl.constexpr, HAS_GRADIENT: tl.constexpr, TANH: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """u and d (N, M) become act(u + bias[image]) and d · act'(u + bias[image])."""
+    """u (N, M) becomes act(v) with v = u + bias[image], and d, if given and laid out as u, d · act'(v).
+
+    bias fp32 (images, M) or (M,).
+    """
     o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     o_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     m_n, m_m = o_n < N, o_m < M
     m = m_n[:, None] & m_m[None, :]
-    u = _biased(u_ptr, bias_ptr, image_ptr, o_n, o_m, m_n, m_m, stride_un, stride_bi, PER_IMAGE)
     places = o_n.to(tl.int64)[:, None] * stride_un + o_m[None, :]
-    d = tl.load(d_ptr + places, mask=m, other=0.0).to(tl.float32)
-    tl.store(u_ptr + places, to_type(gelu(u, TANH), u_ptr.dtype.element_ty), mask=m)
-    tl.store(d_ptr + places, to_type(d * gelu_slope(u, TANH), d_ptr.dtype.element_ty), mask=m)
+    v = tl.load(u_ptr + places, mask=m, other=0.0).to(tl.float32)
+    if PER_IMAGE:
+        b_image = tl.load(image_ptr + o_n, mask=m_n, other=0).to(tl.int64)
+        v += tl.load(bias_ptr + b_image[:, None] * stride_bi + o_m[None, :], mask=m, other=0.0)
+    else:
+        v += tl.load(bias_ptr + o_m, mask=m_m, other=0.0)[None, :]
+    tl.store(u_ptr + places, to_type(gelu(v, TANH), u_ptr.dtype.element_ty), mask=m)
+    if HAS_GRADIENT:
+        d = tl.load(d_ptr + places, mask=m, other=0.0).to(tl.float32)
+        tl.store(d_ptr + places, to_type(d * gelu_slope(v, TANH), d_ptr.dtype.element_ty), mask=m)
 
 
 @triton.jit

@@ -15,7 +15,18 @@ from iwm_fast.kernels._candidates import STAGED, Choice
 from iwm_fast.kernels._tuning import use_tuner
 
 HALF = [torch.float16, torch.bfloat16]
-lengths_of_images = st.lists(st.integers(0, 45), min_size=1, max_size=4)
+SHAPES = st.fixed_dictionaries(
+    {
+        "lengths": st.lists(st.integers(0, 45), min_size=1, max_size=4),
+        "width": st.sampled_from([192, 384, 768, 100]),
+        "hidden": st.sampled_from([40, 97, 160]),
+        "out": st.just(33),
+        "actions": st.one_of(st.none(), st.integers(1, 32)),
+        "norm": st.booleans(),
+        "residual": st.booleans(),
+        "seed": st.integers(0, 99),
+    }
+)
 
 
 def upstream(case, seed=1):
@@ -34,50 +45,19 @@ def compare(case, **options):
 
 
 @settings(max_examples=15)
-@given(
-    lengths=lengths_of_images,
-    width=st.sampled_from([192, 384, 768, 100]),
-    hidden=st.sampled_from([40, 97, 160]),
-    actions=st.one_of(st.none(), st.integers(1, 32)),
-    norm=st.booleans(),
-    residual=st.booleans(),
-    scale=st.sampled_from([1e-4, 1.0, 1e3]),
-    activation=st.sampled_from(["gelu", "gelu_tanh"]),
-    seed=st.integers(0, 99),
-)
-def test_fp32_output_and_gradients_to_1e_5(
-    lengths, width, hidden, actions, norm, residual, scale, activation, seed, device
-):
+@given(shape=SHAPES, scale=st.sampled_from([1e-4, 1.0, 1e3]), activation=st.sampled_from(["gelu", "gelu_tanh"]))
+def test_fp32_output_and_gradients_to_1e_5(shape, scale, activation, device):
     """One rounding is 6e-8; a sum of 768 products in blocks leaves a few of them."""
-    case = mlp_inputs(
-        lengths, width=width, hidden=hidden, out=33, actions=actions, norm=norm, residual=residual, scale=scale,
-        seed=seed, device=device,
-    )  # fmt: skip
-    ours, _ = compare(case, activation=activation)
+    ours, _ = compare(mlp_inputs(**shape, scale=scale, device=device), activation=activation)
     assert max(ours.values()) <= 1e-5, ours
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @settings(max_examples=10)
-@given(
-    lengths=lengths_of_images,
-    width=st.sampled_from([192, 384, 768, 100]),
-    hidden=st.sampled_from([40, 97, 160]),
-    actions=st.one_of(st.none(), st.integers(1, 32)),
-    norm=st.booleans(),
-    residual=st.booleans(),
-    scale=st.sampled_from([1e-2, 1.0, 30.0]),
-    seed=st.integers(0, 99),
-)
-def test_half_is_never_much_less_accurate_than_eager(
-    dtype, lengths, width, hidden, actions, norm, residual, scale, seed, device
-):
+@given(shape=SHAPES, scale=st.sampled_from([1e-2, 1.0, 30.0]))
+def test_half_is_never_much_less_accurate_than_eager(dtype, shape, scale, device):
     """At most 1.5 times eager's error; an error within one rounding of the result is right whatever eager's luck."""
-    case = mlp_inputs(
-        lengths, width=width, hidden=hidden, out=33, actions=actions, norm=norm, residual=residual, scale=scale,
-        seed=seed, dtype=dtype, device=device,
-    )  # fmt: skip
-    ours, eager = compare(case)
+    ours, eager = compare(mlp_inputs(**shape, scale=scale, dtype=dtype, device=device))
     for name, error in ours.items():
         assert error <= max(1.5 * eager[name], torch.finfo(dtype).eps / 2), (name, error, eager[name])
 
