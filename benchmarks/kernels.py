@@ -192,7 +192,8 @@ def measure(cases: list[Case], device: torch.device, repeats: int, say: Callable
             case = replace(
                 asked, tokens=min(asked.tokens, _CPU_TOKENS), images=min(asked.images, 32), rows=min(asked.rows, 8192)
             )
-        say(f"{asked.name}: {_floor(asked, False)}; with gradients {_floor(asked, True)}")
+        timed = "" if case == asked else f"; timed with {case.tokens} tokens"
+        say(f"{asked.name}: {_floor(asked, False)}; with gradients {_floor(asked, True)}{timed}")
         one = inputs(case, device, torch.bfloat16)
         size = sum(v.nbytes for k, v in one.items() if k in ("x", "pred", "target"))
         copies = max(1, -(-_ROTATED_BYTES // size)) if device.type == "cuda" else 2
