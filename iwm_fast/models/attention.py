@@ -122,8 +122,9 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, segments: Segments) -> Tensor:
-        """(N, D) packed → (N, D)."""
+    def forward(self, x: Tensor, segments: Segments, rows: Tensor | None = None) -> Tensor:
+        """(N, D) packed → (N, D), or (Nk, D): of the tokens int64 (Nk,) that somebody reads."""
         backend = resolve_backend(self.attention, x.device.type)
         q, k, v = self.qkv(x).unflatten(1, (3, self.heads, -1)).unbind(1)
-        return self.proj(packed_attention(q, k, v, segments, backend).flatten(1))
+        mixed = packed_attention(q, k, v, segments, backend).flatten(1)
+        return self.proj(mixed if rows is None else mixed.index_select(0, rows))

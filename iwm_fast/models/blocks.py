@@ -81,12 +81,13 @@ class ConditionedMlp(nn.Module):
 class Kept:
     """The tokens to go on with after a last attention, where nobody reads the others.
 
-    rows: int64 (Nk,), in the block's tokens, in any order; segments: of the Nk; action: (B, A), of the same images.
+    rows: int64 (Nk,), in the block's tokens, in any order; segments: of the Nk; action: (B, A), of the same images, or
+    None where the block is told none.
     """
 
     rows: Tensor
     segments: Segments
-    action: Tensor
+    action: Tensor | None = None
 
 
 class Block(nn.Module):
@@ -108,10 +109,10 @@ class Block(nn.Module):
         kept: Kept | None = None,
     ) -> Tensor:
         """Map x (N, D) packed and action (B, A) to (N, D), or to (Nk, D) with `kept`."""
-        x = x + self.attn(self.norm1(x), segments)
         if kept is None:
-            return self.mlp(x, segments, action)
-        return self.mlp(x.index_select(0, kept.rows), kept.segments, kept.action)
+            return self.mlp(x + self.attn(self.norm1(x), segments), segments, action)
+        x = x.index_select(0, kept.rows) + self.attn(self.norm1(x), segments, kept.rows)
+        return self.mlp(x, kept.segments, kept.action)
 
 
 def run_blocks(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from iwm_fast import kernels
 from iwm_fast.config.schema import ModelConfig
 
-from .blocks import NORM_EPS, layer_norm_rows
+from .blocks import NORM_EPS, Kept, layer_norm_rows
 from .packing import Segments
 from .predictors import MlpPredictor, VitPredictor
 from .vit import VisionTransformer
@@ -29,8 +28,8 @@ class IWMOutput:
 
     loss: fp32 scalar, loss_scale · Σ‖ẑ − z‖² over the predicted tokens.
     tokens: predicted tokens, on the host.
-    target_features: (T, D), detached: T ≤ 2048 of the target encoder's tokens, before any normalisation for the loss,
-        evenly spread over images and places.
+    target_features: (T, D), detached: T ≤ 2048 of the target encoder's predicted tokens, before any normalisation for
+        the loss, evenly spread over them.
     """
 
     loss: Tensor
@@ -104,7 +103,9 @@ class IWM(nn.Module):
 
         """
         self._check(source, target, action, predicted, predicted_segments)
-        z_y = self._encode_target(target)
+        # In the target's last block only what is predicted goes on after the attention.
+        wanted = predicted_segments.image_of_token * self.encoder.patches + predicted
+        z_y = self._encode_target(target, Kept(wanted, predicted_segments))
         z_x = self.encoder(source, context, context_segments)
         action = action.to(self.dtype)
         if isinstance(self.predictor, MlpPredictor):
@@ -116,13 +117,12 @@ class IWM(nn.Module):
         loss = kernels.stopgrad_l2(
             prediction,
             z_y,
-            index=predicted_segments.image_of_token * self.encoder.patches + predicted,
             normalize_target=self.config.normalize_target,
             reduction="sum",
             scale=loss_scale,
             eps=NORM_EPS,
         )
-        return IWMOutput(loss, predicted_segments.total, _spread(z_y, self.encoder.patches))
+        return IWMOutput(loss, predicted_segments.total, _spread(z_y))
 
     def encode(self, images: Tensor, which: Literal["target", "context"] = "context") -> Tensor:
         """(B, L, D): all patches of uint8 (B, S, S, 3) through the context or the target encoder."""
@@ -164,9 +164,9 @@ class IWM(nn.Module):
         return prediction.unflatten(0, (images, patches))
 
     @torch.no_grad()
-    def _encode_target(self, images: Tensor) -> Tensor:
+    def _encode_target(self, images: Tensor, kept: Kept | None = None) -> Tensor:
         encoder = self.encoder if self.target_encoder is None else self.target_encoder
-        return encoder(images)
+        return encoder(images, kept=kept)
 
     def _check(self, source: Tensor, target: Tensor, action: Tensor, predicted: Tensor, segments: Segments) -> None:
         if source.shape != target.shape:
@@ -180,12 +180,6 @@ class IWM(nn.Module):
             )
 
 
-def _spread(features: Tensor, patches: int) -> Tensor:
-    """At most 2048 rows of features (B · L, D).
-
-    The stride has no factor in common with L, so that every place in the image takes part.
-    """
-    stride = max(1, -(-features.shape[0] // _RANK_ME_TOKENS))
-    while math.gcd(stride, patches) > 1:
-        stride += 1
-    return features[::stride].clone()
+def _spread(features: Tensor) -> Tensor:
+    """At most 2048 of the rows."""
+    return features[:: max(1, -(-features.shape[0] // _RANK_ME_TOKENS))].clone()

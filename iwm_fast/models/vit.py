@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from iwm_fast.config.schema import EncoderShape
 
 from .attention import resolve_backend
-from .blocks import Block, Norm, rescale_blocks, run_blocks
+from .blocks import Block, Kept, Norm, rescale_blocks, run_blocks
 from .packing import Segments, take_rows
 from .positions import sincos_positions
 
@@ -113,16 +113,24 @@ class VisionTransformer(nn.Module):
         """L, the patches of a whole image."""
         return (self.image // self.patch) ** 2
 
-    def forward(self, images: Tensor, patches: Tensor | None = None, segments: Segments | None = None) -> Tensor:
+    def forward(
+        self,
+        images: Tensor,
+        patches: Tensor | None = None,
+        segments: Segments | None = None,
+        kept: Kept | None = None,
+    ) -> Tensor:
         """Encode the visible patches.
 
         Args:
             images: uint8 (B, S, S, 3).
             patches: int64 (N,), row-major numbers of the visible patches of each image, packed; None: all.
             segments: of the N patches; needed with `patches`, not without.
+            kept: without `patches`: the tokens, in rows of (B · L), that somebody reads. The others end with the last
+                attention.
 
         Returns:
-            (N, D), packed in the order of `patches`.
+            (N, D), packed in the order of `patches`, or the kept (Nk, D).
 
         Raises:
             ValueError: the images' shape or type is not the model's, or patches and segments do not belong together.
@@ -133,7 +141,7 @@ class VisionTransformer(nn.Module):
             everything = Segments.uniform(len(images), self.patches, images.device)
             tokens = self.patch_embed(gather_patches(images, self.patch, None, None))
             x = (tokens.view(len(images), self.patches, -1) + self.pos_embed.to(tokens.dtype)).flatten(0, 1)
-            return self._encode(x, everything)
+            return self._encode(x, everything, kept)
         image = segments.image_of_token
         # The CPU's attention takes images of one length at a time: sorted once here, nothing moves in the blocks.
         resort = resolve_backend(self.attention, images.device.type) == "sdpa" and not segments.is_sorted
@@ -148,8 +156,8 @@ class VisionTransformer(nn.Module):
         tokens = self.patch_embed(gather_patches(images, self.patch, patches, image))
         return tokens + self.pos_embed.to(tokens.dtype).index_select(0, patches)
 
-    def _encode(self, x: Tensor, segments: Segments) -> Tensor:
-        return self.norm(run_blocks(self.blocks, x, segments, recompute=self.activation_checkpointing))
+    def _encode(self, x: Tensor, segments: Segments, kept: Kept | None = None) -> Tensor:
+        return self.norm(run_blocks(self.blocks, x, segments, kept=kept, recompute=self.activation_checkpointing))
 
     def _check(self, images: Tensor, patches: Tensor | None, segments: Segments | None) -> None:
         if images.dtype != torch.uint8 or tuple(images.shape[1:]) != (self.image, self.image, 3):

@@ -60,10 +60,13 @@ class _Count:
         return _Count(self.inner + other.inner, self.first + other.first)
 
 
-def _attention(width: int, lengths: np.ndarray) -> int:
-    """Operations of q kᵀ and the weights times v, of every image for itself, and of the four projections."""
+def _block(width: int, ratio: float, lengths: np.ndarray, kept: int | None = None, actions: int = 0) -> _Count:
+    """Attention of every image for itself, its four projections, and the MLP; `kept`: tokens after the attention."""
     tokens = int(lengths.sum())
-    return 8 * tokens * width * width + 4 * width * int((lengths * lengths).sum())
+    kept = tokens if kept is None else kept
+    mixing = 4 * width * int((lengths * lengths).sum())
+    projections = 6 * tokens * width * width + 2 * kept * width * width
+    return _Count(mixing + projections) + _mlp(width, ratio, kept, len(lengths), actions)
 
 
 def _mlp(width: int, ratio: float, tokens: int, images: int, actions: int) -> _Count:
@@ -73,11 +76,13 @@ def _mlp(width: int, ratio: float, tokens: int, images: int, actions: int) -> _C
     return _Count(whole - action, action)
 
 
-def _encoder(model: ModelConfig, lengths: np.ndarray) -> _Count:
-    shape, tokens = model.encoder_shape, int(lengths.sum())
-    embedding = _Count(0, 2 * tokens * shape.width * model.patch * model.patch * 3)
-    mlp = _mlp(shape.width, shape.mlp_ratio, tokens, 0, 0)
-    return embedding + _Count(shape.depth * (_attention(shape.width, lengths) + mlp.inner))
+def _encoder(model: ModelConfig, lengths: np.ndarray, kept: int | None = None) -> _Count:
+    """`kept`: tokens that go on after the last attention."""
+    shape = model.encoder_shape
+    count = _Count(0, 2 * int(lengths.sum()) * shape.width * model.patch * model.patch * 3)
+    for block in range(shape.depth):
+        count += _block(shape.width, shape.mlp_ratio, lengths, kept if block == shape.depth - 1 else None)
+    return count
 
 
 def _vit_predictor(model: ModelConfig, actions: int, context: np.ndarray, predicted: np.ndarray) -> _Count:
@@ -89,11 +94,9 @@ def _vit_predictor(model: ModelConfig, actions: int, context: np.ndarray, predic
     count = _Count(2 * int(context.sum()) * outer * width + 2 * asked * width * outer)
     if "feature" in kinds:
         count += _Count(6 * asked * width * width, 2 * images * width * actions)
-    count += _Count(config.depth * _attention(width, joined))
     for block in range(config.depth):
         # After the last attention only the predicted tokens go on.
-        tokens = asked if block == config.depth - 1 else int(joined.sum())
-        count += _mlp(width, config.mlp_ratio, tokens, images, in_blocks)
+        count += _block(width, config.mlp_ratio, joined, asked if block == config.depth - 1 else None, in_blocks)
     return count
 
 
@@ -132,7 +135,8 @@ def step_flops(
         raise ValueError(
             f"predicted_lengths has shape {predicted.shape}; it must be context_lengths' shape (B,) = {context.shape}"
         )
-    target = _encoder(model, np.full(len(context), model.grid**2, dtype=np.int64))
+    asked = context if model.predictor.kind == "mlp" else predicted
+    target = _encoder(model, np.full(len(context), model.grid**2, dtype=np.int64), int(asked.sum()))
     encoder = _encoder(model, context)
     if model.predictor.kind == "mlp":
         predictor = _mlp_predictor(model, action_dim, context)

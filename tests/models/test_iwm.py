@@ -189,14 +189,14 @@ def test_bf16_weights_give_an_fp32_loss_near_the_fp32_one(plain: SimpleNamespace
     assert all(p.grad is not None and p.grad.dtype == torch.bfloat16 for p in model.encoder.parameters())
 
 
-def test_features_for_rank_come_from_every_place_of_the_grid() -> None:
-    """400 images of 9 patches: at most 2048 rows, and no place of the grid left out."""
+def test_features_for_rank_are_predicted_tokens_of_every_place_of_the_grid() -> None:
+    """400 images of 9 patches, all predicted: at most 2048 rows, and no place of the grid left out."""
     torch.manual_seed(0)
     model = IWM(configure(), ACTIONS)
     images = torch.zeros(400, 12, 12, 3, dtype=torch.uint8)
-    alone = Segments.uniform(400, 1)
-    patch = torch.zeros(400, dtype=torch.int64)
-    out = model(images, images, torch.zeros(400, ACTIONS), patch, alone, patch, alone)
+    alone, every = Segments.uniform(400, 1), Segments.uniform(400, 9)
+    patch, patches = torch.zeros(400, dtype=torch.int64), torch.arange(9).repeat(400)
+    out = model(images, images, torch.zeros(400, ACTIONS), patch, alone, patches, every)
     assert not out.target_features.requires_grad
     assert 1000 <= len(out.target_features) <= 2048
     # Images are all alike, so only the position makes a difference, and rounding, which differs by place in the batch:

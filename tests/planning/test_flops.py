@@ -68,16 +68,17 @@ def test_by_hand() -> None:
     )
     count = step_flops(config, ACTIONS, [4], [2])
 
-    def encoder(tokens: int) -> tuple[int, int]:
-        return 2 * tokens * 48 * 16, tokens * 24 * 16 * 16 + 4 * tokens * tokens * 16
+    def encoder(tokens: int, kept: int) -> tuple[int, int]:
+        projections, mlp = (6 * tokens + 2 * kept) * 16 * 16, kept * 16 * 16 * 16
+        return 2 * tokens * 48 * 16, projections + 4 * tokens * tokens * 16 + mlp
 
-    assert count.target_forward == sum(encoder(9))
-    first, inner = encoder(4)
+    assert count.target_forward == sum(encoder(9, 2))
+    first, inner = encoder(4, 4)
     assert (count.context_forward, count.context_backward) == (first + inner, first + 2 * inner)
     action = 2 * 12 * ACTIONS
     inner = 2 * 4 * 16 * 12  # into the predictor's width
     inner += 3 * 2 * 2 * 12 * 12  # the mask tokens' three layers
-    inner += 6 * 8 * 12 * 12 + 4 * 6 * 6 * 12  # attention over 6 tokens
+    inner += (6 * 6 + 2 * 2) * 12 * 12 + 4 * 6 * 6 * 12  # attention over 6 tokens, of which 2 go on
     inner += 2 * 16 * 12 * 12  # MLP of the two that are asked for
     inner += 2 * 2 * 12 * 16  # out of it
     assert (count.predictor_forward, count.predictor_backward) == (inner + action, 2 * inner + action)
