@@ -73,6 +73,15 @@ def test_xformers_gets_one_packed_row_and_the_mask_of_the_segments(monkeypatch: 
     assert seen["bias"].q_seqinfo.seqstart_py == [0, 2, 5]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_halves_are_rounded_once(dtype: torch.dtype) -> None:
+    """On the CPU the products and the softmax are fp32, so the result is the exact one of the inputs as they are."""
+    q, k, v = (part.detach() for part in draw_qkv(9, dtype))
+    segments = Segments.from_lengths([4, 5])
+    exact = packed_attention(q.double(), k.double(), v.double(), segments, "sdpa")
+    torch.testing.assert_close(packed_attention(q, k, v, segments, "sdpa"), exact.to(dtype), rtol=0, atol=2e-7)
+
+
 def test_segments_of_another_batch_are_refused() -> None:
     with pytest.raises(ValueError, match="segments have 4 tokens"):
         packed_attention(*draw_qkv(5), Segments.from_lengths([2, 2]), "sdpa")
