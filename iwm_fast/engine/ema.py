@@ -48,14 +48,16 @@ class TargetAverage:
 
     def update(self, momentum: float) -> None:
         """Move the average towards the weights by ``1 − momentum`` and refresh the working copy."""
-        torch._foreach_lerp_(self.averages, [s.weight for s in self.shards], 1.0 - momentum)
+        if self.shards:  # a rank's slice may lie in the predictor altogether, and torch refuses empty lists
+            torch._foreach_lerp_(self.averages, [s.weight for s in self.shards], 1.0 - momentum)
         self.refresh()
 
     def refresh(self) -> None:
         """Bring the working copy to the average."""
         if self._stage == 0:
             return
-        torch._foreach_copy_(self._mine, self.averages)
+        if self.shards:
+            torch._foreach_copy_(self._mine, self.averages)
         if self._stage == 3:
             return
         if self._ranks.world > 1:

@@ -13,6 +13,8 @@ from small_run import losses, metrics, small_config, state
 from iwm_fast.engine import pretrain
 
 HERE = Path(__file__).parent
+# More than half of the weights: the second rank's slice has nothing of the encoder.
+WIDE_PREDICTOR = {"model__predictor__width": 64, "train__steps": 5}
 
 
 def two_ranks(images, out, jobs):
@@ -50,6 +52,8 @@ def runs(tiny_images, tmp_path_factory):
     jobs += [{"name": f"two_then_one_{s}", "zero__stage": s, "train__steps": 10} for s in (0, 1, 3)]
     jobs += [{"name": f"two_halves_{s}", "zero__stage": s, "train__steps": 10} for s in (1, 3)]
     jobs += [{"name": f"two_halves_{s}", "zero__stage": s, "resume": "auto"} for s in (1, 3)]
+    pretrain(small_config(tiny_images, **WIDE_PREDICTOR), out / "one_wide")
+    jobs += [{"name": f"two_wide_{s}", "zero__stage": s, **WIDE_PREDICTOR} for s in (1, 3)]
     two_ranks(tiny_images, out, jobs)
     for stage in (0, 1, 3):
         pretrain(small_config(tiny_images, zero__stage=0), out / f"two_then_one_{stage}", resume="auto")
@@ -61,6 +65,11 @@ def test_two_ranks_follow_one(runs, stage):
     assert losses(runs / f"two_{stage}") == pytest.approx(losses(runs / "one"), rel=1e-4)
     norms = [[r["grad_norm"] for r in metrics(runs / name)] for name in (f"two_{stage}", "one")]
     assert norms[0] == pytest.approx(norms[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_rank_without_a_part_of_the_encoder_follows_too(runs, stage):
+    assert losses(runs / f"two_wide_{stage}") == pytest.approx(losses(runs / "one_wide"), rel=1e-4)
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])

@@ -1,0 +1,243 @@
+"""What the engine costs: its step against a bare PyTorch loop over the same model, batches and optimizer.
+
+    python -m benchmarks.engine --json FILE [--config vit_tiny_p4_32.yaml] [--batch 32] [--ranks 1 2] [--stages 0 1]
+
+The bare loop is forward, backward, fused AdamW and an in-place moving average; on several ranks torch's
+DistributedDataParallel. Both take the same batches from memory, in turn, so that only what is around the model differs.
+Before anything is timed, the weights after some steps have to agree.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from benchmarks.timing import spread
+from iwm_fast.actions import ActionSpace
+from iwm_fast.config import Config, load_config
+from iwm_fast.config.load import find_config
+from iwm_fast.data.batch import Batch
+from iwm_fast.data.masks import MaskSampler
+from iwm_fast.engine.distributed import Ranks, start
+from iwm_fast.engine.ema import TargetAverage
+from iwm_fast.engine.loop import Trainer
+from iwm_fast.engine.schedules import Schedules
+from iwm_fast.engine.zero import initialize
+from iwm_fast.models.iwm import IWM
+from iwm_fast.models.packing import Segments
+from iwm_fast.results import write_result
+
+__all__ = ["measure"]
+
+_BATCHES = 4
+_CHECKED_STEPS = 3
+# Of the weights' norm: fp32 sums in another order, and AdamW's first steps, which have the same size whatever the
+# gradient's.
+_AGREE = 1e-4
+
+
+@dataclass(frozen=True)
+class Side:
+    """A training: its step, and its fp32 weights by name and offset, as far as this rank holds them."""
+
+    step: Callable[[], object]
+    weights: Callable[[], dict[tuple[str, int], Tensor]]
+
+
+@dataclass
+class _InMemory:
+    """Batches without end, in the place of a TrainingStream."""
+
+    batches: list[Batch]
+    accumulation: int = 1
+    bad: int = 0
+    _endless: Iterator[Batch] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._endless = itertools.cycle(self.batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self._endless
+
+
+def _batches(config: Config, space: ActionSpace, ranks: Ranks) -> list[Batch]:
+    """Random images and actions under drawn masks: this rank's share of each global batch."""
+    size, side = config.train.global_batch, config.model.image
+    share = size // ranks.world
+    sampler = MaskSampler(config.masks, config.model.grid, config.train.seed)
+    generator = torch.Generator().manual_seed(ranks.rank)
+    found = []
+    for i in range(_BATCHES):
+        ids = np.arange(i * size, (i + 1) * size)
+        whole = sampler.draw(np.zeros(size, np.int64), ids)
+        own = ids[ranks.rank * share : (ranks.rank + 1) * share]
+        source, target = torch.randint(0, 256, (2, share, side, side, 3), dtype=torch.uint8, generator=generator)
+        found.append(
+            Batch(
+                source=source,
+                target=target,
+                action=torch.randn(share, space.dim, generator=generator),
+                patches=sampler.draw(np.zeros(share, np.int64), own),
+                ids=own,
+                epochs=np.zeros(share, np.int64),
+                global_context=int(whole.context_lengths.sum()),
+                global_target=int(whole.target_lengths.sum()),
+            )
+        )
+    return found
+
+
+def _schedules(config: Config) -> Schedules:
+    return Schedules(config.train, 1000)
+
+
+def _engine_step(config: Config, model: IWM, batches: list[Batch], space: ActionSpace, ranks: Ranks) -> Side:
+    """The trainer's own step; it logs the first one only, as a run logs one of many."""
+    zero = initialize(model, config, len(batches[0]), 1)
+    average = TargetAverage(zero, ranks)
+    trainer = Trainer(
+        config, zero, average, _InMemory(batches), _schedules(config), ranks,  # type: ignore[arg-type]
+        predicts=model.predicts, action_dim=space.dim, dataset_size=10**6, step=0, updates=0,
+    )  # fmt: skip
+    return Side(trainer.train_step, lambda: {(s.name, s.start): s.weight for s in zero.shards})
+
+
+def _bare_step(config: Config, model: IWM, batches: list[Batch], ranks: Ranks) -> Side:
+    trained: nn.Module = model
+    if ranks.world > 1:
+        trained = nn.parallel.DistributedDataParallel(model)
+    own = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    decayed = [p for n, p in own if p.ndim > 1 and not n.endswith("bias")]
+    plain = [p for n, p in own if p.ndim <= 1 or n.endswith("bias")]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed}, {"params": plain, "weight_decay": 0.0}], betas=config.train.betas, fused=True
+    )
+    assert model.target_encoder is not None
+    average = list(model.target_encoder.parameters())
+    online = list(model.encoder.parameters())
+    schedules, endless, count = _schedules(config), itertools.cycle(batches), itertools.count()
+
+    def step() -> None:
+        i, batch = next(count), next(endless)
+        for group in optimizer.param_groups:
+            group["lr"] = schedules.lr(i)
+        optimizer.param_groups[0]["weight_decay"] = schedules.weight_decay(i)
+        optimizer.zero_grad()
+        patches, device = batch.patches, ranks.device
+        context, predicted = (torch.from_numpy(part).to(device) for part in (patches.context, patches.target))
+        output = trained(
+            batch.source.to(device), batch.target.to(device), batch.action.to(device),
+            context, Segments.from_lengths(patches.context_lengths, device),
+            predicted, Segments.from_lengths(patches.target_lengths, device),
+            ranks.world / (batch.global_target * model.encoder.width),
+        )  # fmt: skip
+        output.loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(average, online, 1.0 - schedules.ema(i))
+
+    return Side(step, lambda: {(name, 0): p.detach().flatten() for name, p in own})
+
+
+def _require_agreement(engine: Side, bare: Side, stage: int) -> None:
+    """RuntimeError unless the engine's weights, of which a rank may hold parts, are those of the bare loop."""
+    whole = {name: weight for (name, _), weight in bare.weights().items()}
+    parts = [(w, whole[name][start : start + w.numel()]) for (name, start), w in engine.weights().items()]
+    ours, theirs = (torch.cat(side) for side in zip(*parts, strict=True))
+    distance = float((ours - theirs).norm() / theirs.norm())
+    if not distance <= _AGREE:
+        raise RuntimeError(
+            f"stage {stage}: weights differ by {distance:.1e} of their norm after {_CHECKED_STEPS} steps"
+        )
+
+
+def measure(config: Config, stages: list[int], repeats: int) -> list[dict[str, Any]]:
+    """One row a stage, on this process's rank: seconds of every step of either side, and the median ratio."""
+    ranks = start()
+    space = ActionSpace(config.actions.groups, config.actions.form)
+    batches = _batches(config, space, ranks)
+    torch.manual_seed(config.train.seed)
+    model = IWM(config.model, space.dim).to(ranks.device)
+    rows = []
+    for stage in stages:
+        staged = config.model_copy(update={"zero": config.zero.model_copy(update={"stage": stage})})
+        sides = {
+            "bare": _bare_step(staged, copy.deepcopy(model), batches, ranks),
+            "engine": _engine_step(staged, copy.deepcopy(model), batches, space, ranks),
+        }
+        for _ in range(_CHECKED_STEPS):
+            for side in sides.values():
+                side.step()
+        _require_agreement(sides["engine"], sides["bare"], stage)
+        samples: dict[str, list[float]] = {name: [] for name in sides}
+        for _ in range(repeats):
+            for name, side in sides.items():
+                begin = time.perf_counter()
+                side.step()
+                samples[name].append(time.perf_counter() - begin)
+        ratios = [e / b for e, b in zip(samples["engine"], samples["bare"], strict=True)]
+        rows.append(
+            {
+                "ranks": ranks.world, "stage": stage, "batch": config.train.global_batch, "seconds": samples,
+                "overhead": median(samples["engine"]) / median(samples["bare"]) - 1, "ratio": spread(ratios),
+            }
+        )  # fmt: skip
+    return rows
+
+
+def _launch(ranks: int, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measure on `ranks` processes of this host, and take the first one's rows."""
+    with tempfile.TemporaryDirectory() as folder:
+        rows = Path(folder) / "rows.json"
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        command += ["-m", "benchmarks.engine", "--rows", str(rows), "--config", args.config]
+        command += ["--batch", str(args.batch), "--repeats", str(args.repeats), "--stages", *map(str, args.stages)]
+        subprocess.run(command, check=True, env={"OMP_NUM_THREADS": "1", **os.environ})
+        found: list[dict[str, Any]] = json.loads(rows.read_text())
+        return found
+
+
+def main() -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", help="file to write; without, rows are printed only")
+    parser.add_argument("--config", default="vit_tiny_p4_32.yaml")
+    parser.add_argument("--batch", type=int, default=32, help="global batch")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--stages", type=int, nargs="+", default=[0, 1], choices=[0, 1, 2, 3])
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.rows is not None:
+        settings = [f"train.global_batch={args.batch}", "log.every_steps=1000000", "train.precision=fp32"]
+        rows = measure(load_config(find_config(args.config), settings), args.stages, args.repeats)
+        if os.environ["RANK"] == "0":
+            args.rows.write_text(json.dumps(rows))
+        return 0
+    found = [row for ranks in args.ranks for row in _launch(ranks, args)]
+    for row in found:
+        whole = {name: f"{median(values) * 1000:.1f} ms" for name, values in row["seconds"].items()}
+        print(f"{row['ranks']} ranks, stage {row['stage']}: {whole}, overhead {100 * row['overhead']:+.1f}%")
+    if args.json:
+        write_result(args.json, "bench-engine", {"rows": found, "command": sys.argv[1:]})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
