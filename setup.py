@@ -59,6 +59,8 @@ setup(
         "tensorboard>=2.18",
         "matplotlib>=3.9",
         "packaging>=24",
+        "google-crc32c>=1.5,<2",
+        "protobuf>=5,<8",
     ],
     extras_require={
         # setuptools and wheel: a test builds the wheel and looks into it.
@@ -70,7 +72,10 @@ setup(
             "types-PyYAML>=6.0.12",
             "setuptools>=77",
             "wheel>=0.43",
+            "boto3>=1.36,<2",
+            "moto[server]>=5,<6",
         ],
+        "s3": ["boto3>=1.36,<2"],
         "bench": ["psutil>=6"],
     },
     classifiers=[

@@ -201,12 +201,25 @@ class MasksConfig(Section):
 class DataConfig(Section):
     """Where images come from and how they are decoded."""
 
-    source: Literal["auto", "folder"] = Field("auto", description="auto: chosen by what lies under root")
-    root: str | None = Field(None, description="folder of images; sub-folders are classes")
+    source: Literal["auto", "folder", "webdataset", "tfrecord"] = Field(
+        "auto", description="auto: chosen by what lies under root, which the training says"
+    )
+    root: str | None = Field(
+        None,
+        description="folder of images (sub-folders are classes), of .tar shards or of TFRecord files, the same as "
+        "s3://bucket/prefix, or a manifest of iwm-fast data index",
+    )
     device: Literal["auto", "cpu", "gpu"] = Field("auto", description="where DALI decodes and augments")
     threads: Annotated[int, Field(ge=1, le=256)] | None = Field(
         None, description="DALI's CPU threads; default: cores divided by the ranks of this host"
     )
+    readers: Annotated[int, Field(ge=1, le=256)] | None = Field(
+        None, description="files read at a time by a rank; default: 1 from disk, 16 from a store"
+    )
+    store_timeout: Annotated[float, Field(ge=0.1, le=600)] = Field(
+        20.0, description="seconds without a byte from a store (s3://) after which a request is made again"
+    )
+    store_attempts: Count = Field(6, description="times that a request to a store is made before the run stops")
     prefetch: Count = Field(3, description="batches prepared ahead")
     max_bad_fraction: Probability = Field(0.01, description="share of samples that may fail before the run stops")
     max_pixels: Count = Field(178_956_970, description="larger images are refused as decompression bombs (Pillow)")

@@ -43,9 +43,8 @@ class BadSamples:
         if len(self._tried) < _AT_LEAST:
             self._tried.update(files)
 
-    def add(self, file: Path, reason: str, epoch: int, sample_id: int) -> None:
-        """Note a bad file; only the first time counts."""
-        name = str(file.absolute())
+    def add(self, name: str, reason: str, epoch: int, sample_id: int) -> None:
+        """Note a bad file by its full name; only the first time counts."""
         if name in self._own:
             return
         self._own[name] = reason

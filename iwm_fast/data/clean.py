@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,9 +12,10 @@ from torch import Tensor
 
 from iwm_fast.actions import Views
 from iwm_fast.data.devices import dali_device, dali_threads
-from iwm_fast.data.encoded import BadSample, Encoded, read
+from iwm_fast.data.encoded import BadSample, Encoded
 from iwm_fast.data.files import ImageSet
 from iwm_fast.data.graph import BadRows, ViewGraph
+from iwm_fast.data.samples import FileStore
 
 __all__ = ["CleanImages", "centred_square", "load_clean"]
 
@@ -47,7 +47,7 @@ def centred_square(size: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def load_clean(
-    images: ImageSet | Sequence[Path],
+    images: ImageSet,
     size: int,
     *,
     device: str = "cpu",
@@ -59,25 +59,29 @@ def load_clean(
 
     device: data.device, so "auto", "cpu" or "gpu"; threads: DALI's, None for its share of the cores.
     """
-    paths = images.paths if isinstance(images, ImageSet) else images
     graph = ViewGraph(size, batch, dali_device(device), dali_threads(threads), geometric=False, max_pixels=max_pixels)
+    store = FileStore(images, max_pixels, keep=False)
     underway: deque[_Group] = deque()
-    for first in range(0, len(paths), batch):
-        group = _read(paths, range(first, min(first + batch, len(paths))), max_pixels)
-        if group.rows:
-            graph.submit(group.encoded, _views(group.encoded))
-        underway.append(group)
-        if len(underway) == 2:  # DALI decodes one batch while the next is read
+    try:
+        for first in range(0, len(images), batch):
+            group = _read(store, list(range(first, min(first + batch, len(images)))))
+            if group.rows:
+                graph.submit(group.encoded, _views(group.encoded))
+            underway.append(group)
+            if len(underway) == 2:  # DALI decodes one batch while the next is read
+                yield _collect(graph, underway.popleft())
+        while underway:
             yield _collect(graph, underway.popleft())
-    while underway:
-        yield _collect(graph, underway.popleft())
+    finally:
+        store.close()
 
 
-def _read(paths: Sequence[Path], rows: range, max_pixels: int) -> _Group:
+def _read(store: FileStore, rows: list[int]) -> _Group:
     group = _Group([], [], {})
+    store.ask(rows)
     for row in rows:
         try:
-            group.encoded.append(read(paths[row], max_pixels))
+            group.encoded.append(store.get(row))
             group.rows.append(row)
         except BadSample as bad:
             group.failed[row] = bad.reason

@@ -12,7 +12,6 @@ import io
 import struct
 import zlib
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +19,7 @@ from PIL import Image, ImageOps
 
 from iwm_fast.data.structure import plain_jpeg, plain_png
 
-__all__ = ["BadSample", "Encoded", "decode_upright", "inspect", "read", "read_bytes", "reencode"]
+__all__ = ["BadSample", "Encoded", "decode_upright", "inspect", "reencode"]
 
 # What Pillow raises on damaged files, besides its own UnidentifiedImageError (an OSError).
 _PILLOW_ERRORS = (
@@ -64,25 +63,8 @@ class Encoded:
     lossless: bool = False
 
 
-def read(path: Path, max_pixels: int) -> Encoded:
-    """The file at `path`, ready for DALI; BadSample where Pillow cannot decode it or it has more than `max_pixels`."""
-    return inspect(read_bytes(path), max_pixels)
-
-
-def read_bytes(path: Path) -> bytes:
-    """The file's bytes; BadSample where it cannot be read or is empty."""
-    try:
-        with open(path, "rb") as file:  # noqa: PTH123  (half the time of Path.read_bytes, and this runs for every sample)
-            raw = file.read()
-    except OSError as error:
-        raise BadSample(f"cannot be read: {error.strerror or error}") from error
-    if not raw:
-        raise BadSample("the file is empty")
-    return raw
-
-
 def inspect(raw: bytes, max_pixels: int) -> Encoded:
-    """The bytes of a file, ready for DALI; BadSample as `read`."""
+    """The bytes of a file, ready for DALI; BadSample where Pillow cannot decode it or it has more than `max_pixels`."""
     image = _open(raw, max_pixels)
     if not _plain(image, raw):
         return reencode(raw, max_pixels)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from iwm_fast.data.randomness import uniforms
+from iwm_fast.data.sources import PATIENCE, Labels, Patience, Source, holds, open_source
 from iwm_fast.errors import UserError
 
-__all__ = ["EXTENSIONS", "ImageSet", "list_images", "split"]
-
-EXTENSIONS = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff"})
+__all__ = ["ImageSet", "list_images", "split"]
 
 # Of the split of a folder without train/ and test/; the number is part of every result made with such a split.
 _SPLIT_STREAM = 0x5711
@@ -23,49 +22,75 @@ _TEST_SHARE = 0.2
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
-    """Images in a fixed order: sample id i is paths[i]. labels: int64 (n,), places in `classes`, or None without."""
+    """Images in a fixed order: sample id i is row i of a source, or rows[i] where only some were taken.
 
-    paths: tuple[Path, ...]
-    labels: NDArray[np.int64] | None
-    classes: tuple[str, ...]
+    common: classes that the labels are places in, where they are to be others than the source's own.
+    """
+
+    source: Source
+    rows: NDArray[np.int64] | None = None
+    common: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.source) if self.rows is None else len(self.rows)
+
+    def name(self, sample: int) -> str:
+        """A sample's full name: an absolute path or an address, for what lies in a shard with the place there."""
+        return self.source.storage.shown(self.source.name(self._row(sample)))
+
+    def read(self, sample: int) -> bytes:
+        """A sample's encoded bytes; BadSample where they cannot be had, UserError where all of the data are gone."""
+        return self.source.read(self._row(sample))
 
     def take(self, rows: NDArray[np.int64]) -> ImageSet:
         """The images of the given rows, in their order."""
-        labels = None if self.labels is None else self.labels[rows]
-        return ImageSet(tuple(self.paths[row] for row in rows), labels, self.classes)
+        return ImageSet(self.source, rows if self.rows is None else self.rows[rows], self.common)
+
+    @property
+    def labels(self) -> NDArray[np.int64] | None:
+        """int64 (n,), places in `classes`, or None without; the first use may have to read files."""
+        return self._labelled[0]
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The classes' names."""
+        return self._labelled[1]
+
+    @cached_property
+    def _labelled(self) -> Labels:
+        labels, classes = self.source.labels
+        if labels is not None and self.rows is not None:
+            labels = labels[self.rows]
+        if labels is not None and self.common is not None:
+            place = {name: label for label, name in enumerate(self.common)}
+            labels = np.array([place[name] for name in classes], np.int64)[labels]
+        return labels, classes if self.common is None else self.common
+
+    def _row(self, sample: int) -> int:
+        return sample if self.rows is None else int(self.rows[sample])
 
 
-def list_images(root: Path) -> ImageSet:
-    """All images below `root`, sub-folders included, sorted by their path below it.
+def list_images(root: str | Path, source: str = "auto", patience: Patience = PATIENCE) -> ImageSet:
+    """All images below `root`, a folder, an s3://bucket/prefix, or one shard, TFRecord file or manifest.
 
-    Where every image lies in a sub-folder and there are at least two of these, the first folder of its path is its
-    class. Files are taken by their name's extension (EXTENSIONS); names that begin with a dot are left out.
-    UserError for a missing folder and for one without an image.
+    source: a value of data.source; "auto" takes what is there. patience: with a store. UserError where there is no
+    image.
     """
-    names = _names(root)
-    folders = [name.split("/", 1)[0] if "/" in name else "" for name in names]
-    classes = tuple(sorted(set(folders)))
-    paths = tuple(root / name for name in names)
-    if len(classes) < 2 or "" in classes:
-        return ImageSet(paths, None, ())
-    return ImageSet(paths, _labels(folders, classes), classes)
+    return ImageSet(open_source(root, source, patience=patience))
 
 
-def split(root: Path) -> tuple[ImageSet, ImageSet]:
+def split(root: str | Path, patience: Patience = PATIENCE) -> tuple[ImageSet, ImageSet]:
     """Images to learn from and to test on: `root`/train and `root`/test, or 80 and 20 % of `root` by sample id.
 
     The labels of both are places in the same `classes`. UserError as `list_images`, or where there are fewer than two.
     """
-    if (root / "train").is_dir() and (root / "test").is_dir():
-        train, test = list_images(root / "train"), list_images(root / "test")
+    if holds(root, "train", patience) and holds(root, "test", patience):
+        train, test = (list_images(f"{str(root).rstrip('/')}/{part}", patience=patience) for part in ("train", "test"))
         if train.labels is None or test.labels is None or train.classes == test.classes:
             return train, test
         classes = tuple(sorted({*train.classes, *test.classes}))
-        return _relabel(train, classes), _relabel(test, classes)
-    images = list_images(root)
+        return ImageSet(train.source, common=classes), ImageSet(test.source, common=classes)
+    images = list_images(root, patience=patience)
     if len(images) < 2:
         raise UserError(f"{root} holds one image only; give at least two, to learn from and to test on")
     draw = uniforms(0, 0, np.arange(len(images)), _SPLIT_STREAM, 1)[:, 0]
@@ -73,58 +98,3 @@ def split(root: Path) -> tuple[ImageSet, ImageSet]:
     is_test = np.zeros(len(images), bool)
     is_test[held_out] = True
     return images.take(np.flatnonzero(~is_test)), images.take(np.flatnonzero(is_test))
-
-
-def _names(root: Path) -> list[str]:
-    """Paths below `root` of its images, sorted, with forward slashes."""
-    if not root.exists():
-        raise UserError(f"{root} does not exist; give a folder of images")
-    if not root.is_dir():
-        raise UserError(f"{root} is not a folder; give a folder of images")
-    names, others = [], 0
-    for folder, inside, files in _walk(root):
-        inside.sort()
-        prefix = Path(folder).relative_to(root).as_posix()
-        prefix = "" if prefix == "." else f"{prefix}/"
-        for name in files:
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in EXTENSIONS:  # noqa: PTH122  (a million names)
-                names.append(prefix + name)
-            else:
-                others += 1
-    if names:
-        return sorted(names)
-    known = ", ".join(sorted(EXTENSIONS))
-    if others:
-        raise UserError(
-            f"{root} holds {others} files, none of them an image by its extension ({known}); give a folder of images"
-        )
-    raise UserError(f"{root} is empty; give a folder of images ({known})")
-
-
-def _walk(root: Path) -> list[tuple[str, list[str], list[str]]]:
-    """os.walk through links too (folders of links to classes are common), each real folder once."""
-    seen: set[tuple[int, int]] = set()
-    found = []
-    for folder, inside, files in os.walk(root, followlinks=True, onerror=_refuse):
-        status = os.stat(folder)  # noqa: PTH116  (os.walk gives strings)
-        if (status.st_dev, status.st_ino) in seen:
-            inside.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        inside[:] = [name for name in inside if not name.startswith(".")]
-        found.append((folder, inside, files))
-    return found
-
-
-def _refuse(error: OSError) -> None:
-    raise UserError(f"{error.filename} cannot be listed: {error.strerror}; check its permissions") from error
-
-
-def _labels(folders: list[str], classes: tuple[str, ...]) -> NDArray[np.int64]:
-    place = {name: label for label, name in enumerate(classes)}
-    return np.array([place[folder] for folder in folders], np.int64)
-
-
-def _relabel(images: ImageSet, classes: tuple[str, ...]) -> ImageSet:
-    assert images.labels is not None
-    return ImageSet(images.paths, _labels([images.classes[label] for label in images.labels], classes), classes)

@@ -109,7 +109,9 @@ class TrainingStream:
         self.device = dali_device(config.data.device)
         self._config, self._space, self._rank, self._start = config, space, rank, start
         self._bad = BadSamples(len(files), config.data.max_bad_fraction, run_dir)
-        self._reader = SampleReader(FileStore(files.paths, config.data.max_pixels), config.train.seed, self._bad)
+        self._reader = SampleReader(
+            FileStore(files, config.data.max_pixels, config.data.readers), config.train.seed, self._bad
+        )
         self._order = SampleOrder(config.train.seed, len(files))
         geometric = "geometric" in config.actions.groups
         self._masks = MaskSampler(config.masks, config.model.grid, config.train.seed, exclude=not geometric)
@@ -154,6 +156,8 @@ class TrainingStream:
         """End the thread and let go of what was prepared; `next` raises after that."""
         self._thread.shutdown(cancel_futures=True)
         self._ahead.clear()
+        self._reader.store.close()
+        self._reader.store.images.source.storage.close()
         self._failure = self._failure or ValueError("this TrainingStream is closed")
 
     def __enter__(self) -> TrainingStream:

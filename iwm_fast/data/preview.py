@@ -28,7 +28,7 @@ _AT_ONCE = 16
 _HIDDEN = 128  # the level that stands for a patch the encoder does not see
 
 
-def write_preview(config: Config, root: Path, out: Path, count: int, seed: int) -> None:
+def write_preview(config: Config, root: str | Path, out: Path, count: int, seed: int) -> None:
     """Write the first `count` samples of a training on `root` with this configuration and seed to the folder `out`.
 
     NNN_base.png (the target's crop: decoded, resized, flipped), NNN_target.png, NNN_source.png, NNN_masked.png (what
@@ -36,9 +36,9 @@ def write_preview(config: Config, root: Path, out: Path, count: int, seed: int) 
     factors as the operators used them. UserError where `root` has no usable images or `out` cannot be written.
     written.
     """
-    files = list_images(root)
+    files = list_images(root, config.data.source)
     bad = BadSamples(len(files), config.data.max_bad_fraction)
-    reader = SampleReader(FileStore(files.paths, config.data.max_pixels), seed, bad)
+    reader = SampleReader(FileStore(files, config.data.max_pixels), seed, bad)
     geometric = "geometric" in config.actions.groups
     graph = ViewGraph(
         config.model.image,
@@ -59,7 +59,7 @@ def write_preview(config: Config, root: Path, out: Path, count: int, seed: int) 
             samples, views, rendered = _render(config, seed, reader, graph, reader.read(ids, epochs))
             patches = masks.draw(epochs, ids)
             _write_pictures(out, first, rendered, patches, config.model.patch, source_base=geometric)
-            records += _records([files.paths[file] for file in samples.files.tolist()], views, patches, space)
+            records += _records([files.name(file) for file in samples.files.tolist()], views, patches, space)
         (out / "params.json").write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"{out}: cannot be written: {error.strerror or error}; choose another --out") from error
@@ -104,14 +104,14 @@ def _masked(source: NDArray[np.uint8], patches: PatchSets, patch: int) -> NDArra
     return np.where(pixels, source, np.uint8(_HIDDEN))
 
 
-def _records(paths: list[Path], views: Views, patches: PatchSets, space: ActionSpace) -> list[dict[str, Any]]:
+def _records(names: list[str], views: Views, patches: PatchSets, space: ActionSpace) -> list[dict[str, Any]]:
     """One object a sample, as DESIGN section 4 names its parts."""
     actions = space.encode(views)
     context = np.split(patches.context, np.cumsum(patches.context_lengths)[:-1])
     target = np.split(patches.target, np.cumsum(patches.target_lengths)[:-1])
     return [
         {
-            "file": str(path.absolute()),
+            "file": name,
             **_geometry(views.target_geometry, row),
             "source_geometry": None if views.shared_geometry else _geometry(views.source_geometry, row),
             "target": _jitter(views.target, row),
@@ -126,7 +126,7 @@ def _records(paths: list[Path], views: Views, patches: PatchSets, space: ActionS
             "context_patches": context[row].tolist(),
             "target_patches": target[row].tolist(),
         }
-        for row, path in enumerate(paths)
+        for row, name in enumerate(names)
     ]
 
 

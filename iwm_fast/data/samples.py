@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from iwm_fast.data.bad import BadSamples
-from iwm_fast.data.encoded import BadSample, Encoded, inspect, read_bytes, reencode
+from iwm_fast.data.encoded import BadSample, Encoded, inspect, reencode
+from iwm_fast.data.files import ImageSet
 from iwm_fast.data.randomness import REPLACEMENT, uniforms
 
 __all__ = ["KEPT_BYTES", "FileStore", "SampleReader", "Samples"]
@@ -27,17 +27,35 @@ class FileStore:
     """Files by number, ready for DALI. What was found out about a file is remembered, and its bytes while they are few.
 
     A file that was found plain is only read again on later visits; its header is looked at anew if its length changed.
+    readers: files that are read at a time, default what suits the place where they lie. keep: whether to keep bytes.
     """
 
-    def __init__(self, paths: Sequence[Path], max_pixels: int) -> None:
-        self.paths, self.max_pixels = paths, max_pixels
-        self._state = np.zeros(len(paths), np.uint8)
-        self._width = np.zeros(len(paths), np.int32)
-        self._height = np.zeros(len(paths), np.int32)
-        self._length = np.zeros(len(paths), np.int64)
+    def __init__(self, images: ImageSet, max_pixels: int, readers: int | None = None, *, keep: bool = True) -> None:
+        self.images, self.max_pixels = images, max_pixels
+        self._state = np.zeros(len(images), np.uint8)
+        self._width = np.zeros(len(images), np.int32)
+        self._height = np.zeros(len(images), np.int32)
+        self._length = np.zeros(len(images), np.int64)
         self._reasons: dict[int, str] = {}
         self._kept: dict[int, Encoded] = {}
-        self._kept_bytes = 0
+        self._kept_bytes, self._keeps = 0, keep
+        readers = readers or images.source.storage.readers
+        self._readers = ThreadPoolExecutor(readers, thread_name_prefix="iwm-fast read") if readers > 1 else None
+        self._coming: dict[int, Future[bytes]] = {}
+
+    def ask(self, files: list[int]) -> None:
+        """Begin to read files that `get` will soon be called for, several at a time."""
+        if self._readers is None:
+            return
+        for file in files:
+            if file not in self._kept and file not in self._coming and self._state[file] != _BAD:
+                self._coming[file] = self._readers.submit(self.images.read, file)
+
+    def close(self) -> None:
+        """Let go of what is still being read."""
+        self._coming.clear()
+        if self._readers is not None:
+            self._readers.shutdown(wait=False, cancel_futures=True)
 
     def get(self, file: int) -> Encoded:
         """The file, ready for DALI; BadSample where it cannot be decoded."""
@@ -51,7 +69,7 @@ class FileStore:
         except BadSample as bad:
             self.refuse(file, bad.reason)
             raise
-        if self._kept_bytes + len(encoded.data) <= KEPT_BYTES:
+        if self._keeps and self._kept_bytes + len(encoded.data) <= KEPT_BYTES:
             self._kept[file] = encoded
             self._kept_bytes += len(encoded.data)
         return encoded
@@ -73,7 +91,8 @@ class FileStore:
             self._kept_bytes -= len(kept.data)
 
     def _read(self, file: int) -> Encoded:
-        raw = read_bytes(self.paths[file])
+        coming = self._coming.pop(file, None)
+        raw = self.images.read(file) if coming is None else coming.result()
         if self._state[file] == _REENCODED:
             return reencode(raw, self.max_pixels)
         if self._state[file] == _PLAIN and self._length[file] == len(raw):
@@ -109,11 +128,12 @@ class SampleReader:
         """The samples of a batch. UserError where too many files are bad."""
         files = ids.copy()
         encoded = []
+        self.store.ask(ids.tolist())
         for row, file in enumerate(ids.tolist()):
             try:
                 encoded.append(self.store.get(file))
             except BadSample as bad:
-                self.bad.add(self.store.paths[file], bad.reason, int(epochs[row]), file)
+                self.bad.add(self.store.images.name(file), bad.reason, int(epochs[row]), file)
                 files[row], replacement = self._replacement(file, int(epochs[row]))
                 encoded.append(replacement)
         self.bad.tried(ids.tolist())
@@ -126,7 +146,7 @@ class SampleReader:
         for row, reason in reasons.items():
             file, epoch, sample = int(files[row]), int(samples.epochs[row]), int(samples.ids[row])
             self.store.refuse(file, reason)
-            self.bad.add(self.store.paths[file], reason, epoch, sample)
+            self.bad.add(self.store.images.name(file), reason, epoch, sample)
         for row in reasons:
             files[row], encoded[row] = self._replacement(int(samples.ids[row]), int(samples.epochs[row]))
         self.bad.check()
@@ -134,7 +154,7 @@ class SampleReader:
 
     def _replacement(self, sample: int, epoch: int) -> tuple[int, Encoded]:
         """Another file for a bad one: the first good one of a counter-based draw, then the files in their order."""
-        count = len(self.store.paths)
+        count = len(self.store.images)
         drawn = uniforms(self.seed, epoch, sample, REPLACEMENT, _CANDIDATES)[0]
         candidates = [int(draw * count) for draw in drawn]
         following = ((sample + step) % count for step in range(1, count))
@@ -144,6 +164,6 @@ class SampleReader:
                 try:
                     return file, self.store.get(file)
                 except BadSample as bad:
-                    self.bad.add(self.store.paths[file], bad.reason, epoch, sample)
+                    self.bad.add(self.store.images.name(file), bad.reason, epoch, sample)
                     self.bad.check()
         raise self.bad.all_bad()

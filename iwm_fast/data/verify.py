@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from iwm_fast.data.clean import MAX_PIXELS, load_clean
-from iwm_fast.data.encoded import BadSample, decode_upright, read_bytes
 from iwm_fast.data.files import list_images
 
 __all__ = ["verify"]
@@ -16,21 +16,31 @@ _SIZE = 32
 
 
 def verify(
-    root: Path, *, device: str = "auto", threads: int | None = None, max_pixels: int = MAX_PIXELS
+    root: str | Path,
+    *,
+    source: str = "auto",
+    device: str = "auto",
+    threads: int | None = None,
+    max_pixels: int = MAX_PIXELS,
+    progress: Callable[[str, int, int | None], None] | None = None,
 ) -> dict[str, Any]:
-    """{files, decoded, bad: [{file, reason}]} of the images below `root`; file is an absolute path.
+    """{files, decoded, bad: [{file, reason}], source} of the images below `root`; file is the sample's full name.
 
-    A file is bad where training would replace it, and also where only Pillow refuses it (a damage that the pipeline
-    would pass over in silence). UserError as `list_images`.
+    A file is bad where training on this device would replace it, and only there: the same code reads, checks
+    and decodes it, as a whole. UserError as `list_images`.
     """
-    images = list_images(root)
+    images = list_images(root, source)
     reasons: dict[int, str] = {}
+    done = 0
     for clean in load_clean(images, _SIZE, device=device, threads=threads, max_pixels=max_pixels):
         reasons |= clean.failed
-        for row in clean.rows.tolist():
-            try:
-                decode_upright(read_bytes(images.paths[row]), max_pixels)
-            except BadSample as refused:
-                reasons[row] = refused.reason
-    bad = [{"file": str(images.paths[row].absolute()), "reason": reasons[row]} for row in sorted(reasons)]
-    return {"files": len(images), "decoded": len(images) - len(bad), "bad": bad}
+        done += len(clean.rows) + len(clean.failed)
+        if progress is not None:
+            progress("verify", done, len(images))
+    bad = [{"file": images.name(row), "reason": reasons[row]} for row in sorted(reasons)]
+    return {
+        "files": len(images),
+        "decoded": len(images) - len(bad),
+        "bad": bad,
+        "source": images.source.describe(),
+    }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -47,7 +46,7 @@ def evaluate_during_training(
     model = whole_model(zero, average, config, space, ranks)
     found: list[Any] = [None]
     if ranks.first:
-        found[0] = evaluate_monitor(model, config, space, Path(config.eval.root or ""))
+        found[0] = evaluate_monitor(model, config, space, config.eval.root or "")
     if ranks.world > 1:
         dist.broadcast_object_list(found, src=0)
     return dict(found[0])

@@ -17,6 +17,7 @@ from iwm_fast.config import Config
 from iwm_fast.config.cores import usable_cores
 from iwm_fast.data.files import ImageSet, list_images
 from iwm_fast.data.loader import TrainingStream
+from iwm_fast.data.sources import Patience
 from iwm_fast.engine import checkpoint
 from iwm_fast.engine.checkpoint import Checkpoint
 from iwm_fast.engine.clock import seconds_since_start
@@ -129,14 +130,15 @@ def _prepare(config: Config, directory: RunDirectory, resume: str) -> Path | Non
 
 
 def _train(config: Config, directory: RunDirectory, chosen: Path | None, ranks: Ranks) -> None:
-    files = list_images(Path(config.data.root or ""))
+    patience = Patience(config.data.store_timeout, config.data.store_attempts)
+    files = list_images(config.data.root or "", config.data.source, patience)
     space = ActionSpace(config.actions.groups, config.actions.form)
     torch.manual_seed(config.train.seed)
     model = IWM(config.model, space.dim, activation_checkpointing=config.train.activation_checkpointing)
     model = model.to(ranks.device)
     saved = Checkpoint(chosen) if chosen is not None else None
     done, updates = (saved.step, int(saved.index["updates"])) if saved else (0, 0)
-    schedules = Schedules(config.train, training_steps(config, len(files.paths)))
+    schedules = Schedules(config.train, training_steps(config, len(files)))
     stop_at = config.train.steps or schedules.total
     stream = TrainingStream(
         config,
@@ -157,7 +159,7 @@ def _train(config: Config, directory: RunDirectory, chosen: Path | None, ranks: 
             restore_shards(zero, average, saved)
         trainer = Trainer(
             config, zero, average, stream, schedules, ranks,
-            predicts=predicts, action_dim=space.dim, dataset_size=len(files.paths), step=done, updates=updates,
+            predicts=predicts, action_dim=space.dim, dataset_size=len(files), step=done, updates=updates,
         )  # fmt: skip
         run = Run(config, directory, ranks, zero, average, trainer, stop_at)
         with TrainingProgress(stop_at, done, shown=ranks.first) as progress:
@@ -171,7 +173,7 @@ def _announce(run: Run, files: ImageSet, saved: Checkpoint | None, progress: Tra
     config = run.config
     attention = resolve_backend(config.model.attention, run.ranks.device.type)
     progress.say(
-        f"{len(files.paths)} images, {run.ranks.world} rank(s) on {run.ranks.device.type}, "
+        f"{len(files)} images of {files.source.describe()}, {run.ranks.world} rank(s) on {run.ranks.device.type}, "
         f"ZeRO stage {config.zero.stage}, {config.train.precision}, attention {attention}, "
         f"global batch {config.train.global_batch} = "
         f"{run.ranks.world} × {run.trainer.stream.accumulation} × {run.trainer.stream.micro_batch}"

@@ -80,7 +80,7 @@ def evaluate_model(
     return results
 
 
-def evaluate_monitor(model: IWM, config: Config, space: ActionSpace, root: Path) -> dict[str, Any]:
+def evaluate_monitor(model: IWM, config: Config, space: ActionSpace, root: str | Path) -> dict[str, Any]:
     """k-NN and MRR while training, on at most ``eval.images`` of each split: a few numbers for metrics.jsonl.
 
     Keys: mrr, mrr_shuffled, mrr_chance, and knn, knn_chance where ``root`` has classes.

@@ -25,7 +25,7 @@ _SHOWN_IMAGES = 6
 
 def evaluate_run(
     run: Path,
-    data: Path,
+    data: str | Path,
     *,
     what: Sequence[str] = WHAT,
     checkpoint: str = "latest",

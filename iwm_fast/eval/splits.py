@@ -14,6 +14,7 @@ from torch import Tensor
 from iwm_fast.config import Config
 from iwm_fast.data.clean import load_clean
 from iwm_fast.data.files import ImageSet, split
+from iwm_fast.data.sources import Patience
 from iwm_fast.errors import UserError
 from iwm_fast.eval.stats import evenly_spaced
 
@@ -66,7 +67,7 @@ class FileSplit:
     def __init__(self, files: ImageSet, size: int, *, device: str = "auto", threads: int | None = None) -> None:
         self.files = files
         self.classes = files.classes
-        self.bad: dict[Path, str] = {}  # why, by file
+        self.bad: dict[str, str] = {}  # why, by file
         self._size = size
         self._device = device
         self._threads = threads
@@ -87,23 +88,23 @@ class FileSplit:
         labels = files.labels if files.labels is not None else np.zeros(len(files), np.int64)
         some = False
         for clean in load_clean(files, self._size, device=self._device, threads=self._threads):
-            self.bad |= {files.paths[row]: reason for row, reason in clean.failed.items()}
+            self.bad |= {files.name(row): reason for row, reason in clean.failed.items()}
             if len(clean.rows):
                 some = True
                 yield clean.images, labels[clean.rows]
         if not some:
-            path, reason = next(iter(self.bad.items()))
-            raise UserError(f"{path}: {reason}; none of the {len(files)} images of its split can be decoded")
+            name, reason = next(iter(self.bad.items()))
+            raise UserError(f"{name}: {reason}; none of the {len(files)} images of its split can be decoded")
 
 
-def open_splits(root: Path, config: Config, *, limit: int | None = None) -> tuple[FileSplit, FileSplit]:
+def open_splits(root: str | Path, config: Config, *, limit: int | None = None) -> tuple[FileSplit, FileSplit]:
     """Training and test images below ``root`` at the model's size, as ``data.files.split`` divides them.
 
     ``limit``: at most so many files of each, spread evenly over the sorted files and so over the classes. UserError
     where ``root`` is missing, empty or without images.
     """
     both = []
-    for files in split(root):
+    for files in split(root, Patience(config.data.store_timeout, config.data.store_attempts)):
         kept = files if limit is None else files.take(evenly_spaced(limit, len(files)))
         both.append(FileSplit(kept, config.model.image, device=config.data.device, threads=config.data.threads))
     return both[0], both[1]

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -15,7 +17,7 @@ def touch(root, *names):
 
 
 def names(images, root):
-    return [path.relative_to(root).as_posix() for path in images.paths]
+    return [str(Path(images.name(i)).relative_to(root)) for i in range(len(images))]
 
 
 def test_images_are_sorted_by_their_path_below_the_root(tmp_path):
@@ -75,10 +77,11 @@ def test_split_without_folders_is_80_to_20_and_always_the_same(tmp_path):
     touch(tmp_path, *(f"{n % 2}/{n:03d}.jpg" for n in range(50)))
     train, test = split(tmp_path)
     assert (len(train), len(test)) == (40, 10)
-    assert not set(train.paths) & set(test.paths)
-    assert [path.name for path in split(tmp_path)[1].paths] == [path.name for path in test.paths]
+    assert not set(names(train, tmp_path)) & set(names(test, tmp_path))
+    assert names(split(tmp_path)[1], tmp_path) == names(test, tmp_path)
     for images in (train, test):
-        assert [path.parent.name for path in images.paths] == [images.classes[label] for label in images.labels]
+        folders = [name.split("/")[0] for name in names(images, tmp_path)]
+        assert folders == [images.classes[label] for label in images.labels]
 
 
 def test_split_needs_two_images(tmp_path):

@@ -224,7 +224,7 @@ def test_a_header_is_looked_at_once(folder, monkeypatch, kept):
 def test_a_file_that_changed_is_looked_at_again(tmp_path, monkeypatch):
     monkeypatch.setattr(samples_module, "KEPT_BYTES", 0)
     paths = write_images(tmp_path, 1)
-    store = FileStore(paths, 10**7)
+    store = FileStore(list_images(tmp_path), 10**7)
     assert store.get(0).width == 40
     paths[0].write_bytes(encode(picture(90, 60)))
     assert store.get(0).width == 90

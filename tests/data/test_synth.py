@@ -21,7 +21,7 @@ def test_a_labelled_set_is_drawn(tmp_path):
     assert train.classes == test.classes == tuple(sorted(CLASSES[:5]))
     assert np.bincount(train.labels).tolist() == [8] * 5
     assert len(test) == 11
-    image = Image.open(train.paths[0])
+    image = Image.open(train.name(0))
     assert (image.format, image.size, image.mode) == ("JPEG", (32, 32), "RGB")
 
 

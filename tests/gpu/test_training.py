@@ -6,7 +6,7 @@ from small_run import losses, metrics, small_config
 
 from iwm_fast.actions import Views
 from iwm_fast.config import ActionsConfig
-from iwm_fast.data.encoded import read
+from iwm_fast.data.encoded import inspect
 from iwm_fast.data.files import list_images
 from iwm_fast.data.graph import ViewGraph
 from iwm_fast.data.views import draw_views
@@ -29,8 +29,8 @@ def test_training_on_a_gpu_runs_at_every_stage_and_precision(tiny_images, tmp_pa
 
 def test_gpu_and_cpu_draw_the_same_views(tiny_images):
     """nvJPEG and libjpeg-turbo round differently: two levels in the mean is what emitted-means-exact allows."""
-    paths = list_images(tiny_images).paths[:8]
-    encoded = [read(path, 10**8) for path in paths]
+    images = list_images(tiny_images)
+    encoded = [inspect(images.read(i), 10**8) for i in range(8)]
     size = torch.tensor([(e.width, e.height) for e in encoded]).numpy()
     ids = torch.arange(8).numpy()
     views: Views = draw_views(ActionsConfig(), 0, ids * 0, ids, size)

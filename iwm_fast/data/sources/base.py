@@ -1,0 +1,71 @@
+"""What a source of images is."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from iwm_fast.data.sources.storage import Storage
+
+__all__ = ["Labels", "Source", "folder_labels", "number_labels"]
+
+# (labels: int64 (n,), places in the classes, or None where the images have none; the classes' names, sorted)
+Labels = tuple[NDArray[np.int64] | None, tuple[str, ...]]
+
+
+class Source(Protocol):
+    """Images in a fixed order, each with a name of its own that stays, and any of them readable at any time.
+
+    Random access is what lets the order of a training be a function of (seed, position) alone: every rank sees all
+    samples of all shards by their number and reads those of its share of the global order, so shards are not divided
+    among ranks, and the same samples come in the same order on any number of them. Sources are picklable.
+    """
+
+    storage: Storage
+    kind: str  # folder, webdataset, tfrecord: the values of data.source
+
+    def __len__(self) -> int: ...
+
+    def name(self, sample: int) -> str:
+        """A sample's name below the storage's root."""
+        ...
+
+    def read(self, sample: int) -> bytes:
+        """A sample's encoded image. BadSample where it cannot be had, UserError where the whole place is gone."""
+        ...
+
+    def extent(self, sample: int) -> tuple[str, int | None]:
+        """(the storage's piece that holds the encoded image, its offset there or None where it is the whole piece)."""
+        ...
+
+    @property
+    def labels(self) -> Labels:
+        """Classes; the first use may have to read all that is there."""
+        ...
+
+    def describe(self) -> str:
+        """A few words: what these images come from."""
+        ...
+
+
+def folder_labels(names: list[str]) -> Labels:
+    """The first folder of each name is its class, where every name has one and there are at least two of them."""
+    folders = [name.split("/", 1)[0] if "/" in name else "" for name in names]
+    classes = tuple(sorted(set(folders)))
+    if len(classes) < 2 or "" in classes:
+        return None, ()
+    place = {name: label for label, name in enumerate(classes)}
+    return np.array([place[folder] for folder in folders], np.int64), classes
+
+
+def number_labels(values: list[str]) -> Labels:
+    """Labels from a text for each sample: whole numbers are sorted as numbers, other texts as texts; "" is none."""
+    found = set(values)
+    if "" in found or len(found) < 2:
+        return None, ()
+    numbers = all(value.removeprefix("-").isdecimal() for value in found)
+    classes = sorted(found, key=int) if numbers else sorted(found)
+    place = {name: label for label, name in enumerate(classes)}
+    return np.array([place[value] for value in values], np.int64), tuple(classes)

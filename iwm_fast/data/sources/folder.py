@@ -1,0 +1,54 @@
+"""A folder of image files; sub-folders are classes."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+from iwm_fast.data.encoded import BadSample
+from iwm_fast.data.sources.base import Labels, folder_labels
+from iwm_fast.data.sources.kinds import is_image
+from iwm_fast.data.sources.names import Names
+from iwm_fast.data.sources.storage import Storage
+
+__all__ = ["FolderSource"]
+
+
+class FolderSource:
+    """The images among the given names of a storage, by their extension, in the names' order.
+
+    Where every image lies in a sub-folder and there are at least two of these, the first folder of its path is its
+    class.
+    """
+
+    kind = "folder"
+
+    def __init__(self, storage: Storage, names: list[str]) -> None:
+        self.storage = storage
+        self._names = Names.of(name for name in names if is_image(name))
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def name(self, sample: int) -> str:
+        """The file's path below the root."""
+        return self._names[sample]
+
+    def read(self, sample: int) -> bytes:
+        """The file's bytes."""
+        raw = self.storage.read(self._names[sample])
+        if not raw:
+            raise BadSample("the file is empty")
+        return raw
+
+    def extent(self, sample: int) -> tuple[str, int | None]:
+        """The file, whole."""
+        return self._names[sample], None
+
+    @cached_property
+    def labels(self) -> Labels:
+        """By the first folder."""
+        return folder_labels(list(self._names))
+
+    def describe(self) -> str:
+        """What these images come from."""
+        return "an image folder"

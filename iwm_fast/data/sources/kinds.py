@@ -1,0 +1,40 @@
+"""What a file is, by its name."""
+
+from __future__ import annotations
+
+import re
+
+__all__ = ["EXTENSIONS", "MANIFEST_FILE", "is_image", "is_manifest", "is_records", "is_shard", "record_index_names"]
+
+EXTENSIONS = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff"})
+MANIFEST_FILE = "iwm-fast-manifest.tsv"
+
+# TensorFlow's own scripts name files train-00000-of-01024, or x.tfrecord-00000-of-00010
+_RECORDS = re.compile(r"\.tfrecords?$|-\d{5}-of-\d{5}$")
+
+
+def is_image(name: str) -> bool:
+    """An image's extension, in capitals or not."""
+    dot = name.rfind(".")
+    return dot > 0 and name[dot:].lower() in EXTENSIONS
+
+
+def is_shard(name: str) -> bool:
+    """A tar shard's."""
+    return name.endswith(".tar")
+
+
+def is_records(name: str) -> bool:
+    """A TFRecord file's."""
+    return _RECORDS.search(name) is not None
+
+
+def is_manifest(name: str) -> bool:
+    """A manifest's; its first line decides."""
+    return name.endswith(".tsv")
+
+
+def record_index_names(file: str) -> tuple[str, ...]:
+    """Names of a TFRecord file's index: with .idx added, or with .idx for the extension."""
+    stem = file.rsplit(".", 1)[0] if file.endswith((".tfrecord", ".tfrecords")) else file
+    return tuple(dict.fromkeys((f"{file}.idx", f"{stem}.idx")))

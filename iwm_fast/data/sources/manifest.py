@@ -1,0 +1,176 @@
+r"""The manifest that `iwm-fast data index` writes: all that a training has to know of its images, in one file.
+
+Text, UTF-8, a line a sample, so that it can be read, searched and compared by anything:
+
+    #iwm-fast-manifest/1<TAB>source=folder<TAB>root=.<TAB>samples=3
+    path  bytes  width  height  label  crc32c  file  offset          (tabs between)
+    cat/1.jpg  4711  640  480  cat  90abcdef
+
+path: the sample's name below the root, with tabs, ends of line and backslashes as \t, \n, \r, \\. bytes: of the
+encoded image. width, height: pixels of the upright image, 0 where no header could be read. label: the class's name, or
+nothing. crc32c: of the encoded image, 8 hexadecimal digits. file, offset: the shard that holds the image, and where its
+bytes begin there; empty for a file of its own. root: where the paths begin, "." for the manifest's own folder.
+
+**A sample that is no more what was indexed is a bad sample**: length and CRC-32C are compared at every read, so a file
+that changed, shrank or vanished is skipped, replaced, counted and listed like one that cannot be decoded, and above
+`data.max_bad_fraction` the run stops. A file that was added is not seen until the folder is indexed again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from iwm_fast.data.encoded import BadSample
+from iwm_fast.data.sources.base import Labels, number_labels
+from iwm_fast.data.sources.checksum import crc32c
+from iwm_fast.data.sources.names import Names
+from iwm_fast.data.sources.storage import Storage
+from iwm_fast.errors import UserError
+
+__all__ = ["COLUMNS", "SCHEMA", "Header", "ManifestSource", "read_header", "root_of"]
+
+SCHEMA = "#iwm-fast-manifest/1"
+COLUMNS = ("path", "bytes", "width", "height", "label", "crc32c", "file", "offset")
+
+_TAB, _LINE, _ZERO = 9, 10, 48
+_WORDS = {"folder": "an image folder", "webdataset": "WebDataset shards", "tfrecord": "TFRecord files"}
+
+
+@dataclass(frozen=True)
+class Header:
+    """The first line: kind of the source, root of the paths, samples."""
+
+    source: str
+    root: str
+    samples: int
+
+    def line(self) -> str:
+        """As it is written, without the end of line."""
+        return f"{SCHEMA}\tsource={self.source}\troot={self.root}\tsamples={self.samples}"
+
+
+def read_header(line: str) -> Header:
+    """ValueError where the line is not a manifest's first."""
+    schema, *fields = line.rstrip("\n").split("\t")
+    values = dict(field.split("=", 1) for field in fields if "=" in field)
+    if schema != SCHEMA or values.keys() < {"source", "root", "samples"} or values["source"] not in _WORDS:
+        raise ValueError(f"its first line does not begin with {SCHEMA}")
+    return Header(values["source"], values["root"], int(values["samples"]))
+
+
+def root_of(text: bytes, shown: str) -> str:
+    """Where the paths of a manifest begin; UserError where it is none."""
+    try:
+        return read_header(text[: text.index(b"\n")].decode()).root
+    except ValueError as error:
+        raise _not_whole(shown, error) from error
+
+
+def _not_whole(shown: str, error: Exception) -> UserError:
+    return UserError(f"{shown}: not a whole manifest of iwm-fast ({error}); write it again with iwm-fast data index")
+
+
+class ManifestSource:
+    """The samples of a manifest `text`, which is called `shown` in errors; nothing is listed, sized or opened.
+
+    storage: where the paths begin.
+    """
+
+    def __init__(self, storage: Storage, text: bytes, shown: str) -> None:
+        self.storage, self._shown = storage, shown
+        try:
+            header = read_header(text[: text.index(b"\n")].decode())
+            self.kind = header.source
+            self._parse(text, header.samples)
+        except ValueError as error:
+            raise _not_whole(shown, error) from error
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def name(self, sample: int) -> str:
+        """The path, as it was indexed."""
+        return self._paths[sample]
+
+    def read(self, sample: int) -> bytes:
+        """The image's bytes, after their length and checksum were compared with those of the index."""
+        size = int(self._bytes[sample])
+        if self.kind == "folder":
+            raw = self.storage.read(self._paths[sample])
+        else:
+            raw = self.storage.read(self._files[self._file[sample]], int(self._offset[sample]), size)
+        if len(raw) != size:
+            raise BadSample(f"changed since it was indexed: {len(raw)} bytes, and the index says {size}")
+        if not raw:
+            raise BadSample("the file is empty")
+        if crc32c(raw) != self._crc[sample]:
+            raise BadSample("changed since it was indexed: its checksum is another")
+        return raw
+
+    def extent(self, sample: int) -> tuple[str, int | None]:
+        """From the manifest."""
+        if self.kind == "folder":
+            return self._paths[sample], None
+        return self._files[self._file[sample]], int(self._offset[sample])
+
+    @cached_property
+    def labels(self) -> Labels:
+        """From the manifest."""
+        return number_labels(list(self._labels))
+
+    def describe(self) -> str:
+        """What these images come from."""
+        return f"{_WORDS[self.kind]} by the manifest {self._shown}"
+
+    def _parse(self, text: bytes, samples: int) -> None:
+        """Columns as arrays; a million rows in under a second."""
+        letters = np.frombuffer(text, np.uint8)
+        lines = np.flatnonzero(letters == _LINE)
+        if len(lines) != samples + 2 or lines[-1] != len(text) - 1:
+            raise ValueError(f"{max(0, len(lines) - 2)} rows, and its first line says {samples}")
+        if tuple(text[lines[0] + 1 : lines[1]].decode().split("\t")) != COLUMNS:
+            raise ValueError(f"its columns are not {', '.join(COLUMNS)}")
+        tabs = np.flatnonzero(letters == _TAB)
+        tabs = tabs[tabs > lines[1]]
+        if len(tabs) != samples * (len(COLUMNS) - 1):
+            raise ValueError("a row has another number of columns")
+        tabs = tabs.reshape(samples, -1)
+        starts = np.concatenate([lines[1:-1, None] + 1, tabs + 1], axis=1)
+        ends = np.concatenate([tabs, lines[2:, None]], axis=1)
+        if np.any(ends < starts):
+            raise ValueError("a row has another number of columns")
+        column = {name: (starts[:, at], ends[:, at]) for at, name in enumerate(COLUMNS)}
+        escaped = b"\\" in text
+        self._paths = Names(text, *column["path"], escaped=escaped)
+        self._labels = Names(text, *column["label"], escaped=escaped)
+        self._bytes = _numbers(letters, *column["bytes"], 10)
+        self._crc = _numbers(letters, *column["crc32c"], 16)
+        self._offset = _numbers(letters, *column["offset"], 10)
+        if self.kind != "folder":
+            files = list(Names(text, *column["file"], escaped=escaped))
+            self._files = sorted(set(files))
+            place = {file: at for at, file in enumerate(self._files)}
+            self._file = np.array([place[file] for file in files], np.int32)
+
+
+def _numbers(
+    letters: NDArray[np.uint8], starts: NDArray[np.int64], ends: NDArray[np.int64], base: int
+) -> NDArray[np.int64]:
+    """Numbers written between the given places, digit by digit for all rows at once; nothing is 0."""
+    values = np.zeros(len(starts), np.int64)
+    width = ends - starts
+    longest = int(width.max(initial=0))
+    if longest > (18 if base == 10 else 8):
+        raise ValueError("a number is too long")
+    for place in range(longest):
+        rows = place < width
+        digits = letters[np.where(rows, starts + place, 0)].astype(np.int64) - _ZERO
+        digits -= np.where(digits > 9, 39, 0)  # a to f follow the digits 39 places on
+        if np.any(rows & ((digits < 0) | (digits >= base))):
+            raise ValueError("a number has a letter that is no digit")
+        values = np.where(rows, values * base + digits, values)
+    return values

@@ -1,0 +1,133 @@
+"""Chooses the source by what is there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from iwm_fast.data.encoded import BadSample
+from iwm_fast.data.sources.base import Source
+from iwm_fast.data.sources.folder import FolderSource
+from iwm_fast.data.sources.kinds import (
+    EXTENSIONS,
+    MANIFEST_FILE,
+    is_image,
+    is_manifest,
+    is_records,
+    is_shard,
+    record_index_names,
+)
+from iwm_fast.data.sources.s3 import PATIENCE, Patience, S3Storage, is_address
+from iwm_fast.data.sources.storage import LocalStorage, Storage
+from iwm_fast.data.sources.webdataset import CLASSES_FILE, WebDatasetSource, index_name
+from iwm_fast.errors import UserError
+
+__all__ = ["holds", "open_source"]
+
+_KINDS: dict[str, tuple[Callable[[str], bool], str]] = {
+    "folder": (is_image, "images"),
+    "webdataset": (is_shard, ".tar shards"),
+    "tfrecord": (is_records, ".tfrecord files"),
+}
+
+
+def open_source(
+    root: str | Path,
+    kind: str = "auto",
+    *,
+    patience: Patience = PATIENCE,
+    listed_anew: bool = False,
+) -> Source:
+    """The images below `root`: a folder or an s3://bucket/prefix, or one shard, TFRecord file or manifest there.
+
+    kind: a value of data.source; "auto" takes what is there, a manifest first (unless `listed_anew`). patience:
+    with a store. UserError where there is nothing, or several kinds and no choice, and for what is damaged.
+    """
+    storage, only = _place(str(root), patience)
+    manifest = only if only is not None and is_manifest(only) else None
+    if only is None and not listed_anew and storage.has(MANIFEST_FILE):
+        manifest = MANIFEST_FILE
+    if manifest is not None:
+        return _of_manifest(storage, manifest, kind, patience)
+    names = storage.names() if only is None else [only, *(name for name in _companions(only) if storage.has(name))]
+    chosen = _chosen(kind, names, storage)
+    if chosen == "tfrecord":
+        from iwm_fast.data.sources.tfrecord import TFRecordSource  # google-crc32c and protobuf: for these files only
+
+        source: Source = TFRecordSource(storage, names)
+    else:
+        source = FolderSource(storage, names) if chosen == "folder" else WebDatasetSource(storage, names)
+    if not len(source):
+        raise UserError(f"{root} holds no image: its {_KINDS[chosen][1]} are without one")
+    return source
+
+
+def holds(root: str | Path, folder: str, patience: Patience = PATIENCE) -> bool:
+    """Whether a folder of that name lies below the root; in a store, whether there is an object below it."""
+    if is_address(str(root)):
+        return S3Storage(f"{str(root).rstrip('/')}/{folder}", patience).any()
+    return (Path(root) / folder).is_dir()
+
+
+def _place(root: str, patience: Patience) -> tuple[Storage, str | None]:
+    """The storage, and the one file of it that was named, if it was one."""
+    if is_address(root):
+        parent, _, last = root.rstrip("/").rpartition("/")
+        if parent.count("/") >= 2 and (is_shard(last) or is_records(last) or is_manifest(last)):
+            return S3Storage(parent, patience), last
+        return S3Storage(root, patience), None
+    path = Path(root)
+    if not path.exists():
+        raise UserError(f"{path} does not exist; give a folder of images")
+    if path.is_dir():
+        return LocalStorage(path), None
+    if is_shard(path.name) or is_records(path.name) or is_manifest(path.name):
+        return LocalStorage(path.parent), path.name
+    raise UserError(f"{path} is not a folder; give a folder of images, or one .tar, .tfrecord or manifest .tsv file")
+
+
+def _companions(name: str) -> tuple[str, ...]:
+    """Names of what may lie beside a file and belong to it."""
+    return (index_name(name), CLASSES_FILE) if is_shard(name) else record_index_names(name)
+
+
+def _of_manifest(storage: Storage, name: str, kind: str, patience: Patience) -> Source:
+    from iwm_fast.data.sources.manifest import ManifestSource, root_of  # google-crc32c: for manifests only
+
+    shown = storage.shown(name)
+    try:
+        text = storage.read(name)
+    except BadSample as error:
+        raise UserError(f"{shown}: {error.reason}") from error
+    root = root_of(text, shown)
+    if root != ".":
+        place, only = _place(root, patience)
+        storage = place if only is None else storage
+    source = ManifestSource(storage, text, shown)
+    if kind not in ("auto", source.kind):
+        raise UserError(f"{shown}: its images are of the kind {source.kind}, and data.source is {kind}; set it to auto")
+    return source
+
+
+def _chosen(kind: str, names: list[str], storage: Storage) -> str:
+    """The kind asked for or, of all, the only one that there is."""
+    counts = {name: sum(map(test, names)) for name, (test, _) in _KINDS.items()}
+    there = [name for name in counts if counts[name]]
+    known = ", ".join(sorted(EXTENSIONS))
+    if kind != "auto":
+        if not counts[kind]:
+            raise UserError(
+                f"{storage.root} holds no {_KINDS[kind][1]} among {len(names)} files; data.source is {kind}"
+            )
+        return kind
+    if len(there) > 1:
+        what = " and ".join(f"{counts[name]} {_KINDS[name][1]}" for name in there)
+        raise UserError(f"{storage.root} holds {what}; set data.source to {' or '.join(there)}")
+    if there:
+        return there[0]
+    if names:
+        raise UserError(
+            f"{storage.root} holds {len(names)} files, none of them an image by its extension ({known}), "
+            "a .tar shard or a .tfrecord file; give a folder of images"
+        )
+    raise UserError(f"{storage.root} is empty; give a folder of images ({known})")

@@ -1,0 +1,246 @@
+"""Where bytes lie: objects of an S3-compatible store, read by ranges.
+
+Credentials come from the environment alone (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN); they are
+held by the client only, which no error, log line, pickle or file of a run has. AWS_ENDPOINT_URL names a store other
+than Amazon's, AWS_REGION or AWS_DEFAULT_REGION its region.
+
+DALI's readers take s3:// addresses themselves. They are not used: a reader hands out samples in its own order and ends
+the run at the first file that it cannot decode, while here a sample is asked for by its number (so that any number of
+ranks sees the same order, and a run resumes at any position), is checked, and is replaced where it is bad.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from iwm_fast.data.encoded import BadSample
+from iwm_fast.errors import UserError
+
+__all__ = ["PATIENCE", "Patience", "S3Storage", "is_address"]
+
+Answer = TypeVar("Answer")
+
+_READERS = 16
+# Waits between attempts: 0.5, 1, 2, 4, 8 s, each drawn from its upper half, so that many readers do not return at once.
+_FIRST_WAIT_S = 0.5
+_LONGEST_WAIT_S = 10.0
+
+_ADDRESS = re.compile(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(?:/(.*))?", re.DOTALL)
+_MISSING = frozenset({"NoSuchKey", "404", "NotFound"})
+_LATER = frozenset({"SlowDown", "RequestTimeout", "RequestTimeTooSkewed", "Throttling", "ThrottlingException"})
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long to put up with a store: seconds without a byte from it, and how often a request is made."""
+
+    timeout_s: float = 20.0
+    attempts: int = 6
+
+
+PATIENCE = Patience()
+
+
+def is_address(root: str) -> bool:
+    """Whether a root is an address of a store rather than a path."""
+    return root.startswith("s3://")
+
+
+class S3Storage:
+    """Objects below s3://bucket/prefix. A request that fails in a way that may pass is made again, as `patience` says.
+
+    UserError for an address that is none, a missing boto3 or missing credentials, a refusal, and a store that does not
+    answer: it names the object and what the store said.
+    """
+
+    readers = _READERS
+
+    def __init__(self, root: str, patience: Patience = PATIENCE) -> None:
+        match = _ADDRESS.fullmatch(root)
+        if match is None:  # not repeated: somebody may have written a secret into it
+            raise UserError("this address of a store is not of the form s3://bucket/prefix; check data.root")
+        self._bucket = match[1]
+        self._prefix = (match[2] or "").strip("/")
+        self._prefix += "/" if self._prefix else ""
+        self.root = f"s3://{self._bucket}/{self._prefix}".rstrip("/")
+        self._patience = patience
+        self._closed = threading.Event()
+        self._made = threading.Lock()
+        _credentials()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For other processes, which make a client of their own from their environment."""
+        return {"root": self.root, "patience": self._patience}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+    def shown(self, name: str) -> str:
+        """The object's address."""
+        return f"s3://{self._bucket}/{self._prefix}{name}"
+
+    def names(self) -> list[str]:
+        """Keys below the prefix, without it, sorted."""
+        found: list[str] = []
+        more: dict[str, str] = {}
+        while True:
+            page = self._ask(self.root, partial(self._list, **more))
+            keys = (entry["Key"][len(self._prefix) :] for entry in page.get("Contents", ()))
+            found += [key for key in keys if key and not key.endswith("/") and not _hidden(key)]
+            if not page.get("IsTruncated"):
+                return sorted(found)
+            more = {"ContinuationToken": page["NextContinuationToken"]}
+
+    def has(self, name: str) -> bool:
+        """Whether there is such an object; asked for by a list, which needs no right to look at it."""
+        page = self._ask(name, lambda: self._list(name, MaxKeys=1))
+        return any(entry["Key"] == self._prefix + name for entry in page.get("Contents", ()))
+
+    def any(self) -> bool:
+        """Whether there is an object below the prefix."""
+        return bool(self._ask(self.root, lambda: self._list(MaxKeys=1)).get("KeyCount"))
+
+    def size(self, name: str) -> int:
+        """The object's length in bytes."""
+        return int(self._ask(name, lambda: self._client.head_object(**self._object(name)))["ContentLength"])
+
+    def read(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
+        """The object's bytes, by a range where one is asked for."""
+        if length is not None and length <= 0:
+            return b""
+        wanted: dict[str, str] = {}
+        if offset or length is not None:
+            wanted["Range"] = f"bytes={offset}-" + ("" if length is None else str(offset + length - 1))
+
+        def get() -> bytes:
+            body: bytes = self._client.get_object(**self._object(name), **wanted)["Body"].read()
+            return body
+
+        return self._ask(name, get)
+
+    def close(self) -> None:
+        """Waiting reads end at once, those underway within their time."""
+        self._closed.set()
+
+    @cached_property
+    def _client(self) -> Any:
+        boto3, botocore = _libraries()
+        with self._made:
+            try:
+                return boto3.client(
+                    "s3",
+                    **_credentials(),
+                    region_name=os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1",
+                    config=botocore.config.Config(
+                        connect_timeout=self._patience.timeout_s,
+                        read_timeout=self._patience.timeout_s,
+                        retries={"total_max_attempts": 1},  # ours also cover what breaks while a body is read
+                        max_pool_connections=2 * _READERS,
+                        request_checksum_calculation="when_required",  # stores other than Amazon's have no others
+                        response_checksum_validation="when_required",
+                    ),
+                )
+            except (ValueError, botocore.exceptions.BotoCoreError) as error:
+                raise UserError(f"{self.root}: no client can be made: {_said(error)}") from error
+
+    def _object(self, name: str) -> dict[str, str]:
+        return {"Bucket": self._bucket, "Key": self._prefix + name}
+
+    def _list(self, name: str = "", **more: Any) -> Any:
+        return self._client.list_objects_v2(Bucket=self._bucket, Prefix=self._prefix + name, **more)
+
+    def _ask(self, name: str, request: Callable[[], Answer]) -> Answer:
+        """The store's answer; again and again where it fails in a way that may pass."""
+        exceptions = _libraries()[1].exceptions
+        passing = (exceptions.ConnectionError, exceptions.HTTPClientError, exceptions.IncompleteReadError)
+        what = self.root if name == self.root else self.shown(name)
+        for attempt in range(1, self._patience.attempts + 1):
+            try:
+                return request()
+            except passing as error:
+                said = _said(error)
+            except exceptions.ClientError as error:
+                said = self._refusal(what, error)
+            except exceptions.BotoCoreError as error:
+                raise UserError(f"{what}: {_said(error)}") from error
+            wait = min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2 ** (attempt - 1)) * random.uniform(0.5, 1)
+            if attempt < self._patience.attempts and self._closed.wait(wait):
+                break
+        raise UserError(
+            f"{what}: cannot be read, {attempt} attempts failed, the last with: {said}; check the store"
+            f"{_endpoint()} and go on with --resume auto"
+        )
+
+    def _refusal(self, what: str, error: Any) -> str:
+        """What the store said, where it may say something else later."""
+        code = str(error.response.get("Error", {}).get("Code", ""))
+        status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+        if code in _MISSING and what != self.root:
+            self._require_some()
+            raise BadSample("cannot be read: no such object") from error
+        if code == "NoSuchBucket":
+            raise UserError(f"{what}: there is no such bucket{_endpoint()}; check data.root") from error
+        if code == "InvalidRange":
+            raise BadSample("cannot be read: the object ends before it") from error
+        if status < 500 and status != 429 and code not in _LATER:
+            raise UserError(
+                f"{what}: the store refuses it ({code or status}); check the credentials in the environment and the "
+                "bucket's permissions"
+            ) from error
+        return f"{code or 'an error'} (HTTP {status})"
+
+    def _require_some(self) -> None:
+        """UserError where nothing at all is left under the prefix."""
+        if not self.any():
+            raise UserError(
+                f"{self.root} is empty now: the data are gone; bring them back and go on with --resume auto"
+            )
+
+
+def _hidden(key: str) -> bool:
+    return key.startswith(".") or "/." in key
+
+
+def _libraries() -> tuple[Any, Any]:
+    """boto3 and botocore, which are an extra."""
+    try:
+        import boto3
+        import botocore.config
+        import botocore.exceptions
+    except ModuleNotFoundError as error:
+        raise UserError("s3:// needs boto3, which is not installed: pip install 'iwm-fast[s3]'") from error
+    return boto3, botocore
+
+
+def _credentials() -> dict[str, str]:
+    """From the environment, given to the client explicitly, so that it looks nowhere else."""
+    names = {"aws_access_key_id": "AWS_ACCESS_KEY_ID", "aws_secret_access_key": "AWS_SECRET_ACCESS_KEY"}
+    missing = [name for name in names.values() if not os.environ.get(name)]
+    if missing:
+        raise UserError(
+            f"s3:// needs {' and '.join(missing)} in the environment; set {'it' if len(missing) < 2 else 'them'}"
+        )
+    found = {key: os.environ[name] for key, name in names.items()}
+    if os.environ.get("AWS_SESSION_TOKEN"):
+        found["aws_session_token"] = os.environ["AWS_SESSION_TOKEN"]
+    return found
+
+
+def _endpoint() -> str:
+    """The store's host and port, without what else stands in its address (a user and a password, perhaps)."""
+    url = urlsplit(os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "")
+    return f" at {url.hostname}:{url.port}" if url.port else f" at {url.hostname}" if url.hostname else ""
+
+
+def _said(error: Exception) -> str:
+    """What went wrong, by its kind: the texts of these errors repeat addresses, which may hold credentials."""
+    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", type(error).__name__.removesuffix("Error")).lower()
+    return words or "an error"

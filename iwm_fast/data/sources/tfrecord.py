@@ -1,0 +1,132 @@
+"""TFRecord files of `tf.train.Example` with `image/encoded`, and `image/class/label` where there are classes.
+
+A record is a length (8 bytes), its masked CRC-32C (4), the payload and its masked CRC-32C (4); both are checked at
+every read. Where the records begin comes from the index beside the file (as DALI's `tfrecord2idx` writes it: a line
+"offset length" a record), or from one walk over the lengths where there is none.
+"""
+
+from __future__ import annotations
+
+import struct
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from iwm_fast.data.encoded import BadSample
+from iwm_fast.data.sources.base import Labels, number_labels
+from iwm_fast.data.sources.checksum import masked_crc32c
+from iwm_fast.data.sources.example import encoded_image, label_of
+from iwm_fast.data.sources.kinds import is_records, record_index_names
+from iwm_fast.data.sources.storage import Storage
+from iwm_fast.errors import UserError
+
+__all__ = ["TFRecordSource"]
+
+_HEADER, _FOOTER = 12, 4
+
+
+class TFRecordSource:
+    """The records of the TFRecord files among the given names, file after file. A record's name is file:offset."""
+
+    kind = "tfrecord"
+
+    def __init__(self, storage: Storage, names: list[str]) -> None:
+        self.storage = storage
+        self.files = [name for name in names if is_records(name)]
+        known = set(names)
+        with ThreadPoolExecutor(storage.readers) as pool:
+            found = list(pool.map(lambda file: _records(storage, file, known), self.files))
+        self._file = np.repeat(np.arange(len(found), dtype=np.int32), [len(records) for records in found])
+        self._records = np.concatenate(found) if found else np.zeros((0, 2), np.int64)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def name(self, sample: int) -> str:
+        """file.tfrecord:offset of the record."""
+        return f"{self.files[self._file[sample]]}:{self._records[sample, 0]}"
+
+    def read(self, sample: int) -> bytes:
+        """The record's image; BadSample where a checksum is wrong or there is no image."""
+        try:
+            raw = encoded_image(self._payload(sample))
+        except ValueError as error:
+            raise BadSample(str(error)) from error
+        if not raw:
+            raise BadSample("image/encoded is empty")
+        return raw
+
+    def extent(self, sample: int) -> tuple[str, int | None]:
+        """The file, and where in it the image's bytes begin. Reads the record."""
+        payload = self._payload(sample)
+        # equal bytes are as good wherever they stand, so the first place is right even if there is another
+        within = payload.index(self.read(sample))
+        return self.files[self._file[sample]], int(self._records[sample, 0]) + _HEADER + within
+
+    @cached_property
+    def labels(self) -> Labels:
+        """From `image/class/label` of every record: all of the files are read."""
+        with ThreadPoolExecutor(self.storage.readers) as pool:
+            found = list(pool.map(self._label, range(len(self))))
+        # a damaged record has some label: none of its image is ever read
+        known = next((label for label in found if label is not None), "")
+        return number_labels([known if label is None else label for label in found])
+
+    def describe(self) -> str:
+        """What these images come from."""
+        return f"{len(self.files)} TFRecord files"
+
+    def _label(self, sample: int) -> str | None:
+        """None of a damaged record."""
+        try:
+            return label_of(self._payload(sample))
+        except (BadSample, ValueError):
+            return None
+
+    def _payload(self, sample: int) -> bytes:
+        offset, length = self._records[sample].tolist()
+        raw = self.storage.read(self.files[self._file[sample]], offset, length)
+        if len(raw) < length or length < _HEADER + _FOOTER:
+            raise BadSample(f"its file ends {length - len(raw)} bytes before the record does")
+        if _length(raw) != length - _HEADER - _FOOTER:
+            raise BadSample("the record's length is damaged, or its index belongs to another file")
+        payload = raw[_HEADER:-_FOOTER]
+        if struct.unpack("<I", raw[-_FOOTER:])[0] != masked_crc32c(payload):
+            raise BadSample("the record's checksum is wrong")
+        return payload
+
+
+def _length(header: bytes) -> int | None:
+    """The payload's length, or None where its checksum is wrong."""
+    length, crc = struct.unpack_from("<QI", header)
+    return int(length) if crc == masked_crc32c(header[:8]) else None
+
+
+def _records(storage: Storage, file: str, known: set[str]) -> NDArray[np.int64]:
+    """Offset and length of every record, int64 (n, 2), the 16 bytes around the payload counted."""
+    index = next((name for name in record_index_names(file) if name in known), None)
+    if index is None:
+        return _walk(storage, file)
+    try:
+        words = storage.read(index).split()
+        return np.array([int(word) for word in words], np.int64).reshape(-1, 2)
+    except (BadSample, ValueError) as error:
+        raise UserError(
+            f"{storage.shown(index)}: not an index of TFRecord (a line 'offset length' a record): {error}; "
+            "write it again, or remove it (the file is then walked through)"
+        ) from error
+
+
+def _walk(storage: Storage, file: str) -> NDArray[np.int64]:
+    size, at, found = storage.size(file), 0, []
+    while at < size:
+        header = storage.read(file, at, _HEADER)
+        length = _length(header) if len(header) == _HEADER else None
+        if length is None:
+            packed = " (it looks gzip-compressed, which allows no random access)" if header[:2] == b"\x1f\x8b" else ""
+            raise UserError(f"{storage.shown(file)}: no TFRecord begins at byte {at}{packed}; mend or remove the file")
+        found.append((at, _HEADER + length + _FOOTER))
+        at += found[-1][1]
+    return np.array(found, np.int64).reshape(-1, 2)
