@@ -1,4 +1,4 @@
-"""`iwm-fast data`: draw, look at and check images."""
+"""`iwm-fast data`: draw, look at, check, index and pack images."""
 
 from __future__ import annotations
 
@@ -8,11 +8,22 @@ from typing import Annotated
 import typer
 
 from iwm_fast.arguments import config_and_overrides
-from iwm_fast.commands.options import Json, answer
+from iwm_fast.commands.options import Json, answer, byte_count
 
 __all__ = ["app"]
 
-app = typer.Typer(help="Draw, look at and check images.", no_args_is_help=True)
+Root = Annotated[
+    str,
+    typer.Argument(
+        metavar="DIR",
+        help="Folder of images, of .tar shards or of TFRecord files, the same as s3://bucket/prefix, or a manifest.",
+    ),
+]
+SourceKind = Annotated[
+    str, typer.Option("--source", metavar="auto|folder|webdataset|tfrecord", help="What to take, where several are.")
+]
+
+app = typer.Typer(help="Draw, look at, check, index and pack images.", no_args_is_help=True)
 
 
 @app.command(epilog="Example: iwm-fast data synth --out shapes --train 4096 --test 800")
@@ -33,7 +44,7 @@ def synth(
 
 @app.command(epilog="Example: iwm-fast data preview photos --out views --count 8 vit_tiny_p4_32.yaml")
 def preview(
-    root: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of images.")],
+    root: Root,
     out: Annotated[Path, typer.Option("--out", metavar="OUT", help="Folder for the pictures and params.json.")],
     words: Annotated[
         list[str] | None,
@@ -55,16 +66,74 @@ def preview(
 
 @app.command(epilog="Example: iwm-fast data verify photos --json verdict.json")
 def verify(
-    root: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of images.")],
+    root: Root,
+    source: SourceKind = "auto",
     json: Json = None,
 ) -> None:
     """Decode every image as training would and name those that cannot be. Training skips and replaces them."""
-    from iwm_fast.console import print_table
+    from iwm_fast.console import counting, print_table
     from iwm_fast.data.verify import verify as verify_images
 
-    verdict = verify_images(root)
+    with counting() as progress:
+        verdict = verify_images(root, source=source, progress=progress)
     if json != "-":
-        typer.echo(f"{root}: {verdict['decoded']} of {verdict['files']} files decode")
+        typer.echo(f"{root}: {verdict['decoded']} of {verdict['files']} files decode ({verdict['source']})")
         if verdict["bad"]:
             print_table("cannot be used", ("file", "reason"), [(bad["file"], bad["reason"]) for bad in verdict["bad"]])
     answer(json, "data-verify", verdict)
+
+
+@app.command(epilog="Example: iwm-fast data index photos/train")
+def index(
+    root: Root,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="Default: DIR/iwm-fast-manifest.tsv.")
+    ] = None,
+    source: SourceKind = "auto",
+    json: Json = None,
+) -> None:
+    """Write a manifest of all images (path, bytes, size, label, checksum): a training starts from it without listing.
+
+    Started again after an interruption, it goes on. Files that change after it are noticed by length and checksum when
+    they are read, and treated as bad ones; index again after adding files.
+    """
+    from iwm_fast.console import counting
+    from iwm_fast.data.index import write_index
+
+    with counting() as progress:
+        written = write_index(root, out, source=source, progress=progress)
+    if json != "-":
+        typer.echo(
+            f"{written['manifest']}: {written['samples']} images of {written['source']}, {written['bytes']} bytes, "
+            f"{written['classes']} classes"
+        )
+        if written["resumed"]:
+            typer.echo(f"{written['resumed']} rows of an earlier start were kept")
+        if written["unreadable"]:
+            typer.echo(f"{written['unreadable']} have no readable header; iwm-fast data verify says why")
+    answer(json, "data-index", written)
+
+
+@app.command(epilog="Example: iwm-fast data shard photos/train --out shards/train --shard-size 256MB")
+def shard(
+    root: Root,
+    out: Annotated[Path, typer.Option("--out", metavar="OUT", help="Folder for the shards.")],
+    shard_size: Annotated[
+        str, typer.Option("--shard-size", metavar="SIZE", help="Of a shard, in bytes, KB, MB or GB (powers of 1024).")
+    ] = "256MB",
+    source: SourceKind = "auto",
+    json: Json = None,
+) -> None:
+    """Pack images into WebDataset tar shards with the indexes of DALI's reader; the same images give the same bytes.
+
+    Started again after an interruption, it goes on at the first shard that is missing.
+    """
+    from iwm_fast.console import counting
+    from iwm_fast.data.shards import write_shards
+
+    with counting() as progress:
+        written = write_shards(root, out, source=source, shard_bytes=byte_count(shard_size), progress=progress)
+    if json != "-":
+        kept = f", {written['resumed']} of them kept from an earlier start" if written["resumed"] else ""
+        typer.echo(f"{written['out']}: {written['samples']} images in {written['shards']} shards{kept}")
+    answer(json, "data-shard", written)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any
 
 import typer
 
-__all__ = ["CONFIG_HELP", "Json", "Overrides", "answer"]
+from iwm_fast.errors import UserError
+
+__all__ = ["CONFIG_HELP", "Json", "Overrides", "answer", "byte_count"]
 
 Json = Annotated[
     str | None, typer.Option("--json", metavar="FILE", help="Write the answer as JSON to FILE; without FILE, print it.")
@@ -23,3 +26,12 @@ def answer(destination: str | None, kind: str, body: dict[str, Any]) -> None:
         from iwm_fast.results import write_result
 
         write_result(destination, kind, body)
+
+
+def byte_count(text: str) -> int:
+    """Bytes of a size such as 1000000, 512KB, 256MB or 1.5GB; UserError for another text."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
+    count = int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " ")) if match else 0
+    if count < 1:
+        raise UserError(f"{text}: not a size; write it as 1000000, 512KB, 256MB or 1.5GB")
+    return count

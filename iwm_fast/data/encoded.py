@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 
 from iwm_fast.data.structure import plain_jpeg, plain_png
 
-__all__ = ["BadSample", "Encoded", "decode_upright", "inspect", "reencode"]
+__all__ = ["BadSample", "Encoded", "decode_upright", "inspect", "reencode", "upright_size"]
 
 # What Pillow raises on damaged files, besides its own UnidentifiedImageError (an OSError).
 _PILLOW_ERRORS = (
@@ -61,6 +61,13 @@ class Encoded:
     width: int
     height: int
     lossless: bool = False
+
+
+def upright_size(raw: bytes) -> tuple[int, int]:
+    """Width and height of the upright image by the file's header; BadSample where Pillow cannot read it."""
+    image = _open(raw, 2**62)
+    width, height = image.size
+    return (height, width) if _orientation(image) >= 5 else (width, height)  # 5 to 8 lie on their side
 
 
 def inspect(raw: bytes, max_pixels: int) -> Encoded:
@@ -133,9 +140,14 @@ def _plain(image: Image.Image, raw: bytes) -> bool:
 
 
 def _upright(image: Image.Image) -> bool:
+    return _orientation(image) == 1
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF's, 1 to 8; 0 where the block that should hold it cannot be read."""
     if not image.info.keys() & {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}:
-        return True
+        return 1
     try:
-        return bool(image.getexif().get(_ORIENTATION, 1) == 1)
+        return int(image.getexif().get(_ORIENTATION, 1))
     except _PILLOW_ERRORS:
-        return False
+        return 0

@@ -36,6 +36,10 @@ class Source(Protocol):
         """A sample's encoded image. BadSample where it cannot be had, UserError where the whole place is gone."""
         ...
 
+    def size(self, sample: int) -> int:
+        """Bytes of a sample's encoded image. Errors as `read`."""
+        ...
+
     def extent(self, sample: int) -> tuple[str, int | None]:
         """(the storage's piece that holds the encoded image, its offset there or None where it is the whole piece)."""
         ...

@@ -40,6 +40,10 @@ class FolderSource:
             raise BadSample("the file is empty")
         return raw
 
+    def size(self, sample: int) -> int:
+        """The file's length."""
+        return self.storage.size(self._names[sample])
+
     def extent(self, sample: int) -> tuple[str, int | None]:
         """The file, whole."""
         return self._names[sample], None

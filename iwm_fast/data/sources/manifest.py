@@ -99,17 +99,21 @@ class ManifestSource:
     def read(self, sample: int) -> bytes:
         """The image's bytes, after their length and checksum were compared with those of the index."""
         size = int(self._bytes[sample])
+        if not size:
+            raise BadSample("was empty or unreadable when it was indexed")
         if self.kind == "folder":
             raw = self.storage.read(self._paths[sample])
         else:
             raw = self.storage.read(self._files[self._file[sample]], int(self._offset[sample]), size)
         if len(raw) != size:
             raise BadSample(f"changed since it was indexed: {len(raw)} bytes, and the index says {size}")
-        if not raw:
-            raise BadSample("the file is empty")
         if crc32c(raw) != self._crc[sample]:
             raise BadSample("changed since it was indexed: its checksum is another")
         return raw
+
+    def size(self, sample: int) -> int:
+        """From the manifest."""
+        return int(self._bytes[sample])
 
     def extent(self, sample: int) -> tuple[str, int | None]:
         """From the manifest."""

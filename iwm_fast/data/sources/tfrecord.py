@@ -58,6 +58,10 @@ class TFRecordSource:
             raise BadSample("image/encoded is empty")
         return raw
 
+    def size(self, sample: int) -> int:
+        """Of the image; reads the record."""
+        return len(self.read(sample))
+
     def extent(self, sample: int) -> tuple[str, int | None]:
         """The file, and where in it the image's bytes begin. Reads the record."""
         payload = self._payload(sample)

@@ -90,6 +90,10 @@ class WebDatasetSource:
             raise BadSample(f"its shard ends {size - len(raw)} bytes before the member does")
         return raw
 
+    def size(self, sample: int) -> int:
+        """The member's length."""
+        return int(self._size[sample])
+
     def extent(self, sample: int) -> tuple[str, int | None]:
         """The shard, and where in it the member's data begin."""
         return self.shards[self._shard[sample]], int(self._offset[sample])

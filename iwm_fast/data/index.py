@@ -1,0 +1,175 @@
+"""Writes the manifest of a source: what `sources.manifest` reads.
+
+It is written beside its final name and renamed when it is whole. A start that was killed leaves that file, which is the
+beginning of the manifest line by line: the next start keeps its whole lines, if the listing is still the same, and goes
+on behind them.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from iwm_fast.config.cores import usable_cores
+from iwm_fast.data.encoded import BadSample, upright_size
+from iwm_fast.data.sources import Source, open_source
+from iwm_fast.data.sources.checksum import crc32c
+from iwm_fast.data.sources.kinds import MANIFEST_FILE, is_manifest
+from iwm_fast.data.sources.manifest import COLUMNS, Header
+from iwm_fast.data.sources.names import escape
+from iwm_fast.data.sources.s3 import is_address
+from iwm_fast.data.workers import Span, in_order
+from iwm_fast.errors import UserError
+
+__all__ = ["write_index"]
+
+_SPAN = 500  # samples a process is given at a time: 0.1 s of work, and a progress bar that moves
+# Below this, starting processes (a second) takes longer than they save.
+_WORTH_PROCESSES = 5000
+
+TAB = "\t"
+Progress = Callable[[str, int, int | None], None]
+
+
+def write_index(
+    root: str | Path,
+    out: Path | None = None,
+    *,
+    source: str = "auto",
+    processes: int | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Read every image below `root` once and write its manifest to `out`, default `root`/iwm-fast-manifest.tsv.
+
+    Returns {manifest, source, samples, bytes, classes, unreadable, resumed}: unreadable are the samples without a
+    readable header (they are in the manifest, with 0 × 0 pixels), resumed the rows kept of a start that was killed.
+    UserError as `list_images`, and where `out` cannot be written or another start is writing it.
+    """
+    images = open_source(root, source, listed_anew=True)
+    out = _place(images, out)
+    names = [escape(images.name(i)) for i in range(len(images))]
+    labels, classes = images.labels
+    texts = [""] * len(names) if labels is None else [escape(classes[label]) for label in labels.tolist()]
+    header = Header(images.kind, _root_for(images.storage.root, out), len(images)).line()
+    beginning = f"{header}\n{TAB.join(COLUMNS)}\n".encode()
+    try:
+        with _beside(out) as file:
+            kept = _keep(file, beginning, names)
+            totals = Counter(samples=len(kept), bytes=sum(kept), unreadable=kept.count(0))
+            spans = [(at, min(at + _SPAN, len(names))) for at in range(len(kept), len(names), _SPAN)]
+            many = images.storage.readers == 1 and len(names) - len(kept) >= _WORTH_PROCESSES
+            answers = in_order(_measure, images, spans, (processes or usable_cores()) if many else 1)
+            for (first, last), rows in zip(spans, answers, strict=True):
+                for name, text, row in zip(names[first:last], texts[first:last], rows, strict=True):
+                    file.write(row.line(name, text))
+                    totals.update(samples=1, bytes=row.size, unreadable=int(not row.width))
+                file.flush()
+                if progress is not None:
+                    progress("index", last, len(names))
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written: {error.strerror or error}; name another file with --out") from error
+    return {
+        "manifest": str(out.absolute()),
+        "source": images.describe(),
+        "classes": len(classes),
+        "resumed": len(kept),
+        **totals,
+    }
+
+
+class _Row(NamedTuple):
+    """What reading a sample tells; zeros where nothing."""
+
+    size: int = 0
+    width: int = 0
+    height: int = 0
+    crc: int = 0
+    piece: str = ""
+    offset: int | str = ""
+
+    def line(self, name: str, label: str) -> bytes:
+        """The row, in the order of COLUMNS."""
+        words = (name, self.size, self.width, self.height, label, f"{self.crc:08x}", self.piece, self.offset)
+        return (TAB.join(map(str, words)) + "\n").encode("utf-8", "surrogateescape")
+
+
+def _measure(images: Source, span: Span) -> list[_Row]:
+    """The samples of a span; several reads at a time where each is a request."""
+    if images.storage.readers == 1:
+        return [_row(images, sample) for sample in range(*span)]
+    with ThreadPoolExecutor(images.storage.readers) as pool:
+        return list(pool.map(partial(_row, images), range(*span)))
+
+
+def _row(images: Source, sample: int) -> _Row:
+    try:
+        raw = images.read(sample)
+        piece, offset = images.extent(sample)
+    except BadSample:
+        return (
+            _Row() if images.kind == "folder" else _Row(piece=escape(images.name(sample).rpartition(":")[0]), offset=0)
+        )
+    try:
+        width, height = upright_size(raw)
+    except BadSample:
+        width, height = 0, 0
+    place = ("", "") if offset is None else (escape(piece), offset)
+    return _Row(len(raw), width, height, crc32c(raw), *place)
+
+
+def _place(images: Source, out: Path | None) -> Path:
+    if out is None and is_address(images.storage.root):
+        raise UserError(f"{images.storage.root} is a store: name the manifest's file on this machine with --out")
+    out = Path(images.storage.root) / MANIFEST_FILE if out is None else out
+    if out.is_dir():
+        out /= MANIFEST_FILE
+    if not is_manifest(out.name):
+        raise UserError(f"{out}: a manifest's name ends in .tsv; name another --out")
+    return out
+
+
+def _root_for(root: str, out: Path) -> str:
+    """Where the paths begin, as the manifest says it: relative where it lies there itself, so that both can move."""
+    return "." if not is_address(root) and out.absolute().parent.resolve() == Path(root).resolve() else root
+
+
+@contextmanager
+def _beside(out: Path) -> Iterator[BinaryIO]:
+    """The file that becomes `out` when the block ends well, held by a lock; what a killed start wrote is in it."""
+    partial_file = out.with_name(f".{out.name}.partial")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with partial_file.open("a+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"{out}: another start is writing it; wait for it") from error
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+        partial_file.replace(out)
+
+
+def _keep(file: BinaryIO, beginning: bytes, names: list[str]) -> list[int]:
+    """The bytes column of the rows that a killed start left and that are still right; the rest is cut off."""
+    file.seek(0)
+    sizes: list[int] = []
+    end = 0
+    if file.read(len(beginning)) == beginning:
+        end = len(beginning)
+        for line, name in zip(file, names, strict=False):
+            words = line.decode("utf-8", "surrogateescape").split(TAB)
+            if not line.endswith(b"\n") or len(words) != len(COLUMNS) or words[0] != name:
+                break
+            sizes.append(int(words[1]))
+            end += len(line)
+    file.truncate(end)
+    if not end:
+        file.write(beginning)
+    return sizes
