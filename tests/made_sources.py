@@ -1,0 +1,60 @@
+"""Images as a folder of classes, and as TFRecord files written byte by byte."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+import google_crc32c
+from made_images import encode, picture
+
+
+def write_classes(root: Path, count=12, classes=("cat", "dog"), *, first=0):
+    """`count` JPEGs of slightly different sizes, in a folder a class; returns their bytes by path below the root."""
+    made = {}
+    for number in range(first, first + count):
+        name = f"{classes[number % len(classes)]}/{number:03d}.jpg"
+        made[name] = encode(picture(40 + number % 7, 30 + number % 5, number))
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(made[name])
+    return dict(sorted(made.items()))
+
+
+def _varint(value):
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*out, value])
+
+
+def _field(number, data):
+    return _varint(number << 3 | 2) + _varint(len(data)) + data
+
+
+def example(image, label=None):
+    """A serialized tf.train.Example, byte by byte from the wire format."""
+    features = {"image/encoded": _field(1, _field(1, image)), "image/format": _field(1, _field(1, b"JPEG"))}
+    if label is not None:
+        features["image/class/label"] = _field(3, _field(1, _varint(label)))
+    entries = b"".join(_field(1, _field(1, name.encode()) + _field(2, value)) for name, value in features.items())
+    return _field(1, entries)
+
+
+def _masked(data):
+    crc = google_crc32c.value(data)
+    return struct.pack("<I", ((crc >> 15 | crc << 17 & 0xFFFFFFFF) + 0xA282EAD8) & 0xFFFFFFFF)
+
+
+def write_records(path: Path, payloads, *, index=False):
+    """A TFRecord file of the payloads; index: with the file that DALI's tfrecord2idx writes. Returns the offsets."""
+    offsets, lines = [], []
+    with path.open("wb") as file:
+        for payload in payloads:
+            offsets.append(file.tell())
+            length = struct.pack("<Q", len(payload))
+            file.write(length + _masked(length) + payload + _masked(payload))
+            lines.append(f"{offsets[-1]} {file.tell() - offsets[-1]}\n")
+    if index:
+        Path(f"{path}.idx").write_text("".join(lines))
+    return offsets
