@@ -88,7 +88,9 @@ def pretrain(
 @app.command(epilog="Example: iwm-fast evaluate runs/a --data photos --what mrr,knn,linear --json a.json")
 def evaluate(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A folder that pretrain wrote.")],
-    data: Annotated[Path, typer.Option("--data", metavar="DIR", help="Images: train/ and test/, or one to be split.")],
+    data: Annotated[
+        str, typer.Option("--data", metavar="DIR", help="Images: train/ and test/ in it, or to be split; also s3://.")
+    ],
     what: Annotated[str, typer.Option("--what", help="What to measure, with commas between.")] = "mrr,knn,linear",
     checkpoint: Annotated[str, typer.Option("--checkpoint", help="latest, or a name such as step_000500.")] = "latest",
     images: Annotated[

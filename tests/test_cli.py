@@ -30,6 +30,8 @@ COMMANDS = [
     ["data", "synth"],
     ["data", "preview"],
     ["data", "verify"],
+    ["data", "index"],
+    ["data", "shard"],
 ]
 
 
@@ -89,6 +91,11 @@ WRONG = {
     "data for demo": (
         ["demo", "--out", "somewhere", "data.root=x"],
         "command line: data.root: demo draws its own images",
+    ),
+    "no size": (["data", "shard", "x", "--out", "y", "--shard-size", "many"], "many: not a size; write it as 1000000"),
+    "unknown source": (
+        ["data", "index", "x", "--source", "tape"],
+        "Invalid value for '--source': 'tape' is not one of 'auto', 'folder', 'webdataset', 'tfrecord'.",
     ),
     "not an override": (
         ["data", "preview", "x", "--out", "y", "demo", "z"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -19,9 +20,18 @@ Root = Annotated[
         help="Folder of images, of .tar shards or of TFRecord files, the same as s3://bucket/prefix, or a manifest.",
     ),
 ]
-SourceKind = Annotated[
-    str, typer.Option("--source", metavar="auto|folder|webdataset|tfrecord", help="What to take, where several are.")
-]
+
+
+class Kind(StrEnum):
+    """The values of data.source."""
+
+    AUTO = "auto"
+    FOLDER = "folder"
+    WEBDATASET = "webdataset"
+    TFRECORD = "tfrecord"
+
+
+SourceKind = Annotated[Kind, typer.Option("--source", help="What to take, where several are.")]
 
 app = typer.Typer(help="Draw, look at, check, index and pack images.", no_args_is_help=True)
 
@@ -67,7 +77,7 @@ def preview(
 @app.command(epilog="Example: iwm-fast data verify photos --json verdict.json")
 def verify(
     root: Root,
-    source: SourceKind = "auto",
+    source: SourceKind = Kind.AUTO,
     json: Json = None,
 ) -> None:
     """Decode every image as training would and name those that cannot be. Training skips and replaces them."""
@@ -89,7 +99,7 @@ def index(
     out: Annotated[
         Path | None, typer.Option("--out", metavar="FILE", help="Default: DIR/iwm-fast-manifest.tsv.")
     ] = None,
-    source: SourceKind = "auto",
+    source: SourceKind = Kind.AUTO,
     json: Json = None,
 ) -> None:
     """Write a manifest of all images (path, bytes, size, label, checksum): a training starts from it without listing.
@@ -121,7 +131,7 @@ def shard(
     shard_size: Annotated[
         str, typer.Option("--shard-size", metavar="SIZE", help="Of a shard, in bytes, KB, MB or GB (powers of 1024).")
     ] = "256MB",
-    source: SourceKind = "auto",
+    source: SourceKind = Kind.AUTO,
     json: Json = None,
 ) -> None:
     """Pack images into WebDataset tar shards with the indexes of DALI's reader; the same images give the same bytes.

@@ -1,5 +1,6 @@
-"""Files to views: from a folder of images to batches of source, target, action and masks.
+"""Files to views: from images on disk or in a store to batches of source, target, action and masks.
 
-files → samples (encoded, structure, bad) → loader (views, masks, randomness) → graph (pipeline) → batch; clean for
-evaluation, synth, preview and verify for the command line. Nothing is imported here: DALI takes half a second.
+sources (folder, shards, TFRecord, manifest) → files → samples (encoded, structure, bad) → loader (views, masks,
+randomness) → graph (pipeline) → batch; clean for evaluation; synth, preview, verify, index and shards for the command
+line. Nothing is imported here: DALI takes half a second.
 """

@@ -215,11 +215,15 @@ def _ahead(images: Source, shard: list[_Sample]) -> Iterator[tuple[_Sample, byte
     coming: deque[tuple[_Sample, Future[bytes]]] = deque()
     with ThreadPoolExecutor(readers) as pool:
         for sample in shard:
-            coming.append((sample, pool.submit(images.read, sample.number)))
+            coming.append((sample, pool.submit(_bytes, images, sample)))
             if len(coming) > readers:
                 yield _arrived(images, *coming.popleft())
         while coming:
             yield _arrived(images, *coming.popleft())
+
+
+def _bytes(images: Source, sample: _Sample) -> bytes:
+    return images.read(sample.number) if sample.size else b""  # an empty file is no less a sample, and a bad one
 
 
 def _arrived(images: Source, sample: _Sample, coming: Future[bytes]) -> tuple[_Sample, bytes]:

@@ -178,6 +178,11 @@ def _announce(run: Run, files: ImageSet, saved: Checkpoint | None, progress: Tra
         f"global batch {config.train.global_batch} = "
         f"{run.ranks.world} × {run.trainer.stream.accumulation} × {run.trainer.stream.micro_batch}"
     )
+    if saved and saved.index.get("images", len(files)) != len(files):
+        progress.say(
+            f"the data have {len(files)} images now and had {saved.index['images']} when the checkpoint was written: "
+            "what is left of the order is another one (iwm-fast data index keeps the list as it is)"
+        )
     if saved:
         progress.say(f"resumed from {saved.path}: the next step is {run.trainer.step + 1} of {run.stop_at}")
     if run.trainer.step >= run.stop_at:
@@ -227,6 +232,7 @@ def _save(run: Run) -> None:
         "updates": trainer.updates,
         "samples_seen": trainer.step * run.config.train.global_batch,
         "written_by": {"world": run.ranks.world, "stage": run.zero.stage},
+        "images": run.trainer.dataset_size,
         "action_names": list(ActionSpace(run.config.actions.groups, run.config.actions.form).names),
     }
     parts = fragments(run.zero, run.average, run.ranks)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import signal
+from itertools import chain
 
 import pytest
 
@@ -20,7 +21,7 @@ def _double(given, span):
 @pytest.mark.parametrize("processes", [1, 3])
 def test_helpers_answer_in_order_and_pass_errors_on(processes):
     spans = [(i, i + 3) for i in range(0, 30, 3)]
-    assert sum(in_order(_double, 100, spans, processes), []) == list(range(0, 60, 2))
+    assert list(chain(*in_order(_double, 100, spans, processes))) == list(range(0, 60, 2))
     with pytest.raises(UserError, match="a message"):
         list(in_order(_double, 12, spans, processes))
 

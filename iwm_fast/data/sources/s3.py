@@ -101,7 +101,7 @@ class S3Storage:
 
     def has(self, name: str) -> bool:
         """Whether there is such an object; asked for by a list, which needs no right to look at it."""
-        page = self._ask(name, lambda: self._list(name, MaxKeys=1))
+        page = self._ask(self.root, lambda: self._list(name, MaxKeys=1))
         return any(entry["Key"] == self._prefix + name for entry in page.get("Contents", ()))
 
     def any(self) -> bool:
