@@ -78,6 +78,9 @@ def preview(
 def verify(
     root: Root,
     source: SourceKind = Kind.AUTO,
+    max_pixels: Annotated[
+        int | None, typer.Option("--max-pixels", min=1, help="The training's data.max_pixels; default: its default.")
+    ] = None,
     json: Json = None,
 ) -> None:
     """Decode every image as training would and name those that cannot be. Training skips and replaces them."""
@@ -85,7 +88,8 @@ def verify(
     from iwm_fast.data.verify import verify as verify_images
 
     with counting() as progress:
-        verdict = verify_images(root, source=source, progress=progress)
+        limit = {} if max_pixels is None else {"max_pixels": max_pixels}
+        verdict = verify_images(root, source=source, progress=progress, **limit)
     if json != "-":
         typer.echo(f"{root}: {verdict['decoded']} of {verdict['files']} files decode ({verdict['source']})")
         if verdict["bad"]:

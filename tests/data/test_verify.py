@@ -3,7 +3,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import pytest
 import reference_views as reference
 from made_images import encode, picture, turned, write_images
 
@@ -11,8 +10,6 @@ from iwm_fast.data.clean import load_clean
 from iwm_fast.data.encoded import decode_upright
 from iwm_fast.data.files import list_images
 from iwm_fast.data.verify import verify
-
-VARIETY = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "variety"
 
 
 def write(root, **files):
@@ -62,16 +59,3 @@ def test_a_batch_in_which_nothing_decodes_is_empty(tmp_path):
     assert first.images.shape == (0, 24, 24, 3)
     assert list(first.failed) == [0]
     assert second.rows.tolist() == [1]
-
-
-@pytest.mark.skipif(not VARIETY.is_dir(), reason="the folder of awkward files is not at hand")
-def test_the_verdict_on_awkward_files_is_pillows():
-    lines = (VARIETY / "MANIFEST.tsv").read_text().splitlines()[1:]
-    expected = {line.split("\t")[0]: line.split("\t")[2] for line in lines}
-    found = verify(VARIETY, device="cpu", threads=1)
-    assert found["files"] == len(expected)
-    bad = {Path(entry["file"]).name for entry in found["bad"]}
-    wrong = {
-        name for name, verdict in expected.items() if verdict != "either" and (name in bad) != (verdict == "rejects")
-    }
-    assert not wrong

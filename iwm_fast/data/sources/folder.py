@@ -6,7 +6,6 @@ from functools import cached_property
 
 from iwm_fast.data.encoded import BadSample
 from iwm_fast.data.sources.base import Labels, folder_labels
-from iwm_fast.data.sources.kinds import is_image
 from iwm_fast.data.sources.names import Names
 from iwm_fast.data.sources.storage import Storage
 
@@ -14,7 +13,7 @@ __all__ = ["FolderSource"]
 
 
 class FolderSource:
-    """The images among the given names of a storage, by their extension, in the names' order.
+    """Files of a storage, an image each, in the order given.
 
     Where every image lies in a sub-folder and there are at least two of these, the first folder of its path is its
     class.
@@ -24,7 +23,7 @@ class FolderSource:
 
     def __init__(self, storage: Storage, names: list[str]) -> None:
         self.storage = storage
-        self._names = Names.of(name for name in names if is_image(name))
+        self._names = Names.of(names)
 
     def __len__(self) -> int:
         return len(self._names)

@@ -56,7 +56,8 @@ def open_source(
 
         source: Source = TFRecordSource(storage, names)
     else:
-        source = FolderSource(storage, names) if chosen == "folder" else WebDatasetSource(storage, names)
+        images = [name for name in names if is_image(name)]
+        source = FolderSource(storage, images) if chosen == "folder" else WebDatasetSource(storage, names)
     if not len(source):
         raise UserError(f"{root} holds no image: its {_KINDS[chosen][1]} are without one")
     return source
@@ -100,6 +101,8 @@ def _of_manifest(storage: Storage, name: str, kind: str, patience: Patience) -> 
     except BadSample as error:
         raise UserError(f"{shown}: {error.reason}") from error
     root = root_of(text, shown)
+    if root != "." and not is_address(root) and not Path(root).exists():
+        raise UserError(f"{shown}: its images were in {root}, which does not exist; index them where they are now")
     if root != ".":
         place, only = _place(root, patience)
         storage = place if only is None else storage

@@ -143,7 +143,7 @@ class S3Storage:
                         connect_timeout=self._patience.timeout_s,
                         read_timeout=self._patience.timeout_s,
                         retries={"total_max_attempts": 1},  # ours also cover what breaks while a body is read
-                        max_pool_connections=2 * _READERS,
+                        max_pool_connections=256,  # as many as data.readers allows
                         request_checksum_calculation="when_required",  # stores other than Amazon's have no others
                         response_checksum_validation="when_required",
                     ),

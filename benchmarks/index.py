@@ -1,0 +1,116 @@
+"""How long a folder of many small files takes to index, and what its manifest saves at the start of a training.
+
+    python -m benchmarks.index --out SCRATCH --files 100000 --json FILE
+
+Draws the files below SCRATCH (JPEGs of 32 x 32 pixels in ten folders of classes), indexes them with the command that a
+user types, opens folder and manifest in turn, trains two steps from each, and removes them again. The page cache holds
+the files, which were just written; elapsed time on a machine with other work says more of that work, so the load beside
+is recorded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from iwm_fast.data.files import list_images
+from iwm_fast.data.sources import open_source
+from iwm_fast.results import write_result
+
+REPEATS = 3
+TINY = (
+    "vit_tiny_p4_32.yaml",
+    "model.encoder={depth: 1, width: 16, heads: 2}",
+    "model.predictor.depth=1",
+    "model.predictor.width=16",
+    "model.predictor.heads=2",
+    "train.global_batch=8",
+    "train.schedule_steps=2",
+    "log.every_steps=1",
+    "log.tensorboard=false",
+)
+
+
+def draw(root: Path, files: int) -> None:
+    """`files` different JPEGs, a thousand a folder."""
+    rng = np.random.default_rng(0)
+    for number in range(files):
+        folder = root / f"class{number // 1000 % 10}" / f"{number // 1000:05d}"
+        if number % 1000 == 0:
+            folder.mkdir(parents=True)
+        coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+        buffer = io.BytesIO()
+        coarse.resize((32, 32)).save(buffer, "JPEG")
+        (folder / f"{number:08d}.jpg").write_bytes(buffer.getvalue())
+
+
+def timed(work: Any) -> dict[str, float]:
+    """Medians of elapsed and of this process's own seconds."""
+    elapsed, own = [], []
+    for _ in range(REPEATS):
+        began, began_own = time.perf_counter(), time.process_time()
+        work()
+        elapsed.append(time.perf_counter() - began)
+        own.append(time.process_time() - began_own)
+    return {"seconds": median(elapsed), "cpu_seconds": median(own)}
+
+
+def command(*words: str) -> dict[str, float]:
+    """Elapsed and processor seconds of an iwm-fast command, its helping processes included."""
+    before = os.times()
+    subprocess.run([sys.executable, "-m", "iwm_fast", *words], check=True)
+    after = os.times()
+    used = after.children_user - before.children_user + after.children_system - before.children_system
+    return {"seconds": after.elapsed - before.elapsed, "cpu_seconds": used}
+
+
+def first_step(root: Path, run: Path) -> float:
+    """Seconds from the start of `pretrain` to the end of its first step."""
+    shutil.rmtree(run, ignore_errors=True)
+    command("pretrain", *TINY, f"data.root={root}", "--out", str(run))
+    return float(json.loads((run / "metrics.jsonl").read_text().splitlines()[0])["first_step_after_s"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, metavar="SCRATCH", help="A folder that does not exist yet.")
+    parser.add_argument("--files", type=int, default=100_000)
+    parser.add_argument("--json", required=True, metavar="FILE")
+    given = parser.parse_args()
+    given.out.mkdir(parents=True)
+    try:
+        images, manifest = given.out / "images", given.out / "manifest.tsv"
+        draw(images, given.files)
+        load = os.getloadavg()[0]
+        indexed = command("data", "index", str(images), "--out", str(manifest))
+        results = {
+            "files": given.files,
+            "load_before": load,
+            "index": indexed,
+            "open_manifest": timed(lambda: list_images(manifest)),
+            "list_folder": timed(lambda: open_source(images)),
+            "first_step_after_s": {
+                "manifest": first_step(manifest, given.out / "run"),
+                "folder": first_step(images, given.out / "run"),
+            },
+            "manifest_bytes": manifest.stat().st_size,
+        }
+    finally:
+        shutil.rmtree(given.out)
+    write_result(given.json, "benchmark-index", results)
+
+
+if __name__ == "__main__":
+    main()
