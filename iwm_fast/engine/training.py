@@ -15,6 +15,7 @@ import torch.distributed as dist
 from iwm_fast.actions import ActionSpace
 from iwm_fast.config import Config
 from iwm_fast.config.cores import usable_cores
+from iwm_fast.config.length import training_steps
 from iwm_fast.data.files import ImageSet, list_images
 from iwm_fast.data.loader import TrainingStream
 from iwm_fast.engine import checkpoint
@@ -36,7 +37,7 @@ from iwm_fast.models.attention import resolve_backend
 from iwm_fast.models.iwm import IWM
 from iwm_fast.planning.environment import environment
 
-__all__ = ["pretrain", "training_steps"]
+__all__ = ["pretrain"]
 
 
 @dataclass
@@ -50,13 +51,6 @@ class Run:
     average: TargetAverage | None
     trainer: Trainer
     stop_at: int
-
-
-def training_steps(config: Config, images: int) -> int:
-    """Length of the schedules in steps: ``train.schedule_steps``, or ``train.epochs`` passes over ``images``."""
-    if config.train.schedule_steps is not None:
-        return config.train.schedule_steps
-    return max(1, round(config.train.epochs * images / config.train.global_batch))
 
 
 def pretrain(config: Config, out: Path, resume: str = "never") -> None:

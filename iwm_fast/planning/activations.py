@@ -36,7 +36,7 @@ class _Form:
     def norm(self, tokens: int, width: int) -> int:
         return tokens * (width * self.element + _STATISTICS)
 
-    def mlp(self, tokens: int, width: int, hidden: int) -> int:
+    def mlp(self, tokens: int, hidden: int) -> int:
         """What `conditioned_mlp` keeps beside its input."""
         return tokens * 2 * hidden * self.element if self.hidden_kept else 0
 
@@ -44,7 +44,7 @@ class _Form:
         """A transformer block of which `kept` tokens go through the MLP."""
         attention = self.norm(tokens, width) + tokens * (5 * width * self.element + 4 * heads)
         into_mlp = self.norm(kept, width) if self.hidden_kept else 0
-        return attention + into_mlp + kept * width * self.element + self.mlp(kept, width, hidden)
+        return attention + into_mlp + kept * width * self.element + self.mlp(kept, hidden)
 
 
 def activations(config: Config, tokens: Tokens, *, hidden_kept: bool = False) -> Activations:
@@ -74,7 +74,7 @@ def _predictor(config: Config, form: _Form, tokens: Tokens) -> tuple[int, int]:
     recompute = config.train.activation_checkpointing
     ends = seen * outer * e + form.norm(asked, width) + asked * width * e + asked * outer * e  # in, out, loss
     if predictor.kind == "mlp":
-        block = (form.norm(seen, width) if form.hidden_kept else 0) + seen * width * e + form.mlp(seen, width, hidden)
+        block = (form.norm(seen, width) if form.hidden_kept else 0) + seen * width * e + form.mlp(seen, hidden)
         return ends + predictor.depth * (seen * width * e if recompute else block), block
     kinds = predictor.conditioning.split("+")
     actions = ActionSpace(config.actions.groups, config.actions.form).dim
@@ -83,5 +83,5 @@ def _predictor(config: Config, form: _Form, tokens: Tokens) -> tuple[int, int]:
     last = form.block(joined, width, predictor.head_count, hidden, asked)
     blocks = predictor.depth * joined * width * e if recompute else (predictor.depth - 1) * block + last
     if "feature" in kinds:
-        ends += 3 * asked * width * e + form.mlp(asked, width, width)
+        ends += 3 * asked * width * e + form.mlp(asked, width)
     return ends + blocks + joined * 2 * _INDEX, block

@@ -31,17 +31,18 @@ class Device:
 
 
 _GB = 10**9
+_SHEETS = "nvidia.com/en-us/data-center/"
 
 DEVICES: dict[str, Device] = {
     device.name: device
     for device in (
         # 8 × 400 Gb/s InfiniBand a host (DGX B200, DGX H200, DGX H100 data sheets), 8 × 200 Gb/s (DGX A100).
-        Device("b200", "B200", 2250e12, 180 * _GB, 8.0e12, "NVLink", 900e9, 50e9, "nvidia.com/en-us/data-center/dgx-b200"),
-        Device("h200", "H200", 989e12, 141 * _GB, 4.8e12, "NVLink", 450e9, 50e9, "nvidia.com/en-us/data-center/h200"),
-        Device("h100", "H100", 989e12, 80 * _GB, 3.35e12, "NVLink", 450e9, 50e9, "nvidia.com/en-us/data-center/h100 (SXM)"),
-        Device("a100", "A100", 312e12, 80 * _GB, 2.039e12, "NVLink", 300e9, 25e9, "nvidia.com/en-us/data-center/a100 (SXM, 80 GB)"),
-        Device("a100-40gb", "A100", 312e12, 40 * _GB, 1.555e12, "NVLink", 300e9, 25e9, "nvidia.com/en-us/data-center/a100 (SXM, 40 GB)"),
-        Device("l40s", "L40S", 362e12, 48 * _GB, 0.864e12, "PCIe", 32e9, 12.5e9, "nvidia.com/en-us/data-center/l40s"),
+        Device("b200", "B200", 2250e12, 180 * _GB, 8.0e12, "NVLink", 900e9, 50e9, _SHEETS + "dgx-b200"),
+        Device("h200", "H200", 989e12, 141 * _GB, 4.8e12, "NVLink", 450e9, 50e9, _SHEETS + "h200"),
+        Device("h100", "H100", 989e12, 80 * _GB, 3.35e12, "NVLink", 450e9, 50e9, _SHEETS + "h100 (SXM)"),
+        Device("a100", "A100", 312e12, 80 * _GB, 2.039e12, "NVLink", 300e9, 25e9, _SHEETS + "a100 (SXM, 80 GB)"),
+        Device("a100-40gb", "A100", 312e12, 40 * _GB, 1.555e12, "NVLink", 300e9, 25e9, _SHEETS + "a100 (SXM, 40 GB)"),
+        Device("l40s", "L40S", 362e12, 48 * _GB, 0.864e12, "PCIe", 32e9, 12.5e9, _SHEETS + "l40s"),
     )
 }  # fmt: skip
 

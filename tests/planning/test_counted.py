@@ -31,7 +31,9 @@ NAMES = [f"stage {s} {p} micro {m}" for s, p, m in SHAPES]
 MORE = pytest.mark.skipif(not os.environ.get("IWM_TEST_MORE_RANKS"), reason="set IWM_TEST_MORE_RANKS=1: a minute")
 
 
-@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=MORE), pytest.param(4, marks=MORE)], ids="{} ranks".format)
+@pytest.fixture(
+    scope="module", params=[2, pytest.param(3, marks=MORE), pytest.param(4, marks=MORE)], ids="{} ranks".format
+)
 def counted(request, tiny_images, tmp_path_factory):
     """(ranks, what each case's ranks counted)."""
     world, out = request.param, tmp_path_factory.mktemp("counted")

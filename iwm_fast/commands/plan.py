@@ -1,0 +1,91 @@
+"""`iwm-fast plan`: memory, time and cost of a run before it starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from iwm_fast.commands.options import CONFIG_HELP, Json, Overrides, answer
+
+__all__ = ["plan"]
+
+_IMAGENET_1K = 1_281_167
+
+
+def plan(
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help=CONFIG_HELP)],
+    overrides: Overrides = None,
+    nodes: Annotated[int, typer.Option("--nodes", min=1, help="Hosts.")] = 1,
+    gpus_per_node: Annotated[int, typer.Option("--gpus-per-node", min=1, help="GPUs of each, one rank a GPU.")] = 8,
+    gpu: Annotated[str, typer.Option("--gpu", help="h200, h100, a100, a100-40gb, b200 or l40s.")] = "h200",
+    images: Annotated[
+        int | None, typer.Option("--images", min=1, help="Images of the set; default: counted in data.root.")
+    ] = None,
+    mfu: Annotated[
+        float | None, typer.Option("--mfu", min=0.01, max=1.0, help="Share of the GPU's rate; default: a result's.")
+    ] = None,
+    network: Annotated[
+        float | None, typer.Option("--network", min=0.01, help="GB/s of one GPU between hosts, one direction.")
+    ] = None,
+    data_rate: Annotated[
+        float | None, typer.Option("--data-rate", min=0.01, help="Images/s that the input path makes for a GPU.")
+    ] = None,
+    results: Annotated[
+        Path | None, typer.Option("--results", metavar="DIR", help="Measurements; default: benchmarks/results.")
+    ] = None,
+    json: Json = None,
+    plot: Annotated[Path | None, typer.Option("--plot", metavar="PNG", help="Draw the scaling to 1,024 GPUs.")] = None,
+) -> None:
+    """Work out memory by kind, step time by part, hours and the ZeRO stage to choose, without a GPU."""
+    from iwm_fast.config.load import find_config, load_config
+
+    loaded = load_config(find_config(config), overrides or [])
+    from dataclasses import asdict
+
+    from iwm_fast.console import print_table
+    from iwm_fast.planning import answer as said
+    from iwm_fast.planning.devices import find_device
+    from iwm_fast.planning.plan import Cluster, Planner
+    from iwm_fast.planning.rates import compute_rate, packaged_results
+    from iwm_fast.planning.scaling import draw_scaling, scaling
+
+    device = find_device(gpu)
+    rate = compute_rate(device, loaded, results or packaged_results(), mfu)
+    cluster = Cluster(device, nodes, gpus_per_node, rate, network * 1e9 if network else device.network, data_rate)
+    counted = images or _counted(loaded.data.root)
+    planner = Planner(loaded)
+    stages = planner.stages(cluster)
+    choice = planner.choose(stages, cluster)
+    record = said.document(planner, cluster, stages, choice, counted or _IMAGENET_1K, images_assumed=counted is None)
+    points = scaling(planner, cluster) if json or plot else None
+    if points:
+        record["scaling"] = {kind: [asdict(p) for p in line] for kind, line in points.items()}
+    if plot and points:
+        draw_scaling(
+            points, f"{Path(config).name} on {device.name}, {gpus_per_node} a host; compute {rate.origin}", plot
+        )
+    if json != "-":
+        columns = (
+            "stage", "micro-batch", "GB a GPU", "forward ms", "backward ms", "optimizer ms", "messages ms (not hidden)",
+            f"{device.link_name} / network ms", "data ms", "step ms", "images/s",
+        )  # fmt: skip
+        print_table("planned step", columns, said.stage_rows(stages, loaded.train.global_batch, choice.stage))
+        print_table(
+            "GB of a GPU by kind",
+            ("stage", "parameters", "gradients", "optimizer", "EMA", "activations", "workspace"),
+            said.memory_rows(stages),
+        )
+        for line in said.sentences(record, points):
+            typer.echo(line)
+    answer(json, "plan", record)
+
+
+def _counted(root: str | None) -> int | None:
+    """How many images data.root holds; None where it is not set or not on this machine."""
+    if root is None or not Path(root).is_dir():
+        return None
+    from iwm_fast.data.files import list_images
+
+    return len(list_images(Path(root)).paths)
