@@ -40,9 +40,13 @@ class _Form:
         """What `conditioned_mlp` keeps beside its input."""
         return tokens * 2 * hidden * self.element if self.hidden_kept else 0
 
-    def block(self, tokens: int, width: int, heads: int, hidden: int, kept: int) -> int:
-        """A transformer block of which `kept` tokens go through the MLP."""
+    def block(self, tokens: int, width: int, heads: int, hidden: int, kept: int | None = None) -> int:
+        """A transformer block; only `kept` tokens, then copied out, go on after its attention."""
         attention = self.norm(tokens, width) + tokens * (5 * width * self.element + 4 * heads)
+        if kept is None:
+            kept = tokens
+        else:
+            attention += kept * width * self.element
         into_mlp = self.norm(kept, width) if self.hidden_kept else 0
         return attention + into_mlp + kept * width * self.element + self.mlp(kept, hidden)
 
@@ -52,16 +56,16 @@ def activations(config: Config, tokens: Tokens, *, hidden_kept: bool = False) ->
     form = _Form(2 if config.train.precision == "bf16" else 4, hidden_kept)
     encoder, encoder_block = _encoder(config, form, int(tokens.context.sum()))
     predictor, predictor_block = _predictor(config, form, tokens)
-    width, images = config.model.encoder_shape.width, len(tokens.context)
-    target = images * config.model.grid**2 * width * form.element
-    kept = encoder + predictor + (0 if hidden_kept else target)  # the loss kernel keeps the target's tokens too
+    # The loss kernel keeps the target's tokens too.
+    target = int(tokens.predicted.sum()) * config.model.encoder_shape.width * form.element
+    kept = encoder + predictor + (0 if hidden_kept else target)
     # Backward through a block holds about as much again as it kept: the gradients of the same tensors.
     return Activations(kept, max(encoder_block, predictor_block))
 
 
 def _encoder(config: Config, form: _Form, tokens: int) -> tuple[int, int]:
     shape, patch = config.model.encoder_shape, config.model.patch
-    block = form.block(tokens, shape.width, shape.heads, round(shape.width * shape.mlp_ratio), tokens)
+    block = form.block(tokens, shape.width, shape.heads, round(shape.width * shape.mlp_ratio))
     pixels = tokens * 3 * patch * patch * form.element
     kept = tokens * shape.width * form.element if config.train.activation_checkpointing else block
     return pixels + shape.depth * kept + form.norm(tokens, shape.width), block
@@ -79,7 +83,7 @@ def _predictor(config: Config, form: _Form, tokens: Tokens) -> tuple[int, int]:
     kinds = predictor.conditioning.split("+")
     actions = ActionSpace(config.actions.groups, config.actions.form).dim
     joined = seen + asked + (len(tokens.context) * actions if "sequence" in kinds else 0)
-    block = form.block(joined, width, predictor.head_count, hidden, joined)
+    block = form.block(joined, width, predictor.head_count, hidden)
     last = form.block(joined, width, predictor.head_count, hidden, asked)
     blocks = predictor.depth * joined * width * e if recompute else (predictor.depth - 1) * block + last
     if "feature" in kinds:
