@@ -72,6 +72,7 @@ setup(
             "wheel>=0.43",
         ],
         "bench": ["psutil>=6"],
+        "wandb": ["wandb>=0.25,<1"],
     },
     classifiers=[
         "Development Status :: 3 - Alpha",

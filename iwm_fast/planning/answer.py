@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from iwm_fast.config.length import training_steps
 from iwm_fast.planning import fabric, plan, steptime
+from iwm_fast.planning.length import training_steps
 from iwm_fast.planning.plan import Choice, Cluster, Planner, Stage, stage_record
 from iwm_fast.planning.scaling import Point
 from iwm_fast.planning.steptime import image_flops

@@ -33,6 +33,11 @@ class StepCounter:
         self._parts: dict[str, list[float]] = {}
         self._flops = 0.0
 
+    @property
+    def steps(self) -> int:
+        """Steps added since the last ``take``."""
+        return len(self._steps)
+
     def count(self, context: NDArray[np.int64], predicted: NDArray[np.int64]) -> None:
         """Count a micro-batch's operations from the images' token counts, both (B,)."""
         self._flops += step_flops(self._model, self._action_dim, context, predicted).total

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from iwm_fast.config.schema import Config
+from iwm_fast.config import Config
 
 __all__ = ["training_steps"]
 
