@@ -210,6 +210,8 @@ def _loop(run: Run, space: ActionSpace, progress: TrainingProgress) -> None:
                 _save(run)
                 trainer.restart_clock()
             if stopping:
+                if ranks.first and trainer.step < run.stop_at:
+                    run.directory.mark_stopped(trainer.step)
                 progress.say(
                     f"stopped as asked after step {trainer.step}, checkpoint written; go on with --resume auto"
                 )
