@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from iwm_fast.commands.options import CONFIG_HELP, Json, Overrides, answer
 
-__all__ = ["plan"]
+if TYPE_CHECKING:
+    from iwm_fast.config import Config
+    from iwm_fast.planning.plan import Planner
+
+__all__ = ["plan", "planner_of"]
 
 _IMAGENET_1K = 1_281_167
 
@@ -47,7 +51,7 @@ def plan(
     from iwm_fast.console import print_table
     from iwm_fast.planning import answer as said
     from iwm_fast.planning.devices import find_device
-    from iwm_fast.planning.plan import Cluster, Planner
+    from iwm_fast.planning.plan import Cluster
     from iwm_fast.planning.rates import compute_rate, packaged_results
     from iwm_fast.planning.scaling import draw_scaling, scaling
 
@@ -55,7 +59,7 @@ def plan(
     rate = compute_rate(device, loaded, results or packaged_results(), mfu)
     cluster = Cluster(device, nodes, gpus_per_node, rate, network * 1e9 if network else device.network, data_rate)
     counted = images or _counted(loaded.data.root)
-    planner = Planner(loaded)
+    planner = planner_of(loaded)
     stages = planner.stages(cluster)
     choice = planner.choose(stages, cluster)
     record = said.document(planner, cluster, stages, choice, counted or _IMAGENET_1K, images_assumed=counted is None)
@@ -80,6 +84,26 @@ def plan(
         for line in said.sentences(record, points):
             typer.echo(line)
     answer(json, "plan", record)
+
+
+def planner_of(config: Config, images: int = 2048) -> Planner:
+    """A planner with the token counts of the run's first images, as training draws them.
+
+    With I-JEPA's masks the mean of 2,048 context lengths is known to about 0.3 %.
+    """
+    import numpy as np
+
+    from iwm_fast.data.loader import divide_batch
+    from iwm_fast.data.masks import MaskSampler
+    from iwm_fast.planning.plan import Planner
+    from iwm_fast.planning.tokens import Tokens
+
+    exclude = "geometric" not in config.actions.groups
+    sampler = MaskSampler(config.masks, config.model.grid, config.train.seed, exclude=exclude)
+    patches = sampler.draw(np.zeros(images, np.int64), np.arange(images, dtype=np.int64))
+    own = config.model.predictor.kind == "mlp"  # it answers for the context's own patches
+    tokens = Tokens(patches.context_lengths, patches.context_lengths if own else patches.target_lengths)
+    return Planner(config, tokens, divide_batch)
 
 
 def _counted(root: str | None) -> int | None:

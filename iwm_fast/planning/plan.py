@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from iwm_fast.config import Config
-from iwm_fast.data.loader import divide_batch
 from iwm_fast.planning.activations import activations
 from iwm_fast.planning.communication import Collective, ring_bytes, step_collectives
 from iwm_fast.planning.devices import Device
@@ -16,12 +15,15 @@ from iwm_fast.planning.layout import Layout, layout_of
 from iwm_fast.planning.memory import Memory, state_memory
 from iwm_fast.planning.rates import Rate
 from iwm_fast.planning.steptime import StepTime, step_time
-from iwm_fast.planning.tokens import Tokens, draw_tokens
+from iwm_fast.planning.tokens import Tokens
 
 __all__ = ["Choice", "Cluster", "Planner", "Stage", "stage_record"]
 
 # Assumed: CUDA's and NCCL's own memory, the decoders', and what the allocator loses between its blocks.
 RESERVED, FRAGMENTED = 3 * 10**9, 0.08
+
+
+Divide = Callable[[int, int, int | None], tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -68,21 +70,24 @@ class Choice:
 
 
 class Planner:
-    """Plans one configuration; what does not depend on the cluster is worked out once."""
+    """Plans one configuration; what does not depend on the cluster is worked out once.
 
-    def __init__(self, config: Config, layout: Layout | None = None, tokens: Tokens | None = None) -> None:
-        self.config = config
+    tokens: of enough of the run's images to stand for all. divide: the loader's rule, (global batch, ranks, ceiling) to
+    (micro-batch, accumulation).
+    """
+
+    def __init__(self, config: Config, tokens: Tokens, divide: Divide, layout: Layout | None = None) -> None:
+        self.config, self.tokens, self.divide = config, tokens, divide
         self.layout = layout or layout_of(config)
-        self.tokens = tokens or draw_tokens(config)
 
     def with_batch(self, global_batch: int) -> Planner:
         """The same run with another global batch."""
         train = self.config.train.model_copy(update={"global_batch": global_batch})
-        return Planner(self.config.model_copy(update={"train": train}), self.layout, self.tokens)
+        return Planner(self.config.model_copy(update={"train": train}), self.tokens, self.divide, self.layout)
 
     def stages(self, cluster: Cluster) -> list[Stage]:
         """Every stage that the configuration allows. UserError where the ranks cannot share the global batch."""
-        divide_batch(self.config.train.global_batch, cluster.world, self.config.train.micro_batch)
+        self.divide(self.config.train.global_batch, cluster.world, self.config.train.micro_batch)
         return [self._stage(config, cluster) for config in self._variants()]
 
     def choose(self, stages: list[Stage], cluster: Cluster) -> Choice:
@@ -117,7 +122,7 @@ class Planner:
         world, ceiling = cluster.world, config.train.micro_batch
         state = state_memory(config, self.layout, world)
         while True:
-            micro, accumulation = divide_batch(config.train.global_batch, world, ceiling)
+            micro, accumulation = self.divide(config.train.global_batch, world, ceiling)
             memory = self._with_batch(config, state, micro)
             if memory.total <= cluster.usable or micro == 1:
                 break

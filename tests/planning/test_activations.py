@@ -7,8 +7,9 @@ import pytest
 from kept_bytes import kept_bytes
 from small_run import small_config
 
+from iwm_fast.commands.plan import planner_of
 from iwm_fast.planning.activations import activations
-from iwm_fast.planning.tokens import Tokens, draw_tokens
+from iwm_fast.planning.tokens import Tokens
 
 CASES = {
     "feature": {},
@@ -35,7 +36,7 @@ def test_the_plain_operators_keep_what_the_formula_says(case):
 
 def test_memory_is_linear_in_the_images_and_bf16_halves_its_numbers():
     config = small_config(Path("unused"))
-    tokens = draw_tokens(config, 32)
+    tokens = planner_of(config, 32).tokens
     one, two = (activations(config, tokens.tiled(n)).kept for n in (32, 64))
     assert two == 2 * one
     half = activations(small_config(Path("unused"), train__precision="bf16"), tokens).kept
@@ -44,8 +45,8 @@ def test_memory_is_linear_in_the_images_and_bf16_halves_its_numbers():
 
 def test_tokens_are_the_training_s_own():
     config = small_config(Path("unused"))
-    tokens = draw_tokens(config, 64)
+    tokens = planner_of(config, 64).tokens
     assert ((tokens.context >= 2) & (tokens.context + tokens.predicted <= 16)).all()
-    assert (draw_tokens(config, 64).context == tokens.context).all()
-    mlp = draw_tokens(small_config(Path("unused"), **CASES["mlp"]), 8)
+    assert (planner_of(config, 64).tokens.context == tokens.context).all()
+    mlp = planner_of(small_config(Path("unused"), **CASES["mlp"]), 8).tokens
     assert (mlp.context == mlp.predicted).all()

@@ -6,11 +6,12 @@ from dataclasses import replace
 import pytest
 
 from iwm_fast.cli import main
+from iwm_fast.commands.plan import planner_of
 from iwm_fast.config import Config, load_config, packaged_config
 from iwm_fast.planning.communication import Collective, ring_bytes
 from iwm_fast.planning.devices import DEVICES, peak_of
 from iwm_fast.planning.fabric import LINK_EFFICIENCY, LINK_HOP_S, NETWORK_HOP_S, Fabric
-from iwm_fast.planning.plan import Cluster, Planner
+from iwm_fast.planning.plan import Cluster
 from iwm_fast.planning.rates import ASSUMED_MFU, Rate, compute_rate
 from iwm_fast.planning.scaling import scaling
 
@@ -19,7 +20,7 @@ RATE = Rate(0.4, "given", "--mfu")
 
 @pytest.fixture(scope="module")
 def large():
-    return Planner(load_config(packaged_config("vit_large_p16_224.yaml"), []))
+    return planner_of(load_config(packaged_config("vit_large_p16_224.yaml"), []))
 
 
 def cluster(**changes) -> Cluster:
