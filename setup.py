@@ -37,7 +37,7 @@ setup(
     package_data={
         "iwm_fast": ["py.typed"],
         "iwm_fast.kernels": ["tuned.json"],
-        "iwm_fast.configs": ["*.yaml", "deepspeed/*.json"],
+        "iwm_fast.configs": ["*.yaml", "deepspeed/*.json", "slurm/*.sbatch"],
     },
     include_package_data=False,
     entry_points={"console_scripts": ["iwm-fast = iwm_fast.cli:main"]},
@@ -77,6 +77,7 @@ setup(
         ],
         "s3": ["boto3>=1.36,<2"],
         "bench": ["psutil>=6"],
+        "wandb": ["wandb>=0.25,<1"],
     },
     classifiers=[
         "Development Status :: 3 - Alpha",

@@ -16,6 +16,7 @@ from iwm_fast import __version__
 from iwm_fast.arguments import prepare
 from iwm_fast.commands import data
 from iwm_fast.commands.options import CONFIG_HELP, Json, Overrides, answer
+from iwm_fast.commands.plan import plan
 from iwm_fast.errors import UserError
 
 __all__ = ["app", "main"]
@@ -28,6 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(data.app, name="data")
+app.command(epilog="Example: iwm-fast plan vit_large_p16_224.yaml --nodes 4 --gpus-per-node 8 --gpu h200")(plan)
 
 
 def _version(asked: bool) -> None:

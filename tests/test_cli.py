@@ -27,6 +27,7 @@ COMMANDS = [
     ["export"],
     ["config"],
     ["doctor"],
+    ["plan"],
     ["data", "synth"],
     ["data", "preview"],
     ["data", "verify"],

@@ -272,6 +272,14 @@ class LogConfig(Section):
 
     every_steps: Count = Field(10, description="a line of metrics every so many steps")
     tensorboard: bool = Field(True, description="also write RUN/tensorboard")
+    wandb: str | None = Field(None, description="also log to this project of Weights & Biases; default: none")
+    prometheus_port: Annotated[int, Field(ge=0, le=65535)] | None = Field(
+        None, description="also serve the newest record to Prometheus under this port, 0 a free one; default: none"
+    )
+    prometheus_host: str = Field("127.0.0.1", description="address that the port is opened on; default: this host only")
+    straggler_ratio: Annotated[float, Field(gt=1.0)] = Field(
+        1.25, description="a rank is named whose own time stays above this ratio of the median of the others'"
+    )
     rank_me_floor: Probability = Field(
         0.05, description="warn of collapse when RankMe of the target falls under this share of the width"
     )

@@ -5,13 +5,15 @@ from __future__ import annotations
 import datetime
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from iwm_fast.engine.launch import Peer, meet, this_peer
 from iwm_fast.errors import UserError
 
-__all__ = ["Ranks", "any_rank", "start"]
+__all__ = ["Ranks", "any_rank", "gather", "start"]
 
 # One collective may wait this long for a rank that is slow (reading a cold disk, say) before it counts as hung.
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)
@@ -28,6 +30,8 @@ class Ranks:
     device: torch.device
     # Small host-side messages; on GPUs a gloo group of its own, so that asking does not wait for the device.
     control: dist.ProcessGroup | None = None
+    # Every rank's host, versions and device, by rank.
+    peers: tuple[Peer, ...] = ()
 
     @property
     def first(self) -> bool:
@@ -75,12 +79,39 @@ def start() -> Ranks:
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     if not dist.is_initialized():
         backend = "nccl" if on_gpu else "gloo"
-        if world == 1:  # no port is opened when there is nobody to talk to
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=COLLECTIVE_TIMEOUT)
-        else:
-            dist.init_process_group(backend, rank=rank, world_size=world, timeout=COLLECTIVE_TIMEOUT)
+        # No port is opened when there is nobody to talk to.
+        store = dist.HashStore() if world == 1 else _rendezvous(rank, world)
+        peers = meet(store, this_peer(rank, local_world, backend), world, COLLECTIVE_TIMEOUT)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=COLLECTIVE_TIMEOUT)
+    else:  # a second training of this process
+        peers = _peers_again(this_peer(rank, local_world, dist.get_backend()), world)
     control = dist.new_group(backend="gloo") if on_gpu and world > 1 else None
-    return Ranks(rank, world, local_rank, local_world, device, control)
+    return Ranks(rank, world, local_rank, local_world, device, control, peers)
+
+
+def _rendezvous(rank: int, world: int) -> dist.Store:
+    """The launcher's store, under MASTER_ADDR and MASTER_PORT."""
+    try:
+        store: dist.Store = next(dist.rendezvous("env://", rank, world, timeout=COLLECTIVE_TIMEOUT))[0]
+    except (dist.DistError, ValueError) as error:
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"rank {rank}: no rendezvous at {where} ({reason}); is the first host up and reachable?"
+        ) from error
+    return dist.PrefixStore("iwm_fast", store)
+
+
+def gather(value: Any, world: int) -> list[Any]:
+    """Every rank's value, by rank; all ranks call it."""
+    found = [value] * world
+    if world > 1:
+        dist.all_gather_object(found, value)
+    return found
+
+
+def _peers_again(me: Peer, world: int) -> tuple[Peer, ...]:
+    return tuple(gather(me, world))
 
 
 def any_rank(flag: bool, ranks: Ranks) -> bool:

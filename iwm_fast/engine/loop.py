@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import statistics
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +21,7 @@ from iwm_fast.engine.health import rank_me, spread
 from iwm_fast.engine.metrics import memory_bytes
 from iwm_fast.engine.optimizer import set_hyperparameters
 from iwm_fast.engine.schedules import Schedules
+from iwm_fast.engine.stragglers import OwnTime, over_ranks
 from iwm_fast.engine.zero import ZeroEngine
 from iwm_fast.errors import UserError
 from iwm_fast.models.packing import Segments
@@ -56,6 +58,7 @@ class Trainer:
         self.step, self.updates = step, updates
         self.skipped_in_a_row = 0
         self.counter = StepCounter(config, action_dim, ranks.device)
+        self._own = OwnTime(ranks.device)
         self._batches = iter(stream)
         self._mark = time.perf_counter()
         self._width = config.model.encoder_shape.width
@@ -68,10 +71,10 @@ class Trainer:
         total = torch.zeros((), dtype=torch.float32, device=self.ranks.device)
         ids: list[int] = []
         for _ in range(self.stream.accumulation):
-            with spans("data"):
+            with spans("data"), self._own.waiting():
                 batch = next(self._batches)
                 ids += batch.ids.tolist()
-            with spans("forward"):
+            with spans("forward"), self._own.computing():
                 output = self._forward(batch)
                 total += output.loss.detach()
             with spans("backward"):
@@ -136,7 +139,7 @@ class Trainer:
             dist.all_reduce(total)
             total = total / self.ranks.world
         images = self.config.train.global_batch
-        timing = self.counter.take(images)
+        timing = self._timing(images)
         return {
             "step": self.step,
             "epoch": self.step * images / self.dataset_size,
@@ -147,9 +150,26 @@ class Trainer:
             "ema_momentum": self.schedules.ema(self.step - 1) if self.average is not None else None,
             "grad_norm": self.zero.grad_norm,
             **timing,
-            "memory_bytes": memory_bytes(self.ranks.device),
             "rank_me": rank_me(features),
             "target_spread": spread(features),
-            "bad_samples": self.stream.bad,
             "skipped_in_a_row": self.skipped_in_a_row,
+        }
+
+    def _timing(self, images: int) -> dict[str, Any]:
+        """Timing over all ranks: means, the largest where one makes all wait, and who took how long."""
+        steps = self.counter.steps
+        mine = self.counter.take(images)
+        own = self._own.take(steps)
+        memory, bad = memory_bytes(self.ranks.device), self.stream.bad
+        found = over_ranks(mine | {"own_s": own, "memory_bytes": memory, "bad_samples": bad}, self.ranks)
+        means = {key: None if mine[key] is None else statistics.fmean(found[key]) for key in mine}
+        return means | {
+            "step_s_max": max(found["step_s"]),
+            "data_wait_s_max": max(found["data_wait_s"]),
+            "own_s": statistics.fmean(found["own_s"]),
+            "own_s_max": max(found["own_s"]),
+            "slowest_rank": found["own_s"].index(max(found["own_s"])),
+            "own_s_by_rank": found["own_s"],
+            "memory_bytes": int(max(found["memory_bytes"])),
+            "bad_samples": int(sum(found["bad_samples"])),
         }

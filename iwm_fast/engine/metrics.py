@@ -1,44 +1,41 @@
-"""metrics.jsonl and TensorBoard: one record a logged step, written by the first rank."""
+"""metrics.jsonl and what else takes records: one a logged step, written by the first rank."""
 
 from __future__ import annotations
 
 import json
 import math
 import resource
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from iwm_fast.engine.sinks import Sink
+
 __all__ = ["MetricsLog", "memory_bytes"]
 
 
 class MetricsLog:
-    """Appends records to ``metrics.jsonl`` (flushed line by line) and scalars to TensorBoard."""
+    """Appends records to ``metrics.jsonl`` (flushed line by line) and hands them to the sinks."""
 
-    def __init__(self, file: Path, tensorboard: Path | None) -> None:
+    def __init__(self, file: Path, sinks: Sequence[Sink] = ()) -> None:
         self._file = file.open("a")
-        self._board: Any = None
-        if tensorboard is not None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(tensorboard))
+        self._sinks = sinks
 
     def close(self) -> None:
-        """Close both."""
+        """Close all."""
         self._file.close()
-        if self._board is not None:
-            self._board.close()
+        for sink in self._sinks:
+            sink.close()
 
     def write(self, record: dict[str, Any]) -> None:
         """One line; a number that is not finite is written as null, because JSON has no NaN."""
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         self._file.write(json.dumps(clean) + "\n")
         self._file.flush()
-        if self._board is not None:
-            for key, value in record.items():
-                if key != "step" and isinstance(value, int | float):
-                    self._board.add_scalar(key, value, record["step"])
+        for sink in self._sinks:
+            sink.write(record)
 
 
 def memory_bytes(device: torch.device) -> int:

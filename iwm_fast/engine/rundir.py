@@ -31,6 +31,7 @@ class RunDirectory:
         self.metrics_file = path / "metrics.jsonl"
         self.tensorboard = path / "tensorboard"
         self.checkpoints = path / "checkpoints"
+        self.stopped_file = path / "stopped"
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -53,8 +54,13 @@ class RunDirectory:
     def begin(self, config: Config, environment: dict[str, Any]) -> None:
         """Write what describes the run."""
         self.checkpoints.mkdir(parents=True, exist_ok=True)
+        self.stopped_file.unlink(missing_ok=True)
         _replace(self.config_file, dump_config(config))
         _replace(self.environment_file, json.dumps(environment, indent=1) + "\n")
+
+    def mark_stopped(self, step: int) -> None:
+        """Leave word that the run was asked to stop before its end: a batch script then asks for another turn."""
+        _replace(self.stopped_file, f"step {step}\n")
 
     def require_same(self, config: Config) -> None:
         """Raise UserError naming the first key that may not differ from the configuration the run was started with."""

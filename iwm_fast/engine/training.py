@@ -21,23 +21,27 @@ from iwm_fast.data.sources import Patience
 from iwm_fast.engine import checkpoint
 from iwm_fast.engine.checkpoint import Checkpoint
 from iwm_fast.engine.clock import seconds_since_start
-from iwm_fast.engine.distributed import Ranks, any_rank, start
+from iwm_fast.engine.distributed import Ranks, any_rank, gather, start
 from iwm_fast.engine.ema import TargetAverage
+from iwm_fast.engine.launch import require_shared
 from iwm_fast.engine.loop import Trainer
 from iwm_fast.engine.metrics import MetricsLog
 from iwm_fast.engine.monitor import evaluate_during_training
 from iwm_fast.engine.progress import TrainingProgress
+from iwm_fast.engine.provenance import describe_run
 from iwm_fast.engine.rundir import RunDirectory
 from iwm_fast.engine.schedules import Schedules
 from iwm_fast.engine.signals import StopRequest, end_with_parent
+from iwm_fast.engine.sinks import open_sinks
 from iwm_fast.engine.state import fragments, restore_module, restore_shards
+from iwm_fast.engine.stragglers import Stragglers
 from iwm_fast.engine.zero import ZeroEngine, initialize
 from iwm_fast.errors import UserError
 from iwm_fast.models.attention import resolve_backend
 from iwm_fast.models.iwm import IWM
-from iwm_fast.planning.environment import environment
+from iwm_fast.planning.length import training_steps
 
-__all__ = ["pretrain", "training_steps"]
+__all__ = ["pretrain"]
 
 
 @dataclass
@@ -51,13 +55,6 @@ class Run:
     average: TargetAverage | None
     trainer: Trainer
     stop_at: int
-
-
-def training_steps(config: Config, images: int) -> int:
-    """Length of the schedules in steps: ``train.schedule_steps``, or ``train.epochs`` passes over ``images``."""
-    if config.train.schedule_steps is not None:
-        return config.train.schedule_steps
-    return max(1, round(config.train.epochs * images / config.train.global_batch))
 
 
 def pretrain(config: Config, out: Path, resume: str = "never") -> None:
@@ -78,9 +75,11 @@ def pretrain(config: Config, out: Path, resume: str = "never") -> None:
 
         def choose() -> Path | None:
             held.enter_context(directory.locked())
-            return _prepare(config, directory, resume)
+            return _prepare(config, directory, resume, ranks)
 
-        _train(config, directory, _decide(ranks, choose), ranks)
+        chosen = _decide(ranks, choose)
+        require_shared(directory.path, ranks.peers, ranks.rank, lambda value: gather(value, ranks.world))
+        _train(config, directory, chosen, ranks)
 
 
 def _decide(ranks: Ranks, choose: Callable[[], Path | None]) -> Path | None:
@@ -99,7 +98,7 @@ def _decide(ranks: Ranks, choose: Callable[[], Path | None]) -> Path | None:
     return chosen
 
 
-def _prepare(config: Config, directory: RunDirectory, resume: str) -> Path | None:
+def _prepare(config: Config, directory: RunDirectory, resume: str, ranks: Ranks) -> Path | None:
     """Choose the checkpoint to go on from and write what describes the run."""
     found, passed = checkpoint.newest(directory.checkpoints) if directory.checkpoints.is_dir() else (None, [])
     if resume == "never":
@@ -124,8 +123,9 @@ def _prepare(config: Config, directory: RunDirectory, resume: str) -> Path | Non
             raise UserError(f"{chosen}: {wrong}; name another checkpoint")
     if chosen is not None and directory.config_file.exists():
         directory.require_same(config)
-    directory.drop_metrics_after(Checkpoint(chosen).step if chosen is not None else 0)
-    directory.begin(config, {"schema": "iwm-fast-environment/1", "environment": environment()})
+    step = Checkpoint(chosen).step if chosen is not None else 0
+    directory.drop_metrics_after(step)
+    directory.begin(config, describe_run(directory.environment_file, config, ranks, step))
     return chosen
 
 
@@ -191,9 +191,9 @@ def _announce(run: Run, files: ImageSet, saved: Checkpoint | None, progress: Tra
 
 def _loop(run: Run, space: ActionSpace, progress: TrainingProgress) -> None:
     config, trainer, ranks = run.config, run.trainer, run.ranks
-    board = run.directory.tensorboard if config.log.tensorboard else None
     first = trainer.step + 1
-    log = MetricsLog(run.directory.metrics_file, board) if ranks.first else None
+    log = _open_log(run) if ranks.first else None
+    stragglers = Stragglers(config.log.straggler_ratio)
     with StopRequest() as stop:
         trainer.restart_clock()
         while trainer.step < run.stop_at:
@@ -207,6 +207,9 @@ def _loop(run: Run, space: ActionSpace, progress: TrainingProgress) -> None:
                 )
                 trainer.restart_clock()
             if record and log:
+                slow = stragglers.look(record.pop("own_s_by_rank", [0.0]), record.get("step_s", 0.0))
+                if slow:
+                    progress.say(_named(slow, record["step"], ranks))
                 log.write(record)
                 _warn_of_collapse(record, config, progress)
             progress.step(trainer.step, record if record and "loss" in record else None)
@@ -214,12 +217,26 @@ def _loop(run: Run, space: ActionSpace, progress: TrainingProgress) -> None:
                 _save(run)
                 trainer.restart_clock()
             if stopping:
+                if ranks.first and trainer.step < run.stop_at:
+                    run.directory.mark_stopped(trainer.step)
                 progress.say(
                     f"stopped as asked after step {trainer.step}, checkpoint written; go on with --resume auto"
                 )
                 break
     if log:
         log.close()
+
+
+def _open_log(run: Run) -> MetricsLog:
+    directory = run.directory
+    return MetricsLog(directory.metrics_file, open_sinks(run.config, directory.path, directory.tensorboard))
+
+
+def _named(slow: dict[str, Any], step: int, ranks: Ranks) -> str:
+    return (
+        f"step {step}: {ranks.peers[slow['rank']].name} keeps the others waiting: {slow['own_s']:.3g} s a step for its "
+        f"own data and forward pass, the others {slow['others_s']:.3g} s"
+    )
 
 
 def _due(every: int | None, step: int) -> bool:

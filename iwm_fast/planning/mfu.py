@@ -7,12 +7,11 @@ import torch
 from numpy.typing import NDArray
 
 from iwm_fast.config import Config
+from iwm_fast.planning.devices import peak_of
 from iwm_fast.planning.flops import step_flops
 
 __all__ = ["StepCounter", "peak_flops"]
 
-# Dense bf16 matrix rate, operations a second, from the vendors' data sheets; by a part of the device's name.
-PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12}
 COMPUTE = ("forward", "backward", "optimizer", "ema")
 
 
@@ -20,8 +19,7 @@ def peak_flops(device: torch.device) -> float | None:
     """The device's peak in operations a second, or None where it is not known (every CPU)."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAKS.items() if part in name), None)
+    return peak_of(torch.cuda.get_device_name(device))
 
 
 class StepCounter:
@@ -34,6 +32,11 @@ class StepCounter:
         self._steps: list[float] = []
         self._parts: dict[str, list[float]] = {}
         self._flops = 0.0
+
+    @property
+    def steps(self) -> int:
+        """Steps added since the last ``take``."""
+        return len(self._steps)
 
     def count(self, context: NDArray[np.int64], predicted: NDArray[np.int64]) -> None:
         """Count a micro-batch's operations from the images' token counts, both (B,)."""

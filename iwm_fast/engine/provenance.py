@@ -1,0 +1,51 @@
+"""RUN/environment.json: all that another person needs to repeat a run, with a line for every start of it."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from iwm_fast.config import Config
+from iwm_fast.engine.distributed import Ranks
+from iwm_fast.engine.launch import launcher
+from iwm_fast.planning.environment import environment
+
+__all__ = ["describe_run"]
+
+
+def describe_run(file: Path, config: Config, ranks: Ranks, step: int) -> dict[str, Any]:
+    """The document to write to ``file``: what this start runs with, and the starts that the file already tells of.
+
+    step: steps done when this start begins.
+    """
+    started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    start = {
+        "started": started,
+        "command": sys.argv,
+        "launcher": launcher(),
+        "world": ranks.world,
+        "step": step,
+        "zero_stage": config.zero.stage,
+        "ranks": [asdict(peer) for peer in ranks.peers],
+    }
+    return {
+        "schema": "iwm-fast-environment/1",
+        "environment": environment(),
+        "seed": config.train.seed,
+        "config": config.model_dump(mode="json"),
+        "starts": [*_earlier(file), start],
+    }
+
+
+def _earlier(file: Path) -> list[dict[str, Any]]:
+    """Starts that are told of already; a file of another kind, or none, tells of none."""
+    try:
+        document = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    starts = document.get("starts") if isinstance(document, dict) else None
+    return starts if isinstance(starts, list) else []

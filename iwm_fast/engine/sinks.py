@@ -1,0 +1,52 @@
+"""Where records go beside metrics.jsonl: TensorBoard, Weights & Biases, Prometheus, each as the configuration asks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+from iwm_fast.config import Config
+
+__all__ = ["Sink", "open_sinks"]
+
+
+class Sink(Protocol):
+    """Takes the record of each logged step."""
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Take one record."""
+
+    def close(self) -> None:
+        """Finish."""
+
+
+class _TensorBoard:
+    def __init__(self, folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._board: Any = SummaryWriter(str(folder))
+
+    def write(self, record: dict[str, Any]) -> None:
+        for key, value in record.items():
+            if key != "step" and isinstance(value, int | float):
+                self._board.add_scalar(key, value, record["step"])
+
+    def close(self) -> None:
+        self._board.close()
+
+
+def open_sinks(config: Config, directory: Path, tensorboard: Path) -> list[Sink]:
+    """The sinks of a run, first rank only. UserError where one that is asked for cannot be had."""
+    log = config.log
+    sinks: list[Sink] = []
+    if log.wandb is not None:
+        from iwm_fast.engine.wandb_sink import WandbSink
+
+        sinks.append(WandbSink(log.wandb, directory, config.model_dump(mode="json")))
+    if log.prometheus_port is not None:
+        from iwm_fast.engine.prometheus import PrometheusSink
+
+        sinks.append(PrometheusSink(log.prometheus_host, log.prometheus_port, str(directory)))
+    if log.tensorboard:
+        sinks.append(_TensorBoard(tensorboard))
+    return sinks

@@ -1,0 +1,52 @@
+"""Weights & Biases, for those who ask for it with log.wandb and have installed it."""
+
+from __future__ import annotations
+
+import uuid
+from pathlib import Path
+from typing import Any
+
+from iwm_fast.errors import UserError
+
+__all__ = ["WandbSink"]
+
+
+class WandbSink:
+    """Sends every record to a run of the project; a resumed training goes on with the run that it began.
+
+    W&B's own variables apply: WANDB_MODE=offline writes below ``directory``/wandb only.
+    """
+
+    def __init__(self, project: str, directory: Path, config: dict[str, Any]) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise UserError(
+                "log.wandb is set, but the package is not installed: pip install 'iwm-fast[wandb]', or unset log.wandb"
+            ) from error
+        directory.mkdir(parents=True, exist_ok=True)
+        remembered = directory / ".wandb_run"
+        if not remembered.exists():
+            remembered.write_text(uuid.uuid4().hex)
+        try:
+            self._run: Any = wandb.init(
+                project=project,
+                name=directory.resolve().name,
+                id=remembered.read_text().strip(),
+                resume="allow",
+                dir=str(directory),
+                config=config,
+            )
+        except wandb.Error as error:
+            raise UserError(
+                f"log.wandb: {' '.join(str(error).split())}; log in, set WANDB_MODE=offline, or unset log.wandb"
+            ) from error
+
+    def write(self, record: dict[str, Any]) -> None:
+        """One step's numbers."""
+        numbers = {k: v for k, v in record.items() if k != "step" and isinstance(v, int | float)}
+        self._run.log(numbers, step=record["step"])
+
+    def close(self) -> None:
+        """Let it finish sending."""
+        self._run.finish()

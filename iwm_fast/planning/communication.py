@@ -1,0 +1,85 @@
+"""The collectives of one optimizer step, by ZeRO stage, and the bytes that a rank sends in them.
+
+What is listed here was counted on DeepSpeed 0.19.8 (`counting`, tests/planning/test_communication.py), and is not what
+papers say of the stages: stages 1 and 2 all-reduce whole gradients (`use_multi_rank_bucket_allreduce`), where a
+reduce-scatter would send half; stage 2 does so after every micro-batch; stage 3 gathers every parameter once a
+micro-batch, not twice, while the model is below `stage3_max_reuse_distance` elements.
+
+Bytes sent by a rank in a ring of W (Patarasuk and Yuan 2009, doi:10.1016/j.jpdc.2008.09.002), n bytes whole:
+all-reduce 2(W − 1)/W · n; reduce-scatter and all-gather (W − 1)/W · n.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from iwm_fast.config import Config
+from iwm_fast.planning.layout import Layout, stage_settings
+
+__all__ = ["Collective", "Kind", "ring_bytes", "step_collectives"]
+
+Kind = Literal["all_reduce", "reduce_scatter", "all_gather"]
+_FULL = 4  # bytes of fp32
+
+
+@dataclass(frozen=True)
+class Collective:
+    """What is moved in one step: `size` bytes of the whole tensor, in all micro-batches and buckets together.
+
+    calls: how many collectives it is divided into. hidden_by: the computation that it runs beside, if any.
+    """
+
+    what: str
+    kind: Kind
+    size: int
+    calls: int
+    hidden_by: Literal["forward", "backward", None] = None
+
+
+def ring_bytes(kind: Kind, size: int, world: int) -> float:
+    """Bytes that one rank sends."""
+    rounds = 2 if kind == "all_reduce" else 1
+    return rounds * (world - 1) / world * size
+
+
+def step_collectives(config: Config, layout: Layout, world: int, accumulation: int) -> list[Collective]:
+    """Everything above a hundred bytes that a step of `accumulation` micro-batches moves between `world` ranks.
+
+    Not listed: the loss, the gradient's norm and the votes, scalars that cost their latency only.
+    """
+    if world == 1:
+        return []
+    stage = config.zero.stage
+    working = 2 if config.train.precision == "bf16" else _FULL
+    trained = layout.trained_size
+    if stage == 0:
+        return [Collective("gradients", "all_reduce", _FULL * trained, 1)]
+    buckets = -(-trained // int(stage_settings(stage)["reduce_bucket_size"]))
+    if stage == 3:
+        return _stage_3(layout, world, accumulation, working, buckets)
+    flat = layout.flat_sizes(world)
+    passes = accumulation if stage == 2 else 1
+    found = [
+        Collective(
+            "gradients", "all_reduce", working * trained * passes, buckets * passes, "backward" if stage == 2 else None
+        ),
+        Collective("parameters", "all_gather", working * sum(flat), len(flat)),
+    ]
+    if layout.target:
+        found.append(Collective("target's average", "all_gather", working * layout.longest_share(world) * world, 1))
+    return found
+
+
+def _stage_3(layout: Layout, world: int, accumulation: int, working: int, buckets: int) -> list[Collective]:
+    trained, target = (layout.divided(part, world) * world for part in (layout.trained, layout.target))
+    settings = stage_settings(3)
+    passes = 1 if layout.trained_size + layout.target_size <= int(settings["stage3_max_reuse_distance"]) else 2
+    gathers = -(-(passes * trained + target) // int(settings["stage3_prefetch_bucket_size"])) + 1
+    return [
+        Collective(
+            "parameters", "all_gather", working * (passes * trained + target) * accumulation, gathers * accumulation,
+            "forward",
+        ),
+        Collective("gradients", "reduce_scatter", working * trained * accumulation, buckets * accumulation, "backward"),
+    ]  # fmt: skip

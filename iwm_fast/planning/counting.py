@@ -1,0 +1,76 @@
+"""Bytes that collectives really move, counted where torch dispatches them, whoever calls: DeepSpeed or the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from iwm_fast.planning.communication import Kind, ring_bytes
+
+__all__ = ["CollectiveCounter", "CountedCollective"]
+
+# torch's operators behind torch.distributed's functions, by what they do to the whole tensor.
+_KINDS: dict[str, Kind] = {
+    "allreduce_": "all_reduce",
+    "allreduce_coalesced_": "all_reduce",
+    "_allgather_base_": "all_gather",
+    "allgather_": "all_gather",
+    "allgather_into_tensor_coalesced_": "all_gather",
+    "_reduce_scatter_base_": "reduce_scatter",
+    "reduce_scatter_": "reduce_scatter",
+    "reduce_scatter_tensor_coalesced_": "reduce_scatter",
+}
+_NOTHING_MOVED = {"barrier", "monitored_barrier_"}
+
+
+@dataclass(frozen=True)
+class CountedCollective:
+    """One call: the operator's kind (its own name where it is none of the three), and bytes of the whole tensor."""
+
+    kind: str
+    size: int
+
+
+class CollectiveCounter(TorchDispatchMode):
+    """While active, notes every collective of this process, those of the backward pass included.
+
+    calls: in order. A collective that is none of the three kinds (a broadcast, say) keeps its operator's name, so that
+    nothing goes unseen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[CountedCollective] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func.namespace == "c10d":
+            name = func.__name__.split(".")[0]
+            if name not in _NOTHING_MOVED:
+                # Of the result and the parts the result is the larger, and both are among the arguments.
+                tensors = [t for t in tree_leaves((args, kwargs or {})) if isinstance(t, Tensor)]
+                largest = max((t.numel() * t.element_size() for t in tensors), default=0)
+                self.calls.append(CountedCollective(_KINDS.get(name, name), largest))
+        return func(*args, **(kwargs or {}))
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of the whole tensors, by kind."""
+        found: dict[str, int] = {}
+        for call in self.calls:
+            found[call.kind] = found.get(call.kind, 0) + call.size
+        return found
+
+    def sent(self, world: int) -> float:
+        """Bytes that this rank sends in a ring. ValueError where a call has no ring formula."""
+        total = 0.0
+        for call in self.calls:
+            if call.kind not in ("all_reduce", "all_gather", "reduce_scatter"):
+                raise ValueError(f"{call.kind} was called; it is none of the collectives that have a ring formula")
+            total += ring_bytes(call.kind, call.size, world)  # type: ignore[arg-type]
+        return total

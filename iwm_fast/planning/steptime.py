@@ -1,0 +1,99 @@
+"""Seconds of one optimizer step by part, worked out from operations, bytes and rates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from iwm_fast.actions import ActionSpace
+from iwm_fast.config import Config
+from iwm_fast.planning.communication import Collective
+from iwm_fast.planning.devices import Device
+from iwm_fast.planning.fabric import Fabric
+from iwm_fast.planning.flops import StepFlops, step_flops
+from iwm_fast.planning.layout import Layout
+from iwm_fast.planning.tokens import Tokens
+
+__all__ = ["StepTime", "image_flops", "step_time"]
+
+MEMORY_EFFICIENCY = 0.75  # assumed: the share of the data sheet's memory rate that the optimizer's pass reaches
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds. compute: forward and backward, recomputation included. optimizer: AdamW and the average.
+
+    communication: of all collectives; exposed: what of it no computation hides. data: to make the images, None where
+    no rate is known; it runs beside the rest, so the slower of the two decides.
+    """
+
+    forward: float
+    backward: float
+    optimizer: float
+    communication: float
+    exposed: float
+    link: float
+    network: float
+    data: float | None
+
+    @property
+    def total(self) -> float:
+        """The step."""
+        return max(self.forward + self.backward + self.optimizer + self.exposed, self.data or 0.0)
+
+
+def image_flops(config: Config, tokens: Tokens) -> StepFlops:
+    """Operations of the drawn images all together; divide by their number for those of one."""
+    actions = ActionSpace(config.actions.groups, config.actions.form).dim
+    return step_flops(config.model, actions, tokens.context, tokens.predicted)
+
+
+def step_time(
+    config: Config,
+    layout: Layout,
+    tokens: Tokens,
+    collectives: list[Collective],
+    fabric: Fabric,
+    device: Device,
+    mfu: float,
+    data_rate: float | None,
+) -> StepTime:
+    """A step of the configuration's global batch, divided evenly over the fabric's ranks.
+
+    Args:
+        config: its precision, stage and activation checkpointing.
+        layout: of its parameters.
+        tokens: of the images whose mean stands for all.
+        collectives: of the step.
+        fabric: the ranks and their links.
+        device: its rates.
+        mfu: operations a second of the matrix units over the data sheet's.
+        data_rate: images a second that the input path makes for one rank, or None.
+
+    """
+    images = config.train.global_batch / fabric.world
+    flops, drawn = image_flops(config, tokens), len(tokens.context)
+    rate = device.flops * mfu * drawn / images
+    again = flops.context_forward + flops.predictor_forward if config.train.activation_checkpointing else 0
+    forward = (flops.target_forward + flops.context_forward + flops.predictor_forward) / rate
+    backward = (flops.context_backward + flops.predictor_backward + again) / rate
+    transfers = [fabric.transfer(c) for c in collectives]
+    hidden = {"forward": forward, "backward": backward}
+    exposed = 0.0
+    for collective, transfer in zip(collectives, transfers, strict=True):
+        exposed += max(0.0, transfer.seconds - hidden.get(collective.hidden_by or "", 0.0))
+    return StepTime(
+        forward,
+        backward,
+        _optimizer_bytes(config, layout, fabric.world) / (device.bandwidth * MEMORY_EFFICIENCY),
+        sum(t.seconds for t in transfers),
+        exposed,
+        sum(t.link_s for t in transfers),
+        sum(t.network_s for t in transfers),
+        images / data_rate if data_rate else None,
+    )
+
+
+def _optimizer_bytes(config: Config, layout: Layout, world: int) -> float:
+    """Read gradient, weight and two moments, write all but the gradient; read average and weight, write the average."""
+    share = 1 if config.zero.stage == 0 else 1 / world
+    return 4 * (7 * layout.trained_size + 3 * layout.target_size) * share

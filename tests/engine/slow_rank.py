@@ -1,0 +1,33 @@
+"""Run under torchrun by test_operations.py: a training whose second rank is slow, and whose first reads its own port.
+
+Arguments: images, RUN, the Prometheus port.
+"""
+
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+from small_run import small_config
+
+from iwm_fast.engine import loop, pretrain, training
+
+images, out, port = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+
+
+class Slow(loop.Trainer):
+    def _forward(self, batch):
+        if self.ranks.rank == 1:
+            time.sleep(0.3)
+        return super()._forward(batch)
+
+    def train_step(self):
+        record = super().train_step()
+        if self.ranks.first and self.step == 5:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+                out.with_name("scraped.txt").write_bytes(answer.read())
+        return record
+
+
+training.Trainer = Slow
+pretrain(small_config(images, train__steps=6, zero__stage=2, log__prometheus_port=port), out)

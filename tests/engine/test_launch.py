@@ -1,0 +1,119 @@
+"""A start that cannot work ends on every rank with one line that names the host."""
+
+import datetime
+import threading
+from dataclasses import replace
+
+import pytest
+import torch.distributed as dist
+
+from iwm_fast.engine.launch import Peer, meet, require_alike, require_shared, this_peer
+from iwm_fast.errors import UserError
+
+SHORT = datetime.timedelta(seconds=3)
+FIRST = Peer(0, "alpha", 10, "nccl", "NVIDIA H100", 8, 8, {"torch": "2.13.0", "deepspeed": "0.19.8"})
+SECOND = replace(FIRST, rank=1, host="beta")
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        (
+            replace(SECOND, backend="gloo", device="cpu", devices=0),
+            r"rank 1 on beta runs on cpu \(gloo\), rank 0 on alpha",
+        ),
+        (replace(SECOND, versions={"torch": "2.12.0", "deepspeed": "0.19.8"}), "rank 1 on beta has torch 2.12.0"),
+        (replace(SECOND, versions={"torch": "2.13.0", "deepspeed": None}), "rank 1 on beta has deepspeed None"),
+        (replace(SECOND, device="NVIDIA A100"), "rank 1 on beta has a NVIDIA A100, rank 0 on alpha a NVIDIA H100"),
+    ],
+)
+def test_unlike_ranks_are_refused_by_host(other, words):
+    with pytest.raises(UserError, match=words):
+        require_alike((FIRST, other))
+
+
+def test_like_ranks_are_accepted():
+    require_alike((FIRST, SECOND))
+
+
+def together(*calls):
+    """The calls at once, each in a thread; what each returned or raised."""
+    found = [None] * len(calls)
+
+    def run(i):
+        try:
+            found[i] = calls[i]()
+        except UserError as error:
+            found[i] = error
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+def stores(count):
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    return [server, *(dist.TCPStore("127.0.0.1", server.port, is_master=False) for _ in range(count - 1))]
+
+
+def test_ranks_meet_and_learn_of_each_other():
+    both = stores(2)
+    found = together(*(lambda r=r: meet(both[r], this_peer(r, 2, "gloo"), 2, SHORT) for r in range(2)))
+    assert found[0] == found[1]
+    assert [peer.rank for peer in found[0]] == [0, 1]
+
+
+def test_unlike_ranks_all_end_with_the_same_line():
+    both = stores(2)
+    peers = [this_peer(0, 2, "gloo"), replace(this_peer(1, 2, "gloo"), host="beta", versions={"torch": "1.0"})]
+    found = together(*(lambda r=r: meet(both[r], peers[r], 2, SHORT) for r in range(2)))
+    assert isinstance(found[0], UserError)
+    assert str(found[0]) == str(found[1])
+    assert "on beta has" in str(found[0])
+
+
+def test_a_rank_that_does_not_come_is_named():
+    (store,) = stores(1)
+    with pytest.raises(UserError, match=r"rank\(s\) 1, 2 of 3 did not come within 3 s"):
+        meet(store, this_peer(0, 1, "gloo"), 3, SHORT)
+
+
+class Gatherer:
+    """An all-gather between threads."""
+
+    def __init__(self, world):
+        self.barrier, self.values = threading.Barrier(world), [None] * world
+
+    def by(self, rank):
+        def gather(value):
+            self.values[rank] = value
+            self.barrier.wait(10)
+            found = list(self.values)
+            self.barrier.wait(10)
+            return found
+
+        return gather
+
+
+def test_a_folder_that_is_not_shared_is_refused_and_a_shared_one_left_clean(tmp_path):
+    gatherer = Gatherer(2)
+    apart = [tmp_path / "a", tmp_path / "b"]
+    found = together(*(lambda r=r: require_shared(apart[r], (FIRST, SECOND), r, gatherer.by(r)) for r in range(2)))
+    assert all("is another folder for rank 1 on beta than for rank 0 on alpha" in str(error) for error in found)
+    shared = tmp_path / "run"
+    assert together(*(lambda r=r: require_shared(shared, (FIRST, SECOND), r, gatherer.by(r)) for r in range(2))) == [
+        None,
+        None,
+    ]
+    assert list(shared.iterdir()) == []
+
+
+def test_a_folder_that_one_rank_cannot_write_is_refused_by_its_host(tmp_path):
+    gatherer = Gatherer(2)
+    (tmp_path / "file").touch()
+    folders = [tmp_path / "run", tmp_path / "file" / "run"]
+    found = together(*(lambda r=r: require_shared(folders[r], (FIRST, SECOND), r, gatherer.by(r)) for r in range(2)))
+    assert all(str(error).startswith("rank 1 on beta cannot write to") for error in found)

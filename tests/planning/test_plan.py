@@ -1,0 +1,135 @@
+"""The plan as a user asks for it: what it says, what it refuses, and that it follows from its parts."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from iwm_fast.cli import main
+from iwm_fast.commands.plan import planner_of
+from iwm_fast.config import Config, load_config, packaged_config
+from iwm_fast.planning.communication import Collective, ring_bytes
+from iwm_fast.planning.devices import DEVICES, peak_of
+from iwm_fast.planning.fabric import LINK_EFFICIENCY, LINK_HOP_S, NETWORK_HOP_S, Fabric
+from iwm_fast.planning.plan import Cluster
+from iwm_fast.planning.rates import ASSUMED_MFU, Rate, compute_rate
+from iwm_fast.planning.scaling import scaling
+
+RATE = Rate(0.4, "given", "--mfu")
+
+
+@pytest.fixture(scope="module")
+def large():
+    return planner_of(load_config(packaged_config("vit_large_p16_224.yaml"), []))
+
+
+def cluster(**changes) -> Cluster:
+    return replace(Cluster(DEVICES["h100"], 2, 8, RATE, 50e9), **changes)
+
+
+def test_the_command_answers_a_person_and_a_program(tmp_path, capsys):
+    command = ["plan", "vit_base_p16_224_equi.yaml", "--nodes", "2", "--gpus-per-node", "8", "--gpu", "a100"]
+    command += ["--json", str(tmp_path / "p.json"), "--plot", str(tmp_path / "p.png"), "--results", str(tmp_path)]
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert "recommended: zero.stage=" in said
+    assert "assumed (no measured step of a A100" in said
+    record = json.loads((tmp_path / "p.json").read_text())
+    assert record["schema"] == "iwm-fast-plan/1"
+    assert record["rate"]["origin"] == "assumed"
+    assert [s["stage"] for s in record["stages"]] == [0, 1, 2, 3]
+    stage = record["stages"][record["recommended"]["stage"]]
+    assert stage["memory_bytes"]["total"] <= record["cluster"]["usable_bytes"]
+    assert stage["micro_batch"] * stage["accumulation"] * 16 == 2048
+    assert record["steps"] == round(300 * 1_281_167 / 2048)
+    assert record["gpu_hours"] == pytest.approx(16 * record["hours"])
+    assert record["hours"] == pytest.approx(record["steps"] * stage["step_s"]["total"] / 3600)
+    assert record["scaling"]["strong"][-1]["gpus"] == 1024
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--gpu", "v100"], "--gpu v100: not known here"),
+        (["--nodes", "3"], "train.global_batch is 2048, which 24 ranks cannot share"),
+        (["--results", "{folder}"], "not JSON"),
+        (["model.depth=3"], "model.depth"),
+    ],
+)
+def test_a_mistake_is_one_line(arguments, words, tmp_path, capsys):
+    (tmp_path / "broken.json").write_text("{")
+    arguments = [a.format(folder=tmp_path) for a in arguments]
+    assert main(["plan", "vit_base_p16_224_equi.yaml", *arguments]) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1
+    assert words in said[0]
+
+
+def test_the_lowest_stage_with_the_largest_batch_is_recommended(large):
+    """With room for everything that is stage 1: stage 0 is refused in bf16 with activation checkpointing."""
+    roomy = cluster()
+    assert large.choose(large.stages(roomy), roomy).stage.stage == 1
+    tight = cluster(device=replace(DEVICES["h100"], memory=9_500_000_000))
+    stages = large.stages(tight)
+    choice = large.choose(stages, tight)
+    largest = max(s.micro_batch for s in stages if s.fits)
+    assert choice.stage.micro_batch == largest
+    assert not any(s.fits and s.micro_batch == largest for s in stages if s.stage < choice.stage.stage)
+    assert all(s.memory.total <= tight.usable for s in stages if s.fits)
+
+
+def test_where_nothing_fits_it_says_so(large):
+    tiny = cluster(device=replace(DEVICES["h100"], memory=5_000_000_000))
+    choice = large.choose(large.stages(tiny), tiny)
+    assert choice.stage is None
+    assert "nothing fits" in choice.why
+
+
+def test_a_measured_step_replaces_the_assumption(tmp_path):
+    config = Config()
+    assert compute_rate(DEVICES["h200"], config, tmp_path, None) == Rate(
+        ASSUMED_MFU, "assumed", f"no measured step of a H200 in {tmp_path.name}/"
+    )
+    rows = [
+        {"encoder": "vit_base", "mfu": 0.51},
+        {"encoder": "vit_base", "mfu": 0.53},
+        {"encoder": "vit_large", "mfu": 0.7},
+    ]
+    document = {"schema": "iwm-fast-bench-step/1", "environment": {"gpus": [{"name": "NVIDIA H200"}]}, "rows": rows}
+    (tmp_path / "step_h200.json").write_text(json.dumps(document))
+    (tmp_path / "cpu.json").write_text(json.dumps(document | {"environment": {"gpus": []}}))
+    assert compute_rate(DEVICES["h200"], config, tmp_path, None) == Rate(0.52, "measured", "step_h200.json")
+    assert compute_rate(DEVICES["h100"], config, tmp_path, None).origin == "assumed"
+    assert compute_rate(DEVICES["h200"], config, tmp_path, 0.3).origin == "given"
+
+
+def test_rings_cross_a_host_s_border_once_for_each_of_its_gpus():
+    """The bytes over all links are the ring's; by hand for two hosts of four."""
+    fabric = Fabric(2, 4, 400e9, 50e9)
+    moved = fabric.transfer(Collective("gradients", "all_reduce", 800, 3))
+    assert moved.link_bytes + moved.network_bytes == ring_bytes("all_reduce", 800, 8) == 1400
+    assert moved.network_bytes == 350
+    assert moved.network_s == 350 / (50e9 * LINK_EFFICIENCY)
+    assert moved.latency_s == pytest.approx(3 * 2 * (1 * NETWORK_HOP_S + 6 * LINK_HOP_S))
+    alone = Fabric(1, 8, 400e9, 50e9).transfer(Collective("gradients", "all_reduce", 800, 1))
+    assert alone.network_bytes == 0
+
+
+def test_slow_data_decide_the_step(large):
+    one = cluster(data_rate=10.0)
+    stage = large.choose(large.stages(one), one).stage
+    assert stage.time.total == stage.time.data == pytest.approx(2048 / 16 / 10)
+
+
+def test_weak_scaling_keeps_each_gpu_s_share_and_pays_for_messages(large):
+    points = scaling(large, cluster())["weak"]
+    assert {p.global_batch // p.gpus for p in points} == {128}
+    each = {p.gpus: p.images_per_s / p.gpus for p in points if p.images_per_s is not None}
+    assert each[1024] < each[64] < each[8]
+
+
+def test_every_gpu_has_a_source_and_torch_s_names_are_known():
+    assert all(device.source.startswith("nvidia.com/") for device in DEVICES.values())
+    assert peak_of("NVIDIA H100 80GB HBM3") == 989e12
+    assert peak_of("NVIDIA GeForce RTX 4090") is None

@@ -1,0 +1,23 @@
+"""What the kernels keep for the backward pass in a whole model: the MLP's hidden is not among it."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from kept_bytes import kept_bytes
+from small_run import small_config
+
+from iwm_fast.kernels import use_backend
+from iwm_fast.planning.activations import activations
+from iwm_fast.planning.tokens import Tokens
+
+
+def test_a_forward_pass_keeps_what_the_plan_says(device):
+    if device != "cpu":
+        pytest.skip("looks at the CPU's memory")
+    config = small_config(Path("unused"))
+    context, predicted = [7] * 16, [5] * 16
+    with use_backend("triton"):
+        kept = kept_bytes(config, context, predicted)
+    expected = activations(config, Tokens(np.array(context), np.array(predicted))).kept
+    assert kept == pytest.approx(expected, rel=5e-3)
