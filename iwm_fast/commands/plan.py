@@ -112,4 +112,4 @@ def _counted(root: str | None) -> int | None:
         return None
     from iwm_fast.data.files import list_images
 
-    return len(list_images(Path(root)).paths)
+    return len(list_images(root))
