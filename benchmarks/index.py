@@ -84,6 +84,7 @@ def first_step(root: Path, run: Path) -> float:
 
 
 def main() -> None:
+    """Draw, index, open, train, remove, and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, metavar="SCRATCH", help="A folder that does not exist yet.")
     parser.add_argument("--files", type=int, default=100_000)

@@ -85,11 +85,10 @@ def verify(
 ) -> None:
     """Decode every image as training would and name those that cannot be. Training skips and replaces them."""
     from iwm_fast.console import counting, print_table
-    from iwm_fast.data.clean import MAX_PIXELS
     from iwm_fast.data.verify import verify as verify_images
 
     with counting() as progress:
-        verdict = verify_images(root, source=source, progress=progress, max_pixels=max_pixels or MAX_PIXELS)
+        verdict = verify_images(root, source=source, max_pixels=max_pixels, progress=progress)
     if json != "-":
         typer.echo(f"{root}: {verdict['decoded']} of {verdict['files']} files decode ({verdict['source']})")
         if verdict["bad"]:

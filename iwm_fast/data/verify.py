@@ -21,7 +21,7 @@ def verify(
     source: str = "auto",
     device: str = "auto",
     threads: int | None = None,
-    max_pixels: int = MAX_PIXELS,
+    max_pixels: int | None = None,
     progress: Callable[[str, int, int | None], None] | None = None,
 ) -> dict[str, Any]:
     """{files, decoded, bad: [{file, reason}], source} of the images below `root`; file is the sample's full name.
@@ -32,7 +32,7 @@ def verify(
     images = list_images(root, source)
     reasons: dict[int, str] = {}
     done = 0
-    for clean in load_clean(images, _SIZE, device=device, threads=threads, max_pixels=max_pixels):
+    for clean in load_clean(images, _SIZE, device=device, threads=threads, max_pixels=max_pixels or MAX_PIXELS):
         reasons |= clean.failed
         done += len(clean.rows) + len(clean.failed)
         if progress is not None:
