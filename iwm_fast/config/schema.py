@@ -222,6 +222,9 @@ class DataConfig(Section):
     store_attempts: Count = Field(6, description="times that a request to a store is made before the run stops")
     prefetch: Count = Field(3, description="batches prepared ahead")
     max_bad_fraction: Probability = Field(0.01, description="share of samples that may fail before the run stops")
+    wait_s: NonNegative = Field(
+        300.0, description="seconds to wait for a data folder that is gone to come back; 0: the run stops at once"
+    )
     max_pixels: Count = Field(178_956_970, description="larger images are refused as decompression bombs (Pillow)")
 
 

@@ -110,7 +110,9 @@ class TrainingStream:
         self._config, self._space, self._rank, self._start = config, space, rank, start
         self._bad = BadSamples(len(files), config.data.max_bad_fraction, run_dir)
         self._reader = SampleReader(
-            FileStore(files, config.data.max_pixels, config.data.readers), config.train.seed, self._bad
+            FileStore(files, config.data.max_pixels, config.data.wait_s, readers=config.data.readers),
+            config.train.seed,
+            self._bad,
         )
         self._order = SampleOrder(config.train.seed, len(files))
         geometric = "geometric" in config.actions.groups
@@ -154,10 +156,10 @@ class TrainingStream:
 
     def close(self) -> None:
         """End the thread and let go of what was prepared; `next` raises after that."""
+        self._reader.store.close()  # first: the thread may be waiting for data
+        self._reader.store.images.source.storage.close()
         self._thread.shutdown(cancel_futures=True)
         self._ahead.clear()
-        self._reader.store.close()
-        self._reader.store.images.source.storage.close()
         self._failure = self._failure or ValueError("this TrainingStream is closed")
 
     def __enter__(self) -> TrainingStream:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from iwm_fast.data.absence import read_present
 from iwm_fast.data.bad import BadSamples
 from iwm_fast.data.encoded import BadSample, Encoded, inspect, reencode
 from iwm_fast.data.files import ImageSet
@@ -27,11 +29,15 @@ class FileStore:
     """Files by number, ready for DALI. What was found out about a file is remembered, and its bytes while they are few.
 
     A file that was found plain is only read again on later visits; its header is looked at anew if its length changed.
+    wait_s: seconds to wait for data that are gone.
     readers: files that are read at a time, default what suits the place where they lie. keep: whether to keep bytes.
     """
 
-    def __init__(self, images: ImageSet, max_pixels: int, readers: int | None = None, *, keep: bool = True) -> None:
-        self.images, self.max_pixels = images, max_pixels
+    def __init__(
+        self, images: ImageSet, max_pixels: int, wait_s: float = 0.0, *, readers: int | None = None, keep: bool = True
+    ) -> None:
+        self.images, self.max_pixels, self.wait_s = images, max_pixels, wait_s
+        self._closed = threading.Event()
         self._state = np.zeros(len(images), np.uint8)
         self._width = np.zeros(len(images), np.int32)
         self._height = np.zeros(len(images), np.int32)
@@ -52,7 +58,8 @@ class FileStore:
                 self._coming[file] = self._readers.submit(self.images.read, file)
 
     def close(self) -> None:
-        """Let go of what is still being read."""
+        """Let go of what is still being read; nothing is waited for any more."""
+        self._closed.set()
         self._coming.clear()
         if self._readers is not None:
             self._readers.shutdown(wait=False, cancel_futures=True)
@@ -90,9 +97,12 @@ class FileStore:
         if kept is not None:
             self._kept_bytes -= len(kept.data)
 
-    def _read(self, file: int) -> Encoded:
+    def _fetch(self, file: int) -> bytes:
         coming = self._coming.pop(file, None)
-        raw = self.images.read(file) if coming is None else coming.result()
+        return self.images.read(file) if coming is None else coming.result()
+
+    def _read(self, file: int) -> Encoded:
+        raw = read_present(lambda: self._fetch(file), self.wait_s, self._closed)
         if self._state[file] == _REENCODED:
             return reencode(raw, self.max_pixels)
         if self._state[file] == _PLAIN and self._length[file] == len(raw):

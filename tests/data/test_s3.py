@@ -180,7 +180,7 @@ def test_an_object_that_vanished_is_a_bad_sample_and_all_of_them_an_error(store,
         images.read(0)
     for name in names:
         client.delete_object(Bucket="vanishing", Key=name)
-    with pytest.raises(UserError, match="s3://vanishing is empty now: the data are gone"):
+    with pytest.raises(UserError, match="s3://vanishing is empty; bring the data back"):
         images.read(1)
     with pytest.raises(UserError, match="s3://vanishing is empty"):
         list_images("s3://vanishing")

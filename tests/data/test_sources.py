@@ -21,7 +21,7 @@ from iwm_fast.data.files import list_images, split
 from iwm_fast.data.index import write_index
 from iwm_fast.data.shards import write_shards
 from iwm_fast.data.sources.names import Names, escape, unescape
-from iwm_fast.data.sources.storage import LocalStorage
+from iwm_fast.data.sources.storage import DataGone, LocalStorage
 from iwm_fast.errors import UserError
 
 IMAGE = encode(picture(40, 30))
@@ -305,8 +305,8 @@ def test_a_folder_that_is_gone_is_an_error_and_no_bad_sample(tmp_path, left):
     images = list_images(root)
     root.rename(tmp_path / "elsewhere")
     if left == "an empty folder":
-        root.mkdir()
-    with pytest.raises(UserError, match="the data are gone") as caught:
+        (root / "dog").mkdir(parents=True)
+    with pytest.raises(DataGone, match=r"the data folder is (gone|empty)") as caught:
         images.read(2)
     assert str(caught.value).startswith(str(root))
 

@@ -7,6 +7,8 @@ import shutil
 import struct
 import subprocess
 import sys
+import threading
+import time
 import zlib
 from pathlib import Path
 
@@ -18,13 +20,14 @@ from made_sources import example, write_records
 from PIL import Image, ImageOps
 from small_run import small_config
 
-from iwm_fast.actions import Views
+from iwm_fast.actions import ActionSpace, Views
 from iwm_fast.data import samples as samples_module
 from iwm_fast.data.clean import centred_square, load_clean
 from iwm_fast.data.encoded import BadSample, decode_upright, inspect
 from iwm_fast.data.files import list_images
 from iwm_fast.data.graph import ViewGraph
 from iwm_fast.data.index import write_index
+from iwm_fast.data.loader import TrainingStream
 from iwm_fast.data.shards import write_shards
 from iwm_fast.data.verify import verify
 from iwm_fast.engine import pretrain
@@ -293,13 +296,43 @@ def test_files_that_vanish_while_training_are_replaced_and_listed(tmp_path, monk
     }
 
 
-def test_a_folder_that_goes_away_while_training_is_one_clear_error(tmp_path, monkeypatch):
+@pytest.mark.parametrize("wait_s", [0.0, 0.5])
+def test_a_folder_that_goes_away_while_training_is_one_clear_error(tmp_path, monkeypatch, wait_s):
     root = write(tmp_path / "images", {f"{n:02d}.jpg": encode(picture(40, 30, n)) for n in range(40)})
     _Vanishing(monkeypatch, 30, lambda: shutil.move(root, tmp_path / "elsewhere"))
-    with pytest.raises(UserError, match="the data are gone; bring them back, then --resume auto") as caught:
-        pretrain(small_config(root, train__schedule_steps=15, data__max_bad_fraction=1.0), tmp_path / "run")
-    assert str(caught.value).startswith(f"{root} cannot be read any more (No such file or directory)")
+    config = small_config(root, train__schedule_steps=15, data__max_bad_fraction=1.0, data__wait_s=wait_s)
+    with pytest.raises(UserError, match="go on with --resume auto") as caught:
+        pretrain(config, tmp_path / "run")
+    assert str(caught.value).startswith(f"{root}: the data folder is gone (No such file or directory)")
+    assert ("within 0.5 s" in str(caught.value)) == bool(wait_s)
     assert not (tmp_path / "run" / "bad_samples.jsonl").exists()
+
+
+def test_a_folder_that_comes_back_is_waited_for(tmp_path, monkeypatch, capfd):
+    root = write(tmp_path / "images", {f"{n:02d}.jpg": encode(picture(40, 30, n)) for n in range(40)})
+    away = tmp_path / "elsewhere"
+    back = threading.Timer(1.0, lambda: away.rename(root))
+
+    def leave():
+        root.rename(away)
+        back.start()
+
+    _Vanishing(monkeypatch, 30, leave)
+    pretrain(small_config(root, train__schedule_steps=15, data__wait_s=60.0), tmp_path / "run")
+    back.join()
+    assert capfd.readouterr().err.count("is gone (No such file or directory); waiting up to 60 s") == 1
+    assert not (tmp_path / "run" / "bad_samples.jsonl").exists()
+
+
+def test_closing_a_stream_ends_its_wait(tmp_path):
+    root = write(tmp_path / "images", {f"{n:02d}.jpg": encode(picture(40, 30, n)) for n in range(9)})
+    images = list_images(root)
+    shutil.rmtree(root)
+    config = small_config(root, data__wait_s=300.0)
+    stream = TrainingStream(config, images, ActionSpace(config.actions.groups))
+    began = time.monotonic()
+    stream.close()
+    assert time.monotonic() - began < 60
 
 
 def test_a_resumed_run_says_that_the_list_of_images_changed_and_a_manifest_keeps_it(tmp_path, capfd):

@@ -3,6 +3,6 @@
 from iwm_fast.data.sources.base import Labels, Source
 from iwm_fast.data.sources.opening import holds, open_source
 from iwm_fast.data.sources.s3 import PATIENCE, Patience
-from iwm_fast.data.sources.storage import Storage
+from iwm_fast.data.sources.storage import DataGone, Storage
 
-__all__ = ["PATIENCE", "Labels", "Patience", "Source", "Storage", "holds", "open_source"]
+__all__ = ["PATIENCE", "DataGone", "Labels", "Patience", "Source", "Storage", "holds", "open_source"]

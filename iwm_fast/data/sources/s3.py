@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from iwm_fast.data.encoded import BadSample
+from iwm_fast.data.sources.storage import DataGone
 from iwm_fast.errors import UserError
 
 __all__ = ["PATIENCE", "Patience", "S3Storage", "is_address"]
@@ -200,9 +201,7 @@ class S3Storage:
     def _require_some(self) -> None:
         """UserError where nothing at all is left under the prefix."""
         if not self.any():
-            raise UserError(
-                f"{self.root} is empty now: the data are gone; bring them back and go on with --resume auto"
-            )
+            raise DataGone(f"{self.root} is empty")
 
 
 def _hidden(key: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 from typing import Protocol
@@ -9,7 +10,18 @@ from typing import Protocol
 from iwm_fast.data.encoded import BadSample
 from iwm_fast.errors import UserError
 
-__all__ = ["LocalStorage", "Storage"]
+__all__ = ["DataGone", "LocalStorage", "Storage"]
+
+# What a network file system says of a server that does not answer, as opposed to a file that is not there.
+_NO_ANSWER = frozenset({errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH})
+
+
+class DataGone(UserError):  # noqa: N818  (a circumstance, as UserError itself says)
+    """Not one sample but the place where it was cannot be read: no verdict on the sample; it may come back."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"{what}; bring the data back, then go on with --resume auto")
+        self.what = what
 
 
 class Storage(Protocol):
@@ -37,7 +49,7 @@ class Storage(Protocol):
     def read(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
         """A piece's bytes from `offset`: `length` of them, fewer where it ends before, or all.
 
-        BadSample where this piece cannot be read; UserError where the whole place is gone.
+        BadSample where this piece cannot be read; DataGone where the whole place is gone.
         """
         ...
 
@@ -84,7 +96,7 @@ class LocalStorage:
         try:
             return os.stat(self.shown(name)).st_size  # noqa: PTH116  (a million of them)
         except OSError as error:
-            raise self._verdict(error) from error
+            raise self._verdict(name, error) from error
 
     def read(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
         """The file's bytes; what is not a regular file (a pipe would never end) is empty or a BadSample."""
@@ -97,22 +109,25 @@ class LocalStorage:
             finally:
                 os.close(file)
         except OSError as error:
-            raise self._verdict(error) from error
+            raise self._verdict(name, error) from error
 
     def close(self) -> None:
         """Nothing waits here."""
 
-    def _verdict(self, error: OSError) -> BadSample | UserError:
-        """One file is the matter, or the whole folder: a mount that went away leaves none, or an empty one."""
-        reason = error.strerror or str(error)
+    def _verdict(self, name: str, error: OSError) -> BadSample | DataGone:
+        """One file is the matter, or its whole folder: a mount that went away leaves none, or an empty one."""
+        folder = os.path.dirname(self.shown(name))  # noqa: PTH120  (names that are no text stay as they are)
+        if error.errno in _NO_ANSWER:
+            return DataGone(f"{folder}: the data folder does not answer ({error.strerror})")
         try:
-            with os.scandir(self.root) as entries:
-                if next(entries, None) is not None:
-                    return BadSample(f"cannot be read: {reason}")
-            what = "is empty now"
+            with os.scandir(folder) as entries:
+                if next(entries, None) is None:
+                    return DataGone(f"{folder}: the data folder is empty")
+        except (NotADirectoryError, PermissionError):
+            pass
         except OSError as gone:
-            what = f"cannot be read any more ({gone.strerror})"
-        return UserError(f"{self.root} {what}: the data are gone; bring them back, then --resume auto")
+            return DataGone(f"{folder}: the data folder is gone ({gone.strerror})")
+        return BadSample(f"cannot be read: {error.strerror or error}")
 
 
 def _read_fully(file: int, wanted: int, offset: int) -> bytes:

@@ -1,0 +1,39 @@
+"""Data that go away for a while (a mount that drops, a server that restarts): waited for, then named."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+from iwm_fast.data.sources import DataGone
+from iwm_fast.errors import UserError
+
+__all__ = ["read_present"]
+
+_FIRST_S, _LONGEST_S = 0.1, 5.0
+
+
+def read_present(read: Callable[[], bytes], wait_s: float, closed: threading.Event) -> bytes:
+    """What `read` gives, called again for up to `wait_s` seconds while it says that the data are gone.
+
+    UserError when they have not come back by then, or when `closed` is set before.
+    """
+    begin, pause = time.monotonic(), _FIRST_S
+    while True:
+        try:
+            return read()
+        except DataGone as gone:
+            waited = time.monotonic() - begin
+            if wait_s and (waited >= wait_s or closed.is_set()):
+                raise UserError(
+                    f"{gone.what} and has not come back within {wait_s:g} s; bring it back, then go on with "
+                    "--resume auto, or raise data.wait_s"
+                ) from gone
+            if not wait_s:
+                raise
+            if pause == _FIRST_S:
+                print(f"{gone.what}; waiting up to {wait_s:g} s for it", file=sys.stderr, flush=True)
+        closed.wait(min(pause, wait_s - waited))
+        pause = min(2 * pause, _LONGEST_S)
