@@ -112,10 +112,12 @@ def test_a_cut_link_ends_both_sides_with_the_lost_peer_s_name_and_restarted_they
     finally:
         job.end()
     assert all(p.returncode != 0 for p in job.processes)
-    for host, (rank, name) in enumerate(((1, "host-b"), (0, "host-a"))):
+    for host in (0, 1):
+        # The first host holds the rendezvous: cut off from it, the other can name its address alone.
+        other = rf"{hosts.names[1 - host]}\b|{re.escape(hosts.addresses[1 - host])}:"
         said = [line for line in job.said(host).splitlines() if line.startswith("iwm-fast: ")]
         assert len(said) == 1, job.said(host)[-3000:]
-        assert re.search(rf"rank {rank} (\(host|on) {name}\b", said[0]), said[0]
+        assert re.search(other, said[0]), said[0]
 
     hosts.mend()
     last = metrics(run)[-1]["step"]
