@@ -56,10 +56,10 @@ def plan(
     from iwm_fast.planning.scaling import draw_scaling, scaling
 
     device = find_device(gpu)
-    rate = compute_rate(device, loaded, results or packaged_results(), mfu)
+    planner = planner_of(loaded)
+    rate = compute_rate(device, planner.operations, results or packaged_results(), mfu)
     cluster = Cluster(device, nodes, gpus_per_node, rate, network * 1e9 if network else device.network, data_rate)
     counted = images or _counted(loaded.data.root)
-    planner = planner_of(loaded)
     stages = planner.stages(cluster)
     choice = planner.choose(stages, cluster)
     record = said.document(planner, cluster, stages, choice, counted or _IMAGENET_1K, images_assumed=counted is None)

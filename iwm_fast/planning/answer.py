@@ -74,6 +74,7 @@ def assumptions(cluster: Cluster, images: int | None) -> list[str]:
             f"decoding assumed; the optimizer's pass at {steptime.MEMORY_EFFICIENCY:.0%} of the memory's rate assumed"
         ),
     ]
+    said.append("overlap: messages that can run beside the computation are assumed to, entirely; the others not at all")
     if cluster.data_rate is None:
         said.append("data: assumed never waited for; give --data-rate, images a second and GPU, to count them")
     if images is not None:

@@ -14,7 +14,7 @@ from iwm_fast.planning.fabric import Fabric
 from iwm_fast.planning.layout import Layout, layout_of
 from iwm_fast.planning.memory import Memory, state_memory
 from iwm_fast.planning.rates import Rate
-from iwm_fast.planning.steptime import StepTime, step_time
+from iwm_fast.planning.steptime import StepTime, image_flops, step_time
 from iwm_fast.planning.tokens import Tokens
 
 __all__ = ["Choice", "Cluster", "Planner", "Stage", "stage_record"]
@@ -79,6 +79,11 @@ class Planner:
     def __init__(self, config: Config, tokens: Tokens, divide: Divide, layout: Layout | None = None) -> None:
         self.config, self.tokens, self.divide = config, tokens, divide
         self.layout = layout or layout_of(config)
+
+    @property
+    def operations(self) -> float:
+        """Useful operations an image."""
+        return image_flops(self.config, self.tokens).total / len(self.tokens.context)
 
     def with_batch(self, global_batch: int) -> Planner:
         """The same run with another global batch."""

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import statistics
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from iwm_fast.config import Config
 from iwm_fast.errors import UserError
 from iwm_fast.planning.devices import Device
 
@@ -31,20 +30,19 @@ def packaged_results() -> Path:
     return Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 
 
-def compute_rate(device: Device, config: Config, results: Path, mfu: float | None) -> Rate:
+def compute_rate(device: Device, operations: float, results: Path, mfu: float | None) -> Rate:
     """The rate to plan with: `mfu` where it is given, else the newest result of this GPU, else the assumption.
 
-    A result is a JSON document of benchmarks/results with `schema` iwm-fast-bench-step/…, that GPU in
-    `environment.gpus` and `rows` with an `mfu` each; of several rows those with this configuration's encoder, and of
-    these the median.
-    UserError where a file there cannot be read.
+    A result is what `iwm-fast bench step --json` writes: `schema` iwm-fast-bench-step/…, that GPU in
+    `environment.gpus`, and `rows` with `name`, `mfu` and `operations_per_image`; of several rows the one nearest to
+    `operations` an image. UserError where a file there cannot be read.
     """
     if mfu is not None:
         return Rate(mfu, "given", "--mfu")
-    found = [(path, measured) for path in _newest_first(results) if (measured := _measured(path, device, config))]
-    if found:
-        path, value = found[0]
-        return Rate(value, "measured", path.name)
+    for path in _newest_first(results):
+        row = _measured(path, device, operations)
+        if row is not None:
+            return Rate(row["mfu"], "measured", f"{path.name}, {row.get('name')}")
     return Rate(ASSUMED_MFU, "assumed", f"no measured step of a {device.in_torch} in {results.name}/")
 
 
@@ -53,7 +51,7 @@ def _newest_first(results: Path) -> list[Path]:
     return sorted(files, key=lambda path: path.stat().st_mtime, reverse=True)
 
 
-def _measured(path: Path, device: Device, config: Config) -> float | None:
+def _measured(path: Path, device: Device, operations: float) -> dict[str, Any] | None:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -63,6 +61,5 @@ def _measured(path: Path, device: Device, config: Config) -> float | None:
     gpus = document.get("environment", {}).get("gpus") or []
     if not any(device.in_torch in gpu.get("name", "") for gpu in gpus):
         return None
-    rows: list[dict[str, Any]] = [row for row in document.get("rows", []) if isinstance(row.get("mfu"), float)]
-    same = [row for row in rows if row.get("encoder") == config.model.encoder]
-    return statistics.median(row["mfu"] for row in same or rows) if rows else None
+    rows: list[dict[str, Any]] = [row for row in document.get("rows", []) if row.get("mfu")]
+    return min(rows, key=lambda row: abs(math.log(row["operations_per_image"] / operations)), default=None)

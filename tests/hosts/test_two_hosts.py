@@ -112,10 +112,12 @@ def test_a_cut_link_ends_both_sides_with_the_lost_peer_s_name_and_restarted_they
     finally:
         job.end()
     assert all(p.returncode != 0 for p in job.processes)
-    for host, (rank, name) in enumerate(((1, "host-b"), (0, "host-a"))):
+    for host in (0, 1):
+        # The first host holds the rendezvous: cut off from it, the other can name its address alone.
+        other = rf"{hosts.names[1 - host]}\b|{re.escape(hosts.addresses[1 - host])}:"
         said = [line for line in job.said(host).splitlines() if line.startswith("iwm-fast: ")]
         assert len(said) == 1, job.said(host)[-3000:]
-        assert re.search(rf"rank {rank} (\(host|on) {name}\b", said[0]), said[0]
+        assert re.search(other, said[0]), said[0]
 
     hosts.mend()
     last = metrics(run)[-1]["step"]
@@ -155,6 +157,8 @@ def test_bytes_on_the_wire_are_the_plan_s(stage, hosts, config, tmp_path):
     planned = small_config(tmp_path, **changes)
     _, accumulation = divide_batch(planned.train.global_batch, 2, None)
     collectives = step_collectives(planned, layout_of(planned), 2, accumulation)
-    formula = 2 * sum(ring_bytes(c.kind, c.size, 2) for c in collectives)
+    # Between CPUs (gloo) a reduce-scatter is an all-reduce of which each rank keeps its part; NCCL has a real one.
+    sent = {"reduce_scatter": "all_reduce"}
+    formula = 2 * sum(ring_bytes(sent.get(c.kind, c.kind), c.size, 2) for c in collectives)
     print(f"stage {stage}: {counted:.0f} bytes a step on the wire, {formula:.0f} planned")
     assert 0.98 < counted / formula < 1.12

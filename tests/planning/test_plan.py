@@ -7,7 +7,7 @@ import pytest
 
 from iwm_fast.cli import main
 from iwm_fast.commands.plan import planner_of
-from iwm_fast.config import Config, load_config, packaged_config
+from iwm_fast.config import load_config, packaged_config
 from iwm_fast.planning.communication import Collective, ring_bytes
 from iwm_fast.planning.devices import DEVICES, peak_of
 from iwm_fast.planning.fabric import LINK_EFFICIENCY, LINK_HOP_S, NETWORK_HOP_S, Fabric
@@ -87,21 +87,19 @@ def test_where_nothing_fits_it_says_so(large):
 
 
 def test_a_measured_step_replaces_the_assumption(tmp_path):
-    config = Config()
-    assert compute_rate(DEVICES["h200"], config, tmp_path, None) == Rate(
-        ASSUMED_MFU, "assumed", f"no measured step of a H200 in {tmp_path.name}/"
-    )
-    rows = [
-        {"encoder": "vit_base", "mfu": 0.51},
-        {"encoder": "vit_base", "mfu": 0.53},
-        {"encoder": "vit_large", "mfu": 0.7},
-    ]
+    """The row nearest in operations an image stands for the plan's model."""
+    assumed = Rate(ASSUMED_MFU, "assumed", f"no measured step of a H200 in {tmp_path.name}/")
+    assert compute_rate(DEVICES["h200"], 1e11, tmp_path, None) == assumed
+    sizes = {"gpu-small": (3e10, 0.41), "gpu-base": (1.2e11, 0.52), "gpu-large": (4e11, 0.6)}
+    rows = [{"name": name, "operations_per_image": o, "mfu": m} for name, (o, m) in sizes.items()]
     document = {"schema": "iwm-fast-bench-step/1", "environment": {"gpus": [{"name": "NVIDIA H200"}]}, "rows": rows}
     (tmp_path / "step_h200.json").write_text(json.dumps(document))
     (tmp_path / "cpu.json").write_text(json.dumps(document | {"environment": {"gpus": []}}))
-    assert compute_rate(DEVICES["h200"], config, tmp_path, None) == Rate(0.52, "measured", "step_h200.json")
-    assert compute_rate(DEVICES["h100"], config, tmp_path, None).origin == "assumed"
-    assert compute_rate(DEVICES["h200"], config, tmp_path, 0.3).origin == "given"
+    (tmp_path / "unknown_peak.json").write_text(json.dumps(document | {"rows": [rows[0] | {"mfu": None}]}))
+    measured = Rate(0.52, "measured", "step_h200.json, gpu-base")
+    assert compute_rate(DEVICES["h200"], 1e11, tmp_path, None) == measured
+    assert compute_rate(DEVICES["h100"], 1e11, tmp_path, None).origin == "assumed"
+    assert compute_rate(DEVICES["h200"], 1e11, tmp_path, 0.3).origin == "given"
 
 
 def test_rings_cross_a_host_s_border_once_for_each_of_its_gpus():
