@@ -14,7 +14,7 @@ import typer
 
 from iwm_fast import __version__
 from iwm_fast.arguments import prepare
-from iwm_fast.commands import data
+from iwm_fast.commands import data, finetune
 from iwm_fast.commands.options import CONFIG_HELP, Json, Overrides, answer
 from iwm_fast.commands.plan import plan
 from iwm_fast.errors import UserError
@@ -30,6 +30,7 @@ app = typer.Typer(
 )
 app.add_typer(data.app, name="data")
 app.command(epilog="Example: iwm-fast plan vit_large_p16_224.yaml --nodes 4 --gpus-per-node 8 --gpu h200")(plan)
+app.add_typer(finetune.app)
 
 
 def _version(asked: bool) -> None:
