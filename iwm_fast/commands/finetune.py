@@ -61,7 +61,7 @@ def finetune(
     """
     rates = _rates(lr)
     from iwm_fast.console import counting, print_table
-    from iwm_fast.eval.finetune import Request, finetune_rows, finetune_run, named_folders
+    from iwm_fast.eval.finetune.run import Request, finetune_rows, finetune_run, named_folders
 
     with counting() as progress:
         request = Request(

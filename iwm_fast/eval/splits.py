@@ -19,7 +19,7 @@ from iwm_fast.data.sources import Patience, holds
 from iwm_fast.errors import UserError
 from iwm_fast.eval.stats import evenly_spaced
 
-__all__ = ["FileSplit", "Split", "TensorSplit", "open_splits", "require_same_classes"]
+__all__ = ["FileSplit", "Split", "TensorSplit", "cannot_classify", "open_splits", "require_same_classes"]
 
 Labels = NDArray[Any]  # int64 (b,), places in `classes`; or uint8 (b, S, S), a class a pixel
 
@@ -133,6 +133,17 @@ class FileSplit:
         if not some:
             name, reason = next(iter(self.bad.items()))
             raise UserError(f"{name}: {reason}; none of the {len(self)} images of its split can be decoded")
+
+
+def cannot_classify(train: Split | None, test: Split) -> str | None:
+    """Why probes cannot run, or None."""
+    if train is None:
+        return "no training images were given"
+    if len(train.classes) < 2:
+        return "the images have no classes (a folder a class is needed)"
+    if train.classes != test.classes:
+        return f"train has {len(train.classes)} classes and test has {len(test.classes)}: they are not the same"
+    return None
 
 
 def require_same_classes(train: FileSplit, test: FileSplit, root: str | Path) -> None:

@@ -101,7 +101,7 @@ def test_the_encoder_is_named_and_can_be_chosen():
 def test_without_classes_only_mrr_runs_and_says_so(train, test, reason):
     config = tiny_config()
     model, space = tiny_model(config)
-    found = evaluate_model(model, config, space, train=train, test=test)
+    found = evaluate_model(model, config, space, train=train, test=test, what=WHAT)
     assert "mrr" in found
     assert "knn" not in found
     assert set(found["not_run"]) == set(WHAT) - {"mrr"}

@@ -17,7 +17,6 @@ from iwm_fast.data.segmentation import is_masked
 from iwm_fast.engine.loading import load_model
 from iwm_fast.errors import UserError
 from iwm_fast.eval.cache import FeatureCache, Features
-from iwm_fast.eval.evaluate import Progress
 from iwm_fast.eval.features import default_encoder, encoder_of, read_features
 from iwm_fast.eval.finetune.fitting import WARMUP, Fit, Plan, fit, measure
 from iwm_fast.eval.finetune.modes import (
@@ -35,6 +34,7 @@ from iwm_fast.eval.finetune.saved import require_absent, save_finetuned
 from iwm_fast.eval.finetune.scores import IGNORED
 from iwm_fast.eval.finetune.tasks import Task
 from iwm_fast.eval.masked import open_masked_splits
+from iwm_fast.eval.progress import Progress
 from iwm_fast.eval.splits import Split, open_splits, require_same_classes
 from iwm_fast.models.iwm import IWM
 from iwm_fast.models.predictors import VitPredictor
