@@ -109,7 +109,7 @@ def _world_model(
             queries=queries if vary not in GEOMETRIC else None,
             vary=vary,
             untrained=strange if vary is None else None,
-            progress=None if progress is None else partial(progress, "mrr" if vary is None else f"mrr, {vary}"),
+            progress=None if progress is None else partial(progress, "mrr" if vary is None else f"mrr, {vary} only"),
         )
         if vary is None:
             results |= found.summary()

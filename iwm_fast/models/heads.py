@@ -48,7 +48,7 @@ class AttentivePool(nn.Module):
         query = self.q(self.query).unflatten(0, (self.heads, -1))  # (H, d)
         asked = torch.einsum("hd,hdw->hw", query, self.k.weight.unflatten(0, (self.heads, -1)))  # (H, D)
         scores = x @ asked.T * (1 / math.sqrt(query.shape[1]))  # (B, L, H)
-        share = scores.float().softmax(dim=1).to(x.dtype)
+        share = scores.to(torch.promote_types(x.dtype, torch.float32)).softmax(dim=1).to(x.dtype)
         seen = share.transpose(1, 2) @ x  # (B, H, D)
         value = torch.einsum("bhw,hdw->bhd", seen, self.v.weight.unflatten(0, (self.heads, -1))).flatten(1)
         pooled = self.query + self.proj(value + self.v.bias)
