@@ -2,7 +2,7 @@ r"""What a frozen run is worth to a head, to a new predictor and to its own: one
 
     python -m benchmarks.finetune RUN... --data DIR --json FILE [--limit N] [--epochs E] [--batch B]
 
-Each RUN is one seed of the same training. Each cell is the command line a user would type, in a process of its own;
+Each RUN is one seed of the same training. Each cell is the command line a user would type;
 all learn from the same images for as many steps, and the heads choose among several learning rates. An arm's figure is
 the mean over the runs with a 95 % interval (Student's t). Cells that FILE already has are not computed again.
 """
@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from benchmarks.arms import interval, public
+from iwm_fast.cli import main as main_of_iwm_fast
 from iwm_fast.planning.environment import environment
 
 SCHEMA = "iwm-fast-finetune-table/1"
@@ -34,8 +34,9 @@ def measure(run: Path, words: list[str]) -> dict[str, Any]:
     """One cell: the body of the command's answer."""
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "answer.json"
-        command = [sys.executable, "-m", "iwm_fast", "finetune", str(run), *words, "--json", str(answer)]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        code = main_of_iwm_fast(["finetune", str(run), *words, "--json", str(answer)])
+        if code:
+            sys.exit(code)
         found: dict[str, Any] = json.loads(answer.read_text())
     return {key: value for key, value in found.items() if key not in ("schema", "environment")}
 
