@@ -62,6 +62,7 @@ def finetune(
     rates = _rates(lr)
     from iwm_fast.console import counting, print_table
     from iwm_fast.eval.finetune.run import Request, finetune_rows, finetune_run, named_folders
+    from iwm_fast.planning.environment import environment
 
     with counting() as progress:
         request = Request(
@@ -80,7 +81,7 @@ def finetune(
             cache=cache,
             tell=progress,
         )
-        results = finetune_run(run, request, out)
+        results = finetune_run(run, request, out, environment())
     if json != "-":
         title = f"iwm-fast finetune, {results['mode']}, {results['trained_parameters']:,} parameters trained"
         print_table(title, ("", "measure", "value", "95 % interval", "chance"), finetune_rows(results))

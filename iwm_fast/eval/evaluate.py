@@ -116,4 +116,5 @@ def _world_model(
         else:
             summary = found.summary()
             parts[vary] = {key: summary[key] for key in _PART}
-    return results | {f"mrr_only_{name}": part["mrr"] for name, part in parts.items()} | {"components": parts}
+    flat = {f"mrr_only_{name}": part["mrr"] for name, part in parts.items()}
+    return results | flat | ({"components": parts} if parts else {})

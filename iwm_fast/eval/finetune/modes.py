@@ -63,7 +63,7 @@ def reader_builder(
 
     ``shapes``: of the head of each task. The model's own weights are copied where they are to be trained.
     """
-    frozen = encoder_of(model, which).requires_grad_(False)
+    frozen = encoder_of(model, which)
     shape = model.config.encoder_shape
 
     def build() -> Reader:

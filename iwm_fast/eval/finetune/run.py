@@ -99,8 +99,12 @@ def named_folders(words: Sequence[str]) -> dict[str, Path]:
     return named
 
 
-def finetune_run(run: Path, request: Request, out: Path | None = None) -> dict[str, Any]:
-    """Fit ``request`` on a run's checkpoint and measure it; ``out``: a new folder for the result.
+def finetune_run(
+    run: Path, request: Request, out: Path | None = None, environment: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Fit ``request`` on a run's checkpoint and measure it.
+
+    ``out``: a new folder for the result, in which ``environment`` says what it was made with.
 
     Returns top1, top5 or miou with intervals (of several tasks under ``tasks``, and their mean), chance, the rate that
     the held-out images chose, and the protocol. Raises UserError for whatever the user can mend.
@@ -132,7 +136,14 @@ def finetune_run(run: Path, request: Request, out: Path | None = None) -> dict[s
     if out is not None:
         classes = {name: names for name, (_, names) in named.items()}
         save_finetuned(
-            out, found.reader, model=config.model, mode=request.mode, shapes=shapes, classes=classes, results=results
+            out,
+            found.reader,
+            model=config.model,
+            mode=request.mode,
+            shapes=shapes,
+            classes=classes,
+            results=results,
+            environment=environment or {},
         )
         results["out"] = str(out)
     return results

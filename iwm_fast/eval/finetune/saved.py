@@ -21,7 +21,6 @@ from iwm_fast.eval.cache import sync
 from iwm_fast.eval.finetune.modes import Mode, reader_builder
 from iwm_fast.models.iwm import IWM
 from iwm_fast.models.reader import HeadShape, Reader
-from iwm_fast.planning.environment import environment
 
 __all__ = ["Finetuned", "load_finetuned", "require_absent", "save_finetuned"]
 
@@ -59,12 +58,16 @@ def save_finetuned(
     shapes: Mapping[str, HeadShape],
     classes: Mapping[str, tuple[str, ...]],
     results: Mapping[str, Any],
+    environment: Mapping[str, Any],
 ) -> None:
-    """Write folder ``out``, whole or not at all. UserError where it exists or cannot be written."""
+    """Write folder ``out``, whole or not at all; ``environment``: what it was made with.
+
+    UserError where it exists or cannot be written.
+    """
     require_absent(out)
     record = {
         "schema": SCHEMA,
-        "environment": environment(),
+        "environment": dict(environment),
         "mode": mode,
         "action_dim": reader.action_dim,
         "model": model.model_dump(mode="json"),

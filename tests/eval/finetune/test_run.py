@@ -67,6 +67,9 @@ def test_a_mode_learns_answers_in_json_and_keeps_what_answers_again(run, tiny_im
     images = torch.cat([part.images for part in load_clean(test, 32, threads=1)])
     accuracy = (kept(images).argmax(dim=1).numpy() == test.labels).mean()
     assert accuracy == pytest.approx(found["top1"])
+    record = json.loads((tmp_path / "kept" / "finetune.json").read_text())
+    assert "torch" in record["environment"]["packages"]
+    assert record["results"]["top1"] == found["top1"]
     assert not list(tmp_path.glob(".*"))
 
 
