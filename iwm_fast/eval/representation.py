@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from iwm_fast.eval.cache import FeatureCache, Features
 from iwm_fast.eval.features import EncoderName, Kept, encoder_of, read_features
@@ -81,9 +82,13 @@ def _sizes(train: Features, test: Features) -> dict[str, int]:
     return {"train_images": len(train), "test_images": len(test)}
 
 
+def _in_memory(features: Features) -> tuple[Tensor, np.ndarray]:
+    """Copies: what is mapped from a file may be read only, and torch has no such tensors."""
+    return torch.from_numpy(np.array(features.values)), np.array(features.labels)
+
+
 def _knn(train: Features, test: Features, end: str) -> dict[str, Any]:
-    x, x_test = (torch.from_numpy(np.array(part.values)) for part in (train, test))
-    found = knn_classify(x, train.labels, x_test, test.labels)
+    found = knn_classify(*_in_memory(train), *_in_memory(test))
     return {
         f"knn{end}": found.weighted,
         f"knn{end}_interval": list(found.weighted_interval),
@@ -96,8 +101,7 @@ def _knn(train: Features, test: Features, end: str) -> dict[str, Any]:
 
 
 def _linear(train: Features, test: Features, end: str) -> dict[str, Any]:
-    x, x_test = (torch.from_numpy(np.array(part.values)) for part in (train, test))
-    found = linear_probe(x, train.labels, x_test, test.labels)
+    found = linear_probe(*_in_memory(train), *_in_memory(test))
     return {
         f"linear{end}": found.top1,
         f"linear{end}_interval": list(found.top1_interval),
