@@ -70,6 +70,7 @@ setup(
             "ruff>=0.8",
             "mypy>=1.13",
             "types-PyYAML>=6.0.12",
+            "scikit-learn>=1.5",
             "setuptools>=77",
             "wheel>=0.43",
             "boto3>=1.36,<2",

@@ -14,7 +14,7 @@ import typer
 
 from iwm_fast import __version__
 from iwm_fast.arguments import prepare
-from iwm_fast.commands import data
+from iwm_fast.commands import data, finetune
 from iwm_fast.commands.options import CONFIG_HELP, Json, Overrides, answer
 from iwm_fast.commands.plan import plan
 from iwm_fast.errors import UserError
@@ -30,6 +30,7 @@ app = typer.Typer(
 )
 app.add_typer(data.app, name="data")
 app.command(epilog="Example: iwm-fast plan vit_large_p16_224.yaml --nodes 4 --gpus-per-node 8 --gpu h200")(plan)
+app.add_typer(finetune.app)
 
 
 def _version(asked: bool) -> None:
@@ -93,10 +94,15 @@ def evaluate(
     data: Annotated[
         str, typer.Option("--data", metavar="DIR", help="Images: train/ and test/ in it, or to be split; also s3://.")
     ],
-    what: Annotated[str, typer.Option("--what", help="What to measure, with commas between.")] = "mrr,knn,linear",
+    what: Annotated[
+        str, typer.Option("--what", help="With commas between: mrr, knn, linear, attentive.")
+    ] = "mrr,knn,linear",
     checkpoint: Annotated[str, typer.Option("--checkpoint", help="latest, or a name such as step_000500.")] = "latest",
     images: Annotated[
         int | None, typer.Option("--images", min=1, help="Images ranked for MRR; default: the run's.")
+    ] = None,
+    cache: Annotated[
+        Path | None, typer.Option("--cache", metavar="DIR", help="Where features are kept; default: RUN/cache.")
     ] = None,
     json: Json = None,
 ) -> None:
@@ -106,7 +112,9 @@ def evaluate(
 
     words = [word.strip() for word in what.split(",") if word.strip()]
     with counting() as progress:
-        results = evaluate_run(run, data, what=words, checkpoint=checkpoint, images=images, progress=progress)
+        results = evaluate_run(
+            run, data, what=words, checkpoint=checkpoint, images=images, components=True, cache=cache, progress=progress
+        )
     if json != "-":
         columns = ("", "value", "95 % interval", "chance", "shuffled action", "neutral action", "untrained")
         print_table(f"iwm-fast evaluate, step {results['step']}", columns, result_rows(results))

@@ -25,6 +25,7 @@ COMMANDS = [
     ["pretrain"],
     ["evaluate"],
     ["export"],
+    ["finetune"],
     ["config"],
     ["doctor"],
     ["plan"],

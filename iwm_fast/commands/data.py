@@ -44,11 +44,15 @@ def synth(
     test: Annotated[int, typer.Option("--test", min=1, help="Test images in all.")] = 800,
     size: Annotated[int, typer.Option("--size", min=16, help="Side, pixels.")] = 64,
     seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
+    *,
+    segments: Annotated[
+        bool, typer.Option("--segments", help="images/ and masks/ with a class a pixel, instead of a folder a class.")
+    ] = False,
 ) -> None:
     """Draw a labelled set of JPEGs, for those with no data at hand."""
     from iwm_fast.data.synth import draw_dataset
 
-    draw_dataset(out, classes=classes, train=train, test=test, size=size, seed=seed)
+    draw_dataset(out, classes=classes, train=train, test=test, size=size, seed=seed, segments=segments)
     typer.echo(f"{out}: drawn; train on data.root={out / 'train'}")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,10 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from iwm_fast.data.randomness import uniforms
-from iwm_fast.data.sources import PATIENCE, Labels, Patience, Source, holds, open_source
+from iwm_fast.data.encoded import BadSample
+from iwm_fast.data.sources import PATIENCE, Labels, Patience, Source, Storage, holds, open_source
 from iwm_fast.errors import UserError
 
-__all__ = ["ImageSet", "list_images", "split"]
+__all__ = ["ImageSet", "list_images", "split", "test_rows"]
 
 # Of the split of a folder without train/ and test/; the number is part of every result made with such a split.
 _SPLIT_STREAM = 0x5711
@@ -45,6 +48,17 @@ class ImageSet:
     def take(self, rows: NDArray[np.int64]) -> ImageSet:
         """The images of the given rows, in their order."""
         return ImageSet(self.source, rows if self.rows is None else self.rows[rows], self.common)
+
+    def stamps(self) -> Iterator[str]:
+        """For each sample what changes when it is replaced: its name, its place, and size and time of change of the
+        file that holds it; of an object in a store, its size. No image is read.
+        """
+        known: dict[str, str] = {}
+        for sample in range(len(self)):
+            piece, offset = self.source.extent(self._row(sample))
+            if piece not in known:
+                known[piece] = _stamp(self.source.storage, piece)
+            yield f"{self.name(sample)} {offset} {known[piece]}\n"
 
     @property
     def labels(self) -> NDArray[np.int64] | None:
@@ -93,8 +107,24 @@ def split(root: str | Path, patience: Patience = PATIENCE) -> tuple[ImageSet, Im
     images = list_images(root, patience=patience)
     if len(images) < 2:
         raise UserError(f"{root} holds one image only; give at least two, to learn from and to test on")
-    draw = uniforms(0, 0, np.arange(len(images)), _SPLIT_STREAM, 1)[:, 0]
-    held_out = np.argsort(draw, kind="stable")[: max(1, round(_TEST_SHARE * len(images)))]
-    is_test = np.zeros(len(images), bool)
-    is_test[held_out] = True
+    is_test = test_rows(len(images))
     return images.take(np.flatnonzero(~is_test)), images.take(np.flatnonzero(is_test))
+
+
+def test_rows(count: int) -> NDArray[np.bool_]:
+    """Which of `count` samples a folder without train/ and test/ is tested on: a fifth, at least one; bool (count,)."""
+    draw = uniforms(0, 0, np.arange(count), _SPLIT_STREAM, 1)[:, 0]
+    rows = np.zeros(count, bool)
+    rows[np.argsort(draw, kind="stable")[: max(1, round(_TEST_SHARE * count))]] = True
+    return rows
+
+
+def _stamp(storage: Storage, piece: str) -> str:
+    try:
+        status = os.stat(storage.shown(piece))  # noqa: PTH116  (once for each of a million files)
+    except OSError:  # an object of a store, or a file that is gone
+        try:
+            return str(storage.size(piece))
+        except BadSample:
+            return "missing"
+    return f"{status.st_size} {status.st_mtime_ns}"

@@ -42,10 +42,19 @@ Floats = NDArray[np.float32]
 
 
 def draw_dataset(
-    out: Path, *, classes: int = 8, train: int = 4096, test: int = 800, size: int = 64, seed: int = 0
+    out: Path,
+    *,
+    classes: int = 8,
+    train: int = 4096,
+    test: int = 800,
+    size: int = 64,
+    seed: int = 0,
+    segments: bool = False,
 ) -> None:
     """Write `train` and `test` images of size × size to out/train/CLASS/NNNNN.jpg and out/test/….
 
+    segments: to out/train/images/NNNNN.jpg instead, and to out/train/masks/NNNNN.png where the shape is: 0 is the
+    background, else 1 + the class's place in CLASSES.
     The folder appears whole or not at all; one that already holds exactly this set is left as it is. Reproducible from
     the seed. UserError where `out` holds anything else, or cannot be written; ValueError for a number out of range.
     """
@@ -53,7 +62,8 @@ def draw_dataset(
         raise ValueError(f"classes is {classes}; it must be 2 to {len(CLASSES)}")
     if train < 1 or test < 1 or size < 16:
         raise ValueError(f"train is {train}, test {test} and size {size}; they must be at least 1, 1 and 16")
-    record = {"classes": list(CLASSES[:classes]), "train": train, "test": test, "size": size, "seed": seed}
+    record: dict[str, object] = {"classes": list(CLASSES[:classes]), "train": train, "test": test, "size": size}
+    record |= {"seed": seed} | ({"segments": True} if segments else {})
     if _is_drawn(out, record):
         return
     partial = out.parent / f".{out.name}.partial-{os.getpid()}"
@@ -70,6 +80,13 @@ def draw_dataset(
 
 def draw_images(labels: NDArray[np.int64], size: int, rng: np.random.Generator) -> NDArray[np.uint8]:
     """One image for each label (B,), a place in CLASSES: uint8 (B, S, S, 3)."""
+    return _draw(labels, size, rng)[0]
+
+
+def _draw(
+    labels: NDArray[np.int64], size: int, rng: np.random.Generator
+) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+    """Images (B, S, S, 3), and where the shape covers at least half of a pixel (B, S, S)."""
     count = len(labels)
     line = (np.arange(size, dtype=np.float32) + 0.5) * (2 / size) - 1
     x = np.broadcast_to(line[None, None, :], (count, size, size))
@@ -87,7 +104,7 @@ def draw_images(labels: NDArray[np.int64], size: int, rng: np.random.Generator) 
     canvas += inside * (_filling(labels, u, v, scale, front, rng) - canvas)
     canvas *= _light(x, y, rng)[..., None]
     canvas += rng.normal(0, 0.012, canvas.shape).astype(np.float32)
-    return np.asarray(np.clip(canvas * 255 + 0.5, 0, 255), np.uint8)
+    return np.asarray(np.clip(canvas * 255 + 0.5, 0, 255), np.uint8), inside[..., 0] >= 0.5
 
 
 def _is_drawn(out: Path, record: dict[str, object]) -> bool:
@@ -114,15 +131,18 @@ def _write(folder: Path, record: dict[str, object]) -> None:
     for part, split in enumerate(_SPLITS):
         total = record[split]
         assert isinstance(total, int)
-        for name in names:
+        for name in ("images", "masks") if "segments" in record else names:
             (folder / split / name).mkdir(parents=True)
         for first in range(0, total, _CHUNK):
             numbers = np.arange(first, min(first + _CHUNK, total))
             labels = numbers % len(names)
-            pixels = draw_images(labels, size, np.random.default_rng((seed, part, first)))
-            for number, label, image in zip(numbers.tolist(), labels.tolist(), pixels, strict=True):
-                path = folder / split / names[label] / f"{number:05d}.jpg"
-                Image.fromarray(image).save(path, quality=_QUALITY)
+            pixels, inside = _draw(labels, size, np.random.default_rng((seed, part, first)))
+            for row, (number, label) in enumerate(zip(numbers.tolist(), labels.tolist(), strict=True)):
+                kind = "images" if "segments" in record else names[label]
+                Image.fromarray(pixels[row]).save(folder / split / kind / f"{number:05d}.jpg", quality=_QUALITY)
+                if "segments" in record:
+                    mask = Image.fromarray(((1 + label) * inside[row]).astype(np.uint8))
+                    mask.save(folder / split / "masks" / f"{number:05d}.png")
     (folder / _RECORD).write_text(json.dumps(record), encoding="utf-8")
 
 

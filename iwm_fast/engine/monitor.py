@@ -1,4 +1,4 @@
-"""Evaluation while training: the divided state is gathered into a whole model on the first rank, which measures it."""
+"""Evaluation while training: each rank gathers the divided state into a whole model and measures its share of it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from iwm_fast.config import Config
 from iwm_fast.engine.distributed import Ranks
 from iwm_fast.engine.ema import TargetAverage, target_name
 from iwm_fast.engine.zero import ZeroEngine
-from iwm_fast.eval.evaluate import evaluate_monitor
+from iwm_fast.errors import UserError
+from iwm_fast.eval.monitor import Share, join_shares, measure_share
 from iwm_fast.models.iwm import IWM
 
 __all__ = ["evaluate_during_training", "whole_model"]
@@ -42,11 +43,21 @@ def whole_model(
 def evaluate_during_training(
     zero: ZeroEngine, average: TargetAverage | None, config: Config, space: ActionSpace, ranks: Ranks
 ) -> dict[str, Any]:
-    """k-NN and MRR of the live state, with their chances; the other ranks wait for the first."""
+    """k-NN and MRR of the live state, with their chances: every rank measures its share of the images; collective.
+
+    A rank that cannot read the images ends all of them with its words.
+    """
     model = whole_model(zero, average, config, space, ranks)
-    found: list[Any] = [None]
-    if ranks.first:
-        found[0] = evaluate_monitor(model, config, space, config.eval.root or "")
+    found: Share | str
+    try:
+        found = measure_share(model, config, space, config.eval.root or "", rank=ranks.rank, world=ranks.world)
+    except UserError as error:
+        found = str(error)
+    shares: list[Share | str] = [found]
     if ranks.world > 1:
-        dist.broadcast_object_list(found, src=0)
-    return dict(found[0])
+        shares = [""] * ranks.world
+        dist.all_gather_object(shares, found, group=ranks.control)
+    for share in shares:
+        if isinstance(share, str):
+            raise UserError(share)
+    return join_shares([share for share in shares if isinstance(share, Share)], config.eval.bank)

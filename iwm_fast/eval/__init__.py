@@ -3,18 +3,21 @@
 ``report`` and ``charts`` are not imported here: they bring matplotlib, which evaluation while training can do without.
 """
 
-from iwm_fast.eval.evaluate import WHAT, evaluate_model, evaluate_monitor
+from iwm_fast.eval.evaluate import USUAL, WHAT, evaluate_model
 from iwm_fast.eval.examples import RankedExample, ranked_examples
+from iwm_fast.eval.monitor import join_shares, measure_share
 from iwm_fast.eval.splits import FileSplit, Split, TensorSplit, open_splits
 
 __all__ = [
+    "USUAL",
     "WHAT",
     "FileSplit",
     "RankedExample",
     "Split",
     "TensorSplit",
     "evaluate_model",
-    "evaluate_monitor",
+    "join_shares",
+    "measure_share",
     "open_splits",
     "ranked_examples",
 ]

@@ -17,12 +17,22 @@ __all__ = ["JITTER_COMPONENTS", "Bank", "jittered_views", "make_bank", "varying"
 JITTER_COMPONENTS = ("brightness", "contrast", "saturation", "hue")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Bank:
-    """The jitters (count,) of one image and the actions (count, A) that lead to them from its clean view."""
+    """The jitters (count,) of one image and the actions (count, A) that lead to them from its clean view.
+
+    ``pictures``: uint8 (count, S, S, 3), the targets themselves where they are no jitters of the image. ``source``:
+    uint8 (S, S, 3), what the encoder sees where that is not the image.
+    """
 
     jitter: Jitter
     actions: np.ndarray  # float32
+    pictures: Tensor | None = None
+    source: Tensor | None = None
+
+    def targets(self, image: Tensor) -> Tensor:
+        """The bank's views of ``image`` (S, S, 3) uint8, on its device: (count, S, S, 3) uint8."""
+        return jittered_views(image, self.jitter) if self.pictures is None else self.pictures.to(image.device)
 
 
 def varying(actions: ActionsConfig) -> list[str]:

@@ -8,12 +8,14 @@ A rank is 1 plus the number of nearer items plus half the number of others equal
 Controls are ranked in the same pass. ``shuffled`` asks for the next query's action and looks for its own view.
 ``neutral`` asks for no change, ``bypass`` takes the source's representation for the answer: one ranking serves all
 queries of an image, so with every action of the bank queried both are at chance exactly, unless there are ties.
+``untrained_target`` ranks the answers among what the target encoder gave before training: they fit the encoder that
+they were trained for and no other.
 Source of the measure: arXiv:2403.00504, section 3; of its bank, distances and controls: ours (README, evaluation).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +26,8 @@ from torch.nn import functional as F
 
 from iwm_fast.actions import ActionSpace
 from iwm_fast.config import Config
-from iwm_fast.eval.bank import Bank, jittered_views, make_bank
+from iwm_fast.eval.bank import Bank
+from iwm_fast.eval.components import component_bank
 from iwm_fast.eval.features import device_of, evaluating
 from iwm_fast.eval.stats import bootstrap_interval, chance_hit, chance_mrr, evenly_spaced
 from iwm_fast.models.blocks import layer_norm_rows
@@ -49,12 +52,15 @@ class Distances:
     neutral: dict[str, np.ndarray]  # distance -> (bank,)
     bypass: dict[str, np.ndarray]  # distance -> (bank,)
     ties: dict[str, float]  # distance -> difference up to which two items are equally near
+    untrained: dict[str, np.ndarray] | None = None  # distance -> (Q, bank), targets of an untrained encoder
 
     def ranks(self, distance: str) -> dict[str, np.ndarray]:
         """Rank (Q,) of each query's own view, for the model and for each control."""
         answers, tie = self.answers[distance], self.ties[distance]
         same = {name: np.broadcast_to(getattr(self, name)[distance], answers.shape) for name in ("neutral", "bypass")}
         rows = {"model": answers, "shuffled": np.roll(answers, -1, axis=0), **same}
+        if self.untrained is not None:
+            rows["untrained_target"] = self.untrained[distance]
         return {name: mean_ranks(row, self.queries, tie) for name, row in rows.items()}
 
 
@@ -81,8 +87,7 @@ class MrrResult:
             "mrr_queries": queries,
         }
         for distance in DISTANCES:
-            for what in ("model", *CONTROLS):
-                ranks = self.ranks[distance][what]
+            for what, ranks in self.ranks[distance].items():
                 end = ("" if what == "model" else f"_{what}") + ("" if distance == "l2" else f"_{distance}")
                 reciprocal = (1 / ranks).mean(axis=1)
                 out[f"mrr{end}"] = float(reciprocal.mean())
@@ -130,23 +135,46 @@ def _answers(model: IWM, z: Tensor, actions: Tensor, chunk: int) -> Iterator[Ten
         yield model.predict(z.expand(len(rows), -1, -1), rows).float()
 
 
+def _bank_targets(model: IWM, views: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
+    """Of views (N, S, S, 3): all tokens (N, L · D) float32, and unit mean tokens (N, D) float64."""
+    targets = torch.cat([model.targets(part).float() for part in views.split(chunk)])
+    return targets.flatten(1), _pooled(targets)
+
+
 def bank_distances(
-    model: IWM, image: Tensor, bank: Bank, queries: np.ndarray, *, normalize: bool, chunk: int = 64
+    model: IWM,
+    image: Tensor,
+    bank: Bank,
+    queries: np.ndarray,
+    *,
+    normalize: bool,
+    chunk: int = 64,
+    untrained: IWM | None = None,
 ) -> Distances:
-    """Rank material of one clean image (S, S, 3) uint8 on the model's device. Call it within ``evaluating(model)``."""
+    """Rank material of one clean image (S, S, 3) uint8 on the model's device. Call it within ``evaluating(model)``.
+
+    ``untrained``: also rank the answers among the targets of this model.
+    """
     device = image.device
-    targets = torch.cat([model.targets(views).float() for views in jittered_views(image, bank.jitter).split(chunk)])
-    flat, pooled = targets.flatten(1), _pooled(targets)  # (N, L·D), (N, D)
-    z = model.encode(image[None], "context")  # (1, L, D)
+    views = bank.targets(image)
+    flat, pooled = _bank_targets(model, views, chunk)
+    strange = None if untrained is None else _bank_targets(untrained, views, chunk)
+    seen = image if bank.source is None else bank.source.to(device)
+    z = model.encode(seen[None], "context")  # (1, L, D)
     asked = torch.from_numpy(bank.actions[queries]).to(device)
     asked = torch.cat([asked, torch.zeros_like(asked[:1])])  # the last row is neutral
     # Normalised as the targets are, or its scale alone would set it apart.
     source = layer_norm_rows(z).float() if normalize else z.float()
     rows: dict[str, list[Tensor]] = {name: [] for name in DISTANCES}
+    strange_rows: dict[str, list[Tensor]] = {name: [] for name in DISTANCES}
     for answer in (*_answers(model, z, asked, chunk), source):
         rows["l2"].append(_euclidean(answer.flatten(1), flat))
         rows["cosine"].append(_euclidean(_pooled(answer), pooled))
+        if strange is not None:
+            strange_rows["l2"].append(_euclidean(answer.flatten(1), strange[0]))
+            strange_rows["cosine"].append(_euclidean(_pooled(answer), strange[1]))
     all_rows = {name: torch.cat(parts).cpu().numpy() for name, parts in rows.items()}
+    strange_answers = {name: torch.cat(parts).cpu().numpy()[:-2] for name, parts in strange_rows.items() if parts}
     norm = float(flat.double().square().sum(dim=1).mean().sqrt())
     return Distances(
         queries=queries,
@@ -154,6 +182,7 @@ def bank_distances(
         neutral={name: rows[-2] for name, rows in all_rows.items()},
         bypass={name: rows[-1] for name, rows in all_rows.items()},
         ties={"l2": TIE * norm, "cosine": TIE},
+        untrained=strange_answers or None,
     )
 
 
@@ -168,24 +197,28 @@ def mean_reciprocal_rank(
     vary: str | None = None,
     seed: int = 0,
     chunk: int = 64,
+    numbers: Sequence[int] | None = None,
+    untrained: IWM | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> MrrResult:
     """Ranks over clean ``images`` (n, S, S, 3) uint8, each with its own bank, of ``bank`` distinct jitters.
 
-    ``queries``: actions asked for, spread evenly over the bank; default all. ``vary``: a bank of one component alone.
-    ``progress`` is called with (images done, images). The model is left as it was.
+    ``queries``: actions asked for, spread evenly over the bank; default all. ``vary``: a bank of one component alone,
+    see `component_bank`. ``numbers``: which image each is, which draws its bank; default 0 to n - 1. ``untrained``: a
+    model for the control untrained_target. ``progress`` is called with (images done, images). The model is left as it
+    was.
     """
-    asked = evenly_spaced(bank if queries is None else queries, bank)
-    if len(asked) < 2:
-        raise ValueError(f"queries is {queries} of a bank of {bank}; two are needed to shuffle the actions")
     if not len(images):
         raise ValueError("images is empty; at least one is needed")
-    ranks: dict[str, dict[str, list[np.ndarray]]] = {
-        distance: {what: [] for what in ("model", *CONTROLS)} for distance in DISTANCES
-    }
-    with evaluating(model):
-        for i, image in enumerate(images):
-            drawn = make_bank(config.actions, space, i, bank, seed=seed, vary=vary)
+    whose = range(len(images)) if numbers is None else numbers
+    ranks: dict[str, dict[str, list[np.ndarray]]] = {distance: {} for distance in DISTANCES}
+    with evaluating(*(model,) if untrained is None else (model, untrained)):
+        for done, (number, image) in enumerate(zip(whose, images, strict=True), start=1):
+            drawn = component_bank(config.actions, space, image, number, bank, seed=seed, vary=vary)
+            size = len(drawn.actions)
+            asked = evenly_spaced(size if queries is None else queries, size)
+            if len(asked) < 2:
+                raise ValueError(f"queries is {queries} of a bank of {size}; two are needed to shuffle the actions")
             found = bank_distances(
                 model,
                 image.to(device_of(model)),
@@ -193,10 +226,11 @@ def mean_reciprocal_rank(
                 asked,
                 normalize=config.model.normalize_target,
                 chunk=chunk,
+                untrained=untrained,
             )
             for distance, by_what in ranks.items():
                 for what, values in found.ranks(distance).items():
-                    by_what[what].append(values)
+                    by_what.setdefault(what, []).append(values)
             if progress is not None:
-                progress(i + 1, len(images))
-    return MrrResult({d: {what: np.stack(v) for what, v in by_what.items()} for d, by_what in ranks.items()}, bank)
+                progress(done, len(images))
+    return MrrResult({d: {what: np.stack(v) for what, v in by_what.items()} for d, by_what in ranks.items()}, size)

@@ -60,6 +60,8 @@ def _representation_rows(results: Mapping[str, Any]) -> list[list[str]]:
         ("k-NN top-1, plain votes", "knn_plain"),
         ("linear probe top-1", "linear"),
         ("linear probe top-5", "linear_top5"),
+        ("attentive probe top-1", "attentive"),
+        ("attentive probe top-5", "attentive_top5"),
     ):
         if results.get(key) is not None:
             cells = [name]
@@ -77,8 +79,11 @@ def _world_model(results: Mapping[str, Any]) -> str:
     ]
     values.insert(1, Bar("chance", results["mrr_chance"]))
     chart = bars(values, name="mrrbars", label="mean reciprocal rank")
-    parts = {key.removeprefix("mrr_only_"): value for key, value in results.items() if key.startswith("mrr_only_")}
-    alone = table(["bank that varies only", "MRR"], [[k, number(v)] for k, v in parts.items()]) if parts else ""
+    parts = [
+        [name, *(number(part[key]) for key in ("mrr", "mrr_chance", "mrr_shuffled"))]
+        for name, part in results.get("components", {}).items()
+    ]
+    alone = table(["component alone", "MRR", "chance", "shuffled"], parts) if parts else ""
     return section(
         "The world model",
         table(head, _world_model_rows(results)) + f'<div class="charts"><div>{chart}</div>{alone}</div>',

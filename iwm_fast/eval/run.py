@@ -12,10 +12,13 @@ import torch
 from iwm_fast.engine.loading import load_model
 from iwm_fast.engine.rundir import RunDirectory
 from iwm_fast.errors import UserError
-from iwm_fast.eval.evaluate import WHAT, Progress, evaluate_model
+from iwm_fast.eval.cache import FeatureCache
+from iwm_fast.eval.evaluate import USUAL, WHAT, evaluate_model
 from iwm_fast.eval.examples import ranked_examples
+from iwm_fast.eval.progress import Progress
 from iwm_fast.eval.report import read_metrics, write_report
-from iwm_fast.eval.splits import open_splits
+from iwm_fast.eval.representation import PROBES
+from iwm_fast.eval.splits import open_splits, require_same_classes
 
 __all__ = ["evaluate_run", "result_rows"]
 
@@ -27,16 +30,19 @@ def evaluate_run(
     run: Path,
     data: str | Path,
     *,
-    what: Sequence[str] = WHAT,
+    what: Sequence[str] = USUAL,
     checkpoint: str = "latest",
     images: int | None = None,
     name: str | None = None,
+    components: bool = False,
+    cache: Path | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Measure ``what`` of a run's checkpoint on the images under ``data``; also writes ``RUN/report/index.html``.
 
     ``images``: those whose banks are ranked, default ``eval.mrr_images``. ``name``: the report's title, default the
-    run's folder. Returns the names and values of ``evaluate_model``, with ``step`` and ``report``.
+    run's folder. ``components``: as in ``evaluate_model``. ``cache``: where features are kept, default ``RUN/cache``.
+    Returns the names and values of ``evaluate_model``, with ``step`` and ``report``.
     Raises UserError for an unknown ``what``, a folder that is no run, and data that cannot be used.
     """
     unknown = [word for word in what if word not in WHAT]
@@ -45,7 +51,20 @@ def evaluate_run(
     model, config, space, step = load_model(run, checkpoint)
     model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     train, test = open_splits(data, config)
-    results = evaluate_model(model, config, space, train=train, test=test, what=what, images=images, progress=progress)
+    if set(what) & set(PROBES):
+        require_same_classes(train, test, data)
+    results = evaluate_model(
+        model,
+        config,
+        space,
+        train=train,
+        test=test,
+        what=what,
+        images=images,
+        components=components,
+        cache=FeatureCache(cache if cache is not None else run / "cache"),
+        progress=progress,
+    )
     shown = ranked_examples(model, config, space, test.spread(_SHOWN_IMAGES), bank=config.eval.bank)
     report = run / "report" / "index.html"
     write_report(
@@ -67,7 +86,7 @@ def result_rows(results: Mapping[str, Any]) -> list[list[str]]:
     What does not apply is empty; all the rest of ``results``, the protocol above all, is left to JSON and report.
     """
     rows = []
-    for name, distance in (("mrr", ""), ("mrr", "_cosine"), *((n, "") for n in ("h1", "h5", "knn", "linear"))):
+    for name, distance in (("mrr", ""), ("mrr", "_cosine"), *((n, "") for n in ("h1", "h5", "knn", *PROBES[1:]))):
         if name + distance not in results:
             continue
         low, high = results.get(f"{name}{distance}_interval") or (None, None)
@@ -80,4 +99,8 @@ def result_rows(results: Mapping[str, Any]) -> list[list[str]]:
                 *(f"{results[key]:.4f}" if key in results else "" for key in beside),
             ]
         )
+    for part, found in results.get("components", {}).items():
+        low, high = found["mrr_interval"]
+        controls = [f"{found[f'mrr_{key}']:.4f}" for key in ("chance", "shuffled", "neutral")]
+        rows.append([f"mrr, {part}", f"{found['mrr']:.4f}", f"{low:.4f} – {high:.4f}", *controls, ""])
     return rows

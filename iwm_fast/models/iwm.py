@@ -14,7 +14,7 @@ from iwm_fast.config.schema import ModelConfig
 
 from .blocks import NORM_EPS, Kept, layer_norm_rows
 from .packing import Segments
-from .predictors import MlpPredictor, VitPredictor
+from .predictors import MlpPredictor, VitPredictor, predict_all
 from .vit import VisionTransformer
 
 __all__ = ["IWM", "IWMOutput"]
@@ -154,14 +154,7 @@ class IWM(nn.Module):
                 f"z is {tuple(z.shape)} and action {tuple(action.shape)}; they must be (B, {self.encoder.patches}, "
                 f"{self.encoder.width}) and (B, {self.action_dim})"
             )
-        packed, action = z.flatten(0, 1).to(self.dtype), action.to(self.dtype)
-        segments = Segments.uniform(images, patches, z.device)
-        if isinstance(self.predictor, MlpPredictor):
-            prediction = self.predictor(packed, segments, action)
-        else:
-            everywhere = torch.arange(patches, device=z.device).repeat(images)
-            prediction = self.predictor(packed, everywhere, segments, everywhere, segments, action)
-        return prediction.unflatten(0, (images, patches))
+        return predict_all(self.predictor, z.to(self.dtype), action.to(self.dtype))
 
     @torch.no_grad()
     def _encode_target(self, images: Tensor, kept: Kept | None = None) -> Tensor:

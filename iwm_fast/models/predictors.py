@@ -14,7 +14,7 @@ from .blocks import Block, ConditionedMlp, Kept, Norm, initialise_linear, rescal
 from .packing import Segments, interleave, invert, take_rows
 from .positions import sincos_positions
 
-__all__ = ["ActionTokens", "FeatureMixer", "MlpPredictor", "VitPredictor"]
+__all__ = ["ActionTokens", "FeatureMixer", "MlpPredictor", "VitPredictor", "predict_all"]
 
 
 class FeatureMixer(nn.Module):
@@ -115,6 +115,7 @@ class VitPredictor(nn.Module):
         predicted: Tensor,
         predicted_segments: Segments,
         action: Tensor,
+        extra: Tensor | None = None,
     ) -> Tensor:
         """Predict the target's tokens.
 
@@ -125,6 +126,7 @@ class VitPredictor(nn.Module):
             predicted: int64 (Nt,), the patch numbers to predict, on the target's grid.
             predicted_segments: of the Nt tokens.
             action: (B, A), from the source to the target.
+            extra: (Dp,), a token of the predictor's width that all others of each image see as well: a task's, say.
 
         Returns:
             (Nt, De), packed in the order of `predicted`.
@@ -140,6 +142,9 @@ class VitPredictor(nn.Module):
         if self.sequence is not None:
             tokens.append(self.sequence(action))
             parts.append(Segments.uniform(len(action), action.shape[1], z.device))
+        if extra is not None:
+            tokens.append(extra.expand(len(action), -1))
+            parts.append(Segments.uniform(len(action), 1, z.device))
         joined, places = interleave(parts)
         place, ordered_action = torch.cat(places), action
         # The CPU's attention takes images of one length at a time: joined in that order, nothing moves in the blocks.
@@ -189,3 +194,23 @@ class MlpPredictor(nn.Module):
         """Map z (N, De) packed and action (B, A) to (N, De)."""
         x = run_blocks(self.blocks, self.embed(z), segments, action, recompute=self.activation_checkpointing)
         return self.proj(self.norm(x))
+
+
+def predict_all(
+    predictor: VitPredictor | MlpPredictor, z: Tensor, action: Tensor, extra: Tensor | None = None
+) -> Tensor:
+    """All patches of the target from all patches of the source: z (B, L, De), action (B, A) → (B, L, De).
+
+    ``extra``: see `VitPredictor.forward`; ValueError with the mlp predictor, whose tokens do not see each other.
+    """
+    images, patches = z.shape[:2]
+    packed = z.flatten(0, 1)
+    segments = Segments.uniform(images, patches, z.device)
+    if isinstance(predictor, MlpPredictor):
+        if extra is not None:
+            raise ValueError("extra is given and the predictor is mlp, whose tokens do not see each other")
+        prediction = predictor(packed, segments, action)
+    else:
+        everywhere = torch.arange(patches, device=z.device).repeat(images)
+        prediction = predictor(packed, everywhere, segments, everywhere, segments, action, extra)
+    return prediction.unflatten(0, (images, patches))

@@ -98,6 +98,7 @@ class VisionTransformer(nn.Module):
         self.image = image
         self.patch = patch
         self.width = shape.width
+        self.heads = shape.heads
         self.attention = attention
         self.activation_checkpointing = activation_checkpointing
         self.patch_embed = PatchEmbedding(patch, shape.width)

@@ -9,7 +9,7 @@ from small_run import losses, metrics, small_config, state
 from iwm_fast.engine import load_model, pretrain
 from iwm_fast.engine.checkpoint import Checkpoint
 from iwm_fast.errors import UserError
-from iwm_fast.eval.evaluate import evaluate_monitor
+from iwm_fast.eval.monitor import join_shares, measure_share
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -185,5 +185,5 @@ def test_evaluation_while_training_measures_the_live_model_and_changes_nothing(t
     records = metrics(tmp_path / "with")
     assert [r["step"] for r in records if "mrr" in r] == [2, 4]
     model, config, space, _ = load_model(tmp_path / "with")
-    again = evaluate_monitor(model, config, space, tiny_images)
+    again = join_shares([measure_share(model, config, space, tiny_images)], config.eval.bank)
     assert {key: records[3][key] for key in again} == pytest.approx(again)

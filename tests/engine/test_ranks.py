@@ -54,6 +54,10 @@ def runs(tiny_images, tmp_path_factory):
     jobs += [{"name": f"two_halves_{s}", "zero__stage": s, "resume": "auto"} for s in (1, 3)]
     pretrain(small_config(tiny_images, **WIDE_PREDICTOR), out / "one_wide")
     jobs += [{"name": f"two_wide_{s}", "zero__stage": s, **WIDE_PREDICTOR} for s in (1, 3)]
+    measured = {"train__steps": 1, "eval__every_steps": 1, "eval__root": str(tiny_images), "eval__mrr_images": 3}
+    measured |= {"eval__bank": 16}
+    pretrain(small_config(tiny_images, **measured), out / "one_measured")
+    jobs += [{"name": f"two_measured_{s}", "zero__stage": s, **measured} for s in (0, 2)]
     two_ranks(tiny_images, out, jobs)
     for stage in (0, 1, 3):
         pretrain(small_config(tiny_images, zero__stage=0), out / f"two_then_one_{stage}", resume="auto")
@@ -90,3 +94,11 @@ def test_halves_on_two_ranks_equal_the_whole_bit_for_bit(runs, stage):
     assert losses(runs / f"two_halves_{stage}") == losses(runs / f"two_{stage}")
     whole, halves = state(runs / f"two_{stage}", 20), state(runs / f"two_halves_{stage}", 20)
     assert all(torch.equal(whole[key], halves[key]) for key in whole)
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_ranks_share_the_evaluation_and_find_what_one_finds(runs, stage):
+    """After one step the weights agree to rounding; three images are ranked, two by one rank and one by the other."""
+    one, two = (metrics(runs / name)[-1] for name in ("one_measured", f"two_measured_{stage}"))
+    for key in ("mrr", "mrr_shuffled", "mrr_chance", "knn", "knn_chance"):
+        assert two[key] == pytest.approx(one[key], rel=1e-3), key

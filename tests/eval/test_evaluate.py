@@ -101,7 +101,7 @@ def test_the_encoder_is_named_and_can_be_chosen():
 def test_without_classes_only_mrr_runs_and_says_so(train, test, reason):
     config = tiny_config()
     model, space = tiny_model(config)
-    found = evaluate_model(model, config, space, train=train, test=test)
+    found = evaluate_model(model, config, space, train=train, test=test, what=WHAT)
     assert "mrr" in found
     assert "knn" not in found
     assert set(found["not_run"]) == set(WHAT) - {"mrr"}
@@ -117,3 +117,19 @@ def test_without_jitter_there_is_no_bank_and_it_says_so():
     assert "knn" in found
     assert "strength" in found["not_run"]["mrr"]
     assert ranked_examples(model, still, space, TEST.images[:1]) == []
+
+
+def test_the_attentive_probe_is_measured_where_it_is_asked_for():
+    """Dark and light pictures again, by all tokens; the rate is chosen without the test images."""
+    config = tiny_config()
+    model, space = tiny_model(config)
+    found = evaluate_model(model, config, space, train=TRAIN, test=TEST, what=("attentive",))
+    assert found["attentive"] == 1
+    assert found["attentive_interval"] == [1, 1]
+    assert found["attentive_chance"] == 0.5
+    assert found["attentive_top5"] is None
+    assert 0 < found["attentive_lr"] < 1
+    assert "tenth of the training images" in found["attentive_protocol"]
+    assert 0.5 <= found["attentive_untrained"] <= 1
+    assert (found["train_images"], found["test_images"]) == (40, 20)
+    assert "linear" not in found

@@ -62,6 +62,21 @@ def test_collapsed_model_scores_the_mean_rank_of_a_tie():
             assert result.mrr(what, distance) == pytest.approx(1 / 128.5, rel=1e-9)
 
 
+def test_random_predictor_scores_the_analytic_chance():
+    """H_256 / 256, whatever the target: 1 / rank of a place that is uniform on 1 to 256."""
+
+    class Guess(Oracle):
+        def predict(self, z, action):
+            generator = torch.Generator().manual_seed(int(action.abs().sum() * 1e6))
+            return 128 + 60 * torch.randn(len(action), *z.shape[1:], generator=generator)
+
+    result = mean_reciprocal_rank(Guess(SPACE), RAW, SPACE, pictures(8), bank=256)
+    assert chance_mrr(256) == pytest.approx(0.0239, abs=5e-5)
+    # The deviation of 1 / rank is 0.077; of the mean of 8 x 256 of them, were they independent, 0.0017.
+    assert result.mrr() == pytest.approx(chance_mrr(256), abs=4 * 0.0017)
+    assert result.summary()["h1"] == pytest.approx(1 / 256, abs=4 * 0.0014)
+
+
 def test_model_that_ignores_the_action_is_at_chance_exactly():
     """One ranking for all queries: each place is taken once, so the mean of 1 / rank is H_n / n."""
     result = mean_reciprocal_rank(Deaf(SPACE), RAW, SPACE, pictures(2), bank=64)

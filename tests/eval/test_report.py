@@ -136,6 +136,15 @@ def test_pictures_are_those_of_the_example(tmp_path, results):
     assert ("figure", {"class": "true"}) in found.elements
 
 
+def test_each_component_has_its_bank_and_chance_in_the_report(results, tmp_path):
+    text = page(tmp_path / "r.html", {**results, "attentive": 0.625, "attentive_interval": [0.6, 0.65]})
+    assert results["components"].keys() >= {"brightness", "hue", "blur"}
+    rows = dict(re.findall(r"<tr><td>([^<]*)</td><td>([^<]*)</td>", text))
+    for name, part in results["components"].items():
+        assert rows[name] == f"{part['mrr']:.3f}"
+    assert rows["attentive probe top-1"] == "62.5 %"
+
+
 def test_what_was_not_measured_is_left_out(tmp_path):
     words = walk(page(tmp_path / "report.html", {}, metrics=[], examples=[])).text
     assert "The world model" not in words

@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from worlds import pictures, tiny_config, tiny_model
+from worlds import pictures, tiny_config
 
 from iwm_fast.config import Config, DataConfig
 from iwm_fast.errors import UserError
-from iwm_fast.eval.evaluate import evaluate_monitor
 from iwm_fast.eval.splits import TensorSplit, open_splits
 
 CPU = Config(**(dict(tiny_config()) | {"data": DataConfig(device="cpu", threads=1)}))
@@ -65,10 +64,3 @@ def test_files_that_cannot_be_decoded_are_left_out_with_their_labels(folder, tmp
     assert test.spread(4).shape == (2, 8, 8, 3)
     with pytest.raises(UserError, match="none of the 2 images"):
         list(train.read())
-
-
-def test_monitor_gives_the_few_numbers_of_the_metrics(folder):
-    model, space = tiny_model(CPU)
-    found = evaluate_monitor(model, CPU, space, folder)
-    assert set(found) == {"mrr", "mrr_shuffled", "mrr_chance", "knn", "knn_chance"}
-    assert found["knn"] > 0.9  # light and dark

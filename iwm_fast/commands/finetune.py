@@ -1,0 +1,97 @@
+"""`iwm-fast finetune`: put a run to use on labelled images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from iwm_fast.commands.options import Json, answer
+from iwm_fast.errors import UserError
+
+__all__ = ["app"]
+
+app = typer.Typer()
+
+
+@app.command(epilog="Example: iwm-fast finetune runs/a --mode predictor --data photos --out runs/a-photos")
+def finetune(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A folder that pretrain wrote.")],
+    data: Annotated[
+        list[str],
+        typer.Option(
+            "--data",
+            metavar="[NAME=]DIR",
+            help="Labelled images: train/ and test/ with a folder a class, or with images/ and masks/. Several times "
+            "for multitask.",
+        ),
+    ],
+    mode: Annotated[
+        str, typer.Option("--mode", help="What is trained: linear, attentive, predictor, end-to-end or multitask.")
+    ] = "predictor",
+    task: Annotated[
+        str | None, typer.Option("--task", help="classification or segmentation; default: by the folders' layout.")
+    ] = None,
+    init: Annotated[
+        str | None, typer.Option("--init", help="How the predictor begins: pretrained (default), or random to compare.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="OUT", help="A folder that does not exist yet, for the weights.")
+    ] = None,
+    epochs: Annotated[float, typer.Option("--epochs", min=0.01, help="Passes over the training images.")] = 20.0,
+    steps: Annotated[int | None, typer.Option("--steps", min=1, help="Steps, instead of passes.")] = None,
+    lr: Annotated[
+        str | None,
+        typer.Option("--lr", help="Peak learning rate of the head; with commas between, several are tried at once."),
+    ] = None,
+    batch: Annotated[int, typer.Option("--batch", min=2, help="Images a step.")] = 128,
+    weight_decay: Annotated[float, typer.Option("--weight-decay", min=0.0)] = 0.01,
+    limit: Annotated[int | None, typer.Option("--limit", min=2, help="At most so many training images.")] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
+    checkpoint: Annotated[str, typer.Option("--checkpoint", help="latest, or a name such as step_000500.")] = "latest",
+    cache: Annotated[
+        Path | None, typer.Option("--cache", metavar="DIR", help="Where features are kept; default: RUN/cache.")
+    ] = None,
+    json: Json = None,
+) -> None:
+    """Train a head, the world model with a head, or all of the network, on labelled images, and measure it on others.
+
+    A part that begins pretrained has a tenth of the learning rate. Without --out only the figures are kept.
+    """
+    rates = _rates(lr)
+    from iwm_fast.console import counting, print_table
+    from iwm_fast.eval.finetune.run import Request, finetune_rows, finetune_run, named_folders
+    from iwm_fast.planning.environment import environment
+
+    with counting() as progress:
+        request = Request(
+            mode=mode,  # type: ignore[arg-type]  # checked there, with the other options
+            data=named_folders(data),
+            kind=task,
+            init=init,  # type: ignore[arg-type]
+            epochs=epochs,
+            steps=steps,
+            rates=rates,
+            batch=batch,
+            weight_decay=weight_decay,
+            limit=limit,
+            seed=seed,
+            checkpoint=checkpoint,
+            cache=cache,
+            tell=progress,
+        )
+        results = finetune_run(run, request, out, environment())
+    if json != "-":
+        title = f"iwm-fast finetune, {results['mode']}, {results['trained_parameters']:,} parameters trained"
+        print_table(title, ("", "measure", "value", "95 % interval", "chance"), finetune_rows(results))
+        if out is not None:
+            typer.echo(f"weights: {out}")
+    answer(json, "finetune", results)
+
+
+def _rates(text: str | None) -> tuple[float, ...]:
+    try:
+        return () if text is None else tuple(float(word) for word in text.split(",") if word.strip())
+    except ValueError as error:
+        raise UserError(f"--lr: {text}: it is a number, or several with commas between, such as 3e-4,1e-3") from error

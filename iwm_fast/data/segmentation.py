@@ -1,0 +1,107 @@
+"""Images with a class for each pixel: a folder with ``images/`` and ``masks/``, the same names in both.
+
+A mask is a PNG of one channel (gray, 8 bits, or a palette, whose numbers count and not its colours) as large as the
+upright image; its numbers are classes, 255 is no class.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from iwm_fast.data.files import ImageSet, list_images, test_rows
+from iwm_fast.errors import UserError
+
+__all__ = ["MaskedSet", "is_masked", "read_mask", "split_masked"]
+
+_IMAGES, _MASKS = "images", "masks"
+_ORIENTATION = 0x0112  # EXIF
+
+
+@dataclass(frozen=True, eq=False)
+class MaskedSet:
+    """Images in a fixed order, files of this machine, and the mask file of each."""
+
+    images: ImageSet
+    masks: tuple[Path, ...]
+
+    def __len__(self) -> int:
+        return len(self.masks)
+
+    def image(self, row: int) -> Path:
+        """The file of an image."""
+        return Path(self.images.name(row))
+
+    def take(self, rows: NDArray[np.int64]) -> MaskedSet:
+        """The pairs of the given rows, in their order."""
+        return MaskedSet(self.images.take(rows), tuple(self.masks[row] for row in rows))
+
+
+def is_masked(root: Path) -> bool:
+    """Whether a folder holds images with masks, or train/ and test/ that do."""
+    return any((root / part / _MASKS).is_dir() and (root / part / _IMAGES).is_dir() for part in ("", "train", "test"))
+
+
+def split_masked(root: Path) -> tuple[MaskedSet, MaskedSet]:
+    """Pairs to learn from and to test on: `root`/train and `root`/test, or 80 and 20 % of `root` by sample id.
+
+    UserError where a folder is missing or empty, an image has no mask, or there are fewer than two images.
+    """
+    if (root / "train").is_dir() and (root / "test").is_dir():
+        return _pairs(root / "train"), _pairs(root / "test")
+    pairs = _pairs(root)
+    if len(pairs) < 2:
+        raise UserError(f"{root} holds one image only; give at least two, to learn from and to test on")
+    tested = test_rows(len(pairs))
+    return pairs.take(np.flatnonzero(~tested)), pairs.take(np.flatnonzero(tested))
+
+
+def read_mask(path: Path, size: int, image: Path) -> NDArray[np.uint8]:
+    """Classes of the centred largest square, by the nearest pixel: uint8 (size, size), as `load_clean` shows ``image``.
+
+    UserError for a file that is no mask, or not as large as the upright image.
+    """
+    try:
+        with Image.open(path) as file:
+            mode = file.mode
+            classes = np.asarray(file).astype(np.uint8) if mode in ("L", "P", "1") else None
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UserError(
+            f"{path} cannot be decoded as a mask: {error}; replace it, or remove it and its image"
+        ) from error
+    if classes is None:
+        raise UserError(f"{path} has mode {mode}; a mask is a PNG of one channel of 8 bits, the numbers of classes")
+    height, width = classes.shape
+    expected = _upright_size(image)
+    if (width, height) != expected:
+        raise UserError(
+            f"{path} is {width} × {height} pixels, its image {expected[0]} × {expected[1]}: make them the same"
+        )
+    side = min(width, height)
+    cells = ((2 * np.arange(size) + 1) * side) // (2 * size)  # the pixel at the centre of each of size × size cells
+    return classes[np.ix_((height - side) // 2 + cells, (width - side) // 2 + cells)]
+
+
+def _upright_size(path: Path) -> tuple[int, int]:
+    """Width and height after the EXIF orientation; only the header is read."""
+    with Image.open(path) as image:
+        width, height = image.size
+        turned = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+    return (height, width) if turned else (width, height)
+
+
+def _pairs(root: Path) -> MaskedSet:
+    if not (root / _IMAGES).is_dir() or not (root / _MASKS).is_dir():
+        raise UserError(f"{root} has no {_IMAGES}/ and {_MASKS}/ beside each other; segmentation needs both")
+    images = list_images(root / _IMAGES, "folder")
+    masks = []
+    for number in range(len(images)):
+        mask = (root / _MASKS / images.source.name(number)).with_suffix(".png")
+        if not mask.is_file():
+            raise UserError(f"{mask} is missing: each image of {root / _IMAGES} needs a mask of its name")
+        masks.append(mask)
+    return MaskedSet(images, tuple(masks))

@@ -1,0 +1,11 @@
+"""Put a trained run to use: heads, the world model, or all of it, fitted to classes or segments.
+
+``run`` is not imported here: it brings the engine, which evaluation while training is itself a part of.
+"""
+
+from iwm_fast.eval.finetune.fitting import Fit, Plan, fit, measure
+from iwm_fast.eval.finetune.modes import MODES
+from iwm_fast.eval.finetune.saved import Finetuned, load_finetuned
+from iwm_fast.eval.finetune.tasks import Task
+
+__all__ = ["MODES", "Finetuned", "Fit", "Plan", "Task", "fit", "load_finetuned", "measure"]

@@ -1,0 +1,151 @@
+"""Fit readers to tasks: one pass over the features trains a reader for each learning rate, and the best one is kept.
+
+AdamW, linear warm-up over the first twentieth of the steps, then cosine to 0. The learning rate is chosen by the images
+held out; the test images are looked at once, at the end, by the caller.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from iwm_fast.errors import UserError
+from iwm_fast.eval.cache import Features
+from iwm_fast.eval.features import device_of
+from iwm_fast.eval.finetune.scores import Scores, task_loss
+from iwm_fast.eval.finetune.tasks import Task, batches, in_order
+from iwm_fast.models.reader import Reader
+
+__all__ = ["Fit", "Plan", "fit", "measure", "seeded"]
+
+WARMUP = 0.05
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to fit. rates: peak learning rates of the heads, one reader each. predictor_factor, encoder_factor: theirs
+    over the head's. flip: mirror half of the images (pixels only).
+    """
+
+    rates: tuple[float, ...]
+    steps: int
+    batch: int = 128
+    weight_decay: float = 0.01
+    predictor_factor: float = 1.0
+    encoder_factor: float = 1.0
+    flip: bool = False
+    seed: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Fit:
+    """The reader that did best on the images held out, its learning rate, and what each rate scored there."""
+
+    reader: Reader
+    rate: float
+    held_out: dict[float, float]
+
+
+def seeded(build: Callable[[], Reader], seed: int) -> Reader:
+    """What ``build`` makes from this seed; the caller's random state is left as it was."""
+    with torch.random.fork_rng(devices=[]):  # parameters are drawn on the CPU
+        torch.manual_seed(seed)
+        return build()
+
+
+def fit(
+    build: Callable[[], Reader],
+    tasks: Sequence[Task],
+    plan: Plan,
+    progress: Callable[[int, int], None] | None = None,
+) -> Fit:
+    """Train a reader from ``build`` for each of ``plan.rates`` on the tasks' training rows, all from the same seed.
+
+    A step takes a batch of each task and the mean of their losses. UserError where no rate keeps its loss finite.
+    """
+    readers = [seeded(build, plan.seed).train() for _ in plan.rates]
+    device = device_of(readers[0].encoder)
+    groups = [
+        g for reader, rate in zip(readers, plan.rates, strict=True) for g in _groups(reader.to(device), rate, plan)
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=0.0)
+    streams = [_augmented(batches(task, plan.batch, plan.seed), plan) for task in tasks]
+    last = torch.zeros(len(readers))
+    for step in range(plan.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * _factor(step, plan.steps)
+        optimizer.zero_grad(set_to_none=True)
+        losses = torch.zeros(len(readers), device=device)
+        for task, stream in zip(tasks, streams, strict=True):
+            inputs, labels = (part.to(device, non_blocking=True) for part in next(stream))
+            for place, reader in enumerate(readers):
+                loss = task_loss(reader(inputs, task.name), labels) / len(tasks)
+                loss.backward()  # each reader has its own parameters, so its graph may go at once
+                losses[place] += loss.detach()
+        optimizer.step()
+        last = losses
+        if progress is not None:
+            progress(step + 1, plan.steps)
+    if not torch.isfinite(last).any():
+        raise UserError(f"--lr {', '.join(f'{rate:g}' for rate in plan.rates)}: the loss is not finite; lower it")
+    scores = [
+        sum(measure(reader, task, task.train, held=True).main() for task in tasks) / len(tasks)
+        if math.isfinite(float(loss))
+        else -1.0
+        for reader, loss in zip(readers, last, strict=True)
+    ]
+    best = max(range(len(readers)), key=lambda place: scores[place])
+    return Fit(readers[best].eval(), plan.rates[best], dict(zip(plan.rates, scores, strict=True)))
+
+
+def measure(reader: Reader, task: Task, features: Features, *, held: bool = False) -> Scores:
+    """Scores on all rows of ``features``, or, of the training ones, on those held out."""
+    reader.eval()
+    scores = Scores(task.shape.classes, dense=task.shape.dense)
+    device = device_of(reader.encoder)
+    with torch.inference_mode():
+        for inputs, labels in in_order(features, task.held.nonzero()[0] if held else None):
+            scores.add(reader(inputs.to(device), task.name), labels.to(device))
+    return scores
+
+
+def _groups(reader: Reader, rate: float, plan: Plan) -> Iterator[dict[str, object]]:
+    """AdamW's groups: the head's rate, the predictor's and the encoder's; no decay of biases, norms, single tokens."""
+    parts: list[tuple[nn.Module | None, float]] = [
+        (reader.heads, 1.0),
+        (reader.task_tokens, 1.0),
+        (reader.predictor, plan.predictor_factor),
+        (reader.trained_encoder, plan.encoder_factor),
+    ]
+    for module, factor in parts:
+        if module is None:
+            continue
+        trainable = [p for p in module.parameters() if p.requires_grad]
+        for decay, chosen in (
+            (plan.weight_decay, [p for p in trainable if p.ndim > 1]),
+            (0.0, [p for p in trainable if p.ndim <= 1]),
+        ):
+            if chosen:
+                yield {"params": chosen, "weight_decay": decay, "peak": rate * factor}
+
+
+def _factor(step: int, steps: int) -> float:
+    """Of the peak learning rate, at a step from 0."""
+    warm = min(1.0, (step + 1) / max(1, round(WARMUP * steps)))
+    return warm * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def _augmented(stream: Iterator[tuple[Tensor, Tensor]], plan: Plan) -> Iterator[tuple[Tensor, Tensor]]:
+    if not plan.flip:
+        yield from stream
+        return
+    generator = torch.Generator().manual_seed(plan.seed)
+    for images, labels in stream:
+        chosen = torch.rand(len(images), generator=generator) < 0.5
+        mirrored = torch.where(chosen[:, None, None, None], images.flip(2), images)
+        masks = labels if labels.ndim == 1 else torch.where(chosen[:, None, None], labels.flip(2), labels)
+        yield mirrored, masks

@@ -1,0 +1,260 @@
+"""Finetune a run that lies on disk: read its features, fit, measure, and keep the result."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from iwm_fast.config import Config
+from iwm_fast.data.segmentation import is_masked
+from iwm_fast.engine.loading import load_model
+from iwm_fast.errors import UserError
+from iwm_fast.eval.cache import FeatureCache, Features
+from iwm_fast.eval.features import default_encoder, encoder_of, read_features
+from iwm_fast.eval.finetune.fitting import WARMUP, Fit, Plan, fit, measure
+from iwm_fast.eval.finetune.modes import (
+    INITS,
+    MODES,
+    PRETRAINED_FACTOR,
+    Init,
+    Mode,
+    default_rates,
+    has_predictor,
+    kept_for,
+    reader_builder,
+)
+from iwm_fast.eval.finetune.saved import require_absent, save_finetuned
+from iwm_fast.eval.finetune.scores import IGNORED
+from iwm_fast.eval.finetune.tasks import Task
+from iwm_fast.eval.masked import open_masked_splits
+from iwm_fast.eval.progress import Progress
+from iwm_fast.eval.splits import Split, open_splits, require_same_classes
+from iwm_fast.models.iwm import IWM
+from iwm_fast.models.predictors import VitPredictor
+from iwm_fast.models.reader import HeadShape
+
+__all__ = ["KINDS", "Request", "finetune_rows", "finetune_run", "named_folders"]
+
+KINDS = ("classification", "segmentation")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked for. data: folders of images by task name; kind: of task, default by the layout; how long
+    (``steps``, or ``epochs`` passes over the largest task's training images); learning rates, default the mode's.
+    """
+
+    mode: Mode
+    data: Mapping[str, Path]
+    kind: str | None = None
+    init: Init | None = None
+    epochs: float = 20.0
+    steps: int | None = None
+    rates: tuple[float, ...] = ()
+    batch: int = 128
+    weight_decay: float = 0.01
+    limit: int | None = None
+    seed: int = 0
+    checkpoint: str = "latest"
+    cache: Path | None = None
+    tell: Progress | None = field(default=None, compare=False)
+
+    def check(self) -> None:
+        """Raise UserError for what does not go together."""
+        for option, value, allowed in (
+            ("mode", self.mode, MODES),
+            ("init", self.init, (None, *INITS)),
+            ("task", self.kind, (None, *KINDS)),
+        ):
+            if value not in allowed:
+                raise UserError(f"--{option}: {value}: it is one of {', '.join(word for word in allowed if word)}")
+        if self.init is not None and not has_predictor(self.mode):
+            raise UserError(f"--init: mode {self.mode} has no predictor that could begin otherwise; leave it out")
+        if len(self.data) > 1 and self.mode != "multitask":
+            raise UserError(f"--data: {len(self.data)} tasks need --mode multitask; give mode {self.mode} one")
+        if any(rate <= 0 for rate in self.rates):
+            raise UserError(f"--lr: {min(self.rates):g}: a learning rate is above 0")
+
+
+def named_folders(words: Sequence[str]) -> dict[str, Path]:
+    """Folders by task name from ``DIR`` (named after the folder) or ``NAME=DIR``; UserError for a name used twice."""
+    named: dict[str, Path] = {}
+    for word in words:
+        name, mark, folder = word.partition("=")
+        path = Path(folder if mark else word)
+        key = name if mark else (path.resolve().name or "data")
+        key = key.replace(".", "_")  # torch's dictionaries of modules have no dots
+        if not key or key in named:
+            raise UserError(f"--data: {word}: each task needs a name of its own; write NAME=DIR")
+        named[key] = path
+    if not named:
+        raise UserError("--data: name a folder of labelled images, or NAME=DIR for each task")
+    return named
+
+
+def finetune_run(
+    run: Path, request: Request, out: Path | None = None, environment: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Fit ``request`` on a run's checkpoint and measure it.
+
+    ``out``: a new folder for the result, in which ``environment`` says what it was made with.
+
+    Returns top1, top5 or miou with intervals (of several tasks under ``tasks``, and their mean), chance, the rate that
+    the held-out images chose, and the protocol. Raises UserError for whatever the user can mend.
+    """
+    request.check()
+    if out is not None:
+        require_absent(out)
+    model, config, _, step = load_model(run, request.checkpoint)
+    model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    if request.mode == "multitask" and not isinstance(model.predictor, VitPredictor):
+        raise UserError(f"{run}: --mode multitask needs model.predictor.kind vit, and this run's is mlp")
+    cache = FeatureCache(request.cache if request.cache is not None else run / "cache")
+    named = {name: _task(name, root, model, config, request, cache) for name, root in request.data.items()}
+    tasks = [task for task, _ in named.values()]
+    shapes = {task.name: task.shape for task in tasks}
+    init: Init = request.init or "pretrained"
+    plan = _plan(request, init, tasks)
+    tell = None if request.tell is None else partial(request.tell, f"finetune, {request.mode}")
+    began = time.perf_counter()
+    found = fit(reader_builder(model, request.mode, init, shapes, default_encoder(config.model)), tasks, plan, tell)
+    seconds = time.perf_counter() - began
+    results = {
+        "mode": request.mode,
+        "init": init if has_predictor(request.mode) else None,
+        "step": step,
+        **_scores(found, tasks),
+        **_protocol(found, plan, tasks, config, request, seconds),
+    }
+    if out is not None:
+        classes = {name: names for name, (_, names) in named.items()}
+        save_finetuned(
+            out,
+            found.reader,
+            model=config.model,
+            mode=request.mode,
+            shapes=shapes,
+            classes=classes,
+            results=results,
+            environment=environment or {},
+        )
+        results["out"] = str(out)
+    return results
+
+
+def _task(
+    name: str, root: Path, model: IWM, config: Config, request: Request, cache: FeatureCache
+) -> tuple[Task, tuple[str, ...]]:
+    dense = is_masked(root) if request.kind is None else request.kind == "segmentation"
+    train, test = _splits(root, config, dense=dense, limit=request.limit)
+    encoder = encoder_of(model, default_encoder(config.model))
+    kept = kept_for(request.mode, dense=dense)
+
+    def read(split: Split, words: str) -> Features:
+        tell = None if request.tell is None else partial(request.tell, f"{kept} of {name}, {words}")
+        return read_features([encoder], split, kept, cache=cache, progress=tell)[0]
+
+    features = read(train, "train"), read(test, "test")
+    classes = len(train.classes)
+    if dense:
+        classes = 1 + max(int(np.max(part.labels, where=part.labels != IGNORED, initial=0)) for part in features)
+    names = tuple(str(number) for number in range(classes)) if dense else train.classes
+    try:
+        return Task.of(name, HeadShape(classes, dense), *features), names
+    except ValueError as error:
+        raise UserError(f"{root}: {error}") from error
+
+
+def _splits(root: Path, config: Config, *, dense: bool, limit: int | None) -> tuple[Split, Split]:
+    if dense:
+        return open_masked_splits(root, config, limit=limit)
+    train, test = open_splits(root, config)
+    require_same_classes(train, test, root)
+    if len(train.classes) < 2:
+        raise UserError(f"{root}: the images have no classes; sort them into a folder a class")
+    return (train if limit is None else train.thinned(limit)), test
+
+
+def _plan(request: Request, init: Init, tasks: Sequence[Task]) -> Plan:
+    largest = max(int((~task.held).sum()) for task in tasks)
+    steps = request.steps or max(1, round(request.epochs * -(-largest // request.batch)))
+    return Plan(
+        rates=request.rates or default_rates(request.mode),
+        steps=steps,
+        batch=request.batch,
+        weight_decay=request.weight_decay,
+        predictor_factor=PRETRAINED_FACTOR if init == "pretrained" else 1.0,
+        encoder_factor=PRETRAINED_FACTOR,
+        flip=request.mode == "end-to-end",
+        seed=request.seed,
+    )
+
+
+def _scores(found: Fit, tasks: Sequence[Task]) -> dict[str, Any]:
+    """Of the test images; with several tasks each under its name, and the mean of their main figures."""
+    by_task: dict[str, dict[str, Any]] = {}
+    main = []
+    for task in tasks:
+        scores = measure(found.reader, task, task.test)
+        main.append(scores.main())
+        by_task[task.name] = {
+            "task": "segmentation" if task.shape.dense else "classification",
+            **scores.summary(),
+            **({} if task.shape.dense else {"chance": float(np.bincount(task.test.labels).max() / len(task.test))}),
+            "classes": task.shape.classes,
+            "train_images": int((~task.held).sum()),
+            "held_out_images": int(task.held.sum()),
+            "test_images": len(task.test),
+        }
+    if len(tasks) == 1:
+        return by_task[tasks[0].name]
+    return {"mean": float(np.mean(main)), "tasks": by_task}
+
+
+def _protocol(
+    found: Fit, plan: Plan, tasks: Sequence[Task], config: Config, request: Request, seconds: float
+) -> dict[str, Any]:
+    learned = sum(int((~task.held).sum()) for task in tasks)
+    seen = plan.steps * plan.batch * len(tasks)
+    with_predictor = has_predictor(request.mode)
+    return {
+        "encoder": default_encoder(config.model),
+        "lr": found.rate,
+        "lr_tried": {f"{rate:g}": score for rate, score in found.held_out.items()},
+        "predictor_lr": found.rate * plan.predictor_factor if with_predictor else None,
+        "encoder_lr": found.rate * plan.encoder_factor if request.mode == "end-to-end" else None,
+        "steps": plan.steps,
+        "batch": plan.batch,
+        "epochs": seen / max(1, learned),
+        "weight_decay": plan.weight_decay,
+        "seed": plan.seed,
+        "trained_parameters": sum(p.numel() for p in found.reader.parameters() if p.requires_grad),
+        "seconds": seconds,
+        "protocol": (
+            f"AdamW, warm-up over {WARMUP:.0%} of the steps, cosine to 0; the learning rate is chosen on a tenth of "
+            "the training images that is not learned from; clean views"
+            + (", half of them mirrored" if plan.flip else " without augmentation")
+        ),
+    }
+
+
+def finetune_rows(results: Mapping[str, Any]) -> list[list[str]]:
+    """Rows for a terminal: task, measure, value, 95 % interval, chance."""
+    rows = []
+    for name, scores in results.get("tasks", {"": results}).items():
+        for key, title in (("top1", "top-1"), ("top5", "top-5"), ("miou", "mIoU")):
+            if scores.get(key) is None:
+                continue
+            low, high = scores[f"{key}_interval"]
+            chance = f"{scores['chance']:.4f}" if key == "top1" else ""
+            rows.append([name, title, f"{scores[key]:.4f}", f"{low:.4f} – {high:.4f}", chance])
+    if "mean" in results:
+        rows.append(["mean", "", f"{results['mean']:.4f}", "", ""])
+    return rows

@@ -1,0 +1,118 @@
+"""A finetuned reader on disk: ``reader.safetensors`` with all that it needs to answer, and ``finetune.json``."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from iwm_fast.config import ModelConfig
+from iwm_fast.errors import UserError
+from iwm_fast.eval.cache import sync
+from iwm_fast.eval.finetune.modes import Mode, reader_builder
+from iwm_fast.models.iwm import IWM
+from iwm_fast.models.reader import HeadShape, Reader
+
+__all__ = ["Finetuned", "load_finetuned", "require_absent", "save_finetuned"]
+
+SCHEMA = "iwm-fast-finetuned/1"
+_WEIGHTS, _RECORD = "reader.safetensors", "finetune.json"
+
+
+@dataclass(frozen=True, eq=False)
+class Finetuned:
+    """A reader with what its answers mean: names of the classes of each task (numbers where each pixel has one)."""
+
+    reader: Reader
+    classes: dict[str, tuple[str, ...]]
+    results: dict[str, Any]
+
+    def __call__(self, images: Tensor, task: str | None = None) -> Tensor:
+        """Logits of uint8 images (B, S, S, 3), as `Reader.forward`; ``task``: default the first."""
+        with torch.inference_mode():
+            logits: Tensor = self.reader(images, task if task is not None else next(iter(self.classes)))
+        return logits
+
+
+def require_absent(out: Path) -> None:
+    """Raise UserError where ``out`` is there already: before any work, not after it."""
+    if out.exists():
+        raise UserError(f"{out}: exists already; choose another --out")
+
+
+def save_finetuned(
+    out: Path,
+    reader: Reader,
+    *,
+    model: ModelConfig,
+    mode: Mode,
+    shapes: Mapping[str, HeadShape],
+    classes: Mapping[str, tuple[str, ...]],
+    results: Mapping[str, Any],
+    environment: Mapping[str, Any],
+) -> None:
+    """Write folder ``out``, whole or not at all; ``environment``: what it was made with.
+
+    UserError where it exists or cannot be written.
+    """
+    require_absent(out)
+    record = {
+        "schema": SCHEMA,
+        "environment": dict(environment),
+        "mode": mode,
+        "action_dim": reader.action_dim,
+        "model": model.model_dump(mode="json"),
+        "tasks": {name: {**asdict(shape), "names": list(classes[name])} for name, shape in shapes.items()},
+        "results": dict(results),
+    }
+    own = {name: tensor for name, tensor in reader.state_dict().items() if not name.startswith("trained_encoder.")}
+    state = own | {f"encoder.{name}": tensor for name, tensor in reader.encoder.state_dict().items()}
+    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, partial / _WEIGHTS)
+        (partial / _RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        for path in (partial / _WEIGHTS, partial / _RECORD, partial):
+            sync(path)
+        partial.rename(out)
+        sync(out.parent)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{out}: cannot be written: {error}; choose another --out") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def load_finetuned(out: Path) -> Finetuned:
+    """What `save_finetuned` wrote, on the CPU and in evaluation mode. UserError where it is not whole."""
+    try:
+        record = json.loads((out / _RECORD).read_text(encoding="utf-8"))
+        if record.get("schema") != SCHEMA:
+            raise UserError(f"{out / _RECORD}: schema is {record.get('schema')!r}; this version reads {SCHEMA!r}")
+        tasks = record["tasks"]
+        shapes = {name: HeadShape(task["classes"], task["dense"]) for name, task in tasks.items()}
+        model = IWM(ModelConfig.model_validate(record["model"]), record["action_dim"])
+        reader = reader_builder(model, record["mode"], "random", shapes, "context")()
+        state = load_file(out / _WEIGHTS)
+        encoder = {
+            name.removeprefix("encoder."): state.pop(name) for name in list(state) if name.startswith("encoder.")
+        }
+        reader.encoder.load_state_dict(encoder)
+        missing, unexpected = reader.load_state_dict(state, strict=False)
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        line = " ".join(str(error).split())
+        raise UserError(f"{out}: not a whole folder of iwm-fast finetune ({line}); finetune again") from error
+    missing = [name for name in missing if not name.startswith("trained_encoder.")]
+    if missing or unexpected:
+        raise UserError(f"{out / _WEIGHTS}: {(missing + unexpected)[0]} is missing or unknown; finetune again")
+    classes = {name: tuple(task["names"]) for name, task in tasks.items()}
+    return Finetuned(reader.eval(), classes, record["results"])

@@ -1,0 +1,76 @@
+"""A task: labelled features to learn from, a tenth held out to choose a learning rate by, others to test on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from iwm_fast.eval.cache import Features
+from iwm_fast.eval.linear import held_out_rows
+from iwm_fast.eval.stats import evenly_spaced
+from iwm_fast.models.reader import HeadShape
+
+__all__ = ["Task", "batches", "in_order"]
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """name; the head's shape; features of the training and of the test images; held: bool (n,), of the training images,
+    those that no step learns from.
+    """
+
+    name: str
+    shape: HeadShape
+    train: Features
+    test: Features
+    held: np.ndarray
+
+    @classmethod
+    def of(cls, name: str, shape: HeadShape, train: Features, test: Features) -> Task:
+        """Hold out a tenth: of each class, or, where each pixel has a class, spread evenly over the images.
+
+        ValueError where nothing is left to hold out or to learn from.
+        """
+        if shape.dense:
+            held = np.zeros(len(train), bool)
+            held[evenly_spaced(max(1, round(len(train) / 10)), len(train))] = True
+        else:
+            held = held_out_rows(train.labels)
+        if not held.any() or (~held).sum() < 2:
+            raise ValueError(f"{name} has {len(train)} training images; a tenth of them is held out: give more")
+        return cls(name, shape, train, test, held)
+
+
+def batches(task: Task, size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The training rows without end, in another order each time round: inputs and labels on the CPU.
+
+    Batches of one round differ by at most one row; none has one row alone, which has no variance to normalise by.
+    """
+    rows = np.flatnonzero(~task.held)
+    parts = max(1, min(-(-len(rows) // size), len(rows) // 2))
+    epoch = 0
+    while True:
+        order = np.random.default_rng((seed, epoch)).permutation(rows)
+        for part in np.array_split(order, parts):
+            yield tensors(task.train, np.sort(part))  # ascending, as a disk likes it
+        epoch += 1
+
+
+def in_order(features: Features, rows: np.ndarray | None = None, size: int = 256) -> Iterator[tuple[Tensor, Tensor]]:
+    """The given rows, default all, in their order."""
+    chosen = np.arange(len(features)) if rows is None else rows
+    for first in range(0, len(chosen), size):
+        yield tensors(features, chosen[first : first + size])
+
+
+def tensors(features: Features, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Inputs as a reader takes them: uint8 images, or float32 tokens (b, L, D), of which a mean token is one."""
+    values = torch.from_numpy(features.values[rows])
+    labels = torch.from_numpy(features.labels[rows].astype(np.int64))
+    if values.dtype == torch.uint8:
+        return values, labels
+    return (values[:, None] if values.ndim == 2 else values).float(), labels

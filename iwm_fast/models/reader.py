@@ -1,0 +1,89 @@
+"""An encoder put to use: its tokens, or what the world model makes of them, read by a head for each task."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from .heads import AttentiveHead, DenseHead, LinearHead
+from .predictors import MlpPredictor, VitPredictor, predict_all
+from .vit import VisionTransformer
+
+__all__ = ["HeadKind", "HeadShape", "Reader", "build_head"]
+
+HeadKind = Literal["linear", "attentive"]
+
+
+@dataclass(frozen=True)
+class HeadShape:
+    """What a head answers: ``classes`` of an image, or of each patch (``dense``)."""
+
+    classes: int
+    dense: bool
+
+
+def build_head(kind: HeadKind, shape: HeadShape, width: int, heads: int) -> nn.Module:
+    """A fresh head for tokens of ``width``; ``heads``: of its attention, where it has one."""
+    if shape.dense:
+        return DenseHead(width, heads if kind == "attentive" else 0, shape.classes)
+    return AttentiveHead(width, heads, shape.classes) if kind == "attentive" else LinearHead(width, shape.classes)
+
+
+class Reader(nn.Module):
+    """Encoder, then the world model told of no change (where there is one), then the head of the task.
+
+    The encoder is held but not registered while it is frozen: several readers share one then, and it is not among
+    ``parameters`` or in ``state_dict``.
+
+    ``task_tokens``: a learned token a task, of the predictor's width, that it sees beside
+    the image (multitask; arXiv:2403.00504, section 5.3).
+    """
+
+    def __init__(
+        self,
+        encoder: VisionTransformer,
+        predictor: VitPredictor | MlpPredictor | None,
+        heads: Mapping[str, nn.Module],
+        action_dim: int,
+        *,
+        train_encoder: bool = False,
+        task_tokens: bool = False,
+    ) -> None:
+        super().__init__()
+        self.trained_encoder = encoder if train_encoder else None
+        # In a tuple, so that it is no sub-module.
+        self._frozen: tuple[VisionTransformer, ...] = () if train_encoder else (encoder,)
+        self.predictor = predictor
+        # By number: a task may have any name, and torch's dictionaries refuse some.
+        self.places = {name: str(place) for place, name in enumerate(heads)}
+        self.heads = nn.ModuleDict({self.places[name]: head for name, head in heads.items()})
+        self.action_dim = action_dim
+        self.task_tokens: nn.ParameterDict | None = None
+        if task_tokens:
+            if not isinstance(predictor, VitPredictor):
+                raise ValueError("task_tokens needs a vit predictor: the tokens of mlp do not see each other")
+            tokens = {place: torch.empty(predictor.mask_token.shape) for place in self.heads}
+            self.task_tokens = nn.ParameterDict({k: nn.init.trunc_normal_(v, std=0.02) for k, v in tokens.items()})
+
+    @property
+    def encoder(self) -> VisionTransformer:
+        """The encoder, trained or frozen."""
+        return self._frozen[0] if self.trained_encoder is None else self.trained_encoder
+
+    def forward(self, inputs: Tensor, task: str) -> Tensor:
+        """Logits of ``task`` (B, C), or (B, C, G, G) where it is dense.
+
+        ``inputs``: uint8 images (B, S, S, 3), or the encoder's tokens (B, L, D) of them.
+        """
+        if inputs.dtype == torch.uint8:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self.trained_encoder is not None):
+                inputs = self.encoder(inputs).unflatten(0, (len(inputs), -1))
+        if self.predictor is not None:
+            extra = None if self.task_tokens is None else self.task_tokens[self.places[task]]
+            neutral = inputs.new_zeros(len(inputs), self.action_dim)
+            inputs = predict_all(self.predictor, inputs, neutral, extra)
+        return self.heads[self.places[task]](inputs)

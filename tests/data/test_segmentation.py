@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from made_images import turned
+from PIL import Image
+
+from iwm_fast.data.clean import load_clean
+from iwm_fast.data.segmentation import is_masked, read_mask, split_masked
+from iwm_fast.data.synth import draw_dataset
+from iwm_fast.errors import UserError
+
+
+def blocks(width, height):
+    """A mask of large rectangles of four classes, and an image that shows each class in its own gray."""
+    y, x = np.mgrid[0:height, 0:width]
+    mask = (2 * (y > 0.4 * height) + (x > 0.6 * width)).astype(np.uint8)
+    return mask, np.repeat((60 * mask)[..., None], 3, axis=2)
+
+
+@pytest.mark.parametrize(("width", "height"), [(64, 64), (90, 50), (41, 77), (20, 20)])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_mask_and_clean_view_show_the_same_part(tmp_path, width, height, orientation):
+    """The image is seen upright, in its largest centred square; the mask is stored upright."""
+    mask, image = blocks(width, height)
+    stored = image if orientation == 1 else np.rot90(image)  # 6: turned clockwise when shown
+    (tmp_path / "a.png").write_bytes(turned(Image.fromarray(np.ascontiguousarray(stored)), orientation, "PNG"))
+    Image.fromarray(mask).save(tmp_path / "m.png")
+    view = next(iter(load_clean([tmp_path / "a.png"], 32, threads=1))).images[0, :, :, 0].numpy()
+    seen = np.rint(view / 60)
+    found = read_mask(tmp_path / "m.png", 32, tmp_path / "a.png")
+    assert found.shape == (32, 32)
+    assert (found == seen).mean() > 0.9  # but for the pixels that the resampling mixes at the borders
+    inner = np.abs(view / 60 - seen) < 1e-6
+    edges = np.zeros_like(inner)
+    edges[1:] |= found[1:] != found[:-1]
+    edges[:, 1:] |= found[:, 1:] != found[:, :-1]
+    near = torch.nn.functional.max_pool2d(torch.from_numpy(edges.astype(np.float32))[None], 5, 1, 2)[0].numpy() > 0
+    np.testing.assert_array_equal(found[inner & ~near], seen[inner & ~near])
+
+
+def test_a_palettes_numbers_count_and_not_its_colours(tmp_path):
+    mask, image = blocks(32, 32)
+    Image.fromarray(image).save(tmp_path / "a.png")
+    coloured = Image.fromarray(mask).convert("P")
+    coloured.putdata(mask.flatten().tolist())
+    coloured.putpalette([200, 10, 10, 10, 200, 10, 10, 10, 200, 99, 99, 99])
+    coloured.save(tmp_path / "m.png")
+    assert Image.open(tmp_path / "m.png").mode == "P"
+    np.testing.assert_array_equal(read_mask(tmp_path / "m.png", 32, tmp_path / "a.png"), mask)
+
+
+def test_drawn_masks_lie_on_the_shapes(tmp_path):
+    """Inside and outside of a mask the colours differ; the classes go around in their order."""
+    draw_dataset(tmp_path / "s", classes=3, train=12, test=4, size=32, segments=True)
+    assert is_masked(tmp_path / "s")
+    train, test = split_masked(tmp_path / "s")
+    assert (len(train), len(test)) == (12, 4)
+    for number, (image, mask) in enumerate(zip(train.images.paths, train.masks, strict=True)):
+        classes = read_mask(mask, 32, image)
+        assert set(np.unique(classes)) == {0, 1 + number % 3}
+        pixels = np.asarray(Image.open(image)).astype(float)
+        inside, outside = pixels[classes > 0].mean(axis=0), pixels[classes == 0].mean(axis=0)
+        assert np.abs(inside - outside).max() > 15
+
+
+def test_a_folder_without_train_and_test_is_split_as_images_are(tmp_path):
+    draw_dataset(tmp_path / "s", classes=2, train=10, test=2, size=32, segments=True)
+    train, test = split_masked(tmp_path / "s" / "train")
+    assert (len(train), len(test)) == (8, 2)
+    assert not {*train.masks} & {*test.masks}
+    assert all(i.stem == m.stem for i, m in zip(train.images.paths, train.masks, strict=True))
+    with pytest.raises(UserError, match="has no images/ and masks/ beside each other"):
+        split_masked(tmp_path / "s" / "train" / "images")

@@ -1,0 +1,159 @@
+from __future__ import annotations
+
+import os
+import time
+
+import numpy as np
+import pytest
+import torch
+from made_images import write_images
+from worlds import tiny_config, tiny_model
+
+from iwm_fast.config import Config, DataConfig
+from iwm_fast.errors import UserError
+from iwm_fast.eval import cache as cache_module
+from iwm_fast.eval.cache import FeatureCache
+from iwm_fast.eval.features import read_features
+from iwm_fast.eval.splits import open_splits
+
+CPU = Config(**(dict(tiny_config()) | {"data": DataConfig(device="cpu", threads=1)}))
+
+
+class Counted:
+    """A split that counts how often it is read."""
+
+    def __init__(self, split):
+        self.split, self.reads = split, 0
+
+    def __getattr__(self, name):
+        return getattr(self.split, name)
+
+    def __len__(self):
+        return len(self.split)
+
+    def read(self):
+        self.reads += 1
+        return self.split.read()
+
+
+@pytest.fixture
+def photos(tmp_path):
+    for name in ("a", "b"):
+        write_images(tmp_path / "photos" / name, 5)
+    return tmp_path / "photos"
+
+
+def opened(photos):
+    return Counted(open_splits(photos, CPU)[0])
+
+
+@pytest.mark.parametrize("keep", ["pooled", "tokens", "pixels"])
+def test_features_are_read_once_and_then_mapped(photos, tmp_path, keep):
+    model, _ = tiny_model(CPU)
+    cache, split = FeatureCache(tmp_path / "cache"), opened(photos)
+    first = read_features([model.target_encoder], split, keep, cache=cache)[0]
+    again = read_features([model.target_encoder], opened(photos), keep, cache=cache)[0]
+    fresh = read_features([model.target_encoder], split, keep)[0]
+    assert isinstance(again.values, np.memmap)
+    for found in (first, again):
+        np.testing.assert_array_equal(found.values, fresh.values)
+        np.testing.assert_array_equal(found.labels, fresh.labels)
+    assert split.reads == 2  # the first, and the one without a cache
+    assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == [first.values.filename.parent.name]
+
+
+def test_tokens_and_their_means_are_those_of_the_encoder(photos):
+    model, _ = tiny_model(CPU)
+    split = opened(photos)
+    images = torch.cat([images for images, _ in split.read()])
+    with torch.no_grad():
+        tokens = model.encode(images, "target")
+    kept = read_features([model.target_encoder], split, "tokens")[0].values
+    pooled = read_features([model.target_encoder], split, "pooled")[0].values
+    assert (kept.dtype, pooled.dtype) == (np.float16, np.float32)
+    np.testing.assert_allclose(kept, tokens, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(pooled, tokens.mean(dim=1), rtol=1e-5, atol=1e-6)
+
+
+def test_another_checkpoint_or_another_picture_is_not_served_what_is_old(photos, tmp_path):
+    model, _ = tiny_model(CPU)
+    cache = FeatureCache(tmp_path / "cache")
+    old = np.array(read_features([model.target_encoder], opened(photos), "pooled", cache=cache)[0].values)
+    with torch.no_grad():
+        next(model.target_encoder.parameters()).add_(0.1)
+    split = opened(photos)
+    trained = read_features([model.target_encoder], split, "pooled", cache=cache)[0].values
+    assert split.reads == 1
+    assert not np.allclose(trained, old)
+    path = split.files.paths[0]
+    path.write_bytes(split.files.paths[1].read_bytes())
+    os.utime(path, ns=(time.time_ns(), time.time_ns() + 1_000_000))
+    split = opened(photos)
+    replaced = read_features([model.target_encoder], split, "pooled", cache=cache)[0].values
+    assert split.reads == 1
+    np.testing.assert_array_equal(replaced[0], replaced[1])
+    np.testing.assert_array_equal(replaced[1:], trained[1:])
+
+
+def test_only_the_encoder_that_is_new_is_computed(photos, tmp_path):
+    models = [tiny_model(CPU, seed)[0].target_encoder for seed in (0, 1)]
+    cache = FeatureCache(tmp_path / "cache")
+    read_features(models[:1], opened(photos), "pooled", cache=cache)
+    split = opened(photos)
+    both = read_features(models, split, "pooled", cache=cache)
+    assert split.reads == 1
+    for model, found in zip(models, both, strict=True):
+        np.testing.assert_array_equal(found.values, read_features([model], split, "pooled")[0].values)
+
+
+@pytest.mark.parametrize("file", ["values.npy", "labels.npy", "entry.json"])
+@pytest.mark.parametrize("harm", ["cut", "gone", "garbage"])
+def test_a_damaged_entry_is_computed_anew(photos, tmp_path, file, harm):
+    model, _ = tiny_model(CPU)
+    cache = FeatureCache(tmp_path / "cache")
+    whole = np.array(read_features([model.encoder], opened(photos), "pooled", cache=cache)[0].values)
+    path = next((tmp_path / "cache").glob(f"*/{file}"))
+    if harm == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-9] if harm == "cut" else b"\x00garbage")
+    again = read_features([model.encoder], opened(photos), "pooled", cache=cache)[0].values
+    np.testing.assert_array_equal(again, whole)
+
+
+def test_what_is_interrupted_leaves_no_entry(photos, tmp_path):
+    model, _ = tiny_model(CPU)
+    cache = FeatureCache(tmp_path / "cache")
+
+    def interrupted(done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        read_features([model.encoder], opened(photos), "pooled", cache=cache, progress=interrupted)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_too_little_room_is_said_before_the_work(photos, tmp_path, monkeypatch):
+    model, _ = tiny_model(CPU)
+    usage = type("Usage", (), {"free": 10})
+    monkeypatch.setattr(cache_module.shutil, "disk_usage", lambda _: usage)
+    split = opened(photos)
+    with pytest.raises(UserError, match=r"the features take 0\.0 GB and 0\.0 GB are free"):
+        read_features([model.encoder], split, "pooled", cache=FeatureCache(tmp_path / "cache"))
+    assert split.reads == 0
+
+
+def test_a_folder_that_cannot_be_written_is_named(photos, tmp_path):
+    (tmp_path / "file").write_text("")
+    model, _ = tiny_model(CPU)
+    with pytest.raises(UserError, match="name another --cache"):
+        read_features([model.encoder], opened(photos), "pooled", cache=FeatureCache(tmp_path / "file" / "cache"))
+
+
+def test_a_file_that_cannot_be_decoded_is_left_out(photos, tmp_path):
+    model, _ = tiny_model(CPU)
+    split = opened(photos)
+    split.files.paths[2].write_bytes(b"broken")
+    found = read_features([model.encoder], split, "pooled", cache=FeatureCache(tmp_path / "cache"))[0]
+    assert len(found) == len(found.labels) == len(split) - 1
+    np.testing.assert_array_equal(found.labels, np.delete(split.files.labels, 2))

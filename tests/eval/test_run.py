@@ -1,0 +1,81 @@
+"""`iwm-fast evaluate` on a real run: what it measures, what it keeps, and one line for each mistake."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+from small_run import small_config
+
+from iwm_fast.cli import main
+from iwm_fast.engine import pretrain
+
+
+@pytest.fixture(scope="module")
+def run(tiny_images, tmp_path_factory):
+    out = tmp_path_factory.mktemp("evaluate") / "run"
+    flags = {"actions__blur_probability": 0.0, "actions__solarize_probability": 0.0}
+    pretrain(small_config(tiny_images, train__steps=2, eval__bank=8, **flags), out)
+    return out
+
+
+def refused(capsys, *words):
+    assert main(["evaluate", *map(str, words)]) == 2
+    shown = capsys.readouterr()
+    lines = [line for line in shown.err.splitlines() if line.startswith("iwm-fast: ")]
+    assert len(lines) == 1, shown.err
+    return lines[0].removeprefix("iwm-fast: ")
+
+
+def test_each_component_and_all_probes_are_measured_and_features_kept(run, tiny_images, tmp_path, capsys):
+    words = ["evaluate", str(run), "--data", str(tiny_images), "--what", "mrr,knn,linear,attentive", "--images", "2"]
+    found = []
+    for name in ("first", "again"):
+        assert main([*words, "--cache", str(tmp_path / "kept"), "--json", str(tmp_path / name)]) == 0
+        found.append(json.loads((tmp_path / name).read_text()))
+        entries = sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / "kept").rglob("*.npy"))
+        # Mean tokens and all tokens, of training and test images, of the run and of the untrained network.
+        assert len(entries) == 2 * 2 * 2 * 2
+        found[-1]["entries"] = entries
+    assert found[0]["entries"] == found[1]["entries"]
+    for key in ("mrr", "knn", "linear", "attentive", "attentive_untrained", "mrr_untrained_target", "components"):
+        assert found[0][key] == found[1][key]
+    parts = found[0]["components"]
+    assert list(parts) == ["brightness", "contrast", "saturation", "hue", "grayscale"]
+    for part in parts.values():
+        assert part["h1"] <= part["h5"]
+        assert part["mrr_interval"][0] <= part["mrr"] <= part["mrr_interval"][1]
+        assert part["mrr_bank"] == 8
+    shown = capsys.readouterr().out
+    assert "mrr, grayscale" in shown
+    assert "attentive" in shown
+
+
+def test_a_configuration_that_is_not_the_runs_is_one_line(run, tiny_images, tmp_path, capsys):
+    other = tmp_path / "other"
+    shutil.copytree(run, other)
+    text = (other / "config.yaml").read_text()
+    (other / "config.yaml").write_text(text.replace("width: 32", "width: 64"))
+    line = refused(capsys, other, "--data", tiny_images)
+    assert "checkpoint of another architecture" in line
+    (other / "config.yaml").write_text(text.replace("normalize_target", "normalise_target"))
+    assert "did you mean model.normalize_target?" in refused(capsys, other, "--data", tiny_images)
+
+
+def test_classes_that_a_split_lacks_are_one_line(run, tiny_images, tmp_path, capsys):
+    for part, names in (("train", ("cold",)), ("test", ("cold", "warm"))):
+        for name in names:
+            shutil.copytree(tiny_images / name, tmp_path / part / name)
+    shutil.copytree(tiny_images / "warm", tmp_path / "train" / "other")
+    line = refused(capsys, run, "--data", tmp_path, "--what", "knn")
+    assert line.startswith(f"{tmp_path / 'test'} has no image of 1 of the 2 classes of {tmp_path / 'train'} (other)")
+    shutil.rmtree(tmp_path / "test" / "warm")
+    shutil.rmtree(tmp_path / "test" / "cold")
+    assert refused(capsys, run, "--data", tmp_path).startswith(f"{tmp_path / 'test'} is empty")
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(run, tiny_images, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    line = refused(capsys, run, "--data", tiny_images, "--what", "knn", "--cache", tmp_path / "file" / "cache")
+    assert "name another --cache" in line
