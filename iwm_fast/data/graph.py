@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from iwm_fast.actions import Views
+from iwm_fast.data.cpu_operators import CpuOperators
 from iwm_fast.data.encoded import BadSample, Encoded, reencode
 from iwm_fast.data.pipeline import build_probe, build_views, view_inputs
 
@@ -60,7 +61,8 @@ class ViewGraph:
     """Renders batches of at most `batch` samples as `size` × `size` views.
 
     device: "cpu" or "gpu" (the GPU `device_id`, default torch's current one); threads: DALI's, on the CPU. geometric:
-    the source has a geometry of its own. `submit` returns at once and the work goes on behind; `collect` waits for the
+    the source has a geometry of its own. dali_only: every operator is DALI's own on the CPU too, where two of ours are
+    faster: the graph that a GPU runs. `submit` returns at once and the work goes on behind; `collect` waits for the
     oldest batch submitted. Not to be used from two threads at a time.
     """
 
@@ -73,6 +75,7 @@ class ViewGraph:
         *,
         geometric: bool,
         max_pixels: int = 2**31 - 1,
+        dali_only: bool = False,
         device_id: int | None = None,
     ) -> None:
         if device not in ("cpu", "gpu"):
@@ -82,6 +85,8 @@ class ViewGraph:
         self.device_id = torch.cuda.current_device() if device == "gpu" and device_id is None else device_id
         self._pending: deque[_Pending] = deque()
         self._stream = torch.cuda.Stream(self.device_id) if device == "gpu" else None
+        self.dali_only = dali_only or device == "gpu"
+        self._operators = None if self.dali_only else CpuOperators(size, threads)
         self._pipeline = self._build()
 
     def __len__(self) -> int:
@@ -127,6 +132,17 @@ class ViewGraph:
         self._pending.popleft()
         self._restart()
 
+    def close(self) -> None:
+        """End the threads; batches that were not collected are lost.
+
+        The pipeline goes here and now: left to the garbage collector it may go in its own thread, which it then waits
+        for.
+        """
+        self._pending.clear()
+        self._pipeline = None
+        if self._operators is not None:
+            self._operators.close()
+
     def nothing(self) -> Tensor:
         """The images of an empty batch: uint8 (0, S, S, 3) on the graph's device."""
         device = "cpu" if self.device == "cpu" else f"cuda:{self.device_id}"
@@ -134,13 +150,22 @@ class ViewGraph:
 
     def _build(self) -> Any:
         return build_views(
-            self.size, self.batch, self.device, self.threads, geometric=self.geometric, device_id=self.device_id
+            self.size,
+            self.batch,
+            self.device,
+            self.threads,
+            geometric=self.geometric,
+            operators=self._operators,
+            device_id=self.device_id,
         )
+
+    def _inputs(self, batch: _Pending) -> dict[str, Any]:
+        return view_inputs(batch.encoded, batch.views, geometric=self.geometric, dali_only=self.dali_only)
 
     def _schedule(self, batch: _Pending) -> None:
         """Feed and start a batch; what DALI says against it is kept for the batch's turn."""
         try:
-            for name, value in view_inputs(batch.encoded, batch.views, geometric=self.geometric).items():
+            for name, value in self._inputs(batch).items():
                 self._pipeline.feed_input(name, value)
             self._pipeline.schedule_run()
         except _DALI_ERRORS as error:
@@ -199,7 +224,7 @@ class ViewGraph:
 
     def _refused(self, head: _Pending) -> list[int]:
         """Rows that DALI fails on when it is given them alone. A failed pipeline is not used again."""
-        inputs = view_inputs(head.encoded, head.views, geometric=self.geometric)
+        inputs = self._inputs(head)
         refused, probe = [], None
         for row, one in enumerate(head.encoded):
             if one.lossless:

@@ -158,6 +158,7 @@ class TrainingStream:
         self._ahead.clear()
         self._reader.store.close()
         self._reader.store.images.source.storage.close()
+        self._graph.close()
         self._failure = self._failure or ValueError("this TrainingStream is closed")
 
     def __enter__(self) -> TrainingStream:

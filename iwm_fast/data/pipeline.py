@@ -6,6 +6,8 @@ the predictor is told. Operators that a sample does not need (blur, solarize, gr
 are kept off it by conditionals (an `if` statement on a batch is DALI's, sample by sample), which also makes a view
 without them bit-equal to its base.
 
+On the CPU two operators are ours (`cpu_operators`), called from the graph, because DALI's take most of the time there.
+
 The order is DESIGN's. Flip and half of a rotation cost nothing: the resize reads its region of interest backwards
 (``roi_start > roi_end``), which leaves only a transpose to quarter turns.
 """
@@ -21,12 +23,14 @@ from numpy.typing import NDArray
 from nvidia.dali import fn, pipeline_def, types
 
 from iwm_fast.actions import Geometry, Jitter, Views
+from iwm_fast.data.cpu_operators import CpuOperators, recolour_matrices
 from iwm_fast.data.encoded import Encoded
 
 __all__ = ["build_probe", "build_views", "view_inputs"]
 
 # Antialiased linear: half the time of antialiased cubic on the CPU (5.9 against 10.3 ns a pixel read), the same look.
 INTERPOLATION = types.INTERP_TRIANGULAR
+_JITTER = ("brightness", "contrast", "saturation", "hue")
 # Conditionals and outputs that outlive the next batch both need the dynamic executor; one batch a schedule_run.
 _EXECUTION = {"exec_dynamic": True, "enable_conditionals": True, "prefetch_queue_depth": 1, "set_affinity": False}
 
@@ -53,19 +57,24 @@ def _decode(device: str) -> Any:
     )
 
 
-def _resize(image: Any, view: str, size: int) -> Any:
+def _resize(image: Any, view: str, size: int, operators: CpuOperators | None) -> Any:
+    start, end = (_host(f"{view}_roi_{side}", types.FLOAT, 1) for side in ("start", "end"))
+    if operators is not None:
+        return fn.python_function(
+            image, start, end, function=operators.resize, batch_processing=True, output_layouts="HWC"
+        )
     return fn.resize(
         image,
         size=[size, size],
-        roi_start=_host(f"{view}_roi_start", types.FLOAT, 1),
-        roi_end=_host(f"{view}_roi_end", types.FLOAT, 1),
+        roi_start=start,
+        roi_end=end,
         roi_relative=True,
         interp_type=INTERPOLATION,
         antialias=True,
     )
 
 
-def _geometry(image: Any, view: str, size: int) -> Any:
+def _geometry(image: Any, view: str, size: int, operators: CpuOperators | None) -> Any:
     """The view's own box of the decoded region, resized, flipped and rotated."""
     box = fn.slice(
         image,
@@ -73,7 +82,7 @@ def _geometry(image: Any, view: str, size: int) -> Any:
         shape=_host(f"{view}_shape", types.INT32, 1),
         axis_names="WH",
     )
-    return _resize(box, view, size)
+    return _resize(box, view, size, operators)
 
 
 def _rotate(image: Any) -> Any:
@@ -85,12 +94,18 @@ def _rotate(image: Any) -> Any:
     return out
 
 
-def _jitter(image: Any, view: str) -> Any:
-    brightness = _scalars(f"{view}_brightness")
-    contrast = _scalars(f"{view}_contrast")
-    saturation = _scalars(f"{view}_saturation")
-    hue = _scalars(f"{view}_hue")
+def _jitter(image: Any, view: str, operators: CpuOperators | None) -> Any:
     jittered = _scalars(f"{view}_jittered", types.BOOL)
+    if operators is not None:
+        matrix = _host(f"{view}_matrix", types.FLOAT, 2)
+        if jittered:
+            out = fn.python_function(
+                image, matrix, function=operators.recolour, batch_processing=True, output_layouts="HWC"
+            )
+        else:
+            out = image
+        return out
+    brightness, contrast, saturation, hue = (_scalars(f"{view}_{name}") for name in _JITTER)
     if jittered:
         out = fn.color_twist(image, brightness=brightness, contrast=contrast, saturation=saturation, hue=hue)
     else:
@@ -132,17 +147,17 @@ def _destroy(image: Any, device: str) -> Any:
 
 
 @pipeline_def(**_EXECUTION)
-def _views(size: int, device: str, geometric: bool) -> tuple[Any, ...]:
+def _views(size: int, device: str, geometric: bool, operators: CpuOperators | None) -> tuple[Any, ...]:
     decoded = _decode(device)
     if geometric:
-        target_base = _geometry(decoded, "target", size)
-        source_base = _rotate(_geometry(decoded, "source", size))
-        target = _jitter(target_base, "target")
-        source = _destroy(_jitter(source_base, "source"), device)
+        target_base = _geometry(decoded, "target", size, operators)
+        source_base = _rotate(_geometry(decoded, "source", size, operators))
+        target = _jitter(target_base, "target", operators)
+        source = _destroy(_jitter(source_base, "source", operators), device)
         return source, target, target_base, source_base
-    base = _resize(decoded, "target", size)
-    target = _jitter(base, "target")
-    source = _destroy(_jitter(base, "source"), device)
+    base = _resize(decoded, "target", size, operators)
+    target = _jitter(base, "target", operators)
+    source = _destroy(_jitter(base, "source", operators), device)
     return source, target, base
 
 
@@ -151,10 +166,28 @@ def _probe(device: str) -> Any:
     return _decode(device)
 
 
-def build_views(size: int, batch: int, device: str, threads: int, *, geometric: bool, device_id: int | None) -> Any:
-    """A built pipeline of (source, target, base[, source base]), each (B, size, size, 3) uint8, B at most ``batch``."""
+def build_views(
+    size: int,
+    batch: int,
+    device: str,
+    threads: int,
+    *,
+    geometric: bool,
+    operators: CpuOperators | None,
+    device_id: int | None,
+) -> Any:
+    """A built pipeline of (source, target, base[, source base]), each (B, size, size, 3) uint8, B at most ``batch``.
+
+    operators: for resize and jitter on the CPU; None takes DALI's own, as a GPU must.
+    """
     pipeline = _views(
-        size, device, geometric, batch_size=batch, num_threads=threads, device_id=device_id if device == "gpu" else None
+        size,
+        device,
+        geometric,
+        operators,
+        batch_size=batch,
+        num_threads=threads,
+        device_id=device_id if device == "gpu" else None,
     )
     pipeline.build()
     return pipeline
@@ -189,26 +222,26 @@ def _roi(geometry: Geometry) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     return start, 1 - start
 
 
-def _jitter_inputs(jitter: Jitter, view: str) -> dict[str, Any]:
+def _jitter_inputs(jitter: Jitter, view: str, *, dali_only: bool) -> dict[str, Any]:
     jittered = (jitter.brightness != 1) | (jitter.contrast != 1) | (jitter.saturation != 1) | (jitter.hue != 0)
-    return {
-        f"{view}_brightness": jitter.brightness.astype(np.float32),
-        f"{view}_contrast": jitter.contrast.astype(np.float32),
-        f"{view}_saturation": jitter.saturation.astype(np.float32),
-        f"{view}_hue": jitter.hue.astype(np.float32),
-        f"{view}_jittered": jittered,
-    }
+    inputs: dict[str, Any] = {f"{view}_jittered": jittered}
+    if not dali_only:
+        return inputs | {f"{view}_matrix": recolour_matrices(jitter)}
+    return inputs | {f"{view}_{name}": getattr(jitter, name).astype(np.float32) for name in _JITTER}
 
 
-def view_inputs(encoded: Sequence[Encoded], views: Views, *, geometric: bool) -> dict[str, Any]:
-    """What the host feeds for B samples, by name: bytes, boxes, and every parameter of the two views."""
+def view_inputs(encoded: Sequence[Encoded], views: Views, *, geometric: bool, dali_only: bool) -> dict[str, Any]:
+    """What the host feeds for B samples, by name: bytes, boxes, and every parameter of the two views.
+
+    dali_only: for a pipeline that was built without operators of ours.
+    """
     region = _union(views, geometric)
     inputs: dict[str, Any] = {
         "encoded": [one.data for one in encoded],
         "start": region[:, :2],
         "shape": region[:, 2:],
-        **_jitter_inputs(views.target, "target"),
-        **_jitter_inputs(views.source, "source"),
+        **_jitter_inputs(views.target, "target", dali_only=dali_only),
+        **_jitter_inputs(views.source, "source", dali_only=dali_only),
         "grayscale": views.grayscale.astype(bool),
         "blurred": views.blur_sigma > 0,
         "blur_sigma": views.blur_sigma.astype(np.float32),

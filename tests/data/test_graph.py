@@ -37,14 +37,15 @@ def encoded(files):
     return [inspect(raw, NO_LIMIT) for raw in files]
 
 
-@pytest.fixture(scope="module")
-def graph():
-    return ViewGraph(SIZE, COUNT, "cpu", 1, geometric=False)
+@pytest.fixture(scope="module", params=[False, True], ids=["ours", "dali"])
+def graph(request):
+    """With the CPU's own operators, and with DALI's alone, which a GPU runs."""
+    return ViewGraph(SIZE, COUNT, "cpu", 1, geometric=False, dali_only=request.param)
 
 
-@pytest.fixture(scope="module")
-def geometric_graph():
-    return ViewGraph(SIZE, COUNT, "cpu", 1, geometric=True)
+@pytest.fixture(scope="module", params=[False, True], ids=["ours", "dali"])
+def geometric_graph(request):
+    return ViewGraph(SIZE, COUNT, "cpu", 1, geometric=True, dali_only=request.param)
 
 
 def sizes(encoded):
@@ -174,7 +175,7 @@ def test_views_do_not_depend_on_the_batch_or_on_threads(graph, encoded):
     whole = graph.run(encoded, views)
     assert whole.source.dtype == torch.uint8
     assert whole.source.shape == (COUNT, SIZE, SIZE, 3)
-    other = ViewGraph(SIZE, 5, "cpu", 2, geometric=False)
+    other = ViewGraph(SIZE, 5, "cpu", 2, geometric=False, dali_only=graph.dali_only)
     for rows in np.array_split(np.arange(COUNT), 3):
         part = other.run([encoded[row] for row in rows], views.take(rows))
         assert torch.equal(part.source, whole.source[rows])
