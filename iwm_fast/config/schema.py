@@ -23,6 +23,7 @@ __all__ = [
     "ModelConfig",
     "PredictorConfig",
     "TrainConfig",
+    "ViewsConfig",
     "ZeroConfig",
 ]
 
@@ -174,6 +175,14 @@ class ActionsConfig(Section):
         return self
 
 
+class ViewsConfig(Section):
+    """How many views are made of an image."""
+
+    sources_per_target: Count = Field(
+        1, description="source views of one decoded image, each with its own action and mask, for one target (paper: 1)"
+    )
+
+
 class MasksConfig(Section):
     """Multi-block masks (I-JEPA, section 3): what the encoder does not see and the predictor answers for."""
 
@@ -307,6 +316,7 @@ class Config(Section):
 
     model: ModelConfig = ModelConfig()
     actions: ActionsConfig = ActionsConfig()
+    views: ViewsConfig = ViewsConfig()
     masks: MasksConfig = MasksConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()

@@ -114,13 +114,17 @@ class TrainingStream:
         )
         self._order = SampleOrder(config.train.seed, len(files))
         geometric = "geometric" in config.actions.groups
-        self._masks = MaskSampler(config.masks, config.model.grid, config.train.seed, exclude=not geometric)
+        self._sources = config.views.sources_per_target
+        self._masks = MaskSampler(
+            config.masks, config.model.grid, config.train.seed, exclude=not geometric, sources=self._sources
+        )
         self._graph = ViewGraph(
             config.model.image,
             self.micro_batch,
             self.device,
             dali_threads(config.data.threads, world),
             geometric=geometric,
+            sources=self._sources,
             max_pixels=config.data.max_pixels,
         )
         self._failure: BaseException | None = None
@@ -190,11 +194,13 @@ class TrainingStream:
             for first in range(self._rank * share, (self._rank + 1) * share, self.micro_batch):
                 rows = slice(first, first + self.micro_batch)
                 samples = self._reader.read(ids[rows], epochs[rows])
-                yield _InFlight(samples, self._draw(samples), _rows_of(patches, rows), *totals)
+                masks = slice(rows.start * self._sources, rows.stop * self._sources)
+                yield _InFlight(samples, self._draw(samples), _rows_of(patches, masks), *totals)
             position += size
 
     def _draw(self, samples: Samples) -> Views:
-        return draw_views(self._config.actions, self._config.train.seed, samples.epochs, samples.ids, samples.size)
+        actions, seed = self._config.actions, self._config.train.seed
+        return draw_views(actions, seed, samples.epochs, samples.ids, samples.size, sources=self._sources)
 
     def _finish(self, batch: _InFlight) -> Batch:
         rendered = self._collect(batch)

@@ -85,8 +85,8 @@ def _geometry(image: Any, view: str, size: int, operators: CpuOperators | None) 
     return _resize(box, view, size, operators)
 
 
-def _rotate(image: Any) -> Any:
-    transposed = _scalars("source_transposed", types.BOOL)
+def _rotate(image: Any, source: str) -> Any:
+    transposed = _scalars(f"{source}_transposed", types.BOOL)
     if transposed:
         out = fn.transpose(image, perm=[1, 0, 2], transpose_layout=False)
     else:
@@ -124,11 +124,13 @@ def _solarized(image: Any, threshold: Any) -> Any:
     return image ^ ((image >= threshold) * types.Constant(255, dtype=types.UINT8))
 
 
-def _destroy(image: Any, device: str) -> Any:
+def _destroy(image: Any, source: str, device: str) -> Any:
     """Grayscale, blur and solarize, each only where the sample has it."""
-    grayscale, blurred, solarized = (_scalars(name, types.BOOL) for name in ("grayscale", "blurred", "solarized"))
-    sigma = _scalars("blur_sigma")
-    threshold = _scalars("solarize_threshold", types.UINT8)
+    grayscale = _scalars(f"{source}_grayscale", types.BOOL)
+    blurred = _scalars(f"{source}_blurred", types.BOOL)
+    solarized = _scalars(f"{source}_solarized", types.BOOL)
+    sigma = _scalars(f"{source}_blur_sigma")
+    threshold = _scalars(f"{source}_solarize_threshold", types.UINT8)
     if device == "gpu":
         threshold = threshold.gpu()
     if grayscale:
@@ -147,18 +149,21 @@ def _destroy(image: Any, device: str) -> Any:
 
 
 @pipeline_def(**_EXECUTION)
-def _views(size: int, device: str, geometric: bool, operators: CpuOperators | None) -> tuple[Any, ...]:
+def _views(
+    size: int, device: str, geometric: bool, sources: tuple[str, ...], operators: CpuOperators | None
+) -> tuple[Any, ...]:
     decoded = _decode(device)
     if geometric:
-        target_base = _geometry(decoded, "target", size, operators)
-        source_base = _rotate(_geometry(decoded, "source", size, operators))
-        target = _jitter(target_base, "target", operators)
-        source = _destroy(_jitter(source_base, "source", operators), device)
-        return source, target, target_base, source_base
-    base = _resize(decoded, "target", size, operators)
+        base = _geometry(decoded, "target", size, operators)
+        own = {source: _rotate(_geometry(decoded, source, size, operators), source) for source in sources}
+    else:
+        base = _resize(decoded, "target", size, operators)
+        own = dict.fromkeys(sources, base)
     target = _jitter(base, "target", operators)
-    source = _destroy(_jitter(base, "source", operators), device)
-    return source, target, base
+    made = [_destroy(_jitter(own[source], source, operators), source, device) for source in sources]
+    if geometric:
+        return (target, base, *made, *own.values())
+    return (target, base, *made)
 
 
 @pipeline_def(**_EXECUTION)
@@ -173,17 +178,19 @@ def build_views(
     threads: int,
     *,
     geometric: bool,
+    sources: int,
     operators: CpuOperators | None,
     device_id: int | None,
 ) -> Any:
-    """A built pipeline of (source, target, base[, source base]), each (B, size, size, 3) uint8, B at most ``batch``.
+    """A built pipeline of (target, base, K sources[, K bases of them]), each (B, size, size, 3) uint8, B ≤ ``batch``.
 
-    operators: for resize and jitter on the CPU; None takes DALI's own, as a GPU must.
+    sources: K. operators: for resize and jitter on the CPU; None takes DALI's own, as a GPU must.
     """
     pipeline = _views(
         size,
         device,
         geometric,
+        _names(sources),
         operators,
         batch_size=batch,
         num_threads=threads,
@@ -200,14 +207,14 @@ def build_probe(device: str, *, device_id: int | None) -> Any:
     return pipeline
 
 
-def _union(views: Views, geometric: bool) -> NDArray[np.int32]:
-    """(B, 4) x, y, w, h: the smallest box that holds every crop of the sample."""
-    target = views.target_geometry.crop
-    if not geometric:
-        return target.astype(np.int32)
-    source = views.source_geometry.crop
-    start = np.minimum(target[:, :2], source[:, :2])
-    end = np.maximum(target[:, :2] + target[:, 2:], source[:, :2] + source[:, 2:])
+def _names(sources: int) -> tuple[str, ...]:
+    return tuple(f"source{k}" for k in range(sources))
+
+
+def _union(boxes: Sequence[NDArray[np.int64]]) -> NDArray[np.int32]:
+    """The smallest boxes that hold the given ones, each (B, 4) x, y, width, height."""
+    start = np.minimum.reduce([box[:, :2] for box in boxes])
+    end = np.maximum.reduce([box[:, :2] + box[:, 2:] for box in boxes])
     return np.concatenate([start, end - start], axis=1).astype(np.int32)
 
 
@@ -230,30 +237,45 @@ def _jitter_inputs(jitter: Jitter, view: str, *, dali_only: bool) -> dict[str, A
     return inputs | {f"{view}_{name}": getattr(jitter, name).astype(np.float32) for name in _JITTER}
 
 
-def view_inputs(encoded: Sequence[Encoded], views: Views, *, geometric: bool, dali_only: bool) -> dict[str, Any]:
-    """What the host feeds for B samples, by name: bytes, boxes, and every parameter of the two views.
-
-    dali_only: for a pipeline that was built without operators of ours.
-    """
-    region = _union(views, geometric)
-    inputs: dict[str, Any] = {
-        "encoded": [one.data for one in encoded],
-        "start": region[:, :2],
-        "shape": region[:, 2:],
-        **_jitter_inputs(views.target, "target", dali_only=dali_only),
-        **_jitter_inputs(views.source, "source", dali_only=dali_only),
-        "grayscale": views.grayscale.astype(bool),
-        "blurred": views.blur_sigma > 0,
-        "blur_sigma": views.blur_sigma.astype(np.float32),
-        "solarized": views.solarize_threshold < 256,
-        "solarize_threshold": np.minimum(views.solarize_threshold, 255).astype(np.uint8),
+def _source_inputs(views: Views, source: str, *, dali_only: bool) -> dict[str, Any]:
+    return _jitter_inputs(views.source, source, dali_only=dali_only) | {
+        f"{source}_grayscale": views.grayscale.astype(bool),
+        f"{source}_blurred": views.blur_sigma > 0,
+        f"{source}_blur_sigma": views.blur_sigma.astype(np.float32),
+        f"{source}_solarized": views.solarize_threshold < 256,
+        f"{source}_solarize_threshold": np.minimum(views.solarize_threshold, 255).astype(np.uint8),
     }
-    inputs["target_roi_start"], inputs["target_roi_end"] = _roi(views.target_geometry)
+
+
+def _box_inputs(geometry: Geometry, view: str, region: NDArray[np.int32]) -> dict[str, Any]:
+    return {
+        f"{view}_start": geometry.crop[:, :2].astype(np.int32) - region[:, :2],
+        f"{view}_shape": geometry.crop[:, 2:].astype(np.int32),
+    }
+
+
+def view_inputs(
+    encoded: Sequence[Encoded], views: Views, *, geometric: bool, sources: int, dali_only: bool
+) -> dict[str, Any]:
+    """What the host feeds for B samples, by name: bytes, boxes, and every parameter of the views.
+
+    views: B · K rows, a sample's K sources side by side; dali_only: for a pipeline built without operators of ours.
+    """
+    parts = dict(zip(_names(sources), (views.take(slice(k, None, sources)) for k in range(sources)), strict=True))
+    target = next(iter(parts.values()))
+    placed = {"target": target.target_geometry}
     if geometric:
-        inputs["source_roi_start"], inputs["source_roi_end"] = _roi(views.source_geometry)
-        inputs["source_transposed"] = views.source_geometry.rotation % 2 == 1
-        for view, geometry in (("target", views.target_geometry), ("source", views.source_geometry)):
-            inputs[f"{view}_start"] = geometry.crop[:, :2].astype(np.int32) - region[:, :2]
-            inputs[f"{view}_shape"] = geometry.crop[:, 2:].astype(np.int32)
+        placed |= {name: part.source_geometry for name, part in parts.items()}
+    region = _union([geometry.crop for geometry in placed.values()])
+    inputs: dict[str, Any] = {"encoded": [one.data for one in encoded], "start": region[:, :2], "shape": region[:, 2:]}
+    inputs |= _jitter_inputs(target.target, "target", dali_only=dali_only)
+    for name, geometry in placed.items():
+        inputs[f"{name}_roi_start"], inputs[f"{name}_roi_end"] = _roi(geometry)
+        if geometric:
+            inputs |= _box_inputs(geometry, name, region)
+    for name, part in parts.items():
+        inputs |= _source_inputs(part, name, dali_only=dali_only)
+        if geometric:
+            inputs[f"{name}_transposed"] = part.source_geometry.rotation % 2 == 1
     # DALI takes dense arrays only
     return {name: np.ascontiguousarray(value) if name != "encoded" else value for name, value in inputs.items()}

@@ -60,12 +60,13 @@ def take(root, count, **options):
 def rows_of(batch):
     context = np.split(batch.patches.context, np.cumsum(batch.patches.context_lengths)[:-1])
     target = np.split(batch.patches.target, np.cumsum(batch.patches.target_lengths)[:-1])
-    for row in range(len(batch)):
+    sources = len(batch.source) // len(batch)
+    for row in range(len(batch.source)):
         yield {
-            "id": int(batch.ids[row]),
-            "epoch": int(batch.epochs[row]),
+            "id": int(batch.ids[row // sources]),
+            "epoch": int(batch.epochs[row // sources]),
             "source": batch.source[row].numpy().tobytes(),
-            "target": batch.target[row].numpy().tobytes(),
+            "target": batch.target[row // sources].numpy().tobytes(),
             "action": batch.action[row].numpy().tobytes(),
             "context": context[row].tolist(),
             "predicted": target[row].tolist(),
@@ -96,6 +97,22 @@ def test_positions_follow_the_permutation_of_each_epoch_and_none_is_dropped(refe
 )
 def test_content_does_not_depend_on_how_the_batch_is_divided(folder, reference_rows, options):
     assert take(folder, BATCHES, **options) == reference_rows
+
+
+@pytest.mark.parametrize("options", [{}, {"world": 2, "train__micro_batch": 2}], ids=["alone", "2 ranks in pairs"])
+def test_sources_side_by_side_begin_with_the_only_one(folder, reference_rows, options):
+    """Two sources of one target: the first is the one that a run with one source sees, in pixels, action and masks."""
+    rows = take(folder, BATCHES, views__sources_per_target=2, **options)
+    firsts, seconds = rows[::2], rows[1::2]
+    for mine, second, alone in zip(firsts, seconds, reference_rows, strict=True):
+        for key in ("id", "epoch", "source", "target", "action", "context", "predicted"):
+            assert mine[key] == alone[key]
+        assert (second["target"], second["id"]) == (mine["target"], mine["id"])
+        assert (second["source"], second["context"]) != (mine["source"], mine["context"])
+    for first in range(0, len(rows), 16):
+        batch = rows[first : first + 16]
+        tokens = sum(len(row["context"]) for row in batch), sum(len(row["predicted"]) for row in batch)
+        assert {row["global"] for row in batch} == {tokens}
 
 
 def test_a_stream_goes_on_from_any_position(folder, reference_rows):
