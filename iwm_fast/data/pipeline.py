@@ -8,8 +8,8 @@ without them bit-equal to its base.
 
 On the CPU two operators are ours (`cpu_operators`), called from the graph, because DALI's take most of the time there.
 
-The order is DESIGN's. Flip and half of a rotation cost nothing: the resize reads its region of interest backwards
-(``roi_start > roi_end``), which leaves only a transpose to quarter turns.
+The order is DESIGN's. Flips and half of a rotation cost nothing: the resize reads its region of interest backwards
+(``roi_start > roi_end``), which leaves only a transpose to quarter turns. EXIF's orientation is one more of these.
 """
 
 # ruff: noqa: SIM108  (DALI translates if statements, not conditional expressions)
@@ -22,9 +22,10 @@ import numpy as np
 from numpy.typing import NDArray
 from nvidia.dali import fn, pipeline_def, types
 
-from iwm_fast.actions import Geometry, Jitter, Views
+from iwm_fast.actions import Jitter, Views
 from iwm_fast.data.cpu_operators import CpuOperators, recolour_matrices
 from iwm_fast.data.encoded import Encoded
+from iwm_fast.data.orientation import Placement, place
 
 __all__ = ["build_probe", "build_views", "view_inputs"]
 
@@ -45,33 +46,41 @@ def _scalars(name: str, dtype: types.DALIDataType = types.FLOAT) -> Any:
 
 
 def _decode(device: str) -> Any:
-    """Encoded bytes -> (h, w, 3) uint8: only the region that the crops need, in coordinates of the upright image."""
+    """Encoded bytes -> (h, w, 3) uint8: only the region that the crops need, in coordinates of the stored image."""
     return fn.decoders.image_slice(
         _host("encoded", types.UINT8, 1),
         start=_host("start", types.INT32, 1),
         shape=_host("shape", types.INT32, 1),
         axis_names="WH",
-        adjust_orientation=False,  # Pillow turned what had to be; a second reading of EXIF could only disagree
+        adjust_orientation=False,  # done where the view is placed; a second reading of EXIF could only disagree
         device="mixed" if device == "gpu" else "cpu",
         jpeg_fancy_upsampling=True,  # nvJPEG then upsamples chroma as libjpeg-turbo (and Pillow) do
     )
 
 
 def _resize(image: Any, view: str, size: int, operators: CpuOperators | None) -> Any:
+    """Resized, mirrored (the region of interest is read backwards) and, where the sample needs it, transposed."""
     start, end = (_host(f"{view}_roi_{side}", types.FLOAT, 1) for side in ("start", "end"))
+    transposed = _scalars(f"{view}_transposed", types.BOOL)
     if operators is not None:
-        return fn.python_function(
+        resized = fn.python_function(
             image, start, end, function=operators.resize, batch_processing=True, output_layouts="HWC"
         )
-    return fn.resize(
-        image,
-        size=[size, size],
-        roi_start=start,
-        roi_end=end,
-        roi_relative=True,
-        interp_type=INTERPOLATION,
-        antialias=True,
-    )
+    else:
+        resized = fn.resize(
+            image,
+            size=[size, size],
+            roi_start=start,
+            roi_end=end,
+            roi_relative=True,
+            interp_type=INTERPOLATION,
+            antialias=True,
+        )
+    if transposed:
+        out = fn.transpose(resized, perm=[1, 0, 2], transpose_layout=False)
+    else:
+        out = resized
+    return out
 
 
 def _geometry(image: Any, view: str, size: int, operators: CpuOperators | None) -> Any:
@@ -83,15 +92,6 @@ def _geometry(image: Any, view: str, size: int, operators: CpuOperators | None) 
         axis_names="WH",
     )
     return _resize(box, view, size, operators)
-
-
-def _rotate(image: Any, source: str) -> Any:
-    transposed = _scalars(f"{source}_transposed", types.BOOL)
-    if transposed:
-        out = fn.transpose(image, perm=[1, 0, 2], transpose_layout=False)
-    else:
-        out = image
-    return out
 
 
 def _jitter(image: Any, view: str, operators: CpuOperators | None) -> Any:
@@ -155,7 +155,7 @@ def _views(
     decoded = _decode(device)
     if geometric:
         base = _geometry(decoded, "target", size, operators)
-        own = {source: _rotate(_geometry(decoded, source, size, operators), source) for source in sources}
+        own = {source: _geometry(decoded, source, size, operators) for source in sources}
     else:
         base = _resize(decoded, "target", size, operators)
         own = dict.fromkeys(sources, base)
@@ -218,15 +218,10 @@ def _union(boxes: Sequence[NDArray[np.int64]]) -> NDArray[np.int32]:
     return np.concatenate([start, end - start], axis=1).astype(np.int32)
 
 
-def _roi(geometry: Geometry) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Relative start and end, (B, 2) in the order height, width; reversed where the view is mirrored.
-
-    A flip f, then k counter-clockwise quarter turns, equals the mirrorings below and then, for odd k, a transpose.
-    """
-    mirrored_across = geometry.flip ^ np.isin(geometry.rotation, (1, 2))
-    mirrored_down = np.isin(geometry.rotation, (2, 3))
-    start = np.stack([mirrored_down, mirrored_across], axis=1).astype(np.float32)
-    return start, 1 - start
+def _placement_inputs(placement: Placement, view: str) -> dict[str, Any]:
+    """Relative start and end in the order height, width, exchanged where the view is mirrored; and the transpose."""
+    start = np.stack([placement.down, placement.across], axis=1).astype(np.float32)
+    return {f"{view}_roi_start": start, f"{view}_roi_end": 1 - start, f"{view}_transposed": placement.transposed}
 
 
 def _jitter_inputs(jitter: Jitter, view: str, *, dali_only: bool) -> dict[str, Any]:
@@ -247,11 +242,8 @@ def _source_inputs(views: Views, source: str, *, dali_only: bool) -> dict[str, A
     }
 
 
-def _box_inputs(geometry: Geometry, view: str, region: NDArray[np.int32]) -> dict[str, Any]:
-    return {
-        f"{view}_start": geometry.crop[:, :2].astype(np.int32) - region[:, :2],
-        f"{view}_shape": geometry.crop[:, 2:].astype(np.int32),
-    }
+def _box_inputs(box: NDArray[np.int64], view: str, region: NDArray[np.int32]) -> dict[str, Any]:
+    return {f"{view}_start": box[:, :2].astype(np.int32) - region[:, :2], f"{view}_shape": box[:, 2:].astype(np.int32)}
 
 
 def view_inputs(
@@ -263,19 +255,18 @@ def view_inputs(
     """
     parts = dict(zip(_names(sources), (views.take(slice(k, None, sources)) for k in range(sources)), strict=True))
     target = next(iter(parts.values()))
-    placed = {"target": target.target_geometry}
+    orientation = [one.orientation for one in encoded]
+    placed = {"target": place(target.target_geometry, target.size, orientation)}
     if geometric:
-        placed |= {name: part.source_geometry for name, part in parts.items()}
-    region = _union([geometry.crop for geometry in placed.values()])
+        placed |= {name: place(part.source_geometry, part.size, orientation) for name, part in parts.items()}
+    region = _union([placement.box for placement in placed.values()])
     inputs: dict[str, Any] = {"encoded": [one.data for one in encoded], "start": region[:, :2], "shape": region[:, 2:]}
     inputs |= _jitter_inputs(target.target, "target", dali_only=dali_only)
-    for name, geometry in placed.items():
-        inputs[f"{name}_roi_start"], inputs[f"{name}_roi_end"] = _roi(geometry)
+    for name, placement in placed.items():
+        inputs |= _placement_inputs(placement, name)
         if geometric:
-            inputs |= _box_inputs(geometry, name, region)
+            inputs |= _box_inputs(placement.box, name, region)
     for name, part in parts.items():
         inputs |= _source_inputs(part, name, dali_only=dali_only)
-        if geometric:
-            inputs[f"{name}_transposed"] = part.source_geometry.rotation % 2 == 1
     # DALI takes dense arrays only
     return {name: np.ascontiguousarray(value) if name != "encoded" else value for name, value in inputs.items()}

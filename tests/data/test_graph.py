@@ -156,6 +156,27 @@ def test_crops_are_in_coordinates_of_the_upright_image(kind, orientation):
     assert reference.error(reference.resize(upright[5:45, 3:33], SIZE), base) <= BASE
 
 
+def test_all_eight_orientations_are_placed_in_the_stored_image(geometric_graph, graph):
+    """No detour through Pillow: crops, flips and quarter turns of turned JPEGs against its upright RGB."""
+    files = [turned(picture(90 + 7 * n, 70 + 5 * n, n), 1 + n % 8) for n in range(COUNT)]
+    encoded = [inspect(raw, NO_LIMIT) for raw in files]
+    assert [one.orientation for one in encoded] == [1 + n % 8 for n in range(COUNT)]
+    assert not any(one.lossless for one in encoded)
+    for seed in range(3):
+        ids = np.arange(COUNT) + 100 * seed
+        config = ActionsConfig(groups=("photometric", "geometric"), **NEUTRAL)
+        views = draw_views(config, 5, ids * 0, ids, sizes(encoded))
+        rendered = geometric_graph.run(encoded, views)
+        plain = graph.run(encoded, replace(views, source_geometry=views.target_geometry, shared_geometry=True))
+        for row, raw in enumerate(files):
+            upright = decode_upright(raw, NO_LIMIT)
+            target = reference.place(upright, views.target_geometry, row, SIZE)
+            source = reference.place(upright, views.source_geometry, row, SIZE)
+            assert reference.error(target, plain.base[row].numpy()) <= BASE
+            assert reference.error(target, rendered.base[row].numpy()) <= BASE
+            assert reference.error(source, rendered.source_base[row].numpy()) <= BASE
+
+
 def test_neutral_samples_are_bit_equal_to_the_base(graph, encoded):
     rendered = graph.run(encoded, draw(encoded, **NEUTRAL))
     assert torch.equal(rendered.target, rendered.base)

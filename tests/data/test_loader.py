@@ -7,7 +7,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from made_images import broken_tables, encode, picture, write_images
+from made_images import broken_tables, encode, picture, turned, write_images
 from small_run import small_config
 
 from iwm_fast.actions import ActionSpace
@@ -236,6 +236,14 @@ def test_a_header_is_looked_at_once(folder, monkeypatch, kept):
     monkeypatch.setattr(samples_module, "KEPT_BYTES", kept)
     take(folder, 3 * FILES // 8)
     assert len(looked) == FILES
+
+
+def test_the_orientation_is_remembered_with_the_header(tmp_path, monkeypatch):
+    monkeypatch.setattr(samples_module, "KEPT_BYTES", 0)
+    (tmp_path / "a.jpg").write_bytes(turned(picture(40, 30), 6))
+    store = FileStore([tmp_path / "a.jpg"], 10**7)
+    seen = [(one.width, one.height, one.orientation, one.lossless) for one in (store.get(0), store.get(0))]
+    assert seen == [(30, 40, 6, False)] * 2
 
 
 def test_a_file_that_changed_is_looked_at_again(tmp_path, monkeypatch):
