@@ -2,8 +2,8 @@
 
 The verdict on a file is Pillow's: what a user sees is the upright RGB image that Pillow gives, or the reason why it
 gives none. Plain JPEG and PNG files, which DALI decodes to the same pixels, pass through as they are; the orientation
-that EXIF states for a JPEG goes with it. Whatever DALI is known or suspected to do differently (CMYK, palettes, alpha, 16
-bits, WebP, turned PNGs, an unusual header, a missing end marker) is decoded by Pillow here and handed on as an
+that EXIF states for a JPEG goes with it. Whatever DALI is known or suspected to do differently (CMYK, palettes, alpha,
+16 bits, WebP, turned PNGs, an unusual header, a missing end marker) is decoded by Pillow here and handed on as an
 uncompressed PNM.
 """
 

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import reference_views as reference
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from made_images import encode, picture, turned
 
 from iwm_fast.actions import Geometry, Jitter, Views
@@ -139,6 +141,51 @@ def test_the_base_is_the_crop_of_pillows_upright_image(graph, encoded, files):
     for row, raw in enumerate(files):
         expected = reference.place(decode_upright(raw, NO_LIMIT), views.target_geometry, row, SIZE)
         assert reference.error(expected, rendered.base[row].numpy()) <= BASE
+
+
+def parameters(encoded, seed, widest):
+    """Parameters that no configuration bounds: any box of a pixel or more, any factor up to 3, any angle, threshold."""
+    rng = np.random.default_rng(seed)
+    count, size = len(encoded), sizes(encoded)
+
+    def jitter():
+        factors = [rng.uniform(0, 3, count) for _ in range(3)]
+        return Jitter(*(value.astype(np.float32) for value in (*factors, rng.uniform(-180, 180, count))))
+
+    def geometry(turns):
+        box = np.maximum(1, (size * rng.uniform(0, widest, (count, 2))).astype(np.int64))
+        corner = (rng.uniform(0, 1, (count, 2)) * (size - box + 1)).astype(np.int64)
+        flip = rng.uniform(size=count) < 0.5
+        return Geometry(np.concatenate([corner, box], axis=1), flip, rng.integers(0, turns, count))
+
+    return Views(
+        size=size,
+        target_geometry=geometry(1),
+        source_geometry=geometry(4),
+        target=jitter(),
+        source=jitter(),
+        grayscale=rng.uniform(size=count) < 0.3,
+        blur_sigma=np.where(rng.uniform(size=count) < 0.5, rng.uniform(0.01, 7, count), 0).astype(np.float32),
+        solarize_threshold=rng.integers(0, 257, count),
+        shared_geometry=False,
+    )
+
+
+@settings(max_examples=12)
+@given(seed=st.integers(0, 2**32 - 1), widest=st.sampled_from([0.05, 0.4, 1.0]))
+def test_whatever_the_parameters_they_recreate_the_views(geometric_graph, encoded, files, seed, widest):
+    """Each base from Pillow's upright image, each view from its base.
+
+    A level on the other side of a half may lie on the other side of the solarize's threshold: ten times what else is
+    left of the error.
+    """
+    views = parameters(encoded, seed, widest)
+    rendered = geometric_graph.run(encoded, views)
+    assert_recreated(rendered, views, tolerance=10 * EXACT)
+    for row, raw in enumerate(files):
+        upright = decode_upright(raw, NO_LIMIT)
+        for geometry, base in ((views.target_geometry, rendered.base), (views.source_geometry, rendered.source_base)):
+            assert reference.error(reference.place(upright, geometry, row, SIZE), base[row].numpy()) <= BASE
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -316,6 +363,34 @@ def test_emitted_parameters_recreate_the_views_of_photographs(component):
         encoded = [inspect(path.read_bytes(), NO_LIMIT) for path in paths[first : first + 32]]
         views = draw(encoded, **changes)
         assert_recreated(graph.run(encoded, views), views, tolerance=2.0)
+
+
+GEOMETRIC = {
+    "crop": {"flip_probability": 0.0, "rotation_probability": 0.0},
+    "flip": {"flip_probability": 0.5, "rotation_probability": 0.0, "crop_scale": (1.0, 1.0)},
+    "rotation": {"flip_probability": 0.0, "rotation_probability": 1.0, "crop_scale": (1.0, 1.0)},
+    "all": ALL,
+}
+
+
+@pytest.mark.skipif(not photos(), reason="no photographs: IWM_TEST_PHOTOS names no folder with JPEGs")
+@pytest.mark.parametrize("component", GEOMETRIC)
+def test_emitted_geometry_recreates_the_views_of_photographs(component):
+    """The same for where a view lies: from Pillow's upright image to both views, at most 2 / 255."""
+    changes = GEOMETRIC[component] if component == "all" else NEUTRAL | GEOMETRIC[component]
+    graph = ViewGraph(96, 32, "cpu", 1, geometric=True)
+    paths = photos()
+    for first in range(0, len(paths), 32):
+        encoded = [inspect(path.read_bytes(), NO_LIMIT) for path in paths[first : first + 32]]
+        views = draw(encoded, groups=("photometric", "geometric"), **changes)
+        rendered = graph.run(encoded, views)
+        assert_recreated(rendered, views, tolerance=2.0)
+        for row, path in enumerate(paths[first : first + 32]):
+            upright = decode_upright(path.read_bytes(), NO_LIMIT)
+            target = reference.place(upright, views.target_geometry, row, 96)
+            source = reference.place(upright, views.source_geometry, row, 96)
+            assert reference.error(target, rendered.base[row].numpy()) <= 2.0
+            assert reference.error(source, rendered.source_base[row].numpy()) <= 2.0
 
 
 def test_jitter_reference_and_views_agree_on_neutral():
