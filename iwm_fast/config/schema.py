@@ -229,6 +229,11 @@ class DataConfig(Section):
         20.0, description="seconds without a byte from a store (s3://) after which a request is made again"
     )
     store_attempts: Count = Field(6, description="times that a request to a store is made before the run stops")
+    hw_decoder_load: Probability = Field(
+        0.65,
+        description="on a GPU with a JPEG engine (A100, H100 and later), the share of JPEGs given to it, the rest to "
+        "nvJPEG's kernels; the best value depends on the GPU and on data.threads",
+    )
     prefetch: Count = Field(3, description="batches prepared ahead")
     max_bad_fraction: Probability = Field(0.01, description="share of samples that may fail before the run stops")
     max_pixels: Count = Field(178_956_970, description="larger images are refused as decompression bombs (Pillow)")

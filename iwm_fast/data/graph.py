@@ -65,8 +65,8 @@ class ViewGraph:
     device: "cpu" or "gpu" (the GPU `device_id`, default torch's current one); threads: DALI's, on the CPU. geometric:
     the sources have geometries of their own. sources: K of an image; views then have B · K rows, an image's side by
     side. dali_only: every operator is DALI's own on the CPU too, where two of ours are faster: the graph that a GPU
-    runs. `submit` returns at once and the work goes on behind; `collect` waits for the oldest batch submitted. Not to
-    be used from two threads at a time.
+    runs. hw_decoder_load: data.hw_decoder_load, for a GPU. `submit` returns at once and the work goes on behind;
+    `collect` waits for the oldest batch submitted. Not to be used from two threads at a time.
     """
 
     def __init__(
@@ -80,12 +80,14 @@ class ViewGraph:
         sources: int = 1,
         max_pixels: int = 2**31 - 1,
         dali_only: bool = False,
+        hw_decoder_load: float = 0.65,
         device_id: int | None = None,
     ) -> None:
         if device not in ("cpu", "gpu"):
             raise ValueError(f"device is {device!r}; it must be 'cpu' or 'gpu'")
         self.size, self.batch, self.device, self.threads = size, batch, device, threads
         self.geometric, self.sources, self.max_pixels = geometric, sources, max_pixels
+        self.hw_decoder_load = hw_decoder_load
         self.device_id = torch.cuda.current_device() if device == "gpu" and device_id is None else device_id
         self._pending: deque[_Pending] = deque()
         self._stream = torch.cuda.Stream(self.device_id) if device == "gpu" else None
@@ -166,6 +168,7 @@ class ViewGraph:
             geometric=self.geometric,
             sources=self.sources,
             operators=self._operators,
+            hw_decoder_load=self.hw_decoder_load,
             device_id=self.device_id,
         )
 

@@ -126,6 +126,7 @@ class TrainingStream:
             geometric=geometric,
             sources=self._sources,
             max_pixels=config.data.max_pixels,
+            hw_decoder_load=config.data.hw_decoder_load,
         )
         self._failure: BaseException | None = None
         self._batches = self._prepare()
@@ -207,13 +208,18 @@ class TrainingStream:
         return Batch(
             source=rendered.source,
             target=rendered.target,
-            action=torch.from_numpy(self._space.encode(batch.views)),
+            action=self._pinned(self._space.encode(batch.views)),
             patches=batch.patches,
             ids=batch.samples.ids,
             epochs=batch.samples.epochs,
             global_context=batch.global_context,
             global_target=batch.global_target,
         )
+
+    def _pinned(self, array: NDArray[np.float32]) -> torch.Tensor:
+        """On the host; for a GPU in pinned memory, from which a copy does not hold up the step."""
+        tensor = torch.from_numpy(array)
+        return tensor.pin_memory() if self.device == "gpu" else tensor
 
     def _collect(self, batch: _InFlight) -> RenderedViews:
         """The oldest batch's views; files that turn out bad on decoding are replaced, their parameters drawn anew."""

@@ -45,7 +45,7 @@ def _scalars(name: str, dtype: types.DALIDataType = types.FLOAT) -> Any:
     return _host(name, dtype, 0)
 
 
-def _decode(device: str) -> Any:
+def _decode(device: str, hw_decoder_load: float) -> Any:
     """Encoded bytes -> (h, w, 3) uint8: only the region that the crops need, in coordinates of the stored image."""
     return fn.decoders.image_slice(
         _host("encoded", types.UINT8, 1),
@@ -55,6 +55,7 @@ def _decode(device: str) -> Any:
         adjust_orientation=False,  # done where the view is placed; a second reading of EXIF could only disagree
         device="mixed" if device == "gpu" else "cpu",
         jpeg_fancy_upsampling=True,  # nvJPEG then upsamples chroma as libjpeg-turbo (and Pillow) do
+        hw_decoder_load=hw_decoder_load,  # read on a GPU only
     )
 
 
@@ -150,9 +151,14 @@ def _destroy(image: Any, source: str, device: str) -> Any:
 
 @pipeline_def(**_EXECUTION)
 def _views(
-    size: int, device: str, geometric: bool, sources: tuple[str, ...], operators: CpuOperators | None
+    size: int,
+    device: str,
+    geometric: bool,
+    sources: tuple[str, ...],
+    operators: CpuOperators | None,
+    hw_decoder_load: float,
 ) -> tuple[Any, ...]:
-    decoded = _decode(device)
+    decoded = _decode(device, hw_decoder_load)
     if geometric:
         base = _geometry(decoded, "target", size, operators)
         own = {source: _geometry(decoded, source, size, operators) for source in sources}
@@ -168,7 +174,7 @@ def _views(
 
 @pipeline_def(**_EXECUTION)
 def _probe(device: str) -> Any:
-    return _decode(device)
+    return _decode(device, 0.0)
 
 
 def build_views(
@@ -180,6 +186,7 @@ def build_views(
     geometric: bool,
     sources: int,
     operators: CpuOperators | None,
+    hw_decoder_load: float,
     device_id: int | None,
 ) -> Any:
     """A built pipeline of (target, base, K sources[, K bases of them]), each (B, size, size, 3) uint8, B ≤ ``batch``.
@@ -192,6 +199,7 @@ def build_views(
         geometric,
         _names(sources),
         operators,
+        hw_decoder_load,
         batch_size=batch,
         num_threads=threads,
         device_id=device_id if device == "gpu" else None,
@@ -253,7 +261,8 @@ def view_inputs(
 
     views: B · K rows, a sample's K sources side by side; dali_only: for a pipeline built without operators of ours.
     """
-    parts = dict(zip(_names(sources), (views.take(slice(k, None, sources)) for k in range(sources)), strict=True))
+    rows = np.arange(0, len(views), sources)
+    parts = {name: views.take(rows + k) for k, name in enumerate(_names(sources))}
     target = next(iter(parts.values()))
     orientation = [one.orientation for one in encoded]
     placed = {"target": place(target.target_geometry, target.size, orientation)}

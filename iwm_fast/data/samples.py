@@ -97,8 +97,8 @@ class FileStore:
         if self._state[file] == _REENCODED:
             return reencode(raw, self.max_pixels)
         if self._state[file] == _PLAIN and self._length[file] == len(raw):
-            known = (self._width, self._height, self._orientation)
-            return Encoded(np.frombuffer(raw, np.uint8), *(int(values[file]) for values in known))
+            size = int(self._width[file]), int(self._height[file])
+            return Encoded(np.frombuffer(raw, np.uint8), *size, orientation=int(self._orientation[file]))
         encoded = inspect(raw, self.max_pixels)
         self._state[file] = _REENCODED if encoded.lossless else _PLAIN
         self._width[file], self._height[file], self._length[file] = encoded.width, encoded.height, len(raw)

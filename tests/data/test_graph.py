@@ -15,6 +15,7 @@ from made_images import encode, picture, turned
 from iwm_fast.actions import Geometry, Jitter, Views
 from iwm_fast.config.schema import ActionsConfig
 from iwm_fast.data import graph as graph_module
+from iwm_fast.data import pipeline as pipeline_module
 from iwm_fast.data.encoded import Encoded, decode_upright, inspect, reencode
 from iwm_fast.data.graph import BadRows, ViewGraph
 from iwm_fast.data.views import draw_views
@@ -339,6 +340,18 @@ def test_batches_of_a_wrong_size_are_refused(graph, encoded):
         graph.submit([], views.take(np.arange(0)))
     with pytest.raises(ValueError, match="3 files and 12 views"):
         graph.submit(encoded[:3], views)
+
+
+@pytest.mark.parametrize("geometric", [False, True], ids=["one geometry", "own geometries"])
+def test_the_definition_for_a_gpu_is_one_that_dali_takes(geometric):
+    """No GPU runs here, but DALI checks every operator's name, place and arguments when it reads the definition."""
+    definition = pipeline_module._views(
+        SIZE, "gpu", geometric, ("source0", "source1"), None, 0.5, batch_size=4, num_threads=1, device_id=None
+    )
+    serialized = definition.serialize()
+    assert b"hw_decoder_load" in serialized
+    assert b"ColorTwist" in serialized
+    assert b"PythonFunction" not in serialized
 
 
 def test_an_unknown_device_is_refused():
