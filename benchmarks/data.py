@@ -35,7 +35,7 @@ from benchmarks.view_contenders import Render, batches, pillow_views, torchvisio
 from iwm_fast.actions import ActionSpace, Views
 from iwm_fast.config import ActionsConfig, Config, DataConfig, ModelConfig, TrainConfig
 from iwm_fast.config.cores import usable_cores
-from iwm_fast.data.files import ImageSet, list_images
+from iwm_fast.data.files import EXTENSIONS, list_images
 from iwm_fast.data.loader import SampleOrder, TrainingStream
 from iwm_fast.data.views import draw_views
 from iwm_fast.planning.environment import environment, installed_version
@@ -54,9 +54,13 @@ _CHECKED = 48
 
 @dataclass(frozen=True)
 class Job:
-    """What every contender does: `count` timed batches of `batch` images, at `size` pixels a side."""
+    """What every contender does: `count` timed batches of `batch` images, at `size` pixels a side.
 
-    paths: tuple[Path, ...]
+    root: a folder with as many files as a repeat needs, nothing else. sizes: int64 (files, 2), their widths and heights
+    in the order of the files' names.
+    """
+
+    root: Path
     sizes: np.ndarray
     size: int = 224
     batch: int = 64
@@ -64,16 +68,24 @@ class Job:
     device: str = "cpu"
     seed: int = 0
 
+    @classmethod
+    def of(
+        cls, given: Path, root: Path, *, size: int = 224, batch: int = 64, count: int = 6, device: str = "cpu"
+    ) -> Job:
+        """Fill the empty folder `root` with links to the images of the folder `given`, each as often as it takes."""
+        files = sorted(file for file in given.iterdir() if file.suffix.lower() in EXTENSIONS)
+        images, sizes = batch * (_WARM_UP + count), []
+        for number in range(images):
+            file = files[number % len(files)]
+            (root / f"{number:06d}{file.suffix}").symlink_to(file.absolute())
+            with Image.open(file) as image:
+                sizes.append(image.size)
+        return cls(root, np.array(sizes, np.int64), size, batch, count, device)
+
     @property
     def images(self) -> int:
         """Images of one repeat, those that do not count included."""
         return self.batch * (_WARM_UP + self.count)
-
-    @property
-    def files(self) -> ImageSet:
-        """As many files as one repeat needs."""
-        times = -(-self.images // len(self.paths))
-        return ImageSet((self.paths * times)[: self.images], None, ())
 
     def config(self, threads: int) -> Config:
         """Ours."""
@@ -85,15 +97,15 @@ class Job:
 
     def drawn(self, repeat: int) -> tuple[list[Path], Views]:
         """What `TrainingStream` makes in a repeat: files in its order, and their parameters."""
-        files = self.files
-        ids, epochs = SampleOrder(self.seed, len(files))(repeat * self.images, (repeat + 1) * self.images)
-        views = draw_views(ActionsConfig(), self.seed, epochs, ids, self.sizes[ids % len(self.paths)])
-        return [files.paths[i] for i in ids.tolist()], views
+        paths = sorted(self.root.iterdir())
+        ids, epochs = SampleOrder(self.seed, len(paths))(repeat * self.images, (repeat + 1) * self.images)
+        views = draw_views(ActionsConfig(), self.seed, epochs, ids, self.sizes[ids])
+        return [paths[i] for i in ids.tolist()], views
 
 
 def _ours(job: Job, repeat: int, threads: int) -> contextlib.AbstractContextManager[Iterator[Any]]:
     config = job.config(threads)
-    return TrainingStream(config, job.files, ActionSpace(), start=repeat * job.images)
+    return TrainingStream(config, list_images(job.root), ActionSpace(), start=repeat * job.images)
 
 
 def _other(render: Render, job: Job, repeat: int, workers: int) -> contextlib.AbstractContextManager[Iterator[Any]]:
@@ -240,31 +252,30 @@ def _made(folder: Path, count: int = 64) -> None:
         Image.fromarray(np.clip(image, 0, 255).astype(np.uint8)).save(folder / f"{number:03d}.jpg", quality=90)
 
 
-def _job(root: Path, args: argparse.Namespace) -> Job:
-    paths = list_images(root).paths
-    sizes = []
-    for path in paths:
-        with Image.open(path) as image:
-            sizes.append(image.size)
-    return Job(paths, np.array(sizes, np.int64), args.size, args.batch, args.batches, args.device)
-
-
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--root", type=Path, help="folder of images (upright RGB); default: made on the spot")
+    parser.add_argument("--root", type=Path, help="folder of upright RGB images; default: made on the spot")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--batches", type=int, default=6, help="timed batches of a repeat")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--device", choices=["cpu", "gpu"], default="gpu" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as made, tempfile.TemporaryDirectory() as root:
         if args.root is None:
-            _made(Path(folder))
+            _made(Path(made))
+        job = Job.of(
+            args.root or Path(made),
+            Path(root),
+            size=args.size,
+            batch=args.batch,
+            count=args.batches,
+            device=args.device,
+        )
         print(f"{usable_cores()} cores, load {os.getloadavg()[0]:.1f}")
-        document = measure(_job(args.root or Path(folder), args), args.repeats, print)
+        document = measure(job, args.repeats, print)
     document |= {"images_from": "made" if args.root is None else "given", "environment": environment()}
     args.json.write_text(json.dumps(document) + "\n", encoding="utf-8")
 

@@ -20,8 +20,9 @@ from benchmarks.view_contenders import pillow_views, torchvision_functions, torc
 
 @pytest.fixture
 def job(tmp_path):
-    paths = write_images(tmp_path, 6, size=(90, 80))
-    return Job(tuple(paths), np.array([Image.open(path).size for path in paths]), size=64, batch=4, count=2)
+    write_images(tmp_path / "given", 6, size=(90, 80))
+    (tmp_path / "links").mkdir()
+    return Job.of(tmp_path / "given", tmp_path / "links", size=64, batch=4, count=2)
 
 
 def test_contenders_take_turns_and_are_compared_on_the_same_cores(job, tmp_path):
