@@ -12,7 +12,7 @@ from nvidia.dali import fn, pipeline_def, types
 
 from benchmarks.timing import spread
 from iwm_fast.actions import NO_SOLARIZE, Jitter, Views
-from iwm_fast.data.encoded import Encoded, inspect, read_bytes
+from iwm_fast.data.encoded import Encoded, inspect
 from iwm_fast.data.graph import ViewGraph
 
 if TYPE_CHECKING:
@@ -83,8 +83,8 @@ def stages(job: Job, repeats: int) -> list[dict[str, Any]]:
     graph = ViewGraph(job.size, job.batch, job.device, 1, geometric=False)
     whole, cropped = _Decoding(job, cropped=False), _Decoding(job, cropped=True)
     steps: dict[str, Callable[[list[Any], list[Encoded], Views], object]] = {
-        "read": lambda paths, _, __: [read_bytes(path) for path in paths],
-        "read, check the header": lambda paths, _, __: [inspect(read_bytes(path), limit) for path in paths],
+        "read": lambda paths, _, __: [path.read_bytes() for path in paths],
+        "read, check the header": lambda paths, _, __: [inspect(path.read_bytes(), limit) for path in paths],
         "decode the whole image (floor)": lambda _, encoded, views: whole(encoded, views),
         "decode the crop": lambda _, encoded, views: cropped(encoded, views),
         "+ resize, flip": lambda _, encoded, views: graph.run(encoded, _plain(views)),
@@ -94,7 +94,7 @@ def stages(job: Job, repeats: int) -> list[dict[str, Any]]:
     taken: dict[str, list[float]] = {name: [] for name in steps}
     for repeat in range(-1, repeats):  # the first does not count
         groups = [
-            (paths, [inspect(read_bytes(p), limit) for p in paths], v) for paths, v in _groups(job, max(repeat, 0))
+            (paths, [inspect(p.read_bytes(), limit) for p in paths], v) for paths, v in _groups(job, max(repeat, 0))
         ]
         for name, step in steps.items():
             begin = time.process_time()

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import gc
 import itertools
 import json
+import resource
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -241,7 +244,7 @@ def test_a_header_is_looked_at_once(folder, monkeypatch, kept):
 def test_the_orientation_is_remembered_with_the_header(tmp_path, monkeypatch):
     monkeypatch.setattr(samples_module, "KEPT_BYTES", 0)
     (tmp_path / "a.jpg").write_bytes(turned(picture(40, 30), 6))
-    store = FileStore([tmp_path / "a.jpg"], 10**7)
+    store = FileStore(list_images(tmp_path), 10**7)
     seen = [(one.width, one.height, one.orientation, one.lossless) for one in (store.get(0), store.get(0))]
     assert seen == [(30, 40, 6, False)] * 2
 
@@ -253,6 +256,23 @@ def test_a_file_that_changed_is_looked_at_again(tmp_path, monkeypatch):
     assert store.get(0).width == 40
     paths[0].write_bytes(encode(picture(90, 60)))
     assert store.get(0).width == 90
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from Linux's /proc")
+def test_memory_does_not_grow_over_fifty_epochs_of_a_small_set(folder):
+    """Keeping what an epoch hands out, 22 pairs of 12 kB views, would show as 26 MB."""
+
+    def resident():
+        gc.collect()
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    with stream_of(folder, train__global_batch=FILES, model__image=64) as stream:
+        for _ in range(15):
+            next(stream)
+        before = resident()
+        for _ in range(50):
+            next(stream)
+        assert resident() - before < 8 * 2**20
 
 
 def test_closing_ends_the_thread_and_the_stream(folder):
