@@ -35,7 +35,8 @@ from benchmarks.view_contenders import Render, batches, pillow_views, torchvisio
 from iwm_fast.actions import ActionSpace, Views
 from iwm_fast.config import ActionsConfig, Config, DataConfig, ModelConfig, TrainConfig
 from iwm_fast.config.cores import usable_cores
-from iwm_fast.data.files import EXTENSIONS, list_images
+from iwm_fast.data.files import list_images
+from iwm_fast.data.sources.kinds import is_image
 from iwm_fast.data.loader import SampleOrder, TrainingStream
 from iwm_fast.data.views import draw_views
 from iwm_fast.planning.environment import environment, installed_version
@@ -73,7 +74,7 @@ class Job:
         cls, given: Path, root: Path, *, size: int = 224, batch: int = 64, count: int = 6, device: str = "cpu"
     ) -> Job:
         """Fill the empty folder `root` with links to the images of the folder `given`, each as often as it takes."""
-        files = sorted(file for file in given.iterdir() if file.suffix.lower() in EXTENSIONS)
+        files = sorted(file for file in given.iterdir() if is_image(file.name))
         images, sizes = batch * (_WARM_UP + count), []
         for number in range(images):
             file = files[number % len(files)]
