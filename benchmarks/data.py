@@ -36,8 +36,8 @@ from iwm_fast.actions import ActionSpace, Views
 from iwm_fast.config import ActionsConfig, Config, DataConfig, ModelConfig, TrainConfig
 from iwm_fast.config.cores import usable_cores
 from iwm_fast.data.files import list_images
-from iwm_fast.data.sources.kinds import is_image
 from iwm_fast.data.loader import SampleOrder, TrainingStream
+from iwm_fast.data.sources.kinds import is_image
 from iwm_fast.data.views import draw_views
 from iwm_fast.planning.environment import environment, installed_version
 
