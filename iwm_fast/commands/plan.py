@@ -102,8 +102,8 @@ def planner_of(config: Config, images: int = 2048) -> Planner:
 
     if config.views.sources_per_target > 1:
         raise UserError(
-            f"views.sources_per_target is {config.views.sources_per_target}; a plan is of one source a target as yet, so "
-            "set it to 1 and allow for the others"
+            f"views.sources_per_target is {config.views.sources_per_target}; a plan is of one source a target as yet, "
+            "so set it to 1 and allow for the others"
         )
     exclude = "geometric" not in config.actions.groups
     sampler = MaskSampler(config.masks, config.model.grid, config.train.seed, exclude=exclude)
