@@ -58,8 +58,9 @@ def _weights(length, size):
 
 
 def resize(image, size):
-    down = np.einsum("sh,hwc->swc", _weights(image.shape[0], size), image.astype(float))
-    return levels(np.einsum("sw,hwc->hsc", _weights(image.shape[1], size), down))
+    down = np.tensordot(_weights(image.shape[0], size), image.astype(float), axes=1)  # (size, w, c)
+    across = np.tensordot(_weights(image.shape[1], size), down, axes=(1, 1))  # (size across, size down, c)
+    return levels(across.transpose(1, 0, 2))
 
 
 def place(image, geometry: Geometry, row: int, size: int):

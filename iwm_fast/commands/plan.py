@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from iwm_fast.commands.options import CONFIG_HELP, Json, Overrides, answer
+from iwm_fast.errors import UserError
 
 if TYPE_CHECKING:
     from iwm_fast.config import Config
@@ -89,7 +90,8 @@ def plan(
 def planner_of(config: Config, images: int = 2048) -> Planner:
     """A planner with the token counts of the run's first images, as training draws them.
 
-    With I-JEPA's masks the mean of 2,048 context lengths is known to about 0.3 %.
+    With I-JEPA's masks the mean of 2,048 context lengths is known to about 0.3 %. UserError for several sources of a
+    target.
     """
     import numpy as np
 
@@ -98,6 +100,11 @@ def planner_of(config: Config, images: int = 2048) -> Planner:
     from iwm_fast.planning.plan import Planner
     from iwm_fast.planning.tokens import Tokens
 
+    if config.views.sources_per_target > 1:
+        raise UserError(
+            f"views.sources_per_target is {config.views.sources_per_target}; a plan is of one source a target as yet, "
+            "so set it to 1 and allow for the others"
+        )
     exclude = "geometric" not in config.actions.groups
     sampler = MaskSampler(config.masks, config.model.grid, config.train.seed, exclude=exclude)
     patches = sampler.draw(np.zeros(images, np.int64), np.arange(images, dtype=np.int64))

@@ -23,6 +23,7 @@ __all__ = [
     "ModelConfig",
     "PredictorConfig",
     "TrainConfig",
+    "ViewsConfig",
     "ZeroConfig",
 ]
 
@@ -174,6 +175,14 @@ class ActionsConfig(Section):
         return self
 
 
+class ViewsConfig(Section):
+    """How many views are made of an image."""
+
+    sources_per_target: Count = Field(
+        1, description="source views of one decoded image, each with its own action and mask, for one target (paper: 1)"
+    )
+
+
 class MasksConfig(Section):
     """Multi-block masks (I-JEPA, section 3): what the encoder does not see and the predictor answers for."""
 
@@ -220,6 +229,11 @@ class DataConfig(Section):
         20.0, description="seconds without a byte from a store (s3://) after which a request is made again"
     )
     store_attempts: Count = Field(6, description="times that a request to a store is made before the run stops")
+    hw_decoder_load: Probability = Field(
+        0.65,
+        description="on a GPU with a JPEG engine (A100, H100 and later), the share of JPEGs given to it, the rest to "
+        "nvJPEG's kernels; the best value depends on the GPU and on data.threads",
+    )
     prefetch: Count = Field(3, description="batches prepared ahead")
     max_bad_fraction: Probability = Field(0.01, description="share of samples that may fail before the run stops")
     wait_s: NonNegative = Field(
@@ -310,6 +324,7 @@ class Config(Section):
 
     model: ModelConfig = ModelConfig()
     actions: ActionsConfig = ActionsConfig()
+    views: ViewsConfig = ViewsConfig()
     masks: MasksConfig = MasksConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()

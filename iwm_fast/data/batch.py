@@ -15,9 +15,10 @@ __all__ = ["Batch"]
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """A micro-batch: what one rank computes at once. B images, S × S pixels, A components of an action.
+    """A micro-batch: what one rank computes at once. B images, K sources each, S × S pixels, A components of an action.
 
-    source and target: uint8 (B, S, S, 3) on DALI's device. action: float32 (B, A), on the host. patches: on the host.
+    source: uint8 (B · K, S, S, 3) on DALI's device, the sources of an image side by side; target: (B, S, S, 3) alike.
+    action: float32 (B · K, A), on the host. patches: of the B · K, on the host.
     ids and epochs: int64 (B,), the sample ids (places in the image set) and the passes over the data they belong to.
     global_context and global_target: context and target tokens of the whole global batch, over all ranks and
     micro-batches: the number that the global mean of the loss divides by.

@@ -1,9 +1,10 @@
 """A file on its way to DALI: read, its header checked, and made into something that DALI decodes as Pillow would.
 
 The verdict on a file is Pillow's: what a user sees is the upright RGB image that Pillow gives, or the reason why it
-gives none. Plain JPEG and PNG files, which DALI decodes to the same pixels, pass through as they are. Whatever DALI is
-known or suspected to do differently (EXIF orientation, CMYK, palettes, alpha, 16 bits, WebP, an unusual header, a
-missing end marker) is decoded by Pillow here and handed on as an uncompressed PNM.
+gives none. Plain JPEG and PNG files, which DALI decodes to the same pixels, pass through as they are; the orientation
+that EXIF states for a JPEG goes with it. Whatever DALI is known or suspected to do differently (CMYK, palettes, alpha,
+16 bits, WebP, turned PNGs, an unusual header, a missing end marker) is decoded by Pillow here and handed on as an
+uncompressed PNM.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from iwm_fast.data.structure import plain_jpeg, plain_png
+from iwm_fast.data.structure import exif_orientation, plain_jpeg, plain_png
 
 __all__ = ["BadSample", "Encoded", "decode_upright", "inspect", "reencode", "upright_size"]
 
@@ -40,6 +41,7 @@ _PILLOW_ERRORS = (
     Image.DecompressionBombWarning,
 )
 _ORIENTATION = 0x0112
+_TRANSPOSED = 5  # from this orientation on width and height change places
 
 
 class BadSample(Exception):  # noqa: N818  (a verdict on a file, not a fault of the program)
@@ -54,12 +56,14 @@ class BadSample(Exception):  # noqa: N818  (a verdict on a file, not a fault of 
 class Encoded:
     """An image that DALI can decode: data, uint8 (n,), its bytes; width and height of the upright image in pixels.
 
-    lossless: data is not the file's own but what Pillow decoded, so no other verdict on it is possible.
+    orientation: EXIF's number, 1 to 8: how the pixels in data are turned to make the upright image. lossless: data is
+    not the file's own but what Pillow decoded, so no other verdict on it is possible.
     """
 
     data: NDArray[np.uint8]
     width: int
     height: int
+    orientation: int = 1
     lossless: bool = False
 
 
@@ -67,15 +71,17 @@ def upright_size(raw: bytes) -> tuple[int, int]:
     """Width and height of the upright image by the file's header; BadSample where Pillow cannot read it."""
     image = _open(raw, 2**62)
     width, height = image.size
-    return (height, width) if _orientation(image) >= 5 else (width, height)  # 5 to 8 lie on their side
+    return (height, width) if _orientation(image) >= _TRANSPOSED else (width, height)
 
 
 def inspect(raw: bytes, max_pixels: int) -> Encoded:
     """The bytes of a file, ready for DALI; BadSample where Pillow cannot decode it or it has more than `max_pixels`."""
     image = _open(raw, max_pixels)
-    if not _plain(image, raw):
+    orientation = _turn(image, raw) if _plain(image, raw) else None
+    if orientation is None:
         return reencode(raw, max_pixels)
-    return Encoded(np.frombuffer(raw, np.uint8), *image.size)
+    width, height = image.size if orientation < _TRANSPOSED else image.size[::-1]
+    return Encoded(np.frombuffer(raw, np.uint8), width, height, orientation)
 
 
 def reencode(raw: bytes, max_pixels: int) -> Encoded:
@@ -133,14 +139,16 @@ def _plain(image: Image.Image, raw: bytes) -> bool:
     if image.mode not in {"RGB", "L"} or "transparency" in image.info or image.info.get("adobe_transform") == 0:
         return False  # Adobe's transform 0 in a JPEG: stored as RGB, which nvJPEG does not expect
     if image.format == "JPEG":
-        return plain_jpeg(raw) and _upright(image)
-    if image.format == "PNG":
-        return plain_png(raw) and _upright(image)
-    return False
+        return plain_jpeg(raw)
+    return image.format == "PNG" and plain_png(raw)
 
 
-def _upright(image: Image.Image) -> bool:
-    return _orientation(image) == 1
+def _turn(image: Image.Image, raw: bytes) -> int | None:
+    """The orientation of a plain file; None where Pillow and a strict reading of a JPEG's EXIF block do not agree."""
+    stated = _orientation(image)
+    if stated == 1 or (image.format == "JPEG" and stated == exif_orientation(raw)):
+        return stated
+    return None
 
 
 def _orientation(image: Image.Image) -> int:

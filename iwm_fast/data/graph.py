@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from iwm_fast.actions import Views
+from iwm_fast.data.cpu_operators import CpuOperators
 from iwm_fast.data.encoded import BadSample, Encoded, reencode
 from iwm_fast.data.pipeline import build_probe, build_views, view_inputs
 
@@ -37,8 +38,10 @@ class BadRows(BadSample):
 
 @dataclass(frozen=True, eq=False)
 class RenderedViews:
-    """uint8 (B, S, S, 3) on the graph's device. base: I', what the target's jitter was applied to; source_base: the
-    source's own, the same tensor without the geometric group. lossless: rows that DALI refused and Pillow decoded.
+    """uint8 on the graph's device: source (B · K, S, S, 3), an image's K side by side; target (B, S, S, 3).
+
+    base: (B, S, S, 3), I', what the target's jitter was applied to; source_base: the sources' own (B · K, S, S, 3), or
+    the same tensor as base without the geometric group. lossless: images that DALI refused and Pillow decoded.
     """
 
     source: Tensor
@@ -60,8 +63,10 @@ class ViewGraph:
     """Renders batches of at most `batch` samples as `size` × `size` views.
 
     device: "cpu" or "gpu" (the GPU `device_id`, default torch's current one); threads: DALI's, on the CPU. geometric:
-    the source has a geometry of its own. `submit` returns at once and the work goes on behind; `collect` waits for the
-    oldest batch submitted. Not to be used from two threads at a time.
+    the sources have geometries of their own. sources: K of an image; views then have B · K rows, an image's side by
+    side. dali_only: every operator is DALI's own on the CPU too, where two of ours are faster: the graph that a GPU
+    runs. hw_decoder_load: data.hw_decoder_load, for a GPU. `submit` returns at once and the work goes on behind;
+    `collect` waits for the oldest batch submitted. Not to be used from two threads at a time.
     """
 
     def __init__(
@@ -72,16 +77,22 @@ class ViewGraph:
         threads: int,
         *,
         geometric: bool,
+        sources: int = 1,
         max_pixels: int = 2**31 - 1,
+        dali_only: bool = False,
+        hw_decoder_load: float = 0.65,
         device_id: int | None = None,
     ) -> None:
         if device not in ("cpu", "gpu"):
             raise ValueError(f"device is {device!r}; it must be 'cpu' or 'gpu'")
         self.size, self.batch, self.device, self.threads = size, batch, device, threads
-        self.geometric, self.max_pixels = geometric, max_pixels
+        self.geometric, self.sources, self.max_pixels = geometric, sources, max_pixels
+        self.hw_decoder_load = hw_decoder_load
         self.device_id = torch.cuda.current_device() if device == "gpu" and device_id is None else device_id
         self._pending: deque[_Pending] = deque()
         self._stream = torch.cuda.Stream(self.device_id) if device == "gpu" else None
+        self.dali_only = dali_only or device == "gpu"
+        self._operators = None if self.dali_only else CpuOperators(size, threads)
         self._pipeline = self._build()
 
     def __len__(self) -> int:
@@ -98,8 +109,11 @@ class ViewGraph:
 
     def submit(self, encoded: Sequence[Encoded], views: Views) -> None:
         """Queue a batch; ValueError where it is empty, too large, or the counts differ."""
-        if not 0 < len(encoded) <= self.batch or len(encoded) != len(views):
-            raise ValueError(f"{len(encoded)} files and {len(views)} views; both must be equal and 1 to {self.batch}")
+        if not 0 < len(encoded) <= self.batch or len(encoded) * self.sources != len(views):
+            raise ValueError(
+                f"{len(encoded)} files and {len(views)} views; there must be 1 to {self.batch} files and "
+                f"{self.sources} view(s) of each"
+            )
         if not self.geometric and not views.shared_geometry:
             raise ValueError("views with a geometry of the source's own need a ViewGraph with geometric=True")
         self._pending.append(_Pending(list(encoded), views))
@@ -114,8 +128,10 @@ class ViewGraph:
             self._repair(head, error)
             outputs = self._outputs(head)
         self._pending.popleft()
-        source, target, base = outputs[:3]
-        return RenderedViews(source, target, base, outputs[3] if self.geometric else base, head.lossless)
+        target, base, *rest = outputs
+        source = _side_by_side(rest[: self.sources])
+        source_base = _side_by_side(rest[self.sources :]) if self.geometric else base
+        return RenderedViews(source, target, base, source_base, head.lossless)
 
     def replace(self, encoded: Sequence[Encoded], views: Views) -> None:
         """Put another batch in the place of the oldest one."""
@@ -127,6 +143,17 @@ class ViewGraph:
         self._pending.popleft()
         self._restart()
 
+    def close(self) -> None:
+        """End the threads; batches that were not collected are lost.
+
+        The pipeline goes here and now: left to the garbage collector it may go in its own thread, which it then waits
+        for.
+        """
+        self._pending.clear()
+        self._pipeline = None
+        if self._operators is not None:
+            self._operators.close()
+
     def nothing(self) -> Tensor:
         """The images of an empty batch: uint8 (0, S, S, 3) on the graph's device."""
         device = "cpu" if self.device == "cpu" else f"cuda:{self.device_id}"
@@ -134,13 +161,26 @@ class ViewGraph:
 
     def _build(self) -> Any:
         return build_views(
-            self.size, self.batch, self.device, self.threads, geometric=self.geometric, device_id=self.device_id
+            self.size,
+            self.batch,
+            self.device,
+            self.threads,
+            geometric=self.geometric,
+            sources=self.sources,
+            operators=self._operators,
+            hw_decoder_load=self.hw_decoder_load,
+            device_id=self.device_id,
+        )
+
+    def _inputs(self, batch: _Pending) -> dict[str, Any]:
+        return view_inputs(
+            batch.encoded, batch.views, geometric=self.geometric, sources=self.sources, dali_only=self.dali_only
         )
 
     def _schedule(self, batch: _Pending) -> None:
         """Feed and start a batch; what DALI says against it is kept for the batch's turn."""
         try:
-            for name, value in view_inputs(batch.encoded, batch.views, geometric=self.geometric).items():
+            for name, value in self._inputs(batch).items():
                 self._pipeline.feed_input(name, value)
             self._pipeline.schedule_run()
         except _DALI_ERRORS as error:
@@ -199,7 +239,7 @@ class ViewGraph:
 
     def _refused(self, head: _Pending) -> list[int]:
         """Rows that DALI fails on when it is given them alone. A failed pipeline is not used again."""
-        inputs = view_inputs(head.encoded, head.views, geometric=self.geometric)
+        inputs = self._inputs(head)
         refused, probe = [], None
         for row, one in enumerate(head.encoded):
             if one.lossless:
@@ -213,3 +253,8 @@ class ViewGraph:
                 refused.append(row)
                 probe = None
         return refused
+
+
+def _side_by_side(sources: list[Tensor]) -> Tensor:
+    """K tensors (B, ...) to one (B · K, ...), those of an image side by side."""
+    return sources[0] if len(sources) == 1 else torch.stack(sources, dim=1).flatten(0, 1)

@@ -116,14 +116,19 @@ class TrainingStream:
         )
         self._order = SampleOrder(config.train.seed, len(files))
         geometric = "geometric" in config.actions.groups
-        self._masks = MaskSampler(config.masks, config.model.grid, config.train.seed, exclude=not geometric)
+        self._sources = config.views.sources_per_target
+        self._masks = MaskSampler(
+            config.masks, config.model.grid, config.train.seed, exclude=not geometric, sources=self._sources
+        )
         self._graph = ViewGraph(
             config.model.image,
             self.micro_batch,
             self.device,
             dali_threads(config.data.threads, world),
             geometric=geometric,
+            sources=self._sources,
             max_pixels=config.data.max_pixels,
+            hw_decoder_load=config.data.hw_decoder_load,
         )
         self._failure: BaseException | None = None
         self._batches = self._prepare()
@@ -160,6 +165,7 @@ class TrainingStream:
         self._reader.store.images.source.storage.close()
         self._thread.shutdown(cancel_futures=True)
         self._ahead.clear()
+        self._graph.close()
         self._failure = self._failure or ValueError("this TrainingStream is closed")
 
     def __enter__(self) -> TrainingStream:
@@ -191,24 +197,31 @@ class TrainingStream:
             for first in range(self._rank * share, (self._rank + 1) * share, self.micro_batch):
                 rows = slice(first, first + self.micro_batch)
                 samples = self._reader.read(ids[rows], epochs[rows])
-                yield _InFlight(samples, self._draw(samples), _rows_of(patches, rows), *totals)
+                masks = slice(rows.start * self._sources, rows.stop * self._sources)
+                yield _InFlight(samples, self._draw(samples), _rows_of(patches, masks), *totals)
             position += size
 
     def _draw(self, samples: Samples) -> Views:
-        return draw_views(self._config.actions, self._config.train.seed, samples.epochs, samples.ids, samples.size)
+        actions, seed = self._config.actions, self._config.train.seed
+        return draw_views(actions, seed, samples.epochs, samples.ids, samples.size, sources=self._sources)
 
     def _finish(self, batch: _InFlight) -> Batch:
         rendered = self._collect(batch)
         return Batch(
             source=rendered.source,
             target=rendered.target,
-            action=torch.from_numpy(self._space.encode(batch.views)),
+            action=self._pinned(self._space.encode(batch.views)),
             patches=batch.patches,
             ids=batch.samples.ids,
             epochs=batch.samples.epochs,
             global_context=batch.global_context,
             global_target=batch.global_target,
         )
+
+    def _pinned(self, array: NDArray[np.float32]) -> torch.Tensor:
+        """On the host; for a GPU in pinned memory, from which a copy does not hold up the step."""
+        tensor = torch.from_numpy(array)
+        return tensor.pin_memory() if self.device == "gpu" else tensor
 
     def _collect(self, batch: _InFlight) -> RenderedViews:
         """The oldest batch's views; files that turn out bad on decoding are replaced, their parameters drawn anew."""

@@ -47,9 +47,12 @@ class PatchSets:
 
 
 class MaskSampler:
-    """Draws `PatchSets`; exclude: the context gives up the targets' patches (False where the views' grids differ)."""
+    """Draws `PatchSets`; exclude: the context gives up the targets' patches (False where the views' grids differ).
 
-    def __init__(self, masks: MasksConfig, grid: int, seed: int, *, exclude: bool = True) -> None:
+    sources: K masks a sample, side by side; its first does not depend on K.
+    """
+
+    def __init__(self, masks: MasksConfig, grid: int, seed: int, *, exclude: bool = True, sources: int = 1) -> None:
         """`grid`: patches along a side. ValueError where min_context leaves no patch to predict."""
         if grid < 1 or masks.min_context >= grid**2:
             raise ValueError(f"min_context is {masks.min_context}; it must be below the grid's {grid}² patches")
@@ -57,9 +60,10 @@ class MaskSampler:
         self.grid = grid
         self.seed = seed
         self.exclude = exclude
+        self.sources = sources
 
     def draw(self, epoch: Ints, sample: Ints) -> PatchSets:
-        """The patches of B samples; epoch and sample: int64 (B,)."""
+        """The patches of B samples, B · K rows; epoch and sample: int64 (B,)."""
         context, target = self._draw(np.asarray(epoch, np.int64), np.asarray(sample, np.int64))
         return PatchSets(*_pack(context), *_pack(target))
 
@@ -69,12 +73,18 @@ class MaskSampler:
         return int(np.count_nonzero(context)), int(np.count_nonzero(target))
 
     def _draw(self, epoch: Ints, sample: Ints) -> tuple[Bools, Bools]:
-        """Context and target as bool (B, G·G)."""
-        context, blocks = self._attempt(epoch, sample, 0)
+        """Context and target as bool (B · K, G·G)."""
+        drawn = [self._draw_source(epoch, sample, k * _ATTEMPTS) for k in range(self.sources)]
+        context, target = (np.stack(sets, axis=1).reshape(-1, self.grid**2) for sets in zip(*drawn, strict=True))
+        return context, target
+
+    def _draw_source(self, epoch: Ints, sample: Ints, first: int) -> tuple[Bools, Bools]:
+        """Context and target as bool (B, G·G), from the attempts `first` and later."""
+        context, blocks = self._attempt(epoch, sample, first)
         target = _union(blocks)
         short = np.flatnonzero(context.sum(axis=1) < self.masks.min_context)
         blocks = blocks[short]
-        for attempt in range(1, _ATTEMPTS):
+        for attempt in range(first + 1, first + _ATTEMPTS):
             if not len(short):
                 return context, target
             context[short], blocks = self._attempt(epoch[short], sample[short], attempt)

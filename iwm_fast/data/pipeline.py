@@ -6,8 +6,10 @@ the predictor is told. Operators that a sample does not need (blur, solarize, gr
 are kept off it by conditionals (an `if` statement on a batch is DALI's, sample by sample), which also makes a view
 without them bit-equal to its base.
 
-The order is DESIGN's. Flip and half of a rotation cost nothing: the resize reads its region of interest backwards
-(``roi_start > roi_end``), which leaves only a transpose to quarter turns.
+On the CPU two operators are ours (`cpu_operators`), called from the graph, because DALI's take most of the time there.
+
+The order is DESIGN's. Flips and half of a rotation cost nothing: the resize reads its region of interest backwards
+(``roi_start > roi_end``), which leaves only a transpose to quarter turns. EXIF's orientation is one more of these.
 """
 
 # ruff: noqa: SIM108  (DALI translates if statements, not conditional expressions)
@@ -20,13 +22,16 @@ import numpy as np
 from numpy.typing import NDArray
 from nvidia.dali import fn, pipeline_def, types
 
-from iwm_fast.actions import Geometry, Jitter, Views
+from iwm_fast.actions import Jitter, Views
+from iwm_fast.data.cpu_operators import CpuOperators, recolour_matrices
 from iwm_fast.data.encoded import Encoded
+from iwm_fast.data.orientation import Placement, place
 
 __all__ = ["build_probe", "build_views", "view_inputs"]
 
 # Antialiased linear: half the time of antialiased cubic on the CPU (5.9 against 10.3 ns a pixel read), the same look.
 INTERPOLATION = types.INTERP_TRIANGULAR
+_JITTER = ("brightness", "contrast", "saturation", "hue")
 # Conditionals and outputs that outlive the next batch both need the dynamic executor; one batch a schedule_run.
 _EXECUTION = {"exec_dynamic": True, "enable_conditionals": True, "prefetch_queue_depth": 1, "set_affinity": False}
 
@@ -40,32 +45,46 @@ def _scalars(name: str, dtype: types.DALIDataType = types.FLOAT) -> Any:
     return _host(name, dtype, 0)
 
 
-def _decode(device: str) -> Any:
-    """Encoded bytes -> (h, w, 3) uint8: only the region that the crops need, in coordinates of the upright image."""
+def _decode(device: str, hw_decoder_load: float) -> Any:
+    """Encoded bytes -> (h, w, 3) uint8: only the region that the crops need, in coordinates of the stored image."""
     return fn.decoders.image_slice(
         _host("encoded", types.UINT8, 1),
         start=_host("start", types.INT32, 1),
         shape=_host("shape", types.INT32, 1),
         axis_names="WH",
-        adjust_orientation=False,  # Pillow turned what had to be; a second reading of EXIF could only disagree
+        adjust_orientation=False,  # done where the view is placed; a second reading of EXIF could only disagree
         device="mixed" if device == "gpu" else "cpu",
         jpeg_fancy_upsampling=True,  # nvJPEG then upsamples chroma as libjpeg-turbo (and Pillow) do
+        hw_decoder_load=hw_decoder_load,  # read on a GPU only
     )
 
 
-def _resize(image: Any, view: str, size: int) -> Any:
-    return fn.resize(
-        image,
-        size=[size, size],
-        roi_start=_host(f"{view}_roi_start", types.FLOAT, 1),
-        roi_end=_host(f"{view}_roi_end", types.FLOAT, 1),
-        roi_relative=True,
-        interp_type=INTERPOLATION,
-        antialias=True,
-    )
+def _resize(image: Any, view: str, size: int, operators: CpuOperators | None) -> Any:
+    """Resized, mirrored (the region of interest is read backwards) and, where the sample needs it, transposed."""
+    start, end = (_host(f"{view}_roi_{side}", types.FLOAT, 1) for side in ("start", "end"))
+    transposed = _scalars(f"{view}_transposed", types.BOOL)
+    if operators is not None:
+        resized = fn.python_function(
+            image, start, end, function=operators.resize, batch_processing=True, output_layouts="HWC"
+        )
+    else:
+        resized = fn.resize(
+            image,
+            size=[size, size],
+            roi_start=start,
+            roi_end=end,
+            roi_relative=True,
+            interp_type=INTERPOLATION,
+            antialias=True,
+        )
+    if transposed:
+        out = fn.transpose(resized, perm=[1, 0, 2], transpose_layout=False)
+    else:
+        out = resized
+    return out
 
 
-def _geometry(image: Any, view: str, size: int) -> Any:
+def _geometry(image: Any, view: str, size: int, operators: CpuOperators | None) -> Any:
     """The view's own box of the decoded region, resized, flipped and rotated."""
     box = fn.slice(
         image,
@@ -73,24 +92,21 @@ def _geometry(image: Any, view: str, size: int) -> Any:
         shape=_host(f"{view}_shape", types.INT32, 1),
         axis_names="WH",
     )
-    return _resize(box, view, size)
+    return _resize(box, view, size, operators)
 
 
-def _rotate(image: Any) -> Any:
-    transposed = _scalars("source_transposed", types.BOOL)
-    if transposed:
-        out = fn.transpose(image, perm=[1, 0, 2], transpose_layout=False)
-    else:
-        out = image
-    return out
-
-
-def _jitter(image: Any, view: str) -> Any:
-    brightness = _scalars(f"{view}_brightness")
-    contrast = _scalars(f"{view}_contrast")
-    saturation = _scalars(f"{view}_saturation")
-    hue = _scalars(f"{view}_hue")
+def _jitter(image: Any, view: str, operators: CpuOperators | None) -> Any:
     jittered = _scalars(f"{view}_jittered", types.BOOL)
+    if operators is not None:
+        matrix = _host(f"{view}_matrix", types.FLOAT, 2)
+        if jittered:
+            out = fn.python_function(
+                image, matrix, function=operators.recolour, batch_processing=True, output_layouts="HWC"
+            )
+        else:
+            out = image
+        return out
+    brightness, contrast, saturation, hue = (_scalars(f"{view}_{name}") for name in _JITTER)
     if jittered:
         out = fn.color_twist(image, brightness=brightness, contrast=contrast, saturation=saturation, hue=hue)
     else:
@@ -109,11 +125,13 @@ def _solarized(image: Any, threshold: Any) -> Any:
     return image ^ ((image >= threshold) * types.Constant(255, dtype=types.UINT8))
 
 
-def _destroy(image: Any, device: str) -> Any:
+def _destroy(image: Any, source: str, device: str) -> Any:
     """Grayscale, blur and solarize, each only where the sample has it."""
-    grayscale, blurred, solarized = (_scalars(name, types.BOOL) for name in ("grayscale", "blurred", "solarized"))
-    sigma = _scalars("blur_sigma")
-    threshold = _scalars("solarize_threshold", types.UINT8)
+    grayscale = _scalars(f"{source}_grayscale", types.BOOL)
+    blurred = _scalars(f"{source}_blurred", types.BOOL)
+    solarized = _scalars(f"{source}_solarized", types.BOOL)
+    sigma = _scalars(f"{source}_blur_sigma")
+    threshold = _scalars(f"{source}_solarize_threshold", types.UINT8)
     if device == "gpu":
         threshold = threshold.gpu()
     if grayscale:
@@ -132,29 +150,59 @@ def _destroy(image: Any, device: str) -> Any:
 
 
 @pipeline_def(**_EXECUTION)
-def _views(size: int, device: str, geometric: bool) -> tuple[Any, ...]:
-    decoded = _decode(device)
+def _views(
+    size: int,
+    device: str,
+    geometric: bool,
+    sources: tuple[str, ...],
+    operators: CpuOperators | None,
+    hw_decoder_load: float,
+) -> tuple[Any, ...]:
+    decoded = _decode(device, hw_decoder_load)
     if geometric:
-        target_base = _geometry(decoded, "target", size)
-        source_base = _rotate(_geometry(decoded, "source", size))
-        target = _jitter(target_base, "target")
-        source = _destroy(_jitter(source_base, "source"), device)
-        return source, target, target_base, source_base
-    base = _resize(decoded, "target", size)
-    target = _jitter(base, "target")
-    source = _destroy(_jitter(base, "source"), device)
-    return source, target, base
+        base = _geometry(decoded, "target", size, operators)
+        own = {source: _geometry(decoded, source, size, operators) for source in sources}
+    else:
+        base = _resize(decoded, "target", size, operators)
+        own = dict.fromkeys(sources, base)
+    target = _jitter(base, "target", operators)
+    made = [_destroy(_jitter(own[source], source, operators), source, device) for source in sources]
+    if geometric:
+        return (target, base, *made, *own.values())
+    return (target, base, *made)
 
 
 @pipeline_def(**_EXECUTION)
 def _probe(device: str) -> Any:
-    return _decode(device)
+    return _decode(device, 0.0)
 
 
-def build_views(size: int, batch: int, device: str, threads: int, *, geometric: bool, device_id: int | None) -> Any:
-    """A built pipeline of (source, target, base[, source base]), each (B, size, size, 3) uint8, B at most ``batch``."""
+def build_views(
+    size: int,
+    batch: int,
+    device: str,
+    threads: int,
+    *,
+    geometric: bool,
+    sources: int,
+    operators: CpuOperators | None,
+    hw_decoder_load: float,
+    device_id: int | None,
+) -> Any:
+    """A built pipeline of (target, base, K sources[, K bases of them]), each (B, size, size, 3) uint8, B ≤ ``batch``.
+
+    sources: K. operators: for resize and jitter on the CPU; None takes DALI's own, as a GPU must.
+    """
     pipeline = _views(
-        size, device, geometric, batch_size=batch, num_threads=threads, device_id=device_id if device == "gpu" else None
+        size,
+        device,
+        geometric,
+        _names(sources),
+        operators,
+        hw_decoder_load,
+        batch_size=batch,
+        num_threads=threads,
+        device_id=device_id if device == "gpu" else None,
     )
     pipeline.build()
     return pipeline
@@ -167,60 +215,67 @@ def build_probe(device: str, *, device_id: int | None) -> Any:
     return pipeline
 
 
-def _union(views: Views, geometric: bool) -> NDArray[np.int32]:
-    """(B, 4) x, y, w, h: the smallest box that holds every crop of the sample."""
-    target = views.target_geometry.crop
-    if not geometric:
-        return target.astype(np.int32)
-    source = views.source_geometry.crop
-    start = np.minimum(target[:, :2], source[:, :2])
-    end = np.maximum(target[:, :2] + target[:, 2:], source[:, :2] + source[:, 2:])
+def _names(sources: int) -> tuple[str, ...]:
+    return tuple(f"source{k}" for k in range(sources))
+
+
+def _union(boxes: Sequence[NDArray[np.int64]]) -> NDArray[np.int32]:
+    """The smallest boxes that hold the given ones, each (B, 4) x, y, width, height."""
+    start = np.minimum.reduce([box[:, :2] for box in boxes])
+    end = np.maximum.reduce([box[:, :2] + box[:, 2:] for box in boxes])
     return np.concatenate([start, end - start], axis=1).astype(np.int32)
 
 
-def _roi(geometry: Geometry) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Relative start and end, (B, 2) in the order height, width; reversed where the view is mirrored.
-
-    A flip f, then k counter-clockwise quarter turns, equals the mirrorings below and then, for odd k, a transpose.
-    """
-    mirrored_across = geometry.flip ^ np.isin(geometry.rotation, (1, 2))
-    mirrored_down = np.isin(geometry.rotation, (2, 3))
-    start = np.stack([mirrored_down, mirrored_across], axis=1).astype(np.float32)
-    return start, 1 - start
+def _placement_inputs(placement: Placement, view: str) -> dict[str, Any]:
+    """Relative start and end in the order height, width, exchanged where the view is mirrored; and the transpose."""
+    start = np.stack([placement.down, placement.across], axis=1).astype(np.float32)
+    return {f"{view}_roi_start": start, f"{view}_roi_end": 1 - start, f"{view}_transposed": placement.transposed}
 
 
-def _jitter_inputs(jitter: Jitter, view: str) -> dict[str, Any]:
+def _jitter_inputs(jitter: Jitter, view: str, *, dali_only: bool) -> dict[str, Any]:
     jittered = (jitter.brightness != 1) | (jitter.contrast != 1) | (jitter.saturation != 1) | (jitter.hue != 0)
-    return {
-        f"{view}_brightness": jitter.brightness.astype(np.float32),
-        f"{view}_contrast": jitter.contrast.astype(np.float32),
-        f"{view}_saturation": jitter.saturation.astype(np.float32),
-        f"{view}_hue": jitter.hue.astype(np.float32),
-        f"{view}_jittered": jittered,
+    inputs: dict[str, Any] = {f"{view}_jittered": jittered}
+    if not dali_only:
+        return inputs | {f"{view}_matrix": recolour_matrices(jitter)}
+    return inputs | {f"{view}_{name}": getattr(jitter, name).astype(np.float32) for name in _JITTER}
+
+
+def _source_inputs(views: Views, source: str, *, dali_only: bool) -> dict[str, Any]:
+    return _jitter_inputs(views.source, source, dali_only=dali_only) | {
+        f"{source}_grayscale": views.grayscale.astype(bool),
+        f"{source}_blurred": views.blur_sigma > 0,
+        f"{source}_blur_sigma": views.blur_sigma.astype(np.float32),
+        f"{source}_solarized": views.solarize_threshold < 256,
+        f"{source}_solarize_threshold": np.minimum(views.solarize_threshold, 255).astype(np.uint8),
     }
 
 
-def view_inputs(encoded: Sequence[Encoded], views: Views, *, geometric: bool) -> dict[str, Any]:
-    """What the host feeds for B samples, by name: bytes, boxes, and every parameter of the two views."""
-    region = _union(views, geometric)
-    inputs: dict[str, Any] = {
-        "encoded": [one.data for one in encoded],
-        "start": region[:, :2],
-        "shape": region[:, 2:],
-        **_jitter_inputs(views.target, "target"),
-        **_jitter_inputs(views.source, "source"),
-        "grayscale": views.grayscale.astype(bool),
-        "blurred": views.blur_sigma > 0,
-        "blur_sigma": views.blur_sigma.astype(np.float32),
-        "solarized": views.solarize_threshold < 256,
-        "solarize_threshold": np.minimum(views.solarize_threshold, 255).astype(np.uint8),
-    }
-    inputs["target_roi_start"], inputs["target_roi_end"] = _roi(views.target_geometry)
+def _box_inputs(box: NDArray[np.int64], view: str, region: NDArray[np.int32]) -> dict[str, Any]:
+    return {f"{view}_start": box[:, :2].astype(np.int32) - region[:, :2], f"{view}_shape": box[:, 2:].astype(np.int32)}
+
+
+def view_inputs(
+    encoded: Sequence[Encoded], views: Views, *, geometric: bool, sources: int, dali_only: bool
+) -> dict[str, Any]:
+    """What the host feeds for B samples, by name: bytes, boxes, and every parameter of the views.
+
+    views: B · K rows, a sample's K sources side by side; dali_only: for a pipeline built without operators of ours.
+    """
+    rows = np.arange(0, len(views), sources)
+    parts = {name: views.take(rows + k) for k, name in enumerate(_names(sources))}
+    target = next(iter(parts.values()))
+    orientation = [one.orientation for one in encoded]
+    placed = {"target": place(target.target_geometry, target.size, orientation)}
     if geometric:
-        inputs["source_roi_start"], inputs["source_roi_end"] = _roi(views.source_geometry)
-        inputs["source_transposed"] = views.source_geometry.rotation % 2 == 1
-        for view, geometry in (("target", views.target_geometry), ("source", views.source_geometry)):
-            inputs[f"{view}_start"] = geometry.crop[:, :2].astype(np.int32) - region[:, :2]
-            inputs[f"{view}_shape"] = geometry.crop[:, 2:].astype(np.int32)
+        placed |= {name: place(part.source_geometry, part.size, orientation) for name, part in parts.items()}
+    region = _union([placement.box for placement in placed.values()])
+    inputs: dict[str, Any] = {"encoded": [one.data for one in encoded], "start": region[:, :2], "shape": region[:, 2:]}
+    inputs |= _jitter_inputs(target.target, "target", dali_only=dali_only)
+    for name, placement in placed.items():
+        inputs |= _placement_inputs(placement, name)
+        if geometric:
+            inputs |= _box_inputs(placement.box, name, region)
+    for name, part in parts.items():
+        inputs |= _source_inputs(part, name, dali_only=dali_only)
     # DALI takes dense arrays only
     return {name: np.ascontiguousarray(value) if name != "encoded" else value for name, value in inputs.items()}

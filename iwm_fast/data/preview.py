@@ -33,22 +33,24 @@ def write_preview(config: Config, root: str | Path, out: Path, count: int, seed:
 
     NNN_base.png (the target's crop: decoded, resized, flipped), NNN_target.png, NNN_source.png, NNN_masked.png (what
     the encoder sees of the source); with the geometric group NNN_source_base.png; and params.json, an object a sample,
-    factors as the operators used them. UserError where `root` has no usable images or `out` cannot be written.
-    written.
+    factors as the operators used them. Of several sources the second is NNN_source_1.png and so on, and the object's
+    more_sources describes them. UserError where `root` has no usable images or `out` cannot be written.
     """
     files = list_images(root, config.data.source)
     bad = BadSamples(len(files), config.data.max_bad_fraction)
     reader = SampleReader(FileStore(files, config.data.max_pixels), seed, bad)
     geometric = "geometric" in config.actions.groups
+    sources = config.views.sources_per_target
     graph = ViewGraph(
         config.model.image,
         min(count, _AT_ONCE),
         dali_device(config.data.device),
         dali_threads(config.data.threads),
         geometric=geometric,
+        sources=sources,
         max_pixels=config.data.max_pixels,
     )
-    masks = MaskSampler(config.masks, config.model.grid, seed, exclude=not geometric)
+    masks = MaskSampler(config.masks, config.model.grid, seed, exclude=not geometric, sources=sources)
     space = ActionSpace(config.actions.groups, config.actions.form)
     order = SampleOrder(seed, len(files))
     records: list[dict[str, Any]] = []
@@ -58,7 +60,7 @@ def write_preview(config: Config, root: str | Path, out: Path, count: int, seed:
             ids, epochs = order(first, min(first + _AT_ONCE, count))
             samples, views, rendered = _render(config, seed, reader, graph, reader.read(ids, epochs))
             patches = masks.draw(epochs, ids)
-            _write_pictures(out, first, rendered, patches, config.model.patch, source_base=geometric)
+            _write_pictures(out, first, rendered, patches, config.model.patch, geometric=geometric)
             records += _records([files.name(file) for file in samples.files.tolist()], views, patches, space)
         (out / "params.json").write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
@@ -70,7 +72,8 @@ def _render(
 ) -> tuple[Samples, Views, RenderedViews]:
     """The views; files found bad on decoding are replaced as training replaces them."""
     while True:
-        views = draw_views(config.actions, seed, samples.epochs, samples.ids, samples.size)
+        sources = config.views.sources_per_target
+        views = draw_views(config.actions, seed, samples.epochs, samples.ids, samples.size, sources=sources)
         try:
             return samples, views, graph.run(samples.encoded, views)
         except BadRows as bad:
@@ -78,17 +81,16 @@ def _render(
 
 
 def _write_pictures(
-    out: Path, first: int, rendered: RenderedViews, patches: PatchSets, patch: int, *, source_base: bool
+    out: Path, first: int, rendered: RenderedViews, patches: PatchSets, patch: int, *, geometric: bool
 ) -> None:
     source = rendered.source.cpu().numpy()
-    pictures = {
-        "base": rendered.base.cpu().numpy(),
-        "target": rendered.target.cpu().numpy(),
-        "source": source,
-        "masked": _masked(source, patches, patch),
-    }
-    if source_base:
-        pictures["source_base"] = rendered.source_base.cpu().numpy()
+    of_sources = {"source": source, "masked": _masked(source, patches, patch)}
+    if geometric:
+        of_sources["source_base"] = rendered.source_base.cpu().numpy()
+    pictures = {"base": rendered.base.cpu().numpy(), "target": rendered.target.cpu().numpy()}
+    count = len(source) // len(rendered.target)
+    for k in range(count):
+        pictures |= {name + (f"_{k}" if k else ""): images[k::count] for name, images in of_sources.items()}
     for name, images in pictures.items():
         for row, image in enumerate(images):
             Image.fromarray(image).save(out / f"{first + row:03d}_{name}.png")
@@ -105,16 +107,33 @@ def _masked(source: NDArray[np.uint8], patches: PatchSets, patch: int) -> NDArra
 
 
 def _records(names: list[str], views: Views, patches: PatchSets, space: ActionSpace) -> list[dict[str, Any]]:
-    """One object a sample, as DESIGN section 4 names its parts."""
+    """One object a sample, as DESIGN section 4 names its parts; views: of all the sources of the samples."""
+    described = _sources(views, patches, space)
+    count = len(views) // len(names)
+    records = []
+    for first, name in zip(range(0, len(views), count), names, strict=True):
+        records.append(
+            {
+                "file": name,
+                **_geometry(views.target_geometry, first),
+                "source_geometry": described[first]["source_geometry"],
+                "target": _jitter(views.target, first),
+                **described[first],
+            }
+        )
+        if count > 1:
+            records[-1]["more_sources"] = described[first + 1 : first + count]
+    return records
+
+
+def _sources(views: Views, patches: PatchSets, space: ActionSpace) -> list[dict[str, Any]]:
+    """What concerns each source."""
     actions = space.encode(views)
     context = np.split(patches.context, np.cumsum(patches.context_lengths)[:-1])
     target = np.split(patches.target, np.cumsum(patches.target_lengths)[:-1])
     return [
         {
-            "file": name,
-            **_geometry(views.target_geometry, row),
             "source_geometry": None if views.shared_geometry else _geometry(views.source_geometry, row),
-            "target": _jitter(views.target, row),
             "source": {
                 **_jitter(views.source, row),
                 "grayscale": bool(views.grayscale[row]),
@@ -126,7 +145,7 @@ def _records(names: list[str], views: Views, patches: PatchSets, space: ActionSp
             "context_patches": context[row].tolist(),
             "target_patches": target[row].tolist(),
         }
-        for row, name in enumerate(names)
+        for row in range(len(views))
     ]
 
 

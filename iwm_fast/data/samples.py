@@ -41,6 +41,7 @@ class FileStore:
         self._state = np.zeros(len(images), np.uint8)
         self._width = np.zeros(len(images), np.int32)
         self._height = np.zeros(len(images), np.int32)
+        self._orientation = np.zeros(len(images), np.uint8)
         self._length = np.zeros(len(images), np.int64)
         self._reasons: dict[int, str] = {}
         self._kept: dict[int, Encoded] = {}
@@ -106,10 +107,12 @@ class FileStore:
         if self._state[file] == _REENCODED:
             return reencode(raw, self.max_pixels)
         if self._state[file] == _PLAIN and self._length[file] == len(raw):
-            return Encoded(np.frombuffer(raw, np.uint8), int(self._width[file]), int(self._height[file]))
+            size = int(self._width[file]), int(self._height[file])
+            return Encoded(np.frombuffer(raw, np.uint8), *size, orientation=int(self._orientation[file]))
         encoded = inspect(raw, self.max_pixels)
         self._state[file] = _REENCODED if encoded.lossless else _PLAIN
         self._width[file], self._height[file], self._length[file] = encoded.width, encoded.height, len(raw)
+        self._orientation[file] = encoded.orientation
         return encoded
 
 

@@ -14,12 +14,15 @@ import zlib
 
 import numpy as np
 
-__all__ = ["plain_jpeg", "plain_png"]
+__all__ = ["exif_orientation", "plain_jpeg", "plain_png"]
 
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 # Chunks whose meaning DALI does not take as Pillow does: orientation, animation, transparency.
 _PNG_REFUSED = frozenset({b"eXIf", b"acTL", b"tRNS"})
 
+_EXIF = b"Exif\0\0"
+_BYTE_ORDERS = {b"II*\0": "<", b"MM\0*": ">"}
+_ORIENTATION, _SHORT = 0x0112, 3
 _START_OF_SCAN, _APP1, _APP14 = 0xDA, 0xE1, 0xEE
 _FRAMES = frozenset({0xC0, 0xC1, 0xC2})  # baseline, extended, progressive; all with Huffman codes
 _OTHER_FRAMES = frozenset(range(0xC3, 0xD0)) - {0xC4, 0xC8, 0xCC}
@@ -53,6 +56,37 @@ def plain_jpeg(raw: bytes) -> bool:
             return False  # the parser reads on past such a segment's end
         at += 2 + length
     return False
+
+
+def exif_orientation(raw: bytes) -> int | None:
+    """The orientation, 1 to 8, that the one EXIF block of a `plain_jpeg` states in its first directory.
+
+    None where there is no block or more than one, or where anything about it is unusual.
+    """
+    blocks, at = [], 2
+    while raw[at + 1] != _START_OF_SCAN:
+        length = raw[at + 2] << 8 | raw[at + 3]
+        if raw[at + 1] == _APP1 and raw[at + 4 : at + 10] == _EXIF:
+            blocks.append(raw[at + 10 : at + 2 + length])
+        at += 2 + length
+    if len(blocks) != 1:
+        return None
+    tiff = blocks[0]
+    order = _BYTE_ORDERS.get(tiff[:4])
+    if order is None or len(tiff) < 8:
+        return None
+    (first,) = struct.unpack_from(order + "I", tiff, 4)
+    if first < 8 or first + 2 > len(tiff):
+        return None
+    (entries,) = struct.unpack_from(order + "H", tiff, first)
+    if first + 2 + 12 * entries + 4 > len(tiff):
+        return None
+    found = []
+    for entry in range(first + 2, first + 2 + 12 * entries, 12):
+        tag, kind, count, value = struct.unpack_from(order + "HHIH", tiff, entry)
+        if tag == _ORIENTATION:
+            found.append(value if (kind, count) == (_SHORT, 1) else 0)
+    return found[0] if len(found) == 1 and 1 <= found[0] <= 8 else None
 
 
 def plain_png(raw: bytes) -> bool:

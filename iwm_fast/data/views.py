@@ -25,44 +25,61 @@ _ATTEMPTS = 10
 # Places in a geometry's draws: area and aspect of each attempt, then x, y, flip, rotated or not, turns.
 _POSITION, _FLIP, _ROTATED, _TURNS = 20, 22, 23, 24
 _GEOMETRY = 26
-# Places in the VIEWS stream after the target's geometry: two jitters (applied, b, c, s, h), then the destructive ones.
-_TARGET, _SOURCE, _GRAYSCALE, _BLUR, _SIGMA, _SOLARIZE = 26, 31, 36, 37, 38, 39
-_VIEWS = 40
+# Places in the VIEWS stream after the target's geometry: its jitter (applied, b, c, s, h), then each source's: from the
+# first place of a source, its jitter and the destructive ones. The first source has 31 to 39, the others ten each.
+_TARGET, _SOURCE = 26, 31
+_GRAYSCALE, _BLUR, _SIGMA, _SOLARIZE = 5, 6, 7, 8
+_SOURCE_DRAWS, _VIEWS = 10, 40
 # Redraws of equal rows of a bank. float32 factors of the usual strengths collide once in 2⁶⁰; more than a few rounds
 # mean that the strengths leave fewer distinct values than were asked for.
 _BANK_ROUNDS = 32
 
 
-def draw_views(actions: ActionsConfig, seed: int, epoch: Ints, sample: Ints, size: Ints) -> Views:
-    """What is done to B samples.
+def draw_views(actions: ActionsConfig, seed: int, epoch: Ints, sample: Ints, size: Ints, *, sources: int = 1) -> Views:
+    """What is done to B samples, each with one target and `sources` = K sources: B · K rows, a sample's side by side.
 
     epoch and sample: int64 (B,); size: int64 (B, 2), width and height of the upright images in pixels (ValueError
-    unless each is at least 1).
+    unless each is at least 1). A sample's first source does not depend on K.
     """
     size = np.asarray(size, np.int64)
     if size.ndim != 2 or size.shape[1] != 2 or (size < 1).any():
         raise ValueError(f"size has shape {size.shape}; it must be (B, 2), each width and height at least 1")
-    draws = uniforms(seed, epoch, sample, VIEWS, _VIEWS)
+    draws = uniforms(seed, epoch, sample, VIEWS, _VIEWS + _SOURCE_DRAWS * (sources - 1))
     geometric = "geometric" in actions.groups
     geometry = _geometry(actions, draws, size, rotate=False)
-    source_geometry = geometry
-    if geometric:
-        own = uniforms(seed, epoch, sample, SOURCE_GEOMETRY, _GEOMETRY)
-        source_geometry = _geometry(actions, own, size, rotate=True)
+    target = _jitter(actions, draws[:, _TARGET:])
+    parts = []
+    for k in range(sources):
+        own = draws[:, _SOURCE:] if k == 0 else draws[:, _VIEWS + _SOURCE_DRAWS * (k - 1) :]
+        source_geometry = geometry
+        if geometric:
+            places = uniforms(seed, epoch, sample, SOURCE_GEOMETRY, _GEOMETRY, start=_GEOMETRY * k)
+            source_geometry = _geometry(actions, places, size, rotate=True)
+        parts.append(_views(actions, size, (geometry, source_geometry), (target, _jitter(actions, own)), own))
+    if sources == 1:
+        return parts[0]
+    side_by_side = np.arange(len(size) * sources).reshape(sources, len(size)).T.reshape(-1)
+    return Views.concatenate(parts).take(side_by_side)
+
+
+def _views(
+    actions: ActionsConfig, size: Ints, geometry: tuple[Geometry, Geometry], jitter: tuple[Jitter, Jitter], own: Floats
+) -> Views:
+    """Views of the target's and the source's geometry and jitter; own: (B, 9 or more), the source's draws."""
     low, high = actions.blur_sigma
-    sigma = np.maximum(low + (high - low) * draws[:, _SIGMA], np.finfo(np.float32).tiny)
+    sigma = np.maximum(low + (high - low) * own[:, _SIGMA], np.finfo(np.float32).tiny)
     return Views(
         size=size,
-        target_geometry=geometry,
-        source_geometry=source_geometry,
-        target=_jitter(actions, draws[:, _TARGET + 1 :], draws[:, _TARGET] < actions.jitter_probability),
-        source=_jitter(actions, draws[:, _SOURCE + 1 :], draws[:, _SOURCE] < actions.jitter_probability),
-        grayscale=draws[:, _GRAYSCALE] < actions.grayscale_probability,
-        blur_sigma=np.where(draws[:, _BLUR] < actions.blur_probability, sigma, 0.0).astype(np.float32),
+        target_geometry=geometry[0],
+        source_geometry=geometry[1],
+        target=jitter[0],
+        source=jitter[1],
+        grayscale=own[:, _GRAYSCALE] < actions.grayscale_probability,
+        blur_sigma=np.where(own[:, _BLUR] < actions.blur_probability, sigma, 0.0).astype(np.float32),
         solarize_threshold=np.where(
-            draws[:, _SOLARIZE] < actions.solarize_probability, np.int64(actions.solarize_threshold), NO_SOLARIZE
+            own[:, _SOLARIZE] < actions.solarize_probability, np.int64(actions.solarize_threshold), NO_SOLARIZE
         ),
-        shared_geometry=not geometric,
+        shared_geometry=geometry[0] is geometry[1],
     )
 
 
@@ -75,7 +92,7 @@ def draw_bank(actions: ActionsConfig, seed: int, sample: int, count: int) -> Jit
     missing = np.arange(count)
     for start in range(0, 4 * count * _BANK_ROUNDS, 4 * count):
         draws = uniforms(seed, 0, sample, BANK, 4 * count, start=start).reshape(count, 4)
-        jitter = _jitter(actions, draws[: len(missing)], np.ones(len(missing), bool))
+        jitter = _factors(actions, draws[: len(missing)], np.ones(len(missing), bool))
         rows[missing] = np.stack([jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue], axis=1)
         first = np.unique(rows, axis=0, return_index=True)[1]
         missing = np.setdiff1d(np.arange(count), first)
@@ -87,7 +104,12 @@ def draw_bank(actions: ActionsConfig, seed: int, sample: int, count: int) -> Jit
     )
 
 
-def _jitter(actions: ActionsConfig, draws: Floats, applied: NDArray[np.bool_]) -> Jitter:
+def _jitter(actions: ActionsConfig, draws: Floats) -> Jitter:
+    """A jitter by its chance, from draws (B, 5 or more)."""
+    return _factors(actions, draws[:, 1:], draws[:, 0] < actions.jitter_probability)
+
+
+def _factors(actions: ActionsConfig, draws: Floats, applied: NDArray[np.bool_]) -> Jitter:
     """Factors and hue from draws (B, 4 or more), neutral where not applied."""
     factors = []
     for column, strength in enumerate((actions.brightness, actions.contrast, actions.saturation)):

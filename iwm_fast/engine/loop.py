@@ -24,7 +24,7 @@ from iwm_fast.engine.schedules import Schedules
 from iwm_fast.engine.stragglers import OwnTime, over_ranks
 from iwm_fast.engine.zero import ZeroEngine
 from iwm_fast.errors import UserError
-from iwm_fast.models.packing import Segments
+from iwm_fast.models.packing import Segments, to_device
 from iwm_fast.planning.mfu import StepCounter
 
 __all__ = ["Trainer"]
@@ -112,16 +112,16 @@ class Trainer:
         DeepSpeed averages gradients over them.
         """
         device, patches = self.ranks.device, batch.patches
-        context = torch.from_numpy(patches.context).to(device, non_blocking=True)
+        context = to_device(patches.context, device)
         context_segments = Segments.from_lengths(patches.context_lengths, device)
         predicted, predicted_segments, tokens = context, context_segments, batch.global_context
         if self.predicts == "target":
-            predicted = torch.from_numpy(patches.target).to(device, non_blocking=True)
+            predicted = to_device(patches.target, device)
             predicted_segments = Segments.from_lengths(patches.target_lengths, device)
             tokens = batch.global_target
         self.counter.count(patches.context_lengths, patches.target_lengths)
         return self.zero.engine(
-            batch.source.to(device), batch.target.to(device), batch.action.to(device),
+            batch.source.to(device), batch.target.to(device), batch.action.to(device, non_blocking=True),
             context, context_segments, predicted, predicted_segments, self.ranks.world / (tokens * self._width),
         )  # fmt: skip
 

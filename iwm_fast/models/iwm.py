@@ -85,12 +85,12 @@ class IWM(nn.Module):
         predicted_segments: Segments,
         loss_scale: float = 1.0,
     ) -> IWMOutput:
-        """The loss of a batch of B images.
+        """The loss of a batch of B images with K sources each.
 
         Args:
-            source: uint8 (B, S, S, 3), the view x.
-            target: uint8 (B, S, S, 3), the view y.
-            action: (B, A), from source to target.
+            source: uint8 (B · K, S, S, 3), the views x; those of an image side by side.
+            target: uint8 (B, S, S, 3), the view y; encoded once, whatever K.
+            action: (B · K, A), from source to target.
             context: int64 (Nc,), the source's visible patches, packed.
             context_segments: of the Nc patches.
             predicted: int64 (Nt,), the target's patches to predict, packed; with the mlp predictor, the context's.
@@ -103,9 +103,13 @@ class IWM(nn.Module):
 
         """
         self._check(source, target, action, predicted, predicted_segments)
-        # In the target's last block only what is predicted goes on after the attention.
-        wanted = predicted_segments.image_of_token * self.encoder.patches + predicted
-        z_y = self._encode_target(target, Kept(wanted, predicted_segments))
+        sources = len(source) // len(target)
+        wanted = predicted_segments.image_of_token // sources * self.encoder.patches + predicted
+        if sources == 1:
+            # In the target's last block only what is predicted goes on after the attention.
+            z_y, index = self._encode_target(target, Kept(wanted, predicted_segments)), None
+        else:
+            z_y, index = self._encode_target(target), wanted  # most patches are asked for, many more than once
         z_x = self.encoder(source, context, context_segments)
         action = action.to(self.dtype)
         if isinstance(self.predictor, MlpPredictor):
@@ -117,12 +121,13 @@ class IWM(nn.Module):
         loss = kernels.stopgrad_l2(
             prediction,
             z_y,
+            index=index,
             normalize_target=self.config.normalize_target,
             reduction="sum",
             scale=loss_scale,
             eps=NORM_EPS,
         )
-        return IWMOutput(loss, predicted_segments.total, _spread(z_y))
+        return IWMOutput(loss, predicted_segments.total, _spread(z_y, index))
 
     def encode(self, images: Tensor, which: Literal["target", "context"] = "context") -> Tensor:
         """(B, L, D): all patches of uint8 (B, S, S, 3) through the context or the target encoder."""
@@ -162,8 +167,11 @@ class IWM(nn.Module):
         return encoder(images, kept=kept)
 
     def _check(self, source: Tensor, target: Tensor, action: Tensor, predicted: Tensor, segments: Segments) -> None:
-        if source.shape != target.shape:
-            raise ValueError(f"target is {tuple(target.shape)}; it must be source's shape, {tuple(source.shape)}")
+        if source.shape[1:] != target.shape[1:] or not len(target) or len(source) % len(target):
+            raise ValueError(
+                f"target is {tuple(target.shape)}; its images must be of source's shape, {tuple(source.shape)}, and "
+                "divide them in number"
+            )
         if action.shape != (len(source), self.action_dim):
             raise ValueError(f"action is {tuple(action.shape)}; it must be (B, A) = ({len(source)}, {self.action_dim})")
         if predicted.shape != (segments.total,) or len(segments.lengths) != len(source):
@@ -173,6 +181,8 @@ class IWM(nn.Module):
             )
 
 
-def _spread(features: Tensor) -> Tensor:
-    """At most 2048 of the rows."""
-    return features[:: max(1, -(-features.shape[0] // _RANK_ME_TOKENS))].clone()
+def _spread(features: Tensor, index: Tensor | None) -> Tensor:
+    """At most 2048 of the rows, or of the rows that `index` names."""
+    count = len(features) if index is None else len(index)
+    every = max(1, -(-count // _RANK_ME_TOKENS))
+    return features[::every].clone() if index is None else features.index_select(0, index[::every])

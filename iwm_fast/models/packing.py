@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Segments", "SortedSegments", "interleave", "invert", "take_rows"]
+__all__ = ["Segments", "SortedSegments", "interleave", "invert", "take_rows", "to_device"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +36,7 @@ class Segments:
         if host.ndim != 1 or (host < 0).any():
             raise ValueError(f"lengths must be one row of numbers of tokens, none negative; found shape {host.shape}")
         bounds = np.concatenate([np.zeros(1, np.int64), np.cumsum(host)])
-        return cls(tuple(host.tolist()), _to_device(bounds.astype(np.int32), device))
+        return cls(tuple(host.tolist()), to_device(bounds.astype(np.int32), device))
 
     @staticmethod
     def uniform(images: int, length: int, device: torch.device | str = "cpu") -> Segments:
@@ -85,8 +85,8 @@ class Segments:
         """The same images in ascending order of length."""
         image_order = np.argsort(np.asarray(self.lengths, dtype=np.int64), kind="stable")
         ordered = Segments.from_lengths(np.asarray(self.lengths, dtype=np.int64)[image_order], self.device)
-        order_device = _to_device(image_order, self.device)
-        shift = _to_device(self.starts[image_order] - ordered.starts, self.device)
+        order_device = to_device(image_order, self.device)
+        shift = to_device(self.starts[image_order] - ordered.starts, self.device)
         order = torch.arange(self.total, device=self.device) + shift[ordered.image_of_token]
         return SortedSegments(ordered, order_device, order, invert(order))
 
@@ -117,7 +117,8 @@ def _uniform(images: int, length: int, device: torch.device) -> Segments:
     return Segments.from_lengths((length,) * images, device)
 
 
-def _to_device(array: np.ndarray, device: torch.device | str) -> Tensor:
+def to_device(array: np.ndarray, device: torch.device | str) -> Tensor:
+    """A host array on the device; nothing waits for the copy."""
     tensor = torch.from_numpy(np.ascontiguousarray(array))
     if torch.device(device).type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
@@ -141,7 +142,7 @@ def interleave(parts: Sequence[Segments]) -> tuple[Segments, list[Tensor]]:
     before = np.cumsum(lengths, axis=0) - lengths  # (parts, B): tokens of the same image in earlier parts
     places = []
     for part, earlier in zip(parts, before, strict=True):
-        shift = _to_device(joined.starts + earlier - part.starts, part.device)
+        shift = to_device(joined.starts + earlier - part.starts, part.device)
         places.append(torch.arange(part.total, device=part.device) + shift[part.image_of_token])
     return joined, places
 

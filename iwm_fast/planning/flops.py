@@ -115,18 +115,20 @@ def step_flops(
     action_dim: int,
     context_lengths: Sequence[int] | np.ndarray,
     predicted_lengths: Sequence[int] | np.ndarray,
+    sources: int = 1,
 ) -> StepFlops:
-    """Operations of one step over the images whose token counts are given.
+    """Operations of one step over the sources whose token counts are given.
 
     Args:
         model: the networks.
         action_dim: A, components of an action.
-        context_lengths: (B,), visible patches of each source.
-        predicted_lengths: (B,), patches to predict of each target; not read for the mlp predictor, which answers for
-            the context's.
+        context_lengths: (B · K,), visible patches of each source.
+        predicted_lengths: (B · K,), patches that each source is asked for; not read for the mlp predictor, which
+            answers for the context's.
+        sources: K, of each target.
 
     Raises:
-        ValueError: the two do not have one entry an image each.
+        ValueError: the two do not have one entry a source each, or are no multiple of K.
 
     """
     context = np.asarray(context_lengths, dtype=np.int64)
@@ -135,8 +137,11 @@ def step_flops(
         raise ValueError(
             f"predicted_lengths has shape {predicted.shape}; it must be context_lengths' shape (B,) = {context.shape}"
         )
+    if len(context) % sources:
+        raise ValueError(f"context_lengths has {len(context)} entries; it must be a multiple of sources ({sources})")
     asked = context if model.predictor.kind == "mlp" else predicted
-    target = _encoder(model, np.full(len(context), model.grid**2, dtype=np.int64), int(asked.sum()))
+    whole = np.full(len(context) // sources, model.grid**2, dtype=np.int64)
+    target = _encoder(model, whole, int(asked.sum()) if sources == 1 else None)
     encoder = _encoder(model, context)
     if model.predictor.kind == "mlp":
         predictor = _mlp_predictor(model, action_dim, context)

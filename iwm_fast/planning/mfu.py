@@ -26,7 +26,7 @@ class StepCounter:
     """Adds up steps; ``take`` gives their medians and means and starts anew."""
 
     def __init__(self, config: Config, action_dim: int, device: torch.device) -> None:
-        self._model = config.model
+        self._model, self._sources = config.model, config.views.sources_per_target
         self._action_dim = action_dim
         self._peak = peak_flops(device)
         self._steps: list[float] = []
@@ -39,8 +39,8 @@ class StepCounter:
         return len(self._steps)
 
     def count(self, context: NDArray[np.int64], predicted: NDArray[np.int64]) -> None:
-        """Count a micro-batch's operations from the images' token counts, both (B,)."""
-        self._flops += step_flops(self._model, self._action_dim, context, predicted).total
+        """Count a micro-batch's operations from the sources' token counts, both (B · K,)."""
+        self._flops += step_flops(self._model, self._action_dim, context, predicted, self._sources).total
 
     def add(self, step_s: float, parts: dict[str, float]) -> None:
         """One step's seconds, whole and by part."""

@@ -53,7 +53,6 @@ ODD = {
     "black and white": encode(Image.fromarray(IMAGE).convert("1"), "PNG"),
     "webp": encode(IMAGE, "WEBP", lossless=True),
     "bmp": encode(IMAGE, "BMP"),
-    "turned jpeg": turned(IMAGE, 6),
     "turned png": turned(IMAGE, 5, "PNG"),
     "turned webp": turned(IMAGE, 8, "WEBP"),
     "rgb jpeg": encode(IMAGE, keep_rgb=True, subsampling=0),
@@ -68,6 +67,62 @@ def test_odd_files_are_handed_on_as_pillow_decodes_them(kind):
     assert encoded.lossless
     assert np.array_equal(pixels(encoded), decode_upright(ODD[kind], LIMIT))
     assert (encoded.width, encoded.height) == ((21, 33) if kind.startswith("turned") else (33, 21))
+
+
+def exif_block(*entries, order="<", first=8, end=b"\0\0\0\0"):
+    """An APP1 segment whose first directory has the given entries (tag, type, count, value)."""
+    mark = b"II*\0" if order == "<" else b"MM\0*"
+    fields = b"".join(
+        struct.pack(order + "HHI", *entry[:3]) + struct.pack(order + "HH", entry[3], 0) for entry in entries
+    )
+    tiff = mark + struct.pack(order + "I", first) + struct.pack(order + "H", len(entries)) + fields + end
+    body = b"Exif\0\0" + tiff
+    return b"\xff\xe1" + struct.pack(">H", len(body) + 2) + body
+
+
+def with_segments(*segments):
+    return JPEG[:2] + b"".join(segments) + JPEG[2:]
+
+
+@pytest.mark.parametrize("order", ["<", ">"], ids=["little endian", "big endian"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_orientation_of_a_jpeg_goes_with_its_own_bytes(orientation, order):
+    raw = with_segments(exif_block((0x010F, 2, 1, 65), (0x0112, 3, 1, orientation), order=order))
+    encoded = inspect(raw, LIMIT)
+    assert encoded.data.tobytes() == raw
+    assert (encoded.orientation, encoded.lossless) == (orientation, False)
+    assert (encoded.height, encoded.width) == decode_upright(raw, LIMIT).shape[:2]
+
+
+XMP = (
+    b'http://ns.adobe.com/xap/1.0/\0<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF '
+    b'xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><rdf:Description '
+    b'xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/></rdf:RDF></x:xmpmeta>'
+)
+TURNED = (0x0112, 3, 1, 6)
+UNUSUAL_EXIF = {
+    "orientation as a long": with_segments(exif_block((0x0112, 4, 1, 6))),
+    "two orientations": with_segments(exif_block(TURNED, (0x0112, 3, 1, 8))),
+    "two of one orientation": with_segments(exif_block(TURNED, (0x0112, 3, 2, 6))),
+    "two blocks": with_segments(exif_block(TURNED), exif_block((0x0112, 3, 1, 8))),
+    "cut off after the entries": with_segments(exif_block(TURNED, end=b"")),
+    "directory beyond the end": with_segments(exif_block(TURNED, first=900)),
+    "said by XMP": with_segments(b"\xff\xe1" + struct.pack(">H", len(XMP) + 2) + XMP),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+@pytest.mark.parametrize("kind", sorted(UNUSUAL_EXIF))
+def test_an_unusual_exif_block_is_left_to_pillow(kind):
+    """Unless Pillow finds no turn in it at all: then it is as if there were none."""
+    raw = UNUSUAL_EXIF[kind]
+    encoded, upright = inspect(raw, LIMIT), decode_upright(raw, LIMIT)
+    assert encoded.orientation == 1
+    assert (encoded.height, encoded.width) == upright.shape[:2]
+    if encoded.lossless:
+        assert np.array_equal(pixels(encoded), upright)
+    else:
+        assert np.array_equal(upright, decode_upright(JPEG, LIMIT))
 
 
 def png_chunk(kind, body=b""):

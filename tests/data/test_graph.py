@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 import reference_views as reference
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from made_images import encode, picture, turned
 
 from iwm_fast.actions import Geometry, Jitter, Views
 from iwm_fast.config.schema import ActionsConfig
 from iwm_fast.data import graph as graph_module
+from iwm_fast.data import pipeline as pipeline_module
 from iwm_fast.data.encoded import Encoded, decode_upright, inspect, reencode
 from iwm_fast.data.graph import BadRows, ViewGraph
 from iwm_fast.data.views import draw_views
@@ -37,14 +40,15 @@ def encoded(files):
     return [inspect(raw, NO_LIMIT) for raw in files]
 
 
-@pytest.fixture(scope="module")
-def graph():
-    return ViewGraph(SIZE, COUNT, "cpu", 1, geometric=False)
+@pytest.fixture(scope="module", params=[False, True], ids=["ours", "dali"])
+def graph(request):
+    """With the CPU's own operators, and with DALI's alone, which a GPU runs."""
+    return ViewGraph(SIZE, COUNT, "cpu", 1, geometric=False, dali_only=request.param)
 
 
-@pytest.fixture(scope="module")
-def geometric_graph():
-    return ViewGraph(SIZE, COUNT, "cpu", 1, geometric=True)
+@pytest.fixture(scope="module", params=[False, True], ids=["ours", "dali"])
+def geometric_graph(request):
+    return ViewGraph(SIZE, COUNT, "cpu", 1, geometric=True, dali_only=request.param)
 
 
 def sizes(encoded):
@@ -140,6 +144,51 @@ def test_the_base_is_the_crop_of_pillows_upright_image(graph, encoded, files):
         assert reference.error(expected, rendered.base[row].numpy()) <= BASE
 
 
+def parameters(encoded, seed, widest):
+    """Parameters that no configuration bounds: any box of a pixel or more, any factor up to 3, any angle, threshold."""
+    rng = np.random.default_rng(seed)
+    count, size = len(encoded), sizes(encoded)
+
+    def jitter():
+        factors = [rng.uniform(0, 3, count) for _ in range(3)]
+        return Jitter(*(value.astype(np.float32) for value in (*factors, rng.uniform(-180, 180, count))))
+
+    def geometry(turns):
+        box = np.maximum(1, (size * rng.uniform(0, widest, (count, 2))).astype(np.int64))
+        corner = (rng.uniform(0, 1, (count, 2)) * (size - box + 1)).astype(np.int64)
+        flip = rng.uniform(size=count) < 0.5
+        return Geometry(np.concatenate([corner, box], axis=1), flip, rng.integers(0, turns, count))
+
+    return Views(
+        size=size,
+        target_geometry=geometry(1),
+        source_geometry=geometry(4),
+        target=jitter(),
+        source=jitter(),
+        grayscale=rng.uniform(size=count) < 0.3,
+        blur_sigma=np.where(rng.uniform(size=count) < 0.5, rng.uniform(0.01, 7, count), 0).astype(np.float32),
+        solarize_threshold=rng.integers(0, 257, count),
+        shared_geometry=False,
+    )
+
+
+@settings(max_examples=12)
+@given(seed=st.integers(0, 2**32 - 1), widest=st.sampled_from([0.05, 0.4, 1.0]))
+def test_whatever_the_parameters_they_recreate_the_views(geometric_graph, encoded, files, seed, widest):
+    """Each base from Pillow's upright image, each view from its base.
+
+    A level on the other side of a half may lie on the other side of the solarize's threshold: ten times what else is
+    left of the error.
+    """
+    views = parameters(encoded, seed, widest)
+    rendered = geometric_graph.run(encoded, views)
+    assert_recreated(rendered, views, tolerance=10 * EXACT)
+    for row, raw in enumerate(files):
+        upright = decode_upright(raw, NO_LIMIT)
+        for geometry, base in ((views.target_geometry, rendered.base), (views.source_geometry, rendered.source_base)):
+            assert reference.error(reference.place(upright, geometry, row, SIZE), base[row].numpy()) <= BASE
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 def test_crops_are_in_coordinates_of_the_upright_image(kind, orientation):
@@ -153,6 +202,27 @@ def test_crops_are_in_coordinates_of_the_upright_image(kind, orientation):
     views = Views.neutral(sizes([one]), crop)
     base = ViewGraph(SIZE, 1, "cpu", 1, geometric=False).run([one], views).base[0].numpy()
     assert reference.error(reference.resize(upright[5:45, 3:33], SIZE), base) <= BASE
+
+
+def test_all_eight_orientations_are_placed_in_the_stored_image(geometric_graph, graph):
+    """No detour through Pillow: crops, flips and quarter turns of turned JPEGs against its upright RGB."""
+    files = [turned(picture(90 + 7 * n, 70 + 5 * n, n), 1 + n % 8) for n in range(COUNT)]
+    encoded = [inspect(raw, NO_LIMIT) for raw in files]
+    assert [one.orientation for one in encoded] == [1 + n % 8 for n in range(COUNT)]
+    assert not any(one.lossless for one in encoded)
+    for seed in range(3):
+        ids = np.arange(COUNT) + 100 * seed
+        config = ActionsConfig(groups=("photometric", "geometric"), **NEUTRAL)
+        views = draw_views(config, 5, ids * 0, ids, sizes(encoded))
+        rendered = geometric_graph.run(encoded, views)
+        plain = graph.run(encoded, replace(views, source_geometry=views.target_geometry, shared_geometry=True))
+        for row, raw in enumerate(files):
+            upright = decode_upright(raw, NO_LIMIT)
+            target = reference.place(upright, views.target_geometry, row, SIZE)
+            source = reference.place(upright, views.source_geometry, row, SIZE)
+            assert reference.error(target, plain.base[row].numpy()) <= BASE
+            assert reference.error(target, rendered.base[row].numpy()) <= BASE
+            assert reference.error(source, rendered.source_base[row].numpy()) <= BASE
 
 
 def test_neutral_samples_are_bit_equal_to_the_base(graph, encoded):
@@ -174,11 +244,31 @@ def test_views_do_not_depend_on_the_batch_or_on_threads(graph, encoded):
     whole = graph.run(encoded, views)
     assert whole.source.dtype == torch.uint8
     assert whole.source.shape == (COUNT, SIZE, SIZE, 3)
-    other = ViewGraph(SIZE, 5, "cpu", 2, geometric=False)
+    other = ViewGraph(SIZE, 5, "cpu", 2, geometric=False, dali_only=graph.dali_only)
     for rows in np.array_split(np.arange(COUNT), 3):
         part = other.run([encoded[row] for row in rows], views.take(rows))
         assert torch.equal(part.source, whole.source[rows])
         assert torch.equal(part.target, whole.target[rows])
+
+
+@pytest.mark.parametrize("geometric", [False, True], ids=["one geometry", "own geometries"])
+@pytest.mark.parametrize("dali_only", [False, True], ids=["ours", "dali"])
+def test_several_sources_of_one_decoded_image_are_those_made_alone(encoded, geometric, dali_only):
+    groups = ("photometric", "geometric") if geometric else ("photometric",)
+    ids = np.arange(COUNT)
+    views = draw_views(ActionsConfig(groups=groups, **ALL), 5, ids * 0, ids, sizes(encoded), sources=3)
+    options = {"geometric": geometric, "dali_only": dali_only}
+    together = ViewGraph(SIZE, COUNT, "cpu", 1, sources=3, **options).run(encoded, views)
+    assert together.source.shape == (3 * COUNT, SIZE, SIZE, 3)
+    alone = ViewGraph(SIZE, COUNT, "cpu", 1, **options)
+    for k in range(3):
+        own = alone.run(encoded, views.take(np.arange(k, 3 * COUNT, 3)))
+        assert torch.equal(own.target, together.target)
+        # The decoded region is wider for three crops than for one, so chroma at the edges of a crop may differ.
+        pairs = [(own.source, together.source[k::3])]
+        pairs += [(own.source_base, together.source_base[k::3])] if geometric else []
+        for one, other in pairs:
+            assert (one.float() - other.float()).abs().mean() <= (BASE if geometric else 0)
 
 
 def test_batches_come_back_in_the_order_submitted(graph, encoded):
@@ -248,8 +338,20 @@ def test_batches_of_a_wrong_size_are_refused(graph, encoded):
     views = draw(encoded)
     with pytest.raises(ValueError, match="1 to 12"):
         graph.submit([], views.take(np.arange(0)))
-    with pytest.raises(ValueError, match="must be equal"):
+    with pytest.raises(ValueError, match="3 files and 12 views"):
         graph.submit(encoded[:3], views)
+
+
+@pytest.mark.parametrize("geometric", [False, True], ids=["one geometry", "own geometries"])
+def test_the_definition_for_a_gpu_is_one_that_dali_takes(geometric):
+    """No GPU runs here, but DALI checks every operator's name, place and arguments when it reads the definition."""
+    definition = pipeline_module._views(
+        SIZE, "gpu", geometric, ("source0", "source1"), None, 0.5, batch_size=4, num_threads=1, device_id=None
+    )
+    serialized = definition.serialize()
+    assert b"hw_decoder_load" in serialized
+    assert b"ColorTwist" in serialized
+    assert b"PythonFunction" not in serialized
 
 
 def test_an_unknown_device_is_refused():
@@ -274,6 +376,34 @@ def test_emitted_parameters_recreate_the_views_of_photographs(component):
         encoded = [inspect(path.read_bytes(), NO_LIMIT) for path in paths[first : first + 32]]
         views = draw(encoded, **changes)
         assert_recreated(graph.run(encoded, views), views, tolerance=2.0)
+
+
+GEOMETRIC = {
+    "crop": {"flip_probability": 0.0, "rotation_probability": 0.0},
+    "flip": {"flip_probability": 0.5, "rotation_probability": 0.0, "crop_scale": (1.0, 1.0)},
+    "rotation": {"flip_probability": 0.0, "rotation_probability": 1.0, "crop_scale": (1.0, 1.0)},
+    "all": ALL,
+}
+
+
+@pytest.mark.skipif(not photos(), reason="no photographs: IWM_TEST_PHOTOS names no folder with JPEGs")
+@pytest.mark.parametrize("component", GEOMETRIC)
+def test_emitted_geometry_recreates_the_views_of_photographs(component):
+    """The same for where a view lies: from Pillow's upright image to both views, at most 2 / 255."""
+    changes = GEOMETRIC[component] if component == "all" else NEUTRAL | GEOMETRIC[component]
+    graph = ViewGraph(96, 32, "cpu", 1, geometric=True)
+    paths = photos()
+    for first in range(0, len(paths), 32):
+        encoded = [inspect(path.read_bytes(), NO_LIMIT) for path in paths[first : first + 32]]
+        views = draw(encoded, groups=("photometric", "geometric"), **changes)
+        rendered = graph.run(encoded, views)
+        assert_recreated(rendered, views, tolerance=2.0)
+        for row, path in enumerate(paths[first : first + 32]):
+            upright = decode_upright(path.read_bytes(), NO_LIMIT)
+            target = reference.place(upright, views.target_geometry, row, 96)
+            source = reference.place(upright, views.source_geometry, row, 96)
+            assert reference.error(target, rendered.base[row].numpy()) <= 2.0
+            assert reference.error(source, rendered.source_base[row].numpy()) <= 2.0
 
 
 def test_jitter_reference_and_views_agree_on_neutral():

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import gc
 import itertools
 import json
+import resource
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from made_images import broken_tables, encode, picture, write_images
+from made_images import broken_tables, encode, picture, turned, write_images
 from small_run import small_config
 
 from iwm_fast.actions import ActionSpace
@@ -60,12 +63,13 @@ def take(root, count, **options):
 def rows_of(batch):
     context = np.split(batch.patches.context, np.cumsum(batch.patches.context_lengths)[:-1])
     target = np.split(batch.patches.target, np.cumsum(batch.patches.target_lengths)[:-1])
-    for row in range(len(batch)):
+    sources = len(batch.source) // len(batch)
+    for row in range(len(batch.source)):
         yield {
-            "id": int(batch.ids[row]),
-            "epoch": int(batch.epochs[row]),
+            "id": int(batch.ids[row // sources]),
+            "epoch": int(batch.epochs[row // sources]),
             "source": batch.source[row].numpy().tobytes(),
-            "target": batch.target[row].numpy().tobytes(),
+            "target": batch.target[row // sources].numpy().tobytes(),
             "action": batch.action[row].numpy().tobytes(),
             "context": context[row].tolist(),
             "predicted": target[row].tolist(),
@@ -96,6 +100,22 @@ def test_positions_follow_the_permutation_of_each_epoch_and_none_is_dropped(refe
 )
 def test_content_does_not_depend_on_how_the_batch_is_divided(folder, reference_rows, options):
     assert take(folder, BATCHES, **options) == reference_rows
+
+
+@pytest.mark.parametrize("options", [{}, {"world": 2, "train__micro_batch": 2}], ids=["alone", "2 ranks in pairs"])
+def test_sources_side_by_side_begin_with_the_only_one(folder, reference_rows, options):
+    """Two sources of one target: the first is the one that a run with one source sees, in pixels, action and masks."""
+    rows = take(folder, BATCHES, views__sources_per_target=2, **options)
+    firsts, seconds = rows[::2], rows[1::2]
+    for mine, second, alone in zip(firsts, seconds, reference_rows, strict=True):
+        for key in ("id", "epoch", "source", "target", "action", "context", "predicted"):
+            assert mine[key] == alone[key]
+        assert (second["target"], second["id"]) == (mine["target"], mine["id"])
+        assert (second["source"], second["context"]) != (mine["source"], mine["context"])
+    for first in range(0, len(rows), 16):
+        batch = rows[first : first + 16]
+        tokens = sum(len(row["context"]) for row in batch), sum(len(row["predicted"]) for row in batch)
+        assert {row["global"] for row in batch} == {tokens}
 
 
 def test_a_stream_goes_on_from_any_position(folder, reference_rows):
@@ -221,6 +241,14 @@ def test_a_header_is_looked_at_once(folder, monkeypatch, kept):
     assert len(looked) == FILES
 
 
+def test_the_orientation_is_remembered_with_the_header(tmp_path, monkeypatch):
+    monkeypatch.setattr(samples_module, "KEPT_BYTES", 0)
+    (tmp_path / "a.jpg").write_bytes(turned(picture(40, 30), 6))
+    store = FileStore(list_images(tmp_path), 10**7)
+    seen = [(one.width, one.height, one.orientation, one.lossless) for one in (store.get(0), store.get(0))]
+    assert seen == [(30, 40, 6, False)] * 2
+
+
 def test_a_file_that_changed_is_looked_at_again(tmp_path, monkeypatch):
     monkeypatch.setattr(samples_module, "KEPT_BYTES", 0)
     paths = write_images(tmp_path, 1)
@@ -228,6 +256,23 @@ def test_a_file_that_changed_is_looked_at_again(tmp_path, monkeypatch):
     assert store.get(0).width == 40
     paths[0].write_bytes(encode(picture(90, 60)))
     assert store.get(0).width == 90
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from Linux's /proc")
+def test_memory_does_not_grow_over_fifty_epochs_of_a_small_set(folder):
+    """Keeping what an epoch hands out, 22 pairs of 12 kB views, would show as 26 MB."""
+
+    def resident():
+        gc.collect()
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    with stream_of(folder, train__global_batch=FILES, model__image=64) as stream:
+        for _ in range(15):
+            next(stream)
+        before = resident()
+        for _ in range(50):
+            next(stream)
+        assert resident() - before < 8 * 2**20
 
 
 def test_closing_ends_the_thread_and_the_stream(folder):

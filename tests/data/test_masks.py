@@ -191,6 +191,22 @@ def test_totals_are_the_lengths_of_what_is_drawn(exclude):
     assert sampler.totals(epoch, sample) == (len(sets.context), len(sets.target))
 
 
+def test_every_source_of_a_sample_has_masks_of_its_own():
+    """The first as if it were alone; rows of a sample side by side; no redraw reaches into another's draws."""
+    config = MasksConfig(min_context=14)
+    epoch, sample = np.zeros(300, np.int64), np.arange(300)
+    alone = MaskSampler(config, 6, 0).draw(epoch, sample)
+    sampler = MaskSampler(config, 6, 0, sources=3)
+    sets = sampler.draw(epoch, sample)
+    assert len(sets) == 900
+    assert sampler.totals(epoch, sample) == (len(sets.context), len(sets.target))
+    context = np.split(sets.context, np.cumsum(sets.context_lengths)[:-1])
+    expected = np.split(alone.context, np.cumsum(alone.context_lengths)[:-1])
+    assert all(np.array_equal(context[3 * row], expected[row]) for row in range(300))
+    distinct = {row for row in range(300) if len({tuple(c.tolist()) for c in context[3 * row : 3 * row + 3]}) == 3}
+    assert len(distinct) > 280
+
+
 def test_too_small_contexts_are_drawn_again_before_the_fallback(monkeypatch):
     """Redrawing touches the rows that failed and no other, and the fallback alone would be right as well."""
     sampler = MaskSampler(MasksConfig(min_context=14), 6, 0)

@@ -24,10 +24,11 @@ def folder(tmp_path_factory):
     return root
 
 
-def preview(folder, out, groups, seed=0):
+def preview(folder, out, groups, seed=0, sources=1):
     config = small_config(
         folder,
         actions__groups=groups,
+        views__sources_per_target=sources,
         actions__grayscale_probability=0.4,
         actions__blur_probability=0.4,
         actions__solarize_probability=0.4,
@@ -101,6 +102,21 @@ def test_keys_and_neutral_values_are_as_documented(folder, tmp_path):
     kept = [one["source"] for one in params if one["source"]["solarize_threshold"] is None]
     assert kept
     assert {one["blur_sigma"] for one in (p["source"] for p in params)} > {0.0}
+
+
+def test_more_sources_are_shown_and_described_as_the_first_is(folder, tmp_path):
+    groups = ["photometric", "geometric"]
+    _, alone = preview(folder, tmp_path / "one", groups)
+    _, params = preview(folder, tmp_path / "three", groups, sources=3)
+    assert [one | {"more_sources": other["more_sources"]} for one, other in zip(alone, params, strict=True)] == params
+    for number, one in enumerate(params[:4]):
+        assert len(one["more_sources"]) == 2
+        for k, more in enumerate(one["more_sources"], start=1):
+            source_base = load(tmp_path / "three", number, f"source_base_{k}")
+            assert reference.error(placed(one, more["source_geometry"]), source_base) <= 0.5
+            source = load(tmp_path / "three", number, f"source_{k}")
+            assert reference.error(again(source_base, more["source"]), source) <= 0.02
+            assert more["action"] != one["action"]
 
 
 def test_the_seed_chooses_images_and_parameters(folder, tmp_path):

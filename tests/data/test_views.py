@@ -67,6 +67,27 @@ def test_views_do_not_depend_on_the_batch(seed, samples, data):
     np.testing.assert_array_equal(columns(draw_views(GEOMETRIC, seed, epoch[-1:], sample[-1:], size[-1:])), whole[-1:])
 
 
+@pytest.mark.parametrize("config", [ActionsConfig(), GEOMETRIC], ids=["photometric", "geometric"])
+def test_every_source_of_a_sample_is_drawn_by_itself_for_one_target(config):
+    """The first as if it were alone, the third whether or not a fourth follows; rows of a sample side by side."""
+    ids = np.arange(40)
+    size = np.tile([120, 90], (40, 1))
+    one, three, four = (columns(draw_views(config, 3, ids * 0, ids, size, sources=k)) for k in (1, 3, 4))
+    np.testing.assert_array_equal(three[::3], one)
+    np.testing.assert_array_equal(four.reshape(40, 4, -1)[:, :3].reshape(120, -1), three)
+    views = draw_views(config, 3, ids * 0, ids, size, sources=3)
+    assert views.shared_geometry == (config is not GEOMETRIC)
+    for part in (views.target_geometry.crop, views.target_geometry.flip, views.target.hue):
+        for k in (1, 2):
+            np.testing.assert_array_equal(part[k::3], part[::3])
+    hues = views.source.hue.reshape(40, 3)
+    assert len({tuple(row) for row in hues.T}) == 3
+    assert (hues[:, 1] != hues[:, 2]).sum() > 30
+    if config is GEOMETRIC:
+        crops = views.source_geometry.crop.reshape(40, 3, 4)
+        assert (crops[:, 0] != crops[:, 1]).any(axis=1).all()
+
+
 @given(
     st.integers(0, 2**64 - 1),
     sizes,

@@ -42,6 +42,14 @@ def test_accumulation_does_not_change_losses_or_gradients(tiny_images, tmp_path,
         assert [r[key] for r in parts] == pytest.approx([r[key] for r in whole], rel=1e-4)
 
 
+def test_several_sources_train_alike_however_the_batch_is_divided(tiny_images, tmp_path):
+    several = {"train__steps": 4, "views__sources_per_target": 3}
+    pretrain(small_config(tiny_images, **several), tmp_path / "whole")
+    pretrain(small_config(tiny_images, train__micro_batch=2, **several), tmp_path / "parts")
+    assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
+    assert len(set(losses(tmp_path / "whole"))) == 4
+
+
 def test_a_checkpoint_of_one_stage_resumes_as_another(tiny_images, tmp_path):
     pretrain(small_config(tiny_images), tmp_path / "straight")
     for first, then in ((0, 3), (3, 2), (1, 0)):

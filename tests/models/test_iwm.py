@@ -232,13 +232,33 @@ def test_each_gathering_module_owns_what_it_hands_to_a_kernel() -> None:
     torch.testing.assert_close(model(*arguments).loss, expected)
 
 
+@pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS.keys())
+def test_several_sources_of_a_target_are_as_many_pairs(plain: SimpleNamespace, config: ModelConfig) -> None:
+    """Four images of which the second pair of targets is the first's: as two targets, loss and gradients stay."""
+    model = plain.exact_model(config, ACTIONS)
+    batch = plain.draw_batch(config, ACTIONS, [5, 1, 0, 6], [2, 4, 3, 2])
+    source, target, *rest = batch.arguments()
+    pairs = target[[0, 0, 2, 2]]
+    apart = model(source, pairs, *rest)
+    expected = torch.autograd.grad(apart.loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
+    together = model(source, pairs[[0, 2]], *rest)
+    found = torch.autograd.grad(together.loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
+    torch.testing.assert_close(together.loss, apart.loss, rtol=1e-12, atol=0)
+    torch.testing.assert_close(together.target_features, apart.target_features, rtol=1e-10, atol=1e-12)
+    assert together.tokens == apart.tokens
+    for one, other in zip(found, expected, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+
+
 def test_wrong_arguments_say_what_is_wrong(plain: SimpleNamespace) -> None:
     config = configure()
     model = plain.exact_model(config, ACTIONS)
     batch = plain.draw_batch(config, ACTIONS, [2, 2], [2, 2])
     source, target, action, context, contexts, predicted, asked = batch.arguments()
     with pytest.raises(ValueError, match="target is"):
-        model(source, target[:1], action, context, contexts, predicted, asked)
+        model(source, target[[0, 1, 0]], action, context, contexts, predicted, asked)
     with pytest.raises(ValueError, match="action is"):
         model(source, target, action[:, :2], context, contexts, predicted, asked)
     with pytest.raises(ValueError, match="predicted_segments are of 2 images"):

@@ -58,6 +58,25 @@ def test_equals_what_torch_counts(kind: str, conditioning: str) -> None:
     assert counter.get_total_flops() == ours.total
 
 
+@pytest.mark.parametrize(("kind", "conditioning"), [("vit", "feature"), ("mlp", "block")])
+def test_a_target_of_several_sources_is_counted_once(kind: str, conditioning: str) -> None:
+    config = configure(kind, conditioning)
+    model = IWM(config, ACTIONS)
+    seen = [4, 2, 4, 3]
+    asked = seen if kind == "mlp" else [3, 5, 1, 4]
+    rows = [torch.cat([torch.arange(n) for n in counts]) for counts in (seen, asked)]
+    segments = [Segments.from_lengths(counts) for counts in (seen, asked)]
+    images = torch.zeros(4, 12, 12, 3, dtype=torch.uint8)
+    ours = step_flops(config, ACTIONS, seen, asked, sources=2)
+    counter = FlopCounterMode(display=False)
+    with sdpa_kernel(SDPBackend.MATH), counter:
+        model(images, images[:2], torch.ones(4, ACTIONS), rows[0], segments[0], rows[1], segments[1])
+    assert sum(counter.get_flop_counts()["IWM.target_encoder"].values()) == ours.target_forward
+    assert counter.get_total_flops() == ours.target_forward + ours.context_forward + ours.predictor_forward
+    with pytest.raises(ValueError, match="multiple of sources"):
+        step_flops(config, ACTIONS, seen, asked, sources=3)
+
+
 def test_by_hand() -> None:
     """One image of 9 patches, 4 seen and 2 asked for; widths 16 and 12, one block each."""
     config = ModelConfig(

@@ -55,6 +55,7 @@ def test_the_command_answers_a_person_and_a_program(tmp_path, capsys):
         (["--nodes", "3"], "train.global_batch is 2048, which 24 ranks cannot share"),
         (["--results", "{folder}"], "not JSON"),
         (["model.depth=3"], "model.depth"),
+        (["views.sources_per_target=2"], "a plan is of one source a target"),
     ],
 )
 def test_a_mistake_is_one_line(arguments, words, tmp_path, capsys):

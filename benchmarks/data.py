@@ -1,0 +1,285 @@
+"""Images a second of the input path, of a core and of all cores, against torchvision and Pillow; and where time goes.
+
+    python -m benchmarks.data --json FILE [--root FOLDER] [--repeats 7] [--batches 6] [--batch 64] [--device cpu|gpu]
+
+Every contender makes the same two views of the same files with the same parameters; ours also checks each file's
+header, draws parameters and masks, and encodes actions. They take turns, repeat by repeat, in one run. Of a core: the
+process is held on one core, one thread each, and CPU seconds count, which other work on the machine moves little (wall
+seconds are kept too). Of all cores: DALI's threads against as many workers of PyTorch's DataLoader, by the clock. A
+folder of fewer images than are asked for is gone through several times, each time as if the files had not been seen.
+Without a folder 500 × 375 JPEGs are made. Every contender's pictures are compared before any is timed.
+`benchmarks.draw_data` draws the file that this writes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from benchmarks.contenders import Skipped
+from benchmarks.data_stages import stages
+from benchmarks.timing import spread
+from benchmarks.view_contenders import Render, batches, pillow_views, torchvision_functions, torchvision_views
+from iwm_fast.actions import ActionSpace, Views
+from iwm_fast.config import ActionsConfig, Config, DataConfig, ModelConfig, TrainConfig
+from iwm_fast.config.cores import usable_cores
+from iwm_fast.data.files import list_images
+from iwm_fast.data.loader import SampleOrder, TrainingStream
+from iwm_fast.data.sources.kinds import is_image
+from iwm_fast.data.views import draw_views
+from iwm_fast.planning.environment import environment, installed_version
+
+__all__ = ["SCHEMA", "Job", "measure"]
+
+SCHEMA = "iwm-fast-data/1"
+OURS, PILLOW, TORCHVISION = "iwm-fast", "pillow", "torchvision"
+# Batches that do not count, before the timed ones: as many as are prepared ahead.
+_WARM_UP = 4
+# Mean absolute difference in levels, of 255: Pillow blurs with boxes, and where torchvision has another formula only
+# views without it are compared.
+_WRONG = 2.0
+_CHECKED = 48
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every contender does: `count` timed batches of `batch` images, at `size` pixels a side.
+
+    root: a folder with as many files as a repeat needs, nothing else. sizes: int64 (files, 2), their widths and heights
+    in the order of the files' names.
+    """
+
+    root: Path
+    sizes: np.ndarray
+    size: int = 224
+    batch: int = 64
+    count: int = 6
+    device: str = "cpu"
+    seed: int = 0
+
+    @classmethod
+    def of(
+        cls, given: Path, root: Path, *, size: int = 224, batch: int = 64, count: int = 6, device: str = "cpu"
+    ) -> Job:
+        """Fill the empty folder `root` with links to the images of the folder `given`, each as often as it takes."""
+        files = sorted(file for file in given.iterdir() if is_image(file.name))
+        images, sizes = batch * (_WARM_UP + count), []
+        for number in range(images):
+            file = files[number % len(files)]
+            (root / f"{number:06d}{file.suffix}").symlink_to(file.absolute())
+            with Image.open(file) as image:
+                sizes.append(image.size)
+        return cls(root, np.array(sizes, np.int64), size, batch, count, device)
+
+    @property
+    def images(self) -> int:
+        """Images of one repeat, those that do not count included."""
+        return self.batch * (_WARM_UP + self.count)
+
+    def config(self, threads: int) -> Config:
+        """Ours."""
+        return Config(
+            model=ModelConfig(image=self.size),
+            data=DataConfig(device=self.device, threads=threads),
+            train=TrainConfig(seed=self.seed, global_batch=self.batch),
+        )
+
+    def drawn(self, repeat: int) -> tuple[list[Path], Views]:
+        """What `TrainingStream` makes in a repeat: files in its order, and their parameters."""
+        paths = sorted(self.root.iterdir())
+        ids, epochs = SampleOrder(self.seed, len(paths))(repeat * self.images, (repeat + 1) * self.images)
+        views = draw_views(ActionsConfig(), self.seed, epochs, ids, self.sizes[ids])
+        return [paths[i] for i in ids.tolist()], views
+
+
+def _ours(job: Job, repeat: int, threads: int) -> contextlib.AbstractContextManager[Iterator[Any]]:
+    config = job.config(threads)
+    return TrainingStream(config, list_images(job.root), ActionSpace(), start=repeat * job.images)
+
+
+def _other(render: Render, job: Job, repeat: int, workers: int) -> contextlib.AbstractContextManager[Iterator[Any]]:
+    return contextlib.nullcontext(batches(render, *job.drawn(repeat), job.size, job.batch, workers))
+
+
+def _contenders(say: Callable[[str], object]) -> dict[str, Render | None]:
+    """By name; None is ours."""
+    found: dict[str, Render | None] = {OURS: None, PILLOW: pillow_views}
+    try:
+        torchvision_functions()
+        found[TORCHVISION] = torchvision_views
+    except Skipped as reason:
+        say(f"torchvision: skipped: {reason}")
+    return found
+
+
+def _timed(job: Job, render: Render | None, repeat: int, cores: int) -> tuple[float, float]:
+    """Seconds by the clock and CPU seconds of this process for the timed batches."""
+    made = _ours(job, repeat, cores) if render is None else _other(render, job, repeat, cores if cores > 1 else 0)
+    with made as stream:
+        for _ in range(_WARM_UP):
+            next(stream)
+        wall, cpu = time.perf_counter(), time.process_time()
+        for _ in range(job.count):
+            batch = next(stream)
+        if job.device == "gpu" and render is None:
+            torch.cuda.synchronize(batch.source.device)
+        return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def errors(job: Job, contenders: dict[str, Render | None]) -> dict[str, float]:
+    """Mean absolute difference in levels between each contender's views and ours, on the first images of a repeat."""
+    paths, views = job.drawn(0)
+    with _ours(job, 0, 1) as stream:
+        batch = next(iter(stream))
+    count = min(_CHECKED, job.batch)
+    ours = [
+        [tensor[row].cpu().numpy().astype(float) for tensor in (batch.source, batch.target)] for row in range(count)
+    ]
+    found = {}
+    for name, render in contenders.items():
+        if render is None:
+            continue
+        differences = []
+        for row in range(count):
+            pair = render(paths[row], views, row, job.size)
+            jittered = (views.source.hue[row] != 0, views.target.hue[row] != 0)
+            for mine, other, other_formula in zip(ours[row], pair, jittered, strict=True):
+                if name != TORCHVISION or not other_formula:
+                    differences.append(float(np.abs(mine - other).mean()))
+        found[name] = float(np.mean(differences))
+    return found
+
+
+@contextlib.contextmanager
+def held(cores: set[int]) -> Iterator[None]:
+    """Keep the process, and what it starts, on these cores."""
+    before, threads = os.sched_getaffinity(0), torch.get_num_threads()
+    os.sched_setaffinity(0, cores)
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+        torch.set_num_threads(threads)
+
+
+def measure(job: Job, repeats: int, say: Callable[[str], object]) -> dict[str, Any]:
+    """Rows, ratios and stages of the document that is written. RuntimeError where a contender's views are wrong."""
+    contenders = _contenders(say)
+    wrong = errors(job, contenders)
+    say("difference from ours in levels: " + ", ".join(f"{name} {value:.2f}" for name, value in wrong.items()))
+    if wrong and max(wrong.values()) > _WRONG:
+        raise RuntimeError(f"the contenders do not make the same views: {wrong}; nothing was timed")
+    every = sorted(os.sched_getaffinity(0))
+    rows = []
+    for cores in dict.fromkeys((1, len(every))):
+        taken: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
+        with held(set(every[:cores])):
+            for repeat in range(repeats):
+                for name, render in contenders.items():
+                    taken[name].append(_timed(job, render, repeat, cores))
+        for name, pairs in taken.items():
+            rows.append(_row(job, name, cores, pairs))
+            say(_line(rows[-1]))
+    ratios = [_ratio(ours, row) for ours in rows for row in rows if _comparable(ours, row)]
+    for ratio in ratios:
+        spreads = f"{ratio['p50']:.2f} × ({ratio['p20']:.2f} – {ratio['p80']:.2f})"
+        say(f"{ratio['against']:12} {ratio['cores']} core(s): {spreads}")
+    with held(set(every[:1])):
+        costs = stages(job, repeats)
+    for cost in costs:
+        say(f"  {cost['stage']:32} {1e3 * cost['p50']:7.3f} ms")
+    return {
+        "schema": SCHEMA,
+        "job": {"images": job.batch * job.count, "batch": job.batch, "size": job.size, "device": job.device},
+        "versions": {"torchvision": installed_version("torchvision"), "pillow": installed_version("pillow")},
+        "load": os.getloadavg(),
+        "errors": wrong,
+        "rows": rows,
+        "ratios": ratios,
+        "stages": costs,
+    }
+
+
+def _row(job: Job, name: str, cores: int, pairs: list[tuple[float, float]]) -> dict[str, Any]:
+    """cpu_seconds are of one process only, so they count where one core does all."""
+    images = job.batch * job.count
+    seconds, cpu = zip(*pairs, strict=True)
+    by = "cpu" if cores == 1 and job.device == "cpu" else "clock"
+    rates = [images / taken for taken in (cpu if by == "cpu" else seconds)]
+    row = {"contender": name, "source": "folder", "cores": cores, "by": by}
+    return row | {"seconds": seconds, "cpu_seconds": cpu, "images_per_s": rates, **spread(rates)}
+
+
+def _comparable(ours: dict[str, Any], row: dict[str, Any]) -> bool:
+    return ours["contender"] == OURS != row["contender"] and ours["cores"] == row["cores"]
+
+
+def _ratio(ours: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
+    """Of the repeats side by side."""
+    ratios = [mine / other for mine, other in zip(ours["images_per_s"], row["images_per_s"], strict=True)]
+    return {"against": row["contender"], "cores": row["cores"], "by": row["by"], **spread(ratios)}
+
+
+def _line(row: dict[str, Any]) -> str:
+    return (
+        f"{row['contender']:12} {row['cores']} core(s) {row['p50']:7.1f} images/s "
+        f"({row['p20']:.1f} – {row['p80']:.1f}) by {row['by']}"
+    )
+
+
+def _made(folder: Path, count: int = 64) -> None:
+    """500 × 375 JPEGs of quality 90: smooth colours, edges and grain."""
+    random = np.random.default_rng(0)
+    y, x = np.mgrid[0:375, 0:500] / 500
+    for number in range(count):
+        angles, rates = random.uniform(0, 6, 3), random.uniform(5, 40, 3)
+        waves = [np.sin(r * (x * np.cos(a) + y * np.sin(a)) + a) for a, r in zip(angles, rates, strict=True)]
+        image = 127 + 90 * np.stack(waves, axis=2) + random.normal(0, 8, (375, 500, 3))
+        left, top = random.integers(0, 250, 2)
+        image[top : top + 120, left : left + 160] = random.uniform(0, 255, 3)
+        Image.fromarray(np.clip(image, 0, 255).astype(np.uint8)).save(folder / f"{number:03d}.jpg", quality=90)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--root", type=Path, help="folder of upright RGB images; default: made on the spot")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--batches", type=int, default=6, help="timed batches of a repeat")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--device", choices=["cpu", "gpu"], default="gpu" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as made, tempfile.TemporaryDirectory() as root:
+        if args.root is None:
+            _made(Path(made))
+        job = Job.of(
+            args.root or Path(made),
+            Path(root),
+            size=args.size,
+            batch=args.batch,
+            count=args.batches,
+            device=args.device,
+        )
+        print(f"{usable_cores()} cores, load {os.getloadavg()[0]:.1f}")
+        document = measure(job, args.repeats, print)
+    document |= {"images_from": "made" if args.root is None else "given", "environment": environment()}
+    args.json.write_text(json.dumps(document) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""Draw a file that benchmarks.data wrote, and print its tables.
+
+    python -m benchmarks.draw_data benchmarks/results/FILE.json docs/PICTURE.png
+
+Left, images a second of each contender, with the p20 and p80 of the repeats; right, a core's milliseconds an image by
+stage, from the decoder's floor upwards.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+__all__ = ["draw", "table"]
+
+
+def table(document: dict[str, Any]) -> str:
+    """Markdown: the contenders, then the stages."""
+    ratios = {(ratio["against"], ratio["cores"]): ratio["p50"] for ratio in document["ratios"]}
+    lines = ["| contender | cores | images/s (p20 – p80) | by | ours is |", "|---|---|---|---|---|"]
+    for row in document["rows"]:
+        ratio = ratios.get((row["contender"], row["cores"]))
+        lines.append(
+            f"| {row['contender']} | {row['cores']} | {row['p50']:.0f} ({row['p20']:.0f} – {row['p80']:.0f}) "
+            f"| {row['by']} | {'' if ratio is None else f'{ratio:.2f} ×'} |"
+        )
+    floor = next(stage["p50"] for stage in document["stages"] if "floor" in stage["stage"])
+    lines += ["", "| stage, with those before it | ms of a core an image (p20 – p80) | of the floor |", "|---|---|---|"]
+    for stage in document["stages"]:
+        low, middle, high = (1e3 * stage[key] for key in ("p20", "p50", "p80"))
+        lines.append(f"| {stage['stage']} | {middle:.3f} ({low:.3f} – {high:.3f}) | {stage['p50'] / floor:.2f} |")
+    return "\n".join(lines)
+
+
+def draw(document: dict[str, Any], picture: Path) -> None:
+    """A bar a contender and number of cores; a bar a stage."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    cores = list(dict.fromkeys(row["cores"] for row in document["rows"]))
+    names = list(dict.fromkeys(row["contender"] for row in document["rows"]))
+    width = 0.8 / len(cores)
+    for place, count in enumerate(cores):
+        rows = [row for row in document["rows"] if row["cores"] == count]
+        middle = np.array([row["p50"] for row in rows])
+        error = [middle - [row["p20"] for row in rows], np.array([row["p80"] for row in rows]) - middle]
+        where = np.array([names.index(row["contender"]) for row in rows]) + place * width
+        label = f"{count} core{'s' if count > 1 else ''}, by {rows[0]['by']}"
+        left.bar(where, middle, width, yerr=error, capsize=3, label=label)
+    left.set_xticks(np.arange(len(names)) + width * (len(cores) - 1) / 2, names)
+    left.set(ylabel="images a second", title=f"two views at {document['job']['size']}², {document['job']['device']}")
+    left.legend(fontsize=8)
+    stages = document["stages"]
+    right.barh([stage["stage"] for stage in stages], [1e3 * stage["p50"] for stage in stages], color="C2")
+    right.invert_yaxis()
+    right.set(xlabel="ms of a core an image", title="each stage with those before it")
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(picture, dpi=110)
+    plt.close(figure)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path)
+    parser.add_argument("picture", type=Path)
+    args = parser.parse_args()
+    document = json.loads(args.results.read_text(encoding="utf-8"))
+    print(table(document))
+    draw(document, args.picture)
+
+
+if __name__ == "__main__":
+    main()
