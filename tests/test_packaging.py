@@ -47,7 +47,7 @@ def test_python_3_11_and_later():
 
 
 def test_extras():
-    assert set(keyword("extras_require")) == {"test", "bench", "s3"}
+    assert set(keyword("extras_require")) == {"test", "bench", "s3", "wandb"}
 
 
 @pytest.mark.parametrize("name", ["kernels", "configs"])
@@ -99,7 +99,7 @@ def test_wheel_holds_every_module_and_configuration_once(wheel):
     kernels = {f"iwm_fast/kernels/{p.relative_to(ROOT / 'kernels')}" for p in _sources(ROOT / "kernels")}
     configs = {
         f"iwm_fast/configs/{p.relative_to(ROOT / 'configs')}"
-        for pattern in ("*.yaml", "deepspeed/*.json")
+        for pattern in ("*.yaml", "deepspeed/*.json", "slurm/*.sbatch")
         for p in (ROOT / "configs").glob(pattern)
     }
     expected = engine | kernels | configs | {"iwm_fast/py.typed", "iwm_fast/kernels/tuned.json"}
