@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from iwm_fast.data.randomness import uniforms
 from iwm_fast.data.encoded import BadSample
+from iwm_fast.data.randomness import uniforms
 from iwm_fast.data.sources import PATIENCE, Labels, Patience, Source, Storage, holds, open_source
 from iwm_fast.errors import UserError
 
