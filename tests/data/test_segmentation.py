@@ -7,6 +7,7 @@ from made_images import turned
 from PIL import Image
 
 from iwm_fast.data.clean import load_clean
+from iwm_fast.data.files import list_images
 from iwm_fast.data.segmentation import is_masked, read_mask, split_masked
 from iwm_fast.data.synth import draw_dataset
 from iwm_fast.errors import UserError
@@ -25,11 +26,12 @@ def test_mask_and_clean_view_show_the_same_part(tmp_path, width, height, orienta
     """The image is seen upright, in its largest centred square; the mask is stored upright."""
     mask, image = blocks(width, height)
     stored = image if orientation == 1 else np.rot90(image)  # 6: turned clockwise when shown
-    (tmp_path / "a.png").write_bytes(turned(Image.fromarray(np.ascontiguousarray(stored)), orientation, "PNG"))
+    (tmp_path / "seen").mkdir()
+    (tmp_path / "seen" / "a.png").write_bytes(turned(Image.fromarray(np.ascontiguousarray(stored)), orientation, "PNG"))
     Image.fromarray(mask).save(tmp_path / "m.png")
-    view = next(iter(load_clean([tmp_path / "a.png"], 32, threads=1))).images[0, :, :, 0].numpy()
+    view = next(iter(load_clean(list_images(tmp_path / "seen"), 32, threads=1))).images[0, :, :, 0].numpy()
     seen = np.rint(view / 60)
-    found = read_mask(tmp_path / "m.png", 32, tmp_path / "a.png")
+    found = read_mask(tmp_path / "m.png", 32, tmp_path / "seen" / "a.png")
     assert found.shape == (32, 32)
     assert (found == seen).mean() > 0.9  # but for the pixels that the resampling mixes at the borders
     inner = np.abs(view / 60 - seen) < 1e-6
@@ -57,7 +59,8 @@ def test_drawn_masks_lie_on_the_shapes(tmp_path):
     assert is_masked(tmp_path / "s")
     train, test = split_masked(tmp_path / "s")
     assert (len(train), len(test)) == (12, 4)
-    for number, (image, mask) in enumerate(zip(train.images.paths, train.masks, strict=True)):
+    for number, mask in enumerate(train.masks):
+        image = train.image(number)
         classes = read_mask(mask, 32, image)
         assert set(np.unique(classes)) == {0, 1 + number % 3}
         pixels = np.asarray(Image.open(image)).astype(float)
@@ -70,6 +73,6 @@ def test_a_folder_without_train_and_test_is_split_as_images_are(tmp_path):
     train, test = split_masked(tmp_path / "s" / "train")
     assert (len(train), len(test)) == (8, 2)
     assert not {*train.masks} & {*test.masks}
-    assert all(i.stem == m.stem for i, m in zip(train.images.paths, train.masks, strict=True))
+    assert all(train.image(row).stem == mask.stem for row, mask in enumerate(train.masks))
     with pytest.raises(UserError, match="has no images/ and masks/ beside each other"):
         split_masked(tmp_path / "s" / "train" / "images")

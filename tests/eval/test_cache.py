@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -85,8 +86,8 @@ def test_another_checkpoint_or_another_picture_is_not_served_what_is_old(photos,
     trained = read_features([model.target_encoder], split, "pooled", cache=cache)[0].values
     assert split.reads == 1
     assert not np.allclose(trained, old)
-    path = split.files.paths[0]
-    path.write_bytes(split.files.paths[1].read_bytes())
+    path, other = (Path(split.files.name(row)) for row in (0, 1))
+    path.write_bytes(other.read_bytes())
     os.utime(path, ns=(time.time_ns(), time.time_ns() + 1_000_000))
     split = opened(photos)
     replaced = read_features([model.target_encoder], split, "pooled", cache=cache)[0].values
@@ -153,7 +154,7 @@ def test_a_folder_that_cannot_be_written_is_named(photos, tmp_path):
 def test_a_file_that_cannot_be_decoded_is_left_out(photos, tmp_path):
     model, _ = tiny_model(CPU)
     split = opened(photos)
-    split.files.paths[2].write_bytes(b"broken")
+    Path(split.files.name(2)).write_bytes(b"broken")
     found = read_features([model.encoder], split, "pooled", cache=FeatureCache(tmp_path / "cache"))[0]
     assert len(found) == len(found.labels) == len(split) - 1
     np.testing.assert_array_equal(found.labels, np.delete(split.files.labels, 2))

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -59,7 +61,7 @@ def test_files_that_cannot_be_decoded_leave_the_numbers_of_the_others_alone(fold
             copy.parent.mkdir(parents=True, exist_ok=True)
             copy.write_bytes(path.read_bytes())
     whole = measured(tmp_path, 1)[0]
-    chosen = open_splits(tmp_path, CPU)[1].files.paths[whole_rows(22)[1]]
+    chosen = Path(open_splits(tmp_path, CPU)[1].files.name(whole_rows(22)[1]))
     chosen.write_bytes(b"broken")
     left = measured(tmp_path, 1)[0]
     assert (whole.numbers, left.numbers) == ([0, 1, 2], [0, 2])

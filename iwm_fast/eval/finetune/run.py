@@ -52,7 +52,7 @@ class Request:
     """
 
     mode: Mode
-    data: Mapping[str, Path]
+    data: Mapping[str, str | Path]
     kind: str | None = None
     init: Init | None = None
     epochs: float = 20.0
@@ -83,17 +83,16 @@ class Request:
             raise UserError(f"--lr: {min(self.rates):g}: a learning rate is above 0")
 
 
-def named_folders(words: Sequence[str]) -> dict[str, Path]:
+def named_folders(words: Sequence[str]) -> dict[str, str]:
     """Folders by task name from ``DIR`` (named after the folder) or ``NAME=DIR``; UserError for a name used twice."""
-    named: dict[str, Path] = {}
+    named: dict[str, str] = {}
     for word in words:
         name, mark, folder = word.partition("=")
-        path = Path(folder if mark else word)
-        key = name if mark else (path.resolve().name or "data")
-        key = key.replace(".", "_")  # torch's dictionaries of modules have no dots
+        place = folder if mark else word
+        key = name if mark else (Path(place).resolve().name or "data")
         if not key or key in named:
             raise UserError(f"--data: {word}: each task needs a name of its own; write NAME=DIR")
-        named[key] = path
+        named[key] = place
     if not named:
         raise UserError("--data: name a folder of labelled images, or NAME=DIR for each task")
     return named
@@ -150,9 +149,9 @@ def finetune_run(
 
 
 def _task(
-    name: str, root: Path, model: IWM, config: Config, request: Request, cache: FeatureCache
+    name: str, root: str | Path, model: IWM, config: Config, request: Request, cache: FeatureCache
 ) -> tuple[Task, tuple[str, ...]]:
-    dense = is_masked(root) if request.kind is None else request.kind == "segmentation"
+    dense = is_masked(Path(root)) if request.kind is None else request.kind == "segmentation"
     train, test = _splits(root, config, dense=dense, limit=request.limit)
     encoder = encoder_of(model, default_encoder(config.model))
     kept = kept_for(request.mode, dense=dense)
@@ -172,9 +171,9 @@ def _task(
         raise UserError(f"{root}: {error}") from error
 
 
-def _splits(root: Path, config: Config, *, dense: bool, limit: int | None) -> tuple[Split, Split]:
+def _splits(root: str | Path, config: Config, *, dense: bool, limit: int | None) -> tuple[Split, Split]:
     if dense:
-        return open_masked_splits(root, config, limit=limit)
+        return open_masked_splits(Path(root), config, limit=limit)
     train, test = open_splits(root, config)
     require_same_classes(train, test, root)
     if len(train.classes) < 2:

@@ -88,7 +88,7 @@ def test_segments_are_learned_from_masks(run, segments, tmp_path):
     assert finetune(run, *words, "--out", tmp_path / "kept", "--json", tmp_path / "s.json") == 0
     found = answered(tmp_path / "s.json")
     _, test = split_masked(segments)
-    masks = np.stack([read_mask(m, 32, i) for m, i in zip(test.masks, test.images.paths, strict=True)])
+    masks = np.stack([read_mask(mask, 32, test.image(row)) for row, mask in enumerate(test.masks)])
     floor = (masks == 0).mean() / found["classes"]
     assert (found["task"], found["classes"], found["test_images"]) == ("segmentation", 3, 30)
     assert found["miou"] > floor + 0.08
