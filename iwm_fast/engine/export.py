@@ -8,14 +8,12 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from iwm_fast.engine.loading import find_checkpoint, load_model
+from iwm_fast.engine.loading import EXPORT_FILE, EXPORT_SCHEMA, find_checkpoint, load_model
 from iwm_fast.errors import UserError
 from iwm_fast.models.export_names import timm_arguments, to_timm
 from iwm_fast.planning.environment import environment
 
 __all__ = ["export_run"]
-
-SCHEMA = "iwm-fast-export/1"
 
 
 def export_run(run: Path, out: Path, which: str = "latest") -> Path:
@@ -41,7 +39,7 @@ def export_run(run: Path, out: Path, which: str = "latest") -> Path:
     timm_state = to_timm(best.state_dict(), config.model.grid)
     save_file({k: v.contiguous() for k, v in timm_state.items()}, partial / "encoder_timm.safetensors")
     described = {
-        "schema": SCHEMA,
+        "schema": EXPORT_SCHEMA,
         "environment": environment(),
         "checkpoint": checkpoint.name,
         "step": step,
@@ -50,7 +48,7 @@ def export_run(run: Path, out: Path, which: str = "latest") -> Path:
         "timm": timm_arguments(config.model),
         "input": "RGB in [0, 1], normalised with ImageNet's mean and standard deviation",
     }
-    (partial / "config.json").write_text(json.dumps(described, indent=1) + "\n")
+    (partial / EXPORT_FILE).write_text(json.dumps(described, indent=1) + "\n")
     out.parent.mkdir(parents=True, exist_ok=True)
     partial.rename(out)
     return out
