@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +45,14 @@ def find_checkpoint(run: Path, which: str = "latest") -> Path:
     return found
 
 
-def load_model(run: Path, which: str = "latest") -> tuple[IWM, Config, ActionSpace, int]:
-    """(model, configuration, action space, steps done) of a run's checkpoint."""
+def load_model(run: Path, which: str = "latest", overrides: Sequence[str] = ()) -> tuple[IWM, Config, ActionSpace, int]:
+    """(model, configuration, action space, steps done) of a run's checkpoint.
+
+    ``overrides``: ``key.path=value`` in place of what the run was trained with; UserError where the weights no longer
+    fit.
+    """
     path = find_checkpoint(run, which)
-    config = load_config(run / "config.yaml", [])
+    config = load_config(run / "config.yaml", overrides)
     space = ActionSpace(config.actions.groups, config.actions.form)
     model = IWM(config.model, space.dim)
     saved = Checkpoint(path)
