@@ -89,6 +89,22 @@ def table(arms: list[dict[str, Any]], shown: Sequence[str] = SHOWN) -> str:
     return "\n".join(lines)
 
 
+def adopt(arms: list[dict[str, Any]], json_file: Path, setting: dict[str, Any]) -> None:
+    """Take over the runs that a stopped measurement of the same setting left in its file.
+
+    Raises SystemExit where the file is of another setting: its numbers would stand beside others that they do not fit.
+    """
+    if not json_file.exists():
+        return
+    found = json.loads(json_file.read_text())
+    for key, value in setting.items():
+        if found.get(key) != value:
+            raise SystemExit(f"{json_file}: measured with {key} {found.get(key)!r}, now {value!r}; name another file")
+    runs = {(arm["name"], tuple(arm["overrides"])): arm["runs"] for arm in found["arms"]}
+    for arm in arms:
+        arm["runs"] = runs.get((arm["name"], tuple(arm["overrides"])), [])
+
+
 def train_all(
     arms: list[dict[str, Any]],
     *,
@@ -104,22 +120,27 @@ def train_all(
 ) -> None:
     """Train and evaluate each arm (name, overrides, runs: []) on each seed, and write ``json_file`` after each.
 
+    Started again with the same file, it goes on with what is missing there.
+
     ``common``: overrides for all arms. ``about``: what stands in the file beside the arms.
     """
     lock = threading.Lock()
+    setting = {"config": Path(config).name, "common": common, "measure": measure}
+    adopt(arms, json_file, setting)
 
     def job(arm: dict[str, Any], seed: int) -> None:
         run = out / f"{arm['name']}_{seed}".replace(" ", "_")
         done = run_one(config, data, run, seed, [*common, *arm["overrides"]], measure)
-        with lock:  # after each, so that a stopped measurement has what it has measured
+        with lock:  # after each, so that a stopped measurement has what it has measured, and goes on from there
             arm["runs"].append(done)
             arm["runs"].sort(key=lambda run: run["seed"])
-            result = {"schema": SCHEMA, "environment": environment(), "command": public(sys.argv[1:])}
+            result = {"schema": SCHEMA, "environment": environment(), "command": public(sys.argv[1:])} | setting
             json_file.write_text(json.dumps(result | (about or {}) | {"arms": arms}) + "\n")
 
     with ThreadPoolExecutor(jobs) as pool:
         # Seeds outside, so that what is done first is a whole round of the arms.
-        for future in [pool.submit(job, arm, seed) for seed in seeds for arm in arms]:
+        missing = [(arm, seed) for seed in seeds for arm in arms if seed not in {run["seed"] for run in arm["runs"]}]
+        for future in [pool.submit(job, arm, seed) for arm, seed in missing]:
             future.result()
 
 

@@ -112,7 +112,7 @@ def draw(arms: list[dict[str, Any]], picture: Path) -> None:
             )
         else:
             axis.axhline(value(arms[0], "mrr_chance"), color="gray", ls="--", lw=1)
-        axis.set_xlabel("invariance: cosine under jitter, 0 as another image, 1 the same")
+        axis.set_xlabel("invariance (cosine under jitter, scaled)")
         axis.set_ylabel(name)
         axis.margins(x=0.22, y=0.1)
         axis.grid(alpha=0.3)

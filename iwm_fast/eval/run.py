@@ -19,12 +19,14 @@ from iwm_fast.eval.examples import ranked_examples
 from iwm_fast.eval.progress import Progress
 from iwm_fast.eval.report import read_metrics, write_report
 from iwm_fast.eval.representation import PROBES
+from iwm_fast.eval.sliders import sliding_examples
 from iwm_fast.eval.splits import open_splits, require_same_classes
 
 __all__ = ["evaluate_run", "result_rows"]
 
 # Images of the report whose banks are shown as ranked: enough to see a habit, few enough to scroll through.
 _SHOWN_IMAGES = 6
+_SLIDING_IMAGES = 3
 # Keys that say what is asked of a model, and not what it is.
 _FREE = ("eval.", "data.", *(f"actions.{name}" for name in ("strength", *JITTER_COMPONENTS)))
 
@@ -76,6 +78,7 @@ def evaluate_run(
         progress=progress,
     )
     shown = ranked_examples(model, config, space, test.spread(_SHOWN_IMAGES), bank=config.eval.bank)
+    sliding = sliding_examples(model, config, space, test.spread(_SLIDING_IMAGES), bank=config.eval.bank)
     report = run / "report" / "index.html"
     write_report(
         report,
@@ -85,6 +88,7 @@ def evaluate_run(
         results=results,
         metrics=read_metrics(run / "metrics.jsonl"),
         examples=shown,
+        sliding=sliding,
         environment=json.loads(RunDirectory(run).environment_file.read_text())["environment"],
     )
     return {**results, "step": step, "report": str(report)}

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from PIL import Image
 
+from benchmarks.arms import adopt
 from benchmarks.dial import GRIDS, SHOWN, draw, points, read_grid, tables
 from iwm_fast.config import load_config
 from iwm_fast.config.load import packaged_config
@@ -39,3 +42,16 @@ def test_measurements_are_tabulated_and_drawn_and_what_is_missing_is_left_out(tm
     assert "strength 2.0" not in text
     draw(arms[:2], tmp_path / "dial.png")
     assert Image.open(tmp_path / "dial.png").size[0] > 800
+
+
+def test_a_stopped_measurement_is_taken_over_and_one_of_another_setting_is_refused(tmp_path):
+    file, setting = tmp_path / "dial.json", {"config": "dial.yaml", "common": ["a=1"], "measure": []}
+    arms, _ = points("dial.yaml", ["difficulty"])
+    arms[0]["runs"] = [{"seed": 0}]
+    file.write_text(json.dumps(setting | {"arms": arms}))
+    again, _ = points("dial.yaml", ["conditioning", "difficulty"])
+    adopt(again, file, setting)
+    assert {arm["name"]: arm["runs"] for arm in again if arm["runs"]} == {"strength 0.5": [{"seed": 0}]}
+    adopt(again, tmp_path / "none.json", setting)
+    with pytest.raises(SystemExit, match="measured with common"):
+        adopt(again, file, setting | {"common": ["a=2"]})
