@@ -70,7 +70,7 @@ def main() -> None:
 
     world = iwm_fast.load(args.run)
     files = list_images(args.images)
-    images = world.read(files.take(evenly_spaced(args.count, len(files))).paths)
+    images = world.read(files.take(evenly_spaced(args.count, len(files))))
     count = len(images)
     levels = {f"×{1 - args.by:g}": -args.by, "as it is": 0.0, f"×{1 + args.by:g}": args.by}
     views = torch.cat([brightened(images, by) for by in levels.values()])  # brighter: the last `count` of 3 · count

@@ -138,16 +138,19 @@ def evaluate(
     answer(json, "evaluate", results)
 
 
-@app.command(epilog="Example: iwm-fast export runs/a --out weights/a")
+@app.command(epilog="Example: iwm-fast export runs/a --out weights/a --onnx")
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A folder that pretrain wrote.")],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="A folder that does not exist yet.")],
     checkpoint: Annotated[str, typer.Option("--checkpoint", help="latest, or a name such as step_000500.")] = "latest",
+    onnx: Annotated[
+        bool, typer.Option("--onnx", help="Also as ONNX graphs of whole images, checked with onnxruntime.")
+    ] = False,
 ) -> None:
     """Write encoder, target encoder and predictor as safetensors with a JSON of what they are."""
     from iwm_fast.engine.export import export_run
 
-    written = export_run(run, out, checkpoint)
+    written = export_run(run, out, checkpoint, onnx=onnx)
     for path in sorted(written.iterdir()):
         typer.echo(path)
 

@@ -25,6 +25,9 @@ from torch import Tensor
 from iwm_fast.actions import ActionSpace
 from iwm_fast.config import ActionsConfig
 from iwm_fast.data.clean import load_clean
+from iwm_fast.data.files import ImageSet
+from iwm_fast.data.sources.folder import FolderSource
+from iwm_fast.data.sources.storage import LocalStorage
 from iwm_fast.engine.loading import EXPORT_FILE, load_export, load_model
 from iwm_fast.errors import UserError
 from iwm_fast.eval.distances import euclidean, unit_means
@@ -93,17 +96,17 @@ class WorldModel:
         """Where it computes, and where its tensors lie."""
         return next(self.model.parameters()).device
 
-    def read(self, files: Sequence[Path | str]) -> Tensor:
+    def read(self, files: ImageSet | Sequence[Path | str]) -> Tensor:
         """Image files as evaluation reads them: upright, the centred largest square, resized; uint8 (n, S, S, 3).
 
-        UserError naming the first file that cannot be decoded.
+        Or images of any source, from `data.files.list_images`. UserError naming the first that cannot be decoded.
         """
-        paths = [Path(file) for file in files]
+        images = files if isinstance(files, ImageSet) else _image_set(files)
         parts = []
-        for clean in load_clean(paths, self.image_size):
+        for clean in load_clean(images, self.image_size) if len(images) else ():
             if clean.failed:
                 row, reason = next(iter(clean.failed.items()))
-                raise UserError(f"{paths[row]}: {reason}")
+                raise UserError(f"{images.name(row)}: {reason}")
             parts.append(clean.images.cpu())
         return torch.cat(parts) if parts else torch.zeros(0, self.image_size, self.image_size, 3, dtype=torch.uint8)
 
@@ -227,6 +230,11 @@ class WorldModel:
         if not len(pictures):
             raise UserError("images: there is none")
         return pictures
+
+
+def _image_set(files: Sequence[Path | str]) -> ImageSet:
+    """Files of any folder, as the source that they would be if the whole disk were one folder of images."""
+    return ImageSet(FolderSource(LocalStorage(Path("/")), [str(Path(file).absolute())[1:] for file in files]))
 
 
 def load_world(path: Path, *, checkpoint: str = "latest", device: str | None = None) -> WorldModel:
