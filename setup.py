@@ -71,6 +71,12 @@ setup(
             "mypy>=1.13",
             "types-PyYAML>=6.0.12",
             "scikit-learn>=1.5",
+            "onnx>=1.17,<2",
+            "onnxscript>=0.5,<0.8",
+            "onnxruntime>=1.20,<2",
+            # torchvision is timm's requirement; each release of it belongs to one of torch, so this bound is torch's.
+            "timm>=1.0.9,<2",
+            "torchvision>=0.26,<0.29",
             "setuptools>=77",
             "wheel>=0.43",
             "boto3>=1.36,<2",
@@ -79,6 +85,7 @@ setup(
         "s3": ["boto3>=1.36,<2"],
         "bench": ["psutil>=6"],
         "wandb": ["wandb>=0.25,<1"],
+        "onnx": ["onnx>=1.17,<2", "onnxscript>=0.5,<0.8", "onnxruntime>=1.20,<2"],
     },
     classifiers=[
         "Development Status :: 3 - Alpha",

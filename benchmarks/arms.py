@@ -19,6 +19,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean, stdev
@@ -48,8 +49,11 @@ def interval(values: list[float]) -> dict[str, float | None]:
     return {"mean": mean(values), "half_width": half}
 
 
-def run_one(config: str, data: Path, run: Path, seed: int, overrides: list[str], what: str) -> dict[str, Any]:
-    """Train and evaluate once; returns the evaluation, the curve and the seconds."""
+def run_one(config: str, data: Path, run: Path, seed: int, overrides: list[str], measure: list[str]) -> dict[str, Any]:
+    """Train and evaluate once; returns the evaluation, the curve and the seconds.
+
+    ``measure``: further words of the evaluation's command line.
+    """
     shutil.rmtree(run, ignore_errors=True)
     iwm = [sys.executable, "-m", "iwm_fast"]
     began = time.perf_counter()
@@ -57,7 +61,7 @@ def run_one(config: str, data: Path, run: Path, seed: int, overrides: list[str],
     subprocess.run([*iwm, "pretrain", config, *keys, "--out", str(run)], check=True)
     seconds = time.perf_counter() - began
     answer = run / "evaluation.json"
-    subprocess.run([*iwm, "evaluate", str(run), "--data", str(data), "--what", what, "--json", str(answer)], check=True)
+    subprocess.run([*iwm, "evaluate", str(run), "--data", str(data), *measure, "--json", str(answer)], check=True)
     curve = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     logged = [r for r in curve if "loss" in r]
     evaluation = json.loads(answer.read_text())
@@ -71,9 +75,9 @@ def public(words: list[str]) -> list[str]:
     return [Path(word).name if word.startswith("/") else word for word in words]
 
 
-def table(arms: list[dict[str, Any]]) -> str:
+def table(arms: list[dict[str, Any]], shown: Sequence[str] = SHOWN) -> str:
     """Markdown: an arm a row, mean ± half-width of the interval a column."""
-    names = [n for n in SHOWN if all(n in run["evaluation"] for arm in arms for run in arm["runs"])]
+    names = [n for n in shown if all(n in run["evaluation"] for arm in arms for run in arm["runs"])]
     lines = ["| arm | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     for arm in arms:
         cells = []
@@ -83,6 +87,61 @@ def table(arms: list[dict[str, Any]]) -> str:
             cells.append(f"{found['mean']:.3f}{width}")
         lines.append(f"| {arm['name']} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def adopt(arms: list[dict[str, Any]], json_file: Path, setting: dict[str, Any]) -> None:
+    """Take over the runs that a stopped measurement of the same setting left in its file.
+
+    Raises SystemExit where the file is of another setting: its numbers would stand beside others that they do not fit.
+    """
+    if not json_file.exists():
+        return
+    found = json.loads(json_file.read_text())
+    for key, value in setting.items():
+        if found.get(key) != value:
+            raise SystemExit(f"{json_file}: measured with {key} {found.get(key)!r}, now {value!r}; name another file")
+    runs = {(arm["name"], tuple(arm["overrides"])): arm["runs"] for arm in found["arms"]}
+    for arm in arms:
+        arm["runs"] = runs.get((arm["name"], tuple(arm["overrides"])), [])
+
+
+def train_all(
+    arms: list[dict[str, Any]],
+    *,
+    config: str,
+    data: Path,
+    out: Path,
+    seeds: list[int],
+    common: list[str],
+    measure: list[str],
+    json_file: Path,
+    jobs: int = 1,
+    about: dict[str, Any] | None = None,
+) -> None:
+    """Train and evaluate each arm (name, overrides, runs: []) on each seed, and write ``json_file`` after each.
+
+    Started again with the same file, it goes on with what is missing there.
+
+    ``common``: overrides for all arms. ``about``: what stands in the file beside the arms.
+    """
+    lock = threading.Lock()
+    setting = {"config": Path(config).name, "common": common, "measure": measure}
+    adopt(arms, json_file, setting)
+
+    def job(arm: dict[str, Any], seed: int) -> None:
+        run = out / f"{arm['name']}_{seed}".replace(" ", "_")
+        done = run_one(config, data, run, seed, [*common, *arm["overrides"]], measure)
+        with lock:  # after each, so that a stopped measurement has what it has measured, and goes on from there
+            arm["runs"].append(done)
+            arm["runs"].sort(key=lambda run: run["seed"])
+            result = {"schema": SCHEMA, "environment": environment(), "command": public(sys.argv[1:])} | setting
+            json_file.write_text(json.dumps(result | (about or {}) | {"arms": arms}) + "\n")
+
+    with ThreadPoolExecutor(jobs) as pool:
+        # Seeds outside, so that what is done first is a whole round of the arms.
+        missing = [(arm, seed) for seed in seeds for arm in arms if seed not in {run["seed"] for run in arm["runs"]}]
+        for future in [pool.submit(job, arm, seed) for arm, seed in missing]:
+            future.result()
 
 
 def main() -> None:
@@ -99,21 +158,17 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time; give each OMP_NUM_THREADS threads")
     args = parser.parse_args()
     arms: list[dict[str, Any]] = [{"name": name, "overrides": keys, "runs": []} for name, *keys in args.arm]
-    lock = threading.Lock()
-
-    def job(arm: dict[str, Any], seed: int) -> None:
-        run = args.out / f"{arm['name']}_{seed}"
-        done = run_one(args.config, args.data, run, seed, [*args.set, *arm["overrides"]], args.what)
-        with lock:  # after each, so that a stopped measurement has what it has measured
-            arm["runs"].append(done)
-            arm["runs"].sort(key=lambda run: run["seed"])
-            result = {"schema": SCHEMA, "environment": environment(), "command": public(sys.argv[1:]), "arms": arms}
-            args.json.write_text(json.dumps(result) + "\n")
-
-    with ThreadPoolExecutor(args.jobs) as pool:
-        # Seeds outside, so that what is done first is a whole round of the arms.
-        for future in [pool.submit(job, arm, seed) for seed in args.seeds for arm in arms]:
-            future.result()
+    train_all(
+        arms,
+        config=args.config,
+        data=args.data,
+        out=args.out,
+        seeds=args.seeds,
+        common=args.set,
+        measure=["--what", args.what],
+        json_file=args.json,
+        jobs=args.jobs,
+    )
     print(table(arms))
 
 

@@ -1,5 +1,28 @@
 """iwm-fast: a training engine for Image World Models (arXiv:2403.00504)."""
 
-__all__ = ["__version__"]
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from os import PathLike
+
+    from iwm_fast.eval.world import WorldModel
+
+__all__ = ["__version__", "load"]
 
 __version__ = "0.1.0"
+
+
+def load(run_or_export: str | PathLike[str], *, checkpoint: str = "latest", device: str | None = None) -> WorldModel:
+    """A trained world model to work with: `encode`, `predict`, `rank`, `infer` (`iwm_fast.eval.world.WorldModel`).
+
+    ``run_or_export``: a folder that ``iwm-fast pretrain`` or ``iwm-fast export`` wrote. ``checkpoint``: of a run,
+    latest or a name such as step_000500. ``device``: "cpu", "cuda"; default the GPU where there is one.
+    Raises `iwm_fast.errors.UserError`, one line, where the folder is neither, or damaged.
+    """
+    from pathlib import Path
+
+    from iwm_fast.eval.world import load_world  # torch and DALI are loaded when a model is, not with the package
+
+    return load_world(Path(run_or_export), checkpoint=checkpoint, device=device)

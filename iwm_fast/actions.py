@@ -10,6 +10,7 @@ transformation is DALI's `color_twist`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -296,6 +297,29 @@ class ActionSpace:
             threshold = 255 - np.rint(values["solarize_threshold"]).astype(np.int64)
             values["solarize_threshold"] = np.where(values["solarize"], threshold, NO_SOLARIZE)
         return values
+
+    def vector(self, values: Mapping[str, float]) -> NDArray[np.float32]:
+        """One action from physical values by name, float32 (A,): `decode` gives them back; the rest is neutral.
+
+        A sigma or a threshold sets its flag too. ValueError for a name that is not in `names`.
+        """
+        unknown = sorted(set(values) - set(self.names))
+        if unknown:
+            raise ValueError(f"{unknown[0]!r} is no component of this action; there are {', '.join(self.names)}")
+        action = np.zeros(self.dim, np.float32)
+        for component in self.components:
+            own = self.slices[component.name]
+            for index, name in enumerate(self.names[own], own.start):
+                value = float(values.get(name, 0.0 if name in _JITTER else component.neutral))
+                offset = 0.0 if name in _JITTER else component.neutral
+                if name == "solarize_threshold":  # the table says so: told as its distance from the highest level
+                    value = 255.0 - value if name in values and value < NO_SOLARIZE else 0.0
+                action[index] = (value - offset) / component.range
+        if "blur_sigma" in values:
+            action[self.names.index("blur")] = values["blur_sigma"] > 0
+        if "solarize_threshold" in values:
+            action[self.names.index("solarize")] = values["solarize_threshold"] < NO_SOLARIZE
+        return action
 
     def _jitter_columns(self, source: Jitter, target: Jitter) -> dict[str, Floats]:
         columns: dict[str, Floats] = {}

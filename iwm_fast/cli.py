@@ -94,9 +94,15 @@ def evaluate(
     data: Annotated[
         str, typer.Option("--data", metavar="DIR", help="Images: train/ and test/ in it, or to be split; also s3://.")
     ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY.PATH=VALUE...", help="Of eval, data and the jitter's strength, for this measurement."
+        ),
+    ] = None,
     what: Annotated[
-        str, typer.Option("--what", help="With commas between: mrr, knn, linear, attentive.")
-    ] = "mrr,knn,linear",
+        str, typer.Option("--what", help="With commas between: mrr, knn, linear, attentive, equivariance.")
+    ] = "mrr,knn,linear,equivariance",
     checkpoint: Annotated[str, typer.Option("--checkpoint", help="latest, or a name such as step_000500.")] = "latest",
     images: Annotated[
         int | None, typer.Option("--images", min=1, help="Images ranked for MRR; default: the run's.")
@@ -113,7 +119,15 @@ def evaluate(
     words = [word.strip() for word in what.split(",") if word.strip()]
     with counting() as progress:
         results = evaluate_run(
-            run, data, what=words, checkpoint=checkpoint, images=images, components=True, cache=cache, progress=progress
+            run,
+            data,
+            what=words,
+            checkpoint=checkpoint,
+            images=images,
+            components=True,
+            cache=cache,
+            overrides=overrides or [],
+            progress=progress,
         )
     if json != "-":
         columns = ("", "value", "95 % interval", "chance", "shuffled action", "neutral action", "untrained")
@@ -124,16 +138,19 @@ def evaluate(
     answer(json, "evaluate", results)
 
 
-@app.command(epilog="Example: iwm-fast export runs/a --out weights/a")
+@app.command(epilog="Example: iwm-fast export runs/a --out weights/a --onnx")
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A folder that pretrain wrote.")],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="A folder that does not exist yet.")],
     checkpoint: Annotated[str, typer.Option("--checkpoint", help="latest, or a name such as step_000500.")] = "latest",
+    onnx: Annotated[
+        bool, typer.Option("--onnx", help="Also as ONNX graphs of whole images, checked with onnxruntime.")
+    ] = False,
 ) -> None:
     """Write encoder, target encoder and predictor as safetensors with a JSON of what they are."""
     from iwm_fast.engine.export import export_run
 
-    written = export_run(run, out, checkpoint)
+    written = export_run(run, out, checkpoint, onnx=onnx)
     for path in sorted(written.iterdir()):
         typer.echo(path)
 

@@ -291,3 +291,25 @@ def test_inconsistent_views_are_refused():
         Views(**{**vars(views), "blur_sigma": np.zeros(2)})
     with pytest.raises(ValueError, match="target view is rotated"):
         ActionSpace(GROUPS[1]).encode(Views(**{**vars(views), "target_geometry": turned, "shared_geometry": False}))
+
+
+@given(st.lists(rows, min_size=1, max_size=1), st.sampled_from(FORMS))
+@settings(deadline=None)
+def test_a_vector_of_named_values_is_what_decode_names(drawn, form):
+    space = ActionSpace(GROUPS[1], form)
+    action = space.encode(make_views(drawn))
+    named = {name: float(value[0]) for name, value in space.decode(action).items()}
+    np.testing.assert_allclose(space.vector(named), action[0], atol=1e-6)
+    assert not space.vector({}).any()
+
+
+def test_a_named_value_stands_alone_with_its_flag_and_an_unknown_one_is_refused():
+    space = ActionSpace()
+    brighter = space.vector({"brightness": 0.2})
+    assert brighter[0] == pytest.approx(0.2 / 0.8)
+    assert np.count_nonzero(brighter) == 1
+    assert space.decode(space.vector({"blur_sigma": 1.5})[None])["blur"][0]
+    assert space.decode(space.vector({"solarize_threshold": 0})[None])["solarize_threshold"][0] == 0
+    assert not space.vector({"solarize_threshold": NO_SOLARIZE}).any()
+    with pytest.raises(ValueError, match="'brightnes' is no component of this action; there are brightness, "):
+        space.vector({"brightnes": 0.2})

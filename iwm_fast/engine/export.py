@@ -4,44 +4,36 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors.torch import save_file
 
-from iwm_fast.engine.loading import find_checkpoint, load_model
+from iwm_fast.engine.loading import EXPORT_FILE, EXPORT_SCHEMA, find_checkpoint, load_model
+from iwm_fast.engine.onnx_export import OPSET, write_onnx
 from iwm_fast.errors import UserError
 from iwm_fast.models.export_names import timm_arguments, to_timm
+from iwm_fast.models.iwm import IWM
 from iwm_fast.planning.environment import environment
 
 __all__ = ["export_run"]
 
-SCHEMA = "iwm-fast-export/1"
 
-
-def export_run(run: Path, out: Path, which: str = "latest") -> Path:
+def export_run(run: Path, out: Path, which: str = "latest", *, onnx: bool = False) -> Path:
     """Write ``encoder``, ``target_encoder`` (when it is its own), ``predictor`` and ``encoder_timm`` .safetensors
     and config.json.
 
     ``encoder_timm.safetensors`` loads into timm's VisionTransformer built with the arguments under ``timm`` in
-    config.json; it holds the weights that the paper evaluates: the target encoder's where there is one. The folder
-    appears whole or not at all.
+    config.json; it holds the weights that the paper evaluates: the target encoder's where there is one. ``onnx``: also
+    graphs of whole images (`onnx_export`). The folder appears whole or not at all.
     """
     if out.exists():
         raise UserError(f"{out}: exists already; choose another --out")
     checkpoint = find_checkpoint(run, which)
     model, config, space, step = load_model(run, checkpoint.name)
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    parts = {"encoder": model.encoder, "target_encoder": model.target_encoder, "predictor": model.predictor}
-    for name, module in parts.items():
-        if module is not None:
-            save_file({k: v.contiguous() for k, v in module.state_dict().items()}, partial / f"{name}.safetensors")
-    best = model.target_encoder if model.target_encoder is not None else model.encoder
-    timm_state = to_timm(best.state_dict(), config.model.grid)
-    save_file({k: v.contiguous() for k, v in timm_state.items()}, partial / "encoder_timm.safetensors")
     described = {
-        "schema": SCHEMA,
+        "schema": EXPORT_SCHEMA,
         "environment": environment(),
         "checkpoint": checkpoint.name,
         "step": step,
@@ -50,7 +42,32 @@ def export_run(run: Path, out: Path, which: str = "latest") -> Path:
         "timm": timm_arguments(config.model),
         "input": "RGB in [0, 1], normalised with ImageNet's mean and standard deviation",
     }
-    (partial / "config.json").write_text(json.dumps(described, indent=1) + "\n")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial.rename(out)
+    with _whole_or_not(out) as partial:
+        _write_weights(model, config.model.grid, partial)
+        if onnx:
+            graphs = write_onnx(model, partial)
+            described["onnx"] = {"opset": OPSET, "input": "uint8 RGB (batch, side, side, 3)", **graphs}
+        (partial / EXPORT_FILE).write_text(json.dumps(described, indent=1) + "\n")
     return out
+
+
+def _write_weights(model: IWM, grid: int, folder: Path) -> None:
+    parts = {"encoder": model.encoder, "target_encoder": model.target_encoder, "predictor": model.predictor}
+    states = {name: module.state_dict() for name, module in parts.items() if module is not None}
+    states["encoder_timm"] = to_timm(states.get("target_encoder", states["encoder"]), grid)
+    for name, state in states.items():
+        save_file({key: value.contiguous() for key, value in state.items()}, folder / f"{name}.safetensors")
+
+
+@contextmanager
+def _whole_or_not(out: Path) -> Iterator[Path]:
+    """A folder beside ``out`` that takes its name at the end, or goes away with whatever went wrong."""
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        partial.rename(out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise

@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
 
 from iwm_fast.actions import ActionSpace
-from iwm_fast.config import Config, load_config
+from iwm_fast.config import ActionsConfig, Config, ModelConfig, load_config
 from iwm_fast.engine import checkpoint
 from iwm_fast.engine.checkpoint import Checkpoint
 from iwm_fast.engine.state import restore_module
 from iwm_fast.errors import UserError
 from iwm_fast.models.iwm import IWM
 
-__all__ = ["find_checkpoint", "load_model"]
+__all__ = ["EXPORT_FILE", "EXPORT_SCHEMA", "find_checkpoint", "load_export", "load_model"]
+
+EXPORT_FILE = "config.json"
+EXPORT_SCHEMA = "iwm-fast-export/1"
 
 
 def find_checkpoint(run: Path, which: str = "latest") -> Path:
     """The newest whole checkpoint of a run, or the one named ``step_NNNNNN``. Raises UserError when there is none."""
     root = run / "checkpoints"
     if not (run / "config.yaml").exists():
+        if (run / EXPORT_FILE).exists():
+            raise UserError(f"{run}: an export, which iwm_fast.load reads; name the run that it was exported from")
         raise UserError(f"{run}: not a run (no config.yaml); name a folder that iwm-fast pretrain wrote")
     if which != "latest":
         wrong = checkpoint.damage(root / which)
@@ -31,12 +45,65 @@ def find_checkpoint(run: Path, which: str = "latest") -> Path:
     return found
 
 
-def load_model(run: Path, which: str = "latest") -> tuple[IWM, Config, ActionSpace, int]:
-    """(model, configuration, action space, steps done) of a run's checkpoint."""
+def load_model(run: Path, which: str = "latest", overrides: Sequence[str] = ()) -> tuple[IWM, Config, ActionSpace, int]:
+    """(model, configuration, action space, steps done) of a run's checkpoint.
+
+    ``overrides``: ``key.path=value`` in place of what the run was trained with; UserError where the weights no longer
+    fit.
+    """
     path = find_checkpoint(run, which)
-    config = load_config(run / "config.yaml", [])
+    config = load_config(run / "config.yaml", overrides)
     space = ActionSpace(config.actions.groups, config.actions.form)
     model = IWM(config.model, space.dim)
     saved = Checkpoint(path)
     restore_module(model, saved)
     return model.eval(), config, space, saved.step
+
+
+def load_export(folder: Path) -> tuple[IWM, ActionsConfig, ActionSpace, int]:
+    """(model, what is done to views, action space, steps done) of a folder that ``iwm-fast export`` wrote.
+
+    Raises UserError where a file is missing, cut short, of another version or of another network.
+    """
+    described = _described(folder)
+    try:
+        config = ModelConfig.model_validate(described["model"])
+        told = {key: value for key, value in described["actions"].items() if key != "names"}
+        actions = ActionsConfig.model_validate(told)
+        step = int(described["step"])
+    except (KeyError, TypeError, AttributeError, ValidationError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{folder / EXPORT_FILE}: not as exported ({reason}); export the run again") from error
+    space = ActionSpace(actions.groups, actions.form)
+    model = IWM(config, space.dim)
+    parts = {"encoder": model.encoder, "target_encoder": model.target_encoder, "predictor": model.predictor}
+    for name, module in parts.items():
+        if module is not None:
+            _fill(module, folder / f"{name}.safetensors")
+    return model.eval(), actions, space, step
+
+
+def _described(folder: Path) -> Mapping[str, Any]:
+    path = folder / EXPORT_FILE
+    try:
+        described = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); export the run again") from error
+    found = described.get("schema") if isinstance(described, dict) else None
+    if found != EXPORT_SCHEMA:
+        raise UserError(f"{path}: schema is {found!r}, this version reads {EXPORT_SCHEMA!r}; export the run again")
+    return dict(described)
+
+
+@torch.no_grad()
+def _fill(module: nn.Module, path: Path) -> None:
+    """Copy a file's tensors into a module whose parameters they are, all of them and no other."""
+    try:
+        found = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be read whole ({error}); export the run again") from error
+    own = module.state_dict()
+    for name in sorted(own.keys() | found.keys()):
+        if name not in own or name not in found or own[name].shape != found[name].shape:
+            raise UserError(f"{path}: {name} is not that of {EXPORT_FILE} beside it; export the run again")
+    module.load_state_dict(found)

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-__all__ = ["Bar", "bars", "curve"]
+__all__ = ["Bar", "Place", "bars", "curve", "places"]
 
 # A colour that nothing else has: it becomes currentColor in the page, so axes and words follow light and dark.
 _INK = "#010203"
@@ -29,6 +29,17 @@ class Bar:
     name: str
     value: float
     interval: Sequence[float] | None = None
+
+
+@dataclass(frozen=True)
+class Place:
+    """A point with its name and the ends of its intervals along and up."""
+
+    name: str
+    x: float
+    y: float
+    x_interval: Sequence[float]
+    y_interval: Sequence[float]
 
 
 def _figure() -> tuple[Figure, Axes]:
@@ -114,3 +125,29 @@ def bars(values: Sequence[Bar], *, name: str, label: str) -> str:
     axes.set_xlabel(label, color=_INK)
     axes.tick_params(axis="y", length=0)
     return _svg(figure, name, label)
+
+
+def places(points: Sequence[Place], *, name: str, x_label: str, y_label: str) -> str:
+    """Points between 0 and 1 both ways, with their intervals; the first one is emphasised."""
+    figure, axes = _figure()
+    axes.grid(axis="x", color=_INK, alpha=0.15, linewidth=0.6)
+    for number, point in enumerate(points):
+        colour = _COLOURS[0] if number == 0 else _COLOURS[-1]
+        axes.plot(point.x_interval, [point.y, point.y], color=colour, linewidth=1.4)
+        axes.plot([point.x, point.x], point.y_interval, color=colour, linewidth=1.4)
+        axes.plot(point.x, point.y, marker="o", color=colour, markersize=7 if number == 0 else 5)
+        right = point.x > 0.7
+        axes.annotate(
+            point.name,
+            (point.x, point.y),
+            xytext=(-6 if right else 6, 6),
+            textcoords="offset points",
+            ha="right" if right else "left",
+            color=_INK,
+            fontsize=9,
+        )
+    axes.set_xlim(min(0.0, *(point.x for point in points)), 1)
+    axes.set_ylim(0, 1)
+    axes.set_xlabel(x_label, color=_INK)
+    axes.set_ylabel(y_label, color=_INK)
+    return _svg(figure, name, f"{y_label} against {x_label}")

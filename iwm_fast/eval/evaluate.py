@@ -15,20 +15,24 @@ from iwm_fast.eval.bank import varying
 from iwm_fast.eval.cache import FeatureCache
 from iwm_fast.eval.components import GEOMETRIC
 from iwm_fast.eval.components import components as component_names
+from iwm_fast.eval.equivariance import measure_equivariance
 from iwm_fast.eval.features import EncoderName, default_encoder, device_of
 from iwm_fast.eval.mrr import mean_reciprocal_rank
 from iwm_fast.eval.progress import Progress
-from iwm_fast.eval.representation import PROBES, measure_representation
+from iwm_fast.eval.representation import POOLING, PROBES, measure_representation
 from iwm_fast.eval.splits import Split, cannot_classify
 from iwm_fast.models.iwm import IWM
 
 __all__ = ["USUAL", "WHAT", "evaluate_model", "untrained_model"]
 
-WHAT = ("mrr", *PROBES)
+WHAT = ("mrr", *PROBES, "equivariance")
 # The attentive probe takes minutes where the others take seconds, so it is measured where it is asked for.
-USUAL = ("mrr", "knn", "linear")
+USUAL = ("mrr", "knn", "linear", "equivariance")
 # Of a bank of one component, all that is kept beside its mrr.
 _PART = ("mrr", "mrr_interval", "h1", "h5", "mrr_chance", "mrr_shuffled", "mrr_neutral", "mrr_bank", "mrr_queries")
+# Pairs of views are of at most so many images, spread evenly.
+EQUIVARIANCE_IMAGES = (2000, 1000)
+_STILL = "the configuration has no colour jitter (actions.strength), so no distinct actions"
 
 
 def untrained_model(config: Config, space: ActionSpace, device: torch.device) -> IWM:
@@ -62,6 +66,7 @@ def evaluate_model(
     k-NN and probes: fitted on ``train``, measured on ``test``; knn, linear, attentive, linear_top5 and so on, each with
     _interval. ``untrained``: also all of these of the network before training, with _untrained, and the control
     mrr_untrained_target. ``encoder``: default the moving average, where there is one. ``cache``: of features.
+    Equivariance: names in ``Equivariance.summary``, of at most ``EQUIVARIANCE_IMAGES`` of ``train`` and ``test``.
     What cannot be measured stands under ``not_run`` with its reason. Raises ValueError for an unknown ``what``.
     """
     unknown = [name for name in what if name not in WHAT]
@@ -69,9 +74,7 @@ def evaluate_model(
         raise ValueError(f"what has {unknown[0]!r}; it may have {', '.join(WHAT)}")
     results: dict[str, Any] = {}
     if "mrr" in what and not varying(config.actions):
-        results["not_run"] = {
-            "mrr": "the configuration has no colour jitter (actions.strength), so no distinct actions"
-        }
+        results["not_run"] = {"mrr": _STILL}
     elif "mrr" in what:
         banked = test.spread(images if images is not None else config.eval.mrr_images)
         results |= _world_model(model, config, space, banked, queries, components, untrained, progress)
@@ -83,6 +86,12 @@ def evaluate_model(
         results |= measure_representation(models, which, train, test, probes, cache=cache, progress=progress)
     elif probes:
         results["not_run"] = results.get("not_run", {}) | dict.fromkeys(probes, missing)
+    if "equivariance" in what:
+        which = encoder if encoder is not None else default_encoder(config.model)
+        models = [model] + ([untrained_model(config, space, device_of(model))] if untrained else [])
+        found = _equivariance(models, config, which, train, test, progress)
+        not_run = results.get("not_run", {}) | found.pop("not_run", {})
+        results |= found | ({"not_run": not_run} if not_run else {})
     return results
 
 
@@ -118,3 +127,33 @@ def _world_model(
             parts[vary] = {key: summary[key] for key in _PART}
     flat = {f"mrr_only_{name}": part["mrr"] for name, part in parts.items()}
     return results | flat | ({"components": parts} if parts else {})
+
+
+def _equivariance(
+    models: Sequence[IWM],
+    config: Config,
+    which: EncoderName,
+    train: Split | None,
+    test: Split,
+    progress: Progress | None,
+) -> dict[str, Any]:
+    """Names and values of the model and of the untrained one, or ``not_run`` with the reason."""
+    wanted = EQUIVARIANCE_IMAGES
+    if not varying(config.actions):
+        return {"not_run": {"equivariance": _STILL}}
+    if train is None:
+        return {"not_run": {"equivariance": "no training images were given"}}
+    fitted, measured = train.spread(wanted[0]), test.spread(wanted[1])
+    if len(fitted) < 5 or len(measured) < 2:
+        return {"not_run": {"equivariance": f"{len(fitted)} training and {len(measured)} test images are too few"}}
+    tell = None if progress is None else partial(progress, "pairs of views")
+    found = measure_equivariance(models, config.actions, fitted, measured, which=which, progress=tell)
+    results: dict[str, Any] = {
+        "equivariance_chance": 0.0,
+        "equivariance_encoder": which,
+        "equivariance_pooling": POOLING,
+        "equivariance_pairs": [len(fitted), len(measured)],
+    }
+    for end, one in zip(("", "_untrained"), found, strict=False):
+        results |= one.summary(end)
+    return results

@@ -22,12 +22,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from iwm_fast.actions import ActionSpace
 from iwm_fast.config import Config
 from iwm_fast.eval.bank import Bank
 from iwm_fast.eval.components import component_bank
+from iwm_fast.eval.distances import euclidean, unit_means
 from iwm_fast.eval.features import device_of, evaluating
 from iwm_fast.eval.stats import bootstrap_interval, chance_hit, chance_mrr, evenly_spaced
 from iwm_fast.models.blocks import layer_norm_rows
@@ -40,7 +40,6 @@ DISTANCES = ("l2", "cosine")
 # Of the target's norm. fp32 networks repeat themselves to about 1e-7 of it when an image moves within a batch;
 # distances nearer than this are the same distance, or a collapsed model would be ranked by its rounding.
 TIE = 2.0**-20
-_SLICE = 2**14  # numbers of each row multiplied at once in float64
 
 
 @dataclass(frozen=True)
@@ -110,25 +109,6 @@ def mean_ranks(distances: np.ndarray, truth: np.ndarray, tie: float) -> np.ndarr
     return 1 + nearer + equal / 2
 
 
-def _euclidean(a: Tensor, b: Tensor) -> Tensor:
-    """Distances (Q, N) float64 between rows of a (Q, K) and b (N, K).
-
-    ‖a‖² + ‖b‖² − 2ab loses all digits of a near pair in fp32 (and TF32 more); in float64, a slice of K at a time, the
-    product takes a few per cent of the time that the networks take.
-    """
-    squared = torch.zeros(len(a), len(b), dtype=torch.float64, device=a.device)
-    for a_part, b_part in zip(a.split(_SLICE, dim=1), b.split(_SLICE, dim=1), strict=True):
-        x, y = a_part.double(), b_part.double()
-        squared += x.square().sum(dim=1)[:, None] + y.square().sum(dim=1)
-        squared.addmm_(x, y.T, alpha=-2)
-    return squared.clamp_(min=0).sqrt_()
-
-
-def _pooled(tokens: Tensor) -> Tensor:
-    """Unit vectors (B, D) float64 of the mean tokens; their Euclidean distance orders as the cosine distance does."""
-    return F.normalize(tokens.double().mean(dim=1), dim=1)
-
-
 def _answers(model: IWM, z: Tensor, actions: Tensor, chunk: int) -> Iterator[Tensor]:
     """Predictions (b, L, D) float32 for each of ``actions`` (n, A), from one source (1, L, D)."""
     for rows in actions.split(chunk):
@@ -138,7 +118,7 @@ def _answers(model: IWM, z: Tensor, actions: Tensor, chunk: int) -> Iterator[Ten
 def _bank_targets(model: IWM, views: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
     """Of views (N, S, S, 3): all tokens (N, L · D) float32, and unit mean tokens (N, D) float64."""
     targets = torch.cat([model.targets(part).float() for part in views.split(chunk)])
-    return targets.flatten(1), _pooled(targets)
+    return targets.flatten(1), unit_means(targets)
 
 
 def bank_distances(
@@ -168,11 +148,11 @@ def bank_distances(
     rows: dict[str, list[Tensor]] = {name: [] for name in DISTANCES}
     strange_rows: dict[str, list[Tensor]] = {name: [] for name in DISTANCES}
     for answer in (*_answers(model, z, asked, chunk), source):
-        rows["l2"].append(_euclidean(answer.flatten(1), flat))
-        rows["cosine"].append(_euclidean(_pooled(answer), pooled))
+        rows["l2"].append(euclidean(answer.flatten(1), flat))
+        rows["cosine"].append(euclidean(unit_means(answer), pooled))
         if strange is not None:
-            strange_rows["l2"].append(_euclidean(answer.flatten(1), strange[0]))
-            strange_rows["cosine"].append(_euclidean(_pooled(answer), strange[1]))
+            strange_rows["l2"].append(euclidean(answer.flatten(1), strange[0]))
+            strange_rows["cosine"].append(euclidean(unit_means(answer), strange[1]))
     all_rows = {name: torch.cat(parts).cpu().numpy() for name, parts in rows.items()}
     strange_answers = {name: torch.cat(parts).cpu().numpy()[:-2] for name, parts in strange_rows.items() if parts}
     norm = float(flat.double().square().sum(dim=1).mean().sqrt())

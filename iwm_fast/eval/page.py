@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import html
 import io
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,18 @@ from PIL import Image
 
 from iwm_fast.eval.examples import RankedExample, RankedView
 
-__all__ = ["document", "example_block", "facts", "fold", "number", "percent", "section", "table"]
+__all__ = [
+    "document",
+    "example_block",
+    "facts",
+    "fold",
+    "number",
+    "percent",
+    "picture_source",
+    "pixel_class",
+    "section",
+    "table",
+]
 
 _STYLE = """
 :root { color-scheme: light dark;
@@ -44,9 +56,15 @@ figure { margin: 0; } figcaption { font-size: .75rem; text-align: center; color:
 img { display: block; width: 4.2rem; height: 4.2rem; border-radius: .3rem; border: 2px solid transparent; }
 img.pixels { image-rendering: pixelated; }
 .true img { border-color: var(--good); } .true figcaption { color: var(--good); font-weight: 700; }
+.control { display: grid; grid-template-columns: 6rem 1fr 3.4rem; gap: .7rem; align-items: center; }
+.control input { width: 100%; min-height: 2.2rem; margin: 0; accent-color: var(--good); }
+.control output { text-align: right; font-variant-numeric: tabular-nums; }
+.sliders .rows { margin: .7rem 0; }
 details { margin: .6rem 0; } summary { cursor: pointer; font-weight: 600; }
 pre { overflow-x: auto; font-size: .8rem; }
 """
+
+_SMOOTH = 128  # pixels of a side from which on an image is shown smoothed
 
 
 def number(value: float) -> str:
@@ -59,12 +77,19 @@ def percent(value: float) -> str:
     return f"{100 * value:.1f} %"
 
 
-def document(title: str, body: str) -> str:
-    """A page that needs nothing from elsewhere; ``body`` is HTML."""
+def document(title: str, body: str, script: str = "") -> str:
+    """A page that needs nothing from elsewhere, and whose browser is told to fetch nothing and to run ``script`` alone.
+
+    ``body`` is HTML.
+    """
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
+    allowed = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{allowed}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{html.escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
+        f"<title>{html.escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n{body}\n"
+        f"<script>{script}</script>\n</body>\n</html>\n"
     )
 
 
@@ -86,19 +111,29 @@ def fold(title: str, text: str) -> str:
     return f"<details><summary>{html.escape(title)}</summary><pre>{html.escape(text)}</pre></details>"
 
 
-def _picture(image: np.ndarray, caption: str, *, true: bool = False) -> str:
-    """An image (S, S, 3) uint8 as a PNG within the page; small ones show their pixels."""
+def picture_source(image: np.ndarray) -> str:
+    """The address of an image (S, S, 3) uint8 that holds it: exact where its pixels are shown, else a JPEG."""
     file = io.BytesIO()
     picture = Image.fromarray(image)
+    form = "png" if max(picture.size) < _SMOOTH else "jpeg"  # a PNG of 160 pixels is five times a JPEG of this quality
     if max(picture.size) > 160:  # twice the size at which it is shown, for dense screens
         picture.thumbnail((160, 160), Image.Resampling.LANCZOS)
-    picture.save(file, format="PNG", optimize=True)
-    data = base64.b64encode(file.getvalue()).decode("ascii")
+    picture.save(file, format=form, optimize=True, quality=88)
+    return f"data:image/{form};base64,{base64.b64encode(file.getvalue()).decode('ascii')}"
+
+
+def pixel_class(image: np.ndarray) -> str:
+    """The attribute of an <img> that shows the pixels of an image (S, S, 3) as squares, or nothing for a large one."""
+    return ' class="pixels"' if max(image.shape[:2]) < _SMOOTH else ""
+
+
+def _picture(image: np.ndarray, caption: str, *, true: bool = False) -> str:
+    """An image (S, S, 3) uint8 within the page; small ones show their pixels."""
     words = html.escape(caption)
-    pixels = ' class="pixels"' if max(image.shape[:2]) < 128 else ""
+    pixels = pixel_class(image)
     outer = ' class="true"' if true else ""
     return (
-        f'<figure{outer}><img{pixels} alt="{words}" src="data:image/png;base64,{data}">'
+        f'<figure{outer}><img{pixels} alt="{words}" src="{picture_source(image)}">'
         f"<figcaption>{words}</figcaption></figure>"
     )
 

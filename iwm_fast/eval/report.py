@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from iwm_fast.config import Config, dump_config
-from iwm_fast.eval.charts import Bar, bars, curve
+from iwm_fast.eval.charts import Bar, Place, bars, curve, places
 from iwm_fast.eval.examples import RankedExample
 from iwm_fast.eval.page import document, example_block, facts, fold, number, percent, section, table
+from iwm_fast.eval.slider_page import SCRIPT, slider_card
+from iwm_fast.eval.sliders import SlidingExample
 
 __all__ = ["read_metrics", "write_report"]
 
@@ -117,6 +119,63 @@ def _representation(results: Mapping[str, Any]) -> str:
     )
 
 
+def _dial(results: Mapping[str, Any]) -> str:
+    """Where the checkpoint lies between invariant and equivariant, beside the untrained network."""
+    if "equivariance" not in results:
+        return ""
+    ends = {"": "this checkpoint", "_untrained": "untrained"}
+    points = [
+        Place(
+            name,
+            results[f"invariance{end}"],
+            results[f"equivariance{end}"],
+            results[f"invariance{end}_interval"],
+            results[f"equivariance{end}_interval"],
+        )
+        for end, name in ends.items()
+        if f"equivariance{end}" in results
+    ]
+    chart = places(points, name="dial", x_label="invariance", y_label="equivariance, R²")
+    names = {"invariance": "invariance", "equivariance": "equivariance: R², mean"}
+    names |= {
+        key: f"R² of {key.removeprefix('r2_')}"
+        for key in results
+        if key.startswith("r2_") and not key.endswith(("_interval", "_untrained"))
+    }
+    rows = [
+        [label, *(cell for end in ends if key + end in results for cell in _cells(results, key + end))]
+        for key, label in names.items()
+    ]
+    head = ["", "value", "95 % interval", "untrained", "95 % interval"][: len(rows[0])]
+    pairs = results["equivariance_pairs"]
+    return section(
+        "Between invariant and equivariant",
+        table(head, rows) + f'<div class="charts"><div>{chart}</div></div>',
+        f"Two jittered views of each of {pairs[0]} training and {pairs[1]} test images, pooled features of the "
+        f"{results['equivariance_encoder']} encoder. Equivariance: how much of what differs between the views a ridge "
+        "regression tells from both features, R² on the test images, 0 for nothing.",
+        "Invariance: cosine of the two views' features on a scale where 1 is the same and 0 as far apart as two "
+        f"images; the raw cosines are {number(results['cosine_same'])} and {number(results['cosine_other'])}. "
+        "Interval by bootstrap over test images.",
+    )
+
+
+def _cells(results: Mapping[str, Any], key: str) -> tuple[str, str]:
+    return number(results[key]), _interval(results, key, number)
+
+
+def _sliders(examples: Sequence[SlidingExample]) -> str:
+    if not examples:
+        return ""
+    return section(
+        "What one action does along its range",
+        "".join(slider_card(example, f"image{i}") for i, example in enumerate(examples)),
+        "Move a slider: the predictor is told that component of the action and no other, and its answer is a "
+        "representation, never a picture. Shown are the views of the bank that come nearest to it; the one that was "
+        "asked for has a green frame. All answers were computed beforehand.",
+    )
+
+
 def _training(metrics: Sequence[Mapping[str, Any]], mrr_chance: float | None) -> str:
     charts = [
         curve(metrics, {"loss": "loss"}, name="loss", label="loss"),
@@ -150,6 +209,7 @@ def write_report(
     results: Mapping[str, Any],
     metrics: Sequence[Mapping[str, Any]],
     examples: Sequence[RankedExample],
+    sliding: Sequence[SlidingExample] = (),
     environment: Mapping[str, Any],
     date: datetime | None = None,
 ) -> None:
@@ -173,6 +233,8 @@ def write_report(
             "".join(f'<p class="soft">{html.escape(f"{what}: {why}")}</p>' for what, why in not_run.items()),
             _world_model(results) if "mrr" in results else "",
             _representation(results),
+            _dial(results),
+            _sliders(sliding),
             _examples(examples),
             _training(metrics, results.get("mrr_chance")),
             section(
@@ -182,5 +244,5 @@ def write_report(
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    aside.write_text(document(f"{name}, step {step}", body), encoding="utf-8")
+    aside.write_text(document(f"{name}, step {step}", body, SCRIPT if sliding else ""), encoding="utf-8")
     aside.replace(path)

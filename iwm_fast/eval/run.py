@@ -12,18 +12,23 @@ import torch
 from iwm_fast.engine.loading import load_model
 from iwm_fast.engine.rundir import RunDirectory
 from iwm_fast.errors import UserError
+from iwm_fast.eval.bank import JITTER_COMPONENTS
 from iwm_fast.eval.cache import FeatureCache
 from iwm_fast.eval.evaluate import USUAL, WHAT, evaluate_model
 from iwm_fast.eval.examples import ranked_examples
 from iwm_fast.eval.progress import Progress
 from iwm_fast.eval.report import read_metrics, write_report
 from iwm_fast.eval.representation import PROBES
+from iwm_fast.eval.sliders import sliding_examples
 from iwm_fast.eval.splits import open_splits, require_same_classes
 
 __all__ = ["evaluate_run", "result_rows"]
 
 # Images of the report whose banks are shown as ranked: enough to see a habit, few enough to scroll through.
 _SHOWN_IMAGES = 6
+_SLIDING_IMAGES = 3
+# Keys that say what is asked of a model, and not what it is.
+_FREE = ("eval.", "data.", *(f"actions.{name}" for name in ("strength", *JITTER_COMPONENTS)))
 
 
 def evaluate_run(
@@ -36,19 +41,26 @@ def evaluate_run(
     name: str | None = None,
     components: bool = False,
     cache: Path | None = None,
+    overrides: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Measure ``what`` of a run's checkpoint on the images under ``data``; also writes ``RUN/report/index.html``.
 
     ``images``: those whose banks are ranked, default ``eval.mrr_images``. ``name``: the report's title, default the
     run's folder. ``components``: as in ``evaluate_model``. ``cache``: where features are kept, default ``RUN/cache``.
+    ``overrides``: ``key.path=value`` of the jitter's strength, ``eval`` and ``data``, in place of the run's own.
     Returns the names and values of ``evaluate_model``, with ``step`` and ``report``.
     Raises UserError for an unknown ``what``, a folder that is no run, and data that cannot be used.
     """
     unknown = [word for word in what if word not in WHAT]
     if unknown or not what:
         raise UserError(f"--what: {unknown[0] if unknown else 'empty'}: it is a list of {', '.join(WHAT)}")
-    model, config, space, step = load_model(run, checkpoint)
+    for word in overrides:
+        if not word.startswith(_FREE):
+            raise UserError(
+                f"command line: {word}: evaluation may change {', '.join(_FREE)} only; the rest is the run's"
+            )
+    model, config, space, step = load_model(run, checkpoint, overrides)
     model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     train, test = open_splits(data, config)
     if set(what) & set(PROBES):
@@ -66,6 +78,7 @@ def evaluate_run(
         progress=progress,
     )
     shown = ranked_examples(model, config, space, test.spread(_SHOWN_IMAGES), bank=config.eval.bank)
+    sliding = sliding_examples(model, config, space, test.spread(_SLIDING_IMAGES), bank=config.eval.bank)
     report = run / "report" / "index.html"
     write_report(
         report,
@@ -75,6 +88,7 @@ def evaluate_run(
         results=results,
         metrics=read_metrics(run / "metrics.jsonl"),
         examples=shown,
+        sliding=sliding,
         environment=json.loads(RunDirectory(run).environment_file.read_text())["environment"],
     )
     return {**results, "step": step, "report": str(report)}
@@ -86,7 +100,9 @@ def result_rows(results: Mapping[str, Any]) -> list[list[str]]:
     What does not apply is empty; all the rest of ``results``, the protocol above all, is left to JSON and report.
     """
     rows = []
-    for name, distance in (("mrr", ""), ("mrr", "_cosine"), *((n, "") for n in ("h1", "h5", "knn", *PROBES[1:]))):
+    regressed = [key for key in results if key.startswith("r2_") and f"{key}_untrained" in results]
+    alone = ("h1", "h5", "knn", *PROBES[1:], "equivariance", "invariance", *regressed)
+    for name, distance in (("mrr", ""), ("mrr", "_cosine"), *((n, "") for n in alone)):
         if name + distance not in results:
             continue
         low, high = results.get(f"{name}{distance}_interval") or (None, None)

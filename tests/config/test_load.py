@@ -18,6 +18,7 @@ from iwm_fast.errors import UserError
 PACKAGE = Path(iwm_fast.__file__).parent
 NAMES = [
     "demo.yaml",
+    "dial.yaml",
     "mlp_predictor_shared_target.yaml",
     "vit_base_p16_224_equi.yaml",
     "vit_base_p16_224_inv.yaml",

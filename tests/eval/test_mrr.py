@@ -10,7 +10,8 @@ from worlds import RAW, Collapsed, Deaf, Oracle, pictures, tiny_config, tiny_mod
 from iwm_fast.actions import ActionSpace
 from iwm_fast.config import PredictorConfig
 from iwm_fast.eval.bank import jittered_views, make_bank
-from iwm_fast.eval.mrr import CONTROLS, DISTANCES, TIE, _euclidean, bank_distances, mean_ranks, mean_reciprocal_rank
+from iwm_fast.eval.distances import euclidean
+from iwm_fast.eval.mrr import CONTROLS, DISTANCES, TIE, bank_distances, mean_ranks, mean_reciprocal_rank
 from iwm_fast.eval.stats import chance_mrr
 
 SPACE = ActionSpace()
@@ -40,7 +41,7 @@ def test_distances_keep_their_digits_when_points_are_near_and_far_from_the_origi
     a = 100 + torch.randn(5, 40_000)  # more than two slices
     b = a[[0, 3, 4]] + 1e-4 * torch.randn(3, 40_000)
     want = torch.stack([(a.double() - row.double()).norm(dim=1) for row in b], dim=1)
-    torch.testing.assert_close(_euclidean(a, b), want, rtol=0, atol=1e-3 * TIE * float(a[0].norm()))
+    torch.testing.assert_close(euclidean(a, b), want, rtol=0, atol=1e-3 * TIE * float(a[0].norm()))
 
 
 def test_oracle_scores_one_and_its_shuffled_answers_do_not():

@@ -14,10 +14,11 @@ from worlds import RAW, Deaf, Oracle, pictures, tiny_config, tiny_model
 
 from iwm_fast.actions import ActionSpace
 from iwm_fast.config import PredictorConfig
-from iwm_fast.eval.charts import Bar, bars, curve
+from iwm_fast.eval.charts import Bar, Place, bars, curve, places
 from iwm_fast.eval.evaluate import evaluate_model
 from iwm_fast.eval.examples import ranked_examples
 from iwm_fast.eval.report import read_metrics, write_report
+from iwm_fast.eval.sliders import sliding_examples
 from iwm_fast.eval.splits import TensorSplit
 
 SPACE = ActionSpace()
@@ -52,6 +53,7 @@ def page(path, results, **changes):
         "results": results,
         "metrics": METRICS,
         "examples": ranked_examples(Oracle(SPACE), RAW, SPACE, pictures(2), bank=16),
+        "sliding": sliding_examples(Oracle(SPACE), RAW, SPACE, pictures(1), bank=16, stops=3),
         "environment": {"packages": {"torch": EVIL}},
         "date": datetime(2026, 11, 23, 12, tzinfo=UTC),
     }
@@ -70,7 +72,7 @@ class Walk(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.elements.append((tag, dict(attrs)))
-        if tag not in ("meta", "img"):
+        if tag not in ("meta", "img", "input"):
             self.open.append(tag)
 
     def handle_startendtag(self, tag, attrs):
@@ -80,7 +82,8 @@ class Walk(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
-        self.text += data
+        if self.open[-1:] != ["script"]:
+            self.text += data
 
 
 def walk(text):
@@ -94,7 +97,10 @@ def test_page_is_whole_and_needs_nothing_from_elsewhere(tmp_path, results):
     text = page(tmp_path / "deep" / "report.html", results)
     found = walk(text)
     tags = {tag for tag, _ in found.elements}
-    assert not tags & {"script", "link", "iframe", "object"}
+    assert not tags & {"link", "iframe", "object"}
+    # The page's own script and the data of one card of sliders; both stand in the page itself.
+    scripts = [attributes for tag, attributes in found.elements if tag == "script"]
+    assert scripts == [{"type": "application/json"}, {}]
     for _, attributes in found.elements:
         assert str(attributes.get("src", "data:")).startswith("data:image/png;base64,") or "src" not in attributes
         assert str(attributes.get("href", attributes.get("xlink:href", "#"))).startswith("#")
@@ -114,10 +120,10 @@ def test_identifiers_are_unique_so_that_charts_do_not_clip_each_other(tmp_path, 
 
 def test_text_is_escaped_and_results_are_shown(tmp_path, results):
     text = page(tmp_path / "report.html", results | {"not_run": {EVIL: EVIL}})
-    assert "<script" not in text
+    assert "<script>alert" not in text
     words = walk(text).text
     assert words.count(EVIL) >= 4
-    for key in ("mrr", "mrr_shuffled", "mrr_neutral", "mrr_chance", "mrr_cosine"):
+    for key in ("mrr", "mrr_shuffled", "mrr_neutral", "mrr_chance", "mrr_cosine", "invariance", "r2_hue_untrained"):
         assert f"{results[key]:.3f}" in words
     assert f"{100 * results['knn']:.1f} %" in words
     assert "2026-11-23 12:00 UTC" in words
@@ -126,7 +132,7 @@ def test_text_is_escaped_and_results_are_shown(tmp_path, results):
 
 def test_pictures_are_those_of_the_example(tmp_path, results):
     (example,) = ranked_examples(Oracle(SPACE), RAW, SPACE, pictures(1), bank=16, shown=4)
-    found = walk(page(tmp_path / "report.html", results, examples=[example]))
+    found = walk(page(tmp_path / "report.html", results, examples=[example], sliding=[]))
     data = [a["src"].split(",", 1)[1] for tag, a in found.elements if tag == "img"]
     shown = [np.asarray(Image.open(io.BytesIO(base64.b64decode(d)))) for d in data]
     assert len(shown) == 2 + 4 + 2 + 2
@@ -146,8 +152,10 @@ def test_each_component_has_its_bank_and_chance_in_the_report(results, tmp_path)
 
 
 def test_what_was_not_measured_is_left_out(tmp_path):
-    words = walk(page(tmp_path / "report.html", {}, metrics=[], examples=[])).text
+    words = walk(page(tmp_path / "report.html", {}, metrics=[], examples=[], sliding=[])).text
     assert "The world model" not in words
+    assert "invariant" not in words
+    assert "What one action does" not in words
     assert "Training" not in words
     assert "Configuration" in words
 
@@ -178,6 +186,12 @@ def test_charts_are_sound_svg_coloured_by_the_page():
     for svg in (
         curve(METRICS, {"loss": "loss"}, name="loss", label="loss"),
         bars([Bar("a < b & c", 0.5, (0.4, 0.6)), Bar("none", 0.0)], name="bars", label="share"),
+        places(
+            [Place("here <", 0.5, 0.4, (0.4, 0.6), (0.3, 0.5)), Place("there", 0.9, 0.1, (0.8, 0.95), (0.0, 0.2))],
+            name="places",
+            x_label="along",
+            y_label="up",
+        ),
     ):
         root = ET.fromstring(svg)
         assert root.tag.endswith("svg")

@@ -1,0 +1,171 @@
+r"""Turn the dial between invariant and equivariant: train a grid of predictors, measure each, tabulate and draw.
+
+    python -m benchmarks.dial --data DIR --out RUNS --json FILE --picture PNG
+    python -m benchmarks.dial --from FILE --picture PNG
+
+A grid is a file of configs/ablations (or a path): keys with the values that each takes; all combinations are trained.
+A combination that several grids hold is trained once; where a grid does not name a key, the configuration's value
+holds. All are measured alike, on banks and pairs of one strength, whatever strength they were trained with. Figures:
+MRR of the world model, R² of the action told from pairs of embeddings, invariance (cosine of a pair on the scale of
+other images), accuracy of the linear probe.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import yaml
+
+from benchmarks.arms import interval, table, train_all
+from iwm_fast.config.load import find_config, load_config
+
+GRIDS = Path(__file__).resolve().parent.parent / "configs" / "ablations"
+SHOWN = (
+    "loss_last",
+    "mrr",
+    "mrr_cosine",
+    "mrr_shuffled",
+    "equivariance",
+    "r2_brightness",
+    "r2_contrast",
+    "r2_saturation",
+    "r2_hue",
+    "invariance",
+    "linear",
+    "rank_me",
+)
+MEASURED = ["--what", "mrr,linear,equivariance"]
+
+
+def read_grid(name: str) -> list[dict[str, Any]]:
+    """The combinations of a grid, each key to value."""
+    path = Path(name) if Path(name).suffix else GRIDS / f"{name}.yaml"
+    keys = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return [dict(zip(keys, values, strict=True)) for values in product(*keys.values())]
+
+
+def default_of(config: str, key: str) -> Any:
+    """What the configuration says of a key."""
+    node: Any = load_config(find_config(config)).model_dump(mode="json")
+    for part in key.split("."):
+        node = node[part]
+    return node
+
+
+def label(changes: dict[str, Any]) -> str:
+    """What is changed, in words short enough for a chart."""
+    return ", ".join(f"{key.rsplit('.', 1)[-1]} {value}" for key, value in changes.items()) or "as configured"
+
+
+def points(config: str, grids: list[str]) -> tuple[list[dict[str, Any]], dict[str, list[str]]]:
+    """The arms to train, and the names of those that each grid holds: equal ones are one arm."""
+    arms: dict[str, dict[str, Any]] = {}
+    held: dict[str, list[str]] = {}
+    for grid in grids:
+        held[Path(grid).stem] = names = []
+        for combination in read_grid(grid):
+            changes = {k: v for k, v in sorted(combination.items()) if v != default_of(config, k)}
+            name = label(changes)
+            names.append(name)
+            arms[name] = {"name": name, "overrides": [f"{k}={v}" for k, v in changes.items()], "runs": []}
+    return list(arms.values()), held
+
+
+def value(arm: dict[str, Any], name: str) -> float:
+    """An arm's figure, in the mean over its seeds."""
+    mean = interval([run["evaluation"][name] for run in arm["runs"]])["mean"]
+    assert mean is not None
+    return mean
+
+
+def draw(arms: list[dict[str, Any]], picture: Path) -> None:
+    """The spectrum: a point an arm, invariance against R² and against MRR, coloured by the linear probe's accuracy."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
+    accuracy = [100 * value(arm, "linear") for arm in arms]
+    for axis, key, name in zip(axes, ("equivariance", "mrr"), ("R² of the action, mean", "MRR"), strict=True):
+        x, y = [value(arm, "invariance") for arm in arms], [value(arm, key) for arm in arms]
+        shown = axis.scatter(x, y, c=accuracy, cmap="viridis", s=60, zorder=3)
+        for arm, a, b in zip(arms, x, y, strict=True):
+            axis.annotate(arm["name"], (a, b), xytext=(5, 4), textcoords="offset points", fontsize=7)
+        if key == "equivariance":
+            axis.scatter(
+                value(arms[0], "invariance_untrained"),
+                value(arms[0], "equivariance_untrained"),
+                marker="x",
+                color="gray",
+            )
+            axis.annotate(
+                "untrained",
+                (value(arms[0], "invariance_untrained"), value(arms[0], "equivariance_untrained")),
+                xytext=(5, 4),
+                textcoords="offset points",
+                fontsize=7,
+                color="gray",
+            )
+        else:
+            axis.axhline(value(arms[0], "mrr_chance"), color="gray", ls="--", lw=1)
+        axis.set_xlabel("invariance (cosine under jitter, scaled)")
+        axis.set_ylabel(name)
+        axis.margins(x=0.22, y=0.1)
+        axis.grid(alpha=0.3)
+    figure.colorbar(shown, ax=axes, label="linear probe, % top-1", shrink=0.9)
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(picture, dpi=110)
+
+
+def tables(arms: list[dict[str, Any]], held: dict[str, list[str]]) -> str:
+    """Markdown: a table a grid; arms that are not measured yet are left out."""
+    done = {arm["name"]: arm for arm in arms if arm["runs"]}
+    parts = [f"{grid}\n\n{table([done[n] for n in names if n in done], SHOWN)}" for grid, names in held.items()]
+    return "\n\n".join(parts)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="dial.yaml")
+    parser.add_argument("--grid", nargs="+", default=["conditioning", "difficulty", "capacity"])
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--out", type=Path, help="folder for the runs")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--picture", type=Path)
+    parser.add_argument("--from", dest="measured", type=Path, help="draw and tabulate a file, train nothing")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="for all points")
+    parser.add_argument("--measure", nargs="+", default=["actions.strength=1"], metavar="KEY=VALUE")
+    parser.add_argument("--jobs", type=int, default=1)
+    args = parser.parse_args()
+    if args.measured:
+        found = json.loads(args.measured.read_text())
+        arms, held = [arm for arm in found["arms"] if arm["runs"]], found["grids"]
+    else:
+        if not (args.data and args.out and args.json):
+            parser.error("--data, --out and --json are needed to train")
+        arms, held = points(args.config, args.grid)
+        train_all(
+            arms,
+            config=args.config,
+            data=args.data,
+            out=args.out,
+            seeds=args.seeds,
+            common=args.set,
+            measure=[*MEASURED, *args.measure],
+            json_file=args.json,
+            jobs=args.jobs,
+            about={"grids": held},
+        )
+    if args.picture:
+        draw(arms, args.picture)
+    print(tables(arms, held))
+
+
+if __name__ == "__main__":
+    main()

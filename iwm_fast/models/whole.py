@@ -1,0 +1,87 @@
+"""Encoder and predictor of whole images, for graphs that others run: batches of any size, nothing packed.
+
+The modules here hold the trained ones and use their parameters; they compute what `IWM.encode` and `IWM.predict` do, in
+plain operators on (B, L, D) that an exporter can trace with B unknown. Training has no use for them.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .attention import Attention
+from .blocks import NORM_EPS, Block, ConditionedMlp
+from .predictors import FeatureMixer, MlpPredictor, VitPredictor
+from .vit import VisionTransformer
+
+__all__ = ["WholeEncoder", "WholePredictor"]
+
+
+def _attention(module: Attention, x: Tensor) -> Tensor:
+    q, k, v = module.qkv(x).unflatten(2, (3, module.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, L, d)
+    return module.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def _mlp(module: ConditionedMlp, x: Tensor, action: Tensor | None) -> Tensor:
+    normed = F.layer_norm(x, x.shape[-1:], module.norm_weight, module.norm_bias, NORM_EPS)
+    hidden = F.linear(normed, module.w_in, module.b_in)
+    if module.w_action is not None and action is not None:
+        hidden = hidden + F.linear(action, module.w_action)[:, None]
+    return x + F.linear(F.gelu(hidden), module.w_out, module.b_out)
+
+
+def _blocks(blocks: nn.ModuleList, x: Tensor, action: Tensor | None = None) -> Tensor:
+    for block in blocks:
+        if isinstance(block, Block):
+            x = x + _attention(block.attn, block.norm1(x))
+            x = _mlp(block.mlp, x, action)
+        elif isinstance(block, ConditionedMlp):
+            x = _mlp(block, x, action)
+    return x
+
+
+def _mix(module: FeatureMixer, tokens: Tensor, action: Tensor) -> Tensor:
+    hidden = F.linear(tokens, module.w_in, module.b_in) + F.linear(action, module.w_action)[:, None]
+    return module.out(F.gelu(F.linear(F.gelu(hidden), module.w_out, module.b_out)))
+
+
+class WholeEncoder(nn.Module):
+    """uint8 RGB images (B, S, S, 3) to tokens (B, L, D)."""
+
+    def __init__(self, encoder: VisionTransformer) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, images: Tensor) -> Tensor:
+        """All patches, row-major, as `VisionTransformer` without `patches`."""
+        side, patch = self.encoder.image, self.encoder.patch
+        grid = side // patch
+        pixels = images.unflatten(1, (grid, patch)).unflatten(3, (grid, patch))  # (B, grid, patch, grid, patch, 3)
+        pixels = pixels.transpose(2, 3).flatten(3, 5).flatten(1, 2)  # (B, L, patch · patch · 3)
+        tokens = self.encoder.patch_embed(pixels) + self.encoder.pos_embed
+        return self.encoder.norm(_blocks(self.encoder.blocks, tokens))
+
+
+class WholePredictor(nn.Module):
+    """Tokens (B, L, D) of the source and action (B, A) to the tokens (B, L, D) that the target should have."""
+
+    def __init__(self, predictor: VitPredictor | MlpPredictor) -> None:
+        super().__init__()
+        self.predictor = predictor
+
+    def forward(self, tokens: Tensor, action: Tensor) -> Tensor:
+        """All patches of the target, as `IWM.predict`."""
+        own = self.predictor
+        x = own.embed(tokens)
+        if isinstance(own, MlpPredictor):
+            return own.proj(own.norm(_blocks(own.blocks, x, action)))
+        asked = (own.pos_embed + own.mask_token).expand(x.shape[0], -1, -1)
+        if own.feature is not None:
+            asked = _mix(own.feature, asked, action)
+        parts = [x + own.pos_embed, asked]
+        if own.sequence is not None:
+            parts.append(torch.addcmul(own.sequence.bias, action[:, :, None], own.sequence.weight))
+        patches = own.pos_embed.shape[0]
+        joined = _blocks(own.blocks, torch.cat(parts, dim=1), action)
+        return own.proj(own.norm(joined[:, patches : 2 * patches]))

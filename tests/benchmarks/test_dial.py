@@ -1,0 +1,57 @@
+"""The dial's grids, and what is made of its measurements."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from PIL import Image
+
+from benchmarks.arms import adopt
+from benchmarks.dial import GRIDS, SHOWN, draw, points, read_grid, tables
+from iwm_fast.config import load_config
+from iwm_fast.config.load import packaged_config
+
+
+@pytest.mark.parametrize("path", sorted(GRIDS.glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_combination_of_a_committed_grid_is_a_configuration(path):
+    arms, held = points("dial.yaml", [str(path)])
+    assert len(held[path.stem]) == len(read_grid(path.stem)) == len(arms)
+    for arm in arms:
+        load_config(packaged_config("dial"), arm["overrides"])
+
+
+def test_a_combination_that_several_grids_hold_is_trained_once():
+    arms, held = points("dial.yaml", ["conditioning", "difficulty"])
+    assert held["conditioning"][-1] == held["difficulty"][1] == "as configured"
+    assert [arm["name"] for arm in arms].count("as configured") == 1
+    assert len(arms) == 3 + 3 - 1
+    named = {arm["name"]: arm["overrides"] for arm in arms}
+    assert named["as configured"] == []
+    assert named["conditioning none"] == ["model.predictor.conditioning=none"]
+
+
+def test_measurements_are_tabulated_and_drawn_and_what_is_missing_is_left_out(tmp_path):
+    arms, held = points("dial.yaml", ["difficulty"])
+    extra = ("mrr_chance", "invariance_untrained", "equivariance_untrained")
+    for number, arm in enumerate(arms[:2]):
+        arm["runs"] = [{"evaluation": dict.fromkeys((*SHOWN, *extra), 0.1 * (number + seed))} for seed in range(2)]
+    text = tables(arms, held)
+    assert text.splitlines()[0] == "difficulty"
+    assert "| strength 0.5 | 0.050 ± 0.635 |" in text  # mean of 0 and 0.1, Student's t of one degree of freedom
+    assert "strength 2.0" not in text
+    draw(arms[:2], tmp_path / "dial.png")
+    assert Image.open(tmp_path / "dial.png").size[0] > 800
+
+
+def test_a_stopped_measurement_is_taken_over_and_one_of_another_setting_is_refused(tmp_path):
+    file, setting = tmp_path / "dial.json", {"config": "dial.yaml", "common": ["a=1"], "measure": []}
+    arms, _ = points("dial.yaml", ["difficulty"])
+    arms[0]["runs"] = [{"seed": 0}]
+    file.write_text(json.dumps(setting | {"arms": arms}))
+    again, _ = points("dial.yaml", ["conditioning", "difficulty"])
+    adopt(again, file, setting)
+    assert {arm["name"]: arm["runs"] for arm in again if arm["runs"]} == {"strength 0.5": [{"seed": 0}]}
+    adopt(again, tmp_path / "none.json", setting)
+    with pytest.raises(SystemExit, match="measured with common"):
+        adopt(again, file, setting | {"common": ["a=2"]})
