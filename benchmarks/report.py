@@ -188,7 +188,7 @@ def checksum(file: Path) -> str:
 
 
 def _draw(document: Mapping[str, Any], picture: Path, source: str) -> None:
-    with plt.rc_context({"svg.hashsalt": "iwm-fast"}):
+    with plt.rc_context({"svg.hashsalt": "iwm-fast", "svg.fonttype": "none"}):
         figure, axis = plt.subplots(figsize=(8, 4), layout="constrained")
         if document["schema"] == "iwm-fast-peers/1":
             names = [row["name"] for row in document["rows"]]
