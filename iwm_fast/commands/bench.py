@@ -12,7 +12,7 @@ from iwm_fast.errors import UserError
 
 __all__ = ["app"]
 
-app = typer.Typer(help="Time kernels, step and scaling here, and compare two results.", no_args_is_help=True)
+app = typer.Typer(help="Time kernels, step, data and scaling here, and compare two results.", no_args_is_help=True)
 
 Repeats = Annotated[int, typer.Option("--repeats", min=1, help="Timed calls, after the warm-up.")]
 
@@ -92,6 +92,23 @@ def kernels(
         raise UserError(f"--only: {only}: no such operation; there are {known}")
     found = measure(cases, ranks.device, repeats, _progress if json == "-" else typer.echo)
     answer(json, "kernels", {key: value for key, value in found.items() if key != "schema"})
+
+
+@app.command(epilog="Example: iwm-fast bench data --root photos/train --json data.json")
+def data(
+    json: Annotated[Path, typer.Option("--json", metavar="FILE", help="Where the result is written.")],
+    root: Annotated[
+        Path | None, typer.Option("--root", metavar="DIR", help="Images. Default: made on the spot.")
+    ] = None,
+    repeats: Repeats = 7,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Images a batch.")] = 64,
+    size: Annotated[int, typer.Option("--size", min=16, help="Side of the views, pixels.")] = 224,
+) -> None:
+    """Time the input path of a core and of all cores beside Pillow's and torchvision's, pictures compared before."""
+    from iwm_fast.benchmarks.data import main as measure
+
+    words = ["--json", str(json), "--repeats", str(repeats), "--batch", str(batch), "--size", str(size)]
+    measure([*words, *(["--root", str(root)] if root is not None else [])])
 
 
 @app.command(epilog="Example: iwm-fast bench scaling --what batches,ranks --json scaling.json")
