@@ -19,10 +19,11 @@ def version() -> str:
     raise RuntimeError("iwm_fast/__init__.py does not set __version__")
 
 
-# The checkout has relative links iwm_fast/kernels and iwm_fast/configs, so that it also runs without being installed.
+# The checkout has relative links iwm_fast/{kernels,configs,benchmarks}, so that it also runs without being installed.
 # The links are left out here and the folders they lead to are mapped instead: each file enters the wheel once.
-ENGINE = find_packages(include=["iwm_fast", "iwm_fast.*"], exclude=["iwm_fast.kernels*", "iwm_fast.configs*"])
-KERNELS = ["iwm_fast.kernels", *(f"iwm_fast.kernels.{name}" for name in find_packages("kernels"))]
+MAPPED = ("kernels", "configs", "benchmarks")
+ENGINE = find_packages(include=["iwm_fast", "iwm_fast.*"], exclude=[f"iwm_fast.{name}*" for name in MAPPED])
+BELOW = [f"iwm_fast.{name}.{below}" for name in MAPPED for below in find_packages(name)]
 
 setup(
     name="iwm-fast",
@@ -32,8 +33,8 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=[*ENGINE, *KERNELS, "iwm_fast.configs"],
-    package_dir={"iwm_fast.kernels": "kernels", "iwm_fast.configs": "configs"},
+    packages=[*ENGINE, *(f"iwm_fast.{name}" for name in MAPPED), *BELOW],
+    package_dir={f"iwm_fast.{name}": name for name in MAPPED},
     package_data={
         "iwm_fast": ["py.typed"],
         "iwm_fast.kernels": ["tuned.json"],
@@ -83,9 +84,10 @@ setup(
             "moto[server]>=5,<6",
         ],
         "s3": ["boto3>=1.36,<2"],
-        "bench": ["psutil>=6"],
         "wandb": ["wandb>=0.25,<1"],
         "onnx": ["onnx>=1.17,<2", "onnxscript>=0.5,<0.8", "onnxruntime>=1.20,<2"],
+        # timm is one of the peers that benchmarks/peers.py compares with.
+        "bench": ["psutil>=6", "timm>=1.0.9,<2"],
     },
     classifiers=[
         "Development Status :: 3 - Alpha",

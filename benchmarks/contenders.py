@@ -18,7 +18,7 @@ from iwm_fast.kernels import conditioned_mlp, stopgrad_l2
 from iwm_fast.planning.environment import installed_version
 
 if TYPE_CHECKING:
-    from benchmarks.kernels import Case
+    from iwm_fast.benchmarks.kernels import Case
 
 __all__ = ["CONTENDERS", "Contender", "Skipped"]
 

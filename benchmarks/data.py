@@ -19,20 +19,20 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.contenders import Skipped
-from benchmarks.data_stages import stages
-from benchmarks.timing import spread
-from benchmarks.view_contenders import Render, batches, pillow_views, torchvision_functions, torchvision_views
 from iwm_fast.actions import ActionSpace, Views
+from iwm_fast.benchmarks.contenders import Skipped
+from iwm_fast.benchmarks.data_stages import stages
+from iwm_fast.benchmarks.timing import spread
+from iwm_fast.benchmarks.view_contenders import Render, batches, pillow_views, torchvision_functions, torchvision_views
 from iwm_fast.config import ActionsConfig, Config, DataConfig, ModelConfig, TrainConfig
 from iwm_fast.config.cores import usable_cores
 from iwm_fast.data.files import list_images
@@ -66,12 +66,19 @@ class Job:
     size: int = 224
     batch: int = 64
     count: int = 6
-    device: str = "cpu"
+    device: Literal["cpu", "gpu"] = "cpu"
     seed: int = 0
 
     @classmethod
     def of(
-        cls, given: Path, root: Path, *, size: int = 224, batch: int = 64, count: int = 6, device: str = "cpu"
+        cls,
+        given: Path,
+        root: Path,
+        *,
+        size: int = 224,
+        batch: int = 64,
+        count: int = 6,
+        device: Literal["cpu", "gpu"] = "cpu",
     ) -> Job:
         """Fill the empty folder `root` with links to the images of the folder `given`, each as often as it takes."""
         files = sorted(file for file in given.iterdir() if is_image(file.name))
@@ -224,7 +231,7 @@ def _row(job: Job, name: str, cores: int, pairs: list[tuple[float, float]]) -> d
 
 
 def _comparable(ours: dict[str, Any], row: dict[str, Any]) -> bool:
-    return ours["contender"] == OURS != row["contender"] and ours["cores"] == row["cores"]
+    return bool(ours["contender"] == OURS != row["contender"] and ours["cores"] == row["cores"])
 
 
 def _ratio(ours: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
@@ -253,7 +260,7 @@ def _made(folder: Path, count: int = 64) -> None:
         Image.fromarray(np.clip(image, 0, 255).astype(np.uint8)).save(folder / f"{number:03d}.jpg", quality=90)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, required=True)
@@ -263,7 +270,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--device", choices=["cpu", "gpu"], default="gpu" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as made, tempfile.TemporaryDirectory() as root:
         if args.root is None:
             _made(Path(made))

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from nvidia.dali import fn, pipeline_def, types
 
-from benchmarks.timing import spread
 from iwm_fast.actions import NO_SOLARIZE, Jitter, Views
+from iwm_fast.benchmarks.timing import spread
 from iwm_fast.data.encoded import Encoded, inspect
 from iwm_fast.data.graph import ViewGraph
 
 if TYPE_CHECKING:
-    from benchmarks.data import Job
+    from iwm_fast.benchmarks.data import Job
 
 __all__ = ["stages"]
 

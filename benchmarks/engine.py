@@ -28,8 +28,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.timing import spread
 from iwm_fast.actions import ActionSpace
+from iwm_fast.benchmarks.timing import spread
 from iwm_fast.config import Config, load_config
 from iwm_fast.config.load import find_config
 from iwm_fast.data.batch import Batch
@@ -125,12 +125,11 @@ def _bare_step(config: Config, model: IWM, batches: list[Batch], ranks: Ranks) -
     own = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     decayed = [p for n, p in own if p.ndim > 1 and not n.endswith("bias")]
     plain = [p for n, p in own if p.ndim <= 1 or n.endswith("bias")]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed}, {"params": plain, "weight_decay": 0.0}], betas=config.train.betas, fused=True
-    )
+    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=config.train.betas, fused=True)
     assert model.target_encoder is not None
-    average = list(model.target_encoder.parameters())
-    online = list(model.encoder.parameters())
+    average: list[torch.Tensor] = list(model.target_encoder.parameters())
+    online: list[torch.Tensor] = list(model.encoder.parameters())
     schedules, endless, count = _schedules(config), itertools.cycle(batches), itertools.count()
 
     def step() -> None:

@@ -1,10 +1,11 @@
 """Build, check and time on one GPU all there is, and write JSON: the program to run where a GPU is at hand for
 minutes only.
 
-    python -m benchmarks.gpu_suite --out OUT [--parts doctor ceilings kernels tests train] [--steps 60]
+    python -m benchmarks.gpu_suite --out OUT [--ijepa CHECKOUT] [--parts kernels step ...]
 
-Each part writes ``OUT/PART.json`` as soon as it is done, so that a run that is cut off leaves what it had measured;
-a part that fails writes its error instead, the others go on, and the exit code is 1. Nothing is downloaded.
+Each part runs in a process of its own and writes ``OUT/PART.json`` as soon as it is done, so that a run that is cut off
+leaves what it had measured; a part that fails, dies or hangs leaves its error instead, the others go on, and the exit
+code is 1. Together they take at most ``--budget`` seconds, nine minutes by default. Nothing is downloaded.
 ``--device cpu`` runs the same program at toy size where there is no GPU, to see that it works; its numbers are of
 that CPU and say so.
 """
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -26,9 +28,9 @@ from typing import Any
 
 import torch
 
-from benchmarks import timing
-from benchmarks.contenders import CONTENDERS
-from benchmarks.kernels import CASES, measure
+from iwm_fast.benchmarks import timing
+from iwm_fast.benchmarks.contenders import CONTENDERS
+from iwm_fast.benchmarks.kernels import CASES, measure
 from iwm_fast.data.synth import draw_dataset
 from iwm_fast.doctor import examine
 from iwm_fast.kernels import TUNING_DIR_VARIABLE
@@ -120,37 +122,128 @@ def train(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     return {"rows": rows}
 
 
-PARTS = {part.__name__: part for part in (doctor, ceilings, kernels, tests, train)}
+def _json(command: Sequence[str], limit: float) -> dict[str, Any]:
+    """Run a program of ours that writes its answer to the file after ``--json``; that answer."""
+    words = [sys.executable, "-m", *command]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=limit)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}: exit code {done.returncode}: {done.stderr[-4000:]}")
+    answer: dict[str, Any] = json.loads(Path(command[command.index("--json") + 1]).read_text())
+    return answer
 
 
-def main() -> int:
-    """Command line."""
+def step(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """The step of every preset of the device, on random pixels."""
+    few = [] if device.type == "cuda" else ["--preset", "cpu-micro", "--repeats", "5", "--threads", "1"]
+    file = str(args.out / "bench_step.json")
+    return _json(["iwm_fast", "bench", "step", "--device", device.type, *few, "--json", file], args.limit)
+
+
+def peers(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """The step beside the others', with ijepa's where --ijepa names a checkout."""
+    file = str(args.out / "bench_peers.json")
+    command = ["iwm_fast.benchmarks.peers", "--device", device.type, "--json", file, "--limit", "40"]
+    command += ["--ijepa", str(args.ijepa)] if args.ijepa else []
+    if device.type == "cuda":
+        command += ["--shape", "ViT-B/16 224 12x384", "ViT-L/16 224 12x384", "ViT-B/16 224 18x384"]
+    else:
+        command += ["--rounds", "3", "--threads", "1", "--shape", "ViT-Ti/8 96 6x192", "--peers", "plain"]
+    return _json(command, args.limit)
+
+
+def profile(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Where the time of a step goes; the trace and the pictures lie in OUT/profile."""
+    config, *overrides = (
+        ["vit_base_p16_224_equi.yaml", "train.global_batch=256", "train.micro_batch=256"]
+        if device.type == "cuda"
+        else ["vit_tiny_p4_32.yaml", "train.global_batch=16"]
+    )
+    file = str(args.out / "bench_profile.json")
+    folder = ["--out", str(args.out / "profile"), "--json", file, "--steps", "5"]
+    folder += [] if device.type == "cuda" else ["--threads", "1"]
+    return _json(["iwm_fast", "profile", config, *overrides, *folder, "--device", device.type], args.limit)
+
+
+def scaling(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Batches and CPU ranks; a small model, so that the host's part shows."""
+    file = str(args.out / "bench_scaling.json")
+    largest = "512" if device.type == "cuda" else "16"
+    command = ["iwm_fast", "bench", "scaling", "--json", file, "--largest", largest, "--repeats", "3"]
+    return _json(command + ([] if device.type == "cuda" else ["train.global_batch=4"]), args.limit)
+
+
+# Most valuable first: a run that is cut off has what it had measured.
+PARTS = {part.__name__: part for part in (doctor, ceilings, kernels, step, peers, profile, tests, train, scaling)}
+
+
+def run_part(name: str, args: argparse.Namespace) -> int:
+    """Do one part in this process and write what it found, or its error; 1 where it failed."""
+    begin = time.perf_counter()
+    device = torch.device(args.device)
+    result: dict[str, Any] = {"schema": SCHEMA, "part": name, "device": args.device, "environment": environment()}
+    failed = False
+    try:
+        result |= {key: value for key, value in PARTS[name](args, device).items() if key != "environment"}
+    except (RuntimeError, ValueError, OSError, subprocess.SubprocessError, AssertionError, LookupError) as error:
+        failed = True
+        result |= {"error": str(error), "traceback": traceback.format_exc()}
+    _write(args.out, name, result | {"seconds": time.perf_counter() - begin})
+    return int(failed)
+
+
+def _write(out: Path, name: str, result: dict[str, Any]) -> None:
+    (out / f"{name}.json").write_text(json.dumps(result) + "\n")
+
+
+def run_apart(name: str, args: argparse.Namespace, left: float) -> str:
+    """Do one part in a process of its own, which may die or hang without the others; how it went."""
+    command = [sys.executable, "-m", "iwm_fast.benchmarks.gpu_suite", "--alone", name, "--out", str(args.out)]
+    command += ["--device", args.device, "--steps", str(args.steps), "--repeats", str(args.repeats)]
+    command += ["--limit", str(min(args.limit, left)), *(["--ijepa", str(args.ijepa)] if args.ijepa else [])]
+    begin, why = time.perf_counter(), ""
+    try:
+        code = subprocess.run(command, check=False, timeout=left).returncode
+        if code not in (0, 1):
+            why = f"its process ended with exit code {code}"
+    except subprocess.TimeoutExpired:
+        code, why = 1, f"stopped after {left:.0f} s: no time was left"
+    if why:
+        base = {"schema": SCHEMA, "part": name, "device": args.device, "environment": environment(), "error": why}
+        _write(args.out, name, base | {"seconds": time.perf_counter() - begin})
+    return why or ("failed" if code else "done")
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--steps", type=int, default=60, help="of each training")
     parser.add_argument("--repeats", type=int, default=30, help="of each timed call")
-    parser.add_argument("--limit", type=float, default=500.0, help="seconds that a subprocess may take")
-    args = parser.parse_args()
+    parser.add_argument("--limit", type=float, default=500.0, help="seconds that a part's program may take")
+    parser.add_argument("--budget", type=float, default=540.0, help="seconds that all parts together may take")
+    parser.add_argument("--ijepa", type=Path, help="a clone of facebookresearch/ijepa, for the part peers")
+    parser.add_argument("--alone", choices=PARTS, help=argparse.SUPPRESS)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line."""
+    args = _parser().parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         print("gpu_suite: torch sees no GPU; --device cpu shows that the program works", file=sys.stderr)
         return 2
     args.out.mkdir(parents=True, exist_ok=True)
     os.environ[TUNING_DIR_VARIABLE] = str(_tuning(args).resolve())
-    device, failed = torch.device(args.device), []
+    if args.alone:
+        return run_part(args.alone, args)
+    begin, went = time.monotonic(), {}
     for name in args.parts:
-        begin = time.perf_counter()
-        result: dict[str, Any] = {"schema": SCHEMA, "part": name, "device": args.device, "environment": environment()}
-        try:
-            result |= PARTS[name](args, device)
-        except (RuntimeError, ValueError, OSError, subprocess.SubprocessError) as error:
-            failed.append(name)
-            result |= {"error": str(error), "traceback": traceback.format_exc()}
-        result["seconds"] = time.perf_counter() - begin
-        (args.out / f"{name}.json").write_text(json.dumps(result) + "\n")
-        print(f"{name}: {'failed' if name in failed else 'done'} in {result['seconds']:.0f} s", flush=True)
-    return 1 if failed else 0
+        left = args.budget - (time.monotonic() - begin)
+        started = time.monotonic()
+        went[name] = run_apart(name, args, left) if left > 0 else "not begun: no time was left"
+        print(f"{name}: {went[name]} in {time.monotonic() - started:.0f} s", flush=True)
+    return int(any(how != "done" for how in went.values()))
 
 
 if __name__ == "__main__":

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.contenders import CONTENDERS, Skipped
-from benchmarks.timing import ceilings, seconds, spread
+from iwm_fast.benchmarks.contenders import CONTENDERS, Skipped
+from iwm_fast.benchmarks.timing import ceilings, seconds, spread
 from iwm_fast.kernels import (
     conditioned_mlp_bytes,
     conditioned_mlp_flops,
@@ -69,7 +69,7 @@ class Case:
                 "bytes": stopgrad_l2_bytes(self.tokens, self.width, element=ELEMENT, gradient=backward),
             }
         sizes = (self.tokens, self.width, self.hidden, self.width)
-        extra = {"images": self.images, "actions": self.actions}
+        extra: dict[str, Any] = {"images": self.images, "actions": self.actions}
         passes = (False, True) if backward else (False,)
         return {
             "flops": sum(conditioned_mlp_flops(*sizes, **extra, backward=b) for b in passes),

@@ -4,14 +4,34 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from statistics import median, quantiles
 from typing import Any
 
 import torch
 
-__all__ = ["ceilings", "seconds", "spread"]
+__all__ = ["Clocked", "ceilings", "clocked", "seconds", "spread"]
 
 _WARM_UP = 3
+
+
+@dataclass(frozen=True)
+class Clocked:
+    """Seconds by the clock, and of processor time over all of the process's threads."""
+
+    seconds: float
+    cpu_seconds: float
+
+
+def clocked(call: Callable[[], object], device: torch.device) -> Clocked:
+    """Time one call, from an idle device to an idle device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start, busy = time.perf_counter(), time.process_time()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return Clocked(time.perf_counter() - start, time.process_time() - busy)
 
 
 def seconds(call: Callable[[int], object], device: torch.device, repeats: int = 20) -> list[float]:
@@ -45,12 +65,12 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"p20": fifths[0], "p50": median(values), "p80": fifths[3]}
 
 
-def ceilings(device: torch.device) -> dict[str, Any]:
-    """A copy (bytes read plus bytes written) and a bf16 matrix product of random operands, each a second."""
+def ceilings(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:
+    """A copy (bytes read plus bytes written) and a matrix product of random operands of `dtype`, each a second."""
     size, side = (2**31, 8192) if device.type == "cuda" else (2**26, 512)
     source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     copy = seconds(lambda _: target.copy_(source), device)
     product = seconds(lambda _: a @ b, device)
     return {

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 from torch.utils.data import DataLoader, Dataset
 
-from benchmarks.contenders import Skipped
 from iwm_fast.actions import Jitter, Views, colour_matrix
+from iwm_fast.benchmarks.contenders import Skipped
 
 __all__ = ["Render", "batches", "pillow_views", "torchvision_functions", "torchvision_views"]
 

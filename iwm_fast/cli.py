@@ -14,9 +14,10 @@ import typer
 
 from iwm_fast import __version__
 from iwm_fast.arguments import prepare
-from iwm_fast.commands import data, finetune
+from iwm_fast.commands import bench, data, finetune
 from iwm_fast.commands.options import CONFIG_HELP, Json, Overrides, answer
 from iwm_fast.commands.plan import plan
+from iwm_fast.commands.profile import profile
 from iwm_fast.errors import UserError
 
 __all__ = ["app", "main"]
@@ -31,6 +32,8 @@ app = typer.Typer(
 app.add_typer(data.app, name="data")
 app.command(epilog="Example: iwm-fast plan vit_large_p16_224.yaml --nodes 4 --gpus-per-node 8 --gpu h200")(plan)
 app.add_typer(finetune.app)
+app.add_typer(bench.app, name="bench")
+app.command(epilog="Example: iwm-fast profile vit_tiny_p8_96.yaml train.global_batch=32 --out prof")(profile)
 
 
 def _version(asked: bool) -> None:

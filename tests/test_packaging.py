@@ -50,11 +50,17 @@ def test_extras():
     assert set(keyword("extras_require")) == {"test", "bench", "s3", "wandb", "onnx"}
 
 
-@pytest.mark.parametrize("name", ["kernels", "configs"])
+@pytest.mark.parametrize("name", ["kernels", "configs", "benchmarks"])
 def test_the_links_of_the_checkout_are_relative(name):
     link = ROOT / "iwm_fast" / name
     assert link.is_symlink()
     assert link.readlink() == Path("..") / name
+
+
+def test_benchmarks_have_one_name():
+    """Imported as `benchmarks` too, a module would be there twice, and one's classes would not be the other's."""
+    other = re.compile(r"^\s*(from|import) benchmarks\b", re.MULTILINE)
+    assert [path.name for path in _sources(ROOT / "benchmarks") if other.search(path.read_text(encoding="utf-8"))] == []
 
 
 def test_readme_begins_with_two_commands_of_one_line():
@@ -70,7 +76,7 @@ def test_readme_begins_with_two_commands_of_one_line():
 def wheel(tmp_path_factory) -> Path:
     """A wheel built from a copy of the tree, so that the checkout stays clean; needs no network."""
     tree = tmp_path_factory.mktemp("tree")
-    for folder in ("iwm_fast", "kernels", "configs"):
+    for folder in ("iwm_fast", "kernels", "configs", "benchmarks"):
         shutil.copytree(ROOT / folder, tree / folder, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     for file in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / file, tree / file)
@@ -96,13 +102,13 @@ def test_wheel_holds_every_module_and_configuration_once(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = Counter(archive.namelist())
     engine = {f"iwm_fast/{p.relative_to(ROOT / 'iwm_fast')}" for p in _sources(ROOT / "iwm_fast")}
-    kernels = {f"iwm_fast/kernels/{p.relative_to(ROOT / 'kernels')}" for p in _sources(ROOT / "kernels")}
+    mapped = {f"iwm_fast/{p.relative_to(ROOT)}" for name in ("kernels", "benchmarks") for p in _sources(ROOT / name)}
     configs = {
         f"iwm_fast/configs/{p.relative_to(ROOT / 'configs')}"
         for pattern in ("*.yaml", "deepspeed/*.json", "slurm/*.sbatch")
         for p in (ROOT / "configs").glob(pattern)
     }
-    expected = engine | kernels | configs | {"iwm_fast/py.typed", "iwm_fast/kernels/tuned.json"}
+    expected = engine | mapped | configs | {"iwm_fast/py.typed", "iwm_fast/kernels/tuned.json"}
     assert {name for name in names if ".dist-info/" not in name} == expected
     assert set(names.values()) == {1}
 

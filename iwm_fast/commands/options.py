@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import re
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from iwm_fast.errors import UserError
 
-__all__ = ["CONFIG_HELP", "Json", "Overrides", "answer", "byte_count"]
+if TYPE_CHECKING:
+    from iwm_fast.engine.distributed import Ranks
+
+__all__ = ["CONFIG_HELP", "Device", "Json", "Overrides", "Threads", "answer", "byte_count", "only_rank"]
 
 Json = Annotated[
     str | None, typer.Option("--json", metavar="FILE", help="Write the answer as JSON to FILE; without FILE, print it.")
@@ -17,6 +21,8 @@ Json = Annotated[
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY.PATH=VALUE...", help="Settings that replace those of CONFIG.")
 ]
+Device = Annotated[str | None, typer.Option("--device", metavar="cpu|cuda", help="Default: a GPU where there is one.")]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Of torch, on a CPU. Default: every core.")]
 CONFIG_HELP = "A YAML file, or the name of a packaged one such as vit_tiny_p4_32.yaml."
 
 
@@ -35,3 +41,20 @@ def byte_count(text: str) -> int:
     if count < 1:
         raise UserError(f"{text}: not a size; write it as 1000000, 512KB, 256MB or 1.5GB")
     return count
+
+
+def only_rank(device: str | None, threads: int | None) -> Ranks:
+    """Join as the only rank, on the device that was asked for. UserError where there is no such device."""
+    if device not in (None, "cpu", "cuda"):
+        raise UserError(f"--device: {device}: must be cpu or cuda")
+    if device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    import torch
+
+    from iwm_fast.config.cores import usable_cores
+    from iwm_fast.engine.distributed import start
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device: cuda: torch sees no GPU; iwm-fast doctor says more")
+    torch.set_num_threads(threads or usable_cores())
+    return start()

@@ -11,11 +11,11 @@ import reference_views as reference
 from made_images import write_images
 from PIL import Image
 
-from benchmarks import data, view_contenders
-from benchmarks.contenders import Skipped
-from benchmarks.data import Job, measure
-from benchmarks.draw_data import draw, table
-from benchmarks.view_contenders import pillow_views, torchvision_functions, torchvision_views
+from iwm_fast.benchmarks import data, view_contenders
+from iwm_fast.benchmarks.contenders import Skipped
+from iwm_fast.benchmarks.data import Job, measure
+from iwm_fast.benchmarks.draw_data import draw, table
+from iwm_fast.benchmarks.view_contenders import pillow_views, torchvision_functions, torchvision_views
 
 
 @pytest.fixture

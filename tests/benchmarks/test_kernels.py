@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 
-from benchmarks import kernels
-from benchmarks.contenders import CONTENDERS, Contender
-from benchmarks.draw_kernels import draw, table
-from benchmarks.kernels import Case, kept_bytes
-from benchmarks.timing import spread
+from iwm_fast.benchmarks import kernels
+from iwm_fast.benchmarks.contenders import CONTENDERS, Contender
+from iwm_fast.benchmarks.draw_kernels import draw, table
+from iwm_fast.benchmarks.kernels import Case, kept_bytes
+from iwm_fast.benchmarks.timing import spread
 
 MLP = Case("conditioned_mlp", tokens=64, width=24, hidden=40, actions=3, images=4)
 LOSS = Case("stopgrad_l2", tokens=64, width=24, rows=90)

@@ -1,0 +1,83 @@
+"""How long a process waits in `torch.distributed`'s collectives; `planning.counting` counts how much they move."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+
+__all__ = ["CollectiveTime", "timed_collectives"]
+
+_NAMES = (
+    "all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_single", "reduce_scatter",
+    "reduce_scatter_tensor", "reduce_scatter_single", "broadcast", "reduce", "all_to_all_single", "_all_gather_base",
+    "_reduce_scatter_base",
+)  # fmt: skip
+
+
+@dataclass
+class CollectiveTime:
+    """Seconds that the host waited, and what to call when it begins and ends."""
+
+    seconds: float = 0.0
+    entered: Callable[[], None] = lambda: None
+    left: Callable[[], None] = lambda: None
+
+    @contextlib.contextmanager
+    def timed(self) -> Iterator[None]:
+        """Add what happens inside to the seconds."""
+        self.entered()
+        begin = time.perf_counter()
+        yield
+        self.seconds += time.perf_counter() - begin
+        self.left()
+
+
+class _Work:
+    """A collective under way: the wait for it counts."""
+
+    def __init__(self, work: Any, spent: CollectiveTime) -> None:
+        self._work, self._spent = work, spent
+
+    def wait(self, *arguments: Any) -> Any:
+        """Wait as the work itself does."""
+        with self._spent.timed():
+            return self._work.wait(*arguments)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._work, name)
+
+
+@contextlib.contextmanager
+def timed_collectives() -> Iterator[CollectiveTime]:
+    """Time the collectives called inside. To be entered before DeepSpeed starts, which keeps some of the functions."""
+    spent, inside = CollectiveTime(), [False]
+    originals = {name: getattr(dist, name) for name in _NAMES if hasattr(dist, name)}
+
+    def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def call(*arguments: Any, **options: Any) -> Any:
+            if inside[0]:  # one collective in terms of another
+                return original(*arguments, **options)
+            inside[0] = True
+            try:
+                with spent.timed():
+                    work = original(*arguments, **options)
+            finally:
+                inside[0] = False
+            return work if work is None else _Work(work, spent)
+
+        return call
+
+    try:
+        for name, original in originals.items():
+            setattr(dist, name, wrap(original))
+        yield spent
+    finally:
+        for name, original in originals.items():
+            setattr(dist, name, original)

@@ -1,0 +1,41 @@
+"""The engine's own training step without a run directory: what is timed is what trains."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+
+from iwm_fast.actions import ActionSpace
+from iwm_fast.benchmarks.synthetic import BatchStream
+from iwm_fast.config import Config
+from iwm_fast.data.loader import TrainingStream
+from iwm_fast.engine.distributed import Ranks
+from iwm_fast.engine.ema import TargetAverage
+from iwm_fast.engine.loop import Trainer
+from iwm_fast.engine.schedules import Schedules
+from iwm_fast.engine.zero import initialize
+from iwm_fast.models.iwm import IWM
+
+__all__ = ["MANY_STEPS", "prepare_trainer"]
+
+# Longer than any measurement: the schedules do not end in it, and no step is the last, which would be logged.
+MANY_STEPS = 1_000_000
+
+
+def prepare_trainer(
+    config: Config, space: ActionSpace, stream: BatchStream | TrainingStream, ranks: Ranks, images: int = 1_000_000
+) -> Trainer:
+    """Model, DeepSpeed engine, moving average and loop as `pretrain` builds them, fed by `stream`.
+
+    `images`: of an epoch, for the record's "epoch" only.
+    """
+    torch.manual_seed(config.train.seed)
+    model = IWM(config.model, space.dim, activation_checkpointing=config.train.activation_checkpointing)
+    predicts = model.predicts
+    zero = initialize(model.to(ranks.device), config, stream.micro_batch, stream.accumulation)
+    average = TargetAverage(zero, ranks) if config.model.target == "ema" else None
+    return Trainer(
+        config, zero, average, cast(TrainingStream, stream), Schedules(config.train, MANY_STEPS), ranks,
+        predicts=predicts, action_dim=space.dim, dataset_size=images, step=0, updates=0,
+    )  # fmt: skip

@@ -1,0 +1,202 @@
+"""One training step of an Image World Model as anyone would write it in PyTorch: what iwm-fast is measured against.
+
+Dense batches, padded to the longest image and masked; standard modules and optimizer; nothing of `iwm_fast` is used.
+The same function as `iwm_fast.models.IWM` with `feature` conditioning, which a test holds it to.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["PlainBatch", "PlainIWM", "PlainShape", "PlainStep"]
+
+_EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class PlainShape:
+    """Sizes of the networks; the predictor has the encoder's heads."""
+
+    image: int
+    patch: int
+    depth: int
+    width: int
+    heads: int
+    predictor_depth: int
+    predictor_width: int
+    actions: int
+
+    @property
+    def grid(self) -> int:
+        """Patches along a side."""
+        return self.image // self.patch
+
+
+@dataclass(frozen=True, eq=False)
+class PlainBatch:
+    """B images; rows of patch numbers padded to the longest, with True where there is a patch.
+
+    source, target: float (B, 3, S, S), normalised. action: (B, A). context, predicted: int64 (B, Nc), (B, Nt);
+    seen, asked: bool, alike.
+    """
+
+    source: Tensor
+    target: Tensor
+    action: Tensor
+    context: Tensor
+    seen: Tensor
+    predicted: Tensor
+    asked: Tensor
+
+
+def positions(width: int, grid: int) -> Tensor:
+    """(1, L, D): sines and cosines of the column in the first half of the width, of the row in the second."""
+    frequency = 10000 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    angle = torch.arange(grid, dtype=torch.float64)[:, None] * frequency
+    line = torch.cat([angle.sin(), angle.cos()], dim=1)  # (G, D / 2)
+    columns, rows = line.repeat(grid, 1), line.repeat_interleave(grid, dim=0)
+    return torch.cat([columns, rows], dim=1).float()[None]
+
+
+def take(tokens: Tensor, rows: Tensor) -> Tensor:
+    """(B, L, D) and int64 (B, N) to (B, N, D)."""
+    return torch.gather(tokens, 1, rows[:, :, None].expand(-1, -1, tokens.shape[2]))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1 = nn.LayerNorm(width, eps=_EPS)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        self.norm2 = nn.LayerNorm(width, eps=_EPS)
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.fc2 = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor, real: Tensor | None) -> Tensor:
+        """(B, N, D) to the same; no token looks at one that `real`, bool (B, N), denies."""
+        q, k, v = self.qkv(self.norm1(x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        mask = None if real is None else real[:, None, None, :]
+        x = x + self.proj(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
+        out: Tensor = x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+        return out
+
+
+class Encoder(nn.Module):
+    """Vision transformer of the visible patches; masking after the patch embedding."""
+
+    pos_embed: Tensor
+
+    def __init__(self, shape: PlainShape) -> None:
+        super().__init__()
+        self.patch_embed = nn.Conv2d(3, shape.width, shape.patch, shape.patch)
+        self.register_buffer("pos_embed", positions(shape.width, shape.grid), persistent=False)
+        self.blocks = nn.ModuleList(Block(shape.width, shape.heads) for _ in range(shape.depth))
+        self.norm = nn.LayerNorm(shape.width, eps=_EPS)
+
+    def forward(self, images: Tensor, rows: Tensor | None = None, real: Tensor | None = None) -> Tensor:
+        """(B, 3, S, S) and int64 (B, N) to (B, N, D); without rows, all patches."""
+        x = self.patch_embed(images).flatten(2).transpose(1, 2) + self.pos_embed
+        if rows is not None:
+            x = take(x, rows)
+        for block in self.blocks:
+            x = block(x, real)
+        out: Tensor = self.norm(x)
+        return out
+
+
+class Predictor(nn.Module):
+    """Context tokens and mask tokens in one sequence; the action is concatenated to each mask token and mixed in."""
+
+    pos_embed: Tensor
+
+    def __init__(self, shape: PlainShape) -> None:
+        super().__init__()
+        width = shape.predictor_width
+        self.embed = nn.Linear(shape.width, width)
+        self.mask_token = nn.Parameter(torch.zeros(width))
+        self.mix = nn.Sequential(
+            nn.Linear(width + shape.actions, width), nn.GELU(), nn.Linear(width, width), nn.GELU(),
+            nn.Linear(width, width),
+        )  # fmt: skip
+        self.register_buffer("pos_embed", positions(width, shape.grid), persistent=False)
+        self.blocks = nn.ModuleList(Block(width, shape.heads) for _ in range(shape.predictor_depth))
+        self.norm = nn.LayerNorm(width, eps=_EPS)
+        self.proj = nn.Linear(width, shape.width)
+
+    def forward(self, z: Tensor, batch: PlainBatch) -> Tensor:
+        """(B, Nc, De) to (B, Nt, De)."""
+        position = self.pos_embed.expand(len(z), -1, -1)
+        seen = self.embed(z) + take(position, batch.context)
+        asked = self.mask_token + take(position, batch.predicted)
+        action = batch.action[:, None].expand(-1, asked.shape[1], -1)
+        x = torch.cat([seen, self.mix(torch.cat([asked, action], dim=2))], dim=1)
+        real = torch.cat([batch.seen, batch.asked], dim=1)
+        for block in self.blocks:
+            x = block(x, real)
+        out: Tensor = self.proj(self.norm(x[:, seen.shape[1] :]))
+        return out
+
+
+class PlainIWM(nn.Module):
+    """Context encoder, its moving average, predictor and loss."""
+
+    def __init__(self, shape: PlainShape) -> None:
+        super().__init__()
+        self.encoder = Encoder(shape)
+        self.predictor = Predictor(shape)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        self.target = copy.deepcopy(self.encoder).requires_grad_(False)
+
+    def forward(self, batch: PlainBatch) -> Tensor:
+        """The mean squared distance over all predicted tokens."""
+        with torch.no_grad():
+            target = self.target(batch.target)
+            target = take(F.layer_norm(target, target.shape[2:], eps=_EPS), batch.predicted)
+        z = self.encoder(batch.source, batch.context, batch.seen)
+        difference = (self.predictor(z, batch) - target).float().square().mean(2)
+        out: Tensor = (difference * batch.asked).sum() / batch.asked.sum()
+        return out
+
+
+class PlainStep:
+    """AdamW with decay on matrices, cosine schedules, and the target's moving average."""
+
+    def __init__(self, model: PlainIWM, *, compiled: bool = False) -> None:
+        self.model = model
+        self._run = torch.compile(model, dynamic=True) if compiled else model
+        trained = [p for p in model.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in trained if p.ndim > 1], "weight_decay": 0.05},
+            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=1e-3)
+        self.done = 0
+
+    def __call__(self, batch: PlainBatch) -> float:
+        """One step; its loss."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = 5e-4 * (1 + math.cos(math.pi * self.done / 1_000_000))
+        device = batch.source.device.type
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
+            loss = self._run(batch)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        with torch.no_grad():
+            for average, weight in zip(self.model.target.parameters(), self.model.encoder.parameters(), strict=True):
+                average.lerp_(weight, 0.004)
+        self.done += 1
+        return float(loss.detach())

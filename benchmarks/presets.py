@@ -1,0 +1,37 @@
+"""What `iwm-fast bench step` measures by name: a packaged configuration, and what makes it fit the device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from iwm_fast.config import Config, load_config, packaged_config
+from iwm_fast.errors import UserError
+
+__all__ = ["PRESETS", "Preset", "preset_config"]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A packaged configuration, its overrides, and the device it is for."""
+
+    config: str
+    overrides: tuple[str, ...]
+    device: str
+
+
+PRESETS = {
+    "cpu-micro": Preset("vit_tiny_p4_32", ("train.global_batch=32",), "cpu"),
+    "cpu-tiny": Preset("vit_tiny_p8_96", ("train.global_batch=32",), "cpu"),
+    "cpu-tiny-bf16": Preset("vit_tiny_p8_96", ("train.global_batch=32", "train.precision=bf16"), "cpu"),
+    "gpu-small": Preset("vit_small_p16_224", ("train.global_batch=512", "train.micro_batch=512"), "cuda"),
+    "gpu-base": Preset("vit_base_p16_224_equi", ("train.global_batch=256", "train.micro_batch=256"), "cuda"),
+    "gpu-large": Preset("vit_large_p16_224", ("train.global_batch=128", "train.micro_batch=128"), "cuda"),
+}
+
+
+def preset_config(name: str, overrides: tuple[str, ...] = ()) -> Config:
+    """The configuration of a preset with more overrides. UserError for a name that is none."""
+    if name not in PRESETS:
+        raise UserError(f"{name}: no such preset; there are {', '.join(PRESETS)}")
+    preset = PRESETS[name]
+    return load_config(packaged_config(preset.config), [*preset.overrides, *overrides])

@@ -1,0 +1,68 @@
+"""One rank of `bench scaling`, started by torchrun: it times the step and counts what the ranks say to each other.
+
+Started as ``torchrun --nproc_per_node 2 -m iwm_fast.benchmarks.ranks CONFIG.json OUT.json REPEATS``.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from iwm_fast.actions import ActionSpace
+from iwm_fast.benchmarks.collectives import timed_collectives
+from iwm_fast.benchmarks.harness import prepare_trainer
+from iwm_fast.benchmarks.synthetic import synthetic_stream
+from iwm_fast.benchmarks.timing import clocked
+from iwm_fast.config import Config
+from iwm_fast.engine.distributed import start
+from iwm_fast.planning.communication import step_collectives
+from iwm_fast.planning.counting import CollectiveCounter
+from iwm_fast.planning.layout import layout_of
+from iwm_fast.quiet import quiet_third_parties
+
+__all__ = ["main"]
+
+_WARM_UP = 2
+
+
+def main(config_file: Path, out: Path, repeats: int) -> None:
+    """Run, and let the first rank write its row."""
+    quiet_third_parties()
+    torch.set_num_threads(1)
+    config = Config.model_validate(json.loads(config_file.read_text()))
+    ranks, space = start(), ActionSpace(config.actions.groups, config.actions.form)
+    with timed_collectives() as spent:
+        stream = synthetic_stream(config, space, ranks.device, rank=ranks.rank, world=ranks.world)
+        trainer = prepare_trainer(config, space, stream, ranks)
+        for _ in range(_WARM_UP):
+            trainer.train_step()
+        with CollectiveCounter() as counter:
+            trainer.train_step()
+        spent.seconds = 0.0
+        taken = [clocked(trainer.train_step, ranks.device) for _ in range(repeats)]
+    expected: dict[str, int] = {}
+    for one in step_collectives(config, layout_of(config), ranks.world, stream.accumulation):
+        expected[one.kind] = expected.get(one.kind, 0) + one.size
+    row: dict[str, Any] = {
+        "ranks": ranks.world,
+        "images": config.train.global_batch,
+        "zero_stage": config.zero.stage,
+        "seconds": [one.seconds for one in taken],
+        "cpu_seconds": [one.cpu_seconds for one in taken],
+        "collectives_a_step": {
+            "payload_bytes": counter.sizes() if ranks.world > 1 else {},
+            "sent_bytes_ring": counter.sent(ranks.world),
+            "seconds": spent.seconds / repeats,
+        },
+        "expected_bytes": expected,
+    }
+    if ranks.first:
+        out.write_text(json.dumps(row))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))

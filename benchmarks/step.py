@@ -1,0 +1,127 @@
+"""The training step: its time, memory and useful operations, after its answer was checked against float64."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from iwm_fast.actions import ActionSpace
+from iwm_fast.benchmarks.harness import prepare_trainer
+from iwm_fast.benchmarks.memory import peak_of
+from iwm_fast.benchmarks.stats import median_of
+from iwm_fast.benchmarks.synthetic import BatchStream, synthetic_stream
+from iwm_fast.benchmarks.timing import Clocked, clocked
+from iwm_fast.config import Config
+from iwm_fast.data.batch import Batch
+from iwm_fast.data.files import list_images
+from iwm_fast.data.loader import TrainingStream
+from iwm_fast.engine.distributed import Ranks
+from iwm_fast.engine.loop import Trainer
+from iwm_fast.models import IWM, Segments
+from iwm_fast.planning.flops import step_flops
+from iwm_fast.planning.mfu import peak_flops
+
+__all__ = ["check_answer", "measure_step", "opened_stream", "row_of"]
+
+# ‖working − float64‖ / ‖float64‖ of the loss: fp32 sums lose 1e-6, bf16 rounds each of some dozen layers by 2⁻⁸.
+TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2}
+_CHECKED_IMAGES = 2
+
+
+class WrongAnswerError(RuntimeError):
+    """A step whose loss is not what float64 gives: it is not timed."""
+
+
+@contextlib.contextmanager
+def opened_stream(
+    config: Config, space: ActionSpace, ranks: Ranks, root: Path | None
+) -> Iterator[BatchStream | TrainingStream]:
+    """Batches from images below `root` through DALI, or made of random pixels where it is None."""
+    stream: BatchStream | TrainingStream
+    if root is None:
+        stream = synthetic_stream(config, space, ranks.device, rank=ranks.rank, world=ranks.world)
+    else:
+        stream = TrainingStream(config, list_images(root), space, rank=ranks.rank, world=ranks.world)
+    try:
+        yield stream
+    finally:
+        stream.close()
+
+
+def check_answer(trainer: Trainer, config: Config, batch: Batch, space: ActionSpace) -> float:
+    """Relative error of the loss of two images against float64 in plain PyTorch on the CPU, with the same weights.
+
+    Before the first step, when both have the weights of the seed. Raises WrongAnswerError above `TOLERANCE`.
+    """
+    torch.manual_seed(config.train.seed)
+    exact = IWM(config.model, space.dim).double()
+    with torch.no_grad():
+        wanted = float(_loss(exact, batch, torch.device("cpu"), trainer.predicts))
+        found = float(_loss(trainer.zero.engine.module, batch, trainer.ranks.device, trainer.predicts))
+    error = abs(found - wanted) / abs(wanted)
+    if not error <= TOLERANCE[config.train.precision]:
+        raise WrongAnswerError(f"the loss is {found} where float64 gives {wanted}: not timed")
+    return error
+
+
+def _loss(model: Any, batch: Batch, device: torch.device, predicts: str) -> torch.Tensor:
+    """Of the batch's first images, summed."""
+    patches, few = batch.patches, slice(0, _CHECKED_IMAGES)
+    context = torch.from_numpy(patches.context[: patches.context_lengths[few].sum()]).to(device)
+    seen = Segments.from_lengths(patches.context_lengths[few], device)
+    asked, asked_segments = context, seen
+    if predicts == "target":
+        asked = torch.from_numpy(patches.target[: patches.target_lengths[few].sum()]).to(device)
+        asked_segments = Segments.from_lengths(patches.target_lengths[few], device)
+    pixels = (view[few].to(device) for view in (batch.source, batch.target))
+    loss: torch.Tensor = model(*pixels, batch.action[few].to(device), context, seen, asked, asked_segments).loss
+    return loss
+
+
+def measure_step(
+    name: str, config: Config, ranks: Ranks, *, root: Path | None = None, repeats: int = 30, warm_up: int = 3,
+    say: Callable[[str], object] = print,
+) -> dict[str, Any]:  # fmt: skip
+    """One row: every repeat's seconds, their median, images a second, operations, memory, and the check's error."""
+    quiet = config.model_copy(update={"log": config.log.model_copy(update={"every_steps": 10**9})})
+    space = ActionSpace(config.actions.groups, config.actions.form)
+    with opened_stream(quiet, space, ranks, root) as stream:
+        trainer = prepare_trainer(quiet, space, stream, ranks)
+        error = check_answer(trainer, quiet, next(iter(synthetic_stream(quiet, space, ranks.device))), space)
+        say(f"{name}: the loss is within {error:.1e} of float64")
+        for _ in range(warm_up):
+            trainer.train_step()
+        taken = [clocked(trainer.train_step, ranks.device) for _ in range(repeats)]
+        peak = peak_of(trainer.train_step, ranks.device)
+    return row_of(name, quiet, space, taken, ranks.device) | {
+        "data": "synthetic" if root is None else "files",
+        "loss_error": error,
+        "step_peak_bytes": peak,
+    }
+
+
+def row_of(
+    name: str, config: Config, space: ActionSpace, taken: list[Clocked], device: torch.device
+) -> dict[str, Any]:  # fmt: skip
+    """What the times say of a configuration: per second, per operation, and per share of a known peak."""
+    middle, images = median_of([one.seconds for one in taken]), config.train.global_batch
+    sample = next(iter(synthetic_stream(config, space, torch.device("cpu"), steps=1)))
+    counted = step_flops(config.model, space.dim, sample.patches.context_lengths, sample.patches.target_lengths)
+    operations, peak = counted.total / len(sample), peak_flops(device)
+    return {
+        "name": name,
+        "images": images,
+        "precision": config.train.precision,
+        "seconds": [one.seconds for one in taken],
+        "cpu_seconds": [one.cpu_seconds for one in taken],
+        "median_s": middle.value,
+        "median_interval_s": [middle.low, middle.high],
+        "images_per_s": images / middle.value,
+        "operations_per_image": operations,
+        "operations_per_s": operations * images / middle.value,
+        "mfu": operations * images / middle.value / peak if peak else None,
+    }

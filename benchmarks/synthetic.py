@@ -1,0 +1,63 @@
+"""Batches without files: random pixels and actions, and the masks that training would draw."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+
+from iwm_fast.actions import ActionSpace
+from iwm_fast.config import Config
+from iwm_fast.data.batch import Batch
+from iwm_fast.data.loader import divide_batch
+from iwm_fast.data.masks import MaskSampler, PatchSets
+
+__all__ = ["BatchStream", "synthetic_stream"]
+
+
+class BatchStream:
+    """Batches that are there already, given out again and again: what a `Trainer` asks of a stream, without its work.
+
+    Its `bad` is 0: nothing is decoded.
+    """
+
+    bad = 0
+
+    def __init__(self, batches: Sequence[Batch], accumulation: int = 1) -> None:
+        self._batches, self.accumulation = list(batches), accumulation
+        self.micro_batch = len(batches[0])
+
+    def __iter__(self) -> Iterator[Batch]:
+        while True:
+            yield from self._batches
+
+    def close(self) -> None:
+        """Nothing to let go of."""
+
+
+def synthetic_stream(
+    config: Config, space: ActionSpace, device: torch.device, *, rank: int = 0, world: int = 1, steps: int = 2
+) -> BatchStream:
+    """The rank's share of `steps` different global batches on `device`, a function of train.seed alone."""
+    micro, accumulation = divide_batch(config.train.global_batch, world, config.train.micro_batch)
+    sampler = MaskSampler(
+        config.masks, config.model.grid, config.train.seed, exclude="geometric" not in config.actions.groups
+    )
+    side, size, share = config.model.image, config.train.global_batch, micro * accumulation
+    generator = torch.Generator().manual_seed(config.train.seed * world + rank)
+    batches = []
+    for step in range(steps):
+        ids = np.arange(step * size, (step + 1) * size)
+        whole = sampler.draw(np.zeros_like(ids), ids)
+        totals = int(whole.context_lengths.sum()), int(whole.target_lengths.sum())
+        for first in range(rank * share, (rank + 1) * share, micro):
+            mine = ids[first : first + micro]
+            source, target = (
+                torch.randint(0, 256, (micro, side, side, 3), dtype=torch.uint8, generator=generator).to(device)
+                for _ in range(2)
+            )
+            action = torch.randn(micro, space.dim, generator=generator)
+            patches: PatchSets = sampler.draw(np.zeros_like(mine), mine)
+            batches.append(Batch(source, target, action, patches, mine, np.zeros_like(mine), *totals))
+    return BatchStream(batches, accumulation)

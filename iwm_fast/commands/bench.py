@@ -1,0 +1,200 @@
+"""`iwm-fast bench`: time the parts of training here, and tell two results apart from noise."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from iwm_fast.commands.options import Device, Json, Threads, answer, only_rank
+from iwm_fast.errors import UserError
+
+__all__ = ["app"]
+
+app = typer.Typer(help="Time kernels, step, data and scaling here, and compare two results.", no_args_is_help=True)
+
+Repeats = Annotated[int, typer.Option("--repeats", min=1, help="Timed calls, after the warm-up.")]
+
+
+@app.command(epilog="Example: iwm-fast bench step --preset cpu-tiny train.global_batch=16 --json a.json")
+def step(
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY.PATH=VALUE...", help="Of the preset.")] = None,
+    preset: Annotated[
+        list[str] | None, typer.Option("--preset", help="cpu-micro, cpu-tiny, cpu-tiny-bf16, gpu-small, gpu-base, ...")
+    ] = None,
+    config: Annotated[str | None, typer.Option("--config", help="A configuration instead of a preset.")] = None,
+    data: Annotated[
+        Path | None, typer.Option("--data", metavar="DIR", help="Images, through DALI. Default: random pixels.")
+    ] = None,
+    device: Device = None,
+    repeats: Repeats = 30,
+    warm_up: Annotated[int, typer.Option("--warm-up", min=0, help="Steps before the first that counts.")] = 3,
+    threads: Threads = None,
+    json: Json = None,
+) -> None:
+    """Time the training step as pretrain runs it, its loss checked against float64 before."""
+    from iwm_fast.benchmarks.presets import PRESETS, preset_config
+    from iwm_fast.benchmarks.step import measure_step
+    from iwm_fast.config.load import find_config, load_config
+
+    ranks = only_rank(device, threads)
+    changes = tuple(overrides or ())
+    if config is not None:
+        chosen = {Path(config).stem: load_config(find_config(config), changes)}
+    else:
+        names = preset or [name for name, p in PRESETS.items() if p.device == ranks.device.type]
+        chosen = {name: preset_config(name, changes) for name in names}
+    rows = []
+    for name, one in chosen.items():
+        rows.append(
+            measure_step(name, one, ranks, root=data, repeats=repeats, warm_up=warm_up, say=_progress)
+        )  # fmt: skip
+    if json != "-":
+        _print_steps(rows)
+    answer(json, "bench-step", {"device": ranks.device.type, "threads": threads, "rows": rows})
+
+
+def _print_steps(rows: list[dict[str, Any]]) -> None:
+    from iwm_fast.console import print_table
+
+    def cells(row: dict[str, Any]) -> tuple[str, ...]:
+        low, high = row["median_interval_s"]
+        return (
+            row["name"],
+            str(row["images"]),
+            f"{row['median_s'] * 1e3:.1f} ms ({low * 1e3:.1f} – {high * 1e3:.1f})",
+            f"{row['images_per_s']:.1f}",
+            f"{row['operations_per_image'] / 1e9:.2f} GFLOP",
+            f"{row['operations_per_s'] / 1e9:.1f} GFLOP/s",
+            "–" if row["mfu"] is None else f"{row['mfu']:.1%}",
+            f"{row['step_peak_bytes'] / 2**20:.0f} MiB",
+        )
+
+    columns = ("", "images", "step, median (99 %)", "images/s", "an image", "", "MFU", "memory of a step")
+    print_table("iwm-fast bench step", columns, [cells(row) for row in rows])
+
+
+@app.command(epilog="Example: iwm-fast bench kernels --device cuda --json kernels.json")
+def kernels(
+    device: Device = None,
+    repeats: Repeats = 30,
+    only: Annotated[str | None, typer.Option("--only", metavar="OPERATION", help="One operation's cases.")] = None,
+    json: Json = None,
+) -> None:
+    """Time each kernel beside what would be called without it, answers checked against float64 before."""
+    from iwm_fast.benchmarks.kernels import CASES, measure
+
+    ranks = only_rank(device, None)
+    cases = [case for case in CASES if only in (None, case.operation)]
+    if not cases:
+        known = ", ".join(dict.fromkeys(case.operation for case in CASES))
+        raise UserError(f"--only: {only}: no such operation; there are {known}")
+    found = measure(cases, ranks.device, repeats, _progress if json == "-" else typer.echo)
+    answer(json, "kernels", {key: value for key, value in found.items() if key != "schema"})
+
+
+@app.command(epilog="Example: iwm-fast bench data --root photos/train --json data.json")
+def data(
+    json: Annotated[Path, typer.Option("--json", metavar="FILE", help="Where the result is written.")],
+    root: Annotated[
+        Path | None, typer.Option("--root", metavar="DIR", help="Images. Default: made on the spot.")
+    ] = None,
+    repeats: Repeats = 7,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Images a batch.")] = 64,
+    size: Annotated[int, typer.Option("--size", min=16, help="Side of the views, pixels.")] = 224,
+) -> None:
+    """Time the input path of a core and of all cores beside Pillow's and torchvision's, pictures compared before."""
+    from iwm_fast.benchmarks.data import main as measure
+
+    words = ["--json", str(json), "--repeats", str(repeats), "--batch", str(batch), "--size", str(size)]
+    measure([*words, *(["--root", str(root)] if root is not None else [])])
+
+
+@app.command(epilog="Example: iwm-fast bench scaling --what batches,ranks --json scaling.json")
+def scaling(
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY.PATH=VALUE...", help="Of cpu-micro.")] = None,
+    what: Annotated[
+        str, typer.Option("--what", help="batches, ranks, or both with a comma between.")
+    ] = "batches,ranks",
+    repeats: Repeats = 5,
+    largest: Annotated[int, typer.Option("--largest", min=2, help="Largest batch of one rank; powers of two.")] = 512,
+    json: Json = None,
+) -> None:
+    """Time and memory by batch on one rank, as a line; then 1, 2 and 4 CPU ranks, weak and strong, bytes counted."""
+    from iwm_fast.benchmarks.presets import preset_config
+    from iwm_fast.benchmarks.scaling import BATCHES, measure_batches, measure_ranks
+
+    words = {word.strip() for word in what.split(",")}
+    if words - {"batches", "ranks"}:
+        raise UserError(f"--what: {what}: must be batches, ranks, or both with a comma between")
+    config = preset_config("cpu-micro", tuple(overrides or ()))
+    body: dict[str, Any] = {"rows": []}
+    if "ranks" in words:
+        body["rows"] += measure_ranks(config, repeats=repeats, say=_progress)
+    if "batches" in words:
+        sizes = [size for size in BATCHES if size <= largest]
+        found = measure_batches(config, only_rank("cpu", 1), sizes=sizes, repeats=repeats, say=_progress)
+        body["rows"] += found["rows"]
+        body["lines"] = found["lines"]
+    if json != "-":
+        _print_scaling(body)
+    answer(json, "bench-scaling", body)
+
+
+def _print_scaling(body: dict[str, Any]) -> None:
+    from iwm_fast.console import print_table
+
+    ranks = [row for row in body["rows"] if "ranks" in row]
+    if ranks:
+        rows = [
+            (row["kind"], str(row["ranks"]), str(row["images"]), f"{row['median_s'] * 1e3:.1f} ms",
+             f"{row['efficiency']:.0%}", f"{sum(row['collectives_a_step']['payload_bytes'].values()) / 2**20:.3f} MiB",
+             f"{sum(row['expected_bytes'].values()) / 2**20:.3f} MiB",
+             f"{row['collectives_a_step']['seconds'] * 1e3:.1f} ms")
+            for row in ranks
+        ]  # fmt: skip
+        columns = ("scaling", "ranks", "images", "step", "efficiency", "counted", "by the formula", "in collectives")
+        print_table("iwm-fast bench scaling: ranks of one thread each", columns, rows)
+    units = {"seconds": (1e3, "ms"), "cpu_seconds": (1e3, "ms of CPU"), "memory_bytes": (2**-20, "MiB")}
+    for what, line in body.get("lines", {}).items():
+        factor, unit = units[what]
+        worst = max(map(abs, line["residuals"]))
+        typer.echo(
+            f"{what}: {line['intercept'] * factor:.3f} {unit} + {line['slope'] * factor:.4f} {unit} an image; "
+            f"residuals {', '.join(f'{r:+.1%}' for r in line['residuals'])} (largest {worst:.1%})"
+        )
+
+
+@app.command(epilog="Example: iwm-fast bench compare before.json after.json")
+def compare(
+    before: Annotated[Path, typer.Argument(metavar="A.json", help="A result of another bench command.")],
+    after: Annotated[Path, typer.Argument(metavar="B.json", help="A later one of the same.")],
+    at_least: Annotated[float, typer.Option("--at-least", min=0.0, help="Smaller changes are not judged.")] = 0.03,
+    json: Json = None,
+) -> None:
+    """Ratios of the medians of B over A with 99 % intervals; the exit code is 1 where B is slower beyond the noise."""
+    from iwm_fast.benchmarks.compare import compare_files
+    from iwm_fast.console import print_table
+
+    found = compare_files(before, after, at_least)
+    if json != "-":
+        columns = ("", "A", "B", "B / A", "99 % interval", "")
+        rows = [
+            (r["name"], f"{r['before_s'] * 1e3:.3f} ms", f"{r['after_s'] * 1e3:.3f} ms", f"{r['ratio']:.3f}",
+             f"{r['low']:.3f} – {r['high']:.3f}", r["verdict"])
+            for r in found["rows"]
+        ]  # fmt: skip
+        print_table("iwm-fast bench compare", columns, rows)
+        for what, (old, new) in found["made_with"].items():
+            typer.echo(f"made with another {what}: {old} → {new}")
+        for which, names in (("A", found["only_before"]), ("B", found["only_after"])):
+            if names:
+                typer.echo(f"only in {which}: {', '.join(names)}")
+    answer(json, "bench-compare", found)
+    if any(row["verdict"] == "slower" for row in found["rows"]):
+        raise typer.Exit(1)
+
+
+def _progress(line: str) -> None:
+    typer.echo(line, err=True)

@@ -1,0 +1,55 @@
+"""`iwm-fast profile`: where a training step's time goes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from iwm_fast.commands.options import CONFIG_HELP, Device, Json, Overrides, Threads, answer, only_rank
+
+__all__ = ["profile"]
+
+
+def profile(
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help=CONFIG_HELP)],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for trace, tables and picture.")],
+    overrides: Overrides = None,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Timed steps, and as many in parts.")] = 10,
+    device: Device = None,
+    threads: Threads = None,
+    ncu: Annotated[
+        str | None, typer.Option("--ncu", metavar="KERNEL", help="Print the Nsight Compute command for one, and stop.")
+    ] = None,
+    json: Json = None,
+) -> None:
+    """Run some steps and write trace.json (Perfetto, chrome://tracing), profile.md, step.png and memory.json.
+
+    Images come from data.root where it is set, else pixels are random.
+    """
+    from iwm_fast.config.load import find_config, load_config
+
+    loaded = load_config(find_config(config), overrides or [])
+    from iwm_fast.profiling import ncu_command
+    from iwm_fast.profiling import profile as run
+
+    if ncu is not None:
+        typer.echo(ncu_command(ncu, config, overrides or [], out))
+        return
+    ranks = only_rank(device, threads)
+    root = Path(loaded.data.root) if loaded.data.root else None
+    found = run(loaded, out, ranks, root=root, steps=steps, say=lambda line: typer.echo(line, err=True))
+    if json != "-":
+        from iwm_fast.console import print_table
+
+        step = found["parts_step_s"]
+        rows = [(name, f"{s * 1e3:.2f} ms", f"{s / step:.1%}") for name, s in found["parts_s"].items()]
+        rows.append(("all parts", f"{found['parts_sum_s'] * 1e3:.2f} ms", f"{found['parts_sum_s'] / step:.1%}"))
+        rows.append(("that step", f"{step * 1e3:.2f} ms", ""))
+        free = found["step_s"]
+        rows.append(("step, median", f"{free * 1e3:.2f} ms", f"{found['images'] / free:.1f} images/s"))
+        print_table("iwm-fast profile", ("part", "", "of the step"), rows)
+        typer.echo(f"{out}: trace.json, profile.md, step.png, memory.json")
+    answer(json, "profile", found)
+    answer(str(out / "profile.json"), "profile", found)

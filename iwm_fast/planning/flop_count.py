@@ -1,0 +1,22 @@
+"""Operations as torch sees them: its counter over attention as plain products, which it counts on every device.
+
+torch's counter knows no formula for the CPU's fused attention and would count nothing for it. Operators of
+`iwm_fast.kernels` bring formulas of their own, which it reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+__all__ = ["counted_flops"]
+
+
+def counted_flops(work: Callable[[], object]) -> int:
+    """Operations of the matrix products that `work` runs, forward and backward; a multiply-add is two."""
+    counter = FlopCounterMode(display=False)
+    with sdpa_kernel(SDPBackend.MATH), counter:
+        work()
+    return int(counter.get_total_flops())

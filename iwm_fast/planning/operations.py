@@ -1,0 +1,92 @@
+"""Calls, operations and bytes of a piece of work, by operator and by module, as the dispatcher sees them."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.module_tracker import ModuleTracker
+
+__all__ = ["OperationCounter", "Work"]
+
+
+@dataclass
+class Work:
+    """calls; operations of matrix products; bytes of tensors read and written, each operator's by itself."""
+
+    calls: int = 0
+    operations: int = 0
+    bytes: int = 0
+
+    def add(self, operations: int, size: int) -> None:
+        """One call more."""
+        self.calls += 1
+        self.operations += operations
+        self.bytes += size
+
+
+def _cpu_attention(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> int:
+    return int(sdpa_flop_count(q.shape, k.shape, v.shape))
+
+
+def _cpu_attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> int:
+    """Four products: of the gradients of q, k, v and of the weights. Their recomputation is not counted."""
+    return int(sdpa_backward_flop_count(grad.shape, q.shape, k.shape, v.shape)) * 4 // 5
+
+
+# torch has no formula for these. Its formula of a fused backward pass counts the recomputed product too.
+_FORMULAS: dict[str, Callable[..., int]] = {
+    "aten::_scaled_dot_product_flash_attention_for_cpu": _cpu_attention,
+    "aten::_scaled_dot_product_flash_attention_for_cpu_backward": _cpu_attention_backward,
+}
+
+
+class OperationCounter(TorchDispatchMode):
+    """Counts while entered. `by_operator`: by name, "aten::addmm"; `by_module`: by path, a module's with its parts'.
+
+    Views move nothing and are not counted.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by_operator: dict[str, Work] = defaultdict(Work)
+        self.by_module: dict[str, Work] = defaultdict(Work)
+        self._modules = ModuleTracker()
+
+    def modules_of(self, name: str) -> dict[str, Work]:
+        """`by_module` with paths from the module that holds `name`: the wrappers around it are left out."""
+        ends = [path for path in self.by_module if path.endswith(f".{name}")]
+        prefix = min(ends, key=len).removesuffix(name) if ends else ""
+        return {path.removeprefix(prefix): work for path, work in self.by_module.items() if path.startswith(prefix)}
+
+    def __enter__(self) -> OperationCounter:
+        self._modules.__enter__()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._modules.__exit__(*error)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.is_view:
+            return out
+        name, operations = func.name().partition(".")[0], 0
+        formula: Any = flop_registry.get(func.overloadpacket)
+        if name in _FORMULAS:
+            operations = _FORMULAS[name](*args, **(kwargs or {}))
+        elif formula is not None:
+            operations = formula(*args, **(kwargs or {}), out_val=out)
+        seen = {id(t): t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)}
+        size = sum(t.numel() * t.element_size() for t in seen.values())
+        self.by_operator[name].add(int(operations), size)
+        for path in self._modules.parents:
+            self.by_module[path].add(int(operations), size)
+        return out

@@ -1,0 +1,118 @@
+"""Some training steps, looked at in four ways, each in steps of its own so that none is in another's numbers."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from iwm_fast.actions import ActionSpace
+from iwm_fast.benchmarks.collectives import timed_collectives
+from iwm_fast.benchmarks.harness import prepare_trainer
+from iwm_fast.benchmarks.step import opened_stream
+from iwm_fast.benchmarks.timing import ceilings, clocked
+from iwm_fast.config import Config
+from iwm_fast.engine.distributed import Ranks
+from iwm_fast.planning.mfu import peak_flops
+from iwm_fast.planning.operations import OperationCounter
+from iwm_fast.profiling.parts import PARTS, measured_parts
+from iwm_fast.profiling.picture import draw_step
+from iwm_fast.profiling.tables import markdown, module_rows, operator_rows
+from iwm_fast.profiling.trace import Traced, trace_steps
+
+__all__ = ["ncu_command", "profile"]
+
+_WARM_UP = 3
+_TRACED = 2  # steps in the trace: their files grow by megabytes each
+
+
+def profile(
+    config: Config, out: Path, ranks: Ranks, *, root: Path | None = None, steps: int = 10,
+    say: Callable[[str], object] = print,
+) -> dict[str, Any]:  # fmt: skip
+    """Write trace.json, profile.md, step.png and memory.json into `out`; returns the figures of profile.json's body.
+
+    In order: `steps` steps by the clock alone, as many in parts, one counted, two traced.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    quiet = config.model_copy(update={"log": config.log.model_copy(update={"every_steps": 10**9})})
+    space = ActionSpace(config.actions.groups, config.actions.form)
+    device, peak = ranks.device, peak_flops(ranks.device)
+    with timed_collectives() as said, opened_stream(quiet, space, ranks, root) as stream:
+        trainer = prepare_trainer(quiet, space, stream, ranks)
+        say(f"warming up for {_WARM_UP} steps")
+        for _ in range(_WARM_UP):
+            trainer.train_step()
+        taken = [clocked(trainer.train_step, device).seconds for _ in range(steps)]
+        with measured_parts(trainer, said) as clock:
+            for _ in range(steps):
+                with clock.step():
+                    trainer.train_step()
+        say("counting operations and bytes")
+        with OperationCounter() as counter:
+            trainer.train_step()
+        say("tracing")
+        if device.type == "cuda":
+            torch.cuda.memory._record_memory_history()  # noqa: SLF001  (the documented way to a snapshot)
+        model = trainer.zero.module
+        traced = trace_steps(trainer.train_step, model, device, _TRACED)
+        if device.type == "cuda":
+            torch.cuda.memory._dump_snapshot(str(out / "memory_snapshot.pickle"))  # noqa: SLF001
+            torch.cuda.memory._record_memory_history(enabled=None)  # noqa: SLF001
+    limits = ceilings(device, torch.bfloat16 if config.train.precision == "bf16" else torch.float32)
+    middle, whole = clock.middle()
+    parts = {part: middle.get(part, 0.0) for part in PARTS}
+    document = {
+        "images": config.train.global_batch,
+        "device": device.type,
+        "data": "synthetic" if root is None else "files",
+        "step_s": median(taken),
+        "steps_s": taken,
+        "parts_s": parts,
+        "parts_sum_s": sum(parts.values()),
+        "parts_step_s": whole,
+        "parts_of_each_step_s": clock.steps,
+        "operations": sum(work.operations for work in counter.by_operator.values()),
+        "bytes": sum(work.bytes for work in counter.by_operator.values()),
+        "ceilings": {key: value for key, value in limits.items() if not key.endswith("_seconds")},
+        "peak_flops_per_s": peak,
+        **_tables(traced, counter, limits, peak),
+        "memory_peak_bytes": max((held for _, held in traced.memory), default=0),
+    }
+    _write(document, traced, out)
+    return document
+
+
+def _tables(
+    traced: Traced, counter: OperationCounter, limits: Mapping[str, Any], peak: float | None
+) -> dict[str, Any]:  # fmt: skip
+    kernels = sorted(traced.kernels.items(), key=lambda item: -item[1][0])
+    return {
+        "operators": operator_rows(traced.operators, counter.by_operator, limits, peak),
+        "kernels": [{"name": kernel, "seconds": row[0], "calls": row[1]} for kernel, row in kernels],
+        "modules": module_rows(traced.modules, counter.modules_of("predictor"), limits, peak),
+    }
+
+
+def _write(document: Mapping[str, Any], traced: Traced, out: Path) -> None:
+    traced.profiler.export_chrome_trace(str(out / "trace.json"))
+    (out / "profile.md").write_text(markdown(document), encoding="utf-8")
+    timeline = {"unit": "bytes above the first traced step's start", "timeline": traced.memory}
+    (out / "memory.json").write_text(json.dumps(timeline), encoding="utf-8")
+    draw_step(document["parts_s"], document["parts_step_s"], traced.memory, out / "step.png")
+
+
+def ncu_command(kernel: str, config: str, overrides: Sequence[str], out: Path) -> str:
+    """The Nsight Compute command that looks at one launch of a kernel in a training step.
+
+    It runs `bench step`, because two profilers cannot share the GPU's counters. Launches of the warm-up are skipped.
+    """
+    words = ["ncu", "--set", "full", "--target-processes", "all", "--kernel-name", f"regex:{kernel}"]
+    words += ["--launch-skip", "20", "--launch-count", "1", "--force-overwrite", "--export", str(out / kernel)]
+    words += ["python", "-m", "iwm_fast", "bench", "step", "--config", config, *overrides]
+    return shlex.join([*words, "--device", "cuda", "--warm-up", "3", "--repeats", "1"])

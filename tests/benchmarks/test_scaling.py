@@ -1,0 +1,138 @@
+"""Scaling and the step's benchmark: counted bytes, fitted lines, and an answer that is wrong stops the measurement."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from iwm_fast.actions import ActionSpace
+from iwm_fast.benchmarks import scaling, step
+from iwm_fast.benchmarks.collectives import timed_collectives
+from iwm_fast.benchmarks.memory import peak_of
+from iwm_fast.benchmarks.presets import PRESETS, preset_config
+from iwm_fast.benchmarks.scaling import fit_line
+from iwm_fast.benchmarks.synthetic import synthetic_stream
+from iwm_fast.cli import main
+from iwm_fast.engine.distributed import start
+from iwm_fast.errors import UserError
+
+SMALL = ("model.encoder={depth: 1, width: 32, heads: 2}", "model.predictor.depth=1", "model.predictor.width=32")
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_two_ranks_say_what_the_formula_says(stage):
+    """Payload of the large collectives, exactly but for the few bytes of norms and flags."""
+    config = preset_config("cpu-micro", (*SMALL, f"zero.stage={stage}", "train.global_batch=4"))
+    rows = scaling.measure_ranks(config, worlds=(2,), kinds=("weak",), repeats=2, say=lambda _: None)
+    for row in rows:
+        counted, expected = row["collectives_a_step"]["payload_bytes"], row["expected_bytes"]
+        assert counted["all_reduce"] - expected["all_reduce"] in range(65)
+        assert counted.get("all_gather", 0) == expected.get("all_gather", 0)
+        assert row["collectives_a_step"]["seconds"] > 0
+    assert [(row["name"], row["images"]) for row in rows] == [("weak 2", 8)]
+
+
+def test_a_line_is_found_with_its_residuals():
+    x = [1, 2, 4, 8, 512]
+    exact = fit_line(x, [3 + 0.5 * v for v in x])
+    assert (exact["slope"], exact["intercept"]) == (pytest.approx(0.5), pytest.approx(3))
+    assert np.abs(exact["residuals"]).max() < 1e-12
+    bent = fit_line(x, [3 + 0.5 * v + (2 if v == 4 else 0) for v in x])
+    assert np.argmax(bent["residuals"]) == 2
+
+
+def test_collectives_are_timed_once_and_the_functions_put_back():
+    start()
+    before = dist.all_reduce
+    edges: list[int] = []
+    with timed_collectives() as spent:
+        spent.entered, spent.left = (lambda: edges.append(1)), (lambda: edges.append(-1))
+        dist.all_reduce(torch.zeros(6))
+        work = dist.all_reduce(torch.zeros(4, dtype=torch.float64), async_op=True)
+        work.wait()
+        gathered = torch.zeros(3)
+        dist.all_gather_into_tensor(gathered, torch.ones(3))
+    assert dist.all_reduce is before
+    assert gathered.tolist() == [1, 1, 1]
+    assert edges == [1, -1] * 4  # three calls and one wait, none inside another
+    assert spent.seconds > 0
+
+
+def test_peak_memory_is_that_of_the_work():
+    size = 64 * 2**20
+    cpu = torch.device("cpu")
+    for _ in range(2):  # what the first has freed is not the second's
+        assert size * 0.9 < peak_of(lambda: torch.ones(size, dtype=torch.uint8), cpu) < size * 1.5
+    assert peak_of(lambda: None, cpu) < size / 4
+
+
+def test_a_share_of_the_batch_is_each_ranks_own():
+    """Two ranks together see the images that one sees, and know the whole batch's tokens."""
+    config, space = preset_config("cpu-micro", ("train.global_batch=6",)), ActionSpace()
+    whole = next(iter(synthetic_stream(config, space, torch.device("cpu"))))
+    halves = [next(iter(synthetic_stream(config, space, torch.device("cpu"), rank=r, world=2))) for r in range(2)]
+    assert np.concatenate([half.ids for half in halves]).tolist() == whole.ids.tolist()
+    assert np.concatenate([half.patches.context for half in halves]).tolist() == whole.patches.context.tolist()
+    assert {half.global_target for half in halves} == {whole.global_target} == {len(whole.patches.target)}
+
+
+def test_the_step_is_timed_after_its_answer_was_checked(tmp_path, capsys):
+    file = tmp_path / "step.json"
+    words = ["bench", "step", "--preset", "cpu-micro", *SMALL, "train.global_batch=4", "--repeats", "3"]
+    assert main([*words, "--threads", "1", "--device", "cpu", "--json", str(file)]) == 0
+    document = json.loads(file.read_text())
+    (row,) = document["rows"]
+    assert document["schema"] == "iwm-fast-bench-step/1"
+    assert len(row["seconds"]) == len(row["cpu_seconds"]) == 3
+    assert row["loss_error"] < 1e-4
+    assert row["images_per_s"] == pytest.approx(4 / row["median_s"])
+    assert row["operations_per_s"] == pytest.approx(row["operations_per_image"] * row["images_per_s"])
+    assert "cpu-micro" in capsys.readouterr().out
+
+
+def test_a_wrong_answer_is_not_timed(monkeypatch):
+    config = preset_config("cpu-micro", (*SMALL, "train.global_batch=4"))
+    monkeypatch.setattr(step, "TOLERANCE", {"fp32": 1e-12})
+    with pytest.raises(step.WrongAnswerError, match="not timed"):
+        step.measure_step("x", config, start(), repeats=1, say=lambda _: None)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_is_a_configuration(name):
+    assert preset_config(name).train.global_batch >= 32
+
+
+def test_an_unknown_preset_is_named():
+    with pytest.raises(UserError, match="no such preset; there are cpu-micro"):
+        preset_config("cpu-none")
+
+
+def test_batches_from_one_to_many_are_measured_as_a_line(tmp_path, capsys):
+    file = tmp_path / "scaling.json"
+    words = ["bench", "scaling", "--what", "batches", "--largest", "8", "--repeats", "2", *SMALL]
+    assert main([*words, "--json", str(file)]) == 0
+    document = json.loads(file.read_text())
+    assert [row["images"] for row in document["rows"]] == [1, 2, 4, 8]
+    assert {"seconds", "cpu_seconds", "memory_bytes"} == set(document["lines"])
+    assert all(len(line["residuals"]) == 4 for line in document["lines"].values())
+    assert "an image; residuals" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["kernels", "--only", "nothing"], "no such operation; there are conditioned_mlp"),
+        (["step", "--device", "gpu"], "--device: gpu: must be cpu or cuda"),
+        (["step", "--preset", "cpu-none", "--device", "cpu"], "no such preset"),
+        (["scaling", "--what", "weak"], "--what: weak: must be batches"),
+    ],
+)
+def test_what_a_user_gets_wrong_is_one_line(words, said, capsys):
+    assert main(["bench", *words]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
