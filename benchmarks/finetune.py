@@ -2,8 +2,8 @@ r"""What a frozen run is worth to a head, to a new predictor and to its own: one
 
     python -m benchmarks.finetune RUN... --data DIR --json FILE [--limit N] [--epochs E] [--batch B]
 
-Each RUN is one seed of the same training. Each cell is the command line a user would type;
-all learn from the same images for as many steps, and the heads choose among several learning rates. An arm's figure is
+Each RUN is one seed of the same training. Each cell is the command line a user would type; all learn
+from the same images for as many steps, and the heads choose among several learning rates. An arm's figure is
 the mean over the runs with a 95 % interval (Student's t). Cells that FILE already has are not computed again.
 """
 
