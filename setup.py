@@ -38,7 +38,7 @@ setup(
     package_data={
         "iwm_fast": ["py.typed"],
         "iwm_fast.kernels": ["tuned.json"],
-        "iwm_fast.configs": ["*.yaml", "deepspeed/*.json", "slurm/*.sbatch"],
+        "iwm_fast.configs": ["*.yaml", "ablations/*.yaml", "deepspeed/*.json", "slurm/*.sbatch"],
     },
     include_package_data=False,
     entry_points={"console_scripts": ["iwm-fast = iwm_fast.cli:main"]},

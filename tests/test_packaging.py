@@ -105,7 +105,7 @@ def test_wheel_holds_every_module_and_configuration_once(wheel):
     mapped = {f"iwm_fast/{p.relative_to(ROOT)}" for name in ("kernels", "benchmarks") for p in _sources(ROOT / name)}
     configs = {
         f"iwm_fast/configs/{p.relative_to(ROOT / 'configs')}"
-        for pattern in ("*.yaml", "deepspeed/*.json", "slurm/*.sbatch")
+        for pattern in ("*.yaml", "ablations/*.yaml", "deepspeed/*.json", "slurm/*.sbatch")
         for p in (ROOT / "configs").glob(pattern)
     }
     expected = engine | mapped | configs | {"iwm_fast/py.typed", "iwm_fast/kernels/tuned.json"}

@@ -19,20 +19,26 @@ ACTIONS = ActionsConfig()
 
 
 class Seen(nn.Module):
-    """Stands for an encoder: what it says of an image is `of`(images) (B, D)."""
+    """Stands for an encoder of one token: what it says of an image is `of`(images) (B, D)."""
 
     def __init__(self, of):
         super().__init__()
         self.of = of
         self.unused = nn.Parameter(torch.zeros(1))
 
-    def encode(self, images, which):  # noqa: ARG002  (the model's signature)
-        return self.of(images.float())[:, None]
+    def forward(self, images):
+        return self.of(images.float())
+
+
+class Model(nn.Module):
+    def __init__(self, of):
+        super().__init__()
+        self.target_encoder = Seen(of)
 
 
 def measure(of, **changes):
     options = {"actions": ACTIONS, "train": pictures(300), "test": pictures(200, seed=1), "which": "target"}
-    return measure_equivariance([Seen(of)], **(options | changes))[0]
+    return measure_equivariance([Model(of)], **(options | changes))[0]
 
 
 def content(images):
