@@ -24,7 +24,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import yaml
 
-from benchmarks.arms import interval, table, train_all
+from iwm_fast.benchmarks.arms import interval, table, train_all
 from iwm_fast.config.load import find_config, load_config
 
 GRIDS = Path(__file__).resolve().parent.parent / "configs" / "ablations"
