@@ -178,8 +178,11 @@ def page(results: Path = RESULTS) -> str:
 
 def pictures(results: Path = RESULTS) -> dict[str, dict[str, Any]]:
     """Documents that have a picture, by the picture's file name."""
-    drawable = ("iwm-fast-peers/1", "iwm-fast-bench-scaling/1")
-    return {f"{f.removesuffix('.json')}.svg": d for f, d in _documents(results).items() if d["schema"] in drawable}
+    return {
+        f"{file.removesuffix('.json')}.svg": document
+        for file, document in _documents(results).items()
+        if document["schema"] == "iwm-fast-peers/1" or "lines" in document
+    }
 
 
 def checksum(file: Path) -> str:
