@@ -36,9 +36,9 @@ __all__ = ["Spans", "Trainer"]
 class Spans:
     """Host seconds of one step by part; on a GPU the parts are asynchronous and only ``step`` is meaningful."""
 
+    parts: dict[str, float] = field(default_factory=dict)
     # Told the name of each part as it begins.
     note: Callable[[str], None] = lambda _part: None
-    parts: dict[str, float] = field(default_factory=dict)
 
     @contextlib.contextmanager
     def __call__(self, name: str) -> Any:
@@ -55,12 +55,13 @@ class Trainer:
 
     def __init__(
         self, config: Config, zero: ZeroEngine, average: TargetAverage | None, stream: TrainingStream,
-        schedules: Schedules, ranks: Ranks, live: Liveness, skipped: SkippedSteps, *, predicts: str, action_dim: int,
-        dataset_size: int, step: int, updates: int,
+        schedules: Schedules, ranks: Ranks, *, predicts: str, action_dim: int, dataset_size: int,
+        step: int, updates: int, live: Liveness | None = None, skipped: SkippedSteps | None = None,
     ) -> None:  # fmt: skip
         self.config, self.zero, self.average, self.stream = config, zero, average, stream
         self.schedules, self.ranks, self.predicts, self.dataset_size = schedules, ranks, predicts, dataset_size
-        self.step, self.updates, self.live, self.skipped = step, updates, live, skipped
+        self.step, self.updates, self.live = step, updates, live
+        self.skipped = skipped or SkippedSteps(config.train.max_skipped, None, ranks)
         self.new_spans: Callable[[], Spans] = Spans  # a profile puts its own here
         self.counter = StepCounter(config, action_dim, ranks.device)
         self._own = OwnTime(ranks.device)
@@ -71,7 +72,8 @@ class Trainer:
     def train_step(self) -> dict[str, Any] | None:
         """One optimizer step over the global batch; returns the record when this step is a logged one."""
         spans, number = self.new_spans(), self.step + 1
-        spans.note = lambda part: self.live.at(f"{part} of step {number}")
+        if (live := self.live) is not None:
+            spans.note = lambda part: live.at(f"{part} of step {number}")
         lr, decay = self.schedules.lr(self.step), self.schedules.weight_decay(self.step)
         set_hyperparameters(self.zero.optimizer, lr, decay)
         total = torch.zeros((), dtype=torch.float32, device=self.ranks.device)

@@ -15,9 +15,9 @@ __all__ = ["SkippedSteps"]
 
 
 class SkippedSteps:
-    """Counts them; more than ``limit`` in a row end the run, with the samples of every rank in ``file``."""
+    """Counts them; more than ``limit`` in a row end the run, with the samples of every rank in ``file``, if any."""
 
-    def __init__(self, limit: int, file: Path, ranks: Ranks) -> None:
+    def __init__(self, limit: int, file: Path | None, ranks: Ranks) -> None:
         self._limit, self._file, self._ranks = limit, file, ranks
         self._steps: list[dict[str, Any]] = []
 
@@ -42,7 +42,7 @@ class SkippedSteps:
         if self._ranks.world > 1:
             everyone = [None] * self._ranks.world
             dist.all_gather_object(everyone, self._steps)
-        if self._ranks.first:
+        if self._ranks.first and self._file is not None:
             dump = [
                 {"step": own["step"], "samples": [s for steps in everyone for s in steps[at]["samples"]]}
                 for at, own in enumerate(self._steps)

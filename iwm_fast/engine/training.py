@@ -58,6 +58,7 @@ class Run:
     average: TargetAverage | None
     trainer: Trainer
     writer: CheckpointWriter
+    live: Liveness
     stop_at: int
 
 
@@ -172,10 +173,10 @@ def _train(config: Config, directory: RunDirectory, chosen: Path | None, ranks: 
             live.at("reading of the checkpoint")
             restore_shards(zero, average, saved)
         trainer = Trainer(
-            config, zero, average, stream, schedules, ranks, live, skipped,
+            config, zero, average, stream, schedules, ranks, live=live, skipped=skipped,
             predicts=predicts, action_dim=space.dim, dataset_size=len(files), step=done, updates=updates,
         )  # fmt: skip
-        run = Run(config, directory, ranks, zero, average, trainer, writer, stop_at)
+        run = Run(config, directory, ranks, zero, average, trainer, writer, live, stop_at)
         with TrainingProgress(stop_at, done, shown=ranks.first) as progress:
             _announce(run, files, saved, progress)
             # Only from here on is there a state to save: a start that is told to stop just ends.
@@ -212,7 +213,7 @@ def _loop(run: Run, space: ActionSpace, progress: TrainingProgress, stop: StopRe
     trainer.restart_clock()
     while trainer.step < run.stop_at:
         record = trainer.train_step()
-        trainer.live.started()
+        run.live.started()
         if record and trainer.step == first:
             record["first_step_after_s"] = seconds_since_start()
         stopping, write_failed = agree(ranks, stop.asked, run.writer.failed)
@@ -237,7 +238,7 @@ def _loop(run: Run, space: ActionSpace, progress: TrainingProgress, stop: StopRe
             trainer.restart_clock()
         if stopping:
             break
-    trainer.live.at("writing of the last checkpoint")
+    run.live.at("writing of the last checkpoint")
     run.writer.wait()
     if stopping:
         if ranks.first and trainer.step < run.stop_at:
@@ -272,7 +273,7 @@ def _save(run: Run) -> None:
         "images": run.trainer.dataset_size,
         "action_names": list(ActionSpace(run.config.actions.groups, run.config.actions.form).names),
     }
-    trainer.live.at(f"checkpoint of step {trainer.step}")
+    run.live.at(f"checkpoint of step {trainer.step}")
     run.writer.save(trainer.step, fragments(run.zero, run.average, run.ranks), meta)
 
 
