@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -9,9 +10,11 @@ if TYPE_CHECKING:
 
     from iwm_fast.eval.world import WorldModel
 
-__all__ = ["__version__", "load"]
+__all__ = ["BORN", "__version__", "load"]
 
 __version__ = "0.1.0"
+# This process and its parent, looked at before the long imports: a launcher may be gone seconds later.
+BORN = (os.getpid(), os.getppid())
 
 
 def load(run_or_export: str | PathLike[str], *, checkpoint: str = "latest", device: str | None = None) -> WorldModel:

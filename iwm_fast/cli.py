@@ -149,11 +149,21 @@ def export(
     onnx: Annotated[
         bool, typer.Option("--onnx", help="Also as ONNX graphs of whole images, checked with onnxruntime.")
     ] = False,
+    layout: Annotated[
+        str,
+        typer.Option("--layout", help="weights, or universal: DeepSpeed's layout, optimizer included."),
+    ] = "weights",
 ) -> None:
     """Write encoder, target encoder and predictor as safetensors with a JSON of what they are."""
     from iwm_fast.engine.export import export_run
+    from iwm_fast.engine.universal import export_universal
 
-    written = export_run(run, out, checkpoint, onnx=onnx)
+    if layout not in ("weights", "universal"):
+        raise UserError(f"--layout is {layout!r}; it must be weights or universal")
+    if layout == "universal":
+        written = export_universal(run, out, checkpoint)
+    else:
+        written = export_run(run, out, checkpoint, onnx=onnx)
     for path in sorted(written.iterdir()):
         typer.echo(path)
 

@@ -252,6 +252,9 @@ class TrainConfig(Section):
     global_batch: Count = Field(2048, description="images a step over all ranks and accumulated micro-batches")
     micro_batch: Count | None = Field(None, description="ceiling of the images a rank computes at once; default: none")
     precision: Literal["fp32", "bf16"] = Field("bf16", description="of the computation; master weights are always fp32")
+    optimizer: Literal["adamw", "lamb"] = Field(
+        "adamw", description="lamb: each tensor's step is scaled by its norm, for large batches; at zero.stage 0"
+    )
     lr: Positive = Field(1e-3, description="peak learning rate at a global batch of lr_batch")
     lr_batch: Count | None = Field(None, description="lr is scaled by global_batch / lr_batch; default: not scaled")
     lr_start: NonNegative = Field(0.2, description="learning rate before warm-up, over the peak (I-JEPA: 2e-4 / 1e-3)")
@@ -264,6 +267,9 @@ class TrainConfig(Section):
     activation_checkpointing: bool = Field(False, description="recompute blocks in the backward pass to save memory")
     max_skipped: Annotated[int, Field(ge=0)] = Field(
         10, description="steps in a row with a non-finite loss or gradient that are skipped before the run stops"
+    )
+    rank_timeout_s: Annotated[float, Field(ge=1.0)] = Field(
+        600.0, description="seconds without progress after which a rank counts as hung, and every rank ends"
     )
 
     @model_validator(mode="after")
@@ -307,6 +313,9 @@ class CheckpointConfig(Section):
 
     every_steps: Count = Field(1000, description="a checkpoint every so many steps, and at the end")
     keep_last: Count = Field(3, description="checkpoints kept; older ones are removed")
+    keep_every: Count | None = Field(
+        None, description="checkpoints whose step is a multiple of this are never removed; default: none"
+    )
 
 
 class EvalConfig(Section):
@@ -344,6 +353,16 @@ class Config(Section):
             raise ValueError(
                 "train.activation_checkpointing in bf16 needs zero.stage 1, 2 or 3: stage 0 rounds its fp32 "
                 "weights for the forward pass only, and recomputation would read them unrounded"
+            )
+        if self.train.optimizer == "lamb" and self.zero.stage:
+            raise ValueError(
+                f"train.optimizer lamb scales by norms of whole tensors, which zero.stage {self.zero.stage} divides; "
+                "use zero.stage 0, or adamw"
+            )
+        if self.data.wait_s >= self.train.rank_timeout_s:
+            raise ValueError(
+                f"data.wait_s is {self.data.wait_s:g}; it must be below train.rank_timeout_s "
+                f"({self.train.rank_timeout_s:g}), or a rank that waits for its data counts as hung"
             )
         if self.eval.every_steps is not None and self.eval.root is None:
             raise ValueError("eval.every_steps is set and eval.root is not; name the folder to evaluate on")

@@ -11,12 +11,13 @@ import torch
 import torch.distributed as dist
 
 from iwm_fast.engine.launch import Peer, meet, this_peer
+from iwm_fast.engine.signals import end_with_parent
 from iwm_fast.errors import UserError
 
-__all__ = ["Ranks", "any_rank", "gather", "start"]
+__all__ = ["Ranks", "agree", "gather", "start"]
 
-# One collective may wait this long for a rank that is slow (reading a cold disk, say) before it counts as hung.
-COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)
+# The library gives up last: after a start's time or the time that a rank may be silent, when the rank has been named.
+_START_S, _MARGIN_S = 600.0, 60.0
 
 
 @dataclass(frozen=True)
@@ -61,11 +62,13 @@ def _environment() -> tuple[int, int, int, int]:
     return 0, 1, 0, 1
 
 
-def start() -> Ranks:
+def start(timeout_s: float = 600.0) -> Ranks:
     """Join the process group (NCCL on GPUs, gloo on CPUs) and prepare DeepSpeed's accelerator; call before importing
-    deepspeed.
+    deepspeed. ``timeout_s``: seconds that a rank may be silent (``train.rank_timeout_s``).
     """
     rank, world, local_rank, local_world = _environment()
+    if world > 1:
+        end_with_parent()  # before waiting for the others, whose rendezvous a dead launcher does not hold any more
     on_gpu = torch.cuda.is_available()
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if on_gpu else "cpu")
     os.environ.setdefault("LOCAL_RANK", str(local_rank))  # DeepSpeed asserts that it is there
@@ -79,20 +82,21 @@ def start() -> Ranks:
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     if not dist.is_initialized():
         backend = "nccl" if on_gpu else "gloo"
+        timeout = datetime.timedelta(seconds=max(timeout_s, _START_S) + _MARGIN_S)
         # No port is opened when there is nobody to talk to.
-        store = dist.HashStore() if world == 1 else _rendezvous(rank, world)
-        peers = meet(store, this_peer(rank, local_world, backend), world, COLLECTIVE_TIMEOUT)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=COLLECTIVE_TIMEOUT)
+        store = dist.HashStore() if world == 1 else _rendezvous(rank, world, timeout)
+        peers = meet(store, this_peer(rank, local_world, backend), world, timeout)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     else:  # a second training of this process
         peers = _peers_again(this_peer(rank, local_world, dist.get_backend()), world)
     control = dist.new_group(backend="gloo") if on_gpu and world > 1 else None
     return Ranks(rank, world, local_rank, local_world, device, control, peers)
 
 
-def _rendezvous(rank: int, world: int) -> dist.Store:
+def _rendezvous(rank: int, world: int, timeout: datetime.timedelta) -> dist.Store:
     """The launcher's store, under MASTER_ADDR and MASTER_PORT."""
     try:
-        store: dist.Store = next(dist.rendezvous("env://", rank, world, timeout=COLLECTIVE_TIMEOUT))[0]
+        store: dist.Store = next(dist.rendezvous("env://", rank, world, timeout=timeout))[0]
     except (dist.DistError, ValueError) as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         reason = " ".join(str(error).split())
@@ -114,10 +118,10 @@ def _peers_again(me: Peer, world: int) -> tuple[Peer, ...]:
     return tuple(gather(me, world))
 
 
-def any_rank(flag: bool, ranks: Ranks) -> bool:
-    """Whether ``flag`` holds on any rank; every rank gets the same answer."""
+def agree(ranks: Ranks, *flags: bool) -> list[bool]:
+    """For each flag, whether it holds on any rank; every rank gets the same answers."""
     if ranks.world == 1:
-        return flag
-    votes = torch.tensor([int(flag)], dtype=torch.int32)
+        return list(flags)
+    votes = torch.tensor(flags, dtype=torch.int32)
     dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=ranks.control)
-    return bool(votes.item())
+    return [bool(vote) for vote in votes.tolist()]

@@ -2,8 +2,9 @@
 
 A rank averages only the parts of the encoder whose fp32 weights it holds, so the update needs no communication. The
 working copy that the target's forward reads is then refreshed: at stage 0 the average is the working copy; at stages
-1 and 2 one coalesced all-gather in the working dtype a step; at stage 3 each rank writes its own part and DeepSpeed
-gathers by layer.
+1 and 2 one coalesced all-gather in the working dtype a step, begun after the update and waited for by the target's next
+forward, so that it runs beside the fetching of data and the online encoder; at stage 3 each rank writes its own part
+and DeepSpeed gathers by layer.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ class TargetAverage:
         self.shards: list[Shard] = [s for s in zero.shards if s.name.startswith(ONLINE)]
         self._ranks = ranks
         self._stage = zero.stage
+        self._gathering: dist.Work | None = None
         targets = dict(zero.module.named_parameters())
         self._targets: dict[str, nn.Parameter] = {s: p for s, p in targets.items() if s.startswith(TARGET)}
         if zero.stage == 0:
@@ -45,6 +47,7 @@ class TargetAverage:
             self._mine = [p.data.view(-1)[: s.weight.numel()] for p, s in zip(parts, self.shards, strict=True)]
         else:
             self._lay_out()
+            zero.module.get_submodule(TARGET.removesuffix(".")).register_forward_pre_hook(lambda *_: self.arrive())
 
     def update(self, momentum: float) -> None:
         """Move the average towards the weights by ``1 − momentum`` and refresh the working copy."""
@@ -53,17 +56,28 @@ class TargetAverage:
         self.refresh()
 
     def refresh(self) -> None:
-        """Bring the working copy to the average."""
+        """Begin to bring the working copy to the average; the target's next forward finds it there."""
         if self._stage == 0:
             return
+        self.arrive()
         if self.shards:
             torch._foreach_copy_(self._mine, self.averages)
         if self._stage == 3:
             return
-        if self._ranks.world > 1:
-            # Bytes, because not every backend gathers every dtype.
-            dist.all_gather_into_tensor(self._everyone.view(torch.uint8), self._sent.view(torch.uint8))
-        torch._foreach_copy_(self._working, self._received)
+        if self._ranks.world == 1:
+            torch._foreach_copy_(self._working, self._received)
+            return
+        # Bytes, because not every backend gathers every dtype.
+        everyone, sent = self._everyone.view(torch.uint8), self._sent.view(torch.uint8)
+        self._gathering = dist.all_gather_into_tensor(everyone, sent, async_op=True)
+
+    @torch.no_grad()
+    def arrive(self) -> None:
+        """Wait for the all-gather under way, if any, and put the working copy in its place."""
+        gathering, self._gathering = self._gathering, None
+        if gathering is not None:
+            gathering.wait()  # on a GPU the stream waits, not the host
+            torch._foreach_copy_(self._working, self._received)
 
     def _lay_out(self) -> None:
         """Buffers of the all-gather: each rank sends its parts one behind the other, padded to the longest rank."""

@@ -19,12 +19,13 @@ from iwm_fast.data.loader import TrainingStream
 from iwm_fast.engine.distributed import Ranks
 from iwm_fast.engine.ema import TargetAverage
 from iwm_fast.engine.health import rank_me, spread
+from iwm_fast.engine.liveness import Liveness
 from iwm_fast.engine.metrics import memory_bytes
 from iwm_fast.engine.optimizer import set_hyperparameters
 from iwm_fast.engine.schedules import Schedules
+from iwm_fast.engine.skipped import SkippedSteps
 from iwm_fast.engine.stragglers import OwnTime, over_ranks
 from iwm_fast.engine.zero import ZeroEngine
-from iwm_fast.errors import UserError
 from iwm_fast.models.packing import Segments, to_device
 from iwm_fast.planning.mfu import StepCounter
 
@@ -36,10 +37,13 @@ class Spans:
     """Host seconds of one step by part; on a GPU the parts are asynchronous and only ``step`` is meaningful."""
 
     parts: dict[str, float] = field(default_factory=dict)
+    # Told the name of each part as it begins.
+    note: Callable[[str], None] = lambda _part: None
 
     @contextlib.contextmanager
     def __call__(self, name: str) -> Any:
-        """Time a part, and name it in traces."""
+        """Time a part, name it in traces, and tell the other ranks."""
+        self.note(name)
         with torch.profiler.record_function(f"iwm/{name}"):
             begin = time.perf_counter()
             yield
@@ -51,13 +55,13 @@ class Trainer:
 
     def __init__(
         self, config: Config, zero: ZeroEngine, average: TargetAverage | None, stream: TrainingStream,
-        schedules: Schedules, ranks: Ranks, *, predicts: str, action_dim: int, dataset_size: int, step: int,
-        updates: int,
+        schedules: Schedules, ranks: Ranks, *, predicts: str, action_dim: int, dataset_size: int,
+        step: int, updates: int, live: Liveness | None = None, skipped: SkippedSteps | None = None,
     ) -> None:  # fmt: skip
         self.config, self.zero, self.average, self.stream = config, zero, average, stream
         self.schedules, self.ranks, self.predicts, self.dataset_size = schedules, ranks, predicts, dataset_size
-        self.step, self.updates = step, updates
-        self.skipped_in_a_row = 0
+        self.step, self.updates, self.live = step, updates, live
+        self.skipped = skipped or SkippedSteps(config.train.max_skipped, None, ranks)
         self.new_spans: Callable[[], Spans] = Spans  # a profile puts its own here
         self.counter = StepCounter(config, action_dim, ranks.device)
         self._own = OwnTime(ranks.device)
@@ -67,15 +71,19 @@ class Trainer:
 
     def train_step(self) -> dict[str, Any] | None:
         """One optimizer step over the global batch; returns the record when this step is a logged one."""
-        spans = self.new_spans()
+        spans, number = self.new_spans(), self.step + 1
+        if (live := self.live) is not None:
+            spans.note = lambda part: live.at(f"{part} of step {number}")
         lr, decay = self.schedules.lr(self.step), self.schedules.weight_decay(self.step)
         set_hyperparameters(self.zero.optimizer, lr, decay)
         total = torch.zeros((), dtype=torch.float32, device=self.ranks.device)
         ids: list[int] = []
+        epochs: list[int] = []
         for _ in range(self.stream.accumulation):
             with spans("data"), self._own.waiting():
                 batch = next(self._batches)
                 ids += batch.ids.tolist()
+                epochs += batch.epochs.tolist()
             with spans("forward"), self._own.computing():
                 output = self._forward(batch)
                 total += output.loss.detach()
@@ -86,9 +94,10 @@ class Trainer:
                 self.zero.engine.step()
         self.step += 1
         if self.zero.skipped:
-            self._count_skipped(ids)
+            self.skipped.add(self.step, epochs, ids)
         else:
-            self.skipped_in_a_row, self.updates = 0, self.updates + 1
+            self.skipped.clear()
+            self.updates += 1
             if self.average is not None:
                 with spans("ema"):
                     self.average.update(self.schedules.ema(self.step - 1))
@@ -127,15 +136,6 @@ class Trainer:
             context, context_segments, predicted, predicted_segments, self.ranks.world / (tokens * self._width),
         )  # fmt: skip
 
-    def _count_skipped(self, ids: list[int]) -> None:
-        self.skipped_in_a_row += 1
-        if self.skipped_in_a_row > self.config.train.max_skipped:
-            raise UserError(
-                f"step {self.step}: loss or gradient not finite in {self.skipped_in_a_row} steps in a row "
-                f"(sample ids of this rank in the last: {ids[:10]}…); lower train.lr, set train.clip, or look at these "
-                "samples"
-            )
-
     def _record(self, total: Tensor, lr: float, decay: float, features: Tensor) -> dict[str, Any]:
         if self.ranks.world > 1:
             dist.all_reduce(total)
@@ -154,7 +154,7 @@ class Trainer:
             **timing,
             "rank_me": rank_me(features),
             "target_spread": spread(features),
-            "skipped_in_a_row": self.skipped_in_a_row,
+            "skipped_in_a_row": self.skipped.in_a_row,
         }
 
     def _timing(self, images: int) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import resource
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,15 +13,17 @@ from typing import Any
 import torch
 
 from iwm_fast.engine.sinks import Sink
+from iwm_fast.errors import UserError
 
 __all__ = ["MetricsLog", "memory_bytes"]
 
 
 class MetricsLog:
-    """Appends records to ``metrics.jsonl`` (flushed line by line) and hands them to the sinks."""
+    """Appends records to ``metrics.jsonl`` and hands them to the sinks. Raises UserError when the disk is full."""
 
     def __init__(self, file: Path, sinks: Sequence[Sink] = ()) -> None:
-        self._file = file.open("a")
+        self._path = file
+        self._file = file.open("ab", buffering=0)  # a line is there, or not, when the process is killed
         self._sinks = sinks
 
     def close(self) -> None:
@@ -32,10 +35,20 @@ class MetricsLog:
     def write(self, record: dict[str, Any]) -> None:
         """One line; a number that is not finite is written as null, because JSON has no NaN."""
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        self._file.write(json.dumps(clean) + "\n")
-        self._file.flush()
-        for sink in self._sinks:
-            sink.write(record)
+        try:
+            line = memoryview((json.dumps(clean) + "\n").encode())
+            while line:
+                line = line[self._file.write(line) or 0 :]
+            for sink in self._sinks:
+                sink.write(record)
+        except OSError as error:
+            raise UserError(
+                f"{self._path}: metrics cannot be written ({error.strerror}); free space, then --resume auto"
+            ) from error
+
+    def sync(self) -> None:
+        """Wait until the lines are on the disk: before a checkpoint after which they are not written again."""
+        os.fsync(self._file.fileno())
 
 
 def memory_bytes(device: torch.device) -> int:

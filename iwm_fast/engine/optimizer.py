@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,15 @@ from torch import nn
 
 from iwm_fast.config import TrainConfig
 
-__all__ = ["FiniteAdamW", "build_optimizer", "ensure_state", "set_hyperparameters"]
+__all__ = [
+    "MOMENTS",
+    "FiniteAdamW",
+    "FiniteLamb",
+    "build_optimizer",
+    "ensure_state",
+    "parameter_groups",
+    "set_hyperparameters",
+]
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -42,21 +50,70 @@ class FiniteAdamW(torch.optim.AdamW):
             torch.nn.utils.clip_grads_with_norm_(
                 [p for group in self.param_groups for p in group["params"]], self.clip, norm
             )
+        self._move()
+
+    def _move(self) -> None:
         super().step()
 
 
-def build_optimizer(model: nn.Module, train: TrainConfig, stage: int) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters; biases, norms and the mask token are not decayed.
+class FiniteLamb(FiniteAdamW):
+    """LAMB (You et al. 2020, arXiv:1904.00962, algorithm 2) for large batches.
 
-    PyTorch's fused implementation serves the CPU and the GPU, so no compiler is needed.
+    AdamW's direction with its decay, scaled for each decayed tensor by ‖w‖ / ‖direction‖; biases, norms and the mask
+    token, which are not decayed, are not scaled either. The moments are AdamW's, so checkpoints are the same. On the
+    CPU and the GPU alike; at ZeRO stage 0, because the norms are of whole tensors.
     """
+
+    @torch.no_grad()
+    def _move(self) -> None:
+        for group in self.param_groups:
+            weights = [p for p in group["params"] if p.grad is not None]
+            if not weights:
+                continue
+            grads: list[torch.Tensor] = [p.grad for p in weights if p.grad is not None]
+            ensure_state(self, weights)
+            first, second = ([self.state[p][key] for p in weights] for key in MOMENTS)
+            (beta1, beta2), counts = group["betas"], [self.state[p]["step"] for p in weights]
+            torch._foreach_add_(counts, 1.0)
+            torch._foreach_lerp_(first, grads, 1.0 - beta1)
+            torch._foreach_mul_(second, beta2)
+            torch._foreach_addcmul_(second, grads, grads, 1.0 - beta2)
+            count = float(counts[0])
+            direction = torch._foreach_div(first, 1.0 - beta1**count)  # noqa: SLF001  (has no public name)
+            size = torch._foreach_sqrt(torch._foreach_div(second, 1.0 - beta2**count))  # noqa: SLF001
+            torch._foreach_add_(size, group["eps"])
+            torch._foreach_div_(direction, size)
+            if group["decayed"]:
+                torch._foreach_add_(direction, weights, alpha=group["weight_decay"])
+                norms = torch._foreach_norm(weights), torch._foreach_norm(direction)  # noqa: SLF001
+                torch._foreach_mul_(direction, _trust(*norms))
+            torch._foreach_add_(weights, direction, alpha=-group["lr"])
+
+
+def _trust(weights: Sequence[torch.Tensor], directions: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """‖w‖ / ‖direction‖, and 1 where either is 0."""
+    return [torch.where((w > 0) & (d > 0), w / d, torch.ones_like(w)) for w, d in zip(weights, directions, strict=True)]
+
+
+def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Two groups of the trainable parameters: decayed, and biases, norms and the mask token, which are not."""
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     decayed = [p for name, p in trainable if p.ndim > 1 and not name.endswith("bias")]
     plain = [p for name, p in trainable if p.ndim <= 1 or name.endswith("bias")]
-    groups = [{"params": decayed, "decayed": True}, {"params": plain, "decayed": False, "weight_decay": 0.0}]
+    return [{"params": decayed, "decayed": True}, {"params": plain, "decayed": False, "weight_decay": 0.0}]
+
+
+def build_optimizer(model: nn.Module, train: TrainConfig, stage: int) -> torch.optim.AdamW:
+    """AdamW, or LAMB at stage 0, over the trainable parameters; biases, norms and the mask token are not decayed.
+
+    PyTorch's fused implementation of AdamW serves the CPU and the GPU, so no compiler is needed; DeepSpeed's LAMB wants
+    one, and a GPU.
+    """
+    groups = parameter_groups(model)
     # lr and weight decay are set before each step; until then nothing can move.
     if stage == 0:
-        return FiniteAdamW(groups, clip=train.clip, lr=0.0, betas=train.betas, fused=True)
+        kind = FiniteLamb if train.optimizer == "lamb" else FiniteAdamW
+        return kind(groups, clip=train.clip, lr=0.0, betas=train.betas, fused=True)
     return torch.optim.AdamW(groups, lr=0.0, betas=train.betas, fused=True)
 
 
@@ -67,11 +124,13 @@ def set_hyperparameters(optimizer: torch.optim.Optimizer, lr: float, weight_deca
         group["weight_decay"] = weight_decay if group["decayed"] else 0.0
 
 
-def ensure_state(optimizer: torch.optim.Optimizer, tensors: list[torch.Tensor], step: int) -> None:
-    """Create AdamW's state for ``tensors`` where it is missing and set its count of updates to ``step``."""
+def ensure_state(optimizer: torch.optim.Optimizer, tensors: Sequence[torch.Tensor], step: int | None = None) -> None:
+    """Create AdamW's state for ``tensors`` where it is missing and set its count of updates to ``step``, if given."""
     for tensor in tensors:
         state = optimizer.state[tensor]
         for key in MOMENTS:
             if key not in state:
                 state[key] = torch.zeros_like(tensor, memory_format=torch.preserve_format, requires_grad=False)
-        state["step"] = torch.full((), float(step), dtype=torch.float32, device=tensor.device)
+        if step is None and "step" in state:
+            continue
+        state["step"] = torch.full((), float(step or 0), dtype=torch.float32, device=tensor.device)

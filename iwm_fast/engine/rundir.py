@@ -12,13 +12,15 @@ from typing import Any
 
 import yaml
 
-from iwm_fast.config import Config, dump_config
+from iwm_fast.config import Config, dump_config, load_config
+from iwm_fast.engine.shards import sync, write_text
 from iwm_fast.errors import UserError
 
 __all__ = ["RunDirectory"]
 
-# What may differ when a run is resumed: where this start ends, how the work is divided, what is logged.
-FREE_KEYS = ("train.steps", "train.micro_batch", "zero.stage", "log.")
+# What may differ when a run is resumed: where this start ends, how the work is divided, how long a fault is waited for,
+# what is logged.
+FREE_KEYS = ("train.steps", "train.micro_batch", "train.rank_timeout_s", "data.wait_s", "zero.stage", "log.")
 
 
 class RunDirectory:
@@ -32,6 +34,7 @@ class RunDirectory:
         self.tensorboard = path / "tensorboard"
         self.checkpoints = path / "checkpoints"
         self.stopped_file = path / "stopped"
+        self.skipped_file = path / "skipped_steps.json"
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -64,7 +67,8 @@ class RunDirectory:
 
     def require_same(self, config: Config) -> None:
         """Raise UserError naming the first key that may not differ from the configuration the run was started with."""
-        before = dict(_leaves(yaml.safe_load(self.config_file.read_text())))
+        # Loaded as a configuration, so that a key that was not there yet has its default.
+        before = dict(_leaves(yaml.safe_load(dump_config(load_config(self.config_file, [])))))
         now = dict(_leaves(yaml.safe_load(dump_config(config))))
         for key in sorted(before.keys() | now.keys()):
             if before.get(key) != now.get(key) and not key.startswith(FREE_KEYS):
@@ -98,5 +102,9 @@ def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def _replace(path: Path, text: str) -> None:
     aside = path.with_name(f".{path.name}.partial")
-    aside.write_text(text)
-    aside.replace(path)
+    try:
+        write_text(aside, text)
+        aside.replace(path)
+        sync(path.parent)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); free space or mend the folder") from error

@@ -10,6 +10,8 @@ import time
 from types import FrameType, TracebackType
 from typing import Any, Self
 
+import iwm_fast
+
 __all__ = ["StopRequest", "end_with_parent"]
 
 
@@ -39,11 +41,15 @@ class StopRequest:
         self.asked = True
 
 
-def end_with_parent(poll_s: float = 2.0) -> None:
-    """End this process when its launcher is gone: torchrun starts workers in sessions of their own, which outlive
-    it.
+def end_with_parent(poll_s: float = 0.5) -> None:
+    """End this process when its launcher is gone: torchrun starts workers in sessions of their own, which outlive it.
+
+    The parent is the one of this process's first moments: the
+    launcher may have gone while it imported, and would not be missed by one who looks only now.
     """
-    parent = os.getppid()
+    process, parent = iwm_fast.BORN
+    if process != os.getpid():  # a fork: its parent is who forked it
+        parent = os.getppid()
 
     def watch() -> None:
         while os.getppid() == parent:

@@ -57,7 +57,7 @@ def restore_shards(zero: ZeroEngine, average: TargetAverage | None, saved: Check
         saved.fill("weight", shard.name, shard.start, shard.weight)
         for key, moment in shard.moments.items():
             saved.fill(key, shard.name, shard.start, moment)
-    zero.set_updates(int(saved.index["updates"]))
+    zero.set_updates(saved.updates)
     if average is not None:
         for shard, tensor in zip(average.shards, average.averages, strict=True):
             saved.fill("ema", target_name(shard.name), shard.start, tensor)

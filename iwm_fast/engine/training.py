@@ -20,10 +20,12 @@ from iwm_fast.data.loader import TrainingStream
 from iwm_fast.data.sources import Patience
 from iwm_fast.engine import checkpoint
 from iwm_fast.engine.checkpoint import Checkpoint
+from iwm_fast.engine.checkpoint_writer import CheckpointWriter, clear_leftovers, point_latest
 from iwm_fast.engine.clock import seconds_since_start
-from iwm_fast.engine.distributed import Ranks, any_rank, gather, start
+from iwm_fast.engine.distributed import Ranks, agree, gather, start
 from iwm_fast.engine.ema import TargetAverage
 from iwm_fast.engine.launch import require_shared
+from iwm_fast.engine.liveness import Liveness
 from iwm_fast.engine.loop import Trainer
 from iwm_fast.engine.metrics import MetricsLog
 from iwm_fast.engine.monitor import evaluate_during_training
@@ -31,8 +33,9 @@ from iwm_fast.engine.progress import TrainingProgress
 from iwm_fast.engine.provenance import describe_run
 from iwm_fast.engine.rundir import RunDirectory
 from iwm_fast.engine.schedules import Schedules
-from iwm_fast.engine.signals import StopRequest, end_with_parent
+from iwm_fast.engine.signals import StopRequest
 from iwm_fast.engine.sinks import open_sinks
+from iwm_fast.engine.skipped import SkippedSteps
 from iwm_fast.engine.state import fragments, restore_module, restore_shards
 from iwm_fast.engine.stragglers import Stragglers
 from iwm_fast.engine.zero import ZeroEngine, initialize
@@ -54,6 +57,8 @@ class Run:
     zero: ZeroEngine
     average: TargetAverage | None
     trainer: Trainer
+    writer: CheckpointWriter
+    live: Liveness
     stop_at: int
 
 
@@ -63,15 +68,14 @@ def pretrain(config: Config, out: Path, resume: str = "never") -> None:
     ``resume``: ``never`` (refused when ``out`` has checkpoints), ``auto`` (the newest whole one, or anew), or a
     checkpoint's path. Raises UserError for whatever the user can mend.
     """
-    ranks = start()
-    if ranks.world > 1:
-        end_with_parent()
+    ranks = start(config.train.rank_timeout_s)
     if "OMP_NUM_THREADS" not in os.environ and ranks.device.type == "cpu":
         torch.set_num_threads(max(1, usable_cores() // ranks.local_world))
     if config.data.root is None:
         raise UserError("data.root is not set: name the folder of images, for example data.root=photos/train")
     directory = RunDirectory(out)
-    with contextlib.ExitStack() as held:
+    live = Liveness(ranks, config.train.rank_timeout_s)
+    with contextlib.ExitStack() as held, live.watching():
 
         def choose() -> Path | None:
             held.enter_context(directory.locked())
@@ -79,7 +83,7 @@ def pretrain(config: Config, out: Path, resume: str = "never") -> None:
 
         chosen = _decide(ranks, choose)
         require_shared(directory.path, ranks.peers, ranks.rank, lambda value: gather(value, ranks.world))
-        _train(config, directory, chosen, ranks)
+        _train(config, directory, chosen, ranks, live)
 
 
 def _decide(ranks: Ranks, choose: Callable[[], Path | None]) -> Path | None:
@@ -121,25 +125,31 @@ def _prepare(config: Config, directory: RunDirectory, resume: str, ranks: Ranks)
         wrong = checkpoint.damage(chosen)
         if wrong:
             raise UserError(f"{chosen}: {wrong}; name another checkpoint")
+        if chosen.resolve().parent == directory.checkpoints.resolve():
+            point_latest(directory.checkpoints, chosen.name)  # killed before its next one, auto goes on from here
     if chosen is not None and directory.config_file.exists():
         directory.require_same(config)
+    clear_leftovers(directory.checkpoints)
     step = Checkpoint(chosen).step if chosen is not None else 0
     directory.drop_metrics_after(step)
     directory.begin(config, describe_run(directory.environment_file, config, ranks, step))
     return chosen
 
 
-def _train(config: Config, directory: RunDirectory, chosen: Path | None, ranks: Ranks) -> None:
+def _train(config: Config, directory: RunDirectory, chosen: Path | None, ranks: Ranks, live: Liveness) -> None:
+    live.at("listing of the data")
     patience = Patience(config.data.store_timeout, config.data.store_attempts)
     files = list_images(config.data.root or "", config.data.source, patience)
+    live.at("making of the model")
     space = ActionSpace(config.actions.groups, config.actions.form)
     torch.manual_seed(config.train.seed)
     model = IWM(config.model, space.dim, activation_checkpointing=config.train.activation_checkpointing)
     model = model.to(ranks.device)
     saved = Checkpoint(chosen) if chosen is not None else None
-    done, updates = (saved.step, int(saved.index["updates"])) if saved else (0, 0)
+    done, updates = (saved.step, saved.updates) if saved else (0, 0)
     schedules = Schedules(config.train, training_steps(config, len(files)))
     stop_at = config.train.steps or schedules.total
+    live.at("opening of the data")
     stream = TrainingStream(
         config,
         files,
@@ -149,24 +159,29 @@ def _train(config: Config, directory: RunDirectory, chosen: Path | None, ranks: 
         start=done * config.train.global_batch,
         run_dir=directory.path,
     )
-    try:
+    keep = config.checkpoint
+    writer = CheckpointWriter(directory.checkpoints, ranks, keep.keep_last, keep.keep_every)
+    skipped = SkippedSteps(config.train.max_skipped, directory.skipped_file, ranks)
+    with contextlib.closing(stream), contextlib.closing(writer):
         predicts = model.predicts
+        live.at("making of the engine")
         if saved:
             restore_module(model, saved)
         zero = initialize(model, config, stream.micro_batch, stream.accumulation)
         average = TargetAverage(zero, ranks) if config.model.target == "ema" else None
         if saved:
+            live.at("reading of the checkpoint")
             restore_shards(zero, average, saved)
         trainer = Trainer(
-            config, zero, average, stream, schedules, ranks,
+            config, zero, average, stream, schedules, ranks, live=live, skipped=skipped,
             predicts=predicts, action_dim=space.dim, dataset_size=len(files), step=done, updates=updates,
         )  # fmt: skip
-        run = Run(config, directory, ranks, zero, average, trainer, stop_at)
+        run = Run(config, directory, ranks, zero, average, trainer, writer, live, stop_at)
         with TrainingProgress(stop_at, done, shown=ranks.first) as progress:
             _announce(run, files, saved, progress)
-            _loop(run, space, progress)
-    finally:
-        stream.close()
+            # Only from here on is there a state to save: a start that is told to stop just ends.
+            with StopRequest() as stop:
+                _loop(run, space, progress, stop)
 
 
 def _announce(run: Run, files: ImageSet, saved: Checkpoint | None, progress: TrainingProgress) -> None:
@@ -189,40 +204,46 @@ def _announce(run: Run, files: ImageSet, saved: Checkpoint | None, progress: Tra
         progress.say(f"nothing to do: {run.trainer.step} steps are done; raise train.steps to go on")
 
 
-def _loop(run: Run, space: ActionSpace, progress: TrainingProgress) -> None:
+def _loop(run: Run, space: ActionSpace, progress: TrainingProgress, stop: StopRequest) -> None:
     config, trainer, ranks = run.config, run.trainer, run.ranks
     first = trainer.step + 1
     log = _open_log(run) if ranks.first else None
     stragglers = Stragglers(config.log.straggler_ratio)
-    with StopRequest() as stop:
-        trainer.restart_clock()
-        while trainer.step < run.stop_at:
-            record = trainer.train_step()
-            if record and trainer.step == first:
-                record["first_step_after_s"] = seconds_since_start()
-            stopping = any_rank(stop.asked, ranks)
-            if _due(config.eval.every_steps, trainer.step) and config.eval.root:
-                record = (record or {"step": trainer.step}) | evaluate_during_training(
-                    run.zero, run.average, config, space, ranks
-                )
-                trainer.restart_clock()
-            if record and log:
-                slow = stragglers.look(record.pop("own_s_by_rank", [0.0]), record.get("step_s", 0.0))
-                if slow:
-                    progress.say(_named(slow, record["step"], ranks))
-                log.write(record)
-                _warn_of_collapse(record, config, progress)
-            progress.step(trainer.step, record if record and "loss" in record else None)
-            if stopping or trainer.step == run.stop_at or _due(config.checkpoint.every_steps, trainer.step):
-                _save(run)
-                trainer.restart_clock()
-            if stopping:
-                if ranks.first and trainer.step < run.stop_at:
-                    run.directory.mark_stopped(trainer.step)
-                progress.say(
-                    f"stopped as asked after step {trainer.step}, checkpoint written; go on with --resume auto"
-                )
-                break
+    stopping = False
+    trainer.restart_clock()
+    while trainer.step < run.stop_at:
+        record = trainer.train_step()
+        run.live.started()
+        if record and trainer.step == first:
+            record["first_step_after_s"] = seconds_since_start()
+        stopping, write_failed = agree(ranks, stop.asked, run.writer.failed)
+        if write_failed:
+            run.writer.wait()
+        if _due(config.eval.every_steps, trainer.step) and config.eval.root:
+            record = (record or {"step": trainer.step}) | evaluate_during_training(
+                run.zero, run.average, config, space, ranks
+            )
+            trainer.restart_clock()
+        if record and log:
+            slow = stragglers.look(record.pop("own_s_by_rank", [0.0]), record.get("step_s", 0.0))
+            if slow:
+                progress.say(_named(slow, record["step"], ranks))
+            log.write(record)
+            _warn_of_collapse(record, config, progress)
+        progress.step(trainer.step, record if record and "loss" in record else None)
+        if stopping or trainer.step == run.stop_at or _due(config.checkpoint.every_steps, trainer.step):
+            if log:
+                log.sync()
+            _save(run)
+            trainer.restart_clock()
+        if stopping:
+            break
+    run.live.at("writing of the last checkpoint")
+    run.writer.wait()
+    if stopping:
+        if ranks.first and trainer.step < run.stop_at:
+            run.directory.mark_stopped(trainer.step)
+        progress.say(f"stopped as asked after step {trainer.step}, checkpoint written; go on with --resume auto")
     if log:
         log.close()
 
@@ -252,8 +273,8 @@ def _save(run: Run) -> None:
         "images": run.trainer.dataset_size,
         "action_names": list(ActionSpace(run.config.actions.groups, run.config.actions.form).names),
     }
-    parts = fragments(run.zero, run.average, run.ranks)
-    checkpoint.write(run.directory.checkpoints, trainer.step, parts, meta, run.ranks, run.config.checkpoint.keep_last)
+    run.live.at(f"checkpoint of step {trainer.step}")
+    run.writer.save(trainer.step, fragments(run.zero, run.average, run.ranks), meta)
 
 
 def _warn_of_collapse(record: dict[str, Any], config: Config, progress: TrainingProgress) -> None:

@@ -103,6 +103,8 @@ class IWM(nn.Module):
 
         """
         self._check(source, target, action, predicted, predicted_segments)
+        z_x = self.encoder(source, context, context_segments)
+        # The target second, so that what refreshes it has the time of the first.
         sources = len(source) // len(target)
         wanted = predicted_segments.image_of_token // sources * self.encoder.patches + predicted
         if sources == 1:
@@ -110,7 +112,6 @@ class IWM(nn.Module):
             z_y, index = self._encode_target(target, Kept(wanted, predicted_segments)), None
         else:
             z_y, index = self._encode_target(target), wanted  # most patches are asked for, many more than once
-        z_x = self.encoder(source, context, context_segments)
         action = action.to(self.dtype)
         if isinstance(self.predictor, MlpPredictor):
             if predicted_segments.lengths != context_segments.lengths:

@@ -3,14 +3,16 @@
 import errno
 import itertools
 import json
+import threading
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from iwm_fast.engine import checkpoint
+from iwm_fast.engine import checkpoint, checkpoint_writer
 from iwm_fast.engine.checkpoint import Checkpoint, Fragment
+from iwm_fast.engine.checkpoint_writer import CheckpointWriter, clear_leftovers, point_latest, write
 from iwm_fast.engine.distributed import Ranks
 from iwm_fast.errors import UserError
 
@@ -28,7 +30,7 @@ def pieces(name, tensor, cuts):
 
 def save(root, step=1, keep_last=3, value=1.0):
     fragments = pieces("layer", torch.full((4, 3), value), [])
-    return checkpoint.write(root, step, fragments, {"updates": step}, ALONE, keep_last)
+    return write(root, step, fragments, {"updates": step}, ALONE, keep_last)
 
 
 @settings(max_examples=25, deadline=None)
@@ -40,7 +42,7 @@ def test_any_range_is_read_back_from_any_division(data, tmp_path_factory):
     start = data.draw(st.integers(0, numel - 1))
     stop = data.draw(st.integers(start + 1, numel))
     root = tmp_path_factory.mktemp("cut")
-    path = checkpoint.write(root, 7, pieces("w", value, cuts), {}, ALONE, 1)
+    path = write(root, 7, pieces("w", value, cuts), {"updates": 7}, ALONE, 1)
     saved = Checkpoint(path)
     out = torch.full((stop - start,), float("nan"))
     saved.fill("weight", "w", start, out)
@@ -49,9 +51,10 @@ def test_any_range_is_read_back_from_any_division(data, tmp_path_factory):
 
 
 def test_a_missing_fragment_is_an_error_not_a_zero(tmp_path):
-    path = checkpoint.write(tmp_path, 1, pieces("w", torch.ones(10), [4])[1:], {}, ALONE, 1)
-    with pytest.raises(UserError, match="incomplete"):
-        Checkpoint(path).full("weight", "w")
+    path = write(tmp_path, 1, pieces("w", torch.ones(10), [4])[1:], {"updates": 1}, ALONE, 1)
+    assert "begins at 4, expected 0" in (checkpoint.damage(path) or "")
+    with pytest.raises(UserError, match="begins at 4, expected 0"):
+        Checkpoint(path)
 
 
 @pytest.mark.parametrize("harm", ["truncate", "flip", "remove", "no manifest"])
@@ -85,11 +88,11 @@ def test_latest_names_the_newest_and_older_ones_are_pruned(tmp_path):
 def test_a_full_disk_leaves_nothing_under_a_final_name_and_the_old_one_usable(tmp_path, monkeypatch):
     old = save(tmp_path, 1)
 
-    def full(tensors, path):
+    def full(path, *_):
         path.write_bytes(b"half of it")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(checkpoint_writer, "write_shard", full)
     with pytest.raises(UserError, match="No space left"):
         save(tmp_path, 2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step_000001"]
@@ -119,3 +122,77 @@ def test_nothing_in_a_checkpoint_is_a_pickle(tmp_path):
     path = save(tmp_path)
     assert {p.suffix for p in path.iterdir()} == {".safetensors", ".json"}
     json.loads((path / "index.json").read_text())
+
+
+def test_multiples_of_keep_every_are_never_pruned(tmp_path):
+    for step in range(1, 8):
+        fragments = pieces("layer", torch.ones(4, 3), [])
+        write(tmp_path, step, fragments, {"updates": step}, ALONE, keep_last=2, keep_every=3)
+    assert sorted(p.name for p in tmp_path.glob("step_*")) == [f"step_{n:06d}" for n in (3, 6, 7)]
+
+
+def test_the_step_goes_on_while_a_checkpoint_is_written_from_a_snapshot(tmp_path, monkeypatch):
+    go, plain = threading.Event(), checkpoint_writer.write_shard
+    seen = []
+
+    def slow(path, tensors, metadata):
+        assert go.wait(60)
+        seen.append([tensor.data_ptr() for tensor in tensors.values()])
+        return plain(path, tensors, metadata)
+
+    monkeypatch.setattr(checkpoint_writer, "write_shard", slow)
+    live = torch.zeros(12)
+    writer = CheckpointWriter(tmp_path, ALONE, keep_last=3, keep_every=None)
+    writer.save(1, [Fragment("weight", "layer", (12,), 0, live)], {"updates": 1})
+    live.fill_(2.0)  # the step after it
+    assert not list(tmp_path.glob("step_*"))
+    assert not writer.failed
+    go.set()
+    writer.save(2, [Fragment("weight", "layer", (12,), 0, live)], {"updates": 2})  # waits for the first
+    assert (tmp_path / "step_000001").exists()
+    writer.wait()
+    writer.close()
+    read = [Checkpoint(tmp_path / f"step_{n:06d}").full("weight", "layer") for n in (1, 2)]
+    assert torch.equal(read[0], torch.zeros(12))
+    assert torch.equal(read[1], torch.full((12,), 2.0))
+    assert seen[0] == seen[1]  # one snapshot, used again
+
+
+def test_what_the_writer_s_thread_could_not_do_is_raised(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint_writer, "write_shard", full)
+    writer = CheckpointWriter(tmp_path, ALONE, keep_last=3, keep_every=None)
+    writer.save(1, [Fragment("weight", "layer", (12,), 0, torch.zeros(12))], {"updates": 1})
+    while not writer.failed:
+        threading.Event().wait(0.01)
+    with pytest.raises(UserError, match="No space left"):
+        writer.wait()
+    writer.close()
+
+
+def test_a_resume_from_an_older_checkpoint_is_what_auto_finds_afterwards(tmp_path):
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    point_latest(tmp_path, "step_000002")
+    assert [p.name for p in checkpoint.steps(tmp_path)] == ["step_000002", "step_000001", "step_000003"]
+    save(tmp_path, 3, value=7.0)
+    assert checkpoint.newest(tmp_path) == (tmp_path / "step_000003", [])
+    assert Checkpoint(tmp_path / "step_000003").full("weight", "layer").mean() == 7.0
+
+
+def test_steps_are_ordered_by_number_not_by_name(tmp_path):
+    for step in (999_999, 1_000_000):
+        save(tmp_path, step)
+    (tmp_path / "latest").unlink()
+    assert checkpoint.newest(tmp_path)[0] == tmp_path / "step_1000000"
+
+
+def test_what_killed_writers_left_is_cleared(tmp_path):
+    whole = save(tmp_path, 1)
+    for name in (".step_000002.partial", ".step_000003.removed"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "rank_00000.safetensors").write_bytes(b"torn")
+    clear_leftovers(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", whole.name]

@@ -1,39 +1,14 @@
 """Two CPU ranks: the same trajectory as one, at every stage, and resume across world sizes."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from launched import on_ranks
 from small_run import losses, metrics, small_config, state
 
 from iwm_fast.engine import pretrain
 
-HERE = Path(__file__).parent
 # More than half of the weights: the second rank's slice has nothing of the encoder.
 WIDE_PREDICTOR = {"model__predictor__width": 64, "train__steps": 5}
-
-
-def two_ranks(images, out, jobs):
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "2",
-        "--standalone",
-        str(HERE / "two_ranks.py"),
-    ]
-    environment = os.environ | {
-        "PYTHONPATH": f"{HERE.parent}:{os.environ.get('PYTHONPATH', '')}",
-        "OMP_NUM_THREADS": "1",
-    }
-    command += [str(images), str(out), *map(json.dumps, jobs)]
-    done = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=500, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +33,7 @@ def runs(tiny_images, tmp_path_factory):
     measured |= {"eval__bank": 16}
     pretrain(small_config(tiny_images, **measured), out / "one_measured")
     jobs += [{"name": f"two_measured_{s}", "zero__stage": s, **measured} for s in (0, 2)]
-    two_ranks(tiny_images, out, jobs)
+    on_ranks(2, tiny_images, out, jobs)
     for stage in (0, 1, 3):
         pretrain(small_config(tiny_images, zero__stage=0), out / f"two_then_one_{stage}", resume="auto")
     return out

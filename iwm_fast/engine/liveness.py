@@ -1,0 +1,185 @@
+"""Which rank is gone or hangs: every rank's pulse in the launcher's store, read by the others when they are stuck.
+
+A thread of each rank counts its beats there, with what the rank's main thread is doing. A rank whose main thread has
+not moved for the limit looks at all of them: one whose beats stand still is dead or stopped, and of those that all
+beat, the one that has done least hangs. No clocks are compared, and nothing is read while all is well.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch.distributed as dist
+
+from iwm_fast.engine.distributed import Ranks
+from iwm_fast.errors import UserError
+
+__all__ = ["Liveness"]
+
+# A start reads libraries from a disk that many ranks share, compiles, and opens data: until the first step is made, a
+# rank may be silent this long at least.
+_START_S = 600.0
+_ANSWER_S = 10.0  # a store that takes longer to answer is stopped
+_ADVICE = "look at that rank's host and its own last lines, then go on with --resume auto"
+
+
+class Liveness:
+    """The pulse of this rank and the eyes for the others'; does nothing when the rank is alone."""
+
+    def __init__(self, ranks: Ranks, limit_s: float) -> None:
+        self._ranks, self._limit_s, self._allowed_s = ranks, limit_s, max(limit_s, _START_S)
+        self._beat_s = min(1.0, limit_s / 10)
+        self._where, self._moves, self._moved_at = "start", 0, time.monotonic()
+        self._beats = 0
+        self._over = threading.Event()
+        self._store: Any = None
+        if ranks.world > 1:
+            # A connection of its own: the default one is held by whoever waits on it.
+            default: Any = dist.distributed_c10d._get_default_store()  # noqa: SLF001  (has no public name)
+            self._store = dist.PrefixStore("iwm_fast/pulse", default.clone())
+            for work in (self._pulse, self._watch):
+                threading.Thread(target=work, name=f"iwm-fast {work.__name__}", daemon=True).start()
+
+    def at(self, where: str) -> None:
+        """Note that the main thread has come to ``where``. All ranks come to the same places in the same order."""
+        self._where, self._moves, self._moved_at = where, self._moves + 1, time.monotonic()
+
+    def started(self) -> None:
+        """The first step is made: from now on the limit is the one that was asked for."""
+        self._allowed_s = self._limit_s
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Around the work: what a collective raises because a rank is gone becomes a UserError that names it."""
+        try:
+            yield
+        except UserError as error:
+            self._say_last(str(error))
+            raise
+        except RuntimeError as error:
+            lost = self._lost() if self._store is not None else None
+            self._say_last(lost or f"{type(error).__name__}: {error}")
+            if lost is None:
+                raise
+            self._let_others_look()
+            raise UserError(f"{lost}; {_ADVICE}") from error
+        except Exception as error:
+            self._say_last(f"{type(error).__name__}: {error}")
+            raise
+        finally:
+            self._over.set()
+
+    def _pulse(self) -> None:
+        while not self._over.is_set():
+            try:
+                self._publish()
+            except dist.DistError:
+                return  # the store's host is gone; the main thread learns of it from its own collective
+            self._over.wait(self._beat_s)
+
+    def _watch(self) -> None:
+        """Apart from the pulse, which waits when the store is stopped, and has to go on while this one looks."""
+        while not self._over.wait(self._beat_s):
+            if time.monotonic() - self._moved_at > self._allowed_s:
+                self._end()
+
+    def _publish(self, last: str | None = None) -> None:
+        self._beats += 1
+        pulse = {
+            "beats": self._beats,
+            "moves": self._moves,
+            "where": self._where,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "last": last,
+        }
+        self._store.set(str(self._ranks.rank), json.dumps(pulse))
+
+    def _say_last(self, words: str) -> None:
+        """Leave the others the reason, while the store is there."""
+        if self._store is not None:
+            self._over.set()
+            with contextlib.suppress(dist.DistError, TimeoutError):
+                _answered(lambda: self._publish(" ".join(words.split())))
+
+    def _end(self) -> None:
+        """The main thread waits inside a library and cannot be told: end the process."""
+        lost = self._lost() or f"no rank moves any more, all are in {self._where}"
+        print(f"iwm-fast: rank {self._ranks.rank}: {lost}; {_ADVICE}", file=sys.stderr, flush=True)
+        self._say_last(lost)
+        self._let_others_look()
+        os._exit(1)
+
+    def _let_others_look(self) -> None:
+        """The first rank may hold the store, in which the others are looking for who is lost."""
+        if self._ranks.first:
+            time.sleep(8 * self._beat_s)
+
+    def _lost(self) -> str | None:
+        """Who is gone or hangs, in words; None when all ranks beat and are equally far."""
+        try:
+            before = _answered(self._read)
+            time.sleep(4 * self._beat_s)
+            after = _answered(self._read)
+        except (dist.DistError, TimeoutError):
+            held = "the launcher" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "rank 0"
+            host = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            return f"{held}, which holds the rendezvous at {host}, is gone or stopped"
+        others = [r for r in range(self._ranks.world) if r != self._ranks.rank]
+        silent = [r for r in others if after[r] is None or _beats(after[r]) == _beats(before[r])]
+        last = {r: pulse["last"] for r in silent if (pulse := after[r]) is not None and pulse["last"]}
+        if last:
+            return "; ".join(f"{_name(r, after[r])} has ended: {words}" for r, words in last.items())
+        if silent:
+            return "; ".join(f"{_name(r, after[r])} is gone or stopped" for r in silent)
+        moves = {r: p["moves"] for r, p in after.items() if p is not None} | {self._ranks.rank: self._moves}
+        least = min(moves.values())
+        if least == max(moves.values()):
+            return None
+        return "; ".join(f"{_name(r, after[r])} hangs" for r, n in moves.items() if n == least)
+
+    def _read(self) -> dict[int, dict[str, Any] | None]:
+        found: dict[int, dict[str, Any] | None] = {}
+        for rank in range(self._ranks.world):
+            key = str(rank)
+            found[rank] = json.loads(self._store.get(key)) if self._store.check([key]) else None
+        return found
+
+
+def _answered(call: Callable[[], Any]) -> Any:
+    """What the call on the store gives or raises; TimeoutError when the store does not answer."""
+    found: list[Any] = []
+    failed: list[dist.DistError] = []
+
+    def ask() -> None:
+        try:
+            found.append(call())
+        except dist.DistError as error:
+            failed.append(error)
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(_ANSWER_S)
+    if failed:
+        raise failed[0]
+    if not found:
+        raise TimeoutError(f"the store has not answered within {_ANSWER_S:g} s")
+    return found[0]
+
+
+def _beats(pulse: dict[str, Any] | None) -> int:
+    return pulse["beats"] if pulse else 0
+
+
+def _name(rank: int, pulse: dict[str, Any] | None) -> str:
+    if pulse is None:
+        return f"rank {rank}"
+    return f"rank {rank} (host {pulse['host']}, pid {pulse['pid']}, last seen in {pulse['where']})"

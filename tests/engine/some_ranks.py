@@ -1,0 +1,90 @@
+"""Run under torchrun by the tests: several trainings one after the other on the same ranks, which saves the imports.
+
+Arguments: images, out, then one JSON object of changes to the small configuration, with its run's name, for each
+training. With ``record`` a rank also writes what it held and sent to OUT/NAME.RANK.json: the bytes of fp32 in memory
+when the first checkpoint is about to be copied, and for each step the epochs and ids of its samples and its all-gathers
+of bytes, the form in which the target's copy travels.
+"""
+
+import gc
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from small_run import small_config
+
+from iwm_fast.engine import checkpoint_writer, ema, loop, pretrain
+
+
+def fp32_storages():
+    """Distinct fp32 memory that any tensor of this process reaches, by address."""
+    gc.collect()
+    storages = {}
+    for thing in gc.get_objects():
+        if type(thing) in (torch.Tensor, torch.nn.Parameter) and thing.dtype == torch.float32:
+            storage = thing.untyped_storage()
+            storages[storage.data_ptr()] = storage
+    return storages
+
+
+class Record:
+    """Watches one training from outside."""
+
+    def __init__(self):
+        self.held, self.steps = None, []
+        self._before = fp32_storages()  # of the trainings before this one; held, so that no address is used again
+        self._plain = (checkpoint_writer.CheckpointWriter.save, loop.Trainer.train_step, dist.all_gather_into_tensor)
+        self._samples, self._gathers = [], []
+
+    def __enter__(self):
+        save, train_step, gather = self._plain
+        forward = loop.Trainer._forward
+        self._forward = forward
+
+        def saving(writer, *args):
+            if self.held is None:
+                now = fp32_storages()
+                self.held = sum(s.nbytes() for at, s in now.items() if at not in self._before)
+            return save(writer, *args)
+
+        def seeing(trainer, batch):
+            self._samples += zip(batch.epochs.tolist(), batch.ids.tolist(), strict=True)
+            return forward(trainer, batch)
+
+        def stepping(trainer):
+            record = train_step(trainer)
+            waited_for = trainer.average is None or trainer.average._gathering is None
+            self.steps.append({"samples": self._samples, "gathers": self._gathers, "under_way": not waited_for})
+            self._samples, self._gathers = [], []
+            return record
+
+        def gathering(*args, **kwargs):
+            sent = args[1] if len(args) > 1 else kwargs["input_tensor"]
+            if sent.dtype == torch.uint8:
+                self._gathers.append(sent.numel())
+            return gather(*args, **kwargs)
+
+        checkpoint_writer.CheckpointWriter.save, loop.Trainer.train_step = saving, stepping
+        loop.Trainer._forward, ema.dist.all_gather_into_tensor = seeing, gathering
+        return self
+
+    def __exit__(self, *_):
+        save, train_step, gather = self._plain
+        checkpoint_writer.CheckpointWriter.save, loop.Trainer.train_step = save, train_step
+        loop.Trainer._forward, ema.dist.all_gather_into_tensor = self._forward, gather
+
+
+images, out, *jobs = sys.argv[1:]
+for job in jobs:
+    changes = json.loads(job)
+    name, resume, record = changes.pop("name"), changes.pop("resume", "never"), changes.pop("record", False)
+    config = small_config(Path(images), **changes)
+    if not record:
+        pretrain(config, Path(out) / name, resume)
+        continue
+    with Record() as seen:
+        pretrain(config, Path(out) / name, resume)
+    body = {"fp32_bytes": seen.held, "steps": seen.steps}
+    (Path(out) / f"{record}.{dist.get_rank()}.json").write_text(json.dumps(body))

@@ -1,0 +1,67 @@
+"""LAMB against its definition, in float64."""
+
+import pytest
+import torch
+from small_run import losses, small_config, state
+from torch import nn
+
+from iwm_fast.engine import pretrain
+from iwm_fast.engine.optimizer import FiniteLamb, parameter_groups
+
+
+def lamb(weight, grads, lr, decay, *, scaled, betas=(0.9, 0.999), eps=1e-8):
+    """Algorithm 2 of arXiv:1904.00962, written out."""
+    w, m, v = weight.double(), torch.zeros_like(weight).double(), torch.zeros_like(weight).double()
+    for t, grad in enumerate(grads, 1):
+        m = betas[0] * m + (1 - betas[0]) * grad.double()
+        v = betas[1] * v + (1 - betas[1]) * grad.double() ** 2
+        r = (m / (1 - betas[0] ** t)) / ((v / (1 - betas[1] ** t)).sqrt() + eps)
+        u = r + decay * w if scaled else r
+        ratio = w.norm() / u.norm() if scaled and w.norm() > 0 else 1.0
+        w = w - lr * ratio * u
+    return w
+
+
+def test_lamb_is_its_definition_and_leaves_biases_unscaled():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(7, 5), nn.Linear(5, 3))
+    nn.init.zeros_(model[1].weight)  # a tensor without a norm moves as AdamW would move it
+    begin = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = FiniteLamb(parameter_groups(model), lr=0.02, betas=(0.9, 0.999))
+    optimizer.param_groups[0]["weight_decay"] = 0.1
+    grads = [{name: torch.randn_like(p) for name, p in begin.items()} for _ in range(4)]
+    for step in grads:
+        for name, parameter in model.named_parameters():
+            parameter.grad = step[name].clone()
+        optimizer.step()
+    for name, parameter in model.named_parameters():
+        expected = lamb(begin[name], [g[name] for g in grads], 0.02, 0.1, scaled=parameter.ndim > 1)
+        torch.testing.assert_close(parameter.detach().double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_gradient_that_is_not_finite_moves_nothing():
+    model = nn.Linear(3, 2)
+    optimizer = FiniteLamb(parameter_groups(model), lr=0.1)
+    before = model.weight.detach().clone()
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, float("inf"))
+    optimizer.step()
+    assert optimizer.overflow
+    assert torch.equal(model.weight, before)
+
+
+def test_a_run_with_lamb_learns_and_resumes_bit_for_bit(tiny_images, tmp_path):
+    config = {"train__optimizer": "lamb", "train__lr": 0.02}
+    pretrain(small_config(tiny_images, **config), tmp_path / "straight")
+    pretrain(small_config(tiny_images, train__steps=10, **config), tmp_path / "halves")
+    pretrain(small_config(tiny_images, **config), tmp_path / "halves", resume="auto")
+    assert losses(tmp_path / "halves") == losses(tmp_path / "straight")
+    whole, halves = state(tmp_path / "straight", 20), state(tmp_path / "halves", 20)
+    assert all(torch.equal(whole[key], halves[key]) for key in whole)
+    assert losses(tmp_path / "straight")[-1] < losses(tmp_path / "straight")[0]
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_lamb_is_refused_where_tensors_are_divided(stage, tiny_images):
+    with pytest.raises(ValueError, match=f"which zero.stage {stage} divides; use zero.stage 0, or adamw"):
+        small_config(tiny_images, train__optimizer="lamb", zero__stage=stage)
