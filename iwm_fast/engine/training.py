@@ -15,9 +15,12 @@ import torch.distributed as dist
 from iwm_fast.actions import ActionSpace
 from iwm_fast.config import Config
 from iwm_fast.config.cores import usable_cores
+from iwm_fast.data.external import space_of
 from iwm_fast.data.files import ImageSet, list_images
 from iwm_fast.data.loader import TrainingStream
+from iwm_fast.data.pairs import PairStream
 from iwm_fast.data.sources import Patience
+from iwm_fast.data.triplets import Triplets, resolve_triplets
 from iwm_fast.engine import checkpoint
 from iwm_fast.engine.checkpoint import Checkpoint
 from iwm_fast.engine.clock import seconds_since_start
@@ -70,6 +73,7 @@ def pretrain(config: Config, out: Path, resume: str = "never") -> None:
         torch.set_num_threads(max(1, usable_cores() // ranks.local_world))
     if config.data.root is None:
         raise UserError("data.root is not set: name the folder of images, for example data.root=photos/train")
+    config, triplets = resolve_triplets(config)
     directory = RunDirectory(out)
     with contextlib.ExitStack() as held:
 
@@ -79,7 +83,7 @@ def pretrain(config: Config, out: Path, resume: str = "never") -> None:
 
         chosen = _decide(ranks, choose)
         require_shared(directory.path, ranks.peers, ranks.rank, lambda value: gather(value, ranks.world))
-        _train(config, directory, chosen, ranks)
+        _train(config, directory, chosen, ranks, triplets)
 
 
 def _decide(ranks: Ranks, choose: Callable[[], Path | None]) -> Path | None:
@@ -129,10 +133,12 @@ def _prepare(config: Config, directory: RunDirectory, resume: str, ranks: Ranks)
     return chosen
 
 
-def _train(config: Config, directory: RunDirectory, chosen: Path | None, ranks: Ranks) -> None:
+def _train(
+    config: Config, directory: RunDirectory, chosen: Path | None, ranks: Ranks, triplets: Triplets | None
+) -> None:
     patience = Patience(config.data.store_timeout, config.data.store_attempts)
-    files = list_images(config.data.root or "", config.data.source, patience)
-    space = ActionSpace(config.actions.groups, config.actions.form)
+    files = triplets or list_images(config.data.root or "", config.data.source, patience)
+    space = space_of(config.actions)
     torch.manual_seed(config.train.seed)
     model = IWM(config.model, space.dim, activation_checkpointing=config.train.activation_checkpointing)
     model = model.to(ranks.device)
@@ -140,7 +146,7 @@ def _train(config: Config, directory: RunDirectory, chosen: Path | None, ranks: 
     done, updates = (saved.step, int(saved.index["updates"])) if saved else (0, 0)
     schedules = Schedules(config.train, training_steps(config, len(files)))
     stop_at = config.train.steps or schedules.total
-    stream = TrainingStream(
+    stream = (PairStream if isinstance(files, Triplets) else TrainingStream)(
         config,
         files,
         space,
@@ -169,11 +175,11 @@ def _train(config: Config, directory: RunDirectory, chosen: Path | None, ranks: 
         stream.close()
 
 
-def _announce(run: Run, files: ImageSet, saved: Checkpoint | None, progress: TrainingProgress) -> None:
+def _announce(run: Run, files: ImageSet | Triplets, saved: Checkpoint | None, progress: TrainingProgress) -> None:
     config = run.config
     attention = resolve_backend(config.model.attention, run.ranks.device.type)
     progress.say(
-        f"{len(files)} images of {files.source.describe()}, {run.ranks.world} rank(s) on {run.ranks.device.type}, "
+        f"{len(files)} {files.describe()}, {run.ranks.world} rank(s) on {run.ranks.device.type}, "
         f"ZeRO stage {config.zero.stage}, {config.train.precision}, attention {attention}, "
         f"global batch {config.train.global_batch} = "
         f"{run.ranks.world} × {run.trainer.stream.accumulation} × {run.trainer.stream.micro_batch}"
@@ -250,7 +256,7 @@ def _save(run: Run) -> None:
         "samples_seen": trainer.step * run.config.train.global_batch,
         "written_by": {"world": run.ranks.world, "stage": run.zero.stage},
         "images": run.trainer.dataset_size,
-        "action_names": list(ActionSpace(run.config.actions.groups, run.config.actions.form).names),
+        "action_names": list(space_of(run.config.actions).names),
     }
     parts = fragments(run.zero, run.average, run.ranks)
     checkpoint.write(run.directory.checkpoints, trainer.step, parts, meta, run.ranks, run.config.checkpoint.keep_last)
