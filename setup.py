@@ -82,12 +82,17 @@ setup(
             "wheel>=0.43",
             "boto3>=1.36,<2",
             "moto[server]>=5,<6",
+            "pyarrow>=18",
+            "gymnasium>=1.1,<2",
+            "pygame>=2.6",
         ],
         "s3": ["boto3>=1.36,<2"],
         "wandb": ["wandb>=0.25,<1"],
         "onnx": ["onnx>=1.17,<2", "onnxscript>=0.5,<0.8", "onnxruntime>=1.20,<2"],
         # timm is one of the peers that benchmarks/peers.py compares with.
         "bench": ["psutil>=6", "timm>=1.0.9,<2"],
+        "games": ["gymnasium>=1.1,<2", "pygame>=2.6"],
+        "parquet": ["pyarrow>=18"],
     },
     classifiers=[
         "Development Status :: 3 - Alpha",

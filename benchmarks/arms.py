@@ -5,8 +5,9 @@ r"""Train several variants of a configuration at the same budget on several seed
         --arm feature model.predictor.conditioning=feature \\
         --set train.steps=600
 
-DIR holds train/ and test/ with a folder a class. Each training and each evaluation is the command line a user would
-type, in a process of its own. An arm's figures are means over the seeds with a 95 % interval (Student's t).
+DIR holds train/ and test/ with a folder a class, or with triplets. Each training and each evaluation is the command
+line a user would type, in a process of its own. An arm's figures are means over the seeds with a 95 % interval
+(Student's t).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import resource
 import shutil
 import subprocess
 import sys
@@ -35,6 +37,8 @@ SHOWN = (
     "mrr",
     "mrr_shuffled",
     "mrr_neutral",
+    "mrr_bypass",
+    "mrr_gain",
     "knn",
     "knn_untrained",
     "linear",
@@ -49,17 +53,24 @@ def interval(values: list[float]) -> dict[str, float | None]:
     return {"mean": mean(values), "half_width": half}
 
 
+def children_cpu() -> float:
+    """Seconds of processor time that the processes started here and ended have taken."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def run_one(config: str, data: Path, run: Path, seed: int, overrides: list[str], measure: list[str]) -> dict[str, Any]:
-    """Train and evaluate once; returns the evaluation, the curve and the seconds.
+    """Train and evaluate once; returns the evaluation, the curve, and the training's seconds by the clock and of the
+    processor (of all jobs that ended meanwhile, so of this one where it is alone).
 
     ``measure``: further words of the evaluation's command line.
     """
     shutil.rmtree(run, ignore_errors=True)
     iwm = [sys.executable, "-m", "iwm_fast"]
-    began = time.perf_counter()
+    began, used = time.perf_counter(), children_cpu()
     keys = [f"data.root={data / 'train'}", f"train.seed={seed}", *overrides]
     subprocess.run([*iwm, "pretrain", config, *keys, "--out", str(run)], check=True)
-    seconds = time.perf_counter() - began
+    seconds, cpu_seconds = time.perf_counter() - began, children_cpu() - used
     answer = run / "evaluation.json"
     subprocess.run([*iwm, "evaluate", str(run), "--data", str(data), *measure, "--json", str(answer)], check=True)
     curve = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -67,7 +78,14 @@ def run_one(config: str, data: Path, run: Path, seed: int, overrides: list[str],
     evaluation = json.loads(answer.read_text())
     del evaluation["report"]  # a path of this machine
     evaluation |= {"loss_last": logged[-1]["loss"], "rank_me": logged[-1]["rank_me"]}
-    return {"seed": seed, "seconds": seconds, "steps": logged[-1]["step"], "evaluation": evaluation, "curve": curve}
+    return {
+        "seed": seed,
+        "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
+        "steps": logged[-1]["step"],
+        "evaluation": evaluation,
+        "curve": curve,
+    }
 
 
 def public(words: list[str]) -> list[str]:

@@ -95,7 +95,10 @@ def pretrain(
 def evaluate(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A folder that pretrain wrote.")],
     data: Annotated[
-        str, typer.Option("--data", metavar="DIR", help="Images: train/ and test/ in it, or to be split; also s3://.")
+        str,
+        typer.Option(
+            "--data", metavar="DIR", help="Images: train/ and test/ in it, or to be split; s3:// too; triplets."
+        ),
     ],
     overrides: Annotated[
         list[str] | None,
@@ -104,8 +107,11 @@ def evaluate(
         ),
     ] = None,
     what: Annotated[
-        str, typer.Option("--what", help="With commas between: mrr, knn, linear, attentive, equivariance.")
-    ] = "mrr,knn,linear,equivariance",
+        str | None,
+        typer.Option(
+            "--what", help="Of mrr, knn, linear, attentive, equivariance; of triplets mrr, rollout. Default: the quick."
+        ),
+    ] = None,
     checkpoint: Annotated[str, typer.Option("--checkpoint", help="latest, or a name such as step_000500.")] = "latest",
     images: Annotated[
         int | None, typer.Option("--images", min=1, help="Images ranked for MRR; default: the run's.")
@@ -119,7 +125,7 @@ def evaluate(
     from iwm_fast.console import counting, print_table
     from iwm_fast.eval.run import evaluate_run, result_rows
 
-    words = [word.strip() for word in what.split(",") if word.strip()]
+    words = None if what is None else [word.strip() for word in what.split(",") if word.strip()]
     with counting() as progress:
         results = evaluate_run(
             run,

@@ -10,6 +10,7 @@ import typer
 
 from iwm_fast.arguments import config_and_overrides
 from iwm_fast.commands.options import Json, answer, byte_count
+from iwm_fast.errors import UserError
 
 __all__ = ["app"]
 
@@ -76,6 +77,58 @@ def preview(
 
     write_preview(config, root, out, count, config.train.seed if seed is None else seed)
     typer.echo(f"{out}: {count} images drawn, parameters in {out / 'params.json'}")
+
+
+@app.command(epilog="Example: iwm-fast data record Pendulum-v1 --out pendulum --frames 4000 --repeat 3 --motion")
+def record(
+    env: Annotated[str, typer.Argument(metavar="ENV", help="A gymnasium environment that draws itself, by its id.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="A folder that does not exist yet.")],
+    frames: Annotated[int, typer.Option("--frames", min=1, help="Triplets to train on.")] = 4000,
+    test: Annotated[int, typer.Option("--test", min=0, help="Triplets to test on, of other episodes.")] = 1000,
+    size: Annotated[int, typer.Option("--size", min=16, help="Side of the pictures, pixels.")] = 64,
+    seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
+    repeat: Annotated[int, typer.Option("--repeat", min=1, help="Steps of the environment an action is held.")] = 1,
+    episode_steps: Annotated[
+        int | None, typer.Option("--episode-steps", min=1, help="Actions after which an episode is cut.")
+    ] = None,
+    motion: Annotated[
+        bool, typer.Option("--motion", help="Channels are the grey pictures of the last three steps: speed is seen.")
+    ] = False,
+    still: Annotated[
+        bool, typer.Option("--still", help="What stays as it is becomes mid-grey: only what moves is seen.")
+    ] = False,
+    crop: Annotated[
+        tuple[float, float, float, float],
+        typer.Option("--crop", metavar="LEFT TOP RIGHT BOTTOM", help="What is kept, in shares of the drawing."),
+    ] = (0.0, 0.0, 1.0, 1.0),
+    names: Annotated[
+        str, typer.Option("--names", help="Of the choices or components, with commas between; default: numbers.")
+    ] = "",
+    argument: Annotated[
+        list[str] | None, typer.Option("--env-argument", metavar="KEY=VALUE", help="For gymnasium.make; repeatable.")
+    ] = None,
+) -> None:
+    """Record triplets (picture, action, next picture) of a game played at random, to train on with game.yaml.
+
+    DIR/train and DIR/test each hold manifest.jsonl and its pictures. The same command gives the same files.
+    """
+    from iwm_fast.config.yaml_text import parse_value
+    from iwm_fast.console import counting
+    from iwm_fast.data.games import Recording
+    from iwm_fast.data.games import record as record_game
+
+    arguments = {}
+    for text in argument or []:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise UserError(f"--env-argument: {text}: expected KEY=VALUE, as is_slippery=false")
+        arguments[key] = parse_value(value, f"--env-argument {key}")
+    told_names = tuple(name.strip() for name in names.split(",")) if names else ()
+    asked = Recording(env, frames, test, size, seed, repeat, episode_steps, motion, still, crop, told_names, arguments)
+    with counting() as progress:
+        actions = record_game(asked, out, progress)
+    told = f"one of {len(actions.names)}" if actions.kind == "discrete" else f"{len(actions.names)} number(s)"
+    typer.echo(f"{out}: recorded, an action is {told}; train with game.yaml on data.root={out / 'train'}")
 
 
 @app.command(epilog="Example: iwm-fast data verify photos --json verdict.json")

@@ -11,7 +11,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from iwm_fast.config.schema import Config, EncoderShape
+from iwm_fast.config.schema import Config, EncoderShape, ExternalActions, Section
 
 __all__ = ["Row", "allowed", "rows", "section_keys"]
 
@@ -19,6 +19,8 @@ __all__ = ["Row", "allowed", "rows", "section_keys"]
 # JSON Schema's names of types, in words.
 _NUMBERS = {"integer": "whole number", "number": "number"}
 _PLAIN = {"boolean": "true or false", "string": "text", "null": "null"}
+# Keys that hold a mapping or something else, and what the mapping is.
+_MAPPINGS: dict[str, type[Section]] = {"model.encoder": EncoderShape, "actions.external": ExternalActions}
 
 
 @dataclass(frozen=True)
@@ -56,8 +58,8 @@ def _words(field: dict[str, Any]) -> tuple[str, str]:
         pairs = [_words(choice) for choice in field["anyOf"]]
         return " or ".join(kind for kind, _ in pairs), ", or ".join(values for _, values in pairs)
     if "$ref" in field:
-        shape = ", ".join(EncoderShape.model_fields)
-        return "mapping", f"a mapping {{{shape}}}"
+        mapping = next(m for m in _MAPPINGS.values() if m.__name__ == field["$ref"].rsplit("/", 1)[-1])
+        return "mapping", f"a mapping {{{', '.join(mapping.model_fields)}}}"
     if "enum" in field:
         return "choice", "one of " + ", ".join(str(value) for value in field["enum"])
     kind = field.get("type")
@@ -88,13 +90,13 @@ def _section_rows(prefix: str, section: dict[str, Any], definitions: dict[str, A
 
 @functools.cache
 def rows() -> tuple[Row, ...]:
-    """Every key of a configuration; an encoder given as a mapping has its keys below ``model.encoder``."""
+    """Every key of a configuration; a mapping that is one choice of several has its keys below its own."""
     schema = Config.model_json_schema()
     found: list[Row] = []
     for row in _section_rows("", schema, schema["$defs"]):
         found.append(row)
-        if row.key == "model.encoder":
-            found += _section_rows("model.encoder.", schema["$defs"][EncoderShape.__name__], schema["$defs"])
+        if row.key in _MAPPINGS:
+            found += _section_rows(f"{row.key}.", schema["$defs"][_MAPPINGS[row.key].__name__], schema["$defs"])
     return tuple(found)
 
 
@@ -102,7 +104,7 @@ def rows() -> tuple[Row, ...]:
 def section_keys() -> frozenset[str]:
     """The keys that hold a section rather than a value: ``train``, ``model.predictor`` and so on."""
     keys = {row.key.rsplit(".", 1)[0] for row in rows()} | {row.key.split(".", 1)[0] for row in rows()}
-    return frozenset(keys - {"model.encoder"})
+    return frozenset(keys - _MAPPINGS.keys())
 
 
 def allowed(key: str) -> str:

@@ -6,9 +6,12 @@ Sources of defaults: the paper (arXiv:2403.00504) and, where it is silent, I-JEP
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
+
+from iwm_fast.config.external import STILL, UNTOLD, ExternalActions
+from iwm_fast.config.section import Range, Section, pair
 
 __all__ = [
     "ENCODERS",
@@ -18,6 +21,7 @@ __all__ = [
     "DataConfig",
     "EncoderShape",
     "EvalConfig",
+    "ExternalActions",
     "LogConfig",
     "MasksConfig",
     "ModelConfig",
@@ -32,20 +36,6 @@ Fraction = Annotated[float, Field(gt=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 Count = Annotated[int, Field(ge=1)]
-
-
-class Section(BaseModel):
-    """What all sections share: immutable, no unknown key, no silent conversion of a string to a number."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-def _pair(value: object) -> object:
-    """YAML has lists only; a pair is kept as a tuple so that a configuration stays hashable and immutable."""
-    return tuple(value) if isinstance(value, list) else value
-
-
-Range = Annotated[tuple[float, float], BeforeValidator(_pair)]
 
 
 def _require_ascending(name: str, pair: tuple[float, float], low: float, high: float) -> None:
@@ -141,8 +131,13 @@ class ModelConfig(Section):
 class ActionsConfig(Section):
     """What is done to a view, how often and how strongly, and which of it the predictor is told."""
 
-    groups: Annotated[tuple[Literal["photometric", "geometric"], ...], BeforeValidator(_pair)] = Field(
-        ("photometric",), description="photometric, or photometric and geometric"
+    groups: Annotated[tuple[Literal["photometric", "geometric", "external"], ...], BeforeValidator(pair)] = Field(
+        ("photometric",),
+        description="photometric, or photometric and geometric; or external: the actions of a manifest of triplets, "
+        "and nothing else is done to the pictures unless crop_scale or flip_probability, for both alike, are given",
+    )
+    external: ExternalActions | None = Field(
+        None, description="what the external actions are; default: as the manifest says, and recorded here by the run"
     )
     strength: NonNegative = Field(1.0, description="multiplies the four jitter strengths; 2 strong, 3 very strong")
     form: Literal["difference", "absolute"] = Field(
@@ -170,9 +165,23 @@ class ActionsConfig(Section):
         _require_ascending("blur_sigma", self.blur_sigma, 0.01, 20.0)
         _require_ascending("crop_scale", self.crop_scale, 0.01, 1.0)
         _require_ascending("crop_aspect", self.crop_aspect, 0.1, 10.0)
-        if self.groups not in (("photometric",), ("photometric", "geometric")):
-            raise ValueError(f"groups is {list(self.groups)}; it must be [photometric] or [photometric, geometric]")
+        if self.groups not in (("photometric",), ("photometric", "geometric"), ("external",)):
+            raise ValueError(
+                f"groups is {list(self.groups)}; it must be [photometric], [photometric, geometric] or [external]"
+            )
+        done = [name for name in UNTOLD if self.groups == ("external",) and getattr(self, name) > 0]
+        if done:
+            raise ValueError(f"{done[0]} is {getattr(self, done[0]):g}; it must be 0 where groups is [external]")
+        if self.external is not None and self.groups != ("external",):
+            raise ValueError(f"external is given, so groups must be [external]; it is {list(self.groups)}")
         return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _pairs_stay_as_they_are(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("groups") in (["external"], ("external",)):
+            return {**STILL, **values}
+        return values
 
 
 class ViewsConfig(Section):
@@ -190,7 +199,7 @@ class MasksConfig(Section):
     visible_blocks: Annotated[int, Field(ge=0)] = Field(
         0,
         description="of the target blocks, those that the encoder sees all the same: there the predictor answers for "
-        "the action alone; below target_blocks",
+        "the action alone; below target_blocks, or all of them where the actions are external",
     )
     target_scale: Range = Field((0.15, 0.2), description="share of the patches in one target block")
     target_aspect: Range = Field((0.75, 1.5), description="height over width of a target block")
@@ -202,7 +211,7 @@ class MasksConfig(Section):
         _require_ascending("target_scale", self.target_scale, 0.001, 1.0)
         _require_ascending("target_aspect", self.target_aspect, 0.1, 10.0)
         _require_ascending("context_scale", self.context_scale, 0.001, 1.0)
-        if self.visible_blocks >= self.target_blocks:
+        if self.visible_blocks > self.target_blocks:
             raise ValueError(f"visible_blocks is {self.visible_blocks}; it must be below {self.target_blocks} blocks")
         return self
 
@@ -210,13 +219,13 @@ class MasksConfig(Section):
 class DataConfig(Section):
     """Where images come from and how they are decoded."""
 
-    source: Literal["auto", "folder", "webdataset", "tfrecord"] = Field(
+    source: Literal["auto", "folder", "webdataset", "tfrecord", "triplets"] = Field(
         "auto", description="auto: chosen by what lies under root, which the training says"
     )
     root: str | None = Field(
         None,
         description="folder of images (sub-folders are classes), of .tar shards or of TFRecord files, the same as "
-        "s3://bucket/prefix, or a manifest of iwm-fast data index",
+        "s3://bucket/prefix, or a manifest of iwm-fast data index; or a manifest of triplets (docs/triplets.md)",
     )
     device: Literal["auto", "cpu", "gpu"] = Field("auto", description="where DALI decodes and augments")
     threads: Annotated[int, Field(ge=1, le=256)] | None = Field(
@@ -325,7 +334,10 @@ class EvalConfig(Section):
     root: str | None = Field(None, description="folder with train/ and test/, or with a folder a class")
     images: Count = Field(2000, description="most images used for k-NN while training, of each split")
     mrr_images: Count = Field(32, description="images whose banks are ranked while training")
-    bank: Annotated[int, Field(ge=2)] = Field(256, description="actions, and so transformed targets, in a bank")
+    bank: Annotated[int, Field(ge=2)] = Field(
+        256, description="actions, and so transformed targets, in a bank; of triplets: next frames"
+    )
+    horizon: Count = Field(8, description="steps of a roll-out, on triplets")
 
 
 class Config(Section):
@@ -344,7 +356,19 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.model.predictor.kind == "mlp" and "geometric" in self.actions.groups:
+        external = self.actions.groups == ("external",)
+        if self.masks.visible_blocks == self.masks.target_blocks and not external:
+            raise ValueError(
+                f"masks.visible_blocks is {self.masks.visible_blocks}; it must be below masks.target_blocks, but for "
+                "external actions"
+            )
+        if self.views.sources_per_target > 1 and external:
+            raise ValueError("views.sources_per_target must be 1 where actions.groups is [external]: a triplet has one")
+        if self.data.source == "triplets" and not external:
+            raise ValueError("data.source is triplets, so actions.groups must be [external]")
+        if self.data.source == "folder" and external:
+            raise ValueError("actions.groups is [external], so data.source must be triplets or auto")
+        if self.model.predictor.kind == "mlp" and self.actions.groups != ("photometric",):
             raise ValueError(
                 "model.predictor.kind mlp cannot look elsewhere than at a patch's own place: "
                 "actions.groups must be [photometric], or use kind vit"

@@ -1,9 +1,12 @@
-"""Clean views for evaluation: the centred largest square of each image, resized, nothing else done to it."""
+"""Clean views for evaluation: the centred largest square of each image, resized, nothing else done to it.
+
+Or the whole image, squeezed into the square: what triplets are trained on.
+"""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +20,9 @@ from iwm_fast.data.files import ImageSet
 from iwm_fast.data.graph import BadRows, ViewGraph
 from iwm_fast.data.samples import FileStore
 
-__all__ = ["CleanImages", "centred_square", "load_clean"]
+__all__ = ["CleanImages", "centred_square", "load_clean", "whole_image"]
+
+Crop = Callable[[NDArray[np.int64]], NDArray[np.int64]]  # sizes (B, 2) to boxes (B, 4)
 
 MAX_PIXELS = 178_956_970  # data.max_pixels' default, which is Pillow's
 
@@ -46,6 +51,11 @@ def centred_square(size: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.concatenate([(size - side) // 2, side, side], axis=1)
 
 
+def whole_image(size: NDArray[np.int64]) -> NDArray[np.int64]:
+    """All of images of `size` (B, 2): int64 (B, 4), x, y, width, height."""
+    return np.concatenate([np.zeros_like(size), size], axis=1)
+
+
 def load_clean(
     images: ImageSet,
     size: int,
@@ -54,10 +64,12 @@ def load_clean(
     threads: int | None = None,
     batch: int = 64,
     max_pixels: int = MAX_PIXELS,
+    crop: Crop = centred_square,
 ) -> Iterator[CleanImages]:
     """The images in their order, `batch` files at a time (fewer images where some of these fail, none where all do).
 
-    device: data.device, so "auto", "cpu" or "gpu"; threads: DALI's, None for its share of the cores.
+    device: data.device, so "auto", "cpu" or "gpu"; threads: DALI's, None for its share of the cores; crop:
+    the box of each that is shown.
     """
     graph = ViewGraph(size, batch, dali_device(device), dali_threads(threads), geometric=False, max_pixels=max_pixels)
     store = FileStore(images, max_pixels, keep=False)
@@ -66,12 +78,12 @@ def load_clean(
         for first in range(0, len(images), batch):
             group = _read(store, list(range(first, min(first + batch, len(images)))))
             if group.rows:
-                graph.submit(group.encoded, _views(group.encoded))
+                graph.submit(group.encoded, _views(group.encoded, crop))
             underway.append(group)
             if len(underway) == 2:  # DALI decodes one batch while the next is read
-                yield _collect(graph, underway.popleft())
+                yield _collect(graph, underway.popleft(), crop)
         while underway:
-            yield _collect(graph, underway.popleft())
+            yield _collect(graph, underway.popleft(), crop)
     finally:
         store.close()
 
@@ -88,12 +100,12 @@ def _read(store: FileStore, rows: list[int]) -> _Group:
     return group
 
 
-def _views(encoded: list[Encoded]) -> Views:
+def _views(encoded: list[Encoded], crop: Crop) -> Views:
     size = np.array([(one.width, one.height) for one in encoded], np.int64)
-    return Views.neutral(size, centred_square(size))
+    return Views.neutral(size, crop(size))
 
 
-def _collect(graph: ViewGraph, group: _Group) -> CleanImages:
+def _collect(graph: ViewGraph, group: _Group, crop: Crop) -> CleanImages:
     while group.rows:
         try:
             images = graph.collect().base
@@ -103,7 +115,7 @@ def _collect(graph: ViewGraph, group: _Group) -> CleanImages:
             group.rows = [group.rows[row] for row in kept]
             group.encoded = [group.encoded[row] for row in kept]
             if kept:
-                graph.replace(group.encoded, _views(group.encoded))
+                graph.replace(group.encoded, _views(group.encoded, crop))
             else:
                 graph.drop()
         else:

@@ -45,6 +45,10 @@ class ImageSet:
         """A sample's encoded bytes; BadSample where they cannot be had, UserError where all of the data are gone."""
         return self.source.read(self._row(sample))
 
+    def describe(self) -> str:
+        """What they are, after their number."""
+        return f"images of {self.source.describe()}"
+
     def take(self, rows: NDArray[np.int64]) -> ImageSet:
         """The images of the given rows, in their order."""
         return ImageSet(self.source, rows if self.rows is None else self.rows[rows], self.common)

@@ -8,7 +8,7 @@ prefetching only divide that order among ranks and batches, so a run can go on f
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from iwm_fast.actions import ActionSpace, Views
 from iwm_fast.config.schema import Config
@@ -91,13 +92,15 @@ class TrainingStream:
     start: global samples already consumed. run_dir: where bad_samples.jsonl is written, if anywhere. accumulation:
     micro-batches of a rank in a global batch, each of micro_batch images. An error in the background thread (UserError
     where too many files are bad) is raised by the `next` of the batch that it struck, and by every one after it. Close
-    it, or use it as a context manager.
+    it, or use it as a context manager. `pairs.PairStream` is the one for triplets.
     """
+
+    files_a_sample = 1
 
     def __init__(
         self,
         config: Config,
-        files: ImageSet,
+        files: Sized,
         space: ActionSpace,
         *,
         rank: int = 0,
@@ -108,12 +111,7 @@ class TrainingStream:
         self.micro_batch, self.accumulation = divide_batch(config.train.global_batch, world, config.train.micro_batch)
         self.device = dali_device(config.data.device)
         self._config, self._space, self._rank, self._start = config, space, rank, start
-        self._bad = BadSamples(len(files), config.data.max_bad_fraction, run_dir)
-        self._reader = SampleReader(
-            FileStore(files, config.data.max_pixels, config.data.wait_s, readers=config.data.readers),
-            config.train.seed,
-            self._bad,
-        )
+        self._reader = self._reader_of(files, run_dir)
         self._order = SampleOrder(config.train.seed, len(files))
         geometric = "geometric" in config.actions.groups
         self._sources = config.views.sources_per_target
@@ -122,7 +120,7 @@ class TrainingStream:
         )
         self._graph = ViewGraph(
             config.model.image,
-            self.micro_batch,
+            self.micro_batch * self.files_a_sample,
             self.device,
             dali_threads(config.data.threads, world),
             geometric=geometric,
@@ -140,7 +138,7 @@ class TrainingStream:
     @property
     def bad(self) -> int:
         """Files that could not be decoded, of those this rank has met so far (ahead of training by the prefetch)."""
-        return len(self._bad)
+        return len(self._reader.bad)
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -173,6 +171,13 @@ class TrainingStream:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _reader_of(self, files: Sized, run_dir: Path | None) -> SampleReader:
+        assert isinstance(files, ImageSet)
+        data = self._config.data
+        bad = BadSamples(len(files), data.max_bad_fraction, run_dir)
+        store = FileStore(files, data.max_pixels, data.wait_s, readers=data.readers)
+        return SampleReader(store, self._config.train.seed, bad)
 
     def _ask(self) -> Future[Batch]:
         return self._thread.submit(next, self._batches)
@@ -207,10 +212,11 @@ class TrainingStream:
 
     def _finish(self, batch: _InFlight) -> Batch:
         rendered = self._collect(batch)
+        source, target, action = self._pairs(rendered, batch.samples, batch.views)
         return Batch(
-            source=rendered.source,
-            target=rendered.target,
-            action=self._pinned(self._space.encode(batch.views)),
+            source=source,
+            target=target,
+            action=self._pinned(action),
             patches=batch.patches,
             ids=batch.samples.ids,
             epochs=batch.samples.epochs,
@@ -222,6 +228,13 @@ class TrainingStream:
         """On the host; for a GPU in pinned memory, from which a copy does not hold up the step."""
         tensor = torch.from_numpy(array)
         return tensor.pin_memory() if self.device == "gpu" else tensor
+
+    def _pairs(
+        self, rendered: RenderedViews, samples: Samples, views: Views
+    ) -> tuple[Tensor, Tensor, NDArray[np.float32]]:
+        """Sources and targets (B, S, S, 3) and actions (B, A)."""
+        del samples
+        return rendered.source, rendered.target, self._space.encode(views)
 
     def _collect(self, batch: _InFlight) -> RenderedViews:
         """The oldest batch's views; files that turn out bad on decoding are replaced, their parameters drawn anew."""

@@ -36,6 +36,8 @@ def write_preview(config: Config, root: str | Path, out: Path, count: int, seed:
     factors as the operators used them. Of several sources the second is NNN_source_1.png and so on, and the object's
     more_sources describes them. UserError where `root` has no usable images or `out` cannot be written.
     """
+    if config.actions.groups == ("external",):
+        raise UserError(f"{root}: a preview shows what is done to images; to the pictures of triplets nothing is")
     files = list_images(root, config.data.source)
     bad = BadSamples(len(files), config.data.max_bad_fraction)
     reader = SampleReader(FileStore(files, config.data.max_pixels), seed, bad)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ from iwm_fast.data.encoded import BadSample, Encoded, inspect, reencode
 from iwm_fast.data.files import ImageSet
 from iwm_fast.data.randomness import REPLACEMENT, uniforms
 
-__all__ = ["KEPT_BYTES", "FileStore", "SampleReader", "Samples"]
+__all__ = ["KEPT_BYTES", "FileStore", "SampleReader", "Samples", "candidates"]
 
 # Encoded bytes kept in memory by a process: all of CIFAR-10 (50 MB) or STL-10, the first few thousand of ImageNet.
 KEPT_BYTES = 512 * 2**20
@@ -166,17 +167,19 @@ class SampleReader:
         return Samples(samples.ids, samples.epochs, files, encoded)
 
     def _replacement(self, sample: int, epoch: int) -> tuple[int, Encoded]:
-        """Another file for a bad one: the first good one of a counter-based draw, then the files in their order."""
-        count = len(self.store.images)
-        drawn = uniforms(self.seed, epoch, sample, REPLACEMENT, _CANDIDATES)[0]
-        candidates = [int(draw * count) for draw in drawn]
-        following = ((sample + step) % count for step in range(1, count))
-        for source in (candidates, following):
-            for file in source:
-                self.bad.tried([file])
-                try:
-                    return file, self.store.get(file)
-                except BadSample as bad:
-                    self.bad.add(self.store.images.name(file), bad.reason, epoch, sample)
-                    self.bad.check()
+        """Another file for a bad one: the first good one of `candidates`."""
+        for file in candidates(self.seed, epoch, sample, len(self.store.images)):
+            self.bad.tried([file])
+            try:
+                return file, self.store.get(file)
+            except BadSample as bad:
+                self.bad.add(self.store.images.name(file), bad.reason, epoch, sample)
+                self.bad.check()
         raise self.bad.all_bad()
+
+
+def candidates(seed: int, epoch: int, sample: int, count: int) -> Iterator[int]:
+    """What may stand for a bad sample of `count`, in order: counter-based draws, then all others after it."""
+    drawn = uniforms(seed, epoch, sample, REPLACEMENT, _CANDIDATES)[0]
+    yield from (int(draw * count) for draw in drawn)
+    yield from ((sample + step) % count for step in range(1, count))

@@ -15,6 +15,7 @@ from torch import nn
 
 from iwm_fast.actions import ActionSpace
 from iwm_fast.config import ActionsConfig, Config, ModelConfig, load_config
+from iwm_fast.data.external import space_of
 from iwm_fast.engine import checkpoint
 from iwm_fast.engine.checkpoint import Checkpoint
 from iwm_fast.engine.state import restore_module
@@ -53,7 +54,7 @@ def load_model(run: Path, which: str = "latest", overrides: Sequence[str] = ()) 
     """
     path = find_checkpoint(run, which)
     config = load_config(run / "config.yaml", overrides)
-    space = ActionSpace(config.actions.groups, config.actions.form)
+    space = space_of(config.actions)
     model = IWM(config.model, space.dim)
     saved = Checkpoint(path)
     restore_module(model, saved)
@@ -74,7 +75,7 @@ def load_export(folder: Path) -> tuple[IWM, ActionsConfig, ActionSpace, int]:
     except (KeyError, TypeError, AttributeError, ValidationError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{folder / EXPORT_FILE}: not as exported ({reason}); export the run again") from error
-    space = ActionSpace(actions.groups, actions.form)
+    space = space_of(actions)
     model = IWM(config, space.dim)
     parts = {"encoder": model.encoder, "target_encoder": model.target_encoder, "predictor": model.predictor}
     for name, module in parts.items():

@@ -14,6 +14,7 @@ from iwm_fast.engine.ema import TargetAverage, target_name
 from iwm_fast.engine.zero import ZeroEngine
 from iwm_fast.errors import UserError
 from iwm_fast.eval.monitor import Share, join_shares, measure_share
+from iwm_fast.eval.triplets import monitor_triplets
 from iwm_fast.models.iwm import IWM
 
 __all__ = ["evaluate_during_training", "whole_model"]
@@ -48,6 +49,8 @@ def evaluate_during_training(
     A rank that cannot read the images ends all of them with its words.
     """
     model = whole_model(zero, average, config, space, ranks)
+    if config.actions.groups == ("external",):
+        return _of_triplets(model, config, space, ranks)
     found: Share | str
     try:
         found = measure_share(model, config, space, config.eval.root or "", rank=ranks.rank, world=ranks.world)
@@ -61,3 +64,18 @@ def evaluate_during_training(
         if isinstance(share, str):
             raise UserError(share)
     return join_shares([share for share in shares if isinstance(share, Share)], config.eval.bank)
+
+
+def _of_triplets(model: IWM, config: Config, space: ActionSpace, ranks: Ranks) -> dict[str, Any]:
+    """MRR among next frames, which has one bank: the first rank measures, the others wait."""
+    found: list[Any] = [None]
+    if ranks.first:
+        try:
+            found[0] = monitor_triplets(model, config, space, config.eval.root or "")
+        except UserError as error:
+            found[0] = str(error)
+    if ranks.world > 1:
+        dist.broadcast_object_list(found, src=0, group=ranks.control)
+    if isinstance(found[0], str):
+        raise UserError(found[0])
+    return dict(found[0])

@@ -15,9 +15,12 @@ import torch.distributed as dist
 from iwm_fast.actions import ActionSpace
 from iwm_fast.config import Config
 from iwm_fast.config.cores import usable_cores
+from iwm_fast.data.external import space_of
 from iwm_fast.data.files import ImageSet, list_images
 from iwm_fast.data.loader import TrainingStream
+from iwm_fast.data.pairs import PairStream
 from iwm_fast.data.sources import Patience
+from iwm_fast.data.triplets import Triplets, resolve_triplets
 from iwm_fast.engine import checkpoint
 from iwm_fast.engine.checkpoint import Checkpoint
 from iwm_fast.engine.checkpoint_writer import CheckpointWriter, clear_leftovers, point_latest
@@ -73,6 +76,7 @@ def pretrain(config: Config, out: Path, resume: str = "never") -> None:
         torch.set_num_threads(max(1, usable_cores() // ranks.local_world))
     if config.data.root is None:
         raise UserError("data.root is not set: name the folder of images, for example data.root=photos/train")
+    config, triplets = resolve_triplets(config)
     directory = RunDirectory(out)
     live = Liveness(ranks, config.train.rank_timeout_s)
     with contextlib.ExitStack() as held, live.watching():
@@ -83,7 +87,7 @@ def pretrain(config: Config, out: Path, resume: str = "never") -> None:
 
         chosen = _decide(ranks, choose)
         require_shared(directory.path, ranks.peers, ranks.rank, lambda value: gather(value, ranks.world))
-        _train(config, directory, chosen, ranks, live)
+        _train(config, directory, chosen, ranks, live, triplets)
 
 
 def _decide(ranks: Ranks, choose: Callable[[], Path | None]) -> Path | None:
@@ -136,12 +140,19 @@ def _prepare(config: Config, directory: RunDirectory, resume: str, ranks: Ranks)
     return chosen
 
 
-def _train(config: Config, directory: RunDirectory, chosen: Path | None, ranks: Ranks, live: Liveness) -> None:
+def _train(
+    config: Config,
+    directory: RunDirectory,
+    chosen: Path | None,
+    ranks: Ranks,
+    live: Liveness,
+    triplets: Triplets | None,
+) -> None:
     live.at("listing of the data")
     patience = Patience(config.data.store_timeout, config.data.store_attempts)
-    files = list_images(config.data.root or "", config.data.source, patience)
+    files = triplets or list_images(config.data.root or "", config.data.source, patience)
     live.at("making of the model")
-    space = ActionSpace(config.actions.groups, config.actions.form)
+    space = space_of(config.actions)
     torch.manual_seed(config.train.seed)
     model = IWM(config.model, space.dim, activation_checkpointing=config.train.activation_checkpointing)
     model = model.to(ranks.device)
@@ -150,7 +161,7 @@ def _train(config: Config, directory: RunDirectory, chosen: Path | None, ranks: 
     schedules = Schedules(config.train, training_steps(config, len(files)))
     stop_at = config.train.steps or schedules.total
     live.at("opening of the data")
-    stream = TrainingStream(
+    stream = (PairStream if isinstance(files, Triplets) else TrainingStream)(
         config,
         files,
         space,
@@ -184,11 +195,11 @@ def _train(config: Config, directory: RunDirectory, chosen: Path | None, ranks: 
                 _loop(run, space, progress, stop)
 
 
-def _announce(run: Run, files: ImageSet, saved: Checkpoint | None, progress: TrainingProgress) -> None:
+def _announce(run: Run, files: ImageSet | Triplets, saved: Checkpoint | None, progress: TrainingProgress) -> None:
     config = run.config
     attention = resolve_backend(config.model.attention, run.ranks.device.type)
     progress.say(
-        f"{len(files)} images of {files.source.describe()}, {run.ranks.world} rank(s) on {run.ranks.device.type}, "
+        f"{len(files)} {files.describe()}, {run.ranks.world} rank(s) on {run.ranks.device.type}, "
         f"ZeRO stage {config.zero.stage}, {config.train.precision}, attention {attention}, "
         f"global batch {config.train.global_batch} = "
         f"{run.ranks.world} × {run.trainer.stream.accumulation} × {run.trainer.stream.micro_batch}"
@@ -271,7 +282,7 @@ def _save(run: Run) -> None:
         "samples_seen": trainer.step * run.config.train.global_batch,
         "written_by": {"world": run.ranks.world, "stage": run.zero.stage},
         "images": run.trainer.dataset_size,
-        "action_names": list(ActionSpace(run.config.actions.groups, run.config.actions.form).names),
+        "action_names": list(space_of(run.config.actions).names),
     }
     run.live.at(f"checkpoint of step {trainer.step}")
     run.writer.save(trainer.step, fragments(run.zero, run.average, run.ranks), meta)

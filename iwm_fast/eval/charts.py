@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-__all__ = ["Bar", "Place", "bars", "curve", "places"]
+__all__ = ["Bar", "Line", "Place", "bars", "curve", "lines", "places"]
 
 # A colour that nothing else has: it becomes currentColor in the page, so axes and words follow light and dark.
 _INK = "#010203"
@@ -40,6 +40,15 @@ class Place:
     y: float
     x_interval: Sequence[float]
     y_interval: Sequence[float]
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line with its name and the ends of its interval at each place."""
+
+    name: str
+    values: Sequence[float]
+    intervals: Sequence[Sequence[float]]
 
 
 def _figure() -> tuple[Figure, Axes]:
@@ -103,6 +112,21 @@ def curve(
     if len(series) > 1 or chance is not None:
         axes.legend(frameon=False, labelcolor=_INK, fontsize=9)
     return _svg(figure, name, f"{label} over the steps of training")
+
+
+def lines(places: Sequence[int], values: Sequence[Line], *, name: str, across: str, label: str) -> str:
+    """Lines over whole numbers, each with the band of its interval."""
+    figure, axes = _figure()
+    for colour, line in zip(_COLOURS, values, strict=False):
+        low, high = zip(*line.intervals, strict=True)
+        axes.fill_between(places, low, high, color=colour, alpha=0.25, linewidth=0)
+        axes.plot(places, line.values, color=colour, linewidth=1.6, label=line.name, marker="o", markersize=3)
+    axes.set_xlabel(across, color=_INK)
+    axes.set_ylabel(label, color=_INK)
+    axes.set_xticks(places)
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False, labelcolor=_INK, fontsize=9)
+    return _svg(figure, name, f"{label} over the {across}")
 
 
 def bars(values: Sequence[Bar], *, name: str, label: str) -> str:

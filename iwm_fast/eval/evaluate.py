@@ -25,7 +25,7 @@ from iwm_fast.models.iwm import IWM
 
 __all__ = ["USUAL", "WHAT", "evaluate_model", "untrained_model"]
 
-WHAT = ("mrr", *PROBES, "equivariance")
+WHAT = ("mrr", *PROBES, "equivariance", "rollout")
 # The attentive probe takes minutes where the others take seconds, so it is measured where it is asked for.
 USUAL = ("mrr", "knn", "linear", "equivariance")
 # Of a bank of one component, all that is kept beside its mrr.
@@ -73,8 +73,10 @@ def evaluate_model(
     if unknown:
         raise ValueError(f"what has {unknown[0]!r}; it may have {', '.join(WHAT)}")
     results: dict[str, Any] = {}
+    if "rollout" in what:
+        results["not_run"] = {"rollout": "a roll-out needs triplets, and these are images"}
     if "mrr" in what and not varying(config.actions):
-        results["not_run"] = {"mrr": _STILL}
+        results["not_run"] = results.get("not_run", {}) | {"mrr": _STILL}
     elif "mrr" in what:
         banked = test.spread(images if images is not None else config.eval.mrr_images)
         results |= _world_model(model, config, space, banked, queries, components, untrained, progress)

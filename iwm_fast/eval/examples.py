@@ -15,7 +15,7 @@ from iwm_fast.eval.features import device_of, evaluating
 from iwm_fast.eval.mrr import bank_distances
 from iwm_fast.models.iwm import IWM
 
-__all__ = ["RankedExample", "RankedView", "ranked_examples"]
+__all__ = ["RankedExample", "RankedView", "first_ranked", "ranked_examples"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class RankedExample:
 
     source: np.ndarray  # uint8 (S, S, 3), clean
     target: np.ndarray  # uint8 (S, S, 3), the source under the action
-    action: dict[str, float]  # brightness, contrast, saturation: factors; hue: degrees
+    action: dict[str, float]  # brightness, contrast, saturation: factors; hue: degrees; or external values by name
     bank: int
     rank: float  # of the target among the bank, for the model
     rank_shuffled: float
@@ -43,7 +43,8 @@ class RankedExample:
     neutral: tuple[RankedView, ...]
 
 
-def _first(distances: np.ndarray, views: np.ndarray, true: int, count: int) -> tuple[RankedView, ...]:
+def first_ranked(distances: np.ndarray, views: np.ndarray, true: int, count: int) -> tuple[RankedView, ...]:
+    """The ``count`` nearest of the views (N, S, S, 3), by their distances (N,); ``true`` is what was asked for."""
     order = np.argsort(distances, kind="stable")[:count]
     return tuple(RankedView(views[item], place, bool(item == true)) for place, item in enumerate(order, start=1))
 
@@ -86,9 +87,9 @@ def ranked_examples(
                     rank=float(ranks["model"][0]),
                     rank_shuffled=float(ranks["shuffled"][0]),
                     rank_neutral=float(ranks["neutral"][0]),
-                    ranked=_first(rows[0], views, 0, shown),
-                    shuffled=_first(rows[1], views, 0, few),
-                    neutral=_first(found.neutral["l2"], views, 0, few),
+                    ranked=first_ranked(rows[0], views, 0, shown),
+                    shuffled=first_ranked(rows[1], views, 0, few),
+                    neutral=first_ranked(found.neutral["l2"], views, 0, few),
                 )
             )
     return examples

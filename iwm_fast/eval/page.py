@@ -150,13 +150,22 @@ def _place(rank: float) -> str:
     return f"{rank:g}"
 
 
+def _told(action: Mapping[str, float]) -> str:
+    """An action in words: jitter with its units, a choice by its name, other components with their values."""
+    if "brightness" in action:
+        words = (
+            f"brightness ×{action['brightness']:.2f}, contrast ×{action['contrast']:.2f}, "
+            f"saturation ×{action['saturation']:.2f}, hue {action['hue']:+.0f}°"
+        )
+    elif list(action.values()) == [1.0]:
+        words = f"action {next(iter(action))}"
+    else:
+        words = ", ".join(f"{name} {value:+.2f}" for name, value in action.items())
+    return words.replace("-", "−")
+
+
 def example_block(example: RankedExample) -> str:
     """One image: what was asked for, what the model ranks first, what the controls rank first."""
-    a = example.action
-    action = (
-        f"brightness ×{a['brightness']:.2f}, contrast ×{a['contrast']:.2f}, "
-        f"saturation ×{a['saturation']:.2f}, hue {a['hue']:+.0f}°"
-    ).replace("-", "−")
     asked = _picture(example.source, "source") + _picture(example.target, "asked for", true=True)
     rows = (
         f'<div class="row"><span>Source and the view asked for</span><div class="strip">{asked}</div></div>'
@@ -165,7 +174,7 @@ def example_block(example: RankedExample) -> str:
         + _views(f"Told no action: ranked {_place(example.rank_neutral)}", example.neutral)
     )
     return (
-        f'<div class="example"><p>{html.escape(action)}: the view asked for is ranked '
+        f'<div class="example"><p>{html.escape(_told(example.action))}: the view asked for is ranked '
         f"<strong>{_place(example.rank)} of {example.bank}</strong></p>"
         f'<div class="rows">{rows}</div></div>'
     )

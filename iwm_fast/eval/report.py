@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from iwm_fast.config import Config, dump_config
-from iwm_fast.eval.charts import Bar, Place, bars, curve, places
+from iwm_fast.eval.charts import Bar, Line, Place, bars, curve, lines, places
 from iwm_fast.eval.examples import RankedExample
 from iwm_fast.eval.page import document, example_block, facts, fold, number, percent, section, table
 from iwm_fast.eval.slider_page import SCRIPT, slider_card
@@ -89,12 +89,49 @@ def _world_model(results: Mapping[str, Any]) -> str:
     return section(
         "The world model",
         table(head, _world_model_rows(results)) + f'<div class="charts"><div>{chart}</div>{alone}</div>',
+        *_world_model_notes(results),
+    )
+
+
+def _world_model_notes(results: Mapping[str, Any]) -> list[str]:
+    """The protocol, and what the controls are."""
+    if "mrr_protocol" in results:
+        low, high = results["mrr_gain_interval"]
+        controls = (
+            f"Told the true action, 1 / rank is {results['mrr_gain']:+.3f} on average above that told another query's "
+            f"(95 % interval {low:+.3f} to {high:+.3f}; {percent(results['mrr_shuffled_same'])} of the queries are "
+            "told their own action all the same). Neutral: the zero vector. No predictor: the source frame's "
+            "representation is the answer, as if nothing had changed."
+        )
+        return [results["mrr_protocol"], controls]
+    protocol = (
         f"The clean view of an image is encoded; told one of {results['mrr_bank']} colour jitters, the predictor "
         "answers for all patches, and the jittered views are ranked by the distance of their representation to that. "
         f"Mean of 1 / rank of the true one over {results['mrr_queries']} queries of each of {results['mrr_images']} "
-        "images; interval by bootstrap over images. Distance: L2 over all tokens.",
+        "images; interval by bootstrap over images. Distance: L2 over all tokens."
+    )
+    controls = (
         "Shuffled: told another view's action. Neutral: told of no change. No predictor: the source's representation "
-        "is the answer. The last two rank a bank once for all queries: with every action asked for they are at chance.",
+        "is the answer. The last two rank a bank once for all queries: with every action asked for they are at chance."
+    )
+    return [protocol, controls]
+
+
+def _rollout(results: Mapping[str, Any]) -> str:
+    """The error over the horizon, beside copying the last frame."""
+    rolled = results.get("rollout")
+    if rolled is None:
+        return ""
+    names = {"model": "world model", "shuffled": "shuffled actions", "copy": "copy of the first frame"}
+    drawn = [Line(name, rolled[key], rolled[f"{key}_interval"]) for key, name in names.items()]
+    chart = lines(rolled["horizons"], drawn, name="rollout", across="horizon, actions", label="mean square error")
+    rows = [[name, *(number(value) for value in rolled[key])] for key, name in names.items()]
+    return section(
+        "Roll-outs",
+        f'<div class="charts"><div>{chart}</div></div>' + table(["horizon", *map(str, rolled["horizons"])], rows),
+        f"From each of {rolled['starts']} frames the predictor's answer is fed back to it with the next action. Error: "
+        "mean square over tokens and channels of its difference to the target representation of the frame that came. "
+        "Bands: 95 % interval by bootstrap over roll-outs. Training asks for one step only.",
     )
 
 
@@ -232,6 +269,7 @@ def write_report(
             f'<h1>{html.escape(name)}</h1><p class="soft">{html.escape(" · ".join(lead))}</p>',
             "".join(f'<p class="soft">{html.escape(f"{what}: {why}")}</p>' for what, why in not_run.items()),
             _world_model(results) if "mrr" in results else "",
+            _rollout(results),
             _representation(results),
             _dial(results),
             _sliders(sliding),

@@ -16,11 +16,13 @@ from iwm_fast.eval.bank import JITTER_COMPONENTS
 from iwm_fast.eval.cache import FeatureCache
 from iwm_fast.eval.evaluate import USUAL, WHAT, evaluate_model
 from iwm_fast.eval.examples import ranked_examples
+from iwm_fast.eval.frames import open_triplets
 from iwm_fast.eval.progress import Progress
 from iwm_fast.eval.report import read_metrics, write_report
 from iwm_fast.eval.representation import PROBES
-from iwm_fast.eval.sliders import sliding_examples
+from iwm_fast.eval.sliders import SlidingExample, sliding_examples
 from iwm_fast.eval.splits import open_splits, require_same_classes
+from iwm_fast.eval.triplets import TRIPLETS_WHAT, evaluate_triplets
 
 __all__ = ["evaluate_run", "result_rows"]
 
@@ -35,7 +37,7 @@ def evaluate_run(
     run: Path,
     data: str | Path,
     *,
-    what: Sequence[str] = USUAL,
+    what: Sequence[str] | None = None,
     checkpoint: str = "latest",
     images: int | None = None,
     name: str | None = None,
@@ -46,14 +48,15 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """Measure ``what`` of a run's checkpoint on the images under ``data``; also writes ``RUN/report/index.html``.
 
-    ``images``: those whose banks are ranked, default ``eval.mrr_images``. ``name``: the report's title, default the
-    run's folder. ``components``: as in ``evaluate_model``. ``cache``: where features are kept, default ``RUN/cache``.
+    ``what``: default all that is quick. ``images``: those whose banks are ranked, default ``eval.mrr_images``; of
+    triplets, the next frames that are ranked, default ``eval.bank``. ``name``: the report's title, default the run's
+    folder. ``components``: as in ``evaluate_model``. ``cache``: where features are kept, default ``RUN/cache``.
     ``overrides``: ``key.path=value`` of the jitter's strength, ``eval`` and ``data``, in place of the run's own.
     Returns the names and values of ``evaluate_model``, with ``step`` and ``report``.
     Raises UserError for an unknown ``what``, a folder that is no run, and data that cannot be used.
     """
-    unknown = [word for word in what if word not in WHAT]
-    if unknown or not what:
+    unknown = [word for word in what or () if word not in WHAT]
+    if unknown or (what is not None and not what):
         raise UserError(f"--what: {unknown[0] if unknown else 'empty'}: it is a list of {', '.join(WHAT)}")
     for word in overrides:
         if not word.startswith(_FREE):
@@ -62,23 +65,31 @@ def evaluate_run(
             )
     model, config, space, step = load_model(run, checkpoint, overrides)
     model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    train, test = open_splits(data, config)
-    if set(what) & set(PROBES):
-        require_same_classes(train, test, data)
-    results = evaluate_model(
-        model,
-        config,
-        space,
-        train=train,
-        test=test,
-        what=what,
-        images=images,
-        components=components,
-        cache=FeatureCache(cache if cache is not None else run / "cache"),
-        progress=progress,
-    )
-    shown = ranked_examples(model, config, space, test.spread(_SHOWN_IMAGES), bank=config.eval.bank)
-    sliding = sliding_examples(model, config, space, test.spread(_SLIDING_IMAGES), bank=config.eval.bank)
+    sliding: Sequence[SlidingExample] = []
+    if config.actions.groups == ("external",):
+        results, shown = evaluate_triplets(
+            model, config, space, open_triplets(data, config),
+            what=what or TRIPLETS_WHAT, bank=images, examples=_SHOWN_IMAGES, progress=progress,
+        )  # fmt: skip
+    else:
+        what = what or USUAL
+        train, test = open_splits(data, config)
+        if set(what) & set(PROBES):
+            require_same_classes(train, test, data)
+        results = evaluate_model(
+            model,
+            config,
+            space,
+            train=train,
+            test=test,
+            what=what,
+            images=images,
+            components=components,
+            cache=FeatureCache(cache if cache is not None else run / "cache"),
+            progress=progress,
+        )
+        shown = ranked_examples(model, config, space, test.spread(_SHOWN_IMAGES), bank=config.eval.bank)
+        sliding = sliding_examples(model, config, space, test.spread(_SLIDING_IMAGES), bank=config.eval.bank)
     report = run / "report" / "index.html"
     write_report(
         report,

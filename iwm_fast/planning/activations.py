@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from iwm_fast.actions import ActionSpace
 from iwm_fast.config import Config
+from iwm_fast.planning.actions import action_dim
 from iwm_fast.planning.tokens import Tokens
 
 __all__ = ["Activations", "activations"]
@@ -81,7 +81,7 @@ def _predictor(config: Config, form: _Form, tokens: Tokens) -> tuple[int, int]:
         block = (form.norm(seen, width) if form.hidden_kept else 0) + seen * width * e + form.mlp(seen, hidden)
         return ends + predictor.depth * (seen * width * e if recompute else block), block
     kinds = predictor.conditioning.split("+")
-    actions = ActionSpace(config.actions.groups, config.actions.form).dim
+    actions = action_dim(config.actions)
     joined = seen + asked + (len(tokens.context) * actions if "sequence" in kinds else 0)
     block = form.block(joined, width, predictor.head_count, hidden)
     last = form.block(joined, width, predictor.head_count, hidden, asked)

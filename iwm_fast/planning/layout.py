@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from iwm_fast.actions import ActionSpace
 from iwm_fast.config import Config
+from iwm_fast.planning.actions import action_dim
 
 __all__ = ["Layout", "Parameter", "layout_of", "stage_settings"]
 
@@ -87,7 +87,7 @@ def layout_of(config: Config) -> Layout:
     """The layout of a configuration's model, which is built on torch's meta device: no memory, no values."""
     from iwm_fast.models.iwm import IWM
 
-    actions = ActionSpace(config.actions.groups, config.actions.form).dim
+    actions = action_dim(config.actions)
     with torch.device("meta"):
         model = IWM(config.model, actions)
     named = [

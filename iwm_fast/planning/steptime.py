@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from iwm_fast.actions import ActionSpace
 from iwm_fast.config import Config
+from iwm_fast.planning.actions import action_dim
 from iwm_fast.planning.communication import Collective
 from iwm_fast.planning.devices import Device
 from iwm_fast.planning.fabric import Fabric
@@ -43,7 +43,7 @@ class StepTime:
 
 def image_flops(config: Config, tokens: Tokens) -> StepFlops:
     """Operations of the drawn images all together; divide by their number for those of one."""
-    actions = ActionSpace(config.actions.groups, config.actions.form).dim
+    actions = action_dim(config.actions)
     return step_flops(config.model, actions, tokens.context, tokens.predicted)
 
 

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from iwm_fast.actions import ActionSpace
 from iwm_fast.benchmarks.collectives import timed_collectives
 from iwm_fast.benchmarks.harness import prepare_trainer
 from iwm_fast.benchmarks.step import opened_stream
 from iwm_fast.benchmarks.timing import ceilings, clocked
 from iwm_fast.config import Config
+from iwm_fast.data.external import space_of
 from iwm_fast.engine.distributed import Ranks
 from iwm_fast.planning.mfu import peak_flops
 from iwm_fast.planning.operations import OperationCounter
@@ -41,7 +41,7 @@ def profile(
     """
     out.mkdir(parents=True, exist_ok=True)
     quiet = config.model_copy(update={"log": config.log.model_copy(update={"every_steps": 10**9})})
-    space = ActionSpace(config.actions.groups, config.actions.form)
+    space = space_of(config.actions)
     device, peak = ranks.device, peak_flops(ranks.device)
     with timed_collectives() as said, opened_stream(quiet, space, ranks, root) as stream:
         trainer = prepare_trainer(quiet, space, stream, ranks)

@@ -19,6 +19,7 @@ PACKAGE = Path(iwm_fast.__file__).parent
 NAMES = [
     "demo.yaml",
     "dial.yaml",
+    "game.yaml",
     "mlp_predictor_shared_target.yaml",
     "vit_base_p16_224_equi.yaml",
     "vit_base_p16_224_inv.yaml",
@@ -104,6 +105,21 @@ def test_overrides_replace_the_file_and_later_ones_earlier_ones(file):
     assert (config.train.lr, config.train.ema, config.data.root, config.train.steps) == (5e-4, (0.5, 0.75), "a=b", None)
 
 
+def test_pairs_stay_as_they_are_unless_a_crop_or_a_flip_is_asked_for(file):
+    still = load_config(file("actions: {groups: [external]}")).actions
+    assert (still.crop_scale, still.flip_probability, still.jitter_probability) == ((1.0, 1.0), 0.0, 0.0)
+    asked = load_config(file("actions: {groups: [external], crop_scale: [0.5, 1.0]}")).actions
+    assert (asked.crop_scale, asked.flip_probability) == ((0.5, 1.0), 0.0)
+
+
+def test_external_actions_survive_being_written(file, tmp_path):
+    box = "{kind: continuous, names: [x, 'y: z'], low: [-1, 0.5], high: [1e-3, 2], neutral: [0, 1]}"
+    config = load_config(file(f"actions: {{groups: [external], external: {box}}}"))
+    (tmp_path / "again.yaml").write_text(dump_config(config), encoding="utf-8")
+    assert load_config(tmp_path / "again.yaml") == config
+    assert config.actions.external.low == (-1.0, 0.5)
+
+
 def test_a_section_whose_keys_are_commented_out_has_its_defaults(file):
     assert load_config(file("train:\n  # lr: 1\nmodel:\n  predictor:\n")) == Config()
     assert load_config(file("")) == Config()
@@ -149,6 +165,37 @@ MISTAKES = {
     "pair of three": (
         "train: {ema: [0, 0.5, 1]}",
         "run.yaml:1: train.ema: found [0, 0.5, 1]; allowed: a list of 2 numbers [first, last]",
+    ),
+    "jitter of pairs": (
+        "actions:\n  groups: [external]\n  blur_probability: 0.2",
+        "run.yaml:1: actions: blur_probability is 0.2; it must be 0 where groups is [external]",
+    ),
+    "external and other groups": (
+        "actions: {groups: [photometric, external]}",
+        (
+            "run.yaml:1: actions: groups is ['photometric', 'external']; it must be [photometric], "
+            "[photometric, geometric] or [external]"
+        ),
+    ),
+    "external actions of images": (
+        "actions: {external: {kind: discrete, names: [a]}}",
+        "run.yaml:1: actions: external is given, so groups must be [external]; it is ['photometric']",
+    ),
+    "external actions without ranges": (
+        "actions: {groups: [external], external: {kind: continuous, names: [a, b], low: [0]}}",
+        "run.yaml:1: actions.external: low has 1 numbers; continuous actions need 2",
+    ),
+    "all blocks visible of images": (
+        "masks: {target_blocks: 3, visible_blocks: 3}",
+        "run.yaml: masks.visible_blocks is 3; it must be below masks.target_blocks, but for external actions",
+    ),
+    "several sources of triplets": (
+        "actions: {groups: [external]}\nviews: {sources_per_target: 2}",
+        "run.yaml: views.sources_per_target must be 1 where actions.groups is [external]: a triplet has one",
+    ),
+    "triplets without their actions": (
+        "data: {source: triplets}",
+        "run.yaml: data.source is triplets, so actions.groups must be [external]",
     ),
     "scalar for section": ("train: 3", "run.yaml:1: train: found 3; allowed: a section (a mapping of keys)"),
     "missing": (

@@ -14,7 +14,7 @@ from worlds import RAW, Deaf, Oracle, pictures, tiny_config, tiny_model
 
 from iwm_fast.actions import ActionSpace
 from iwm_fast.config import PredictorConfig
-from iwm_fast.eval.charts import Bar, Place, bars, curve, places
+from iwm_fast.eval.charts import Bar, Line, Place, bars, curve, lines, places
 from iwm_fast.eval.evaluate import evaluate_model
 from iwm_fast.eval.examples import ranked_examples
 from iwm_fast.eval.report import read_metrics, write_report
@@ -192,6 +192,7 @@ def test_charts_are_sound_svg_coloured_by_the_page():
             x_label="along",
             y_label="up",
         ),
+        lines([1, 2], [Line("a < b", [1, 2], [(0, 2), (1, 3)])], name="lines", across="horizon", label="error"),
     ):
         root = ET.fromstring(svg)
         assert root.tag.endswith("svg")

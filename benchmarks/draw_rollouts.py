@@ -1,0 +1,51 @@
+"""Draw the roll-outs of files that benchmarks.arms wrote on triplets.
+
+    python -m benchmarks.draw_rollouts docs/PICTURE.png NAME=benchmarks/results/FILE.json [NAME=FILE ...]
+
+A panel a file: the error over the horizon, a line a seed with its 95 % interval by bootstrap over roll-outs, told the
+true actions, told another roll-out's, and of a copy of the first frame.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+LINES = {"model": "world model", "shuffled": "shuffled actions", "copy": "copy of the first frame"}
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("picture", type=Path)
+    parser.add_argument("results", nargs="+", metavar="NAME=FILE")
+    args = parser.parse_args()
+    named = [text.split("=", 1) for text in args.results]
+    figure, axes = plt.subplots(1, len(named), figsize=(4.6 * len(named), 3.4), layout="constrained", squeeze=False)
+    for axis, (name, file) in zip(axes[0], named, strict=True):
+        runs = [run for arm in json.loads(Path(file).read_text())["arms"] for run in arm["runs"]]
+        for number, (key, label) in enumerate(LINES.items()):
+            for place, run in enumerate(runs):
+                rolled = run["evaluation"]["rollout"]
+                low, high = zip(*rolled[f"{key}_interval"], strict=True)
+                axis.fill_between(rolled["horizons"], low, high, color=f"C{number}", alpha=0.15, lw=0)
+                shown = label if place == 0 else None
+                axis.plot(rolled["horizons"], rolled[key], color=f"C{number}", lw=1.2, marker="o", ms=3, label=shown)
+        axis.set_title(f"{name}, {len(runs)} seed{'s' if len(runs) > 1 else ''}", fontsize=10)
+        axis.set_xlabel("horizon, actions")
+        axis.set_ylabel("mean square error")
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+    axes[0, 0].legend(fontsize=8)
+    args.picture.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(args.picture, dpi=110)
+
+
+if __name__ == "__main__":
+    main()
