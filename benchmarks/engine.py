@@ -10,7 +10,6 @@ Before anything is timed, the weights after some steps have to agree.
 from __future__ import annotations
 
 import argparse
-import copy
 import itertools
 import json
 import os
@@ -18,34 +17,29 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from iwm_fast.actions import ActionSpace
+from iwm_fast.benchmarks.harness import MANY_STEPS, prepare_trainer
+from iwm_fast.benchmarks.synthetic import BatchStream, synthetic_stream
 from iwm_fast.benchmarks.timing import spread
 from iwm_fast.config import Config, load_config
 from iwm_fast.config.load import find_config
-from iwm_fast.data.batch import Batch
-from iwm_fast.data.masks import MaskSampler
 from iwm_fast.engine.distributed import Ranks, start
-from iwm_fast.engine.ema import TargetAverage
-from iwm_fast.engine.loop import Trainer
 from iwm_fast.engine.schedules import Schedules
-from iwm_fast.engine.zero import initialize
 from iwm_fast.models.iwm import IWM
 from iwm_fast.models.packing import Segments
 from iwm_fast.results import write_result
 
 __all__ = ["measure"]
 
-_BATCHES = 4
 _CHECKED_STEPS = 3
 # Of the weights' norm: fp32 sums in another order, and AdamW's first steps, which have the same size whatever the
 # gradient's.
@@ -60,65 +54,15 @@ class Side:
     weights: Callable[[], dict[tuple[str, int], Tensor]]
 
 
-@dataclass
-class _InMemory:
-    """Batches without end, in the place of a TrainingStream."""
-
-    batches: list[Batch]
-    accumulation: int = 1
-    bad: int = 0
-    _endless: Iterator[Batch] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self._endless = itertools.cycle(self.batches)
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self._endless
-
-
-def _batches(config: Config, space: ActionSpace, ranks: Ranks) -> list[Batch]:
-    """Random images and actions under drawn masks: this rank's share of each global batch."""
-    size, side = config.train.global_batch, config.model.image
-    share = size // ranks.world
-    sampler = MaskSampler(config.masks, config.model.grid, config.train.seed)
-    generator = torch.Generator().manual_seed(ranks.rank)
-    found = []
-    for i in range(_BATCHES):
-        ids = np.arange(i * size, (i + 1) * size)
-        whole = sampler.draw(np.zeros(size, np.int64), ids)
-        own = ids[ranks.rank * share : (ranks.rank + 1) * share]
-        source, target = torch.randint(0, 256, (2, share, side, side, 3), dtype=torch.uint8, generator=generator)
-        found.append(
-            Batch(
-                source=source,
-                target=target,
-                action=torch.randn(share, space.dim, generator=generator),
-                patches=sampler.draw(np.zeros(share, np.int64), own),
-                ids=own,
-                epochs=np.zeros(share, np.int64),
-                global_context=int(whole.context_lengths.sum()),
-                global_target=int(whole.target_lengths.sum()),
-            )
-        )
-    return found
-
-
-def _schedules(config: Config) -> Schedules:
-    return Schedules(config.train, 1000)
-
-
-def _engine_step(config: Config, model: IWM, batches: list[Batch], space: ActionSpace, ranks: Ranks) -> Side:
+def _engine_side(config: Config, space: ActionSpace, stream: BatchStream, ranks: Ranks) -> Side:
     """The trainer's own step; it logs the first one only, as a run logs one of many."""
-    zero = initialize(model, config, len(batches[0]), 1)
-    average = TargetAverage(zero, ranks)
-    trainer = Trainer(
-        config, zero, average, _InMemory(batches), _schedules(config), ranks,  # type: ignore[arg-type]
-        predicts=model.predicts, action_dim=space.dim, dataset_size=10**6, step=0, updates=0,
-    )  # fmt: skip
-    return Side(trainer.train_step, lambda: {(s.name, s.start): s.weight for s in zero.shards})
+    trainer = prepare_trainer(config, space, stream, ranks)
+    return Side(trainer.train_step, lambda: {(s.name, s.start): s.weight for s in trainer.zero.shards})
 
 
-def _bare_step(config: Config, model: IWM, batches: list[Batch], ranks: Ranks) -> Side:
+def _bare_side(config: Config, space: ActionSpace, stream: BatchStream, ranks: Ranks) -> Side:
+    torch.manual_seed(config.train.seed)
+    model = IWM(config.model, space.dim).to(ranks.device)
     trained: nn.Module = model
     if ranks.world > 1:
         trained = nn.parallel.DistributedDataParallel(model)
@@ -130,7 +74,7 @@ def _bare_step(config: Config, model: IWM, batches: list[Batch], ranks: Ranks) -
     assert model.target_encoder is not None
     average: list[torch.Tensor] = list(model.target_encoder.parameters())
     online: list[torch.Tensor] = list(model.encoder.parameters())
-    schedules, endless, count = _schedules(config), itertools.cycle(batches), itertools.count()
+    schedules, endless, count = Schedules(config.train, MANY_STEPS), iter(stream), itertools.count()
 
     def step() -> None:
         i, batch = next(count), next(endless)
@@ -170,15 +114,13 @@ def measure(config: Config, stages: list[int], repeats: int) -> list[dict[str, A
     """One row a stage, on this process's rank: seconds of every step of either side, and the median ratio."""
     ranks = start()
     space = ActionSpace(config.actions.groups, config.actions.form)
-    batches = _batches(config, space, ranks)
-    torch.manual_seed(config.train.seed)
-    model = IWM(config.model, space.dim).to(ranks.device)
     rows = []
     for stage in stages:
         staged = config.model_copy(update={"zero": config.zero.model_copy(update={"stage": stage})})
+        stream = synthetic_stream(staged, space, ranks.device, rank=ranks.rank, world=ranks.world)
         sides = {
-            "bare": _bare_step(staged, copy.deepcopy(model), batches, ranks),
-            "engine": _engine_step(staged, copy.deepcopy(model), batches, space, ranks),
+            "bare": _bare_side(staged, space, stream, ranks),
+            "engine": _engine_side(staged, space, stream, ranks),
         }
         for _ in range(_CHECKED_STEPS):
             for side in sides.values():

@@ -67,7 +67,9 @@ def step_collectives(config: Config, layout: Layout, world: int, accumulation: i
         Collective("parameters", "all_gather", working * sum(flat), len(flat)),
     ]
     if layout.target:
-        found.append(Collective("target's average", "all_gather", working * layout.longest_share(world) * world, 1))
+        size = working * layout.longest_share(world) * world
+        # Begun after the update and waited for by the target's forward pass, which comes second.
+        found.append(Collective("target's average", "all_gather", size, 1, "forward"))
     return found
 
 
