@@ -212,7 +212,7 @@ class MasksConfig(Section):
         _require_ascending("target_aspect", self.target_aspect, 0.1, 10.0)
         _require_ascending("context_scale", self.context_scale, 0.001, 1.0)
         if self.visible_blocks > self.target_blocks:
-            raise ValueError(f"visible_blocks is {self.visible_blocks}; it must be below {self.target_blocks} blocks")
+            raise ValueError(f"visible_blocks is {self.visible_blocks}; it must not be above {self.target_blocks}")
         return self
 
 

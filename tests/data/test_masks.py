@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from iwm_fast.config.schema import MasksConfig
+from iwm_fast.config.schema import Config, MasksConfig
 from iwm_fast.data import masks as module
 from iwm_fast.data.masks import MaskSampler
 
@@ -266,6 +266,8 @@ def test_visible_blocks_are_seen_and_predicted(seed):
     assert ((~context).sum(axis=1) <= 16).all()
 
 
-def test_as_many_visible_blocks_as_blocks_are_refused():
-    with pytest.raises(ValueError, match="visible_blocks is 4; it must be below 4"):
-        MasksConfig(visible_blocks=4)
+def test_more_visible_blocks_than_blocks_are_refused_and_as_many_but_for_external_actions():
+    with pytest.raises(ValueError, match="visible_blocks is 5; it must not be above 4"):
+        MasksConfig(visible_blocks=5)
+    with pytest.raises(ValueError, match="visible_blocks is 4; it must be below"):
+        Config(masks=MasksConfig(visible_blocks=4))

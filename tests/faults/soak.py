@@ -180,9 +180,10 @@ def _warm() -> None:
     import torch._dynamo
     import torch._inductor.compile_fx  # noqa: F401
 
-    from iwm_fast.data.pipeline import _views
+    from iwm_fast.data.pipeline import _names, _views
 
-    _views(16, "cpu", False, batch_size=2, num_threads=1, device_id=None)
+    # Not built: that would begin DALI's threads.
+    _views(16, "cpu", False, _names(1), None, 0.0, batch_size=2, num_threads=1, device_id=None)
     deepspeed.ops.__compatible_ops__  # noqa: B018  (found out on the first look)
 
 
