@@ -3,7 +3,8 @@
     python -m benchmarks.data --json FILE [--root FOLDER] [--repeats 7] [--batches 6] [--batch 64] [--device cpu|gpu]
 
 Every contender makes the same two views of the same files with the same parameters; ours also checks each file's
-header, draws parameters and masks, and encodes actions. They take turns, repeat by repeat, in one run. Of a core: the
+header, draws parameters and masks, and encodes actions. Ours reads the folder, and the same files from WebDataset
+shards. They take turns, repeat by repeat, in one run. Of a core: the
 process is held on one core, one thread each, and CPU seconds count, which other work on the machine moves little (wall
 seconds are kept too). Of all cores: DALI's threads against as many workers of PyTorch's DataLoader, by the clock. A
 folder of fewer images than are asked for is gone through several times, each time as if the files had not been seen.
@@ -37,6 +38,7 @@ from iwm_fast.config import ActionsConfig, Config, DataConfig, ModelConfig, Trai
 from iwm_fast.config.cores import usable_cores
 from iwm_fast.data.files import list_images
 from iwm_fast.data.loader import SampleOrder, TrainingStream
+from iwm_fast.data.shards import write_shards
 from iwm_fast.data.sources.kinds import is_image
 from iwm_fast.data.views import draw_views
 from iwm_fast.planning.environment import environment, installed_version
@@ -44,7 +46,7 @@ from iwm_fast.planning.environment import environment, installed_version
 __all__ = ["SCHEMA", "Job", "measure"]
 
 SCHEMA = "iwm-fast-data/1"
-OURS, PILLOW, TORCHVISION = "iwm-fast", "pillow", "torchvision"
+OURS, SHARDS, PILLOW, TORCHVISION = "iwm-fast", "iwm-fast shards", "pillow", "torchvision"
 # Batches that do not count, before the timed ones: as many as are prepared ahead.
 _WARM_UP = 4
 # Mean absolute difference in levels, of 255: Pillow blurs with boxes, and where torchvision has another formula only
@@ -57,11 +59,12 @@ _CHECKED = 48
 class Job:
     """What every contender does: `count` timed batches of `batch` images, at `size` pixels a side.
 
-    root: a folder with as many files as a repeat needs, nothing else. sizes: int64 (files, 2), their widths and heights
-    in the order of the files' names.
+    root: a folder with as many files as a repeat needs, nothing else; shards: the same files as WebDataset shards.
+    sizes: int64 (files, 2), their widths and heights in the order of the files' names.
     """
 
     root: Path
+    shards: Path
     sizes: np.ndarray
     size: int = 224
     batch: int = 64
@@ -73,14 +76,16 @@ class Job:
     def of(
         cls,
         given: Path,
-        root: Path,
+        out: Path,
         *,
         size: int = 224,
         batch: int = 64,
         count: int = 6,
         device: Literal["cpu", "gpu"] = "cpu",
     ) -> Job:
-        """Fill the empty folder `root` with links to the images of the folder `given`, each as often as it takes."""
+        """Links to the images of the folder `given` in out/folder, each as often as it takes; out/shards of them."""
+        root, shards = out / "folder", out / "shards"
+        root.mkdir(parents=True)
         files = sorted(file for file in given.iterdir() if is_image(file.name))
         images, sizes = batch * (_WARM_UP + count), []
         for number in range(images):
@@ -88,7 +93,8 @@ class Job:
             (root / f"{number:06d}{file.suffix}").symlink_to(file.absolute())
             with Image.open(file) as image:
                 sizes.append(image.size)
-        return cls(root, np.array(sizes, np.int64), size, batch, count, device)
+        write_shards(root, shards)
+        return cls(root, shards, np.array(sizes, np.int64), size, batch, count, device)
 
     @property
     def images(self) -> int:
@@ -111,9 +117,9 @@ class Job:
         return [paths[i] for i in ids.tolist()], views
 
 
-def _ours(job: Job, repeat: int, threads: int) -> contextlib.AbstractContextManager[Iterator[Any]]:
+def _ours(job: Job, root: Path, repeat: int, threads: int) -> contextlib.AbstractContextManager[Iterator[Any]]:
     config = job.config(threads)
-    return TrainingStream(config, list_images(job.root), ActionSpace(), start=repeat * job.images)
+    return TrainingStream(config, list_images(root), ActionSpace(), start=repeat * job.images)
 
 
 def _other(render: Render, job: Job, repeat: int, workers: int) -> contextlib.AbstractContextManager[Iterator[Any]]:
@@ -122,7 +128,7 @@ def _other(render: Render, job: Job, repeat: int, workers: int) -> contextlib.Ab
 
 def _contenders(say: Callable[[str], object]) -> dict[str, Render | None]:
     """By name; None is ours."""
-    found: dict[str, Render | None] = {OURS: None, PILLOW: pillow_views}
+    found: dict[str, Render | None] = {OURS: None, SHARDS: None, PILLOW: pillow_views}
     try:
         torchvision_functions()
         found[TORCHVISION] = torchvision_views
@@ -131,9 +137,12 @@ def _contenders(say: Callable[[str], object]) -> dict[str, Render | None]:
     return found
 
 
-def _timed(job: Job, render: Render | None, repeat: int, cores: int) -> tuple[float, float]:
+def _timed(job: Job, name: str, render: Render | None, repeat: int, cores: int) -> tuple[float, float]:
     """Seconds by the clock and CPU seconds of this process for the timed batches."""
-    made = _ours(job, repeat, cores) if render is None else _other(render, job, repeat, cores if cores > 1 else 0)
+    if render is None:
+        made = _ours(job, job.shards if name == SHARDS else job.root, repeat, cores)
+    else:
+        made = _other(render, job, repeat, cores if cores > 1 else 0)
     with made as stream:
         for _ in range(_WARM_UP):
             next(stream)
@@ -148,7 +157,7 @@ def _timed(job: Job, render: Render | None, repeat: int, cores: int) -> tuple[fl
 def errors(job: Job, contenders: dict[str, Render | None]) -> dict[str, float]:
     """Mean absolute difference in levels between each contender's views and ours, on the first images of a repeat."""
     paths, views = job.drawn(0)
-    with _ours(job, 0, 1) as stream:
+    with _ours(job, job.root, 0, 1) as stream:
         batch = next(iter(stream))
     count = min(_CHECKED, job.batch)
     ours = [
@@ -196,7 +205,7 @@ def measure(job: Job, repeats: int, say: Callable[[str], object]) -> dict[str, A
         with held(set(every[:cores])):
             for repeat in range(repeats):
                 for name, render in contenders.items():
-                    taken[name].append(_timed(job, render, repeat, cores))
+                    taken[name].append(_timed(job, name, render, repeat, cores))
         for name, pairs in taken.items():
             rows.append(_row(job, name, cores, pairs))
             say(_line(rows[-1]))
@@ -226,7 +235,7 @@ def _row(job: Job, name: str, cores: int, pairs: list[tuple[float, float]]) -> d
     seconds, cpu = zip(*pairs, strict=True)
     by = "cpu" if cores == 1 and job.device == "cpu" else "clock"
     rates = [images / taken for taken in (cpu if by == "cpu" else seconds)]
-    row = {"contender": name, "source": "folder", "cores": cores, "by": by}
+    row = {"contender": name, "source": "shards" if name == SHARDS else "folder", "cores": cores, "by": by}
     return row | {"seconds": seconds, "cpu_seconds": cpu, "images_per_s": rates, **spread(rates)}
 
 
@@ -271,12 +280,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--device", choices=["cpu", "gpu"], default="gpu" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
-    with tempfile.TemporaryDirectory() as made, tempfile.TemporaryDirectory() as root:
+    with tempfile.TemporaryDirectory() as made, tempfile.TemporaryDirectory() as out:
         if args.root is None:
             _made(Path(made))
         job = Job.of(
             args.root or Path(made),
-            Path(root),
+            Path(out),
             size=args.size,
             batch=args.batch,
             count=args.batches,
