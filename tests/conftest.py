@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,48 @@ quiet_third_parties()
 # A first example pays for imports, and CI must say the same of the same commit each time.
 settings.register_profile("iwm", deadline=None, derandomize=bool(os.environ.get("CI")))
 settings.load_profile("iwm")
+
+
+# Minutes of one core: begun with the first test and waited for by the last, it takes the second one.
+_IN_INTERPRETER = "test_the_kernels_pass_their_tests_in_the_interpreter"
+_interpreter: list[subprocess.Popen[str]] = []
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put what has been begun beforehand last."""
+    items.sort(key=lambda item: item.name == _IN_INTERPRETER)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Begin the kernels' tests, in a process of their own: the interpreter cannot share one with the compiler."""
+    if session.config.option.collectonly or all(item.name != _IN_INTERPRETER for item in session.items):
+        return
+    # One thread: the interpreter works in Python and NumPy, and OpenMP's threads would only wait for it.
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-W", "ignore", "-p", "no:cacheprovider", "tests/triton"]
+    _interpreter.append(
+        subprocess.Popen(
+            command,
+            cwd=session.config.rootpath,
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+    )
+
+
+def pytest_sessionfinish() -> None:
+    """Nothing outlives a session that was broken off."""
+    for process in _interpreter:
+        process.kill()
+
+
+@pytest.fixture
+def kernels_in_interpreter() -> tuple[int, str]:
+    """Exit code and output of tests/triton under TRITON_INTERPRET=1."""
+    said, _ = _interpreter[0].communicate()
+    return _interpreter[0].returncode, said
 
 
 @pytest.fixture(scope="session")
