@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from iwm_fast.data.whole import write_whole_text
 from iwm_fast.errors import UserError
 from iwm_fast.planning.environment import environment
 
@@ -27,11 +28,9 @@ def write_result(destination: str, kind: str, body: Mapping[str, Any]) -> None:
         sys.stdout.write(text)
         return
     path = Path(destination)
-    partial = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
+        write_whole_text(path, text)
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror}") from error
 

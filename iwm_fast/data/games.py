@@ -9,7 +9,6 @@ same files. No display is needed.
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from iwm_fast.config.schema import ExternalActions
 from iwm_fast.data.manifest import write_manifest
 from iwm_fast.data.randomness import uniforms
 from iwm_fast.data.triplets import MANIFESTS
+from iwm_fast.data.whole import whole_folder
 from iwm_fast.errors import UserError
 
 __all__ = ["Recording", "record"]
@@ -73,20 +73,18 @@ def record(recording: Recording, out: Path, progress: Progress | None = None) ->
     if out.exists():
         raise UserError(f"{out}: exists already; choose another --out, or remove it")
     env = _make(recording)
-    partial = out.parent / f".{out.name}.partial-{os.getpid()}"
     try:
         actions = _named(_actions(env, recording.env), recording.names)
         background = _background(recording, env) if recording.still else None
         episode = 0
-        for part, count in zip(_SPLITS, (recording.train, recording.test), strict=True):
-            if count:
-                episode = _write(recording, env, actions, background, partial / part, count, episode, progress)
-        partial.rename(out)
+        with whole_folder(out) as partial:
+            for part, count in zip(_SPLITS, (recording.train, recording.test), strict=True):
+                if count:
+                    episode = _write(recording, env, actions, background, partial / part, count, episode, progress)
     except OSError as error:
         raise UserError(f"{out}: cannot be written: {error.strerror or error}; choose another --out") from error
     finally:
         env.close()
-        shutil.rmtree(partial, ignore_errors=True)
     return actions
 
 

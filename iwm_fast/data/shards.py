@@ -28,7 +28,7 @@ from iwm_fast.data.encoded import BadSample
 from iwm_fast.data.sources import Source, open_source
 from iwm_fast.data.sources.kinds import is_image
 from iwm_fast.data.sources.webdataset import CLASSES_FILE, INDEX_VERSION
-from iwm_fast.data.whole import write_whole
+from iwm_fast.data.whole import write_whole, write_whole_text
 from iwm_fast.errors import UserError
 
 __all__ = ["SHARD_BYTES", "write_shards"]
@@ -81,7 +81,7 @@ def write_shards(
     try:
         with _held(out, plan):
             if classes:
-                write_whole(out / CLASSES_FILE, lambda file: file.write(("\n".join(classes) + "\n").encode()))
+                write_whole_text(out / CLASSES_FILE, "\n".join(classes) + "\n")
             for number, shard in enumerate(shards):
                 path = out / f"shard-{number:06d}.tar"
                 if _is_whole(path, shard):
@@ -94,7 +94,7 @@ def write_shards(
             total = sum(sample.size for sample in samples)
             answer = {"shards": len(shards), "samples": len(samples), "bytes": total, "classes": len(classes)}
             text = json.dumps({"schema": "iwm-fast-shards/1", **answer, "plan": plan}, indent=1) + "\n"
-            write_whole(out / _SHARDS_FILE, lambda file: file.write(text.encode()))
+            write_whole_text(out / _SHARDS_FILE, text)
     except OSError as error:
         raise UserError(f"{out}: cannot be written: {error.strerror or error}; choose another --out") from error
     return {"out": str(out.absolute()), **answer, "resumed": kept}
@@ -206,7 +206,7 @@ def _write_shard(images: Source, shard: list[_Sample], path: Path) -> None:
 
     write_whole(path, write)
     text = f"{INDEX_VERSION} {len(lines)}\n" + "".join(f"{line}\n" for line in lines)
-    write_whole(path.with_suffix(".idx"), lambda file: file.write(text.encode()))
+    write_whole_text(path.with_suffix(".idx"), text)
 
 
 def _ahead(images: Source, shard: list[_Sample]) -> Iterator[tuple[_Sample, bytes]]:

@@ -11,14 +11,13 @@ Legend: B images, S pixels a side; coordinates run from -1 to 1 over the image, 
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from iwm_fast.data.whole import whole_folder
 from iwm_fast.errors import UserError
 
 __all__ = ["CLASSES", "draw_dataset", "draw_images"]
@@ -66,16 +65,11 @@ def draw_dataset(
     record |= {"seed": seed} | ({"segments": True} if segments else {})
     if _is_drawn(out, record):
         return
-    partial = out.parent / f".{out.name}.partial-{os.getpid()}"
     try:
-        _write(partial, record)
-        if out.exists():
-            out.rmdir()
-        partial.rename(out)
+        with whole_folder(out) as partial:
+            _write(partial, record)
     except OSError as error:
         raise UserError(f"{out}: cannot be written: {error.strerror or error}; choose another --out") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def draw_images(labels: NDArray[np.int64], size: int, rng: np.random.Generator) -> NDArray[np.uint8]:

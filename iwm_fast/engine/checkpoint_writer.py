@@ -17,9 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from iwm_fast.data.whole import sync, write_whole_text
 from iwm_fast.engine.checkpoint import FORMAT, INDEX, LATEST, MANIFEST, Fragment, step_of, steps
 from iwm_fast.engine.distributed import Ranks
-from iwm_fast.engine.shards import file_sum, sync, write_shard, write_text
+from iwm_fast.engine.shards import file_sum, write_shard
 from iwm_fast.errors import UserError
 
 __all__ = ["CheckpointWriter", "clear_leftovers", "point_latest", "write"]
@@ -122,10 +123,7 @@ def clear_leftovers(root: Path) -> None:
 
 def point_latest(root: Path, name: str) -> None:
     """Let ``latest`` name a checkpoint, in one step."""
-    aside = root / f".{LATEST}{_PARTIAL}"
-    write_text(aside, name + "\n")
-    aside.replace(root / LATEST)
-    sync(root)
+    write_whole_text(root / LATEST, name + "\n")
 
 
 def _begin(partial: Path) -> str | None:
@@ -170,10 +168,10 @@ def _finish(
         "fragments": [f for r in reports for f in r["fragments"]],
     }
     try:
-        write_text(partial / INDEX, json.dumps(index))
+        write_whole_text(partial / INDEX, json.dumps(index))
         files = {file: entry for r in reports for file, entry in r["files"].items()}
         files[INDEX] = file_sum(partial / INDEX)
-        write_text(partial / MANIFEST, json.dumps({"format": FORMAT, "files": files}, indent=1))
+        write_whole_text(partial / MANIFEST, json.dumps({"format": FORMAT, "files": files}, indent=1))
         sync(partial)
         if final.exists():  # the same step again, after a resume from an older one
             _remove(final)

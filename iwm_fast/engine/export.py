@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors.torch import save_file
 
+from iwm_fast.data.whole import whole_folder
 from iwm_fast.engine.loading import EXPORT_FILE, EXPORT_SCHEMA, find_checkpoint, load_model
 from iwm_fast.engine.onnx_export import OPSET, write_onnx
 from iwm_fast.errors import UserError
@@ -42,7 +40,7 @@ def export_run(run: Path, out: Path, which: str = "latest", *, onnx: bool = Fals
         "timm": timm_arguments(config.model),
         "input": "RGB in [0, 1], normalised with ImageNet's mean and standard deviation",
     }
-    with _whole_or_not(out) as partial:
+    with whole_folder(out) as partial:
         _write_weights(model, config.model.grid, partial)
         if onnx:
             graphs = write_onnx(model, partial)
@@ -57,17 +55,3 @@ def _write_weights(model: IWM, grid: int, folder: Path) -> None:
     states["encoder_timm"] = to_timm(states.get("target_encoder", states["encoder"]), grid)
     for name, state in states.items():
         save_file({key: value.contiguous() for key, value in state.items()}, folder / f"{name}.safetensors")
-
-
-@contextmanager
-def _whole_or_not(out: Path) -> Iterator[Path]:
-    """A folder beside ``out`` that takes its name at the end, or goes away with whatever went wrong."""
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        partial.rename(out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise

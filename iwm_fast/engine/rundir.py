@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from iwm_fast.config import Config, dump_config, load_config
-from iwm_fast.engine.shards import sync, write_text
+from iwm_fast.data.whole import write_whole_text
 from iwm_fast.errors import UserError
 
 __all__ = ["RunDirectory"]
@@ -101,10 +101,7 @@ def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _replace(path: Path, text: str) -> None:
-    aside = path.with_name(f".{path.name}.partial")
     try:
-        write_text(aside, text)
-        aside.replace(path)
-        sync(path.parent)
+        write_whole_text(path, text)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); free space or mend the folder") from error

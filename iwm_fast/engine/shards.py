@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-__all__ = ["file_sum", "shard_fault", "sync", "write_shard", "write_text"]
+__all__ = ["file_sum", "shard_fault", "write_shard"]
 
 _ALIGNMENT = 8
 _BLOCK = 1 << 20
@@ -77,18 +77,3 @@ def file_sum(path: Path) -> dict[str, Any]:
         while block := file.read(_BLOCK):
             digest.update(block)
     return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write and sync a small file."""
-    path.write_text(text)
-    sync(path)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file, or a folder's entries, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

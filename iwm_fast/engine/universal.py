@@ -20,10 +20,13 @@ from typing import Any
 
 import torch
 
+from iwm_fast.config import Config
+from iwm_fast.data.whole import whole_folder
 from iwm_fast.engine.checkpoint import Checkpoint
 from iwm_fast.engine.loading import find_checkpoint, load_model
 from iwm_fast.engine.optimizer import MOMENTS, parameter_groups
 from iwm_fast.errors import UserError
+from iwm_fast.models.iwm import IWM
 
 __all__ = ["export_universal"]
 
@@ -35,11 +38,15 @@ def export_universal(run: Path, out: Path, which: str = "latest") -> Path:
     if out.exists():
         raise UserError(f"{out}: exists already; choose another --out")
     path = find_checkpoint(run, which)
-    model, config, _, step = load_model(run, path.name)
-    saved = Checkpoint(path)
+    model, config, _, _ = load_model(run, path.name)
+    with whole_folder(out) as partial:
+        _write(partial, model, config, Checkpoint(path))
+    return out
+
+
+def _write(partial: Path, model: IWM, config: Config, saved: Checkpoint) -> None:
+    step = saved.step
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
     tag = partial / f"global_step{step}"
     for name in trainable:
         folder = tag / "zero" / name
@@ -68,9 +75,6 @@ def export_universal(run: Path, out: Path, which: str = "latest") -> Path:
     torch.save(counts, tag / _MODEL_FILE)
     shutil.copyfile(tag / _MODEL_FILE, tag / f"zero_pp_rank_0_{_MODEL_FILE}")
     (partial / "latest_universal").write_text(tag.name)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial.rename(out)
-    return out
 
 
 def _optimizer_state(groups: list[dict[str, Any]], updates: int) -> dict[str, Any]:

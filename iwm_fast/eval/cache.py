@@ -23,6 +23,7 @@ import torch
 from numpy.typing import DTypeLike, NDArray
 from torch import nn
 
+from iwm_fast.data.whole import sync
 from iwm_fast.errors import UserError
 
 __all__ = ["FeatureCache", "Features", "Room", "sync", "weights_digest"]
@@ -147,12 +148,3 @@ class FeatureCache:
 def _name(key: Mapping[str, Any]) -> str:
     text = json.dumps({"format": FORMAT, **key}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-def sync(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import html
 import json
-import os
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from iwm_fast.config import Config, dump_config
+from iwm_fast.data.whole import write_whole_text
 from iwm_fast.eval.charts import Bar, Line, Place, bars, curve, lines, places
 from iwm_fast.eval.examples import RankedExample
 from iwm_fast.eval.page import document, example_block, facts, fold, number, percent, section, table
@@ -281,6 +281,4 @@ def write_report(
         )
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    aside.write_text(document(f"{name}, step {step}", body, SCRIPT if sliding else ""), encoding="utf-8")
-    aside.replace(path)
+    write_whole_text(path, document(f"{name}, step {step}", body, SCRIPT if sliding else ""))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from iwm_fast.config import ModelConfig
+from iwm_fast.data.whole import sync, whole_folder, write_whole_text
 from iwm_fast.errors import UserError
-from iwm_fast.eval.cache import sync
 from iwm_fast.eval.finetune.modes import Mode, reader_builder
 from iwm_fast.models.iwm import IWM
 from iwm_fast.models.reader import HeadShape, Reader
@@ -76,20 +74,13 @@ def save_finetuned(
     }
     own = {name: tensor for name, tensor in reader.state_dict().items() if not name.startswith("trained_encoder.")}
     state = own | {f"encoder.{name}": tensor for name, tensor in reader.encoder.state_dict().items()}
-    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, partial / _WEIGHTS)
-        (partial / _RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        for path in (partial / _WEIGHTS, partial / _RECORD, partial):
-            sync(path)
-        partial.rename(out)
-        sync(out.parent)
+        with whole_folder(out) as partial:
+            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, partial / _WEIGHTS)
+            sync(partial / _WEIGHTS)
+            write_whole_text(partial / _RECORD, json.dumps(record, indent=1) + "\n")
     except (OSError, SafetensorError) as error:
         raise UserError(f"{out}: cannot be written: {error}; choose another --out") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def load_finetuned(out: Path) -> Finetuned:
