@@ -19,7 +19,7 @@ from torch import Tensor
 
 from iwm_fast.data.whole import sync, write_whole_text
 from iwm_fast.engine.checkpoint import FORMAT, INDEX, LATEST, MANIFEST, Fragment, step_of, steps
-from iwm_fast.engine.distributed import Ranks
+from iwm_fast.engine.distributed import Ranks, gather
 from iwm_fast.engine.shards import file_sum, write_shard
 from iwm_fast.errors import UserError
 
@@ -98,14 +98,14 @@ def write(
     """
     final = root / f"step_{step:06d}"
     partial = root / f".{final.name}{_PARTIAL}"
-    failed = _gather(_begin(partial) if ranks.first else None, ranks, group)[0]
+    failed = gather(_begin(partial) if ranks.first else None, ranks.world, group)[0]
     reports: list[dict[str, Any]] = []
     if failed is None:
-        reports = _gather(_write_rank(partial, step, fragments, ranks), ranks, group)
+        reports = gather(_write_rank(partial, step, fragments, ranks), ranks.world, group)
         failed = next((r["error"] for r in reports if r["error"]), None)
         if failed is None and ranks.first:
             failed = _finish(partial, final, {"format": FORMAT, "step": step, **meta}, reports, keep_last, keep_every)
-        failed = _gather(failed, ranks, group)[0]
+        failed = gather(failed, ranks.world, group)[0]
     if failed is not None:
         if ranks.first:
             shutil.rmtree(partial, ignore_errors=True)
@@ -198,11 +198,3 @@ def _remove(path: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
     path.rename(aside)
     shutil.rmtree(aside)
-
-
-def _gather(value: Any, ranks: Ranks, group: dist.ProcessGroup | None) -> list[Any]:
-    if ranks.world == 1:
-        return [value]
-    values: list[Any] = [None] * ranks.world
-    dist.all_gather_object(values, value, group=group)
-    return values

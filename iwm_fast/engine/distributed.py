@@ -106,11 +106,11 @@ def _rendezvous(rank: int, world: int, timeout: datetime.timedelta) -> dist.Stor
     return dist.PrefixStore("iwm_fast", store)
 
 
-def gather(value: Any, world: int) -> list[Any]:
+def gather(value: Any, world: int, group: dist.ProcessGroup | None = None) -> list[Any]:
     """Every rank's value, by rank; all ranks call it."""
     found = [value] * world
     if world > 1:
-        dist.all_gather_object(found, value)
+        dist.all_gather_object(found, value, group=group)
     return found
 
 

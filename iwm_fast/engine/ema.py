@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from iwm_fast.engine.distributed import Ranks
+from iwm_fast.engine.distributed import Ranks, gather
 from iwm_fast.engine.zero import Shard, ZeroEngine
 
 __all__ = ["TARGET", "TargetAverage", "target_name"]
@@ -82,10 +82,7 @@ class TargetAverage:
     def _lay_out(self) -> None:
         """Buffers of the all-gather: each rank sends its parts one behind the other, padded to the longest rank."""
         mine = [(target_name(s.name), s.start, s.weight.numel()) for s in self.shards]
-        layouts: list[list[tuple[str, int, int]]] = [mine]
-        if self._ranks.world > 1:
-            layouts = [[] for _ in range(self._ranks.world)]
-            dist.all_gather_object(layouts, mine)
+        layouts: list[list[tuple[str, int, int]]] = gather(mine, self._ranks.world)
         longest = max(sum(length for _, _, length in layout) for layout in layouts)
         example = next(iter(self._targets.values()))
         self._everyone = torch.zeros(len(layouts) * longest, dtype=example.dtype, device=example.device)

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from iwm_fast.actions import ActionSpace
 from iwm_fast.config import Config
-from iwm_fast.engine.distributed import Ranks
+from iwm_fast.engine.distributed import Ranks, gather
 from iwm_fast.engine.ema import TargetAverage, target_name
 from iwm_fast.engine.zero import ZeroEngine
 from iwm_fast.errors import UserError
@@ -56,10 +56,7 @@ def evaluate_during_training(
         found = measure_share(model, config, space, config.eval.root or "", rank=ranks.rank, world=ranks.world)
     except UserError as error:
         found = str(error)
-    shares: list[Share | str] = [found]
-    if ranks.world > 1:
-        shares = [""] * ranks.world
-        dist.all_gather_object(shares, found, group=ranks.control)
+    shares: list[Share | str] = gather(found, ranks.world, ranks.control)
     for share in shares:
         if isinstance(share, str):
             raise UserError(share)

@@ -6,9 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
-from iwm_fast.engine.distributed import Ranks
+from iwm_fast.data.whole import write_whole_text
+from iwm_fast.engine.distributed import Ranks, gather
 from iwm_fast.errors import UserError
 
 __all__ = ["SkippedSteps"]
@@ -38,19 +37,14 @@ class SkippedSteps:
         self._steps.append({"step": step, "samples": list(zip(epochs, ids, strict=True))})
         if len(self._steps) <= self._limit:
             return
-        everyone: list[Any] = [self._steps]
-        if self._ranks.world > 1:
-            everyone = [None] * self._ranks.world
-            dist.all_gather_object(everyone, self._steps)
+        everyone = gather(self._steps, self._ranks.world)
         if self._ranks.first and self._file is not None:
             dump = [
                 {"step": own["step"], "samples": [s for steps in everyone for s in steps[at]["samples"]]}
                 for at, own in enumerate(self._steps)
             ]
             body = {"schema": "iwm-fast-skipped-steps/1", "samples_are": ["epoch", "sample id"], "steps": dump}
-            aside = self._file.with_name(f".{self._file.name}.partial")
-            aside.write_text(json.dumps(body, indent=1) + "\n")
-            aside.replace(self._file)
+            write_whole_text(self._file, json.dumps(body, indent=1) + "\n")
         raise UserError(
             f"step {step}: loss or gradient not finite in {len(self._steps)} steps in a row; "
             f"{self._file} has the sample ids; lower train.lr, set train.clip, or look at these samples"
