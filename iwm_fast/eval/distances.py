@@ -6,7 +6,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["euclidean", "unit_means"]
+__all__ = ["DISTANCES", "TIE", "between", "euclidean", "points", "ties", "unit_means"]
+
+DISTANCES = ("l2", "cosine")
+# Of the target's norm. fp32 networks repeat themselves to about 1e-7 of it when an image moves within a batch;
+# distances nearer than this are the same distance, or a collapsed model would be ranked by its rounding.
+TIE = 2.0**-20
 
 _SLICE = 2**14  # numbers of each row multiplied at once in float64
 
@@ -28,3 +33,19 @@ def euclidean(a: Tensor, b: Tensor) -> Tensor:
 def unit_means(tokens: Tensor) -> Tensor:
     """Unit vectors (B, D) float64 of the mean tokens; their Euclidean distance orders as the cosine distance does."""
     return F.normalize(tokens.double().mean(dim=1), dim=1)
+
+
+def points(tokens: Tensor) -> dict[str, Tensor]:
+    """Of tokens (B, L, D) what each of DISTANCES is measured between: all of them (B, L · D), and their unit means."""
+    return {"l2": tokens.flatten(1), "cosine": unit_means(tokens)}
+
+
+def between(answers: dict[str, Tensor], bank: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Distances (Q, N) float64 of each kind between `points` of answers and of a bank."""
+    return {name: euclidean(answers[name], bank[name]) for name in DISTANCES}
+
+
+def ties(bank: dict[str, Tensor]) -> dict[str, float]:
+    """The difference of each kind up to which two items of the bank are equally near."""
+    norm = float(bank["l2"].double().square().sum(dim=1).mean().sqrt())
+    return {"l2": TIE * norm, "cosine": TIE}

@@ -27,19 +27,24 @@ from iwm_fast.actions import ActionSpace
 from iwm_fast.config import Config
 from iwm_fast.eval.bank import Bank
 from iwm_fast.eval.components import component_bank
-from iwm_fast.eval.distances import euclidean, unit_means
+from iwm_fast.eval.distances import DISTANCES, between, points, ties
 from iwm_fast.eval.features import device_of, evaluating
 from iwm_fast.eval.stats import bootstrap_interval, chance_hit, chance_mrr, evenly_spaced
 from iwm_fast.models.blocks import layer_norm_rows
 from iwm_fast.models.iwm import IWM
 
-__all__ = ["CONTROLS", "DISTANCES", "Distances", "MrrResult", "bank_distances", "mean_ranks", "mean_reciprocal_rank"]
+__all__ = [
+    "CONTROLS",
+    "Distances",
+    "MrrResult",
+    "answers_to",
+    "bank_distances",
+    "bank_points",
+    "mean_ranks",
+    "mean_reciprocal_rank",
+]
 
 CONTROLS = ("shuffled", "neutral", "bypass")
-DISTANCES = ("l2", "cosine")
-# Of the target's norm. fp32 networks repeat themselves to about 1e-7 of it when an image moves within a batch;
-# distances nearer than this are the same distance, or a collapsed model would be ranked by its rounding.
-TIE = 2.0**-20
 
 
 @dataclass(frozen=True)
@@ -109,16 +114,15 @@ def mean_ranks(distances: np.ndarray, truth: np.ndarray, tie: float) -> np.ndarr
     return 1 + nearer + equal / 2
 
 
-def _answers(model: IWM, z: Tensor, actions: Tensor, chunk: int) -> Iterator[Tensor]:
+def answers_to(model: IWM, z: Tensor, actions: Tensor, chunk: int) -> Iterator[Tensor]:
     """Predictions (b, L, D) float32 for each of ``actions`` (n, A), from one source (1, L, D)."""
     for rows in actions.split(chunk):
         yield model.predict(z.expand(len(rows), -1, -1), rows).float()
 
 
-def _bank_targets(model: IWM, views: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
-    """Of views (N, S, S, 3): all tokens (N, L · D) float32, and unit mean tokens (N, D) float64."""
-    targets = torch.cat([model.targets(part).float() for part in views.split(chunk)])
-    return targets.flatten(1), unit_means(targets)
+def bank_points(model: IWM, views: Tensor, chunk: int) -> dict[str, Tensor]:
+    """The `points` of the targets of views (N, S, S, 3)."""
+    return points(torch.cat([model.targets(part).float() for part in views.split(chunk)]))
 
 
 def bank_distances(
@@ -137,8 +141,8 @@ def bank_distances(
     """
     device = image.device
     views = bank.targets(image)
-    flat, pooled = _bank_targets(model, views, chunk)
-    strange = None if untrained is None else _bank_targets(untrained, views, chunk)
+    own = bank_points(model, views, chunk)
+    strange = None if untrained is None else bank_points(untrained, views, chunk)
     seen = image if bank.source is None else bank.source.to(device)
     z = model.encode(seen[None], "context")  # (1, L, D)
     asked = torch.from_numpy(bank.actions[queries]).to(device)
@@ -147,21 +151,21 @@ def bank_distances(
     source = layer_norm_rows(z).float() if normalize else z.float()
     rows: dict[str, list[Tensor]] = {name: [] for name in DISTANCES}
     strange_rows: dict[str, list[Tensor]] = {name: [] for name in DISTANCES}
-    for answer in (*_answers(model, z, asked, chunk), source):
-        rows["l2"].append(euclidean(answer.flatten(1), flat))
-        rows["cosine"].append(euclidean(unit_means(answer), pooled))
+    for answer in (*answers_to(model, z, asked, chunk), source):
+        found = points(answer)
+        for name, far in between(found, own).items():
+            rows[name].append(far)
         if strange is not None:
-            strange_rows["l2"].append(euclidean(answer.flatten(1), strange[0]))
-            strange_rows["cosine"].append(euclidean(unit_means(answer), strange[1]))
+            for name, far in between(found, strange).items():
+                strange_rows[name].append(far)
     all_rows = {name: torch.cat(parts).cpu().numpy() for name, parts in rows.items()}
     strange_answers = {name: torch.cat(parts).cpu().numpy()[:-2] for name, parts in strange_rows.items() if parts}
-    norm = float(flat.double().square().sum(dim=1).mean().sqrt())
     return Distances(
         queries=queries,
         answers={name: rows[:-2] for name, rows in all_rows.items()},
         neutral={name: rows[-2] for name, rows in all_rows.items()},
         bypass={name: rows[-1] for name, rows in all_rows.items()},
-        ties={"l2": TIE * norm, "cosine": TIE},
+        ties=ties(own),
         untrained=strange_answers or None,
     )
 

@@ -25,10 +25,10 @@ from torch import Tensor
 
 from iwm_fast.data.randomness import permutation
 from iwm_fast.errors import UserError
-from iwm_fast.eval.distances import euclidean, unit_means
+from iwm_fast.eval.distances import DISTANCES, between, points, ties
 from iwm_fast.eval.features import device_of, evaluating
 from iwm_fast.eval.frames import FrameReader
-from iwm_fast.eval.mrr import CONTROLS, DISTANCES, TIE, MrrResult, mean_ranks
+from iwm_fast.eval.mrr import CONTROLS, MrrResult, bank_points, mean_ranks
 from iwm_fast.eval.stats import bootstrap_interval
 from iwm_fast.models.blocks import layer_norm_rows
 from iwm_fast.models.iwm import IWM
@@ -115,8 +115,7 @@ def rank_next_frames(
     device = device_of(model)
     answers: dict[str, dict[str, list[np.ndarray]]] = {d: {w: [] for w in ("model", *CONTROLS)} for d in DISTANCES}
     with evaluating(model):
-        bank = torch.cat([model.targets(part.to(device)).float() for part in frames.bank.split(chunk)])
-        flat, pooled = bank.flatten(1), unit_means(bank)
+        bank = bank_points(model, frames.bank.to(device), chunk)
         told = (frames.actions, shuffled_actions(frames), torch.zeros_like(frames.actions))
         for rows in torch.arange(len(frames)).split(chunk):
             z = model.encode(frames.source[rows].to(device), "context")
@@ -126,16 +125,14 @@ def rank_next_frames(
             }
             found["bypass"] = layer_norm_rows(z).float() if normalize else z.float()
             for what, answer in found.items():
-                answers["l2"][what].append(euclidean(answer.flatten(1), flat).cpu().numpy())
-                answers["cosine"][what].append(euclidean(unit_means(answer), pooled).cpu().numpy())
+                for name, far in between(points(answer), bank).items():
+                    answers[name][what].append(far.cpu().numpy())
             if progress is not None:
                 progress(int(rows[-1]) + 1, len(frames))
-        norm = float(flat.double().square().sum(dim=1).mean().sqrt())
-    truth = frames.truth
-    ties = {"l2": TIE * norm, "cosine": TIE}
+    truth, near = frames.truth, ties(bank)
     distances = {d: {what: np.concatenate(parts) for what, parts in by.items()} for d, by in answers.items()}
     ranks = {
-        d: {what: mean_ranks(rows, truth, ties[d])[:, None] for what, rows in by.items()} for d, by in distances.items()
+        d: {what: mean_ranks(rows, truth, near[d])[:, None] for what, rows in by.items()} for d, by in distances.items()
     }
     return MrrResult(ranks, len(frames.bank)), distances["l2"]
 

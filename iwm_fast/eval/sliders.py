@@ -16,9 +16,9 @@ from iwm_fast.actions import COMPONENTS, ActionSpace, Jitter
 from iwm_fast.config import ActionsConfig, Config
 from iwm_fast.data.views import draw_bank
 from iwm_fast.eval.bank import JITTER_COMPONENTS, jittered_views, varying
-from iwm_fast.eval.distances import euclidean, unit_means
+from iwm_fast.eval.distances import between, points, ties
 from iwm_fast.eval.features import device_of, evaluating
-from iwm_fast.eval.mrr import TIE, mean_ranks
+from iwm_fast.eval.mrr import answers_to, bank_points, mean_ranks
 from iwm_fast.models.iwm import IWM
 
 __all__ = ["Slider", "SlidingExample", "Stop", "sliding_examples"]
@@ -89,15 +89,13 @@ def sliding_examples(
             jitter = _joined(asked, filled)
             source = image.to(device_of(model))
             views = torch.cat([v.cpu() for v in jittered_views(source, jitter).split(chunk)])
-            targets = torch.cat([model.targets(v.to(source.device)).float() for v in views.split(chunk)])
+            targets = bank_points(model, views.to(source.device), chunk)
             actions = torch.from_numpy(space.jitter_action(Jitter.neutral(len(asked)), asked)).to(source.device)
             z = model.encode(source[None], "context")
-            parts = [model.predict(z.expand(len(a), -1, -1), a).float() for a in actions.split(chunk)]
-            answers = torch.cat(parts)
-            norm = float(targets.flatten(1).double().square().sum(dim=1).mean().sqrt())
+            answers = points(torch.cat(list(answers_to(model, z, actions, chunk))))
+            near = ties(targets)
             ranked = {
-                "l2": _Ranked(euclidean(answers.flatten(1), targets.flatten(1)).cpu().numpy(), TIE * norm, shown),
-                "cosine": _Ranked(euclidean(unit_means(answers), unit_means(targets)).cpu().numpy(), TIE, shown),
+                name: _Ranked(far.cpu().numpy(), near[name], shown) for name, far in between(answers, targets).items()
             }
             examples.append(_example(image.cpu().numpy(), views.numpy(), ranked, told))
     return examples

@@ -10,8 +10,8 @@ from worlds import RAW, Collapsed, Deaf, Oracle, pictures, tiny_config, tiny_mod
 from iwm_fast.actions import ActionSpace
 from iwm_fast.config import PredictorConfig
 from iwm_fast.eval.bank import jittered_views, make_bank
-from iwm_fast.eval.distances import euclidean
-from iwm_fast.eval.mrr import CONTROLS, DISTANCES, TIE, bank_distances, mean_ranks, mean_reciprocal_rank
+from iwm_fast.eval.distances import DISTANCES, TIE, euclidean
+from iwm_fast.eval.mrr import CONTROLS, bank_distances, mean_ranks, mean_reciprocal_rank
 from iwm_fast.eval.stats import chance_mrr
 
 SPACE = ActionSpace()
