@@ -17,6 +17,7 @@ from iwm_fast.benchmarks.adapters.inputs import Inputs, Shape, draw_inputs, draw
 from iwm_fast.config.schema import ENCODERS, EncoderShape
 from iwm_fast.errors import UserError
 
+RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 SHAPE = Shape("vit_micro", 48, 8, 2, 64, 3)
 CHECKOUT = os.environ.get("IWM_FAST_IJEPA")
 needs_ijepa = pytest.mark.skipif(not CHECKOUT, reason="set IWM_FAST_IJEPA to a clone of facebookresearch/ijepa")
@@ -117,11 +118,17 @@ def test_ijepa_computes_what_iwm_fast_does_and_sees_the_same():
     assert np.isfinite(side.step())
 
 
-def test_the_committed_result_has_equal_masks_and_raw_times():
-    file = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "peers_cpu.json"
-    document = json.loads(file.read_text())
+@pytest.mark.parametrize(
+    ("name", "peers_in_it"),
+    [
+        ("peers_cpu", {"ijepa", "plain"}),
+        ("peers_compiled_cpu", {"ijepa", "ijepa compile", "timm", "plain", "plain compile"}),
+    ],
+)
+def test_the_committed_result_has_equal_masks_and_raw_times(name, peers_in_it):
+    document = json.loads((RESULTS / f"{name}.json").read_text())
     assert document["schema"] == "iwm-fast-peers/1"
-    assert {"ijepa", "timm", "plain"} <= {row["peer"] for row in document["rows"]}
+    assert peers_in_it <= {row["peer"] for row in document["rows"]}
     for row in document["rows"]:
         assert row["operations_per_image"]["ours"] == row["operations_per_image"]["ours_formula"]
         if row["speed_ratio"] is not None:
