@@ -34,6 +34,19 @@ BASE = {
     "checkpoint": {"every_steps": 1000, "keep_last": 3},
 }
 
+# The smallest run as words of the command line, for tests that start it as a user would.
+TINY_WORDS = (
+    "vit_tiny_p4_32.yaml",
+    "model.encoder={depth: 1, width: 16, heads: 2}",
+    "model.predictor.depth=1",
+    "model.predictor.width=16",
+    "model.predictor.heads=2",
+    "train.global_batch=8",
+    "data.threads=1",
+    "log.every_steps=1",
+    "log.tensorboard=false",
+)
+
 
 def small_config(root: Path, **changes: object) -> Config:
     """``changes`` by dotted key with __ for the dot: ``train__steps=5``."""

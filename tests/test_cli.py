@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from small_run import TINY_WORDS
 
 from iwm_fast.arguments import config_and_overrides, prepare
 from iwm_fast.cli import main
@@ -145,16 +146,11 @@ def test_a_run_goes_through_all_commands(tiny_images, tmp_path):
     """Pretrain, resume, refuse another architecture, evaluate, export: each as a user would call it."""
     out = tmp_path / "run"
     words = [
-        "vit_tiny_p4_32.yaml",
+        *TINY_WORDS,
+        "log.tensorboard=true",
         f"data.root={tiny_images}",
-        "model.encoder={depth: 1, width: 16, heads: 2}",
-        "model.predictor.depth=1",
-        "model.predictor.width=16",
-        "model.predictor.heads=2",
-        "train.global_batch=8",
         "train.schedule_steps=2",
         "eval.bank=4",
-        "log.every_steps=1",
     ]
     first = run("pretrain", *words, "train.steps=1", "--out", out)
     assert first.returncode == 0, first.stderr

@@ -41,12 +41,11 @@ def pictures(count: int, seed: int = 0, side: int = SIDE) -> torch.Tensor:
     return torch.randint(60, 180, (count, side, side, 3), generator=generator, dtype=torch.uint8)
 
 
-class Oracle(nn.Module):
-    """A token is a pixel; the prediction is the view that the action leads to, to the last level."""
+class Pixels(nn.Module):
+    """A token is a pixel; who inherits says what comes of an action."""
 
-    def __init__(self, space: ActionSpace) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.space = space
         self.unused = nn.Parameter(torch.zeros(1))
 
     def encode(self, images, which="context"):  # noqa: ARG002  (the model's signature)
@@ -54,6 +53,14 @@ class Oracle(nn.Module):
 
     def targets(self, images):
         return self.encode(images)
+
+
+class Oracle(Pixels):
+    """The prediction is the view that the action leads to, to the last level."""
+
+    def __init__(self, space: ActionSpace) -> None:
+        super().__init__()
+        self.space = space
 
     def predict(self, z, action):
         decoded = self.space.decode(action.numpy())

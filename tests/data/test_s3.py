@@ -9,7 +9,7 @@ import time
 import pytest
 from dali_readers import dali_shards
 from made_sources import example, write_classes, write_records
-from small_run import small_config
+from small_run import TINY_WORDS, small_config
 from store import FaultyStore, moto_server, upload
 
 from iwm_fast.actions import ActionSpace
@@ -294,15 +294,9 @@ def command(*words, cwd):
 def test_the_secret_is_in_no_file_and_no_output(store, folder, tmp_path):
     upload(store.direct, folder, "quiet")
     words = [
-        "vit_tiny_p4_32.yaml",
+        *TINY_WORDS,
         "data.root=s3://quiet",
-        "model.encoder={depth: 1, width: 16, heads: 2}",
-        "model.predictor.depth=1",
-        "model.predictor.width=16",
-        "model.predictor.heads=2",
-        "train.global_batch=8",
         "train.schedule_steps=2",
-        "data.threads=1",
         "data.store_timeout=1",
         "data.store_attempts=2",
     ]

@@ -18,7 +18,7 @@ import reference_views as reference
 from made_images import broken_tables, encode, picture, turned
 from made_sources import example, write_records
 from PIL import Image, ImageOps
-from small_run import small_config
+from small_run import TINY_WORDS, small_config
 
 from iwm_fast.actions import ActionSpace, Views
 from iwm_fast.data import samples as samples_module
@@ -208,17 +208,7 @@ def run(*words, cwd):
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, check=False)
 
 
-TINY = (
-    "vit_tiny_p4_32.yaml",
-    "model.encoder={depth: 1, width: 16, heads: 2}",
-    "model.predictor.depth=1",
-    "model.predictor.width=16",
-    "model.predictor.heads=2",
-    "train.global_batch=20",
-    "log.every_steps=1",
-    "log.tensorboard=false",
-    "data.threads=1",
-)
+TINY = (*TINY_WORDS, "train.global_batch=20")
 
 
 def listed(run_dir):

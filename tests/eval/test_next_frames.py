@@ -10,8 +10,7 @@ import pytest
 import torch
 from made_images import encode
 from made_triplets import write_lines
-from torch import nn
-from worlds import tiny_config
+from worlds import Pixels, tiny_config
 
 from iwm_fast.config import Config
 from iwm_fast.data.external import space_of
@@ -58,18 +57,8 @@ def config_of(game) -> Config:
     return Config.model_validate({**tree, "actions": actions, "data": {"device": "cpu", "threads": 1}})
 
 
-class RingOracle(nn.Module):
-    """A token is a pixel; the answer is the board with its dot moved as it was told."""
-
-    def __init__(self):
-        super().__init__()
-        self.unused = nn.Parameter(torch.zeros(1))
-
-    def encode(self, images, which="context"):  # noqa: ARG002  (the model's signature)
-        return images.flatten(1, 2).float()
-
-    def targets(self, images):
-        return self.encode(images)
+class RingOracle(Pixels):
+    """The answer is the board with its dot moved as it was told."""
 
     def predict(self, z, action):
         places = z[:, :, 0].argmax(dim=1) + (action[:, 0] * 3).round().long()
