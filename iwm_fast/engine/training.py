@@ -41,6 +41,7 @@ from iwm_fast.engine.sinks import open_sinks
 from iwm_fast.engine.skipped import SkippedSteps
 from iwm_fast.engine.state import fragments, restore_module, restore_shards
 from iwm_fast.engine.stragglers import Stragglers
+from iwm_fast.engine.upkeep import Upkeep
 from iwm_fast.engine.zero import ZeroEngine, initialize
 from iwm_fast.errors import UserError
 from iwm_fast.models.attention import resolve_backend
@@ -191,8 +192,8 @@ def _train(
         with TrainingProgress(stop_at, done, shown=ranks.first) as progress:
             _announce(run, files, saved, progress)
             # Only from here on is there a state to save: a start that is told to stop just ends.
-            with StopRequest() as stop:
-                _loop(run, space, progress, stop)
+            with StopRequest() as stop, Upkeep() as upkeep:
+                _loop(run, space, progress, stop, upkeep)
 
 
 def _announce(run: Run, files: ImageSet | Triplets, saved: Checkpoint | None, progress: TrainingProgress) -> None:
@@ -215,7 +216,7 @@ def _announce(run: Run, files: ImageSet | Triplets, saved: Checkpoint | None, pr
         progress.say(f"nothing to do: {run.trainer.step} steps are done; raise train.steps to go on")
 
 
-def _loop(run: Run, space: ActionSpace, progress: TrainingProgress, stop: StopRequest) -> None:
+def _loop(run: Run, space: ActionSpace, progress: TrainingProgress, stop: StopRequest, upkeep: Upkeep) -> None:
     config, trainer, ranks = run.config, run.trainer, run.ranks
     first = trainer.step + 1
     log = _open_log(run) if ranks.first else None
@@ -225,6 +226,7 @@ def _loop(run: Run, space: ActionSpace, progress: TrainingProgress, stop: StopRe
     while trainer.step < run.stop_at:
         record = trainer.train_step()
         run.live.started()
+        upkeep.after(trainer.step)
         if record and trainer.step == first:
             record["first_step_after_s"] = seconds_since_start()
         stopping, write_failed = agree(ranks, stop.asked, run.writer.failed)
