@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -42,8 +43,8 @@ class FiniteAdamW(torch.optim.AdamW):
             raise ValueError("closure is not supported")
         grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads)
-        self._global_grad_norm = float(norm)
-        self.overflow = not bool(torch.isfinite(norm))
+        self._global_grad_norm = float(norm)  # the one place where the host waits for the device in a step
+        self.overflow = not math.isfinite(self._global_grad_norm)
         if self.overflow:
             return
         if self.clip > 0.0:
@@ -78,7 +79,7 @@ class FiniteLamb(FiniteAdamW):
             torch._foreach_lerp_(first, grads, 1.0 - beta1)
             torch._foreach_mul_(second, beta2)
             torch._foreach_addcmul_(second, grads, grads, 1.0 - beta2)
-            count = float(counts[0])
+            count = counts[0].double()  # on the device: reading it would make the host wait
             direction = torch._foreach_div(first, 1.0 - beta1**count)  # noqa: SLF001  (has no public name)
             size = torch._foreach_sqrt(torch._foreach_div(second, 1.0 - beta2**count))  # noqa: SLF001
             torch._foreach_add_(size, group["eps"])

@@ -1,5 +1,7 @@
 """The whole path on a GPU against the same path on the CPU."""
 
+import contextlib
+
 import pytest
 import torch
 from small_run import losses, metrics, small_config
@@ -10,7 +12,7 @@ from iwm_fast.data.encoded import inspect
 from iwm_fast.data.files import list_images
 from iwm_fast.data.graph import ViewGraph
 from iwm_fast.data.views import draw_views
-from iwm_fast.engine import pretrain
+from iwm_fast.engine import loop, pretrain
 from iwm_fast.models.attention import packed_attention
 from iwm_fast.models.packing import Segments
 
@@ -25,6 +27,31 @@ def test_training_on_a_gpu_runs_at_every_stage_and_precision(tiny_images, tmp_pa
     found = losses(tmp_path / "run")
     assert found[-1] < found[0]
     assert metrics(tmp_path / "run")[-1]["memory_bytes"] == torch.cuda.max_memory_allocated()
+
+
+def test_forward_backward_and_the_average_never_wait_for_the_gpu(tiny_images, tmp_path, monkeypatch):
+    """CUDA's own debug mode raises where the host waits; tests/engine/test_no_waiting.py counts it on the CPU."""
+    train_step, never = loop.Trainer.train_step, {"forward", "backward", "ema"}
+
+    class Strict(loop.Spans):
+        @contextlib.contextmanager
+        def __call__(self, part):
+            with super().__call__(part):
+                torch.cuda.set_sync_debug_mode("error" if part in never else "default")
+                try:
+                    yield
+                finally:
+                    torch.cuda.set_sync_debug_mode("default")
+
+    def step(trainer):
+        if trainer.step >= 3:  # tuned, compiled and allocated
+            trainer.new_spans = Strict
+        return train_step(trainer)
+
+    monkeypatch.setattr(loop.Trainer, "train_step", step)
+    config = small_config(tiny_images, train__steps=6, train__precision="bf16", log__every_steps=6, data__device="gpu")
+    pretrain(config, tmp_path / "run")
+    assert len(losses(tmp_path / "run")) == 2
 
 
 def test_gpu_and_cpu_draw_the_same_views(tiny_images):
