@@ -1,8 +1,8 @@
 """Operators of iwm-fast, each behind one public function. Imports torch, triton and numpy only.
 
 Shape suffixes: N tokens of all images packed one after another, B images, D token width, H hidden width, A action
-components, Do output width, M rows of a table of targets. Reference implementations are plain PyTorch, work in any
-floating type up to float64 on any device, and define what the other backends have to give.
+components, Do output width, M rows of a table of targets, P side of a patch. Reference implementations are plain
+PyTorch, work in any floating type up to float64 on any device, and define what the other backends have to give.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from .conditioned_mlp import (
     conditioned_mlp_flops,
     conditioned_mlp_reference,
 )
+from .ema_update import ema_update, ema_update_bytes, ema_update_flops, ema_update_reference
+from .patchify import patchify, patchify_bytes, patchify_flops, patchify_reference
 from .stopgrad_l2 import stopgrad_l2, stopgrad_l2_bytes, stopgrad_l2_flops, stopgrad_l2_reference
 
 __all__ = [
@@ -23,6 +25,14 @@ __all__ = [
     "conditioned_mlp_bytes",
     "conditioned_mlp_flops",
     "conditioned_mlp_reference",
+    "ema_update",
+    "ema_update_bytes",
+    "ema_update_flops",
+    "ema_update_reference",
+    "patchify",
+    "patchify_bytes",
+    "patchify_flops",
+    "patchify_reference",
     "stopgrad_l2",
     "stopgrad_l2_bytes",
     "stopgrad_l2_flops",

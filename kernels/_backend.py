@@ -31,23 +31,25 @@ def use_backend(backend: str) -> Iterator[None]:
         _auto = before
 
 
-def resolve_backend(backend: str, name: str, x: Tensor) -> str:
+def resolve_backend(backend: str, name: str, x: Tensor, dtype: torch.dtype | None = None) -> str:
     """Choose "triton" or "reference" for a call whose first argument is `x`, called `name` in errors.
 
-    "auto": Triton for fp32, fp16 and bf16 on CUDA, else the reference. Raises ValueError for an unknown backend, and
-    where Triton is asked for by name and cannot do it.
+    "auto": Triton for fp32, fp16 and bf16 on CUDA, else the reference. `dtype`: the call's argument of that name, where
+    it and not the type of `x` says in what is computed. Raises ValueError for an unknown backend, and where Triton is
+    asked for by name and cannot do it.
     """
     _require_known(backend)
     if backend == "auto":
         backend = _auto
+    computed = x.dtype if dtype is None else dtype
     if backend == "auto":
-        return "triton" if x.is_cuda and x.dtype in _TYPES else "reference"
+        return "triton" if x.is_cuda and computed in _TYPES else "reference"
     if backend == "reference":
         return backend
-    if x.dtype not in _TYPES:
+    if computed not in _TYPES:
         raise ValueError(
-            f'{name} is {x.dtype}; backend "triton" takes torch.float32, torch.float16 and torch.bfloat16: '
-            'use backend="reference"'
+            f'{name if dtype is None else "dtype"} is {computed}; backend "triton" takes torch.float32, torch.float16 '
+            'and torch.bfloat16: use backend="reference"'
         )
     if not x.is_cuda and not _INTERPRETED and x.device.type != "meta":
         raise ValueError(

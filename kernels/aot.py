@@ -16,8 +16,9 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ from . import _mlp_triton
 from ._candidates import ARCHITECTURES, SHARED_LIMIT, candidates_of
 from ._jit import INTERPRETED
 from ._tuning import use_tuner
+from .ema_update import launch_average
+from .patchify import launch_patchify
 from .stopgrad_l2 import launch_distance
 
 __all__ = ["Launch", "Report", "compile_launch", "main", "record_launches"]
@@ -45,6 +48,7 @@ _POINTER = {
     torch.bfloat16: "*bf16",
     torch.int32: "*i32",
     torch.int64: "*i64",
+    torch.uint8: "*u8",
 }
 _MULTIPLIES = ("fused_mlp_kernel", "hidden_backward_kernel", "linear_kernel", "weight_grad_kernel")
 _MATRIX = re.compile(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)\b")
@@ -56,6 +60,8 @@ SHAPES = {
     "mixer 384": (384, 384, 16),
     "encoder 768": (768, 3072, 0),
 }
+# Sides of the patches that the configurations cut, and of ViT-H's.
+PATCHES = (4, 8, 14, 16)
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,7 +111,7 @@ class _EveryCandidate:
 
 
 def record_launches(arch: str, dtype: torch.dtype = torch.bfloat16) -> list[Launch]:
-    """Every launch of both operators, forward and backward, at the sizes of SHAPES, distinct ones once."""
+    """Every launch of all operators, forward and backward, at the sizes of SHAPES and PATCHES, distinct ones once."""
     found: dict[str, Launch] = {}
 
     def record(kernel: JITFunction, *_: Any, grid: Any, warmup: bool, **given: Any) -> None:
@@ -118,23 +124,49 @@ def record_launches(arch: str, dtype: torch.dtype = torch.bfloat16) -> list[Laun
     JITFunction.run = record
     try:
         with use_tuner(_EveryCandidate(arch)):
-            for shape, sizes in SHAPES.items():  # noqa: B007  (read by `record`)
-                _launch_all(*sizes, dtype)
+            for shape, launch in _works(dtype).items():  # noqa: B007  (shape is read by `record`)
+                launch()
     finally:
         JITFunction.run = before
     return list(found.values())
 
 
-def _launch_all(width: int, hidden: int, actions: int, dtype: torch.dtype) -> None:
-    """Both operators on tensors without memory; 63 tokens, so that no kernel may count on a round number."""
+def _works(dtype: torch.dtype) -> dict[str, Callable[[], None]]:
+    """What launches, by the name that reports give it. All on tensors without memory."""
+    works: dict[str, Callable[[], None]] = {
+        name: partial(_launch_block, *sizes, dtype) for name, sizes in SHAPES.items()
+    }
+    works |= {f"patches of {patch}": partial(_launch_patches, patch, dtype) for patch in PATCHES}
+    return works | {
+        "average by 4": partial(_launch_average, 64, dtype),
+        "average by 1": partial(_launch_average, 63, dtype),
+    }
 
-    def empty(*shape: int, kind: torch.dtype = dtype) -> Tensor:
-        return torch.empty(*shape, dtype=kind, device="meta")
 
+def _empty(*shape: int, kind: torch.dtype) -> Tensor:
+    return torch.empty(*shape, dtype=kind, device="meta")
+
+
+def _launch_patches(patch: int, dtype: torch.dtype) -> None:
+    images, values = _empty(3, 8 * patch, 8 * patch, 3, kind=torch.uint8), 3 * patch * patch
+    table = _empty(values, kind=torch.float32)
+    for index in (_empty(63, kind=torch.int64), None):
+        launch_patchify(images, index, index, table, table, patch, _empty(63, values, kind=dtype))
+
+
+def _launch_average(elements: int, dtype: torch.dtype) -> None:
+    averages = [_empty(elements, kind=torch.float32)]
+    for copies in ([], [_empty(elements, kind=dtype)]):
+        launch_average(averages, averages, copies, 0.25)
+
+
+def _launch_block(width: int, hidden: int, actions: int, dtype: torch.dtype) -> None:
+    """The MLP and the loss; 63 tokens, so that no kernel may count on a round number."""
+    empty = partial(_empty, kind=dtype)
     tokens, images = 63, 3
     action = (empty(images, actions), empty(hidden, actions)) if actions else (None, None)
     norm = (None, None) if hidden == width else (empty(width), empty(width))
-    cu_seqlens = empty(images + 1, kind=torch.int32) if actions else None
+    cu_seqlens = _empty(images + 1, kind=torch.int32) if actions else None
     inputs: tuple[Any, ...] = (
         empty(tokens, width), empty(hidden, width), empty(hidden), empty(width, hidden), empty(width),
         *action, cu_seqlens, *norm, norm[0] is not None, 1e-6, "gelu",
@@ -142,11 +174,11 @@ def _launch_all(width: int, hidden: int, actions: int, dtype: torch.dtype) -> No
     _mlp_triton.forward(*inputs)
     backward_inputs: tuple[Any, ...] = (empty(tokens, width), *inputs, True)
     _mlp_triton.backward(*backward_inputs)
-    loss = (empty(tokens, width), empty(200, width), empty(tokens, kind=torch.int64), True, 1.0, 1e-6)
+    loss = (empty(tokens, width), empty(200, width), _empty(tokens, kind=torch.int64), True, 1.0, 1e-6)
     grad = empty(tokens, width)
-    launch_distance(*loss, sums=empty(tokens, kind=torch.float32), grad=grad)
+    launch_distance(*loss, sums=_empty(tokens, kind=torch.float32), grad=grad)
     for skip_one in (False, True):
-        launch_distance(*loss, grad=grad, incoming=empty(1, kind=torch.float32), skip_one=skip_one)
+        launch_distance(*loss, grad=grad, incoming=_empty(1, kind=torch.float32), skip_one=skip_one)
 
 
 def _signature(launch: Launch) -> tuple[dict[str, str], dict[tuple[int, ...], Any], dict[tuple[int, ...], Any]]:

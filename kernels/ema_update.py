@@ -1,0 +1,170 @@
+"""The moving average of many tensors, and the rounded copies that are read in its place, in one pass.
+
+    average ← average + (1 − momentum) · (weight − average);   copy ← average
+
+averages, weights and copies: as many tensors each, of any shapes, element by element. All arithmetic is fp32, by the
+two forms of `torch.lerp`.
+
+Fused (Triton): one launch for all tensors, whose addresses stand in a table on the device that is made once for the
+same tensors. The average is read once and written once, the weight read once, the copy written once: 14 bytes an
+element with a copy in half precision, where a lerp and then a copy move 18. A compiler may contract a product and a
+sum, so the average lies within one rounding of the product, 2⁻²⁴ · (1 − momentum) · |weight − average|, and one of
+the result of what `torch._foreach_lerp_` gives.
+
+Reference (plain PyTorch, below): `torch._foreach_lerp_`, then `torch._foreach_copy_`.
+
+Operations and bytes: `ema_update_flops`, `ema_update_bytes`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from ._backend import resolve_backend
+from ._launch import on_device
+from ._passes import average_kernel
+
+__all__ = ["ema_update", "ema_update_bytes", "ema_update_flops", "ema_update_reference"]
+
+# Elements of one program: four loads of 16 bytes a lane, of average and of weight each.
+_BLOCK = 2048
+
+
+def ema_update_flops(elements: int) -> int:
+    """Operations: difference, product, sum."""
+    return 3 * elements
+
+
+def ema_update_bytes(elements: int, *, copy: int = 2) -> int:
+    """Fewest bytes moved: fp32 average and weight read once, the average and the copy written once.
+
+    `copy` is the bytes of one number of a copy, 0 without copies.
+    """
+    return elements * (12 + copy)
+
+
+def ema_update_reference(
+    averages: Sequence[Tensor], weights: Sequence[Tensor], momentum: float, copies: Sequence[Tensor] | None = None
+) -> None:
+    """What `ema_update` computes, in PyTorch's own operators. Arguments are not checked."""
+    if not averages:  # torch refuses empty lists
+        return
+    torch._foreach_lerp_(list(averages), list(weights), 1.0 - momentum)
+    if copies:
+        torch._foreach_copy_(list(copies), list(averages))
+
+
+def launch_average(averages: list[Tensor], weights: list[Tensor], copies: list[Tensor], step: float) -> None:
+    """Launch `average_kernel` once for all tensors; step is 1 − momentum, no copies are an empty list."""
+    lengths = tuple(t.numel() for t in averages)
+    if not any(lengths):
+        return
+    table, aligned = _table(lengths, _offsets(averages), _offsets(weights), _offsets(copies), averages[0].device)
+    with on_device(averages[0]):
+        average_kernel[(table.shape[0],)](
+            average_ptr=averages[0], weight_ptr=weights[0], copy_ptr=copies[0] if copies else None, table_ptr=table,
+            step=step,
+            HAS_COPY=bool(copies), ALIGNED=aligned,
+            BLOCK_N=_BLOCK, num_warps=4,
+        )  # fmt: skip
+
+
+def _offsets(tensors: list[Tensor]) -> tuple[int, ...]:
+    """Where each tensor begins, in elements from the first."""
+    if not tensors:
+        return ()
+    first, size = tensors[0].data_ptr(), tensors[0].element_size()
+    return tuple((t.data_ptr() - first) // size for t in tensors)
+
+
+# Keyed by the addresses themselves, so that no other tensors can be taken for these. A run has one set of them.
+@lru_cache(maxsize=8)
+def _table(
+    lengths: tuple[int, ...], averages: tuple[int, ...], weights: tuple[int, ...], copies: tuple[int, ...],
+    device: torch.device,
+) -> tuple[Tensor, bool]:  # fmt: skip
+    """The table of `average_kernel`, and whether all of it divides by 4."""
+    elements = np.array(lengths)
+    programs = -(-elements // _BLOCK)
+    tensor = np.repeat(np.arange(len(elements)), programs)
+    first = (np.arange(len(tensor)) - np.repeat(np.cumsum(programs) - programs, programs)) * _BLOCK
+    begins = [np.array(places or (0,) * len(lengths))[tensor] + first for places in (averages, weights, copies)]
+    table = np.stack([*begins, elements[tensor] - first], axis=1)
+    return torch.from_numpy(table).to(device), not (table % 4).any()
+
+
+@torch.library.custom_op("iwm_fast::ema_update_", mutates_args=("averages", "copies"))
+def _operator(averages: list[Tensor], weights: list[Tensor], copies: list[Tensor], step: float) -> None:
+    """Move the averages by `step` towards the weights and write them into the copies, if there are any."""
+    launch_average(averages, weights, copies, step)
+
+
+@register_flop_formula(torch.ops.iwm_fast.ema_update_)
+def _count(averages: Any, *_: Any, **__: Any) -> int:
+    return ema_update_flops(sum(math.prod(shape) for shape in averages))
+
+
+def ema_update(
+    averages: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    momentum: float,
+    copies: Sequence[Tensor] | None = None,
+    *,
+    backend: str = "auto",
+) -> None:
+    """Move averages towards weights, in place, and write what they become into copies.
+
+    Args:
+        averages: float32 (or float64, then on the reference), each contiguous, all on one device; may be none at all.
+        weights: as many, each of its average's elements, type and device, contiguous.
+        momentum: 0 to 1; what the average keeps of itself.
+        copies: as many, or None or none at all; of one floating type, of the averages' elements and device, contiguous.
+            Rounded to nearest.
+        backend: "auto" (Triton for float32 on CUDA), "reference" or "triton".
+
+    Raises:
+        ValueError: an argument does not fit, or Triton is asked for and cannot do it.
+
+    """
+    if not 0 <= momentum <= 1:
+        raise ValueError(f"momentum is {momentum}; it must be in 0 to 1")
+    copies = copies or ()
+    for name, tensors in (("weights", weights), ("copies", copies)):
+        if len(tensors) != len(averages) and (name == "weights" or tensors):
+            raise ValueError(f"there are {len(tensors)} {name} and {len(averages)} averages; they must be as many")
+    if not averages:
+        return
+    dtype = averages[0].dtype
+    if dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"averages[0] is {dtype}; an average in less than torch.float32 would not move")
+    _check("averages", averages, averages, dtype)
+    _check("weights", weights, averages, dtype)
+    if copies:
+        if not copies[0].is_floating_point():
+            raise ValueError(f"copies[0] is {copies[0].dtype}; it must be a floating type")
+        _check("copies", copies, averages, copies[0].dtype)
+    if resolve_backend(backend, "averages[0]", averages[0]) == "triton":
+        torch.ops.iwm_fast.ema_update_(list(averages), list(weights), list(copies), 1.0 - momentum)
+    else:
+        ema_update_reference(averages, weights, momentum, copies)
+
+
+def _check(name: str, tensors: Sequence[Tensor], averages: Sequence[Tensor], dtype: torch.dtype) -> None:
+    """Require tensors of one type, on one device, in one piece each, with as many elements as the averages."""
+    device = averages[0].device
+    for i, (tensor, average) in enumerate(zip(tensors, averages, strict=True)):
+        if tensor.dtype != dtype or tensor.device != device:
+            raise ValueError(f"{name}[{i}] is {tensor.dtype} on {tensor.device}; it must be {dtype} on {device}")
+        if tensor.numel() != average.numel() or not tensor.is_contiguous():
+            raise ValueError(
+                f"{name}[{i}] has shape {tuple(tensor.shape)} and strides {tensor.stride()}; it must be contiguous, of "
+                f"averages[{i}]'s {average.numel()} elements"
+            )

@@ -1,0 +1,193 @@
+"""The wanted patches of uint8 images, normalised, as the packed rows of the patch embedding's product.
+
+    out[n, p] = level[n, p] · scale[p] + shift[p]
+
+images (B, S, S, 3) uint8; patches and image_of_token (N,) int64 or None: all patches; scale and shift (P · P · 3,) for
+a patch of P × P pixels; out (N, P · P · 3). A row holds its pixels as they lie in the image: line by line, channel
+last. All arithmetic is fp32, or float64 for results of that type.
+
+Fused (Triton): cutting, gathering, the cast of levels, the affine map and the rounding: a wanted level is read once and
+its number written once, 3 bytes a level in half precision, and hidden patches are not read. The product with the
+embedding's weight is the library's. There is no gradient: images, scale and shift are constants.
+
+Reference (plain PyTorch, below): gathers the levels, then normalises them: 21 bytes a level by four operators.
+
+Operations and bytes: `patchify_flops`, `patchify_bytes`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from ._backend import resolve_backend
+from ._checks import check_floating, check_like, check_shape
+from ._launch import on_device, pieces, rows_a_program
+from ._passes import patchify_kernel
+
+__all__ = ["patchify", "patchify_bytes", "patchify_flops", "patchify_reference"]
+
+
+def patchify_flops(tokens: int, patch: int) -> int:
+    """Operations: a product and a sum for each level."""
+    return 2 * tokens * 3 * patch * patch
+
+
+def patchify_bytes(tokens: int, patch: int, *, element: int = 2, indexed: bool = True) -> int:
+    """Fewest bytes moved: each wanted level read once, each number written once, and the two indices of each patch.
+
+    `element` is the bytes of one number of the result.
+    """
+    return tokens * (3 * patch * patch * (1 + element) + (16 if indexed else 0))
+
+
+def patchify_reference(
+    images: Tensor,
+    patch: int,
+    scale: Tensor,
+    shift: Tensor,
+    *,
+    dtype: torch.dtype,
+    patches: Tensor | None = None,
+    image_of_token: Tensor | None = None,
+) -> Tensor:
+    """What `patchify` computes, in PyTorch's own operators. Arguments are not checked."""
+    exact = torch.promote_types(dtype, torch.float32)
+    levels = _gather(images, patch, patches, image_of_token)
+    return torch.addcmul(shift.to(exact), levels.to(exact), scale.to(exact)).to(dtype)
+
+
+def _gather(images: Tensor, patch: int, patches: Tensor | None, image_of_token: Tensor | None) -> Tensor:
+    """The levels of the wanted patches, uint8 (N, P · P · 3)."""
+    batch, side = images.shape[:2]
+    grid = side // patch
+    strips = images.reshape(batch, grid, patch, grid, patch * 3)
+    if patches is None or image_of_token is None:
+        return strips.transpose(2, 3).reshape(batch * grid * grid, patch * patch * 3)
+    # A patch is `patch` strips of patch · 3 bytes; strip (b, row, line, column) is the
+    # (((b · grid + row) · patch + line) · grid + column)-th.
+    row = image_of_token * grid + patches // grid
+    first = row * (patch * grid) + patches % grid
+    lines = first[:, None] + torch.arange(0, patch * grid, grid, device=images.device)
+    return strips.reshape(-1, patch * 3).index_select(0, lines.flatten()).view(-1, patch * patch * 3)
+
+
+def launch_patchify(
+    images: Tensor, patches: Tensor | None, image_of_token: Tensor | None, scale: Tensor, shift: Tensor, patch: int,
+    out: Tensor,
+) -> None:  # fmt: skip
+    """Launch `patchify_kernel`: write out (N, P · P · 3)."""
+    batch, side = images.shape[:2]
+    images = images if images.stride()[2:] == (3, 1) else images.contiguous()
+    block_d, parts = pieces(out.shape[1])
+    block_n = rows_a_program(out.shape[1], 2)
+    with on_device(out):
+        patchify_kernel[(triton.cdiv(out.shape[0], block_n),)](
+            images_ptr=images, patches_ptr=None if patches is None else patches.contiguous(),
+            image_ptr=None if image_of_token is None else image_of_token.contiguous(),
+            scale_ptr=scale.contiguous(), shift_ptr=shift.contiguous(), out_ptr=out,
+            N=out.shape[0], B=batch, GRID=side // patch,
+            stride_xb=images.stride(0), stride_xy=images.stride(1), stride_on=out.stride(0),
+            HAS_INDEX=patches is not None, PATCH=patch,
+            BLOCK_N=block_n, BLOCK_D=block_d, PARTS=parts, num_warps=4,
+        )  # fmt: skip
+
+
+def _tokens(images: Tensor, patch: int, patches: Tensor | None) -> int:
+    return images.shape[0] * (images.shape[1] // patch) ** 2 if patches is None else patches.shape[0]
+
+
+@torch.library.custom_op("iwm_fast::patchify", mutates_args=())
+def _operator(
+    images: Tensor, patches: Tensor | None, image_of_token: Tensor | None, scale: Tensor, shift: Tensor, patch: int,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """The packed rows (N, P · P · 3) of `dtype`."""
+    out = torch.empty(_tokens(images, patch, patches), 3 * patch * patch, dtype=dtype, device=images.device)
+    if out.numel():
+        launch_patchify(images, patches, image_of_token, scale, shift, patch, out)
+    return out
+
+
+@_operator.register_fake
+def _(
+    images: Tensor, patches: Tensor | None, image_of_token: Tensor | None, scale: Tensor, shift: Tensor, patch: int,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    return images.new_empty(_tokens(images, patch, patches), 3 * patch * patch, dtype=dtype)
+
+
+@register_flop_formula(torch.ops.iwm_fast.patchify)
+def _count(*_: Any, out_shape: Any, **__: Any) -> int:
+    return 2 * int(out_shape[0]) * int(out_shape[1])
+
+
+def patchify(
+    images: Tensor,
+    patch: int,
+    scale: Tensor,
+    shift: Tensor,
+    *,
+    dtype: torch.dtype,
+    patches: Tensor | None = None,
+    image_of_token: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Cut patches out of uint8 images and map their levels to numbers.
+
+    Args:
+        images: uint8 (B, S, S, 3); S is a multiple of `patch`.
+        patch: P, the side of a patch in pixels.
+        scale: (P · P · 3,), what each level of a patch is multiplied by; floating, a constant.
+        shift: (P · P · 3,), what is added then.
+        dtype: of the result. The arithmetic is fp32, or float64 for that.
+        patches: int64 (N,), row-major number of each wanted patch in its image; None: all of them, N = B · (S / P)².
+        image_of_token: int64 (N,), the image of each wanted patch; comes with `patches`.
+        backend: "auto" (Triton on CUDA for fp32, fp16 and bf16), "reference" or "triton".
+
+    Returns:
+        (N, P · P · 3), rows of pixels as they lie in the image. On CUDA a patch that no image has is NaN.
+
+    Raises:
+        ValueError: an argument does not fit, or Triton is asked for and cannot do it; on the CPU also a patch that no
+            image has.
+
+    """
+    _check_images(images, patch)
+    for name, table in (("scale", scale), ("shift", shift)):
+        check_floating(name, table, 1)
+        check_shape(name, table, (3 * patch * patch,), "(P · P · 3,)")
+        check_like(name, table, "images", images, dtype=table.dtype)
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype is {dtype}; it must be a floating type")
+    if (patches is None) != (image_of_token is None):
+        raise ValueError("patches and image_of_token come together: give both or neither")
+    if patches is not None and image_of_token is not None:
+        _check_index("patches", patches, patches.numel(), (images.shape[1] // patch) ** 2, images)
+        _check_index("image_of_token", image_of_token, patches.numel(), images.shape[0], images)
+    scale, shift = scale.detach(), shift.detach()
+    if resolve_backend(backend, "images", images, dtype) == "triton":
+        rows: Tensor = torch.ops.iwm_fast.patchify(images, patches, image_of_token, scale, shift, patch, dtype)
+        return rows
+    return patchify_reference(images, patch, scale, shift, dtype=dtype, patches=patches, image_of_token=image_of_token)
+
+
+def _check_images(images: Tensor, patch: int) -> None:
+    if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] != images.shape[2] or images.shape[3] != 3:
+        raise ValueError(f"images are {images.dtype} {tuple(images.shape)}; they must be uint8 (B, S, S, 3)")
+    if patch < 1 or images.shape[1] % patch:
+        raise ValueError(f"patch is {patch}; it must divide the side of the images, {images.shape[1]}")
+
+
+def _check_index(name: str, index: Tensor, length: int, count: int, images: Tensor) -> None:
+    check_shape(name, index, (length,), "(N,)")
+    check_like(name, index, "images", images, dtype=torch.int64)
+    # Values are not looked at while a graph is traced: there are none.
+    if index.device.type == "cpu" and index.numel() and not torch.compiler.is_compiling():
+        low, high = (int(v) for v in torch.aminmax(index))
+        if low < 0 or high >= count:
+            raise ValueError(f"{name} spans {low} to {high}; there are 0 to {count - 1}")

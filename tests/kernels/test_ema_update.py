@@ -1,0 +1,84 @@
+"""ema_update on the CPU: against a float64 evaluation written out, and bit for bit torch's own two operators."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from iwm_fast.kernels import ema_update, ema_update_bytes, ema_update_flops
+
+
+def draw(lengths: list[int], seed: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(n, generator=generator, dtype=torch.float64).to(dtype) for n in lengths]
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 9), max_size=4), momentum=st.floats(0, 1), copied=st.booleans(),
+    seed=st.integers(0, 99),
+)  # fmt: skip
+def test_one_element_after_another_in_float64(lengths: list[int], momentum: float, copied: bool, seed: int) -> None:
+    averages, weights = draw(lengths, seed), draw(lengths, seed + 1)
+    copies = draw(lengths, seed + 2, torch.bfloat16) if copied else None
+    pairs = list(zip(averages, weights, strict=True))
+    expected = [[momentum * float(a) + (1 - momentum) * float(w) for a, w in zip(*p, strict=True)] for p in pairs]
+    kept = [w.clone() for w in weights]
+    ema_update(averages, weights, momentum, copies)
+    for average, wanted in zip(averages, expected, strict=True):
+        torch.testing.assert_close(average, torch.tensor(wanted, dtype=torch.float64), rtol=1e-14, atol=1e-14)
+    assert all(torch.equal(a, b) for a, b in zip(weights, kept, strict=True))
+    for copy, average in zip(copies or [], averages, strict=False):
+        assert torch.equal(copy, average.bfloat16())
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.3, 0.996, 0.9999, 1.0])
+def test_fp32_is_what_a_lerp_and_a_copy_give_to_the_bit(momentum: float) -> None:
+    lengths = [1, 31, 1000]
+    averages, weights = draw(lengths, 0, torch.float32), draw(lengths, 1, torch.float32)
+    copies = draw(lengths, 2, torch.float16)
+    expected = [torch.lerp(a, w, 1.0 - momentum) for a, w in zip(averages, weights, strict=True)]
+    ema_update(averages, weights, momentum, copies)
+    assert all(torch.equal(a, b) for a, b in zip(averages, expected, strict=True))
+    assert all(torch.equal(a, b.half()) for a, b in zip(copies, expected, strict=True))
+
+
+def tensor(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.zeros(*shape, dtype=dtype)
+
+
+REFUSED = {
+    "momentum": ({"momentum": 1.5}, "momentum is 1.5"),
+    "not a number": ({"momentum": float("nan")}, "momentum is nan"),
+    "too few weights": ({"weights": [tensor(4)]}, "there are 1 weights and 2 averages"),
+    "too many copies": ({"copies": [tensor(4)] * 3}, "there are 3 copies and 2 averages"),
+    "half averages": ({"averages": [tensor(4, dtype=torch.bfloat16)] * 2}, r"averages\[0\] is torch.bfloat16"),
+    "mixed averages": ({"averages": [tensor(4), tensor(4, dtype=torch.float64)]}, r"averages\[1\] is torch.float64"),
+    "weights' type": ({"weights": [tensor(4), tensor(4).half()]}, r"weights\[1\] is torch.float16"),
+    "weights' length": ({"weights": [tensor(4), tensor(5)]}, r"weights\[1\] has shape \(5,\)"),
+    "not contiguous": ({"weights": [tensor(4), tensor(8)[::2]]}, r"weights\[1\] has shape .* strides \(2,\)"),
+    "copies' type": ({"copies": [tensor(4, dtype=torch.int64)] * 2}, r"copies\[0\] is torch.int64"),
+    "mixed copies": ({"copies": [tensor(4), tensor(4).half()]}, r"copies\[1\] is torch.float16"),
+    "triton in float64": (
+        {name: [tensor(4, dtype=torch.float64)] * 2 for name in ("averages", "weights")} | {"backend": "triton"},
+        r"averages\[0\] is torch.float64; backend .triton. takes",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), REFUSED.values(), ids=REFUSED.keys())
+def test_wrong_arguments_are_named(change: dict[str, Any], message: str) -> None:
+    given: dict[str, Any] = {"averages": [tensor(4), tensor(2, 2)], "weights": [tensor(4), tensor(4)], "momentum": 0.5}
+    with pytest.raises(ValueError, match=message):
+        ema_update(**(given | change))
+
+
+def test_counts_by_hand() -> None:
+    assert ema_update_bytes(10) == 140
+    assert ema_update_bytes(10, copy=0) == 120
+    assert ema_update_flops(10) == 30
