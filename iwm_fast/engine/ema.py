@@ -1,10 +1,11 @@
 """The target encoder's moving average: fp32, divided over the ranks as ZeRO divides the optimizer's state.
 
-A rank averages only the parts of the encoder whose fp32 weights it holds, so the update needs no communication. The
-working copy that the target's forward reads is then refreshed: at stage 0 the average is the working copy; at stages
-1 and 2 one coalesced all-gather in the working dtype a step, begun after the update and waited for by the target's next
-forward, so that it runs beside the fetching of data and the online encoder; at stage 3 each rank writes its own part
-and DeepSpeed gathers by layer.
+A rank averages only the parts of the encoder whose fp32 weights it holds, so the update needs no communication. In the
+same pass over memory (`kernels.ema_update`) it writes its part of the working copy that the target's forward reads: at
+stage 0 the average is the working copy; at stages 1 and 2 what it writes is sent, one coalesced all-gather in the
+working dtype a step, begun after the update and waited for by the target's next forward, so that it runs beside the
+fetching of data and the online encoder; at stage 3, and on a rank alone, it writes where the target reads, and at stage
+3 DeepSpeed gathers by layer.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from iwm_fast import kernels
 from iwm_fast.engine.distributed import Ranks, gather
 from iwm_fast.engine.zero import Shard, ZeroEngine
 
@@ -38,6 +40,8 @@ class TargetAverage:
         self._gathering: dist.Work | None = None
         targets = dict(zero.module.named_parameters())
         self._targets: dict[str, nn.Parameter] = {s: p for s, p in targets.items() if s.startswith(TARGET)}
+        self._weights = [s.weight for s in self.shards]
+        self._mine: list[Tensor] = []
         if zero.stage == 0:
             self.averages = [self._targets[target_name(s.name)].data.view(-1) for s in self.shards]
             return
@@ -45,31 +49,24 @@ class TargetAverage:
         if zero.stage == 3:
             parts = (self._targets[target_name(s.name)].ds_tensor for s in self.shards)  # type: ignore[attr-defined]
             self._mine = [p.data.view(-1)[: s.weight.numel()] for p, s in zip(parts, self.shards, strict=True)]
+        elif ranks.world == 1:
+            self._mine = [self._targets[target_name(s.name)].data.view(-1)[s.start : s.stop] for s in self.shards]
         else:
             self._lay_out()
             zero.module.get_submodule(TARGET.removesuffix(".")).register_forward_pre_hook(lambda *_: self.arrive())
 
     def update(self, momentum: float) -> None:
         """Move the average towards the weights by ``1 − momentum`` and refresh the working copy."""
-        if self.shards:  # a rank's slice may lie in the predictor altogether, and torch refuses empty lists
-            torch._foreach_lerp_(self.averages, [s.weight for s in self.shards], 1.0 - momentum)
-        self.refresh()
+        self.arrive()
+        kernels.ema_update(self.averages, self._weights, momentum, self._mine)
+        self._send()
 
     def refresh(self) -> None:
         """Begin to bring the working copy to the average; the target's next forward finds it there."""
-        if self._stage == 0:
-            return
         self.arrive()
-        if self.shards:
+        if self._mine:  # a rank's slice may lie in the predictor altogether, and torch refuses empty lists
             torch._foreach_copy_(self._mine, self.averages)
-        if self._stage == 3:
-            return
-        if self._ranks.world == 1:
-            torch._foreach_copy_(self._working, self._received)
-            return
-        # Bytes, because not every backend gathers every dtype.
-        everyone, sent = self._everyone.view(torch.uint8), self._sent.view(torch.uint8)
-        self._gathering = dist.all_gather_into_tensor(everyone, sent, async_op=True)
+        self._send()
 
     @torch.no_grad()
     def arrive(self) -> None:
@@ -79,6 +76,13 @@ class TargetAverage:
             gathering.wait()  # on a GPU the stream waits, not the host
             torch._foreach_copy_(self._working, self._received)
 
+    def _send(self) -> None:
+        """Begin the all-gather of what each rank wrote into its copy, where the target does not read it there."""
+        if self._stage in (1, 2) and self._ranks.world > 1:
+            # Bytes, because not every backend gathers every dtype.
+            everyone, sent = self._everyone.view(torch.uint8), self._sent.view(torch.uint8)
+            self._gathering = dist.all_gather_into_tensor(everyone, sent, async_op=True)
+
     def _lay_out(self) -> None:
         """Buffers of the all-gather: each rank sends its parts one behind the other, padded to the longest rank."""
         mine = [(target_name(s.name), s.start, s.weight.numel()) for s in self.shards]
@@ -86,7 +90,7 @@ class TargetAverage:
         longest = max(sum(length for _, _, length in layout) for layout in layouts)
         example = next(iter(self._targets.values()))
         self._everyone = torch.zeros(len(layouts) * longest, dtype=example.dtype, device=example.device)
-        self._sent = self._everyone if self._ranks.world == 1 else torch.zeros_like(self._everyone[:longest])
+        self._sent = torch.zeros_like(self._everyone[:longest])
         self._mine = list(_pieces(self._sent, mine))
         self._working: list[Tensor] = []
         self._received: list[Tensor] = []

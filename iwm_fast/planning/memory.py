@@ -5,7 +5,7 @@ P trained parameters, E of the moving average, W ranks, e bytes of the working t
 | stage | parameters | gradients | optimizer | EMA |
 |---|---|---|---|---|
 | 0 | 4P, and under bf16 the step's rounded copies, 2P + 2E | 4P | 8P | 4E, which the target reads |
-| 1 | eP + eE | eP | 12P/W | 4E/W, and e(E/W)(1 + W) of the all-gather's buffers |
+| 1 | eP + eE | eP | 12P/W | 4E/W, and e(E/W)(1 + W) of the all-gather's buffers where W > 1 |
 | 2 | eP + eE | eP/W | 12P/W | as 1 |
 | 3 | e(P + E)/W, and e(P + E) while the step runs | eP/W | 12P/W | 4E/W |
 
@@ -75,7 +75,7 @@ def state_memory(config: Config, layout: Layout, world: int) -> Memory:
         )
     flat = sum(layout.flat_sizes(world))
     longest = layout.longest_share(world)
-    buffers = longest * world + (longest if world > 1 else 0)
+    buffers = longest * (1 + world) if world > 1 else 0
     buckets = min(bucket, working * trained) if stage == 1 else 2 * bucket  # a second one overlaps the first
     return Memory(
         parameters=working * (flat + target),

@@ -94,6 +94,9 @@ def step_time(
 
 
 def _optimizer_bytes(config: Config, layout: Layout, world: int) -> float:
-    """Read gradient, weight and two moments, write all but the gradient; read average and weight, write the average."""
+    """Read gradient, weight and two moments, write all but the gradient; read average and weight, write the average
+    and, from stage 1 on, its copy.
+    """
     share = 1 if config.zero.stage == 0 else 1 / world
-    return 4 * (7 * layout.trained_size + 3 * layout.target_size) * share
+    copy = 0 if config.zero.stage == 0 else 2 if config.train.precision == "bf16" else 4
+    return (4 * 7 * layout.trained_size + (4 * 3 + copy) * layout.target_size) * share

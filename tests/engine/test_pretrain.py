@@ -6,8 +6,9 @@ import pytest
 import torch
 from small_run import losses, metrics, small_config, state
 
-from iwm_fast.engine import load_model, pretrain
+from iwm_fast.engine import load_model, pretrain, training
 from iwm_fast.engine.checkpoint import Checkpoint
+from iwm_fast.engine.ema import TargetAverage, target_name
 from iwm_fast.errors import UserError
 from iwm_fast.eval.monitor import join_shares, measure_share
 
@@ -102,6 +103,36 @@ def test_the_average_equals_float64(tiny_images, tmp_path):
         for momentum, at in zip(momenta[1:], steps[1:], strict=True):
             expected = momentum * expected + (1 - momentum) * at[key.replace("ema/target_encoder.", "weight/encoder.")]
         torch.testing.assert_close(steps[3][key].double(), expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_target_of_a_rank_alone_reads_the_average_rounded(tiny_images, tmp_path, stage, precision, monkeypatch):
+    """After each update, and after a resumption, which sets the averages and refreshes what is read."""
+    seen = []
+
+    class Watched(TargetAverage):
+        def update(self, momentum):
+            super().update(momentum)
+            seen.append(self.reads_what_it_should())
+
+        def refresh(self):
+            super().refresh()
+            seen.append(self.reads_what_it_should())
+
+        def reads_what_it_should(self):
+            for shard, average in zip(self.shards, self.averages, strict=True):
+                parameter = self._targets[target_name(shard.name)]
+                read = getattr(parameter, "ds_tensor", parameter).data.flatten()
+                if not torch.equal(read, average.to(read.dtype)):
+                    return False
+            return True
+
+    monkeypatch.setattr(training, "TargetAverage", Watched)
+    changes = {"train__precision": precision, "zero__stage": stage, "checkpoint__every_steps": 2}
+    pretrain(small_config(tiny_images, train__steps=2, **changes), tmp_path / "run")
+    pretrain(small_config(tiny_images, train__steps=3, **changes), tmp_path / "run", "auto")
+    assert seen == [True] * 4
 
 
 def test_a_run_says_what_it_is_and_logs_what_is_promised(tiny_images, tmp_path):
