@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from iwm_fast import kernels
 from iwm_fast.config.schema import EncoderShape
 
 from .attention import resolve_backend
@@ -13,36 +14,10 @@ from .blocks import Block, Kept, Norm, rescale_blocks, run_blocks
 from .packing import Segments, take_rows
 from .positions import sincos_positions
 
-__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "PatchEmbedding", "VisionTransformer", "gather_patches"]
+__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "PatchEmbedding", "VisionTransformer"]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of RGB in 0..1, as timm and torchvision
 IMAGENET_STD = (0.229, 0.224, 0.225)
-
-
-def gather_patches(images: Tensor, patch: int, patches: Tensor | None, image_of_token: Tensor | None) -> Tensor:
-    """Cut patches out of uint8 images, before anything is computed on them.
-
-    Args:
-        images: uint8 (B, S, S, 3).
-        patch: side of a patch, pixels.
-        patches: int64 (N,), row-major number of each wanted patch in its image; None: all of them.
-        image_of_token: int64 (N,), the image of each wanted patch; not read without `patches`.
-
-    Returns:
-        uint8 (N, patch · patch · 3), rows of pixels as they lie in the image; N = B · L without `patches`.
-
-    """
-    batch, side = images.shape[:2]
-    grid = side // patch
-    strips = images.reshape(batch, grid, patch, grid, patch * 3)
-    if patches is None or image_of_token is None:
-        return strips.transpose(2, 3).reshape(batch * grid * grid, patch * patch * 3)
-    # A patch is `patch` strips of patch · 3 bytes; strip (b, row, line, column) is the
-    # (((b · grid + row) · patch + line) · grid + column)-th.
-    row = image_of_token * grid + patches // grid
-    first = row * (patch * grid) + patches % grid
-    lines = first[:, None] + torch.arange(0, patch * grid, grid, device=images.device)
-    return strips.reshape(-1, patch * 3).index_select(0, lines.flatten()).view(-1, patch * patch * 3)
 
 
 class PatchProjection(nn.Module):
@@ -60,25 +35,31 @@ class PatchProjection(nn.Module):
 
 
 class PatchEmbedding(nn.Module):
-    """uint8 patches → tokens; ImageNet's mean and deviation are taken out in fp32 first."""
+    """uint8 images → tokens of the wanted patches; ImageNet's mean and deviation are taken out in fp32 first."""
 
     scale: Tensor
     shift: Tensor
 
     def __init__(self, patch: int, width: int) -> None:
         super().__init__()
+        self.patch = patch
         self.proj = PatchProjection(patch, width)
         std = torch.tensor(IMAGENET_STD).repeat(patch * patch)
         mean = torch.tensor(IMAGENET_MEAN).repeat(patch * patch)
         self.register_buffer("scale", 1 / (255 * std), persistent=False)
         self.register_buffer("shift", -mean / std, persistent=False)
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        """Map uint8 pixels (N, patch · patch · 3) to (N, D) of the weights' type."""
+    def forward(self, images: Tensor, patches: Tensor | None = None, image_of_token: Tensor | None = None) -> Tensor:
+        """Embed patches of uint8 images (B, S, S, 3) as (N, D) of the weights' type.
+
+        `patches` and `image_of_token`, int64 (N,), say which, as `kernels.patchify`; without them all, N = B · L.
+        """
         dtype = self.proj.weight.dtype
-        exact = torch.promote_types(dtype, torch.float32)
-        normalised = torch.addcmul(self.shift.to(exact), pixels.to(exact), self.scale.to(exact))
-        return self.proj(normalised.to(dtype))
+        return self.proj(
+            kernels.patchify(
+                images, self.patch, self.scale, self.shift, dtype=dtype, patches=patches, image_of_token=image_of_token
+            )
+        )
 
 
 class VisionTransformer(nn.Module):
@@ -140,7 +121,7 @@ class VisionTransformer(nn.Module):
         self._check(images, patches, segments)
         if patches is None or segments is None:
             everything = Segments.uniform(len(images), self.patches, images.device)
-            tokens = self.patch_embed(gather_patches(images, self.patch, None, None))
+            tokens = self.patch_embed(images)
             x = (tokens.view(len(images), self.patches, -1) + self.pos_embed.to(tokens.dtype)).flatten(0, 1)
             return self._encode(x, everything, kept)
         image = segments.image_of_token
@@ -154,7 +135,7 @@ class VisionTransformer(nn.Module):
         return self._encode(self._embed(images, patches, image), segments)
 
     def _embed(self, images: Tensor, patches: Tensor, image: Tensor) -> Tensor:
-        tokens = self.patch_embed(gather_patches(images, self.patch, patches, image))
+        tokens = self.patch_embed(images, patches, image)
         return tokens + self.pos_embed.to(tokens.dtype).index_select(0, patches)
 
     def _encode(self, x: Tensor, segments: Segments, kept: Kept | None = None) -> Tensor:

@@ -55,11 +55,7 @@ class WholeEncoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """All patches, row-major, as `VisionTransformer` without `patches`."""
-        side, patch = self.encoder.image, self.encoder.patch
-        grid = side // patch
-        pixels = images.unflatten(1, (grid, patch)).unflatten(3, (grid, patch))  # (B, grid, patch, grid, patch, 3)
-        pixels = pixels.transpose(2, 3).flatten(3, 5).flatten(1, 2)  # (B, L, patch · patch · 3)
-        tokens = self.encoder.patch_embed(pixels) + self.encoder.pos_embed
+        tokens = self.encoder.patch_embed(images).unflatten(0, (-1, self.encoder.patches)) + self.encoder.pos_embed
         return self.encoder.norm(_blocks(self.encoder.blocks, tokens))
 
 

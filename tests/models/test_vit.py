@@ -11,7 +11,6 @@ from iwm_fast.config.schema import EncoderShape, ModelConfig, PredictorConfig
 from iwm_fast.models import Segments, VisionTransformer
 from iwm_fast.models.export_names import from_timm, timm_arguments, timm_name, to_timm
 from iwm_fast.models.positions import sincos_positions
-from iwm_fast.models.vit import gather_patches
 
 CONFIG = ModelConfig(
     encoder=EncoderShape(depth=2, width=16, heads=2),
@@ -32,17 +31,6 @@ def test_positions_one_patch_at_a_time(plain: SimpleNamespace) -> None:
         torch.testing.assert_close(table[patch], plain.position(16, patch % 3, patch // 3).float())
     with pytest.raises(ValueError, match="multiple of 4"):
         sincos_positions(18, 3)
-
-
-def test_gathered_patches_are_cut_from_the_image() -> None:
-    images = torch.randint(0, 256, (2, 12, 12, 3), dtype=torch.uint8)
-    every = gather_patches(images, 4, None, None).view(2, 9, 4, 4, 3)
-    for b in range(2):
-        for p in range(9):
-            y, x = p // 3 * 4, p % 3 * 4
-            assert torch.equal(every[b, p], images[b, y : y + 4, x : x + 4])
-    patches, image = torch.tensor([8, 0, 5]), torch.tensor([0, 1, 1])
-    assert torch.equal(gather_patches(images, 4, patches, image).view(3, 4, 4, 3), every[image, patches])
 
 
 def test_all_patches_equal_an_independent_forward_of_the_exported_state(
