@@ -1,6 +1,6 @@
 """What the kernels are compared with: each contender's way to compute an operation, and why it cannot where it cannot.
 
-Liger-Kernel (its fused MLP is SwiGLU) and xformers (its MLPs were removed but for SwiGLU) offer neither operation.
+Liger-Kernel (its fused MLP is SwiGLU) and xformers (its MLPs were removed but for SwiGLU) offer none of them.
 Transformer Engine's LayerNormMLP is the one without an action and with GELU's tanh form.
 """
 
@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from iwm_fast.kernels import conditioned_mlp, stopgrad_l2
+from iwm_fast.kernels import conditioned_mlp, ema_update, patchify, stopgrad_l2
 from iwm_fast.planning.environment import installed_version
 
 if TYPE_CHECKING:
-    from iwm_fast.benchmarks.kernels import Case
+    from iwm_fast.benchmarks.kernel_cases import Case
 
 __all__ = ["CONTENDERS", "Contender", "Skipped"]
 
@@ -33,26 +33,35 @@ def _nothing(case: Case, device: torch.device) -> None:
 
 @dataclass(frozen=True)
 class Contender:
-    """make: the function for an operation. require: raises `Skipped` where it cannot do a case on a device."""
+    """make: the function for an operation; it gives None where it works in place. require: raises `Skipped` where it
+    cannot do a case on a device.
+    """
 
     version: str | None
-    make: Callable[[str], Callable[..., Tensor]]
+    make: Callable[[str], Callable[..., Tensor | None]]
     require: Callable[[Case, torch.device], None] = _nothing
 
 
-def _ours(backend: str) -> Callable[[str], Callable[..., Tensor]]:
-    def make(operation: str) -> Callable[..., Tensor]:
-        if operation == "conditioned_mlp":
-            return lambda **given: conditioned_mlp(**given, residual=True, backend=backend)
-        return lambda **given: stopgrad_l2(**given, normalize_target=True, backend=backend)
+_OPERATORS: dict[str, tuple[Callable[..., Tensor | None], dict[str, Any]]] = {
+    "conditioned_mlp": (conditioned_mlp, {"residual": True}),
+    "stopgrad_l2": (stopgrad_l2, {"normalize_target": True}),
+    "ema_update": (ema_update, {}),
+    "patchify": (patchify, {}),
+}
+
+
+def _ours(backend: str) -> Callable[[str], Callable[..., Tensor | None]]:
+    def make(operation: str) -> Callable[..., Tensor | None]:
+        operator, options = _OPERATORS[operation]
+        return lambda **given: operator(**given, **options, backend=backend)
 
     return make
 
 
-def _compiled(mode: str) -> Callable[[str], Callable[..., Tensor]]:
-    def make(operation: str) -> Callable[..., Tensor]:
+def _compiled(mode: str) -> Callable[[str], Callable[..., Tensor | None]]:
+    def make(operation: str) -> Callable[..., Tensor | None]:
         torch.compiler.reset()
-        compiled: Callable[..., Tensor] = torch.compile(_ours("reference")(operation), mode=mode, dynamic=False)
+        compiled: Callable[..., Tensor | None] = torch.compile(_ours("reference")(operation), mode=mode, dynamic=False)
         return compiled
 
     return make

@@ -30,7 +30,8 @@ import torch
 
 from iwm_fast.benchmarks import timing
 from iwm_fast.benchmarks.contenders import CONTENDERS
-from iwm_fast.benchmarks.kernels import CASES, measure
+from iwm_fast.benchmarks.kernel_cases import CASES
+from iwm_fast.benchmarks.kernels import measure
 from iwm_fast.data.synth import draw_dataset
 from iwm_fast.doctor import examine
 from iwm_fast.kernels import TUNING_DIR_VARIABLE

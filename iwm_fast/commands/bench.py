@@ -83,7 +83,8 @@ def kernels(
     json: Json = None,
 ) -> None:
     """Time each kernel beside what would be called without it, answers checked against float64 before."""
-    from iwm_fast.benchmarks.kernels import CASES, measure
+    from iwm_fast.benchmarks.kernel_cases import CASES
+    from iwm_fast.benchmarks.kernels import measure
 
     ranks = only_rank(device, None)
     cases = [case for case in CASES if only in (None, case.operation)]

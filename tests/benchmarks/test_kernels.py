@@ -8,11 +8,15 @@ import torch
 from iwm_fast.benchmarks import kernels
 from iwm_fast.benchmarks.contenders import CONTENDERS, Contender
 from iwm_fast.benchmarks.draw_kernels import draw, table
-from iwm_fast.benchmarks.kernels import Case, kept_bytes
+from iwm_fast.benchmarks.kernel_cases import CASES, OPERATIONS, Case, at_most, inputs
+from iwm_fast.benchmarks.kernels import kept_bytes
 from iwm_fast.benchmarks.timing import spread
 
 MLP = Case("conditioned_mlp", tokens=64, width=24, hidden=40, actions=3, images=4)
 LOSS = Case("stopgrad_l2", tokens=64, width=24, rows=90)
+AVERAGE = Case("ema_update", tokens=0, width=24, hidden=40, blocks=2)
+SOME_PATCHES = Case("patchify", tokens=7, width=48, images=3, side=8)
+ALL_PATCHES = Case("patchify", tokens=12, width=48, images=3, side=8)
 
 
 @pytest.fixture
@@ -51,6 +55,46 @@ def test_each_contender_has_its_rows_or_its_reason(few, tmp_path):
     assert table(document).count("| eager ") == 4
 
 
+@pytest.mark.parametrize("case", [AVERAGE, SOME_PATCHES, ALL_PATCHES], ids=lambda case: case.name)
+def test_what_has_no_gradient_is_timed_forward_alone(few, case):
+    rows = run([case])["rows"]
+    assert [row.get("passes", row.get("skipped")) for row in rows] == [
+        "needs a GPU", "forward", "does not offer the operation"
+    ]  # fmt: skip
+    assert rows[1]["kept_bytes"] == 0
+    assert rows[1]["errors"].keys() == ({"averages", "weights", "copies"} if case is AVERAGE else {"out"})
+    # fp32 throughout, but for the bf16 that is written: half of its step is 2⁻⁹.
+    assert 0 < max(rows[1]["errors"].values()) < 2**-8
+
+
+WRONG = {
+    "an average that stays": (AVERAGE, None),
+    "nothing": (ALL_PATCHES, torch.zeros(12, 48)),
+    "not a number": (ALL_PATCHES, torch.full((12, 48), torch.nan)),
+}
+
+
+@pytest.mark.parametrize(("case", "answer"), WRONG.values(), ids=WRONG.keys())
+def test_wrong_answers_of_what_has_no_gradient_are_not_timed(few, case, answer):
+    few["wrong"] = Contender("1", lambda _: lambda **_: answer)
+    rows = [row for row in run([case])["rows"] if row["contender"] == "wrong"]
+    assert [row["skipped"] for row in rows] == ["its answers are wrong"]
+
+
+def test_fewer_of_all_patches_are_all_patches_of_fewer_images():
+    fewer = at_most(ALL_PATCHES, 3, 2, 9, 9)
+    assert (fewer.tokens, fewer.images) == (8, 2)
+    assert "patches" not in inputs(fewer, torch.device("cpu"), torch.bfloat16)
+    given = inputs(SOME_PATCHES, torch.device("cpu"), torch.bfloat16)
+    rows = set(zip(given["image_of_token"].tolist(), given["patches"].tolist(), strict=True))
+    assert len(rows) == 7
+    assert rows <= {(image, patch) for image in range(3) for patch in range(4)}
+
+
+def test_every_operation_has_cases():
+    assert {case.operation for case in CASES} == set(OPERATIONS)
+
+
 def test_wrong_answers_are_not_timed(few):
     few["fast and wrong"] = Contender("1", lambda _: lambda pred, **_: pred.float().square().mean())
     rows = [row for row in run([LOSS])["rows"] if row["contender"] == "fast and wrong"]
@@ -60,6 +104,10 @@ def test_wrong_answers_are_not_timed(few):
 
 def test_counts_by_hand():
     assert LOSS.counts(backward=True) == {"flops": 64 * 24 * 9, "bytes": 64 * (3 * 24 * 2 + 8)}
+    elements = 2 * (24 * 72 + 72 + 24 * 24 + 24 + 2 * 24 * 40 + 40 + 24 + 4 * 24)
+    assert AVERAGE.counts(backward=False) == {"flops": 3 * elements, "bytes": 14 * elements}
+    assert SOME_PATCHES.counts(backward=False) == {"flops": 2 * 7 * 48, "bytes": 7 * (48 * 3 + 16)}
+    assert ALL_PATCHES.counts(backward=False)["bytes"] == 12 * 48 * 3
     forward = 2 * 64 * 40 * (24 + 24) + 2 * 4 * 40 * 3
     backward = 2 * 2 * 64 * 40 * (24 + 24) + 2 * 4 * 40 * 3
     assert MLP.counts(backward=False)["flops"] == forward

@@ -8,7 +8,7 @@ import pytest
 import torch
 from operators import cast, distances, mlp_inputs, outcome
 
-from iwm_fast.kernels import conditioned_mlp, stopgrad_l2
+from iwm_fast.kernels import conditioned_mlp, ema_update, patchify, stopgrad_l2
 
 ROOT = Path(__file__).resolve().parents[2]
 PAST_INT32 = 2**31 + 2**20
@@ -54,3 +54,28 @@ def test_the_loss_past_two_to_the_31_elements():
     tail = slice(rows - 100, rows)
     expected = 2 * (pred[tail].float() - target[index[tail]].float())
     assert (grad[tail].float() - expected).norm() <= 0.01 * expected.norm()
+
+
+def test_the_average_past_two_to_the_31_elements():
+    average, weight = (torch.randn(PAST_INT32, device="cuda") for _ in range(2))
+    copy = torch.zeros(PAST_INT32, dtype=torch.bfloat16, device="cuda")
+    parts = (slice(0, 5000), slice(2**31 - 2500, 2**31 + 2500), slice(PAST_INT32 - 5000, PAST_INT32))
+    expected = [torch.lerp(average[part], weight[part], 0.25) for part in parts]
+    ema_update([average], [weight], 0.75, [copy], backend="triton")
+    for part, wanted in zip(parts, expected, strict=True):
+        torch.testing.assert_close(average[part], wanted)
+        assert torch.equal(copy[part], average[part].bfloat16())
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+def test_patches_of_images_past_two_to_the_31_levels(indexed):
+    side, patch = 224, 16
+    images = torch.randint(0, 256, (PAST_INT32 // (3 * side**2) + 1, side, side, 3), dtype=torch.uint8, device="cuda")
+    scale, shift = torch.randn(2, 3 * patch**2, device="cuda")
+    every = torch.arange(len(images) * 196, device="cuda")
+    index = {"patches": every % 196, "image_of_token": every // 196} if indexed else {}
+    rows = patchify(images, patch, scale / 64, shift, dtype=torch.bfloat16, backend="triton", **index)
+    for part in (slice(0, 2), slice(len(images) - 2, len(images))):
+        wanted = patchify(images[part], patch, scale / 64, shift, dtype=torch.bfloat16, backend="reference")
+        found = rows[part.start * 196 : part.stop * 196]
+        assert (found.float() - wanted.float()).norm() <= 0.01 * wanted.float().norm()

@@ -1,0 +1,170 @@
+"""The sizes at which the kernels are compared: what training runs, with random inputs and the fewest bytes of each."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from iwm_fast.kernels import (
+    conditioned_mlp_bytes,
+    conditioned_mlp_flops,
+    ema_update_bytes,
+    ema_update_flops,
+    patchify_bytes,
+    patchify_flops,
+    stopgrad_l2_bytes,
+    stopgrad_l2_flops,
+)
+
+__all__ = ["CASES", "OPERATIONS", "Case", "at_most", "inputs"]
+
+OPERATIONS = ("conditioned_mlp", "stopgrad_l2", "ema_update", "patchify")
+ELEMENT = 2  # bytes of bf16
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operation at one size. hidden and actions concern the MLP; rows, the table of targets, the loss.
+
+    The average is of the tensors of so many transformer blocks. The tokens of `patchify` are patches, `width` numbers
+    each, of images `side` pixels wide; as many tokens as there are patches are all of them, without an index.
+    """
+
+    operation: str
+    tokens: int
+    width: int
+    hidden: int = 0
+    actions: int = 0
+    images: int = 0
+    rows: int = 0
+    blocks: int = 0
+    side: int = 0
+
+    @property
+    def name(self) -> str:
+        """For tables."""
+        if self.operation == "ema_update":
+            return f"{self.operation} of {self.blocks} blocks D={self.width} H={self.hidden}"
+        tails = {
+            "conditioned_mlp": f" H={self.hidden} A={self.actions}",
+            "stopgrad_l2": f" of {self.rows}",
+            "patchify": f" of {self.images} images of {self.side}²",
+        }
+        return f"{self.operation} N={self.tokens} D={self.width}{tails[self.operation]}"
+
+    @property
+    def patch(self) -> int:
+        """Side of a patch, pixels."""
+        return math.isqrt(self.width // 3)
+
+    @property
+    def patches(self) -> int:
+        """All patches of all images."""
+        return self.images * (self.side // self.patch) ** 2
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Of the tensors that are averaged: attention's two layers, the MLP's two, and two normalisations a block."""
+        d, h = self.width, self.hidden
+        block = [(3 * d, d), (3 * d,), (d, d), (d,), (h, d), (h,), (d, h), (d,), *[(d,)] * 4]
+        return block * self.blocks
+
+    def counts(self, backward: bool) -> dict[str, int]:
+        """Useful operations and fewest bytes, of the forward pass or of both."""
+        if self.operation == "stopgrad_l2":
+            return {
+                "flops": stopgrad_l2_flops(self.tokens, self.width, normalize_target=True),
+                "bytes": stopgrad_l2_bytes(self.tokens, self.width, element=ELEMENT, gradient=backward),
+            }
+        if self.operation == "ema_update":
+            elements = sum(math.prod(shape) for shape in self.shapes)
+            return {"flops": ema_update_flops(elements), "bytes": ema_update_bytes(elements, copy=ELEMENT)}
+        if self.operation == "patchify":
+            indexed = self.tokens < self.patches
+            moved = patchify_bytes(self.tokens, self.patch, element=ELEMENT, indexed=indexed)
+            return {"flops": patchify_flops(self.tokens, self.patch), "bytes": moved}
+        sizes = (self.tokens, self.width, self.hidden, self.width)
+        extra: dict[str, Any] = {"images": self.images, "actions": self.actions}
+        passes = (False, True) if backward else (False,)
+        return {
+            "flops": sum(conditioned_mlp_flops(*sizes, **extra, backward=b) for b in passes),
+            "bytes": sum(conditioned_mlp_bytes(*sizes, **extra, element=ELEMENT, backward=b) for b in passes),
+        }
+
+
+CASES = [
+    Case("conditioned_mlp", 100_352, 384, 1536, 16, 512),  # predictor, ViT-B: 512 images of 196 tokens
+    Case("conditioned_mlp", 100_352, 384, 1536, 0),
+    Case("conditioned_mlp", 100_352, 192, 768, 16, 512),
+    Case("conditioned_mlp", 50_176, 768, 3072, 0),  # encoders
+    Case("conditioned_mlp", 50_176, 1024, 4096, 0),
+    Case("conditioned_mlp", 25_088, 1280, 5120, 0),
+    Case("stopgrad_l2", 100_352, 768, rows=200_704),
+    Case("stopgrad_l2", 100_352, 1024, rows=200_704),
+    Case("ema_update", 0, 768, 3072, blocks=12),  # ViT-B
+    Case("ema_update", 0, 1024, 4096, blocks=24),  # ViT-L
+    Case("patchify", 50_176, 768, images=1024, side=224),  # a source's visible quarter
+    Case("patchify", 200_704, 768, images=1024, side=224),  # a target's patches, all
+]
+
+
+def inputs(case: Case, device: torch.device, dtype: torch.dtype, seed: int = 0) -> dict[str, Any]:
+    """Fresh leaves; weights of sizes that keep activations about 1."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def draw(*shape: int, size: float = 1.0, leaf: bool = True) -> Tensor:
+        values = torch.randn(*shape, generator=generator, device=device, dtype=torch.float32) * size
+        return values.to(dtype).requires_grad_(leaf)
+
+    n, d, h = case.tokens, case.width, case.hidden
+    if case.operation == "ema_update":
+        averages, weights = (
+            [torch.randn(*shape, generator=generator, device=device) for shape in case.shapes] for _ in range(2)
+        )
+        copies = [torch.zeros_like(average, dtype=dtype) for average in averages]
+        # Half way, so that one who does nothing is wrong; a training's 0.996 takes as long.
+        return {"averages": averages, "weights": weights, "momentum": 0.5, "copies": copies}
+    if case.operation == "patchify":
+        shape, every = (case.images, case.side, case.side, 3), case.patches // max(case.images, 1)
+        images = torch.randint(0, 256, shape, generator=generator, device=device, dtype=torch.uint8)
+        scale, shift = torch.randn(2, d, generator=generator, device=device).div_(64)
+        given = {"images": images, "patch": case.patch, "scale": scale, "shift": shift, "dtype": dtype}
+        if n == case.patches:
+            return given
+        wanted = torch.randperm(case.patches, generator=generator, device=device)[:n].sort().values
+        return given | {"patches": wanted % every, "image_of_token": wanted // every}
+    if case.operation == "stopgrad_l2":
+        index = torch.randint(0, case.rows, (n,), generator=generator, device=device)
+        return {"pred": draw(n, d), "target": draw(case.rows, d, leaf=False), "index": index}
+    given = {
+        "x": draw(n, d),
+        "w_in": draw(h, d, size=d**-0.5),
+        "b_in": draw(h, size=0.1),
+        "w_out": draw(d, h, size=h**-0.5),
+        "b_out": draw(d, size=0.1),
+        "norm_weight": draw(d),
+        "norm_bias": draw(d, size=0.1),
+    }
+    if case.actions:
+        bounds = torch.linspace(0, n, case.images + 1, device=device).round().to(torch.int32)
+        given |= {
+            "action": draw(case.images, case.actions, leaf=False),
+            "w_action": draw(h, case.actions, size=case.actions**-0.5),
+            "cu_seqlens": bounds,
+        }
+    return given
+
+
+def at_most(case: Case, tokens: int, images: int, rows: int, blocks: int) -> Case:
+    """The same widths with fewer of what there may be many of."""
+    fewer = replace(
+        case, tokens=min(case.tokens, tokens), images=min(case.images, images), rows=min(case.rows, rows),
+        blocks=min(case.blocks, blocks),
+    )  # fmt: skip
+    # All patches stay all patches, of as many whole images.
+    everything = case.operation == "patchify" and case.tokens == case.patches
+    return replace(fewer, tokens=fewer.patches) if everything else fewer
