@@ -186,8 +186,9 @@ def _check_images(images: Tensor, patch: int) -> None:
 def _check_index(name: str, index: Tensor, length: int, count: int, images: Tensor) -> None:
     check_shape(name, index, (length,), "(N,)")
     check_like(name, index, "images", images, dtype=torch.int64)
-    # Values are not looked at while a graph is traced: there are none.
+    # Values are not looked at while a graph is traced: there are none. NumPy reads them where they lie, on the host.
     if index.device.type == "cpu" and index.numel() and not torch.compiler.is_compiling():
-        low, high = (int(v) for v in torch.aminmax(index))
+        values = index.numpy()
+        low, high = int(values.min()), int(values.max())
         if low < 0 or high >= count:
             raise ValueError(f"{name} spans {low} to {high}; there are 0 to {count - 1}")
