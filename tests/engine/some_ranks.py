@@ -20,6 +20,7 @@ from iwm_fast.engine import checkpoint_writer, ema, loop, pretrain
 
 def fp32_storages():
     """Distinct fp32 memory that any tensor of this process reaches, by address."""
+    gc.unfreeze()  # a training freezes what was alive when it began, which then is in no list
     gc.collect()
     storages = {}
     for thing in gc.get_objects():
