@@ -169,6 +169,10 @@ def export(
 
     if layout not in ("weights", "universal"):
         raise UserError(f"--layout is {layout!r}; it must be weights or universal")
+    if layout == "universal" and onnx:
+        raise UserError(
+            "--onnx goes with --layout weights; DeepSpeed's layout has no graphs: export twice, to two --out"
+        )
     if layout == "universal":
         written = export_universal(run, out, checkpoint)
     else:
