@@ -57,6 +57,13 @@ class Liveness:
         self._allowed_s = self._limit_s
 
     @contextlib.contextmanager
+    def within(self, limit_s: float) -> Iterator[None]:
+        """Around work of which no part takes long: a rank may be silent in it for ``limit_s`` only."""
+        before, self._allowed_s = self._allowed_s, limit_s
+        yield
+        self._allowed_s = before
+
+    @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
         """Around the work: what a collective raises because a rank is gone becomes a UserError that names it."""
         try:
