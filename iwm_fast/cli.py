@@ -124,6 +124,7 @@ def evaluate(
     """Measure a run's world model and representation, print a table and write RUN/report/index.html."""
     from iwm_fast.console import counting, print_table
     from iwm_fast.eval.run import evaluate_run, result_rows
+    from iwm_fast.eval.view_pairs import left_out_line
 
     words = None if what is None else [word.strip() for word in what.split(",") if word.strip()]
     with counting() as progress:
@@ -143,6 +144,8 @@ def evaluate(
         print_table(f"iwm-fast evaluate, step {results['step']}", columns, result_rows(results))
         for measure, why in results.get("not_run", {}).items():
             typer.echo(f"{measure} not run: {why}")
+        if results.get("equivariance_left_out"):
+            typer.echo(f"r2 left out: {left_out_line(results['equivariance_left_out'])}")
         typer.echo(f"report: {results['report']}")
     answer(json, "evaluate", results)
 
@@ -166,6 +169,10 @@ def export(
 
     if layout not in ("weights", "universal"):
         raise UserError(f"--layout is {layout!r}; it must be weights or universal")
+    if layout == "universal" and onnx:
+        raise UserError(
+            "--onnx goes with --layout weights; DeepSpeed's layout has no graphs: export twice, to two --out"
+        )
     if layout == "universal":
         written = export_universal(run, out, checkpoint)
     else:

@@ -64,6 +64,11 @@ class Hosts:
         """Bring it up again."""
         _ip("-n", self._spaces[0], "link", "set", self.devices[0], "up")
 
+    def slow(self, host: int, megabits: int) -> None:
+        """What the host sends goes over the link at this rate from now on; what it receives comes as fast as before."""
+        shaped = ["root", "tbf", "rate", f"{megabits}mbit", "burst", "128kb", "latency", "200ms"]
+        _ip("netns", "exec", self._spaces[host], "tc", "qdisc", "add", "dev", self.devices[host], *shaped)
+
     def sent_bytes(self, host: int) -> int:
         """Bytes that a host has sent over the link so far."""
         where = f"/sys/class/net/{self.devices[host]}/statistics/tx_bytes"

@@ -91,6 +91,14 @@ WRONG = {
     ),
     "no run": (["evaluate", "nowhere", "--data", "x"], "nowhere: not a run (no config.yaml)"),
     "no run to export": (["export", "nowhere", "--out", "somewhere"], "nowhere: not a run (no config.yaml)"),
+    "unknown layout": (
+        ["export", "nowhere", "--out", "somewhere", "--layout", "flat"],
+        "--layout is 'flat'; it must be weights or universal",
+    ),
+    "graphs in DeepSpeed's layout": (
+        ["export", "nowhere", "--out", "somewhere", "--layout", "universal", "--onnx"],
+        "--onnx goes with --layout weights; ",
+    ),
     "data for demo": (
         ["demo", "--out", "somewhere", "data.root=x"],
         "command line: data.root: demo draws its own images",

@@ -86,7 +86,14 @@ def start(timeout_s: float = 600.0) -> Ranks:
         # No port is opened when there is nobody to talk to.
         store = dist.HashStore() if world == 1 else _rendezvous(rank, world, timeout)
         peers = meet(store, this_peer(rank, local_world, backend), world, timeout)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+        try:
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())
+            raise UserError(
+                f"{peers[rank].name}: no connection to the other ranks ({reason}); look at the network between the "
+                f"hosts, and at {backend.upper()}_SOCKET_IFNAME, the interface that is used"
+            ) from error
     else:  # a second training of this process
         peers = _peers_again(this_peer(rank, local_world, dist.get_backend()), world)
     control = dist.new_group(backend="gloo") if on_gpu and world > 1 else None

@@ -40,6 +40,7 @@ class Liveness:
         self._where, self._moves, self._moved_at = "start", 0, time.monotonic()
         self._beats = 0
         self._over = threading.Event()
+        self._telling = threading.Lock()  # taken, once and for good, by the thread that says who is lost
         self._store: Any = None
         if ranks.world > 1:
             # A connection of its own: the default one is held by whoever waits on it.
@@ -57,6 +58,13 @@ class Liveness:
         self._allowed_s = self._limit_s
 
     @contextlib.contextmanager
+    def within(self, limit_s: float) -> Iterator[None]:
+        """Around work of which no part takes long: a rank may be silent in it for ``limit_s`` only."""
+        before, self._allowed_s = self._allowed_s, limit_s
+        yield
+        self._allowed_s = before
+
+    @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
         """Around the work: what a collective raises because a rank is gone becomes a UserError that names it."""
         try:
@@ -65,6 +73,8 @@ class Liveness:
             self._say_last(str(error))
             raise
         except RuntimeError as error:
+            if not self._telling.acquire(blocking=False):
+                threading.Event().wait()  # the watching thread is at it, and ends the process
             lost = self._lost() if self._store is not None else None
             self._say_last(lost or f"{type(error).__name__}: {error}")
             if lost is None:
@@ -112,6 +122,8 @@ class Liveness:
 
     def _end(self) -> None:
         """The main thread waits inside a library and cannot be told: end the process."""
+        if not self._telling.acquire(blocking=False):
+            return  # a connection has failed just now, and the main thread looks for the reason itself
         lost = self._lost() or f"no rank moves any more, all are in {self._where}"
         print(f"iwm-fast: rank {self._ranks.rank}: {lost}; {_ADVICE}", file=sys.stderr, flush=True)
         self._say_last(lost)

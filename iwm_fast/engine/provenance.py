@@ -11,16 +11,17 @@ from typing import Any
 
 from iwm_fast.config import Config
 from iwm_fast.engine.distributed import Ranks
+from iwm_fast.engine.interconnect import Interconnect
 from iwm_fast.engine.launch import launcher
 from iwm_fast.planning.environment import environment
 
 __all__ = ["describe_run"]
 
 
-def describe_run(file: Path, config: Config, ranks: Ranks, step: int) -> dict[str, Any]:
+def describe_run(file: Path, config: Config, ranks: Ranks, step: int, measured: Interconnect | None) -> dict[str, Any]:
     """The document to write to ``file``: what this start runs with, and the starts that the file already tells of.
 
-    step: steps done when this start begins.
+    step: steps done when this start begins. measured: what the ranks' connections gave, None for a rank alone.
     """
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     start = {
@@ -31,6 +32,7 @@ def describe_run(file: Path, config: Config, ranks: Ranks, step: int) -> dict[st
         "step": step,
         "zero_stage": config.zero.stage,
         "ranks": [asdict(peer) for peer in ranks.peers],
+        "interconnect": measured.document() if measured else None,
     }
     return {
         "schema": "iwm-fast-environment/1",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from iwm_fast.engine.checkpoint_writer import CheckpointWriter, clear_leftovers,
 from iwm_fast.engine.clock import seconds_since_start
 from iwm_fast.engine.distributed import Ranks, agree, gather, start
 from iwm_fast.engine.ema import TargetAverage
+from iwm_fast.engine.interconnect import Interconnect, far_below, measure_interconnect
 from iwm_fast.engine.launch import require_shared
 from iwm_fast.engine.liveness import Liveness
 from iwm_fast.engine.loop import Trainer
@@ -77,14 +79,19 @@ def pretrain(config: Config, out: Path, resume: str = "never") -> None:
         torch.set_num_threads(max(1, usable_cores() // ranks.local_world))
     if config.data.root is None:
         raise UserError("data.root is not set: name the folder of images, for example data.root=photos/train")
-    config, triplets = resolve_triplets(config)
     directory = RunDirectory(out)
     live = Liveness(ranks, config.train.rank_timeout_s)
     with contextlib.ExitStack() as held, live.watching():
+        measured = measure_interconnect(ranks, live, config.train.rank_timeout_s)
+        slow = far_below(measured.links, ranks.peers) if measured else None
+        if slow and ranks.first:
+            print(slow, file=sys.stderr, flush=True)
+        live.at("reading of the configuration's data")
+        config, triplets = resolve_triplets(config)
 
         def choose() -> Path | None:
             held.enter_context(directory.locked())
-            return _prepare(config, directory, resume, ranks)
+            return _prepare(config, directory, resume, ranks, measured)
 
         chosen = _decide(ranks, choose)
         require_shared(directory.path, ranks.peers, ranks.rank, lambda value: gather(value, ranks.world))
@@ -107,7 +114,9 @@ def _decide(ranks: Ranks, choose: Callable[[], Path | None]) -> Path | None:
     return chosen
 
 
-def _prepare(config: Config, directory: RunDirectory, resume: str, ranks: Ranks) -> Path | None:
+def _prepare(
+    config: Config, directory: RunDirectory, resume: str, ranks: Ranks, measured: Interconnect | None
+) -> Path | None:
     """Choose the checkpoint to go on from and write what describes the run."""
     found, passed = checkpoint.newest(directory.checkpoints) if directory.checkpoints.is_dir() else (None, [])
     if resume == "never":
@@ -137,7 +146,7 @@ def _prepare(config: Config, directory: RunDirectory, resume: str, ranks: Ranks)
     clear_leftovers(directory.checkpoints)
     step = Checkpoint(chosen).step if chosen is not None else 0
     directory.drop_metrics_after(step)
-    directory.begin(config, describe_run(directory.environment_file, config, ranks, step))
+    directory.begin(config, describe_run(directory.environment_file, config, ranks, step, measured))
     return chosen
 
 

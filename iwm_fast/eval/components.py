@@ -14,13 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from iwm_fast.actions import NO_SOLARIZE, ActionSpace, Views
+from iwm_fast.actions import NO_SOLARIZE, ActionSpace
 from iwm_fast.config import ActionsConfig
-from iwm_fast.data.encoded import Encoded
-from iwm_fast.data.graph import RenderedViews, ViewGraph
 from iwm_fast.data.views import draw_views
 from iwm_fast.errors import UserError
 from iwm_fast.eval.bank import JITTER_COMPONENTS, Bank, make_bank, varying
+from iwm_fast.eval.rendering import clean_views, render
 
 __all__ = ["DESTRUCTIVE", "GEOMETRIC", "component_bank", "components"]
 
@@ -74,7 +73,7 @@ def _destroyed(
     # Drawn as in training, but always applied: the midpoint where this sample's own draw is "no blur".
     sigma = float(drawn.blur_sigma[0]) or sum(actions.blur_sigma) / 2
     rows = np.zeros(count, np.int64)
-    clean = _clean(side, 1)
+    clean = clean_views(side, 1)
     destroyed = dataclasses.replace(
         clean,
         grayscale=np.array([what == "grayscale"]),
@@ -82,7 +81,7 @@ def _destroyed(
         solarize_threshold=np.array([actions.solarize_threshold if what == "solarize" else NO_SOLARIZE]),
     )
     told = dataclasses.replace(destroyed.take(rows), target=bank.jitter)
-    return Bank(bank.jitter, space.encode(told), source=_render(image, destroyed).source[0])
+    return Bank(bank.jitter, space.encode(told), source=render(image[None], destroyed)[0][0])
 
 
 def _moved(
@@ -92,19 +91,19 @@ def _moved(
     side = image.shape[0]
     if what == "rotation":
         # Only sources are turned: seen from a target turned by k, the image is a source turned by -k.
-        views = _clean(side, 4)
+        views = clean_views(side, 4)
         turned = dataclasses.replace(views.source_geometry, rotation=-np.arange(4) % 4)
         told = dataclasses.replace(views, source_geometry=turned, shared_geometry=False)
         pictures = torch.stack([torch.rot90(image, turns, (0, 1)) for turns in range(4)])
         return Bank(views.target, space.encode(told), pictures=pictures)
     if what == "flip":
-        views = _clean(side, 2)
+        views = clean_views(side, 2)
         target = dataclasses.replace(views.target_geometry, flip=np.array([False, True]))
     else:
-        views = _clean(side, count)
+        views = clean_views(side, count)
         target = dataclasses.replace(views.target_geometry, crop=_crops(actions, side, sample, count, seed))
     told = dataclasses.replace(views, target_geometry=target, shared_geometry=False)
-    return Bank(views.target, space.encode(told), pictures=_render(image, told).target)
+    return Bank(views.target, space.encode(told), pictures=render(image[None], told)[1])
 
 
 def _crops(actions: ActionsConfig, side: int, sample: int, count: int, seed: int) -> np.ndarray:
@@ -119,17 +118,3 @@ def _crops(actions: ActionsConfig, side: int, sample: int, count: int, seed: int
             f"{count} places; lower eval.bank"
         )
     return distinct[:count]
-
-
-def _clean(side: int, count: int) -> Views:
-    whole = np.tile(np.array([0, 0, side, side]), (count, 1))
-    return Views.neutral(np.full((count, 2), side), whole)
-
-
-def _render(image: Tensor, views: Views) -> RenderedViews:
-    """Source and target of the image under each row of ``views``, by the operators of training; on the CPU."""
-    pixels = image.cpu().numpy()
-    data = b"P6\n%d %d\n255\n" % pixels.shape[1::-1] + pixels.tobytes()
-    encoded = Encoded(np.frombuffer(data, np.uint8), pixels.shape[1], pixels.shape[0], lossless=True)
-    graph = ViewGraph(image.shape[0], len(views), "cpu", 1, geometric=True)
-    return graph.run([encoded] * len(views), dataclasses.replace(views, shared_geometry=False))

@@ -1,8 +1,11 @@
 """How much of a transformation a representation keeps: its place between invariant and equivariant.
 
-Each clean image gives a pair of views under two jitters, drawn as the bank draws them (always applied). Equivariance: a
-ridge regression, solved in closed form on pairs of training images, tells from both pooled embeddings how the views
-differ; R² on pairs of test images, by component of the action and in the mean (a component below 0 counts as 0).
+Each clean image gives a pair of views under the run's own actions (`view_pairs`). Equivariance: a ridge regression,
+solved in closed form on pairs of training images, tells from both pooled embeddings how to get from one view to the
+other; R² on pairs of test images, by component of the action and in the mean (a component below 0 counts as 0). A flag
+is regressed as 0 or 1, so that its R² is on the scale of all others: 0 for nothing told, 1 for all. Sigma and threshold
+are asked of the pairs that were blurred or solarized; flip, 1 where one of two views is mirrored, which no sum over
+both can say, also has the products of both embeddings. What cannot vary, or hardly does, is left out by name.
 Invariance: the cosine of a pair's embeddings, on a scale where 1 is "the view changes nothing" and 0 "it changes as
 much as another image would": (same - other) / (1 - other). The raw cosines stand beside it: those of any two images are
 often near 1, so they alone say little.
@@ -17,19 +20,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from iwm_fast.actions import ActionSpace, Jitter
 from iwm_fast.config import ActionsConfig
-from iwm_fast.data.views import draw_bank
-from iwm_fast.eval.bank import JITTER_COMPONENTS, jittered_views, varying
+from iwm_fast.errors import UserError
 from iwm_fast.eval.features import EncoderName, pooled_features
 from iwm_fast.eval.stats import Interval, bootstrap_rows
+from iwm_fast.eval.view_pairs import draw_pairs, left_out, left_out_line, only_where
 from iwm_fast.models.iwm import IWM
 
-__all__ = ["Equivariance", "Pairs", "draw_pairs", "measure_equivariance", "ridge_regression"]
+__all__ = ["Equivariance", "measure_equivariance", "ridge_regression"]
 
 Floats = NDArray[np.float64]
 
@@ -37,23 +38,18 @@ Floats = NDArray[np.float64]
 # training pairs, for each component by itself.
 RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 HELD_OUT = 0.2
-# Jitters of training and of test pairs come from different places of the bank's stream.
+# Whether exactly one of two views is mirrored is a product of what is seen in each, and no sum.
+_PRODUCT = "flip"
+# Training and test pairs are drawn from different places of the streams.
 _TEST_SAMPLES = 2**32
 
 
 @dataclass(frozen=True)
-class Pairs:
-    """Two views of each image, uint8 (n, S, S, 3), and what leads from the first to the second, float64 (n, K)."""
-
-    first: Tensor
-    second: Tensor
-    action: Floats
-    names: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class Equivariance:
-    """R² by component, cosines, and their summary; intervals are of 95 % over the test pairs."""
+    """R² by component, cosines, and their summary; intervals are of 95 % over the test pairs.
+
+    left_out: components that have no R², and why.
+    """
 
     r2: dict[str, float]
     r2_interval: dict[str, Interval]
@@ -63,6 +59,7 @@ class Equivariance:
     invariance_interval: Interval
     cosine_same: float
     cosine_other: float
+    left_out: dict[str, str]
 
     def summary(self, end: str = "") -> dict[str, Any]:
         """Names and values for a table or JSON, ``end`` behind each name."""
@@ -79,25 +76,6 @@ class Equivariance:
         return out
 
 
-def draw_pairs(images: Tensor, actions: ActionsConfig, *, first_sample: int = 0, seed: int = 0) -> Pairs:
-    """Two jittered views of each clean image (n, S, S, 3) uint8; a function of (seed, first_sample + row) alone.
-
-    The action is target minus source whatever ``actions.form``, of the components that the configuration lets vary.
-    UserError where it lets none vary.
-    """
-    drawn = [draw_bank(actions, seed, first_sample + row, 2) for row in range(len(images))]
-    views = [jittered_views(image, jitter) for image, jitter in zip(images, drawn, strict=True)]
-    both = torch.stack(views)  # (n, 2, S, S, 3)
-    names = tuple(varying(actions))
-    space = ActionSpace(("photometric",))
-    source, target = (
-        Jitter(**{n: np.stack([getattr(j, n)[i] for j in drawn]) for n in JITTER_COMPONENTS}) for i in (0, 1)
-    )
-    told = space.jitter_action(source, target)
-    columns = [space.slices[name].start for name in names]
-    return Pairs(both[:, 0], both[:, 1], told[:, columns].astype(np.float64), names)
-
-
 def measure_equivariance(
     models: Sequence[IWM],
     actions: ActionsConfig,
@@ -111,13 +89,13 @@ def measure_equivariance(
 ) -> list[Equivariance]:
     """One result a model, all of them on the same pairs of the clean images ``train`` and ``test`` (n, S, S, 3) uint8.
 
-    ValueError for fewer than five training or two test images.
+    ValueError for fewer than five training or two test images; UserError where no component can be told.
     """
     if len(train) < 5 or len(test) < 2:
         raise ValueError(f"train has {len(train)} images and test {len(test)}; five and two are needed")
     total, done = 2 * (len(train) + len(test)), 0
     embedded: list[list[Floats]] = [[] for _ in models]  # of each model: training first, second, test first, second
-    moved = []
+    moved: list[Floats] = []
     for images, sample in ((train, 0), (test, _TEST_SAMPLES)):
         pairs = draw_pairs(images, actions, first_sample=sample, seed=seed)
         moved.append(pairs.action)
@@ -127,13 +105,18 @@ def measure_equivariance(
             done += len(views)
             if progress is not None:
                 progress(done, total)
-    return [_measure(parts, moved, pairs.names) for parts in embedded]
+    missing = left_out(actions, training=moved[0], test=moved[1])
+    if set(missing) >= set(pairs.names):
+        raise UserError(f"no component of the action can be told from the pairs: {left_out_line(missing)}")
+    return [_measure(parts, moved, pairs.names, missing) for parts in embedded]
 
 
-def _measure(parts: Sequence[Floats], moved: Sequence[Floats], names: tuple[str, ...]) -> Equivariance:
-    train, test = np.hstack(parts[:2]), np.hstack(parts[2:])
-    error = (moved[1] - ridge_regression(train, moved[0], test)) ** 2  # (n, K)
-    spread = (moved[1] - moved[1].mean(axis=0)) ** 2
+def _measure(
+    parts: Sequence[Floats], moved: Sequence[Floats], components: Sequence[str], missing: dict[str, str]
+) -> Equivariance:
+    """parts: embeddings of training first and second, test first and second; moved: actions, a column a component."""
+    names = tuple(name for name in components if name not in missing)
+    error, spread = _squares(parts, moved, components, names)
     first, second = (part / np.linalg.norm(part, axis=1, keepdims=True).clip(1e-30) for part in parts[2:])
     same = (first * second).sum(axis=1)
     # Half the images away: neighbours in sorted files are of one class.
@@ -160,7 +143,42 @@ def _measure(parts: Sequence[Floats], moved: Sequence[Floats], names: tuple[str,
         invariance_interval=intervals[-1],
         cosine_same=float(same.mean()),
         cosine_other=float(other.mean()),
+        left_out=missing,
     )
+
+
+def _squares(
+    parts: Sequence[Floats], moved: Sequence[Floats], components: Sequence[str], names: Sequence[str]
+) -> tuple[Floats, Floats]:
+    """Squared errors of what the regression tells of ``names``, and squared deviations from the mean: (n, K) each.
+
+    Both are 0 where a component is not asked of a pair, which then adds nothing to either sum.
+    """
+    error, spread = np.zeros((2, len(parts[2]), len(names)))
+    alike: dict[tuple[bytes, bool], list[int]] = {}  # fitted together: of the same pairs, from the same features
+    for column, name in enumerate(names):
+        asked = b"".join(only_where(action, components, name).tobytes() for action in moved)
+        alike.setdefault((asked, name == _PRODUCT), []).append(column)
+    for (_, products), columns in alike.items():
+        train, test = _features(parts, products=products)
+        fitted, measured = (only_where(action, components, names[columns[0]]) for action in moved)
+        wanted = [components.index(names[column]) for column in columns]
+        truth = moved[1][measured][:, wanted]
+        told = ridge_regression(train[fitted], moved[0][fitted][:, wanted], test[measured])
+        rows = np.flatnonzero(measured)[:, None]
+        error[rows, columns] = (truth - told) ** 2
+        spread[rows, columns] = (truth - truth.mean(axis=0)) ** 2
+    return error, spread
+
+
+def _features(parts: Sequence[Floats], *, products: bool) -> tuple[Floats, Floats]:
+    """Both embeddings of each training and of each test pair, side by side, with their products by channel if asked."""
+    train, test = np.hstack(parts[:2]), np.hstack(parts[2:])
+    if not products:
+        return train, test
+    centre = [part.mean(axis=0) for part in parts[:2]]
+    more = [(a - centre[0]) * (b - centre[1]) for a, b in (parts[:2], parts[2:])]
+    return np.hstack([train, more[0]]), np.hstack([test, more[1]])
 
 
 def ridge_regression(x: Floats, y: Floats, x_test: Floats) -> Floats:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from iwm_fast.actions import ActionSpace
 from iwm_fast.config import Config
+from iwm_fast.errors import UserError
 from iwm_fast.eval.bank import varying
 from iwm_fast.eval.cache import FeatureCache
 from iwm_fast.eval.components import GEOMETRIC
@@ -66,7 +67,8 @@ def evaluate_model(
     k-NN and probes: fitted on ``train``, measured on ``test``; knn, linear, attentive, linear_top5 and so on, each with
     _interval. ``untrained``: also all of these of the network before training, with _untrained, and the control
     mrr_untrained_target. ``encoder``: default the moving average, where there is one. ``cache``: of features.
-    Equivariance: names in ``Equivariance.summary``, of at most ``EQUIVARIANCE_IMAGES`` of ``train`` and ``test``.
+    Equivariance: names in ``Equivariance.summary``, of at most ``EQUIVARIANCE_IMAGES`` of ``train`` and ``test``;
+    components without R² and why under ``equivariance_left_out``.
     What cannot be measured stands under ``not_run`` with its reason. Raises ValueError for an unknown ``what``.
     """
     unknown = [name for name in what if name not in WHAT]
@@ -141,20 +143,22 @@ def _equivariance(
 ) -> dict[str, Any]:
     """Names and values of the model and of the untrained one, or ``not_run`` with the reason."""
     wanted = EQUIVARIANCE_IMAGES
-    if not varying(config.actions):
-        return {"not_run": {"equivariance": _STILL}}
     if train is None:
         return {"not_run": {"equivariance": "no training images were given"}}
     fitted, measured = train.spread(wanted[0]), test.spread(wanted[1])
     if len(fitted) < 5 or len(measured) < 2:
         return {"not_run": {"equivariance": f"{len(fitted)} training and {len(measured)} test images are too few"}}
     tell = None if progress is None else partial(progress, "pairs of views")
-    found = measure_equivariance(models, config.actions, fitted, measured, which=which, progress=tell)
+    try:
+        found = measure_equivariance(models, config.actions, fitted, measured, which=which, progress=tell)
+    except UserError as error:  # nothing varies: what else was measured is not lost for that
+        return {"not_run": {"equivariance": str(error)}}
     results: dict[str, Any] = {
         "equivariance_chance": 0.0,
         "equivariance_encoder": which,
         "equivariance_pooling": POOLING,
         "equivariance_pairs": [len(fitted), len(measured)],
+        "equivariance_left_out": found[0].left_out,
     }
     for end, one in zip(("", "_untrained"), found, strict=False):
         results |= one.summary(end)

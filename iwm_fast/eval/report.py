@@ -16,6 +16,7 @@ from iwm_fast.eval.examples import RankedExample
 from iwm_fast.eval.page import document, example_block, facts, fold, number, percent, section, table
 from iwm_fast.eval.slider_page import SCRIPT, slider_card
 from iwm_fast.eval.sliders import SlidingExample
+from iwm_fast.eval.view_pairs import left_out_line
 
 __all__ = ["read_metrics", "write_report"]
 
@@ -185,12 +186,15 @@ def _dial(results: Mapping[str, Any]) -> str:
     ]
     head = ["", "value", "95 % interval", "untrained", "95 % interval"][: len(rows[0])]
     pairs = results["equivariance_pairs"]
+    left_out = left_out_line(results.get("equivariance_left_out", {}))
     return section(
         "Between invariant and equivariant",
         table(head, rows) + f'<div class="charts"><div>{chart}</div></div>',
-        f"Two jittered views of each of {pairs[0]} training and {pairs[1]} test images, pooled features of the "
-        f"{results['equivariance_encoder']} encoder. Equivariance: how much of what differs between the views a ridge "
-        "regression tells from both features, R² on the test images, 0 for nothing.",
+        f"Two views of each of {pairs[0]} training and {pairs[1]} test images under the run's actions, jitter always "
+        f"applied; pooled features of the {results['equivariance_encoder']} encoder. Equivariance: how much of what "
+        "differs between the views a ridge regression tells from both features, R² on the test images, 0 for nothing. "
+        "Flags are regressed as 0 or 1; sigma and threshold are asked of the pairs blurred or solarized.",
+        *([f"Left out: {left_out}."] if left_out else []),
         "Invariance: cosine of the two views' features on a scale where 1 is the same and 0 as far apart as two "
         f"images; the raw cosines are {number(results['cosine_same'])} and {number(results['cosine_other'])}. "
         "Interval by bootstrap over test images.",

@@ -74,6 +74,8 @@ def test_the_environment_says_how_to_repeat_the_run(slow_run):
     assert start["world"] == len(start["ranks"]) == 2
     assert [r["host"] for r in start["ranks"]] == [socket.gethostname()] * 2
     assert start["ranks"][0]["versions"]["torch"]
+    assert [(link["source"], link["target"]) for link in start["interconnect"]["links"]] == [(1, 0), (0, 1)]
+    assert [one["bytes"] for one in start["interconnect"]["all_reduce"]] == [4, 2**20, 2**24]
 
 
 def log_entries(content: bytes):
@@ -101,7 +103,7 @@ def test_every_start_is_told_of_and_weights_and_biases_gets_the_records(tiny_ima
     for steps, resume in ((2, "never"), (4, "auto")):
         pretrain(small_config(tiny_images, train__steps=steps, log__wandb="iwm-test"), run, resume)
     starts = json.loads((run / "environment.json").read_text())["starts"]
-    assert [start["step"] for start in starts] == [0, 2]
+    assert [(start["step"], start["interconnect"]) for start in starts] == [(0, None), (2, None)]  # alone
     expected = {record["step"]: record["loss"] for record in metrics(run)}
     deadline = time.monotonic() + 30
     while sent_losses(run) != expected and time.monotonic() < deadline:

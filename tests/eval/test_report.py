@@ -20,6 +20,7 @@ from iwm_fast.eval.examples import ranked_examples
 from iwm_fast.eval.report import read_metrics, write_report
 from iwm_fast.eval.sliders import sliding_examples
 from iwm_fast.eval.splits import TensorSplit
+from iwm_fast.eval.view_pairs import left_out_line
 
 SPACE = ActionSpace()
 EVIL = "<script>alert('x')</script> & \"run\""
@@ -126,6 +127,7 @@ def test_text_is_escaped_and_results_are_shown(tmp_path, results):
     for key in ("mrr", "mrr_shuffled", "mrr_neutral", "mrr_chance", "mrr_cosine", "invariance", "r2_hue_untrained"):
         assert f"{results[key]:.3f}" in words
     assert f"{100 * results['knn']:.1f} %" in words
+    assert f"Left out: {left_out_line(results['equivariance_left_out'])}." in words
     assert "2026-11-23 12:00 UTC" in words
     assert "min_context: 1" in words
 

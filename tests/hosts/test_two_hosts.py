@@ -131,6 +131,24 @@ def test_a_cut_link_ends_both_sides_with_the_lost_peer_s_name_and_restarted_they
     assert [record["step"] for record in metrics(run)] == list(range(1, last + 6))
 
 
+def test_a_link_that_is_slow_one_way_is_named_when_the_run_starts(hosts, config, tmp_path):
+    """100 Mbit/s from the second host; from the first as fast as the machine copies, more than ten times that."""
+    hosts.slow(1, 100)
+    job = Job(hosts, hostfile, tmp_path, config, tmp_path / "run", "train.steps=1")
+    try:
+        assert job.wait(240), job.said(0)[-3000:]
+    finally:
+        job.end()
+    (line,) = [line for line in job.said(0).splitlines() if line.startswith("interconnect: ")]
+    assert line.startswith("interconnect: rank 1 on host-b to rank 0 on host-a: messages at 0.01")
+    (start,) = json.loads((tmp_path / "run" / "environment.json").read_text())["starts"]
+    back, forth = (link["bytes_per_s"] for link in start["interconnect"]["links"])
+    # TCP's headers take a twentieth of the rate, and 16 MiB last much longer than the bucket's burst.
+    assert 0.85 * 12.5e6 < back < 12.6e6
+    assert forth > 10 * back
+    assert all(link["between_hosts"] for link in start["interconnect"]["links"])
+
+
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_bytes_on_the_wire_are_the_plan_s(stage, hosts, config, tmp_path):
     """What the link itself counts between two logged steps, both ways: the formula's bytes and TCP's, no others.
