@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from iwm_fast.kernels import conditioned_mlp, ema_update, patchify, stopgrad_l2
+from iwm_fast.kernels import conditioned_mlp, ema_update, patchify, predictor_input, residual_norm, stopgrad_l2
 from iwm_fast.planning.environment import installed_version
 
 if TYPE_CHECKING:
@@ -38,30 +38,32 @@ class Contender:
     """
 
     version: str | None
-    make: Callable[[str], Callable[..., Tensor | None]]
+    make: Callable[[str], Callable[..., Any]]
     require: Callable[[Case, torch.device], None] = _nothing
 
 
-_OPERATORS: dict[str, tuple[Callable[..., Tensor | None], dict[str, Any]]] = {
+_OPERATORS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "conditioned_mlp": (conditioned_mlp, {"residual": True}),
     "stopgrad_l2": (stopgrad_l2, {"normalize_target": True}),
     "ema_update": (ema_update, {}),
     "patchify": (patchify, {}),
+    "residual_norm": (residual_norm, {}),
+    "predictor_input": (predictor_input, {}),
 }
 
 
-def _ours(backend: str) -> Callable[[str], Callable[..., Tensor | None]]:
-    def make(operation: str) -> Callable[..., Tensor | None]:
+def _ours(backend: str) -> Callable[[str], Callable[..., Any]]:
+    def make(operation: str) -> Callable[..., Any]:
         operator, options = _OPERATORS[operation]
         return lambda **given: operator(**given, **options, backend=backend)
 
     return make
 
 
-def _compiled(mode: str) -> Callable[[str], Callable[..., Tensor | None]]:
-    def make(operation: str) -> Callable[..., Tensor | None]:
+def _compiled(mode: str) -> Callable[[str], Callable[..., Any]]:
+    def make(operation: str) -> Callable[..., Any]:
         torch.compiler.reset()
-        compiled: Callable[..., Tensor | None] = torch.compile(_ours("reference")(operation), mode=mode, dynamic=False)
+        compiled: Callable[..., Any] = torch.compile(_ours("reference")(operation), mode=mode, dynamic=False)
         return compiled
 
     return make

@@ -16,14 +16,19 @@ from iwm_fast.kernels import (
     ema_update_flops,
     patchify_bytes,
     patchify_flops,
+    predictor_input_bytes,
+    predictor_input_flops,
+    residual_norm_bytes,
+    residual_norm_flops,
     stopgrad_l2_bytes,
     stopgrad_l2_flops,
 )
 
 __all__ = ["CASES", "OPERATIONS", "Case", "at_most", "inputs"]
 
-OPERATIONS = ("conditioned_mlp", "stopgrad_l2", "ema_update", "patchify")
+OPERATIONS = ("conditioned_mlp", "stopgrad_l2", "ema_update", "patchify", "residual_norm", "predictor_input")
 ELEMENT = 2  # bytes of bf16
+_POSITIONS = 196
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,9 @@ class Case:
 
     The average is of the tensors of so many transformer blocks. The tokens of `patchify` are patches, `width` numbers
     each, of images `side` pixels wide; as many tokens as there are patches are all of them, without an index.
+
+    rows besides: what is added to the residual stream before its normalisation, all or none; the mask tokens of the
+    predictor's input, whose `tokens` are the context's.
     """
 
     operation: str
@@ -52,6 +60,8 @@ class Case:
         tails = {
             "conditioned_mlp": f" H={self.hidden} A={self.actions}",
             "stopgrad_l2": f" of {self.rows}",
+            "residual_norm": " with a branch" if self.rows else "",
+            "predictor_input": f" and {self.rows} mask tokens",
             "patchify": f" of {self.images} images of {self.side}²",
         }
         return f"{self.operation} N={self.tokens} D={self.width}{tails[self.operation]}"
@@ -87,9 +97,21 @@ class Case:
             indexed = self.tokens < self.patches
             moved = patchify_bytes(self.tokens, self.patch, element=ELEMENT, indexed=indexed)
             return {"flops": patchify_flops(self.tokens, self.patch), "bytes": moved}
+        passes = (False, True) if backward else (False,)
+        if self.operation == "residual_norm":
+            n, d, branch = self.tokens, self.width, self.rows > 0
+            return {
+                "flops": sum(residual_norm_flops(n, d, branch=branch, backward=b) for b in passes),
+                "bytes": sum(residual_norm_bytes(n, d, branch=branch, backward=b, element=ELEMENT) for b in passes),
+            }
+        if self.operation == "predictor_input":
+            n, m, d = self.tokens, self.rows, self.width
+            return {
+                "flops": sum(predictor_input_flops(n, m, d, backward=b) for b in passes),
+                "bytes": sum(predictor_input_bytes(n, m, 0, d, backward=b, element=ELEMENT) for b in passes),
+            }
         sizes = (self.tokens, self.width, self.hidden, self.width)
         extra: dict[str, Any] = {"images": self.images, "actions": self.actions}
-        passes = (False, True) if backward else (False,)
         return {
             "flops": sum(conditioned_mlp_flops(*sizes, **extra, backward=b) for b in passes),
             "bytes": sum(conditioned_mlp_bytes(*sizes, **extra, element=ELEMENT, backward=b) for b in passes),
@@ -109,6 +131,11 @@ CASES = [
     Case("ema_update", 0, 1024, 4096, blocks=24),  # ViT-L
     Case("patchify", 50_176, 768, images=1024, side=224),  # a source's visible quarter
     Case("patchify", 200_704, 768, images=1024, side=224),  # a target's patches, all
+    Case("residual_norm", 100_352, 384),  # the predictor's blocks, and what they would be with the branch apart
+    Case("residual_norm", 100_352, 384, rows=100_352),
+    Case("residual_norm", 50_176, 768),
+    Case("residual_norm", 50_176, 768, rows=50_176),
+    Case("predictor_input", 30_720, 384, images=512, rows=69_632),
 ]
 
 
@@ -140,6 +167,17 @@ def inputs(case: Case, device: torch.device, dtype: torch.dtype, seed: int = 0) 
     if case.operation == "stopgrad_l2":
         index = torch.randint(0, case.rows, (n,), generator=generator, device=device)
         return {"pred": draw(n, d), "target": draw(case.rows, d, leaf=False), "index": index}
+    if case.operation == "residual_norm":
+        branch = draw(n, d) if case.rows else None
+        return {"x": draw(n, d), "branch": branch, "weight": draw(d), "bias": draw(d, size=0.1)}
+    if case.operation == "predictor_input":
+        patches = torch.randint(0, _POSITIONS, (n + case.rows,), generator=generator, device=device)
+        images_of = [torch.arange(count, device=device) * case.images // count for count in (n, case.rows)]
+        return {
+            "context": draw(n, d), "context_patches": patches[:n], "position": draw(_POSITIONS, d, leaf=False),
+            "place": torch.cat(images_of).argsort(stable=True).argsort(), "mask_token": draw(d),
+            "predicted_patches": patches[n:],
+        }  # fmt: skip
     given = {
         "x": draw(n, d),
         "w_in": draw(h, d, size=d**-0.5),

@@ -43,16 +43,27 @@ def _leaves(given: dict[str, Any]) -> dict[str, Tensor]:
     return {k: v for k, v in given.items() if isinstance(v, Tensor) and v.requires_grad}
 
 
-def _answers(run: Callable[..., Tensor | None], given: dict[str, Any], upstream: Tensor | None) -> dict[str, Tensor]:
-    """The result and the gradient of each leaf; of an operation in place, what became of its tensors."""
+def _upstream(case: Case, given: dict[str, Any]) -> tuple[Tensor, ...] | None:
+    """Incoming gradients of the results; None: 1, of a loss."""
+    if case.operation == "predictor_input":
+        return (given["context"].new_empty(len(given["place"]), case.width).normal_(),)
+    if "x" not in given:
+        return None
+    return tuple(torch.randn_like(given["x"]) for _ in range(2 if case.operation == "residual_norm" else 1))
+
+
+def _answers(run: Callable[..., Any], given: dict[str, Any], upstream: tuple[Tensor, ...] | None) -> dict[str, Tensor]:
+    """The results and the gradient of each leaf; of an operation in place, what became of its tensors."""
     out = run(**given)
     if out is None:
         return {k: torch.cat([t.flatten() for t in v]) for k, v in given.items() if isinstance(v, list)}
     leaves = _leaves(given)
     if not leaves:
         return {"out": out}
-    grads = torch.autograd.grad(out, list(leaves.values()), upstream)
-    return {"out": out.detach()} | dict(zip(leaves, grads, strict=True))
+    results = out if isinstance(out, tuple) else (out,)
+    grads = torch.autograd.grad(results, list(leaves.values()), upstream)
+    named = {f"out {i}" if i else "out": result.detach() for i, result in enumerate(results)}
+    return named | dict(zip(leaves, grads, strict=True))
 
 
 def _widened(value: Any) -> Any:
@@ -66,19 +77,18 @@ def _widened(value: Any) -> Any:
     return value
 
 
-def errors(
-    run: Callable[..., Tensor | None], exact: Callable[..., Tensor | None], case: Case, device: torch.device
-) -> dict[str, float]:
+def errors(run: Callable[..., Any], exact: Callable[..., Any], case: Case, device: torch.device) -> dict[str, float]:
     """‖answer − float64‖ / ‖float64‖ of the result and of each gradient, at 2,048 tokens of the same widths."""
-    given = inputs(at_most(case, _CHECKED_TOKENS, 16, 4096, 1), device, torch.bfloat16, seed=1)
+    small = at_most(case, _CHECKED_TOKENS, 16, 4096, 1)
+    given = inputs(small, device, torch.bfloat16, seed=1)
     wide = {k: _widened(v) for k, v in given.items()}
-    upstream = torch.randn_like(given["x"]) if "x" in given else None
+    upstream = _upstream(small, given)
     found = _answers(run, given, upstream)
-    wanted = _answers(exact, wide, None if upstream is None else upstream.double())
+    wanted = _answers(exact, wide, None if upstream is None else tuple(u.double() for u in upstream))
     return {k: float((found[k].double() - w).norm() / w.norm()) for k, w in wanted.items()}
 
 
-def kept_bytes(run: Callable[..., Tensor | None], given: dict[str, Any]) -> int:
+def kept_bytes(run: Callable[..., Any], given: dict[str, Any]) -> int:
     """Bytes that the forward pass keeps for the backward pass, the inputs themselves left out."""
     own = {v.untyped_storage().data_ptr() for v in given.values() if isinstance(v, Tensor)}
     kept: dict[int, int] = {}
@@ -96,9 +106,14 @@ def kept_bytes(run: Callable[..., Tensor | None], given: dict[str, Any]) -> int:
 
 
 def _time(
-    run: Callable[..., Tensor | None], rotated: list[dict[str, Any]], backward: bool, device: torch.device, repeats: int
+    run: Callable[..., Any],
+    case: Case,
+    rotated: list[dict[str, Any]],
+    backward: bool,
+    device: torch.device,
+    repeats: int,
 ) -> list[float]:
-    upstream = torch.randn_like(rotated[0]["x"]) if "x" in rotated[0] else None
+    upstream = _upstream(case, rotated[0])
 
     def call(i: int) -> None:
         given = rotated[i % len(rotated)]
@@ -149,13 +164,13 @@ def measure(cases: list[Case], device: torch.device, repeats: int, say: Callable
 
 
 def _timed(
-    run: Callable[..., Tensor | None], rotated: list[dict[str, Any]], case: Case, backward: bool, device: torch.device,
+    run: Callable[..., Any], rotated: list[dict[str, Any]], case: Case, backward: bool, device: torch.device,
     repeats: int, limits: dict[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-    samples = _time(run, rotated, backward, device, repeats)
+    samples = _time(run, case, rotated, backward, device, repeats)
     peak = torch.cuda.max_memory_allocated(device) - before if device.type == "cuda" else None
     counts, middle = case.counts(backward), spread(samples)["p50"]
     return {

@@ -17,6 +17,13 @@ from .conditioned_mlp import (
 )
 from .ema_update import ema_update, ema_update_bytes, ema_update_flops, ema_update_reference
 from .patchify import patchify, patchify_bytes, patchify_flops, patchify_reference
+from .predictor_input import (
+    predictor_input,
+    predictor_input_bytes,
+    predictor_input_flops,
+    predictor_input_reference,
+)
+from .residual_norm import residual_norm, residual_norm_bytes, residual_norm_flops, residual_norm_reference
 from .stopgrad_l2 import stopgrad_l2, stopgrad_l2_bytes, stopgrad_l2_flops, stopgrad_l2_reference
 
 __all__ = [
@@ -33,6 +40,14 @@ __all__ = [
     "patchify_bytes",
     "patchify_flops",
     "patchify_reference",
+    "predictor_input",
+    "predictor_input_bytes",
+    "predictor_input_flops",
+    "predictor_input_reference",
+    "residual_norm",
+    "residual_norm_bytes",
+    "residual_norm_flops",
+    "residual_norm_reference",
     "stopgrad_l2",
     "stopgrad_l2_bytes",
     "stopgrad_l2_flops",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["check_eps", "check_floating", "check_like", "check_shape"]
+__all__ = ["check_eps", "check_floating", "check_index", "check_like", "check_shape", "looked_at"]
 
 
 def check_floating(name: str, tensor: Tensor, dimensions: int) -> None:
@@ -36,3 +36,22 @@ def check_eps(eps: float) -> None:
     """Require a number that keeps a square root away from zero."""
     if not eps > 0:
         raise ValueError(f"eps is {eps}; it must be above 0")
+
+
+def check_index(name: str, index: Tensor, count: int, meaning: str, table_name: str, table: Tensor, rows: int) -> None:
+    """Require int64 (count,) on the device of `table`, on the CPU with values of its `rows` rows."""
+    check_shape(name, index, (count,), meaning)
+    check_like(name, index, table_name, table, dtype=torch.int64)
+    if looked_at(index):
+        values = index.numpy()
+        low, high = int(values.min()), int(values.max())
+        if low < 0 or high >= rows:
+            raise ValueError(f"{name} spans {low} to {high}; {table_name} has rows 0 to {rows - 1}")
+
+
+def looked_at(index: Tensor) -> bool:
+    """Whether there are values that can be looked at without waiting for a device: not while a graph is traced.
+
+    NumPy reads them where they lie: a step's waits are counted by torch's operators.
+    """
+    return index.device.type == "cpu" and index.numel() > 0 and not torch.compiler.is_compiling()

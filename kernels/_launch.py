@@ -1,4 +1,4 @@
-"""The kernels of `_products` and `_rows` as functions on tensors: grids, strides, and cuBLAS where it wins.
+"""The kernels of `_products`, `_norms` and `_rows` as functions on tensors: grids, strides, and cuBLAS where it wins.
 
 All tensors are of one device. Rows lie in one piece each (`rows_together`). Nothing here allocates more than it
 returns, but for the slices of a weight gradient. Every reduction is in a fixed order: the same inputs give the same
@@ -14,8 +14,9 @@ import triton
 from torch import Tensor
 
 from ._candidates import Choice
+from ._norms import norm_backward_kernel, norm_kernel
 from ._products import fused_mlp_kernel, hidden_backward_kernel, linear_kernel, weight_grad_kernel
-from ._rows import activate_kernel, norm_backward_kernel, norm_kernel, segment_sum_kernel
+from ._rows import activate_kernel, segment_sum_kernel
 from ._tuning import tuner
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "on_device",
     "pieces",
     "rows_a_program",
+    "rows_a_sum",
     "rows_together",
     "segment_sum",
     "weight_grad",
@@ -36,6 +38,9 @@ __all__ = [
 _GROUP = 8
 # Rows of one segment where a column sum has no images to go by.
 _SUM_ROWS = 256
+# Most programs that sum rows beside other work. Each writes a row of sums, which a second stage reads: at 50,176 rows
+# 4 % of the bytes of LN's backward pass, where a program for every four rows of 384 would move half as many again.
+_SUM_PROGRAMS = 1024
 # Values a program of a row kernel holds: 4 warps with 64 registers of them a lane. More spills.
 _HELD = 4 * 32 * 64
 
@@ -70,42 +75,52 @@ def rows_a_program(width: int, copies: int) -> int:
     return max(1, min(16, _HELD // (copies * triton.next_power_of_2(width))))
 
 
-def normalise(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """LN(x) (N, D) of x's type, and each row's mean and 1 / deviation, fp32 (N,)."""
+def rows_a_sum(rows: int, block_n: int) -> int:
+    """Rows that a program sums beside other work, a multiple of block_n, so that there are few programs."""
+    return block_n * triton.cdiv(triton.cdiv(rows, block_n), _SUM_PROGRAMS)
+
+
+def normalise(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, branch: Tensor | None = None, total: Tensor | None = None
+) -> Tensor:
+    """LN(x) (N, D) of x's type, or LN(x + branch), that sum then written to `total` (N, D)."""
     rows, width = x.shape
     out = torch.empty(rows, width, dtype=x.dtype, device=x.device)
-    mean, rstd = torch.empty(2, rows, dtype=torch.float32, device=x.device).unbind()
     block_d, parts = pieces(width)
     block_n = rows_a_program(width, 2)
     norm_kernel[(triton.cdiv(rows, block_n),)](
-        x_ptr=x, weight_ptr=weight, bias_ptr=bias, out_ptr=out, mean_ptr=mean, rstd_ptr=rstd,
+        x_ptr=x, branch_ptr=branch, weight_ptr=weight, bias_ptr=bias, total_ptr=total, out_ptr=out,
         N=rows, D=width,
-        stride_xn=x.stride(0), stride_on=out.stride(0),
+        stride_xn=x.stride(0), stride_bn=0 if branch is None else branch.stride(0),
+        stride_tn=0 if total is None else total.stride(0), stride_on=out.stride(0),
         eps=eps,
+        HAS_BRANCH=branch is not None,
         BLOCK_N=block_n, BLOCK_D=block_d, PARTS=parts, num_warps=4,
     )  # fmt: skip
-    return out, mean, rstd
+    return out
 
 
 def norm_backward(
-    dnormed: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, residual: Tensor | None, dx: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Write dx (N, D), plus `residual`, for fp32 dnormed (N, D); returns dweight and dbias, fp32 (D,)."""
+    dnormed: Tensor, x: Tensor, weight: Tensor, residual: Tensor | None, dx: Tensor, eps: float
+) -> Tensor:
+    """Write LN's gradient, plus `residual`, to dx (N, D), and return those of weight and bias, fp32 (2, D)."""
     rows, width = x.shape
     block_d, parts = pieces(width)
     block_n = rows_a_program(width, 4)
-    programs = triton.cdiv(rows, block_n)
+    depth = rows_a_sum(rows, block_n)
+    programs = triton.cdiv(rows, depth)
     sums = torch.empty(2, programs, width, dtype=torch.float32, device=x.device)
     norm_backward_kernel[(programs,)](
-        dnormed_ptr=dnormed, x_ptr=x, weight_ptr=weight, mean_ptr=mean, rstd_ptr=rstd, residual_ptr=residual,
-        dx_ptr=dx, dweight_ptr=sums[0], dbias_ptr=sums[1],
-        N=rows, D=width,
-        stride_xn=x.stride(0), stride_rn=0 if residual is None else residual.stride(0), stride_dn=dx.stride(0),
+        dnormed_ptr=dnormed, x_ptr=x, weight_ptr=weight, residual_ptr=residual, dx_ptr=dx, dweight_ptr=sums[0],
+        dbias_ptr=sums[1],
+        N=rows, D=width, ROWS=depth,
+        stride_gn=dnormed.stride(0), stride_xn=x.stride(0), stride_rn=0 if residual is None else residual.stride(0),
+        stride_dn=dx.stride(0),
+        eps=eps,
         HAS_RESIDUAL=residual is not None,
         BLOCK_N=block_n, BLOCK_D=block_d, PARTS=parts, num_warps=4,
     )  # fmt: skip
-    dweight, dbias = sums.sum(dim=1).unbind()
-    return dweight, dbias
+    return sums.sum(dim=1)
 
 
 def segment_sum(x: Tensor, bounds: Tensor | None, out: Tensor) -> None:

@@ -105,7 +105,7 @@ def forward(
             )  # fmt: skip
         for rows in _chunks(x, w_in.shape[0], 1):
             tokens = x[rows]
-            normed = tokens if norm is None else launch.normalise(tokens, *norm, eps)[0]
+            normed = tokens if norm is None else launch.normalise(tokens, *norm, eps)
             hidden = torch.empty(tokens.shape[0], w_in.shape[0], dtype=x.dtype, device=x.device)
             images = None if image is None else image[rows]
             launch.linear(normed, w_in, bias, hidden, image=images, activation=activation)
@@ -133,7 +133,7 @@ def backward(
             launch.segment_sum(grad, None, sums.b_out)
     for rows in _chunks(x, w_in.shape[0], 2):
         tokens, dout = x[rows], grad[rows]
-        normed, *statistics = (tokens,) if norm is None else launch.normalise(tokens, *norm, eps)
+        normed = tokens if norm is None else launch.normalise(tokens, *norm, eps)
         hidden, dhidden = launch.hidden_backward(
             normed, w_in, bias, None if image is None else image[rows], dout, w_out, activation
         )
@@ -146,10 +146,9 @@ def backward(
         if norm is None:
             launch.linear(dhidden, w_in.t(), None, dx[rows], residual=passed)
             continue
-        mean, rstd = statistics
         dnormed = torch.empty(tokens.shape, dtype=torch.float32, device=x.device)
         launch.linear(dhidden, w_in.t(), None, dnormed)
-        dweight, dshift = launch.norm_backward(dnormed, tokens, norm[0], mean, rstd, passed, dx[rows])
+        dweight, dshift = launch.norm_backward(dnormed, tokens, norm[0], passed, dx[rows], eps)
         if sums is not None:
             sums.norm_weight.add_(dweight)
             sums.norm_bias.add_(dshift)

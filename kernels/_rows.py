@@ -1,13 +1,12 @@
-"""Triton kernels that walk over rows of tokens: normalisation, activation, sums over an image's rows.
+"""Triton kernels that walk over rows of tokens: activation, distance, assembly, sums over an image's rows.
 
-norm_kernel             LN(x) and the statistics of each row
-norm_backward_kernel    gradient of LN's input, and sums for the gradients of its weight and bias, one row a program
 segment_sum_kernel      Σ of the rows of each image, in their order
 activate_kernel         act(u + bias[image]) in place, beside a library's products, and the gradient through it
 distance_kernel         squared distance to gathered, normalised targets, and its gradient
+assemble_kernel         the predictor's packed tokens out of their parts, and assemble_backward_kernel back to them
 
-A row is held in PARTS pieces of BLOCK_D, so that a width that is no power of two wastes no lanes (384 is 3 × 128) and
-each number is read once.
+Where a row is held whole, it is in PARTS pieces of BLOCK_D, so that a width that is no power of two wastes no lanes
+(384 is 3 × 128) and each number is read once.
 """
 
 from __future__ import annotations
@@ -19,95 +18,11 @@ from ._jit import gelu, gelu_slope, to_type
 
 __all__ = [
     "activate_kernel",
+    "assemble_backward_kernel",
+    "assemble_kernel",
     "distance_kernel",
-    "norm_backward_kernel",
-    "norm_kernel",
     "segment_sum_kernel",
 ]
-
-
-@triton.jit
-def norm_kernel(
-    x_ptr, weight_ptr, bias_ptr, out_ptr, mean_ptr, rstd_ptr,
-    N, D,
-    stride_xn, stride_on,
-    eps,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PARTS: tl.constexpr,
-):  # fmt: skip
-    """x (N, D) to LN(x) · weight + bias (N, D), with mean and 1 / deviation, fp32 (N,)."""
-    o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    o_d = tl.arange(0, BLOCK_D)
-    m_n = o_n < N
-    rows = o_n.to(tl.int64)[:, None]
-    values = ()
-    total = tl.zeros((BLOCK_N,), tl.float32)
-    for part in tl.static_range(PARTS):
-        o = part * BLOCK_D + o_d
-        value = tl.load(x_ptr + rows * stride_xn + o[None, :], mask=m_n[:, None] & (o < D)[None, :], other=0.0)
-        values = values + (value.to(tl.float32),)
-        total += tl.sum(values[part], axis=1)
-    mean = total / D
-    squares = tl.zeros((BLOCK_N,), tl.float32)
-    for part in tl.static_range(PARTS):
-        centred = tl.where((part * BLOCK_D + o_d < D)[None, :], values[part] - mean[:, None], 0.0)
-        squares += tl.sum(centred * centred, axis=1)
-    rstd = tl.rsqrt(squares / D + eps)
-    tl.store(mean_ptr + o_n, mean, mask=m_n)
-    tl.store(rstd_ptr + o_n, rstd, mask=m_n)
-    for part in tl.static_range(PARTS):
-        o = part * BLOCK_D + o_d
-        weight = tl.load(weight_ptr + o, mask=o < D, other=0.0).to(tl.float32)[None, :]
-        bias = tl.load(bias_ptr + o, mask=o < D, other=0.0).to(tl.float32)[None, :]
-        value = (values[part] - mean[:, None]) * rstd[:, None] * weight + bias
-        p_out = out_ptr + rows * stride_on + o[None, :]
-        tl.store(p_out, to_type(value, out_ptr.dtype.element_ty), mask=m_n[:, None] & (o < D)[None, :])
-
-
-@triton.jit
-def norm_backward_kernel(
-    dnormed_ptr, x_ptr, weight_ptr, mean_ptr, rstd_ptr, residual_ptr, dx_ptr, dweight_ptr, dbias_ptr,
-    N, D,
-    stride_xn, stride_rn, stride_dn,
-    HAS_RESIDUAL: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PARTS: tl.constexpr,
-):  # fmt: skip
-    """dx (N, D) of fp32 dnormed (N, D), plus the residual's gradient; dweight, dbias fp32 (programs, D), to be added.
-
-    dx = rstd · (g − mean(g) − x̂ · mean(g · x̂)) with g = dnormed · weight (Ba et al., arXiv:1607.06450, differentiated).
-    """
-    i = tl.program_id(0)
-    o_n = i * BLOCK_N + tl.arange(0, BLOCK_N)
-    o_d = tl.arange(0, BLOCK_D)
-    m_n = o_n < N
-    rows = o_n.to(tl.int64)[:, None]
-    mean = tl.load(mean_ptr + o_n, mask=m_n, other=0.0)[:, None]
-    rstd = tl.load(rstd_ptr + o_n, mask=m_n, other=0.0)[:, None]
-    scaled = ()
-    hats = ()
-    sum_g = tl.zeros((BLOCK_N,), tl.float32)
-    sum_gx = tl.zeros((BLOCK_N,), tl.float32)
-    for part in tl.static_range(PARTS):
-        o = part * BLOCK_D + o_d
-        m = m_n[:, None] & (o < D)[None, :]
-        grad = tl.load(dnormed_ptr + rows * D + o[None, :], mask=m, other=0.0)
-        value = tl.load(x_ptr + rows * stride_xn + o[None, :], mask=m, other=0.0).to(tl.float32)
-        hat = tl.where(m, (value - mean) * rstd, 0.0)
-        tl.store(dweight_ptr + i.to(tl.int64) * D + o, tl.sum(grad * hat, axis=0), mask=o < D)
-        tl.store(dbias_ptr + i.to(tl.int64) * D + o, tl.sum(grad, axis=0), mask=o < D)
-        g = grad * tl.load(weight_ptr + o, mask=o < D, other=0.0).to(tl.float32)[None, :]
-        sum_g += tl.sum(g, axis=1)
-        sum_gx += tl.sum(g * hat, axis=1)
-        scaled = scaled + (g,)
-        hats = hats + (hat,)
-    mean_g = (sum_g / D)[:, None]
-    mean_gx = (sum_gx / D)[:, None]
-    for part in tl.static_range(PARTS):
-        o = part * BLOCK_D + o_d
-        m = m_n[:, None] & (o < D)[None, :]
-        dx = rstd * (scaled[part] - mean_g - hats[part] * mean_gx)
-        if HAS_RESIDUAL:
-            dx += tl.load(residual_ptr + rows * stride_rn + o[None, :], mask=m, other=0.0).to(tl.float32)
-        tl.store(dx_ptr + rows * stride_dn + o[None, :], to_type(dx, dx_ptr.dtype.element_ty), mask=m)
 
 
 @triton.jit
@@ -225,3 +140,76 @@ def distance_kernel(
             tl.store(p_grad, to_type(difference * factor, grad_ptr.dtype.element_ty), mask=m)
     if WRITE_SUM:
         tl.store(sums_ptr + i, tl.sum(distance, axis=0))
+
+
+@triton.jit
+def assemble_kernel(
+    context_ptr, context_patches_ptr, position_ptr, place_ptr, mask_token_ptr, predicted_patches_ptr, rows_ptr, out_ptr,
+    N, CONTEXT, PLACED, L, D,
+    stride_cn, stride_pl, stride_rn, stride_on,
+    HAS_MASK: tl.constexpr, HAS_ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """out[place[v]] (N, D): context[v] with its position to CONTEXT, the mask token with its to PLACED, then rows.
+
+    A position (L, D) that does not exist counts as NaN; a token whose place does not exist is not written.
+    """
+    o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    m_n, m_d = o_n < N, o_d < D
+    tokens = o_n.to(tl.int64)
+    m_context = o_n < CONTEXT
+    p_context = context_ptr + tokens[:, None] * stride_cn + o_d[None, :]
+    value = tl.load(p_context, mask=m_context[:, None] & m_d[None, :], other=0.0).to(tl.float32)  # (BLOCK_N, BLOCK_D)
+    patch = tl.load(context_patches_ptr + tokens, mask=m_context, other=0)
+    if HAS_MASK:
+        m_mask = (o_n >= CONTEXT) & (o_n < PLACED)
+        patch += tl.load(predicted_patches_ptr + tokens - CONTEXT, mask=m_mask, other=0)
+        b_mask = tl.load(mask_token_ptr + o_d, mask=m_d, other=0.0).to(tl.float32)
+        value += tl.where(m_mask[:, None], b_mask[None, :], 0.0)
+    m_placed = o_n < PLACED
+    m_known = (patch >= 0) & (patch < L)
+    p_position = position_ptr + patch[:, None] * stride_pl + o_d[None, :]
+    value += tl.load(p_position, mask=(m_placed & m_known)[:, None] & m_d[None, :], other=0.0).to(tl.float32)
+    value = tl.where((m_known | (o_n >= PLACED))[:, None], value, float("nan"))
+    if HAS_ROWS:
+        m_rows = (o_n >= PLACED) & m_n
+        p_rows = rows_ptr + (tokens - PLACED)[:, None] * stride_rn + o_d[None, :]
+        value += tl.load(p_rows, mask=m_rows[:, None] & m_d[None, :], other=0.0).to(tl.float32)
+    place = tl.load(place_ptr + tokens, mask=m_n, other=-1)
+    m_out = (place >= 0) & (place < N)
+    p_out = out_ptr + place[:, None] * stride_on + o_d[None, :]
+    tl.store(p_out, to_type(value, out_ptr.dtype.element_ty), mask=m_out[:, None] & m_d[None, :])
+
+
+@triton.jit
+def assemble_backward_kernel(
+    dout_ptr, place_ptr, dcontext_ptr, drows_ptr, sums_ptr,
+    N, CONTEXT, PLACED, D, ROWS,
+    stride_gn, stride_cn, stride_rn,
+    HAS_MASK: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """dcontext and drows, which are dout (N, D) at their tokens' places; sums fp32 (programs, D) of the mask tokens'.
+
+    A program takes ROWS tokens, a multiple of BLOCK_N, in their order.
+    """
+    i = tl.program_id(0)
+    o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    m_d = o_d < D
+    acc = tl.zeros((BLOCK_D,), tl.float32)
+    for first in range(i * ROWS, min(i * ROWS + ROWS, N), BLOCK_N):
+        o_n = first + tl.arange(0, BLOCK_N)
+        tokens = o_n.to(tl.int64)
+        place = tl.load(place_ptr + tokens, mask=o_n < N, other=-1)
+        m_in = ((place >= 0) & (place < N))[:, None] & m_d[None, :]
+        grad = tl.load(dout_ptr + place[:, None] * stride_gn + o_d[None, :], mask=m_in, other=0.0)  # (BLOCK_N, BLOCK_D)
+        p_context = dcontext_ptr + tokens[:, None] * stride_cn + o_d[None, :]
+        tl.store(p_context, grad, mask=(o_n < CONTEXT)[:, None] & m_d[None, :])
+        p_rows = drows_ptr + (tokens - PLACED)[:, None] * stride_rn + o_d[None, :]
+        tl.store(p_rows, grad, mask=((o_n >= PLACED) & (o_n < N))[:, None] & m_d[None, :])
+        if HAS_MASK:
+            m_mask = (o_n >= CONTEXT) & (o_n < PLACED)
+            acc += tl.sum(tl.where(m_mask[:, None], grad.to(tl.float32), 0.0), axis=0)
+    if HAS_MASK:
+        tl.store(sums_ptr + i.to(tl.int64) * D + o_d, acc, mask=m_d)

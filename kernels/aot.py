@@ -32,9 +32,11 @@ from triton.runtime.jit import JITFunction
 from . import _mlp_triton
 from ._candidates import ARCHITECTURES, SHARED_LIMIT, candidates_of
 from ._jit import INTERPRETED
+from ._launch import norm_backward, normalise
 from ._tuning import use_tuner
 from .ema_update import launch_average
 from .patchify import launch_patchify
+from .predictor_input import launch_assembly, launch_assembly_backward
 from .stopgrad_l2 import launch_distance
 
 __all__ = ["Launch", "Report", "compile_launch", "main", "record_launches"]
@@ -179,6 +181,21 @@ def _launch_block(width: int, hidden: int, actions: int, dtype: torch.dtype) -> 
     launch_distance(*loss, sums=_empty(tokens, kind=torch.float32), grad=grad)
     for skip_one in (False, True):
         launch_distance(*loss, grad=grad, incoming=_empty(1, kind=torch.float32), skip_one=skip_one)
+    _launch_stream(width, dtype)
+
+
+def _launch_stream(width: int, dtype: torch.dtype) -> None:
+    """What runs around a block and before the first: the residual stream's normalisation, the predictor's input."""
+    empty = partial(_empty, kind=dtype)
+    x, row, patches = empty(63, width), empty(width), _empty(63, kind=torch.int64)
+    for branch in (None, x):
+        normalise(x, row, row, 1e-6, branch=branch, total=None if branch is None else x)
+    norm_backward(x, x, row, x, x, 1e-6)
+    position, place, joined = empty(196, width), _empty(126, kind=torch.int64), empty(126, width)
+    launch_assembly(x, patches, position, place, row, patches, None, joined)
+    launch_assembly_backward(joined, place, x, empty(0, width), 63)
+    launch_assembly(x, patches, position, place, None, None, x, joined)
+    launch_assembly_backward(joined, place, x, x, 0)
 
 
 def _signature(launch: Launch) -> tuple[dict[str, str], dict[tuple[int, ...], Any], dict[tuple[int, ...], Any]]:

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ._backend import resolve_backend
-from ._checks import check_eps, check_floating, check_like, check_shape
+from ._checks import check_eps, check_floating, check_index, check_like, check_shape
 from ._launch import on_device, pieces, rows_a_program, rows_together
 from ._rows import distance_kernel
 
@@ -252,13 +252,7 @@ def stopgrad_l2(
         check_shape("target", target, tuple(pred.shape), "pred's shape without index, (N, D)")
     else:
         check_shape("target", target, (target.shape[0], pred.shape[1]), "(M, D)")
-        check_shape("index", index, (pred.shape[0],), "(N,)")
-        check_like("index", index, "pred", pred, dtype=torch.int64)
-        # Values are not looked at while a graph is traced: there are none.
-        if index.device.type == "cpu" and index.numel() and not torch.compiler.is_compiling():
-            low, high = (int(v) for v in torch.aminmax(index))
-            if low < 0 or high >= target.shape[0]:
-                raise ValueError(f"index spans {low} to {high}; target has rows 0 to {target.shape[0] - 1}")
+        check_index("index", index, pred.shape[0], "(N,)", "target", target, target.shape[0])
     if resolve_backend(backend, "pred", pred) == "triton":
         with_grad = pred.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
         options = (normalize_target, _factor(pred, reduction, scale), eps, with_grad)

@@ -42,6 +42,19 @@ class Norm(nn.LayerNorm):
         super().__init__(width, eps=NORM_EPS)
 
 
+class StreamNorm(nn.Module):
+    """The residual stream, to go on with, and its normalisation: in the backward pass their gradients meet in one."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Map x (N, D) to x and LN(x)."""
+        return kernels.residual_norm(x, None, self.weight, self.bias, eps=NORM_EPS)
+
+
 class ConditionedMlp(nn.Module):
     """x + MLP(LN(x)), with the action as a bias of its image where `actions` is above 0: one operator."""
 
@@ -95,7 +108,7 @@ class Block(nn.Module):
 
     def __init__(self, width: int, heads: int, mlp_ratio: float, attention: str, actions: int = 0) -> None:
         super().__init__()
-        self.norm1 = Norm(width)
+        self.norm1 = StreamNorm(width)
         self.attn = Attention(width, heads, attention)
         self.mlp = ConditionedMlp(width, round(width * mlp_ratio), actions)
         for linear in (self.attn.qkv, self.attn.proj):
@@ -109,9 +122,10 @@ class Block(nn.Module):
         kept: Kept | None = None,
     ) -> Tensor:
         """Map x (N, D) packed and action (B, A) to (N, D), or to (Nk, D) with `kept`."""
+        x, normed = self.norm1(x)
         if kept is None:
-            return self.mlp(x + self.attn(self.norm1(x), segments), segments, action)
-        x = x.index_select(0, kept.rows) + self.attn(self.norm1(x), segments, kept.rows)
+            return self.mlp(x + self.attn(normed, segments), segments, action)
+        x = x.index_select(0, kept.rows) + self.attn(normed, segments, kept.rows)
         return self.mlp(x, kept.segments, kept.action)
 
 

@@ -11,7 +11,7 @@ from iwm_fast.config.schema import PredictorConfig
 
 from .attention import resolve_backend
 from .blocks import Block, ConditionedMlp, Kept, Norm, initialise_linear, rescale_blocks, run_blocks
-from .packing import Segments, interleave, invert, take_rows
+from .packing import Segments, interleave
 from .positions import sincos_positions
 
 __all__ = ["ActionTokens", "FeatureMixer", "MlpPredictor", "VitPredictor", "predict_all"]
@@ -133,12 +133,12 @@ class VitPredictor(nn.Module):
 
         """
         position = self.pos_embed.to(z.dtype)
-        seen = self.embed(z) + position.index_select(0, context)
-        # Token and position are added once for each patch of the grid, not once for each mask token.
-        asked = (position + self.mask_token).index_select(0, predicted)
+        parts = [context_segments, predicted_segments]
+        tokens = []
         if self.feature is not None:
-            asked = self.feature(asked, predicted_segments, action)
-        tokens, parts = [seen, asked], [context_segments, predicted_segments]
+            # Token and position are added once for each patch of the grid, not once for each mask token.
+            mask_tokens = (position + self.mask_token).index_select(0, predicted)
+            tokens.append(self.feature(mask_tokens, predicted_segments, action))
         if self.sequence is not None:
             tokens.append(self.sequence(action))
             parts.append(Segments.uniform(len(action), action.shape[1], z.device))
@@ -155,7 +155,15 @@ class VitPredictor(nn.Module):
         rows = place[context_segments.total : context_segments.total + predicted_segments.total]
         x = run_blocks(
             self.blocks,
-            take_rows(torch.cat(tokens), invert(place), place),
+            kernels.predictor_input(
+                self.embed(z),
+                context,
+                position,
+                place,
+                mask_token=self.mask_token if self.feature is None else None,
+                predicted_patches=predicted if self.feature is None else None,
+                rows=torch.cat(tokens) if len(tokens) > 1 else next(iter(tokens), None),
+            ),
             joined,
             ordered_action,
             kept=Kept(rows, predicted_segments, action),

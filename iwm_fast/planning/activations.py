@@ -1,9 +1,10 @@
 """Bytes that the forward pass keeps for the backward pass, from the packed token counts.
 
 A block of width D keeps, of each token, its input, the normalised input, q, k, v, the attention's result and the MLP's
-input: 7·D numbers, and in fp32 two statistics and one log-sum-exp a head. The MLP's hidden, 4·D or so, is made again by
-the kernel; the plain PyTorch operators of the CPU keep it, its GELU and the normalised input (`hidden_kept`). With
-activation checkpointing a block keeps its input alone, and one block at a time is made again.
+input: 7·D numbers, and one log-sum-exp a head in fp32. The MLP's hidden, 4·D or so, and a normalisation's statistics
+are made again by the kernels; the plain PyTorch operators of the CPU keep them, the hidden's GELU and the MLP's
+normalised input (`hidden_kept`). With activation checkpointing a block keeps its input alone, and one block at a time
+is made again.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ class _Form:
 
     def block(self, tokens: int, width: int, heads: int, hidden: int, kept: int | None = None) -> int:
         """A transformer block; only `kept` tokens, then copied out, go on after its attention."""
-        attention = self.norm(tokens, width) + tokens * (5 * width * self.element + 4 * heads)
+        attention = tokens * (6 * width * self.element + 4 * heads)
+        attention += tokens * _STATISTICS if self.hidden_kept else 0
         if kept is None:
             kept = tokens
         else:

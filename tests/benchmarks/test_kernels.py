@@ -1,6 +1,7 @@
 """The kernels' benchmark: what it counts, what it compares, and that a wrong answer is never timed."""
 
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -14,6 +15,10 @@ from iwm_fast.benchmarks.timing import spread
 
 MLP = Case("conditioned_mlp", tokens=64, width=24, hidden=40, actions=3, images=4)
 LOSS = Case("stopgrad_l2", tokens=64, width=24, rows=90)
+STREAM = Case("residual_norm", tokens=64, width=24)
+BRANCH = Case("residual_norm", tokens=64, width=24, rows=64)
+INPUT = Case("predictor_input", tokens=40, width=24, images=4, rows=24)
+DIFFERENTIATED = (MLP, LOSS, STREAM, BRANCH, INPUT)
 AVERAGE = Case("ema_update", tokens=0, width=24, hidden=40, blocks=2)
 SOME_PATCHES = Case("patchify", tokens=7, width=48, images=3, side=8)
 ALL_PATCHES = Case("patchify", tokens=12, width=48, images=3, side=8)
@@ -33,10 +38,10 @@ def run(cases):
 
 
 def test_each_contender_has_its_rows_or_its_reason(few, tmp_path):
-    document = run([MLP, LOSS])
+    document = run(DIFFERENTIATED)
     json.dumps(document)
-    for case in (MLP, LOSS):
-        rows = [row for row in document["rows"] if row["case"]["operation"] == case.operation]
+    for case in DIFFERENTIATED:
+        rows = [row for row in document["rows"] if row["case"] == asdict(case)]
         assert [(row["contender"], row.get("passes")) for row in rows] == [
             ("iwm-fast triton", None),
             ("eager", "forward"),
@@ -52,7 +57,7 @@ def test_each_contender_has_its_rows_or_its_reason(few, tmp_path):
     picture = tmp_path / "roofline.png"
     draw(document, picture)
     assert picture.read_bytes().startswith(b"\x89PNG")
-    assert table(document).count("| eager ") == 4
+    assert table(document).count("| eager ") == 2 * len(DIFFERENTIATED)
 
 
 @pytest.mark.parametrize("case", [AVERAGE, SOME_PATCHES, ALL_PATCHES], ids=lambda case: case.name)
@@ -110,6 +115,10 @@ def test_counts_by_hand():
     assert ALL_PATCHES.counts(backward=False)["bytes"] == 12 * 48 * 3
     forward = 2 * 64 * 40 * (24 + 24) + 2 * 4 * 40 * 3
     backward = 2 * 2 * 64 * 40 * (24 + 24) + 2 * 4 * 40 * 3
+    assert STREAM.counts(backward=False) == {"flops": 64 * 24 * 7, "bytes": 2 * (2 * 64 * 24 + 2 * 24)}
+    both = {"flops": 64 * 24 * (8 + 12), "bytes": 2 * (8 * 64 * 24 + 5 * 24)}
+    assert BRANCH.counts(backward=True) == both
+    assert INPUT.counts(backward=False) == {"flops": 64 * 24, "bytes": 2 * (80 + 24) * 24 + 8 * 128}
     assert MLP.counts(backward=False)["flops"] == forward
     assert MLP.counts(backward=True)["flops"] == forward + backward
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from operators import cast, distances, mlp_inputs, outcome
 
-from iwm_fast.kernels import conditioned_mlp, ema_update, patchify, stopgrad_l2
+from iwm_fast.kernels import conditioned_mlp, ema_update, patchify, predictor_input, residual_norm, stopgrad_l2
 
 ROOT = Path(__file__).resolve().parents[2]
 PAST_INT32 = 2**31 + 2**20
@@ -54,6 +54,33 @@ def test_the_loss_past_two_to_the_31_elements():
     tail = slice(rows - 100, rows)
     expected = 2 * (pred[tail].float() - target[index[tail]].float())
     assert (grad[tail].float() - expected).norm() <= 0.01 * expected.norm()
+
+
+def test_the_residual_stream_past_two_to_the_31_elements():
+    width = 256
+    rows = PAST_INT32 // width
+    x = torch.randn(rows, width, dtype=torch.bfloat16, device="cuda").requires_grad_()
+    weight, bias = torch.randn(2, width, dtype=torch.bfloat16, device="cuda").unbind()
+    total, normed = residual_norm(x, None, weight, bias, backend="triton")
+    (grad,) = torch.autograd.grad((total, normed), x, (total.detach(), normed.detach()))
+    tail = x.detach()[-100:].requires_grad_()
+    expected = residual_norm(tail, None, weight, bias, backend="reference")
+    (wanted,) = torch.autograd.grad(expected, tail, tuple(e.detach() for e in expected))
+    for found, exact in ((normed[-100:], expected[1]), (grad[-100:], wanted)):
+        assert (found.float() - exact.float()).norm() <= 0.01 * exact.float().norm()
+
+
+def test_the_predictors_input_past_two_to_the_31_elements():
+    width = 256
+    rows = PAST_INT32 // width
+    context = torch.randn(rows, width, dtype=torch.bfloat16, device="cuda").requires_grad_()
+    position = torch.randn(196, width, dtype=torch.bfloat16, device="cuda")
+    patches = torch.randint(0, 196, (rows,), device="cuda")
+    place = torch.arange(rows, device="cuda").flip(0)
+    out = predictor_input(context, patches, position, place, backend="triton")
+    assert torch.equal(out[:100], (context[-100:] + position[patches[-100:]]).flip(0))
+    (grad,) = torch.autograd.grad(out, context, out.detach())
+    assert torch.equal(grad[-100:], out[:100].flip(0))
 
 
 def test_the_average_past_two_to_the_31_elements():

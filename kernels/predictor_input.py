@@ -1,0 +1,293 @@
+"""The predictor's packed tokens, each written once to its place: no part is added to or joined in memory before.
+
+    out[place[v]] = context[v] + position[context_patches[v]]            v < Nc
+                    mask_token + position[predicted_patches[v − Nc]]     Nc ≤ v < Nc + Nt, with a mask token
+                    rows[v − Nc − Nt]                                    after them, as they are
+
+context (Nc, D); position (L, D), a table that is not differentiated; mask_token (D,) with predicted_patches int64
+(Nt,), or neither; rows (No, D) or None: tokens that have their positions, or none; place int64 (N,), a permutation of
+the N = Nc + Nt + No tokens. Sums are fp32, rounded once to context's type.
+
+Fused (Triton): both additions, the gathers of positions, the concatenation and the permutation. Backward, one pass
+reads the gradient by `place` and writes that of context and rows; the mask token's is summed beside it, in fp32 and two
+ordered stages: equal inputs give equal bits.
+
+Reference (plain PyTorch, below): gathers, additions, a concatenation and its rows put in place.
+
+Operations and bytes: `predictor_input_flops`, `predictor_input_bytes`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from ._backend import autocast_type, resolve_backend
+from ._checks import check_floating, check_index, check_like, check_shape, looked_at
+from ._launch import on_device, rows_a_sum, rows_together
+from ._rows import assemble_backward_kernel, assemble_kernel
+
+__all__ = ["predictor_input", "predictor_input_bytes", "predictor_input_flops", "predictor_input_reference"]
+
+_INDEX = 8  # bytes of an int64
+_BLOCK_N = 16
+
+
+def predictor_input_flops(context: int, masked: int, width: int, *, backward: bool = False) -> int:
+    """Operations: an addition for each number of the context and of the mask tokens; backward, of the latter's sum."""
+    return (masked if backward else context + masked) * width
+
+
+def predictor_input_bytes(
+    context: int, masked: int, rows: int, width: int, *, backward: bool = False, element: int = 2
+) -> int:
+    """Fewest bytes moved by one pass: each row read and written once; a mask token's is only written, or only read.
+
+    The table of positions, read by all, stays in L2 and is not counted; the indices are.
+    """
+    moved = (2 * (context + rows) + masked) * width * element
+    indices = (context + masked + rows) * _INDEX + (0 if backward else (context + masked) * _INDEX)
+    return moved + indices
+
+
+class _PutRows(torch.autograd.Function):
+    """x's rows at their places. Both ways only read by index: on a CPU writing so takes 3 to 5 times as long."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, place: Tensor) -> Tensor:
+        ctx.save_for_backward(place)
+        order = torch.empty_like(place)
+        order[place] = torch.arange(len(place), device=place.device)
+        return x.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (place,) = ctx.saved_tensors
+        return grads[0].index_select(0, place), None
+
+
+def predictor_input_reference(
+    context: Tensor,
+    context_patches: Tensor,
+    position: Tensor,
+    place: Tensor,
+    *,
+    mask_token: Tensor | None = None,
+    predicted_patches: Tensor | None = None,
+    rows: Tensor | None = None,
+) -> Tensor:
+    """What `predictor_input` computes, in PyTorch's own operators. Arguments are not checked."""
+    parts = [context + position.index_select(0, context_patches)]
+    if mask_token is not None and predicted_patches is not None:
+        # Token and position are added once for each patch of the grid, not once for each mask token.
+        parts.append((position + mask_token).index_select(0, predicted_patches))
+    if rows is not None:
+        parts.append(rows)
+    out: Tensor = _PutRows.apply(torch.cat(parts), place)
+    return out
+
+
+def launch_assembly(
+    context: Tensor, context_patches: Tensor, position: Tensor, place: Tensor, mask_token: Tensor | None,
+    predicted_patches: Tensor | None, rows: Tensor | None, out: Tensor,
+) -> None:  # fmt: skip
+    """Launch `assemble_kernel`, which writes out (N, D)."""
+    context, position = rows_together(context), rows_together(position)
+    rows = None if rows is None else rows_together(rows)
+    width, block_d = context.shape[1], _columns(context.shape[1])
+    with on_device(context):
+        assemble_kernel[(triton.cdiv(len(place), _BLOCK_N), triton.cdiv(width, block_d))](
+            context_ptr=context, context_patches_ptr=context_patches.contiguous(), position_ptr=position,
+            place_ptr=place.contiguous(), mask_token_ptr=None if mask_token is None else mask_token.contiguous(),
+            predicted_patches_ptr=None if predicted_patches is None else predicted_patches.contiguous(),
+            rows_ptr=rows, out_ptr=out,
+            N=len(place), CONTEXT=len(context), PLACED=len(context) + _count(predicted_patches), L=len(position),
+            D=width,
+            stride_cn=context.stride(0), stride_pl=position.stride(0), stride_rn=0 if rows is None else rows.stride(0),
+            stride_on=out.stride(0),
+            HAS_MASK=mask_token is not None, HAS_ROWS=rows is not None,
+            BLOCK_N=_BLOCK_N, BLOCK_D=block_d, num_warps=4,
+        )  # fmt: skip
+
+
+def launch_assembly_backward(
+    grad: Tensor, place: Tensor, dcontext: Tensor, drows: Tensor, masked: int
+) -> Tensor | None:
+    """Launch `assemble_backward_kernel`, which writes dcontext and drows; the mask token's gradient, fp32 (D,)."""
+    grad = rows_together(grad)
+    count, width = grad.shape
+    block_d = _columns(width)
+    depth = rows_a_sum(count, _BLOCK_N)
+    programs = triton.cdiv(count, depth)
+    sums = torch.empty(programs, width, dtype=torch.float32, device=grad.device) if masked else None
+    with on_device(grad):
+        assemble_backward_kernel[(programs, triton.cdiv(width, block_d))](
+            dout_ptr=grad, place_ptr=place.contiguous(), dcontext_ptr=dcontext, drows_ptr=drows, sums_ptr=sums,
+            N=count, CONTEXT=len(dcontext), PLACED=len(dcontext) + masked, D=width, ROWS=depth,
+            stride_gn=grad.stride(0), stride_cn=dcontext.stride(0), stride_rn=drows.stride(0),
+            HAS_MASK=masked > 0,
+            BLOCK_N=_BLOCK_N, BLOCK_D=block_d, num_warps=4,
+        )  # fmt: skip
+    return None if sums is None else sums.sum(dim=0)
+
+
+def _columns(width: int) -> int:
+    return min(128, max(16, triton.next_power_of_2(width)))
+
+
+def _count(rows: Tensor | None) -> int:
+    return 0 if rows is None else rows.shape[0]
+
+
+@torch.library.custom_op("iwm_fast::predictor_input", mutates_args=())
+def _operator(
+    context: Tensor, context_patches: Tensor, position: Tensor, place: Tensor, mask_token: Tensor | None,
+    predicted_patches: Tensor | None, rows: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """The packed tokens, (N, D)."""
+    out = torch.empty(place.shape[0], context.shape[1], dtype=context.dtype, device=context.device)
+    if out.numel():
+        launch_assembly(context, context_patches, position, place, mask_token, predicted_patches, rows, out)
+    return out
+
+
+@_operator.register_fake
+def _(context: Tensor, context_patches: Tensor, position: Tensor, place: Tensor, *_: Any) -> Tensor:
+    return context.new_empty(place.shape[0], context.shape[1])
+
+
+@torch.library.custom_op("iwm_fast::predictor_input_backward", mutates_args=())
+def _backward_operator(grad: Tensor, place: Tensor, context: int, masked: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of context (Nc, D), of the mask token (D,), and of rows (No, D)."""
+    width = grad.shape[1]
+    dcontext = torch.empty(context, width, dtype=grad.dtype, device=grad.device)
+    drows = torch.empty(grad.shape[0] - context - masked, width, dtype=grad.dtype, device=grad.device)
+    dmask = launch_assembly_backward(grad, place, dcontext, drows, masked) if grad.numel() else None
+    return dcontext, grad.new_zeros(width) if dmask is None else dmask.to(grad.dtype), drows
+
+
+@_backward_operator.register_fake
+def _(grad: Tensor, place: Tensor, context: int, masked: int) -> tuple[Tensor, Tensor, Tensor]:
+    width = grad.shape[1]
+    rows = grad.shape[0] - context - masked
+    return grad.new_empty(context, width), grad.new_empty(width), grad.new_empty(rows, width)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    context, _, _, place, mask_token, predicted_patches, rows = inputs
+    ctx.sizes = (context.shape[0], 0 if mask_token is None else predicted_patches.shape[0])
+    ctx.has_mask, ctx.has_rows = mask_token is not None, rows is not None
+    ctx.save_for_backward(place)
+
+
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (place,) = ctx.saved_tensors
+    dcontext, dmask, drows = torch.ops.iwm_fast.predictor_input_backward(grad, place, *ctx.sizes)
+    return dcontext, None, None, None, dmask if ctx.has_mask else None, None, drows if ctx.has_rows else None
+
+
+_operator.register_autograd(_differentiate, setup_context=_keep)
+
+
+@register_flop_formula(torch.ops.iwm_fast.predictor_input)
+def _forward_flops(
+    context: Any, _: Any, __: Any, ___: Any, mask_token: Any, patches: Any, *____: Any, **_____: Any
+) -> int:
+    return predictor_input_flops(context[0], 0 if mask_token is None else patches[0], context[1])
+
+
+@register_flop_formula(torch.ops.iwm_fast.predictor_input_backward)
+def _backward_flops(grad: Any, _: Any, context: int, masked: int, **__: Any) -> int:
+    return predictor_input_flops(context, masked, grad[1], backward=True)
+
+
+def predictor_input(
+    context: Tensor,
+    context_patches: Tensor,
+    position: Tensor,
+    place: Tensor,
+    *,
+    mask_token: Tensor | None = None,
+    predicted_patches: Tensor | None = None,
+    rows: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """The predictor's packed tokens: the context's with their positions, mask tokens with theirs, other rows as given.
+
+    Args:
+        context: (Nc, D), any floating type.
+        context_patches: int64 (Nc,), the row of `position` for each.
+        position: (L, D) of context's type; gets no gradient.
+        place: int64 (N,), the row in the result of each token: of the context's, then of the mask tokens, then of
+            `rows`. Every row of the result once.
+        mask_token: (D,) of context's type; needs predicted_patches.
+        predicted_patches: int64 (Nt,), the row of `position` for each mask token.
+        rows: (No, D) of context's type.
+        backend: "triton", "reference", or "auto": Triton on CUDA for fp32, fp16 and bf16, else the reference.
+
+    Values of the three index tensors are looked at on the CPU only: elsewhere that would wait for the device. There a
+    row of positions that does not exist counts as NaN, and a token whose place does not exist is not written.
+
+    Under autocast the floating arguments are taken to its type first.
+
+    Returns:
+        (N, D) of context's type, or of autocast's; N = Nc + Nt + No.
+
+    Raises:
+        ValueError: an argument is of the wrong shape, type, value or device; its name comes first.
+
+    """
+    check_floating("context", context, 2)
+    wanted = autocast_type(context)
+    if wanted is not None:
+        context, position = context.to(wanted), position.to(wanted)
+        mask_token, rows = (None if t is None else t.to(wanted) for t in (mask_token, rows))
+    check_parts(context, context_patches, position, place, mask_token, predicted_patches, rows)
+    if resolve_backend(backend, "context", context) == "triton":
+        out: Tensor = torch.ops.iwm_fast.predictor_input(
+            context, context_patches, position.detach(), place, mask_token, predicted_patches, rows
+        )
+        return out
+    return predictor_input_reference(
+        context,
+        context_patches,
+        position.detach(),
+        place,
+        mask_token=mask_token,
+        predicted_patches=predicted_patches,
+        rows=rows,
+    )
+
+
+def check_parts(
+    context: Tensor, context_patches: Tensor, position: Tensor, place: Tensor, mask_token: Tensor | None,
+    predicted_patches: Tensor | None, rows: Tensor | None,
+) -> None:  # fmt: skip
+    """Raise ValueError unless the parts fit together and `place` has a row for each token."""
+    width = context.shape[1]
+    check_floating("position", position, 2)
+    check_shape("position", position, (len(position), width), "(L, D)")
+    check_like("position", position, "context", context)
+    if (mask_token is None) != (predicted_patches is None):
+        missing = "mask_token" if mask_token is None else "predicted_patches"
+        raise ValueError(f"{missing} is missing; give mask_token and predicted_patches, or neither")
+    if mask_token is not None:
+        check_shape("mask_token", mask_token, (width,), "(D,)")
+        check_like("mask_token", mask_token, "context", context)
+    if rows is not None:
+        check_floating("rows", rows, 2)
+        check_shape("rows", rows, (len(rows), width), "(No, D)")
+        check_like("rows", rows, "context", context)
+    masked, positions = _count(predicted_patches), len(position)
+    check_index("context_patches", context_patches, len(context), "(Nc,)", "position", position, positions)
+    if predicted_patches is not None:
+        check_index("predicted_patches", predicted_patches, masked, "(Nt,)", "position", position, positions)
+    total = len(context) + masked + _count(rows)
+    check_index("place", place, total, "(N,) = (Nc + Nt + No,)", "the result", context, total)
+    if looked_at(place) and (np.bincount(place.numpy(), minlength=total) != 1).any():
+        raise ValueError(f"place names a row twice; it must name each of 0 to {total - 1} once")
