@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ._backend import resolve_backend
-from ._checks import check_floating, check_like, check_shape
+from ._checks import check_floating, check_index, check_like, check_shape
 from ._launch import on_device, pieces, rows_a_program
 from ._passes import patchify_kernel
 
@@ -167,8 +167,9 @@ def patchify(
     if (patches is None) != (image_of_token is None):
         raise ValueError("patches and image_of_token come together: give both or neither")
     if patches is not None and image_of_token is not None:
-        _check_index("patches", patches, patches.numel(), (images.shape[1] // patch) ** 2, images)
-        _check_index("image_of_token", image_of_token, patches.numel(), images.shape[0], images)
+        wanted, grid = patches.numel(), (images.shape[1] // patch) ** 2
+        check_index("patches", patches, wanted, "(N,)", "the images' grid", images, grid)
+        check_index("image_of_token", image_of_token, wanted, "(N,)", "images", images, images.shape[0])
     scale, shift = scale.detach(), shift.detach()
     if resolve_backend(backend, "images", images, dtype) == "triton":
         rows: Tensor = torch.ops.iwm_fast.patchify(images, patches, image_of_token, scale, shift, patch, dtype)
@@ -181,14 +182,3 @@ def _check_images(images: Tensor, patch: int) -> None:
         raise ValueError(f"images are {images.dtype} {tuple(images.shape)}; they must be uint8 (B, S, S, 3)")
     if patch < 1 or images.shape[1] % patch:
         raise ValueError(f"patch is {patch}; it must divide the side of the images, {images.shape[1]}")
-
-
-def _check_index(name: str, index: Tensor, length: int, count: int, images: Tensor) -> None:
-    check_shape(name, index, (length,), "(N,)")
-    check_like(name, index, "images", images, dtype=torch.int64)
-    # Values are not looked at while a graph is traced: there are none. NumPy reads them where they lie, on the host.
-    if index.device.type == "cpu" and index.numel() and not torch.compiler.is_compiling():
-        values = index.numpy()
-        low, high = int(values.min()), int(values.max())
-        if low < 0 or high >= count:
-            raise ValueError(f"{name} spans {low} to {high}; there are 0 to {count - 1}")

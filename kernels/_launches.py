@@ -1,0 +1,167 @@
+"""What the operators launch, recorded without a GPU: the launchers run on tensors without memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.runtime.jit import JITFunction
+
+from . import _mlp_triton
+from ._candidates import candidates_of
+from ._launch import norm_backward, normalise
+from ._tuning import use_tuner
+from .ema_update import launch_average
+from .patchify import launch_patchify
+from .predictor_input import launch_assembly, launch_assembly_backward
+from .stopgrad_l2 import launch_distance
+
+__all__ = ["PATCHES", "SHAPES", "Launch", "Signature", "record_launches", "signature"]
+
+Signature = tuple[dict[str, str], dict[tuple[int, ...], Any], dict[tuple[int, ...], Any]]
+_POINTER = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.uint8: "*u8",
+}
+# Width, hidden units and actions of what the configurations train: predictors' blocks with and without actions, the
+# mask tokens' mixer (no normalisation, no residual), ViT-B's blocks.
+SHAPES = {
+    "block 384": (384, 1536, 16),
+    "block 192": (192, 768, 16),
+    "mixer 384": (384, 384, 16),
+    "encoder 768": (768, 3072, 0),
+}
+# Sides of the patches that the configurations cut, and of ViT-H's.
+PATCHES = (4, 8, 14, 16)
+
+
+@dataclass(frozen=True, eq=False)
+class Launch:
+    """A launch as the launchers made it: the kernel, its arguments by name, its options, and what it belongs to."""
+
+    kernel: JITFunction
+    arguments: dict[str, Any]
+    options: dict[str, int]
+    shape: str
+
+
+class _EveryCandidate:
+    """In the tuner's place: launches all of an architecture's candidates one after another, a library's kernels too."""
+
+    def __init__(self, arch: str) -> None:
+        self.arch = arch
+
+    def run(self, product: str, _: torch.dtype, __: tuple[int, int, int], call: Any) -> Any:
+        return [call(choice) for choice in candidates_of(self.arch, product)][-1]
+
+
+def record_launches(arch: str, dtype: torch.dtype = torch.bfloat16) -> list[Launch]:
+    """Every launch of all operators, forward and backward, at the sizes of SHAPES and PATCHES, distinct ones once."""
+    found: dict[str, Launch] = {}
+
+    def record(kernel: JITFunction, *_: Any, grid: Any, warmup: bool, **given: Any) -> None:
+        arguments = {name: given[name] for name in kernel.arg_names}
+        options = {name: value for name, value in given.items() if name not in arguments}
+        launch = Launch(kernel, arguments, options, shape)
+        found.setdefault(f"{kernel.__name__} {signature(launch)} {options}", launch)
+
+    before = JITFunction.run
+    JITFunction.run = record
+    try:
+        with use_tuner(_EveryCandidate(arch)):
+            for shape, launch in _works(dtype).items():  # noqa: B007  (shape is read by `record`)
+                launch()
+    finally:
+        JITFunction.run = before
+    return list(found.values())
+
+
+def _works(dtype: torch.dtype) -> dict[str, Callable[[], None]]:
+    """What launches, by the name that reports give it. All on tensors without memory."""
+    works: dict[str, Callable[[], None]] = {
+        name: partial(_launch_block, *sizes, dtype) for name, sizes in SHAPES.items()
+    }
+    works |= {f"patches of {patch}": partial(_launch_patches, patch, dtype) for patch in PATCHES}
+    return works | {
+        "average by 4": partial(_launch_average, 64, dtype),
+        "average by 1": partial(_launch_average, 63, dtype),
+    }
+
+
+def _empty(*shape: int, kind: torch.dtype) -> Tensor:
+    return torch.empty(*shape, dtype=kind, device="meta")
+
+
+def _launch_patches(patch: int, dtype: torch.dtype) -> None:
+    images, values = _empty(3, 8 * patch, 8 * patch, 3, kind=torch.uint8), 3 * patch * patch
+    table = _empty(values, kind=torch.float32)
+    for index in (_empty(63, kind=torch.int64), None):
+        launch_patchify(images, index, index, table, table, patch, _empty(63, values, kind=dtype))
+
+
+def _launch_average(elements: int, dtype: torch.dtype) -> None:
+    averages = [_empty(elements, kind=torch.float32)]
+    for copies in ([], [_empty(elements, kind=dtype)]):
+        launch_average(averages, averages, copies, 0.25)
+
+
+def _launch_block(width: int, hidden: int, actions: int, dtype: torch.dtype) -> None:
+    """The MLP and the loss; 63 tokens, so that no kernel may count on a round number."""
+    empty = partial(_empty, kind=dtype)
+    tokens, images = 63, 3
+    action = (empty(images, actions), empty(hidden, actions)) if actions else (None, None)
+    norm = (None, None) if hidden == width else (empty(width), empty(width))
+    cu_seqlens = _empty(images + 1, kind=torch.int32) if actions else None
+    inputs: tuple[Any, ...] = (
+        empty(tokens, width), empty(hidden, width), empty(hidden), empty(width, hidden), empty(width),
+        *action, cu_seqlens, *norm, norm[0] is not None, 1e-6, "gelu",
+    )  # fmt: skip
+    _mlp_triton.forward(*inputs)
+    backward_inputs: tuple[Any, ...] = (empty(tokens, width), *inputs, True)
+    _mlp_triton.backward(*backward_inputs)
+    loss = (empty(tokens, width), empty(200, width), _empty(tokens, kind=torch.int64), True, 1.0, 1e-6)
+    grad = empty(tokens, width)
+    launch_distance(*loss, sums=_empty(tokens, kind=torch.float32), grad=grad)
+    for skip_one in (False, True):
+        launch_distance(*loss, grad=grad, incoming=_empty(1, kind=torch.float32), skip_one=skip_one)
+    _launch_stream(width, dtype)
+
+
+def _launch_stream(width: int, dtype: torch.dtype) -> None:
+    """What runs around a block and before the first: the residual stream's normalisation, the predictor's input."""
+    empty = partial(_empty, kind=dtype)
+    x, row, patches = empty(63, width), empty(width), _empty(63, kind=torch.int64)
+    for branch in (None, x):
+        normalise(x, row, row, 1e-6, branch=branch, total=None if branch is None else x)
+    norm_backward(x, x, row, x, x, 1e-6)
+    position, place, joined = empty(196, width), _empty(126, kind=torch.int64), empty(126, width)
+    launch_assembly(x, patches, position, place, row, patches, None, joined)
+    launch_assembly_backward(joined, place, x, empty(0, width), 63)
+    launch_assembly(x, patches, position, place, None, None, x, joined)
+    launch_assembly_backward(joined, place, x, x, 0)
+
+
+def signature(launch: Launch) -> Signature:
+    """Types by name, constants and attributes by place, specialised as Triton's launcher does."""
+    types: dict[str, str] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+    for i, (name, value) in enumerate(launch.arguments.items()):
+        if launch.kernel.params[i].is_constexpr or value is None or (isinstance(value, int) and value == 1):
+            types[name], constants[i,] = "constexpr", value
+            continue
+        if isinstance(value, Tensor):
+            types[name] = _POINTER[value.dtype]
+        else:
+            types[name] = "i32" if isinstance(value, int) else "fp32"
+        if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
+            attributes[i,] = [["tt.divisibility", 16]]
+    return types, constants, attributes
