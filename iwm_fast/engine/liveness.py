@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import torch.distributed as dist
 
@@ -27,7 +27,8 @@ __all__ = ["Liveness"]
 # A start reads libraries from a disk that many ranks share, compiles, and opens data: until the first step is made, a
 # rank may be silent this long at least.
 _START_S = 600.0
-_ANSWER_S = 10.0  # a store that takes longer to answer is stopped
+# A store that takes longer to answer is stopped. Short: a launcher that is cut off ends its ranks after half a minute.
+_ANSWER_S = 5.0
 _ADVICE = "look at that rank's host and its own last lines, then go on with --resume auto"
 
 
@@ -40,6 +41,7 @@ class Liveness:
         self._where, self._moves, self._moved_at = "start", 0, time.monotonic()
         self._beats = 0
         self._over = threading.Event()
+        self._looked_at: RuntimeError | None = None
         self._telling = threading.Lock()  # taken, once and for good, by the thread that says who is lost
         self._store: Any = None
         if ranks.world > 1:
@@ -66,26 +68,32 @@ class Liveness:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Around the work: what a collective raises because a rank is gone becomes a UserError that names it."""
+        """Around the work: where a collective raises because a rank is gone, it is named and the process ends.
+
+        Once more around the loop, where a launcher's SIGTERM is only noted: one that lost the same host sends it at
+        the same moment, and the name takes seconds to find.
+        """
         try:
             yield
-        except UserError as error:
-            self._say_last(str(error))
-            raise
         except RuntimeError as error:
-            if not self._telling.acquire(blocking=False):
-                threading.Event().wait()  # the watching thread is at it, and ends the process
-            lost = self._lost() if self._store is not None else None
-            self._say_last(lost or f"{type(error).__name__}: {error}")
-            if lost is None:
-                raise
-            self._let_others_look()
-            raise UserError(f"{lost}; {_ADVICE}") from error
-        except Exception as error:
+            if error is not self._looked_at and self._store is not None:
+                self._look_at(error)
             self._say_last(f"{type(error).__name__}: {error}")
+            raise
+        except Exception as error:
+            self._say_last(str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}")
             raise
         finally:
             self._over.set()
+
+    def _look_at(self, error: RuntimeError) -> None:
+        """Name the rank whose loss raised this and end, or return when none is lost."""
+        self._looked_at = error
+        if not self._telling.acquire(blocking=False):
+            threading.Event().wait()  # the watching thread is at it, and ends the process
+        lost = self._lost()
+        if lost is not None:
+            self._tell(lost)
 
     def _pulse(self) -> None:
         while not self._over.is_set():
@@ -124,7 +132,10 @@ class Liveness:
         """The main thread waits inside a library and cannot be told: end the process."""
         if not self._telling.acquire(blocking=False):
             return  # a connection has failed just now, and the main thread looks for the reason itself
-        lost = self._lost() or f"no rank moves any more, all are in {self._where}"
+        self._tell(self._lost() or f"no rank moves any more, all are in {self._where}")
+
+    def _tell(self, lost: str) -> NoReturn:
+        """Say it before anything else, and end: a launcher that lost the same host does not wait for long."""
         print(f"iwm-fast: rank {self._ranks.rank}: {lost}; {_ADVICE}", file=sys.stderr, flush=True)
         self._say_last(lost)
         self._let_others_look()

@@ -201,7 +201,7 @@ def _train(
         with TrainingProgress(stop_at, done, shown=ranks.first) as progress:
             _announce(run, files, saved, progress)
             # Only from here on is there a state to save: a start that is told to stop just ends.
-            with StopRequest() as stop, Upkeep() as upkeep:
+            with StopRequest() as stop, Upkeep() as upkeep, live.watching():
                 _loop(run, space, progress, stop, upkeep)
 
 
