@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from iwm_fast.benchmarks.index import TINY
 from iwm_fast.config import Config
 from iwm_fast.engine.checkpoint import Checkpoint
 
@@ -35,17 +36,7 @@ BASE = {
 }
 
 # The smallest run as words of the command line, for tests that start it as a user would.
-TINY_WORDS = (
-    "vit_tiny_p4_32.yaml",
-    "model.encoder={depth: 1, width: 16, heads: 2}",
-    "model.predictor.depth=1",
-    "model.predictor.width=16",
-    "model.predictor.heads=2",
-    "train.global_batch=8",
-    "data.threads=1",
-    "log.every_steps=1",
-    "log.tensorboard=false",
-)
+TINY_WORDS = (*TINY, "data.threads=1")
 
 
 def small_config(root: Path, **changes: object) -> Config:

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from iwm_fast.errors import UserError
+from iwm_fast.kernels.permutation import take_rows
 
-from .packing import Segments, take_rows
+from .packing import Segments
 
 __all__ = ["Attention", "packed_attention", "resolve_backend"]
 

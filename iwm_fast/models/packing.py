@@ -15,7 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Segments", "SortedSegments", "interleave", "invert", "take_rows", "to_device"]
+from iwm_fast.kernels.permutation import invert
+
+__all__ = ["Segments", "SortedSegments", "interleave", "to_device"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,13 +127,6 @@ def to_device(array: np.ndarray, device: torch.device | str) -> Tensor:
     return tensor.to(device)
 
 
-def invert(permutation: Tensor) -> Tensor:
-    """The inverse of a permutation, int64 (N,): where each row went."""
-    inverse = torch.empty_like(permutation)
-    inverse[permutation] = torch.arange(permutation.numel(), device=permutation.device)
-    return inverse
-
-
 def interleave(parts: Sequence[Segments]) -> tuple[Segments, list[Tensor]]:
     """Join several packed sets image by image: each image's tokens of the first part, then of the second, and so on.
 
@@ -145,22 +140,3 @@ def interleave(parts: Sequence[Segments]) -> tuple[Segments, list[Tensor]]:
         shift = to_device(joined.starts + earlier - part.starts, part.device)
         places.append(torch.arange(part.total, device=part.device) + shift[part.image_of_token])
     return joined, places
-
-
-class _TakeRows(torch.autograd.Function):
-    """A permutation of rows whose gradient is the inverse permutation: reads, where index_select would add."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor, rank: Tensor) -> Tensor:
-        ctx.save_for_backward(rank)
-        return x.index_select(0, order)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (rank,) = ctx.saved_tensors
-        return grads[0].index_select(0, rank), None, None
-
-
-def take_rows(x: Tensor, order: Tensor, rank: Tensor) -> Tensor:
-    """x[order] for a permutation of all rows of x; `rank` is its inverse."""
-    return _TakeRows.apply(x, order, rank)

@@ -8,10 +8,11 @@ from torch import Tensor, nn
 
 from iwm_fast import kernels
 from iwm_fast.config.schema import EncoderShape
+from iwm_fast.kernels.permutation import take_rows
 
 from .attention import resolve_backend
 from .blocks import Block, Kept, Norm, rescale_blocks, run_blocks
-from .packing import Segments, take_rows
+from .packing import Segments
 from .positions import sincos_positions
 
 __all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "PatchEmbedding", "VisionTransformer"]

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from iwm_fast.models.packing import Segments, interleave, invert, take_rows
+from iwm_fast.kernels.permutation import invert, take_rows
+from iwm_fast.models.packing import Segments, interleave
 
 LENGTHS = st.lists(st.integers(0, 6), max_size=8)
 
