@@ -153,8 +153,46 @@ def _scaling(document: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def _savings(document: Mapping[str, Any]) -> list[str]:
+    rows = document["rows"]
+    said = [
+        ("as shipped, GFLOP an image", [f"{row['shipped'] / 1e9:.2f}" for row in rows]),
+        ("of it the target's forward", [f"{row['target_forward'] / row['shipped']:.1%}" for row in rows]),
+    ]
+    for name in rows[0]["without"]:
+        said += [(name, [f"{row['without'][name] / row['shipped'] - 1:+.1%}" for row in rows])]
+    for sources in rows[0]["sources_per_target"]:
+        shares = [f"{row['sources_per_target'][sources] / row['shipped'] - 1:+.1%}" for row in rows]
+        said += [(f"a source, where a target has {sources}", shares)]
+    lines = [
+        "Operations where one saving is taken back (the numbers computed stay the same), and of a source where several",
+        "share a target (they do not), beside what is shipped.",
+        "",
+        *_table(("", *(row["config"].removesuffix(".yaml") for row in rows)), [(name, *cells) for name, cells in said]),
+    ]
+    quality = document.get("quality")
+    if quality is None:
+        return lines
+    figures = ("mrr", "mrr_cosine", "knn", "linear", "loss_last", "rank_me")
+    cells = [
+        (arm["name"], *(f"{arm['figures'][f]['mean']:.3f} ± {arm['figures'][f]['half_width']:.3f}" for f in figures))
+        for arm in quality["arms"]
+    ]
+    seeds = len(quality["arms"][0]["figures"]["mrr"]["seeds"])
+    said_of = f"`{quality['config']}` with `{' '.join(quality['common'])}`, {seeds} seeds, means with 95 % intervals"
+    raw = f"([raw](../benchmarks/results/{quality['file']}))"
+    return [
+        *lines,
+        "",
+        f"What those cost that change the numbers: {said_of}, as many steps and sources a step for all {raw}:",
+        "",
+        *_table(("arm", "MRR", "MRR, cosine", "k-NN", "linear probe", "loss", "RankMe"), cells),
+    ]
+
+
 _SECTIONS = {
     "iwm-fast-peers/1": ("The step beside others'", _peers),
+    "iwm-fast-savings/1": ("Operations that are not spent", _savings),
     "iwm-fast-bench-step/1": ("The step", _steps),
     "iwm-fast-kernels/1": ("Kernels", _kernels),
     "iwm-fast-bench-scaling/1": ("Scaling", _scaling),

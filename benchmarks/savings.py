@@ -1,0 +1,141 @@
+r"""What the step does not compute: operations an image with each saving taken back, and what the inexact ones cost.
+
+    python -m benchmarks.savings --json FILE [--configs vit_base_p16_224_equi.yaml ...] [--quality ARMS.json]
+
+Counted from the masks that training draws (matrix products, forward and backward, as `iwm_fast.planning.flops`);
+nothing is timed. Most savings compute the same numbers in fewer operations, which tests/engine/test_plain_path.py holds
+them to. Those that do not, several sources of one target and the target in fp8, are trained beside the rest by
+`benchmarks.arms`, whose file `--quality` adds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from iwm_fast.benchmarks.arms import interval, public
+from iwm_fast.config import Config, load_config
+from iwm_fast.config.load import find_config
+from iwm_fast.data.masks import MaskSampler
+from iwm_fast.planning.actions import action_dim
+from iwm_fast.planning.flops import StepFlops, step_flops
+from iwm_fast.results import write_result
+
+__all__ = ["SOURCES", "count_savings"]
+
+CONFIGS = ("vit_base_p16_224_equi.yaml", "vit_base_p16_224_inv.yaml", "vit_large_p16_224.yaml", "vit_tiny_p4_32.yaml")
+SOURCES = (2, 4)
+# Of 2,048 images, whose mean stands for all. A batch that pads does so to its longest, and 128 is a rank's usual share.
+_IMAGES, _PADDED_TOGETHER = 2048, 128
+FIGURES = ("mrr", "mrr_cosine", "knn", "linear", "loss_last", "rank_me")
+
+Ints = NDArray[np.int64]
+
+
+def _draw(
+    config: Config, images: int, *, blocks: int | None = None, seed: int = 0, sources: int = 1
+) -> tuple[Ints, Ints]:
+    """Context and target lengths (B · K,) of the masks that training draws, or of as many target blocks as said."""
+    masks = config.masks if blocks is None else config.masks.model_copy(update={"target_blocks": blocks})
+    exclude = "geometric" not in config.actions.groups
+    sampler = MaskSampler(masks, config.model.grid, seed, exclude=exclude, sources=sources)
+    drawn = sampler.draw(np.zeros(images, np.int64), np.arange(images, dtype=np.int64))
+    return drawn.context_lengths, drawn.target_lengths
+
+
+def _padded(lengths: Ints) -> Ints:
+    """Every length raised to the longest of those that share its batch."""
+    batches = lengths.reshape(-1, _PADDED_TOGETHER)
+    return np.repeat(batches.max(axis=1), _PADDED_TOGETHER)
+
+
+def _predictor(flops: StepFlops) -> int:
+    return flops.predictor_forward + flops.predictor_backward
+
+
+def count_savings(config: Config, images: int = _IMAGES) -> dict[str, Any]:
+    """Operations an image: as shipped, by part, without each exact saving, and with K sources of a target (a source).
+
+    `images` is a multiple of 128. ValueError for the mlp predictor, which answers for the patches that it is given.
+    """
+    model, actions = config.model, action_dim(config.actions)
+    if model.predictor.kind != "vit":
+        raise ValueError(f"model.predictor.kind is {model.predictor.kind}; savings are counted for vit")
+    context, target = _draw(config, images)
+    shipped = step_flops(model, actions, context, target)
+
+    pixels = 3 * model.patch**2
+    hidden = int((model.grid**2 - context).sum())  # patches of the sources that the encoder does not see
+    # Forward, and the weight's gradient; pixels need none.
+    embedded_all = 2 * 2 * hidden * pixels * model.encoder_shape.width
+
+    # One block's sizes do not depend on how many are drawn.
+    alone = [_draw(config, images, blocks=1, seed=seed + 1)[1] for seed in range(config.masks.target_blocks)]
+    asked_by_block = sum(_predictor(step_flops(model, actions, context, block)) for block in alone)
+
+    everywhere = np.full_like(target, model.grid**2)
+    whole_target = step_flops(model, actions, context, everywhere).target_forward
+
+    width = model.predictor.width
+    after_attention = 2 * width * width + 4 * width * round(
+        width * model.predictor.mlp_ratio
+    )  # a token's projection, MLP
+    whole_predictor = 3 * int(context.sum()) * after_attention
+
+    padded = step_flops(model, actions, _padded(context), _padded(target))
+    padded_total = padded.total - padded.target_forward + shipped.target_forward
+    without = {
+        "all patches embedded, then dropped": shipped.total + embedded_all,
+        "the predictor asked once a target block": shipped.total - _predictor(shipped) + asked_by_block,
+        "the target's last block whole": shipped.total - shipped.target_forward + whole_target,
+        "the predictor's last block whole": shipped.total + whole_predictor,
+        "padded to the longest of 128 images": padded_total,
+    }
+    several = {}
+    for sources in SOURCES:
+        seen, asked = _draw(config, images, sources=sources)
+        several[str(sources)] = step_flops(model, actions, seen, asked, sources).total / (images * sources)
+    return {
+        "shipped": shipped.total / images,
+        "target_forward": shipped.target_forward / images,
+        "context": (shipped.context_forward + shipped.context_backward) / images,
+        "predictor": _predictor(shipped) / images,
+        "without": {name: operations / images for name, operations in without.items()},
+        "sources_per_target": several,
+    }
+
+
+def _quality(arms_file: Path) -> dict[str, Any]:
+    """An arm's figures, a mean with its 95 % interval and each seed's, from a file of `benchmarks.arms`."""
+    document = json.loads(arms_file.read_text(encoding="utf-8"))
+    arms = []
+    for arm in document["arms"]:
+        found = {name: [run["evaluation"][name] for run in arm["runs"]] for name in FIGURES}
+        figures = {name: interval(values) | {"seeds": values} for name, values in found.items()}
+        arms.append({"name": arm["name"], "overrides": arm["overrides"], "figures": figures})
+    return {"config": document["config"], "common": document["common"], "file": arms_file.name, "arms": arms}
+
+
+def main() -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", required=True, help="file to write, or -")
+    parser.add_argument("--configs", nargs="+", default=list(CONFIGS))
+    parser.add_argument("--quality", type=Path, help="a file of benchmarks.arms with the inexact savings as arms")
+    args = parser.parse_args()
+    rows = [{"config": name, **count_savings(load_config(find_config(name), []))} for name in args.configs]
+    body: dict[str, Any] = {"rows": rows, "command": public(sys.argv[1:])}
+    if args.quality:
+        body["quality"] = _quality(args.quality)
+    write_result(args.json, "savings", body)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
