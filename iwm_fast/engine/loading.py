@@ -22,10 +22,15 @@ from iwm_fast.engine.state import restore_module
 from iwm_fast.errors import UserError
 from iwm_fast.models.iwm import IWM
 
-__all__ = ["EXPORT_FILE", "EXPORT_SCHEMA", "find_checkpoint", "load_export", "load_model"]
+__all__ = ["EXPORT_FILE", "EXPORT_SCHEMA", "default_device", "find_checkpoint", "load_export", "load_model"]
 
 EXPORT_FILE = "config.json"
 EXPORT_SCHEMA = "iwm-fast-export/1"
+
+
+def default_device() -> torch.device:
+    """Where a loaded model answers unless told otherwise: the GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def find_checkpoint(run: Path, which: str = "latest") -> Path:

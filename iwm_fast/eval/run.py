@@ -7,9 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from iwm_fast.engine.loading import load_model
+from iwm_fast.engine.loading import default_device, load_model
 from iwm_fast.engine.rundir import RunDirectory
 from iwm_fast.errors import UserError
 from iwm_fast.eval.bank import JITTER_COMPONENTS
@@ -64,7 +62,7 @@ def evaluate_run(
                 f"command line: {word}: evaluation may change {', '.join(_FREE)} only; the rest is the run's"
             )
     model, config, space, step = load_model(run, checkpoint, overrides)
-    model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    model.to(default_device())
     sliding: Sequence[SlidingExample] = []
     if config.actions.groups == ("external",):
         results, shown = evaluate_triplets(

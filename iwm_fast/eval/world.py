@@ -28,7 +28,7 @@ from iwm_fast.data.clean import load_clean
 from iwm_fast.data.files import ImageSet
 from iwm_fast.data.sources.folder import FolderSource
 from iwm_fast.data.sources.storage import LocalStorage
-from iwm_fast.engine.loading import EXPORT_FILE, load_export, load_model
+from iwm_fast.engine.loading import EXPORT_FILE, default_device, load_export, load_model
 from iwm_fast.errors import UserError
 from iwm_fast.eval.distances import euclidean, unit_means
 from iwm_fast.eval.features import EncoderName, default_encoder
@@ -249,5 +249,4 @@ def load_world(path: Path, *, checkpoint: str = "latest", device: str | None = N
     else:
         model, config, space, step = load_model(path, checkpoint)
         actions = config.actions
-    chosen = device if device is not None else "cuda" if torch.cuda.is_available() else "cpu"
-    return WorldModel(model.to(chosen), actions, space, step=step)
+    return WorldModel(model.to(device or default_device()), actions, space, step=step)

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from iwm_fast.config import Config
 from iwm_fast.data.segmentation import is_masked
-from iwm_fast.engine.loading import load_model
+from iwm_fast.engine.loading import default_device, load_model
 from iwm_fast.errors import UserError
 from iwm_fast.eval.cache import FeatureCache, Features
 from iwm_fast.eval.features import default_encoder, encoder_of, read_features
@@ -112,7 +111,7 @@ def finetune_run(
     if out is not None:
         require_absent(out)
     model, config, _, step = load_model(run, request.checkpoint)
-    model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    model.to(default_device())
     if request.mode == "multitask" and not isinstance(model.predictor, VitPredictor):
         raise UserError(f"{run}: --mode multitask needs model.predictor.kind vit, and this run's is mlp")
     cache = FeatureCache(request.cache if request.cache is not None else run / "cache")
