@@ -152,6 +152,14 @@ def peers(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     return _json(command, args.limit)
 
 
+def attention(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Attention at the step's own lengths beside every other way that is installed."""
+    file, rounds = str(args.out / "bench_attention.json"), "15" if device.type == "cuda" else "1"
+    return _json(
+        ["iwm_fast.benchmarks.attention", "--device", device.type, "--json", file, "--rounds", rounds], args.limit
+    )
+
+
 def profile(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Where the time of a step goes; the trace and the pictures lie in OUT/profile."""
     config, *overrides = (
@@ -174,7 +182,9 @@ def scaling(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
 
 
 # Most valuable first: a run that is cut off has what it had measured.
-PARTS = {part.__name__: part for part in (doctor, ceilings, kernels, step, peers, profile, tests, train, scaling)}
+PARTS = {
+    part.__name__: part for part in (doctor, ceilings, kernels, step, peers, attention, profile, tests, train, scaling)
+}
 
 
 def run_part(name: str, args: argparse.Namespace) -> int:

@@ -190,9 +190,25 @@ def _savings(document: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def _attention(document: Mapping[str, Any]) -> list[str]:
+    cells: dict[tuple[str, str], dict[bool, str]] = {}
+    ours = {(r["case"], r["backward"]): r["p50"] for r in document["rows"] if r["contender"] == "iwm-fast"}
+    for row in document["rows"]:
+        said = row.get("skipped") or f"{row['p50'] * 1e3:.2f} ({row['p50'] / ours[row['case'], row['backward']]:.2f})"
+        cells.setdefault((row["case"], row["contender"]), {})[row["backward"]] = said.partition(":")[0]
+    rows = [(*names, both[False], both[True]) for names, both in cells.items() if both[False] != "needs a GPU"]
+    measured = f"{document['rows'][0]['dtype']}, {document['threads']} thread(s) on {document['device']}"
+    return [
+        f"Milliseconds, and in brackets over ours (above 1: ours is faster); {measured}.",
+        "",
+        *_table(("attention", "by", "forward", "with gradients"), rows),
+    ]
+
+
 _SECTIONS = {
     "iwm-fast-peers/1": ("The step beside others'", _peers),
     "iwm-fast-savings/1": ("Operations that are not spent", _savings),
+    "iwm-fast-attention/1": ("Attention at the step's own lengths", _attention),
     "iwm-fast-bench-step/1": ("The step", _steps),
     "iwm-fast-kernels/1": ("Kernels", _kernels),
     "iwm-fast-bench-scaling/1": ("Scaling", _scaling),
