@@ -1,16 +1,14 @@
 """The target encoder's linear products in fp8, while it trains: they get no gradient, so nothing else needs them finer.
 
-Both factors are rounded to e4m3 (1 sign, 4 exponent and 3 mantissa bits, largest 448; Micikevicius et al.,
-arXiv:2209.05433), each row with a scale of its own: the least power of two that takes its largest number to 448 or
-less. A power of two, so that scaling rounds nothing and bf16 holds every scaled e4m3 number exactly. Sums are fp32.
+Both factors are rounded to e4m3, each row with a power of two for its scale (`kernels.e4m3_rows`); sums are fp32.
 
 On CUDA the product is `torch._scaled_mm`'s, up to twice as fast as in bf16; elsewhere the same numbers are multiplied
 in the tokens' own type, which proves the arithmetic and measures what it costs in quality, and is slower than without.
 What stays as it was: patch embedding, normalisations, attention's softmax, the residual stream, and the weights, which
 are rounded anew in each forward pass: average, checkpoints and exports know nothing of fp8. The MLP is no longer one
-operator: its hidden passes through memory twice, once before GELU in the tokens' type and once after it in fp8.
+operator: its hidden passes through memory twice, before GELU in the tokens' type and after it in e4m3.
 
-In evaluation mode the encoder computes as any other: fp8 is how a training makes its targets, not what is trained.
+In evaluation mode the encoder computes as any other: fp8 is how a training makes its targets, and no part of a model.
 """
 
 from __future__ import annotations
@@ -30,15 +28,12 @@ from .vit import VisionTransformer
 
 __all__ = ["fp8_linear", "products_in_fp8", "require_fp8"]
 
-E4M3 = torch.float8_e4m3fn
-_LARGEST = 448.0  # of e4m3
-_LEAST_SCALE = 2.0**-126  # fp32's least normal number: rows of zeros need one whose reciprocal exists
 _CAPABILITY = (8, 9)  # of the first GPUs that multiply fp8: Ada, then Hopper
 _MULTIPLE = 16  # bytes that a row of _scaled_mm's factors and of its result must be a multiple of
 
 
-def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Multiply x · weightᵀ + bias with both factors rounded to e4m3 by row.
+def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor, activation: str = "none") -> Tensor:
+    """Multiply [gelu](x) · weightᵀ + bias with both factors rounded to e4m3 by row.
 
     A row of x with a NaN or an infinity gives NaN, as does such a row of the weight in its column of the result.
 
@@ -46,6 +41,7 @@ def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         x: (N, K), bf16 or fp32, off CUDA float64 too; N may be 0.
         weight: (M, K) of x's type.
         bias: (M,) of x's type.
+        activation: "none", or "gelu", of x before it is rounded.
 
     Returns:
         (N, M) of x's type; on CUDA rounded to bf16 first, the only type that `torch._scaled_mm` gives there for scales
@@ -55,13 +51,12 @@ def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ValueError: a gradient would have to flow through it.
 
     """
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or bias.requires_grad):
-        raise ValueError("a product in fp8 has no gradient: call it under torch.no_grad()")
+    if x.is_cuda and (not len(x) or weight.shape[0] % _MULTIPLE or weight.shape[1] % _MULTIPLE):
+        return F.linear(F.gelu(x) if activation == "gelu" else x, weight, bias)
+    left, left_scale = kernels.e4m3_rows(x, activation=activation)
+    right, right_scale = kernels.e4m3_rows(weight)
     if not x.is_cuda:
-        return F.linear(_rounded(x), _rounded(weight), bias)
-    if not len(x) or weight.shape[0] % _MULTIPLE or weight.shape[1] % _MULTIPLE:
-        return F.linear(x, weight, bias)
-    (left, left_scale), (right, right_scale) = _quantised(x), _quantised(weight)
+        return F.linear(_numbers(left, left_scale, x.dtype), _numbers(right, right_scale, x.dtype), bias)
     # Not the fast accumulation: Hopper's keeps 14 bits of a sum, and what is wanted is fp32's.
     product = torch._scaled_mm(  # noqa: SLF001  (PyTorch has no public name for it)
         left, right.t(), left_scale, right_scale.t(), bias=bias.to(torch.bfloat16), out_dtype=torch.bfloat16
@@ -69,26 +64,17 @@ def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return product.to(x.dtype)
 
 
-def _quantised(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(N, K) as e4m3 and the fp32 scales (N, 1) of its rows: their product is x, rounded."""
-    largest = x.abs().amax(1, keepdim=True).float()
-    # 0 becomes the least scale; an infinite scale or NaN makes its whole row NaN.
-    scale = torch.exp2(torch.ceil(torch.log2(largest / _LARGEST))).clamp(min=_LEAST_SCALE)
-    return (x * scale.reciprocal().to(x.dtype)).to(E4M3).contiguous(), scale
-
-
-def _rounded(x: Tensor) -> Tensor:
-    """(N, K) in its own type, as e4m3 holds it."""
-    codes, scale = _quantised(x)
-    # By a table: PyTorch's conversion from e4m3 on the CPU takes 3 to 7 times as long.
-    values = _values(x.dtype).to(x.device).index_select(0, codes.view(torch.uint8).flatten().int())
-    return values.view_as(x).mul_(scale.to(x.dtype))
+def _numbers(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The factor itself, (N, K) of a type that holds it exactly."""
+    # By a table: PyTorch's conversion from e4m3 on the CPU takes 2 to 7 times as long.
+    values = _values(dtype).to(codes.device).index_select(0, codes.view(torch.uint8).flatten().int())
+    return values.view_as(codes).mul_(scale.to(dtype))
 
 
 @cache
 def _values(dtype: torch.dtype) -> Tensor:
     """(256,): the number of each e4m3 code."""
-    return torch.arange(256, dtype=torch.uint8).view(E4M3).to(dtype)
+    return torch.arange(256, dtype=torch.uint8, device="cpu").view(torch.float8_e4m3fn).to(dtype)
 
 
 class Fp8Linear(nn.Linear):
@@ -108,11 +94,11 @@ class Fp8Mlp(ConditionedMlp):
             return super().forward(x, segments, action)
         _, normed = kernels.residual_norm(x, None, self.norm_weight, self.norm_bias, eps=NORM_EPS)
         hidden = fp8_linear(normed, self.w_in, self.b_in)
-        return fp8_linear(F.gelu(hidden), self.w_out, self.b_out).add_(x)
+        return fp8_linear(hidden, self.w_out, self.b_out, "gelu").add_(x)
 
 
 def products_in_fp8(encoder: VisionTransformer) -> None:
-    """Have the encoder's blocks multiply in fp8 in training mode. Their parameters, and those's names, stay."""
+    """Have the encoder's blocks multiply in fp8 in training mode. Parameters and their names stay."""
     for block in encoder.blocks:
         assert isinstance(block, Block)
         # Another class and nothing else: a module made anew would draw weights, and so change those drawn after it.
