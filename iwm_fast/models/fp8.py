@@ -26,7 +26,7 @@ from .blocks import NORM_EPS, Block, ConditionedMlp
 from .packing import Segments
 from .vit import VisionTransformer
 
-__all__ = ["fp8_linear", "products_in_fp8", "require_fp8"]
+__all__ = ["fp8_linear", "products_in_fp8", "require_fp8", "scaled_product"]
 
 _CAPABILITY = (8, 9)  # of the first GPUs that multiply fp8: Ada, then Hopper
 _MULTIPLE = 16  # bytes that a row of _scaled_mm's factors and of its result must be a multiple of
@@ -53,15 +53,19 @@ def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor, activation: str = "none"
     """
     if x.is_cuda and (not len(x) or weight.shape[0] % _MULTIPLE or weight.shape[1] % _MULTIPLE):
         return F.linear(F.gelu(x) if activation == "gelu" else x, weight, bias)
-    left, left_scale = kernels.e4m3_rows(x, activation=activation)
-    right, right_scale = kernels.e4m3_rows(weight)
-    if not x.is_cuda:
-        return F.linear(_numbers(left, left_scale, x.dtype), _numbers(right, right_scale, x.dtype), bias)
+    left, right = kernels.e4m3_rows(x, activation=activation), kernels.e4m3_rows(weight)
+    if x.is_cuda:
+        return scaled_product(left, right, bias).to(x.dtype)
+    return F.linear(_numbers(*left, x.dtype), _numbers(*right, x.dtype), bias)
+
+
+def scaled_product(left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor], bias: Tensor) -> Tensor:
+    """Multiply (N, K) by (M, K) transposed, codes with their scales, and add bias (M,): (N, M) in bf16."""
+    (x, x_scale), (weight, weight_scale) = left, right
     # Not the fast accumulation: Hopper's keeps 14 bits of a sum, and what is wanted is fp32's.
-    product = torch._scaled_mm(  # noqa: SLF001  (PyTorch has no public name for it)
-        left, right.t(), left_scale, right_scale.t(), bias=bias.to(torch.bfloat16), out_dtype=torch.bfloat16
+    return torch._scaled_mm(  # noqa: SLF001  (PyTorch has no public name for it)
+        x, weight.t(), x_scale, weight_scale.t(), bias=bias.to(torch.bfloat16), out_dtype=torch.bfloat16
     )
-    return product.to(x.dtype)
 
 
 def _numbers(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from iwm_fast.config.schema import EncoderShape, ModelConfig, PredictorConfig
 from iwm_fast.errors import UserError
+from iwm_fast.kernels import e4m3_rows
 from iwm_fast.models import IWM
-from iwm_fast.models.fp8 import fp8_linear, require_fp8
+from iwm_fast.models.fp8 import fp8_linear, require_fp8, scaled_product
 
 # Half a step of each type, relative to the number: what a sum in fp32 loses a term, and a result when it is rounded.
 HALF_STEP = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}
@@ -52,6 +53,17 @@ def test_the_product_of_the_rounded_factors(
 
     bound = off(left) @ np.abs(right).T + (np.abs(left) + off(left)) @ off(right).T
     assert (np.abs(rounded(left) @ rounded(right).T - left @ right.T) <= 1.000001 * bound).all()
+
+
+def test_what_a_gpu_is_asked_for_is_the_same_product() -> None:
+    """PyTorch's scaled product, which the CPU has too: bf16 rounds each result once more, after a sum in fp32."""
+    x, weight = draw(33, 96, 0, 2.0, torch.bfloat16), draw(48, 96, 1, 2.0, torch.bfloat16)
+    bias = draw(1, 48, 2, 2.0, torch.bfloat16)[0]
+    found = scaled_product(e4m3_rows(x), e4m3_rows(weight), bias).double()
+    expected = fp8_linear(x, weight, bias).double()
+    size = fp8_linear(x.abs(), weight.abs(), bias.abs()).double()
+    lost = 2 * HALF_STEP[torch.bfloat16] * expected.abs() + 97 * HALF_STEP[torch.float32] * size
+    assert ((found - expected).abs() <= 1.01 * lost).all()
 
 
 @pytest.mark.parametrize("dtype", list(HALF_STEP), ids=str)

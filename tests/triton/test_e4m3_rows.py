@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from iwm_fast.kernels import e4m3_rows, e4m3_rows_flops
+from iwm_fast.kernels import e4m3_rows, e4m3_rows_flops, use_backend
+from iwm_fast.models.fp8 import fp8_linear
 
 # Half a step of each type, relative, and of the smallest, which fp16 alone has within reach.
 TYPES = {torch.float32: (2.0**-24, 0.0), torch.float16: (2.0**-11, 2.0**-25), torch.bfloat16: (2.0**-8, 0.0)}
@@ -87,6 +88,14 @@ def test_rows_that_do_not_lie_together(device):
         codes, scale = e4m3_rows(view, backend="triton")
         assert torch.equal(numbers(codes, scale), numbers(*e4m3_rows(view, backend="reference")))
         assert codes.is_contiguous()
+
+
+def test_a_product_takes_its_factors_from_here(device):
+    x, weight, bias = (draw(rows, 48, rows, torch.bfloat16, device) for rows in (9, 32, 1))
+    with use_backend("reference"):
+        expected = fp8_linear(x, weight, bias[0, :32].contiguous())
+    with use_backend("triton"):
+        assert torch.equal(fp8_linear(x, weight, bias[0, :32].contiguous()), expected)
 
 
 def test_opcheck_and_operations(device):
