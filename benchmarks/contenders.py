@@ -14,7 +14,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from iwm_fast.kernels import conditioned_mlp, ema_update, patchify, predictor_input, residual_norm, stopgrad_l2
+from iwm_fast.kernels import (
+    conditioned_mlp,
+    e4m3_rows,
+    ema_update,
+    patchify,
+    predictor_input,
+    residual_norm,
+    stopgrad_l2,
+)
 from iwm_fast.planning.environment import installed_version
 
 if TYPE_CHECKING:
@@ -49,6 +57,7 @@ _OPERATORS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "patchify": (patchify, {}),
     "residual_norm": (residual_norm, {}),
     "predictor_input": (predictor_input, {}),
+    "e4m3_rows": (e4m3_rows, {"activation": "gelu"}),
 }
 
 

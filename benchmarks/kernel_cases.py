@@ -12,6 +12,8 @@ from torch import Tensor
 from iwm_fast.kernels import (
     conditioned_mlp_bytes,
     conditioned_mlp_flops,
+    e4m3_rows_bytes,
+    e4m3_rows_flops,
     ema_update_bytes,
     ema_update_flops,
     patchify_bytes,
@@ -26,7 +28,9 @@ from iwm_fast.kernels import (
 
 __all__ = ["CASES", "OPERATIONS", "Case", "at_most", "inputs"]
 
-OPERATIONS = ("conditioned_mlp", "stopgrad_l2", "ema_update", "patchify", "residual_norm", "predictor_input")
+OPERATIONS = (
+    "conditioned_mlp", "stopgrad_l2", "ema_update", "patchify", "residual_norm", "predictor_input", "e4m3_rows",
+)  # fmt: skip
 ELEMENT = 2  # bytes of bf16
 _POSITIONS = 196
 
@@ -61,6 +65,7 @@ class Case:
             "conditioned_mlp": f" H={self.hidden} A={self.actions}",
             "stopgrad_l2": f" of {self.rows}",
             "residual_norm": " with a branch" if self.rows else "",
+            "e4m3_rows": "",
             "predictor_input": f" and {self.rows} mask tokens",
             "patchify": f" of {self.images} images of {self.side}²",
         }
@@ -97,6 +102,9 @@ class Case:
             indexed = self.tokens < self.patches
             moved = patchify_bytes(self.tokens, self.patch, element=ELEMENT, indexed=indexed)
             return {"flops": patchify_flops(self.tokens, self.patch), "bytes": moved}
+        if self.operation == "e4m3_rows":
+            moved = e4m3_rows_bytes(self.tokens, self.width, element=ELEMENT)
+            return {"flops": e4m3_rows_flops(self.tokens, self.width), "bytes": moved}
         passes = (False, True) if backward else (False,)
         if self.operation == "residual_norm":
             n, d, branch = self.tokens, self.width, self.rows > 0
@@ -136,6 +144,8 @@ CASES = [
     Case("residual_norm", 50_176, 768),
     Case("residual_norm", 50_176, 768, rows=50_176),
     Case("predictor_input", 30_720, 384, images=512, rows=69_632),
+    Case("e4m3_rows", 50_176, 768),  # of a target in fp8: what a block's first products take, and the MLP's hidden
+    Case("e4m3_rows", 50_176, 3072),
 ]
 
 
@@ -170,6 +180,8 @@ def inputs(case: Case, device: torch.device, dtype: torch.dtype, seed: int = 0) 
     if case.operation == "residual_norm":
         branch = draw(n, d) if case.rows else None
         return {"x": draw(n, d), "branch": branch, "weight": draw(d), "bias": draw(d, size=0.1)}
+    if case.operation == "e4m3_rows":
+        return {"x": draw(n, d, leaf=False)}
     if case.operation == "predictor_input":
         patches = torch.randint(0, _POSITIONS, (n + case.rows,), generator=generator, device=device)
         images_of = [torch.arange(count, device=device) * case.images // count for count in (n, case.rows)]

@@ -57,12 +57,10 @@ def _answers(run: Callable[..., Any], given: dict[str, Any], upstream: tuple[Ten
     out = run(**given)
     if out is None:
         return {k: torch.cat([t.flatten() for t in v]) for k, v in given.items() if isinstance(v, list)}
-    leaves = _leaves(given)
-    if not leaves:
-        return {"out": out}
     results = out if isinstance(out, tuple) else (out,)
-    grads = torch.autograd.grad(results, list(leaves.values()), upstream)
     named = {f"out {i}" if i else "out": result.detach() for i, result in enumerate(results)}
+    leaves = _leaves(given)
+    grads = torch.autograd.grad(results, list(leaves.values()), upstream) if leaves else ()
     return named | dict(zip(leaves, grads, strict=True))
 
 
@@ -85,7 +83,8 @@ def errors(run: Callable[..., Any], exact: Callable[..., Any], case: Case, devic
     upstream = _upstream(small, given)
     found = _answers(run, given, upstream)
     wanted = _answers(exact, wide, None if upstream is None else tuple(u.double() for u in upstream))
-    return {k: float((found[k].double() - w).norm() / w.norm()) for k, w in wanted.items()}
+    exactly = {k: w.double() for k, w in wanted.items()}
+    return {k: float((found[k].double() - w).norm() / w.norm()) for k, w in exactly.items()}
 
 
 def kept_bytes(run: Callable[..., Any], given: dict[str, Any]) -> int:

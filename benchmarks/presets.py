@@ -25,6 +25,11 @@ PRESETS = {
     "cpu-tiny-bf16": Preset("vit_tiny_p8_96", ("train.global_batch=32", "train.precision=bf16"), "cpu"),
     "gpu-small": Preset("vit_small_p16_224", ("train.global_batch=512", "train.micro_batch=512"), "cuda"),
     "gpu-base": Preset("vit_base_p16_224_equi", ("train.global_batch=256", "train.micro_batch=256"), "cuda"),
+    "gpu-base-fp8": Preset(
+        "vit_base_p16_224_equi",
+        ("train.global_batch=256", "train.micro_batch=256", "model.target_precision=fp8"),
+        "cuda",
+    ),
     "gpu-large": Preset("vit_large_p16_224", ("train.global_batch=128", "train.micro_batch=128"), "cuda"),
 }
 

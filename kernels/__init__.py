@@ -15,6 +15,7 @@ from .conditioned_mlp import (
     conditioned_mlp_flops,
     conditioned_mlp_reference,
 )
+from .e4m3_rows import e4m3_rows, e4m3_rows_bytes, e4m3_rows_flops, e4m3_rows_reference
 from .ema_update import ema_update, ema_update_bytes, ema_update_flops, ema_update_reference
 from .patchify import patchify, patchify_bytes, patchify_flops, patchify_reference
 from .predictor_input import (
@@ -32,6 +33,10 @@ __all__ = [
     "conditioned_mlp_bytes",
     "conditioned_mlp_flops",
     "conditioned_mlp_reference",
+    "e4m3_rows",
+    "e4m3_rows_bytes",
+    "e4m3_rows_flops",
+    "e4m3_rows_reference",
     "ema_update",
     "ema_update_bytes",
     "ema_update_flops",

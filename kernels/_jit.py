@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["INTERPRETED", "dot", "gelu", "gelu_slope", "place_of_program", "to_type"]
+__all__ = ["INTERPRETED", "dot", "gelu", "gelu_slope", "place_of_program", "to_e4m3", "to_type"]
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
@@ -35,6 +35,24 @@ def to_type(x, DTYPE: tl.constexpr):
         rounded = ((bits + 0x7FFF + even) & 0xFFFF0000).to(tl.float32, bitcast=True)
         x = tl.where(x == x, rounded, x)  # noqa: PLR0124  (false for NaN, whose bits must stay)
     return x.to(DTYPE)
+
+
+@triton.jit
+def to_e4m3(x):
+    """fp32 of at most 448 to the bits of the nearest e4m3, uint8; NaN is 0x7F, its sign free."""
+    if INTERPRETED:  # which cuts, as for bf16
+        bits = x.to(tl.uint32, bitcast=True)
+        size = bits & 0x7FFFFFFF
+        # From 2⁻⁶ on the exponent is less by 120, and 20 of the 23 bits of the mantissa are rounded away; below, where
+        # steps are 2⁻⁹, as are those of fp32 at 2¹⁴, the sum with that is rounded to them.
+        normal = ((size + 0x7FFFF + ((size >> 20) & 1)) >> 20) - (120 << 3)
+        small = (tl.abs(x) + 16384.0).to(tl.uint32, bitcast=True) - 0x46800000
+        code = tl.where(size < 0x3C800000, small, tl.minimum(normal, 0x7E))
+        code = tl.where(x == x, code, 0x7F)  # noqa: PLR0124  (false for NaN)
+        code = (code | (bits >> 31 << 7)).to(tl.uint8)
+    else:
+        code = x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+    return code
 
 
 @triton.jit

@@ -15,6 +15,7 @@ from . import _mlp_triton
 from ._candidates import candidates_of
 from ._launch import norm_backward, normalise
 from ._tuning import use_tuner
+from .e4m3_rows import launch_e4m3
 from .ema_update import launch_average
 from .patchify import launch_patchify
 from .predictor_input import launch_assembly, launch_assembly_backward
@@ -41,6 +42,9 @@ SHAPES = {
 }
 # Sides of the patches that the configurations cut, and of ViT-H's.
 PATCHES = (4, 8, 14, 16)
+# Widths and hidden widths of target encoders, ViT-B to ViT-H: factors in fp8, on the architectures that have it.
+E4M3_WIDTHS = (768, 1280, 3072, 5120)
+_HAS_E4M3 = 89
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,19 +81,21 @@ def record_launches(arch: str, dtype: torch.dtype = torch.bfloat16) -> list[Laun
     JITFunction.run = record
     try:
         with use_tuner(_EveryCandidate(arch)):
-            for shape, launch in _works(dtype).items():  # noqa: B007  (shape is read by `record`)
+            for shape, launch in _works(arch, dtype).items():  # noqa: B007  (shape is read by `record`)
                 launch()
     finally:
         JITFunction.run = before
     return list(found.values())
 
 
-def _works(dtype: torch.dtype) -> dict[str, Callable[[], None]]:
+def _works(arch: str, dtype: torch.dtype) -> dict[str, Callable[[], None]]:
     """What launches, by the name that reports give it. All on tensors without memory."""
     works: dict[str, Callable[[], None]] = {
         name: partial(_launch_block, *sizes, dtype) for name, sizes in SHAPES.items()
     }
     works |= {f"patches of {patch}": partial(_launch_patches, patch, dtype) for patch in PATCHES}
+    if int(arch.removeprefix("sm_")) >= _HAS_E4M3:
+        works |= {f"rows of {width} in e4m3": partial(_launch_e4m3, width, dtype) for width in E4M3_WIDTHS}
     return works | {
         "average by 4": partial(_launch_average, 64, dtype),
         "average by 1": partial(_launch_average, 63, dtype),
@@ -105,6 +111,12 @@ def _launch_patches(patch: int, dtype: torch.dtype) -> None:
     table = _empty(values, kind=torch.float32)
     for index in (_empty(63, kind=torch.int64), None):
         launch_patchify(images, index, index, table, table, patch, _empty(63, values, kind=dtype))
+
+
+def _launch_e4m3(width: int, dtype: torch.dtype) -> None:
+    codes, scale = _empty(63, width, kind=torch.uint8), _empty(63, 1, kind=torch.float32)
+    for activation in ("none", "gelu"):
+        launch_e4m3(_empty(63, width, kind=dtype), activation, codes, scale)
 
 
 def _launch_average(elements: int, dtype: torch.dtype) -> None:

@@ -3,6 +3,7 @@
 segment_sum_kernel      Σ of the rows of each image, in their order
 activate_kernel         act(u + bias[image]) in place, beside a library's products, and the gradient through it
 distance_kernel         squared distance to gathered, normalised targets, and its gradient
+e4m3_kernel             rows rounded to e4m3 with a scale for each
 assemble_kernel         the predictor's packed tokens out of their parts, and assemble_backward_kernel back to them
 
 Where a row is held whole, it is in PARTS pieces of BLOCK_D, so that a width that is no power of two wastes no lanes
@@ -14,13 +15,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._jit import gelu, gelu_slope, to_type
+from ._jit import gelu, gelu_slope, to_e4m3, to_type
 
 __all__ = [
     "activate_kernel",
     "assemble_backward_kernel",
     "assemble_kernel",
     "distance_kernel",
+    "e4m3_kernel",
     "segment_sum_kernel",
 ]
 
@@ -213,3 +215,41 @@ def assemble_backward_kernel(
             acc += tl.sum(tl.where(m_mask[:, None], grad.to(tl.float32), 0.0), axis=0)
     if HAS_MASK:
         tl.store(sums_ptr + i.to(tl.int64) * D + o_d, acc, mask=m_d)
+
+
+@triton.jit
+def e4m3_kernel(
+    x_ptr, code_ptr, scale_ptr,
+    N, D,
+    stride_xn, stride_cn,
+    HAS_GELU: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """code uint8 (N, D) of v / scale, v = [gelu](x), and scale fp32 (N,), the least 2ᵏ with max |v| ≤ 448 · 2ᵏ."""
+    o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_d = tl.arange(0, BLOCK_D)
+    m_n = o_n < N
+    rows = o_n.to(tl.int64)[:, None]
+    values = ()
+    largest = tl.zeros((BLOCK_N,), tl.float32)
+    for part in tl.static_range(PARTS):
+        o = part * BLOCK_D + o_d
+        m = m_n[:, None] & (o < D)[None, :]
+        value = tl.load(x_ptr + rows * stride_xn + o[None, :], mask=m, other=0.0).to(tl.float32)  # (BLOCK_N, BLOCK_D)
+        if HAS_GELU:
+            value = to_type(gelu(value, False), x_ptr.dtype.element_ty).to(tl.float32)
+        largest = tl.maximum(largest, tl.max(tl.abs(value), axis=1))
+        values = values + (value,)
+    # 448 is 1.75 · 2⁸: a larger mantissa carries into the exponent. At least 2⁻¹²⁶, whose bits are 1 << 23.
+    exponent = ((largest.to(tl.uint32, bitcast=True) + 0x1FFFFF) >> 23).to(tl.int32) - 8
+    exponent = tl.maximum(exponent, 1)
+    scale = (exponent << 23).to(tl.float32, bitcast=True)
+    inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)[:, None]
+    tl.store(scale_ptr + o_n, scale, mask=m_n)
+    for part in tl.static_range(PARTS):
+        o = part * BLOCK_D + o_d
+        value = values[part]
+        # The conversion would make 448 of an infinity.
+        value = tl.where(tl.abs(value) < float("inf"), value * inverse, float("nan"))
+        p_code = code_ptr + rows * stride_cn + o[None, :]
+        tl.store(p_code, to_e4m3(value), mask=m_n[:, None] & (o < D)[None, :])

@@ -105,10 +105,11 @@ class ModelConfig(Section):
     patch: Count = Field(16, description="side of a patch, pixels; divides image")
     image: Count = Field(224, description="side of the square views, pixels")
     target: Literal["ema", "shared"] = Field("ema", description="target encoder: moving average, or the encoder itself")
-    normalize_target: bool = Field(True, description="layer-normalise target tokens without affine (I-JEPA)")
-    attention: Literal["auto", "xformers", "sdpa"] = Field(
-        "auto", description="auto: xformers on a GPU, PyTorch's SDPA on the CPU"
+    target_precision: Literal["train", "fp8"] = Field(
+        "train", description="of the ema target's products in training: as train.precision, or fp8 (GPU 8.9 or later)"
     )
+    normalize_target: bool = Field(True, description="layer-normalise target tokens without affine (I-JEPA)")
+    attention: Literal["auto", "xformers", "sdpa"] = Field("auto", description="auto: xformers on GPUs, SDPA on CPUs")
     predictor: PredictorConfig = PredictorConfig()
 
     @property
@@ -122,9 +123,11 @@ class ModelConfig(Section):
         return self.image // self.patch
 
     @model_validator(mode="after")
-    def _divisible(self) -> Self:
+    def _consistent(self) -> Self:
         if self.image % self.patch:
             raise ValueError(f"image {self.image} must be a multiple of patch {self.patch}")
+        if self.target_precision == "fp8" and self.target == "shared":
+            raise ValueError("target_precision is fp8, so target must be ema: a shared encoder has gradients")
         return self
 
 

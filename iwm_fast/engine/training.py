@@ -47,6 +47,7 @@ from iwm_fast.engine.upkeep import Upkeep
 from iwm_fast.engine.zero import ZeroEngine, initialize
 from iwm_fast.errors import UserError
 from iwm_fast.models.attention import resolve_backend
+from iwm_fast.models.fp8 import require_fp8
 from iwm_fast.models.iwm import IWM
 from iwm_fast.planning.length import training_steps
 
@@ -79,6 +80,8 @@ def pretrain(config: Config, out: Path, resume: str = "never") -> None:
         torch.set_num_threads(max(1, usable_cores() // ranks.local_world))
     if config.data.root is None:
         raise UserError("data.root is not set: name the folder of images, for example data.root=photos/train")
+    if config.model.target_precision == "fp8":
+        require_fp8(ranks.device)
     directory = RunDirectory(out)
     live = Liveness(ranks, config.train.rank_timeout_s)
     with contextlib.ExitStack() as held, live.watching():
@@ -208,9 +211,10 @@ def _train(
 def _announce(run: Run, files: ImageSet | Triplets, saved: Checkpoint | None, progress: TrainingProgress) -> None:
     config = run.config
     attention = resolve_backend(config.model.attention, run.ranks.device.type)
+    in_fp8 = ", target in fp8" if config.model.target_precision == "fp8" else ""
     progress.say(
         f"{len(files)} {files.describe()}, {run.ranks.world} rank(s) on {run.ranks.device.type}, "
-        f"ZeRO stage {config.zero.stage}, {config.train.precision}, attention {attention}, "
+        f"ZeRO stage {config.zero.stage}, {config.train.precision}{in_fp8}, attention {attention}, "
         f"global batch {config.train.global_batch} = "
         f"{run.ranks.world} × {run.trainer.stream.accumulation} × {run.trainer.stream.micro_batch}"
     )

@@ -13,6 +13,7 @@ from iwm_fast import kernels
 from iwm_fast.config.schema import ModelConfig
 
 from .blocks import NORM_EPS, Kept, layer_norm_rows
+from .fp8 import products_in_fp8
 from .packing import Segments
 from .predictors import MlpPredictor, VitPredictor, predict_all
 from .vit import VisionTransformer
@@ -46,7 +47,8 @@ class IWM(nn.Module):
 
     Weights begin the same for the same torch seed. They may be cast to bf16 as a whole: inputs follow, and
     normalisation statistics, softmax and loss stay in fp32. The target encoder is never differentiated; moving it
-    towards the encoder is the caller's work.
+    towards the encoder is the caller's work. With model.target_precision: fp8 its products are in fp8 in training mode;
+    in evaluation mode it is read in the model's own type, whatever made the targets of the training.
     """
 
     def __init__(self, model: ModelConfig, action_dim: int, *, activation_checkpointing: bool = False) -> None:
@@ -58,6 +60,8 @@ class IWM(nn.Module):
         self.action_dim = action_dim
         self.encoder = VisionTransformer(shape, model.image, model.patch, model.attention, activation_checkpointing)
         self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False) if model.target == "ema" else None
+        if self.target_encoder is not None and model.target_precision == "fp8":
+            products_in_fp8(self.target_encoder)
         self.predictor: VitPredictor | MlpPredictor
         self.predicts: Literal["target", "context"]
         if predictor.kind == "mlp":

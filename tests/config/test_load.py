@@ -212,6 +212,10 @@ MISTAKES = {
         "train: !!python/object:os.system {}",
         "run.yaml:1: the tag tag:yaml.org,2002:python/object:os.system has no meaning in a configuration",
     ),
+    "fp8 where the target has gradients": (
+        "model:\n  target: shared\n  target_precision: fp8",
+        "run.yaml:1: model: target_precision is fp8, so target must be ema: a shared encoder has gradients",
+    ),
 }
 
 

@@ -27,7 +27,7 @@ def test_every_kernel_of_an_architecture_compiles_without_a_spill(tmp_path):
     kernels = {row["kernel"] for row in rows}
     assert kernels == {
         "activate_kernel", "assemble_backward_kernel", "assemble_kernel", "average_kernel", "distance_kernel",
-        "fused_mlp_kernel", "hidden_backward_kernel",
+        "e4m3_kernel", "fused_mlp_kernel", "hidden_backward_kernel",
         "linear_kernel", "norm_backward_kernel", "norm_kernel", "patchify_kernel", "segment_sum_kernel",
         "weight_grad_kernel",
     }  # fmt: skip

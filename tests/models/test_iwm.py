@@ -207,10 +207,12 @@ def test_features_for_rank_are_predicted_tokens_of_every_place_of_the_grid() -> 
     assert int(new.sum()) == 9
 
 
-def test_each_gathering_module_owns_what_it_hands_to_a_kernel() -> None:
+@pytest.mark.parametrize("precision", ["train", "fp8"])
+def test_each_gathering_module_owns_what_it_hands_to_a_kernel(precision: str) -> None:
     """ZeRO stage 3 gathers the direct parameters of the module whose forward runs, and hides all others: with every
     other parameter emptied between a module's forward passes the model has to work."""
-    model = IWM(configure("feature+block"), ACTIONS).requires_grad_(False)
+    config = configure("feature+block", target_precision=precision)
+    model = IWM(config, ACTIONS).requires_grad_(False)
     values = {parameter: parameter.data for parameter in model.parameters()}
 
     def gather(module: torch.nn.Module, _: object) -> None:
