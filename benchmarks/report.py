@@ -153,8 +153,55 @@ def _scaling(document: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def _activations(document: Mapping[str, Any]) -> list[str]:
+    rows, parts = [], []
+    for row in document["rows"]:
+        mine, theirs, tokens = row["ours"], row["peer"], row["tokens_per_image"]
+        fits = [
+            f"{fit['ours']} / {fit['peer']} = {_number(fit['ratio'], '.2f')}" for fit in row["largest_batch"].values()
+        ]
+        rows.append(
+            (
+                row["name"], f"{tokens['context']} + {tokens['predicted']:.0f}", f"{mine['per_image'] / 1e6:.2f}",
+                f"{theirs['per_image'] / 1e6:.2f}", f"{row['kept_ratio']:.3f}", f"{mine['state'] / 1e9:.2f}",
+                f"{(theirs['state'] + theirs['rounded_weights']) / 1e9:.2f}", *fits,
+            )
+        )  # fmt: skip
+        sides = {
+            "formula": mine["parts_per_image"],
+            "counted": mine["counted_parts_per_image"],
+            document["peer"]: theirs["parts_per_image"],
+        }
+        for side, kept in sides.items():
+            parts.append((row["name"], side, *(f"{size / 1e6:.3f}" for size in kept.values())))
+    first, batches = document["rows"][0], document["batches"]
+    columns = (
+        "shape", "tokens, context + predicted", "ours, MB an image", "peer's", "ratio", "state, GB: ours", "peer's",
+        *(f"largest batch in {size}" for size in first["largest_batch"]),
+    )  # fmt: skip
+    names = [part.replace("_", " ") for part in first["ours"]["parts_per_image"]]
+    sizes = [row["images"] for row in batches["rows"]]
+    worst = max(abs(residual) for residual in batches["residuals"])
+    return [
+        "What autograd keeps from the forward to the backward pass, in bf16, counted on the meta device: ours and",
+        f"{document['peer']}'s, both eager, on the peer's masks. State: weights, gradients, moments, moving average, and",
+        "the weights that autocast rounds. Not counted: pixels, what the backward pass needs for moments, workspaces,",
+        "what the allocator loses; so the batches are upper bounds on both sides.",
+        "",
+        *_table(columns, rows),
+        "",
+        "By part, MB an image. The MLPs' hidden is in none of ours: the kernels compute it again.",
+        "",
+        *_table(("shape", "", *names), parts),
+        "",
+        f"{batches['config']}, batches of {sizes[0]} to {sizes[-1]} out of the same images with the training's masks:",
+        f"{batches['slope'] / 1e6:.3f} MB an image, no size more than {worst:.2%} off the line.",
+    ]
+
+
 _SECTIONS = {
     "iwm-fast-peers/1": ("The step beside others'", _peers),
+    "iwm-fast-activations/1": ("What a step keeps", _activations),
     "iwm-fast-bench-step/1": ("The step", _steps),
     "iwm-fast-kernels/1": ("Kernels", _kernels),
     "iwm-fast-bench-scaling/1": ("Scaling", _scaling),
