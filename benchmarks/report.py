@@ -184,9 +184,9 @@ def _activations(document: Mapping[str, Any]) -> list[str]:
     worst = max(abs(residual) for residual in batches["residuals"])
     return [
         "What autograd keeps from the forward to the backward pass, in bf16, counted on the meta device: ours and",
-        f"{document['peer']}'s, both eager, on the peer's masks. State: weights, gradients, moments, moving average, and",
-        "the weights that autocast rounds. Not counted: pixels, what the backward pass needs for moments, workspaces,",
-        "what the allocator loses; so the batches are upper bounds on both sides.",
+        f"{document['peer']}'s, both eager, on the peer's masks. State: weights, gradients, moments, moving average,",
+        "and the weights that autocast rounds. Not counted: pixels, what the backward pass needs for moments,",
+        "workspaces, what the allocator loses; so the batches are upper bounds on both sides.",
         "",
         *_table(columns, rows),
         "",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from iwm_fast.benchmarks.autocast import CudaAutocast
 from iwm_fast.benchmarks.presets import preset_config
 from iwm_fast.planning.kept_count import KeptCounter
 
+RESULT = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "activations_cpu.json"
 CHECKOUT = os.environ.get("IWM_FAST_IJEPA")
 
 
@@ -86,3 +88,22 @@ def test_an_ijepa_encoder_by_hand():
     block = n * (36 * width + 6 * heads * n + 16)
     once = n * width * 8 + patches * width * 4
     assert row["peer"]["parts_per_image"]["encoder_blocks"] == depth * block + once
+
+
+def test_the_committed_result_holds_together():
+    document = json.loads(RESULT.read_text(encoding="utf-8"))
+    assert document["schema"] == "iwm-fast-activations/1"
+    for row in document["rows"]:
+        mine, theirs = row["ours"], row["peer"]
+        assert mine["counted_per_image"] == pytest.approx(mine["per_image"], rel=5e-3)
+        for side in (mine, theirs):
+            assert sum(side["parts_per_image"].values()) == pytest.approx(side["per_image"])
+        assert row["kept_ratio"] == pytest.approx(mine["per_image"] / theirs["per_image"])
+        for device, largest in row["largest_batch"].items():
+            memory = int(device.split()[0]) * 1e9
+            for name, fixed in (("ours", mine["state"]), ("peer", theirs["state"] + theirs["rounded_weights"])):
+                images, each = largest[name], row[name]["per_image"]
+                assert fixed + images * each <= memory < fixed + (images + 1) * each
+    batches = document["batches"]
+    assert [row["images"] for row in batches["rows"]] == [2**i for i in range(10)]
+    assert max(map(abs, batches["residuals"])) < 0.01
