@@ -6,8 +6,9 @@ then chosen, the target's whole forward pass and then its rows, a lerp of each w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,6 +44,9 @@ __all__ = [
 ]
 
 IMAGES = 8
+
+# What of the plain training gives way to what: an object, the name of its method, and the function in its place.
+Replacements = Iterator[tuple[object, str, Callable[..., Any]]]
 
 
 def run_config(**changes: object) -> Config:
@@ -121,10 +125,18 @@ def plain_model(config: Config) -> PlainIWM:
 def plain_training(config: Config, batches: Sequence[Batch], steps: int, part: str | None = None) -> list[float]:
     """Losses of plain steps, with one of `PARTS` in its place."""
     step = PlainStep(plain_model(config))
-    if part is not None:
-        PARTS[part](step)
+    replacements = list(PARTS[part](step)) if part is not None else []
+    used: set[int] = set()
+
+    def noting(i: int, function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args: (used.add(i), function(*args))[1]
+
+    for i, (owner, name, function) in enumerate(replacements):
+        setattr(owner, name, noting(i, function))
     dense = [plain_batch(batch) for batch in batches]
-    return [step(dense[i % len(dense)]) for i in range(steps)]
+    losses = [step(dense[i % len(dense)]) for i in range(steps)]
+    assert len(used) == len(replacements), "what was replaced is not what runs"
+    return losses
 
 
 class PlainModule(nn.Module):
@@ -179,7 +191,7 @@ def _embedding(encoder: Encoder) -> PatchEmbedding:
     return embedding
 
 
-def patchify(step: PlainStep) -> None:
+def patchify(step: PlainStep) -> Replacements:
     """All patches, cut and normalised by our operator, embedded, and then chosen."""
     for encoder in _encoders(step):
 
@@ -187,10 +199,10 @@ def patchify(step: PlainStep) -> None:
             x = ours(_levels(images)).unflatten(0, (len(images), -1)) + encoder.pos_embed
             return x if rows is None else take(x, rows)
 
-        encoder.embed = partial(embed, encoder=encoder, ours=_embedding(encoder))
+        yield encoder, "embed", partial(embed, encoder=encoder, ours=_embedding(encoder))
 
 
-def visible_patches(step: PlainStep) -> None:
+def visible_patches(step: PlainStep) -> Replacements:
     """Patches that are not visible are dropped before the embedding."""
     encoder, ours = step.model.encoder, _embedding(step.model.encoder)
 
@@ -199,10 +211,10 @@ def visible_patches(step: PlainStep) -> None:
         x = ours(_levels(images), rows.flatten(), image).unflatten(0, rows.shape)
         return x + take(encoder.pos_embed.expand(len(images), -1, -1), rows)
 
-    encoder.embed = embed
+    yield encoder, "embed", embed
 
 
-def packed_lengths(step: PlainStep) -> None:
+def packed_lengths(step: PlainStep) -> Replacements:
     """Attention of packed tokens, one call for all images of a length."""
     for block in _blocks(step):
 
@@ -212,7 +224,7 @@ def packed_lengths(step: PlainStep) -> None:
             mixed = packed_attention(q, k, v, Segments.from_lengths(real.sum(1).numpy()), "sdpa")
             return torch.zeros_like(x).masked_scatter(real[:, :, None], block.proj(mixed.flatten(1)))
 
-        block.attend = attend
+        yield block, "attend", attend
 
 
 def _last_block(block: Block) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
@@ -228,7 +240,7 @@ def _last_block(block: Block) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     return run
 
 
-def target_where_predicted(step: PlainStep) -> None:
+def target_where_predicted(step: PlainStep) -> Replacements:
     """The target's last block ends with the attention where nothing is predicted."""
     encoder = step.model.target
     last = _last_block(encoder.blocks[-1])
@@ -244,10 +256,10 @@ def target_where_predicted(step: PlainStep) -> None:
         z = F.layer_norm(encoder.norm(last(x, torch.ones_like(asked), asked)), x.shape[2:], eps=NORM_EPS)
         return z.new_zeros(*batch.asked.shape, z.shape[1]).masked_scatter(batch.asked[:, :, None], z)
 
-    step.model.wanted = wanted
+    yield step.model, "wanted", wanted
 
 
-def one_target_for_two_sources(step: PlainStep) -> None:
+def one_target_for_two_sources(step: PlainStep) -> Replacements:
     """Where two sources answer for one target, it is encoded once."""
     model = step.model
 
@@ -256,10 +268,10 @@ def one_target_for_two_sources(step: PlainStep) -> None:
         target = model.target(batch.target[::2]).repeat_interleave(2, dim=0)
         return take(F.layer_norm(target, target.shape[2:], eps=NORM_EPS), batch.predicted)
 
-    model.wanted = wanted
+    yield model, "wanted", wanted
 
 
-def predictor_where_predicted(step: PlainStep) -> None:
+def predictor_where_predicted(step: PlainStep) -> Replacements:
     """The predictor's last block ends with the attention for the context's tokens."""
     predictor = step.model.predictor
     last = _last_block(predictor.blocks[-1])
@@ -271,10 +283,10 @@ def predictor_where_predicted(step: PlainStep) -> None:
         out = predictor.proj(predictor.norm(last(x, real, torch.cat([batch.seen & False, batch.asked], dim=1))))
         return out.new_zeros(*batch.asked.shape, out.shape[1]).masked_scatter(batch.asked[:, :, None], out)
 
-    predictor.forward = forward
+    yield predictor, "forward", forward
 
 
-def residual_norm(step: PlainStep) -> None:
+def residual_norm(step: PlainStep) -> Replacements:
     """The stream and its normalisation come from one operator, and its gradients meet there."""
     for block in _blocks(step):
 
@@ -283,10 +295,10 @@ def residual_norm(step: PlainStep) -> None:
             stream, normed = (part.unflatten(0, x.shape[:2]) for part in found)
             return block.feed(stream + block.attend(normed, real))
 
-        block.forward = forward
+        yield block, "forward", forward
 
 
-def conditioned_mlp(step: PlainStep) -> None:
+def conditioned_mlp(step: PlainStep) -> Replacements:
     """Normalisation, MLP and residual are one operator; so is the mask tokens' MLP with the action as a bias."""
     for block in _blocks(step):
 
@@ -296,7 +308,7 @@ def conditioned_mlp(step: PlainStep) -> None:
             out = kernels.conditioned_mlp(x.flatten(0, 1), *weights, **norm, residual=True, eps=NORM_EPS)
             return out.unflatten(0, x.shape[:2])
 
-        block.feed = feed
+        yield block, "feed", feed
     mix, width = step.model.predictor.mix, step.model.predictor.mask_token.shape[0]
 
     def mixed(asked: Tensor) -> Tensor:
@@ -308,10 +320,10 @@ def conditioned_mlp(step: PlainStep) -> None:
         )  # fmt: skip
         return last(F.gelu(out)).unflatten(0, asked.shape[:2])
 
-    mix.forward = mixed
+    yield mix, "forward", mixed
 
 
-def predictor_input(step: PlainStep) -> None:
+def predictor_input(step: PlainStep) -> Replacements:
     """The predictor's tokens are written once, each where it stands."""
     predictor = step.model.predictor
 
@@ -325,10 +337,10 @@ def predictor_input(step: PlainStep) -> None:
             torch.cat([place[:, :seen].flatten(), place[:, seen:].flatten()]), rows=masked.flatten(0, 1),
         ).unflatten(0, place.shape)  # fmt: skip
 
-    predictor.tokens = tokens
+    yield predictor, "tokens", tokens
 
 
-def stopgrad_l2(step: PlainStep) -> None:
+def stopgrad_l2(step: PlainStep) -> Replacements:
     """The loss takes the target's rows by number, normalises them and writes the gradient."""
     model = step.model
 
@@ -341,13 +353,13 @@ def stopgrad_l2(step: PlainStep) -> None:
             prediction, target.flatten(0, 1), index=rows[batch.asked], normalize_target=True, eps=NORM_EPS
         )
 
-    model.forward = forward
+    yield model, "forward", forward
 
 
-def ema_update(step: PlainStep) -> None:
+def ema_update(step: PlainStep) -> Replacements:
     """The average of all weights moves in one call."""
     encoder, target = ([p.data for p in network.parameters()] for network in _encoders(step))
-    step.average = lambda: kernels.ema_update(target, encoder, 0.996)
+    yield step, "average", lambda: kernels.ema_update(target, encoder, 0.996)
 
 
 class _Called(nn.Module):
@@ -361,17 +373,17 @@ class _Called(nn.Module):
         return self._forward(x, real)
 
 
-def checkpointing(step: PlainStep) -> None:
+def checkpointing(step: PlainStep) -> Replacements:
     """Each block is computed again in the backward pass."""
     for block in _blocks(step):
 
         def forward(x: Tensor, real: Tensor | None, alone: nn.ModuleList) -> Tensor:
             return run_blocks(alone, x, real, recompute=True)
 
-        block.forward = partial(forward, alone=nn.ModuleList([_Called(block)]))
+        yield block, "forward", partial(forward, alone=nn.ModuleList([_Called(block)]))
 
 
-PARTS: dict[str, Callable[[PlainStep], None]] = {
+PARTS: dict[str, Callable[[PlainStep], Replacements]] = {
     part.__name__: part
     for part in (
         patchify, visible_patches, packed_lengths, target_where_predicted, one_target_for_two_sources,

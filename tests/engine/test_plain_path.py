@@ -68,9 +68,9 @@ def test_the_plain_training_learns_something():
 
 
 def test_another_gelu_is_told_apart(monkeypatch):
-    gelu = F.gelu
+    gelu, plain = F.gelu, plain_losses()
     monkeypatch.setattr(F, "gelu", lambda x, **_: gelu(x, approximate="tanh"))
-    assert worst(plain_training(run_config(), drawn(1), STEPS), plain_losses()) > TOLERANCE
+    assert worst(plain_training(run_config(), drawn(1), STEPS), plain) > TOLERANCE
 
 
 @pytest.mark.parametrize("part", PARTS)
