@@ -84,9 +84,17 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, real: Tensor | None) -> Tensor:
         """(B, N, D) to the same; no token looks at one that `real`, bool (B, N), denies."""
-        q, k, v = self.qkv(self.norm1(x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.feed(x + self.attend(self.norm1(x), real))
+
+    def attend(self, x: Tensor, real: Tensor | None) -> Tensor:
+        """Attention of normalised tokens."""
+        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         mask = None if real is None else real[:, None, None, :]
-        x = x + self.proj(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
+        out: Tensor = self.proj(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
+        return out
+
+    def feed(self, x: Tensor) -> Tensor:
+        """The residual MLP."""
         out: Tensor = x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
         return out
 
@@ -105,13 +113,16 @@ class Encoder(nn.Module):
 
     def forward(self, images: Tensor, rows: Tensor | None = None, real: Tensor | None = None) -> Tensor:
         """(B, 3, S, S) and int64 (B, N) to (B, N, D); without rows, all patches."""
-        x = self.patch_embed(images).flatten(2).transpose(1, 2) + self.pos_embed
-        if rows is not None:
-            x = take(x, rows)
+        x = self.embed(images, rows)
         for block in self.blocks:
             x = block(x, real)
         out: Tensor = self.norm(x)
         return out
+
+    def embed(self, images: Tensor, rows: Tensor | None) -> Tensor:
+        """Tokens of all patches with their positions; then of those rows."""
+        x: Tensor = self.patch_embed(images).flatten(2).transpose(1, 2) + self.pos_embed
+        return x if rows is None else take(x, rows)
 
 
 class Predictor(nn.Module):
@@ -135,16 +146,19 @@ class Predictor(nn.Module):
 
     def forward(self, z: Tensor, batch: PlainBatch) -> Tensor:
         """(B, Nc, De) to (B, Nt, De)."""
+        x, real = self.tokens(z, batch), torch.cat([batch.seen, batch.asked], dim=1)
+        for block in self.blocks:
+            x = block(x, real)
+        out: Tensor = self.proj(self.norm(x[:, z.shape[1] :]))
+        return out
+
+    def tokens(self, z: Tensor, batch: PlainBatch) -> Tensor:
+        """(B, Nc + Nt, Dp): context tokens, then mask tokens."""
         position = self.pos_embed.expand(len(z), -1, -1)
         seen = self.embed(z) + take(position, batch.context)
         asked = self.mask_token + take(position, batch.predicted)
         action = batch.action[:, None].expand(-1, asked.shape[1], -1)
-        x = torch.cat([seen, self.mix(torch.cat([asked, action], dim=2))], dim=1)
-        real = torch.cat([batch.seen, batch.asked], dim=1)
-        for block in self.blocks:
-            x = block(x, real)
-        out: Tensor = self.proj(self.norm(x[:, seen.shape[1] :]))
-        return out
+        return torch.cat([seen, self.mix(torch.cat([asked, action], dim=2))], dim=1)
 
 
 class PlainIWM(nn.Module):
@@ -162,13 +176,17 @@ class PlainIWM(nn.Module):
 
     def forward(self, batch: PlainBatch) -> Tensor:
         """The mean squared distance over all predicted tokens."""
-        with torch.no_grad():
-            target = self.target(batch.target)
-            target = take(F.layer_norm(target, target.shape[2:], eps=_EPS), batch.predicted)
+        wanted = self.wanted(batch)
         z = self.encoder(batch.source, batch.context, batch.seen)
-        difference = (self.predictor(z, batch) - target).float().square().mean(2)
+        difference = (self.predictor(z, batch) - wanted).float().square().mean(2)
         out: Tensor = (difference * batch.asked).sum() / batch.asked.sum()
         return out
+
+    @torch.no_grad()
+    def wanted(self, batch: PlainBatch) -> Tensor:
+        """(B, Nt, De): the target's whole forward pass, normalised, then what is asked for."""
+        target = self.target(batch.target)
+        return take(F.layer_norm(target, target.shape[2:], eps=_EPS), batch.predicted)
 
 
 class PlainStep:
@@ -195,8 +213,12 @@ class PlainStep:
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        with torch.no_grad():
-            for average, weight in zip(self.model.target.parameters(), self.model.encoder.parameters(), strict=True):
-                average.lerp_(weight, 0.004)
+        self.average()
         self.done += 1
         return float(loss.detach())
+
+    @torch.no_grad()
+    def average(self) -> None:
+        """Move the target towards the encoder."""
+        for average, weight in zip(self.model.target.parameters(), self.model.encoder.parameters(), strict=True):
+            average.lerp_(weight, 0.004)

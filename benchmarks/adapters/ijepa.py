@@ -23,7 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from iwm_fast.benchmarks.adapters.inputs import Inputs, Masks, Shape, fingerprint, normalised
+from iwm_fast.benchmarks.autocast import CudaAutocast
+from iwm_fast.benchmarks.kept_count import KeptCounter, follow_parts
 from iwm_fast.errors import UserError
+from iwm_fast.planning.activations import KeptBytes
 from iwm_fast.planning.flop_count import counted_flops
 
 __all__ = ["Checkout", "Ijepa"]
@@ -169,3 +172,18 @@ def operations(checkout: Checkout, shape: Shape, inputs: Sequence[Inputs]) -> li
     device = torch.device("meta")
     side = Ijepa(checkout, shape, inputs, device)
     return [counted_flops(lambda one=one: side.loss(*_batch(one, device)).backward()) for one in inputs]  # type: ignore[misc]
+
+
+def kept(checkout: Checkout, shape: Shape, inputs: Inputs) -> tuple[KeptBytes, nn.Module, nn.Module]:
+    """What its step keeps for its backward pass of inputs on the meta device, under CUDA's autocast to bf16.
+
+    By the parts of iwm-fast's own; with its encoder and predictor.
+    """
+    device = torch.device("meta")
+    side = Ijepa(checkout, shape, [inputs], device)
+    counter = KeptCounter(side.encoder, side.predictor, side.target)
+    embed, norm = (side.predictor.get_submodule(name) for name in ("predictor_embed", "predictor_norm"))
+    follow_parts(counter, side.encoder, side.predictor, embed, norm)
+    with counter.counting(), CudaAutocast():
+        side.loss(*_batch(inputs, device))
+    return KeptBytes(**counter.bytes), side.encoder, side.predictor

@@ -1,32 +1,59 @@
-"""Bytes that the forward pass keeps for the backward pass, from the packed token counts.
+"""Bytes that the forward pass keeps for the backward pass, by part, from the packed token counts.
 
 A block of width D keeps, of each token, its input, the normalised input, q, k, v, the attention's result and the MLP's
 input: 7·D numbers, and one log-sum-exp a head in fp32. The MLP's hidden, 4·D or so, and a normalisation's statistics
 are made again by the kernels; the plain PyTorch operators of the CPU keep them, the hidden's GELU and the MLP's
 normalised input (`hidden_kept`). With activation checkpointing a block keeps its input alone, and one block at a time
-is made again.
+is made again. A tensor that two parts keep is counted with the first: a block's result with what follows it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from iwm_fast.config import Config
 from iwm_fast.planning.actions import action_dim
 from iwm_fast.planning.tokens import Tokens
 
-__all__ = ["Activations", "activations"]
+__all__ = ["Activations", "KeptBytes", "activations"]
 
 _STATISTICS = 8  # bytes a token: mean and reciprocal deviation in fp32
 _INDEX = 8  # bytes of an int64
 
 
 @dataclass(frozen=True)
-class Activations:
-    """kept: bytes held for the backward pass. passing: the most that a step needs for moments beside it."""
+class KeptBytes:
+    """Bytes held for the backward pass, by part in the order of the forward pass.
 
-    kept: int
+    patch_embedding: pixels. encoder_end: the last normalisation. predictor_input: the encoder's result, and mask tokens
+    told the action. predictor_blocks: and the tokens' places. predictor_end: the last normalisation, and its result.
+    """
+
+    patch_embedding: int
+    encoder_blocks: int
+    encoder_end: int
+    predictor_input: int
+    predictor_blocks: int
+    predictor_end: int
+    loss: int
+
+    @property
+    def total(self) -> int:
+        """All parts."""
+        return sum(asdict(self).values())
+
+
+@dataclass(frozen=True)
+class Activations:
+    """parts: held for the backward pass. passing: the most bytes that a step needs for moments beside it."""
+
+    parts: KeptBytes
     passing: int
+
+    @property
+    def kept(self) -> int:
+        """Bytes of all parts."""
+        return self.parts.total
 
 
 @dataclass(frozen=True)
@@ -56,38 +83,40 @@ class _Form:
 def activations(config: Config, tokens: Tokens, *, hidden_kept: bool = False) -> Activations:
     """Of one micro-batch whose images have these token counts."""
     form = _Form(2 if config.train.precision == "bf16" else 4, hidden_kept)
-    encoder, encoder_block = _encoder(config, form, int(tokens.context.sum()))
-    predictor, predictor_block = _predictor(config, form, tokens)
-    # The loss kernel keeps the target's tokens too.
-    target = int(tokens.predicted.sum()) * config.model.encoder_shape.width * form.element
-    kept = encoder + predictor + (0 if hidden_kept else target)
+    shape, e, recompute = config.model.encoder_shape, form.element, config.train.activation_checkpointing
+    seen, asked = int(tokens.context.sum()), int(tokens.predicted.sum())
+    encoder_block = form.block(seen, shape.width, shape.heads, round(shape.width * shape.mlp_ratio))
+    predictor_input, predictor_blocks, predictor_block = _predictor(config, form, tokens)
+    parts = KeptBytes(
+        patch_embedding=seen * 3 * config.model.patch**2 * e,
+        encoder_blocks=shape.depth * (seen * shape.width * e if recompute else encoder_block),
+        encoder_end=form.norm(seen, shape.width),
+        predictor_input=seen * shape.width * e + predictor_input,
+        predictor_blocks=predictor_blocks,
+        predictor_end=form.norm(asked, config.model.predictor.width) + asked * config.model.predictor.width * e,
+        # The plain loss keeps the difference; the kernel the prediction, the target, and the gradient that it wrote.
+        loss=asked * shape.width * e * (1 if hidden_kept else 3),
+    )
     # Backward through a block holds about as much again as it kept: the gradients of the same tensors.
-    return Activations(kept, max(encoder_block, predictor_block))
+    return Activations(parts, max(encoder_block, predictor_block))
 
 
-def _encoder(config: Config, form: _Form, tokens: int) -> tuple[int, int]:
-    shape, patch = config.model.encoder_shape, config.model.patch
-    block = form.block(tokens, shape.width, shape.heads, round(shape.width * shape.mlp_ratio))
-    pixels = tokens * 3 * patch * patch * form.element
-    kept = tokens * shape.width * form.element if config.train.activation_checkpointing else block
-    return pixels + shape.depth * kept + form.norm(tokens, shape.width), block
-
-
-def _predictor(config: Config, form: _Form, tokens: Tokens) -> tuple[int, int]:
-    predictor, outer, e = config.model.predictor, config.model.encoder_shape.width, form.element
+def _predictor(config: Config, form: _Form, tokens: Tokens) -> tuple[int, int, int]:
+    """Bytes of the mask tokens that are told the action, of all blocks, and of one."""
+    predictor, e = config.model.predictor, form.element
     width, hidden = predictor.width, round(predictor.width * predictor.mlp_ratio)
     seen, asked = int(tokens.context.sum()), int(tokens.predicted.sum())
     recompute = config.train.activation_checkpointing
-    ends = seen * outer * e + form.norm(asked, width) + asked * width * e + asked * outer * e  # in, out, loss
     if predictor.kind == "mlp":
         block = (form.norm(seen, width) if form.hidden_kept else 0) + seen * width * e + form.mlp(seen, hidden)
-        return ends + predictor.depth * (seen * width * e if recompute else block), block
+        return 0, predictor.depth * (seen * width * e if recompute else block), block
     kinds = predictor.conditioning.split("+")
     actions = action_dim(config.actions)
     joined = seen + asked + (len(tokens.context) * actions if "sequence" in kinds else 0)
     block = form.block(joined, width, predictor.head_count, hidden)
     last = form.block(joined, width, predictor.head_count, hidden, asked)
     blocks = predictor.depth * joined * width * e if recompute else (predictor.depth - 1) * block + last
+    places, numbers = joined * _INDEX, asked * _INDEX
     if "feature" in kinds:
-        ends += 3 * asked * width * e + form.mlp(asked, width)
-    return ends + blocks + joined * 2 * _INDEX, block
+        return 3 * asked * width * e + form.mlp(asked, width) + numbers, blocks + places, block
+    return 0, blocks + places + (numbers if form.hidden_kept else 0), block

@@ -1,16 +1,19 @@
 """Kept activations against what autograd keeps, and the token counts they are worked out from."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from kept_bytes import kept_bytes
 from small_run import small_config
 
+from iwm_fast.actions import ActionSpace
+from iwm_fast.benchmarks.kept_count import KeptCounter, counted_activations
 from iwm_fast.commands.plan import planner_of
-from iwm_fast.planning.activations import activations
+from iwm_fast.config import Config
+from iwm_fast.planning.activations import KeptBytes, activations
 from iwm_fast.planning.tokens import Tokens
 
 CASES = {
@@ -23,19 +26,75 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_the_plain_operators_keep_what_the_formula_says(case, monkeypatch):
-    """Half a percent is for what it leaves out: bounds of segments, actions of a few images.
+def assert_parts_agree(counted: KeptBytes, expected: KeptBytes, **beside: int) -> None:
+    """Equal to the byte, but for what some parts may keep `beside`."""
+    for part, size in asdict(expected).items():
+        assert size <= getattr(counted, part) <= size + beside.get(part, 0), part
+    assert counted.total == pytest.approx(expected.total, rel=5e-3)
 
-    One length for all images: with several, the CPU's attention keeps its result by length and joined.
-    """
+
+def rounded_sums(config: Config, tokens: Tokens) -> tuple[int, int]:
+    """Bytes of log-sum-exps that attention makes room for beyond the tokens: 32 at a time, for the longest image."""
+
+    def beyond(lengths: np.ndarray, heads: int, depth: int) -> int:
+        return depth * heads * 4 * (len(lengths) * -(-int(lengths.max()) // 32) * 32 - int(lengths.sum()))
+
+    encoder, predictor = config.model.encoder_shape, config.model.predictor
+    joined = tokens.context + tokens.predicted
+    joined = joined + (ActionSpace().dim if "sequence" in predictor.conditioning else 0)
+    in_predictor = 0 if predictor.kind == "mlp" else beyond(joined, predictor.head_count, predictor.depth)
+    return beyond(tokens.context, encoder.heads, encoder.depth), in_predictor
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_each_part_of_the_plain_operators_keeps_what_the_formula_says(case, monkeypatch):
+    """One length for all images: with several, the CPU's attention keeps its result by length and joined."""
     # An engine of stage 3, in a test before this one, leaves DeepSpeed's own linear layer in the place of torch's.
     monkeypatch.setattr(F, "linear", torch._C._nn.linear)
     config = small_config(Path("unused"), **CASES[case])
-    context = [7] * 16
-    predicted = context if case == "mlp" else [5] * 16
-    expected = activations(config, Tokens(np.array(context), np.array(predicted)), hidden_kept=True).kept
-    assert kept_bytes(config, context, predicted) == pytest.approx(expected, rel=5e-3)
+    tokens = Tokens(np.array([7] * 16), np.array([7 if case == "mlp" else 5] * 16))
+    expected = activations(config, tokens, hidden_kept=True).parts
+    # Actions, and which image each token is of that is told one.
+    few = 16 * int(tokens.context.sum() + tokens.predicted.sum())
+    assert_parts_agree(counted_activations(config, tokens), expected, predictor_input=few, predictor_blocks=few)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("case", CASES)
+def test_each_part_of_the_kernels_keeps_what_the_formula_says(case, precision, monkeypatch):
+    """ViT-B's widths and the training's own masks, on the meta device."""
+    monkeypatch.setattr(F, "linear", torch._C._nn.linear)
+    shape = {
+        "model__image": 224, "model__patch": 16, "model__encoder": {"depth": 2, "width": 768, "heads": 12},
+        "model__predictor": {"depth": 2, "width": 384, "heads": 12, "conditioning": "feature"}, "zero__stage": 1,
+    }  # fmt: skip
+    config = small_config(Path("unused"), **(shape | CASES[case]), train__precision=precision)
+    tokens = planner_of(config, 32).tokens
+    in_encoder, in_predictor = rounded_sums(config, tokens)
+    beside = {"encoder_blocks": in_encoder, "predictor_input": 0, "predictor_blocks": in_predictor}
+    beside = {part: size + 4096 for part, size in beside.items()}  # actions, and bounds of images
+    assert_parts_agree(counted_activations(config, tokens, "meta"), activations(config, tokens).parts, **beside)
+
+
+def test_the_hidden_of_no_mlp_is_kept():
+    """Twice the hidden changes nothing with the kernels, in any part, and does with the plain operators."""
+    changes = [{}, {"model__encoder__mlp_ratio": 8.0, "model__predictor__mlp_ratio": 8.0}]
+    configs = [small_config(Path("unused"), **one) for one in changes]
+    tokens = planner_of(configs[0], 8).tokens
+    narrow, wide = (counted_activations(config, tokens, "meta") for config in configs)
+    assert narrow == wide
+    plain = [counted_activations(config, tokens) for config in configs]
+    assert plain[1].encoder_blocks > 1.3 * plain[0].encoder_blocks
+    assert plain[1].predictor_blocks > 1.3 * plain[0].predictor_blocks
+
+
+def test_views_of_one_storage_count_once_and_weights_not_at_all():
+    layer = torch.nn.Linear(3, 5)
+    x = torch.ones(7, 6, requires_grad=True)
+    counter = KeptCounter(layer)
+    with counter.counting():
+        layer(x[:, :3]).sum() + layer(x[:, 3:]).sum() + (x * x).sum()
+    assert counter.bytes == {"": 7 * 6 * 4}
 
 
 def test_memory_is_linear_in_the_images_and_bf16_halves_its_numbers():

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from kept_bytes import kept_bytes
 from small_run import small_config
 
+from iwm_fast.benchmarks.kept_count import counted_activations
 from iwm_fast.kernels import use_backend
 from iwm_fast.planning.activations import activations
 from iwm_fast.planning.tokens import Tokens
@@ -16,8 +16,7 @@ def test_a_forward_pass_keeps_what_the_plan_says(device):
     if device != "cpu":
         pytest.skip("looks at the CPU's memory")
     config = small_config(Path("unused"))
-    context, predicted = [7] * 16, [5] * 16
+    tokens = Tokens(np.array([7] * 16), np.array([5] * 16))
     with use_backend("triton"):
-        kept = kept_bytes(config, context, predicted)
-    expected = activations(config, Tokens(np.array(context), np.array(predicted))).kept
-    assert kept == pytest.approx(expected, rel=5e-3)
+        kept = counted_activations(config, tokens)
+    assert kept.total == pytest.approx(activations(config, tokens).kept, rel=5e-3)
