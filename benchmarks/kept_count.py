@@ -117,7 +117,7 @@ def counted_activations(config: Config, tokens: Tokens, device: str = "cpu") -> 
     rows = [torch.cat([torch.arange(n) for n in each.tolist()]).to(device) for each in counts]
     segments = [Segments.from_lengths(each, device) for each in counts]
     with counter.counting(), _as_on_a_gpu() if meta else contextlib.nullcontext():
-        output = model(images, images, action, rows[0], segments[0], rows[1], segments[1])
+        output = model(images, images[: tokens.images], action, rows[0], segments[0], rows[1], segments[1])
     counter.keep_held(output.loss)
     return KeptBytes(**counter.bytes)
 

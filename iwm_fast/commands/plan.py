@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from iwm_fast.commands.options import CONFIG_HELP, Json, Overrides, answer
-from iwm_fast.errors import UserError
 
 if TYPE_CHECKING:
     from iwm_fast.config import Config
@@ -90,8 +89,7 @@ def plan(
 def planner_of(config: Config, images: int = 2048) -> Planner:
     """A planner with the token counts of the run's first images, as training draws them.
 
-    With I-JEPA's masks the mean of 2,048 context lengths is known to about 0.3 %. UserError for several sources of a
-    target.
+    With I-JEPA's masks the mean of 2,048 context lengths is known to about 0.3 %.
     """
     import numpy as np
 
@@ -100,16 +98,12 @@ def planner_of(config: Config, images: int = 2048) -> Planner:
     from iwm_fast.planning.plan import Planner
     from iwm_fast.planning.tokens import Tokens
 
-    if config.views.sources_per_target > 1:
-        raise UserError(
-            f"views.sources_per_target is {config.views.sources_per_target}; a plan is of one source a target as yet, "
-            "so set it to 1 and allow for the others"
-        )
     exclude = "geometric" not in config.actions.groups
-    sampler = MaskSampler(config.masks, config.model.grid, config.train.seed, exclude=exclude)
+    sources = config.views.sources_per_target
+    sampler = MaskSampler(config.masks, config.model.grid, config.train.seed, exclude=exclude, sources=sources)
     patches = sampler.draw(np.zeros(images, np.int64), np.arange(images, dtype=np.int64))
     own = config.model.predictor.kind == "mlp"  # it answers for the context's own patches
-    tokens = Tokens(patches.context_lengths, patches.context_lengths if own else patches.target_lengths)
+    tokens = Tokens(patches.context_lengths, patches.context_lengths if own else patches.target_lengths, sources)
     return Planner(config, tokens, divide_batch)
 
 

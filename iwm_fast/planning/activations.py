@@ -94,11 +94,23 @@ def activations(config: Config, tokens: Tokens, *, hidden_kept: bool = False) ->
         predictor_input=seen * shape.width * e + predictor_input,
         predictor_blocks=predictor_blocks,
         predictor_end=form.norm(asked, config.model.predictor.width) + asked * config.model.predictor.width * e,
-        # The plain loss keeps the difference; the kernel the prediction, the target, and the gradient that it wrote.
-        loss=asked * shape.width * e * (1 if hidden_kept else 3),
+        loss=_loss(config, form, tokens),
     )
     # Backward through a block holds about as much again as it kept: the gradients of the same tensors.
     return Activations(parts, max(encoder_block, predictor_block))
+
+
+def _loss(config: Config, form: _Form, tokens: Tokens) -> int:
+    """The plain loss keeps the difference; the kernel the prediction, the gradient that it wrote, and the target.
+
+    Of one source the target's asked tokens; of several all of its tokens, and where each prediction's stands.
+    """
+    row, asked = config.model.encoder_shape.width * form.element, int(tokens.predicted.sum())
+    if form.hidden_kept:
+        return asked * row
+    if tokens.sources == 1:
+        return 3 * asked * row
+    return 2 * asked * row + tokens.images * config.model.grid**2 * row + asked * _INDEX
 
 
 def _predictor(config: Config, form: _Form, tokens: Tokens) -> tuple[int, int, int]:

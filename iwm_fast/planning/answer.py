@@ -18,7 +18,7 @@ def document(
     planner: Planner, cluster: Cluster, stages: list[Stage], choice: Choice, images: int, *, images_assumed: bool
 ) -> dict[str, Any]:
     """Everything that was worked out, in bytes, seconds and operations; nothing in it was measured here."""
-    config, drawn = planner.config, len(planner.tokens.context)
+    config, drawn = planner.config, planner.tokens.images
     flops = {key: value / drawn for key, value in asdict(image_flops(config, planner.tokens)).items()}
     steps = training_steps(config, images)
     record: dict[str, Any] = {

@@ -83,7 +83,7 @@ class Planner:
     @property
     def operations(self) -> float:
         """Useful operations an image."""
-        return image_flops(self.config, self.tokens).total / len(self.tokens.context)
+        return image_flops(self.config, self.tokens).total / self.tokens.images
 
     def with_batch(self, global_batch: int) -> Planner:
         """The same run with another global batch."""
@@ -142,9 +142,9 @@ class Planner:
 
     def _with_batch(self, config: Config, state: Memory, micro: int) -> Memory:
         """Add a micro-batch: activations by the drawn images' mean, and its pixels as DALI prefetches them."""
-        drawn = len(self.tokens.context)
+        drawn = self.tokens.images
         of_drawn = activations(config, self.tokens)
-        pixels = 2 * 3 * config.model.image**2 * (config.data.prefetch + 2)
+        pixels = (1 + self.tokens.sources) * 3 * config.model.image**2 * (config.data.prefetch + 2)
         passing = of_drawn.passing * micro // drawn + pixels * micro
         return replace(state, activations=of_drawn.kept * micro // drawn, workspace=state.workspace + passing)
 

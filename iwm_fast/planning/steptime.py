@@ -44,7 +44,7 @@ class StepTime:
 def image_flops(config: Config, tokens: Tokens) -> StepFlops:
     """Operations of the drawn images all together; divide by their number for those of one."""
     actions = action_dim(config.actions)
-    return step_flops(config.model, actions, tokens.context, tokens.predicted)
+    return step_flops(config.model, actions, tokens.context, tokens.predicted, tokens.sources)
 
 
 def step_time(
@@ -71,7 +71,7 @@ def step_time(
 
     """
     images = config.train.global_batch / fabric.world
-    flops, drawn = image_flops(config, tokens), len(tokens.context)
+    flops, drawn = image_flops(config, tokens), tokens.images
     rate = device.flops * mfu * drawn / images
     again = flops.context_forward + flops.predictor_forward if config.train.activation_checkpointing else 0
     forward = (flops.target_forward + flops.context_forward + flops.predictor_forward) / rate

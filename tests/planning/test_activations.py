@@ -22,6 +22,7 @@ CASES = {
     "block": {"model__predictor__conditioning": "block"},
     "mlp": {"model__predictor__kind": "mlp", "model__predictor__conditioning": "block"},
     "checkpointing": {"train__activation_checkpointing": True},
+    "several sources": {"views": {"sources_per_target": 2}},
     "wide": {"model__encoder": {"depth": 3, "width": 64, "heads": 4, "mlp_ratio": 2.0}},
 }
 
@@ -52,7 +53,7 @@ def test_each_part_of_the_plain_operators_keeps_what_the_formula_says(case, monk
     # An engine of stage 3, in a test before this one, leaves DeepSpeed's own linear layer in the place of torch's.
     monkeypatch.setattr(F, "linear", torch._C._nn.linear)
     config = small_config(Path("unused"), **CASES[case])
-    tokens = Tokens(np.array([7] * 16), np.array([7 if case == "mlp" else 5] * 16))
+    tokens = Tokens(np.array([7] * 16), np.array([7 if case == "mlp" else 5] * 16), config.views.sources_per_target)
     expected = activations(config, tokens, hidden_kept=True).parts
     # Actions, and which image each token is of that is told one.
     few = 16 * int(tokens.context.sum() + tokens.predicted.sum())

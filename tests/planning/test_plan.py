@@ -14,6 +14,7 @@ from iwm_fast.planning.fabric import LINK_EFFICIENCY, LINK_HOP_S, NETWORK_HOP_S,
 from iwm_fast.planning.plan import Cluster
 from iwm_fast.planning.rates import ASSUMED_MFU, Rate, compute_rate
 from iwm_fast.planning.scaling import scaling
+from iwm_fast.planning.steptime import image_flops
 
 RATE = Rate(0.4, "given", "--mfu")
 
@@ -55,7 +56,6 @@ def test_the_command_answers_a_person_and_a_program(tmp_path, capsys):
         (["--nodes", "3"], "train.global_batch is 2048, which 24 ranks cannot share"),
         (["--results", "{folder}"], "not JSON"),
         (["model.depth=3"], "model.depth"),
-        (["views.sources_per_target=2"], "a plan is of one source a target"),
     ],
 )
 def test_a_mistake_is_one_line(arguments, words, tmp_path, capsys):
@@ -65,6 +65,20 @@ def test_a_mistake_is_one_line(arguments, words, tmp_path, capsys):
     said = capsys.readouterr().err.strip().splitlines()
     assert len(said) == 1
     assert words in said[0]
+
+
+def test_sources_share_the_target_s_operations():
+    """Four sources of an image: its target's forward pass once, and four times about all the rest."""
+    config = load_config(packaged_config("vit_base_p16_224_equi.yaml"), [])
+    views = config.views.model_copy(update={"sources_per_target": 4})
+    one, four = planner_of(config), planner_of(config.model_copy(update={"views": views}))
+    assert (one.tokens.images, four.tokens.images) == (2048, 2048)
+    target = image_flops(four.config, four.tokens).target_forward / four.tokens.images
+    rest = one.operations - image_flops(one.config, one.tokens).target_forward / one.tokens.images
+    assert four.operations == pytest.approx(target + 4 * rest, rel=5e-3)
+    stages = [planner.stages(cluster())[1] for planner in (one, four)]
+    kept = [stage.memory.activations / stage.micro_batch for stage in stages]
+    assert 3.9 < kept[1] / kept[0] < 4.2  # the target's tokens are kept whole, not four times what is asked of them
 
 
 def test_the_lowest_stage_with_the_largest_batch_is_recommended(large):
