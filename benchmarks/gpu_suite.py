@@ -47,6 +47,7 @@ TRAINED = {
     },
     "cpu": {"vit_tiny_p4_32.yaml": ["train.global_batch=16"]},
 }
+SETTINGS = ("train.compile", "train.target_stream")
 # Steps before the first that counts: allocation, autotuning, the decoder's own warm-up.
 WARM_UP = 10
 
@@ -134,10 +135,16 @@ def _json(command: Sequence[str], limit: float) -> dict[str, Any]:
 
 
 def step(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """The step of every preset of the device, on random pixels."""
+    """The step of every preset of the device, on random pixels; on a GPU also what a setting of SETTINGS gains."""
     few = [] if device.type == "cuda" else ["--preset", "cpu-micro", "--repeats", "5", "--threads", "1"]
     file = str(args.out / "bench_step.json")
-    return _json(["iwm_fast", "bench", "step", "--device", device.type, *few, "--json", file], args.limit)
+    found = _json(["iwm_fast", "bench", "step", "--device", device.type, *few, "--json", file], args.limit)
+    found["settings"] = []
+    for key in SETTINGS if device.type == "cuda" else ():
+        command = ["iwm_fast.benchmarks.settings", f"{key}=true", "--json", str(args.out / f"bench_{key}.json")]
+        command += ["--config", "vit_base_p16_224_equi.yaml", "--batch", "256", "--common", "train.micro_batch=256"]
+        found["settings"] += _json([*command, "--repeats", "20", "--device", "cuda"], args.limit)["rows"]
+    return found
 
 
 def peers(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import cast
 
-import torch
-
 from iwm_fast.actions import ActionSpace
 from iwm_fast.benchmarks.synthetic import BatchStream
 from iwm_fast.config import Config
@@ -14,8 +12,8 @@ from iwm_fast.engine.distributed import Ranks
 from iwm_fast.engine.ema import TargetAverage
 from iwm_fast.engine.loop import Trainer
 from iwm_fast.engine.schedules import Schedules
+from iwm_fast.engine.trained import trained_model
 from iwm_fast.engine.zero import initialize
-from iwm_fast.models.iwm import IWM
 
 __all__ = ["MANY_STEPS", "prepare_trainer"]
 
@@ -30,12 +28,10 @@ def prepare_trainer(
 
     `images`: of an epoch, for the record's "epoch" only.
     """
-    torch.manual_seed(config.train.seed)
-    model = IWM(config.model, space.dim, activation_checkpointing=config.train.activation_checkpointing)
-    predicts = model.predicts
-    zero = initialize(model.to(ranks.device), config, stream.micro_batch, stream.accumulation)
+    model = trained_model(config, space.dim, ranks.device)
+    zero = initialize(model, config, stream.micro_batch, stream.accumulation)
     average = TargetAverage(zero, ranks) if config.model.target == "ema" else None
     return Trainer(
         config, zero, average, cast(TrainingStream, stream), Schedules(config.train, MANY_STEPS), ranks,
-        predicts=predicts, action_dim=space.dim, dataset_size=images, step=0, updates=0,
+        predicts=model.predicts, action_dim=space.dim, dataset_size=images, step=0, updates=0,
     )  # fmt: skip

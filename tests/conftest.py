@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +66,19 @@ def kernels_in_interpreter() -> tuple[int, str]:
     """Exit code and output of tests/triton under TRITON_INTERPRET=1."""
     said, _ = _interpreter[0].communicate()
     return _interpreter[0].returncode, said
+
+
+@pytest.fixture
+def regions_as_traced(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Compiled regions are the graphs of both passes with their guards, run as they are: inductor takes a minute more,
+    and tests/engine/test_compiled.py trains with it.
+    """
+    from iwm_fast.models import regions
+
+    regions._compiled.cache_clear()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    yield
+    regions._compiled.cache_clear()
 
 
 @pytest.fixture(scope="session")

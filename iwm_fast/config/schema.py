@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from iwm_fast.config.encoders import ENCODERS, EncoderName, EncoderShape
 from iwm_fast.config.external import STILL, UNTOLD, ExternalActions
 from iwm_fast.config.section import Range, Section, pair
 
@@ -43,30 +44,6 @@ def _require_ascending(name: str, pair: tuple[float, float], low: float, high: f
         raise ValueError(f"{name} is {list(pair)}; it must be ascending and within [{low:g}, {high:g}]")
 
 
-class EncoderShape(Section):
-    """The size of a vision transformer."""
-
-    depth: Count = Field(description="transformer blocks")
-    width: Count = Field(description="token width D; a multiple of heads and of 4 (sin-cos positions)")
-    heads: Count = Field(description="attention heads")
-    mlp_ratio: Positive = Field(4.0, description="hidden width of each block's MLP over the token width")
-
-    @model_validator(mode="after")
-    def _divisible(self) -> Self:
-        if self.width % self.heads or self.width % 4:
-            raise ValueError(f"width {self.width} must be a multiple of heads ({self.heads}) and of 4")
-        return self
-
-
-ENCODERS: dict[str, EncoderShape] = {
-    "vit_micro": EncoderShape(depth=4, width=128, heads=4),
-    "vit_tiny": EncoderShape(depth=12, width=192, heads=3),
-    "vit_small": EncoderShape(depth=12, width=384, heads=6),
-    "vit_base": EncoderShape(depth=12, width=768, heads=12),
-    "vit_large": EncoderShape(depth=24, width=1024, heads=16),
-    "vit_huge": EncoderShape(depth=32, width=1280, heads=16),
-}
-EncoderName = Literal["vit_micro", "vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge"]
 Conditioning = Literal["none", "sequence", "feature", "block", "sequence+block", "feature+block"]
 
 
@@ -277,6 +254,16 @@ class TrainConfig(Section):
     betas: Range = Field((0.9, 0.999), description="AdamW's decay rates of the moments")
     clip: NonNegative = Field(0.0, description="global gradient norm above which gradients are scaled down; 0: never")
     activation_checkpointing: bool = Field(False, description="recompute blocks in the backward pass to save memory")
+    compile: bool = Field(
+        False,
+        description="compile what lies between the attentions (torch.compile), when it first runs: seconds to minutes "
+        "a start; batches of other lengths need no more; on a CPU it needs a C++ compiler; not with zero.stage 3",
+    )
+    target_stream: bool = Field(
+        False,
+        description="on a GPU, compute the target on a CUDA stream of its own, beside the context; not with "
+        "zero.stage 3",
+    )
     max_skipped: Annotated[int, Field(ge=0)] = Field(
         10, description="steps in a row with a non-finite loss or gradient that are skipped before the run stops"
     )
@@ -381,6 +368,12 @@ class Config(Section):
                 "train.activation_checkpointing in bf16 needs zero.stage 1, 2 or 3: stage 0 rounds its fp32 "
                 "weights for the forward pass only, and recomputation would read them unrounded"
             )
+        for key in ("compile", "target_stream"):
+            if getattr(self.train, key) and self.zero.stage == 3:
+                raise ValueError(
+                    f"train.{key} needs zero.stage 0, 1 or 2: stage 3 gathers parameters as each module's forward "
+                    "begins, one module at a time"
+                )
         if self.train.optimizer == "lamb" and self.zero.stage:
             raise ValueError(
                 f"train.optimizer lamb scales by norms of whole tensors, which zero.stage {self.zero.stage} divides; "

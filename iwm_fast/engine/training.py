@@ -43,12 +43,11 @@ from iwm_fast.engine.sinks import open_sinks
 from iwm_fast.engine.skipped import SkippedSteps
 from iwm_fast.engine.state import fragments, restore_module, restore_shards
 from iwm_fast.engine.stragglers import Stragglers
+from iwm_fast.engine.trained import require_machine, trained_model
 from iwm_fast.engine.upkeep import Upkeep
 from iwm_fast.engine.zero import ZeroEngine, initialize
 from iwm_fast.errors import UserError
 from iwm_fast.models.attention import resolve_backend
-from iwm_fast.models.fp8 import require_fp8
-from iwm_fast.models.iwm import IWM
 from iwm_fast.planning.length import training_steps
 
 __all__ = ["pretrain"]
@@ -80,8 +79,7 @@ def pretrain(config: Config, out: Path, resume: str = "never") -> None:
         torch.set_num_threads(max(1, usable_cores() // ranks.local_world))
     if config.data.root is None:
         raise UserError("data.root is not set: name the folder of images, for example data.root=photos/train")
-    if config.model.target_precision == "fp8":
-        require_fp8(ranks.device)
+    require_machine(config, ranks.device)  # here, before anything is written
     directory = RunDirectory(out)
     live = Liveness(ranks, config.train.rank_timeout_s)
     with contextlib.ExitStack() as held, live.watching():
@@ -166,9 +164,7 @@ def _train(
     files = triplets or list_images(config.data.root or "", config.data.source, patience)
     live.at("making of the model")
     space = space_of(config.actions)
-    torch.manual_seed(config.train.seed)
-    model = IWM(config.model, space.dim, activation_checkpointing=config.train.activation_checkpointing)
-    model = model.to(ranks.device)
+    model = trained_model(config, space.dim, ranks.device)
     saved = Checkpoint(chosen) if chosen is not None else None
     done, updates = (saved.step, saved.updates) if saved else (0, 0)
     schedules = Schedules(config.train, training_steps(config, len(files)))
@@ -215,6 +211,7 @@ def _announce(run: Run, files: ImageSet | Triplets, saved: Checkpoint | None, pr
     progress.say(
         f"{len(files)} {files.describe()}, {run.ranks.world} rank(s) on {run.ranks.device.type}, "
         f"ZeRO stage {config.zero.stage}, {config.train.precision}{in_fp8}, attention {attention}, "
+        f"{'compiled, ' if config.train.compile else ''}"
         f"global batch {config.train.global_batch} = "
         f"{run.ranks.world} × {run.trainer.stream.accumulation} × {run.trainer.stream.micro_batch}"
     )

@@ -117,7 +117,7 @@ def _grouped_sdpa(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over packed tokens; qkv and proj as in timm."""
+    """Multi-head self-attention over packed tokens; qkv and proj as in timm, applied by the block that has it."""
 
     def __init__(self, width: int, heads: int, attention: str = "auto") -> None:
         super().__init__()
@@ -126,9 +126,8 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, segments: Segments, rows: Tensor | None = None) -> Tensor:
-        """(N, D) packed → (N, D), or (Nk, D): of the tokens int64 (Nk,) that somebody reads."""
-        backend = resolve_backend(self.attention, x.device.type)
-        q, k, v = self.qkv(x).unflatten(1, (3, self.heads, -1)).unbind(1)
-        mixed = packed_attention(q, k, v, segments, backend).flatten(1)
-        return self.proj(mixed if rows is None else mixed.index_select(0, rows))
+    def forward(self, qkv: Tensor, segments: Segments) -> Tensor:
+        """(N, 3 · D) packed, what `qkv` gives, → (N, D), what `proj` takes."""
+        backend = resolve_backend(self.attention, qkv.device.type)
+        q, k, v = qkv.unflatten(1, (3, self.heads, -1)).unbind(1)
+        return packed_attention(q, k, v, segments, backend).flatten(1)

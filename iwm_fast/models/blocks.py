@@ -71,8 +71,11 @@ class ConditionedMlp(nn.Module):
         nn.init.xavier_uniform_(self.w_in)
         nn.init.xavier_uniform_(self.w_out)
 
-    def forward(self, x: Tensor, segments: Segments, action: Tensor | None = None) -> Tensor:
-        """Map x (N, D) packed and action (B, A) to (N, D). A module without `w_action` ignores the action."""
+    def forward(self, x: Tensor, cu_seqlens: Tensor, action: Tensor | None = None) -> Tensor:
+        """Map x (N, D) packed and action (B, A) to (N, D). A module without `w_action` ignores the action.
+
+        cu_seqlens: int32 (B + 1,), of the N tokens' `Segments`.
+        """
         conditioned = self.w_action is not None
         return kernels.conditioned_mlp(
             x,
@@ -82,7 +85,7 @@ class ConditionedMlp(nn.Module):
             self.b_out,
             action=action if conditioned else None,
             w_action=self.w_action,
-            cu_seqlens=segments.cu_seqlens if conditioned else None,
+            cu_seqlens=cu_seqlens if conditioned else None,
             norm_weight=self.norm_weight,
             norm_bias=self.norm_bias,
             residual=True,
@@ -122,17 +125,30 @@ class Block(nn.Module):
         kept: Kept | None = None,
     ) -> Tensor:
         """Map x (N, D) packed and action (B, A) to (N, D), or to (Nk, D) with `kept`."""
-        x, normed = self.norm1(x)
+        x, qkv = self.before(x)
+        mixed = self.attn(qkv, segments)
         if kept is None:
-            return self.mlp(x + self.attn(normed, segments), segments, action)
-        x = x.index_select(0, kept.rows) + self.attn(normed, segments, kept.rows)
-        return self.mlp(x, kept.segments, kept.action)
+            return self.after(x, mixed, segments.cu_seqlens, action)
+        return self.after(x, mixed, kept.segments.cu_seqlens, kept.action, kept.rows)
+
+    def before(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What comes before the attention: x (N, D), to go on with, and its queries, keys and values (N, 3 · D)."""
+        x, normed = self.norm1(x)
+        return x, self.attn.qkv(normed)
+
+    def after(
+        self, x: Tensor, mixed: Tensor, cu_seqlens: Tensor, action: Tensor | None, rows: Tensor | None = None
+    ) -> Tensor:
+        """What comes after it, for the tokens int64 (Nk,) that `rows` names and cu_seqlens divides; None: for all."""
+        if rows is not None:
+            x, mixed = x.index_select(0, rows), mixed.index_select(0, rows)
+        return self.mlp(x + self.attn.proj(mixed), cu_seqlens, action)
 
 
 def run_blocks(
     blocks: nn.ModuleList,
     x: Tensor,
-    segments: Segments,
+    segments: Segments | Tensor,
     action: Tensor | None = None,
     *,
     kept: Kept | None = None,
@@ -140,7 +156,8 @@ def run_blocks(
 ) -> Tensor:
     """Take x through all blocks; with `recompute` only each block's input is kept for the backward pass.
 
-    `kept` is for the last block, which has to be a `Block`.
+    segments: as the blocks take them, `Segments`, or cu_seqlens where they are `ConditionedMlp`. `kept` is for the last
+    block, which has to be a `Block`.
     """
     last = len(blocks) - 1
     for i, block in enumerate(blocks):

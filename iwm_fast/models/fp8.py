@@ -23,7 +23,6 @@ from iwm_fast import kernels
 from iwm_fast.errors import UserError
 
 from .blocks import NORM_EPS, Block, ConditionedMlp
-from .packing import Segments
 from .vit import VisionTransformer
 
 __all__ = ["fp8_linear", "products_in_fp8", "require_fp8", "scaled_product"]
@@ -92,10 +91,10 @@ class Fp8Linear(nn.Linear):
 class Fp8Mlp(ConditionedMlp):
     """An encoder block's MLP, which no action reaches, with both products in fp8 in training mode."""
 
-    def forward(self, x: Tensor, segments: Segments, action: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, cu_seqlens: Tensor, action: Tensor | None = None) -> Tensor:
         """Map x (N, D) to (N, D)."""
         if not self.training:
-            return super().forward(x, segments, action)
+            return super().forward(x, cu_seqlens, action)
         _, normed = kernels.residual_norm(x, None, self.norm_weight, self.norm_bias, eps=NORM_EPS)
         hidden = fp8_linear(normed, self.w_in, self.b_in)
         return fp8_linear(hidden, self.w_out, self.b_out, "gelu").add_(x)

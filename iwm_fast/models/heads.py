@@ -52,7 +52,7 @@ class AttentivePool(nn.Module):
         seen = share.transpose(1, 2) @ x  # (B, H, D)
         value = torch.einsum("bhw,hdw->bhd", seen, self.v.weight.unflatten(0, (self.heads, -1))).flatten(1)
         pooled = self.query + self.proj(value + self.v.bias)
-        return self.mlp(pooled, Segments.uniform(len(tokens), 1, tokens.device))
+        return self.mlp(pooled, Segments.uniform(len(tokens), 1, tokens.device).cu_seqlens)
 
 
 class AttentiveHead(nn.Module):

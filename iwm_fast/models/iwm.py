@@ -16,6 +16,7 @@ from .blocks import NORM_EPS, Kept, layer_norm_rows
 from .fp8 import products_in_fp8
 from .packing import Segments
 from .predictors import MlpPredictor, VitPredictor, predict_all
+from .streams import SideStream
 from .vit import VisionTransformer
 
 __all__ = ["IWM", "IWMOutput"]
@@ -43,7 +44,8 @@ class IWM(nn.Module):
 
     encoder: of the source. target_encoder: of the target, or None where the encoder itself is (model.target: shared).
     predictor: the world model. predicts: which patches it answers for, "target" (those of the target blocks) or
-    "context" (the source's own visible ones, the mlp predictor).
+    "context" (the source's own visible ones, the mlp predictor). target_stream: where `forward` computes the target,
+    the current stream until it is given another.
 
     Weights begin the same for the same torch seed. They may be cast to bf16 as a whole: inputs follow, and
     normalisation statistics, softmax and loss stay in fp32. The target encoder is never differentiated; moving it
@@ -62,6 +64,7 @@ class IWM(nn.Module):
         self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False) if model.target == "ema" else None
         if self.target_encoder is not None and model.target_precision == "fp8":
             products_in_fp8(self.target_encoder)
+        self.target_stream = SideStream()
         self.predictor: VitPredictor | MlpPredictor
         self.predicts: Literal["target", "context"]
         if predictor.kind == "mlp":
@@ -107,15 +110,17 @@ class IWM(nn.Module):
 
         """
         self._check(source, target, action, predicted, predicted_segments)
-        z_x = self.encoder(source, context, context_segments)
-        # The target second, so that what refreshes it has the time of the first.
         sources = len(source) // len(target)
         wanted = predicted_segments.image_of_token // sources * self.encoder.patches + predicted
-        if sources == 1:
-            # In the target's last block only what is predicted goes on after the attention.
-            z_y, index = self._encode_target(target, Kept(wanted, predicted_segments)), None
-        else:
-            z_y, index = self._encode_target(target), wanted  # most patches are asked for, many more than once
+        self.target_stream.follow()
+        z_x = self.encoder(source, context, context_segments)
+        # The target second, so that what refreshes it has the time of the first.
+        with self.target_stream.working():
+            if sources == 1:
+                # In the target's last block only what is predicted goes on after the attention.
+                z_y, index = self._encode_target(target, Kept(wanted, predicted_segments)), None
+            else:
+                z_y, index = self._encode_target(target), wanted  # most patches are asked for, many more than once
         action = action.to(self.dtype)
         if isinstance(self.predictor, MlpPredictor):
             if predicted_segments.lengths != context_segments.lengths:
@@ -123,6 +128,7 @@ class IWM(nn.Module):
             prediction = self.predictor(z_x, context_segments, action)
         else:
             prediction = self.predictor(z_x, context, context_segments, predicted, predicted_segments, action)
+        self.target_stream.give(z_y)
         loss = kernels.stopgrad_l2(
             prediction,
             z_y,

@@ -169,6 +169,10 @@ class VitPredictor(nn.Module):
             kept=Kept(rows, predicted_segments, action),
             recompute=self.activation_checkpointing,
         )
+        return self.finish(x)
+
+    def finish(self, x: Tensor) -> Tensor:
+        """From the blocks' (Nt, Dp) to the target's width."""
         return self.proj(self.norm(x))
 
 
@@ -200,7 +204,11 @@ class MlpPredictor(nn.Module):
 
     def forward(self, z: Tensor, segments: Segments, action: Tensor) -> Tensor:
         """Map z (N, De) packed and action (B, A) to (N, De)."""
-        x = run_blocks(self.blocks, self.embed(z), segments, action, recompute=self.activation_checkpointing)
+        blocks, x = self.blocks, self.embed(z)
+        return self.finish(run_blocks(blocks, x, segments.cu_seqlens, action, recompute=self.activation_checkpointing))
+
+    def finish(self, x: Tensor) -> Tensor:
+        """From the blocks' (N, Dp) to the target's width."""
         return self.proj(self.norm(x))
 
 

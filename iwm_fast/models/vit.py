@@ -122,22 +122,24 @@ class VisionTransformer(nn.Module):
         self._check(images, patches, segments)
         if patches is None or segments is None:
             everything = Segments.uniform(len(images), self.patches, images.device)
-            tokens = self.patch_embed(images)
-            x = (tokens.view(len(images), self.patches, -1) + self.pos_embed.to(tokens.dtype)).flatten(0, 1)
-            return self._encode(x, everything, kept)
+            return self._encode(self.embed(images), everything, kept)
         image = segments.image_of_token
         # The CPU's attention takes images of one length at a time: sorted once here, nothing moves in the blocks.
         resort = resolve_backend(self.attention, images.device.type) == "sdpa" and not segments.is_sorted
         if resort:
             by_length = segments.by_length
             patches, image = patches[by_length.token_order], image[by_length.token_order]
-            x = self._encode(self._embed(images, patches, image), by_length.segments)
+            x = self._encode(self.embed(images, patches, image), by_length.segments)
             return take_rows(x, by_length.token_rank, by_length.token_order)
-        return self._encode(self._embed(images, patches, image), segments)
+        return self._encode(self.embed(images, patches, image), segments)
 
-    def _embed(self, images: Tensor, patches: Tensor, image: Tensor) -> Tensor:
+    def embed(self, images: Tensor, patches: Tensor | None = None, image: Tensor | None = None) -> Tensor:
+        """Tokens (N, D) with their positions, of all patches or of those that int64 (N,) patches and image name."""
         tokens = self.patch_embed(images, patches, image)
-        return tokens + self.pos_embed.to(tokens.dtype).index_select(0, patches)
+        positions = self.pos_embed.to(tokens.dtype)
+        if patches is None:
+            return (tokens.view(len(images), self.patches, -1) + positions).flatten(0, 1)
+        return tokens + positions.index_select(0, patches)
 
     def _encode(self, x: Tensor, segments: Segments, kept: Kept | None = None) -> Tensor:
         return self.norm(run_blocks(self.blocks, x, segments, kept=kept, recompute=self.activation_checkpointing))

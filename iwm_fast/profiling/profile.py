@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
 from collections.abc import Callable, Mapping, Sequence
@@ -54,7 +55,9 @@ def profile(
                 with clock.step():
                     trainer.train_step()
         say("counting operations and bytes")
-        with OperationCounter() as counter:
+        # A mode that sees every operator cannot look into compiled code: the plain one does the same work.
+        plain = torch.compiler.set_stance("force_eager") if config.train.compile else contextlib.nullcontext()
+        with plain, OperationCounter() as counter:
             trainer.train_step()
         say("tracing")
         if device.type == "cuda":

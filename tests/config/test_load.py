@@ -197,6 +197,20 @@ MISTAKES = {
         "data: {source: triplets}",
         "run.yaml: data.source is triplets, so actions.groups must be [external]",
     ),
+    "compiled at stage 3": (
+        "train: {compile: true}\nzero: {stage: 3}",
+        (
+            "run.yaml: train.compile needs zero.stage 0, 1 or 2: stage 3 gathers parameters as each module's forward "
+            "begins, one module at a time"
+        ),
+    ),
+    "two streams at stage 3": (
+        "train: {target_stream: true}\nzero: {stage: 3}",
+        (
+            "run.yaml: train.target_stream needs zero.stage 0, 1 or 2: stage 3 gathers parameters as each module's "
+            "forward begins, one module at a time"
+        ),
+    ),
     "scalar for section": ("train: 3", "run.yaml:1: train: found 3; allowed: a section (a mapping of keys)"),
     "missing": (
         "model: {encoder: {depth: 2, width: 8}}",

@@ -70,7 +70,7 @@ def test_a_predictor_block_and_its_loss_compile_into_one_graph(backend, device, 
     target = torch.randn(20, 24, device=device)
 
     def step(x):
-        mlp = block.mlp(x, segments, action)
+        mlp = block.mlp(x, segments.cu_seqlens, action)
         return stopgrad_l2(mlp, target, normalize_target=True, backend="triton")
 
     with use_backend("triton"):
@@ -94,9 +94,9 @@ def test_checkpointing_recomputes_to_the_same_bits(device):
 def test_autocast_computes_in_its_type(device):
     block, x, segments, action = block_and_inputs(device)
     with use_backend("triton"), torch.autocast(device, torch.bfloat16):
-        out = block.mlp(x, segments, action)
+        out = block.mlp(x, segments.cu_seqlens, action)
     assert out.dtype == torch.bfloat16
-    plain = block.mlp(x, segments, action)
+    plain = block.mlp(x, segments.cu_seqlens, action)
     assert (out.float() - plain).norm() <= 0.02 * plain.norm()
     out.sum().backward()
     assert block.mlp.w_in.grad.dtype == torch.float32

@@ -1,0 +1,123 @@
+"""What a setting gains: the training step under it against the same step without it, in turn.
+
+    python -m benchmarks.settings train.compile=true --json FILE [--config vit_tiny_p4_32.yaml] [--threads 1]
+
+Both sides begin with the same weights and take the same batches of random pixels, each with masks of its own, so that
+no two have the same lengths. Their losses have to agree before anything is said of the time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+
+from iwm_fast.benchmarks.harness import prepare_trainer
+from iwm_fast.benchmarks.stats import ratio_of
+from iwm_fast.benchmarks.step import TOLERANCE
+from iwm_fast.benchmarks.synthetic import synthetic_stream
+from iwm_fast.benchmarks.timing import clocked
+from iwm_fast.commands.options import only_rank
+from iwm_fast.config import Config, load_config
+from iwm_fast.config.load import find_config
+from iwm_fast.data.external import space_of
+from iwm_fast.engine.distributed import Ranks
+from iwm_fast.engine.loop import Trainer
+from iwm_fast.models.regions import compilations
+from iwm_fast.results import write_result
+
+__all__ = ["measure_setting"]
+
+_SETTLED = 10  # steps after which nothing may be compiled any more
+SIDES = ("without", "with")
+
+
+def measure_setting(configs: dict[str, Config], ranks: Ranks, repeats: int) -> dict[str, Any]:
+    """Seconds of each timed step of both sides, ratios of their medians, and the graphs compiled before and after.
+
+    configs: "without" and "with". Raises RuntimeError where a logged loss differs by more than the precision explains.
+    """
+    steps = _SETTLED + repeats
+    space = space_of(configs["with"].actions)
+    trainers: dict[str, Trainer] = {}
+    for side in SIDES:
+        stream = synthetic_stream(configs[side], space, ranks.device, steps=steps)
+        trainers[side] = prepare_trainer(configs[side], space, stream, ranks)
+    before = settled = compilations()
+    taken: dict[str, list[Any]] = {side: [] for side in SIDES}
+    differences = []
+    for i in range(steps):
+        if i == _SETTLED:
+            settled = compilations()
+        records: list[dict[str, Any] | None] = []
+        for side in SIDES:
+            taken[side].append(clocked(partial(_step, trainers[side], records), ranks.device))
+        without, under = records
+        if without is not None and under is not None:
+            differences.append(abs(under["loss"] / without["loss"] - 1))
+    # Rounding in other places is carried along by the optimizer: ten times what one step may lose.
+    if not max(differences) <= 10 * TOLERANCE[configs["with"].train.precision]:
+        raise RuntimeError(f"losses differ by up to {max(differences):.1e}: not timed")
+    seconds = {side: [one.seconds for one in taken[side][_SETTLED:]] for side in SIDES}
+    cpu = {side: [one.cpu_seconds for one in taken[side][_SETTLED:]] for side in SIDES}
+    ratio, cpu_ratio = (ratio_of(times["without"], times["with"], paired=True) for times in (seconds, cpu))
+    return {
+        "images": configs["with"].train.global_batch,
+        "precision": configs["with"].train.precision,
+        "seconds": seconds,
+        "cpu_seconds": cpu,
+        "speed_ratio": ratio.value,
+        "speed_ratio_interval": [ratio.low, ratio.high],
+        "cpu_speed_ratio": cpu_ratio.value,
+        "first_step_s": {side: taken[side][0].seconds for side in SIDES},
+        "loss_difference": max(differences),
+        "compilations": compilations() - before,
+        "compilations_after_tenth_step": compilations() - settled,
+    }
+
+
+def _step(trainer: Trainer, records: list[dict[str, Any] | None]) -> None:
+    records.append(trainer.train_step())
+
+
+def main() -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("setting", nargs="+", help="key.path=value, of the side with it")
+    parser.add_argument("--json", required=True, help="file to write, or -")
+    parser.add_argument("--config", default="vit_tiny_p4_32.yaml")
+    parser.add_argument("--common", nargs="*", default=[], help="key.path=value, of both sides")
+    parser.add_argument("--batch", type=int, default=32, help="global batch")
+    parser.add_argument("--repeats", type=int, default=30, help="timed steps of each side")
+    parser.add_argument("--threads", type=int, help="of torch, on a CPU")
+    parser.add_argument("--device", choices=["cpu", "cuda"])
+    args = parser.parse_args()
+    ranks = only_rank(args.device, args.threads)
+    common = [f"train.global_batch={args.batch}", f"log.every_steps={_SETTLED}", *args.common]
+    words = {"without": common, "with": [*common, *args.setting]}
+    configs = {side: load_config(find_config(args.config), changes) for side, changes in words.items()}
+    row = {
+        "config": args.config,
+        "setting": args.setting,
+        "common": common,
+        **measure_setting(configs, ranks, args.repeats),
+    }
+    if args.json != "-":
+        times = {side: f"{1e3 * median(values):.1f} ms" for side, values in row["seconds"].items()}
+        low, high = row["speed_ratio_interval"]
+        print(
+            f"{times}: {row['speed_ratio']:.3f} ({low:.3f} to {high:.3f}) times as fast; {row['compilations']} graphs,"
+        )
+        print(f"{row['compilations_after_tenth_step']} of them after the tenth step")
+    write_result(
+        args.json, "bench-settings", {"device": ranks.device.type, "threads": torch.get_num_threads(), "rows": [row]}
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

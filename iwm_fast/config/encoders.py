@@ -1,0 +1,40 @@
+"""The encoders that have a name, and what any encoder's size is made of."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from iwm_fast.config.section import Section
+
+__all__ = ["ENCODERS", "EncoderName", "EncoderShape"]
+
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0.0)]
+
+
+class EncoderShape(Section):
+    """The size of a vision transformer."""
+
+    depth: Count = Field(description="transformer blocks")
+    width: Count = Field(description="token width D; a multiple of heads and of 4 (sin-cos positions)")
+    heads: Count = Field(description="attention heads")
+    mlp_ratio: Positive = Field(4.0, description="hidden width of each block's MLP over the token width")
+
+    @model_validator(mode="after")
+    def _divisible(self) -> Self:
+        if self.width % self.heads or self.width % 4:
+            raise ValueError(f"width {self.width} must be a multiple of heads ({self.heads}) and of 4")
+        return self
+
+
+ENCODERS: dict[str, EncoderShape] = {
+    "vit_micro": EncoderShape(depth=4, width=128, heads=4),
+    "vit_tiny": EncoderShape(depth=12, width=192, heads=3),
+    "vit_small": EncoderShape(depth=12, width=384, heads=6),
+    "vit_base": EncoderShape(depth=12, width=768, heads=12),
+    "vit_large": EncoderShape(depth=24, width=1024, heads=16),
+    "vit_huge": EncoderShape(depth=32, width=1280, heads=16),
+}
+EncoderName = Literal["vit_micro", "vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge"]

@@ -1,0 +1,44 @@
+"""The model that a run trains, and what it asks of the machine."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import torch
+
+from iwm_fast.config import Config
+from iwm_fast.errors import UserError
+from iwm_fast.models.fp8 import require_fp8
+from iwm_fast.models.iwm import IWM
+from iwm_fast.models.regions import compile_regions
+from iwm_fast.models.streams import SideStream
+
+__all__ = ["require_machine", "trained_model"]
+
+
+def require_machine(config: Config, device: torch.device) -> None:
+    """Raise UserError, in one line, where the configuration asks for what this machine cannot do."""
+    if config.model.target_precision == "fp8":
+        require_fp8(device)
+    if config.train.target_stream and device.type != "cuda":
+        raise UserError(f"train.target_stream needs a GPU; this rank computes on {device.type}: set it to false")
+    if config.train.compile and device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
+        raise UserError(
+            "train.compile needs a C++ compiler on a CPU: install g++, name another in CXX, or set it to false"
+        )
+
+
+def trained_model(config: Config, action_dim: int, device: torch.device) -> IWM:
+    """The configuration's model on the device, its weights from the seed; compiled, and its target beside, where asked.
+
+    Raises UserError as `require_machine`.
+    """
+    require_machine(config, device)
+    torch.manual_seed(config.train.seed)
+    model = IWM(config.model, action_dim, activation_checkpointing=config.train.activation_checkpointing).to(device)
+    if config.train.compile:
+        compile_regions(model)
+    if config.train.target_stream:
+        model.target_stream = SideStream(device)
+    return model

@@ -1,0 +1,63 @@
+"""The target's forward pass on a stream of its own computes the same."""
+
+import pytest
+import torch
+from small_run import losses, small_config
+
+from iwm_fast.config.schema import EncoderShape, ModelConfig, PredictorConfig
+from iwm_fast.engine import pretrain
+from iwm_fast.models import IWM, Segments
+from iwm_fast.models.streams import SideStream
+
+
+def model_and_batch():
+    """Large enough that both forward passes are under way at the same time."""
+    torch.manual_seed(0)
+    config = ModelConfig(
+        encoder=EncoderShape(depth=6, width=384, heads=6), predictor=PredictorConfig(depth=4, width=192)
+    )
+    model = IWM(config, 5).to("cuda", torch.bfloat16)
+    lengths, asked = torch.randint(60, 120, (64,)).tolist(), torch.randint(20, 60, (64,)).tolist()
+    context, predicted = (
+        torch.cat([torch.randperm(196)[:n].sort().values for n in part]).cuda() for part in (lengths, asked)
+    )
+    source, target = torch.randint(0, 256, (2, 64, 224, 224, 3), dtype=torch.uint8, device="cuda")
+    segments = [Segments.from_lengths(part, "cuda") for part in (lengths, asked)]
+    return model, (source, target, torch.randn(64, 5, device="cuda"), context, segments[0], predicted, segments[1])
+
+
+def test_no_bit_of_the_loss_changes():
+    """Forward passes, whose sums have an order. The target moves before each, as its average does."""
+    model, batch = model_and_batch()
+    begin = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    found = []
+    for stream in (SideStream(), SideStream(torch.device("cuda"))):
+        model.load_state_dict(begin)
+        model.target_stream = stream
+        with torch.no_grad():
+            model(*batch)  # tuned and allocated
+            values = []
+            for _ in range(10):  # none of them is waited for
+                torch._foreach_mul_(list(model.target_encoder.parameters()), 0.97)
+                values.append(model(*batch).loss)
+        found.append(torch.stack(values))
+    assert found[0].unique().numel() > 1
+    assert torch.equal(found[0], found[1])
+
+
+@pytest.mark.parametrize(("stage", "precision"), [(0, "bf16"), (1, "fp32"), (2, "bf16")])
+def test_training_follows_the_one_stream(tiny_images, tmp_path, stage, precision):
+    """Gathers' gradients are added in any order on a GPU: fp32's last bits, or bf16's, carried along for ten steps."""
+    changes = {"train__steps": 10, "train__precision": precision, "zero__stage": stage, "data__device": "gpu"}
+    for beside in (False, True):
+        pretrain(small_config(tiny_images, train__target_stream=beside, **changes), tmp_path / str(beside))
+    wanted = pytest.approx(losses(tmp_path / "False"), rel=1e-4 if precision == "fp32" else 1e-2)
+    assert losses(tmp_path / "True") == wanted
+
+
+def test_compiled_regions_on_either_stream_follow_the_plain_ones(tiny_images, tmp_path):
+    changes = {"train__steps": 10, "train__precision": "bf16", "data__device": "gpu"}
+    pretrain(small_config(tiny_images, **changes), tmp_path / "plain")
+    both = {"train__compile": True, "train__target_stream": True}
+    pretrain(small_config(tiny_images, **changes, **both), tmp_path / "compiled")
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), rel=5e-2)
