@@ -17,6 +17,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
 
 from iwm_fast.benchmarks.sections import SECTIONS
 
@@ -96,8 +97,9 @@ def _draw(document: Mapping[str, Any], picture: Path, source: str) -> None:
             axis.plot([r["images"] for r in rows], [r["median_s"] for r in rows], "o", label="seconds")
             line = document.get("lines", {}).get("seconds")
             if line:
-                ends = [rows[0]["images"], rows[-1]["images"]]
-                axis.plot(ends, [line["intercept"] + line["slope"] * x for x in ends], lw=1, label="the line")
+                # By many points: on logarithmic axes a line with an intercept is a curve.
+                sizes = np.geomspace(rows[0]["images"], rows[-1]["images"])
+                axis.plot(sizes, line["intercept"] + line["slope"] * sizes, lw=1, label="the line")
             axis.set(xlabel="images", ylabel="seconds a step", xscale="log", yscale="log")
             axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
