@@ -30,9 +30,9 @@ from iwm_fast.benchmarks.adapters.inputs import Inputs, Masks, Shape, draw_input
 from iwm_fast.benchmarks.kept_count import counted_activations
 from iwm_fast.benchmarks.peers import COUNTED, TIMED
 from iwm_fast.benchmarks.scaling import BATCHES, fit_line
+from iwm_fast.commands.plan import tokens_of
 from iwm_fast.config import Config, load_config
 from iwm_fast.config.load import find_config
-from iwm_fast.data.masks import MaskSampler
 from iwm_fast.errors import UserError
 from iwm_fast.planning.activations import KeptBytes, activations
 from iwm_fast.planning.layout import layout_of
@@ -123,14 +123,13 @@ def count_batches(config: Config, sizes: Sequence[int] = BATCHES) -> dict[str, A
     masks, and single ones would say how much.
     """
     images = max(sizes)
-    ids = np.arange(images)
-    drawn = MaskSampler(config.masks, config.model.grid, config.train.seed).draw(np.zeros_like(ids), ids)
+    drawn = tokens_of(config, images)
     rows: list[dict[str, Any]] = []
     for size in sizes:
         kept = [
             counted_activations(
                 config,
-                Tokens(drawn.context_lengths[first : first + size], drawn.target_lengths[first : first + size]),
+                Tokens(drawn.context[first : first + size], drawn.predicted[first : first + size]),
                 "meta",
             ).total
             for first in range(0, images, size)

@@ -19,7 +19,6 @@ from importlib import import_module
 from statistics import median
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -27,8 +26,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from iwm_fast.benchmarks.contenders import Skipped
 from iwm_fast.benchmarks.timing import clocked, spread
+from iwm_fast.commands.plan import tokens_of
 from iwm_fast.config import load_config, packaged_config
-from iwm_fast.data.masks import MaskSampler
 from iwm_fast.models.attention import packed_attention, resolve_backend
 from iwm_fast.models.packing import Segments
 from iwm_fast.planning.environment import installed_version
@@ -70,11 +69,10 @@ def lengths_of(case: Case) -> tuple[list[int], int, int]:
     encoder, predictor = config.model.encoder_shape, config.model.predictor
     if case.part == "target":
         return [config.model.grid**2] * case.images, encoder.heads, encoder.width // encoder.heads
-    sampler = MaskSampler(config.masks, config.model.grid, config.train.seed)
-    drawn = sampler.draw(np.zeros(case.images, np.int64), np.arange(case.images, dtype=np.int64))
+    tokens = tokens_of(config, case.images)
     if case.part == "context":
-        return drawn.context_lengths.tolist(), encoder.heads, encoder.width // encoder.heads
-    joined = drawn.context_lengths + drawn.target_lengths
+        return tokens.context.tolist(), encoder.heads, encoder.width // encoder.heads
+    joined = tokens.context + tokens.predicted
     return joined.tolist(), predictor.head_count, predictor.width // predictor.head_count
 
 

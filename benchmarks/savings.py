@@ -20,9 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from iwm_fast.benchmarks.arms import interval, public
+from iwm_fast.commands.plan import tokens_of
 from iwm_fast.config import Config, load_config
 from iwm_fast.config.load import find_config
-from iwm_fast.data.masks import MaskSampler
 from iwm_fast.planning.actions import action_dim
 from iwm_fast.planning.flops import StepFlops, step_flops
 from iwm_fast.results import write_result
@@ -38,15 +38,9 @@ FIGURES = ("mrr", "mrr_cosine", "knn", "linear", "loss_last", "rank_me")
 Ints = NDArray[np.int64]
 
 
-def _draw(
-    config: Config, images: int, *, blocks: int | None = None, seed: int = 0, sources: int = 1
-) -> tuple[Ints, Ints]:
-    """Context and target lengths (B · K,) of the masks that training draws, or of as many target blocks as said."""
-    masks = config.masks if blocks is None else config.masks.model_copy(update={"target_blocks": blocks})
-    exclude = "geometric" not in config.actions.groups
-    sampler = MaskSampler(masks, config.model.grid, seed, exclude=exclude, sources=sources)
-    drawn = sampler.draw(np.zeros(images, np.int64), np.arange(images, dtype=np.int64))
-    return drawn.context_lengths, drawn.target_lengths
+def _with(config: Config, section: str, **changes: int) -> Config:
+    """The same configuration with other values in one section."""
+    return config.model_copy(update={section: getattr(config, section).model_copy(update=changes)})
 
 
 def _padded(lengths: Ints) -> Ints:
@@ -67,7 +61,8 @@ def count_savings(config: Config, images: int = _IMAGES) -> dict[str, Any]:
     model, actions = config.model, action_dim(config.actions)
     if model.predictor.kind != "vit":
         raise ValueError(f"model.predictor.kind is {model.predictor.kind}; savings are counted for vit")
-    context, target = _draw(config, images)
+    drawn = tokens_of(config, images)
+    context, target = drawn.context, drawn.predicted
     shipped = step_flops(model, actions, context, target)
 
     pixels = 3 * model.patch**2
@@ -76,16 +71,17 @@ def count_savings(config: Config, images: int = _IMAGES) -> dict[str, Any]:
     embedded_all = 2 * 2 * hidden * pixels * model.encoder_shape.width
 
     # One block's sizes do not depend on how many are drawn.
-    alone = [_draw(config, images, blocks=1, seed=seed + 1)[1] for seed in range(config.masks.target_blocks)]
-    asked_by_block = sum(_predictor(step_flops(model, actions, context, block)) for block in alone)
+    one_block, asked_by_block = _with(config, "masks", target_blocks=1), 0
+    for block in range(config.masks.target_blocks):
+        alone = tokens_of(_with(one_block, "train", seed=config.train.seed + block + 1), images).predicted
+        asked_by_block += _predictor(step_flops(model, actions, context, alone))
 
     everywhere = np.full_like(target, model.grid**2)
     whole_target = step_flops(model, actions, context, everywhere).target_forward
 
     width = model.predictor.width
-    after_attention = 2 * width * width + 4 * width * round(
-        width * model.predictor.mlp_ratio
-    )  # a token's projection, MLP
+    # Of a token: the projection and the MLP.
+    after_attention = 2 * width * width + 4 * width * round(width * model.predictor.mlp_ratio)
     whole_predictor = 3 * int(context.sum()) * after_attention
 
     padded = step_flops(model, actions, _padded(context), _padded(target))
@@ -99,14 +95,15 @@ def count_savings(config: Config, images: int = _IMAGES) -> dict[str, Any]:
     }
     several = {}
     for sources in SOURCES:
-        seen, asked = _draw(config, images, sources=sources)
-        several[str(sources)] = step_flops(model, actions, seen, asked, sources).total / (images * sources)
+        shared = tokens_of(_with(config, "views", sources_per_target=sources), images)
+        operations = step_flops(model, actions, shared.context, shared.predicted, sources).total
+        several[str(sources)] = operations / (images * sources)
     return {
         "shipped": shipped.total / images,
         "target_forward": shipped.target_forward / images,
         "context": (shipped.context_forward + shipped.context_backward) / images,
         "predictor": _predictor(shipped) / images,
-        "without": {name: operations / images for name, operations in without.items()},
+        "without": {name: whole / images for name, whole in without.items()},
         "sources_per_target": several,
     }
 

@@ -69,6 +69,12 @@ def kernels_in_interpreter() -> tuple[int, str]:
 
 
 @pytest.fixture
+def torchs_own_linear(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's linear layer in its place, where an engine of stage 3 has left DeepSpeed's own."""
+    monkeypatch.setattr(torch.nn.functional, "linear", torch._C._nn.linear)
+
+
+@pytest.fixture
 def regions_as_traced(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Compiled regions are the graphs of both passes with their guards, run as they are: inductor takes a minute more,
     and tests/engine/test_compiled.py trains with it.

@@ -12,8 +12,9 @@ from iwm_fast.commands.options import CONFIG_HELP, Json, Overrides, answer
 if TYPE_CHECKING:
     from iwm_fast.config import Config
     from iwm_fast.planning.plan import Planner
+    from iwm_fast.planning.tokens import Tokens
 
-__all__ = ["plan", "planner_of"]
+__all__ = ["plan", "planner_of", "tokens_of"]
 
 _IMAGENET_1K = 1_281_167
 
@@ -91,11 +92,17 @@ def planner_of(config: Config, images: int = 2048) -> Planner:
 
     With I-JEPA's masks the mean of 2,048 context lengths is known to about 0.3 %.
     """
+    from iwm_fast.data.loader import divide_batch
+    from iwm_fast.planning.plan import Planner
+
+    return Planner(config, tokens_of(config, images), divide_batch)
+
+
+def tokens_of(config: Config, images: int) -> Tokens:
+    """How many tokens each source of the run's first images has, by the masks that training draws."""
     import numpy as np
 
-    from iwm_fast.data.loader import divide_batch
     from iwm_fast.data.masks import MaskSampler
-    from iwm_fast.planning.plan import Planner
     from iwm_fast.planning.tokens import Tokens
 
     exclude = "geometric" not in config.actions.groups
@@ -103,8 +110,7 @@ def planner_of(config: Config, images: int = 2048) -> Planner:
     sampler = MaskSampler(config.masks, config.model.grid, config.train.seed, exclude=exclude, sources=sources)
     patches = sampler.draw(np.zeros(images, np.int64), np.arange(images, dtype=np.int64))
     own = config.model.predictor.kind == "mlp"  # it answers for the context's own patches
-    tokens = Tokens(patches.context_lengths, patches.context_lengths if own else patches.target_lengths, sources)
-    return Planner(config, tokens, divide_batch)
+    return Tokens(patches.context_lengths, patches.context_lengths if own else patches.target_lengths, sources)
 
 
 def _counted(root: str | None) -> int | None:

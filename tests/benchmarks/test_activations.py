@@ -21,12 +21,7 @@ from iwm_fast.benchmarks.presets import preset_config
 
 RESULT = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "activations_cpu.json"
 CHECKOUT = os.environ.get("IWM_FAST_IJEPA")
-
-
-@pytest.fixture(autouse=True)
-def torchs_own_linear(monkeypatch):
-    """An engine of stage 3 leaves DeepSpeed's own linear layer in the place of torch's."""
-    monkeypatch.setattr(F, "linear", torch._C._nn.linear)
+pytestmark = pytest.mark.usefixtures("torchs_own_linear")
 
 
 class Products(nn.Module):

@@ -22,15 +22,11 @@ from iwm_fast.engine.schedules import Schedules
 from iwm_fast.engine.zero import initialize
 from iwm_fast.models import IWM
 
+pytestmark = pytest.mark.usefixtures("torchs_own_linear")
+
 STEPS, DRAWN = 200, 40
 # Asked for is 1e-4. Parts that compute the same stay within 3e-7, a few roundings of the loss; GELU by tanh gives 2e-5.
 TOLERANCE = 1e-5
-
-
-@pytest.fixture(autouse=True)
-def torchs_own_linear(monkeypatch):
-    """An engine of stage 3 leaves DeepSpeed's own linear layer in the place of torch's."""
-    monkeypatch.setattr(F, "linear", torch._C._nn.linear)
 
 
 @cache

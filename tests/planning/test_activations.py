@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from small_run import small_config
 
 from iwm_fast.actions import ActionSpace
@@ -15,6 +14,8 @@ from iwm_fast.commands.plan import planner_of
 from iwm_fast.config import Config
 from iwm_fast.planning.activations import KeptBytes, activations
 from iwm_fast.planning.tokens import Tokens
+
+pytestmark = pytest.mark.usefixtures("torchs_own_linear")
 
 CASES = {
     "feature": {},
@@ -48,10 +49,8 @@ def rounded_sums(config: Config, tokens: Tokens) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_each_part_of_the_plain_operators_keeps_what_the_formula_says(case, monkeypatch):
+def test_each_part_of_the_plain_operators_keeps_what_the_formula_says(case):
     """One length for all images: with several, the CPU's attention keeps its result by length and joined."""
-    # An engine of stage 3, in a test before this one, leaves DeepSpeed's own linear layer in the place of torch's.
-    monkeypatch.setattr(F, "linear", torch._C._nn.linear)
     config = small_config(Path("unused"), **CASES[case])
     tokens = Tokens(np.array([7] * 16), np.array([7 if case == "mlp" else 5] * 16), config.views.sources_per_target)
     expected = activations(config, tokens, hidden_kept=True).parts
@@ -62,9 +61,8 @@ def test_each_part_of_the_plain_operators_keeps_what_the_formula_says(case, monk
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("case", CASES)
-def test_each_part_of_the_kernels_keeps_what_the_formula_says(case, precision, monkeypatch):
+def test_each_part_of_the_kernels_keeps_what_the_formula_says(case, precision):
     """ViT-B's widths and the training's own masks, on the meta device."""
-    monkeypatch.setattr(F, "linear", torch._C._nn.linear)
     shape = {
         "model__image": 224, "model__patch": 16, "model__encoder": {"depth": 2, "width": 768, "heads": 12},
         "model__predictor": {"depth": 2, "width": 384, "heads": 12, "conditioning": "feature"}, "zero__stage": 1,
