@@ -19,6 +19,7 @@ from iwm_fast.commands.options import CONFIG_HELP, Json, Overrides, answer
 from iwm_fast.commands.plan import plan
 from iwm_fast.commands.profile import profile
 from iwm_fast.errors import UserError
+from iwm_fast.programs import one_line, run_program
 
 __all__ = ["app", "main"]
 
@@ -38,7 +39,7 @@ app.command(epilog="Example: iwm-fast profile vit_tiny_p8_96.yaml train.global_b
 
 def _version(asked: bool) -> None:
     if asked:
-        typer.echo(f"iwm-fast {__version__}")
+        print(f"iwm-fast {__version__}")
         raise typer.Exit
 
 
@@ -67,9 +68,7 @@ def demo(
 
     with counting() as progress:
         figures = run_demo(out, overrides or [], progress)
-    if json != "-":
-        print_table("iwm-fast demo", ("", "value", ""), demo_rows(figures))
-    answer(json, "demo", figures)
+    answer(json, "demo", figures, lambda: print_table("iwm-fast demo", ("", "value", ""), demo_rows(figures)))
 
 
 @app.command(epilog="Example: iwm-fast pretrain vit_tiny_p4_32.yaml data.root=photos/train train.seed=1 --out runs/a")
@@ -143,10 +142,10 @@ def evaluate(
         columns = ("", "value", "95 % interval", "chance", "shuffled action", "neutral action", "untrained")
         print_table(f"iwm-fast evaluate, step {results['step']}", columns, result_rows(results))
         for measure, why in results.get("not_run", {}).items():
-            typer.echo(f"{measure} not run: {why}")
+            print(f"{measure} not run: {why}")
         if results.get("equivariance_left_out"):
-            typer.echo(f"r2 left out: {left_out_line(results['equivariance_left_out'])}")
-        typer.echo(f"report: {results['report']}")
+            print(f"r2 left out: {left_out_line(results['equivariance_left_out'])}")
+        print(f"report: {results['report']}")
     answer(json, "evaluate", results)
 
 
@@ -178,7 +177,7 @@ def export(
     else:
         written = export_run(run, out, checkpoint, onnx=onnx)
     for path in sorted(written.iterdir()):
-        typer.echo(path)
+        print(path)
 
 
 @app.command(
@@ -214,7 +213,7 @@ def show_config(
         raise UserError(f"config: name a YAML file, or one of {', '.join(packaged_names())}; --schema lists the keys")
     loaded = load_config(find_config(config), overrides or [])
     if json is None:
-        typer.echo(dump_config(loaded), nl=False)
+        print(dump_config(loaded), end="")
     answer(json, "config", {"config": loaded.model_dump(mode="json")})
 
 
@@ -230,9 +229,13 @@ def doctor(json: Json = None) -> None:
     from iwm_fast.doctor import examine, part_rows
 
     parts = examine()
-    if json != "-":
-        print_table("iwm-fast doctor", ("part", "version", "used", "how, or why not"), part_rows(parts))
-    answer(json, "doctor", {"parts": [asdict(part) for part in parts]})
+    columns = ("part", "version", "used", "how, or why not")
+    answer(
+        json,
+        "doctor",
+        {"parts": [asdict(part) for part in parts]},
+        lambda: print_table("iwm-fast doctor", columns, part_rows(parts)),
+    )
     if any(part.broken for part in parts):
         raise typer.Exit(1)
 
@@ -243,31 +246,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from iwm_fast.quiet import quiet_third_parties
 
     quiet_third_parties()
-    try:
-        code = typer.main.get_command(app).main(words, prog_name="iwm-fast", standalone_mode=False)
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:  # the reader of a pipe has seen enough
-        sys.stderr.close()
-        return 0
-    except (UserError, typer.TyperException, OSError) as error:
-        if debug:
-            raise
-        line = _one_line(error)
-        if line:  # a bare "iwm-fast data" has printed its help and says nothing more
-            print(f"iwm-fast: {line}", file=sys.stderr)
-        return 2
-    return code if isinstance(code, int) else 0
+    command = typer.main.get_command(app)
+    return run_program(
+        "iwm-fast",
+        lambda: command.main(words, prog_name="iwm-fast", standalone_mode=False),
+        debug=debug,
+        describe=_one_line,
+        mendable=(UserError, typer.TyperException, OSError),
+    )
 
 
 def _one_line(error: Exception) -> str:
-    if isinstance(error, OSError):
-        message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-    elif isinstance(error, typer.TyperException):
-        message = error.format_message()
-        context = getattr(error, "ctx", None)  # of errors in the usage, the command they were made with
-        if message and context is not None:
-            message += f" See {context.command_path} --help."
-    else:
-        message = str(error)
-    return " ".join(message.split())
+    if not isinstance(error, typer.TyperException):
+        return one_line(error)
+    message = str(error.format_message())
+    context = getattr(error, "ctx", None)  # of errors in the usage, the command they were made with
+    if message and context is not None:
+        message += f" See {context.command_path} --help."
+    return " ".join(message.split())  # nothing after a bare "iwm-fast data", which has printed its help

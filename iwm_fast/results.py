@@ -5,34 +5,83 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from iwm_fast.data.whole import write_whole_text
 from iwm_fast.errors import UserError
 from iwm_fast.planning.environment import environment
+from iwm_fast.streams import output_closed, shown
 
-__all__ = ["write_result"]
+__all__ = ["give_result", "json_text", "write_json", "write_result"]
 
 
-def write_result(destination: str, kind: str, body: Mapping[str, Any]) -> None:
-    """Write ``body`` with its ``schema`` ("iwm-fast-KIND/1") and ``environment`` to a file, or to stdout for ``-``.
+def give_result(
+    destination: str | None, kind: str, body: Mapping[str, Any], show: Callable[[], None] | None = None
+) -> None:
+    """Write a result as `write_result` does, or nowhere (None), and then ``show`` it to a person.
 
-    The file appears whole or not at all. Numbers that are not finite become null: JSON has no NaN.
-    Raises UserError when it cannot be written.
+    ``show`` prints tables; not called for ``-``. The file comes first, and what it cannot take is no reason not to
+    show: the UserError is raised at the end.
     """
-    document = {"schema": f"iwm-fast-{kind}/1", "environment": environment(), **body}
-    text = json.dumps(_finite(document), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    if destination == "-":
-        sys.stdout.write(text)
+    failure = None
+    if destination is not None:
+        try:
+            write_result(destination, kind, body)
+        except UserError as error:
+            failure = error
+    if show is not None and destination != "-":
+        show()
+    if failure is not None:
+        raise failure
+
+
+def write_result(destination: str | Path, kind: str, body: Mapping[str, Any]) -> None:
+    """Write ``body`` with its ``schema`` ("iwm-fast-KIND/1") and ``environment`` to a file, or to stdout for ``-``."""
+    write_json(destination, {"schema": f"iwm-fast-{kind}/1", "environment": environment(), **body})
+
+
+def write_json(destination: str | Path, document: Mapping[str, Any]) -> None:
+    """Write a document to a file (its folder is made), or to stdout for ``-``.
+
+    The file appears whole or not at all. Where it cannot be written, the document is printed on standard output, so
+    that nothing measured is lost, and UserError is raised.
+    """
+    text = json_text(document)
+    if str(destination) == "-":
+        _print(text)
         return
     path = Path(destination)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole_text(path, text)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror}") from error
+        place = _print(text)
+        raise UserError(
+            f"{path}: cannot be written: {error.strerror or error}; the JSON went to {place} instead"
+        ) from error
+
+
+def json_text(document: Mapping[str, Any]) -> str:
+    r"""A document as text in valid UTF-8.
+
+    Numbers that are not finite become null: JSON has no NaN. A byte 0xXX of a file name that is no UTF-8 is
+    ``\udcXX``, which Python's json reads as the same name (``os.fsencode`` gives its bytes).
+    """
+    return shown(json.dumps(_finite(document), indent=2, ensure_ascii=False, allow_nan=False)) + "\n"
+
+
+def _print(text: str) -> str:
+    """Print JSON, in a form that is JSON in the stream's encoding too, where there is somebody to read it; where."""
+    stream, place = (sys.stderr, "standard error") if output_closed() else (sys.stdout, "standard output")
+    try:
+        text.encode(stream.encoding or "ascii", "strict")
+    except UnicodeEncodeError:
+        text = json.dumps(json.loads(text), indent=2) + "\n"
+    stream.write(text)
+    stream.flush()
+    return place
 
 
 def _finite(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -50,9 +51,8 @@ def step(
         rows.append(
             measure_step(name, one, ranks, root=data, repeats=repeats, warm_up=warm_up, say=_progress)
         )  # fmt: skip
-    if json != "-":
-        _print_steps(rows)
-    answer(json, "bench-step", {"device": ranks.device.type, "threads": threads, "rows": rows})
+    body = {"device": ranks.device.type, "threads": threads, "rows": rows}
+    answer(json, "bench-step", body, lambda: _print_steps(rows))
 
 
 def _print_steps(rows: list[dict[str, Any]]) -> None:
@@ -91,7 +91,7 @@ def kernels(
     if not cases:
         known = ", ".join(dict.fromkeys(case.operation for case in CASES))
         raise UserError(f"--only: {only}: no such operation; there are {known}")
-    found = measure(cases, ranks.device, repeats, _progress if json == "-" else typer.echo)
+    found = measure(cases, ranks.device, repeats, _progress if json == "-" else print)
     answer(json, "kernels", {key: value for key, value in found.items() if key != "schema"})
 
 
@@ -138,9 +138,7 @@ def scaling(
         found = measure_batches(config, only_rank("cpu", 1), sizes=sizes, repeats=repeats, say=_progress)
         body["rows"] += found["rows"]
         body["lines"] = found["lines"]
-    if json != "-":
-        _print_scaling(body)
-    answer(json, "bench-scaling", body)
+    answer(json, "bench-scaling", body, lambda: _print_scaling(body))
 
 
 def _print_scaling(body: dict[str, Any]) -> None:
@@ -161,7 +159,7 @@ def _print_scaling(body: dict[str, Any]) -> None:
     for what, line in body.get("lines", {}).items():
         factor, unit = units[what]
         worst = max(map(abs, line["residuals"]))
-        typer.echo(
+        print(
             f"{what}: {line['intercept'] * factor:.3f} {unit} + {line['slope'] * factor:.4f} {unit} an image; "
             f"residuals {', '.join(f'{r:+.1%}' for r in line['residuals'])} (largest {worst:.1%})"
         )
@@ -179,7 +177,8 @@ def compare(
     from iwm_fast.console import print_table
 
     found = compare_files(before, after, at_least)
-    if json != "-":
+
+    def show() -> None:
         columns = ("", "A", "B", "B / A", "99 % interval", "")
         rows = [
             (r["name"], f"{r['before_s'] * 1e3:.3f} ms", f"{r['after_s'] * 1e3:.3f} ms", f"{r['ratio']:.3f}",
@@ -188,14 +187,15 @@ def compare(
         ]  # fmt: skip
         print_table("iwm-fast bench compare", columns, rows)
         for what, (old, new) in found["made_with"].items():
-            typer.echo(f"made with another {what}: {old} → {new}")
+            print(f"made with another {what}: {old} → {new}")
         for which, names in (("A", found["only_before"]), ("B", found["only_after"])):
             if names:
-                typer.echo(f"only in {which}: {', '.join(names)}")
-    answer(json, "bench-compare", found)
+                print(f"only in {which}: {', '.join(names)}")
+
+    answer(json, "bench-compare", found, show)
     if any(row["verdict"] == "slower" for row in found["rows"]):
         raise typer.Exit(1)
 
 
 def _progress(line: str) -> None:
-    typer.echo(line, err=True)
+    print(line, file=sys.stderr, flush=True)

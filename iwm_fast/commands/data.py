@@ -54,7 +54,7 @@ def synth(
     from iwm_fast.data.synth import draw_dataset
 
     draw_dataset(out, classes=classes, train=train, test=test, size=size, seed=seed, segments=segments)
-    typer.echo(f"{out}: drawn; train on data.root={out / 'train'}")
+    print(f"{out}: drawn; train on data.root={out / 'train'}")
 
 
 @app.command(epilog="Example: iwm-fast data preview photos --out views --count 8 vit_tiny_p4_32.yaml")
@@ -76,7 +76,7 @@ def preview(
     from iwm_fast.data.preview import write_preview
 
     write_preview(config, root, out, count, config.train.seed if seed is None else seed)
-    typer.echo(f"{out}: {count} images drawn, parameters in {out / 'params.json'}")
+    print(f"{out}: {count} images drawn, parameters in {out / 'params.json'}")
 
 
 @app.command(epilog="Example: iwm-fast data record Pendulum-v1 --out pendulum --frames 4000 --repeat 3 --motion")
@@ -128,7 +128,7 @@ def record(
     with counting() as progress:
         actions = record_game(asked, out, progress)
     told = f"one of {len(actions.names)}" if actions.kind == "discrete" else f"{len(actions.names)} number(s)"
-    typer.echo(f"{out}: recorded, an action is {told}; train with game.yaml on data.root={out / 'train'}")
+    print(f"{out}: recorded, an action is {told}; train with game.yaml on data.root={out / 'train'}")
 
 
 @app.command(epilog="Example: iwm-fast data verify photos --json verdict.json")
@@ -146,11 +146,13 @@ def verify(
 
     with counting() as progress:
         verdict = verify_images(root, source=source, max_pixels=max_pixels, progress=progress)
-    if json != "-":
-        typer.echo(f"{root}: {verdict['decoded']} of {verdict['files']} files decode ({verdict['source']})")
+
+    def show() -> None:
+        print(f"{root}: {verdict['decoded']} of {verdict['files']} files decode ({verdict['source']})")
         if verdict["bad"]:
             print_table("cannot be used", ("file", "reason"), [(bad["file"], bad["reason"]) for bad in verdict["bad"]])
-    answer(json, "data-verify", verdict)
+
+    answer(json, "data-verify", verdict, show)
 
 
 @app.command(epilog="Example: iwm-fast data index photos/train")
@@ -172,16 +174,18 @@ def index(
 
     with counting() as progress:
         written = write_index(root, out, source=source, progress=progress)
-    if json != "-":
-        typer.echo(
+
+    def show() -> None:
+        print(
             f"{written['manifest']}: {written['samples']} images of {written['source']}, {written['bytes']} bytes, "
             f"{written['classes']} classes"
         )
         if written["resumed"]:
-            typer.echo(f"{written['resumed']} rows of an earlier start were kept")
+            print(f"{written['resumed']} rows of an earlier start were kept")
         if written["unreadable"]:
-            typer.echo(f"{written['unreadable']} have no readable header; iwm-fast data verify says why")
-    answer(json, "data-index", written)
+            print(f"{written['unreadable']} have no readable header; iwm-fast data verify says why")
+
+    answer(json, "data-index", written, show)
 
 
 @app.command(epilog="Example: iwm-fast data shard photos/train --out shards/train --shard-size 256MB")
@@ -203,7 +207,6 @@ def shard(
 
     with counting() as progress:
         written = write_shards(root, out, source=source, shard_bytes=byte_count(shard_size), progress=progress)
-    if json != "-":
-        kept = f", {written['resumed']} of them kept from an earlier start" if written["resumed"] else ""
-        typer.echo(f"{written['out']}: {written['samples']} images in {written['shards']} shards{kept}")
-    answer(json, "data-shard", written)
+    kept = f", {written['resumed']} of them kept from an earlier start" if written["resumed"] else ""
+    line = f"{written['out']}: {written['samples']} images in {written['shards']} shards{kept}"
+    answer(json, "data-shard", written, lambda: print(line))

@@ -82,12 +82,14 @@ def finetune(
             tell=progress,
         )
         results = finetune_run(run, request, out, environment())
-    if json != "-":
+
+    def show() -> None:
         title = f"iwm-fast finetune, {results['mode']}, {results['trained_parameters']:,} parameters trained"
         print_table(title, ("", "measure", "value", "95 % interval", "chance"), finetune_rows(results))
         if out is not None:
-            typer.echo(f"weights: {out}")
-    answer(json, "finetune", results)
+            print(f"weights: {out}")
+
+    answer(json, "finetune", results, show)
 
 
 def _rates(text: str | None) -> tuple[float, ...]:

@@ -4,19 +4,31 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from iwm_fast.errors import UserError
+from iwm_fast.outputs import require_result
 
 if TYPE_CHECKING:
     from iwm_fast.engine.distributed import Ranks
 
 __all__ = ["CONFIG_HELP", "Device", "Json", "Overrides", "Threads", "answer", "byte_count", "only_rank"]
 
+
+def _writable(destination: str | None) -> str | None:
+    if destination is not None:
+        require_result(destination)
+    return destination
+
+
 Json = Annotated[
-    str | None, typer.Option("--json", metavar="FILE", help="Write the answer as JSON to FILE; without FILE, print it.")
+    str | None,
+    typer.Option(
+        "--json", metavar="FILE", callback=_writable, help="Write the answer as JSON to FILE; without FILE, print it."
+    ),
 ]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY.PATH=VALUE...", help="Settings that replace those of CONFIG.")
@@ -26,12 +38,14 @@ Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Of torch,
 CONFIG_HELP = "A YAML file, or the name of a packaged one such as vit_tiny_p4_32.yaml."
 
 
-def answer(destination: str | None, kind: str, body: dict[str, Any]) -> None:
-    """Write the body of a result with its schema and environment to a file, to standard output ("-"), or nowhere."""
-    if destination is not None:
-        from iwm_fast.results import write_result
+def answer(destination: str | None, kind: str, body: Mapping[str, Any], show: Callable[[], None] | None = None) -> None:
+    """Write the body of a result with its schema and environment to a file, to standard output ("-"), or nowhere.
 
-        write_result(destination, kind, body)
+    ``show`` prints it for a person, after the file is written, and not at all for "-".
+    """
+    from iwm_fast.results import give_result
+
+    give_result(destination, kind, body, show)
 
 
 def byte_count(text: str) -> int:

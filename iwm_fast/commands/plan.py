@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from iwm_fast.commands.options import CONFIG_HELP, Json, Overrides, answer
+from iwm_fast.outputs import require_file
 
 if TYPE_CHECKING:
     from iwm_fast.config import Config
@@ -17,6 +18,12 @@ if TYPE_CHECKING:
 __all__ = ["plan", "planner_of", "tokens_of"]
 
 _IMAGENET_1K = 1_281_167
+
+
+def _drawable(plot: Path | None) -> Path | None:
+    if plot is not None:
+        require_file(plot, "--plot")
+    return plot
 
 
 def plan(
@@ -41,7 +48,9 @@ def plan(
         Path | None, typer.Option("--results", metavar="DIR", help="Measurements; default: benchmarks/results.")
     ] = None,
     json: Json = None,
-    plot: Annotated[Path | None, typer.Option("--plot", metavar="PNG", help="Draw the scaling to 1,024 GPUs.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="PNG", callback=_drawable, help="Draw the scaling to 1,024 GPUs.")
+    ] = None,
 ) -> None:
     """Work out memory by kind, step time by part, hours and the ZeRO stage to choose, without a GPU."""
     from iwm_fast.config.load import find_config, load_config
@@ -67,11 +76,8 @@ def plan(
     points = scaling(planner, cluster) if json or plot else None
     if points:
         record["scaling"] = {kind: [asdict(p) for p in line] for kind, line in points.items()}
-    if plot and points:
-        draw_scaling(
-            points, f"{Path(config).name} on {device.name}, {gpus_per_node} a host; compute {rate.origin}", plot
-        )
-    if json != "-":
+
+    def show() -> None:
         columns = (
             "stage", "micro-batch", "GB a GPU", "forward ms", "backward ms", "optimizer ms", "messages ms (not hidden)",
             f"{device.link_name} / network ms", "data ms", "step ms", "images/s",
@@ -83,8 +89,13 @@ def plan(
             said.memory_rows(stages),
         )
         for line in said.sentences(record, points):
-            typer.echo(line)
-    answer(json, "plan", record)
+            print(line)
+
+    answer(json, "plan", record, show)
+    if plot and points:
+        draw_scaling(
+            points, f"{Path(config).name} on {device.name}, {gpus_per_node} a host; compute {rate.origin}", plot
+        )
 
 
 def planner_of(config: Config, images: int = 2048) -> Planner:

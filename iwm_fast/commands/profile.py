@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -35,21 +37,28 @@ def profile(
     from iwm_fast.profiling import profile as run
 
     if ncu is not None:
-        typer.echo(ncu_command(ncu, config, overrides or [], out))
+        print(ncu_command(ncu, config, overrides or [], out))
         return
     ranks = only_rank(device, threads)
     root = Path(loaded.data.root) if loaded.data.root else None
-    found = run(loaded, out, ranks, root=root, steps=steps, say=lambda line: typer.echo(line, err=True))
-    if json != "-":
-        from iwm_fast.console import print_table
 
-        step = found["parts_step_s"]
-        rows = [(name, f"{s * 1e3:.2f} ms", f"{s / step:.1%}") for name, s in found["parts_s"].items()]
-        rows.append(("all parts", f"{found['parts_sum_s'] * 1e3:.2f} ms", f"{found['parts_sum_s'] / step:.1%}"))
-        rows.append(("that step", f"{step * 1e3:.2f} ms", ""))
-        free = found["step_s"]
-        rows.append(("step, median", f"{free * 1e3:.2f} ms", f"{found['images'] / free:.1f} images/s"))
-        print_table("iwm-fast profile", ("part", "", "of the step"), rows)
-        typer.echo(f"{out}: trace.json, profile.md, step.png, memory.json")
-    answer(json, "profile", found)
-    answer(str(out / "profile.json"), "profile", found)
+    def keep(found: dict[str, Any]) -> None:
+        answer(str(out / "profile.json"), "profile", found)
+        answer(json, "profile", found, lambda: _show(found))
+
+    say = partial(print, file=sys.stderr, flush=True)
+    run(loaded, out, ranks, root=root, steps=steps, say=say, keep=keep)
+    if json != "-":
+        print(f"{out}: trace.json, profile.md, step.png, memory.json, profile.json")
+
+
+def _show(found: dict[str, Any]) -> None:
+    from iwm_fast.console import print_table
+
+    step = found["parts_step_s"]
+    rows = [(name, f"{s * 1e3:.2f} ms", f"{s / step:.1%}") for name, s in found["parts_s"].items()]
+    rows.append(("all parts", f"{found['parts_sum_s'] * 1e3:.2f} ms", f"{found['parts_sum_s'] / step:.1%}"))
+    rows.append(("that step", f"{step * 1e3:.2f} ms", ""))
+    free = found["step_s"]
+    rows.append(("step, median", f"{free * 1e3:.2f} ms", f"{found['images'] / free:.1f} images/s"))
+    print_table("iwm-fast profile", ("part", "", "of the step"), rows)

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from iwm_fast.outputs import is_special
+
 __all__ = ["sync", "whole_folder", "write_whole", "write_whole_text"]
 
 
@@ -22,19 +24,30 @@ def sync(path: Path) -> None:
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """What `write` puts into the file that it is given becomes `path`, once it is on the disk."""
+    """What `write` puts into the file that it is given becomes `path`, once it is on the disk.
+
+    A link keeps pointing at its file, which is replaced; a pipe or a device such as /dev/null is written to as it is.
+    """
+    if is_special(path):
+        with path.open("wb") as file:
+            write(file)
+        return
+    path = path.resolve() if path.is_symlink() else path
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)  # of a full disk, what was written has to go
     sync(path.parent)
 
 
 def write_whole_text(path: Path, text: str) -> None:
-    """The same of a text, in UTF-8."""
-    write_whole(path, lambda file: file.write(text.encode()))
+    """The same of a text, in UTF-8; bytes of file names that are no UTF-8 (``surrogateescape``) stay as they are."""
+    write_whole(path, lambda file: file.write(text.encode(errors="surrogateescape")))
 
 
 @contextmanager

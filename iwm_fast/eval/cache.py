@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -50,9 +51,10 @@ class Features:
 class Room:
     """Arrays to be filled from the top; ``count`` rows of them hold something."""
 
-    def __init__(self, values: NDArray[Any], labels: NDArray[Any]) -> None:
+    def __init__(self, values: NDArray[Any], labels: NDArray[Any], *, kept: bool = True) -> None:
         self.values = values
         self.labels = labels
+        self.kept = kept  # on the disk, not in memory alone
         self.count = 0
 
     def add(self, values: NDArray[Any], labels: NDArray[Any]) -> None:
@@ -81,6 +83,7 @@ class FeatureCache:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self._said = False
 
     def find(self, key: Mapping[str, Any]) -> Features | None:
         """The entry of ``key``, mapped into memory; None where there is none, or not a whole one."""
@@ -102,36 +105,49 @@ class FeatureCache:
     ) -> Iterator[Room]:
         """Room for an entry (shape and type of each array), which others see when the block ends without an error.
 
-        UserError where the folder cannot be written or the disk has too little room.
+        Where they cannot be kept (a full disk, a folder that one may only read), that is said once and they lie in
+        memory. UserError where neither the disk nor the memory has room for them.
         """
         folder = self.root / _name(key)
         partial = self.root / f".{folder.name}.{os.getpid()}.partial"
         try:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            self._require_room(sum(int(np.prod(shape)) * np.dtype(kind).itemsize for shape, kind in (values, labels)))
-            room = Room(
-                *(
-                    np.lib.format.open_memmap(partial / file, mode="w+", dtype=kind, shape=shape)
-                    for file, (shape, kind) in ((_VALUES, values), (_LABELS, labels))
-                )
-            )
+            room = self._begin(partial, values, labels)
             yield room
-            self._publish(partial, folder, {"key": key, "count": room.count})
-        except OSError as error:
-            raise UserError(
-                f"{self.root}: features cannot be kept there ({error.strerror or error}); name another --cache"
-            ) from error
+            if room.kept:
+                try:
+                    self._publish(partial, folder, {"key": key, "count": room.count})
+                except OSError as error:  # the arrays stay mapped, whatever becomes of their names
+                    self._say(error.strerror or str(error))
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
-    def _require_room(self, needed: int) -> None:
-        free = shutil.disk_usage(self.root).free
-        if needed > free:
+    def _begin(
+        self, partial: Path, values: tuple[tuple[int, ...], DTypeLike], labels: tuple[tuple[int, ...], DTypeLike]
+    ) -> Room:
+        needed = sum(int(np.prod(shape)) * np.dtype(kind).itemsize for shape, kind in (values, labels))
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            free = shutil.disk_usage(self.root).free
+            if needed <= free:
+                return Room(*(_mapped(partial / file, *what) for file, what in ((_VALUES, values), (_LABELS, labels))))
+            why = f"they take {_size(needed)} and {_size(free)} are free"
+        except OSError as error:
+            why = error.strerror or str(error)
+        available = _memory_available()
+        if needed > available:
             raise UserError(
-                f"{self.root}: the features take {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; "
-                "name another --cache, or use fewer images"
+                f"{self.root}: the features cannot be kept there ({why}), and they take {_size(needed)} where "
+                f"{_size(available)} of memory are free; name another --cache, or use fewer images"
             )
+        self._say(why)
+        return Room(np.empty(*values), np.empty(*labels), kept=False)
+
+    def _say(self, why: str) -> None:
+        if not self._said:
+            self._said = True
+            line = f"{self.root}: features are not kept ({why}): measured all the same, and read anew next time"
+            print(line, file=sys.stderr, flush=True)
 
     def _publish(self, partial: Path, folder: Path, entry: dict[str, Any]) -> None:
         (partial / _ENTRY).write_text(json.dumps(entry, indent=1), encoding="utf-8")
@@ -143,6 +159,26 @@ class FeatureCache:
             shutil.rmtree(folder)
         partial.rename(folder)
         sync(self.root)
+
+
+def _mapped(path: Path, shape: tuple[int, ...], kind: DTypeLike) -> NDArray[Any]:
+    """A new file as an array. Its blocks are taken at once: a disk that fills up later would end the process by a
+    signal when the array is written.
+    """
+    array: NDArray[Any] = np.lib.format.open_memmap(path, mode="w+", dtype=kind, shape=shape)
+    with path.open("r+b") as file:
+        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return array
+
+
+def _memory_available() -> int:
+    """Bytes that the system can give without swapping."""
+    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB"
 
 
 def _name(key: Mapping[str, Any]) -> str:

@@ -108,11 +108,9 @@ def read_features(
             rooms = [stack.enter_context(_room(cache, keys[i], encoders[i], split, keep)) for i in missing]
             _fill(rooms, [encoders[i] for i in missing], split, keep, progress)
         for place, room in zip(missing, rooms, strict=True):
-            found[place] = room.features() if cache is None else cache.find(keys[place])
-    complete = [features for features in found if features is not None]
-    if len(complete) != len(encoders):
-        raise RuntimeError("an entry of the cache vanished while it was read; is another process deleting it?")
-    return complete
+            published = cache.find(keys[place]) if cache is not None and room.kept else None
+            found[place] = published if published is not None else room.features()
+    return [features for features in found if features is not None]
 
 
 def _fill(

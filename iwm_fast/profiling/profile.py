@@ -19,6 +19,7 @@ from iwm_fast.benchmarks.timing import ceilings, clocked
 from iwm_fast.config import Config
 from iwm_fast.data.external import space_of
 from iwm_fast.engine.distributed import Ranks
+from iwm_fast.outputs import require_folder
 from iwm_fast.planning.mfu import peak_flops
 from iwm_fast.planning.operations import OperationCounter
 from iwm_fast.profiling.parts import PARTS, measured_parts
@@ -34,12 +35,14 @@ _TRACED = 2  # steps in the trace: their files grow by megabytes each
 
 def profile(
     config: Config, out: Path, ranks: Ranks, *, root: Path | None = None, steps: int = 10,
-    say: Callable[[str], object] = print,
+    say: Callable[[str], object] = print, keep: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Write trace.json, profile.md, step.png and memory.json into `out`; returns the figures of profile.json's body.
 
-    In order: `steps` steps by the clock alone, as many in parts, one counted, two traced.
+    In order: `steps` steps by the clock alone, as many in parts, one counted, two traced. ``keep`` gets the figures
+    before the files are written. UserError, before anything is measured, where they could not be.
     """
+    require_folder(out)
     out.mkdir(parents=True, exist_ok=True)
     quiet = config.model_copy(update={"log": config.log.model_copy(update={"every_steps": 10**9})})
     space = space_of(config.actions)
@@ -64,9 +67,6 @@ def profile(
             torch.cuda.memory._record_memory_history()  # noqa: SLF001  (the documented way to a snapshot)
         model = trainer.zero.module
         traced = trace_steps(trainer.train_step, model, device, _TRACED)
-        if device.type == "cuda":
-            torch.cuda.memory._dump_snapshot(str(out / "memory_snapshot.pickle"))  # noqa: SLF001
-            torch.cuda.memory._record_memory_history(enabled=None)  # noqa: SLF001
     limits = ceilings(device, torch.bfloat16 if config.train.precision == "bf16" else torch.float32)
     middle, whole = clock.middle()
     parts = {part: middle.get(part, 0.0) for part in PARTS}
@@ -87,6 +87,11 @@ def profile(
         **_tables(traced, counter, limits, peak),
         "memory_peak_bytes": max((held for _, held in traced.memory), default=0),
     }
+    if keep is not None:
+        keep(document)
+    if device.type == "cuda":
+        torch.cuda.memory._dump_snapshot(str(out / "memory_snapshot.pickle"))  # noqa: SLF001
+        torch.cuda.memory._record_memory_history(enabled=None)  # noqa: SLF001
     _write(document, traced, out)
     return document
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import os
+import re
 import time
 from pathlib import Path
 
@@ -134,21 +136,58 @@ def test_what_is_interrupted_leaves_no_entry(photos, tmp_path):
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-def test_too_little_room_is_said_before_the_work(photos, tmp_path, monkeypatch):
-    model, _ = tiny_model(CPU)
+def full_from_the_start(monkeypatch, folder):
     usage = type("Usage", (), {"free": 10})
     monkeypatch.setattr(cache_module.shutil, "disk_usage", lambda _: usage)
+    return r"they take 0\.0 GB and 0\.0 GB are free"
+
+
+def full_when_the_file_is_made(monkeypatch, folder):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(cache_module.os, "posix_fallocate", full)
+    return "No space left on device"
+
+
+def full_at_the_end(monkeypatch, folder):
+    def full(*_):
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    monkeypatch.setattr(FeatureCache, "_publish", full)
+    return "Disk quota exceeded"
+
+
+def no_folder(monkeypatch, folder):
+    folder.write_text("")
+    return "Not a directory"
+
+
+@pytest.mark.parametrize("harm", [full_from_the_start, full_when_the_file_is_made, full_at_the_end, no_folder])
+def test_features_that_cannot_be_kept_are_measured_and_it_is_said_once(photos, tmp_path, monkeypatch, capsys, harm):
+    models = [tiny_model(CPU, seed)[0].target_encoder for seed in (0, 1)]
+    fresh = read_features(models, opened(photos), "pooled")
+    why = harm(monkeypatch, tmp_path / "cache")
+    split, cache = opened(photos), FeatureCache(tmp_path / "cache" / "deep")
+    found = read_features(models, split, "pooled", cache=cache)
+    assert split.reads == 1
+    for mine, other in zip(found, fresh, strict=True):
+        np.testing.assert_array_equal(mine.values, other.values)
+        np.testing.assert_array_equal(mine.labels, other.labels)
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1
+    assert re.fullmatch(rf"{cache.root}: features are not kept \({why}\): .*", said[0])
+    assert not list((tmp_path / "cache").rglob("*.npy"))
+
+
+def test_features_that_fit_neither_disk_nor_memory_are_refused_before_the_work(photos, tmp_path, monkeypatch):
+    model, _ = tiny_model(CPU)
+    full_from_the_start(monkeypatch, tmp_path)
+    monkeypatch.setattr(cache_module, "_memory_available", lambda: 10)
     split = opened(photos)
-    with pytest.raises(UserError, match=r"the features take 0\.0 GB and 0\.0 GB are free"):
+    with pytest.raises(UserError, match=r"where 0\.0 GB of memory are free; name another --cache"):
         read_features([model.encoder], split, "pooled", cache=FeatureCache(tmp_path / "cache"))
     assert split.reads == 0
-
-
-def test_a_folder_that_cannot_be_written_is_named(photos, tmp_path):
-    (tmp_path / "file").write_text("")
-    model, _ = tiny_model(CPU)
-    with pytest.raises(UserError, match="name another --cache"):
-        read_features([model.encoder], opened(photos), "pooled", cache=FeatureCache(tmp_path / "file" / "cache"))
 
 
 def test_a_file_that_cannot_be_decoded_is_left_out(photos, tmp_path):

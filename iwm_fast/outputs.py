@@ -1,0 +1,83 @@
+"""Whether an output could be written, asked before the work whose answer it is to take."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from iwm_fast.errors import UserError
+from iwm_fast.streams import output_closed
+
+__all__ = ["is_special", "require_file", "require_folder", "require_new_folder", "require_result", "unwritable"]
+
+_PROBE = bytes(4096)  # a block: a full disk still takes empty files
+
+
+def require_result(destination: str | Path, option: str = "--json") -> None:
+    """UserError where a result could not be written to a file, or to standard output for ``-``."""
+    if str(destination) == "-":
+        if output_closed():
+            raise UserError(f"{option}: standard output is closed; name a file")
+    else:
+        require_file(Path(destination), option)
+
+
+def require_file(path: Path, option: str) -> None:
+    """UserError where a file could not be written to `path`, whose folder may be missing; ``option``: what named it."""
+    if path.is_dir():
+        raise UserError(f"{option}: {path}: is a folder; name a file")
+    if is_special(path):
+        why = None if os.access(path, os.W_OK) else "Permission denied"
+    else:
+        final = path.resolve() if path.is_symlink() else path
+        why = unwritable(final.parent, f".{final.name}.probing")  # as long a name as the partial file's
+    if why is not None:
+        raise UserError(f"{option}: {path}: cannot be written: {why}; name another file")
+
+
+def require_new_folder(out: Path, option: str = "--out") -> None:
+    """UserError where `out` is there already, or could not be made; its parents may be missing."""
+    if os.path.lexists(out):
+        raise UserError(f"{out}: exists already; choose another {option}")
+    why = unwritable(out.parent, f".{out.name}.{os.getpid()}.partial")
+    if why is not None:
+        raise UserError(f"{out}: cannot be written: {why}; choose another {option}")
+
+
+def require_folder(out: Path, option: str = "--out") -> None:
+    """UserError where files could not be written into `out`, which may be missing."""
+    why = unwritable(out)
+    if why is not None:
+        raise UserError(f"{out}: cannot be written: {why}; choose another {option}")
+
+
+def unwritable(folder: Path, name: str = "") -> str | None:
+    """Why a file could not be written into `folder`, whose missing parents are to be made; None where it could.
+
+    It is tried, because permissions do not tell of a full disk, a read-only one, or another user's network folder.
+    ``name``: of the file, where its length matters.
+    """
+    place = folder.absolute()
+    try:
+        while not os.path.lexists(place):
+            place = place.parent
+        if place != folder.absolute() or not name:
+            with tempfile.TemporaryFile(dir=place, buffering=0) as file:
+                file.write(_PROBE)
+            return None
+        probe = place / name
+        try:
+            with probe.open("xb", buffering=0) as file:
+                file.write(_PROBE)
+        finally:
+            probe.unlink(missing_ok=True)
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
+
+
+def is_special(path: Path) -> bool:
+    """Whether `path` is a pipe, a device, or another name of a file that this process has open."""
+    target = str(path.readlink() if path.is_symlink() else path)
+    return target.startswith(("/proc/", "/dev/fd/")) or (path.exists() and not path.is_file())
