@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -66,9 +67,12 @@ def demo(
     from iwm_fast.demo import demo as run_demo
     from iwm_fast.demo import demo_rows
 
-    with counting() as progress:
-        figures = run_demo(out, overrides or [], progress)
-    answer(json, "demo", figures, lambda: print_table("iwm-fast demo", ("", "value", ""), demo_rows(figures)))
+    def give(figures: dict[str, Any]) -> None:
+        shown.close()  # the bars, so that the table stands alone
+        answer(json, "demo", figures, lambda: print_table("iwm-fast demo", ("", "value", ""), demo_rows(figures)))
+
+    with ExitStack() as shown:
+        run_demo(out, overrides or [], shown.enter_context(counting()), give)
 
 
 @app.command(epilog="Example: iwm-fast pretrain vit_tiny_p4_32.yaml data.root=photos/train train.seed=1 --out runs/a")
@@ -125,8 +129,20 @@ def evaluate(
     from iwm_fast.eval.run import evaluate_run, result_rows
     from iwm_fast.eval.view_pairs import left_out_line
 
+    def show(results: dict[str, Any]) -> None:
+        columns = ("", "value", "95 % interval", "chance", "shuffled action", "neutral action", "untrained")
+        print_table(f"iwm-fast evaluate, step {results['step']}", columns, result_rows(results))
+        for measure, why in results.get("not_run", {}).items():
+            print(f"{measure} not run: {why}")
+        if results.get("equivariance_left_out"):
+            print(f"r2 left out: {left_out_line(results['equivariance_left_out'])}")
+
+    def give(results: dict[str, Any]) -> None:
+        shown.close()  # the bars, so that the table stands alone
+        answer(json, "evaluate", results, lambda: show(results))
+
     words = None if what is None else [word.strip() for word in what.split(",") if word.strip()]
-    with counting() as progress:
+    with ExitStack() as shown:
         results = evaluate_run(
             run,
             data,
@@ -136,17 +152,12 @@ def evaluate(
             components=True,
             cache=cache,
             overrides=overrides or [],
-            progress=progress,
+            progress=shown.enter_context(counting()),
+            give=give,
+            report=json is None,
         )
-    if json != "-":
-        columns = ("", "value", "95 % interval", "chance", "shuffled action", "neutral action", "untrained")
-        print_table(f"iwm-fast evaluate, step {results['step']}", columns, result_rows(results))
-        for measure, why in results.get("not_run", {}).items():
-            print(f"{measure} not run: {why}")
-        if results.get("equivariance_left_out"):
-            print(f"r2 left out: {left_out_line(results['equivariance_left_out'])}")
+    if json != "-" and results["report"] is not None:
         print(f"report: {results['report']}")
-    answer(json, "evaluate", results)
 
 
 @app.command(epilog="Example: iwm-fast export runs/a --out weights/a --onnx")

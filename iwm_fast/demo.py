@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,15 @@ IMAGE_SIZE = 64
 SEED = 0
 
 
-def demo(out: Path, overrides: Sequence[str] = (), progress: Count | None = None) -> dict[str, Any]:
+def demo(
+    out: Path,
+    overrides: Sequence[str] = (),
+    progress: Count | None = None,
+    give: Callable[[dict[str, Any]], None] | None = None,
+) -> dict[str, Any]:
     """Run the demonstration in folder ``out`` and return the figures that DESIGN names, ready for JSON.
 
+    ``give`` gets them as soon as they are measured, before the report is drawn.
     ``overrides``: of the packaged ``demo.yaml``. Raises UserError when ``out`` holds a run, or an override names data.
     """
     began = time.perf_counter()
@@ -40,7 +46,18 @@ def demo(out: Path, overrides: Sequence[str] = (), progress: Count | None = None
     config = load_config(packaged_config("demo"), [*overrides, f"data.root={json.dumps(str(data / 'train'))}"])
     draw_dataset(data, classes=CLASSES, train=TRAIN_IMAGES, test=TEST_IMAGES, size=IMAGE_SIZE, seed=SEED)
     pretrain(config, out, "never")
-    measured = evaluate_run(out, data, name="demo", progress=progress)
+    figures: dict[str, Any] = {}
+
+    def given(measured: Mapping[str, Any]) -> None:
+        figures.update(_figures(out, measured), seconds=time.perf_counter() - began)
+        if give is not None:
+            give(figures)
+
+    evaluate_run(out, data, name="demo", progress=progress, give=given)
+    return figures
+
+
+def _figures(out: Path, measured: Mapping[str, Any]) -> dict[str, Any]:
     records = [record for record in read_metrics(out / "metrics.jsonl") if "loss" in record]
     names = ("mrr", "mrr_chance", "mrr_shuffled", "mrr_neutral", "knn", "knn_untrained", "linear", "linear_untrained")
     return {
@@ -49,7 +66,6 @@ def demo(out: Path, overrides: Sequence[str] = (), progress: Count | None = None
         **{name: measured[name] for name in names},
         "images_per_s": statistics.median(record["images_per_s"] for record in records),
         "steps": measured["step"],
-        "seconds": time.perf_counter() - began,
         "report": measured["report"],
     }
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -64,7 +65,15 @@ def finetune(
     from iwm_fast.eval.finetune.run import Request, finetune_rows, finetune_run, named_folders
     from iwm_fast.planning.environment import environment
 
-    with counting() as progress:
+    def show(results: dict[str, Any]) -> None:
+        title = f"iwm-fast finetune, {results['mode']}, {results['trained_parameters']:,} parameters trained"
+        print_table(title, ("", "measure", "value", "95 % interval", "chance"), finetune_rows(results))
+
+    def give(results: dict[str, Any]) -> None:
+        shown.close()  # the bars, so that the table stands alone
+        answer(json, "finetune", results, lambda: show(results))
+
+    with ExitStack() as shown:
         request = Request(
             mode=mode,  # type: ignore[arg-type]  # checked there, with the other options
             data=named_folders(data),
@@ -79,17 +88,11 @@ def finetune(
             seed=seed,
             checkpoint=checkpoint,
             cache=cache,
-            tell=progress,
+            tell=shown.enter_context(counting()),
         )
-        results = finetune_run(run, request, out, environment())
-
-    def show() -> None:
-        title = f"iwm-fast finetune, {results['mode']}, {results['trained_parameters']:,} parameters trained"
-        print_table(title, ("", "measure", "value", "95 % interval", "chance"), finetune_rows(results))
-        if out is not None:
-            print(f"weights: {out}")
-
-    answer(json, "finetune", results, show)
+        finetune_run(run, request, out, environment(), give)
+    if out is not None and json != "-":
+        print(f"weights: {out}")
 
 
 def _rates(text: str | None) -> tuple[float, ...]:

@@ -24,6 +24,7 @@ from iwm_fast.data.randomness import uniforms
 from iwm_fast.data.triplets import MANIFESTS
 from iwm_fast.data.whole import whole_folder
 from iwm_fast.errors import UserError
+from iwm_fast.outputs import require_folder
 
 __all__ = ["Recording", "record"]
 
@@ -72,6 +73,7 @@ def record(recording: Recording, out: Path, progress: Progress | None = None) ->
         raise UserError(f"--crop: {recording.crop}: left, top, right, bottom must ascend between 0 and 1")
     if out.exists():
         raise UserError(f"{out}: exists already; choose another --out, or remove it")
+    require_folder(out.parent)
     env = _make(recording)
     try:
         actions = _named(_actions(env, recording.env), recording.names)

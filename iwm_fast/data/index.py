@@ -27,6 +27,7 @@ from iwm_fast.data.sources.names import escape
 from iwm_fast.data.sources.s3 import is_address
 from iwm_fast.data.workers import Span, in_order
 from iwm_fast.errors import UserError
+from iwm_fast.outputs import require_file
 
 __all__ = ["write_index"]
 
@@ -54,6 +55,7 @@ def write_index(
     """
     images = open_source(root, source, listed_anew=True)
     out = _place(images, out)
+    require_file(out, "--out")
     names = [escape(images.name(i)) for i in range(len(images))]
     labels, classes = images.labels
     texts = [""] * len(names) if labels is None else [escape(classes[label]) for label in labels.tolist()]

@@ -21,6 +21,7 @@ from iwm_fast.data.masks import MaskSampler, PatchSets
 from iwm_fast.data.samples import FileStore, SampleReader, Samples
 from iwm_fast.data.views import draw_views
 from iwm_fast.errors import UserError
+from iwm_fast.outputs import require_folder
 
 __all__ = ["write_preview"]
 
@@ -38,6 +39,7 @@ def write_preview(config: Config, root: str | Path, out: Path, count: int, seed:
     """
     if config.actions.groups == ("external",):
         raise UserError(f"{root}: a preview shows what is done to images; to the pictures of triplets nothing is")
+    require_folder(out)
     files = list_images(root, config.data.source)
     bad = BadSamples(len(files), config.data.max_bad_fraction)
     reader = SampleReader(FileStore(files, config.data.max_pixels), seed, bad)

@@ -30,6 +30,7 @@ from iwm_fast.data.sources.kinds import is_image
 from iwm_fast.data.sources.webdataset import CLASSES_FILE, INDEX_VERSION
 from iwm_fast.data.whole import write_whole, write_whole_text
 from iwm_fast.errors import UserError
+from iwm_fast.outputs import require_folder
 
 __all__ = ["SHARD_BYTES", "write_shards"]
 
@@ -72,6 +73,7 @@ def write_shards(
     resumed are the shards of an earlier start that were kept. UserError as `list_images`; where `out` holds something
     else or is being written by another start; and for a file that cannot be read, or changed its length meanwhile.
     """
+    require_folder(out)
     images = open_source(root, source)
     labels, classes = images.labels
     samples = list(_samples(images, None if labels is None else labels.tolist(), progress))

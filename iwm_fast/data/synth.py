@@ -19,6 +19,7 @@ from PIL import Image
 
 from iwm_fast.data.whole import whole_folder
 from iwm_fast.errors import UserError
+from iwm_fast.outputs import require_folder
 
 __all__ = ["CLASSES", "draw_dataset", "draw_images"]
 
@@ -65,6 +66,7 @@ def draw_dataset(
     record |= {"seed": seed} | ({"segments": True} if segments else {})
     if _is_drawn(out, record):
         return
+    require_folder(out.parent)
     try:
         with whole_folder(out) as partial:
             _write(partial, record)

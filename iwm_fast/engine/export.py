@@ -10,9 +10,9 @@ from safetensors.torch import save_file
 from iwm_fast.data.whole import whole_folder
 from iwm_fast.engine.loading import EXPORT_FILE, EXPORT_SCHEMA, find_checkpoint, load_model
 from iwm_fast.engine.onnx_export import OPSET, write_onnx
-from iwm_fast.errors import UserError
 from iwm_fast.models.export_names import timm_arguments, to_timm
 from iwm_fast.models.iwm import IWM
+from iwm_fast.outputs import require_new_folder
 from iwm_fast.planning.environment import environment
 
 __all__ = ["export_run"]
@@ -26,8 +26,7 @@ def export_run(run: Path, out: Path, which: str = "latest", *, onnx: bool = Fals
     config.json; it holds the weights that the paper evaluates: the target encoder's where there is one. ``onnx``: also
     graphs of whole images (`onnx_export`). The folder appears whole or not at all.
     """
-    if out.exists():
-        raise UserError(f"{out}: exists already; choose another --out")
+    require_new_folder(out)
     checkpoint = find_checkpoint(run, which)
     model, config, space, step = load_model(run, checkpoint.name)
     described = {

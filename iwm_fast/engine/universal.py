@@ -25,8 +25,8 @@ from iwm_fast.data.whole import whole_folder
 from iwm_fast.engine.checkpoint import Checkpoint
 from iwm_fast.engine.loading import find_checkpoint, load_model
 from iwm_fast.engine.optimizer import MOMENTS, parameter_groups
-from iwm_fast.errors import UserError
 from iwm_fast.models.iwm import IWM
+from iwm_fast.outputs import require_new_folder
 
 __all__ = ["export_universal"]
 
@@ -35,8 +35,7 @@ _MODEL_FILE = "mp_rank_00_model_states.pt"
 
 def export_universal(run: Path, out: Path, which: str = "latest") -> Path:
     """Write the layout of a run's checkpoint; the folder appears whole or not at all. Raises UserError."""
-    if out.exists():
-        raise UserError(f"{out}: exists already; choose another --out")
+    require_new_folder(out)
     path = find_checkpoint(run, which)
     model, config, _, _ = load_model(run, path.name)
     with whole_folder(out) as partial:

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from iwm_fast.eval.examples import RankedExample, RankedView
+from iwm_fast.streams import shown
 
 __all__ = [
     "document",
@@ -84,7 +85,7 @@ def document(title: str, body: str, script: str = "") -> str:
     """
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
     allowed = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
-    return (
+    return shown(
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{allowed}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'

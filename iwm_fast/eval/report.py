@@ -12,7 +12,9 @@ from typing import Any
 from iwm_fast.config import Config, dump_config
 from iwm_fast.data.whole import write_whole_text
 from iwm_fast.eval.charts import Bar, Line, Place, bars, curve, lines, places
+from iwm_fast.eval.dated import Dated, kept_table
 from iwm_fast.eval.examples import RankedExample
+from iwm_fast.eval.measurements import Measurement, merged
 from iwm_fast.eval.page import document, example_block, facts, fold, number, percent, section, table
 from iwm_fast.eval.slider_page import SCRIPT, slider_card
 from iwm_fast.eval.sliders import SlidingExample
@@ -75,22 +77,23 @@ def _representation_rows(results: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
-def _world_model(results: Mapping[str, Any]) -> str:
+def _world_model(results: Mapping[str, Any], said: Dated) -> str:
     head = ["", "value", "95 % interval", "chance", "shuffled action", "neutral action", "no predictor"]
     values = [
         Bar(f"{name}", results[f"mrr{end}"], results.get(f"mrr{end}_interval")) for end, name in _MRR_NAMES.items()
     ]
     values.insert(1, Bar("chance", results["mrr_chance"]))
-    chart = bars(values, name="mrrbars", label="mean reciprocal rank")
+    chart = bars(values, name=f"mrrbars{said.end}", label="mean reciprocal rank")
     parts = [
         [name, *(number(part[key]) for key in ("mrr", "mrr_chance", "mrr_shuffled"))]
         for name, part in results.get("components", {}).items()
     ]
     alone = table(["component alone", "MRR", "chance", "shuffled"], parts) if parts else ""
     return section(
-        "The world model",
+        said.title("The world model"),
         table(head, _world_model_rows(results)) + f'<div class="charts"><div>{chart}</div>{alone}</div>',
         *_world_model_notes(results),
+        *said.lines("mrr"),
     )
 
 
@@ -118,25 +121,28 @@ def _world_model_notes(results: Mapping[str, Any]) -> list[str]:
     return [protocol, controls]
 
 
-def _rollout(results: Mapping[str, Any]) -> str:
+def _rollout(results: Mapping[str, Any], said: Dated) -> str:
     """The error over the horizon, beside copying the last frame."""
     rolled = results.get("rollout")
     if rolled is None:
         return ""
     names = {"model": "world model", "shuffled": "shuffled actions", "copy": "copy of the first frame"}
     drawn = [Line(name, rolled[key], rolled[f"{key}_interval"]) for key, name in names.items()]
-    chart = lines(rolled["horizons"], drawn, name="rollout", across="horizon, actions", label="mean square error")
+    chart = lines(
+        rolled["horizons"], drawn, name=f"rollout{said.end}", across="horizon, actions", label="mean square error"
+    )
     rows = [[name, *(number(value) for value in rolled[key])] for key, name in names.items()]
     return section(
-        "Roll-outs",
+        said.title("Roll-outs"),
         f'<div class="charts"><div>{chart}</div></div>' + table(["horizon", *map(str, rolled["horizons"])], rows),
         f"From each of {rolled['starts']} frames the predictor's answer is fed back to it with the next action. Error: "
         "mean square over tokens and channels of its difference to the target representation of the frame that came. "
         "Bands: 95 % interval by bootstrap over roll-outs. Training asks for one step only.",
+        *said.lines("rollout"),
     )
 
 
-def _representation(results: Mapping[str, Any]) -> str:
+def _representation(results: Mapping[str, Any], said: Dated) -> str:
     rows = _representation_rows(results)
     if not rows:
         return ""
@@ -153,11 +159,14 @@ def _representation(results: Mapping[str, Any]) -> str:
             f"Linear probe: weight decay {results['linear_weight_decay']:g}, chosen on a tenth of the training images."
         )
     return section(
-        "The representation", table(["", "value", "95 % interval", "untrained", "95 % interval"], rows), *notes
+        said.title("The representation"),
+        table(["", "value", "95 % interval", "untrained", "95 % interval"], rows),
+        *notes,
+        *said.lines("knn", "linear", "attentive"),
     )
 
 
-def _dial(results: Mapping[str, Any]) -> str:
+def _dial(results: Mapping[str, Any], said: Dated) -> str:
     """Where the checkpoint lies between invariant and equivariant, beside the untrained network."""
     if "equivariance" not in results:
         return ""
@@ -173,7 +182,7 @@ def _dial(results: Mapping[str, Any]) -> str:
         for end, name in ends.items()
         if f"equivariance{end}" in results
     ]
-    chart = places(points, name="dial", x_label="invariance", y_label="equivariance, R²")
+    chart = places(points, name=f"dial{said.end}", x_label="invariance", y_label="equivariance, R²")
     names = {"invariance": "invariance", "equivariance": "equivariance: R², mean"}
     names |= {
         key: f"R² of {key.removeprefix('r2_')}"
@@ -188,7 +197,7 @@ def _dial(results: Mapping[str, Any]) -> str:
     pairs = results["equivariance_pairs"]
     left_out = left_out_line(results.get("equivariance_left_out", {}))
     return section(
-        "Between invariant and equivariant",
+        said.title("Between invariant and equivariant"),
         table(head, rows) + f'<div class="charts"><div>{chart}</div></div>',
         f"Two views of each of {pairs[0]} training and {pairs[1]} test images under the run's actions, jitter always "
         f"applied; pooled features of the {results['equivariance_encoder']} encoder. Equivariance: how much of what "
@@ -198,6 +207,7 @@ def _dial(results: Mapping[str, Any]) -> str:
         "Invariance: cosine of the two views' features on a scale where 1 is the same and 0 as far apart as two "
         f"images; the raw cosines are {number(results['cosine_same'])} and {number(results['cosine_other'])}. "
         "Interval by bootstrap over test images.",
+        *said.lines("equivariance"),
     )
 
 
@@ -215,6 +225,17 @@ def _sliders(examples: Sequence[SlidingExample]) -> str:
         "representation, never a picture. Shown are the views of the bank that come nearest to it; the one that was "
         "asked for has a green frame. All answers were computed beforehand.",
     )
+
+
+def _measures(results: Mapping[str, Any], said: Dated) -> str:
+    """What was measured of a checkpoint on one set of images."""
+    parts = (
+        _world_model(results, said) if "mrr" in results else "",
+        _rollout(results, said),
+        _representation(results, said),
+        _dial(results, said),
+    )
+    return "\n".join(part for part in parts if part)
 
 
 def _training(metrics: Sequence[Mapping[str, Any]], mrr_chance: float | None) -> str:
@@ -248,6 +269,8 @@ def write_report(
     name: str,
     step: int,
     results: Mapping[str, Any],
+    measured: Sequence[Measurement] = (),
+    subject: tuple[str, str] = ("", ""),
     metrics: Sequence[Mapping[str, Any]],
     examples: Sequence[RankedExample],
     sliding: Sequence[SlidingExample] = (),
@@ -257,6 +280,8 @@ def write_report(
     """Write the page to ``path`` (folders are made), whole or not at all.
 
     ``name``: the configuration's. ``results``: of ``evaluate_model``; what was not measured is left out of the page.
+    ``measured``: all that was kept of the run; ``subject``: the checkpoint and the data of ``results`` as it names
+    them. What was measured of that checkpoint is shown in full, on every data, the rest in a table.
     ``metrics``: of ``read_metrics``. ``date``: default now.
     """
     when = (date or datetime.now(UTC)).astimezone(UTC).strftime("%Y-%m-%d %H:%M UTC")
@@ -267,17 +292,22 @@ def write_report(
         lead.append(f"loss {losses[0]:.4f} → {losses[-1]:.4f}")
     if speeds:
         lead.append(f"{sorted(speeds)[len(speeds) // 2]:.0f} images/s")
+    mine = [one for one in measured if one.weights == subject[0]]
+    of_data = [one for one in mine if one.data == subject[1]]
+    others = list(dict.fromkeys(one.data for one in reversed(mine) if one.data != subject[1]))
     not_run = results.get("not_run", {})
     body = "\n".join(
         (
             f'<h1>{html.escape(name)}</h1><p class="soft">{html.escape(" · ".join(lead))}</p>',
             "".join(f'<p class="soft">{html.escape(f"{what}: {why}")}</p>' for what, why in not_run.items()),
-            _world_model(results) if "mrr" in results else "",
-            _rollout(results),
-            _representation(results),
-            _dial(results),
+            _measures({**merged(of_data), **results}, Dated.of(mine, subject[1])),
             _sliders(sliding),
             _examples(examples),
+            *(
+                _measures(merged([one for one in mine if one.data == place]), Dated.of(mine, place, number))
+                for number, place in enumerate(others, start=1)
+            ),
+            kept_table(measured),
             _training(metrics, results.get("mrr_chance")),
             section(
                 "How it was made", fold("Configuration", dump_config(config)) + fold("Environment", facts(environment))

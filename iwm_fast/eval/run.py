@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from iwm_fast.engine.loading import default_device, load_model
+from iwm_fast.engine.loading import default_device, find_checkpoint, load_model
 from iwm_fast.engine.rundir import RunDirectory
 from iwm_fast.errors import UserError
 from iwm_fast.eval.bank import JITTER_COMPONENTS
@@ -15,6 +15,8 @@ from iwm_fast.eval.cache import FeatureCache
 from iwm_fast.eval.evaluate import USUAL, WHAT, evaluate_model
 from iwm_fast.eval.examples import ranked_examples
 from iwm_fast.eval.frames import open_triplets
+from iwm_fast.eval.giving import given, report_place
+from iwm_fast.eval.measurements import divide, keep, place_of, read, weights_of
 from iwm_fast.eval.progress import Progress
 from iwm_fast.eval.report import read_metrics, write_report
 from iwm_fast.eval.representation import PROBES
@@ -43,13 +45,19 @@ def evaluate_run(
     cache: Path | None = None,
     overrides: Sequence[str] = (),
     progress: Progress | None = None,
+    give: Callable[[dict[str, Any]], None] | None = None,
+    report: bool = True,
 ) -> dict[str, Any]:
     """Measure ``what`` of a run's checkpoint on the images under ``data``; also writes ``RUN/report/index.html``.
+
+    What is measured is kept in RUN/results (`measurements`), and the report shows all that was.
 
     ``what``: default all that is quick. ``images``: those whose banks are ranked, default ``eval.mrr_images``; of
     triplets, the next frames that are ranked, default ``eval.bank``. ``name``: the report's title, default the run's
     folder. ``components``: as in ``evaluate_model``. ``cache``: where features are kept, default ``RUN/cache``.
     ``overrides``: ``key.path=value`` of the jitter's strength, ``eval`` and ``data``, in place of the run's own.
+    ``give`` gets the answer as soon as it is measured, before pictures are drawn and files are written. ``report``:
+    False where the run may be another user's: where its folder cannot be written, that is said, and ``report`` is None.
     Returns the names and values of ``evaluate_model``, with ``step`` and ``report``.
     Raises UserError for an unknown ``what``, a folder that is no run, and data that cannot be used.
     """
@@ -61,7 +69,9 @@ def evaluate_run(
             raise UserError(
                 f"command line: {word}: evaluation may change {', '.join(_FREE)} only; the rest is the run's"
             )
-    model, config, space, step = load_model(run, checkpoint, overrides)
+    saved = find_checkpoint(run, checkpoint)
+    page = report_place(run, needed=report)
+    model, config, space, step = load_model(run, saved.name, overrides)
     model.to(default_device())
     sliding: Sequence[SlidingExample] = []
     if config.actions.groups == ("external",):
@@ -86,21 +96,29 @@ def evaluate_run(
             cache=FeatureCache(cache if cache is not None else run / "cache"),
             progress=progress,
         )
-        shown = ranked_examples(model, config, space, test.spread(_SHOWN_IMAGES), bank=config.eval.bank)
-        sliding = sliding_examples(model, config, space, test.spread(_SLIDING_IMAGES), bank=config.eval.bank)
-    report = run / "report" / "index.html"
-    write_report(
-        report,
-        config=config,
-        name=name or run.resolve().name,
-        step=step,
-        results=results,
-        metrics=read_metrics(run / "metrics.jsonl"),
-        examples=shown,
-        sliding=sliding,
-        environment=json.loads(RunDirectory(run).environment_file.read_text())["environment"],
-    )
-    return {**results, "step": step, "report": str(report)}
+    answer = {**results, "step": step, "report": None if page is None else str(page)}
+    with given(give, answer):
+        if page is None:
+            return answer
+        weights = weights_of(saved)
+        keep(run, divide(results, step=step, weights=weights, data=data))
+        if config.actions.groups != ("external",):
+            shown = ranked_examples(model, config, space, test.spread(_SHOWN_IMAGES), bank=config.eval.bank)
+            sliding = sliding_examples(model, config, space, test.spread(_SLIDING_IMAGES), bank=config.eval.bank)
+        write_report(
+            page,
+            config=config,
+            name=name or run.resolve().name,
+            step=step,
+            results=results,
+            measured=read(run),
+            subject=(weights, place_of(data)),
+            metrics=read_metrics(run / "metrics.jsonl"),
+            examples=shown,
+            sliding=sliding,
+            environment=json.loads(RunDirectory(run).environment_file.read_text())["environment"],
+        )
+    return answer
 
 
 def result_rows(results: Mapping[str, Any]) -> list[list[str]]:

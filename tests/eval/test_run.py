@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 
@@ -10,6 +11,7 @@ from small_run import small_config
 
 from iwm_fast.cli import main
 from iwm_fast.engine import pretrain
+from iwm_fast.eval.measurements import divide, keep, weights_of
 
 
 @pytest.fixture(scope="module")
@@ -75,10 +77,51 @@ def test_classes_that_a_split_lacks_are_one_line(run, tiny_images, tmp_path, cap
     assert refused(capsys, run, "--data", tmp_path).startswith(f"{tmp_path / 'test'} is empty")
 
 
-def test_a_cache_that_cannot_be_written_is_said_and_costs_no_figure(run, tiny_images, tmp_path, capsys):
+def test_a_cache_that_cannot_be_written_is_said_and_the_page_has_what_was_measured_before(
+    run, tiny_images, tmp_path, capsys
+):
+    weights = weights_of(run / "checkpoints" / "step_000002")
+    before = {"linear": 0.125, "linear_interval": [0.0, 0.25], "linear_chance": 0.5}
+    keep(run, divide(before, step=2, weights=weights, data=tiny_images))
     (tmp_path / "file").write_text("")
     cache, out = tmp_path / "file" / "cache", tmp_path / "e.json"
     words = ["evaluate", run, "--data", tiny_images, "--what", "knn", "--cache", cache, "--json", out]
     assert main([*map(str, words)]) == 0
     assert f"{cache}: features are not kept (Not a directory)" in capsys.readouterr().err
-    assert 0 <= json.loads(out.read_text())["knn"] <= 1
+    found = json.loads(out.read_text())
+    assert 0 <= found["knn"] <= 1
+    assert "linear" not in found
+    page = (run / "report" / "index.html").read_text()
+    assert "k-NN top-1" in page
+    assert "<td>linear probe top-1</td><td>12.5 %</td>" in page
+
+
+def test_figures_are_given_before_a_page_that_cannot_be_written(run, tiny_images, tmp_path, capsys, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device", str(run / "report" / "index.html"))
+
+    monkeypatch.setattr("iwm_fast.eval.run.write_report", full)
+    out = tmp_path / "new" / "e.json"
+    line = refused(capsys, run, "--data", tiny_images, "--what", "knn", "--json", out)
+    assert line.endswith("index.html: No space left on device: the figures are given, the page is not written")
+    assert "knn" in json.loads(out.read_text())
+
+
+def test_a_run_that_one_may_only_read_is_measured_where_its_answer_has_a_place(run, tiny_images, tmp_path, capsys):
+    other = tmp_path / "run"
+    shutil.copytree(run, other, ignore=shutil.ignore_patterns("report", "cache"))
+    (other / "report").write_text("in the way")
+    words = [other, "--data", tiny_images, "--what", "knn"]
+    assert refused(capsys, *words).startswith(f"{other / 'report'}: cannot be written: Not a directory; name --json")
+    assert main(["evaluate", *map(str, words), "--json", str(tmp_path / "e.json")]) == 0
+    shown = capsys.readouterr()
+    assert f"{other / 'report'}: cannot be written: Not a directory; figures only, no page" in shown.err
+    assert json.loads((tmp_path / "e.json").read_text())["report"] is None
+
+
+@pytest.mark.parametrize("words", [["--json", "file/e.json"], ["--json", "folder"]])
+def test_an_answer_that_has_no_place_is_refused_before_anything_is_measured(words, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    assert refused(capsys, "no_run", "--data", "d", *words).startswith(f"--json: {words[1]}: ")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -32,6 +32,7 @@ from iwm_fast.eval.finetune.modes import (
 from iwm_fast.eval.finetune.saved import require_absent, save_finetuned
 from iwm_fast.eval.finetune.scores import IGNORED
 from iwm_fast.eval.finetune.tasks import Task
+from iwm_fast.eval.giving import given
 from iwm_fast.eval.masked import open_masked_splits
 from iwm_fast.eval.progress import Progress
 from iwm_fast.eval.splits import Split, open_splits, require_same_classes
@@ -98,11 +99,16 @@ def named_folders(words: Sequence[str]) -> dict[str, str]:
 
 
 def finetune_run(
-    run: Path, request: Request, out: Path | None = None, environment: Mapping[str, Any] | None = None
+    run: Path,
+    request: Request,
+    out: Path | None = None,
+    environment: Mapping[str, Any] | None = None,
+    give: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Fit ``request`` on a run's checkpoint and measure it.
 
-    ``out``: a new folder for the result, in which ``environment`` says what it was made with.
+    ``out``: a new folder for the result, in which ``environment`` says what it was made with. ``give`` gets the answer
+    as soon as it is measured, before weights are written.
 
     Returns top1, top5 or miou with intervals (of several tasks under ``tasks``, and their mean), chance, the rate that
     the held-out images chose, and the protocol. Raises UserError for whatever the user can mend.
@@ -131,7 +137,10 @@ def finetune_run(
         **_scores(found, tasks),
         **_protocol(found, plan, tasks, config, request, seconds),
     }
-    if out is not None:
+    if out is None:
+        with given(give, results):
+            return results
+    with given(give, {**results, "out": str(out)}):
         classes = {name: names for name, (_, names) in named.items()}
         save_finetuned(
             out,
@@ -143,8 +152,7 @@ def finetune_run(
             results=results,
             environment=environment or {},
         )
-        results["out"] = str(out)
-    return results
+    return {**results, "out": str(out)}
 
 
 def _task(

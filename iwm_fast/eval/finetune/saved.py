@@ -19,6 +19,7 @@ from iwm_fast.errors import UserError
 from iwm_fast.eval.finetune.modes import Mode, reader_builder
 from iwm_fast.models.iwm import IWM
 from iwm_fast.models.reader import HeadShape, Reader
+from iwm_fast.outputs import require_new_folder
 
 __all__ = ["Finetuned", "load_finetuned", "require_absent", "save_finetuned"]
 
@@ -42,9 +43,8 @@ class Finetuned:
 
 
 def require_absent(out: Path) -> None:
-    """Raise UserError where ``out`` is there already: before any work, not after it."""
-    if out.exists():
-        raise UserError(f"{out}: exists already; choose another --out")
+    """Raise UserError where ``out`` is there already, or cannot be written: before any work, not after it."""
+    require_new_folder(out)
 
 
 def save_finetuned(

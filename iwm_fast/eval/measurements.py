@@ -1,0 +1,114 @@
+"""What was measured of a run, kept in its folder: RUN/results holds a JSON document per checkpoint, measure and data.
+
+So the report shows the MRR of yesterday beside the k-NN of today. A measure that is taken again of the same checkpoint
+on the same data replaces its document, and no other. Each appears whole or not at all, so evaluations may run at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from iwm_fast.data.sources.s3 import is_address
+from iwm_fast.data.whole import write_whole_text
+from iwm_fast.engine.checkpoint import MANIFEST
+from iwm_fast.planning.environment import environment
+from iwm_fast.results import json_text
+
+__all__ = ["FOLDER", "Measurement", "divide", "keep", "merged", "place_of", "read", "weights_of"]
+
+FOLDER = "results"
+# The beginnings of each measure's names; what begins with none of them tells of the data, and goes with every measure.
+_NAMES = {
+    "mrr": ("mrr", "h1", "h5", "components"),
+    "knn": ("knn",),
+    "linear": ("linear",),
+    "attentive": ("attentive",),
+    "equivariance": ("equivariance", "invariance", "r2", "cosine"),
+    "rollout": ("rollout",),
+}
+_OF_THE_CALL = ("not_run", "step", "report")
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One measure of one checkpoint.
+
+    ``weights``: a digest of the checkpoint. ``data``: `place_of` the images. ``date``: ISO 8601 in UTC. ``results``:
+    names and values as the evaluation gave them, its protocol included.
+    """
+
+    step: int
+    weights: str
+    measure: str
+    data: str
+    date: str
+    results: Mapping[str, Any]
+
+
+def place_of(data: str | Path) -> str:
+    """The data's name, whatever folder the command was started in."""
+    return str(data) if is_address(str(data)) else str(Path(data).resolve())
+
+
+def weights_of(checkpoint: Path) -> str:
+    """A digest of a checkpoint: that of a training begun anew in the same folder is another one."""
+    return hashlib.sha256((checkpoint / MANIFEST).read_bytes()).hexdigest()[:16]
+
+
+def divide(results: Mapping[str, Any], *, step: int, weights: str, data: str | Path) -> list[Measurement]:
+    """The measurements that an evaluation's ``results`` hold, dated now."""
+    date = datetime.now(UTC).isoformat(timespec="seconds")
+    owners = {key: _owner(key) for key in results if key not in _OF_THE_CALL}
+    return [
+        Measurement(
+            step, weights, measure, place_of(data), date,
+            {key: results[key] for key, owner in owners.items() if owner in (measure, None)},
+        )
+        for measure in _NAMES
+        if measure in results
+    ]  # fmt: skip
+
+
+def keep(run: Path, measurements: Sequence[Measurement]) -> None:
+    """Write a document for each into RUN/results."""
+    (run / FOLDER).mkdir(parents=True, exist_ok=True)
+    for one in measurements:
+        data = hashlib.sha256(one.data.encode(errors="surrogateescape")).hexdigest()[:8]
+        name = f"step_{one.step:06d}-{one.weights[:8]}-{one.measure}-{data}.json"
+        document = {"schema": "iwm-fast-measurement/1", "environment": environment(), **asdict(one)}
+        write_whole_text(run / FOLDER / name, json_text(document))
+
+
+def read(run: Path) -> list[Measurement]:
+    """All that was kept, the oldest first; a file that is none of ours, or cannot be read, is said and left out."""
+    found = []
+    for path in sorted((run / FOLDER).glob("*.json")):
+        try:
+            document = json.loads(path.read_text(encoding="utf-8"))
+            found.append(Measurement(**{name: document[name] for name in Measurement.__dataclass_fields__}))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            why = " ".join(str(error).split())
+            print(f"{path}: left out of the report: no measurement ({why})", file=sys.stderr, flush=True)
+    return sorted(found, key=lambda one: (one.date, one.step))
+
+
+def merged(measurements: Sequence[Measurement]) -> dict[str, Any]:
+    """Names and values of all, as one evaluation would have given them; of two that have a name, the later one's."""
+    results: dict[str, Any] = {}
+    for one in measurements:
+        results |= one.results
+    return results
+
+
+def _owner(key: str) -> str | None:
+    for measure, names in _NAMES.items():
+        if any(key == name or key.startswith(f"{name}_") for name in names):
+            return measure
+    return None
