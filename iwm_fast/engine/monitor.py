@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from typing import Any
 
 import torch
@@ -18,6 +19,9 @@ from iwm_fast.eval.triplets import monitor_triplets
 from iwm_fast.models.iwm import IWM
 
 __all__ = ["evaluate_during_training", "whole_model"]
+
+# What reading, decoding and computing raise. One rank alone may meet it, and all have to learn of it.
+_FAULTS = (UserError, OSError, RuntimeError, ValueError, ArithmeticError, LookupError, MemoryError)
 
 
 def whole_model(
@@ -46,7 +50,7 @@ def evaluate_during_training(
 ) -> dict[str, Any]:
     """k-NN and MRR of the live state, with their chances: every rank measures its share of the images; collective.
 
-    A rank that cannot read the images ends all of them with its words.
+    What a rank cannot do ends all of them with its words, a UserError on every one.
     """
     model = whole_model(zero, average, config, space, ranks)
     if config.actions.groups == ("external",):
@@ -54,13 +58,21 @@ def evaluate_during_training(
     found: Share | str
     try:
         found = measure_share(model, config, space, config.eval.root or "", rank=ranks.rank, world=ranks.world)
-    except UserError as error:
-        found = str(error)
+    except _FAULTS as error:
+        found = _said(error, ranks)
     shares: list[Share | str] = gather(found, ranks.world, ranks.control)
     for share in shares:
         if isinstance(share, str):
             raise UserError(share)
     return join_shares([share for share in shares if isinstance(share, Share)], config.eval.bank)
+
+
+def _said(error: Exception, ranks: Ranks) -> str:
+    """Words for the other ranks; what is no mistake of the user's is shown whole here."""
+    if isinstance(error, UserError):
+        return str(error)
+    traceback.print_exception(error)
+    return f"rank {ranks.rank}: {type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _of_triplets(model: IWM, config: Config, space: ActionSpace, ranks: Ranks) -> dict[str, Any]:
@@ -69,8 +81,8 @@ def _of_triplets(model: IWM, config: Config, space: ActionSpace, ranks: Ranks) -
     if ranks.first:
         try:
             found[0] = monitor_triplets(model, config, space, config.eval.root or "")
-        except UserError as error:
-            found[0] = str(error)
+        except _FAULTS as error:
+            found[0] = _said(error, ranks)
     if ranks.world > 1:
         dist.broadcast_object_list(found, src=0, group=ranks.control)
     if isinstance(found[0], str):

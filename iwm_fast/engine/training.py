@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -36,6 +36,7 @@ from iwm_fast.engine.metrics import MetricsLog
 from iwm_fast.engine.monitor import evaluate_during_training
 from iwm_fast.engine.progress import TrainingProgress
 from iwm_fast.engine.provenance import describe_run
+from iwm_fast.engine.readiness import require_ready, require_room
 from iwm_fast.engine.rundir import RunDirectory
 from iwm_fast.engine.schedules import Schedules
 from iwm_fast.engine.signals import StopRequest
@@ -51,6 +52,8 @@ from iwm_fast.models.attention import resolve_backend
 from iwm_fast.planning.length import training_steps
 
 __all__ = ["pretrain"]
+
+Decided = TypeVar("Decided")
 
 
 @dataclass
@@ -92,6 +95,7 @@ def pretrain(config: Config, out: Path, resume: str = "never") -> None:
 
         def choose() -> Path | None:
             held.enter_context(directory.locked())
+            require_ready(config, directory)
             return _prepare(config, directory, resume, ranks, measured)
 
         chosen = _decide(ranks, choose)
@@ -99,7 +103,7 @@ def pretrain(config: Config, out: Path, resume: str = "never") -> None:
         _train(config, directory, chosen, ranks, live, triplets)
 
 
-def _decide(ranks: Ranks, choose: Callable[[], Path | None]) -> Path | None:
+def _decide(ranks: Ranks, choose: Callable[[], Decided]) -> Decided:
     """The first rank chooses for all; what it could not do ends every rank with its words."""
     answer: list[Any] = [None, None]
     if ranks.first:
@@ -111,8 +115,8 @@ def _decide(ranks: Ranks, choose: Callable[[], Path | None]) -> Path | None:
         dist.broadcast_object_list(answer, src=0)
     if answer[1] is not None:
         raise UserError(answer[1])
-    chosen: Path | None = answer[0]
-    return chosen
+    decided: Decided = answer[0]
+    return decided
 
 
 def _prepare(
@@ -165,6 +169,7 @@ def _train(
     live.at("making of the model")
     space = space_of(config.actions)
     model = trained_model(config, space.dim, ranks.device)
+    _decide(ranks, lambda: require_room(model, directory.checkpoints))
     saved = Checkpoint(chosen) if chosen is not None else None
     done, updates = (saved.step, saved.updates) if saved else (0, 0)
     schedules = Schedules(config.train, training_steps(config, len(files)))
@@ -243,9 +248,7 @@ def _loop(run: Run, space: ActionSpace, progress: TrainingProgress, stop: StopRe
         if write_failed:
             run.writer.wait()
         if _due(config.eval.every_steps, trainer.step) and config.eval.root:
-            record = (record or {"step": trainer.step}) | evaluate_during_training(
-                run.zero, run.average, config, space, ranks
-            )
+            record = _evaluated(run, space, record, log)
             trainer.restart_clock()
         if record and log:
             slow = stragglers.look(record.pop("own_s_by_rank", [0.0]), record.get("step_s", 0.0))
@@ -269,6 +272,24 @@ def _loop(run: Run, space: ActionSpace, progress: TrainingProgress, stop: StopRe
         progress.say(f"stopped as asked after step {trainer.step}, checkpoint written; go on with --resume auto")
     if log:
         log.close()
+
+
+def _evaluated(run: Run, space: ActionSpace, record: dict[str, Any] | None, log: MetricsLog | None) -> dict[str, Any]:
+    """The step's record with what is measured now; a checkpoint is written where that fails, and the run ends."""
+    step = run.trainer.step
+    try:
+        found = evaluate_during_training(run.zero, run.average, run.config, space, run.ranks)
+    except UserError as error:  # on every rank alike, so that all of them write
+        if log:
+            if record:
+                record.pop("own_s_by_rank", None)
+                log.write(record)
+            log.sync()
+        _save(run)
+        run.writer.wait()
+        name = run.directory.checkpoints / f"step_{step:06d}"
+        raise UserError(f"evaluation after step {step}: {error} ({name} is written; --resume auto goes on)") from error
+    return (record or {"step": step}) | found
 
 
 def _open_log(run: Run) -> MetricsLog:

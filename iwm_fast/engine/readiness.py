@@ -1,0 +1,86 @@
+"""What a training needs later than its first step, asked before it: found then, it costs the steps until then."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import socket
+import sys
+from pathlib import Path
+
+from torch import nn
+
+from iwm_fast.config import Config
+from iwm_fast.engine.optimizer import MOMENTS
+from iwm_fast.engine.rundir import RunDirectory
+from iwm_fast.errors import UserError
+from iwm_fast.eval.bank import varying
+from iwm_fast.eval.frames import open_triplets
+from iwm_fast.eval.splits import cannot_classify, open_splits
+from iwm_fast.outputs import unwritable
+
+__all__ = ["require_ready", "require_room"]
+
+
+def require_ready(config: Config, directory: RunDirectory) -> None:
+    """UserError where the images of eval.root, a folder of the run or a place for its metrics cannot be had.
+
+    What the evaluation will not measure is said. The first rank calls it, which holds the run.
+    """
+    for folder in (directory.path, directory.checkpoints, *([directory.tensorboard] if config.log.tensorboard else [])):
+        why = unwritable(folder)
+        if why is not None:
+            raise UserError(f"{folder}: cannot be written: {why}; mend the folder, or choose another --out")
+    _require_sinks(config)
+    if config.eval.every_steps is None or config.eval.root is None:
+        return
+    try:
+        left_out = _left_out(config, config.eval.root)
+    except UserError as error:
+        raise UserError(f"eval.root: {error}") from error
+    if left_out is not None:
+        print(f"eval.root: {left_out}", file=sys.stderr, flush=True)
+
+
+def require_room(model: nn.Module, checkpoints: Path) -> None:
+    """UserError where the disk has no room for a single checkpoint: fp32 weights and moments, and the average."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    needed = 4 * (trained * (1 + len(MOMENTS)) + frozen)
+    free = shutil.disk_usage(checkpoints).free
+    if free < needed:
+        raise UserError(
+            f"{checkpoints}: a checkpoint takes {needed / 1e9:.3g} GB and {free / 1e9:.3g} GB are free; "
+            "free space, or choose another --out"
+        )
+
+
+def _left_out(config: Config, root: str) -> str | None:
+    """Opens what an evaluation opens; why a part of it will not be measured, or None."""
+    if config.actions.groups == ("external",):
+        open_triplets(root, config)
+        return None
+    train, test = open_splits(root, config, limit=config.eval.images)
+    missing = cannot_classify(train, test)
+    if missing is None:
+        return None
+    if not varying(config.actions):
+        raise UserError(f"nothing can be measured while training: {missing}, and no jitter varies (actions.strength)")
+    return f"k-NN is not measured while training: {missing}"
+
+
+def _require_sinks(config: Config) -> None:
+    if config.log.wandb is not None and importlib.util.find_spec("wandb") is None:
+        raise UserError(
+            "log.wandb is set, but the package is not installed: pip install 'iwm-fast[wandb]', or unset log.wandb"
+        )
+    if config.log.prometheus_port:
+        host, port = config.log.prometheus_host, config.log.prometheus_port
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does
+            try:
+                probe.bind((host, port))
+            except OSError as error:
+                raise UserError(
+                    f"log.prometheus_port: {host}:{port} cannot be opened ({error.strerror}); choose another port"
+                ) from error

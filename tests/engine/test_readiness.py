@@ -1,0 +1,110 @@
+"""What a training needs later is asked before its first step, and an evaluation that fails loses no step."""
+
+from __future__ import annotations
+
+import errno
+import socket
+
+import pytest
+from made_images import write_images
+from small_run import losses, metrics, small_config
+
+from iwm_fast.engine import checkpoint, monitor, pretrain, readiness
+from iwm_fast.errors import UserError
+
+EVALUATED = {"train__steps": 4, "eval__every_steps": 3, "eval__mrr_images": 2, "eval__bank": 4}
+
+
+def started(run):
+    return (run / "metrics.jsonl").exists() or (run / "config.yaml").exists()
+
+
+@pytest.mark.parametrize("root", ["no_such", "file", "empty"])
+def test_images_to_evaluate_on_that_are_not_there_are_refused_before_the_first_step(root, tiny_images, tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=rf"^eval\.root: .*{root}"):
+        pretrain(small_config(tiny_images, **EVALUATED, eval__root=str(tmp_path / root)), tmp_path / "run")
+    assert not started(tmp_path / "run")
+
+
+def test_classes_that_allow_no_knn_are_said_before_the_first_step(tiny_images, tmp_path, capfd):
+    write_images(tmp_path / "flat", 6)
+    config = small_config(tiny_images, **EVALUATED, eval__root=str(tmp_path / "flat"))
+    readiness.require_ready(config, readiness.RunDirectory(tmp_path / "run"))
+    assert "eval.root: k-NN is not measured while training: the images have no classes" in capfd.readouterr().err
+
+
+def test_a_port_that_is_taken_is_refused_before_the_first_step(tiny_images, tmp_path):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(UserError, match=rf"log\.prometheus_port: 127\.0\.0\.1:{port} cannot be opened"):
+            pretrain(small_config(tiny_images, log__prometheus_port=port), tmp_path / "run")
+    assert not started(tmp_path / "run")
+
+
+def test_a_folder_of_the_run_that_cannot_be_written_is_refused_before_the_first_step(tiny_images, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "tensorboard").write_text("in the way")
+    with pytest.raises(UserError, match=r"run/tensorboard: cannot be written: Not a directory; mend the folder"):
+        pretrain(small_config(tiny_images, log__tensorboard=True), tmp_path / "run")
+    assert not started(tmp_path / "run")
+
+
+def test_a_disk_without_room_for_one_checkpoint_is_refused_before_the_first_step(tiny_images, tmp_path, monkeypatch):
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr(readiness.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(UserError, match=r"run/checkpoints: a checkpoint takes \S+ GB and 1e-06 GB are free"):
+        pretrain(small_config(tiny_images, train__steps=2), tmp_path / "run")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_room_is_asked_for_as_much_as_a_checkpoint_takes(tiny_images, tmp_path, monkeypatch):
+    config = small_config(tiny_images, train__steps=1)
+    pretrain(config, tmp_path / "run")
+    saved = checkpoint.Checkpoint(tmp_path / "run" / "checkpoints" / "step_000001")
+    taken = (saved.path / "rank_00000.safetensors").stat().st_size
+    asked = []
+    usage = type("Usage", (), {"free": property(lambda _: asked.append(0) or 0)})
+    monkeypatch.setattr(readiness.shutil, "disk_usage", lambda _: usage())
+    with pytest.raises(UserError, match="a checkpoint takes") as refused:
+        pretrain(config, tmp_path / "other")
+    said = float(str(refused.value).split("takes ")[1].split(" GB")[0]) * 1e9
+    assert 0.9 * taken < said <= taken
+
+
+def vanished(*_, **__):
+    raise UserError("photos: no such folder")
+
+
+def broken(*_, **__):
+    raise OSError(errno.EIO, "Input/output error")
+
+
+def buggy(*_, **__):
+    raise RuntimeError("no kernel\nfor this")
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        (vanished, "photos: no such folder"),
+        (broken, r"rank 0: OSError: \[Errno 5\] Input/output error"),
+        (buggy, "rank 0: RuntimeError: no kernel for this"),
+    ],
+)
+def test_an_evaluation_that_fails_loses_no_step(fault, words, tiny_images, tmp_path, monkeypatch):
+    config = small_config(tiny_images, **EVALUATED, eval__root=str(tiny_images))
+    with monkeypatch.context() as patched:
+        patched.setattr(monitor, "measure_share", fault)
+        said = rf"^evaluation after step 3: {words} \(.*step_000003 is written; --resume auto goes on\)$"
+        with pytest.raises(UserError, match=said):
+            pretrain(config, tmp_path / "run")
+    assert [record["step"] for record in metrics(tmp_path / "run")] == [1, 2, 3]
+    assert checkpoint.damage(tmp_path / "run" / "checkpoints" / "step_000003") is None
+    if fault is vanished:
+        pretrain(config, tmp_path / "run", "auto")
+        pretrain(small_config(tiny_images, train__steps=4), tmp_path / "unbroken")
+        assert losses(tmp_path / "run") == losses(tmp_path / "unbroken")
