@@ -175,7 +175,8 @@ def _locked(folder: Path) -> Iterator[bool]:
         yield True
         return
     try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        # Its place in the machine's temporary folder is the user's alone; a folder that was named follows the umask.
+        folder.mkdir(parents=True, exist_ok=True, mode=0o777 if os.environ.get(TUNING_DIR_VARIABLE) else 0o700)
         lock = (folder / ".lock").open("a")
     except OSError:
         yield False

@@ -54,7 +54,7 @@ class BadSamples:
         line = json.dumps({"file": name, "reason": reason, "epoch": epoch, "sample_id": sample_id}) + "\n"
         self._path.parent.mkdir(parents=True, exist_ok=True)
         # one write in append mode, so that ranks' lines do not mix
-        handle = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        handle = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)  # less the umask, as open() does
         try:
             os.write(handle, line.encode())
         finally:

@@ -1,15 +1,30 @@
-"""Weights for others: encoder, target encoder and predictor as safetensors, with a JSON of what they are."""
+"""Weights for others: both encoders and the predictor as safetensors, with a JSON of what each file holds.
+
+| file | holds | layout |
+|---|---|---|
+| encoder.safetensors | context encoder, which the predictor reads | iwm-fast's |
+| target_encoder.safetensors | target encoder, the EMA of it (absent where the target is shared) | iwm-fast's |
+| predictor.safetensors | predictor, the world model | iwm-fast's |
+| context_encoder_timm.safetensors | context encoder | timm's VisionTransformer |
+| target_encoder_timm.safetensors | target encoder (absent where the target is shared) | timm's |
+| encoder_timm.safetensors | the encoder that evaluation reads: the target encoder where there is one | timm's |
+"""
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from safetensors.torch import save_file
+from torch import Tensor
 
 from iwm_fast.data.whole import whole_folder
 from iwm_fast.engine.loading import EXPORT_FILE, EXPORT_SCHEMA, find_checkpoint, load_model
 from iwm_fast.engine.onnx_export import OPSET, write_onnx
+from iwm_fast.engine.shards import write_tensors
 from iwm_fast.models.export_names import timm_arguments, to_timm
 from iwm_fast.models.iwm import IWM
 from iwm_fast.outputs import require_new_folder
@@ -17,14 +32,21 @@ from iwm_fast.planning.environment import environment
 
 __all__ = ["export_run"]
 
+_HOLDS = {
+    "context": "context encoder: trained by gradients, its tokens are what the predictor reads",
+    "target": "target encoder: the EMA of the context encoder, its tokens are what predictions are compared with",
+    "predictor": "predictor: the world model, from the context encoder's tokens and an action to the target's tokens",
+}
+_TOKENS = "none: one token per patch, after the last normalisation"
+_MEAN = "mean of all patch tokens after the last normalisation (timm's global_pool avg); forward_features: the tokens"
+
 
 def export_run(run: Path, out: Path, which: str = "latest", *, onnx: bool = False) -> Path:
-    """Write ``encoder``, ``target_encoder`` (when it is its own), ``predictor`` and ``encoder_timm`` .safetensors
-    and config.json.
+    """Write the files of the table above and config.json into the new folder ``out``; returns it.
 
-    ``encoder_timm.safetensors`` loads into timm's VisionTransformer built with the arguments under ``timm`` in
-    config.json; it holds the weights that the paper evaluates: the target encoder's where there is one. ``onnx``: also
-    graphs of whole images (`onnx_export`). The folder appears whole or not at all.
+    config.json says under ``files`` what each file holds, its layout, dtype and pooling, and whether evaluation (k-NN,
+    probes, finetuning) reads it. The timm files load into timm's VisionTransformer built with the arguments under
+    ``timm``. ``onnx``: also graphs of whole images (`onnx_export`). The folder appears whole or not at all.
     """
     require_new_folder(out)
     checkpoint = find_checkpoint(run, which)
@@ -38,19 +60,56 @@ def export_run(run: Path, out: Path, which: str = "latest", *, onnx: bool = Fals
         "actions": {**config.actions.model_dump(mode="json"), "names": list(space.names)},
         "timm": timm_arguments(config.model),
         "input": "RGB in [0, 1], normalised with ImageNet's mean and standard deviation",
+        "evaluated_encoder": "target" if model.target_encoder is not None else "context",
     }
     with whole_folder(out) as partial:
-        _write_weights(model, config.model.grid, partial)
+        files = _write_weights(model, config.model.grid, partial)
         if onnx:
             graphs = write_onnx(model, partial)
             described["onnx"] = {"opset": OPSET, "input": "uint8 RGB (batch, side, side, 3)", **graphs}
-        (partial / EXPORT_FILE).write_text(json.dumps(described, indent=1) + "\n")
+            files |= {graphs[part]: _graph_entry(part, model) for part in graphs}
+        described["files"] = files
+        (partial / EXPORT_FILE).write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
     return out
 
 
-def _write_weights(model: IWM, grid: int, folder: Path) -> None:
-    parts = {"encoder": model.encoder, "target_encoder": model.target_encoder, "predictor": model.predictor}
-    states = {name: module.state_dict() for name, module in parts.items() if module is not None}
-    states["encoder_timm"] = to_timm(states.get("target_encoder", states["encoder"]), grid)
-    for name, state in states.items():
-        save_file({key: value.contiguous() for key, value in state.items()}, folder / f"{name}.safetensors")
+def _write_weights(model: IWM, grid: int, folder: Path) -> dict[str, dict[str, Any]]:
+    """Write every .safetensors; what each holds, by file name."""
+    evaluated = "target" if model.target_encoder is not None else "context"
+    encoders = {"context": model.encoder} | ({"target": model.target_encoder} if model.target_encoder else {})
+    files: dict[str, dict[str, Any]] = {}
+
+    def write(name: str, state: Mapping[str, Tensor], part: str, layout: str, pooling: str) -> None:
+        write_tensors(folder / name, state)
+        files[name] = _entry(part, layout, pooling, evaluated=part == evaluated)
+        files[name]["dtype"] = str(next(iter(state.values())).dtype).removeprefix("torch.")
+
+    for part, module in encoders.items():
+        state = module.state_dict()
+        own_name = "encoder.safetensors" if part == "context" else "target_encoder.safetensors"
+        write(own_name, state, part, "iwm-fast", _TOKENS)
+        write(f"{part}_encoder_timm.safetensors", to_timm(state, grid), part, "timm", _MEAN)
+    write("predictor.safetensors", model.predictor.state_dict(), "predictor", "iwm-fast", _TOKENS)
+    same = f"{evaluated}_encoder_timm.safetensors"
+    _same_file(folder / same, folder / "encoder_timm.safetensors")
+    files["encoder_timm.safetensors"] = files[same] | {"same_as": same}
+    return files
+
+
+def _entry(part: str, layout: str, pooling: str, *, evaluated: bool) -> dict[str, Any]:
+    return {"part": part, "holds": _HOLDS[part], "layout": layout, "pooling": pooling, "evaluated": evaluated}
+
+
+def _graph_entry(part: str, model: IWM) -> dict[str, Any]:
+    """What a graph of `write_onnx` holds, whose parts are named encoder, target_encoder and predictor."""
+    short = {"encoder": "context", "target_encoder": "target"}.get(part, part)
+    evaluated = short == ("target" if model.target_encoder is not None else "context")
+    return _entry(short, "onnx", _TOKENS, evaluated=evaluated) | {"dtype": "float32"}
+
+
+def _same_file(path: Path, other: Path) -> None:
+    """A second name for a file: no second copy on disks that have hard links."""
+    try:
+        os.link(path, other)
+    except OSError:
+        shutil.copyfile(path, other)

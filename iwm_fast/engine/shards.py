@@ -1,13 +1,15 @@
-"""One shard of a checkpoint: a safetensors file written tensor by tensor, its sum taken from the bytes on their way.
+"""Safetensors files written tensor by tensor, the SHA-256 sum taken from the bytes as they are written.
 
-The library's own writer copies every tensor before it writes any, and a file that grows on a full disk through a
-memory map ends the process. Here memory stays at what the caller holds, and a full disk is an OSError. The layout is
-safetensors' (eight bytes of header length, a JSON header, the data), and the library reads it.
+The library's own writer copies every tensor before it writes any, a file that grows on a full disk through a memory
+map ends the process, and its files have mode 600 whatever the umask. Here memory stays at what the caller holds, a
+full disk is an OSError, and the mode follows the umask. The layout is safetensors' (eight bytes of header length, a
+JSON header, the data), and the library reads it.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import struct
@@ -19,28 +21,52 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-__all__ = ["file_sum", "shard_fault", "write_shard"]
+__all__ = ["file_sum", "shard_fault", "write_shard", "write_tensors"]
 
 _ALIGNMENT = 8
 _BLOCK = 1 << 20
+_NAMES = {
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
 def write_shard(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Any]:
     """Write contiguous fp32 tensors of the CPU, sync, and return {bytes, sha256}. Raises OSError."""
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    offset = 0
     for key, tensor in tensors.items():
         if tensor.dtype != torch.float32 or tensor.device.type != "cpu" or not tensor.is_contiguous():
             raise ValueError(f"{key} is {tensor.dtype} on {tensor.device}; it must be contiguous fp32 on the CPU")
+    return write_tensors(path, tensors, metadata)
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """Write tensors of any device and layout, sync, and return {bytes, sha256}; the file's mode follows the umask.
+
+    Raises OSError, and ValueError for a dtype that safetensors files of this program do not hold.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
+    for key, tensor in tensors.items():
+        if tensor.dtype not in _NAMES:
+            raise ValueError(f"{key} is {tensor.dtype}; it must be one of {', '.join(map(str, _NAMES))}")
         size = tensor.numel() * tensor.element_size()
-        header[key] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [offset, offset + size]}
+        shape = list(tensor.shape)
+        header[key] = {"dtype": _NAMES[tensor.dtype], "shape": shape, "data_offsets": [offset, offset + size]}
         offset += size
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % _ALIGNMENT)
     digest, written = hashlib.sha256(), 0
     with path.open("wb", buffering=0) as file:
-        parts = (t.detach().numpy().data.cast("B") for t in tensors.values() if t.numel())
-        for part in (memoryview(struct.pack("<Q", len(encoded)) + encoded), *parts):
+        parts = (_bytes(t) for t in tensors.values() if t.numel())
+        for part in itertools.chain((memoryview(struct.pack("<Q", len(encoded)) + encoded),), parts):
             digest.update(part)
             written += part.nbytes
             at = 0
@@ -48,6 +74,13 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str
                 at += file.write(part[at:]) or 0
         os.fsync(file.fileno())
     return {"bytes": written, "sha256": digest.hexdigest()}
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """A tensor's elements in order; no copy where it is contiguous on the CPU."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    view: memoryview = flat.view(torch.uint8).numpy().data
+    return view
 
 
 def shard_fault(path: Path, lengths: Mapping[str, int], metadata: Mapping[str, str]) -> str | None:

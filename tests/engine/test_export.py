@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import os
+import stat
 import subprocess
 import sys
 
@@ -10,9 +12,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from small_run import small_config, state
+from worlds import tiny_config, tiny_model
 
-from iwm_fast.engine import export_run, load_model, onnx_export, pretrain
+from iwm_fast.data.bad import BadSamples
+from iwm_fast.engine import export, export_run, load_model, onnx_export, pretrain
+from iwm_fast.engine.shards import write_tensors
+from iwm_fast.engine.universal import export_universal
 from iwm_fast.errors import UserError
+from iwm_fast.eval.features import default_encoder
+from iwm_fast.eval.finetune.modes import reader_builder
+from iwm_fast.eval.finetune.saved import save_finetuned
+from iwm_fast.models.reader import HeadShape
+from iwm_fast.results import write_result
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +53,103 @@ def test_the_export_loads_by_itself_and_computes_the_same(run, tmp_path):
         theirs = load_file(written / f"{part}.safetensors")
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
-    timm = load_file(written / "encoder_timm.safetensors")
-    assert torch.equal(timm["blocks.0.mlp.fc1.weight"], model.target_encoder.blocks[0].mlp.w_in)
-    assert timm["pos_embed"].shape == (1, 16, 32)
+    target = model.target_encoder.blocks[0].mlp.w_in
+    holds = {"encoder": target, "target_encoder": target, "context_encoder": model.encoder.blocks[0].mlp.w_in}
+    for name, weight in holds.items():
+        timm = load_file(written / f"{name}_timm.safetensors")
+        assert torch.equal(timm["blocks.0.mlp.fc1.weight"], weight)
+        assert timm["pos_embed"].shape == (1, 16, 32)
+
+
+def test_config_json_says_what_every_file_holds(run, tmp_path):
+    """Part, layout, dtype, pooling, and the one encoder that evaluation reads, for each file that is there."""
+    written = export_run(run, tmp_path / "weights")
+    model, config, *_ = load_model(run)
+    described = json.loads((written / "config.json").read_text())
+    files = described["files"]
+    assert files.keys() == {p.name for p in written.iterdir()} - {"config.json"}
+    assert {name: (entry["part"], entry["layout"]) for name, entry in files.items()} == {
+        "encoder.safetensors": ("context", "iwm-fast"),
+        "target_encoder.safetensors": ("target", "iwm-fast"),
+        "predictor.safetensors": ("predictor", "iwm-fast"),
+        "context_encoder_timm.safetensors": ("context", "timm"),
+        "target_encoder_timm.safetensors": ("target", "timm"),
+        "encoder_timm.safetensors": ("target", "timm"),
+    }
+    assert described["evaluated_encoder"] == default_encoder(config.model) == "target"
+    assert all(entry["evaluated"] == (entry["part"] == "target") for entry in files.values())
+    assert files["encoder_timm.safetensors"]["same_as"] == "target_encoder_timm.safetensors"
+    for name, entry in files.items():
+        dtypes = {str(tensor.dtype) for tensor in load_file(written / name).values()}
+        assert dtypes == {f"torch.{entry['dtype']}"} == {"torch.float32"}
+        assert entry["holds"].startswith(entry["part"])
+        assert entry["pooling"].startswith("mean" if entry["layout"] == "timm" else "none")
+    assert model.target_encoder is not None
+
+
+def test_a_shared_target_exports_the_one_encoder_that_there_is(tmp_path):
+    model, space = tiny_model(tiny_config(target="shared"))
+    files = export._write_weights(model, model.config.grid, tmp_path)
+    assert {name: entry["part"] for name, entry in files.items()} == {
+        "encoder.safetensors": "context",
+        "predictor.safetensors": "predictor",
+        "context_encoder_timm.safetensors": "context",
+        "encoder_timm.safetensors": "context",
+    }
+    assert files["encoder_timm.safetensors"]["evaluated"]
+    timm = load_file(tmp_path / "encoder_timm.safetensors")
+    assert torch.equal(timm["blocks.1.mlp.fc1.weight"], model.encoder.blocks[1].mlp.w_in)
+    assert space.dim == model.action_dim
+
+
+@pytest.fixture
+def umask():
+    """Set the process's umask for the length of a test."""
+    before = os.umask(0o022)
+    yield os.umask
+    os.umask(before)
+
+
+def modes(folder):
+    return {p.name: stat.S_IMODE(p.stat().st_mode) for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027, 0o077])
+def test_what_is_written_for_users_has_the_umask_s_mode(run, tmp_path, umask, mask):
+    """Weights, DeepSpeed's layout, a finetuned reader, results and the list of bad files: as open() makes files."""
+    umask(mask)
+    export_run(run, tmp_path / "weights")
+    export_universal(run, tmp_path / "universal")
+    write_result(str(tmp_path / "result.json"), "evaluate", {})
+    BadSamples(2, 0.5, tmp_path).add("a.jpg", "torn", 0, 0)
+    shapes = {"0": HeadShape(3, dense=False)}
+    model, _ = tiny_model(tiny_config())
+    reader = reader_builder(model, "linear", "pretrained", shapes, "context")()
+    about = {"mode": "linear", "shapes": shapes, "classes": {"0": "abc"}, "results": {}, "environment": {}}
+    save_finetuned(tmp_path / "finetuned", reader, model=model.config, **about)
+    found = modes(tmp_path)
+    assert len(found) > 15
+    assert set(found.values()) == {0o666 & ~mask}, found
+    assert {stat.S_IMODE(p.stat().st_mode) for p in tmp_path.rglob("*") if p.is_dir()} == {0o777 & ~mask}
+
+
+def test_a_run_s_files_have_the_umask_s_mode(run):
+    now = os.umask(0o022)
+    os.umask(now)
+    found = modes(run)
+    assert {"config.yaml", "metrics.jsonl", "latest"} <= found.keys()
+    assert set(found.values()) == {0o666 & ~now}, found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.bool])
+def test_tensors_of_any_dtype_and_layout_are_written_as_the_library_reads_them(tmp_path, dtype):
+    whole = torch.arange(15).reshape(3, 5).to(dtype)
+    tensors = {"turned": whole.T, "scalar": whole[1, 2], "empty": whole[:0], "every other": whole[:, ::2]}
+    about = write_tensors(tmp_path / "t.safetensors", tensors, {"step": "3"})
+    found = load_file(tmp_path / "t.safetensors")
+    assert about["bytes"] == (tmp_path / "t.safetensors").stat().st_size
+    assert {name: (t.dtype, t.shape) for name, t in found.items()} == {n: (dtype, t.shape) for n, t in tensors.items()}
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
 
 
 def test_an_existing_folder_and_a_folder_that_is_no_run_are_refused(run, tmp_path):
@@ -128,12 +233,15 @@ folder = Path(sys.argv[1])
 arguments = json.loads((folder / "config.json").read_text())["timm"]
 cfg = arguments.pop("pretrained_cfg")
 network = VisionTransformer(**arguments, norm_layer=lambda width, **_: torch.nn.LayerNorm(width, eps=cfg["norm_eps"]))
-network.load_state_dict(load_file(folder / "encoder_timm.safetensors"), strict=True)
 images = load_file(sys.argv[2])["images"].permute(0, 3, 1, 2).float() / 255
 mean, std = (torch.tensor(cfg[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
-with torch.no_grad():
-    features = network.eval().forward_features((images - mean) / std)
-save_file({"features": features.contiguous()}, sys.argv[3])
+found = {}
+for path in folder.glob("*_timm.safetensors"):
+    network.load_state_dict(load_file(path), strict=True)
+    with torch.no_grad():
+        found[path.name] = network.eval().forward_features((images - mean) / std)
+        found[path.name + " pooled"] = network((images - mean) / std)
+save_file({name: value.contiguous() for name, value in found.items()}, sys.argv[3])
 """
 
 
@@ -149,8 +257,14 @@ def test_timm_s_vision_transformer_gives_the_same_features(run, tmp_path):
     words = [tmp_path / "theirs.py", written, tmp_path / "images.safetensors", tmp_path / "features.safetensors"]
     done = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
-    found = load_file(tmp_path / "features.safetensors")["features"]
-    with torch.no_grad():
-        want = model.encode(images, "target")
-    # Two orders of fp32 sums through two blocks, of features of size 1.
-    torch.testing.assert_close(found, want, rtol=0, atol=1e-5)
+    found = load_file(tmp_path / "features.safetensors")
+    files = {"encoder": "target", "target_encoder": "target", "context_encoder": "context"}
+    assert len(found) == 2 * len(files)
+    for name, which in files.items():
+        with torch.no_grad():
+            want = model.encode(images, which)
+        # Two orders of fp32 sums through two blocks, of features of size 1.
+        torch.testing.assert_close(found[f"{name}_timm.safetensors"], want, rtol=0, atol=1e-5)
+        pooled = want.mean(dim=1)  # as evaluation pools, and config.json says
+        torch.testing.assert_close(found[f"{name}_timm.safetensors pooled"], pooled, rtol=0, atol=1e-5)
+    assert (model.encode(images, "target") - model.encode(images, "context")).abs().max() > 1e-3

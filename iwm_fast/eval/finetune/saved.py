@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from iwm_fast.config import ModelConfig
-from iwm_fast.data.whole import sync, whole_folder, write_whole_text
+from iwm_fast.data.whole import whole_folder, write_whole_text
+from iwm_fast.engine.shards import write_tensors
 from iwm_fast.errors import UserError
 from iwm_fast.eval.finetune.modes import Mode, reader_builder
 from iwm_fast.models.iwm import IWM
@@ -76,8 +77,7 @@ def save_finetuned(
     state = own | {f"encoder.{name}": tensor for name, tensor in reader.encoder.state_dict().items()}
     try:
         with whole_folder(out) as partial:
-            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, partial / _WEIGHTS)
-            sync(partial / _WEIGHTS)
+            write_tensors(partial / _WEIGHTS, state)
             write_whole_text(partial / _RECORD, json.dumps(record, indent=1) + "\n")
     except (OSError, SafetensorError) as error:
         raise UserError(f"{out}: cannot be written: {error}; choose another --out") from error
