@@ -124,7 +124,10 @@ def evaluate(
     ] = None,
     json: Json = None,
 ) -> None:
-    """Measure a run's world model and representation, print a table and write RUN/report/index.html."""
+    """Measure a run's world model and representation, print a table and write RUN/report/index.html.
+
+    The exit code is 1 where a measure that --what names could not be run; the others are measured all the same.
+    """
     from iwm_fast.console import counting, print_table
     from iwm_fast.eval.run import evaluate_run, result_rows
     from iwm_fast.eval.view_pairs import left_out_line
@@ -158,6 +161,8 @@ def evaluate(
         )
     if json != "-" and results["report"] is not None:
         print(f"report: {results['report']}")
+    if words is not None and results.get("not_run", {}).keys() & set(words):
+        raise typer.Exit(1)
 
 
 @app.command(epilog="Example: iwm-fast export runs/a --out weights/a --onnx")
@@ -252,7 +257,11 @@ def doctor(json: Json = None) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command and return the exit code: 0, 2 for what the user can mend (one line), 130 for an interruption."""
+    """Run a command and return the exit code: 0, 2 for what the user can mend (one line), 130 for an interruption.
+
+    1 is an answer: doctor found a broken part, data verify a bad file, bench compare a slowdown, evaluate --what a
+    measure that could not be run.
+    """
     words, debug = prepare(sys.argv[1:] if arguments is None else arguments)
     from iwm_fast.quiet import quiet_third_parties
 

@@ -140,7 +140,10 @@ def verify(
     ] = None,
     json: Json = None,
 ) -> None:
-    """Decode every image as training would and name those that cannot be. Training skips and replaces them."""
+    """Decode every image as training would and name those that cannot be. Training skips and replaces them.
+
+    The exit code is 1 where a file cannot be used, 0 where all can.
+    """
     from iwm_fast.console import counting, print_table
     from iwm_fast.data.verify import verify as verify_images
 
@@ -153,6 +156,8 @@ def verify(
             print_table("cannot be used", ("file", "reason"), [(bad["file"], bad["reason"]) for bad in verdict["bad"]])
 
     answer(json, "data-verify", verdict, show)
+    if verdict["bad"]:
+        raise typer.Exit(1)
 
 
 @app.command(epilog="Example: iwm-fast data index photos/train")

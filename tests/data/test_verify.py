@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 import reference_views as reference
 from made_images import encode, picture, turned, write_images
 
+from iwm_fast.cli import main
 from iwm_fast.data.clean import load_clean
 from iwm_fast.data.encoded import decode_upright
 from iwm_fast.data.files import list_images
@@ -36,6 +39,19 @@ def test_every_file_is_counted_and_the_bad_ones_are_named(tmp_path):
 def test_a_folder_of_bad_files_only_is_reported_whole(tmp_path):
     write(tmp_path, a_jpg=b"no", b_jpg=b"image")
     assert verify(tmp_path, device="cpu", threads=1)["decoded"] == 0
+
+
+@pytest.mark.parametrize(("bad", "code"), [([], 0), (["torn.jpg"], 1), (["torn.jpg", "empty.png"], 1)])
+def test_the_exit_code_says_whether_all_files_can_be_used(tmp_path, capsys, bad, code):
+    """A script that asks before a training does not have to read the table; the JSON is written all the same."""
+    good = write_images(tmp_path / "set", 3)
+    for name in bad:
+        (tmp_path / "set" / name).write_bytes(b"no image" if name != "empty.png" else b"")
+    assert main(["data", "verify", str(tmp_path / "set"), "--json", str(tmp_path / "v.json")]) == code
+    verdict = json.loads((tmp_path / "v.json").read_text())
+    assert (verdict["files"], verdict["decoded"]) == (len(good) + len(bad), len(good))
+    assert f"{len(good)} of {len(good) + len(bad)} files decode" in capsys.readouterr().out
+    assert main(["data", "verify", str(tmp_path / "set"), "--json", "-"]) == code
 
 
 def test_clean_views_are_the_centred_square(tmp_path):

@@ -125,3 +125,17 @@ def test_an_answer_that_has_no_place_is_refused_before_anything_is_measured(word
     (tmp_path / "file").write_text("")
     (tmp_path / "folder").mkdir()
     assert refused(capsys, "no_run", "--data", "d", *words).startswith(f"--json: {words[1]}: ")
+
+
+def test_the_exit_code_says_whether_all_that_was_named_was_measured(run, tiny_images, tmp_path, capsys):
+    """What can be measured is, and is written; by default what does not apply is left out without an error."""
+    for i, path in enumerate(sorted(tiny_images.rglob("*.jpg"))[:10]):
+        (tmp_path / "flat").mkdir(exist_ok=True)
+        shutil.copy(path, tmp_path / "flat" / f"{i}.jpg")
+    words = ["evaluate", str(run), "--data", str(tmp_path / "flat"), "--images", "2", "eval.bank=4"]
+    assert main([*words, "--what", "mrr,knn", "--json", str(tmp_path / "e.json")]) == 1
+    assert "knn not run: the images have no classes" in capsys.readouterr().out
+    found = json.loads((tmp_path / "e.json").read_text())
+    assert "mrr" in found
+    assert list(found["not_run"]) == ["knn"]
+    assert main([*words, "--what", "mrr"]) == 0
