@@ -12,6 +12,7 @@ from iwm_fast.outputs import require_file
 
 if TYPE_CHECKING:
     from iwm_fast.config import Config
+    from iwm_fast.planning.answer import ImageCount
     from iwm_fast.planning.plan import Planner
     from iwm_fast.planning.tokens import Tokens
 
@@ -52,10 +53,14 @@ def plan(
         Path | None, typer.Option("--plot", metavar="PNG", callback=_drawable, help="Draw the scaling to 1,024 GPUs.")
     ] = None,
 ) -> None:
-    """Work out memory by kind, step time by part, hours and the ZeRO stage to choose, without a GPU."""
+    """Work out memory, step time and hours, and the micro-batch, recomputation and ZeRO stage to choose, without a GPU.
+
+    Every ZeRO stage is tried without and with activation checkpointing, each at the largest micro-batch that fits. The
+    answer says what to change in the configuration, in words to paste, what that gains, and why the rest is left out.
+    """
     from iwm_fast.config.load import find_config, load_config
 
-    loaded = load_config(find_config(config), overrides or [])
+    loaded, counted = _images_of(load_config(find_config(config), overrides or []), images)
     from dataclasses import asdict
 
     from iwm_fast.console import print_table
@@ -67,27 +72,27 @@ def plan(
 
     device = find_device(gpu)
     planner = planner_of(loaded)
-    rate = compute_rate(device, planner.operations, results or packaged_results(), mfu)
+    origin = results or packaged_results()
+    rate = compute_rate(device, planner.operations, origin, mfu, loaded.train.precision)
     cluster = Cluster(device, nodes, gpus_per_node, rate, network * 1e9 if network else device.network, data_rate)
-    counted = images or _counted(loaded.data.root)
-    stages = planner.stages(cluster)
-    choice = planner.choose(stages, cluster)
-    record = said.document(planner, cluster, stages, choice, counted or _IMAGENET_1K, images_assumed=counted is None)
+    record = said.document(planner, cluster, counted)
     points = scaling(planner, cluster) if json or plot else None
     if points:
         record["scaling"] = {kind: [asdict(p) for p in line] for kind, line in points.items()}
 
     def show() -> None:
         columns = (
-            "stage", "micro-batch", "GB a GPU", "forward ms", "backward ms", "optimizer ms", "messages ms (not hidden)",
-            f"{device.link_name} / network ms", "data ms", "step ms", "images/s",
+            "stage", "recompute", "micro-batch", "GB a GPU", "forward ms", "backward ms", "optimizer ms",
+            "messages ms (not hidden)", f"{device.link_name} / network ms", "data ms", "step ms", "images/s",
         )  # fmt: skip
-        print_table("planned step", columns, said.stage_rows(stages, loaded.train.global_batch, choice.stage))
+        rows = said.stage_rows(record["variants"], loaded.train.global_batch, record["recommended"])
+        print_table("planned step", columns, rows)
         print_table(
             "GB of a GPU by kind",
-            ("stage", "parameters", "gradients", "optimizer", "EMA", "activations", "workspace"),
-            said.memory_rows(stages),
+            ("stage", "recompute", "parameters", "gradients", "optimizer", "EMA", "activations", "workspace"),
+            said.memory_rows(record["variants"]),
         )
+        print_table("not recommended", ("stage", "recompute", "why"), said.left_out_rows(record))
         for line in said.sentences(record, points):
             print(line)
 
@@ -124,10 +129,29 @@ def tokens_of(config: Config, images: int) -> Tokens:
     return Tokens(patches.context_lengths, patches.context_lengths if own else patches.target_lengths, sources)
 
 
-def _counted(root: str | None) -> int | None:
-    """How many images data.root holds; None where it is not set or not on this machine."""
-    if root is None or not Path(root).is_dir():
-        return None
-    from iwm_fast.data.files import list_images
+def _images_of(config: Config, given: int | None) -> tuple[Config, ImageCount]:
+    """How many images the plan is for, and the configuration with the actions that a manifest of triplets describes.
 
-    return len(list_images(root))
+    UserError for data that a training would refuse, where they are on this machine.
+    """
+    from iwm_fast.data.files import list_images
+    from iwm_fast.data.sources.s3 import is_address
+    from iwm_fast.data.triplets import resolve_triplets
+    from iwm_fast.planning.answer import ImageCount
+
+    root, why = config.data.root, ""
+    if root is None:
+        why = "data.root is not set"
+    elif is_address(root):
+        why = f"data.root: {root}: an object store, which plan does not list"
+    elif not Path(root).exists():
+        why = f"data.root: {root}: not on this machine"
+    triplets = None
+    if root is not None and not why:
+        config, triplets = resolve_triplets(config)
+    if given is not None:
+        return config, ImageCount(given, "given", "--images")
+    if why:
+        return config, ImageCount(_IMAGENET_1K, "assumed", why)
+    count = len(triplets) if triplets is not None else len(list_images(str(root), config.data.source))
+    return config, ImageCount(count, "counted", f"data.root: {root}")

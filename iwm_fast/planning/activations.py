@@ -96,8 +96,11 @@ def activations(config: Config, tokens: Tokens, *, hidden_kept: bool = False) ->
         predictor_end=form.norm(asked, config.model.predictor.width) + asked * config.model.predictor.width * e,
         loss=_loss(config, form, tokens),
     )
-    # Backward through a block holds about as much again as it kept: the gradients of the same tensors.
-    return Activations(parts, max(encoder_block, predictor_block))
+    # Backward through a block holds about as much again as it kept: the gradients of the same tensors. The target's
+    # forward pass saves nothing, but a block's tensors of all patches are there at once.
+    whole = tokens.images * config.model.grid**2
+    target_block = form.block(whole, shape.width, shape.heads, round(shape.width * shape.mlp_ratio))
+    return Activations(parts, max(encoder_block, predictor_block, target_block))
 
 
 def _loss(config: Config, form: _Form, tokens: Tokens) -> int:

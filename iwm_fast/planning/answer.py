@@ -2,25 +2,42 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
+from iwm_fast.config import Config
 from iwm_fast.planning import fabric, plan, steptime
+from iwm_fast.planning.advice import changes, duration, keys, left_out, of_gpus
 from iwm_fast.planning.length import training_steps
-from iwm_fast.planning.plan import Choice, Cluster, Planner, Stage, stage_record
+from iwm_fast.planning.plan import Choice, Cluster, Planner, Stage, best_of_each, stage_record
 from iwm_fast.planning.scaling import Point
-from iwm_fast.planning.steptime import image_flops
+from iwm_fast.planning.steptime import StepTime, image_flops
 
-__all__ = ["document", "memory_rows", "sentences", "stage_rows"]
+__all__ = ["ImageCount", "document", "left_out_rows", "memory_rows", "sentences", "stage_rows"]
 
 
-def document(
-    planner: Planner, cluster: Cluster, stages: list[Stage], choice: Choice, images: int, *, images_assumed: bool
-) -> dict[str, Any]:
-    """Everything that was worked out, in bytes, seconds and operations; nothing in it was measured here."""
+@dataclass(frozen=True)
+class ImageCount:
+    """How many images a plan is for. origin: "given", "counted" or "assumed"; why: where from, or why not counted."""
+
+    count: int
+    origin: Literal["given", "counted", "assumed"]
+    why: str
+
+
+def document(planner: Planner, cluster: Cluster, images: ImageCount) -> dict[str, Any]:
+    """Everything that was worked out, in bytes, seconds and operations; nothing in it was measured here.
+
+    UserError where the ranks cannot share the global batch.
+    """
     config, drawn = planner.config, planner.tokens.images
+    variants, configured = planner.variants(cluster), planner.configured(cluster)
+    stages = best_of_each(variants)
+    choice = planner.choose(stages, cluster)
     flops = {key: value / drawn for key, value in asdict(image_flops(config, planner.tokens)).items()}
-    steps = training_steps(config, images)
+    schedule = training_steps(config, images.count)
+    steps = config.train.steps or schedule
     record: dict[str, Any] = {
         "config": config.model_dump(mode="json"),
         "cluster": {
@@ -40,29 +57,76 @@ def document(
             "flops_per_image": flops | {"total": sum(flops.values())},
         },
         "stages": [stage_record(stage, config, cluster.world) for stage in stages],
-        "recommended": {"stage": choice.stage.stage if choice.stage else None, "why": choice.why},
-        "assumptions": assumptions(cluster, images if images_assumed else None),
-        "images": images,
+        "variants": [stage_record(stage, config, cluster.world) for stage in variants],
+        "configured": stage_record(configured, config, cluster.world) | _length(steps, configured, cluster),
+        "recommended": _recommended(planner, choice, configured, steps, cluster),
+        "left_out": left_out(variants, planner.settings[1], choice.stage, cluster.usable),
+        "warnings": warnings(config, images, (choice.stage or configured).time),
+        "assumptions": assumptions(cluster, config, images),
+        "images": images.count,
+        "images_origin": images.origin,
         "steps": steps,
+        "schedule_steps": schedule,
         "hours": None,
         "gpu_hours": None,
     }
-    if choice.stage:
-        hours = steps * choice.stage.time.total / 3600
-        record["recommended"] |= {
-            "micro_batch": choice.stage.micro_batch,
-            "accumulation": choice.stage.accumulation,
-            "images_per_s": config.train.global_batch / choice.stage.time.total,
-        }
-        record |= {"hours": hours, "gpu_hours": hours * cluster.world}
-    return record
+    return record | (_length(steps, choice.stage, cluster) if choice.stage else {})
 
 
-def assumptions(cluster: Cluster, images: int | None) -> list[str]:
+def _length(steps: int, stage: Stage, cluster: Cluster) -> dict[str, float]:
+    hours = steps * stage.time.total / 3600
+    return {"hours": hours, "gpu_hours": hours * cluster.world}
+
+
+def _recommended(planner: Planner, choice: Choice, configured: Stage, steps: int, cluster: Cluster) -> dict[str, Any]:
+    """The chosen setting, what to change for it, and what that gains over the configuration as it is."""
+    stage = choice.stage
+    if stage is None:
+        return {"stage": None, "why": choice.why}
+    before, after = _length(steps, configured, cluster), _length(steps, stage, cluster)
+    gain = {
+        "hours": before["hours"] - after["hours"],
+        "gpu_hours": before["gpu_hours"] - after["gpu_hours"],
+        "time_share": 1 - after["hours"] / before["hours"],
+        "memory_bytes": configured.memory.total - stage.memory.total,
+    }
+    return {
+        "stage": stage.stage,
+        "why": choice.why,
+        "activation_checkpointing": stage.recompute,
+        "micro_batch": stage.micro_batch,
+        "accumulation": stage.accumulation,
+        "images_per_s": planner.config.train.global_batch / stage.time.total,
+        "memory_bytes": stage.memory.total,
+        "change": changes(planner, configured, stage),
+        "gain": gain if configured.fits else None,
+    }
+
+
+def warnings(config: Config, images: ImageCount, time: StepTime) -> list[str]:
+    """What makes the answer less than it seems: a set that was not found or is small, passes that are launches only."""
+    said = []
+    if images.origin == "assumed" and config.data.root is not None:
+        said.append(f"{images.why}: planned for {images.count:,} images (ImageNet-1k); give --images")
+    if images.count < config.train.global_batch:
+        often = config.train.global_batch / images.count
+        said.append(
+            f"the set has {images.count:,} images and a step takes {config.train.global_batch:,}: each step holds an "
+            f"image {often:.3g} times; lower train.global_batch"
+        )
+    if time.forward + time.backward <= time.launches:
+        said.append("launching kernels takes longer than computing them: a larger batch per GPU costs no time")
+    return said
+
+
+def assumptions(cluster: Cluster, config: Config, images: ImageCount) -> list[str]:
     """What the plan rests on that nobody measured here."""
-    rate, device = cluster.rate, cluster.device
+    rate, device, precision = cluster.rate, cluster.device, config.train.precision
     said = [
-        f"compute: {rate.mfu:.0%} of {device.flops / 1e12:.0f} TFLOP/s, {rate.origin} ({rate.source})",
+        (
+            f"compute: {rate.mfu:.0%} of {device.rate(precision) / 1e12:.3g} TFLOP/s in {precision}, {rate.origin} "
+            f"({rate.source}), for every micro-batch alike"
+        ),
         f"GPU: data sheet, {device.source}",
         (
             f"links: {device.link_name} {device.link / 1e9:.0f} GB/s and network {cluster.network / 1e9:g} GB/s a GPU "
@@ -74,57 +138,129 @@ def assumptions(cluster: Cluster, images: int | None) -> list[str]:
             f"decoding assumed; the optimizer's pass at {steptime.MEMORY_EFFICIENCY:.0%} of the memory's rate assumed"
         ),
     ]
+    said.append(
+        f"launches: {steptime.LAUNCH_S * 1e6:.0f} µs of the host assumed per block forward, twice that backward"
+    )
     said.append("overlap: messages that can run beside the computation are assumed to, entirely; the others not at all")
     if cluster.data_rate is None:
         said.append("data: assumed never waited for; give --data-rate, images a second and GPU, to count them")
-    if images is not None:
-        said.append(f"{images:,} images assumed (ImageNet-1k); data.root names no folder here: give --images")
+    if images.origin == "assumed":
+        said.append(f"{images.count:,} images assumed (ImageNet-1k); {images.why}: give --images")
     return said
 
 
-def stage_rows(stages: list[Stage], global_batch: int, chosen: Stage | None) -> list[tuple[str, ...]]:
-    """A row a stage: micro-batch, memory, milliseconds, messages, images a second."""
+def stage_rows(
+    variants: Sequence[dict[str, Any]], global_batch: int, recommended: dict[str, Any]
+) -> list[tuple[str, ...]]:
+    """A row per variant: recomputation, micro-batch, memory, milliseconds, messages, images/s; * is recommended."""
     return [
         (
-            f"{s.stage}{' *' if s is chosen else ''}",
-            f"{s.micro_batch} × {s.accumulation}" if s.fits else f"none ({s.micro_batch} × {s.accumulation} too large)",
-            f"{s.memory.total / 1e9:.1f}",
-            f"{s.time.forward * 1e3:.1f}",
-            f"{s.time.backward * 1e3:.1f}",
-            f"{s.time.optimizer * 1e3:.1f}",
-            f"{s.time.communication * 1e3:.1f} ({s.time.exposed * 1e3:.1f})",
-            f"{s.time.link * 1e3:.1f} / {s.time.network * 1e3:.1f}",
-            "–" if s.time.data is None else f"{s.time.data * 1e3:.1f}",
-            f"{s.time.total * 1e3:.1f}",
-            f"{global_batch / s.time.total:,.0f}",
+            f"{s['stage']}{' *' if _is_recommended(s, recommended) else ''}",
+            "yes" if s["activation_checkpointing"] else "no",
+            _batch(s),
+            _shown(s["memory_bytes"]["total"] / 1e9, 1),
+            *(_shown(s["step_s"][part] * 1e3, 1) for part in ("forward", "backward", "optimizer")),
+            f"{_shown(s['step_s']['communication'] * 1e3, 1)} ({_shown(s['step_s']['exposed'] * 1e3, 1)})",
+            f"{_shown(s['step_s']['link'] * 1e3, 1)} / {_shown(s['step_s']['network'] * 1e3, 1)}",
+            "–" if s["step_s"]["data"] is None else _shown(s["step_s"]["data"] * 1e3, 1),
+            _shown(s["step_s"]["total"] * 1e3, 1),
+            f"{global_batch / s['step_s']['total']:,.0f}",
         )
-        for s in stages
+        for s in variants
     ]
 
 
-def memory_rows(stages: list[Stage]) -> list[tuple[str, ...]]:
-    """A row a stage: gigabytes of a rank by kind."""
-    return [(str(s.stage), *(f"{value / 1e9:.2f}" for value in asdict(s.memory).values())) for s in stages]
+def memory_rows(variants: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """A row per variant: gigabytes of a rank by kind."""
+    kinds = ("parameters", "gradients", "optimizer", "ema", "activations", "workspace")
+    return [
+        (
+            str(s["stage"]),
+            "yes" if s["activation_checkpointing"] else "no",
+            *(_shown(s["memory_bytes"][kind] / 1e9, 2) for kind in kinds),
+        )
+        for s in variants
+    ]
+
+
+def left_out_rows(record: dict[str, Any]) -> list[tuple[str, ...]]:
+    """A row per stage, without and with recomputation, that is not recommended: why."""
+    return [
+        (str(entry["stage"]), "yes" if entry["activation_checkpointing"] else "no", entry["why"])
+        for entry in record["left_out"]
+    ]
+
+
+def _is_recommended(stage: dict[str, Any], recommended: dict[str, Any]) -> bool:
+    own = (stage["stage"], stage["activation_checkpointing"])
+    return own == (recommended["stage"], recommended.get("activation_checkpointing"))
+
+
+def _batch(stage: dict[str, Any]) -> str:
+    size = f"{stage['micro_batch']} × {stage['accumulation']}"
+    return size if stage["fits"] else f"none ({size} too large)"
+
+
+def _shown(value: float, digits: int) -> str:
+    """A number with so many decimals; small ones with two digits, so that what is there is never shown as 0."""
+    plain = f"{value:.{digits}f}"
+    if value and float(plain) == 0:
+        return f"{value:.2g}" if value >= 1e-3 else "<0.001"
+    return plain
 
 
 def sentences(record: dict[str, Any], points: dict[str, list[Point]] | None) -> list[str]:
-    """The recommendation, the length of the run and what all of it rests on."""
-    recommended, cluster = record["recommended"], record["cluster"]
-    gpus = cluster["nodes"] * cluster["gpus_per_node"]
+    """The recommendation, what it changes and gains, the length of the run and what all of it rests on."""
+    recommended = record["recommended"]
+    said = [f"note: {line}" for line in record["warnings"]]
     if recommended["stage"] is None:
-        said = [f"recommended: none: {recommended['why']}"]
+        said.append(f"recommended: none: {recommended['why']}")
     else:
-        said = [
-            (
-                f"recommended: zero.stage={recommended['stage']} train.micro_batch={recommended['micro_batch']}: "
-                f"{recommended['why']}"
-            ),
-            (
-                f"{record['steps']:,} steps at {recommended['images_per_s']:,.0f} images/s: {record['hours']:.1f} "
-                f"hours, {record['gpu_hours']:,.0f} GPU-hours on {gpus} × {cluster['gpu']['name']}"
-            ),
-        ]
+        said += _advice(record)
     for kind, label in (("strong", "same global batch"), ("weak", "same batch a GPU")) if points else ():
         last = [p for p in (points or {})[kind] if p.images_per_s is not None][-1:]
         said += [f"{label}, {p.gpus} GPUs: {p.images_per_s:,.0f} images/s, stage {p.stage}" for p in last]
     return [*said, *record["assumptions"]]
+
+
+def _advice(record: dict[str, Any]) -> list[str]:
+    recommended, configured, cluster = record["recommended"], record["configured"], record["cluster"]
+    gpus, usable = cluster["nodes"] * cluster["gpus_per_node"], cluster["usable_bytes"] / 1e9
+    now = (
+        f"as configured ({keys(configured)}): {configured['memory_bytes']['total'] / 1e9:.1f} of {usable:.0f} GB usable"
+    )
+    if configured["fits"]:
+        now += f", {duration(configured['hours'])}, {of_gpus(configured['gpu_hours'])}"
+    else:
+        now += ", does not fit"
+    said = [
+        f"recommended: {keys(recommended)}: {recommended['why']}",
+        (
+            f"{record['steps']:,} steps at {recommended['images_per_s']:,.0f} images/s: {duration(record['hours'])}, "
+            f"{of_gpus(record['gpu_hours'])} on {gpus} × {cluster['gpu']['name']}"
+        ),
+        now,
+    ]
+    if record["steps"] != record["schedule_steps"]:
+        said.append(
+            f"train.steps ends the run at {record['steps']:,} of its schedule's {record['schedule_steps']:,} steps"
+        )
+    if not recommended["change"]:
+        return [*said, "change: nothing; the configuration is the recommended setting"]
+    return [*said, f"change: {recommended['change']}", _gain(record)]
+
+
+def _gain(record: dict[str, Any]) -> str:
+    recommended = record["recommended"]
+    before, after = record["configured"]["memory_bytes"]["total"], recommended["memory_bytes"]
+    memory = f"{before / 1e9:.1f} → {after / 1e9:.1f} GB of a GPU's memory"
+    gain = recommended["gain"]
+    if gain is None:
+        return f"gain: it fits; {memory}"
+    if abs(gain["time_share"]) < 5e-4:
+        return f"gain: no planned time (the rate is assumed the same for every micro-batch); {memory}"
+    word = "less" if gain["time_share"] > 0 else "more"
+    return (
+        f"gain: {duration(abs(gain['hours']))} ({abs(gain['time_share']):.1%}) and {of_gpus(abs(gain['gpu_hours']))} "
+        f"{word}; {memory}"
+    )

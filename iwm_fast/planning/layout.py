@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from iwm_fast.config import Config
 from iwm_fast.planning.actions import action_dim
@@ -57,26 +59,26 @@ class Layout:
         step = _ALIGNMENT * world
         return [-(-sum(p.size for p in group) // step) * step for group in self.groups()]
 
-    def slices(self, rank: int, world: int) -> list[tuple[Parameter, int]]:
-        """What falls into a rank's part of the flattened groups: each parameter with how many of its elements."""
-        found = []
-        for group, flat in zip(self.groups(), self.flat_sizes(world), strict=True):
-            first, offset = rank * flat // world, 0
-            last = first + flat // world
-            for parameter in group:
-                inside = min(last, offset + parameter.size) - max(first, offset)
-                if inside > 0:
-                    found.append((parameter, inside))
-                offset += parameter.size
-        return found
-
-    def encoder_share(self, rank: int, world: int) -> int:
-        """Elements of the encoder in a rank's part (stages 1 and 2): what it averages."""
-        return sum(count for p, count in self.slices(rank, world) if p.name.startswith("encoder."))
-
     def longest_share(self, world: int) -> int:
-        """The largest `encoder_share` of any rank, to which the all-gather of the average is padded."""
-        return max(self.encoder_share(rank, world) for rank in range(world)) if self.target else 0
+        """The most elements of the encoder in any rank's part (stages 1 and 2): what it averages, and to which the
+        all-gather of the average is padded.
+        """
+        return int(self._encoder_shares(world).max()) if self.target else 0
+
+    def _encoder_shares(self, world: int) -> NDArray[np.float64]:
+        """Elements of the encoder in every rank's part, (W,): whole numbers, exact in float64.
+
+        How many of the encoder's elements lie before a place grows by 1 per element within its parameters and by 0
+        elsewhere, so that reading it off at the ranks' borders is linear interpolation.
+        """
+        shares = np.zeros(world)
+        for group, flat in zip(self.groups(), self.flat_sizes(world), strict=True):
+            sizes = np.array([p.size for p in group], np.float64)
+            own = sizes * [p.name.startswith("encoder.") for p in group]
+            borders = np.arange(world + 1) * (flat // world)
+            before = np.interp(borders, np.append(0, sizes.cumsum()), np.append(0, own.cumsum()))
+            shares += np.diff(before)
+        return shares
 
     def divided(self, parameters: tuple[Parameter, ...], world: int) -> int:
         """A rank's elements at stage 3, padding included."""

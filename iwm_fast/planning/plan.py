@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any
 
+from pydantic import ValidationError
+
 from iwm_fast.config import Config
-from iwm_fast.planning.activations import activations
+from iwm_fast.planning.activations import Activations, activations
 from iwm_fast.planning.communication import Collective, ring_bytes, step_collectives
 from iwm_fast.planning.devices import Device
 from iwm_fast.planning.fabric import Fabric
@@ -17,11 +20,13 @@ from iwm_fast.planning.rates import Rate
 from iwm_fast.planning.steptime import StepTime, image_flops, step_time
 from iwm_fast.planning.tokens import Tokens
 
-__all__ = ["Choice", "Cluster", "Planner", "Stage", "stage_record"]
+__all__ = ["WORTH", "Choice", "Cluster", "Planner", "Refused", "Stage", "best_of_each", "stage_record"]
 
 # Assumed: CUDA's and NCCL's own memory, the decoders', and what the allocator loses between its blocks.
 RESERVED, FRAGMENTED = 3 * 10**9, 0.08
-
+# How much faster another stage must be planned before it is preferred: rates and overlap are assumed, and this is no
+# less than what they may be off by.
+WORTH = 0.05
 
 Divide = Callable[[int, int, int | None], tuple[int, int]]
 
@@ -50,7 +55,7 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Stage:
-    """A ZeRO stage with the largest micro-batch that fits, or the smallest there is where none does."""
+    """A ZeRO stage, with or without recomputation, at the largest micro-batch that fits, or at 1 where none does."""
 
     stage: int
     micro_batch: int
@@ -59,6 +64,16 @@ class Stage:
     memory: Memory
     collectives: list[Collective]
     time: StepTime
+    recompute: bool = False
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A stage, with or without recomputation, that the configuration does not allow, and its words for why."""
+
+    stage: int
+    recompute: bool
+    why: str
 
 
 @dataclass(frozen=True)
@@ -85,68 +100,135 @@ class Planner:
         """Useful operations an image."""
         return image_flops(self.config, self.tokens).total / self.tokens.images
 
+    @cached_property
+    def settings(self) -> tuple[list[Config], list[Refused]]:
+        """Every ZeRO stage without and with recomputation: those that the configuration allows, and the others."""
+        allowed, refused = [], []
+        for stage in range(4):
+            for recompute in (False, True):
+                found = _changed(self.config, stage, recompute)
+                if isinstance(found, Config):
+                    allowed.append(found)
+                else:
+                    refused.append(Refused(stage, recompute, found))
+        return allowed, refused
+
+    @cached_property
+    def _activations(self) -> dict[bool, Activations]:
+        """Of the drawn images, without and with recomputation."""
+        both = {}
+        for recompute in (False, True):
+            train = self.config.train.model_copy(update={"activation_checkpointing": recompute})
+            both[recompute] = activations(self.config.model_copy(update={"train": train}), self.tokens)
+        return both
+
     def with_batch(self, global_batch: int) -> Planner:
         """The same run with another global batch."""
         train = self.config.train.model_copy(update={"global_batch": global_batch})
         return Planner(self.config.model_copy(update={"train": train}), self.tokens, self.divide, self.layout)
 
+    def variants(self, cluster: Cluster) -> list[Stage]:
+        """Every stage without and with recomputation that the configuration allows, each at the largest micro-batch
+        that fits, whatever train.micro_batch is. UserError where the ranks cannot share the global batch.
+        """
+        self.divide(self.config.train.global_batch, cluster.world, None)
+        return [self._largest(config, cluster) for config in self.settings[0]]
+
     def stages(self, cluster: Cluster) -> list[Stage]:
-        """Every stage that the configuration allows. UserError where the ranks cannot share the global batch."""
-        self.divide(self.config.train.global_batch, cluster.world, self.config.train.micro_batch)
-        return [self._stage(config, cluster) for config in self._variants()]
+        """The better variant of every stage: one that fits, the faster of two, without recomputation if equal.
+
+        Where neither fits, the one that needs less memory.
+        """
+        return best_of_each(self.variants(cluster))
+
+    def configured(self, cluster: Cluster) -> Stage:
+        """The configuration as it is, at the micro-batch that a training would use, whether that fits or not."""
+        world, train = cluster.world, self.config.train
+        micro, accumulation = self.divide(train.global_batch, world, train.micro_batch)
+        return self._at(self.config, cluster, micro, accumulation)
 
     def choose(self, stages: list[Stage], cluster: Cluster) -> Choice:
-        """The lowest stage among those with the largest micro-batch that fits: division is paid in messages."""
+        """Of the stages that fit and are planned at most 5 % slower than the fastest: the largest micro-batch, then
+        the configured stage, then the lowest. Rates and overlap are assumed: less than 5 % is no reason for a change.
+        """
         fitting = [s for s in stages if s.fits]
         gigabytes = f"{cluster.usable / 1e9:.0f} GB usable of {cluster.device.memory / 1e9:.0f} GB"
         if not fitting:
             least = min(stages, key=lambda s: s.memory.total)
+            recomputed = " with recomputation" if least.recompute else ""
             return Choice(
                 None,
-                f"nothing fits {gigabytes}: stage {least.stage} with a micro-batch of {least.micro_batch} needs "
-                f"{least.memory.total / 1e9:.1f} GB; set train.activation_checkpointing=true or use larger GPUs",
+                f"nothing fits {gigabytes}: stage {least.stage}{recomputed} at a micro-batch of {least.micro_batch} "
+                f"needs {least.memory.total / 1e9:.1f} GB; use larger GPUs, or more of them, which share the state",
             )
-        largest = max(s.micro_batch for s in fitting)
-        chosen = next(s for s in fitting if s.micro_batch == largest)
-        before = [s for s in stages if s.stage < chosen.stage]
-        why = f"the lowest stage at which a micro-batch of {largest} fits ({gigabytes})"
-        if before:
-            why += f"; stage {before[-1].stage} " + (
-                f"allows {before[-1].micro_batch}" if before[-1].fits else "does not fit at all"
-            )
+        fastest = min(fitting, key=lambda s: s.time.total)
+        near = [s for s in fitting if s.time.total <= fastest.time.total * (1 + WORTH)]
+        now = self.config.zero.stage
+        chosen = min(near, key=lambda s: (-s.micro_batch, s.stage != now, s.stage))
+        speed = "the fastest" if chosen is fastest else f"within {WORTH:.0%} of the fastest (stage {fastest.stage})"
+        why = f"a micro-batch of {chosen.micro_batch} fits ({gigabytes}), {speed}"
+        if chosen.recompute:
+            why += "; without recomputation " + _without(chosen, self.settings[1])
         return Choice(chosen, why)
 
-    def _variants(self) -> Iterator[Config]:
-        train = self.config.train
-        for stage in range(4):
-            if stage == 0 and train.activation_checkpointing and train.precision == "bf16":
-                continue  # the configuration refuses it
-            yield self.config.model_copy(update={"zero": self.config.zero.model_copy(update={"stage": stage})})
-
-    def _stage(self, config: Config, cluster: Cluster) -> Stage:
-        world, ceiling = cluster.world, config.train.micro_batch
-        state = state_memory(config, self.layout, world)
+    def _largest(self, config: Config, cluster: Cluster) -> Stage:
+        state = state_memory(config, self.layout, cluster.world)
+        ceiling: int | None = None
         while True:
-            micro, accumulation = self.divide(config.train.global_batch, world, ceiling)
-            memory = self._with_batch(config, state, micro)
-            if memory.total <= cluster.usable or micro == 1:
-                break
+            micro, accumulation = self.divide(config.train.global_batch, cluster.world, ceiling)
+            if self._with_batch(config, state, micro).total <= cluster.usable or micro == 1:
+                return self._at(config, cluster, micro, accumulation)
             ceiling = micro - 1
+
+    def _at(self, config: Config, cluster: Cluster, micro: int, accumulation: int) -> Stage:
+        world = cluster.world
+        memory = self._with_batch(config, state_memory(config, self.layout, world), micro)
         collectives = step_collectives(config, self.layout, world, accumulation)
         fabric = Fabric(cluster.nodes, cluster.gpus_per_node, cluster.device.link, cluster.network)
         time = step_time(
-            config, self.layout, self.tokens, collectives, fabric, cluster.device, cluster.rate.mfu, cluster.data_rate
-        )
-        fits = memory.total <= cluster.usable
-        return Stage(config.zero.stage, micro, accumulation, fits, memory, collectives, time)
+            config, self.layout, self.tokens, collectives, fabric, cluster.device, cluster.rate.mfu, cluster.data_rate,
+            accumulation,
+        )  # fmt: skip
+        fits, recompute = memory.total <= cluster.usable, config.train.activation_checkpointing
+        return Stage(config.zero.stage, micro, accumulation, fits, memory, collectives, time, recompute)
 
     def _with_batch(self, config: Config, state: Memory, micro: int) -> Memory:
         """Add a micro-batch: activations by the drawn images' mean, and its pixels as DALI prefetches them."""
         drawn = self.tokens.images
-        of_drawn = activations(config, self.tokens)
+        of_drawn = self._activations[config.train.activation_checkpointing]
         pixels = (1 + self.tokens.sources) * 3 * config.model.image**2 * (config.data.prefetch + 2)
         passing = of_drawn.passing * micro // drawn + pixels * micro
         return replace(state, activations=of_drawn.kept * micro // drawn, workspace=state.workspace + passing)
+
+
+def best_of_each(variants: Sequence[Stage]) -> list[Stage]:
+    """Of each stage the variant that fits, the faster where both do, the one without recomputation where equal."""
+    best = []
+    for stage in sorted({v.stage for v in variants}):
+        own = [v for v in variants if v.stage == stage]
+        fitting = [v for v in own if v.fits]
+        if fitting:
+            best.append(min(fitting, key=lambda v: (v.time.total, v.recompute)))
+        else:
+            best.append(min(own, key=lambda v: v.memory.total))
+    return best
+
+
+def _without(chosen: Stage, refused: Sequence[Refused]) -> str:
+    """Why the chosen stage recomputes: without, nothing of it fits or is allowed."""
+    why = [r.why for r in refused if r.stage == chosen.stage and not r.recompute]
+    return f"it is refused ({why[0]})" if why else "it does not fit"
+
+
+def _changed(config: Config, stage: int, recompute: bool) -> Config | str:
+    """The configuration at another stage, with or without recomputation, or its reason for refusing that."""
+    tree = config.model_dump()
+    tree["zero"]["stage"] = stage
+    tree["train"]["activation_checkpointing"] = recompute
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        return str(error.errors()[0]["msg"]).removeprefix("Value error, ")
 
 
 def stage_record(stage: Stage, config: Config, world: int) -> dict[str, Any]:
@@ -154,6 +236,7 @@ def stage_record(stage: Stage, config: Config, world: int) -> dict[str, Any]:
     sent = [ring_bytes(c.kind, c.size, world) for c in stage.collectives]
     return {
         "stage": stage.stage,
+        "activation_checkpointing": stage.recompute,
         "fits": stage.fits,
         "micro_batch": stage.micro_batch,
         "accumulation": stage.accumulation,

@@ -30,15 +30,18 @@ def packaged_results() -> Path:
     return Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 
 
-def compute_rate(device: Device, operations: float, results: Path, mfu: float | None) -> Rate:
+def compute_rate(device: Device, operations: float, results: Path, mfu: float | None, precision: str = "bf16") -> Rate:
     """The rate to plan with: `mfu` where it is given, else the newest result of this GPU, else the assumption.
 
     A result is what `iwm-fast bench step --json` writes: `schema` iwm-fast-bench-step/…, that GPU in
     `environment.gpus`, and `rows` with `name`, `mfu` and `operations_per_image`; of several rows the one nearest to
-    `operations` an image. UserError where a file there cannot be read.
+    `operations` an image. Results are shares of the bf16 rate, so that fp32 has the assumption. UserError where a file
+    there cannot be read.
     """
     if mfu is not None:
         return Rate(mfu, "given", "--mfu")
+    if precision != "bf16":
+        return Rate(ASSUMED_MFU, "assumed", f"no measured step in {precision}")
     for path in _newest_first(results):
         row = _measured(path, device, operations)
         if row is not None:

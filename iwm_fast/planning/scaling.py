@@ -15,30 +15,34 @@ MOST_GPUS = 1024
 
 @dataclass(frozen=True)
 class Point:
-    """Images a second on so many GPUs at the stage that is chosen there; None where nothing fits."""
+    """Images a second on so many GPUs; None where nothing fits."""
 
     gpus: int
     global_batch: int
     stage: int | None
     micro_batch: int | None
     images_per_s: float | None
+    activation_checkpointing: bool | None = None
 
 
 def scaling(planner: Planner, cluster: Cluster) -> dict[str, list[Point]]:
     """Doubling the GPUs: "strong" with the run's global batch, "weak" with each GPU's share of it kept.
 
+    The stage is the one recommended for `cluster`, or the one that is chosen where that does not fit.
     Up to gpus_per_node they are of one host, then whole hosts. Numbers that cannot share the batch evenly are left out.
     """
     config = planner.config
     share = max(1, config.train.global_batch // cluster.world)
     found: dict[str, list[Point]] = {"strong": [], "weak": []}
+    recommended = planner.choose(planner.stages(cluster), cluster).stage
+    stage = recommended.stage if recommended else None
     gpus = 1
     while gpus <= MOST_GPUS:
         at = _resized(cluster, gpus)
         if at is not None:
             if config.train.global_batch % gpus == 0:
-                found["strong"].append(_point(planner, at, config.train.global_batch))
-            found["weak"].append(_point(planner, at, share * gpus))
+                found["strong"].append(_point(planner, at, config.train.global_batch, stage))
+            found["weak"].append(_point(planner, at, share * gpus, stage))
         gpus *= 2
     return found
 
@@ -50,12 +54,15 @@ def _resized(cluster: Cluster, gpus: int) -> Cluster | None:
     return None if left else replace(cluster, nodes=nodes)
 
 
-def _point(planner: Planner, cluster: Cluster, global_batch: int) -> Point:
+def _point(planner: Planner, cluster: Cluster, global_batch: int, stage: int | None) -> Point:
     other = planner.with_batch(global_batch)
-    chosen: Stage | None = other.choose(other.stages(cluster), cluster).stage
+    stages = other.stages(cluster)
+    same = next((s for s in stages if s.stage == stage and s.fits), None)
+    chosen: Stage | None = same or other.choose(stages, cluster).stage
     if chosen is None:
         return Point(cluster.world, global_batch, None, None, None)
-    return Point(cluster.world, global_batch, chosen.stage, chosen.micro_batch, global_batch / chosen.time.total)
+    rate = global_batch / chosen.time.total
+    return Point(cluster.world, global_batch, chosen.stage, chosen.micro_batch, rate, chosen.recompute)
 
 
 def draw_scaling(points: dict[str, list[Point]], title: str, path: Path) -> None:

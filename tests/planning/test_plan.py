@@ -33,7 +33,8 @@ def test_the_command_answers_a_person_and_a_program(tmp_path, capsys):
     command += ["--json", str(tmp_path / "p.json"), "--plot", str(tmp_path / "p.png"), "--results", str(tmp_path)]
     assert main(command) == 0
     said = capsys.readouterr().out
-    assert "recommended: zero.stage=" in said
+    assert "recommended: zero.stage=1 train.activation_checkpointing=false train.micro_batch=128: " in said
+    assert "change: train.micro_batch" not in said  # 128 is all of a GPU's share, and the configuration allows it
     assert "assumed (no measured step of a A100" in said
     record = json.loads((tmp_path / "p.json").read_text())
     assert record["schema"] == "iwm-fast-plan/1"
@@ -81,16 +82,19 @@ def test_sources_share_the_target_s_operations():
     assert 3.9 < kept[1] / kept[0] < 4.2  # the target's tokens are kept whole, not four times what is asked of them
 
 
-def test_the_lowest_stage_with_the_largest_batch_is_recommended(large):
-    """With room for everything that is stage 1: stage 0 is refused in bf16 with activation checkpointing."""
+def test_of_the_stages_that_are_near_the_fastest_the_largest_batch_is_recommended(large):
+    """Then the configured stage. With room for everything that is stage 2, and nothing is recomputed."""
     roomy = cluster()
-    assert large.choose(large.stages(roomy), roomy).stage.stage == 1
+    chosen = large.choose(large.stages(roomy), roomy).stage
+    assert (chosen.stage, chosen.recompute) == (large.config.zero.stage, False) == (2, False)
     tight = cluster(device=replace(DEVICES["h100"], memory=9_500_000_000))
     stages = large.stages(tight)
     choice = large.choose(stages, tight)
-    largest = max(s.micro_batch for s in stages if s.fits)
-    assert choice.stage.micro_batch == largest
-    assert not any(s.fits and s.micro_batch == largest for s in stages if s.stage < choice.stage.stage)
+    fitting = [s for s in stages if s.fits]
+    near = [s for s in fitting if s.time.total <= 1.05 * min(f.time.total for f in fitting)]
+    assert len(near) < len(stages)
+    assert choice.stage in near
+    assert choice.stage.micro_batch == max(s.micro_batch for s in near)
     assert all(s.memory.total <= tight.usable for s in stages if s.fits)
 
 
