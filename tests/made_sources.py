@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import struct
+import tarfile
 from pathlib import Path
 
 import google_crc32c
@@ -58,3 +60,22 @@ def write_records(path: Path, payloads, *, index=False):
     if index:
         Path(f"{path}.idx").write_text("".join(lines))
     return offsets
+
+
+def write_tar(path: Path, members, **options):
+    """A tar file of (name, bytes) or of (tarfile.TarInfo, bytes), as tarfile writes it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", **options) as archive:
+        for name, data in members:
+            entry = name if isinstance(name, tarfile.TarInfo) else tarfile.TarInfo(name)
+            if not isinstance(name, tarfile.TarInfo):
+                entry.size = len(data)
+            archive.addfile(entry, io.BytesIO(data))
+    return path
+
+
+def entry(name, kind, link=""):
+    """A member of a tar file that is no regular file: a link, a folder, a device."""
+    made = tarfile.TarInfo(name)
+    made.type, made.linkname = kind, link
+    return made, b""

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from iwm_fast.data.encoded import BadSample
 from iwm_fast.data.randomness import uniforms
 from iwm_fast.data.sources import PATIENCE, Labels, Patience, Source, Storage, holds, open_source
+from iwm_fast.data.sources.left_out import some, tell_once
 from iwm_fast.errors import UserError
 
 __all__ = ["ImageSet", "list_images", "split", "test_rows"]
@@ -66,7 +67,9 @@ class ImageSet:
 
     @property
     def labels(self) -> NDArray[np.int64] | None:
-        """int64 (n,), places in `classes`, or None without; the first use may have to read files."""
+        """int64 (n,), places in `classes`, UNLABELLED (-1) for an image without, or None where none has one; the first
+        use may have to read files.
+        """
         return self._labelled[0]
 
     @property
@@ -81,7 +84,7 @@ class ImageSet:
             labels = labels[self.rows]
         if labels is not None and self.common is not None:
             place = {name: label for label, name in enumerate(self.common)}
-            labels = np.array([place[name] for name in classes], np.int64)[labels]
+            labels = np.where(labels < 0, labels, np.array([place[name] for name in classes], np.int64)[labels])
         return labels, classes if self.common is None else self.common
 
     def _row(self, sample: int) -> int:
@@ -100,19 +103,27 @@ def list_images(root: str | Path, source: str = "auto", patience: Patience = PAT
 def split(root: str | Path, patience: Patience = PATIENCE) -> tuple[ImageSet, ImageSet]:
     """Images to learn from and to test on: `root`/train and `root`/test, or 80 and 20 % of `root` by sample id.
 
-    The labels of both are places in the same `classes`. UserError as `list_images`, or where there are fewer than two.
+    The labels of both are places in the same `classes`; where some images have a label, those without are left out,
+    which is said once. UserError as `list_images`, or where there are fewer than two.
     """
     if holds(root, "train", patience) and holds(root, "test", patience):
         train, test = (list_images(f"{str(root).rstrip('/')}/{part}", patience=patience) for part in ("train", "test"))
-        if train.labels is None or test.labels is None or train.classes == test.classes:
-            return train, test
-        classes = tuple(sorted({*train.classes, *test.classes}))
-        return ImageSet(train.source, common=classes), ImageSet(test.source, common=classes)
+        if train.labels is not None and test.labels is not None and train.classes != test.classes:
+            classes = tuple(sorted({*train.classes, *test.classes}))
+            train, test = ImageSet(train.source, common=classes), ImageSet(test.source, common=classes)
+        for part, images in (("train", train), ("test", test)):
+            _tell_unlabelled(images, f"{root}/{part}")
+        return _with_labels(train, f"{root}/train: of its images"), _with_labels(test, f"{root}/test: of its images")
     images = list_images(root, patience=patience)
     if len(images) < 2:
         raise UserError(f"{root} holds one image only; give at least two, to learn from and to test on")
     is_test = test_rows(len(images))
-    return images.take(np.flatnonzero(~is_test)), images.take(np.flatnonzero(is_test))
+    _tell_unlabelled(images, str(root))
+    train, test = (images.take(np.flatnonzero(rows)) for rows in (~is_test, is_test))
+    return (
+        _with_labels(train, f"{root}: of the images to learn from"),
+        _with_labels(test, f"{root}: of the images to test on"),
+    )
 
 
 def test_rows(count: int) -> NDArray[np.bool_]:
@@ -121,6 +132,29 @@ def test_rows(count: int) -> NDArray[np.bool_]:
     rows = np.zeros(count, bool)
     rows[np.argsort(draw, kind="stable")[: max(1, round(_TEST_SHARE * count))]] = True
     return rows
+
+
+def _tell_unlabelled(images: ImageSet, where: str) -> None:
+    """Say how many images have no label, where some have one."""
+    if images.labels is None:
+        return
+    rows = np.flatnonzero(images.labels < 0)
+    if len(rows):
+        names = some((images.source.name(row) for row in rows[:3].tolist()), len(rows))
+        tell_once(f"{where}: left out: {len(rows)} of {len(images)} images, which have no label ({names})")
+
+
+def _with_labels(images: ImageSet, what: str) -> ImageSet:
+    """The images without those that have no label, where some have one. UserError where none is left."""
+    if images.labels is None or np.all(images.labels >= 0):
+        return images
+    kept = np.flatnonzero(images.labels >= 0)
+    if not len(kept):
+        raise UserError(
+            f"{what} none has a label (the first of {len(images)} is {images.name(0)}), and others have one: label "
+            "them, or remove the labels"
+        )
+    return images.take(kept)
 
 
 def _stamp(storage: Storage, piece: str) -> str:

@@ -20,6 +20,7 @@ from typing import Any, BinaryIO, NamedTuple
 from iwm_fast.config.cores import usable_cores
 from iwm_fast.data.encoded import BadSample, upright_size
 from iwm_fast.data.sources import Source, open_source
+from iwm_fast.data.sources.base import UNLABELLED
 from iwm_fast.data.sources.checksum import crc32c
 from iwm_fast.data.sources.kinds import MANIFEST_FILE, is_manifest
 from iwm_fast.data.sources.manifest import COLUMNS, Header
@@ -58,9 +59,11 @@ def write_index(
     require_file(out, "--out")
     names = [escape(images.name(i)) for i in range(len(images))]
     labels, classes = images.labels
-    texts = [""] * len(names) if labels is None else [escape(classes[label]) for label in labels.tolist()]
-    header = Header(images.kind, _root_for(images.storage.root, out), len(images)).line()
-    beginning = f"{header}\n{TAB.join(COLUMNS)}\n".encode()
+    texts = [""] * len(names)
+    if labels is not None:
+        texts = ["" if label == UNLABELLED else escape(classes[label]) for label in labels.tolist()]
+    header = Header(images.kind, _root_for(images.storage.root, out), len(images), classes).line()
+    beginning = f"{header}\n{TAB.join(COLUMNS)}\n".encode("utf-8", "surrogateescape")
     try:
         with _beside(out) as file:
             kept = _keep(file, beginning, names)
@@ -115,15 +118,18 @@ def _row(images: Source, sample: int) -> _Row:
         raw = images.read(sample)
         piece, offset = images.extent(sample)
     except BadSample:
-        return (
-            _Row() if images.kind == "folder" else _Row(piece=escape(images.name(sample).rpartition(":")[0]), offset=0)
-        )
+        return _Row() if images.kind == "folder" else _Row(piece=escape(_piece(images, sample)), offset=0)
     try:
         width, height = upright_size(raw)
     except BadSample:
         width, height = 0, 0
     place = ("", "") if offset is None else (escape(piece), offset)
     return _Row(len(raw), width, height, crc32c(raw), *place)
+
+
+def _piece(images: Source, sample: int) -> str:
+    """The file that holds a sample which cannot be read; extent, of TFRecord, reads it."""
+    return images.name(sample).rpartition(":")[0] if images.kind == "tfrecord" else images.extent(sample)[0]
 
 
 def _place(images: Source, out: Path | None) -> Path:
@@ -156,6 +162,7 @@ def _beside(out: Path) -> Iterator[BinaryIO]:
         file.flush()
         os.fsync(file.fileno())
         partial_file.replace(out)
+        os.utime(out)  # the renaming changed its folder, which is no newer than the manifest for that
 
 
 def _keep(file: BinaryIO, beginning: bytes, names: list[str]) -> list[int]:

@@ -26,8 +26,11 @@ from urllib.parse import quote
 
 from iwm_fast.data.encoded import BadSample
 from iwm_fast.data.sources import Source, open_source
+from iwm_fast.data.sources.base import UNLABELLED
 from iwm_fast.data.sources.kinds import is_image
-from iwm_fast.data.sources.webdataset import CLASSES_FILE, INDEX_VERSION
+from iwm_fast.data.sources.names import escape
+from iwm_fast.data.sources.shard_index import INDEX_VERSION
+from iwm_fast.data.sources.webdataset import CLASSES_FILE
 from iwm_fast.data.whole import write_whole, write_whole_text
 from iwm_fast.errors import UserError
 from iwm_fast.outputs import require_folder
@@ -83,7 +86,8 @@ def write_shards(
     try:
         with _held(out, plan):
             if classes:
-                write_whole_text(out / CLASSES_FILE, "\n".join(classes) + "\n")
+                names = "".join(f"{escape(name)}\n" for name in classes).encode("utf-8", "surrogateescape")
+                write_whole(out / CLASSES_FILE, lambda file: file.write(names))
             for number, shard in enumerate(shards):
                 path = out / f"shard-{number:06d}.tar"
                 if _is_whole(path, shard):
@@ -108,7 +112,8 @@ def _samples(images: Source, labels: list[int] | None, progress: Progress | None
     with ThreadPoolExecutor(images.storage.readers) as pool:
         for number, size in enumerate(pool.map(partial(_size, images), range(len(images)))):
             key, extension = _key(images, number, taken)
-            yield _Sample(number, key, extension, size, None if labels is None else labels[number])
+            label = None if labels is None or labels[number] == UNLABELLED else labels[number]
+            yield _Sample(number, key, extension, size, label)
             if progress is not None and (number % 1000 == 999 or number + 1 == len(images)):
                 progress("plan", number + 1, len(images))
 

@@ -6,7 +6,6 @@ and beside it, or in a first line, what the actions are. Whatever is wrong is to
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,7 +139,7 @@ def _path(line: Line, key: str) -> str:
     value = line.row[key]
     if not isinstance(value, str) or not value:
         raise line.found(key, "the path of a picture, relative to the manifest")
-    return os.path.relpath(value, line.manifest.parent) if value.startswith("/") else value
+    return value
 
 
 def _number(value: Any) -> bool:

@@ -24,10 +24,10 @@ def verify(
     max_pixels: int | None = None,
     progress: Callable[[str, int, int | None], None] | None = None,
 ) -> dict[str, Any]:
-    """{files, decoded, bad: [{file, reason}], source} of the images below `root`; file is the sample's full name.
+    """{files, decoded, bad: [{file, reason}], source, left_out: [{count, reason, examples}]} of what is below `root`.
 
-    A file is bad where training on this device would replace it, and only there: the same code reads, checks
-    and decodes it, as a whole. UserError as `list_images`.
+    file is the sample's full name. A file is bad where training on this device would replace it, and only there: the
+    same code reads, checks and decodes it, as a whole. UserError as `list_images`.
     """
     images = list_images(root, source)
     reasons: dict[int, str] = {}
@@ -43,4 +43,5 @@ def verify(
         "decoded": len(images) - len(bad),
         "bad": bad,
         "source": images.source.describe(),
+        "left_out": images.source.left_out.rows(),
     }

@@ -259,3 +259,59 @@ def test_json_names_the_schema(tmp_path, capsys):
     assert main(["data", "index", str(tmp_path), "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert (shown["schema"], shown["samples"]) == ("iwm-fast-data-index/1", 2)
+
+
+def later(*paths):
+    """As if changed a minute after the manifest was written."""
+    for path in paths:
+        when = path.stat().st_mtime_ns + 60_000_000_000
+        os.utime(path, ns=(when, when))
+
+
+def counts(root):
+    return list_images(root).source.left_out.counts
+
+
+def test_what_came_or_went_since_is_counted_when_a_manifest_is_opened(tmp_path, capfd):
+    made = write_classes(tmp_path, 8)
+    write_index(tmp_path)
+    assert not counts(tmp_path)
+    (tmp_path / "cat" / "more.jpg").write_bytes(made["cat/000.jpg"])
+    (tmp_path / "cat" / "notes.txt").write_text("a text")
+    (tmp_path / "cat" / "000.jpg").unlink()
+    (tmp_path / "cow" / "deep").mkdir(parents=True)
+    (tmp_path / "cow" / "deep" / "1.jpg").write_bytes(made["cat/000.jpg"])
+    (tmp_path / "cat" / "loop").symlink_to("..")
+    later(tmp_path, tmp_path / "cat")
+    assert counts(tmp_path) == {
+        "file(s) that came after their manifest: index again": 2,
+        "file(s) of the manifest that are gone: index again": 1,
+    }
+    assert "(cat/more.jpg, cow/deep/1.jpg)" in capfd.readouterr().err
+    write_index(tmp_path)
+    later(tmp_path, tmp_path / "cat")
+    assert not counts(tmp_path)
+
+
+def test_shards_that_changed_or_came_since_are_counted(tmp_path):
+    write_classes(tmp_path / "images", 8)
+    from iwm_fast.data.shards import write_shards
+
+    write_shards(tmp_path / "images", tmp_path / "out", shard_bytes=10_000)
+    write_index(tmp_path / "out")
+    assert not counts(tmp_path / "out")
+    shard = tmp_path / "out" / "shard-000000.tar"
+    (tmp_path / "out" / "more.tar").write_bytes(shard.read_bytes())
+    later(tmp_path / "out", shard)
+    assert counts(tmp_path / "out") == {
+        "file(s) that came after their manifest: index again": 1,
+        "file(s) that changed after their manifest was written: index again": 1,
+    }
+
+
+def test_a_manifest_elsewhere_sees_what_came_since(tmp_path):
+    made = write_classes(tmp_path / "a", 4)
+    write_index(tmp_path / "a", tmp_path / "mine.tsv")
+    (tmp_path / "a" / "dog" / "more.jpg").write_bytes(made["cat/000.jpg"])
+    later(tmp_path / "a" / "dog")
+    assert list(counts(tmp_path / "mine.tsv").values()) == [1]

@@ -7,11 +7,14 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from iwm_fast.data.sources.left_out import LeftOut
 from iwm_fast.data.sources.storage import Storage
 
-__all__ = ["Labels", "Source", "folder_labels", "number_labels"]
+__all__ = ["UNLABELLED", "Labels", "Source", "folder_labels", "number_labels"]
 
-# (labels: int64 (n,), places in the classes, or None where the images have none; the classes' names, sorted)
+# (labels: int64 (n,), places in the classes, UNLABELLED for an image without, or None where none has one; the classes'
+# names, in the order of the labels)
+UNLABELLED = -1
 Labels = tuple[NDArray[np.int64] | None, tuple[str, ...]]
 
 
@@ -25,6 +28,7 @@ class Source(Protocol):
 
     storage: Storage
     kind: str  # folder, webdataset, tfrecord: the values of data.source
+    left_out: LeftOut  # what was found and is no sample
 
     def __len__(self) -> int: ...
 
@@ -55,21 +59,25 @@ class Source(Protocol):
 
 
 def folder_labels(names: list[str]) -> Labels:
-    """The first folder of each name is its class, where every name has one and there are at least two of them."""
+    """The first folder of each name is its class, where there are at least two.
+
+    What lies in none is unlabelled; where that is most, the folders are no classes.
+    """
     folders = [name.split("/", 1)[0] if "/" in name else "" for name in names]
-    classes = tuple(sorted(set(folders)))
-    if len(classes) < 2 or "" in classes:
+    if 2 * folders.count("") > len(folders):
         return None, ()
-    place = {name: label for label, name in enumerate(classes)}
-    return np.array([place[folder] for folder in folders], np.int64), classes
+    return _placed(folders, sorted({*folders} - {""}))
 
 
 def number_labels(values: list[str]) -> Labels:
     """Labels from a text for each sample: whole numbers are sorted as numbers, other texts as texts; "" is none."""
-    found = set(values)
-    if "" in found or len(found) < 2:
-        return None, ()
+    found = {*values} - {""}
     numbers = all(value.removeprefix("-").isdecimal() for value in found)
-    classes = sorted(found, key=int) if numbers else sorted(found)
-    place = {name: label for label, name in enumerate(classes)}
+    return _placed(values, sorted(found, key=lambda value: (int(value), value)) if numbers else sorted(found))
+
+
+def _placed(values: list[str], classes: list[str]) -> Labels:
+    if len(classes) < 2:
+        return None, ()
+    place = {name: label for label, name in enumerate(classes)} | {"": UNLABELLED}
     return np.array([place[value] for value in values], np.int64), tuple(classes)

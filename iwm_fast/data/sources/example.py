@@ -66,9 +66,15 @@ def encoded_image(payload: bytes) -> bytes:
 
 
 def label_of(payload: bytes) -> str:
-    """`image/class/label` as text, "" where the record has none; ValueError where it is no Example."""
+    """`image/class/label` as text, "" where the record has none; ValueError where it is no Example.
+
+    A whole number is written as one, whether it is kept as an integer or a float.
+    """
     feature = _feature(payload, LABEL)
     if feature is None:
         return ""
     values = feature.int64_list.value or [value.decode(errors="replace") for value in feature.bytes_list.value]
-    return str(values[0]) if values else ""
+    if not values and feature.float_list.value:
+        value = feature.float_list.value[0]
+        return str(int(value)) if float(value).is_integer() else str(value)
+    return str(values[0]).strip() if values else ""

@@ -6,6 +6,7 @@ from functools import cached_property
 
 from iwm_fast.data.encoded import BadSample
 from iwm_fast.data.sources.base import Labels, folder_labels
+from iwm_fast.data.sources.left_out import LeftOut
 from iwm_fast.data.sources.names import Names
 from iwm_fast.data.sources.storage import Storage
 
@@ -15,14 +16,15 @@ __all__ = ["FolderSource"]
 class FolderSource:
     """Files of a storage, an image each, in the order given.
 
-    Where every image lies in a sub-folder and there are at least two of these, the first folder of its path is its
-    class.
+    Where images lie in sub-folders and there are at least two of these, the first folder of its path is an image's
+    class, and what lies beside them has none.
     """
 
     kind = "folder"
 
     def __init__(self, storage: Storage, names: list[str]) -> None:
         self.storage = storage
+        self.left_out = LeftOut()
         self._names = Names.of(names)
 
     def __len__(self) -> int:

@@ -4,13 +4,26 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["EXTENSIONS", "MANIFEST_FILE", "is_image", "is_manifest", "is_records", "is_shard", "record_index_names"]
+__all__ = [
+    "EXTENSIONS",
+    "MANIFEST_FILE",
+    "is_image",
+    "is_manifest",
+    "is_packed",
+    "is_records",
+    "is_shard",
+    "is_unread",
+    "record_index_names",
+]
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff"})
 MANIFEST_FILE = "iwm-fast-manifest.tsv"
 
 # TensorFlow's own scripts name files train-00000-of-01024, or x.tfrecord-00000-of-00010
-_RECORDS = re.compile(r"\.tfrecords?$|-\d{5}-of-\d{5}$")
+_RECORDS = re.compile(r"\.tfrecords?$|-\d{5}-of-\d{5}$", re.IGNORECASE)
+# Pictures of other formats, and packed sets: somebody who has them beside images takes them for images.
+_UNREAD = re.compile(r"\.(gif|heic|heif|avif|jxl|jp2|j2k|svg|ico|tga|exr|dng|cr2|nef|arw)$", re.IGNORECASE)
+_PACKED = re.compile(r"(\.tar\.\w+|\.(tgz|txz|tbz2?|tzst|zip|7z|rar)|\.tfrecords?\.\w+|\d\.gz)$", re.IGNORECASE)
 
 
 def is_image(name: str) -> bool:
@@ -21,12 +34,22 @@ def is_image(name: str) -> bool:
 
 def is_shard(name: str) -> bool:
     """A tar shard's."""
-    return name.endswith(".tar")
+    return name.lower().endswith(".tar")
 
 
 def is_records(name: str) -> bool:
     """A TFRecord file's."""
     return _RECORDS.search(name) is not None
+
+
+def is_unread(name: str) -> bool:
+    """A picture's, of a format that is not read."""
+    return _UNREAD.search(name) is not None
+
+
+def is_packed(name: str) -> bool:
+    """A compressed archive's, which allows no random access."""
+    return _PACKED.search(name) is not None and not name.endswith(".idx")
 
 
 def is_manifest(name: str) -> bool:
@@ -36,5 +59,5 @@ def is_manifest(name: str) -> bool:
 
 def record_index_names(file: str) -> tuple[str, ...]:
     """Names of a TFRecord file's index: with .idx added, or with .idx for the extension."""
-    stem = file.rsplit(".", 1)[0] if file.endswith((".tfrecord", ".tfrecords")) else file
+    stem = file.rsplit(".", 1)[0] if file.lower().endswith((".tfrecord", ".tfrecords")) else file
     return tuple(dict.fromkeys((f"{file}.idx", f"{stem}.idx")))

@@ -2,14 +2,15 @@ r"""The manifest that `iwm-fast data index` writes: all that a training has to k
 
 Text, UTF-8, a line a sample, so that it can be read, searched and compared by anything:
 
-    #iwm-fast-manifest/1<TAB>source=folder<TAB>root=.<TAB>samples=3
+    #iwm-fast-manifest/1<TAB>source=folder<TAB>root=.<TAB>samples=3<TAB>classes=["cat", "dog"]
     path  bytes  width  height  label  crc32c  file  offset          (tabs between)
     cat/1.jpg  4711  640  480  cat  90abcdef
 
 path: the sample's name below the root, with tabs, ends of line and backslashes as \t, \n, \r, \\. bytes: of the
 encoded image. width, height: pixels of the upright image, 0 where no header could be read. label: the class's name, or
 nothing. crc32c: of the encoded image, 8 hexadecimal digits. file, offset: the shard that holds the image, and where its
-bytes begin there; empty for a file of its own. root: where the paths begin, "." for the manifest's own folder.
+bytes begin there; empty for a file of its own. root: where the paths begin, "." for the manifest's own folder. classes:
+all of them as JSON, in the order of the labels; a manifest without has its labels' own.
 
 **A sample that is no more what was indexed is a bad sample**: length and CRC-32C are compared at every read, so a file
 that changed, shrank or vanished is skipped, replaced, counted and listed like one that cannot be decoded, and above
@@ -18,6 +19,7 @@ that changed, shrank or vanished is skipped, replaced, counted and listed like o
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -25,9 +27,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from iwm_fast.data.encoded import BadSample
-from iwm_fast.data.sources.base import Labels, number_labels
+from iwm_fast.data.sources.base import UNLABELLED, Labels, folder_labels, number_labels
 from iwm_fast.data.sources.checksum import crc32c
-from iwm_fast.data.sources.names import Names
+from iwm_fast.data.sources.left_out import LeftOut
+from iwm_fast.data.sources.names import Names, escape, unescape
 from iwm_fast.data.sources.storage import Storage
 from iwm_fast.errors import UserError
 
@@ -42,15 +45,17 @@ _WORDS = {"folder": "an image folder", "webdataset": "WebDataset shards", "tfrec
 
 @dataclass(frozen=True)
 class Header:
-    """The first line: kind of the source, root of the paths, samples."""
+    """The first line: kind of the source, root of the paths, samples, classes (none: not told)."""
 
     source: str
     root: str
     samples: int
+    classes: tuple[str, ...] = ()
 
     def line(self) -> str:
         """As it is written, without the end of line."""
-        return f"{SCHEMA}\tsource={self.source}\troot={self.root}\tsamples={self.samples}"
+        classes = f"\tclasses={json.dumps(self.classes)}" if self.classes else ""
+        return f"{SCHEMA}\tsource={self.source}\troot={escape(self.root)}\tsamples={self.samples}{classes}"
 
 
 def read_header(line: str) -> Header:
@@ -59,13 +64,16 @@ def read_header(line: str) -> Header:
     values = dict(field.split("=", 1) for field in fields if "=" in field)
     if schema != SCHEMA or values.keys() < {"source", "root", "samples"} or values["source"] not in _WORDS:
         raise ValueError(f"its first line does not begin with {SCHEMA}")
-    return Header(values["source"], values["root"], int(values["samples"]))
+    classes = json.loads(values.get("classes", "[]"))
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise ValueError("its classes are no list of names")
+    return Header(values["source"], unescape(values["root"]), int(values["samples"]), tuple(classes))
 
 
 def root_of(text: bytes, shown: str) -> str:
     """Where the paths of a manifest begin; UserError where it is none."""
     try:
-        return read_header(text[: text.index(b"\n")].decode()).root
+        return read_header(text[: text.index(b"\n")].decode("utf-8", "surrogateescape")).root
     except ValueError as error:
         raise _not_whole(shown, error) from error
 
@@ -82,9 +90,10 @@ class ManifestSource:
 
     def __init__(self, storage: Storage, text: bytes, shown: str) -> None:
         self.storage, self._shown = storage, shown
+        self.left_out = LeftOut()
         try:
-            header = read_header(text[: text.index(b"\n")].decode())
-            self.kind = header.source
+            header = read_header(text[: text.index(b"\n")].decode("utf-8", "surrogateescape"))
+            self.kind, self._classes = header.source, header.classes
             self._parse(text, header.samples)
         except ValueError as error:
             raise _not_whole(shown, error) from error
@@ -124,7 +133,22 @@ class ManifestSource:
     @cached_property
     def labels(self) -> Labels:
         """From the manifest."""
-        return number_labels(list(self._labels))
+        texts = list(self._labels)
+        if not self._classes:
+            # as a folder sorts them, whose labels are its folders, and as all others do
+            return folder_labels([f"{text}/" for text in texts]) if self.kind == "folder" else number_labels(texts)
+        place = {name: label for label, name in reversed(list(enumerate(self._classes)))} | {"": UNLABELLED}
+        unknown = next((row for row, text in enumerate(texts) if text not in place), None)
+        if unknown is not None:
+            raise UserError(
+                f"{self._shown}: {escape(self.name(unknown))} has the label {escape(texts[unknown])}, which is not "
+                "among the classes of its first line; write it again with iwm-fast data index"
+            )
+        return np.array([place[text] for text in texts], np.int64), self._classes
+
+    def pieces(self) -> list[str]:
+        """The files that hold the samples."""
+        return list(self._paths) if self.kind == "folder" else self._files
 
     def describe(self) -> str:
         """What these images come from."""

@@ -13,16 +13,24 @@ from iwm_fast.data.sources.kinds import (
     MANIFEST_FILE,
     is_image,
     is_manifest,
+    is_packed,
     is_records,
     is_shard,
+    is_unread,
     record_index_names,
 )
+from iwm_fast.data.sources.left_out import tell_once
 from iwm_fast.data.sources.s3 import PATIENCE, Patience, S3Storage, is_address
+from iwm_fast.data.sources.shard_index import index_names
 from iwm_fast.data.sources.storage import LocalStorage, Storage
-from iwm_fast.data.sources.webdataset import CLASSES_FILE, WebDatasetSource, index_name
+from iwm_fast.data.sources.webdataset import CLASSES_FILE, WebDatasetSource
 from iwm_fast.errors import UserError
 
 __all__ = ["holds", "open_source"]
+
+PACKED = "compressed archive(s), which allow no random access: decompress them"
+UNREAD = "image(s) of a format that is not read"
+BROKEN = "link(s) that lead nowhere"
 
 _KINDS: dict[str, tuple[Callable[[str], bool], str]] = {
     "folder": (is_image, "images"),
@@ -41,8 +49,16 @@ def open_source(
     """The images below `root`: a folder or an s3://bucket/prefix, or one shard, TFRecord file or manifest there.
 
     kind: a value of data.source; "auto" takes what is there, a manifest first (unless `listed_anew`). patience:
-    with a store. UserError where there is nothing, or several kinds and no choice, and for what is damaged.
+    with a store. UserError where there is nothing, or several kinds and no choice, and for what is damaged. What is
+    left out is said in one line on standard error, and is in the source's `left_out`.
     """
+    source = _open(root, kind, patience, listed_anew=listed_anew)
+    if source.left_out.counts:
+        tell_once(f"{root}: left out: {source.left_out.line()}")
+    return source
+
+
+def _open(root: str | Path, kind: str, patience: Patience, *, listed_anew: bool) -> Source:
     storage, only = _place(str(root), patience)
     manifest = only if only is not None and is_manifest(only) else None
     if only is None and not listed_anew and storage.has(MANIFEST_FILE):
@@ -59,8 +75,21 @@ def open_source(
         images = [name for name in names if is_image(name)]
         source = FolderSource(storage, images) if chosen == "folder" else WebDatasetSource(storage, names)
     if not len(source):
-        raise UserError(f"{root} holds no image: its {_KINDS[chosen][1]} are without one")
+        why = f" ({source.left_out.line()})" if source.left_out.counts else ""
+        raise UserError(f"{root} holds no image: its {_KINDS[chosen][1]} are without one{why}")
+    if only is None:
+        _count_others(source, names)
     return source
+
+
+def _count_others(source: Source, names: list[str]) -> None:
+    """What lies beside the images and looks as if it were to be among them; a text, say, does not."""
+    source.left_out.add(PACKED, *filter(is_packed, names))
+    source.left_out.add(UNREAD, *filter(is_unread, names))
+    links = (
+        name for name in names if "." not in name.rpartition("/")[2] and Path(source.storage.shown(name)).is_symlink()
+    )
+    source.left_out.add(BROKEN, *(name for name in links if not source.storage.has(name)))
 
 
 def holds(root: str | Path, folder: str, patience: Patience = PATIENCE) -> bool:
@@ -89,10 +118,11 @@ def _place(root: str, patience: Patience) -> tuple[Storage, str | None]:
 
 def _companions(name: str) -> tuple[str, ...]:
     """Names of what may lie beside a file and belong to it."""
-    return (index_name(name), CLASSES_FILE) if is_shard(name) else record_index_names(name)
+    return (*index_names(name), CLASSES_FILE) if is_shard(name) else record_index_names(name)
 
 
 def _of_manifest(storage: Storage, name: str, kind: str, patience: Patience) -> Source:
+    from iwm_fast.data.sources.changes import changes
     from iwm_fast.data.sources.manifest import ManifestSource, root_of  # google-crc32c: for manifests only
 
     shown = storage.shown(name)
@@ -107,6 +137,7 @@ def _of_manifest(storage: Storage, name: str, kind: str, patience: Patience) -> 
         place, only = _place(root, patience)
         storage = place if only is None else storage
     source = ManifestSource(storage, text, shown)
+    source.left_out.merge(changes(storage, source, shown))
     if kind not in ("auto", source.kind):
         raise UserError(f"{shown}: its images are of the kind {source.kind}, and data.source is {kind}; set it to auto")
     return source
@@ -128,6 +159,12 @@ def _chosen(kind: str, names: list[str], storage: Storage) -> str:
         raise UserError(f"{storage.root} holds {what}; set data.source to {' or '.join(there)}")
     if there:
         return there[0]
+    packed = [name for name in names if is_packed(name)]
+    if packed:
+        raise UserError(
+            f"{storage.root} holds {len(names)} files, none of them an image, a .tar shard or a .tfrecord file; "
+            f"{len(packed)} are compressed ({packed[0]}), which allows no random access: decompress them"
+        )
     if names:
         raise UserError(
             f"{storage.root} holds {len(names)} files, none of them an image by its extension ({known}), "

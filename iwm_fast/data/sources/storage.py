@@ -68,7 +68,9 @@ class LocalStorage:
         self.root = str(self._root)
 
     def shown(self, name: str) -> str:
-        """The file's absolute path."""
+        """The file's absolute path; of a name that is one already, this."""
+        if name.startswith("/"):
+            return name
         return f"{self.root.rstrip('/')}/{name}"
 
     def names(self) -> list[str]:

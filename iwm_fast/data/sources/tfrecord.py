@@ -2,7 +2,7 @@
 
 A record is a length (8 bytes), its masked CRC-32C (4), the payload and its masked CRC-32C (4); both are checked at
 every read. Where the records begin comes from the index beside the file (as DALI's `tfrecord2idx` writes it: a line
-"offset length" a record), or from one walk over the lengths where there is none.
+"offset length" a record) where that fits the file, or from one walk over the lengths.
 """
 
 from __future__ import annotations
@@ -19,12 +19,17 @@ from iwm_fast.data.sources.base import Labels, number_labels
 from iwm_fast.data.sources.checksum import masked_crc32c
 from iwm_fast.data.sources.example import encoded_image, label_of
 from iwm_fast.data.sources.kinds import is_records, record_index_names
+from iwm_fast.data.sources.left_out import LeftOut
+from iwm_fast.data.sources.shard_index import Misfit, is_older
 from iwm_fast.data.sources.storage import Storage
 from iwm_fast.errors import UserError
 
 __all__ = ["TFRecordSource"]
 
 _HEADER, _FOOTER = 12, 4
+_SPOTS = 5  # records of a file whose length is compared with its index
+CUT_OFF = "end(s) of a file that is cut off"
+MISFIT = "index(es) that do not fit their file, which was walked through"
 
 
 class TFRecordSource:
@@ -35,9 +40,13 @@ class TFRecordSource:
     def __init__(self, storage: Storage, names: list[str]) -> None:
         self.storage = storage
         self.files = [name for name in names if is_records(name)]
+        self.left_out = LeftOut()
         known = set(names)
         with ThreadPoolExecutor(storage.readers) as pool:
-            found = list(pool.map(lambda file: _records(storage, file, known), self.files))
+            opened = list(pool.map(lambda file: _open(storage, file, known), self.files))
+        for _, left_out in opened:
+            self.left_out.merge(left_out)
+        found = [records for records, _ in opened]
         self._file = np.repeat(np.arange(len(found), dtype=np.int32), [len(records) for records in found])
         self._records = np.concatenate(found) if found else np.zeros((0, 2), np.int64)
 
@@ -75,7 +84,7 @@ class TFRecordSource:
         with ThreadPoolExecutor(self.storage.readers) as pool:
             found = list(pool.map(self._label, range(len(self))))
         # a damaged record has some label: none of its image is ever read
-        known = next((label for label in found if label is not None), "")
+        known = next((label for label in found if label), "")
         return number_labels([known if label is None else label for label in found])
 
     def describe(self) -> str:
@@ -108,26 +117,57 @@ def _length(header: bytes) -> int | None:
     return int(length) if crc == masked_crc32c(header[:8]) else None
 
 
-def _records(storage: Storage, file: str, known: set[str]) -> NDArray[np.int64]:
-    """Offset and length of every record, int64 (n, 2), the 16 bytes around the payload counted."""
-    index = next((name for name in record_index_names(file) if name in known), None)
-    if index is None:
-        return _walk(storage, file)
+def _open(storage: Storage, file: str, known: set[str]) -> tuple[NDArray[np.int64], LeftOut]:
+    try:
+        return _records(storage, file, known)
+    except BadSample as bad:
+        raise UserError(f"{storage.shown(file)}: {bad.reason}; mend or remove the file") from bad
+
+
+def _records(storage: Storage, file: str, known: set[str]) -> tuple[NDArray[np.int64], LeftOut]:
+    """Offset and length of every record, int64 (n, 2), 16 bytes around the payload counted; what is left out."""
+    left_out = LeftOut()
+    for index in record_index_names(file):
+        if index in known:
+            try:
+                return _indexed(storage, file, index), left_out
+            except Misfit:
+                left_out.add(MISFIT, index)
+    return _walk(storage, file, left_out), left_out
+
+
+def _indexed(storage: Storage, file: str, index: str) -> NDArray[np.int64]:
+    """What an index says; Misfit where the file has other records."""
     try:
         words = storage.read(index).split()
-        return np.array([int(word) for word in words], np.int64).reshape(-1, 2)
-    except (BadSample, ValueError) as error:
-        raise UserError(
-            f"{storage.shown(index)}: not an index of TFRecord (a line 'offset length' a record): {error}; "
-            "write it again, or remove it (the file is then walked through)"
-        ) from error
+        records = np.array([int(word) for word in words], np.int64).reshape(-1, 2)
+    except (BadSample, ValueError, OverflowError) as error:
+        raise Misfit(str(error)) from error
+    ends = np.concatenate([np.zeros(1, np.int64), records.sum(axis=1)])
+    if np.any(records[:, 0] != ends[:-1]) or ends[-1] != storage.size(file):
+        raise Misfit("its records do not fill the file one after the other")
+    torn = 0
+    count = len(records) if is_older(storage, index, file) else _SPOTS
+    spots = sorted({place * (len(records) - 1) // max(1, count - 1) for place in range(count)}) if len(records) else []
+    for offset, length in records[spots].tolist():
+        header = storage.read(file, offset, _HEADER)
+        said = _length(header) if len(header) == _HEADER else None
+        torn += said is None  # a damaged record is no reason to doubt the index; many of them are
+        if said not in (None, length - _HEADER - _FOOTER):
+            raise Misfit(f"a record of another length begins at byte {offset}")
+    if 2 * torn > len(spots):
+        raise Misfit("there are no records where it has them")
+    return records
 
 
-def _walk(storage: Storage, file: str) -> NDArray[np.int64]:
+def _walk(storage: Storage, file: str, left_out: LeftOut) -> NDArray[np.int64]:
     size, at, found = storage.size(file), 0, []
     while at < size:
         header = storage.read(file, at, _HEADER)
         length = _length(header) if len(header) == _HEADER else None
+        if length is None and at and len(header) < _HEADER:
+            left_out.add(CUT_OFF, file)
+            break
         if length is None:
             packed = " (it looks gzip-compressed, which allows no random access)" if header[:2] == b"\x1f\x8b" else ""
             raise UserError(f"{storage.shown(file)}: no TFRecord begins at byte {at}{packed}; mend or remove the file")

@@ -1,14 +1,12 @@
 """WebDataset: tar shards, of which members with one name up to its first dot are a sample.
 
-A shard is read by offset and length. They come from its DALI index beside it (`NAME.idx`, as `wds2idx` writes it), or
-from one walk over the shard's headers where there is none.
+A shard is read by offset and length. They come from its DALI index beside it (as `wds2idx` writes it) where that fits
+the shard, or from one walk over the shard's headers.
 """
 
 from __future__ import annotations
 
-import io
-import tarfile
-from collections.abc import Iterator
+import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,62 +14,66 @@ from functools import cached_property
 import numpy as np
 
 from iwm_fast.data.encoded import BadSample
-from iwm_fast.data.sources.base import Labels, folder_labels, number_labels
+from iwm_fast.data.sources.base import UNLABELLED, Labels, folder_labels, number_labels
 from iwm_fast.data.sources.kinds import is_image, is_shard
-from iwm_fast.data.sources.names import Names
+from iwm_fast.data.sources.left_out import LeftOut
+from iwm_fast.data.sources.names import Names, unescape
+from iwm_fast.data.sources.shard_index import Misfit, index_names, indexed_members
 from iwm_fast.data.sources.storage import Storage
+from iwm_fast.data.sources.tar import BLOCK, Member, header_of, members, name_of
 from iwm_fast.errors import UserError
 
-__all__ = ["CLASSES_FILE", "INDEX_VERSION", "WebDatasetSource", "index_name"]
+__all__ = ["CLASSES_FILE", "WebDatasetSource"]
 
-INDEX_VERSION = "v1.2"
 CLASSES_FILE = "classes.txt"  # beside the shards: a class's name a line, line n for the label n of the .cls members
-# Read ahead of the headers of a shard without an index, for a storage whose every read is a request.
-_WALK_BUFFER = 1 << 18
+_LABELS, _SIDECARS = (".cls", ".class"), (".json",)
+_JSON_KEYS = ("cls", "label", "class")
+_LONGEST_NAME = 99  # bytes that a header's own field holds of a name, whoever wrote it
+
+NO_IMAGE = "member(s) of a key without an image"
+FURTHER = "further image(s) of a key that has a plain one"
+MISFIT = "index(es) that do not fit their shard, which was walked through"
+NO_MEMBER = "shard(s) without an image"
 
 
-@dataclass
-class _Member:
-    name: str
-    offset: int
-    size: int
-
-
-@dataclass
+@dataclass(slots=True)
 class _Sample:
-    image: _Member
-    label: _Member | None
-
-
-def index_name(shard: str) -> str:
-    """The name that `wds2idx` gives a shard's index: all from the first dot of the file's name is replaced."""
-    return shard[: shard.index(".", shard.rfind("/") + 2)] + ".idx"
+    image: Member
+    label: Member | None
 
 
 class WebDatasetSource:
     """The samples of the tar shards among the given names, shard after shard, each in its own order.
 
-    A sample is a run of members whose names agree up to the first dot of their last part; its image is the first member
-    with an image's extension, and a run without one is no sample. Its class: the text of its `.cls` member (with
-    `classes.txt` beside the shards, that line of it), or the first folder of its name, as in a folder of images.
+    Members of a shard belong together where their names agree up to the first dot of their last part, the key. Each
+    image among them is a sample, but where some are KEY.EXTENSION those are, and KEY.more.EXTENSION (a mask, say) is
+    left out. A sample's class: the text of its `.cls` member (with `classes.txt` beside the shards, that line of it),
+    the `label` or `cls` of its `.json` member, or the first folder of its name, as in a folder of images.
     """
 
     kind = "webdataset"
 
     def __init__(self, storage: Storage, names: list[str]) -> None:
         self.storage = storage
+        self.left_out = LeftOut()
         self.shards = [name for name in names if is_shard(name)]
         known = set(names)
-        self._has_classes = CLASSES_FILE in known
+        self._class_files = [_class_file(shard, known) for shard in self.shards]
         with ThreadPoolExecutor(storage.readers) as pool:
-            found = list(pool.map(lambda shard: _samples(storage, shard, index_name(shard) in known), self.shards))
-        samples = [sample for shard in found for sample in shard]
-        self._shard = np.repeat(np.arange(len(found), dtype=np.int32), [len(shard) for shard in found])
+            opened = list(pool.map(lambda shard: _open(storage, shard, known), self.shards))
+        for _, _, left_out in opened:
+            self.left_out.merge(left_out)
+        self._indexed = [indexed for _, indexed, _ in opened]
+        samples = [sample for found, _, _ in opened for sample in found]
+        self._shard = np.repeat(np.arange(len(opened), dtype=np.int32), [len(found) for found, _, _ in opened])
         self._offset = np.array([sample.image.offset for sample in samples], np.int64)
         self._size = np.array([sample.image.size for sample in samples], np.int64)
         self._members = Names.of(sample.image.name for sample in samples)
-        spans = [(s.label.offset, s.label.size) if s.label is not None else (-1, -1) for s in samples]
-        self._label_spans = np.array(spans, np.int64).reshape(-1, 2)
+        spans = [
+            (s.label.offset, s.label.size, s.label.name.lower().endswith(_SIDECARS)) if s.label else (-1, -1, 0)
+            for s in samples
+        ]
+        self._label_spans = np.array(spans, np.int64).reshape(-1, 3)
 
     def __len__(self) -> int:
         return len(self._offset)
@@ -85,10 +87,7 @@ class WebDatasetSource:
         size = int(self._size[sample])
         if not size:
             raise BadSample("the member is empty")
-        raw = self.storage.read(self.shards[self._shard[sample]], int(self._offset[sample]), size)
-        if len(raw) != size:
-            raise BadSample(f"its shard ends {size - len(raw)} bytes before the member does")
-        return raw
+        return self._bytes(sample, int(self._offset[sample]), size, of_image=True)
 
     def size(self, sample: int) -> int:
         """The member's length."""
@@ -100,145 +99,179 @@ class WebDatasetSource:
 
     @cached_property
     def labels(self) -> Labels:
-        """From the `.cls` members, one small read each, or from the names."""
-        missing = np.flatnonzero(self._label_spans[:, 0] < 0)
-        if len(missing) == len(self):
+        """From the `.cls` or `.json` members, one small read each, or from the names."""
+        texts = [""] * len(self)
+        if np.any(self._label_spans[:, 0] >= 0):
+            with ThreadPoolExecutor(self.storage.readers) as pool:
+                texts = list(pool.map(self._label_text, range(len(self))))
+        if not any(texts):
             return folder_labels(list(self._members))
-        if len(missing):
-            raise UserError(
-                f"{self.storage.shown(self.name(int(missing[0])))}: no .cls member beside it, as {len(missing)} of "
-                f"{len(self)} samples; give all of them a label, or none"
-            )
-        with ThreadPoolExecutor(self.storage.readers) as pool:
-            texts = list(pool.map(self._label_text, range(len(self))))
-        if not self._has_classes:
+        lists = {file: None if file is None else self._class_list(file) for file in self._class_files}
+        if not any(lists.values()):
             return number_labels(texts)
-        classes = tuple(self.storage.read(CLASSES_FILE).decode().splitlines())
-        try:
-            labels = np.array([int(text) for text in texts], np.int64)
-        except ValueError as error:
-            raise UserError(
-                f"{self.storage.root}: a .cls member is no whole number ({error}); mend the shards"
-            ) from error
-        if len(labels) and not 0 <= labels.min() <= labels.max() < len(classes):
-            raise UserError(
-                f"{self.storage.shown(CLASSES_FILE)} has {len(classes)} lines, and there are labels from "
-                f"{labels.min()} to {labels.max()}; mend or remove it"
-            )
-        return labels, classes
+        files = [self._class_files[shard] for shard in self._shard.tolist()]
+        places = self._places(texts, files, lists)
+        distinct = set(lists.values())
+        if len(distinct) == 1:
+            (classes,) = distinct
+            return np.array([UNLABELLED if place is None else place for place in places], np.int64), classes or ()
+        named = [lists[file] for file in files]
+        return number_labels(
+            [
+                text if place is None or classes is None else classes[place]
+                for text, place, classes in zip(texts, places, named, strict=True)
+            ]
+        )
 
     def describe(self) -> str:
         """What these images come from."""
         return f"{len(self.shards)} WebDataset shards"
 
-    def _label_text(self, sample: int) -> str:
-        offset, size = self._label_spans[sample].tolist()
+    def _places(
+        self, texts: list[str], files: list[str | None], lists: dict[str | None, tuple[str, ...] | None]
+    ) -> list[int | None]:
+        """The line of its class list that each label means; None for none, and where there is no list."""
+        known = {file: {name: place for place, name in reversed(list(enumerate(lists[file] or ())))} for file in lists}
+        places: list[int | None] = []
+        beyond: dict[str, list[int]] = {}
+        for sample, (text, file) in enumerate(zip(texts, files, strict=True)):
+            classes = lists[file]
+            if not text or file is None or classes is None:
+                places.append(None)
+            elif text.removeprefix("-").isdecimal():
+                places.append(int(text))
+                if not 0 <= int(text) < len(classes):
+                    beyond.setdefault(file, []).append(int(text))
+            elif text in known[file]:
+                places.append(known[file][text])
+            else:
+                raise UserError(
+                    f"{self.storage.shown(self.name(sample))}: its label {text[:40]!r} is no whole number and no line "
+                    f"of {self.storage.shown(file)}; mend the shard, or remove that list"
+                )
+        for file, values in beyond.items():
+            raise UserError(
+                f"{self.storage.shown(file)} has {len(lists[file] or ())} lines, and there are labels from "
+                f"{min(values)} to {max(values)}; mend or remove it"
+            )
+        return places
+
+    def _class_list(self, file: str) -> tuple[str, ...]:
+        """A list of classes, its lines as `names.escape` writes them."""
         try:
-            return self.storage.read(self.shards[self._shard[sample]], offset, size).decode().strip()
+            text = self.storage.read(file).decode("utf-8-sig", "surrogateescape")
+        except BadSample as bad:
+            raise UserError(f"{self.storage.shown(file)}: {bad.reason}; mend or remove it") from bad
+        found: dict[str, int] = {}
+        for place, line in enumerate(text.rstrip("\r\n").split("\n")):
+            name = unescape(line.removesuffix("\r"))
+            found[f"{name} ({place})" if name in found else name] = place  # two of ImageNet's classes are "crane"
+        return tuple(found)
+
+    def _label_text(self, sample: int) -> str:
+        offset, size, sidecar = self._label_spans[sample].tolist()
+        if offset < 0:
+            return ""
+        try:
+            text = self._bytes(sample, offset, size, of_image=False).decode().strip()
         except (BadSample, UnicodeDecodeError) as error:
             raise UserError(f"{self.storage.shown(self.name(sample))}: its label cannot be read: {error}") from error
+        return _label_in(text) if sidecar else text
+
+    def _bytes(self, sample: int, offset: int, size: int, *, of_image: bool) -> bytes:
+        """A member's bytes; where an index told of it, the header before them has to say the same."""
+        shard = int(self._shard[sample])
+        ahead = BLOCK if self._indexed[shard] else 0
+        raw = self.storage.read(self.shards[shard], offset - ahead, ahead + size)
+        if len(raw) != ahead + size:
+            raise BadSample(f"its shard ends {ahead + size - len(raw)} bytes before the member does")
+        if not ahead:
+            return raw
+        member = self._members[sample]
+        if not _agrees(raw[:ahead], member if of_image else _key(member), size, whole=of_image):
+            raise BadSample("its shard has something else there: the shard changed, or its index is another shard's")
+        return raw[ahead:]
 
 
-def _samples(storage: Storage, shard: str, indexed: bool) -> list[_Sample]:
-    """The samples of one shard."""
-    groups = _read_index(storage, shard) if indexed else _walk(storage, shard)
-    found = []
-    for members in groups:
-        image = next((member for member in members if is_image(member.name)), None)
-        label = next((member for member in members if member.name.endswith(".cls")), None)
-        if image is not None:
-            found.append(_Sample(image, label))
-    return found
+def _open(storage: Storage, shard: str, known: set[str]) -> tuple[list[_Sample], bool, LeftOut]:
+    """The samples of one shard, whether its index told of them, and what was left out."""
+    left_out = LeftOut()
+    found, misfits = None, []
+    for index in index_names(shard):
+        if found is None and index in known:
+            try:
+                found = indexed_members(storage, shard, index, left_out)
+            except (Misfit, BadSample):
+                misfits.append(index)
+    indexed = found is not None
+    if found is None:
+        left_out.add(MISFIT, *misfits)
+        found = members(storage, shard, left_out)
+    samples = _samples(found, shard, left_out)
+    if not samples:
+        left_out.add(NO_MEMBER, shard)
+    return samples, indexed, left_out
 
 
-def _read_index(storage: Storage, shard: str) -> list[list[_Member]]:
-    """Versions 1.1 (extension, offset, size) and 1.2 (and the member's name) of `wds2idx`."""
-    name = index_name(shard)
+def _samples(found: list[Member], shard: str, left_out: LeftOut) -> list[_Sample]:
+    groups: dict[str, list[Member]] = {}
+    for member in found:
+        groups.setdefault(_key(member.name), []).append(member)
+    samples = []
+    for key, group in groups.items():
+        images = [member for member in group if is_image(member.name)]
+        plain = [member for member in images if member.name.rfind(".") == len(key)]
+        if not images:
+            left_out.add(NO_IMAGE, *(f"{shard}:{member.name}" for member in group))
+        if plain and len(plain) < len(images):
+            left_out.add(
+                FURTHER, *(f"{shard}:{member.name}" for member in images if member.name.rfind(".") != len(key))
+            )
+        beside = {member.name[len(key) :].lower(): member for member in group}
+        samples += [_Sample(image, _label_beside(image.name[len(key) :], beside)) for image in plain or images]
+    return samples
+
+
+def _label_beside(image: str, beside: dict[str, Member]) -> Member | None:
+    """The member that labels an image: of its own name (1.left.cls for 1.left.jpg), or of its key (1.cls)."""
+    own = image[: image.rfind(".")].lower()
+    names = (start + end for ends in (_LABELS, _SIDECARS) for start in (own, "") for end in ends)
+    return next((beside[name] for name in names if name in beside), None)
+
+
+def _label_in(text: str) -> str:
+    """What a JSON member says of a label: a text or a whole number; "" where it says none."""
     try:
-        return _parse_index(storage.read(name).decode().splitlines())
-    except (BadSample, ValueError, KeyError, IndexError) as error:
-        raise UserError(
-            f"{storage.shown(name)}: not a DALI index of version 1.1 or 1.2 ({error}); write it again, "
-            "or remove it (the shard is then walked through)"
-        ) from error
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return ""
+    if not isinstance(found, dict):
+        return ""
+    value = next((found[key] for key in _JSON_KEYS if found.get(key) is not None), "")
+    return str(value).strip() if isinstance(value, int | str) and not isinstance(value, bool) else ""
 
 
-def _parse_index(lines: list[str]) -> list[list[_Member]]:
-    version, count = lines[0].split()
-    words = {"v1.1": 3, "v1.2": 4}[version]
-    if len(lines) - 1 != int(count):
-        raise ValueError(f"{len(lines) - 1} samples where its first line says {count}")
-    return [_components(line.split(), words, number) for number, line in enumerate(lines[1:])]
+def _agrees(block: bytes, name: str, size: int, *, whole: bool) -> bool:
+    """Whether a header is of a member of this size and this name, or (not `whole`) of one with this key."""
+    if block.startswith(name.encode("utf-8", "surrogateescape") + (b"\0" if whole else b".")) and (
+        block[124:136].rstrip(b" \0") == b"%011o" % size
+    ):
+        return True  # as nearly all are; what follows takes 20 µs
+    header = header_of(block)
+    if header is None or header.size != size:
+        return False
+    if not name.isascii() or len(name) > _LONGEST_NAME:
+        return True  # its header has a shorter name, and the whole one stands before it
+    return (name_of(header.name) if whole else _key(name_of(header.name))) == name
 
 
-def _components(words: list[str], each: int, number: int) -> list[_Member]:
-    if len(words) % each or not words:
-        raise ValueError(f"line {number + 2} has {len(words)} words, which is no multiple of {each}")
-    key = f"{number:08d}"
-    return [
-        _Member(words[at + 3] if each == 4 else f"{key}.{words[at]}", int(words[at + 1]), int(words[at + 2]))
-        for at in range(0, len(words), each)
-    ]
+def _key(name: str) -> str:
+    """A name up to the first dot of its last part."""
+    dot = name.find(".", name.rfind("/") + 1)
+    return name if dot < 0 else name[:dot]
 
 
-def _walk(storage: Storage, shard: str) -> list[list[_Member]]:
-    """From the headers; hidden members and what is no regular file are left out, as `wds2idx` leaves them."""
-    groups: list[list[_Member]] = []
-    last = None
-    try:
-        for member in _headers(storage, shard):
-            folder, _, file = member.name.rpartition("/")
-            key = f"{folder}/{file.split('.', 1)[0]}"
-            if not file or file.startswith("."):
-                continue
-            if key != last:
-                groups.append([])
-                last = key
-            groups[-1].append(member)
-    except (tarfile.TarError, BadSample, EOFError) as error:
-        raise UserError(f"{storage.shown(shard)}: not a whole tar file ({error}); mend or remove it") from error
-    return groups
-
-
-def _headers(storage: Storage, shard: str) -> Iterator[_Member]:
-    file = io.BufferedReader(_Piece(storage, shard), _WALK_BUFFER if storage.readers > 1 else 4096)
-    with tarfile.open(fileobj=file, mode="r:") as archive:
-        at = 0
-        try:
-            for entry in archive:
-                at = entry.offset_data + entry.size
-                if entry.isreg():
-                    yield _Member(entry.name, entry.offset_data, entry.size)
-                archive.members = []  # type: ignore[attr-defined]  # tarfile would keep every header
-        except tarfile.ReadError:
-            if at <= storage.size(shard):
-                raise
-            # The shard ends within its last member: that one sample is bad, and found so when it is read.
-
-
-class _Piece(io.RawIOBase):
-    """A piece of a storage as a file that can be read and sought."""
-
-    def __init__(self, storage: Storage, name: str) -> None:
-        self._storage, self._name, self._at = storage, name, 0
-        self._size = storage.size(name)
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
-        wanted = min(len(buffer), self._size - self._at)
-        data = self._storage.read(self._name, self._at, wanted) if wanted > 0 else b""
-        buffer[: len(data)] = data
-        self._at += len(data)
-        return len(data)
+def _class_file(shard: str, known: set[str]) -> str | None:
+    """The list of classes that belongs to a shard: in its own folder, or at the root."""
+    folder = shard.rpartition("/")[0]
+    return next((name for name in (f"{folder}/{CLASSES_FILE}".lstrip("/"), CLASSES_FILE) if name in known), None)
