@@ -8,7 +8,7 @@ PyTorch, work in any floating type up to float64 on any device, and define what 
 from __future__ import annotations
 
 from ._backend import use_backend
-from ._tuning import TUNING_DIR_VARIABLE
+from ._tuning import TUNING_DIR_VARIABLE, tuning_folder
 from .conditioned_mlp import (
     conditioned_mlp,
     conditioned_mlp_bytes,
@@ -57,5 +57,6 @@ __all__ = [
     "stopgrad_l2_bytes",
     "stopgrad_l2_flops",
     "stopgrad_l2_reference",
+    "tuning_folder",
     "use_backend",
 ]
