@@ -7,15 +7,15 @@ import shutil
 
 import pytest
 
-from tools.nullgpu.build import build
-from tools.nullgpu.place import PYTHON
-
 
 @pytest.fixture(scope="session", autouse=True)
 def null_gpu() -> None:
     """The stubs, built from what is checked out."""
     if os.environ.get("IWM_TEST_NULLGPU") != "1":
         pytest.skip("takes minutes and 5 GB of CUDA libraries: set IWM_TEST_NULLGPU=1")
+    from tools.nullgpu.build import build
+    from tools.nullgpu.place import PYTHON
+
     if not PYTHON.exists() or shutil.which("gcc") is None:
         pytest.fail(f"{PYTHON} or gcc is missing: python -m tools.nullgpu setup, and install gcc")
     build()
