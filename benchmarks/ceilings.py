@@ -28,7 +28,7 @@ _PASSES = 64
 
 
 @triton.jit
-def _read_kernel(x_ptr, out_ptr, BLOCKS, PASSES, BLOCK: tl.constexpr):  # noqa: ANN001, ANN202 - Triton's
+def _read_kernel(x_ptr: Any, out_ptr: Any, BLOCKS: Any, PASSES: Any, BLOCK: tl.constexpr) -> None:
     """Read BLOCKS blocks of fp32 PASSES times, each program from another one on; store their sum, so that it counts."""
     i = tl.program_id(0)
     acc = tl.zeros((BLOCK,), tl.float32)
