@@ -100,13 +100,16 @@ def evaluate(
     data: Annotated[
         str,
         typer.Option(
-            "--data", metavar="DIR", help="Images: train/ and test/ in it, or to be split; s3:// too; triplets."
+            "--data",
+            metavar="DIR",
+            help="Images: train/ and test/ (or val/) in it, or to be split; s3:// too; triplets.",
         ),
     ],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="KEY.PATH=VALUE...", help="Of eval, data and the jitter's strength, for this measurement."
+            metavar="KEY.PATH=VALUE...",
+            help="Of eval, data and the jitter's strength, for this measurement; refused where it has no use.",
         ),
     ] = None,
     what: Annotated[
@@ -129,16 +132,16 @@ def evaluate(
     The exit code is 1 where a measure that --what names could not be run; the others are measured all the same.
     """
     from iwm_fast.console import counting, print_table
+    from iwm_fast.eval.lines import result_lines
     from iwm_fast.eval.run import evaluate_run, result_rows
-    from iwm_fast.eval.view_pairs import left_out_line
 
     def show(results: dict[str, Any]) -> None:
         columns = ("", "value", "95 % interval", "chance", "shuffled action", "neutral action", "untrained")
-        print_table(f"iwm-fast evaluate, step {results['step']}", columns, result_rows(results))
-        for measure, why in results.get("not_run", {}).items():
-            print(f"{measure} not run: {why}")
-        if results.get("equivariance_left_out"):
-            print(f"r2 left out: {left_out_line(results['equivariance_left_out'])}")
+        rows = result_rows(results)
+        if rows:
+            print_table(f"iwm-fast evaluate, step {results['step']}", columns, rows)
+        for line in result_lines(results):
+            print(line)
 
     def give(results: dict[str, Any]) -> None:
         shown.close()  # the bars, so that the table stands alone

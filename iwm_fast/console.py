@@ -12,6 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from iwm_fast.printable import printable
+
 __all__ = ["Count", "counting", "print_table"]
 
 Count = Callable[[str, int, int | None], None]  # what is being done, how much of it is done, of how much
@@ -22,7 +24,7 @@ _PLAIN_EVERY_S = 10.0
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Print a table of texts to standard output: drawn on a terminal, one unwrapped line a row elsewhere."""
-    kept = [tuple(row) for row in rows]
+    kept = [tuple(map(printable, row)) for row in rows]
     if sys.stdout.isatty():
         table = Table(title=title, title_justify="left")
         for column in columns:
@@ -49,7 +51,8 @@ def counting() -> Iterator[Count]:
     with Progress(*columns, console=console) as progress:
         tasks = {}
 
-        def count(name: str, done: int, total: int | None) -> None:
+        def count(text: str, done: int, total: int | None) -> None:
+            name = printable(text)
             if name not in tasks:
                 tasks[name] = progress.add_task(name, total=total)
             progress.update(tasks[name], completed=done, total=total)
@@ -60,7 +63,8 @@ def counting() -> Iterator[Count]:
 def _plain_lines() -> Count:
     last: dict[str, float] = {}
 
-    def count(name: str, done: int, total: int | None) -> None:
+    def count(text: str, done: int, total: int | None) -> None:
+        name = printable(text)
         now = time.monotonic()
         if done == total or now - last.setdefault(name, now) >= _PLAIN_EVERY_S:
             last[name] = now

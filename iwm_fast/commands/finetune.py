@@ -24,10 +24,14 @@ def finetune(
         typer.Option(
             "--data",
             metavar="[NAME=]DIR",
-            help="Labelled images: train/ and test/ with a folder a class, or with images/ and masks/. Several times "
-            "for multitask.",
+            help="Labelled images: train/ and test/ (or val/) with a folder a class, or with images/ and masks/. "
+            "Several times for multitask.",
         ),
     ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY.PATH=VALUE...", help="Of the section data, such as data.max_bad_fraction."),
+    ] = None,
     mode: Annotated[
         str, typer.Option("--mode", help="What is trained: linear, attentive, predictor, end-to-end or multitask.")
     ] = "predictor",
@@ -62,12 +66,14 @@ def finetune(
     """
     rates = _rates(lr)
     from iwm_fast.console import counting, print_table
-    from iwm_fast.eval.finetune.run import Request, finetune_rows, finetune_run, named_folders
+    from iwm_fast.eval.finetune.run import Request, finetune_lines, finetune_rows, finetune_run, named_folders
     from iwm_fast.planning.environment import environment
 
     def show(results: dict[str, Any]) -> None:
         title = f"iwm-fast finetune, {results['mode']}, {results['trained_parameters']:,} parameters trained"
         print_table(title, ("", "measure", "value", "95 % interval", "chance"), finetune_rows(results))
+        for line in finetune_lines(results):
+            print(line)
 
     def give(results: dict[str, Any]) -> None:
         shown.close()  # the bars, so that the table stands alone
@@ -88,6 +94,7 @@ def finetune(
             seed=seed,
             checkpoint=checkpoint,
             cache=cache,
+            overrides=overrides or (),
             tell=shown.enter_context(counting()),
         )
         finetune_run(run, request, out, environment(), give)

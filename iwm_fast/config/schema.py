@@ -224,7 +224,10 @@ class DataConfig(Section):
         "nvJPEG's kernels; the best value depends on the GPU and on data.threads",
     )
     prefetch: Count = Field(3, description="batches prepared ahead")
-    max_bad_fraction: Probability = Field(0.01, description="share of samples that may fail before the run stops")
+    max_bad_fraction: Probability = Field(
+        0.01,
+        description="share of samples that may fail before the run stops, in training; of each split, in evaluation",
+    )
     wait_s: NonNegative = Field(
         300.0, description="seconds to wait for a data folder that is gone to come back; 0: the run stops at once"
     )
@@ -321,7 +324,9 @@ class EvalConfig(Section):
     """Evaluation while training."""
 
     every_steps: Count | None = Field(None, description="k-NN and MRR every so many steps; default: never")
-    root: str | None = Field(None, description="folder with train/ and test/, or with a folder a class")
+    root: str | None = Field(
+        None, description="folder with train/ and test/ (or val/), or with a folder a class (docs/data.md)"
+    )
     images: Count = Field(2000, description="most images used for k-NN while training, of each split")
     mrr_images: Count = Field(32, description="images whose banks are ranked while training")
     bank: Annotated[int, Field(ge=2)] = Field(

@@ -65,14 +65,25 @@ def load_clean(
     batch: int = 64,
     max_pixels: int = MAX_PIXELS,
     crop: Crop = centred_square,
+    wait_s: float = 0.0,
+    readers: int | None = None,
+    hw_decoder_load: float = 0.65,
 ) -> Iterator[CleanImages]:
     """The images in their order, `batch` files at a time (fewer images where some of these fail, none where all do).
 
     device: data.device, so "auto", "cpu" or "gpu"; threads: DALI's, None for its share of the cores; crop:
-    the box of each that is shown.
+    the box of each that is shown; wait_s, readers, hw_decoder_load: as in the section data.
     """
-    graph = ViewGraph(size, batch, dali_device(device), dali_threads(threads), geometric=False, max_pixels=max_pixels)
-    store = FileStore(images, max_pixels, keep=False)
+    graph = ViewGraph(
+        size,
+        batch,
+        dali_device(device),
+        dali_threads(threads),
+        geometric=False,
+        max_pixels=max_pixels,
+        hw_decoder_load=hw_decoder_load,
+    )
+    store = FileStore(images, max_pixels, wait_s, readers=readers, keep=False)
     underway: deque[_Group] = deque()
     try:
         for first in range(0, len(images), batch):

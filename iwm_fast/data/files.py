@@ -12,14 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from iwm_fast.data.encoded import BadSample
+from iwm_fast.data.layout import Layout, find_layout, refuse_split_classes, splits_of_shards
 from iwm_fast.data.randomness import uniforms
-from iwm_fast.data.sources import PATIENCE, Labels, Patience, Source, Storage, holds, open_source
+from iwm_fast.data.sources import PATIENCE, Labels, Patience, Source, Storage, open_source
 from iwm_fast.data.sources.left_out import some, tell_once
 from iwm_fast.errors import UserError
 
-__all__ = ["ImageSet", "list_images", "split", "test_rows"]
+__all__ = ["ImageSet", "divide", "list_images", "split", "test_rows"]
 
-# Of the split of a folder without train/ and test/; the number is part of every result made with such a split.
+# Of the split of a set that does not say what is tested on; the number is part of every result made with such a split.
 _SPLIT_STREAM = 0x5711
 _TEST_SHARE = 0.2
 
@@ -55,7 +56,7 @@ class ImageSet:
         return ImageSet(self.source, rows if self.rows is None else self.rows[rows], self.common)
 
     def stamps(self) -> Iterator[str]:
-        """For each sample what changes when it is replaced: its name, its place, and size and time of change of the
+        """For each sample what changes when it is replaced: its name, its place, and size and times of change of the
         file that holds it; of an object in a store, its size. No image is read.
         """
         known: dict[str, str] = {}
@@ -100,30 +101,72 @@ def list_images(root: str | Path, source: str = "auto", patience: Patience = PAT
     return ImageSet(open_source(root, source, patience=patience))
 
 
-def split(root: str | Path, patience: Patience = PATIENCE) -> tuple[ImageSet, ImageSet]:
-    """Images to learn from and to test on: `root`/train and `root`/test, or 80 and 20 % of `root` by sample id.
+def split(root: str | Path, patience: Patience = PATIENCE, source: str = "auto") -> tuple[ImageSet, ImageSet]:
+    """Images to learn from and to test on, as `divide` divides them."""
+    train, test, _ = divide(root, patience, source)
+    return train, test
+
+
+def divide(root: str | Path, patience: Patience = PATIENCE, source: str = "auto") -> tuple[ImageSet, ImageSet, Layout]:
+    """Images to learn from, images to test on, and by which `layout` these are which.
 
     The labels of both are places in the same `classes`; where some images have a label, those without are left out,
-    which is said once. UserError as `list_images`, or where there are fewer than two.
+    which is said once. UserError as `list_images`, for a layout that is ambiguous, and where there are fewer than two
+    images.
     """
-    if holds(root, "train", patience) and holds(root, "test", patience):
-        train, test = (list_images(f"{str(root).rstrip('/')}/{part}", patience=patience) for part in ("train", "test"))
+    layout = find_layout(root, patience)
+    if layout.how == "folders":
+        train, test = (list_images(part, source, patience) for part in (layout.train, layout.test))
         if train.labels is not None and test.labels is not None and train.classes != test.classes:
             classes = tuple(sorted({*train.classes, *test.classes}))
             train, test = ImageSet(train.source, common=classes), ImageSet(test.source, common=classes)
-        for part, images in (("train", train), ("test", test)):
-            _tell_unlabelled(images, f"{root}/{part}")
-        return _with_labels(train, f"{root}/train: of its images"), _with_labels(test, f"{root}/test: of its images")
-    images = list_images(root, patience=patience)
+        for part, images in ((layout.train, train), (layout.test, test)):
+            _tell_unlabelled(images, part)
+        return (*_both_with_labels(train, test, layout), layout)
+    images = list_images(root, source, patience)
     if len(images) < 2:
         raise UserError(f"{root} holds one image only; give at least two, to learn from and to test on")
+    by_name = _by_shard_names(images, layout)
+    if by_name is not None:
+        return by_name
+    refuse_split_classes(images.classes, str(root))
     is_test = test_rows(len(images))
     _tell_unlabelled(images, str(root))
     train, test = (images.take(np.flatnonzero(rows)) for rows in (~is_test, is_test))
-    return (
-        _with_labels(train, f"{root}: of the images to learn from"),
-        _with_labels(test, f"{root}: of the images to test on"),
-    )
+    return (*_both_with_labels(train, test, layout), layout)
+
+
+def _both_with_labels(train: ImageSet, test: ImageSet, layout: Layout) -> tuple[ImageSet, ImageSet]:
+    """The images without those that have no label, where some have one. UserError where none is left of a split."""
+    whose = [f"{place}: of its images" for place in layout.places]
+    if not layout.given:
+        whose = [f"{layout.root}: of the images to {what}" for what in ("learn from", "test on")]
+    learned, tested = (_with_labels(images, what) for images, what in zip((train, test), whose, strict=True))
+    return learned, tested
+
+
+def _by_shard_names(images: ImageSet, layout: Layout) -> tuple[ImageSet, ImageSet, Layout] | None:
+    """The two splits where the names of shards or TFRecord files say which they are of; None where they do not."""
+    if images.source.kind == "folder":
+        return None
+    end = ".tar" if images.source.kind == "webdataset" else ""
+    names = (images.source.name(sample) for sample in range(len(images)))
+    files = [name.split(".tar:", 1)[0] if end else name.rpartition(":")[0] for name in names]
+    parts = splits_of_shards(sorted(set(files)))
+    if parts is None:
+        return None
+    of_rows = np.array([parts[file] for file in files])
+    train, test = (images.take(np.flatnonzero(of_rows == part)) for part in ("train", "test"))
+    places = {part: sorted(file for file in parts if parts[file] == part) for part in ("train", "test", "unused")}
+    shown = {
+        part: f"{layout.root}/{names[0]}{end}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+        for part, names in places.items()
+        if names
+    }
+    unused = (shown["unused"],) if "unused" in shown else ()
+    named = Layout(layout.root, shown["train"], shown["test"], "shard names", unused)
+    _tell_unlabelled(images, layout.root)
+    return (*_both_with_labels(train, test, named), named)
 
 
 def test_rows(count: int) -> NDArray[np.bool_]:
@@ -165,4 +208,4 @@ def _stamp(storage: Storage, piece: str) -> str:
             return str(storage.size(piece))
         except BadSample:
             return "missing"
-    return f"{status.st_size} {status.st_mtime_ns}"
+    return f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"

@@ -6,7 +6,7 @@ upright image; its numbers are classes, 255 is no class.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +14,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from iwm_fast.data.files import ImageSet, list_images, test_rows
+from iwm_fast.data.layout import Layout, layout_of_folders, split_kind
+from iwm_fast.data.sources import top_level
+from iwm_fast.data.sources.kinds import is_image
+from iwm_fast.data.sources.storage import LocalStorage
 from iwm_fast.errors import UserError
 
-__all__ = ["MaskedSet", "is_masked", "read_mask", "split_masked"]
+__all__ = ["MaskedSet", "divide_masked", "is_masked", "read_mask", "split_masked"]
 
 _IMAGES, _MASKS = "images", "masks"
 _ORIENTATION = 0x0112  # EXIF
@@ -42,22 +46,52 @@ class MaskedSet:
 
 
 def is_masked(root: Path) -> bool:
-    """Whether a folder holds images with masks, or train/ and test/ that do."""
-    return any((root / part / _MASKS).is_dir() and (root / part / _IMAGES).is_dir() for part in ("", "train", "test"))
+    """Whether a folder holds images with masks, or folders of splits that do."""
+    splits = [name for name in top_level(root)[0] if split_kind(name) is not None]
+    return any((root / part / _MASKS).is_dir() and (root / part / _IMAGES).is_dir() for part in ("", *splits))
 
 
 def split_masked(root: Path) -> tuple[MaskedSet, MaskedSet]:
-    """Pairs to learn from and to test on: `root`/train and `root`/test, or 80 and 20 % of `root` by sample id.
+    """Pairs to learn from and to test on, as `divide_masked` divides them."""
+    train, test, _ = divide_masked(root)
+    return train, test
 
-    UserError where a folder is missing or empty, an image has no mask, or there are fewer than two images.
+
+def divide_masked(root: Path) -> tuple[MaskedSet, MaskedSet, Layout]:
+    """Pairs to learn from, pairs to test on, and by which `layout` these are which.
+
+    The folders of the splits may hold images/ and masks/, or lie in both of them. UserError where a folder is missing
+    or empty, the layout is ambiguous, or there are fewer than two images.
     """
-    if (root / "train").is_dir() and (root / "test").is_dir():
-        return _pairs(root / "train"), _pairs(root / "test")
+    place = str(root)
+    layout = layout_of_folders(place, *top_level(root))
+    if layout is not None:
+        train, test = _pairs(Path(layout.train)), _pairs(Path(layout.test))
+        return train, test, _with_lone_masks(layout, train, test)
     pairs = _pairs(root)
-    if len(pairs) < 2:
-        raise UserError(f"{root} holds one image only; give at least two, to learn from and to test on")
-    tested = test_rows(len(pairs))
-    return pairs.take(np.flatnonzero(~tested)), pairs.take(np.flatnonzero(tested))
+    layout = layout_of_folders(f"{place}/{_IMAGES}", top_level(root / _IMAGES)[0])
+    if layout is not None:
+        top = np.array([pairs.images.source.name(row).split("/", 1)[0] for row in range(len(pairs))])
+        train, test = (pairs.take(np.flatnonzero(top == Path(part).name)) for part in layout.places)
+    else:
+        if len(pairs) < 2:
+            raise UserError(f"{root} holds one image only; give at least two, to learn from and to test on")
+        tested = test_rows(len(pairs))
+        layout = Layout(place, place, place, "sample ids")
+        train, test = pairs.take(np.flatnonzero(~tested)), pairs.take(np.flatnonzero(tested))
+    return train, test, _with_lone_masks(layout, pairs)
+
+
+def _with_lone_masks(layout: Layout, *sets: MaskedSet) -> Layout:
+    """The layout with the masks that have no image among what is not used."""
+    lone = []
+    for pairs in sets:
+        folder = Path(pairs.images.source.storage.root).parent / _MASKS
+        known = set(pairs.masks)
+        count = sum((folder / name) not in known for name in LocalStorage(folder).names() if is_image(name))
+        if count:
+            lone.append(f"{count} masks of {folder} without an image")
+    return replace(layout, unused=(*layout.unused, *lone))
 
 
 def read_mask(path: Path, size: int, image: Path) -> NDArray[np.uint8]:
@@ -98,10 +132,5 @@ def _pairs(root: Path) -> MaskedSet:
     if not (root / _IMAGES).is_dir() or not (root / _MASKS).is_dir():
         raise UserError(f"{root} has no {_IMAGES}/ and {_MASKS}/ beside each other; segmentation needs both")
     images = list_images(root / _IMAGES, "folder")
-    masks = []
-    for number in range(len(images)):
-        mask = (root / _MASKS / images.source.name(number)).with_suffix(".png")
-        if not mask.is_file():
-            raise UserError(f"{mask} is missing: each image of {root / _IMAGES} needs a mask of its name")
-        masks.append(mask)
-    return MaskedSet(images, tuple(masks))
+    names = (images.source.name(number) for number in range(len(images)))
+    return MaskedSet(images, tuple((root / _MASKS / name).with_suffix(".png") for name in names))

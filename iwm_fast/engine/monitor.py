@@ -10,11 +10,13 @@ import torch.distributed as dist
 
 from iwm_fast.actions import ActionSpace
 from iwm_fast.config import Config
+from iwm_fast.data.sources.left_out import tell_once
 from iwm_fast.engine.distributed import Ranks, gather
 from iwm_fast.engine.ema import TargetAverage, target_name
 from iwm_fast.engine.zero import ZeroEngine
 from iwm_fast.errors import UserError
-from iwm_fast.eval.monitor import Share, join_shares, measure_share
+from iwm_fast.eval.left_out import left_out_lines
+from iwm_fast.eval.monitor import Share, join_left_out, join_shares, measure_share
 from iwm_fast.eval.triplets import monitor_triplets
 from iwm_fast.models.iwm import IWM
 
@@ -64,7 +66,13 @@ def evaluate_during_training(
     for share in shares:
         if isinstance(share, str):
             raise UserError(share)
-    return join_shares([share for share in shares if isinstance(share, Share)], config.eval.bank)
+    whole = [share for share in shares if isinstance(share, Share)]
+    results = join_shares(whole, config.eval.bank)
+    if ranks.first:
+        left_out = {name: part.record() for name, part in join_left_out(whole).items()}
+        for line in (whole[0].said, *left_out_lines(left_out)):
+            tell_once(f"eval.root: {line}")
+    return results
 
 
 def _said(error: Exception, ranks: Ranks) -> str:

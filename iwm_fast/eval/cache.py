@@ -1,9 +1,10 @@
 """Features kept on disk: computed once for an encoder and a set of images, then mapped into memory and read again.
 
 An entry is a folder CACHE/KEY with ``values.npy``, ``labels.npy`` and ``entry.json``. Its name is a digest of all that
-the features depend on: the encoder's weights and shape, the images (path, size, time of change), what is kept of their
-tokens, and this format. So another checkpoint, or an image that was replaced, never gets an older entry. A folder
-appears whole or not at all; one that was damaged later is computed anew. All of it may be deleted at any time.
+the features depend on: the encoder's weights and shape, the images (path, size, times of change), what is kept of their
+tokens, and this format. So another checkpoint, or an image that was replaced, never gets an older entry. What was left
+out because it cannot be used stands in ``entry.json`` with the reasons. A folder appears whole or not at all; one that
+was damaged later is computed anew. All of it may be deleted at any time.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,27 +36,32 @@ _VALUES, _LABELS, _ENTRY = "values.npy", "labels.npy", "entry.json"
 
 @dataclass(frozen=True, eq=False)
 class Features:
-    """values (n, …) and what belongs to each row: labels int64 (n,), or masks uint8 (n, S, S). Both may be mapped."""
+    """values (n, …) and what belongs to each row: labels int64 (n,), or masks uint8 (n, S, S). Both may be mapped.
+
+    left_out: why what is missing of the images cannot be used, by file.
+    """
 
     values: NDArray[Any]
     labels: NDArray[Any]
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.values)
 
     def take(self, rows: NDArray[np.int64]) -> Features:
         """Copies of the given rows."""
-        return Features(self.values[rows], self.labels[rows])
+        return Features(self.values[rows], self.labels[rows], self.left_out)
 
 
 class Room:
-    """Arrays to be filled from the top; ``count`` rows of them hold something."""
+    """Arrays to be filled from the top; ``count`` rows of them hold something. ``left_out``: as of `Features`."""
 
     def __init__(self, values: NDArray[Any], labels: NDArray[Any], *, kept: bool = True) -> None:
         self.values = values
         self.labels = labels
         self.kept = kept  # on the disk, not in memory alone
         self.count = 0
+        self.left_out: dict[str, str] = {}
 
     def add(self, values: NDArray[Any], labels: NDArray[Any]) -> None:
         """Write the next rows."""
@@ -66,7 +72,7 @@ class Room:
 
     def features(self) -> Features:
         """What was written."""
-        return Features(self.values[: self.count], self.labels[: self.count])
+        return Features(self.values[: self.count], self.labels[: self.count], self.left_out)
 
 
 def weights_digest(module: nn.Module) -> str:
@@ -89,12 +95,13 @@ class FeatureCache:
         """The entry of ``key``, mapped into memory; None where there is none, or not a whole one."""
         folder = self.root / _name(key)
         try:
-            count = json.loads((folder / _ENTRY).read_text(encoding="utf-8"))["count"]
+            entry = json.loads((folder / _ENTRY).read_text(encoding="utf-8"))
+            count, left_out = entry["count"], dict(entry["left_out"])
             values, labels = (np.load(folder / file, mmap_mode="r") for file in (_VALUES, _LABELS))
         except (OSError, ValueError, KeyError, TypeError):  # absent, torn, or no longer what was written
             return None
         whole = isinstance(count, int) and 0 < count <= min(len(values), len(labels))
-        return Features(values[:count], labels[:count]) if whole else None
+        return Features(values[:count], labels[:count], left_out) if whole else None
 
     @contextmanager
     def filling(
@@ -115,7 +122,7 @@ class FeatureCache:
             yield room
             if room.kept:
                 try:
-                    self._publish(partial, folder, {"key": key, "count": room.count})
+                    self._publish(partial, folder, {"key": key, "count": room.count, "left_out": room.left_out})
                 except OSError as error:  # the arrays stay mapped, whatever becomes of their names
                     self._say(error.strerror or str(error))
         finally:

@@ -20,6 +20,7 @@ from iwm_fast.eval.equivariance import measure_equivariance
 from iwm_fast.eval.features import EncoderName, default_encoder, device_of
 from iwm_fast.eval.mrr import mean_reciprocal_rank
 from iwm_fast.eval.progress import Progress
+from iwm_fast.eval.reduced import reduced
 from iwm_fast.eval.representation import POOLING, PROBES, measure_representation
 from iwm_fast.eval.splits import Split, cannot_classify
 from iwm_fast.models.iwm import IWM
@@ -69,33 +70,46 @@ def evaluate_model(
     mrr_untrained_target. ``encoder``: default the moving average, where there is one. ``cache``: of features.
     Equivariance: names in ``Equivariance.summary``, of at most ``EQUIVARIANCE_IMAGES`` of ``train`` and ``test``;
     components without R² and why under ``equivariance_left_out``.
-    What cannot be measured stands under ``not_run`` with its reason. Raises ValueError for an unknown ``what``.
+    What cannot be measured stands under ``not_run`` with its reason, a setting that the images cannot satisfy under
+    ``reduced``: {name: {asked, used, why}}. Raises ValueError for an unknown ``what``.
     """
     unknown = [name for name in what if name not in WHAT]
     if unknown:
         raise ValueError(f"what has {unknown[0]!r}; it may have {', '.join(WHAT)}")
-    results: dict[str, Any] = {}
-    if "rollout" in what:
-        results["not_run"] = {"rollout": "a roll-out needs triplets, and these are images"}
-    if "mrr" in what and not varying(config.actions):
-        results["not_run"] = results.get("not_run", {}) | {"mrr": _STILL}
-    elif "mrr" in what:
-        banked = test.spread(images if images is not None else config.eval.mrr_images)
-        results |= _world_model(model, config, space, banked, queries, components, untrained, progress)
+    which = encoder if encoder is not None else default_encoder(config.model)
+    models = [model] + ([untrained_model(config, space, device_of(model))] if untrained else [])
+    found: list[dict[str, Any]] = []
+    # Probes read all images, so what is wrong with these is found before anything else is measured.
     probes = [name for name in PROBES if name in what]
     missing = cannot_classify(train, test)
     if probes and train is not None and missing is None:
-        which = encoder if encoder is not None else default_encoder(config.model)
-        models = [model] + ([untrained_model(config, space, device_of(model))] if untrained else [])
-        results |= measure_representation(models, which, train, test, probes, cache=cache, progress=progress)
+        found.append(measure_representation(models, which, train, test, probes, cache=cache, progress=progress))
     elif probes:
-        results["not_run"] = results.get("not_run", {}) | dict.fromkeys(probes, missing)
+        found.append({"not_run": dict.fromkeys(probes, missing)})
+    if "mrr" in what and not varying(config.actions):
+        found.append({"not_run": {"mrr": _STILL}})
+    elif "mrr" in what:
+        wanted = images if images is not None else config.eval.mrr_images
+        if wanted > len(test):
+            why = f"there are {len(test)} test images"
+            found.append({"reduced": {"mrr_images": reduced(wanted, len(test), why)}})
+        strange = models[1] if untrained else None
+        found.append(
+            _world_model(model, config, space, test.numbered_spread(wanted), queries, components, strange, progress)
+        )
     if "equivariance" in what:
-        which = encoder if encoder is not None else default_encoder(config.model)
-        models = [model] + ([untrained_model(config, space, device_of(model))] if untrained else [])
-        found = _equivariance(models, config, which, train, test, progress)
-        not_run = results.get("not_run", {}) | found.pop("not_run", {})
-        results |= found | ({"not_run": not_run} if not_run else {})
+        found.append(_equivariance(models, config, which, train, test, progress))
+    if "rollout" in what:
+        found.append({"not_run": {"rollout": "a roll-out needs triplets, and these are images"}})
+    return _together(found)
+
+
+def _together(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """All names and values; those under ``not_run`` and ``reduced`` joined."""
+    results: dict[str, Any] = {}
+    for part in found:
+        nested = {key: results.get(key, {}) | part[key] for key in ("not_run", "reduced") if key in part}
+        results |= part | nested
     return results
 
 
@@ -103,21 +117,21 @@ def _world_model(
     model: IWM,
     config: Config,
     space: ActionSpace,
-    banked: Tensor,
+    banked: tuple[Tensor, list[int]],
     queries: int | None,
     components: bool,
-    untrained: bool,
+    strange: IWM | None,
     progress: Progress | None,
 ) -> dict[str, Any]:
     results: dict[str, Any] = {}
-    strange = untrained_model(config, space, device_of(model)) if untrained else None
     parts: dict[str, dict[str, Any]] = {}
     for vary in (None, *component_names(config.actions)) if components else (None,):
         found = mean_reciprocal_rank(
             model,
             config,
             space,
-            banked,
+            banked[0],
+            numbers=banked[1],
             bank=config.eval.bank,
             queries=queries if vary not in GEOMETRIC else None,
             vary=vary,

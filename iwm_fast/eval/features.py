@@ -98,11 +98,15 @@ def read_features(
 ) -> list[Features]:
     """What is to be kept of ``split``, for each encoder; the images are read once, and not at all where all is cached.
 
-    ``progress`` is called with (images done, images). Without ``cache`` the result lies in memory.
+    ``progress`` is called with (images done, images). Without ``cache`` the result lies in memory. What was left out is
+    in ``split.bad`` either way. UserError as ``split.read``.
     """
     keys = [_key(encoder, split, keep) for encoder in encoders] if cache is not None else [{} for _ in encoders]
     found = [cache.find(key) if cache is not None else None for key in keys]
     missing = [place for place, features in enumerate(found) if features is None]
+    for features in found:
+        if features is not None:
+            split.accept(features.left_out, features.labels)
     if missing:
         with ExitStack() as stack:
             rooms = [stack.enter_context(_room(cache, keys[i], encoders[i], split, keep)) for i in missing]
@@ -130,6 +134,10 @@ def _fill(
             done += len(images)
             if progress is not None:
                 progress(done, len(split))
+    for room in rooms:
+        room.left_out = dict(split.bad)
+    if progress is not None and done < len(split):
+        progress(len(split), len(split))
 
 
 def _keep(encoder: VisionTransformer, images: Tensor, keep: Kept) -> NDArray[Any]:

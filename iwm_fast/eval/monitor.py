@@ -18,12 +18,13 @@ from iwm_fast.config import Config
 from iwm_fast.eval.bank import varying
 from iwm_fast.eval.features import default_encoder, encoder_of, read_features
 from iwm_fast.eval.knn import knn_classify
+from iwm_fast.eval.left_out import LeftOut
 from iwm_fast.eval.mrr import MrrResult, mean_reciprocal_rank
-from iwm_fast.eval.splits import FileSplit, cannot_classify, open_splits
+from iwm_fast.eval.splits import FileSplit, cannot_classify, open_splits, require_same_classes
 from iwm_fast.eval.stats import evenly_spaced
 from iwm_fast.models.iwm import IWM
 
-__all__ = ["Share", "join_shares", "measure_share"]
+__all__ = ["Share", "join_left_out", "join_shares", "measure_share"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,13 +33,18 @@ class Share:
 
     numbers: of the images that it ranked, among all. ranks: by distance and by what was ranked, float64 (images of
     this rank, queries), None where it had no image. train, test: mean tokens and labels of its images, None where
-    there are no classes.
+    there are no classes. left_out: of each split, what of this rank's images cannot be used. labels: of all images of
+    each split, and their classes, None without. said: which images are which split.
     """
 
     numbers: list[int]
     ranks: dict[str, dict[str, np.ndarray]] | None
     train: tuple[np.ndarray, np.ndarray] | None
     test: tuple[np.ndarray, np.ndarray] | None
+    left_out: dict[str, LeftOut]
+    labels: dict[str, np.ndarray | None]
+    classes: tuple[str, ...]
+    said: str
 
 
 def measure_share(
@@ -47,8 +53,11 @@ def measure_share(
     """The part of ``rank`` of ``world``: of the images ranked, and of at most ``eval.images`` of each split."""
     train, test = open_splits(root, config, limit=config.eval.images)
     numbers, ranks = _ranks(model, config, space, test, rank, world) if varying(config.actions) else ([], None)
+    said = "" if train.layout is None else train.layout.line()
+    left_out = {"train": train.left_out, "test": test.left_out}
     if cannot_classify(train, test) is not None:
-        return Share(numbers, ranks, None, None)
+        return Share(numbers, ranks, None, None, left_out, {}, (), said)
+    require_same_classes(train, test)
     encoder = encoder_of(model, default_encoder(config.model))
     both = []
     for split in (train, test):
@@ -58,15 +67,21 @@ def measure_share(
             continue
         found = read_features([encoder], split.take(mine), "pooled")[0]
         both.append((found.values, found.labels))
-    return Share(numbers, ranks, both[0], both[1])
+    labels = {"train": train.files.labels, "test": test.files.labels}
+    return Share(numbers, ranks, both[0], both[1], left_out, labels, train.classes, said)
 
 
 def join_shares(shares: Sequence[Share], bank: int) -> dict[str, Any]:
     """A few numbers for metrics.jsonl: mrr, mrr_shuffled, mrr_chance, and knn, knn_chance where there are classes.
 
-    ``shares``: of every rank, in any order; ``bank``: its size.
+    And eval_left_out_train, eval_left_out_test where images cannot be used. ``shares``: of every rank, in any order;
+    ``bank``: its size. UserError where more of a split cannot be used than ``data.max_bad_fraction`` allows, or all of
+    a class.
     """
-    results: dict[str, Any] = {}
+    left_out = join_left_out(shares)
+    for part in left_out.values():
+        part.check()
+    results: dict[str, Any] = {f"eval_left_out_{name}": len(part) for name, part in left_out.items() if len(part)}
     parts = [share.ranks for share in shares if share.ranks is not None]
     if parts:
         # In the order of the images, so that not even the rounding of the mean depends on how they were divided.
@@ -83,9 +98,20 @@ def join_shares(shares: Sequence[Share], bank: int) -> dict[str, Any]:
         (x, y), (x_test, y_test) = (
             tuple(np.concatenate(columns) for columns in zip(*part, strict=True)) for part in (train, test)
         )
+        for name, found in (("train", y), ("test", y_test)):
+            left_out[name].require_classes(shares[0].labels[name], found, shares[0].classes)
         results["knn"] = knn_classify(torch.from_numpy(x), y, torch.from_numpy(x_test), y_test).weighted
         results["knn_chance"] = float(np.bincount(y_test).max() / len(y_test))
     return results
+
+
+def join_left_out(shares: Sequence[Share]) -> dict[str, LeftOut]:
+    """What was left out of each split, over all ranks."""
+    joined: dict[str, LeftOut] = {}
+    for share in shares:
+        for name, part in share.left_out.items():
+            joined.setdefault(name, LeftOut(part.place, part.total, part.max_fraction)).merge(part)
+    return joined
 
 
 def _ranks(
@@ -99,7 +125,10 @@ def _ranks(
         numbers.append(number)
     if not kept:
         return [], None
-    images, rows = zip(*test.take(np.array(kept, np.int64)).numbered(), strict=True)
+    read = list(test.take(np.array(kept, np.int64)).numbered())
+    if not read:
+        return [], None
+    images, rows = zip(*read, strict=True)
     whose = [numbers[row] for row in np.concatenate(rows)]
     found = mean_reciprocal_rank(model, config, space, torch.cat(images), bank=config.eval.bank, numbers=whose)
     return whose, found.ranks

@@ -14,11 +14,13 @@ from iwm_fast.data.whole import write_whole_text
 from iwm_fast.eval.charts import Bar, Line, Place, bars, curve, lines, places
 from iwm_fast.eval.dated import Dated, kept_table
 from iwm_fast.eval.examples import RankedExample
+from iwm_fast.eval.lines import data_lines
 from iwm_fast.eval.measurements import Measurement, merged
 from iwm_fast.eval.page import document, example_block, facts, fold, number, percent, section, table
 from iwm_fast.eval.slider_page import SCRIPT, slider_card
 from iwm_fast.eval.sliders import SlidingExample
 from iwm_fast.eval.view_pairs import left_out_line
+from iwm_fast.printable import printable
 
 __all__ = ["read_metrics", "write_report"]
 
@@ -295,11 +297,11 @@ def write_report(
     mine = [one for one in measured if one.weights == subject[0]]
     of_data = [one for one in mine if one.data == subject[1]]
     others = list(dict.fromkeys(one.data for one in reversed(mine) if one.data != subject[1]))
-    not_run = results.get("not_run", {})
+    notes = [*(f"{what}: {why}" for what, why in results.get("not_run", {}).items()), *data_lines(results)]
     body = "\n".join(
         (
             f'<h1>{html.escape(name)}</h1><p class="soft">{html.escape(" · ".join(lead))}</p>',
-            "".join(f'<p class="soft">{html.escape(f"{what}: {why}")}</p>' for what, why in not_run.items()),
+            "".join(f'<p class="soft">{html.escape(printable(line))}</p>' for line in notes),
             _measures({**merged(of_data), **results}, Dated.of(mine, subject[1])),
             _sliders(sliding),
             _examples(examples),

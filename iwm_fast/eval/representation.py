@@ -15,9 +15,10 @@ from iwm_fast.eval.features import EncoderName, Kept, encoder_of, read_features
 from iwm_fast.eval.finetune.fitting import WARMUP, Plan, fit, measure
 from iwm_fast.eval.finetune.modes import default_rates, reader_builder
 from iwm_fast.eval.finetune.tasks import Task
-from iwm_fast.eval.knn import knn_classify
-from iwm_fast.eval.linear import WEIGHT_DECAYS, linear_probe
+from iwm_fast.eval.knn import NEIGHBOURS, knn_classify
+from iwm_fast.eval.linear import WEIGHT_DECAYS, held_out_rows, linear_probe
 from iwm_fast.eval.progress import Progress
+from iwm_fast.eval.reduced import reduced
 from iwm_fast.eval.splits import Split
 from iwm_fast.models.iwm import IWM
 from iwm_fast.models.reader import HeadShape
@@ -26,6 +27,7 @@ __all__ = ["POOLING", "PROBES", "measure_representation"]
 
 PROBES = ("knn", "linear", "attentive")
 POOLING = "mean of all tokens"
+_TOO_FEW = "no class has two training images, so none can be held out to choose a setting by"
 # V-JEPA's attentive probe: 20 passes, AdamW, weight decay 0.01.
 _EPOCHS, _BATCH = 20, 128
 
@@ -60,22 +62,38 @@ def measure_representation(
         ]
         return both[0], both[1]
 
+    not_run: dict[str, str] = {}
     if "knn" in probes or "linear" in probes:
         for end, x, x_test in zip(("", "_untrained"), *read("pooled"), strict=False):
             results |= _sizes(x, x_test)
             if "knn" in probes:
                 results |= _knn(x, x_test, end)
-            if "linear" in probes:
+            if "linear" in probes and _can_hold_out(x):
                 results |= _linear(x, x_test, end)
+            elif "linear" in probes:
+                not_run["linear"] = _TOO_FEW
     if "attentive" in probes:
         for end, model, x, x_test in zip(("", "_untrained"), models, *read("tokens"), strict=False):
             results |= _sizes(x, x_test)
+            if not _can_hold_out(x):
+                not_run["attentive"] = _TOO_FEW
+                continue
             tell = None if progress is None else partial(progress, f"attentive probe{end.replace('_', ', ')}")
             task = Task.of("probe", HeadShape(len(train.classes), dense=False), x, x_test)
             results |= _attentive(model, which, task, end, tell)
     # The share of the commonest class: what an answer that never looks at the image would get.
     share = float(np.bincount(x_test.labels).max() / len(x_test))
-    return results | {f"{probe}_chance": share for probe in probes}
+    results |= {f"{probe}_chance": share for probe in probes if probe not in not_run}
+    if results.get("knn_k", NEIGHBOURS) < NEIGHBOURS:
+        why = f"there are {results['train_images']} training images"
+        results["reduced"] = {"knn_k": reduced(NEIGHBOURS, results["knn_k"], why)}
+    return results | ({"not_run": not_run} if not_run else {})
+
+
+def _can_hold_out(train: Features) -> bool:
+    """Whether some images can be held out to choose a setting by, and two are left to learn from."""
+    held = held_out_rows(train.labels)
+    return bool(held.any()) and int((~held).sum()) > 1
 
 
 def _sizes(train: Features, test: Features) -> dict[str, int]:

@@ -7,30 +7,30 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from iwm_fast.config import load_config
 from iwm_fast.engine.loading import default_device, find_checkpoint, load_model
 from iwm_fast.engine.rundir import RunDirectory
 from iwm_fast.errors import UserError
-from iwm_fast.eval.bank import JITTER_COMPONENTS
 from iwm_fast.eval.cache import FeatureCache
 from iwm_fast.eval.evaluate import USUAL, WHAT, evaluate_model
 from iwm_fast.eval.examples import ranked_examples
-from iwm_fast.eval.frames import open_triplets
+from iwm_fast.eval.frames import find_triplets, open_triplets
 from iwm_fast.eval.giving import given, report_place
 from iwm_fast.eval.measurements import divide, keep, place_of, read, weights_of
+from iwm_fast.eval.overrides import check_overrides, for_evaluation, overridden
 from iwm_fast.eval.progress import Progress
 from iwm_fast.eval.report import read_metrics, write_report
 from iwm_fast.eval.representation import PROBES
 from iwm_fast.eval.sliders import SlidingExample, sliding_examples
-from iwm_fast.eval.splits import open_splits, require_same_classes
+from iwm_fast.eval.splits import open_splits, require_same_classes, splits_record
 from iwm_fast.eval.triplets import TRIPLETS_WHAT, evaluate_triplets
+from iwm_fast.printable import printable
 
 __all__ = ["evaluate_run", "result_rows"]
 
 # Images of the report whose banks are shown as ranked: enough to see a habit, few enough to scroll through.
 _SHOWN_IMAGES = 6
 _SLIDING_IMAGES = 3
-# Keys that say what is asked of a model, and not what it is.
-_FREE = ("eval.", "data.", *(f"actions.{name}" for name in ("strength", *JITTER_COMPONENTS)))
 
 
 def evaluate_run(
@@ -58,32 +58,37 @@ def evaluate_run(
     ``overrides``: ``key.path=value`` of the jitter's strength, ``eval`` and ``data``, in place of the run's own.
     ``give`` gets the answer as soon as it is measured, before pictures are drawn and files are written. ``report``:
     False where the run may be another user's: where its folder cannot be written, that is said, and ``report`` is None.
-    Returns the names and values of ``evaluate_model``, with ``step`` and ``report``.
-    Raises UserError for an unknown ``what``, a folder that is no run, and data that cannot be used.
+    Returns the names and values of ``evaluate_model``, with ``step`` and ``report``; ``splits``: which part of the data
+    is learned from and which is tested on; ``left_out``: what of them cannot be decoded.
+    Raises UserError for an unknown ``what``, a folder that is no run, an override without a use here, and data that
+    cannot be used, or of which more than ``data.max_bad_fraction`` cannot be decoded.
     """
     unknown = [word for word in what or () if word not in WHAT]
     if unknown or (what is not None and not what):
         raise UserError(f"--what: {unknown[0] if unknown else 'empty'}: it is a list of {', '.join(WHAT)}")
-    for word in overrides:
-        if not word.startswith(_FREE):
-            raise UserError(
-                f"command line: {word}: evaluation may change {', '.join(_FREE)} only; the rest is the run's"
-            )
+    external = _external(run)
+    what = what or (TRIPLETS_WHAT if external else USUAL)
+    check_overrides(overrides, command="evaluate", external=external, what=what)
+    _check_images(images, overrides, what, external=external)
     saved = find_checkpoint(run, checkpoint)
     page = report_place(run, needed=report)
     model, config, space, step = load_model(run, saved.name, overrides)
+    config = for_evaluation(config, overrides)
     model.to(default_device())
     sliding: Sequence[SlidingExample] = []
-    if config.actions.groups == ("external",):
+    if external:
+        manifest, unused = find_triplets(data)
         results, shown = evaluate_triplets(
             model, config, space, open_triplets(data, config),
-            what=what or TRIPLETS_WHAT, bank=images, examples=_SHOWN_IMAGES, progress=progress,
+            what=what, bank=images, examples=_SHOWN_IMAGES, progress=progress,
         )  # fmt: skip
+        rest = f"; not used: {', '.join(unused)}" if unused else ""
+        said = printable(f"{manifest} is tested on{rest}")
+        results["splits"] = {"test": str(manifest), "how": "manifest", "not_used": unused, "said": said}
     else:
-        what = what or USUAL
-        train, test = open_splits(data, config)
+        train, test = open_splits(data, config, source=config.data.source)
         if set(what) & set(PROBES):
-            require_same_classes(train, test, data)
+            require_same_classes(train, test)
         results = evaluate_model(
             model,
             config,
@@ -96,13 +101,14 @@ def evaluate_run(
             cache=FeatureCache(cache if cache is not None else run / "cache"),
             progress=progress,
         )
+        results |= splits_record(train, test)
     answer = {**results, "step": step, "report": None if page is None else str(page)}
     with given(give, answer):
         if page is None:
             return answer
         weights = weights_of(saved)
         keep(run, divide(results, step=step, weights=weights, data=data))
-        if config.actions.groups != ("external",):
+        if not external:
             shown = ranked_examples(model, config, space, test.spread(_SHOWN_IMAGES), bank=config.eval.bank)
             sliding = sliding_examples(model, config, space, test.spread(_SLIDING_IMAGES), bank=config.eval.bank)
         write_report(
@@ -119,6 +125,23 @@ def evaluate_run(
             environment=json.loads(RunDirectory(run).environment_file.read_text())["environment"],
         )
     return answer
+
+
+def _external(run: Path) -> bool:
+    """Whether a run was trained on triplets; what is wrong with its folder is said when it is loaded."""
+    file = run / "config.yaml"
+    return file.exists() and load_config(file).actions.groups == ("external",)
+
+
+def _check_images(images: int | None, overrides: Sequence[str], what: Sequence[str], *, external: bool) -> None:
+    """UserError where --images would change nothing, or contradicts an override."""
+    if images is None:
+        return
+    if "mrr" not in what:
+        raise UserError("--images: of mrr, which --what leaves out; leave it out")
+    key = "eval.bank" if external else "eval.mrr_images"
+    if key in overridden(overrides):
+        raise UserError(f"--images and {key} say the same; give one of them")
 
 
 def result_rows(results: Mapping[str, Any]) -> list[list[str]]:
@@ -146,4 +169,18 @@ def result_rows(results: Mapping[str, Any]) -> list[list[str]]:
         low, high = found["mrr_interval"]
         controls = [f"{found[f'mrr_{key}']:.4f}" for key in ("chance", "shuffled", "neutral")]
         rows.append([f"mrr, {part}", f"{found['mrr']:.4f}", f"{low:.4f} – {high:.4f}", *controls, ""])
+    return rows + _rollout_rows(results.get("rollout"))
+
+
+def _rollout_rows(rolled: Mapping[str, Any] | None) -> list[list[str]]:
+    """The error at each horizon, and that of the first frame's copy: the smaller the better."""
+    rows: list[list[str]] = []
+    if rolled is None:
+        return rows
+    for place, horizon in enumerate(rolled["horizons"]):
+        for name, key in (("error", "model"), ("error of a copy", "copy")):
+            low, high = rolled[f"{key}_interval"][place]
+            shuffled = f"{rolled['shuffled'][place]:.4f}" if key == "model" else ""
+            cells = [f"{rolled[key][place]:.4f}", f"{low:.4f} – {high:.4f}", "", shuffled, "", ""]
+            rows.append([f"roll-out, {name}, {horizon} ahead", *cells])
     return rows

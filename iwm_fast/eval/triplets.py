@@ -17,6 +17,7 @@ from iwm_fast.eval.examples import RankedExample, first_ranked
 from iwm_fast.eval.frames import FrameReader, open_triplets
 from iwm_fast.eval.next_frames import NextFrames, draw_next_frames, rank_next_frames, summarise_next_frames
 from iwm_fast.eval.progress import Progress
+from iwm_fast.eval.reduced import reduced
 from iwm_fast.eval.rollout import measure_rollouts
 from iwm_fast.models.iwm import IWM
 
@@ -41,17 +42,26 @@ def evaluate_triplets(
     """Measure ``what`` and return names and values as `evaluate_model` does, and ``examples`` of what was ranked.
 
     bank: next frames that are ranked and asked for, default ``eval.bank``. Roll-outs: of ``eval.horizon`` steps, under
-    ``rollout``. What needs classes stands under ``not_run``.
+    ``rollout``. What needs classes stands under ``not_run``, a bank larger than the set under ``reduced``, frames that
+    cannot be decoded under ``left_out``.
     """
     results: dict[str, Any] = {}
     not_run = {name: _NO_CLASSES for name in what if name not in TRIPLETS_WHAT}
     shown: list[RankedExample] = []
     reader = FrameReader(triplets, config)
     if "mrr" in what:
-        frames = draw_next_frames(reader, bank if bank is not None else config.eval.bank)
+        wanted = bank if bank is not None else config.eval.bank
+        frames = draw_next_frames(reader, wanted)
         tell = None if progress is None else partial(progress, "mrr")
         found, distances = rank_next_frames(model, frames, normalize=config.model.normalize_target, progress=tell)
         results |= summarise_next_frames(frames, found)
+        few = {"mrr_bank": (len(frames.bank), "next frames"), "mrr_images": (len(frames), "triplets")}
+        smaller = {
+            name: reduced(wanted, used, f"the set has {used} distinct {things}")
+            for name, (used, things) in few.items()
+            if used < wanted
+        }
+        results |= {"reduced": smaller} if smaller else {}
         ranks = {name: values[:, 0] for name, values in found.ranks["l2"].items()}
         shown = [_example(frames, distances, ranks, space, query) for query in range(min(examples, len(frames)))]
     if "rollout" in what:
@@ -61,13 +71,17 @@ def evaluate_triplets(
             not_run["rollout"] = rolled["reason"]
         else:
             results["rollout"] = rolled
+    reader.left_out.check()
+    results["left_out"] = {"test": reader.left_out.record()}
     return (results | {"not_run": not_run} if not_run else results), shown
 
 
 def monitor_triplets(model: IWM, config: Config, space: ActionSpace, root: str | Path) -> dict[str, Any]:
     """MRR while training, a few numbers for metrics.jsonl: mrr, mrr_shuffled, mrr_chance."""
     results, _ = evaluate_triplets(model, config, space, open_triplets(root, config), what=("mrr",))
-    return {key: results[key] for key in ("mrr", "mrr_shuffled", "mrr_chance")}
+    bad = results["left_out"]["test"]["count"]
+    found = {key: results[key] for key in ("mrr", "mrr_shuffled", "mrr_chance")}
+    return found | ({"eval_left_out_test": bad} if bad else {})
 
 
 def _example(

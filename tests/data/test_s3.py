@@ -14,7 +14,7 @@ from store import FaultyStore, moto_server, upload
 
 from iwm_fast.actions import ActionSpace
 from iwm_fast.data.encoded import BadSample
-from iwm_fast.data.files import list_images, split
+from iwm_fast.data.files import divide, list_images, split
 from iwm_fast.data.index import write_index
 from iwm_fast.data.loader import TrainingStream
 from iwm_fast.data.shards import write_shards
@@ -87,6 +87,17 @@ def test_a_store_holds_what_a_disk_holds(kind, store, folder, tmp_path):
     assert names == [here.name(i).replace(str(local), f"s3://{bucket}/deep/er") for i in range(len(here))]
     assert contents(pickle.loads(pickle.dumps(there))) == contents(here)
     assert SECRET.encode() not in pickle.dumps(there)
+
+
+def test_the_splits_of_a_store_are_recognised(store, folder, tmp_path):
+    for part in ("Train", "val"):
+        upload(store.direct, folder, "layout", f"set/{part}/")
+        upload(store.direct, folder, "lonely", f"set/{part}/{part}/")
+    train, test, layout = divide("s3://layout/set")
+    assert (layout.train, layout.test) == ("s3://layout/set/Train", "s3://layout/set/val")
+    assert contents(train) == contents(test) == contents(list_images(folder))
+    with pytest.raises(UserError, match=r"s3://lonely/set/val holds val/ and no train/"):
+        divide("s3://lonely/set/val")
 
 
 def test_members_of_shards_are_read_by_range(store, folder, tmp_path):

@@ -8,7 +8,7 @@ from PIL import Image
 
 from iwm_fast.data.clean import load_clean
 from iwm_fast.data.files import list_images
-from iwm_fast.data.segmentation import is_masked, read_mask, split_masked
+from iwm_fast.data.segmentation import divide_masked, is_masked, read_mask, split_masked
 from iwm_fast.data.synth import draw_dataset
 from iwm_fast.errors import UserError
 
@@ -76,3 +76,38 @@ def test_a_folder_without_train_and_test_is_split_as_images_are(tmp_path):
     assert all(train.image(row).stem == mask.stem for row, mask in enumerate(train.masks))
     with pytest.raises(UserError, match="has no images/ and masks/ beside each other"):
         split_masked(tmp_path / "s" / "train" / "images")
+
+
+def masked(root, folder, names):
+    """Small images and masks below ``root``, as images/FOLDER/NAME and masks/FOLDER/NAME."""
+    for kind, mode in (("images", "RGB"), ("masks", "L")):
+        (root / kind / folder).mkdir(parents=True, exist_ok=True)
+        for name in names:
+            Image.new(mode, (8, 8)).save(root / kind / folder / f"{name}.png")
+
+
+@pytest.mark.parametrize(("train", "test"), [("train", "val"), ("Training", "validation"), ("train", "test")])
+@pytest.mark.parametrize("inside", [False, True], ids=["images in splits", "splits in images"])
+def test_the_splits_of_masked_images_are_recognised(tmp_path, train, test, inside):
+    """ADE20K has images/training beside masks/training, others train/images beside train/masks."""
+    for part, names in ((train, "abc"), (test, "de")):
+        masked(tmp_path if inside else tmp_path / part, part if inside else ".", names)
+    assert is_masked(tmp_path)
+    learned, tested, layout = divide_masked(tmp_path)
+    assert [mask.stem for mask in learned.masks] == ["a", "b", "c"]
+    assert [mask.stem for mask in tested.masks] == ["d", "e"]
+    assert [learned.image(row).stem for row in range(3)] == ["a", "b", "c"]
+    place = f"{tmp_path}/images" if inside else str(tmp_path)
+    assert (layout.train, layout.test) == (f"{place}/{train}", f"{place}/{test}")
+
+
+def test_ambiguous_splits_and_masks_without_an_image_are_said(tmp_path):
+    masked(tmp_path, "train", "abc")
+    with pytest.raises(UserError, match=r"images holds train/ and no test/ or val/"):
+        divide_masked(tmp_path)
+    masked(tmp_path, "val", "de")
+    (tmp_path / "images" / "val" / "d.png").unlink()
+    assert divide_masked(tmp_path)[2].unused == (f"1 masks of {tmp_path}/masks without an image",)
+    masked(tmp_path, "Val", "f")
+    with pytest.raises(UserError, match="images holds Val/ and val/"):
+        divide_masked(tmp_path)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import time
@@ -20,6 +21,7 @@ from iwm_fast.eval.features import read_features
 from iwm_fast.eval.splits import open_splits
 
 CPU = Config(**(dict(tiny_config()) | {"data": DataConfig(device="cpu", threads=1)}))
+LENIENT = Config(**(dict(CPU) | {"data": DataConfig(device="cpu", threads=1, max_bad_fraction=1.0)}))
 
 
 class Counted:
@@ -46,8 +48,8 @@ def photos(tmp_path):
     return tmp_path / "photos"
 
 
-def opened(photos):
-    return Counted(open_splits(photos, CPU)[0])
+def opened(photos, config=CPU):
+    return Counted(open_splits(photos, config)[0])
 
 
 @pytest.mark.parametrize("keep", ["pooled", "tokens", "pixels"])
@@ -192,8 +194,48 @@ def test_features_that_fit_neither_disk_nor_memory_are_refused_before_the_work(p
 
 def test_a_file_that_cannot_be_decoded_is_left_out(photos, tmp_path):
     model, _ = tiny_model(CPU)
-    split = opened(photos)
+    split = opened(photos, LENIENT)
     Path(split.files.name(2)).write_bytes(b"broken")
     found = read_features([model.encoder], split, "pooled", cache=FeatureCache(tmp_path / "cache"))[0]
     assert len(found) == len(found.labels) == len(split) - 1
     np.testing.assert_array_equal(found.labels, np.delete(split.files.labels, 2))
+
+
+def test_an_entry_remembers_what_was_left_out(photos, tmp_path):
+    """Served from the cache it is said again, and refused where the limit is lower by now."""
+    model, _ = tiny_model(CPU)
+    cache, split = FeatureCache(tmp_path / "cache"), opened(photos, LENIENT)
+    broken = split.files.name(2)
+    Path(broken).write_bytes(b"broken")
+    read_features([model.encoder], split, "pooled", cache=cache)
+    again = opened(photos, LENIENT)
+    read_features([model.encoder], again, "pooled", cache=cache)
+    assert again.reads == 0
+    assert again.bad == split.bad == {broken: "cannot identify image file"}
+    with pytest.raises(UserError, match="1 of 8 images cannot be used"):
+        read_features([model.encoder], opened(photos), "pooled", cache=cache)
+
+
+def test_an_entry_that_does_not_say_what_was_left_out_is_computed_anew(photos, tmp_path):
+    """As earlier versions wrote them."""
+    model, _ = tiny_model(CPU)
+    cache = FeatureCache(tmp_path / "cache")
+    read_features([model.encoder], opened(photos), "pooled", cache=cache)
+    (path,) = (tmp_path / "cache").glob("*/entry.json")
+    path.write_text(json.dumps({"count": json.loads(path.read_text())["count"]}))
+    split = opened(photos)
+    read_features([model.encoder], split, "pooled", cache=cache)
+    assert split.reads == 1
+    assert json.loads(path.read_text())["left_out"] == {}
+
+
+def test_a_file_that_became_readable_is_read_again(photos, tmp_path):
+    """A change of mode moves the time of change, though neither size nor content."""
+    model, _ = tiny_model(CPU)
+    cache, split = FeatureCache(tmp_path / "cache"), opened(photos)
+    path = Path(split.files.name(1))
+    path.chmod(0o600)
+    first = split.fingerprint()
+    path.chmod(0o644)
+    assert opened(photos).fingerprint() != first
+    assert len(read_features([model.encoder], opened(photos), "pooled", cache=cache)[0]) == 8

@@ -133,3 +133,28 @@ def test_the_attentive_probe_is_measured_where_it_is_asked_for():
     assert 0.5 <= found["attentive_untrained"] <= 1
     assert (found["train_images"], found["test_images"]) == (40, 20)
     assert "linear" not in found
+
+
+def test_settings_larger_than_the_set_are_reduced_aloud():
+    config = tiny_config()
+    model, space = tiny_model(config)
+    few = labelled(10, 2)
+    found = evaluate_model(model, config, space, train=few, test=labelled(4, 3), what=("mrr", "knn"), images=9)
+    assert (found["mrr_images"], found["knn_k"]) == (4, 10)
+    assert found["reduced"] == {
+        "mrr_images": {"asked": 9, "used": 4, "why": "there are 4 test images"},
+        "knn_k": {"asked": 20, "used": 10, "why": "there are 10 training images"},
+    }
+    assert "reduced" not in evaluate_model(model, config, space, train=TRAIN, test=TEST, what=("mrr", "knn"))
+
+
+def test_a_probe_without_images_to_hold_out_does_not_run_and_says_so():
+    """One training image a class: nothing to choose a weight decay or a learning rate by."""
+    config = tiny_config()
+    model, space = tiny_model(config)
+    one = TensorSplit(TRAIN.images[[0, -1]], TRAIN.labels[[0, -1]], CLASSES)
+    found = evaluate_model(model, config, space, train=one, test=TEST, what=("knn", "linear", "attentive"))
+    assert "knn" in found
+    assert set(found["not_run"]) == {"linear", "attentive"}
+    assert "no class has two training images" in found["not_run"]["linear"]
+    assert not {"linear", "linear_chance", "attentive"} & found.keys()

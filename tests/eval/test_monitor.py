@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -7,12 +8,14 @@ import pytest
 from PIL import Image
 from worlds import pictures, tiny_config, tiny_model
 
-from iwm_fast.config import ActionsConfig, Config, DataConfig
+from iwm_fast.config import ActionsConfig, Config, DataConfig, EvalConfig
+from iwm_fast.errors import UserError
 from iwm_fast.eval.evaluate import evaluate_model
-from iwm_fast.eval.monitor import join_shares, measure_share
+from iwm_fast.eval.monitor import join_left_out, join_shares, measure_share
 from iwm_fast.eval.splits import open_splits
 
 CPU = Config(**(dict(tiny_config()) | {"data": DataConfig(device="cpu", threads=1)}))
+LENIENT = Config(**(dict(CPU) | {"data": DataConfig(device="cpu", threads=1, max_bad_fraction=1.0)}))
 
 
 @pytest.fixture(scope="module")
@@ -60,10 +63,10 @@ def test_files_that_cannot_be_decoded_leave_the_numbers_of_the_others_alone(fold
             copy = tmp_path / part / path.parent.name / path.name
             copy.parent.mkdir(parents=True, exist_ok=True)
             copy.write_bytes(path.read_bytes())
-    whole = measured(tmp_path, 1)[0]
+    whole = measured(tmp_path, 1, LENIENT)[0]
     chosen = Path(open_splits(tmp_path, CPU)[1].files.name(whole_rows(22)[1]))
     chosen.write_bytes(b"broken")
-    left = measured(tmp_path, 1)[0]
+    left = measured(tmp_path, 1, LENIENT)[0]
     assert (whole.numbers, left.numbers) == ([0, 1, 2], [0, 2])
     np.testing.assert_array_equal(left.ranks["l2"]["model"], whole.ranks["l2"]["model"][[0, 2]])
 
@@ -76,3 +79,49 @@ def test_without_jitter_or_classes_there_is_less_to_say(folder):
     still = Config(**(dict(CPU) | {"actions": ActionsConfig(strength=0.0)}))
     assert set(join_shares(measured(folder, 2, still), 16)) == {"knn", "knn_chance"}
     assert set(join_shares(measured(folder / "train" / "dark", 2), 16)) == {"mrr", "mrr_shuffled", "mrr_chance"}
+
+
+def broken_copy(folder, tmp_path, *names):
+    root = tmp_path / "copy"
+    shutil.copytree(folder, root)
+    for name in names:
+        (root / name).write_bytes(b"broken")
+    return root
+
+
+SMALL = Config(**(dict(LENIENT) | {"eval": EvalConfig(bank=2, images=8, mrr_images=2)}))
+
+
+def test_what_the_ranks_left_out_is_counted_together(folder, tmp_path):
+    names = [open_splits(folder, SMALL, limit=8)[part].files.name(row) for part, row in ((0, 0), (0, 7), (1, 4))]
+    bad = [str(Path(name).relative_to(folder)) for name in names]
+    root = broken_copy(folder, tmp_path, *bad)
+    for world in (1, 5):
+        shares = measured(root, world, SMALL)
+        joined = join_shares(shares, 2)
+        assert (joined["eval_left_out_train"], joined["eval_left_out_test"]) == (2, 1)
+        assert set(join_left_out(shares)["test"].reasons) == {f"{root}/{bad[2]}"}
+    for share in shares:  # of no rank's own images more than one is bad
+        assert len(share.left_out["train"]) < 2
+        share.left_out["train"].max_fraction = 0.2
+    with pytest.raises(UserError, match=r"copy/train: 2 of 8 images cannot be used"):
+        join_shares(shares, 2)
+
+
+def test_a_rank_whose_images_are_all_bad_ends_nobody(folder, tmp_path):
+    first = open_splits(folder, SMALL, limit=8)[1].files.name(0)
+    root = broken_copy(folder, tmp_path, str(Path(first).relative_to(folder)))
+    shares = measured(root, 8, SMALL)
+    assert len(shares[0].test[1]) == 0
+    assert join_shares(shares, 2)["eval_left_out_test"] == 1
+
+
+def test_classes_that_are_gone_or_differ_are_refused(folder, tmp_path):
+    root = broken_copy(folder, tmp_path, *(f"test/dark/{i:02d}.png" for i in range(11)))
+    with pytest.raises(UserError, match="none of the 4 images of class dark can be used"):
+        join_shares(measured(root, 2, SMALL), 2)
+    shutil.rmtree(root / "test" / "dark")
+    (root / "test" / "other").mkdir()
+    shutil.copy(root / "test" / "light" / "00.png", root / "test" / "other")
+    with pytest.raises(UserError, match=r"has no image of 1 of the 2 classes of .*train \(dark\)"):
+        measured(root, 1, SMALL)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +13,13 @@ from made_images import encode
 from made_triplets import write_lines
 from worlds import Pixels, tiny_config
 
-from iwm_fast.config import Config
+from iwm_fast.config import Config, DataConfig
 from iwm_fast.data.external import space_of
 from iwm_fast.data.triplets import read_triplets
 from iwm_fast.errors import UserError
 from iwm_fast.eval.frames import FrameReader, open_triplets
 from iwm_fast.eval.next_frames import draw_next_frames, rank_next_frames, shuffled_actions, summarise_next_frames
+from iwm_fast.eval.reduced import reduced_lines
 from iwm_fast.eval.stats import chance_mrr
 from iwm_fast.eval.triplets import evaluate_triplets, monitor_triplets
 from iwm_fast.models.iwm import IWM
@@ -195,3 +197,26 @@ def test_the_test_part_is_taken_where_there_is_one(game, tmp_path):
     assert open_triplets(tmp_path, config).manifest == tmp_path / "test" / "manifest.jsonl"
     with pytest.raises(UserError, match="this is no manifest of them"):
         open_triplets(tmp_path / "elsewhere", config)
+
+
+def test_a_bank_larger_than_the_set_and_frames_left_out_are_said(game, tmp_path):
+    for path in game.parent.iterdir():
+        shutil.copy(path, tmp_path)
+    (tmp_path / "3.png").write_bytes(b"no picture")
+    config = config_of(tmp_path / game.name)
+    lenient = Config(**(dict(config) | {"data": DataConfig(device="cpu", threads=1, max_bad_fraction=0.1)}))
+    triplets = read_triplets(tmp_path / game.name)
+    space = space_of(config.actions)
+    found, _ = evaluate_triplets(RingOracle(), lenient, space, triplets, what=("mrr",), bank=1000)
+    bank, queries = found["mrr_bank"], found["mrr_images"]
+    assert found["reduced"]["mrr_bank"] == {
+        "asked": 1000, "used": bank, "why": f"the set has {bank} distinct next frames"
+    }  # fmt: skip
+    assert found["reduced"]["mrr_images"]["used"] == queries
+    (line, _) = reduced_lines(found["reduced"])
+    assert line == f"mrr_bank: {bank} instead of 1000: the set has {bank} distinct next frames"
+    assert found["left_out"]["test"]["files"] == [
+        {"file": str(tmp_path / "3.png"), "reason": "cannot identify image file"}
+    ]
+    with pytest.raises(UserError, match=r"more than data\.max_bad_fraction \(0\.01\) allows"):
+        evaluate_triplets(RingOracle(), config, space, triplets, what=("mrr",), bank=8)

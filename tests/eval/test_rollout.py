@@ -13,8 +13,10 @@ from torch import nn
 
 from iwm_fast.data.external import space_of
 from iwm_fast.data.triplets import read_triplets, resolve_triplets
-from iwm_fast.eval.frames import FrameReader
+from iwm_fast.errors import UserError
+from iwm_fast.eval.frames import FrameReader, find_triplets
 from iwm_fast.eval.rollout import chains, measure_rollouts, rollout_errors
+from iwm_fast.eval.run import result_rows
 from iwm_fast.models.iwm import IWM
 
 
@@ -119,3 +121,28 @@ def test_means_have_intervals_and_begin_at_chains_spread_over_the_set(game):
         for mean, (low, high) in zip(found[name], found[f"{name}_interval"], strict=True):
             assert low <= mean <= high
     assert "fewer than two chains of 9 triplets" in measure_rollouts(Line(), FrameReader(triplets, config), 9)["reason"]
+
+
+def test_the_test_set_is_found_under_the_names_of_splits(tmp_path):
+    write_game(tmp_path / "train")
+    with pytest.raises(UserError, match="this is no manifest of them"):
+        find_triplets(tmp_path)
+    val = write_game(tmp_path / "Val")
+    assert find_triplets(tmp_path) == (val, [])
+    assert find_triplets(val) == (val, [])
+    test = write_game(tmp_path / "test")
+    assert find_triplets(tmp_path) == (test, [str(val)])
+    write_game(tmp_path / "Testing")
+    with pytest.raises(UserError, match="both hold triplets to test on; give one of them"):
+        find_triplets(tmp_path)
+
+
+def test_a_rollout_has_rows_in_the_table():
+    two = {"horizons": [1, 2], "starts": 5, "model": [0.25, 0.5], "shuffled": [0.75, 1.0], "copy": [1.5, 2.0]}
+    rolled = two | {f"{name}_interval": [[0.0, 1.0], [0.0, 2.0]] for name in ("model", "shuffled", "copy")}
+    table = result_rows({"rollout": rolled})
+    assert table[0] == ["roll-out, error, 1 ahead", "0.2500", "0.0000 – 1.0000", "", "0.7500", "", ""]
+    assert table[1][:2] == ["roll-out, error of a copy, 1 ahead", "1.5000"]
+    assert table[2][:3] == ["roll-out, error, 2 ahead", "0.5000", "0.0000 – 2.0000"]
+    assert len(table) == 4
+    assert result_rows({"not_run": {"rollout": "why"}}) == []

@@ -139,3 +139,37 @@ def test_the_exit_code_says_whether_all_that_was_named_was_measured(run, tiny_im
     assert "mrr" in found
     assert list(found["not_run"]) == ["knn"]
     assert main([*words, "--what", "mrr"]) == 0
+
+
+def test_splits_left_out_images_and_reduced_settings_are_in_table_json_and_report(run, tiny_images, tmp_path, capsys):
+    for part in ("Train", "validation", "test"):
+        shutil.copytree(tiny_images, tmp_path / "set" / part)
+    (tmp_path / "set" / "Train" / "cold" / "001.jpg").write_bytes(b"torn")
+    broken = f"{tmp_path}/set/Train/cold/001.jpg"
+    words = ["evaluate", run, "--data", tmp_path / "set", "--what", "knn", "data.max_bad_fraction=0.1"]
+    for _ in range(2):  # the second time from the cache
+        assert main([*map(str, words), "--cache", str(tmp_path / "kept"), "--json", str(tmp_path / "a.json")]) == 0
+        found, said = json.loads((tmp_path / "a.json").read_text()), capsys.readouterr().out
+        assert (found["train_images"], found["test_images"], found["classes"]) == (23, 24, 2)
+        assert found["splits"]["train"] == f"{tmp_path}/set/Train"
+        assert found["splits"]["not_used"] == [f"{tmp_path}/set/validation"]
+        assert found["left_out"]["train"]["files"] == [{"file": broken, "reason": "cannot identify image file"}]
+        page = (run / "report" / "index.html").read_text()
+        for text in (said, page):
+            assert f"train: 1 of 24 images left out: {broken} (cannot identify image file)" in text
+            assert f"not used: {tmp_path}/set/validation" in text
+    line = refused(capsys, *words[1:-1])
+    assert line.startswith(
+        f"{tmp_path}/set/Train: 1 of 24 images cannot be used, more than data.max_bad_fraction (0.01)"
+    )
+
+
+def test_what_would_change_nothing_is_refused_and_an_empty_table_is_not_printed(run, tiny_images, capsys):
+    data = [run, "--data", tiny_images]
+    assert "--images: of mrr" in refused(capsys, *data, "--what", "knn", "--images", 3)
+    assert "say the same" in refused(capsys, *data, "--what", "mrr", "--images", 3, "eval.mrr_images=2")
+    assert "eval.images: of evaluation while training" in refused(capsys, *data, "eval.images=200")
+    assert main(["evaluate", *map(str, data), "--what", "rollout"]) == 1
+    said = capsys.readouterr().out
+    assert "rollout not run: a roll-out needs triplets, and these are images" in said
+    assert "iwm-fast evaluate, step" not in said

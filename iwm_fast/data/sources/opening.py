@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from iwm_fast.data.sources.storage import LocalStorage, Storage
 from iwm_fast.data.sources.webdataset import CLASSES_FILE, WebDatasetSource
 from iwm_fast.errors import UserError
 
-__all__ = ["holds", "open_source"]
+__all__ = ["open_source", "top_level"]
 
 PACKED = "compressed archive(s), which allow no random access: decompress them"
 UNREAD = "image(s) of a format that is not read"
@@ -92,11 +93,19 @@ def _count_others(source: Source, names: list[str]) -> None:
     source.left_out.add(BROKEN, *(name for name in links if not source.storage.has(name)))
 
 
-def holds(root: str | Path, folder: str, patience: Patience = PATIENCE) -> bool:
-    """Whether a folder of that name lies below the root; in a store, whether there is an object below it."""
+def top_level(root: str | Path, patience: Patience = PATIENCE) -> tuple[list[str], list[str]]:
+    """Names of the folders and of the files directly below a root, sorted, hidden ones left out.
+
+    Both are empty for what is no folder, or cannot be listed: opening it says why.
+    """
     if is_address(str(root)):
-        return S3Storage(f"{str(root).rstrip('/')}/{folder}", patience).any()
-    return (Path(root) / folder).is_dir()
+        return S3Storage(str(root), patience).top()
+    try:
+        with os.scandir(root) as entries:
+            seen = sorted((e.name, e.is_dir()) for e in entries if not e.name.startswith("."))
+    except OSError:
+        return [], []
+    return [name for name, folder in seen if folder], [name for name, folder in seen if not folder]
 
 
 def _place(root: str, patience: Patience) -> tuple[Storage, str | None]:

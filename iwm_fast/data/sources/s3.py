@@ -105,6 +105,19 @@ class S3Storage:
         page = self._ask(self.root, lambda: self._list(name, MaxKeys=1))
         return any(entry["Key"] == self._prefix + name for entry in page.get("Contents", ()))
 
+    def top(self) -> tuple[list[str], list[str]]:
+        """Names of the folders and of the objects directly below the prefix, both sorted."""
+        folders: list[str] = []
+        objects: list[str] = []
+        more: dict[str, str] = {}
+        while True:
+            page = self._ask(self.root, partial(self._list, Delimiter="/", **more))
+            folders += [entry["Prefix"][len(self._prefix) : -1] for entry in page.get("CommonPrefixes", ())]
+            objects += [entry["Key"][len(self._prefix) :] for entry in page.get("Contents", ())]
+            if not page.get("IsTruncated"):
+                return _seen(folders), _seen(objects)
+            more = {"ContinuationToken": page["NextContinuationToken"]}
+
     def any(self) -> bool:
         """Whether there is an object below the prefix."""
         return bool(self._ask(self.root, lambda: self._list(MaxKeys=1)).get("KeyCount"))
@@ -202,6 +215,10 @@ class S3Storage:
         """UserError where nothing at all is left under the prefix."""
         if not self.any():
             raise DataGone(f"{self.root} is empty")
+
+
+def _seen(names: list[str]) -> list[str]:
+    return sorted(name for name in names if name and not name.startswith("."))
 
 
 def _hidden(key: str) -> bool:

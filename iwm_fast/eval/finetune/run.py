@@ -13,6 +13,7 @@ import numpy as np
 
 from iwm_fast.config import Config
 from iwm_fast.data.segmentation import is_masked
+from iwm_fast.data.sources.s3 import is_address
 from iwm_fast.engine.loading import default_device, load_model
 from iwm_fast.errors import UserError
 from iwm_fast.eval.cache import FeatureCache, Features
@@ -33,14 +34,18 @@ from iwm_fast.eval.finetune.saved import require_absent, save_finetuned
 from iwm_fast.eval.finetune.scores import IGNORED
 from iwm_fast.eval.finetune.tasks import Task
 from iwm_fast.eval.giving import given
-from iwm_fast.eval.masked import open_masked_splits
+from iwm_fast.eval.lines import data_lines
+from iwm_fast.eval.masked import MaskedSplit, open_masked_splits
+from iwm_fast.eval.overrides import check_overrides, for_evaluation
 from iwm_fast.eval.progress import Progress
-from iwm_fast.eval.splits import Split, open_splits, require_same_classes
+from iwm_fast.eval.reduced import reduced
+from iwm_fast.eval.splits import FileSplit, Split, open_splits, require_same_classes, splits_record
 from iwm_fast.models.iwm import IWM
 from iwm_fast.models.predictors import VitPredictor
 from iwm_fast.models.reader import HeadShape
+from iwm_fast.printable import printable
 
-__all__ = ["KINDS", "Request", "finetune_rows", "finetune_run", "named_folders"]
+__all__ = ["KINDS", "Request", "finetune_lines", "finetune_rows", "finetune_run", "named_folders"]
 
 KINDS = ("classification", "segmentation")
 
@@ -48,7 +53,8 @@ KINDS = ("classification", "segmentation")
 @dataclass(frozen=True)
 class Request:
     """What is asked for. data: folders of images by task name; kind: of task, default by the layout; how long
-    (``steps``, or ``epochs`` passes over the largest task's training images); learning rates, default the mode's.
+    (``steps``, or ``epochs`` passes over the largest task's training images); learning rates, default the mode's;
+    ``overrides``: ``key.path=value`` of the section data.
     """
 
     mode: Mode
@@ -64,6 +70,7 @@ class Request:
     seed: int = 0
     checkpoint: str = "latest"
     cache: Path | None = None
+    overrides: Sequence[str] = ()
     tell: Progress | None = field(default=None, compare=False)
 
     def check(self) -> None:
@@ -81,21 +88,36 @@ class Request:
             raise UserError(f"--data: {len(self.data)} tasks need --mode multitask; give mode {self.mode} one")
         if any(rate <= 0 for rate in self.rates):
             raise UserError(f"--lr: {min(self.rates):g}: a learning rate is above 0")
+        check_overrides(self.overrides, command="finetune")
 
 
 def named_folders(words: Sequence[str]) -> dict[str, str]:
     """Folders by task name from ``DIR`` (named after the folder) or ``NAME=DIR``; UserError for a name used twice."""
     named: dict[str, str] = {}
     for word in words:
-        name, mark, folder = word.partition("=")
-        place = folder if mark else word
-        key = name if mark else (Path(place).resolve().name or "data")
+        name, place = _named(word)
+        key = name if name is not None else (Path(place).resolve().name or "data")
         if not key or key in named:
-            raise UserError(f"--data: {word}: each task needs a name of its own; write NAME=DIR")
+            raise UserError(f"--data: {printable(word)}: each task needs a name of its own; write NAME=DIR")
         named[key] = place
     if not named:
         raise UserError("--data: name a folder of labelled images, or NAME=DIR for each task")
     return named
+
+
+def _named(word: str) -> tuple[str | None, str]:
+    """(task's name or None, its folder). A path may have a "=" in it (date=1/photos), and a name has no slash."""
+    name, mark, folder = word.partition("=")
+    if not mark or is_address(word) or "/" in name:
+        return None, word
+    if not Path(word).exists():
+        return name, folder
+    if folder and (is_address(folder) or Path(folder).exists()):
+        raise UserError(
+            f"--data: {printable(word)}: there is a folder of this name, and a folder {printable(folder)}; write "
+            f"./{printable(word)} for the first, {printable(name)}=./{printable(folder)} for the second"
+        )
+    return None, word
 
 
 def finetune_run(
@@ -116,13 +138,14 @@ def finetune_run(
     request.check()
     if out is not None:
         require_absent(out)
-    model, config, _, step = load_model(run, request.checkpoint)
+    model, config, _, step = load_model(run, request.checkpoint, request.overrides)
+    config = for_evaluation(config, request.overrides)
     model.to(default_device())
     if request.mode == "multitask" and not isinstance(model.predictor, VitPredictor):
         raise UserError(f"{run}: --mode multitask needs model.predictor.kind vit, and this run's is mlp")
     cache = FeatureCache(request.cache if request.cache is not None else run / "cache")
     named = {name: _task(name, root, model, config, request, cache) for name, root in request.data.items()}
-    tasks = [task for task, _ in named.values()]
+    tasks = [found.task for found in named.values()]
     shapes = {task.name: task.shape for task in tasks}
     init: Init = request.init or "pretrained"
     plan = _plan(request, init, tasks)
@@ -134,14 +157,14 @@ def finetune_run(
         "mode": request.mode,
         "init": init if has_predictor(request.mode) else None,
         "step": step,
-        **_scores(found, tasks),
+        **_scores(found, named, plan),
         **_protocol(found, plan, tasks, config, request, seconds),
     }
     if out is None:
         with given(give, results):
             return results
     with given(give, {**results, "out": str(out)}):
-        classes = {name: names for name, (_, names) in named.items()}
+        classes = {name: found.classes for name, found in named.items()}
         save_finetuned(
             out,
             found.reader,
@@ -155,11 +178,18 @@ def finetune_run(
     return {**results, "out": str(out)}
 
 
-def _task(
-    name: str, root: str | Path, model: IWM, config: Config, request: Request, cache: FeatureCache
-) -> tuple[Task, tuple[str, ...]]:
+@dataclass(frozen=True)
+class _Named:
+    """A task, its classes' names, and what is said of its images: splits, left_out, reduced."""
+
+    task: Task
+    classes: tuple[str, ...]
+    data: dict[str, Any]
+
+
+def _task(name: str, root: str | Path, model: IWM, config: Config, request: Request, cache: FeatureCache) -> _Named:
     dense = is_masked(Path(root)) if request.kind is None else request.kind == "segmentation"
-    train, test = _splits(root, config, dense=dense, limit=request.limit)
+    train, test, smaller = _splits(root, config, dense=dense, limit=request.limit)
     encoder = encoder_of(model, default_encoder(config.model))
     kept = kept_for(request.mode, dense=dense)
 
@@ -172,20 +202,31 @@ def _task(
     if dense:
         classes = 1 + max(int(np.max(part.labels, where=part.labels != IGNORED, initial=0)) for part in features)
     names = tuple(str(number) for number in range(classes)) if dense else train.classes
+    said = splits_record(train, test) | ({"reduced": smaller} if smaller else {})
     try:
-        return Task.of(name, HeadShape(classes, dense), *features), names
+        return _Named(Task.of(name, HeadShape(classes, dense), *features), names, said)
     except ValueError as error:
-        raise UserError(f"{root}: {error}") from error
+        raise UserError(f"{printable(str(root))}: {printable(str(error))}") from error
 
 
-def _splits(root: str | Path, config: Config, *, dense: bool, limit: int | None) -> tuple[Split, Split]:
+def _splits(
+    root: str | Path, config: Config, *, dense: bool, limit: int | None
+) -> tuple[FileSplit | MaskedSplit, FileSplit | MaskedSplit, dict[str, Any]]:
+    """Both splits, of the first at most ``limit`` images, and what was reduced."""
+    train: FileSplit | MaskedSplit
+    test: FileSplit | MaskedSplit
     if dense:
-        return open_masked_splits(Path(root), config, limit=limit)
-    train, test = open_splits(root, config)
-    require_same_classes(train, test, root)
-    if len(train.classes) < 2:
-        raise UserError(f"{root}: the images have no classes; sort them into a folder a class")
-    return (train if limit is None else train.thinned(limit)), test
+        train, test = open_masked_splits(Path(root), config)
+    else:
+        train, test = open_splits(root, config, source=config.data.source)
+        require_same_classes(train, test)
+        if len(train.classes) < 2:
+            raise UserError(f"{printable(str(root))}: the images have no classes; sort them into a folder a class")
+    if limit is None:
+        return train, test, {}
+    few = limit > len(train)
+    smaller = {"limit": reduced(limit, len(train), f"there are {len(train)} training images")} if few else {}
+    return train.thinned(limit), test, smaller
 
 
 def _plan(request: Request, init: Init, tasks: Sequence[Task]) -> Plan:
@@ -203,32 +244,39 @@ def _plan(request: Request, init: Init, tasks: Sequence[Task]) -> Plan:
     )
 
 
-def _scores(found: Fit, tasks: Sequence[Task]) -> dict[str, Any]:
+def _scores(found: Fit, named: Mapping[str, _Named], plan: Plan) -> dict[str, Any]:
     """Of the test images; with several tasks each under its name, and the mean of their main figures."""
     by_task: dict[str, dict[str, Any]] = {}
     main = []
-    for task in tasks:
+    for one in named.values():
+        task, learned = one.task, int((~one.task.held).sum())
         scores = measure(found.reader, task, task.test)
         main.append(scores.main())
+        smaller = dict(one.data.get("reduced", {}))
+        if plan.batch > learned:
+            smaller["batch"] = reduced(plan.batch, learned, f"a step learns from {learned} images at most")
         by_task[task.name] = {
             "task": "segmentation" if task.shape.dense else "classification",
             **scores.summary(),
             **({} if task.shape.dense else {"chance": float(np.bincount(task.test.labels).max() / len(task.test))}),
             "classes": task.shape.classes,
-            "train_images": int((~task.held).sum()),
+            "train_images": learned,
             "held_out_images": int(task.held.sum()),
             "test_images": len(task.test),
+            **one.data,
+            **({"reduced": smaller} if smaller else {}),
         }
-    if len(tasks) == 1:
-        return by_task[tasks[0].name]
+    if len(named) == 1:
+        return next(iter(by_task.values()))
     return {"mean": float(np.mean(main)), "tasks": by_task}
 
 
 def _protocol(
     found: Fit, plan: Plan, tasks: Sequence[Task], config: Config, request: Request, seconds: float
 ) -> dict[str, Any]:
-    learned = sum(int((~task.held).sum()) for task in tasks)
-    seen = plan.steps * plan.batch * len(tasks)
+    rows = [int((~task.held).sum()) for task in tasks]
+    learned = sum(rows)
+    seen = plan.steps * sum(min(plan.batch, count) for count in rows)
     with_predictor = has_predictor(request.mode)
     return {
         "encoder": default_encoder(config.model),
@@ -249,6 +297,13 @@ def _protocol(
             + (", half of them mirrored" if plan.flip else " without augmentation")
         ),
     }
+
+
+def finetune_lines(results: Mapping[str, Any]) -> list[str]:
+    """What is said under the table: of each task's images, with its name before it where there are several."""
+    if "tasks" not in results:
+        return data_lines(results)
+    return [f"{printable(name)}: {line}" for name, scores in results["tasks"].items() for line in data_lines(scores)]
 
 
 def finetune_rows(results: Mapping[str, Any]) -> list[list[str]]:

@@ -20,6 +20,7 @@ from iwm_fast.data.synth import draw_dataset
 from iwm_fast.engine import pretrain
 from iwm_fast.errors import UserError
 from iwm_fast.eval.finetune import load_finetuned
+from iwm_fast.eval.finetune.run import named_folders
 
 
 @pytest.fixture(scope="module")
@@ -180,9 +181,52 @@ def test_a_mask_that_cannot_be_one_is_named(run, segments, tmp_path, capsys, har
     else:
         mask = Image.open(path)
         (mask.convert("RGB") if harm == "colours" else mask.resize((16, 16))).save(path)
-    line = refused(capsys, run, "--data", tmp_path / "drawn", "--mode", "linear")
+    line = refused(capsys, run, "data.max_bad_fraction=0", "--data", tmp_path / "drawn", "--mode", "linear")
     assert str(path) in line
     assert words in line
+    wanted = [run, "--data", tmp_path / "drawn", "--mode", "linear", "--steps", 1, "--json", tmp_path / "a.json"]
+    assert finetune(*wanted) == 0  # 1 of 120 is below the limit of one in a hundred
+    left_out = answered(tmp_path / "a.json")["left_out"]["train"]
+    assert (left_out["count"], left_out["of"]) == (1, 120)
+    assert left_out["files"][0]["file"] == str(path)
+    assert words in left_out["files"][0]["reason"]
+    assert f"train: 1 of 120 images left out: {path} (" in capsys.readouterr().out
+
+
+def test_a_path_may_have_an_equals_sign_and_a_task_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("date=1/d", "plain"):
+        (tmp_path / folder).mkdir(parents=True)
+    assert named_folders(["date=1/d"]) == {"d": "date=1/d"}
+    assert named_folders([f"{tmp_path}/date=1/d"]) == {"d": f"{tmp_path}/date=1/d"}
+    assert named_folders(["a=date=1/d", "b=plain"]) == {"a": "date=1/d", "b": "plain"}
+    assert named_folders(["s3://bucket/date=1/d", "n=s3://bucket/date=2"]) == {
+        "d": "s3://bucket/date=1/d",
+        "n": "s3://bucket/date=2",
+    }
+    (tmp_path / "1" / "d").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"write \./date=1/d for the first, date=\./1/d for the second"):
+        named_folders(["date=1/d"])
+    assert named_folders(["./date=1/d", "date=./1/d"]) == {"d": "./date=1/d", "date": "./1/d"}
+
+
+def test_images_are_left_out_aloud_and_settings_reduced_aloud(run, tiny_images, tmp_path, capsys):
+    for part in ("train", "Val"):
+        shutil.copytree(tiny_images, tmp_path / "set" / part)
+    broken = tmp_path / "set" / "Val" / "warm" / "000.jpg"
+    broken.write_bytes(b"torn")
+    words = [run, "--data", tmp_path / "set", "--mode", "linear", "--steps", 1]
+    line = refused(capsys, *words)
+    assert line.startswith(f"{tmp_path / 'set' / 'Val'}: 1 of 24 images cannot be used")
+    assert finetune(*words, "data.max_bad_fraction=0.1", "--limit", 99, "--json", tmp_path / "f.json") == 0
+    found, said = answered(tmp_path / "f.json"), capsys.readouterr().out
+    assert found["splits"]["test"] == str(tmp_path / "set" / "Val")
+    assert found["left_out"]["test"]["files"] == [{"file": str(broken), "reason": "cannot identify image file"}]
+    assert (found["test_images"], found["epochs"]) == (23, 1.0)
+    assert found["reduced"]["limit"] == {"asked": 99, "used": 24, "why": "there are 24 training images"}
+    assert found["reduced"]["batch"]["used"] == found["train_images"] == 22
+    for words in (f"test: 1 of 24 images left out: {broken} (", "limit: 24 instead of 99", "Val is tested on"):
+        assert words in said
 
 
 def test_what_was_kept_and_then_damaged_is_not_loaded(run, tiny_images, tmp_path):

@@ -1,0 +1,240 @@
+"""Which part of a set is learned from and which is tested on, by the names of its folders or of its shards.
+
+A name is a split's where it is one of these words, in any case, alone or followed by "set", "data", "images", "split"
+or a year (``Train``, ``test_set``, ``val2017``): train, training; test, testing; val, valid, validation, dev, eval. The
+rule, which README repeats:
+
+- one training folder and one for testing: these two. Where there is ``test`` as well as ``val``, ``test`` is tested on
+  and ``val`` is not used.
+- no such folder: a fixed fifth of the images, by sample id, is tested on. Shards and TFRecord files of one folder are
+  divided by their own names instead (``set-train-000.tar``, ``validation-00000-of-00128``) where each has such a word.
+- whatever else is refused: two folders for one split, a training folder without another, a split among classes.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from iwm_fast.data.sources import PATIENCE, Patience, top_level
+from iwm_fast.data.sources.kinds import MANIFEST_FILE, is_image, is_records, is_shard
+from iwm_fast.errors import UserError
+from iwm_fast.printable import printable
+
+__all__ = ["Layout", "find_layout", "layout_of_folders", "refuse_split_classes", "split_kind", "splits_of_shards"]
+
+_WORDS = {
+    "train": ("training", "train"),
+    "test": ("testing", "test"),
+    "val": ("validation", "valid", "val", "development", "devel", "dev", "evaluation", "eval"),
+}
+_KINDS = {word: kind for kind, words in _WORDS.items() for word in words}
+_NAME = re.compile(rf"({'|'.join(_KINDS)})(?:[-_ ]?(?:set|data|images|split)|[-_ ]?\d{{4}})?", re.IGNORECASE)
+# Class folders that are looked into for splits below them: all of a set are sorted alike.
+_LOOKED_INTO = 8
+
+
+@dataclass(frozen=True)
+class Layout:
+    """train, test: the places of the two splits as people write them, both ``root`` where it is split by sample id.
+
+    how: "folders", "shard names" or "sample ids". unused: what lies beside the two splits and is not read.
+    """
+
+    root: str
+    train: str
+    test: str
+    how: str
+    unused: tuple[str, ...] = ()
+
+    @property
+    def given(self) -> bool:
+        """Whether the set itself says which images are tested on."""
+        return self.how != "sample ids"
+
+    @property
+    def places(self) -> tuple[str, str]:
+        """The splits as errors call them: learned from, tested on."""
+        if self.given:
+            return self.train, self.test
+        return f"{self.root}, what is learned from", f"{self.root}, what is tested on"
+
+    def record(self) -> dict[str, Any]:
+        """For JSON; ``said``: the same as `line`."""
+        splits = {"train": self.train, "test": self.test, "how": self.how, "not_used": list(self.unused)}
+        return {**splits, "said": self.line()}
+
+    def line(self) -> str:
+        """What is used as what, in one line."""
+        rest = f"; not used: {', '.join(self.unused)}" if self.unused else ""
+        if not self.given:
+            return printable(
+                f"{self.root}: no train/ and test/ in it, so a fixed fifth of its images, by sample id, is tested on "
+                f"and the others are learned from{rest}"
+            )
+        return printable(f"{self.train} is learned from, {self.test} is tested on{rest}")
+
+
+def split_kind(name: str) -> str | None:
+    """train, test or val where a folder's name is a split's; else None."""
+    match = _NAME.fullmatch(name.strip())
+    return _KINDS[match[1].lower()] if match else None
+
+
+def find_layout(root: str | Path, patience: Patience = PATIENCE) -> Layout:
+    """The layout of a folder or an s3:// prefix by its folders; split by sample id where none has a split's name.
+
+    UserError for what is ambiguous.
+    """
+    place = _place(root)
+    folders, loose = top_level(root, patience)
+    layout = layout_of_folders(place, folders, loose)
+    if layout is None:
+        _refuse_splits_below(place, folders, loose)
+    return layout or Layout(place, place, place, "sample ids")
+
+
+def layout_of_folders(place: str, folders: Sequence[str], loose: Sequence[str] = ()) -> Layout | None:
+    """The layout by the names of the ``folders`` of ``place``; None where none of them is a split's.
+
+    loose: files beside them. UserError for what is ambiguous.
+    """
+    kinds = {name: split_kind(name) for name in folders}
+    if not any(kinds.values()):
+        return None
+    train, test, others = _choose([name for name in folders if kinds[name] or _holds_samples(place, name)], place)
+    unused = [f"{place}/{name}" for name in others]
+    if any(_is_sample(name) for name in loose):
+        unused.append(f"the files directly in {place}")
+    return Layout(place, f"{place}/{train}", f"{place}/{test}", "folders", tuple(unused))
+
+
+def splits_of_shards(files: Sequence[str]) -> dict[str, str] | None:
+    """Of each shard or TFRecord file what its name says: train, test or unused; None where the names say nothing.
+
+    UserError where some names say it and others do not.
+    """
+    kinds = {file: _kind_in(file) for file in files}
+    found = set(kinds.values())
+    if "train" not in found or not found & {"test", "val"}:
+        return None
+    strange = [file for file, kind in kinds.items() if kind is None]
+    if strange:
+        raise UserError(
+            f"{printable(strange[0])}: neither train, test nor val stands in its name, as in those of "
+            f"{len(files) - len(strange)} others beside it; move it away, or rename it"
+        )
+    wanted = "test" if "test" in found else "val"
+    return {file: {"train": "train", wanted: "test"}.get(str(kind), "unused") for file, kind in kinds.items()}
+
+
+def refuse_split_classes(classes: Iterable[str], place: str) -> None:
+    """UserError where the classes' names are those of splits, as a manifest or shards of a whole set have them."""
+    names = tuple(classes)
+    found = {name: kind for name in names if (kind := split_kind(name)) is not None}
+    both = "train" in found.values() and len(set(found.values())) > 1
+    if both or (found and len(found) == len(names)):
+        raise UserError(
+            f"{printable(place)}: its classes are {_list(names[:5])}, which are names of splits; pack or index each "
+            "split by itself, into train/ and test/"
+        )
+
+
+def _choose(folders: Sequence[str], place: str) -> tuple[str, str, list[str]]:
+    """(folder to learn from, folder to test on, the others); at least one of the folders is a split."""
+    by_kind: dict[str, list[str]] = {kind: [] for kind in _WORDS}
+    others: list[str] = []
+    for name in folders:
+        by_kind.get(split_kind(name) or "", others).append(name)
+    shown = printable(place)
+    for kind, names in by_kind.items():
+        if len(names) > 1:
+            raise UserError(
+                f"{shown} holds {_list(names)}, all of them names of a {kind} split; keep one of them there"
+            )
+    tested = by_kind["test"] or by_kind["val"]
+    if by_kind["train"] and tested:
+        return by_kind["train"][0], tested[0], others + (by_kind["val"] if by_kind["test"] else [])
+    splits = [name for names in by_kind.values() for name in names]
+    if others:
+        raise UserError(
+            f"{shown} holds {_list(splits)}, a split by its name, among {len(others)} other folders "
+            f"({_list(others[:3])}): sort the images into train/ and test/, where every folder is a class, or move it "
+            "away"
+        )
+    lacks = "train/" if tested else "test/ or val/"
+    raise UserError(
+        f"{shown} holds {_list(splits)} and no {lacks}: add it, or give {shown}/{printable(splits[0])}, of which a "
+        "fifth is then tested on"
+    )
+
+
+def _refuse_splits_below(place: str, folders: Sequence[str], loose: Sequence[str]) -> None:
+    """UserError where the splits lie one folder further down, below one folder or below each class."""
+    if place.startswith("s3://"):
+        return
+    for name in folders[:_LOOKED_INTO]:
+        below = [split_kind(entry) for entry in _folders_of(f"{place}/{name}")]
+        if "train" in below and len({kind for kind in below if kind}) > 1:
+            inside = printable(f"{place}/{name}")
+            if len(folders) == 1 and not loose:
+                raise UserError(
+                    f"{printable(place)} holds {inside} and nothing else, which holds train/ and test/ (or val/): give "
+                    f"{inside}"
+                )
+            raise UserError(
+                f"{inside} holds train/ and test/ (or val/) below a class: sort the images the other way, with train/ "
+                "and test/ above the classes"
+            )
+
+
+def _place(root: str | Path) -> str:
+    return str(root).rstrip("/") or "/"
+
+
+def _folders_of(folder: str) -> list[str]:
+    try:
+        with os.scandir(folder) as entries:
+            return [entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir()]
+    except OSError:  # the listing that follows says what is wrong with it
+        return []
+
+
+def _holds_samples(place: str, name: str) -> bool:
+    """Whether a folder has an image, a shard or a TFRecord file below it; in a store, where a prefix is never empty."""
+    if place.startswith("s3://"):
+        return True
+    seen: set[tuple[int, int]] = set()
+    for folder, inside, files in os.walk(f"{place}/{name}", followlinks=True):
+        status = os.stat(folder)  # noqa: PTH116  (os.walk gives strings)
+        if (status.st_dev, status.st_ino) in seen:
+            inside.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        inside[:] = [entry for entry in inside if not entry.startswith(".")]
+        if any(_is_sample(file) for file in files):
+            return True
+    return False
+
+
+def _is_sample(file: str) -> bool:
+    return not file.startswith(".") and (is_image(file) or is_shard(file) or is_records(file) or file == MANIFEST_FILE)
+
+
+def _kind_in(file: str) -> str | None:
+    """The split that a shard's name tells, by the words between its punctuation; None without one, or with several."""
+    words = re.split(r"[^A-Za-z]+", file.rsplit("/", 1)[-1].lower())
+    found = {_KINDS[word] for word in words if word in _KINDS}
+    return found.pop() if len(found) == 1 else None
+
+
+def _list(names: Sequence[str]) -> str:
+    return (
+        " and ".join(f"{printable(name)}/" for name in names)
+        if len(names) < 3
+        else ", ".join(f"{printable(name)}/" for name in names)
+    )

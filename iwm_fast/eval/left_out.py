@@ -1,0 +1,76 @@
+"""What an evaluation leaves out of a split because it cannot be used: counted, named with its reason, and limited."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from iwm_fast.errors import UserError
+from iwm_fast.printable import printable
+
+__all__ = ["LeftOut", "left_out_lines"]
+
+_NAMED = 10
+
+
+class LeftOut:
+    """Images of the split at ``place`` that cannot be used, by file.
+
+    ``total``: images of the split; ``max_fraction``: data.max_bad_fraction, the share of them that may be left out.
+    """
+
+    def __init__(self, place: str, total: int, max_fraction: float) -> None:
+        self.place, self.total, self.max_fraction = place, total, max_fraction
+        self.reasons: dict[str, str] = {}
+
+    def __len__(self) -> int:
+        return len(self.reasons)
+
+    def check(self) -> None:
+        """UserError where more than the allowed share of the split is left out, naming the first ten."""
+        if len(self) > self.max_fraction * self.total:
+            raise UserError(
+                f"{printable(self.place)}: {len(self)} of {self.total} images cannot be used, more than "
+                f"data.max_bad_fraction ({self.max_fraction:g}) allows: {_first(self.reasons)}. Mend or remove them, "
+                "or raise the limit"
+            )
+
+    def require_classes(self, labels: NDArray[Any] | None, left: NDArray[Any], classes: tuple[str, ...]) -> None:
+        """UserError where a class of ``labels`` is in ``left``, the labels of what could be used, no more."""
+        if labels is None or labels.ndim != 1:
+            return
+        gone = np.setdiff1d(labels, left)
+        if len(gone):
+            count = int((labels == gone[0]).sum())
+            more = f", and so it is with {len(gone) - 1} more classes" if len(gone) > 1 else ""
+            raise UserError(
+                f"{printable(self.place)}: none of the {count} images of class {printable(classes[gone[0]])} can be "
+                f"used{more}: {_first(self.reasons)}. Mend them, or remove the class from both splits"
+            )
+
+    def merge(self, other: LeftOut) -> None:
+        """Take over what was left out of another part of the same split."""
+        self.reasons |= other.reasons
+
+    def record(self) -> dict[str, Any]:
+        """For JSON: {count, of, files: [{file, reason}]}, the files sorted."""
+        files = [{"file": file, "reason": reason} for file, reason in sorted(self.reasons.items())]
+        return {"count": len(files), "of": self.total, "files": files}
+
+
+def left_out_lines(left_out: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A line for each split of which something is left out, from the `LeftOut.record` under its name."""
+    return [
+        f"{printable(name)}: {found['count']} of {found['of']} images left out: "
+        + _first({one["file"]: one["reason"] for one in found["files"]})
+        for name, found in left_out.items()
+        if found["count"]
+    ]
+
+
+def _first(reasons: Mapping[str, str]) -> str:
+    named = "; ".join(printable(f"{file} ({reason})") for file, reason in list(reasons.items())[:_NAMED])
+    return named + (f"; and {len(reasons) - _NAMED} more" if len(reasons) > _NAMED else "")
