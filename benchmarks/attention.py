@@ -294,13 +294,14 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=15)
     args = parser.parse_args()
     dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
-    rows = [
-        row
-        for case in CASES[args.device]
-        for row in measure(case, torch.device(args.device), dtype, args.rounds, lambda s: print(s, flush=True))
-    ]
+    rows: list[dict[str, Any]] = []
     body = {"rows": rows, "device": args.device, "threads": torch.get_num_threads(), "command": sys.argv[1:]}
-    write_result(args.json, "attention", body)
+    for case in CASES[args.device]:
+        rows += measure(case, torch.device(args.device), dtype, args.rounds, lambda s: print(s, flush=True))
+        if args.json != "-":
+            write_result(args.json, "attention", body)  # after each case: what is measured is kept
+    if args.json == "-":
+        write_result("-", "attention", body)
     return 0
 
 

@@ -1,6 +1,7 @@
 """The kernels against what a user would otherwise call, by shape: time, share of the machine's limits, memory, error.
 
     python -m benchmarks.kernels --json FILE [--device cuda|cpu] [--repeats 30] [--only conditioned_mlp]
+        [--contenders NAME ...] [--without NAME ...]
 
 Each contender computes the same operation from the same inputs, forward alone and, where the operation has gradients,
 forward with all of them. Inputs are random and rotated past the cache; the answers are compared with float64 before
@@ -13,8 +14,9 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from torch.utils._pytree import tree_leaves
 from iwm_fast.benchmarks.contenders import CONTENDERS, Skipped
 from iwm_fast.benchmarks.kernel_cases import CASES, OPERATIONS, Case, at_most, inputs
 from iwm_fast.benchmarks.timing import ceilings, seconds, spread
+from iwm_fast.data.whole import write_whole_text
 from iwm_fast.planning.environment import environment
 
 __all__ = ["measure"]
@@ -125,10 +128,18 @@ def _time(
     return seconds(call, device, repeats)
 
 
-def measure(cases: list[Case], device: torch.device, repeats: int, say: Callable[[str], object]) -> dict[str, Any]:
-    """Every contender on every case; ``rows`` of the document that is written."""
+def measure(
+    cases: list[Case],
+    device: torch.device,
+    repeats: int,
+    say: Callable[[str], object],
+    contenders: Sequence[str] = tuple(CONTENDERS),
+    save: Callable[[dict[str, Any]], object] = lambda _document: None,
+) -> dict[str, Any]:
+    """Every contender on every case: the document that is written. ``save`` gets it after each case too."""
     limits = ceilings(device)
     rows: list[dict[str, Any]] = []
+    document = {"schema": SCHEMA, "device": device.type, "ceilings": limits, "rows": rows}
     for asked in cases:
         case = asked
         if device.type == "cpu":
@@ -141,7 +152,8 @@ def measure(cases: list[Case], device: torch.device, repeats: int, say: Callable
         copies = max(1, -(-_ROTATED_BYTES // size)) if device.type == "cuda" else 2
         rotated = [one, *(inputs(case, device, torch.bfloat16, seed=s) for s in range(2, copies + 1))]
         exact = CONTENDERS["eager"].make(case.operation)
-        for name, contender in CONTENDERS.items():
+        for name in contenders:
+            contender = CONTENDERS[name]
             row: dict[str, Any] = {"case": asdict(case), "contender": name, "version": contender.version}
             try:
                 run = contender.make(case.operation)
@@ -159,7 +171,8 @@ def measure(cases: list[Case], device: torch.device, repeats: int, say: Callable
             for backward in passes:
                 rows.append(row | _timed(run, rotated, case, backward, device, repeats, limits))
                 say("  " + _line(rows[-1]))
-    return {"schema": SCHEMA, "device": device.type, "ceilings": limits, "rows": rows}
+            save(document)
+    return document
 
 
 def _timed(
@@ -203,10 +216,17 @@ def main() -> None:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--only", choices=OPERATIONS)
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), metavar="NAME")
+    parser.add_argument("--without", nargs="+", choices=CONTENDERS, default=[], metavar="NAME")
     args = parser.parse_args()
     cases = [case for case in CASES if args.only in (None, case.operation)]
-    document = measure(cases, torch.device(args.device), args.repeats, print)
-    args.json.write_text(json.dumps(document | {"environment": environment()}) + "\n")
+    names = [name for name in args.contenders if name not in args.without]
+    made_with = environment()
+
+    def save(document: dict[str, Any]) -> None:
+        write_whole_text(args.json, json.dumps(document | {"environment": made_with}) + "\n")
+
+    save(measure(cases, torch.device(args.device), args.repeats, partial(print, flush=True), names, save))
 
 
 if __name__ == "__main__":

@@ -88,6 +88,7 @@ def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("setting", nargs="+", help="key.path=value, of the side with it")
+    parser.add_argument("--each", action="store_true", help="measure each setting by itself, not all together")
     parser.add_argument("--json", required=True, help="file to write, or -")
     parser.add_argument("--config", default="vit_tiny_p4_32.yaml")
     parser.add_argument("--common", nargs="*", default=[], help="key.path=value, of both sides")
@@ -98,25 +99,29 @@ def main() -> int:
     args = parser.parse_args()
     ranks = only_rank(args.device, args.threads)
     common = [f"train.global_batch={args.batch}", f"log.every_steps={_SETTLED}", *args.common]
-    words = {"without": common, "with": [*common, *args.setting]}
-    configs = {side: load_config(find_config(args.config), changes) for side, changes in words.items()}
-    row = {
-        "config": args.config,
-        "setting": args.setting,
-        "common": common,
-        **measure_setting(configs, ranks, args.repeats),
-    }
-    if args.json != "-":
-        times = {side: f"{1e3 * median(values):.1f} ms" for side, values in row["seconds"].items()}
-        low, high = row["speed_ratio_interval"]
-        print(
-            f"{times}: {row['speed_ratio']:.3f} ({low:.3f} to {high:.3f}) times as fast; {row['compilations']} graphs,"
-        )
-        print(f"{row['compilations_after_tenth_step']} of them after the tenth step")
-    write_result(
-        args.json, "bench-settings", {"device": ranks.device.type, "threads": torch.get_num_threads(), "rows": [row]}
-    )
+    rows: list[dict[str, Any]] = []
+    body = {"device": ranks.device.type, "threads": torch.get_num_threads(), "rows": rows}
+    for setting in [[word] for word in args.setting] if args.each else [args.setting]:
+        words = {"without": common, "with": [*common, *setting]}
+        configs = {side: load_config(find_config(args.config), changes) for side, changes in words.items()}
+        about = {"config": args.config, "setting": setting, "common": common}
+        rows.append({**about, **measure_setting(configs, ranks, args.repeats)})
+        if args.json != "-":
+            _print(rows[-1])
+            write_result(args.json, "bench-settings", body)  # after each row: what is measured is kept
+    if args.json == "-":
+        write_result("-", "bench-settings", body)
     return 0
+
+
+def _print(row: dict[str, Any]) -> None:
+    times = {side: f"{1e3 * median(values):.1f} ms" for side, values in row["seconds"].items()}
+    low, high = row["speed_ratio_interval"]
+    print(
+        f"{' '.join(row['setting'])}: {times}: {row['speed_ratio']:.3f} ({low:.3f} to {high:.3f}) times as fast; "
+        f"{row['compilations']} graphs, {row['compilations_after_tenth_step']} of them after the tenth step",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

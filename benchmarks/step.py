@@ -21,15 +21,21 @@ from iwm_fast.data.files import list_images
 from iwm_fast.data.loader import TrainingStream
 from iwm_fast.engine.distributed import Ranks
 from iwm_fast.engine.loop import Trainer
+from iwm_fast.kernels import compiled_variants
 from iwm_fast.models import IWM, Segments
+from iwm_fast.models.regions import compilations
 from iwm_fast.planning.flops import step_flops
 from iwm_fast.planning.mfu import peak_flops
 
-__all__ = ["check_answer", "measure_step", "opened_stream", "row_of"]
+__all__ = ["check_answer", "measure_step", "opened_stream", "row_of", "settle"]
 
 # ‖working − float64‖ / ‖float64‖ of the loss: fp32 sums lose 1e-6, bf16 rounds each of some dozen layers by 2⁻⁸.
 TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2}
 _CHECKED_IMAGES = 2
+# Batches of other lengths may meet kernels that were not compiled yet: this many steps in a row have to compile none.
+_QUIET_STEPS, _LONGEST_WARM_UP = 4, 60
+# Different batches of random pixels: a training meets other lengths at each step.
+_BATCHES = 8
 
 
 class WrongAnswerError(RuntimeError):
@@ -43,7 +49,7 @@ def opened_stream(
     """Batches from images below `root` through DALI, or made of random pixels where it is None."""
     stream: BatchStream | TrainingStream
     if root is None:
-        stream = synthetic_stream(config, space, ranks.device, rank=ranks.rank, world=ranks.world)
+        stream = synthetic_stream(config, space, ranks.device, rank=ranks.rank, world=ranks.world, steps=_BATCHES)
     else:
         stream = TrainingStream(config, list_images(root), space, rank=ranks.rank, world=ranks.world)
     try:
@@ -94,15 +100,27 @@ def measure_step(
         trainer = prepare_trainer(quiet, space, stream, ranks)
         error = check_answer(trainer, quiet, next(iter(synthetic_stream(quiet, space, ranks.device))), space)
         say(f"{name}: the loss is within {error:.1e} of float64")
-        for _ in range(warm_up):
-            trainer.train_step()
+        steps = settle(trainer, warm_up)
         taken = [clocked(trainer.train_step, ranks.device) for _ in range(repeats)]
         peak = peak_of(trainer.train_step, ranks.device)
     return row_of(name, quiet, space, taken, ranks.device) | {
         "data": "synthetic" if root is None else "files",
         "loss_error": error,
+        "warm_up_steps": steps,
         "step_peak_bytes": peak,
     }
+
+
+def settle(trainer: Trainer, least: int) -> int:
+    """Train until the last of at least `least` steps have compiled nothing; how many steps that took."""
+    quiet = 0
+    for step in range(1, least + _LONGEST_WARM_UP + 1):
+        before = compiled_variants() + compilations()
+        trainer.train_step()
+        quiet = quiet + 1 if compiled_variants() + compilations() == before else 0
+        if step >= least and quiet >= min(step, _QUIET_STEPS):
+            return step
+    return least + _LONGEST_WARM_UP
 
 
 def row_of(

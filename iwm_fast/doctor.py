@@ -3,29 +3,18 @@
 from __future__ import annotations
 
 import importlib
-import io
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 from importlib import metadata
-from typing import Any
 
 from packaging.requirements import Requirement
 
 from iwm_fast.config.cores import usable_cores
+from iwm_fast.errors import UserError
+from iwm_fast.machine import Part, examine_machine
 from iwm_fast.planning.environment import cpu_name, installed_version
 
 __all__ = ["Part", "examine", "part_rows"]
-
-
-@dataclass(frozen=True)
-class Part:
-    """One line of the diagnosis. ``broken``: a run needs it and it does not work."""
-
-    part: str
-    version: str | None
-    used: bool
-    reason: str
-    broken: bool = False
 
 
 def _bounds(package: str) -> str:
@@ -108,26 +97,20 @@ def _deepspeed() -> tuple[bool, str]:
 
 
 def _dali() -> tuple[bool, str]:
-    """Decode one JPEG with DALI: an import alone says nothing of its libraries."""
-    import numpy as np
-    from nvidia.dali import fn, pipeline_def
-    from PIL import Image
+    """Decode a JPEG by DALI where a run would: an import alone says nothing of its libraries."""
+    import torch
 
-    encoded = io.BytesIO()
-    Image.new("RGB", (16, 8), (200, 100, 50)).save(encoded, "JPEG")
+    from iwm_fast.data.gpu_decoder import gpu_decoder, jpeg_engine, probe
 
-    @pipeline_def(batch_size=1, num_threads=1, device_id=None)
-    def decode() -> Any:
-        files = fn.external_source(source=lambda: [np.frombuffer(encoded.getvalue(), np.uint8)])
-        return fn.decoders.image(files)
-
-    pipeline = decode()
     try:
-        pipeline.build()
-        shape = pipeline.run()[0].as_array().shape
-    except RuntimeError as error:
-        return False, f"does not decode a JPEG: {' '.join(str(error).split())}"
-    return shape == (1, 8, 16, 3), "decodes and augments"
+        if not torch.cuda.is_available():
+            probe(None)
+            return True, "decodes and augments, on the CPU"
+        found = gpu_decoder(torch.cuda.current_device())
+    except UserError as error:
+        return False, str(error)
+    slower = f" (slower; {found.refused})" if found.refused else ""
+    return True, f"decodes and augments, on the GPU by decoders.{found.path}{slower}; {jpeg_engine()}"
 
 
 def _collectives() -> Iterator[Part]:
@@ -158,8 +141,9 @@ def examine() -> list[Part]:
         _part("Triton", "triton", "triton", _triton),
         _part("xformers", "xformers", "xformers.ops", _xformers),
         _part("DeepSpeed", "deepspeed", "deepspeed", _deepspeed),
-        dali if dali.used else Part(**{**asdict(dali), "broken": True}),
+        dali if dali.used else replace(dali, broken=True),
         *_collectives(),
+        *examine_machine(),
     ]
 
 

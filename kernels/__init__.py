@@ -8,7 +8,8 @@ PyTorch, work in any floating type up to float64 on any device, and define what 
 from __future__ import annotations
 
 from ._backend import use_backend
-from ._tuning import TUNING_DIR_VARIABLE
+from ._compiled import compiled_variants
+from ._tuning import TUNING_DIR_VARIABLE, tuning_folder
 from .conditioned_mlp import (
     conditioned_mlp,
     conditioned_mlp_bytes,
@@ -29,6 +30,7 @@ from .stopgrad_l2 import stopgrad_l2, stopgrad_l2_bytes, stopgrad_l2_flops, stop
 
 __all__ = [
     "TUNING_DIR_VARIABLE",
+    "compiled_variants",
     "conditioned_mlp",
     "conditioned_mlp_bytes",
     "conditioned_mlp_flops",
@@ -57,5 +59,6 @@ __all__ = [
     "stopgrad_l2_bytes",
     "stopgrad_l2_flops",
     "stopgrad_l2_reference",
+    "tuning_folder",
     "use_backend",
 ]

@@ -30,7 +30,7 @@ import triton
 
 from ._candidates import Choice, candidates_of
 
-__all__ = ["TUNING_DIR_VARIABLE", "Chooser", "Tuner", "bucket", "tuner", "use_tuner"]
+__all__ = ["TUNING_DIR_VARIABLE", "Chooser", "Tuner", "bucket", "tuner", "tuning_folder", "use_tuner"]
 
 TUNING_DIR_VARIABLE = "IWM_FAST_TUNING_DIR"
 _REPEATS = 10
@@ -204,7 +204,7 @@ def _cuda_seconds(call: Callable[[], object]) -> float:
     return median(found)
 
 
-def _folder() -> Path:
+def tuning_folder() -> Path:
     """On this machine's own disk: a home folder is often shared by a cluster's nodes."""
     return Path(os.environ.get(TUNING_DIR_VARIABLE) or Path(tempfile.gettempdir()) / f"iwm-fast-{os.getuid()}")
 
@@ -231,8 +231,8 @@ def tuner(device: torch.device) -> Chooser:
 def _tuner_of(device: torch.device) -> Tuner:
     """The tuner of a CUDA device, or of the interpreter for the CPU."""
     if device.type == "cpu":
-        return Tuner("interpreter", "interpreter", 2**62, _folder(), lambda _: 0.0)
+        return Tuner("interpreter", "interpreter", 2**62, tuning_folder(), lambda _: 0.0)
     properties = torch.cuda.get_device_properties(device)
     shared = triton.runtime.driver.active.utils.get_device_properties(device.index or 0)["max_shared_mem"]
     name = properties.name.replace(" ", "_").replace("/", "_")
-    return Tuner(name, f"sm_{properties.major}{properties.minor}", shared, _folder(), _cuda_seconds)
+    return Tuner(name, f"sm_{properties.major}{properties.minor}", shared, tuning_folder(), _cuda_seconds)

@@ -223,7 +223,8 @@ def test_config_schema_has_a_line_a_key(capsys):
 
 def test_doctor_names_every_part_with_a_reason():
     parts = {part.part: part for part in examine()}
-    assert set(parts) == {"torch", "CUDA", "Triton", "xformers", "DeepSpeed", "DALI", "NCCL", "gloo"}
+    stack = {"torch", "CUDA", "Triton", "xformers", "DeepSpeed", "DALI", "NCCL", "gloo"}
+    assert set(parts) == stack | {"driver", "compiler", "shared memory", "disk", "open files"}
     assert all(part.reason for part in parts.values())
     assert not any(part.broken for part in parts.values())
     assert parts["torch"].used

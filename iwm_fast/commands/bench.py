@@ -30,7 +30,12 @@ def step(
     ] = None,
     device: Device = None,
     repeats: Repeats = 30,
-    warm_up: Annotated[int, typer.Option("--warm-up", min=0, help="Steps before the first that counts.")] = 3,
+    warm_up: Annotated[
+        int,
+        typer.Option(
+            "--warm-up", min=0, help="Steps before the first that counts, at least: until 4 in a row compile nothing."
+        ),
+    ] = 3,
     threads: Threads = None,
     json: Json = None,
 ) -> None:
@@ -46,12 +51,12 @@ def step(
     else:
         names = preset or [name for name, p in PRESETS.items() if p.device == ranks.device.type]
         chosen = {name: preset_config(name, changes) for name in names}
-    rows = []
-    for name, one in chosen.items():
-        rows.append(
-            measure_step(name, one, ranks, root=data, repeats=repeats, warm_up=warm_up, say=_progress)
-        )  # fmt: skip
+    rows: list[dict[str, Any]] = []
     body = {"device": ranks.device.type, "threads": threads, "rows": rows}
+    for name, one in chosen.items():
+        rows.append(measure_step(name, one, ranks, root=data, repeats=repeats, warm_up=warm_up, say=_progress))
+        if json not in (None, "-"):
+            answer(json, "bench-step", body)  # after each row: what is measured is kept
     answer(json, "bench-step", body, lambda: _print_steps(rows))
 
 

@@ -3,27 +3,105 @@
 from __future__ import annotations
 
 import json
+import os
+import tarfile
+from pathlib import Path
+
+import pytest
 
 from iwm_fast.benchmarks import gpu_suite
+from iwm_fast.benchmarks.gpu_suite import PARTS, Part
+
+# Writes a row, says something, starts a process of its own, and then does as it is told.
+_PROGRAM = """
+import json, os, signal, subprocess, sys, time
+file, how = sys.argv[1:]
+child = subprocess.Popen(["sleep", "300"])
+open(file, "w").write(json.dumps({"rows": [{"child": child.pid}]}))
+print("half way", flush=True)
+if how == "hang": time.sleep(300)
+if how == "crash": os.kill(os.getpid(), signal.SIGSEGV)
+if how == "fail": sys.exit("no such operator")
+"""
 
 
-def test_a_part_that_fails_leaves_its_error_and_the_others_their_results(tmp_path, capfd):
-    words = ["--device", "cpu", "--out", str(tmp_path), "--parts", "step", "ceilings", "--limit", "0.01"]
-    assert gpu_suite.main(words) == 1
-    failed, done = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("step", "ceilings"))
-    assert "timed out" in failed["error"]
-    assert done["matmul_flops_per_s"] > 0
-    assert {failed["schema"], done["schema"]} == {"iwm-fast-gpu-suite/1"}
-    assert [line.split(" in ")[0] for line in capfd.readouterr().out.splitlines()] == ["step: failed", "ceilings: done"]
+@pytest.fixture
+def parts(monkeypatch, tmp_path):
+    """Put programs that end as told in the place of the suite's."""
+    (tmp_path / "told_part.py").write_text(_PROGRAM)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+    def put(**how: str) -> list[str]:
+        told = {
+            name: Part(60.0 if ends != "hang" else 4.0, lambda _args, file, e=ends: ["told_part", str(file), e])
+            for name, ends in how.items()
+        }
+        monkeypatch.setattr(gpu_suite, "PARTS", told)
+        return ["--device", "cpu", "--out", str(tmp_path / "out"), "--parts", *told]
+
+    return put
 
 
-def test_nothing_begins_after_its_time(tmp_path, capfd):
-    words = ["--device", "cpu", "--out", str(tmp_path), "--parts", "ceilings", "kernels", "--budget", "0.01"]
-    assert gpu_suite.main(words) == 1
-    assert "no time was left" in json.loads((tmp_path / "ceilings.json").read_text())["error"]
-    assert not (tmp_path / "kernels.json").exists()
-    assert "kernels: not begun" in capfd.readouterr().out
+def _alive(pid: int) -> bool:
+    """Whether a process runs; one that has ended and waits to be looked at does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
-def test_the_most_valuable_part_comes_first():
-    assert list(gpu_suite.PARTS)[:5] == ["doctor", "ceilings", "kernels", "step", "peers"]
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("hang", "ended after 4 s, its limit"),
+        ("crash", "ended by signal 11"),
+        ("fail", "exit code 1: no such operator"),
+    ],
+)
+def test_a_part_that_does_not_end_well_leaves_its_rows_and_words_and_no_process(parts, tmp_path, capfd, how, said):
+    assert gpu_suite.main(parts(step=how, doctor="well")) == 1
+    failed, done = (json.loads((tmp_path / f"out/{name}.json").read_text()) for name in ("step", "doctor"))
+    assert said in failed["error"]
+    assert "half way" in failed["said"]
+    assert "error" not in done
+    for part in (failed, done):
+        (row,) = part["result"]["rows"]
+        assert not _alive(row["child"])
+    assert [line.split(" in ")[0] for line in capfd.readouterr().out.splitlines()][1] == "doctor: done"
+
+
+def test_the_archive_has_what_the_parts_wrote_and_no_images(parts, tmp_path):
+    words = parts(step="well")
+    (tmp_path / "out/profile").mkdir(parents=True)
+    (tmp_path / "out/profile/trace.json").write_text("[" + "0," * 10**6 + "0]")
+    (tmp_path / "out/train").mkdir()
+    for name in ("train/a.jpg", "train/metrics.jsonl", "picture.png"):
+        (tmp_path / "out" / name).write_bytes(os.urandom(1000))
+    assert gpu_suite.main(words) == 0
+    with tarfile.open(tmp_path / "out/results.tar.gz") as tar:
+        assert sorted(tar.getnames()) == ["profile/trace.json", "step.json", "step.log"]
+
+
+def test_what_is_too_large_for_the_archive_is_named(parts, tmp_path, monkeypatch, capfd):
+    words = parts(step="well")
+    monkeypatch.setattr(gpu_suite, "_ARCHIVE_BYTES", 50_000)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/trace.json").write_text("x" * 10**6)
+    assert gpu_suite.main(words) == 0
+    assert "left out for its size: trace.json" in capfd.readouterr().out
+
+
+def test_nothing_begins_after_its_time(parts, tmp_path, capfd):
+    assert gpu_suite.main([*parts(step="hang", doctor="well"), "--budget", "0.5"]) == 1
+    assert "ended after 0 s" in json.loads((tmp_path / "out/step.json").read_text())["error"]
+    assert not (tmp_path / "out/doctor.json").exists()
+    assert "doctor: not begun" in capfd.readouterr().out
+
+
+def test_the_most_valuable_part_comes_first_and_all_but_the_last_fit_into_a_run(capsys, tmp_path):
+    order = ["doctor", "ceilings", "step", "attention", "kernels", "profile", "peers", "tests", "train", "settings"]
+    assert list(PARTS) == [*order, "autotune"]
+    assert gpu_suite.main(["--out", str(tmp_path), "--dry"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in said[:-1]] == order
+    assert said[-1] == "together at most 540 s; the budget is 540 s"
