@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -43,7 +42,7 @@ def demo(
     if any(word.startswith("data.root=") for word in overrides):
         raise UserError("command line: data.root: demo draws its own images; use iwm-fast pretrain for yours")
     data = out / "data"
-    config = load_config(packaged_config("demo"), [*overrides, f"data.root={json.dumps(str(data / 'train'))}"])
+    config = load_config(packaged_config("demo"), [*overrides, f"data.root={data / 'train'}"])
     draw_dataset(data, classes=CLASSES, train=TRAIN_IMAGES, test=TEST_IMAGES, size=IMAGE_SIZE, seed=SEED)
     pretrain(config, out, "never")
     figures: dict[str, Any] = {}

@@ -4,8 +4,34 @@
 
 from __future__ import annotations
 
-__all__ = ["UserError"]
+import errno
+
+__all__ = ["UserError", "because"]
+
+# What to do about a failed write, by its cause; a code that is not here has its own text and no advice.
+_ADVICE = {
+    errno.ENOSPC: "free space there",
+    errno.EDQUOT: "free space there, or have the quota raised",
+    errno.EROFS: "mount it for writing, or write elsewhere",
+    errno.EACCES: "check its owner and permissions, or write elsewhere",
+    errno.EPERM: "check its owner and permissions, or write elsewhere",
+    errno.EIO: "the disk or its server fails: check it, or write elsewhere",
+    errno.ESTALE: "its server has lost it: mount it again",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENFILE: "close files of other programs: the machine's limit is reached",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ENOTDIR: "a file stands where a folder should; write elsewhere",
+    errno.EISDIR: "it is a folder; name a file",
+    errno.EFBIG: "the file system or ulimit -f allows no file of that size",
+}
 
 
 class UserError(Exception):
     """A mistake or a circumstance that the user can mend: one line that says what, where and what to do."""
+
+
+def because(error: OSError) -> str:
+    """Why something could not be written, and what to do where the cause tells: "No space left on device; free ..."."""
+    reason = error.strerror or str(error)
+    advice = _ADVICE.get(error.errno or 0)
+    return reason if advice is None else f"{reason}; {advice}"

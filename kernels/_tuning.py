@@ -125,9 +125,7 @@ class Tuner:
                 table = _read(path)  # the timing may have added to it
                 kept = {str(asdict(choice)): value for choice, value in seconds.items()}
                 table[str(key)] = {"choice": asdict(best), "seconds": kept}
-                partial = path.with_name(f".{path.name}.{os.getpid()}")
-                partial.write_text(json.dumps(table, indent=1) + "\n")
-                partial.replace(path)
+                _keep(path, table)
             return best
 
     def _measure(self, key: Key, left: Sequence[Choice], call: Callable[[Choice], object]) -> dict[Choice, float]:
@@ -159,6 +157,18 @@ def _read(path: Path) -> dict[str, Any]:
     return table if isinstance(table, dict) else {}
 
 
+def _keep(path: Path, table: dict[str, Any]) -> None:
+    """Write a table of answers, whole or not at all; where the disk is full each process finds out by itself."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        partial.write_text(json.dumps(table, indent=1) + "\n")
+        partial.replace(path)
+    except OSError as error:
+        warnings.warn(f"{path}: block sizes are not kept: {error.strerror}", RuntimeWarning, stacklevel=2)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
 @cache
 def _shipped(name: str) -> dict[str, Any]:
     found = _read(Path(__file__).with_name("tuned.json")).get("devices", {}).get(name, {})
@@ -182,7 +192,9 @@ def _locked(folder: Path) -> Iterator[bool]:
         yield False
         return
     with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        # Without locks (some network file systems) several processes time at once, and the last to write stays.
+        with contextlib.suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX)
         _held.add(folder)
         try:
             yield True
@@ -206,7 +218,14 @@ def _cuda_seconds(call: Callable[[], object]) -> float:
 
 def tuning_folder() -> Path:
     """On this machine's own disk: a home folder is often shared by a cluster's nodes."""
-    return Path(os.environ.get(TUNING_DIR_VARIABLE) or Path(tempfile.gettempdir()) / f"iwm-fast-{os.getuid()}")
+    named = os.environ.get(TUNING_DIR_VARIABLE)
+    if named:
+        return Path(named).expanduser()
+    try:
+        temporary = tempfile.gettempdir()
+    except FileNotFoundError:  # no temporary folder can be written to, nor the working folder: nothing is kept
+        temporary = "/tmp"  # noqa: S108  (only named; that it cannot be written is found when it is opened)
+    return Path(temporary) / f"iwm-fast-{os.getuid()}"
 
 
 _in_place: ContextVar[Chooser | None] = ContextVar("iwm_fast_kernels_tuner", default=None)

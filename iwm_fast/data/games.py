@@ -23,7 +23,7 @@ from iwm_fast.data.manifest import write_manifest
 from iwm_fast.data.randomness import uniforms
 from iwm_fast.data.triplets import MANIFESTS
 from iwm_fast.data.whole import whole_folder
-from iwm_fast.errors import UserError
+from iwm_fast.errors import UserError, because
 from iwm_fast.outputs import require_folder
 
 __all__ = ["Recording", "record"]
@@ -84,7 +84,7 @@ def record(recording: Recording, out: Path, progress: Progress | None = None) ->
                 if count:
                     episode = _write(recording, env, actions, background, partial / part, count, episode, progress)
     except OSError as error:
-        raise UserError(f"{out}: cannot be written: {error.strerror or error}; choose another --out") from error
+        raise UserError(f"{out}: cannot be written: {because(error)}; or choose another --out") from error
     finally:
         env.close()
     return actions

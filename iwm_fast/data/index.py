@@ -7,8 +7,6 @@ on behind them.
 
 from __future__ import annotations
 
-import fcntl
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +17,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from iwm_fast.config.cores import usable_cores
 from iwm_fast.data.encoded import BadSample, upright_size
+from iwm_fast.data.locks import hold
 from iwm_fast.data.sources import Source, open_source
 from iwm_fast.data.sources.base import UNLABELLED
 from iwm_fast.data.sources.checksum import crc32c
@@ -26,8 +25,9 @@ from iwm_fast.data.sources.kinds import MANIFEST_FILE, is_manifest
 from iwm_fast.data.sources.manifest import COLUMNS, Header
 from iwm_fast.data.sources.names import escape
 from iwm_fast.data.sources.s3 import is_address
+from iwm_fast.data.whole import sync_open
 from iwm_fast.data.workers import Span, in_order
-from iwm_fast.errors import UserError
+from iwm_fast.errors import UserError, because
 from iwm_fast.outputs import require_file
 
 __all__ = ["write_index"]
@@ -79,7 +79,7 @@ def write_index(
                 if progress is not None:
                     progress("index", last, len(names))
     except OSError as error:
-        raise UserError(f"{out}: cannot be written: {error.strerror or error}; name another file with --out") from error
+        raise UserError(f"{out}: cannot be written: {because(error)}; or name another file with --out") from error
     return {
         "manifest": str(out.absolute()),
         "source": images.describe(),
@@ -155,12 +155,12 @@ def _beside(out: Path) -> Iterator[BinaryIO]:
     out.parent.mkdir(parents=True, exist_ok=True)
     with partial_file.open("a+b") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            hold(file, str(out))
         except BlockingIOError as error:
             raise UserError(f"{out}: another start is writing it; wait for it") from error
         yield file
         file.flush()
-        os.fsync(file.fileno())
+        sync_open(file.fileno())
         partial_file.replace(out)
         os.utime(out)  # the renaming changed its folder, which is no newer than the manifest for that
 

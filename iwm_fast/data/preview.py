@@ -20,7 +20,7 @@ from iwm_fast.data.loader import SampleOrder
 from iwm_fast.data.masks import MaskSampler, PatchSets
 from iwm_fast.data.samples import FileStore, SampleReader, Samples
 from iwm_fast.data.views import draw_views
-from iwm_fast.errors import UserError
+from iwm_fast.errors import UserError, because
 from iwm_fast.outputs import require_folder
 
 __all__ = ["write_preview"]
@@ -68,7 +68,7 @@ def write_preview(config: Config, root: str | Path, out: Path, count: int, seed:
             records += _records([files.name(file) for file in samples.files.tolist()], views, patches, space)
         (out / "params.json").write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
-        raise UserError(f"{out}: cannot be written: {error.strerror or error}; choose another --out") from error
+        raise UserError(f"{out}: cannot be written: {because(error)}; or choose another --out") from error
 
 
 def _render(

@@ -10,7 +10,6 @@ A sample is KEY.EXTENSION and, where there are classes, KEY.cls with the class's
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import tarfile
@@ -25,6 +24,7 @@ from typing import Any, BinaryIO
 from urllib.parse import quote
 
 from iwm_fast.data.encoded import BadSample
+from iwm_fast.data.locks import hold
 from iwm_fast.data.sources import Source, open_source
 from iwm_fast.data.sources.base import UNLABELLED
 from iwm_fast.data.sources.kinds import is_image
@@ -32,7 +32,7 @@ from iwm_fast.data.sources.names import escape
 from iwm_fast.data.sources.shard_index import INDEX_VERSION
 from iwm_fast.data.sources.webdataset import CLASSES_FILE
 from iwm_fast.data.whole import write_whole, write_whole_text
-from iwm_fast.errors import UserError
+from iwm_fast.errors import UserError, because
 from iwm_fast.outputs import require_folder
 
 __all__ = ["SHARD_BYTES", "write_shards"]
@@ -102,7 +102,7 @@ def write_shards(
             text = json.dumps({"schema": "iwm-fast-shards/1", **answer, "plan": plan}, indent=1) + "\n"
             write_whole_text(out / _SHARDS_FILE, text)
     except OSError as error:
-        raise UserError(f"{out}: cannot be written: {error.strerror or error}; choose another --out") from error
+        raise UserError(f"{out}: cannot be written: {because(error)}; or choose another --out") from error
     return {"out": str(out.absolute()), **answer, "resumed": kept}
 
 
@@ -171,7 +171,7 @@ def _held(out: Path, plan: str) -> Iterator[None]:
     out.mkdir(parents=True, exist_ok=True)
     with (out / _PLAN_FILE).open("a+") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            hold(file, str(out))
         except BlockingIOError as error:
             raise UserError(f"{out}: another start is packing into it; wait for it") from error
         file.seek(0)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from iwm_fast.data.whole import whole_folder
-from iwm_fast.errors import UserError
+from iwm_fast.errors import UserError, because
 from iwm_fast.outputs import require_folder
 
 __all__ = ["CLASSES", "draw_dataset", "draw_images"]
@@ -71,7 +71,7 @@ def draw_dataset(
         with whole_folder(out) as partial:
             _write(partial, record)
     except OSError as error:
-        raise UserError(f"{out}: cannot be written: {error.strerror or error}; choose another --out") from error
+        raise UserError(f"{out}: cannot be written: {because(error)}; or choose another --out") from error
 
 
 def draw_images(labels: NDArray[np.int64], size: int, rng: np.random.Generator) -> NDArray[np.uint8]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -11,14 +12,34 @@ from typing import Any, BinaryIO
 
 from iwm_fast.outputs import is_special
 
-__all__ = ["sync", "whole_folder", "write_whole", "write_whole_text"]
+__all__ = ["sync", "sync_open", "whole_folder", "write_whole", "write_whole_text"]
+
+# What a file system answers that has no such call: CIFS and some FUSE for folders. A full or failing disk is none of
+# them.
+_CANNOT_SYNC = frozenset({errno.EINVAL, errno.EBADF, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EISDIR})
+# A folder that may be written to and not listed cannot be opened to be synced.
+_CANNOT_OPEN = _CANNOT_SYNC | {errno.EACCES, errno.EPERM}
+
+
+def sync_open(handle: int) -> None:
+    """Wait until what was written to an open file is on the disk, where its file system can say so."""
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in _CANNOT_SYNC:
+            raise
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
+    """Wait until a file, or a folder's list of names, is on the disk, where its file system can say so."""
     try:
-        os.fsync(handle)
+        handle = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        if error.errno in _CANNOT_OPEN and path.is_dir():
+            return
+        raise
+    try:
+        sync_open(handle)
     finally:
         os.close(handle)
 
@@ -38,7 +59,7 @@ def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
         with partial.open("wb") as file:
             write(file)
             file.flush()
-            os.fsync(file.fileno())
+            sync_open(file.fileno())
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)  # of a full disk, what was written has to go

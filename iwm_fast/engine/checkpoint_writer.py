@@ -6,8 +6,10 @@ away before it is deleted. So a kill at any instant leaves whole checkpoints und
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
+import sys
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -21,7 +23,7 @@ from iwm_fast.data.whole import sync, write_whole_text
 from iwm_fast.engine.checkpoint import FORMAT, INDEX, LATEST, MANIFEST, Fragment, step_of, steps
 from iwm_fast.engine.distributed import Ranks, gather
 from iwm_fast.engine.shards import file_sum, write_shard
-from iwm_fast.errors import UserError
+from iwm_fast.errors import UserError, because
 
 __all__ = ["CheckpointWriter", "clear_leftovers", "point_latest", "write"]
 
@@ -110,7 +112,7 @@ def write(
         if ranks.first:
             shutil.rmtree(partial, ignore_errors=True)
         raise UserError(
-            f"{final}: checkpoint could not be written ({failed}); free space or mend the folder, then --resume auto"
+            f"{final}: checkpoint could not be written ({failed}); older checkpoints stay: mend it, then --resume auto"
         )
     return final
 
@@ -132,8 +134,13 @@ def _begin(partial: Path) -> str | None:
             shutil.rmtree(partial)
         partial.mkdir(parents=True)
     except OSError as error:
-        return f"rank 0: {error}"
+        return _said(0, error)
     return None
+
+
+def _said(rank: int, error: OSError) -> str:
+    where = f"{error.filename}: " if error.filename else ""
+    return f"rank {rank}: {where}{because(error)}"
 
 
 def _write_rank(partial: Path, step: int, fragments: Iterable[Fragment], ranks: Ranks) -> dict[str, Any]:
@@ -150,7 +157,7 @@ def _write_rank(partial: Path, step: int, fragments: Iterable[Fragment], ranks: 
     try:
         report["files"][file] = write_shard(partial / file, {p.key: p.tensor.detach() for p in parts}, metadata)
     except OSError as error:
-        report["error"] = f"rank {ranks.rank}: {error}"
+        report["error"] = _said(ranks.rank, error)
     return report
 
 
@@ -180,7 +187,7 @@ def _finish(
         point_latest(final.parent, final.name)
         _prune(final, keep_last, keep_every)
     except OSError as error:
-        return f"rank 0: {error}"
+        return _said(0, error)
     return None
 
 
@@ -189,12 +196,21 @@ def _prune(final: Path, keep_last: int, keep_every: int | None) -> None:
     older = [(n, p) for p in steps(final.parent) if (n := step_of(p)) is not None and n < number]
     for step, path in older[keep_last - 1 :]:
         if keep_every is None or step % keep_every:
-            _remove(path)
+            try:
+                _remove(path)
+            except OSError as error:  # the checkpoint just written is whole, whatever becomes of an old one
+                print(f"{path}: old checkpoint not removed ({because(error)})", file=sys.stderr, flush=True)
 
 
 def _remove(path: Path) -> None:
     """Away from its final name first, so that no half of it is ever found there."""
     aside = path.with_name(f".{path.name}{_REMOVED}")
     shutil.rmtree(aside, ignore_errors=True)
-    path.rename(aside)
+    try:
+        path.rename(aside)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        (path / MANIFEST).unlink(missing_ok=True)  # an overlay cannot rename what an image brought: no longer whole
+        aside = path
     shutil.rmtree(aside)

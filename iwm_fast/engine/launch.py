@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 import iwm_fast
-from iwm_fast.errors import UserError
+from iwm_fast.errors import UserError, because
 from iwm_fast.planning.environment import installed_version
 
 __all__ = ["Peer", "launcher", "meet", "require_alike", "require_shared", "this_peer"]
@@ -114,7 +114,7 @@ def require_shared(folder: Path, peers: tuple[Peer, ...], rank: int, gather: Cal
         meeting.mkdir(parents=True, exist_ok=True)
         (meeting / str(rank)).touch()
     except OSError as error:
-        wrong = f"{peers[rank].name} cannot write to {folder}: {error.strerror}"
+        wrong = f"{peers[rank].name} cannot write to {folder}: {because(error)}"
     found = [said for said in gather(wrong) if said]
     if not found and rank == 0:
         unseen = [peer.name for peer in peers if not (meeting / str(peer.rank)).exists()]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import resource
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,8 +11,9 @@ from typing import Any
 
 import torch
 
+from iwm_fast.data.whole import sync_open
 from iwm_fast.engine.sinks import Sink
-from iwm_fast.errors import UserError
+from iwm_fast.errors import UserError, because
 
 __all__ = ["MetricsLog", "memory_bytes"]
 
@@ -43,12 +43,12 @@ class MetricsLog:
                 sink.write(record)
         except OSError as error:
             raise UserError(
-                f"{self._path}: metrics cannot be written ({error.strerror}); free space, then --resume auto"
+                f"{self._path}: metrics cannot be written ({because(error)}), then --resume auto"
             ) from error
 
     def sync(self) -> None:
         """Wait until the lines are on the disk: before a checkpoint after which they are not written again."""
-        os.fsync(self._file.fileno())
+        sync_open(self._file.fileno())
 
 
 def memory_bytes(device: torch.device) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Iterator
@@ -10,11 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from iwm_fast.config import Config, dump_config, load_config
+from iwm_fast.data.locks import hold
 from iwm_fast.data.whole import write_whole_text
-from iwm_fast.errors import UserError
+from iwm_fast.errors import UserError, because
 
 __all__ = ["RunDirectory"]
 
@@ -38,20 +36,32 @@ class RunDirectory:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the folder for this job; a second live job gets a UserError."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / ".lock").open("a+") as lock:
+        """Hold the folder for this job; a second live job gets a UserError.
+
+        On a file system without locks the folder is not held, and a line says so.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = (self.path / ".lock").open("a+")
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written to ({because(error)}), or choose another --out") from error
+        with lock:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
+                hold(lock, str(self.path))
+            except BlockingIOError as error:
                 lock.seek(0)
                 holder = lock.read().strip() or "unknown"
                 raise UserError(
                     f"{self.path}: another live job ({holder}) holds it; wait for it or choose another --out"
                 ) from error
-            lock.truncate(0)
-            lock.write(f"pid {os.getpid()}")
-            lock.flush()
+            except OSError as error:
+                raise UserError(f"{self.path}: cannot be locked ({because(error)})") from error
+            try:
+                lock.truncate(0)
+                lock.write(f"pid {os.getpid()}")
+                lock.flush()
+            except OSError as error:
+                raise UserError(f"{self.path}: cannot be written to ({because(error)})") from error
             yield
 
     def begin(self, config: Config, environment: dict[str, Any]) -> None:
@@ -68,8 +78,8 @@ class RunDirectory:
     def require_same(self, config: Config) -> None:
         """Raise UserError naming the first key that may not differ from the configuration the run was started with."""
         # Loaded as a configuration, so that a key that was not there yet has its default.
-        before = dict(_leaves(yaml.safe_load(dump_config(load_config(self.config_file, [])))))
-        now = dict(_leaves(yaml.safe_load(dump_config(config))))
+        before = dict(_leaves(load_config(self.config_file, []).model_dump(mode="json")))
+        now = dict(_leaves(config.model_dump(mode="json")))
         for key in sorted(before.keys() | now.keys()):
             if before.get(key) != now.get(key) and not key.startswith(FREE_KEYS):
                 raise UserError(
@@ -104,4 +114,4 @@ def _replace(path: Path, text: str) -> None:
     try:
         write_whole_text(path, text)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); free space or mend the folder") from error
+        raise UserError(f"{path}: cannot be written ({because(error)})") from error

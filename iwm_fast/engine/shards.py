@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import os
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +19,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from iwm_fast.data.whole import sync_open
 
 __all__ = ["file_sum", "shard_fault", "write_shard", "write_tensors"]
 
@@ -72,7 +73,7 @@ def write_tensors(
             at = 0
             while at < part.nbytes:
                 at += file.write(part[at:]) or 0
-        os.fsync(file.fileno())
+        sync_open(file.fileno())
     return {"bytes": written, "sha256": digest.hexdigest()}
 
 

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import errno
 import os
 import pickle
+import shutil
 import sys
 import tarfile
 import tempfile
@@ -293,6 +295,73 @@ def test_a_folder_that_is_gone_is_an_error_and_no_bad_sample(tmp_path, left):
     with pytest.raises(DataGone, match=r"the data folder is (gone|empty)") as caught:
         images.read(2)
     assert str(caught.value).startswith(str(root))
+
+
+@pytest.mark.parametrize("left", ["gone (No such file or directory)", "empty"])
+def test_a_class_folder_that_was_removed_costs_its_own_images_only(tmp_path, left):
+    write_classes(tmp_path, 4)
+    images = list_images(tmp_path)
+    lost = Path(images.name(0)).parent
+    shutil.rmtree(lost)
+    if left == "empty":
+        lost.mkdir()
+    with pytest.raises(BadSample) as caught:
+        images.read(0)
+    assert caught.value.reason == f"cannot be read: its folder {lost} is {left}"
+    assert images.read(len(images) - 1)
+
+
+def test_a_class_folder_on_a_disk_of_its_own_that_goes_away_is_waited_for(tmp_path):
+    """A link to another disk that leads nowhere, as a mount that dropped, comes back."""
+    write_classes(tmp_path / "root", 4)
+    lost = tmp_path / "root" / "cat"
+    lost.rename(tmp_path / "other disk")
+    lost.symlink_to(tmp_path / "other disk")
+    images = list_images(tmp_path / "root")
+    (tmp_path / "other disk").rename(tmp_path / "away")
+    with pytest.raises(DataGone, match="cat: the data folder is gone"):
+        images.read(0)
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
+def test_what_this_process_cannot_do_is_no_bad_sample(tmp_path, monkeypatch, number):
+    write_classes(tmp_path, 2)
+    images = list_images(tmp_path)
+
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(UserError, match=f"cannot be read: {os.strerror(number)}"):
+        images.read(0)
+
+
+@pytest.mark.parametrize("name", ["lost+found", "System Volume Information", "$RECYCLE.BIN", "@eaDir", ".Trash-1000"])
+def test_folders_of_the_system_are_no_classes_and_are_not_entered(tmp_path, monkeypatch, name):
+    write_classes(tmp_path, 2)
+    plain = list_images(tmp_path)
+    write_classes(tmp_path / name, 2)
+    entered = []
+    real = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: entered.append(str(path)) or real(path))
+    images = list_images(tmp_path)
+    assert (len(images), images.classes) == (len(plain), plain.classes)
+    assert not any(name in path for path in entered)
+    assert images.describe().endswith("" if name.startswith(".") else f"({name} left out)")
+
+
+def test_a_class_folder_that_may_not_be_listed_is_named(tmp_path, monkeypatch):
+    write_classes(tmp_path, 2)
+    real = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("dog"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(UserError, match="dog cannot be listed: Permission denied"):
+        list_images(tmp_path)
 
 
 def test_more_than_what_is_left_is_what_there_is(tmp_path):

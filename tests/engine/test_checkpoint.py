@@ -4,6 +4,7 @@ import errno
 import itertools
 import json
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -97,6 +98,33 @@ def test_a_full_disk_leaves_nothing_under_a_final_name_and_the_old_one_usable(tm
         save(tmp_path, 2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step_000001"]
     assert checkpoint.newest(tmp_path)[0] == old
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_does_not_end_the_training(tmp_path, monkeypatch, capsys):
+    save(tmp_path, 1, keep_last=1)
+
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(checkpoint_writer, "_remove", refuse)
+    save(tmp_path, 2, keep_last=1)
+    assert "step_000001: old checkpoint not removed (Permission denied" in capsys.readouterr().err
+    assert checkpoint.newest(tmp_path) == (tmp_path / "step_000002", [])
+
+
+def test_a_folder_that_cannot_be_renamed_is_removed_all_the_same(tmp_path, monkeypatch):
+    """An overlay answers EXDEV for a folder that came with the image."""
+    save(tmp_path, 1, keep_last=1)
+    real = Path.rename
+
+    def rename(path, target):
+        if path.name == "step_000001":
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        return real(path, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    save(tmp_path, 2, keep_last=1)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step_000002"]
 
 
 def test_a_leftover_of_a_killed_writer_is_neither_used_nor_in_the_way(tmp_path):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
+import os
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -150,6 +153,40 @@ def test_a_torn_or_foreign_file_is_found_out_again_or_used(content, tmp_path):
     (tmp_path / f"A_GPU-triton-{triton.__version__}.json").write_text(content)
     expected = LIBRARY if "library" in content else candidates_of("sm_90", "hidden")[0]
     assert ask(tuner) == expected
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_folder_without_locks_keeps_answers_all_the_same(tmp_path, monkeypatch, number):
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(_tuning.fcntl, "flock", flock)
+    first, _ = make(tmp_path)
+    chosen = ask(first)
+    second, timed = make(tmp_path)
+    assert ask(second) == chosen
+    assert not timed
+
+
+def test_a_full_disk_is_said_and_each_process_finds_out_by_itself(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(_tuning.Path, "write_text", full)
+    tuner, timed = make(tmp_path)
+    with pytest.warns(RuntimeWarning, match="not kept: No space left on device"):
+        ask(tuner)
+    assert timed
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_without_any_temporary_folder_a_place_is_named_all_the_same(monkeypatch):
+    def none():
+        raise FileNotFoundError("No usable temporary directory found")
+
+    monkeypatch.delenv(_tuning.TUNING_DIR_VARIABLE, raising=False)
+    monkeypatch.setattr(_tuning.tempfile, "gettempdir", none)
+    assert _tuning._folder() == Path(f"/tmp/iwm-fast-{os.getuid()}")
 
 
 def test_a_folder_that_cannot_be_written_is_no_reason_to_stop(tmp_path):

@@ -55,5 +55,6 @@ class FolderSource:
         return folder_labels(list(self._names))
 
     def describe(self) -> str:
-        """What these images come from."""
-        return "an image folder"
+        """What these images come from, and what of it was passed over."""
+        left_out = f" ({', '.join(self.storage.left_out)} left out)" if self.storage.left_out else ""
+        return f"an image folder{left_out}"

@@ -8,10 +8,22 @@ from pathlib import Path
 from typing import Protocol
 
 from iwm_fast.data.encoded import BadSample
-from iwm_fast.errors import UserError
+from iwm_fast.errors import UserError, because
 
-__all__ = ["DataGone", "LocalStorage", "Storage"]
+__all__ = ["SYSTEM_FOLDERS", "DataGone", "LocalStorage", "Storage"]
 
+# Folders that systems and servers keep beside people's files, by their exact names; those that begin with a dot are
+# hidden ones. Some may be listed by root only.
+SYSTEM_FOLDERS = frozenset(
+    {
+        "lost+found",  # ext2 to ext4
+        "System Volume Information", "$RECYCLE.BIN", "$Recycle.Bin", "RECYCLER", "found.000",  # Windows
+        "@eaDir", "#recycle", "#snapshot", "@Recycle", "@Recently-Snapshot", "~snapshot",  # Synology, QNAP, NetApp
+        "__MACOSX",  # ZIP archives of macOS
+    }
+)  # fmt: skip
+# Not the file: this process may open no more, or the machine's memory is used up.
+_OURS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
 # What a network file system says of a server that does not answer, as opposed to a file that is not there.
 _NO_ANSWER = frozenset({errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH})
 
@@ -29,13 +41,17 @@ class Storage(Protocol):
 
     root: str  # as people write it: an absolute path, or s3://bucket/prefix
     readers: int  # reads that are worth having in flight at a time
+    left_out: tuple[str, ...]  # folders of the system that `names` passed over, below the root
 
     def shown(self, name: str) -> str:
         """The full name of a piece: an absolute path, or an address."""
         ...
 
     def names(self) -> list[str]:
-        """Every piece below the root, sorted, but for hidden ones (a part begins with a dot). UserError if it fails."""
+        """Every piece below the root, sorted, but for hidden ones (a part begins with a dot) and SYSTEM_FOLDERS.
+
+        UserError if it fails.
+        """
         ...
 
     def has(self, name: str) -> bool:
@@ -49,7 +65,8 @@ class Storage(Protocol):
     def read(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
         """A piece's bytes from `offset`: `length` of them, fewer where it ends before, or all.
 
-        BadSample where this piece cannot be read; DataGone where the whole place is gone.
+        BadSample where this piece cannot be read; DataGone where the whole place is gone; UserError where this
+        process may open no more files.
         """
         ...
 
@@ -66,6 +83,8 @@ class LocalStorage:
     def __init__(self, root: Path) -> None:
         self._root = root.absolute()
         self.root = str(self._root)
+        self.left_out: tuple[str, ...] = ()
+        self._mounts: tuple[str, ...] = ()  # folders below the root, as `names` found them, that lie on other disks
 
     def shown(self, name: str) -> str:
         """The file's absolute path; of a name that is one already, this."""
@@ -77,16 +96,23 @@ class LocalStorage:
         """Paths below the root with forward slashes; links are followed, each real folder is visited once."""
         seen: set[tuple[int, int]] = set()
         found: list[str] = []
+        left_out, mounts = [], []
         for folder, inside, files in os.walk(self.root, followlinks=True, onerror=_refuse):
             status = os.stat(folder)  # noqa: PTH116  (os.walk gives strings)
             if (status.st_dev, status.st_ino) in seen:
                 inside.clear()
                 continue
+            if not seen:
+                disk = status.st_dev
+            elif status.st_dev != disk:
+                mounts.append(folder)
             seen.add((status.st_dev, status.st_ino))
-            inside[:] = sorted(name for name in inside if not name.startswith("."))
             prefix = folder[len(self.root) :].strip("/")
             prefix = f"{prefix}/" if prefix else ""
+            left_out += [prefix + name for name in inside if name in SYSTEM_FOLDERS]
+            inside[:] = sorted(name for name in inside if not name.startswith(".") and name not in SYSTEM_FOLDERS)
             found += [prefix + name for name in files if not name.startswith(".")]
+        self.left_out, self._mounts = tuple(sorted(left_out)), tuple(mounts)
         return sorted(found)
 
     def has(self, name: str) -> bool:
@@ -116,20 +142,40 @@ class LocalStorage:
     def close(self) -> None:
         """Nothing waits here."""
 
-    def _verdict(self, name: str, error: OSError) -> BadSample | DataGone:
-        """One file is the matter, or its whole folder: a mount that went away leaves none, or an empty one."""
-        folder = os.path.dirname(self.shown(name))  # noqa: PTH120  (names that are no text stay as they are)
+    def _verdict(self, name: str, error: OSError) -> BadSample | UserError:
+        """What is the matter: the file, its folder, or the place of all, of which a mount that went away leaves nothing
+        or an empty folder.
+        """
+        path = self.shown(name)
+        folder = os.path.dirname(path)  # noqa: PTH120  (names that are no text stay as they are)
+        if error.errno in _OURS:
+            return UserError(f"{path}: cannot be read: {because(error)}")
         if error.errno in _NO_ANSWER:
             return DataGone(f"{folder}: the data folder does not answer ({error.strerror})")
-        try:
-            with os.scandir(folder) as entries:
-                if next(entries, None) is None:
-                    return DataGone(f"{folder}: the data folder is empty")
-        except (NotADirectoryError, PermissionError):
-            pass
-        except OSError as gone:
-            return DataGone(f"{folder}: the data folder is gone ({gone.strerror})")
-        return BadSample(f"cannot be read: {error.strerror or error}")
+        lost = _emptiness(folder)
+        if lost is None:
+            return BadSample(f"cannot be read: {error.strerror or error}")
+        while len(folder) > len(self.root) and folder not in self._mounts and not os.path.islink(folder):  # noqa: PTH114
+            above = os.path.dirname(folder)  # noqa: PTH120
+            beside = _emptiness(above, but_for=folder)
+            if beside is None:  # the place is there: somebody removed this folder of it
+                return BadSample(f"cannot be read: its folder {folder} is {lost}")
+            folder, lost = above, beside
+        return DataGone(f"{folder}: the data folder is {lost}")
+
+
+def _emptiness(folder: str, but_for: str | None = None) -> str | None:
+    """None where the folder holds something, or cannot be listed; else how it does not, in words.
+
+    but_for: something in it that does not count.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            return None if any(entry.path != but_for for entry in entries) else "empty"
+    except (NotADirectoryError, PermissionError):
+        return None
+    except OSError as gone:
+        return f"gone ({gone.strerror})"
 
 
 def _read_fully(file: int, wanted: int, offset: int) -> bytes:

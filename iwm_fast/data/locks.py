@@ -1,0 +1,42 @@
+"""Locks on files: held by one process at a time, where the file system has them at all."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import sys
+from typing import IO, Any
+
+__all__ = ["hold"]
+
+# What a file system without locks answers (Lustre mounted without -o flock, some FUSE, CIFS and NFS servers). A lock
+# that another process holds is none of them.
+_NO_LOCKS = frozenset(
+    {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL, errno.EPERM, errno.ENOTTY, errno.EBADF}
+)
+_said: set[str] = set()
+
+
+def hold(file: IO[Any], of: str) -> bool:
+    """Lock a file that is open for writing until it is closed; whether it is locked now.
+
+    False where the file system has no locks, which is said once for ``of``. Raises BlockingIOError where another
+    process holds the lock, OSError where the disk or its server fails.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):  # POSIX allows both for a lock that is held
+            raise BlockingIOError(error.errno, error.strerror) from error
+        if error.errno not in _NO_LOCKS:
+            raise
+        if of not in _said:
+            _said.add(of)
+            print(
+                f"{of}: its file system has no locks ({error.strerror}), so two jobs that write there are not told "
+                "apart; start one at a time",
+                file=sys.stderr,
+                flush=True,
+            )
+        return False
+    return True

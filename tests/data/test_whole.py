@@ -1,0 +1,67 @@
+import errno
+import os
+import stat
+
+import pytest
+
+from iwm_fast.data.whole import sync, whole_folder, write_whole_text
+from iwm_fast.errors import because
+
+
+def failing(monkeypatch, number, *, folders):
+    """fsync of folders, or of files, fails; and, where it is a permission, opening them does."""
+    real_fsync, real_open = os.fsync, os.open
+
+    def fsync(handle):
+        if stat.S_ISDIR(os.fstat(handle).st_mode) == folders:
+            raise OSError(number, os.strerror(number))
+        real_fsync(handle)
+
+    def opened(path, flags, *rest, **more):
+        if number == errno.EACCES and os.path.isdir(path) == folders:  # noqa: PTH112
+            raise PermissionError(number, os.strerror(number))
+        return real_open(path, flags, *rest, **more)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "open", opened)
+
+
+@pytest.mark.parametrize("name", ["EINVAL", "EBADF", "ENOTSUP", "ENOSYS", "EACCES"])
+def test_where_folders_cannot_be_synced_files_and_folders_are_written_all_the_same(name, tmp_path, monkeypatch):
+    failing(monkeypatch, getattr(errno, name), folders=True)
+    write_whole_text(tmp_path / "a.json", "{}")
+    with whole_folder(tmp_path / "out") as partial:
+        (partial / "b").touch()
+    assert (tmp_path / "a.json").read_text() == "{}"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "out"]
+
+
+@pytest.mark.parametrize("name", ["ENOSPC", "EIO", "EDQUOT"])
+@pytest.mark.parametrize("folders", [True, False], ids=["folder", "file"])
+def test_a_disk_that_is_full_or_fails_is_an_error_and_leaves_nothing_partial(name, folders, tmp_path, monkeypatch):
+    failing(monkeypatch, getattr(errno, name), folders=folders)
+    with pytest.raises(OSError, match=os.strerror(getattr(errno, name))):
+        write_whole_text(tmp_path / "a.json", "{}")
+    assert [path.name for path in tmp_path.iterdir()] == (["a.json"] if folders else [])
+
+
+def test_a_file_that_may_not_be_read_is_not_synced_in_silence(tmp_path, monkeypatch):
+    (tmp_path / "a").touch()
+    failing(monkeypatch, errno.EACCES, folders=False)
+    with pytest.raises(PermissionError):
+        sync(tmp_path / "a")
+
+
+CAUSES = {
+    "ENOSPC": "No space left on device; free space there",
+    "EROFS": "Read-only file system; mount it for writing, or write elsewhere",
+    "EACCES": "Permission denied; check its owner and permissions, or write elsewhere",
+    "EMFILE": "Too many open files; raise the limit of open files (ulimit -n)",
+    "ENOENT": "No such file or directory",
+}
+
+
+@pytest.mark.parametrize("name", CAUSES)
+def test_a_cause_has_its_own_advice(name):
+    number = getattr(errno, name)
+    assert because(OSError(number, os.strerror(number))) == CAUSES[name]
