@@ -13,7 +13,7 @@ from typing import Any
 
 from iwm_fast.config.schema import Config, EncoderShape, ExternalActions, Section
 
-__all__ = ["Row", "allowed", "rows", "section_keys"]
+__all__ = ["Row", "allowed", "rows", "section_keys", "text_keys"]
 
 
 # JSON Schema's names of types, in words.
@@ -105,6 +105,13 @@ def section_keys() -> frozenset[str]:
     """The keys that hold a section rather than a value: ``train``, ``model.predictor`` and so on."""
     keys = {row.key.rsplit(".", 1)[0] for row in rows()} | {row.key.split(".", 1)[0] for row in rows()}
     return frozenset(keys - _MAPPINGS.keys())
+
+
+@functools.cache
+def text_keys() -> dict[str, bool]:
+    """The keys that hold any text (a path, a name), and whether each may also be null."""
+    kinds = {row.key: row.type.split(" or ") for row in rows()}
+    return {key: "null" in kind for key, kind in kinds.items() if set(kind) <= {"text", "null"}}
 
 
 def allowed(key: str) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from iwm_fast.config import yaml_text
-from iwm_fast.config.listing import allowed, rows, section_keys
+from iwm_fast.config.listing import allowed, rows, section_keys, text_keys
 from iwm_fast.config.schema import Config
 from iwm_fast.config.yaml_text import Keys
 from iwm_fast.errors import UserError
@@ -97,7 +97,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[Keys, int]]:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text; a configuration is a YAML file") from error
-    values, lines = yaml_text.parse(text, str(path))
+    values, lines = yaml_text.parse(text, str(path), texts={tuple(key.split(".")) for key in text_keys()})
     if values is None:
         values = {}
     if not isinstance(values, dict):
@@ -133,8 +133,18 @@ def _override(values: dict[str, Any], text: str) -> Keys:
         if not isinstance(below.get(part), dict):
             below[part] = {}
         below = below[part]
-    below[keys[-1]] = yaml_text.parse_value(value, f"{_COMMAND_LINE}: {key}")
+    below[keys[-1]] = _given(key, value)
     return keys
+
+
+def _given(key: str, value: str) -> Any:
+    """What stands after ``key=``: of a key that holds text the text as it is, of another as YAML writes it."""
+    if key not in text_keys():
+        return yaml_text.parse_value(value, f"{_COMMAND_LINE}: {key}")
+    nullable = text_keys()[key]
+    if not value:
+        raise UserError(f"{_COMMAND_LINE}: {key}: nothing stands after =; give text{', or null' if nullable else ''}")
+    return None if nullable and value == "null" else value
 
 
 def _first_key(section: str) -> str:

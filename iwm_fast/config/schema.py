@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from iwm_fast.config.encoders import ENCODERS, EncoderName, EncoderShape
 from iwm_fast.config.external import STILL, UNTOLD, ExternalActions
-from iwm_fast.config.section import Range, Section, pair
+from iwm_fast.config.section import Place, Range, Section, pair
 
 __all__ = [
     "ENCODERS",
@@ -202,7 +202,7 @@ class DataConfig(Section):
     source: Literal["auto", "folder", "webdataset", "tfrecord", "triplets"] = Field(
         "auto", description="auto: chosen by what lies under root, which the training says"
     )
-    root: str | None = Field(
+    root: Place | None = Field(
         None,
         description="folder of images (sub-folders are classes), of .tar shards or of TFRecord files, the same as "
         "s3://bucket/prefix, or a manifest of iwm-fast data index; or a manifest of triplets (docs/triplets.md)",
@@ -324,7 +324,7 @@ class EvalConfig(Section):
     """Evaluation while training."""
 
     every_steps: Count | None = Field(None, description="k-NN and MRR every so many steps; default: never")
-    root: str | None = Field(
+    root: Place | None = Field(
         None, description="folder with train/ and test/ (or val/), or with a folder a class (docs/data.md)"
     )
     images: Count = Field(2000, description="most images used for k-NN while training, of each split")

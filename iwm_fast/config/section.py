@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import re
 from typing import Annotated
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-__all__ = ["Names", "Numbers", "Range", "Section", "pair"]
+__all__ = ["Names", "Numbers", "Place", "Range", "Section", "home_expanded", "pair"]
 
 
 class Section(BaseModel):
@@ -20,6 +22,29 @@ def pair(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
 
 
+_HOME = re.compile(r"~[\w.-]*(/|$)")
+
+
+def home_expanded(text: str) -> str:
+    """A path with ``~`` or ``~name`` at its beginning replaced by that home; a shell does so before a word only.
+
+    ValueError where the home is not known; a folder that is really called ``~`` is ``./~``.
+    """
+    if not _HOME.match(text):
+        return text
+    expanded = os.path.expanduser(text)  # noqa: PTH111  (an address keeps its slashes)
+    if expanded == text:
+        raise ValueError(f"{text}: whose home this is, is not known; write the whole path (./{text} for a folder here)")
+    return expanded
+
+
+def _place(value: object) -> object:
+    if value == "":
+        raise ValueError("an empty text; give a path, or null")
+    return home_expanded(value) if isinstance(value, str) else value
+
+
+Place = Annotated[str, BeforeValidator(_place)]
 Range = Annotated[tuple[float, float], BeforeValidator(pair)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Numbers = Annotated[tuple[Finite, ...], BeforeValidator(pair)]

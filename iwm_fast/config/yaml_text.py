@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Set
 from typing import Any
 
 import yaml
@@ -62,21 +63,23 @@ def _represent_text(dumper: _Dumper, value: str) -> yaml.ScalarNode:
 _Dumper.add_representer(str, _represent_text)
 _Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
 _Loader.add_constructor("tag:yaml.org,2002:float", _construct_float)
+_SCALARS = [re.compile(rf"^(?:{pattern})$") for _, pattern, _ in _PLAIN_SCALARS]
 for _kind, _pattern, _first in _PLAIN_SCALARS:
     for _class in (_Loader, _Dumper):
         _class.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(rf"^(?:{_pattern})$"), list(_first))
 
 
-def _convert(loader: _Loader, node: yaml.Node, keys: Keys, lines: dict[Keys, int], name: str) -> Any:
+def _convert(loader: _Loader, node: yaml.Node, keys: Keys, lines: dict[Keys, int], name: str, texts: Set[Keys]) -> Any:
     """A node's plain value; notes the line of every key below it in ``lines``."""
     if len(keys) > _MAX_DEPTH:
         raise UserError(f"{name}:{node.start_mark.line + 1}: nested more than {_MAX_DEPTH} levels deep")
     if not isinstance(node, yaml.ScalarNode) and node.tag not in _PLAIN_COLLECTIONS:
         raise UserError(f"{name}:{node.start_mark.line + 1}: the tag {node.tag} has no meaning in a configuration")
     if isinstance(node, yaml.SequenceNode):
-        return [_convert(loader, item, (*keys, str(i)), lines, name) for i, item in enumerate(node.value)]
+        return [_convert(loader, item, (*keys, str(i)), lines, name, texts) for i, item in enumerate(node.value)]
     if not isinstance(node, yaml.MappingNode):
-        return loader.construct_object(node)
+        is_text = keys in texts and node.tag != "tag:yaml.org,2002:null"
+        return node.value if is_text else loader.construct_object(node)
     values: dict[str, Any] = {}
     for key_node, value_node in node.value:
         line = key_node.start_mark.line + 1
@@ -87,22 +90,25 @@ def _convert(loader: _Loader, node: yaml.Node, keys: Keys, lines: dict[Keys, int
             first = lines[(*keys, key)]
             raise UserError(f"{name}:{line}: {'.'.join((*keys, key))}: given twice, first on line {first}; keep one")
         lines[(*keys, key)] = line
-        values[key] = _convert(loader, value_node, (*keys, key), lines, name)
+        values[key] = _convert(loader, value_node, (*keys, key), lines, name, texts)
     return values
 
 
-def parse(text: str, name: str, *, numbered: bool = True) -> tuple[Any, dict[Keys, int]]:
+def parse(
+    text: str, name: str, *, numbered: bool = True, texts: Set[Keys] = frozenset()
+) -> tuple[Any, dict[Keys, int]]:
     """The plain value of a YAML document, and the line of each of its keys.
 
-    ``name`` is the file as errors call it, followed by the line where ``numbered``. A malformed text, a duplicate key
-    or a tag of other software is a UserError.
+    ``name`` is the file as errors call it, followed by the line where ``numbered``. ``texts``: keys whose scalars are
+    text as it is written, also where they look like a number or a flag; null stays null. A malformed text, a duplicate
+    key or a tag of other software is a UserError.
     """
     try:
         loader = _Loader(text)
         try:
             node = loader.get_single_node()
             lines: dict[Keys, int] = {}
-            return (None if node is None else _convert(loader, node, (), lines, name)), lines
+            return (None if node is None else _convert(loader, node, (), lines, name, texts)), lines
         finally:
             loader.dispose()
     except yaml.MarkedYAMLError as error:
@@ -114,8 +120,15 @@ def parse(text: str, name: str, *, numbered: bool = True) -> tuple[Any, dict[Key
 
 
 def parse_value(text: str, name: str) -> Any:
-    """The plain value of one scalar, list or mapping, as it stands after ``=`` on the command line."""
-    return parse(text, name, numbered=False)[0]
+    """The plain value of one scalar, list or mapping, as it stands after ``=`` on the command line.
+
+    What begins with a bracket, a brace or a quote is YAML; a number, a flag or null is what it looks like; all else is
+    text, whole: on a command line ``#``, ``: ``, ``!`` and ``*`` mean nothing.
+    """
+    bare = text.strip()
+    if bare.startswith(("[", "{", "'", '"')) or any(pattern.match(bare) for pattern in _SCALARS):
+        return parse(text, name, numbered=False)[0]
+    return bare
 
 
 def dump(values: dict[str, Any]) -> str:

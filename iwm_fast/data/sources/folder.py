@@ -56,5 +56,5 @@ class FolderSource:
 
     def describe(self) -> str:
         """What these images come from, and what of it was passed over."""
-        left_out = f" ({', '.join(self.storage.left_out)} left out)" if self.storage.left_out else ""
+        left_out = f", {' and '.join(self.storage.left_out)} left out" if self.storage.left_out else ""
         return f"an image folder{left_out}"
