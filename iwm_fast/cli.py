@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from iwm_fast import __version__
-from iwm_fast.arguments import prepare
+from iwm_fast.arguments import check_options, prepare
 from iwm_fast.commands import bench, data, finetune
 from iwm_fast.commands.options import CONFIG_HELP, Json, Overrides, answer
 from iwm_fast.commands.plan import plan
@@ -265,14 +265,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     1 is an answer: doctor found a broken part, data verify a bad file, bench compare a slowdown, evaluate --what a
     measure that could not be run.
     """
-    words, debug = prepare(sys.argv[1:] if arguments is None else arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given
     from iwm_fast.quiet import quiet_third_parties
 
     quiet_third_parties()
-    command = typer.main.get_command(app)
+
+    def called() -> Any:
+        words, _ = prepare(given)
+        command = typer.main.get_command(app)
+        check_options(command, words)
+        return command.main(words, prog_name="iwm-fast", standalone_mode=False)
+
     return run_program(
         "iwm-fast",
-        lambda: command.main(words, prog_name="iwm-fast", standalone_mode=False),
+        called,
         debug=debug,
         describe=_one_line,
         mendable=(UserError, typer.TyperException, OSError),

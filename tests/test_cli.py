@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 from small_run import TINY_WORDS
+from typer.main import get_command
 
-from iwm_fast.arguments import config_and_overrides, prepare
-from iwm_fast.cli import main
+from iwm_fast.arguments import check_options, config_and_overrides, prepare
+from iwm_fast.cli import app, main
 from iwm_fast.config import load_config
 from iwm_fast.console import print_table
 from iwm_fast.demo import demo_rows
@@ -264,14 +265,86 @@ PREPARED = {
     "json before an option": (["demo", "--json", "--out", "x"], ["demo", "--json", "-", "--out", "x"], False),
     "json with a file": (["demo", "--json", "f", "--out", "x"], ["demo", "--json", "f", "--out", "x"], False),
     "json to a pipe": (["doctor", "--json", "-"], ["doctor", "--json", "-"], False),
+    "json before an override": (["config", "c", "--json", "a.b=1"], ["config", "c", "--json", "-", "a.b=1"], False),
+    "json before a wrong key": (["demo", "--json", "lrr=1"], ["demo", "--json", "-", "lrr=1"], False),
+    "json with a sign in a folder": (["doctor", "--json", "o/a=b"], ["doctor", "--json", "o/a=b"], False),
+    "json with a sign in its name": (["doctor", "--json=a=b"], ["doctor", "--json=a=b"], False),
+    "home after a sign": (["export", "--out=~/a"], ["export", "--out=/home/me/a"], False),
+    "home as a word": (
+        ["data", "verify", "~/a", "--json", "~"],
+        ["data", "verify", "/home/me/a", "--json", "/home/me"],
+        False,
+    ),
+    "no home": (["export", "--out=a~/b", "x=~/y"], ["export", "--out=a~/b", "x=~/y"], False),
     "after two dashes": (["x", "--", "--debug"], ["x", "--", "--debug"], False),
 }
 
 
 @pytest.mark.parametrize("name", PREPARED)
-def test_arguments_are_prepared_for_the_parser(name):
+def test_arguments_are_prepared_for_the_parser(name, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
     before, after, debug = PREPARED[name]
     assert prepare(before) == (after, debug)
+
+
+# What people write who come from elsewhere, and the end of the line that they get.
+FROM_ELSEWHERE = {
+    "pretrain demo.yaml --batch-size 32": "write train.global_batch=32",
+    "pretrain demo.yaml --batch_size=32 --out r": "write train.global_batch=32",
+    "pretrain --lr 1e-3": "write train.lr=1e-3",
+    "pretrain -lr 1e-3": "write train.lr=1e-3",
+    "pretrain demo.yaml --epochs 3": "write train.epochs=3",
+    "pretrain demo.yaml --seed 3": "write train.seed=3",
+    "pretrain --fp16 demo.yaml": "write train.precision=... (bf16 or fp32)",
+    "pretrain demo.yaml --data-path x": "write data.root=x",
+    "pretrain demo.yaml --output_dir x": "use --out",
+    "pretrain demo.yaml --train.lr 3": "write train.lr=3, without dashes",
+    "pretrain demo.yaml --gpus 8": "torchrun --nproc_per_node N -m iwm_fast pretrain ..., deepspeed or srun",
+    "finetune r --data d --batch-size 3": "use --batch",
+    "finetune r --data d --learning-rate 3": "use --lr",
+    "evaluate r --data d --ckpt x": "use --checkpoint",
+    "plan demo --devices 3": "use --gpus-per-node",
+    "bench step --num-workers 2": "use --threads",
+    "pretrain demo.yaml --out r --resume": "--resume: needs a value (auto|never|PATH)",
+    "pretrain demo.yaml --resume --out r": "--resume: needs a value (auto|never|PATH); --out follows it",
+    "finetune r --data d --lr --steps 3": "--lr: needs a value; --steps follows it",
+    "pretrain demo.yaml --out r batch_size=3": "batch_size: unknown key; did you mean train.global_batch?",
+    "finetune r --data d --frobnicate 3": "No such option: --frobnicate See iwm-fast finetune --help.",
+}
+
+
+@pytest.mark.parametrize("line", FROM_ELSEWHERE)
+def test_who_writes_the_word_of_another_framework_is_told_ours(line, capsys):
+    assert main(line.split()) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.count("\n") == 1
+    assert shown.err.rstrip("\n").endswith(FROM_ELSEWHERE[line])
+
+
+def test_negative_values_and_values_like_options_are_left_to_the_parser():
+    command = get_command(app)
+    check_options(command, ["finetune", "r", "--data", "d", "--lr", "-1", "--weight-decay", "-.5"])
+    check_options(command, ["data", "record", "E", "--crop", "0", "0", "1", "1", "--names", "--batch-size"])
+    check_options(command, ["pretrain", "c", "--", "--batch-size"])
+
+
+def test_json_before_an_override_prints_and_applies_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["config", "demo", "--json", "train.lr=5e-4"]) == 0
+    assert json.loads(capsys.readouterr().out)["config"]["train"]["lr"] == 5e-4
+    assert list(tmp_path.iterdir()) == []
+    assert main(["config", "demo", "--json=a=b.json"]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["a=b.json"]
+
+
+def test_a_result_does_not_replace_a_configuration(tmp_path, monkeypatch, capsys):
+    """After --json a configuration's name is taken for the file."""
+    monkeypatch.chdir(tmp_path)
+    Path("big.yaml").write_text("train: {seed: 7}")
+    assert main(["config", "--json", "big.yaml", "demo"]) == 2
+    assert "big.yaml: a YAML file" in capsys.readouterr().err
+    assert Path("big.yaml").read_text() == "train: {seed: 7}"
 
 
 def test_an_optional_configuration_is_told_from_overrides():

@@ -20,6 +20,8 @@ __all__ = ["CONFIG_HELP", "Device", "Json", "Overrides", "Threads", "answer", "b
 
 def _writable(destination: str | None) -> str | None:
     if destination is not None:
+        if destination.endswith((".yaml", ".yml")):
+            raise UserError(f"--json: {destination}: a YAML file; name another (a configuration comes before --json)")
         require_result(destination)
     return destination
 
@@ -27,7 +29,11 @@ def _writable(destination: str | None) -> str | None:
 Json = Annotated[
     str | None,
     typer.Option(
-        "--json", metavar="FILE", callback=_writable, help="Write the answer as JSON to FILE; without FILE, print it."
+        "--json",
+        metavar="FILE",
+        callback=_writable,
+        help="Write the answer as JSON to FILE; without FILE (last, or before an option or KEY=VALUE), print it. "
+        "--json=FILE takes any name.",
     ),
 ]
 Overrides = Annotated[

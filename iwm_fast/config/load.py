@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from iwm_fast.config import yaml_text
+from iwm_fast.config.hints import Hint, hint_of
 from iwm_fast.config.listing import allowed, rows, section_keys, text_keys
 from iwm_fast.config.schema import Config
 from iwm_fast.config.yaml_text import Keys
@@ -184,12 +185,15 @@ def _problems(error: ValidationError, values: dict[str, Any]) -> list[tuple[Keys
 
 
 def _unknown(keys: Keys) -> str:
-    """Name the known key nearest to an unknown one: a sibling first, then the same name in another section."""
+    """Name the key that is meant by an unknown one: what other frameworks call so, a sibling, its name elsewhere."""
     known = sorted({row.key for row in rows()} | section_keys())
     prefix = ".".join((*keys[:-1], ""))
     siblings = {
         key.removeprefix(prefix): key for key in known if key.startswith(prefix) and "." not in key[len(prefix) :]
     }
+    hint = hint_of(keys[-1])
+    if hint is not None:
+        return f"unknown key; {_hinted(hint, siblings)}"
     near = [siblings[name] for name in difflib.get_close_matches(keys[-1], siblings, n=1)]
     same_name = [key for key in known if key.rsplit(".", 1)[-1] == keys[-1]]
     near += difflib.get_close_matches(".".join(keys), same_name, n=1, cutoff=0.0)
@@ -197,6 +201,18 @@ def _unknown(keys: Keys) -> str:
     return (
         f"unknown key; did you mean {near[0]}?" if near else f"unknown key; known here: {', '.join(siblings) or 'none'}"
     )
+
+
+def _hinted(hint: Hint, siblings: dict[str, str]) -> str:
+    """What to write instead; of keys of one name in several sections, the one beside the unknown key."""
+    note = f" ({hint.note})" if hint.note else ""
+    for key in hint.keys:
+        beside = siblings.get(key.rsplit(".", 1)[-1])
+        if beside is not None and beside != key:
+            return f"did you mean {beside}?"
+    if hint.keys:
+        return f"did you mean {hint.keys[0]}?{note}"
+    return hint.note or f"it is an option of the command line: {' or '.join(hint.options)}"
 
 
 def _value_at(values: Any, keys: Keys) -> Any:

@@ -320,6 +320,16 @@ OVERRIDE_MISTAKES = {
         "command line: data.root: ~nobody-of-that-name/x: whose home this is, is not known; write the whole path "
         "(./~nobody-of-that-name/x for a folder here)"
     ),
+    "train.batch_size=3": "command line: train.batch_size: unknown key; did you mean train.global_batch?",
+    "model.predictor.embed_dim=3": (
+        "command line: model.predictor.embed_dim: unknown key; did you mean model.predictor.width?"
+    ),
+    "checkpoint.interval=3": "command line: checkpoint.interval: unknown key; did you mean checkpoint.every_steps?",
+    "output_dir=x": "command line: output_dir: unknown key; it is an option of the command line: --out",
+    "train.gpus=8": (
+        "command line: train.gpus: unknown key; ranks are started by a launcher: torchrun --nproc_per_node N -m "
+        "iwm_fast pretrain ..., deepspeed or srun"
+    ),
     "train.lr=1e-3 # faster": 'command line: train.lr: found "1e-3 # faster"; allowed: a number above 0',
     "zero.stage=!!int 1": 'command line: zero.stage: found "!!int 1"; allowed: one of 0, 1, 2, 3',
     "trian.lr=1": "command line: trian.lr: unknown key; did you mean train.lr?",

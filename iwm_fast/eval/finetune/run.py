@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from iwm_fast.config import Config
+from iwm_fast.config.section import home_expanded
 from iwm_fast.data.segmentation import is_masked
 from iwm_fast.data.sources.s3 import is_address
 from iwm_fast.engine.loading import default_device, load_model
@@ -95,7 +96,11 @@ def named_folders(words: Sequence[str]) -> dict[str, str]:
     """Folders by task name from ``DIR`` (named after the folder) or ``NAME=DIR``; UserError for a name used twice."""
     named: dict[str, str] = {}
     for word in words:
-        name, place = _named(word)
+        name, given = _named(word)
+        try:
+            place = home_expanded(given)  # NAME=~/photos: no shell expands it there
+        except ValueError as error:
+            raise UserError(f"--data: {error}") from error
         key = name if name is not None else (Path(place).resolve().name or "data")
         if not key or key in named:
             raise UserError(f"--data: {printable(word)}: each task needs a name of its own; write NAME=DIR")
