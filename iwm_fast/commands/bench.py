@@ -44,6 +44,8 @@ def step(
     from iwm_fast.benchmarks.step import measure_step
     from iwm_fast.config.load import find_config, load_config
 
+    if config is not None and preset:
+        raise UserError(f"--config: {config}: it stands instead of --preset {preset[0]}; give one of them")
     ranks = only_rank(device, threads)
     changes = tuple(overrides or ())
     if config is not None:

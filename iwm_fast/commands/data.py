@@ -51,6 +51,8 @@ def synth(
     ] = False,
 ) -> None:
     """Draw a labelled set of JPEGs, for those with no data at hand."""
+    if classes > min(train, test):
+        raise UserError(f"--classes: {classes} need as many images: --train is {train} and --test {test}")
     from iwm_fast.data.synth import draw_dataset
 
     draw_dataset(out, classes=classes, train=train, test=test, size=size, seed=seed, segments=segments)

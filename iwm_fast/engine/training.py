@@ -49,6 +49,7 @@ from iwm_fast.engine.upkeep import Upkeep
 from iwm_fast.engine.zero import ZeroEngine, initialize
 from iwm_fast.errors import UserError
 from iwm_fast.models.attention import resolve_backend
+from iwm_fast.planning.conflicts import conflicts, require_a_step
 from iwm_fast.planning.length import training_steps
 
 __all__ = ["pretrain"]
@@ -166,6 +167,7 @@ def _train(
     live.at("listing of the data")
     patience = Patience(config.data.store_timeout, config.data.store_attempts)
     files = triplets or list_images(config.data.root or "", config.data.source, patience)
+    require_a_step(config, len(files))
     live.at("making of the model")
     space = space_of(config.actions)
     model = trained_model(config, space.dim, ranks.device)
@@ -220,6 +222,8 @@ def _announce(run: Run, files: ImageSet | Triplets, saved: Checkpoint | None, pr
         f"global batch {config.train.global_batch} = "
         f"{run.ranks.world} × {run.trainer.stream.accumulation} × {run.trainer.stream.micro_batch}"
     )
+    for line in conflicts(config, len(files)):
+        progress.say(f"note: {line}")
     if saved and saved.index.get("images", len(files)) != len(files):
         progress.say(
             f"the data have {len(files)} images now and had {saved.index['images']} when the checkpoint was written: "

@@ -236,7 +236,13 @@ def _splits(
 
 def _plan(request: Request, init: Init, tasks: Sequence[Task]) -> Plan:
     largest = max(int((~task.held).sum()) for task in tasks)
-    steps = request.steps or max(1, round(request.epochs * -(-largest // request.batch)))
+    length = request.epochs * -(-largest // request.batch)
+    if request.steps is None and length < 0.5:
+        raise UserError(
+            f"--epochs: {request.epochs:g} passes over {largest} training images are {length:.2g} of a step of --batch "
+            f"{request.batch}; give more, or --steps"
+        )
+    steps = request.steps or max(1, round(length))
     return Plan(
         rates=request.rates or default_rates(request.mode),
         steps=steps,

@@ -1,0 +1,91 @@
+"""Settings that contradict each other, which shows only once the number of images is known."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from iwm_fast.config import Config
+from iwm_fast.errors import UserError
+from iwm_fast.planning.length import training_steps
+
+__all__ = ["conflicts", "require_a_step"]
+
+# A start that ends before this share of the schedules is told where it ends; one near their end has nearly all of them.
+_NEARLY_WHOLE = 0.9
+
+
+def require_a_step(config: Config, images: int) -> None:
+    """Raise UserError where ``train.epochs`` passes over the images are no step, and nothing else says how many."""
+    train = config.train
+    steps = train.epochs * images / train.global_batch
+    if train.schedule_steps is None and train.steps is None and steps < 0.5:
+        raise UserError(
+            f"train.epochs is {train.epochs:g} and train.global_batch {train.global_batch}: {images} images make "
+            f"{steps:.2g} of a step; lower train.global_batch, raise train.epochs, or set train.schedule_steps"
+        )
+
+
+def conflicts(config: Config, images: int) -> list[str]:
+    """A line for each group of settings that may not be meant so; none where all go together."""
+    return [*_batch(config, images), *_warmup(config, images), *_length(config, images), *_never(config, images)]
+
+
+def _batch(config: Config, images: int) -> Iterator[str]:
+    batch = config.train.global_batch
+    if batch > images:
+        yield (
+            f"train.global_batch is {batch:,} and there are {images:,} images: a step sees images more than once; "
+            f"lower it to {images:,} or fewer"
+        )
+
+
+def _warmup(config: Config, images: int) -> Iterator[str]:
+    warmup, total = config.train.warmup, training_steps(config, images)
+    if 2 * warmup <= total:
+        return
+    what = (
+        "the learning rate never reaches its peak"
+        if warmup >= total
+        else "the learning rate rises for more than half of it"
+    )
+    yield (
+        f"train.warmup is {warmup:,} steps and the training {total:,}: {what}; "
+        f"set train.warmup to about {total // 10:,}, or train longer (train.epochs)"
+    )
+
+
+def _length(config: Config, images: int) -> Iterator[str]:
+    train, total = config.train, training_steps(config, images)
+    if train.steps is None or _NEARLY_WHOLE * total <= train.steps <= total:
+        return
+    if train.steps > total:
+        yield (
+            f"train.steps is {train.steps:,} and the schedules end at step {total:,}: from there on the learning rate "
+            f"stays at {train.lr_final:g} of its peak and train.ema at {train.ema[1]:g}; "
+            f"set train.schedule_steps={train.steps}, or train.steps={total}"
+        )
+        return
+    warming = f", within the warm-up of {train.warmup:,}" if train.steps < train.warmup < total else ""
+    yield (
+        f"train.steps ends this start at step {train.steps:,} of the schedules' {total:,}{warming}; "
+        f"for a whole training of {train.steps:,} steps set train.schedule_steps={train.steps}"
+    )
+
+
+def _never(config: Config, images: int) -> Iterator[str]:
+    """What is due at steps that do not come."""
+    stop = config.train.steps or training_steps(config, images)
+    every, keep = config.checkpoint.every_steps, config.checkpoint.keep_every
+    never = []
+    if config.eval.every_steps is not None and config.eval.every_steps > stop:
+        never.append(f"no evaluation (eval.every_steps {config.eval.every_steps:,})")
+    if every > stop:
+        never.append(f"one checkpoint only, at its end (checkpoint.every_steps {every:,})")
+    elif keep is not None and math.lcm(every, keep) > stop:
+        never.append(
+            f"no checkpoint that is kept for good (checkpoint.keep_every {keep:,}, every_steps {every:,}: both meet at "
+            f"step {math.lcm(every, keep):,})"
+        )
+    if never:
+        yield f"the training ends at step {stop:,}, so there is {' and '.join(never)}"

@@ -1,0 +1,99 @@
+import json
+
+import pytest
+
+from iwm_fast.cli import main
+from iwm_fast.config import load_config, packaged_config
+from iwm_fast.errors import UserError
+from iwm_fast.planning.conflicts import conflicts, require_a_step
+
+
+def config(*overrides):
+    words = ("train.epochs=10", "train.global_batch=32", "train.warmup=0", "checkpoint.every_steps=50", *overrides)
+    return load_config(packaged_config("vit_tiny_p4_32.yaml"), words)
+
+
+def test_settings_that_go_together_are_not_spoken_of():
+    # 10 passes over 320 images are 100 steps
+    assert conflicts(config("train.warmup=50", "eval.root=x", "eval.every_steps=100"), 320) == []
+    assert conflicts(config("train.steps=100"), 320) == []
+    assert conflicts(config("train.steps=95"), 320) == []
+    assert conflicts(config("train.schedule_steps=100", "train.warmup=50"), 7_000_000) == []
+    assert conflicts(config("checkpoint.keep_every=100"), 320) == []
+
+
+# Of 320 images, unless a number stands before: 100 steps.
+LINES = {
+    "train.warmup=25022": (
+        "train.warmup is 25,022 steps and the training 100: the learning rate never reaches its peak; set train.warmup "
+        "to about 10, or train longer (train.epochs)"
+    ),
+    "train.warmup=100": "train.warmup is 100 steps and the training 100: the learning rate never",
+    "train.warmup=51": "train.warmup is 51 steps and the training 100: the learning rate rises for more",
+    "train.schedule_steps=60 train.warmup=60": "train.warmup is 60 steps and the training 60: the learning rate never",
+    "train.steps=150 train.ema=[0.9,1.0]": (
+        "train.steps is 150 and the schedules end at step 100: from there on the learning rate stays at 0.001 of its "
+        "peak and train.ema at 1; set train.schedule_steps=150, or train.steps=100"
+    ),
+    "train.steps=50 train.schedule_steps=5000": (
+        "train.steps ends this start at step 50 of the schedules' 5,000; for a whole training of 50 steps set "
+        "train.schedule_steps=50"
+    ),
+    "train.steps=50 train.warmup=50 train.schedule_steps=5000 train.warmup=60": (
+        "train.steps ends this start at step 50 of the schedules' 5,000, within the warm-up of 60; for a whole"
+    ),
+    "train.global_batch=321": (
+        "train.global_batch is 321 and there are 320 images: a step sees images more than once; "
+        "lower it to 320 or fewer"
+    ),
+    "eval.root=x eval.every_steps=101": (
+        "the training ends at step 100, so there is no evaluation (eval.every_steps 101)"
+    ),
+    "checkpoint.every_steps=101": (
+        "the training ends at step 100, so there is one checkpoint only, at its end (checkpoint.every_steps 101)"
+    ),
+    "eval.root=x eval.every_steps=500 checkpoint.every_steps=1000": (
+        "the training ends at step 100, so there is no evaluation (eval.every_steps 500) and one checkpoint only, at "
+        "its end (checkpoint.every_steps 1,000)"
+    ),
+    "checkpoint.every_steps=20 checkpoint.keep_every=30 train.schedule_steps=50": (
+        "the training ends at step 50, so there is no checkpoint that is kept for good (checkpoint.keep_every 30, "
+        "every_steps 20: both meet at step 60)"
+    ),
+    "checkpoint.keep_every=1000": (
+        "the training ends at step 100, so there is no checkpoint that is kept for good (checkpoint.keep_every 1,000, "
+        "every_steps 50: both meet at step 1,000)"
+    ),
+}
+
+
+@pytest.mark.parametrize("words", LINES)
+def test_what_may_not_be_meant_gets_one_line_with_what_to_set(words):
+    said = [line for line in conflicts(config(*words.split()), 320) if line.startswith(LINES[words])]
+    assert len(said) == 1
+    assert "\n" not in said[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "images"),
+    [(("train.epochs=0.01",), 320), (("train.global_batch=2048", "train.epochs=1"), 1000), ((), 1)],
+    ids=["few passes", "large batch", "one image"],
+)
+def test_less_than_a_step_is_refused(words, images):
+    with pytest.raises(UserError, match=r"images make 0\.\d+ of a step; lower train\.global_batch"):
+        require_a_step(config(*words), images)
+    require_a_step(config(*words, "train.steps=1"), images)
+    require_a_step(config(*words, "train.schedule_steps=1"), images)
+
+
+def test_half_a_step_is_one():
+    require_a_step(config("train.epochs=1", "train.global_batch=8"), 4)
+
+
+def test_the_plan_says_so_too(tmp_path, capsys):
+    words = ["plan", "vit_base_p16_224_equi.yaml", "--images", "20000", "--results", str(tmp_path)]
+    assert main([*words, "--json", str(tmp_path / "p.json")]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+    assert len(lines) == 1
+    assert lines[0].startswith("note: train.warmup is 25,022 steps and the training 2,930: the learning rate never")
+    assert json.loads((tmp_path / "p.json").read_text())["conflicts"] == [lines[0].removeprefix("note: ")]
