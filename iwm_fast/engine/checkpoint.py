@@ -8,6 +8,7 @@ all of it; ``checkpoint_writer`` writes it.
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from iwm_fast.engine.checkpoint_index import Piece, read_index
 from iwm_fast.engine.shards import file_sum, shard_fault
-from iwm_fast.errors import UserError
+from iwm_fast.errors import UserError, because
 
 __all__ = ["FORMAT", "INDEX", "LATEST", "MANIFEST", "Checkpoint", "Fragment", "damage", "newest", "step_of", "steps"]
 
@@ -28,6 +29,10 @@ FORMAT = "iwm-fast-checkpoint/1"
 INDEX, MANIFEST, LATEST = "index.json", "manifest.json", "latest"
 _FOLDER = re.compile(r"step_(\d{6,})")
 _FILE = re.compile(r"\w[\w.-]*")
+# Why a file cannot be read that says nothing about the file: permissions, this process's limits, a server.
+_NOT_OF_THE_FILE = frozenset(
+    {errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN}
+)
 
 
 @dataclass(frozen=True)
@@ -50,11 +55,13 @@ def damage(path: Path) -> str | None:
     """What is wrong with the checkpoint at ``path``, or None when it is whole.
 
     Missing, resized or altered files; and, whatever the sums say, an index that contradicts itself or its shards.
+    UserError where it cannot be told, because this process may not read it: nothing is passed over for that.
     """
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         version, files = manifest["format"], dict(manifest["files"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        _require_readable(path / MANIFEST, error)
         return f"{MANIFEST}: {error}"
     if version != FORMAT:
         return f"{MANIFEST}: format is {version!r}, this version reads {FORMAT!r}"
@@ -64,12 +71,19 @@ def damage(path: Path) -> str | None:
         try:
             found = file_sum(path / file)
         except (OSError, ValueError) as error:
+            _require_readable(path / file, error)
             return f"{file}: {getattr(error, 'strerror', None) or error}"
         if found != expected:
             return f"{file}: its bytes are not those that were written (SHA-256 differs)"
     if INDEX not in files:
         return f"{MANIFEST}: does not list {INDEX}"
     return _contradiction(path, files)
+
+
+def _require_readable(path: Path, error: Exception) -> None:
+    """Raise UserError where an error is that of this process or of the server, and not of the file."""
+    if isinstance(error, OSError) and error.errno in _NOT_OF_THE_FILE:
+        raise UserError(f"{path}: cannot be read ({because(error)}), then start again") from error
 
 
 def _contradiction(path: Path, files: dict[str, Any]) -> str | None:

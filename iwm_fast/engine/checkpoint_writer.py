@@ -112,7 +112,7 @@ def write(
         if ranks.first:
             shutil.rmtree(partial, ignore_errors=True)
         raise UserError(
-            f"{final}: checkpoint could not be written ({failed}); older checkpoints stay: mend it, then --resume auto"
+            f"{final}: checkpoint could not be written ({failed}); the checkpoints before it stay; mend this, then --resume auto"
         )
     return final
 

@@ -19,7 +19,7 @@ from iwm_fast.data.external import space_of
 from iwm_fast.engine import checkpoint
 from iwm_fast.engine.checkpoint import Checkpoint
 from iwm_fast.engine.state import restore_module
-from iwm_fast.errors import UserError
+from iwm_fast.errors import UserError, because
 from iwm_fast.models.iwm import IWM
 
 __all__ = ["EXPORT_FILE", "EXPORT_SCHEMA", "default_device", "find_checkpoint", "load_export", "load_model"]
@@ -93,8 +93,12 @@ def _described(folder: Path) -> Mapping[str, Any]:
     path = folder / EXPORT_FILE
     try:
         described = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); export the run again") from error
+    except FileNotFoundError as error:
+        raise UserError(f"{folder}: not an export (no {EXPORT_FILE}); name a folder of iwm-fast export") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({because(error)})") from error
+    except ValueError as error:
+        raise UserError(f"{path}: not as exported ({error}); export the run again") from error
     found = described.get("schema") if isinstance(described, dict) else None
     if found != EXPORT_SCHEMA:
         raise UserError(f"{path}: schema is {found!r}, this version reads {EXPORT_SCHEMA!r}; export the run again")

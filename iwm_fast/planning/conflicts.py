@@ -69,7 +69,7 @@ def _length(config: Config, images: int) -> Iterator[str]:
     warming = f", within the warm-up of {train.warmup:,}" if train.steps < train.warmup < total else ""
     yield (
         f"train.steps ends this start at step {train.steps:,} of the schedules' {total:,}{warming}; "
-        f"for a whole training of {train.steps:,} steps set train.schedule_steps={train.steps}"
+        f"for a whole training of that length set train.schedule_steps={train.steps}"
     )
 
 

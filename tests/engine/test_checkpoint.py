@@ -3,6 +3,7 @@
 import errno
 import itertools
 import json
+import os
 import threading
 from pathlib import Path
 
@@ -125,6 +126,24 @@ def test_a_folder_that_cannot_be_renamed_is_removed_all_the_same(tmp_path, monke
     monkeypatch.setattr(Path, "rename", rename)
     save(tmp_path, 2, keep_last=1)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step_000002"]
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EMFILE, errno.ESTALE])
+@pytest.mark.parametrize("file", ["manifest.json", "rank_00000.safetensors"])
+def test_a_checkpoint_that_may_not_be_read_is_not_passed_over_as_damaged(tmp_path, monkeypatch, number, file):
+    """An older one would be resumed from, and what was trained since trained again."""
+    for step in (1, 2):
+        save(tmp_path, step)
+    real = Path.open
+
+    def opened(path, *arguments, **more):
+        if path == tmp_path / "step_000002" / file:
+            raise OSError(number, os.strerror(number), str(path))
+        return real(path, *arguments, **more)
+
+    monkeypatch.setattr(Path, "open", opened)
+    with pytest.raises(UserError, match=rf"step_000002/{file}: cannot be read \({os.strerror(number)}"):
+        checkpoint.newest(tmp_path)
 
 
 def test_a_leftover_of_a_killed_writer_is_neither_used_nor_in_the_way(tmp_path):

@@ -36,7 +36,7 @@ LINES = {
         "peak and train.ema at 1; set train.schedule_steps=150, or train.steps=100"
     ),
     "train.steps=50 train.schedule_steps=5000": (
-        "train.steps ends this start at step 50 of the schedules' 5,000; for a whole training of 50 steps set "
+        "train.steps ends this start at step 50 of the schedules' 5,000; for a whole training of that length set "
         "train.schedule_steps=50"
     ),
     "train.steps=50 train.warmup=50 train.schedule_steps=5000 train.warmup=60": (
