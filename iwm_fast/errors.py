@@ -12,7 +12,7 @@ __all__ = ["UserError", "because"]
 _ADVICE = {
     errno.ENOSPC: "free space there",
     errno.EDQUOT: "free space there, or have the quota raised",
-    errno.EROFS: "mount it for writing, or write elsewhere",
+    errno.EROFS: "mount it for writing",
     errno.EACCES: "check its owner and permissions",
     errno.EPERM: "check its owner and permissions",
     errno.EIO: "the disk or its server fails: check it",
@@ -30,8 +30,11 @@ class UserError(Exception):
     """A mistake or a circumstance that the user can mend: one line that says what, where and what to do."""
 
 
-def because(error: OSError) -> str:
-    """Why something could not be written, and what to do where the cause tells: "No space left on device; free ..."."""
+def because(error: OSError, otherwise: str = "") -> str:
+    """Why a file could not be read or written, and what to do: "No space left on device; free space there".
+
+    otherwise: what to do whatever the cause is; it comes first.
+    """
+    advice = [words for words in (otherwise, _ADVICE.get(error.errno or 0)) if words]
     reason = error.strerror or str(error)
-    advice = _ADVICE.get(error.errno or 0)
-    return reason if advice is None else f"{reason}; {advice}"
+    return f"{reason}; {', or '.join(advice)}" if advice else reason

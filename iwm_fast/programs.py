@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
-from iwm_fast.errors import UserError
+from iwm_fast.errors import UserError, because
 from iwm_fast.streams import open_streams, output_failure, shown
 
 __all__ = ["one_line", "run_program"]
@@ -44,7 +44,7 @@ def run_program(
 def one_line(error: Exception) -> str:
     """What an error says, without line breaks."""
     if isinstance(error, OSError) and error.filename and error.strerror:
-        text = f"{_name(error.filename)}: {error.strerror}"
+        text = f"{_name(error.filename)}: {because(error)}"
     else:
         text = str(error)
     return " ".join(text.split())

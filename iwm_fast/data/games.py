@@ -84,7 +84,7 @@ def record(recording: Recording, out: Path, progress: Progress | None = None) ->
                 if count:
                     episode = _write(recording, env, actions, background, partial / part, count, episode, progress)
     except OSError as error:
-        raise UserError(f"{out}: cannot be written: {because(error)}; or choose another --out") from error
+        raise UserError(f"{out}: cannot be written: {because(error, 'choose another --out')}") from error
     finally:
         env.close()
     return actions

@@ -79,7 +79,7 @@ def write_index(
                 if progress is not None:
                     progress("index", last, len(names))
     except OSError as error:
-        raise UserError(f"{out}: cannot be written: {because(error)}; or name another file with --out") from error
+        raise UserError(f"{out}: cannot be written: {because(error, 'name another file with --out')}") from error
     return {
         "manifest": str(out.absolute()),
         "source": images.describe(),

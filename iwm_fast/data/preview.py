@@ -68,7 +68,7 @@ def write_preview(config: Config, root: str | Path, out: Path, count: int, seed:
             records += _records([files.name(file) for file in samples.files.tolist()], views, patches, space)
         (out / "params.json").write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
-        raise UserError(f"{out}: cannot be written: {because(error)}; or choose another --out") from error
+        raise UserError(f"{out}: cannot be written: {because(error, 'choose another --out')}") from error
 
 
 def _render(

@@ -102,7 +102,7 @@ def write_shards(
             text = json.dumps({"schema": "iwm-fast-shards/1", **answer, "plan": plan}, indent=1) + "\n"
             write_whole_text(out / _SHARDS_FILE, text)
     except OSError as error:
-        raise UserError(f"{out}: cannot be written: {because(error)}; or choose another --out") from error
+        raise UserError(f"{out}: cannot be written: {because(error, 'choose another --out')}") from error
     return {"out": str(out.absolute()), **answer, "resumed": kept}
 
 

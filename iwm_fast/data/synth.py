@@ -71,7 +71,7 @@ def draw_dataset(
         with whole_folder(out) as partial:
             _write(partial, record)
     except OSError as error:
-        raise UserError(f"{out}: cannot be written: {because(error)}; or choose another --out") from error
+        raise UserError(f"{out}: cannot be written: {because(error, 'choose another --out')}") from error
 
 
 def draw_images(labels: NDArray[np.int64], size: int, rng: np.random.Generator) -> NDArray[np.uint8]:

@@ -112,7 +112,8 @@ def write(
         if ranks.first:
             shutil.rmtree(partial, ignore_errors=True)
         raise UserError(
-            f"{final}: checkpoint could not be written ({failed}); the checkpoints before it stay; mend this, then --resume auto"
+            f"{final}: checkpoint could not be written ({failed}); the checkpoints before it stay; "
+            "mend this, then --resume auto"
         )
     return final
 

@@ -44,7 +44,7 @@ class RunDirectory:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = (self.path / ".lock").open("a+")
         except OSError as error:
-            raise UserError(f"{self.path}: cannot be written to ({because(error)}), or choose another --out") from error
+            raise UserError(f"{self.path}: cannot be written to ({because(error, 'choose another --out')})") from error
         with lock:
             try:
                 hold(lock, str(self.path))

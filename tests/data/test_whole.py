@@ -54,7 +54,7 @@ def test_a_file_that_may_not_be_read_is_not_synced_in_silence(tmp_path, monkeypa
 
 CAUSES = {
     "ENOSPC": "No space left on device; free space there",
-    "EROFS": "Read-only file system; mount it for writing, or write elsewhere",
+    "EROFS": "Read-only file system; mount it for writing",
     "EACCES": "Permission denied; check its owner and permissions",
     "EMFILE": "Too many open files; raise the limit of open files (ulimit -n)",
     "ENOENT": "No such file or directory",
