@@ -65,7 +65,6 @@ def plan(
 
     from iwm_fast.console import print_table
     from iwm_fast.planning import answer as said
-    from iwm_fast.planning.conflicts import conflicts
     from iwm_fast.planning.devices import find_device
     from iwm_fast.planning.plan import Cluster
     from iwm_fast.planning.rates import compute_rate, packaged_results
@@ -78,7 +77,6 @@ def plan(
     cluster = Cluster(device, nodes, gpus_per_node, rate, network * 1e9 if network else device.network, data_rate)
     record = said.document(planner, cluster, counted)
     points = scaling(planner, cluster) if json or plot else None
-    record["conflicts"] = conflicts(loaded, counted) if counted is not None else []
     if points:
         record["scaling"] = {kind: [asdict(p) for p in line] for kind, line in points.items()}
 
@@ -95,7 +93,7 @@ def plan(
             said.memory_rows(record["variants"]),
         )
         print_table("not recommended", ("stage", "recompute", "why"), said.left_out_rows(record))
-        for line in [*said.sentences(record, points), *(f"note: {line}" for line in record["conflicts"])]:
+        for line in said.sentences(record, points):
             print(line)
 
     answer(json, "plan", record, show)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import sys
 from typing import IO, Any
+
+from iwm_fast.data.sources.left_out import tell_once
 
 __all__ = ["hold"]
 
@@ -14,7 +15,6 @@ __all__ = ["hold"]
 _NO_LOCKS = frozenset(
     {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL, errno.EPERM, errno.ENOTTY, errno.EBADF}
 )
-_said: set[str] = set()
 
 
 def hold(file: IO[Any], of: str) -> bool:
@@ -30,13 +30,9 @@ def hold(file: IO[Any], of: str) -> bool:
             raise BlockingIOError(error.errno, error.strerror) from error
         if error.errno not in _NO_LOCKS:
             raise
-        if of not in _said:
-            _said.add(of)
-            print(
-                f"{of}: its file system has no locks ({error.strerror}), so two jobs that write there are not told "
-                "apart; start one at a time",
-                file=sys.stderr,
-                flush=True,
-            )
+        tell_once(
+            f"{of}: its file system has no locks ({error.strerror}), so two jobs that write there are not told apart; "
+            "start one at a time"
+        )
         return False
     return True

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from iwm_fast.config import Config
 from iwm_fast.planning import fabric, plan, steptime
 from iwm_fast.planning.advice import changes, duration, keys, left_out, of_gpus
+from iwm_fast.planning.conflicts import length_conflicts
 from iwm_fast.planning.length import training_steps
 from iwm_fast.planning.plan import Choice, Cluster, Planner, Stage, best_of_each, stage_record
 from iwm_fast.planning.scaling import Point
@@ -114,6 +115,8 @@ def warnings(config: Config, images: ImageCount, time: StepTime) -> list[str]:
             f"the set has {images.count:,} images and a step takes {config.train.global_batch:,}: each step holds an "
             f"image {often:.3g} times; lower train.global_batch"
         )
+    if images.origin != "assumed":
+        said += length_conflicts(config, images.count)
     if time.forward + time.backward <= time.launches:
         said.append("launching kernels takes longer than computing them: a larger batch per GPU costs no time")
     return said

@@ -9,7 +9,7 @@ from iwm_fast.config import Config
 from iwm_fast.errors import UserError
 from iwm_fast.planning.length import training_steps
 
-__all__ = ["conflicts", "require_a_step"]
+__all__ = ["conflicts", "length_conflicts", "require_a_step"]
 
 # A start that ends before this share of the schedules is told where it ends; one near their end has nearly all of them.
 _NEARLY_WHOLE = 0.9
@@ -28,7 +28,12 @@ def require_a_step(config: Config, images: int) -> None:
 
 def conflicts(config: Config, images: int) -> list[str]:
     """A line for each group of settings that may not be meant so; none where all go together."""
-    return [*_batch(config, images), *_warmup(config, images), *_length(config, images), *_never(config, images)]
+    return [*_batch(config, images), *length_conflicts(config, images)]
+
+
+def length_conflicts(config: Config, images: int) -> list[str]:
+    """Those of them that concern the training's length."""
+    return [*_warmup(config, images), *_length(config, images), *_never(config, images)]
 
 
 def _batch(config: Config, images: int) -> Iterator[str]:

@@ -6,10 +6,10 @@ import sys
 
 import pytest
 
-from iwm_fast.data import locks
 from iwm_fast.data.index import write_index
 from iwm_fast.data.locks import hold
 from iwm_fast.data.shards import write_shards
+from iwm_fast.data.sources import left_out
 from iwm_fast.engine.rundir import RunDirectory
 from iwm_fast.errors import UserError
 
@@ -23,7 +23,7 @@ def refusing(monkeypatch):
             raise OSError(number, os.strerror(number))
 
         monkeypatch.setattr(fcntl, "flock", flock)
-        monkeypatch.setattr(locks, "_said", set())
+        monkeypatch.setattr(left_out, "_told", set())
 
     return refuse
 

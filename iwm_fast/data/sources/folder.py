@@ -55,6 +55,5 @@ class FolderSource:
         return folder_labels(list(self._names))
 
     def describe(self) -> str:
-        """What these images come from, and what of it was passed over."""
-        left_out = f", {' and '.join(self.storage.left_out)} left out" if self.storage.left_out else ""
-        return f"an image folder{left_out}"
+        """What these images come from."""
+        return "an image folder"

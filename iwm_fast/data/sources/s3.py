@@ -63,7 +63,7 @@ class S3Storage:
     """
 
     readers = _READERS
-    left_out: tuple[str, ...] = ()  # a store has no folders of the system
+    system_folders: tuple[str, ...] = ()  # a store has none
 
     def __init__(self, root: str, patience: Patience = PATIENCE) -> None:
         match = _ADDRESS.fullmatch(root)

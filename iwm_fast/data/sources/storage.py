@@ -41,7 +41,7 @@ class Storage(Protocol):
 
     root: str  # as people write it: an absolute path, or s3://bucket/prefix
     readers: int  # reads that are worth having in flight at a time
-    left_out: tuple[str, ...]  # folders of the system that `names` passed over, below the root
+    system_folders: tuple[str, ...]  # that `names` passed over, below the root
 
     def shown(self, name: str) -> str:
         """The full name of a piece: an absolute path, or an address."""
@@ -83,7 +83,7 @@ class LocalStorage:
     def __init__(self, root: Path) -> None:
         self._root = root.absolute()
         self.root = str(self._root)
-        self.left_out: tuple[str, ...] = ()
+        self.system_folders: tuple[str, ...] = ()
         self._mounts: tuple[str, ...] = ()  # folders below the root, as `names` found them, that lie on other disks
 
     def shown(self, name: str) -> str:
@@ -96,7 +96,7 @@ class LocalStorage:
         """Paths below the root with forward slashes; links are followed, each real folder is visited once."""
         seen: set[tuple[int, int]] = set()
         found: list[str] = []
-        left_out, mounts = [], []
+        of_system, mounts = [], []
         for folder, inside, files in os.walk(self.root, followlinks=True, onerror=_refuse):
             status = os.stat(folder)  # noqa: PTH116  (os.walk gives strings)
             if (status.st_dev, status.st_ino) in seen:
@@ -109,10 +109,10 @@ class LocalStorage:
             seen.add((status.st_dev, status.st_ino))
             prefix = folder[len(self.root) :].strip("/")
             prefix = f"{prefix}/" if prefix else ""
-            left_out += [prefix + name for name in inside if name in SYSTEM_FOLDERS]
+            of_system += [prefix + name for name in inside if name in SYSTEM_FOLDERS]
             inside[:] = sorted(name for name in inside if not name.startswith(".") and name not in SYSTEM_FOLDERS)
             found += [prefix + name for name in files if not name.startswith(".")]
-        self.left_out, self._mounts = tuple(sorted(left_out)), tuple(mounts)
+        self.system_folders, self._mounts = tuple(sorted(of_system)), tuple(mounts)
         return sorted(found)
 
     def has(self, name: str) -> bool:
