@@ -186,7 +186,7 @@ def test_without_any_temporary_folder_a_place_is_named_all_the_same(monkeypatch)
 
     monkeypatch.delenv(_tuning.TUNING_DIR_VARIABLE, raising=False)
     monkeypatch.setattr(_tuning.tempfile, "gettempdir", none)
-    assert _tuning._folder() == Path(f"/tmp/iwm-fast-{os.getuid()}")
+    assert _tuning.tuning_folder() == Path(f"/tmp/iwm-fast-{os.getuid()}")
 
 
 def test_a_folder_that_cannot_be_written_is_no_reason_to_stop(tmp_path):
