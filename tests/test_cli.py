@@ -191,7 +191,7 @@ def test_data_commands(tmp_path):
     assert drawn.returncode == 0, drawn.stderr
     (tmp_path / "set" / "train" / "torn.jpg").write_bytes(b"\xff\xd8\xff\xe0")
     checked = run("data", "verify", tmp_path / "set", "--json")
-    assert checked.returncode == 0, checked.stderr
+    assert checked.returncode == 1, checked.stderr  # a file is bad
     verdict = json.loads(checked.stdout)
     assert verdict["schema"] == "iwm-fast-data-verify/1"
     assert (verdict["files"], verdict["decoded"], len(verdict["bad"])) == (11, 10, 1)
