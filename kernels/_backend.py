@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ._jit import INTERPRETED
 
-__all__ = ["BACKENDS", "autocast_type", "resolve_backend", "use_backend"]
+__all__ = [
+    "BACKENDS",
+    "autocast_type",
+    "backward_without_autocast",
+    "resolve_backend",
+    "use_backend",
+    "without_autocast",
+]
 
 BACKENDS = ("auto", "reference", "triton")
 _TYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -65,6 +74,39 @@ def autocast_type(x: Tensor) -> torch.dtype | None:
     if x.dtype == torch.float64 or kind == "meta" or not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind)
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """Autocast off for x's device: inside an operator each type is as written, and only its arguments were cast."""
+    kind = x.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return nullcontext()
+    return torch.autocast(kind, enabled=False)
+
+
+def backward_without_autocast(out: Tensor) -> Tensor:
+    """`out` itself, whose own node in the graph will run with autocast off, wherever `backward` is called.
+
+    PyTorch runs a matrix product's backward pass under the autocast of the caller of `backward`, which takes fp32
+    gradients to half. Hooks before and after a node run beside it, in its thread.
+    """
+    node, kind = out.grad_fn, out.device.type
+    if node is None or kind == "meta" or torch.compiler.is_compiling():
+        return out
+    found: list[bool] = []
+
+    def before(_: Any) -> None:
+        found.append(torch.is_autocast_enabled(kind))
+        if found[-1]:
+            torch.set_autocast_enabled(kind, False)
+
+    def after(*_: Any) -> None:
+        if found.pop():
+            torch.set_autocast_enabled(kind, True)
+
+    node.register_prehook(before)
+    node.register_hook(after)
+    return out
 
 
 def _require_known(backend: str) -> None:

@@ -45,6 +45,8 @@ def check_index(name: str, index: Tensor, count: int, meaning: str, table_name: 
     if looked_at(index):
         values = index.numpy()
         low, high = int(values.min()), int(values.max())
+        if not rows:
+            raise ValueError(f"{name} is not empty; {table_name} has no rows")
         if low < 0 or high >= rows:
             raise ValueError(f"{name} spans {low} to {high}; {table_name} has rows 0 to {rows - 1}")
 

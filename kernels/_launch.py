@@ -7,12 +7,14 @@ bits.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 import triton
 from torch import Tensor
 
+from ._backend import without_autocast
 from ._candidates import Choice
 from ._norms import norm_backward_kernel, norm_kernel
 from ._products import fused_mlp_kernel, hidden_backward_kernel, linear_kernel, weight_grad_kernel
@@ -22,10 +24,10 @@ from ._tuning import tuner
 __all__ = [
     "fused_mlp",
     "hidden_backward",
+    "launching",
     "linear",
     "norm_backward",
     "normalise",
-    "on_device",
     "pieces",
     "rows_a_program",
     "rows_a_sum",
@@ -45,13 +47,15 @@ _SUM_PROGRAMS = 1024
 _HELD = 4 * 32 * 64
 
 
-def on_device(x: Tensor) -> AbstractContextManager[object]:
-    """Launch where `x` lies, whichever device is the current one."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+@contextmanager
+def launching(x: Tensor) -> Iterator[None]:
+    """What an operator runs in: the device of `x`, whichever is the current one, and autocast off."""
+    with torch.cuda.device(x.device) if x.is_cuda else nullcontext(), without_autocast(x):
+        yield
 
 
 def rows_together(x: Tensor) -> Tensor:
-    """`x` (N, D), or a copy of it, with each row in one piece."""
+    """`x` (N, D) or (D,), or a copy of it, with each row in one piece: how kernels read all but weights."""
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 

@@ -76,11 +76,15 @@ def _image_bias(
 ) -> tuple[Tensor, Tensor | None]:
     """The first product's bias, fp32 (B, H) with int32 (N,) images of the tokens, or (H,) and None without actions."""
     if action is None or w_action is None or cu_seqlens is None:
-        return b_in.float(), None
+        return launch.rows_together(b_in.float()), None
     bias = torch.addmm(b_in.float(), action.float(), w_action.float().t())
     images = torch.arange(len(action), dtype=torch.int32, device=action.device)
     # The known size of the result spares the device a synchronisation with the host.
     return bias, torch.repeat_interleave(images, cu_seqlens.diff(), output_size=tokens)
+
+
+def _affine(weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    return None if weight is None or bias is None else (launch.rows_together(weight), launch.rows_together(bias))
 
 
 def forward(
@@ -94,8 +98,8 @@ def forward(
     if not out.numel():
         return out
     bias, image = _image_bias(x.shape[0], b_in, action, w_action, cu_seqlens)
-    b_out = b_out.float().contiguous()
-    norm = None if norm_weight is None or norm_bias is None else (norm_weight.contiguous(), norm_bias.contiguous())
+    b_out = launch.rows_together(b_out.float())
+    norm = _affine(norm_weight, norm_bias)
 
     def call(choice: Choice) -> Tensor:
         if choice.by == "fused":
@@ -125,7 +129,7 @@ def backward(
     """Every gradient for the incoming one, grad (N, Do); without `weights`, that of x alone."""
     x, grad = launch.rows_together(x), launch.rows_together(grad)
     sums = _Sums.zeros(x, w_in, w_out, 1 if action is None else action.shape[0]) if weights else None
-    norm = None if norm_weight is None or norm_bias is None else (norm_weight.contiguous(), norm_bias.contiguous())
+    norm = _affine(norm_weight, norm_bias)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.shape[0]:
         bias, image = _image_bias(x.shape[0], b_in, action, w_action, cu_seqlens)

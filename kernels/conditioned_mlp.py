@@ -26,9 +26,9 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from . import _mlp_triton
-from ._backend import autocast_type, resolve_backend
+from ._backend import autocast_type, backward_without_autocast, resolve_backend, without_autocast
 from ._checks import check_eps, check_floating, check_like, check_shape
-from ._launch import on_device
+from ._launch import launching
 
 __all__ = ["conditioned_mlp", "conditioned_mlp_bytes", "conditioned_mlp_flops", "conditioned_mlp_reference"]
 
@@ -98,15 +98,16 @@ def conditioned_mlp_reference(
     """What `conditioned_mlp` computes, in PyTorch's operators and differentiated by them. Arguments are not checked."""
     normed = x if norm_weight is None else F.layer_norm(x, (x.shape[1],), norm_weight, norm_bias, eps)
     if action is None or w_action is None or cu_seqlens is None:
-        hidden = F.linear(normed, w_in, b_in)
+        hidden = backward_without_autocast(F.linear(normed, w_in, b_in))
     else:
-        bias = F.linear(action, w_action, b_in)  # (B, H)
+        bias = backward_without_autocast(F.linear(action, w_action, b_in))  # (B, H)
         lengths = cu_seqlens.long().diff()
         # The known size of the result spares the device a synchronisation with the host.
         image = torch.repeat_interleave(lengths, output_size=x.shape[0])  # (N,)
         # addmm adds the bias inside the product: one pass less over (N, H) than adding it afterwards.
-        hidden = torch.addmm(bias.index_select(0, image), normed, w_in.t())
-    out = F.linear(F.gelu(hidden, approximate=ACTIVATIONS[activation]), w_out, b_out)
+        hidden = backward_without_autocast(torch.addmm(bias.index_select(0, image), normed, w_in.t()))
+    active = F.gelu(hidden, approximate=ACTIVATIONS[activation])
+    out = backward_without_autocast(F.linear(active, w_out, b_out))
     return out.add_(x) if residual else out
 
 
@@ -116,7 +117,7 @@ def _operator(
     w_action: Tensor | None, cu_seqlens: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None,
     residual: bool, eps: float, activation: str,
 ) -> Tensor:  # fmt: skip
-    with on_device(x):
+    with launching(x):
         return _mlp_triton.forward(
             x, w_in, b_in, w_out, b_out, action, w_action, cu_seqlens, norm_weight, norm_bias, residual, eps, activation
         )
@@ -129,7 +130,7 @@ def _backward_operator(
     residual: bool, eps: float, activation: str, weights: bool,
 ) -> list[Tensor]:  # fmt: skip
     """The gradients of the inputs that have one, in the inputs' order; without `weights`, that of x alone."""
-    with on_device(x):
+    with launching(x):
         found = _mlp_triton.backward(
             grad, x, w_in, b_in, w_out, b_out, action, w_action, cu_seqlens, norm_weight, norm_bias, residual, eps,
             activation, weights,
@@ -231,8 +232,9 @@ def conditioned_mlp(
         activation: "gelu", the exact one, or "gelu_tanh".
         backend: "triton", "reference", or "auto": Triton on CUDA for fp32, fp16 and bf16, else the reference.
 
-    Under autocast all floating arguments are taken to its type first, normalisation's statistics staying fp32. The
-    result can be differentiated once; the Triton backend has no second derivative.
+    Under autocast all floating arguments are taken to its type first, float64 aside, and nothing else changes:
+    statistics and sums stay fp32, and the backward pass runs without autocast wherever it is called. The result can be
+    differentiated once; the Triton backend has no second derivative.
 
     Returns:
         (N, Do) of x's type, or of autocast's.
@@ -254,25 +256,27 @@ def conditioned_mlp(
     check_weights(x, w_in, b_in, w_out, b_out, residual=residual)
     check_action(x, w_in, action, w_action, cu_seqlens)
     check_norm(x, norm_weight, norm_bias)
-    if resolve_backend(backend, "x", x) == "triton":
+    # Without a hidden unit, a column or a result there is nothing to launch, and a sum of nothing still has its biases.
+    if resolve_backend(backend, "x", x) == "triton" and w_in.numel() and w_out.numel():
         return torch.ops.iwm_fast.conditioned_mlp(
             x, w_in, b_in, w_out, b_out, action, w_action, cu_seqlens, norm_weight, norm_bias, residual, eps, activation
         )
-    return conditioned_mlp_reference(
-        x,
-        w_in,
-        b_in,
-        w_out,
-        b_out,
-        action=action,
-        w_action=w_action,
-        cu_seqlens=cu_seqlens,
-        norm_weight=norm_weight,
-        norm_bias=norm_bias,
-        residual=residual,
-        eps=eps,
-        activation=activation,
-    )
+    with without_autocast(x):
+        return conditioned_mlp_reference(
+            x,
+            w_in,
+            b_in,
+            w_out,
+            b_out,
+            action=action,
+            w_action=w_action,
+            cu_seqlens=cu_seqlens,
+            norm_weight=norm_weight,
+            norm_bias=norm_bias,
+            residual=residual,
+            eps=eps,
+            activation=activation,
+        )
 
 
 def check_weights(x: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, b_out: Tensor, *, residual: bool) -> None:

@@ -24,9 +24,9 @@ import triton
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ._backend import resolve_backend
+from ._backend import resolve_backend, without_autocast
 from ._checks import check_floating
-from ._launch import on_device, pieces, rows_a_program, rows_together
+from ._launch import launching, pieces, rows_a_program, rows_together
 from ._rows import e4m3_kernel
 
 __all__ = ["e4m3_rows", "e4m3_rows_bytes", "e4m3_rows_flops", "e4m3_rows_reference"]
@@ -78,7 +78,7 @@ def _operator(x: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
     scale = torch.empty(x.shape[0], 1, dtype=torch.float32, device=x.device)
     if x.numel():
-        with on_device(x):
+        with launching(x):
             launch_e4m3(rows_together(x), activation, codes, scale)
     return codes, scale
 
@@ -102,6 +102,8 @@ def e4m3_rows(x: Tensor, *, activation: str = "none", backend: str = "auto") -> 
         backend: "triton", "reference", or "auto": Triton on CUDA for fp32, fp16 and bf16, else the reference. Triton
             compiles it for GPUs that have the type, from capability 8.9 on.
 
+    Autocast changes nothing: x is read in its own type.
+
     Returns:
         Codes (N, D), float8_e4m3fn, and scale (N, 1), fp32. A number that is not finite has the code of NaN, and its
         row no other number that counts. GELU in half precision may differ by one rounding between backends.
@@ -118,6 +120,7 @@ def e4m3_rows(x: Tensor, *, activation: str = "none", backend: str = "auto") -> 
     if torch.is_grad_enabled() and x.requires_grad:
         raise ValueError("x requires a gradient, and rounding has none: call under torch.no_grad()")
     if resolve_backend(backend, "x", x) == "reference":
-        return e4m3_rows_reference(x, activation=activation)
+        with without_autocast(x):
+            return e4m3_rows_reference(x, activation=activation)
     codes, scale = torch.ops.iwm_fast.e4m3_rows(x, activation)
     return codes.view(_TYPE), scale

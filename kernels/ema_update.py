@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ._backend import resolve_backend
-from ._launch import on_device
+from ._launch import launching
 from ._passes import average_kernel
 
 __all__ = ["ema_update", "ema_update_bytes", "ema_update_flops", "ema_update_reference"]
@@ -68,7 +68,7 @@ def launch_average(averages: list[Tensor], weights: list[Tensor], copies: list[T
     if not any(lengths):
         return
     table, aligned = _table(lengths, _offsets(averages), _offsets(weights), _offsets(copies), averages[0].device)
-    with on_device(averages[0]):
+    with launching(averages[0]):
         average_kernel[(table.shape[0],)](
             average_ptr=averages[0], weight_ptr=weights[0], copy_ptr=copies[0] if copies else None, table_ptr=table,
             step=step,
@@ -112,6 +112,7 @@ def _count(averages: Any, *_: Any, **__: Any) -> int:
     return ema_update_flops(sum(math.prod(shape) for shape in averages))
 
 
+@torch.no_grad()
 def ema_update(
     averages: Sequence[Tensor],
     weights: Sequence[Tensor],
@@ -124,6 +125,8 @@ def ema_update(
 
     Args:
         averages: float32 (or float64, then on the reference), each contiguous, all on one device; may be none at all.
+            No two share memory, with each other or with another's weight or copy. No graph is recorded, whichever
+            tensors require gradients.
         weights: as many, each of its average's elements, type and device, contiguous.
         momentum: 0 to 1; what the average keeps of itself.
         copies: as many, or None or none at all; of one floating type, of the averages' elements and device, contiguous.
@@ -151,6 +154,7 @@ def ema_update(
         if not copies[0].is_floating_point():
             raise ValueError(f"copies[0] is {copies[0].dtype}; it must be a floating type")
         _check("copies", copies, averages, copies[0].dtype)
+    _check_apart(averages, weights, copies)
     if resolve_backend(backend, "averages[0]", averages[0]) == "triton":
         torch.ops.iwm_fast.ema_update_(list(averages), list(weights), list(copies), 1.0 - momentum)
     else:
@@ -168,3 +172,35 @@ def _check(name: str, tensors: Sequence[Tensor], averages: Sequence[Tensor], dty
                 f"{name}[{i}] has shape {tuple(tensor.shape)} and strides {tensor.stride()}; it must be contiguous, of "
                 f"averages[{i}]'s {average.numel()} elements"
             )
+        if name != "weights" and tensor.is_neg():
+            raise ValueError(f"{name}[{i}] is a view of negated memory; give {name}[{i}].resolve_neg()")
+
+
+def _check_apart(averages: Sequence[Tensor], weights: Sequence[Tensor], copies: Sequence[Tensor]) -> None:
+    """Require that what is written shares no memory with another tensor: programs run in any order."""
+    if averages[0].device.type == "meta" or torch.compiler.is_compiling():
+        return
+    shared = _sharing(*(tuple((t.data_ptr(), t.nbytes) for t in tensors) for tensors in (averages, weights, copies)))
+    if shared is not None:
+        raise ValueError(f"{shared[0]} shares memory with {shared[1]}; what is written may be part of no other tensor")
+
+
+# Keyed by the addresses themselves, as `_table` is: the same tensors are looked at once.
+@lru_cache(maxsize=8)
+def _sharing(*lists: tuple[tuple[int, int], ...]) -> tuple[str, str] | None:
+    """Names of two tensors that share bytes of which one is written; an average may be its own weight or copy."""
+    names = ("averages", "weights", "copies")
+    spans: dict[tuple[int, int, int], tuple[str, bool]] = {}  # (first byte, end, place) to a name, and if it is written
+    for name, tensors in zip(names, lists, strict=True):
+        for i, (first, size) in enumerate(tensors):
+            if size:
+                key = (first, first + size, i)
+                spans[key] = (f"{name}[{i}]", name != "weights" or (key in spans and spans[key][1]))
+    read, written = (0, ""), (0, "")  # the furthest end so far of any tensor, and of any that is written
+    for (first, end, _), (name, is_written) in sorted(spans.items()):
+        before = read if is_written else written
+        if first < before[0]:
+            return name, before[1]
+        read = max(read, (end, name))
+        written = max(written, (end, name)) if is_written else written
+    return None

@@ -24,9 +24,9 @@ import triton
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ._backend import resolve_backend
+from ._backend import resolve_backend, without_autocast
 from ._checks import check_floating, check_index, check_like, check_shape
-from ._launch import on_device, pieces, rows_a_program
+from ._launch import launching, pieces, rows_a_program, rows_together
 from ._passes import patchify_kernel
 
 __all__ = ["patchify", "patchify_bytes", "patchify_flops", "patchify_reference"]
@@ -68,6 +68,8 @@ def _gather(images: Tensor, patch: int, patches: Tensor | None, image_of_token: 
     strips = images.reshape(batch, grid, patch, grid, patch * 3)
     if patches is None or image_of_token is None:
         return strips.transpose(2, 3).reshape(batch * grid * grid, patch * patch * 3)
+    if not patches.numel():
+        return images.new_empty(0, patch * patch * 3)
     # A patch is `patch` strips of patch · 3 bytes; strip (b, row, line, column) is the
     # (((b · grid + row) · patch + line) · grid + column)-th.
     row = image_of_token * grid + patches // grid
@@ -85,11 +87,11 @@ def launch_patchify(
     images = images if images.stride()[2:] == (3, 1) else images.contiguous()
     block_d, parts = pieces(out.shape[1])
     block_n = rows_a_program(out.shape[1], 2)
-    with on_device(out):
+    with launching(out):
         patchify_kernel[(triton.cdiv(out.shape[0], block_n),)](
-            images_ptr=images, patches_ptr=None if patches is None else patches.contiguous(),
-            image_ptr=None if image_of_token is None else image_of_token.contiguous(),
-            scale_ptr=scale.contiguous(), shift_ptr=shift.contiguous(), out_ptr=out,
+            images_ptr=images, patches_ptr=None if patches is None else rows_together(patches),
+            image_ptr=None if image_of_token is None else rows_together(image_of_token),
+            scale_ptr=rows_together(scale), shift_ptr=rows_together(shift), out_ptr=out,
             N=out.shape[0], B=batch, GRID=side // patch,
             stride_xb=images.stride(0), stride_xy=images.stride(1), stride_on=out.stride(0),
             HAS_INDEX=patches is not None, PATCH=patch,
@@ -149,6 +151,8 @@ def patchify(
         image_of_token: int64 (N,), the image of each wanted patch; comes with `patches`.
         backend: "auto" (Triton on CUDA for fp32, fp16 and bf16), "reference" or "triton".
 
+    Autocast changes nothing: `dtype` says the result's type.
+
     Returns:
         (N, P · P · 3), rows of pixels as they lie in the image. On CUDA a patch that no image has is NaN.
 
@@ -174,7 +178,10 @@ def patchify(
     if resolve_backend(backend, "images", images, dtype) == "triton":
         rows: Tensor = torch.ops.iwm_fast.patchify(images, patches, image_of_token, scale, shift, patch, dtype)
         return rows
-    return patchify_reference(images, patch, scale, shift, dtype=dtype, patches=patches, image_of_token=image_of_token)
+    with without_autocast(images):
+        return patchify_reference(
+            images, patch, scale, shift, dtype=dtype, patches=patches, image_of_token=image_of_token
+        )
 
 
 def _check_images(images: Tensor, patch: int) -> None:

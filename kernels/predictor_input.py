@@ -27,9 +27,9 @@ import triton
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ._backend import autocast_type, resolve_backend
+from ._backend import autocast_type, resolve_backend, without_autocast
 from ._checks import check_floating, check_index, check_like, check_shape, looked_at
-from ._launch import on_device, rows_a_sum, rows_together
+from ._launch import launching, rows_a_sum, rows_together
 from ._rows import assemble_backward_kernel, assemble_kernel
 from .permutation import invert, take_rows
 
@@ -84,11 +84,11 @@ def launch_assembly(
     context, position = rows_together(context), rows_together(position)
     rows = None if rows is None else rows_together(rows)
     width, block_d = context.shape[1], _columns(context.shape[1])
-    with on_device(context):
+    with launching(context):
         assemble_kernel[(triton.cdiv(len(place), _BLOCK_N), triton.cdiv(width, block_d))](
-            context_ptr=context, context_patches_ptr=context_patches.contiguous(), position_ptr=position,
-            place_ptr=place.contiguous(), mask_token_ptr=None if mask_token is None else mask_token.contiguous(),
-            predicted_patches_ptr=None if predicted_patches is None else predicted_patches.contiguous(),
+            context_ptr=context, context_patches_ptr=rows_together(context_patches), position_ptr=position,
+            place_ptr=rows_together(place), mask_token_ptr=None if mask_token is None else rows_together(mask_token),
+            predicted_patches_ptr=None if predicted_patches is None else rows_together(predicted_patches),
             rows_ptr=rows, out_ptr=out,
             N=len(place), CONTEXT=len(context), PLACED=len(context) + _count(predicted_patches), L=len(position),
             D=width,
@@ -109,9 +109,9 @@ def launch_assembly_backward(
     depth = rows_a_sum(count, _BLOCK_N)
     programs = triton.cdiv(count, depth)
     sums = torch.empty(programs, width, dtype=torch.float32, device=grad.device) if masked else None
-    with on_device(grad):
+    with launching(grad):
         assemble_backward_kernel[(programs, triton.cdiv(width, block_d))](
-            dout_ptr=grad, place_ptr=place.contiguous(), dcontext_ptr=dcontext, drows_ptr=drows, sums_ptr=sums,
+            dout_ptr=grad, place_ptr=rows_together(place), dcontext_ptr=dcontext, drows_ptr=drows, sums_ptr=sums,
             N=count, CONTEXT=len(dcontext), PLACED=len(dcontext) + masked, D=width, ROWS=depth,
             stride_gn=grad.stride(0), stride_cn=dcontext.stride(0), stride_rn=drows.stride(0),
             HAS_MASK=masked > 0,
@@ -217,7 +217,7 @@ def predictor_input(
     Values of the three index tensors are looked at on the CPU only: elsewhere that would wait for the device. There a
     row of positions that does not exist counts as NaN, and a token whose place does not exist is not written.
 
-    Under autocast the floating arguments are taken to its type first.
+    Under autocast the floating arguments are taken to its type first, float64 aside; nothing else changes.
 
     Returns:
         (N, D) of context's type, or of autocast's; N = Nc + Nt + No.
@@ -237,15 +237,16 @@ def predictor_input(
             context, context_patches, position.detach(), place, mask_token, predicted_patches, rows
         )
         return out
-    return predictor_input_reference(
-        context,
-        context_patches,
-        position.detach(),
-        place,
-        mask_token=mask_token,
-        predicted_patches=predicted_patches,
-        rows=rows,
-    )
+    with without_autocast(context):
+        return predictor_input_reference(
+            context,
+            context_patches,
+            position.detach(),
+            place,
+            mask_token=mask_token,
+            predicted_patches=predicted_patches,
+            rows=rows,
+        )
 
 
 def check_parts(

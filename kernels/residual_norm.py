@@ -26,9 +26,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ._backend import autocast_type, resolve_backend
+from ._backend import autocast_type, resolve_backend, without_autocast
 from ._checks import check_eps, check_floating, check_like, check_shape
-from ._launch import norm_backward, normalise, on_device, rows_together
+from ._launch import launching, norm_backward, normalise, rows_together
 
 __all__ = ["residual_norm", "residual_norm_bytes", "residual_norm_flops", "residual_norm_reference"]
 
@@ -70,9 +70,9 @@ def _operator(x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, ep
     total = torch.empty(x.shape[0] if branch is not None else 0, x.shape[1], dtype=x.dtype, device=x.device)
     if not x.numel():
         return total, torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    with on_device(x):
+    with launching(x):
         normed = normalise(
-            rows_together(x), weight.contiguous(), bias.contiguous(), eps,
+            rows_together(x), rows_together(weight), rows_together(bias), eps,
             branch=None if branch is None else rows_together(branch), total=None if branch is None else total,
         )  # fmt: skip
     return total, normed
@@ -91,9 +91,9 @@ def _backward_operator(
     grad = torch.empty(total.shape, dtype=total.dtype, device=total.device)
     if not total.numel():
         return grad, weight.new_zeros(2, weight.shape[0])
-    with on_device(total):
+    with launching(total):
         sums = norm_backward(
-            rows_together(dnormed), rows_together(total), weight.contiguous(),
+            rows_together(dnormed), rows_together(total), rows_together(weight),
             None if dtotal is None else rows_together(dtotal), grad, eps,
         )  # fmt: skip
     return grad, sums.to(weight.dtype)
@@ -166,7 +166,8 @@ def residual_norm(
         eps: added to the variance.
         backend: "triton", "reference", or "auto": Triton on CUDA for fp32, fp16 and bf16, else the reference.
 
-    Under autocast all arguments are taken to its type first, the statistics staying fp32. The result can be
+    Under autocast all arguments are taken to its type first, float64 aside, and nothing else changes: statistics and
+    sums stay fp32. The result can be
     differentiated once; the Triton backend has no second derivative.
 
     Returns:
@@ -189,7 +190,8 @@ def residual_norm(
         check_shape(name, tensor, (x.shape[1],), "(D,)")
         check_like(name, tensor, "x", x)
     if resolve_backend(backend, "x", x) == "reference":
-        return residual_norm_reference(x, branch, weight, bias, eps=eps)
+        with without_autocast(x):
+            return residual_norm_reference(x, branch, weight, bias, eps=eps)
     total: Tensor
     normed: Tensor
     if branch is None:

@@ -27,9 +27,9 @@ import triton
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ._backend import resolve_backend
+from ._backend import autocast_type, resolve_backend, without_autocast
 from ._checks import check_eps, check_floating, check_index, check_like, check_shape
-from ._launch import on_device, pieces, rows_a_program, rows_together
+from ._launch import launching, pieces, rows_a_program, rows_together
 from ._rows import distance_kernel
 
 __all__ = ["stopgrad_l2", "stopgrad_l2_bytes", "stopgrad_l2_flops", "stopgrad_l2_reference"]
@@ -114,9 +114,9 @@ def launch_distance(
     pred, target = rows_together(pred), rows_together(target)
     block_d, parts = pieces(width)
     block_n = rows_a_program(width, 2)
-    with on_device(pred):
+    with launching(pred):
         distance_kernel[(triton.cdiv(rows, block_n),)](
-            pred_ptr=pred, target_ptr=target, index_ptr=None if index is None else index.contiguous(),
+            pred_ptr=pred, target_ptr=target, index_ptr=None if index is None else rows_together(index),
             incoming_ptr=incoming, sums_ptr=sums, grad_ptr=grad,
             N=rows, M=target.shape[0], D=width,
             stride_pn=pred.stride(0), stride_tm=target.stride(0), stride_gn=0 if grad is None else grad.stride(0),
@@ -232,7 +232,8 @@ def stopgrad_l2(
         eps: added to the variance of the normalisation.
         backend: "triton", "reference", or "auto": Triton on CUDA for fp32, fp16 and bf16, else the reference.
 
-    Under autocast the types must agree all the same, and the arithmetic is fp32 as ever. The result can be
+    Under autocast, which gives products in half and normalisations in fp32, pred and target may be of two types: both
+    are then taken to the wider one. Nothing else changes: the arithmetic is fp32 as ever. The result can be
     differentiated once.
 
     Returns:
@@ -247,6 +248,9 @@ def stopgrad_l2(
         raise ValueError(f"reduction is {reduction!r}; it must be one of {', '.join(_REDUCTIONS)}")
     check_floating("pred", pred, 2)
     check_floating("target", target, 2)
+    if pred.dtype != target.dtype and autocast_type(pred) is not None:
+        wider = torch.promote_types(pred.dtype, target.dtype)
+        pred, target = pred.to(wider), target.to(wider)
     check_like("target", target, "pred", pred)
     if index is None:
         check_shape("target", target, tuple(pred.shape), "pred's shape without index, (N, D)")
@@ -258,6 +262,7 @@ def stopgrad_l2(
         options = (normalize_target, _factor(pred, reduction, scale), eps, with_grad)
         loss: Tensor = torch.ops.iwm_fast.stopgrad_l2(pred, target.detach(), index, *options)[0]
         return loss
-    return stopgrad_l2_reference(
-        pred, target, index=index, normalize_target=normalize_target, reduction=reduction, scale=scale, eps=eps
-    )
+    with without_autocast(pred):
+        return stopgrad_l2_reference(
+            pred, target, index=index, normalize_target=normalize_target, reduction=reduction, scale=scale, eps=eps
+        )

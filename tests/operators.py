@@ -34,9 +34,9 @@ def mlp_inputs(
 
     given: dict[str, Any] = {
         "x": draw(sum(lengths), width, size=scale),
-        "w_in": draw(hidden, width, size=width**-0.5),
+        "w_in": draw(hidden, width, size=max(width, 1) ** -0.5),
         "b_in": draw(hidden, size=0.3),
-        "w_out": draw(out, hidden, size=hidden**-0.5),
+        "w_out": draw(out, hidden, size=max(hidden, 1) ** -0.5),
         "b_out": draw(out, size=0.3),
         "residual": residual,
     }
@@ -44,7 +44,7 @@ def mlp_inputs(
         bounds = torch.tensor([0, *torch.tensor(lengths, dtype=torch.int64).cumsum(0).tolist()], dtype=torch.int32)
         given |= {
             "action": draw(len(lengths), actions),
-            "w_action": draw(hidden, actions, size=actions**-0.5),
+            "w_action": draw(hidden, actions, size=max(actions, 1) ** -0.5),
             "cu_seqlens": bounds.to(device),
         }
     if norm:

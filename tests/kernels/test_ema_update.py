@@ -65,7 +65,8 @@ REFUSED = {
     "copies' type": ({"copies": [tensor(4, dtype=torch.int64)] * 2}, r"copies\[0\] is torch.int64"),
     "mixed copies": ({"copies": [tensor(4), tensor(4).half()]}, r"copies\[1\] is torch.float16"),
     "triton in float64": (
-        {name: [tensor(4, dtype=torch.float64)] * 2 for name in ("averages", "weights")} | {"backend": "triton"},
+        {name: [tensor(4, dtype=torch.float64) for _ in range(2)] for name in ("averages", "weights")}
+        | {"backend": "triton"},
         r"averages\[0\] is torch.float64; backend .triton. takes",
     ),
 }
@@ -76,6 +77,47 @@ def test_wrong_arguments_are_named(change: dict[str, Any], message: str) -> None
     given: dict[str, Any] = {"averages": [tensor(4), tensor(2, 2)], "weights": [tensor(4), tensor(4)], "momentum": 0.5}
     with pytest.raises(ValueError, match=message):
         ema_update(**(given | change))
+
+
+WHOLE = torch.zeros(9)
+SHARED = {
+    "twice": ({"averages": [WHOLE[:4]] * 2}, r"averages\[1\] shares memory with averages\[0\]"),
+    "overlapping": ({"averages": [WHOLE[2:6], WHOLE[:4]]}, r"averages\[0\] shares memory with averages\[1\]"),
+    "shifted weight": (
+        {"averages": [tensor(4), WHOLE[:4]], "weights": [tensor(4), WHOLE[1:5]]},
+        r"weights\[1\] shares memory with averages\[1\]",
+    ),
+    "another's weight": (
+        {"averages": [WHOLE[:4], tensor(4)], "weights": [tensor(4), WHOLE[:4]]},
+        r"shares memory with .*\[.\]; what is written",
+    ),
+    "copies": ({"copies": [WHOLE[:4], WHOLE[3:7]]}, r"copies\[1\] shares memory with copies\[0\]"),
+    "copy of another average": (
+        {"averages": [WHOLE[:4], WHOLE[4:8]], "copies": [WHOLE[4:8], tensor(4)]}, "shares memory with",
+    ),
+    "negated average": ({"averages": [tensor(4), torch._neg_view(tensor(4))]}, r"averages\[1\] is a view of negated"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "message"), SHARED.values(), ids=SHARED.keys())
+def test_what_is_written_shares_no_memory(change: dict[str, Any], message: str) -> None:
+    """Programs write in any order, and a float is read as it lies."""
+    given = {name: [tensor(4), tensor(4)] for name in ("averages", "weights", "copies")}
+    with pytest.raises(ValueError, match=message):
+        ema_update(**(given | change), momentum=0.5)
+
+
+def test_an_average_may_be_its_own_copy_and_two_weights_one() -> None:
+    averages, weight = [tensor(4), tensor(4)], torch.ones(4)
+    ema_update(averages, [weight, weight], 0.5, averages)
+    assert all(torch.equal(average, torch.full((4,), 0.5)) for average in averages)
+
+
+def test_no_graph_is_recorded() -> None:
+    average, weight = tensor(4).requires_grad_(), torch.ones(4, requires_grad=True)
+    ema_update([average], [weight], 0.5)
+    assert average.grad_fn is None
+    assert torch.equal(average.detach(), torch.full((4,), 0.5))
 
 
 def test_counts_by_hand() -> None:

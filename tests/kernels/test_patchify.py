@@ -90,6 +90,10 @@ REFUSED = {
         "patches is torch.int32; it must be torch.int64",
     ),
     "no such patch": ({"patches": index(0, 4), "image_of_token": index(0, 0)}, "patches spans 0 to 4"),
+    "no image at all": (
+        {"images": torch.zeros(0, 4, 4, 3, dtype=torch.uint8), "patches": index(0), "image_of_token": index(0)},
+        "image_of_token is not empty; images has no rows",
+    ),
     "no such image": ({"patches": index(0, 3), "image_of_token": index(-1, 1)}, "image_of_token spans -1 to 1"),
     "triton in float64": ({"backend": "triton"}, "dtype is torch.float64; backend .triton. takes"),
     "triton on the CPU": ({"backend": "triton", "dtype": torch.float32}, "images is on cpu; backend .triton. needs"),
@@ -100,6 +104,14 @@ REFUSED = {
 def test_wrong_arguments_are_named(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         patchify(**(GIVEN | change))
+
+
+@pytest.mark.parametrize("side", [0, 4])
+@pytest.mark.parametrize("indexed", [True, False], ids=["indexed", "all"])
+def test_no_patches(side: int, indexed: bool) -> None:
+    images, table, nothing = torch.zeros(0 if side else 2, side, side, 3, dtype=torch.uint8), torch.ones(12), index()
+    given = {"patches": nothing, "image_of_token": nothing} if indexed else {}
+    assert patchify(images, 2, table, table, dtype=torch.float32, **given).shape == (0, 12)
 
 
 def test_counts_by_hand() -> None:

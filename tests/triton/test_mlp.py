@@ -211,3 +211,15 @@ def test_precision_of_fp32_products_is_what_torch_is_told(device):
     finally:
         torch.set_float32_matmul_precision(before)
     assert max(ours.values()) <= 5e-3
+
+
+@pytest.mark.parametrize("actions", [None, 3, 0])
+@pytest.mark.parametrize(
+    "sizes", [{"width": 0, "hidden": 5}, {"width": 4, "hidden": 0}, {"width": 4, "hidden": 5, "out": 0}], ids=str
+)
+def test_a_dimension_of_nothing_leaves_the_biases(sizes, actions, device):
+    case = mlp_inputs([2, 0, 3], **sizes, actions=actions, residual="out" not in sizes, device=device)
+    weight = upstream(case)
+    found, expected = (outcome(case, weight, backend=backend) for backend in ("triton", "reference"))
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, msg=name)
