@@ -9,7 +9,7 @@ import torch
 from iwm_fast.config.cores import usable_cores
 from iwm_fast.errors import UserError
 
-__all__ = ["dali_device", "dali_threads"]
+__all__ = ["dali_device", "dali_threads", "use_gpu"]
 
 
 def dali_device(wanted: str) -> str:
@@ -25,3 +25,13 @@ def dali_threads(wanted: int | None, world: int = 1) -> int:
         return wanted
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", str(world)))
     return max(1, usable_cores() // max(1, ranks))
+
+
+def use_gpu(device_id: int | None) -> None:
+    """Make a GPU the calling thread's own; None: there is none.
+
+    CUDA's current device is each thread's, and a new thread's is the first: pinned memory, streams and kernels there
+    would make every rank of a host a context on GPU 0.
+    """
+    if device_id is not None:
+        torch.cuda.set_device(device_id)

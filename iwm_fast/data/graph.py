@@ -42,6 +42,9 @@ class RenderedViews:
 
     base: (B, S, S, 3), I', what the target's jitter was applied to; source_base: the sources' own (B · K, S, S, 3), or
     the same tensor as base without the geometric group. lossless: images that DALI refused and Pillow decoded.
+
+    On a GPU they are finished, and may be read by the stream that was current where they were collected; who reads them
+    on another one has to `record_stream` it.
     """
 
     source: Tensor
@@ -128,10 +131,8 @@ class ViewGraph:
             self._repair(head, error)
             outputs = self._outputs(head)
         self._pending.popleft()
-        target, base, *rest = outputs
-        source = _side_by_side(rest[: self.sources])
-        source_base = _side_by_side(rest[self.sources :]) if self.geometric else base
-        return RenderedViews(source, target, base, source_base, head.lossless)
+        target, base, source, *own_base = outputs
+        return RenderedViews(source, target, base, own_base[0] if own_base else base, head.lossless)
 
     def replace(self, encoded: Sequence[Encoded], views: Views) -> None:
         """Put another batch in the place of the oldest one."""
@@ -196,23 +197,12 @@ class ViewGraph:
     def _outputs(self, head: _Pending) -> list[Tensor]:
         if head.error is not None:
             raise RuntimeError(head.error)
-        outputs = self._pipeline.share_outputs()
-        tensors = [self._tensor(output) for output in outputs]
+        """Target, base, sources and, with the geometric group, their bases."""
+        target, base, *rest = self._pipeline.share_outputs()
+        groups = [[target], [base], rest[: self.sources]] + ([rest[self.sources :]] if self.geometric else [])
+        tensors = [_joined(group) for group in groups] if self._stream is None else _copied(groups, self._stream)
         self._pipeline.release_outputs()
         return tensors
-
-    def _tensor(self, output: Any) -> Tensor:
-        """DALI's memory as a tensor: shared on the CPU, where the dynamic executor gives it away; copied on a GPU.
-
-        On a GPU DALI may reuse the memory as soon as the last reference goes, while torch's kernels still read it.
-        """
-        shared: Tensor = torch.from_dlpack(output.as_tensor())
-        if self._stream is None:
-            return shared
-        with torch.cuda.stream(self._stream):
-            copy = shared.clone()
-        self._stream.synchronize()
-        return copy
 
     def _repair(self, head: _Pending, error: Exception) -> None:
         """Make the oldest batch decodable and start all again, or raise BadRows; other errors of DALI are raised."""
@@ -255,6 +245,25 @@ class ViewGraph:
         return refused
 
 
-def _side_by_side(sources: list[Tensor]) -> Tensor:
-    """K tensors (B, ...) to one (B · K, ...), those of an image side by side."""
-    return sources[0] if len(sources) == 1 else torch.stack(sources, dim=1).flatten(0, 1)
+def _joined(outputs: Sequence[Any], *, copy: bool = False) -> Tensor:
+    """K of DALI's outputs (B, ...) as one tensor (B · K, ...), those of an image side by side.
+
+    One output alone is DALI's memory itself, which the dynamic executor gives away on the CPU, unless a copy is wanted.
+    """
+    shared = [torch.from_dlpack(output.as_tensor()) for output in outputs]
+    if len(shared) > 1 or copy:
+        return torch.stack(shared, dim=1).flatten(0, 1)
+    return shared[0]
+
+
+def _copied(groups: Sequence[Sequence[Any]], stream: torch.cuda.Stream) -> list[Tensor]:
+    """The groups' tensors in torch's own memory: DALI may use its again as soon as the last reference goes.
+
+    One stream reads DALI's memory and writes the copies, and is waited for: what is freed here is read by no other.
+    """
+    with torch.cuda.stream(stream):
+        tensors = [_joined(group, copy=True) for group in groups]
+    stream.synchronize()
+    for tensor in tensors:
+        tensor.record_stream(torch.cuda.current_stream(stream.device))
+    return tensors

@@ -22,7 +22,7 @@ from iwm_fast.actions import ActionSpace, Views
 from iwm_fast.config.schema import Config
 from iwm_fast.data.bad import BadSamples
 from iwm_fast.data.batch import Batch
-from iwm_fast.data.devices import dali_device, dali_threads
+from iwm_fast.data.devices import dali_device, dali_threads, use_gpu
 from iwm_fast.data.files import ImageSet
 from iwm_fast.data.graph import BadRows, RenderedViews, ViewGraph
 from iwm_fast.data.masks import MaskSampler, PatchSets
@@ -132,7 +132,9 @@ class TrainingStream:
         self._batches = self._prepare()
         # One thread, so that batches are made in order. What is asked for ahead is all that it ever does: it ends by
         # itself when nobody asks any more.
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="iwm-fast data")
+        self._thread = ThreadPoolExecutor(
+            1, thread_name_prefix="iwm-fast data", initializer=use_gpu, initargs=(self._graph.device_id,)
+        )
         self._ahead = deque(self._ask() for _ in range(config.data.prefetch))
 
     @property
@@ -152,7 +154,7 @@ class TrainingStream:
         if self._failure is not None:
             raise self._failure
         batch = asked.result()
-        if self.device == "gpu":
+        if self.device == "gpu":  # collected by the thread, on a stream that need not be this one
             for tensor in (batch.source, batch.target):
                 tensor.record_stream(torch.cuda.current_stream(tensor.device))
         return batch
