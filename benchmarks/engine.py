@@ -34,6 +34,7 @@ from iwm_fast.config import Config, load_config
 from iwm_fast.config.load import find_config
 from iwm_fast.engine.distributed import Ranks, start
 from iwm_fast.engine.schedules import Schedules
+from iwm_fast.models.decay import decayed_parameters
 from iwm_fast.models.iwm import IWM
 from iwm_fast.models.packing import Segments
 from iwm_fast.results import write_result
@@ -66,9 +67,8 @@ def _bare_side(config: Config, space: ActionSpace, stream: BatchStream, ranks: R
     trained: nn.Module = model
     if ranks.world > 1:
         trained = nn.parallel.DistributedDataParallel(model)
-    own = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    decayed = [p for n, p in own if p.ndim > 1 and not n.endswith("bias")]
-    plain = [p for n, p in own if p.ndim <= 1 or n.endswith("bias")]
+    own, decays = [(n, p) for n, p in model.named_parameters() if p.requires_grad], decayed_parameters(model)
+    decayed, plain = [p for n, p in own if decays[n]], [p for n, p in own if not decays[n]]
     groups: list[dict[str, Any]] = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=config.train.betas, fused=True)
     assert model.target_encoder is not None

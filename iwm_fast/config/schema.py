@@ -251,7 +251,7 @@ class TrainConfig(Section):
     lr_batch: Count | None = Field(None, description="lr is scaled by global_batch / lr_batch; default: not scaled")
     lr_start: NonNegative = Field(0.2, description="learning rate before warm-up, over the peak (I-JEPA: 2e-4 / 1e-3)")
     lr_final: NonNegative = Field(1e-3, description="learning rate at the end, over the peak (I-JEPA: 1e-6 / 1e-3)")
-    weight_decay: Range = Field((0.04, 0.4), description="cosine from first to last; not for biases and norms")
+    weight_decay: Range = Field((0.04, 0.4), description="cosine from first to last; not for biases, norms and tokens")
     warmup: Annotated[int, Field(ge=0)] = Field(0, description="steps of linear warm-up of the learning rate")
     ema: Range = Field((0.996, 1.0), description="momentum of the target encoder, cosine from first to last")
     betas: Range = Field((0.9, 0.999), description="AdamW's decay rates of the moments")

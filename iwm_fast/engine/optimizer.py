@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from iwm_fast.config import TrainConfig
+from iwm_fast.models.decay import decayed_parameters
 
 __all__ = [
     "MOMENTS",
@@ -97,15 +98,16 @@ def _trust(weights: Sequence[torch.Tensor], directions: Sequence[torch.Tensor]) 
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Two groups of the trainable parameters: decayed, and biases, norms and the mask token, which are not."""
+    """Two groups of the trainable parameters: decayed, and not, by `models.decay`."""
+    decays = decayed_parameters(model)
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    decayed = [p for name, p in trainable if p.ndim > 1 and not name.endswith("bias")]
-    plain = [p for name, p in trainable if p.ndim <= 1 or name.endswith("bias")]
+    decayed = [p for name, p in trainable if decays[name]]
+    plain = [p for name, p in trainable if not decays[name]]
     return [{"params": decayed, "decayed": True}, {"params": plain, "decayed": False, "weight_decay": 0.0}]
 
 
 def build_optimizer(model: nn.Module, train: TrainConfig, stage: int) -> torch.optim.AdamW:
-    """AdamW, or LAMB at stage 0, over the trainable parameters; biases, norms and the mask token are not decayed.
+    """AdamW, or LAMB at stage 0, over the groups of the trainable parameters.
 
     PyTorch's fused implementation of AdamW serves the CPU and the GPU, so no compiler is needed; DeepSpeed's LAMB wants
     one, and a GPU.

@@ -87,15 +87,14 @@ class Layout:
 
 def layout_of(config: Config) -> Layout:
     """The layout of a configuration's model, which is built on torch's meta device: no memory, no values."""
+    from iwm_fast.models.decay import decayed_parameters
     from iwm_fast.models.iwm import IWM
 
     actions = action_dim(config.actions)
     with torch.device("meta"):
         model = IWM(config.model, actions)
-    named = [
-        (p.requires_grad, Parameter(name, p.numel(), p.ndim > 1 and not name.endswith("bias")))
-        for name, p in model.named_parameters()
-    ]
+    decays = decayed_parameters(model)
+    named = [(p.requires_grad, Parameter(name, p.numel(), decays[name])) for name, p in model.named_parameters()]
     trained = tuple(p for trains, p in named if trains)
     return Layout(trained, tuple(p for trains, p in named if not trains))
 

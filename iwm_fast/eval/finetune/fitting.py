@@ -18,6 +18,7 @@ from iwm_fast.eval.cache import Features
 from iwm_fast.eval.features import device_of
 from iwm_fast.eval.finetune.scores import Scores, task_loss
 from iwm_fast.eval.finetune.tasks import Task, batches, in_order
+from iwm_fast.models.decay import decayed_parameters
 from iwm_fast.models.reader import Reader
 
 __all__ = ["Fit", "Plan", "fit", "measure", "seeded"]
@@ -114,7 +115,7 @@ def measure(reader: Reader, task: Task, features: Features, *, held: bool = Fals
 
 
 def _groups(reader: Reader, rate: float, plan: Plan) -> Iterator[dict[str, object]]:
-    """AdamW's groups: the head's rate, the predictor's and the encoder's; no decay of biases, norms, single tokens."""
+    """AdamW's groups: the head's rate, the predictor's and the encoder's, each decayed and not, by `models.decay`."""
     parts: list[tuple[nn.Module | None, float]] = [
         (reader.heads, 1.0),
         (reader.task_tokens, 1.0),
@@ -124,11 +125,9 @@ def _groups(reader: Reader, rate: float, plan: Plan) -> Iterator[dict[str, objec
     for module, factor in parts:
         if module is None:
             continue
-        trainable = [p for p in module.parameters() if p.requires_grad]
-        for decay, chosen in (
-            (plan.weight_decay, [p for p in trainable if p.ndim > 1]),
-            (0.0, [p for p in trainable if p.ndim <= 1]),
-        ):
+        decays = decayed_parameters(module)
+        for decayed, decay in ((True, plan.weight_decay), (False, 0.0)):
+            chosen = [p for name, p in module.named_parameters() if p.requires_grad and decays[name] is decayed]
             if chosen:
                 yield {"params": chosen, "weight_decay": decay, "peak": rate * factor}
 

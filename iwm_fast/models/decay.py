@@ -1,0 +1,40 @@
+"""Which parameters weight decay applies to: one rule for pretraining, finetuning and the model of its cost.
+
+By what a parameter is, not by its shape: a bias may have two dimensions (`ActionTokens`), and ZeRO's stage 3 flattens
+all of them. Decayed are the weights of linear maps. Not decayed are biases, normalisations' scales and shifts, and
+what stands in for a token (mask and task tokens, an attentive head's query), as in MAE and I-JEPA.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from .blocks import StreamNorm
+
+__all__ = ["DECAYED", "UNDECAYED", "decayed_parameters"]
+
+DECAYED = frozenset({"weight", "w_in", "w_out", "w_action"})
+UNDECAYED = frozenset({"bias", "b_in", "b_out", "norm_weight", "norm_bias", "mask_token", "query"})
+# Modules of which nothing is decayed: normalisations, and `Reader.task_tokens`.
+_WHOLLY_UNDECAYED = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, _NormBase, StreamNorm, nn.ParameterDict, nn.ParameterList)
+
+
+def decayed_parameters(model: nn.Module) -> dict[str, bool]:
+    """Whether weight decay applies, for each parameter by its name, in the order of ``named_parameters``.
+
+    Raises:
+        ValueError: a parameter of another name than this module knows: it has to be put on one of the two lists.
+
+    """
+    modules = dict(model.named_modules())
+    found = {}
+    for path, _ in model.named_parameters():
+        owner, _, name = path.rpartition(".")
+        if isinstance(modules[owner], _WHOLLY_UNDECAYED):
+            found[path] = False
+        elif name in DECAYED or name in UNDECAYED:
+            found[path] = name in DECAYED
+        else:
+            raise ValueError(f"{path} is neither decayed nor not; put {name!r} on a list of {__name__}")
+    return found
