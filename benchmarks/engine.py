@@ -32,6 +32,7 @@ from iwm_fast.benchmarks.synthetic import BatchStream, synthetic_stream
 from iwm_fast.benchmarks.timing import spread
 from iwm_fast.config import Config, load_config
 from iwm_fast.config.load import find_config
+from iwm_fast.data.external import space_of
 from iwm_fast.engine.distributed import Ranks, start
 from iwm_fast.engine.schedules import Schedules
 from iwm_fast.models.decay import decayed_parameters
@@ -113,7 +114,7 @@ def _require_agreement(engine: Side, bare: Side, stage: int) -> None:
 def measure(config: Config, stages: list[int], repeats: int) -> list[dict[str, Any]]:
     """One row a stage, on this process's rank: seconds of every step of either side, and the median ratio."""
     ranks = start()
-    space = ActionSpace(config.actions.groups, config.actions.form)
+    space = space_of(config.actions)
     rows = []
     for stage in stages:
         staged = config.model_copy(update={"zero": config.zero.model_copy(update={"stage": stage})})

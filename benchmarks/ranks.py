@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from iwm_fast.actions import ActionSpace
 from iwm_fast.benchmarks.collectives import timed_collectives
 from iwm_fast.benchmarks.harness import prepare_trainer
 from iwm_fast.benchmarks.synthetic import synthetic_stream
 from iwm_fast.benchmarks.timing import clocked
 from iwm_fast.config import Config
+from iwm_fast.data.external import space_of
 from iwm_fast.engine.distributed import start
 from iwm_fast.planning.communication import step_collectives
 from iwm_fast.planning.counting import CollectiveCounter
@@ -34,7 +34,7 @@ def main(config_file: Path, out: Path, repeats: int) -> None:
     quiet_third_parties()
     torch.set_num_threads(1)
     config = Config.model_validate(json.loads(config_file.read_text()))
-    ranks, space = start(), ActionSpace(config.actions.groups, config.actions.form)
+    ranks, space = start(), space_of(config.actions)
     with timed_collectives() as spent:
         stream = synthetic_stream(config, space, ranks.device, rank=ranks.rank, world=ranks.world)
         trainer = prepare_trainer(config, space, stream, ranks)
@@ -50,6 +50,7 @@ def main(config_file: Path, out: Path, repeats: int) -> None:
     row: dict[str, Any] = {
         "ranks": ranks.world,
         "images": config.train.global_batch,
+        "sources_per_target": config.views.sources_per_target,
         "zero_stage": config.zero.stage,
         "seconds": [one.seconds for one in taken],
         "cpu_seconds": [one.cpu_seconds for one in taken],

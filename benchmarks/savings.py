@@ -56,6 +56,7 @@ def _predictor(flops: StepFlops) -> int:
 def count_savings(config: Config, images: int = _IMAGES) -> dict[str, Any]:
     """Operations an image: as shipped, by part, without each exact saving, and with K sources of a target (a source).
 
+    An image has as many sources as views.sources_per_target says, but for the last, which are counted by source.
     `images` is a multiple of 128. ValueError for the mlp predictor, which answers for the patches that it is given.
     """
     model, actions = config.model, action_dim(config.actions)
@@ -63,7 +64,7 @@ def count_savings(config: Config, images: int = _IMAGES) -> dict[str, Any]:
         raise ValueError(f"model.predictor.kind is {model.predictor.kind}; savings are counted for vit")
     drawn = tokens_of(config, images)
     context, target = drawn.context, drawn.predicted
-    shipped = step_flops(model, actions, context, target)
+    shipped = step_flops(model, actions, context, target, drawn.sources)
 
     pixels = 3 * model.patch**2
     hidden = int((model.grid**2 - context).sum())  # patches of the sources that the encoder does not see
@@ -74,17 +75,17 @@ def count_savings(config: Config, images: int = _IMAGES) -> dict[str, Any]:
     one_block, asked_by_block = _with(config, "masks", target_blocks=1), 0
     for block in range(config.masks.target_blocks):
         alone = tokens_of(_with(one_block, "train", seed=config.train.seed + block + 1), images).predicted
-        asked_by_block += _predictor(step_flops(model, actions, context, alone))
+        asked_by_block += _predictor(step_flops(model, actions, context, alone, drawn.sources))
 
     everywhere = np.full_like(target, model.grid**2)
-    whole_target = step_flops(model, actions, context, everywhere).target_forward
+    whole_target = step_flops(model, actions, context, everywhere, drawn.sources).target_forward
 
     width = model.predictor.width
     # Of a token: the projection and the MLP.
     after_attention = 2 * width * width + 4 * width * round(width * model.predictor.mlp_ratio)
     whole_predictor = 3 * int(context.sum()) * after_attention
 
-    padded = step_flops(model, actions, _padded(context), _padded(target))
+    padded = step_flops(model, actions, _padded(context), _padded(target), drawn.sources)
     padded_total = padded.total - padded.target_forward + shipped.target_forward
     without = {
         "all patches embedded, then dropped": shipped.total + embedded_all,

@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from iwm_fast.actions import ActionSpace
 from iwm_fast.benchmarks.harness import prepare_trainer
 from iwm_fast.benchmarks.memory import peak_of
 from iwm_fast.benchmarks.stats import median_of
 from iwm_fast.benchmarks.synthetic import synthetic_stream
 from iwm_fast.benchmarks.timing import clocked
 from iwm_fast.config import Config
+from iwm_fast.data.external import space_of
 from iwm_fast.engine.distributed import Ranks
 from iwm_fast.engine.loop import Trainer
 
@@ -60,12 +60,12 @@ def measure_batches(
     intercept.
     """
     rows: list[dict[str, Any]] = []
-    space = ActionSpace(config.actions.groups, config.actions.form)
+    space = space_of(config.actions)
     # What is loaded and allocated once in a process is no batch's.
-    first = _with(config, global_batch=1, micro_batch=None)
+    first = _with(config, global_batch=1)
     prepare_trainer(first, space, synthetic_stream(first, space, ranks.device, steps=1), ranks).train_step()
     for size in sizes:
-        one = _with(config, global_batch=size, micro_batch=None)
+        one = _with(config, global_batch=size)
         held: list[Trainer] = []
 
         def build(one: Config = one, held: list[Trainer] = held) -> None:
@@ -81,6 +81,7 @@ def measure_batches(
             {
                 "name": f"batch {size}",
                 "images": size,
+                "sources_per_target": config.views.sources_per_target,
                 "seconds": seconds,
                 "cpu_seconds": [t.cpu_seconds for t in taken],
                 "median_s": median_of(seconds).value,

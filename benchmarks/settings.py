@@ -67,6 +67,7 @@ def measure_setting(configs: dict[str, Config], ranks: Ranks, repeats: int) -> d
     ratio, cpu_ratio = (ratio_of(times["without"], times["with"], paired=True) for times in (seconds, cpu))
     return {
         "images": configs["with"].train.global_batch,
+        "sources_per_target": configs["with"].views.sources_per_target,
         "precision": configs["with"].train.precision,
         "seconds": seconds,
         "cpu_seconds": cpu,

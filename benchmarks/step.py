@@ -17,8 +17,12 @@ from iwm_fast.benchmarks.synthetic import BatchStream, synthetic_stream
 from iwm_fast.benchmarks.timing import Clocked, clocked
 from iwm_fast.config import Config
 from iwm_fast.data.batch import Batch
+from iwm_fast.data.external import space_of
 from iwm_fast.data.files import list_images
 from iwm_fast.data.loader import TrainingStream
+from iwm_fast.data.pairs import PairStream
+from iwm_fast.data.sources import Patience
+from iwm_fast.data.triplets import Triplets, resolve_triplets
 from iwm_fast.engine.distributed import Ranks
 from iwm_fast.engine.loop import Trainer
 from iwm_fast.kernels import compiled_variants
@@ -27,7 +31,7 @@ from iwm_fast.models.regions import compilations
 from iwm_fast.planning.flops import step_flops
 from iwm_fast.planning.mfu import peak_flops
 
-__all__ = ["check_answer", "measure_step", "opened_stream", "row_of", "settle"]
+__all__ = ["check_answer", "described", "measure_step", "opened_stream", "row_of", "settle"]
 
 # ‖working − float64‖ / ‖float64‖ of the loss: fp32 sums lose 1e-6, bf16 rounds each of some dozen layers by 2⁻⁸.
 TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2}
@@ -42,16 +46,33 @@ class WrongAnswerError(RuntimeError):
     """A step whose loss is not what float64 gives: it is not timed."""
 
 
+def described(config: Config, root: Path | None) -> tuple[Config, Triplets | None]:
+    """The configuration with what its actions are, and the triplets where `root` is a manifest of them, as `pretrain`.
+
+    Without `root` only the manifest's actions are read, from data.root, unless actions.external says them. UserError
+    where nothing does, or where data and actions do not fit together.
+    """
+    if root is None and (config.actions.groups != ("external",) or config.actions.external is not None):
+        return config, None
+    data = config.data.model_copy(update={} if root is None else {"root": str(root)})
+    found, triplets = resolve_triplets(config.model_copy(update={"data": data}))
+    return found, None if root is None else triplets
+
+
 @contextlib.contextmanager
 def opened_stream(
-    config: Config, space: ActionSpace, ranks: Ranks, root: Path | None
+    config: Config, space: ActionSpace, ranks: Ranks, root: Path | None, triplets: Triplets | None = None
 ) -> Iterator[BatchStream | TrainingStream]:
-    """Batches from images below `root` through DALI, or made of random pixels where it is None."""
+    """Batches of `triplets` or of the images below `root` through DALI, or made of random pixels where it is None."""
     stream: BatchStream | TrainingStream
+    place = {"rank": ranks.rank, "world": ranks.world}
     if root is None:
-        stream = synthetic_stream(config, space, ranks.device, rank=ranks.rank, world=ranks.world, steps=_BATCHES)
+        stream = synthetic_stream(config, space, ranks.device, **place, steps=_BATCHES)
+    elif triplets is not None:
+        stream = PairStream(config, triplets, space, **place)
     else:
-        stream = TrainingStream(config, list_images(root), space, rank=ranks.rank, world=ranks.world)
+        patience = Patience(config.data.store_timeout, config.data.store_attempts)
+        stream = TrainingStream(config, list_images(str(root), config.data.source, patience), space, **place)
     try:
         yield stream
     finally:
@@ -76,15 +97,15 @@ def check_answer(trainer: Trainer, config: Config, batch: Batch, space: ActionSp
 
 
 def _loss(model: Any, batch: Batch, device: torch.device, predicts: str) -> torch.Tensor:
-    """Of the batch's first images, summed."""
-    patches, few = batch.patches, slice(0, _CHECKED_IMAGES)
+    """Of the batch's first images with all their sources, summed."""
+    patches, few = batch.patches, slice(0, _CHECKED_IMAGES * (len(batch.source) // len(batch.target)))
     context = torch.from_numpy(patches.context[: patches.context_lengths[few].sum()]).to(device)
     seen = Segments.from_lengths(patches.context_lengths[few], device)
     asked, asked_segments = context, seen
     if predicts == "target":
         asked = torch.from_numpy(patches.target[: patches.target_lengths[few].sum()]).to(device)
         asked_segments = Segments.from_lengths(patches.target_lengths[few], device)
-    pixels = (view[few].to(device) for view in (batch.source, batch.target))
+    pixels = (view.to(device) for view in (batch.source[few], batch.target[:_CHECKED_IMAGES]))
     loss: torch.Tensor = model(*pixels, batch.action[few].to(device), context, seen, asked, asked_segments).loss
     return loss
 
@@ -95,8 +116,11 @@ def measure_step(
 ) -> dict[str, Any]:  # fmt: skip
     """One row: every repeat's seconds, their median, images a second, operations, memory, and the check's error."""
     quiet = config.model_copy(update={"log": config.log.model_copy(update={"every_steps": 10**9})})
-    space = ActionSpace(config.actions.groups, config.actions.form)
-    with opened_stream(quiet, space, ranks, root) as stream:
+    quiet, triplets = described(quiet, root)
+    if root is None and config.data.root is not None:
+        say(f"{name}: pixels are random; data.root is not read")
+    space = space_of(quiet.actions)
+    with opened_stream(quiet, space, ranks, root, triplets) as stream:
         trainer = prepare_trainer(quiet, space, stream, ranks)
         error = check_answer(trainer, quiet, next(iter(synthetic_stream(quiet, space, ranks.device))), space)
         say(f"{name}: the loss is within {error:.1e} of float64")
@@ -126,20 +150,27 @@ def settle(trainer: Trainer, least: int) -> int:
 def row_of(
     name: str, config: Config, space: ActionSpace, taken: list[Clocked], device: torch.device
 ) -> dict[str, Any]:  # fmt: skip
-    """What the times say of a configuration: per second, per operation, and per share of a known peak."""
+    """What the times say of a configuration: per second, per operation, and per share of a known peak.
+
+    An image is a decoded one: it has one target, and sources_per_target sources.
+    """
     middle, images = median_of([one.seconds for one in taken]), config.train.global_batch
+    sources = config.views.sources_per_target
     sample = next(iter(synthetic_stream(config, space, torch.device("cpu"), steps=1)))
-    counted = step_flops(config.model, space.dim, sample.patches.context_lengths, sample.patches.target_lengths)
+    lengths = sample.patches.context_lengths, sample.patches.target_lengths
+    counted = step_flops(config.model, space.dim, *lengths, sources)
     operations, peak = counted.total / len(sample), peak_flops(device)
     return {
         "name": name,
         "images": images,
+        "sources_per_target": sources,
         "precision": config.train.precision,
         "seconds": [one.seconds for one in taken],
         "cpu_seconds": [one.cpu_seconds for one in taken],
         "median_s": middle.value,
         "median_interval_s": [middle.low, middle.high],
         "images_per_s": images / middle.value,
+        "sources_per_s": images * sources / middle.value,
         "operations_per_image": operations,
         "operations_per_s": operations * images / middle.value,
         "mfu": operations * images / middle.value / peak if peak else None,

@@ -39,10 +39,18 @@ class BatchStream:
 def synthetic_stream(
     config: Config, space: ActionSpace, device: torch.device, *, rank: int = 0, world: int = 1, steps: int = 2
 ) -> BatchStream:
-    """The rank's share of `steps` different global batches on `device`, a function of train.seed alone."""
+    """The rank's share of `steps` different global batches on `device`, a function of train.seed alone.
+
+    A global batch is of as many images as train.global_batch says, each with views.sources_per_target sources.
+    """
+    sources = config.views.sources_per_target
     micro, accumulation = divide_batch(config.train.global_batch, world, config.train.micro_batch)
     sampler = MaskSampler(
-        config.masks, config.model.grid, config.train.seed, exclude="geometric" not in config.actions.groups
+        config.masks,
+        config.model.grid,
+        config.train.seed,
+        exclude="geometric" not in config.actions.groups,
+        sources=sources,
     )
     side, size, share = config.model.image, config.train.global_batch, micro * accumulation
     generator = torch.Generator().manual_seed(config.train.seed * world + rank)
@@ -54,10 +62,10 @@ def synthetic_stream(
         for first in range(rank * share, (rank + 1) * share, micro):
             mine = ids[first : first + micro]
             source, target = (
-                torch.randint(0, 256, (micro, side, side, 3), dtype=torch.uint8, generator=generator).to(device)
-                for _ in range(2)
+                torch.randint(0, 256, (rows, side, side, 3), dtype=torch.uint8, generator=generator).to(device)
+                for rows in (micro * sources, micro)
             )
-            action = torch.randn(micro, space.dim, generator=generator)
+            action = torch.randn(micro * sources, space.dim, generator=generator)
             patches: PatchSets = sampler.draw(np.zeros_like(mine), mine)
             batches.append(Batch(source, target, action, patches, mine, np.zeros_like(mine), *totals))
     return BatchStream(batches, accumulation)

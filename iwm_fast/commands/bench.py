@@ -69,7 +69,7 @@ def _print_steps(rows: list[dict[str, Any]]) -> None:
         low, high = row["median_interval_s"]
         return (
             row["name"],
-            str(row["images"]),
+            str(row["images"]) + (f" × {row['sources_per_target']}" if row["sources_per_target"] > 1 else ""),
             f"{row['median_s'] * 1e3:.1f} ms ({low * 1e3:.1f} – {high * 1e3:.1f})",
             f"{row['images_per_s']:.1f}",
             f"{row['operations_per_image'] / 1e9:.2f} GFLOP",
@@ -78,7 +78,8 @@ def _print_steps(rows: list[dict[str, Any]]) -> None:
             f"{row['step_peak_bytes'] / 2**20:.0f} MiB",
         )
 
-    columns = ("", "images", "step, median (99 %)", "images/s", "an image", "", "MFU", "memory of a step")
+    sources = " × sources" if any(row["sources_per_target"] > 1 for row in rows) else ""
+    columns = ("", f"images{sources}", "step, median (99 %)", "images/s", "an image", "", "MFU", "memory of a step")
     print_table("iwm-fast bench step", columns, [cells(row) for row in rows])
 
 

@@ -14,7 +14,7 @@ import torch
 
 from iwm_fast.benchmarks.collectives import timed_collectives
 from iwm_fast.benchmarks.harness import prepare_trainer
-from iwm_fast.benchmarks.step import opened_stream
+from iwm_fast.benchmarks.step import described, opened_stream
 from iwm_fast.benchmarks.timing import ceilings, clocked
 from iwm_fast.config import Config
 from iwm_fast.data.external import space_of
@@ -45,9 +45,10 @@ def profile(
     require_folder(out)
     out.mkdir(parents=True, exist_ok=True)
     quiet = config.model_copy(update={"log": config.log.model_copy(update={"every_steps": 10**9})})
-    space = space_of(config.actions)
+    quiet, triplets = described(quiet, root)
+    space = space_of(quiet.actions)
     device, peak = ranks.device, peak_flops(ranks.device)
-    with timed_collectives() as said, opened_stream(quiet, space, ranks, root) as stream:
+    with timed_collectives() as said, opened_stream(quiet, space, ranks, root, triplets) as stream:
         trainer = prepare_trainer(quiet, space, stream, ranks)
         say(f"warming up for {_WARM_UP} steps")
         for _ in range(_WARM_UP):
@@ -72,6 +73,7 @@ def profile(
     parts = {part: middle.get(part, 0.0) for part in PARTS}
     document = {
         "images": config.train.global_batch,
+        "sources_per_target": config.views.sources_per_target,
         "device": device.type,
         "data": "synthetic" if root is None else "files",
         "step_s": median(taken),

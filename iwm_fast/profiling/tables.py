@@ -59,6 +59,11 @@ def module_rows(
     return rows
 
 
+def _sources(document: Mapping[str, Any]) -> str:
+    sources = document["sources_per_target"]
+    return f" with {sources} sources each" if sources > 1 else ""
+
+
 def _share(value: float | None) -> str:
     return "–" if value is None else f"{value:.1%}"
 
@@ -69,7 +74,7 @@ def markdown(document: Mapping[str, Any]) -> str:
     lines = [
         "# Profile",
         "",
-        f"A step of {document['images']} images: {document['step_s'] * 1e3:.2f} ms in the median.",
+        f"A step of {document['images']} images{_sources(document)}: {document['step_s'] * 1e3:.2f} ms in the median.",
     ]
     lines += [f"In parts, the middle one of as many steps: {step * 1e3:.2f} ms.", ""]
     lines += ["| part | ms | of the step |", "|---|---|---|"]

@@ -56,6 +56,12 @@ def test_sources_share_the_target():
         assert found["sources_per_target"][str(sources)] == rest + (found["target_forward"] + whole) / sources
 
 
+def test_a_configuration_with_several_sources_is_counted_with_them():
+    alone, shared = count_savings(_config(), IMAGES), count_savings(_config(views__sources_per_target=2), IMAGES)
+    assert shared["shipped"] == 2 * alone["sources_per_target"]["2"]
+    assert shared["without"]["the target's last block whole"] == shared["shipped"]  # several sources need it whole
+
+
 def test_the_mlp_predictor_is_refused():
     config = _config(model__predictor__kind="mlp", model__predictor__conditioning="block")
     with pytest.raises(ValueError, match="counted for vit"):

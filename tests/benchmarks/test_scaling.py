@@ -12,13 +12,19 @@ import torch.distributed as dist
 from iwm_fast.actions import ActionSpace
 from iwm_fast.benchmarks import scaling, step
 from iwm_fast.benchmarks.collectives import timed_collectives
+from iwm_fast.benchmarks.harness import prepare_trainer
 from iwm_fast.benchmarks.memory import peak_of
 from iwm_fast.benchmarks.presets import PRESETS, preset_config
 from iwm_fast.benchmarks.scaling import fit_line
+from iwm_fast.benchmarks.step import check_answer, described, row_of
 from iwm_fast.benchmarks.synthetic import synthetic_stream
+from iwm_fast.benchmarks.timing import Clocked
 from iwm_fast.cli import main
+from iwm_fast.config.external import ExternalActions
+from iwm_fast.data.external import space_of
 from iwm_fast.engine.distributed import start
 from iwm_fast.errors import UserError
+from iwm_fast.planning.operations import OperationCounter
 
 SMALL = ("model.encoder={depth: 1, width: 32, heads: 2}", "model.predictor.depth=1", "model.predictor.width=32")
 
@@ -92,6 +98,43 @@ def test_the_step_is_timed_after_its_answer_was_checked(tmp_path, capsys):
     assert row["images_per_s"] == pytest.approx(4 / row["median_s"])
     assert row["operations_per_s"] == pytest.approx(row["operations_per_image"] * row["images_per_s"])
     assert "cpu-micro" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("sources", [1, 3])
+@pytest.mark.parametrize("predictor", ["vit", "mlp"])
+def test_all_sources_of_a_target_are_timed_and_counted(sources, predictor):
+    """The operations that torch counts in the step that was timed, of images each with one target and K sources."""
+    changes = [f"views.sources_per_target={sources}", f"model.predictor.kind={predictor}", "train.global_batch=4"]
+    config = preset_config("cpu-micro", (*SMALL, *changes, "model.predictor.conditioning=block"))
+    ranks, space = start(), space_of(config.actions)
+    stream = synthetic_stream(config, space, ranks.device, steps=1)
+    (batch,) = stream._batches
+    assert len(batch.source) == len(batch.action) == len(batch.patches) == 4 * sources
+    assert len(batch.target) == len(batch) == 4
+    trainer = prepare_trainer(config, space, stream, ranks)
+    assert check_answer(trainer, config, batch, space) < 1e-4
+    trainer.train_step()
+    with OperationCounter() as counter:
+        trainer.train_step()
+    row = row_of("x", config, space, [Clocked(0.5, 0.5)], ranks.device)
+    assert row["operations_per_image"] * 4 == sum(work.operations for work in counter.by_operator.values())
+    assert (row["images"], row["sources_per_target"]) == (4, sources)
+    assert (row["images_per_s"], row["sources_per_s"]) == (8, 8 * sources)
+
+
+MANIFEST = {"kind": "continuous", "names": ["push"], "low": [-1.0], "high": [1.0], "neutral": [0.0]}
+
+
+def test_external_actions_are_what_the_configuration_says(tmp_path):
+    """Random pixels need the actions' names only; without them, the error that a training gives."""
+    external = preset_config("cpu-micro", (*SMALL, "actions.groups=[external]"))
+    with pytest.raises(UserError, match="this is no manifest of triplets"):
+        described(external, None)
+    actions = external.actions.model_copy(update={"external": ExternalActions(**MANIFEST)})
+    told = external.model_copy(update={"actions": actions})
+    assert described(told, None) == (told, None)
+    (batch, *_) = synthetic_stream(told, space_of(told.actions), torch.device("cpu"))._batches
+    assert batch.action.shape == (len(batch), 1)
 
 
 def test_a_wrong_answer_is_not_timed(monkeypatch):
