@@ -66,17 +66,32 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def ceilings(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:
-    """A copy (bytes read plus bytes written) and a matrix product of random operands of `dtype`, each a second."""
-    size, side = (2**31, 8192) if device.type == "cuda" else (2**26, 512)
+    """A copy (bytes read plus bytes written) and a matrix product of random operands of `dtype`, each a second.
+
+    copy and matmul: medians of one size. copies and matmul_best: the fastest of several, smaller ones of which lie in
+    caches: what no call should beat.
+    """
+    on_gpu = device.type == "cuda"
+    size, side = (2**31, 8192) if on_gpu else (2**26, 512)
     source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     copy = seconds(lambda _: target.copy_(source), device)
     product = seconds(lambda _: a @ b, device)
+    copies = []
+    for part in (2**power for power in range(20 if on_gpu else 11, size.bit_length(), 3)):
+        fastest = min(seconds(lambda _, part=part: target[:part].copy_(source[:part]), device))  # type: ignore[misc]
+        copies.append({"bytes": 2 * part, "bytes_per_s": 2 * part / fastest})
+    best = 2 * side**3 / min(product)
+    for less in (side // 4, side // 2):
+        fastest = min(seconds(lambda _, n=less: a[:n, :n] @ b[:n, :n], device))  # type: ignore[misc]
+        best = max(best, 2 * less**3 / fastest)
     return {
         "copy_seconds": copy,
         "copy_bytes_per_s": 2 * size / median(copy),
+        "copies": copies,
         "matmul_side": side,
         "matmul_seconds": product,
         "matmul_flops_per_s": 2 * side**3 / median(product),
+        "matmul_best_flops_per_s": best,
     }

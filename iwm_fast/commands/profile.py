@@ -22,7 +22,12 @@ def profile(
     device: Device = None,
     threads: Threads = None,
     ncu: Annotated[
-        str | None, typer.Option("--ncu", metavar="KERNEL", help="Print the Nsight Compute command for one, and stop.")
+        str | None,
+        typer.Option(
+            "--ncu",
+            metavar="KERNEL",
+            help="Print the Nsight Compute command for a Triton function, and stop; any other word lists them.",
+        ),
     ] = None,
     json: Json = None,
 ) -> None:
@@ -59,6 +64,7 @@ def _show(found: dict[str, Any]) -> None:
     rows = [(name, f"{s * 1e3:.2f} ms", f"{s / step:.1%}") for name, s in found["parts_s"].items()]
     rows.append(("all parts", f"{found['parts_sum_s'] * 1e3:.2f} ms", f"{found['parts_sum_s'] / step:.1%}"))
     rows.append(("that step", f"{step * 1e3:.2f} ms", ""))
-    free = found["step_s"]
-    rows.append(("step, median", f"{free * 1e3:.2f} ms", f"{found['images'] / free:.1f} images/s"))
+    free, sources = found["step_s"], found["sources_per_target"]
+    each = f", {sources} sources each" if sources > 1 else ""
+    rows.append(("step, median", f"{free * 1e3:.2f} ms", f"{found['images'] / free:.1f} images/s{each}"))
     print_table("iwm-fast profile", ("part", "", "of the step"), rows)

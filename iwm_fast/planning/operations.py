@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -18,17 +18,22 @@ __all__ = ["OperationCounter", "Work"]
 
 @dataclass
 class Work:
-    """calls; operations of matrix products; bytes of tensors read and written, each operator's by itself."""
+    """calls; operations of matrix products; bytes of tensors read and written, each operator's by itself.
+
+    sizes: how many calls were of each (operations, bytes).
+    """
 
     calls: int = 0
     operations: int = 0
     bytes: int = 0
+    sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
 
     def add(self, operations: int, size: int) -> None:
         """One call more."""
         self.calls += 1
         self.operations += operations
         self.bytes += size
+        self.sizes[operations, size] += 1
 
 
 def _cpu_attention(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> int:
@@ -45,6 +50,37 @@ _FORMULAS: dict[str, Callable[..., int]] = {
     "aten::_scaled_dot_product_flash_attention_for_cpu": _cpu_attention,
     "aten::_scaled_dot_product_flash_attention_for_cpu_backward": _cpu_attention_backward,
 }
+
+
+# Allocate or rename memory, and move nothing.
+_STILL = frozenset(
+    f"aten::{name}"
+    for name in (
+        "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "_reshape_alias",
+        "lift_fresh", "resize_", "set_",
+    )
+)  # fmt: skip
+# Write a result whose values are in no tensor: those given say its shape.
+_MADE = frozenset(
+    f"aten::{name}"
+    for name in ("zeros", "zeros_like", "new_zeros", "ones", "ones_like", "new_ones", "full", "full_like", "new_full",
+                 "arange", "zero_", "fill_")
+)  # fmt: skip
+# Read of their first tensor as much as they write, by the others.
+_GATHERED = frozenset(f"aten::{name}" for name in ("index_select", "index", "gather", "embedding"))
+
+
+def _moved(name: str, given: Any, out: Any) -> int:
+    """Bytes that an operator reads and writes, each tensor once."""
+    if name in _STILL:
+        return 0
+    made = {id(t): t for t in tree_leaves(out) if isinstance(t, Tensor)}
+    tensors = [t for t in tree_leaves(given) if isinstance(t, Tensor)]
+    if name in _MADE:
+        tensors = []
+    elif name in _GATHERED:
+        return 2 * sum(t.nbytes for t in made.values()) + sum(t.nbytes for t in tensors[1:])
+    return sum(t.nbytes for t in (made | {id(t): t for t in tensors}).values())
 
 
 class OperationCounter(TorchDispatchMode):
@@ -84,8 +120,7 @@ class OperationCounter(TorchDispatchMode):
             operations = _FORMULAS[name](*args, **(kwargs or {}))
         elif formula is not None:
             operations = formula(*args, **(kwargs or {}), out_val=out)
-        seen = {id(t): t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)}
-        size = sum(t.numel() * t.element_size() for t in seen.values())
+        size = _moved(name, (args, kwargs), out)
         self.by_operator[name].add(int(operations), size)
         for path in self._modules.parents:
             self.by_module[path].add(int(operations), size)

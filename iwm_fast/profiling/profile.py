@@ -19,9 +19,12 @@ from iwm_fast.benchmarks.timing import ceilings, clocked
 from iwm_fast.config import Config
 from iwm_fast.data.external import space_of
 from iwm_fast.engine.distributed import Ranks
+from iwm_fast.errors import UserError
+from iwm_fast.kernels import TRITON_FUNCTIONS
 from iwm_fast.outputs import require_folder
 from iwm_fast.planning.mfu import peak_flops
 from iwm_fast.planning.operations import OperationCounter
+from iwm_fast.profiling.limits import Limits
 from iwm_fast.profiling.parts import PARTS, measured_parts
 from iwm_fast.profiling.picture import draw_step
 from iwm_fast.profiling.tables import markdown, module_rows, operator_rows
@@ -30,6 +33,7 @@ from iwm_fast.profiling.trace import Traced, trace_steps
 __all__ = ["ncu_command", "profile"]
 
 _WARM_UP = 3
+_SKIPPED = 20  # launches before the one that Nsight Compute looks at
 _TRACED = 2  # steps in the trace: their files grow by megabytes each
 
 
@@ -67,8 +71,8 @@ def profile(
         if device.type == "cuda":
             torch.cuda.memory._record_memory_history()  # noqa: SLF001  (the documented way to a snapshot)
         model = trainer.zero.module
-        traced = trace_steps(trainer.train_step, model, device, _TRACED)
-    limits = ceilings(device, torch.bfloat16 if config.train.precision == "bf16" else torch.float32)
+        traced = trace_steps(trainer.train_step, model, device, _TRACED, counter.by_operator.keys())
+    measured = ceilings(device, torch.bfloat16 if config.train.precision == "bf16" else torch.float32)
     middle, whole = clock.middle()
     parts = {part: middle.get(part, 0.0) for part in PARTS}
     document = {
@@ -84,9 +88,9 @@ def profile(
         "parts_of_each_step_s": clock.steps,
         "operations": sum(work.operations for work in counter.by_operator.values()),
         "bytes": sum(work.bytes for work in counter.by_operator.values()),
-        "ceilings": {key: value for key, value in limits.items() if not key.endswith("_seconds")},
+        "ceilings": {key: value for key, value in measured.items() if not key.endswith("_seconds")},
         "peak_flops_per_s": peak,
-        **_tables(traced, counter, limits, peak),
+        **_tables(traced, counter, Limits.of(measured), peak),
         "memory_peak_bytes": max((held for _, held in traced.memory), default=0),
     }
     if keep is not None:
@@ -98,12 +102,10 @@ def profile(
     return document
 
 
-def _tables(
-    traced: Traced, counter: OperationCounter, limits: Mapping[str, Any], peak: float | None
-) -> dict[str, Any]:  # fmt: skip
+def _tables(traced: Traced, counter: OperationCounter, limits: Limits, peak: float | None) -> dict[str, Any]:
     kernels = sorted(traced.kernels.items(), key=lambda item: -item[1][0])
     return {
-        "operators": operator_rows(traced.operators, counter.by_operator, limits, peak),
+        "operators": operator_rows(traced.operators, traced.counted, counter.by_operator, limits, peak),
         "kernels": [{"name": kernel, "seconds": row[0], "calls": row[1]} for kernel, row in kernels],
         "modules": module_rows(traced.modules, counter.modules_of("predictor"), limits, peak),
     }
@@ -114,15 +116,20 @@ def _write(document: Mapping[str, Any], traced: Traced, out: Path) -> None:
     (out / "profile.md").write_text(markdown(document), encoding="utf-8")
     timeline = {"unit": "bytes above the first traced step's start", "timeline": traced.memory}
     (out / "memory.json").write_text(json.dumps(timeline), encoding="utf-8")
-    draw_step(document["parts_s"], document["parts_step_s"], traced.memory, out / "step.png")
+    count = len(document["parts_of_each_step_s"])
+    draw_step(document["parts_s"], document["parts_step_s"], count, traced.memory, out / "step.png")
 
 
 def ncu_command(kernel: str, config: str, overrides: Sequence[str], out: Path) -> str:
-    """The Nsight Compute command that looks at one launch of a kernel in a training step.
+    """The Nsight Compute command that looks at one launch of one of our Triton functions in a training step.
 
-    It runs `bench step`, because two profilers cannot share the GPU's counters. Launches of the warm-up are skipped.
+    It runs `bench step`, because two profilers cannot share the GPU's counters. The first launches are skipped: a step
+    has at least one of each function that it uses, and takes more of them than are skipped. UserError for a name that
+    is none.
     """
-    words = ["ncu", "--set", "full", "--target-processes", "all", "--kernel-name", f"regex:{kernel}"]
-    words += ["--launch-skip", "20", "--launch-count", "1", "--force-overwrite", "--export", str(out / kernel)]
+    if kernel not in TRITON_FUNCTIONS:
+        raise UserError(f"--ncu: {kernel}: no such kernel; there are {', '.join(TRITON_FUNCTIONS)}")
+    words = ["ncu", "--set", "full", "--target-processes", "all", "--kernel-name", f"regex:^{kernel}$"]
+    words += ["--launch-skip", str(_SKIPPED), "--launch-count", "1", "--force-overwrite", "--export", str(out / kernel)]
     words += ["python", "-m", "iwm_fast", "bench", "step", "--config", config, *overrides]
-    return shlex.join([*words, "--device", "cuda", "--warm-up", "3", "--repeats", "1"])
+    return shlex.join([*words, "--device", "cuda", "--warm-up", "3", "--repeats", str(_SKIPPED)])

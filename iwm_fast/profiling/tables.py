@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from iwm_fast.planning.operations import Work
+from iwm_fast.profiling.limits import Limits
 from iwm_fast.profiling.trace import ModuleTime
 
 __all__ = ["markdown", "module_rows", "operator_rows"]
@@ -14,36 +15,36 @@ _SHOWN = 40
 _MODULE_DEPTH = 3  # of a path such as encoder.blocks.0
 
 
-def _limits(seconds: float, work: Work, ceilings: Mapping[str, Any], peak: float | None) -> dict[str, float | None]:
-    """Share of the roofline: the time that the measured limits allow over the time taken."""
-    floor = max(work.operations / ceilings["matmul_flops_per_s"], work.bytes / ceilings["copy_bytes_per_s"])
+def _shares(seconds: float, work: Work, limits: Limits, peak: float | None) -> dict[str, float | None]:
     return {
-        "roofline_share": floor / seconds if seconds else None,
+        "roofline_share": limits.share(seconds, work),
         "mfu": work.operations / seconds / peak if peak and seconds else None,
     }
 
 
 def operator_rows(
-    times: Mapping[str, tuple[float, float]], work: Mapping[str, Work], ceilings: Mapping[str, Any],
+    times: Mapping[str, tuple[float, float]], whole: Mapping[str, float], work: Mapping[str, Work], limits: Limits,
     peak: float | None,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """An operator a row, the longest first; seconds, calls, operations and bytes a step."""
+    """An operator a row, the longest first; seconds of its own, calls, operations and bytes a step.
+
+    whole: seconds with what it calls, of the calls whose work was counted: what the shares are of.
+    """
     rows = []
     for name, (seconds, calls) in sorted(times.items(), key=lambda item: -item[1][0]):
         mine = work.get(name, Work())
         rows.append(
             {
                 "name": name, "seconds": seconds, "calls": calls, "operations": mine.operations, "bytes": mine.bytes,
-                **_limits(seconds, mine, ceilings, peak),
+                "counted_seconds": whole.get(name, 0.0), **_shares(whole.get(name, 0.0), mine, limits, peak),
             }
         )  # fmt: skip
     return rows
 
 
 def module_rows(
-    times: Mapping[str, ModuleTime], work: Mapping[str, Work], ceilings: Mapping[str, Any],
-    peak: float | None,
-) -> list[dict[str, Any]]:  # fmt: skip
+    times: Mapping[str, ModuleTime], work: Mapping[str, Work], limits: Limits, peak: float | None
+) -> list[dict[str, Any]]:
     """A module a row, in the model's order, each with its parts: so rows of a path contain those below it."""
     rows = []
     for name, time in times.items():
@@ -53,7 +54,7 @@ def module_rows(
         rows.append(
             {
                 "name": name, "calls": time.calls, "forward_s": time.forward, "backward_s": time.backward,
-                "operations": mine.operations, "bytes": mine.bytes, **_limits(seconds, mine, ceilings, peak),
+                "operations": mine.operations, "bytes": mine.bytes, **_shares(seconds, mine, limits, peak),
             }
         )  # fmt: skip
     return rows
@@ -80,6 +81,11 @@ def markdown(document: Mapping[str, Any]) -> str:
     lines += ["| part | ms | of the step |", "|---|---|---|"]
     lines += [f"| {name} | {s * 1e3:.3f} | {s / step:.1%} |" for name, s in document["parts_s"].items()]
     lines += [f"| all parts | {document['parts_sum_s'] * 1e3:.3f} | {document['parts_sum_s'] / step:.1%} |", ""]
+    lines += [
+        "Of the roofline: the time that the limits measured in the same run allow, over the time taken, call by call;",
+        "– where nothing is moved or multiplied, or where the limits were beaten and so are none (data in a cache).",
+        "",
+    ]
     lines += ["| module | calls | forward, ms | backward, ms | GFLOP | MB | of the roofline | MFU |", "|---" * 8 + "|"]
     lines += [
         f"| {r['name']} | {r['calls']:g} | {r['forward_s'] * 1e3:.3f} | {r['backward_s'] * 1e3:.3f} "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,12 +32,14 @@ class ModuleTime:
 class Traced:
     """Of the traced steps: operators' own time, GPU kernels' time, modules' time, and memory over time.
 
-    operators and kernels: name → (seconds a step, calls a step). memory: (seconds from the first, bytes held) at each
+    operators and kernels: name → (seconds a step, calls a step). counted: seconds a step of the counted operators with
+    all that they call, where no other counted one calls them. memory: (seconds from the first, bytes held) at each
     allocation and release, relative to what was held before.
     """
 
     operators: dict[str, tuple[float, float]]
     kernels: dict[str, tuple[float, float]]
+    counted: dict[str, float]
     modules: dict[str, ModuleTime]
     memory: list[tuple[float, int]]
     profiler: Any
@@ -72,8 +74,10 @@ def module_ranges(model: nn.Module) -> Iterator[None]:
             hook.remove()
 
 
-def trace_steps(step: Callable[[], object], model: nn.Module, device: torch.device, steps: int) -> Traced:
-    """Run `step` under the profiler, one step of warm-up before."""
+def trace_steps(
+    step: Callable[[], object], model: nn.Module, device: torch.device, steps: int, counted: Collection[str] = ()
+) -> Traced:
+    """Run `step` under the profiler. counted: names of the operators whose work is known."""
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
     with module_ranges(model), profile(activities=activities, profile_memory=True) as profiler:
         for _ in range(steps):
@@ -93,6 +97,7 @@ def trace_steps(step: Callable[[], object], model: nn.Module, device: torch.devi
     return Traced(
         {name: (row[0], row[1]) for name, row in operators.items()},
         {name: (row[0], row[1]) for name, row in kernels.items()},
+        _counted_times(events, device, steps, frozenset(counted)),
         _module_times(events, device, steps),
         _memory(profiler),
         profiler,
@@ -122,6 +127,20 @@ def _module_times(events: list[Any], device: torch.device, steps: int) -> dict[s
         if event.device_type == DeviceType.CPU and event.name.startswith(_BACKWARD):
             for path in made_in.get(event.sequence_nr, []):
                 found[path].backward += _seconds(event, device) / steps
+    return dict(found)
+
+
+def _counted_times(events: list[Any], device: torch.device, steps: int, counted: frozenset[str]) -> dict[str, float]:
+    """Whole times of outermost counted operators: what a dispatch mode counts, which sees none of what they call."""
+    found: dict[str, float] = defaultdict(float)
+    for event in events:
+        if event.device_type != DeviceType.CPU or event.name not in counted:
+            continue
+        parent = event.cpu_parent
+        while parent is not None and parent.name not in counted:
+            parent = parent.cpu_parent
+        if parent is None:
+            found[event.name] += _seconds(event, device) / steps
     return dict(found)
 
 

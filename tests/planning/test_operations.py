@@ -56,6 +56,20 @@ def test_bytes_and_modules():
     assert counter.modules_of("1")["0"].operations == work.operations
 
 
+def test_memory_that_is_not_moved_is_not_counted():
+    """What is only allocated, what is filled, and the rows of a table that nobody reads."""
+    table, rows = torch.zeros(100, 4), torch.tensor([3, 3, 7])
+    with OperationCounter() as counter:
+        torch.empty(50)
+        table.new_zeros(6)
+        table.index_select(0, rows)
+        table[rows]
+    moved = {name: work.bytes for name, work in counter.by_operator.items()}
+    read = 2 * 3 * 4 * 4 + 3 * 8
+    assert moved == {"aten::empty": 0, "aten::new_zeros": 24, "aten::index_select": read, "aten::index": read}
+    assert counter.by_operator["aten::index"].sizes == {(0, read): 1}
+
+
 def test_a_whole_pass_is_counted_as_torch_counts_it():
     model = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0)
     x = torch.randn(2, 7, 16)

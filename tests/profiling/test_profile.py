@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 
 import pytest
 import torch
@@ -11,8 +12,13 @@ from iwm_fast.actions import ActionSpace
 from iwm_fast.benchmarks.synthetic import synthetic_stream
 from iwm_fast.cli import main
 from iwm_fast.config import load_config, packaged_config
+from iwm_fast.kernels import TRITON_FUNCTIONS
 from iwm_fast.planning.flops import step_flops
+from iwm_fast.planning.operations import Work
+from iwm_fast.profiling.limits import Limits
 from iwm_fast.profiling.parts import PARTS, PartsClock
+from iwm_fast.profiling.picture import step_figure
+from iwm_fast.profiling.trace import trace_steps
 
 KEYS = [
     "model.encoder={depth: 2, width: 64, heads: 2}", "model.predictor.depth=2", "model.predictor.width=64",
@@ -68,12 +74,63 @@ def test_files_open(profiled):
     assert found["schema"] == "iwm-fast-profile/1"
 
 
+def test_no_row_is_faster_than_what_was_measured(profiled):
+    """Every product has its share; what beats the limits, which are then none, has no share."""
+    _, found = profiled
+    rows = found["operators"] + found["modules"]
+    assert all(row["roofline_share"] is None or 0 < row["roofline_share"] <= 1 for row in rows)
+    assert {r["name"] for r in found["operators"] if r["roofline_share"] is not None} & {"aten::mm", "aten::addmm"}
+    assert all(row["mfu"] is None for row in rows)  # no CPU's peak is known
+
+
+def test_limits_by_hand():
+    """A call is held to its operations or to its bytes; small ones to the fastest copy of their size or more."""
+    limits = Limits(100.0, ((10, 5.0), (100, 50.0), (1000, 20.0)))
+    assert [limits.bytes_per_s(size) for size in (1, 10, 99, 100, 1000, 10**6)] == [50, 50, 50, 50, 20, 20]
+    work = Work()
+    work.add(operations=400, size=2000)  # 4 s of operations, 100 s of bytes
+    work.add(operations=400, size=50)  # 4 s, 1 s
+    assert limits.seconds(work) == 104
+    assert limits.share(208, work) == 0.5
+    assert limits.share(104, work) == 1
+    assert limits.share(103, work) is None
+    assert limits.share(0, work) is None
+    assert limits.share(1, Work()) is None
+
+
+def test_an_operator_is_timed_with_what_it_calls_and_once():
+    """Stacking is done by a concatenation, which nobody counts by itself."""
+    parts = [torch.zeros(1 << 16) for _ in range(4)]
+    counted = ("aten::stack", "aten::cat", "aten::add")
+    traced = trace_steps(lambda: torch.stack(parts).add(1), torch.nn.Identity(), torch.device("cpu"), 2, counted)
+    assert traced.counted.keys() == {"aten::stack", "aten::add"}
+    assert traced.counted["aten::stack"] >= traced.operators["aten::cat"][0]
+
+
+@pytest.mark.parametrize("steps", [1, 5])
+def test_the_picture_names_what_its_line_is(steps):
+    figure = step_figure({"forward": 0.1, "backward": 0.3}, 0.41, steps, [(0.0, 0), (0.1, 2**20)])
+    above = figure.axes[0]
+    assert above.lines[0].get_xdata()[0] == pytest.approx(410)
+    assert above.get_xlabel() == "milliseconds; the line is the end of this step"
+    assert above.get_title() == ("parts of the step of median time of 5" if steps == 5 else "parts of the only step")
+
+
+def test_a_kernel_that_is_none_is_refused_with_the_names_of_all(tmp_path, capsys):
+    for word in ("conditioned_mlp", "norm", ""):
+        assert main(["profile", "demo", "--out", str(tmp_path / "p"), "--ncu", word]) == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1
+        assert f"--ncu: {word}: no such kernel; there are {', '.join(TRITON_FUNCTIONS)}" in said
+
+
 def test_ncu_prints_one_command(tmp_path, capsys):
-    assert main(["profile", "demo", "train.lr=2e-4", "--out", str(tmp_path / "p"), "--ncu", "hidden_kernel"]) == 0
+    assert main(["profile", "demo", "train.lr=2e-4", "--out", str(tmp_path / "p"), "--ncu", "norm_kernel"]) == 0
     printed = capsys.readouterr().out
     assert printed.count("\n") == 1
     assert printed.startswith("ncu --set full")
-    for word in ("--kernel-name regex:hidden_kernel", "--config demo train.lr=2e-4", "--launch-count 1"):
+    assert "--kernel-name regex:^norm_kernel$ " in " ".join(shlex.split(printed)) + " "
+    for word in ("--config demo train.lr=2e-4", "--launch-count 1", "--launch-skip 20", "--repeats 20"):
         assert word in printed
     assert not (tmp_path / "p").exists()
 
