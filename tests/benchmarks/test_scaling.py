@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from made_triplets import write_game
 
 from iwm_fast.actions import ActionSpace
 from iwm_fast.benchmarks import scaling, step
@@ -16,7 +17,7 @@ from iwm_fast.benchmarks.harness import prepare_trainer
 from iwm_fast.benchmarks.memory import peak_of
 from iwm_fast.benchmarks.presets import PRESETS, preset_config
 from iwm_fast.benchmarks.scaling import fit_line
-from iwm_fast.benchmarks.step import check_answer, described, row_of
+from iwm_fast.benchmarks.step import check_answer, described, opened_stream, row_of
 from iwm_fast.benchmarks.synthetic import synthetic_stream
 from iwm_fast.benchmarks.timing import Clocked
 from iwm_fast.cli import main
@@ -120,6 +121,17 @@ def test_all_sources_of_a_target_are_timed_and_counted(sources, predictor):
     assert row["operations_per_image"] * 4 == sum(work.operations for work in counter.by_operator.values())
     assert (row["images"], row["sources_per_target"]) == (4, sources)
     assert (row["images_per_s"], row["sources_per_s"]) == (8, 8 * sources)
+
+
+def test_triplets_are_timed_with_their_own_actions(tmp_path):
+    root = write_game(tmp_path / "game")
+    changes = ("actions.groups=[external]", "train.global_batch=4", "data.threads=1", "data.prefetch=1")
+    config, triplets = described(preset_config("cpu-micro", (*SMALL, *changes)), root)
+    assert config.actions.external.names == ("push", "turn")
+    with opened_stream(config, space_of(config.actions), start(), root, triplets) as stream:
+        batch = next(iter(stream))
+    assert batch.action.shape == (4, 2)
+    assert batch.action.abs().max() <= 1
 
 
 MANIFEST = {"kind": "continuous", "names": ["push"], "low": [-1.0], "high": [1.0], "neutral": [0.0]}

@@ -1,10 +1,15 @@
-"""The target's forward pass on a stream of its own computes the same."""
+"""What runs on streams and threads of its own, the target's forward pass and the loader, computes the same."""
+
+import itertools
 
 import pytest
 import torch
 from small_run import losses, small_config
 
 from iwm_fast.config.schema import EncoderShape, ModelConfig, PredictorConfig
+from iwm_fast.data.external import space_of
+from iwm_fast.data.files import list_images
+from iwm_fast.data.loader import TrainingStream
 from iwm_fast.engine import pretrain
 from iwm_fast.models import IWM, Segments
 from iwm_fast.models.streams import SideStream
@@ -43,6 +48,38 @@ def test_no_bit_of_the_loss_changes():
         found.append(torch.stack(values))
     assert found[0].unique().numel() > 1
     assert torch.equal(found[0], found[1])
+
+
+def batches_of(config, root, count, between):
+    """Views of so many batches on the host, `between` called before each is read."""
+    found = []
+    with TrainingStream(config, list_images(root), space_of(config.actions)) as stream:
+        for batch in itertools.islice(stream, count):
+            between()
+            found.append((batch.source.cpu(), batch.target.cpu()))
+    return found
+
+
+@pytest.mark.parametrize("sources", [1, 4])
+def test_the_loader_writes_over_nothing_that_is_still_read(tiny_images, sources):
+    """A stream that is always behind reads what the loader gave it batches ago, while that makes the next ones."""
+    config = small_config(tiny_images, views__sources_per_target=sources, data__device="gpu", data__prefetch=4)
+
+    def busy():
+        torch.cuda._sleep(50_000_000)  # some tens of milliseconds
+
+    behind = batches_of(config, tiny_images, 12, busy)
+    alone = batches_of(config, tiny_images, 12, torch.cuda.synchronize)
+    for ours, theirs in zip(behind, alone, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_the_loaders_thread_is_on_the_ranks_gpu(tiny_images):
+    """Its pinned memory and kernels would make a context on the first GPU otherwise: seen with two or more only."""
+    config, last = small_config(tiny_images, data__device="gpu"), torch.cuda.device_count() - 1
+    with torch.cuda.device(last), TrainingStream(config, list_images(tiny_images), space_of(config.actions)) as stream:
+        assert stream._thread.submit(torch.cuda.current_device).result() == last
+        assert next(iter(stream)).source.device.index == last
 
 
 @pytest.mark.parametrize(("stage", "precision"), [(0, "bf16"), (1, "fp32"), (2, "bf16")])

@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+from iwm_fast.kernels import TRITON_FUNCTIONS
 from iwm_fast.kernels.aot import Report
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,7 +41,11 @@ def test_every_kernel_of_an_architecture_compiles_without_a_spill(tmp_path):
         assert row["programs"] >= 1
         if row["kernel"] in ("linear_kernel", "weight_grad_kernel", "fused_mlp_kernel", "hidden_backward_kernel"):
             assert row["matrix_instructions"]["wgmma.mma_async"] > 0
-    assert len(list((tmp_path / "cubins").glob("*.cubin"))) == len(rows)
+    cubins = list((tmp_path / "cubins").glob("*.cubin"))
+    assert len(cubins) == len(rows)
+    for cubin in cubins:  # what a profiler is told to look for is what the GPU's code is called
+        assert re.findall(rb"\.text\.(\w+)", cubin.read_bytes())[0].decode() == cubin.name.partition(".")[0]
+    assert kernels == set(TRITON_FUNCTIONS)
     committed = (ROOT / "docs" / "kernels_sm_90.md").read_text()
     if f"Triton {document['triton']}," in committed:  # another version allots other registers
         assert page.read_text() == committed, "docs/kernels_sm_90.md is old: its first lines say how to make it again"
