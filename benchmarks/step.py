@@ -65,14 +65,16 @@ def opened_stream(
 ) -> Iterator[BatchStream | TrainingStream]:
     """Batches of `triplets` or of the images below `root` through DALI, or made of random pixels where it is None."""
     stream: BatchStream | TrainingStream
-    place = {"rank": ranks.rank, "world": ranks.world}
     if root is None:
-        stream = synthetic_stream(config, space, ranks.device, **place, steps=_BATCHES)
+        stream = synthetic_stream(
+            config, space, ranks.device, rank=ranks.rank, world=ranks.world, steps=_BATCHES
+        )
     elif triplets is not None:
-        stream = PairStream(config, triplets, space, **place)
+        stream = PairStream(config, triplets, space, rank=ranks.rank, world=ranks.world)
     else:
         patience = Patience(config.data.store_timeout, config.data.store_attempts)
-        stream = TrainingStream(config, list_images(str(root), config.data.source, patience), space, **place)
+        files = list_images(str(root), config.data.source, patience)
+        stream = TrainingStream(config, files, space, rank=ranks.rank, world=ranks.world)
     try:
         yield stream
     finally:

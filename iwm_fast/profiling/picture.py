@@ -36,6 +36,7 @@ def step_figure(
     """
     import matplotlib.pyplot as plt
 
+    figure: Figure
     figure, (above, below) = plt.subplots(2, 1, figsize=(10, 5), layout="constrained")
     left = 0.0
     for number, (name, seconds) in enumerate(parts.items()):
