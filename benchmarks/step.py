@@ -66,9 +66,7 @@ def opened_stream(
     """Batches of `triplets` or of the images below `root` through DALI, or made of random pixels where it is None."""
     stream: BatchStream | TrainingStream
     if root is None:
-        stream = synthetic_stream(
-            config, space, ranks.device, rank=ranks.rank, world=ranks.world, steps=_BATCHES
-        )
+        stream = synthetic_stream(config, space, ranks.device, rank=ranks.rank, world=ranks.world, steps=_BATCHES)
     elif triplets is not None:
         stream = PairStream(config, triplets, space, rank=ranks.rank, world=ranks.world)
     else:
