@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from iwm_fast.actions import ActionSpace
+from iwm_fast.benchmarks.step import _BATCHES
 from iwm_fast.benchmarks.synthetic import synthetic_stream
 from iwm_fast.cli import main
 from iwm_fast.config import load_config, packaged_config
@@ -48,8 +49,8 @@ def test_operations_are_the_steps_formula(profiled):
 
     config = load_config(packaged_config("vit_tiny_p4_32"), KEYS)
     space = ActionSpace(config.actions.groups, config.actions.form)
-    # The counted step is one of the two batches that it cycles through.
-    batches = synthetic_stream(config, space, torch.device("cpu"))
+    # The counted step is one of the batches that it cycles through.
+    batches = synthetic_stream(config, space, torch.device("cpu"), steps=_BATCHES)
     sizes = [
         step_flops(config.model, space.dim, b.patches.context_lengths, b.patches.target_lengths).total
         for b in batches._batches
