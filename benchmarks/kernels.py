@@ -133,7 +133,7 @@ def measure(
     device: torch.device,
     repeats: int,
     say: Callable[[str], object],
-    contenders: Sequence[str] = tuple(CONTENDERS),
+    contenders: Sequence[str] | None = None,
     save: Callable[[dict[str, Any]], object] = lambda _document: None,
 ) -> dict[str, Any]:
     """Every contender on every case: the document that is written. ``save`` gets it after each case too."""
@@ -152,7 +152,7 @@ def measure(
         copies = max(1, -(-_ROTATED_BYTES // size)) if device.type == "cuda" else 2
         rotated = [one, *(inputs(case, device, torch.bfloat16, seed=s) for s in range(2, copies + 1))]
         exact = CONTENDERS["eager"].make(case.operation)
-        for name in contenders:
+        for name in CONTENDERS if contenders is None else contenders:
             contender = CONTENDERS[name]
             row: dict[str, Any] = {"case": asdict(case), "contender": name, "version": contender.version}
             try:

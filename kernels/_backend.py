@@ -90,8 +90,10 @@ def backward_without_autocast(out: Tensor) -> Tensor:
     PyTorch runs a matrix product's backward pass under the autocast of the caller of `backward`, which takes fp32
     gradients to half. Hooks before and after a node run beside it, in its thread.
     """
+    if torch.compiler.is_compiling():  # a compiled graph has its types already
+        return out
     node, kind = out.grad_fn, out.device.type
-    if node is None or kind == "meta" or torch.compiler.is_compiling():
+    if node is None or kind == "meta":
         return out
     found: list[bool] = []
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from iwm_fast.kernels import conditioned_mlp, e4m3_rows, patchify, predictor_input, residual_norm, stopgrad_l2
 from iwm_fast.kernels.permutation import take_rows
 
-__all__ = ["CASES", "CAST", "VIEWS", "Case", "check_autocast", "check_layout", "outcome"]
+__all__ = ["CASES", "CAST", "VIEWS", "Case", "check_autocast", "check_compiled_autocast", "check_layout", "outcome"]
 
 
 @dataclass(frozen=True)
@@ -248,6 +248,22 @@ def check_autocast(name: str, device: str, backend: str) -> None:
         within = outcome(case, exact, backend=backend, forward=autocast, backward=autocast)
         for key, value in outcome(case, exact, backend=backend).items():
             assert torch.equal(within[key], value), key
+
+
+def check_compiled_autocast(name: str, device: str, backend: str) -> None:
+    """Require of a compiled graph, called under autocast, what eager gives.
+
+    With Triton's operators also of its backward pass: of PyTorch's own it ends with an error about types.
+    """
+    case = CASES[name]()
+    tensors = {k: t.to(device, torch.float32 if t.is_floating_point() else t.dtype) for k, t in case.tensors.items()}
+    compiled = Case(torch.compile(case.call, backend="aot_eager", fullgraph=True), tensors)
+    autocast = partial(torch.autocast, device, torch.bfloat16)
+    for passes in ({"forward": autocast}, {"backward": autocast})[: 2 if backend == "triton" else 1]:
+        found, expected = (outcome(one, tensors, backend=backend, **passes) for one in (compiled, case))
+        for key, value in expected.items():
+            assert found[key].dtype == value.dtype, (key, passes)
+            torch.testing.assert_close(found[key], value, msg=lambda said, key=key: f"{key}: {said}")
 
 
 def _is_float(value: Any) -> bool:

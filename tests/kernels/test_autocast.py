@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from operator_cases import CASES, check_autocast
+from operator_cases import CASES, check_autocast, check_compiled_autocast
 
 from iwm_fast.config.schema import EncoderShape, ModelConfig, PredictorConfig
 from iwm_fast.kernels import conditioned_mlp, stopgrad_l2
@@ -14,6 +14,11 @@ from iwm_fast.models import IWM, Segments
 @pytest.mark.parametrize("name", CASES)
 def test_arguments_are_cast_by_the_rule_and_nothing_else_changes(name: str) -> None:
     check_autocast(name, "cpu", "reference")
+
+
+@pytest.mark.parametrize("name", ["conditioned_mlp", "residual_norm"])
+def test_compiled_under_autocast_it_is_the_same(name: str) -> None:
+    check_compiled_autocast(name, "cpu", "reference")
 
 
 def test_a_loss_takes_its_two_types_to_the_wider_one_under_autocast_only() -> None:
