@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -29,12 +29,14 @@ _TEST_SHARE = 0.2
 class ImageSet:
     """Images in a fixed order: sample id i is row i of a source, or rows[i] where only some were taken.
 
-    common: classes that the labels are places in, where they are to be others than the source's own.
+    common: classes that the labels are places in, where they are to be others than the source's own. unlabelled: how
+    many images a split is without because they have no label and others have one.
     """
 
     source: Source
     rows: NDArray[np.int64] | None = None
     common: tuple[str, ...] | None = None
+    unlabelled: int = 0
 
     def __len__(self) -> int:
         return len(self.source) if self.rows is None else len(self.rows)
@@ -197,7 +199,7 @@ def _with_labels(images: ImageSet, what: str) -> ImageSet:
             f"{what} none has a label (the first of {len(images)} is {images.name(0)}), and others have one: label "
             "them, or remove the labels"
         )
-    return images.take(kept)
+    return replace(images.take(kept), unlabelled=len(images) - len(kept))
 
 
 def _stamp(storage: Storage, piece: str) -> str:

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from iwm_fast.config.cores import usable_cores
 from iwm_fast.data.encoded import BadSample, upright_size
+from iwm_fast.data.layout import tell_of_splits
 from iwm_fast.data.locks import hold
 from iwm_fast.data.sources import Source, open_source
 from iwm_fast.data.sources.base import UNLABELLED
@@ -56,6 +57,7 @@ def write_index(
     UserError as `list_images`, and where `out` cannot be written or another start is writing it.
     """
     images = open_source(root, source, listed_anew=True)
+    tell_of_splits(root, "they are indexed as classes, which no evaluation takes")
     out = _place(images, out)
     require_file(out, "--out")
     names = [escape(images.name(i)) for i in range(len(images))]

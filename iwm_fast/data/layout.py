@@ -22,10 +22,19 @@ from typing import Any
 
 from iwm_fast.data.sources import PATIENCE, Patience, top_level
 from iwm_fast.data.sources.kinds import MANIFEST_FILE, is_image, is_records, is_shard
+from iwm_fast.data.sources.left_out import tell_once
 from iwm_fast.errors import UserError
 from iwm_fast.printable import printable
 
-__all__ = ["Layout", "find_layout", "layout_of_folders", "refuse_split_classes", "split_kind", "splits_of_shards"]
+__all__ = [
+    "Layout",
+    "find_layout",
+    "layout_of_folders",
+    "refuse_split_classes",
+    "split_kind",
+    "splits_of_shards",
+    "tell_of_splits",
+]
 
 _WORDS = {
     "train": ("training", "train"),
@@ -142,6 +151,15 @@ def refuse_split_classes(classes: Iterable[str], place: str) -> None:
             f"{printable(place)}: its classes are {_list(names[:5])}, which are names of splits; pack or index each "
             "split by itself, into train/ and test/"
         )
+
+
+def tell_of_splits(root: str | Path, what: str) -> None:
+    """Say once that a folder holds several splits where all of it is taken: ``what`` happens to them."""
+    if str(root).startswith("s3://"):
+        return
+    found = [name for name in top_level(root)[0] if split_kind(name) is not None]
+    if len({split_kind(name) for name in found}) > 1:
+        tell_once(f"{printable(str(root))} holds {_list(found)}, the names of splits: {what}; name one of them alone")
 
 
 def _choose(folders: Sequence[str], place: str) -> tuple[str, str, list[str]]:

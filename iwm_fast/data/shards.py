@@ -24,6 +24,7 @@ from typing import Any, BinaryIO
 from urllib.parse import quote
 
 from iwm_fast.data.encoded import BadSample
+from iwm_fast.data.layout import tell_of_splits
 from iwm_fast.data.locks import hold
 from iwm_fast.data.sources import Source, open_source
 from iwm_fast.data.sources.base import UNLABELLED
@@ -78,6 +79,7 @@ def write_shards(
     """
     require_folder(out)
     images = open_source(root, source)
+    tell_of_splits(root, "they are packed as classes, which no evaluation takes")
     labels, classes = images.labels
     samples = list(_samples(images, None if labels is None else labels.tolist(), progress))
     shards = list(_divide(samples, shard_bytes))

@@ -16,7 +16,7 @@ from iwm_fast.engine.rundir import RunDirectory
 from iwm_fast.errors import UserError
 from iwm_fast.eval.bank import varying
 from iwm_fast.eval.frames import open_triplets
-from iwm_fast.eval.splits import cannot_classify, open_splits
+from iwm_fast.eval.splits import cannot_classify, open_splits, require_same_classes
 from iwm_fast.outputs import unwritable
 
 __all__ = ["require_ready", "require_room"]
@@ -63,6 +63,7 @@ def _left_out(config: Config, root: str) -> str | None:
     train, test = open_splits(root, config, limit=config.eval.images)
     missing = cannot_classify(train, test)
     if missing is None:
+        require_same_classes(train, test)
         return None
     if not varying(config.actions):
         raise UserError(f"nothing can be measured while training: {missing}, and no jitter varies (actions.strength)")

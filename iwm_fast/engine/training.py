@@ -18,6 +18,7 @@ from iwm_fast.config import Config
 from iwm_fast.config.cores import usable_cores
 from iwm_fast.data.external import space_of
 from iwm_fast.data.files import ImageSet, list_images
+from iwm_fast.data.layout import tell_of_splits
 from iwm_fast.data.loader import TrainingStream
 from iwm_fast.data.pairs import PairStream
 from iwm_fast.data.sources import Patience
@@ -168,6 +169,8 @@ def _train(
     patience = Patience(config.data.store_timeout, config.data.store_attempts)
     files = triplets or list_images(config.data.root or "", config.data.source, patience)
     require_a_step(config, len(files))
+    if triplets is None:
+        tell_of_splits(config.data.root or "", "all of them are trained on")
     live.at("making of the model")
     space = space_of(config.actions)
     model = trained_model(config, space.dim, ranks.device)

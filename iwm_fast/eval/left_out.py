@@ -19,11 +19,12 @@ _NAMED = 10
 class LeftOut:
     """Images of the split at ``place`` that cannot be used, by file.
 
-    ``total``: images of the split; ``max_fraction``: data.max_bad_fraction, the share of them that may be left out.
+    ``total``: images of the split; ``max_fraction``: data.max_bad_fraction, the share of them that may be left out;
+    ``unlabelled``: images beside them that are none of the split because they have no label.
     """
 
-    def __init__(self, place: str, total: int, max_fraction: float) -> None:
-        self.place, self.total, self.max_fraction = place, total, max_fraction
+    def __init__(self, place: str, total: int, max_fraction: float, *, unlabelled: int = 0) -> None:
+        self.place, self.total, self.max_fraction, self.unlabelled = place, total, max_fraction, unlabelled
         self.reasons: dict[str, str] = {}
 
     def __len__(self) -> int:
@@ -56,19 +57,21 @@ class LeftOut:
         self.reasons |= other.reasons
 
     def record(self) -> dict[str, Any]:
-        """For JSON: {count, of, files: [{file, reason}]}, the files sorted."""
+        """For JSON: {count, of, files: [{file, reason}], unlabelled}, the files sorted."""
         files = [{"file": file, "reason": reason} for file, reason in sorted(self.reasons.items())]
-        return {"count": len(files), "of": self.total, "files": files}
+        return {"count": len(files), "of": self.total, "files": files, "unlabelled": self.unlabelled}
 
 
 def left_out_lines(left_out: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """A line for each split of which something is left out, from the `LeftOut.record` under its name."""
-    return [
-        f"{printable(name)}: {found['count']} of {found['of']} images left out: "
-        + _first({one["file"]: one["reason"] for one in found["files"]})
-        for name, found in left_out.items()
-        if found["count"]
-    ]
+    """Lines for each split of which something is left out, from the `LeftOut.record` under its name."""
+    lines = []
+    for name, found in left_out.items():
+        if found["count"]:
+            files = {one["file"]: one["reason"] for one in found["files"]}
+            lines.append(f"{printable(name)}: {found['count']} of {found['of']} images left out: {_first(files)}")
+        if found.get("unlabelled"):
+            lines.append(f"{printable(name)}: {found['unlabelled']} images without a label left out")
+    return lines
 
 
 def _first(reasons: Mapping[str, str]) -> str:

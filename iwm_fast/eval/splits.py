@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -135,7 +136,8 @@ class FileSplit:
         self.classes = files.classes
         self.label_shape: tuple[int, ...] = ()
         self.place, self.layout = place, layout
-        self.left_out = left_out if left_out is not None else LeftOut(place, len(files), data.max_bad_fraction)
+        whole = LeftOut(place, len(files), data.max_bad_fraction, unlabelled=files.unlabelled)
+        self.left_out = left_out if left_out is not None else whole
         self._size, self._data = size, data
 
     def __len__(self) -> int:
@@ -182,7 +184,7 @@ class FileSplit:
 
     def thinned(self, count: int) -> FileSplit:
         """A split of at most ``count`` files, spread evenly over the sorted files and so over the classes."""
-        files = self.files.take(evenly_spaced(count, len(self)))
+        files = replace(self.files.take(evenly_spaced(count, len(self))), unlabelled=self.files.unlabelled)
         return FileSplit(files, self._size, self._data, place=self.place, layout=self.layout)
 
     def fingerprint(self) -> str:
@@ -240,7 +242,8 @@ def cannot_classify(train: Split | None, test: Split) -> str | None:
 
 
 def require_same_classes(train: FileSplit, test: FileSplit) -> None:
-    """UserError where the set says what is tested on, and one split has no image of a class that the other has.
+    """UserError where the set says what is tested on, and one split has no image of a class that the other has, or has
+    images beside the folders of its classes.
 
     A split that we made ourselves may miss a small class by chance; that is no mistake of the user's.
     """
@@ -252,6 +255,11 @@ def require_same_classes(train: FileSplit, test: FileSplit) -> None:
         if part.files.labels is None:
             raise UserError(
                 f"{printable(part.place)} has no folder a class, and the other split has; sort its images likewise"
+            )
+        if part.files.unlabelled and part.files.source.kind == "folder":
+            raise UserError(
+                f"{printable(part.place)} holds {part.files.unlabelled} images beside the folders of its classes; sort "
+                "them into these, or move them away"
             )
         present[name] = {part.classes[label] for label in np.unique(part.files.labels)}
     for name, other, lacking, having in (("test", "train", test, train), ("train", "test", train, test)):

@@ -10,7 +10,7 @@ from made_images import encode, picture
 
 from iwm_fast.data.files import divide
 from iwm_fast.data.index import write_index
-from iwm_fast.data.layout import find_layout, split_kind, splits_of_shards
+from iwm_fast.data.layout import find_layout, split_kind, splits_of_shards, tell_of_splits
 from iwm_fast.data.shards import write_shards
 from iwm_fast.errors import UserError
 
@@ -170,9 +170,19 @@ def test_a_shard_whose_name_says_nothing_among_others_is_refused():
 
 
 @pytest.mark.parametrize("pack", [write_index, write_shards], ids=["manifest", "shards"])
-def test_splits_that_were_packed_as_classes_are_refused(tmp_path, pack):
+def test_splits_that_were_packed_as_classes_are_said_and_refused(tmp_path, pack, capfd):
     make(tmp_path / "set", *classes_of("train", "val"))
     out = tmp_path / ("all.tsv" if pack is write_index else "packed")
     pack(tmp_path / "set", out)
+    assert f"{tmp_path}/set holds train/ and val/, the names of splits: they are" in capfd.readouterr().err
     with pytest.raises(UserError, match="its classes are train/ and val/, which are names of splits"):
         divide(out)
+
+
+@pytest.mark.parametrize(("folders", "told"), [(classes_of("train", "val"), True), (["cat", "train"], False)])
+def test_a_folder_of_which_all_is_taken_is_told_of_its_splits(tmp_path, folders, told, capfd):
+    tell_of_splits(make(tmp_path, *folders), "all of them are trained on")
+    line = (
+        f"{tmp_path} holds train/ and val/, the names of splits: all of them are trained on; name one of them alone\n"
+    )
+    assert capfd.readouterr().err == (line if told else "")

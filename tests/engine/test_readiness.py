@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import shutil
 import socket
 
 import pytest
@@ -26,6 +27,20 @@ def test_images_to_evaluate_on_that_are_not_there_are_refused_before_the_first_s
     with pytest.raises(UserError, match=rf"^eval\.root: .*{root}"):
         pretrain(small_config(tiny_images, **EVALUATED, eval__root=str(tmp_path / root)), tmp_path / "run")
     assert not started(tmp_path / "run")
+
+
+def test_splits_that_are_ambiguous_or_differ_are_refused_before_the_first_step(tiny_images, tmp_path):
+    root = tmp_path / "set"
+    config = small_config(tiny_images, **EVALUATED, eval__root=str(root))
+    directory = readiness.RunDirectory(tmp_path / "run")
+    shutil.copytree(tiny_images, root / "Train")
+    with pytest.raises(UserError, match=r"^eval\.root: .*set holds Train/ and no test/ or val/"):
+        readiness.require_ready(config, directory)
+    shutil.copytree(tiny_images, root / "val")
+    readiness.require_ready(config, directory)
+    (root / "val" / "warm").rename(root / "val" / "other")
+    with pytest.raises(UserError, match=r"^eval\.root: .*/val has no image of 1 of the 2 classes of .*Train \(warm\)"):
+        readiness.require_ready(config, directory)
 
 
 def test_classes_that_allow_no_knn_are_said_before_the_first_step(tiny_images, tmp_path, capfd):

@@ -10,6 +10,7 @@ from PIL import Image
 from worlds import pictures, tiny_config
 
 from iwm_fast.config import Config, DataConfig
+from iwm_fast.data.shards import write_shards
 from iwm_fast.errors import UserError
 from iwm_fast.eval.left_out import left_out_lines
 from iwm_fast.eval.splits import TensorSplit, open_splits, require_same_classes, splits_record
@@ -131,7 +132,7 @@ def test_the_layout_is_recorded_with_what_was_left_out(folder, tmp_path):
     record = splits_record(train, test)
     assert (record["splits"]["train"], record["splits"]["test"]) == (f"{root}/train", f"{root}/Val")
     assert record["left_out"]["train"]["count"] == 1
-    assert record["left_out"]["test"] == {"count": 0, "of": 20, "files": []}
+    assert record["left_out"]["test"] == {"count": 0, "of": 20, "files": [], "unlabelled": 0}
     (line,) = left_out_lines(record["left_out"])
     assert line == f"train: 1 of 60 images left out: {root}/train/dark/003.png (cannot identify image file)"
 
@@ -151,3 +152,20 @@ def test_names_of_classes_and_files_are_printed_on_one_line(folder, tmp_path, na
         list(test.read())
     assert str(refused.value).isprintable()
     assert left_out_lines({"test": test.left_out.record()})[0].isprintable()
+
+
+def test_images_beside_the_folders_of_classes_are_refused_and_records_without_a_label_counted(folder, tmp_path):
+    root = torn(folder, tmp_path)
+    shutil.copy(root / "train" / "dark" / "000.png", root / "train")
+    train, test = open_splits(root, CPU)
+    assert (len(train), train.left_out.record()["unlabelled"]) == (60, 1)
+    with pytest.raises(UserError, match="torn/train holds 1 images beside the folders of its classes"):
+        require_same_classes(train, test)
+    packed = tmp_path / "packed"
+    write_shards(root / "train", packed / "train")
+    write_shards(root / "test", packed / "test")
+    train, test = open_splits(packed, CPU)
+    require_same_classes(train, test)
+    record = splits_record(train, test)["left_out"]
+    assert (record["train"]["of"], record["train"]["unlabelled"], record["test"]["unlabelled"]) == (60, 1, 0)
+    assert left_out_lines(record) == ["train: 1 images without a label left out"]
