@@ -303,7 +303,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     quiet_third_parties()
     torch.set_num_threads(args.threads)
-    ranks = start()
+    ranks = start(alone=True)
     timed = TIMED if args.device == "cpu" else (*TIMED, *ON_GPU)
     there = {shape.name: shape for shape in (*COUNTED, *timed)}
     unknown = set(args.shape or ()) - there.keys()

@@ -18,14 +18,26 @@ from iwm_fast.arguments import check_options, prepare
 from iwm_fast.commands import bench, data, finetune
 from iwm_fast.commands.options import CONFIG_HELP, Json, Overrides, answer
 from iwm_fast.commands.plan import plan
+from iwm_fast.commands.pretrain import pretrain
 from iwm_fast.commands.profile import profile
 from iwm_fast.errors import UserError
-from iwm_fast.programs import one_line, run_program
+from iwm_fast.programs import CtrlC, one_line, run_program
 
 __all__ = ["app", "main"]
 
+
+class _Group(typer.core.TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise CtrlC from error  # typer makes an exit code of KeyboardInterrupt
+
+
 app = typer.Typer(
     name="iwm-fast",
+    cls=_Group,
     help="Pretrain, measure and export Image World Models (arXiv:2403.00504).",
     add_completion=False,
     no_args_is_help=True,
@@ -75,23 +87,10 @@ def demo(
         run_demo(out, overrides or [], shown.enter_context(counting()), give)
 
 
-@app.command(epilog="Example: iwm-fast pretrain vit_tiny_p4_32.yaml data.root=photos/train train.seed=1 --out runs/a")
-def pretrain(
-    config: Annotated[str, typer.Argument(metavar="CONFIG", help=CONFIG_HELP)],
-    out: Annotated[Path, typer.Option("--out", metavar="RUN", help="The run's folder.")],
-    overrides: Overrides = None,
-    resume: Annotated[
-        str,
-        typer.Option("--resume", metavar="auto|never|PATH", help="Go on from the newest checkpoint, none, or PATH."),
-    ] = "never",
-) -> None:
-    """Train a world model. Alone on one device, or one of several ranks under torchrun, deepspeed or SLURM."""
-    from iwm_fast.config.load import find_config, load_config
-
-    loaded = load_config(find_config(config), overrides or [])
-    from iwm_fast.engine import pretrain as train
-
-    train(loaded, out, resume)
+app.command(
+    epilog="Example: iwm-fast pretrain vit_tiny_p4_32.yaml data.root=photos/train train.seed=1 --out runs/a    "
+    "then: iwm-fast pretrain --out runs/a --resume auto"
+)(pretrain)
 
 
 @app.command(epilog="Example: iwm-fast evaluate runs/a --data photos --what mrr,knn,linear --json a.json")
@@ -260,7 +259,7 @@ def doctor(json: Json = None) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command and return the exit code: 0, 2 for what the user can mend (one line), 130 for an interruption.
+    """Run a command and return the exit code: 0, 2 for what the user can mend (one line), 130 after Ctrl-C.
 
     1 is an answer: doctor found a broken part, data verify a bad file, bench compare a slowdown, evaluate --what a
     measure that could not be run.
@@ -283,6 +282,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         debug=debug,
         describe=_one_line,
         mendable=(UserError, typer.TyperException, OSError),
+        ends_process=arguments is None,
     )
 
 

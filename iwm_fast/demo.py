@@ -12,6 +12,7 @@ from iwm_fast.config import load_config, packaged_config
 from iwm_fast.console import Count
 from iwm_fast.data.synth import draw_dataset
 from iwm_fast.engine import pretrain
+from iwm_fast.engine.rundir import RunDirectory
 from iwm_fast.errors import UserError
 from iwm_fast.eval.report import read_metrics
 from iwm_fast.eval.run import evaluate_run
@@ -44,7 +45,9 @@ def demo(
     data = out / "data"
     config = load_config(packaged_config("demo"), [*overrides, f"data.root={data / 'train'}"])
     draw_dataset(data, classes=CLASSES, train=TRAIN_IMAGES, test=TEST_IMAGES, size=IMAGE_SIZE, seed=SEED)
-    pretrain(config, out, "never")
+    pretrain(config, out, "never", alone=True)
+    if RunDirectory(out).stopped_file.exists():
+        raise UserError(f"{out}: stopped as asked before its end; start demo again with another --out")
     figures: dict[str, Any] = {}
 
     def given(measured: Mapping[str, Any]) -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import errno
 
-__all__ = ["UserError", "because"]
+__all__ = ["Interrupted", "UserError", "because"]
 
 # What to do about a failed write, by its cause; a code that is not here has its own text and no advice.
 _ADVICE = {
@@ -28,6 +28,10 @@ _ADVICE = {
 
 class UserError(Exception):
     """A mistake or a circumstance that the user can mend: one line that says what, where and what to do."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C was obeyed: what there was to save is saved, and the user has been told where."""
 
 
 def because(error: OSError, otherwise: str = "") -> str:

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+import threading
+import time
 from collections.abc import Callable
 
-from iwm_fast.errors import UserError, because
+from iwm_fast.errors import Interrupted, UserError, because
 from iwm_fast.streams import open_streams, output_failure, shown
 
-__all__ = ["one_line", "run_program"]
+__all__ = ["CtrlC", "one_line", "run_program"]
+
+_INTERRUPTED = 128 + signal.SIGINT
+# After Ctrl-C: what threads of libraries get to end by themselves.
+_GRACE_S = 5.0
+
+
+class CtrlC(Exception):  # noqa: N818  (a circumstance)
+    """A KeyboardInterrupt, which is its cause, on its way through a parser that would swallow it."""
 
 
 def run_program(
@@ -18,17 +30,23 @@ def run_program(
     debug: bool = False,
     describe: Callable[[Exception], str] | None = None,
     mendable: tuple[type[Exception], ...] = (UserError, OSError),
+    ends_process: bool = False,
 ) -> int:
     """Run ``work`` and return the exit code: its own where it is a number, else 0; 2 and one line for an error that the
-    user can mend; 130 for an interruption.
+    user can mend; 130, with a line, after Ctrl-C.
 
     ``debug``: such an error is raised instead. ``describe``: its line; "" for one that has been said already.
+    ``ends_process``: the process ends with it; after Ctrl-C it does so soon, whatever threads of libraries do.
     """
     open_streams()
     try:
         code = work()
-    except KeyboardInterrupt:
-        return 130
+    except (KeyboardInterrupt, CtrlC) as error:
+        if not isinstance(error, Interrupted) and not isinstance(error.__cause__, Interrupted):
+            _say(name, "interrupted")
+        if ends_process:
+            _end_soon()
+        return _INTERRUPTED
     except mendable as error:
         if debug:
             raise
@@ -39,6 +57,17 @@ def run_program(
         _say(name, one_line(failure))
         return 2
     return code if isinstance(code, int) else 0
+
+
+def _end_soon() -> None:
+    """End the process though a thread of a library goes on, and at once when Ctrl-C is pressed again."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    def end() -> None:
+        time.sleep(_GRACE_S)
+        os._exit(_INTERRUPTED)
+
+    threading.Thread(target=end, daemon=True).start()
 
 
 def one_line(error: Exception) -> str:

@@ -80,7 +80,12 @@ def test_version(capsys):
 
 WRONG = {
     "unknown command": (["pretrian"], "No such command 'pretrian'. Did you mean 'pretrain'? See iwm-fast --help."),
-    "missing argument": (["pretrain"], "Missing argument 'CONFIG'. See iwm-fast pretrain --help."),
+    "missing argument": (["export"], "Missing argument 'RUN'. See iwm-fast export --help."),
+    "missing configuration": (["pretrain", "--out", "somewhere"], "CONFIG is missing: name a YAML file or a packaged"),
+    "no configuration to resume with": (
+        ["pretrain", "train.steps=3", "--out", "somewhere", "--resume", "auto"],
+        "somewhere/config.yaml: there is none to resume with; name a CONFIG",
+    ),
     "missing option": (["pretrain", "demo.yaml"], "Missing option '--out'. See iwm-fast pretrain --help."),
     "unknown key": (["config", "demo", "train.lrr=1"], "command line: train.lrr: unknown key; did you mean train.lr?"),
     "wrong range": (["config", "demo", "train.lr=-1"], "command line: train.lr: found -1; allowed: a number above 0"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -72,9 +73,10 @@ def only_rank(device: str | None, threads: int | None) -> Ranks:
     import torch
 
     from iwm_fast.config.cores import usable_cores
-    from iwm_fast.engine.distributed import start
+    from iwm_fast.engine.distributed import leave, start
 
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device: cuda: torch sees no GPU; iwm-fast doctor says more")
     torch.set_num_threads(threads or usable_cores())
-    return start()
+    atexit.register(leave)
+    return start(alone=True)

@@ -23,7 +23,8 @@ def dali_threads(wanted: int | None, world: int = 1) -> int:
     """Threads for DALI: data.threads, or the cores this process may use over the ranks of this host."""
     if wanted is not None:
         return wanted
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", str(world)))
+    said = os.environ.get("LOCAL_WORLD_SIZE", "")  # of an old shell, perhaps: a rank alone has all cores
+    ranks = min(world, int(said)) if said.isdigit() else world
     return max(1, usable_cores() // max(1, ranks))
 
 

@@ -43,11 +43,15 @@ class ImageSet:
 
     def name(self, sample: int) -> str:
         """A sample's full name: an absolute path or an address, for what lies in a shard with the place there."""
-        return self.source.storage.shown(self.source.name(self._row(sample)))
+        return self.source.storage.shown(self.source_name(sample))
+
+    def source_name(self, sample: int) -> str:
+        """A sample's name below the root."""
+        return self.source.name(self.row(sample))
 
     def read(self, sample: int) -> bytes:
         """A sample's encoded bytes; BadSample where they cannot be had, UserError where all of the data are gone."""
-        return self.source.read(self._row(sample))
+        return self.source.read(self.row(sample))
 
     def describe(self) -> str:
         """What they are, after their number."""
@@ -63,7 +67,7 @@ class ImageSet:
         """
         known: dict[str, str] = {}
         for sample in range(len(self)):
-            piece, offset = self.source.extent(self._row(sample))
+            piece, offset = self.source.extent(self.row(sample))
             if piece not in known:
                 known[piece] = _stamp(self.source.storage, piece)
             yield f"{self.name(sample)} {offset} {known[piece]}\n"
@@ -90,7 +94,8 @@ class ImageSet:
             labels = np.where(labels < 0, labels, np.array([place[name] for name in classes], np.int64)[labels])
         return labels, classes if self.common is None else self.common
 
-    def _row(self, sample: int) -> int:
+    def row(self, sample: int) -> int:
+        """The sample's row in the source."""
         return sample if self.rows is None else int(self.rows[sample])
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,13 +13,16 @@ import torch
 import torch.distributed as dist
 
 from iwm_fast.engine.launch import Peer, meet, this_peer
+from iwm_fast.engine.rank_environment import ALONE, device_index, place_of
 from iwm_fast.engine.signals import end_with_parent
 from iwm_fast.errors import UserError
 
-__all__ = ["Ranks", "agree", "gather", "start"]
+__all__ = ["Ranks", "agree", "gather", "leave", "start"]
 
 # The library gives up last: after a start's time or the time that a rank may be silent, when the rank has been named.
 _START_S, _MARGIN_S = 600.0, 60.0
+# The ranks end together; one that does not come has failed after its last step.
+_LEAVE_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,8 @@ class Ranks:
     control: dist.ProcessGroup | None = None
     # Every rank's host, versions and device, by rank.
     peers: tuple[Peer, ...] = ()
+    # torchrun, deepspeed, slurm, another that sets RANK ("environment"), or "alone".
+    launcher: str = "alone"
 
     @property
     def first(self) -> bool:
@@ -40,46 +47,28 @@ class Ranks:
         return self.rank == 0
 
 
-def _environment() -> tuple[int, int, int, int]:
-    """(rank, world, local rank, local world) from torchrun's or deepspeed's variables, else SLURM's, else alone."""
-    env = os.environ
-    if "RANK" in env and "WORLD_SIZE" in env:
-        world = int(env["WORLD_SIZE"])
-        return (
-            int(env["RANK"]),
-            world,
-            int(env.get("LOCAL_RANK", 0)),
-            int(env.get("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", 1))),
-        )
-    if int(env.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in env:
-        if "MASTER_ADDR" not in env or "MASTER_PORT" not in env:
-            raise UserError(
-                "SLURM: MASTER_ADDR and MASTER_PORT are not set; export them in the batch script "
-                "(first host, any free port)"
-            )
-        tasks = int(env.get("SLURM_NTASKS_PER_NODE", 1))
-        return int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env.get("SLURM_LOCALID", 0)), tasks
-    return 0, 1, 0, 1
-
-
-def start(timeout_s: float = 600.0) -> Ranks:
+def start(timeout_s: float = 600.0, *, alone: bool = False) -> Ranks:
     """Join the process group (NCCL on GPUs, gloo on CPUs) and prepare DeepSpeed's accelerator; call before importing
-    deepspeed. ``timeout_s``: seconds that a rank may be silent (``train.rank_timeout_s``).
+    deepspeed.
+
+    ``timeout_s``: seconds that a rank may be silent (``train.rank_timeout_s``). ``alone``: as the only rank, whatever
+    launcher the environment tells of. UserError where that environment contradicts itself.
     """
-    rank, world, local_rank, local_world = _environment()
+    place = ALONE if alone else place_of(os.environ)
+    rank, world, local_world = place.rank, place.world, place.local_world
+    if place.note:
+        print(f"iwm-fast: {place.note}", file=sys.stderr, flush=True)
     if world > 1:
         end_with_parent()  # before waiting for the others, whose rendezvous a dead launcher does not hold any more
     on_gpu = torch.cuda.is_available()
+    index = device_index(place, torch.cuda.device_count()) if on_gpu else place.local_rank
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if on_gpu else "cpu")
-    os.environ.setdefault("LOCAL_RANK", str(local_rank))  # DeepSpeed asserts that it is there
+    # DeepSpeed takes the number of its GPU from LOCAL_RANK, and wants Open MPI's to be the same.
+    os.environ["LOCAL_RANK"] = str(index)
+    os.environ.pop("OMPI_COMM_WORLD_LOCAL_RANK", None)
     if on_gpu:
-        if local_rank >= torch.cuda.device_count():
-            raise UserError(
-                f"rank {rank}: local rank {local_rank} has no GPU of its own, "
-                f"{torch.cuda.device_count()} visible; start one process a GPU"
-            )
-        torch.cuda.set_device(local_rank)
-    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+        torch.cuda.set_device(index)
+    device = torch.device("cuda", index) if on_gpu else torch.device("cpu")
     if not dist.is_initialized():
         backend = "nccl" if on_gpu else "gloo"
         timeout = datetime.timedelta(seconds=max(timeout_s, _START_S) + _MARGIN_S)
@@ -97,7 +86,26 @@ def start(timeout_s: float = 600.0) -> Ranks:
     else:  # a second training of this process
         peers = _peers_again(this_peer(rank, local_world, dist.get_backend()), world)
     control = dist.new_group(backend="gloo") if on_gpu and world > 1 else None
-    return Ranks(rank, world, local_rank, local_world, device, control, peers)
+    return Ranks(rank, world, place.local_rank, local_world, device, control, peers, place.launcher)
+
+
+def leave() -> None:
+    """Give the process group up, at the end of a process whose ranks all come to their end; NCCL warns of one that is
+    still there. After an error do without: other ranks may be in a collective.
+
+    The first rank, which may hold the store, goes last.
+    """
+    if not dist.is_initialized():
+        return
+    rank, world = dist.get_rank(), dist.get_world_size()
+    store: dist.Store = dist.distributed_c10d._get_default_store()  # noqa: SLF001  (has no public name)
+    dist.destroy_process_group()
+    if world == 1:
+        return
+    with contextlib.suppress(dist.DistError):  # an agent that holds the store may be gone already
+        store.set(f"iwm_fast/left/{rank}", "")
+        if rank == 0:
+            store.wait([f"iwm_fast/left/{other}" for other in range(world)], datetime.timedelta(seconds=_LEAVE_S))
 
 
 def _rendezvous(rank: int, world: int, timeout: datetime.timedelta) -> dist.Store:

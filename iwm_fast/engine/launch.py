@@ -23,7 +23,7 @@ import iwm_fast
 from iwm_fast.errors import UserError, because
 from iwm_fast.planning.environment import installed_version
 
-__all__ = ["Peer", "launcher", "meet", "require_alike", "require_shared", "this_peer"]
+__all__ = ["Peer", "meet", "require_alike", "require_shared", "this_peer"]
 
 _MUST_AGREE = ("torch", "triton", "deepspeed", "nvidia-dali-cuda130", "xformers", "safetensors", "numpy")
 _KEY = "iwm_fast/launch"
@@ -41,6 +41,8 @@ class Peer:
     devices: int
     local_world: int
     versions: dict[str, str | None]
+    # What tells one GPU from all others, or "" for a rank without one.
+    gpu: str = ""
 
     @property
     def name(self) -> str:
@@ -61,6 +63,7 @@ def this_peer(rank: int, local_world: int, backend: str) -> Peer:
         torch.cuda.device_count() if on_gpu else 0,
         local_world,
         {"iwm-fast": iwm_fast.__version__, "python": platform.python_version(), **versions},
+        _this_gpu() if on_gpu else "",
     )
 
 
@@ -82,7 +85,9 @@ def meet(store: dist.Store, me: Peer, world: int, timeout: datetime.timedelta) -
 
 
 def require_alike(peers: tuple[Peer, ...]) -> None:
-    """Raise UserError where ranks differ in backend, GPU or the version of what they compute with, naming the host."""
+    """Raise UserError where ranks differ in backend, kind of GPU or the version of what they compute with, or two of
+    them have one GPU; it names the hosts.
+    """
     first = peers[0]
     for peer in peers[1:]:
         if peer.backend != first.backend:
@@ -99,6 +104,14 @@ def require_alike(peers: tuple[Peer, ...]) -> None:
         if peer.device != first.device:
             raise UserError(
                 f"{peer.name} has a {peer.device}, {first.name} a {first.device}: start ranks on one kind of GPU"
+            )
+    owners: dict[str, Peer] = {}
+    for peer in peers:
+        owner = owners.setdefault(peer.gpu, peer)
+        if peer.gpu and owner is not peer:
+            raise UserError(
+                f"{owner.name} and {peer.name} would share one GPU: start at most one process per GPU (look at "
+                "CUDA_VISIBLE_DEVICES and LOCAL_RANK there)"
             )
 
 
@@ -126,16 +139,12 @@ def require_shared(folder: Path, peers: tuple[Peer, ...], rank: int, gather: Cal
         raise UserError(f"{found[0]}; every rank writes its checkpoints there")
 
 
-def launcher() -> str:
-    """What started this process: torchrun, deepspeed, slurm, another with RANK set, or alone."""
-    env = os.environ
-    if "TORCHELASTIC_RUN_ID" in env:
-        return "torchrun"
-    if "RANK" in env and "CROSS_SIZE" in env:
-        return "deepspeed"
-    if "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", 1)) > 1:
-        return "slurm"
-    return "environment" if "RANK" in env else "alone"
+def _this_gpu() -> str:
+    """The current GPU's UUID; of a part of one (MIG), the name by which it is visible."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if visible.startswith("MIG-"):
+        return visible.split(",")[torch.cuda.current_device()]
+    return str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
 
 
 def _there(store: dist.Store, key: str) -> bool:

@@ -83,6 +83,9 @@ class Liveness:
         except Exception as error:
             self._say_last(str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}")
             raise
+        except KeyboardInterrupt:
+            self._say_last("interrupted")
+            raise
         finally:
             self._over.set()
 

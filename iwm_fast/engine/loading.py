@@ -16,8 +16,8 @@ from torch import nn
 from iwm_fast.actions import ActionSpace
 from iwm_fast.config import ActionsConfig, Config, ModelConfig, load_config
 from iwm_fast.data.external import space_of
-from iwm_fast.engine import checkpoint
 from iwm_fast.engine.checkpoint import Checkpoint
+from iwm_fast.engine.checkpoint_paths import chosen_checkpoint, whole_checkpoint
 from iwm_fast.engine.state import restore_module
 from iwm_fast.errors import UserError, because
 from iwm_fast.models.iwm import IWM
@@ -34,31 +34,26 @@ def default_device() -> torch.device:
 
 
 def find_checkpoint(run: Path, which: str = "latest") -> Path:
-    """The newest whole checkpoint of a run, or the one named ``step_NNNNNN``. Raises UserError when there is none."""
-    root = run / "checkpoints"
-    if not (run / "config.yaml").exists():
+    """The newest whole checkpoint of a run, or the one that RUN or ``which`` names (`checkpoint_paths`).
+
+    Raises UserError when there is none.
+    """
+    found = chosen_checkpoint(run, which)
+    if not (found.run / "config.yaml").exists():
         if (run / EXPORT_FILE).exists():
             raise UserError(f"{run}: an export, which iwm_fast.load reads; name the run that it was exported from")
         raise UserError(f"{run}: not a run (no config.yaml); name a folder that iwm-fast pretrain wrote")
-    if which != "latest":
-        wrong = checkpoint.damage(root / which)
-        if wrong:
-            raise UserError(f"{root / which}: {wrong}; name another checkpoint")
-        return root / which
-    found, passed = checkpoint.newest(root)
-    if found is None:
-        raise UserError(f"{root}: no whole checkpoint" + (f" ({passed[0]})" if passed else "; train the run first"))
-    return found
+    return whole_checkpoint(found)
 
 
 def load_model(run: Path, which: str = "latest", overrides: Sequence[str] = ()) -> tuple[IWM, Config, ActionSpace, int]:
-    """(model, configuration, action space, steps done) of a run's checkpoint.
+    """(model, configuration, action space, steps done) of a run's checkpoint, named as for `find_checkpoint`.
 
     ``overrides``: ``key.path=value`` in place of what the run was trained with; UserError where the weights no longer
     fit.
     """
     path = find_checkpoint(run, which)
-    config = load_config(run / "config.yaml", overrides)
+    config = load_config(chosen_checkpoint(run, which).run / "config.yaml", overrides)
     space = space_of(config.actions)
     model = IWM(config.model, space.dim)
     saved = Checkpoint(path)

@@ -63,6 +63,8 @@ class Trainer:
         self.step, self.updates, self.live = step, updates, live
         self.skipped = skipped or SkippedSteps(config.train.max_skipped, None, ranks)
         self.new_spans: Callable[[], Spans] = Spans  # a profile puts its own here
+        # Around the wait for a batch; what it raises leaves the state as it was after the step before.
+        self.waiting: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
         self.counter = StepCounter(config, action_dim, ranks.device)
         self._own = OwnTime(ranks.device)
         self._batches = iter(stream)
@@ -80,7 +82,7 @@ class Trainer:
         ids: list[int] = []
         epochs: list[int] = []
         for _ in range(self.stream.accumulation):
-            with spans("data"), self._own.waiting():
+            with spans("data"), self._own.waiting(), self.waiting():
                 batch = next(self._batches)
                 ids += batch.ids.tolist()
                 epochs += batch.epochs.tolist()

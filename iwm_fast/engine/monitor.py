@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import traceback
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from iwm_fast.config import Config
 from iwm_fast.data.sources.left_out import tell_once
 from iwm_fast.engine.distributed import Ranks, gather
 from iwm_fast.engine.ema import TargetAverage, target_name
+from iwm_fast.engine.signals import Abandoned
 from iwm_fast.engine.zero import ZeroEngine
 from iwm_fast.errors import UserError
 from iwm_fast.eval.left_out import left_out_lines
@@ -48,24 +51,35 @@ def whole_model(
 
 
 def evaluate_during_training(
-    zero: ZeroEngine, average: TargetAverage | None, config: Config, space: ActionSpace, ranks: Ranks
-) -> dict[str, Any]:
+    zero: ZeroEngine,
+    average: TargetAverage | None,
+    config: Config,
+    space: ActionSpace,
+    ranks: Ranks,
+    abandonable: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> dict[str, Any] | None:
     """k-NN and MRR of the live state, with their chances: every rank measures its share of the images; collective.
 
-    What a rank cannot do ends all of them with its words, a UserError on every one.
+    What a rank cannot do ends all of them with its words, a UserError on every one. ``abandonable``: around a rank's
+    own work, which may raise Abandoned there; None on every rank then.
     """
     model = whole_model(zero, average, config, space, ranks)
     if config.actions.groups == ("external",):
-        return _of_triplets(model, config, space, ranks)
-    found: Share | str
+        return _of_triplets(model, config, space, ranks, abandonable)
+    found: Share | str | None
     try:
-        found = measure_share(model, config, space, config.eval.root or "", rank=ranks.rank, world=ranks.world)
+        with abandonable():
+            found = measure_share(model, config, space, config.eval.root or "", rank=ranks.rank, world=ranks.world)
+    except Abandoned:
+        found = None
     except _FAULTS as error:
         found = _said(error, ranks)
-    shares: list[Share | str] = gather(found, ranks.world, ranks.control)
+    shares: list[Share | str | None] = gather(found, ranks.world, ranks.control)
     for share in shares:
         if isinstance(share, str):
             raise UserError(share)
+    if None in shares:
+        return None
     whole = [share for share in shares if isinstance(share, Share)]
     results = join_shares(whole, config.eval.bank)
     if ranks.first:
@@ -83,16 +97,25 @@ def _said(error: Exception, ranks: Ranks) -> str:
     return f"rank {ranks.rank}: {type(error).__name__}: {' '.join(str(error).split())}"
 
 
-def _of_triplets(model: IWM, config: Config, space: ActionSpace, ranks: Ranks) -> dict[str, Any]:
+def _of_triplets(
+    model: IWM,
+    config: Config,
+    space: ActionSpace,
+    ranks: Ranks,
+    abandonable: Callable[[], AbstractContextManager[None]],
+) -> dict[str, Any] | None:
     """MRR among next frames, which has one bank: the first rank measures, the others wait."""
     found: list[Any] = [None]
     if ranks.first:
         try:
-            found[0] = monitor_triplets(model, config, space, config.eval.root or "")
+            with abandonable():
+                found[0] = monitor_triplets(model, config, space, config.eval.root or "")
+        except Abandoned:
+            found[0] = None
         except _FAULTS as error:
             found[0] = _said(error, ranks)
     if ranks.world > 1:
         dist.broadcast_object_list(found, src=0, group=ranks.control)
     if isinstance(found[0], str):
         raise UserError(found[0])
-    return dict(found[0])
+    return None if found[0] is None else dict(found[0])

@@ -12,7 +12,6 @@ from typing import Any
 from iwm_fast.config import Config
 from iwm_fast.engine.distributed import Ranks
 from iwm_fast.engine.interconnect import Interconnect
-from iwm_fast.engine.launch import launcher
 from iwm_fast.planning.environment import environment
 
 __all__ = ["describe_run"]
@@ -27,7 +26,7 @@ def describe_run(file: Path, config: Config, ranks: Ranks, step: int, measured: 
     start = {
         "started": started,
         "command": sys.argv,
-        "launcher": launcher(),
+        "launcher": ranks.launcher,
         "world": ranks.world,
         "step": step,
         "zero_stage": config.zero.stage,

@@ -16,9 +16,31 @@ from iwm_fast.errors import UserError, because
 
 __all__ = ["RunDirectory"]
 
-# What may differ when a run is resumed: where this start ends, how the work is divided, how long a fault is waited for,
-# what is logged.
-FREE_KEYS = ("train.steps", "train.micro_batch", "train.rank_timeout_s", "data.wait_s", "zero.stage", "log.")
+# What may differ when a run is resumed: where this start ends, how the work is divided and computed (the results are
+# equal to rounding), how long a fault is waited for, and what is saved, measured and logged.
+FREE_KEYS = (
+    "train.steps",
+    "train.micro_batch",
+    "train.max_skipped",
+    "train.rank_timeout_s",
+    "train.activation_checkpointing",
+    "train.compile",
+    "train.target_stream",
+    "model.attention",
+    "zero.stage",
+    "data.threads",
+    "data.readers",
+    "data.prefetch",
+    "data.wait_s",
+    "data.store_timeout",
+    "data.store_attempts",
+    "data.max_bad_fraction",
+    "checkpoint.",
+    "eval.",
+    "log.",
+)
+# Where the data lie; `resuming.require_data` compares what lies there.
+_PLACE_KEYS = ("data.root", "data.source")
 
 
 class RunDirectory:
@@ -75,16 +97,25 @@ class RunDirectory:
         """Leave word that the run was asked to stop before its end: a batch script then asks for another turn."""
         _replace(self.stopped_file, f"step {step}\n")
 
+    def recorded(self) -> Config | None:
+        """The configuration of the start before this one, None in a new run. A key that was not there yet has its
+        default.
+        """
+        return load_config(self.config_file, []) if self.config_file.exists() else None
+
     def require_same(self, config: Config) -> None:
-        """Raise UserError naming the first key that may not differ from the configuration the run was started with."""
+        """Raise UserError naming the first key that may not differ from the configuration the run was started with.
+
+        The place of the data may (`resuming.require_data`).
+        """
         # Loaded as a configuration, so that a key that was not there yet has its default.
         before = dict(_leaves(load_config(self.config_file, []).model_dump(mode="json")))
         now = dict(_leaves(config.model_dump(mode="json")))
         for key in sorted(before.keys() | now.keys()):
-            if before.get(key) != now.get(key) and not key.startswith(FREE_KEYS):
+            if before.get(key) != now.get(key) and not key.startswith((*FREE_KEYS, *_PLACE_KEYS)):
                 raise UserError(
                     f"{self.config_file}: {key} was {before.get(key)} when the run began and is {now.get(key)} now; "
-                    f"a resumed run keeps it (set it back, or start a new --out)"
+                    f"a resumed run keeps it (set it back, leave CONFIG out to take the run's, or start a new --out)"
                 )
 
     def drop_metrics_after(self, step: int) -> None:

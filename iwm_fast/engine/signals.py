@@ -1,44 +1,161 @@
-"""What a scheduler or a launcher tells a job: stop soon (SIGTERM, SIGUSR1), or that it is on its own now."""
+"""What a scheduler, a launcher or a person tells a job: stop soon, stop now, or that it is on its own now."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import socket
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
 from typing import Any, Self
 
 import iwm_fast
 
-__all__ = ["StopRequest", "end_with_parent"]
+__all__ = ["INTERRUPTED", "Abandoned", "StopRequest", "end_with_parent"]
+
+# Exit code after Ctrl-C, as shells give it.
+INTERRUPTED = 128 + signal.SIGINT
+# A terminal and a launcher may both pass on one Ctrl-C.
+_SAME_PRESS_S = 0.25
+# Between a Ctrl-C that ends the process and its end by force, where the main thread waits inside a library.
+_GRACE_S = 3.0
+_SHOW_CURSOR = "\x1b[?25h"
+
+
+class Abandoned(Exception):  # noqa: N818  (a circumstance)
+    """The work inside `StopRequest.abandonable` was broken off, because the process is to stop."""
 
 
 class StopRequest:
-    """While active, SIGTERM and SIGUSR1 set ``asked`` instead of ending the process; the loop looks at it between
-    steps.
+    """While entered, what signals mean to a training; on the main thread only, elsewhere it does nothing.
+
+    - Before there is a state to save, Ctrl-C is Python's KeyboardInterrupt, and the other signals end the process.
+    - Within ``held``, SIGTERM, SIGUSR1, SIGHUP (a closed terminal) and Ctrl-C set ``asked``, Ctrl-C ``interrupted``
+      too; the loop looks at them between steps. A second Ctrl-C is a KeyboardInterrupt again.
+
+    A KeyboardInterrupt that has not ended the work within seconds, because the main thread waits inside a library,
+    ends the process by force. Signals that were ignored from the beginning (nohup, a shell's background job) stay so.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 
     def __init__(self) -> None:
         self.asked = False
-        self._before: dict[signal.Signals, Any] = {}
+        self.interrupted = False
+        self._held = False
+        self._abandonable = False
+        self._first_press: float | None = None
+        self._say: Callable[[str], None] = lambda _line: None
+        self._watched: socket.socket | None = None
+        self._terminals: list[int] = []
+        self._fd_before = -1
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._ask) for number in self.SIGNALS}
+            self._terminals = [number for number in (1, 2) if os.isatty(number)]
+            ours, theirs = socket.socketpair()
+            theirs.setblocking(False)
+            self._watched = theirs
+            self._fd_before = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+            threading.Thread(target=self._watch, args=(ours,), name="iwm-fast signals", daemon=True).start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        if self._watched is not None:
+            signal.set_wakeup_fd(self._fd_before)
+            self._watched.close()  # the watching thread reads the end
+            self._watched = None
 
-    def _ask(self, _number: int, _frame: FrameType | None) -> None:
+    @contextlib.contextmanager
+    def held(self, say: Callable[[str], None]) -> Iterator[None]:
+        """From here on there is a state to save. ``say`` tells the user that a Ctrl-C was heard."""
+        self._say = say
+        before: dict[signal.Signals, Any] = {}
+        if self._watched is not None:
+            for number in self.SIGNALS:
+                if number not in (signal.SIGHUP, signal.SIGINT) or signal.getsignal(number) is not signal.SIG_IGN:
+                    before[number] = signal.signal(number, self._note)
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    @contextlib.contextmanager
+    def abandonable(self) -> Iterator[None]:
+        """Around work that need not be finished when the process is to stop: `Abandoned` is raised in it at once."""
+        self._abandonable = True
+        try:
+            if self.asked:
+                raise Abandoned
+            yield
+        finally:
+            self._abandonable = False
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            now = time.monotonic()
+            if self._first_press is None:
+                self._first_press = now
+            elif now - self._first_press >= _SAME_PRESS_S:
+                raise KeyboardInterrupt
+            self.interrupted = True
+        elif number == signal.SIGHUP:
+            _leave(self._terminals)
         self.asked = True
+        if self._abandonable:
+            self._abandonable = False
+            raise Abandoned
+
+    def _watch(self, signals: socket.socket) -> None:
+        """Apart from the main thread, which learns of a signal only when it comes back from a library."""
+        first: float | None = None
+        ends_at: float | None = None
+        while True:
+            signals.settimeout(None if ends_at is None else max(0.01, ends_at - time.monotonic()))
+            try:
+                heard = signals.recv(1)
+            except TimeoutError:
+                self._end()
+            if not heard:
+                signals.close()
+                return
+            if heard[0] != signal.SIGINT or signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+                continue
+            now = time.monotonic()
+            if first is not None and now - first < _SAME_PRESS_S:
+                continue
+            if ends_at is not None:  # pressed again, while it is ending
+                self._end()
+            if self._held and first is None:
+                self._say("interrupted: stopping with a checkpoint; Ctrl-C again ends at once, without one")
+            else:
+                ends_at = now + _GRACE_S
+            first = now
+
+    def _end(self) -> None:
+        """The main thread waits inside a library and cannot be told."""
+        if sys.stderr.isatty():
+            sys.stderr.write(_SHOW_CURSOR)
+        lost = "; what came after the last checkpoint is lost, resume with --resume auto" if self._held else ""
+        print(f"iwm-fast: interrupted{lost}", file=sys.stderr, flush=True)
+        os._exit(INTERRUPTED)
+
+
+def _leave(terminals: list[int]) -> None:
+    """A closed terminal refuses whatever is written to it, which would end the training before its checkpoint."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for number in terminals:
+        os.dup2(nowhere, number)
+    os.close(nowhere)
 
 
 def end_with_parent(poll_s: float = 0.5) -> None:

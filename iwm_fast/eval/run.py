@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from iwm_fast.config import load_config
+from iwm_fast.engine.checkpoint_paths import chosen_checkpoint
 from iwm_fast.engine.loading import default_device, find_checkpoint, load_model
 from iwm_fast.engine.rundir import RunDirectory
 from iwm_fast.errors import UserError
@@ -66,6 +67,8 @@ def evaluate_run(
     unknown = [word for word in what or () if word not in WHAT]
     if unknown or (what is not None and not what):
         raise UserError(f"--what: {unknown[0] if unknown else 'empty'}: it is a list of {', '.join(WHAT)}")
+    chosen = chosen_checkpoint(run, checkpoint)
+    run, checkpoint = chosen.run, chosen.which
     external = _external(run)
     what = what or (TRIPLETS_WHAT if external else USUAL)
     check_overrides(overrides, command="evaluate", external=external, what=what)

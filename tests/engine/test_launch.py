@@ -11,8 +11,8 @@ from iwm_fast.engine.launch import Peer, meet, require_alike, require_shared, th
 from iwm_fast.errors import UserError
 
 SHORT = datetime.timedelta(seconds=3)
-FIRST = Peer(0, "alpha", 10, "nccl", "NVIDIA H100", 8, 8, {"torch": "2.13.0", "deepspeed": "0.19.8"})
-SECOND = replace(FIRST, rank=1, host="beta")
+FIRST = Peer(0, "alpha", 10, "nccl", "NVIDIA H100", 8, 8, {"torch": "2.13.0", "deepspeed": "0.19.8"}, "GPU-1")
+SECOND = replace(FIRST, rank=1, host="beta", gpu="GPU-2")
 
 
 @pytest.mark.parametrize(
@@ -25,6 +25,7 @@ SECOND = replace(FIRST, rank=1, host="beta")
         (replace(SECOND, versions={"torch": "2.12.0", "deepspeed": "0.19.8"}), "rank 1 on beta has torch 2.12.0"),
         (replace(SECOND, versions={"torch": "2.13.0", "deepspeed": None}), "rank 1 on beta has deepspeed None"),
         (replace(SECOND, device="NVIDIA A100"), "rank 1 on beta has a NVIDIA A100, rank 0 on alpha a NVIDIA H100"),
+        (replace(SECOND, host="alpha", gpu=FIRST.gpu), "rank 0 on alpha and rank 1 on alpha would share one GPU"),
     ],
 )
 def test_unlike_ranks_are_refused_by_host(other, words):

@@ -15,7 +15,7 @@ import os
 import random
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, TypeVar
@@ -91,14 +91,25 @@ class S3Storage:
 
     def names(self) -> list[str]:
         """Keys below the prefix, without it, sorted."""
-        found: list[str] = []
+        return sorted(key for key, _ in self._listed())
+
+    def sizes(self, names: Sequence[str]) -> list[int]:
+        """From the list of objects, a thousand at a time, instead of a request for each."""
+        wanted = set(names)
+        found = {key: size for key, size in self._listed() if key in wanted}
+        return [found.get(name, -1) for name in names]
+
+    def _listed(self) -> Iterator[tuple[str, int]]:
+        """Name and size of each object below the prefix."""
         more: dict[str, str] = {}
         while True:
             page = self._ask(self.root, partial(self._list, **more))
-            keys = (entry["Key"][len(self._prefix) :] for entry in page.get("Contents", ()))
-            found += [key for key in keys if key and not key.endswith("/") and not _hidden(key)]
+            for entry in page.get("Contents", ()):
+                key = entry["Key"][len(self._prefix) :]
+                if key and not key.endswith("/") and not _hidden(key):
+                    yield key, int(entry.get("Size", -1))
             if not page.get("IsTruncated"):
-                return sorted(found)
+                return
             more = {"ContinuationToken": page["NextContinuationToken"]}
 
     def has(self, name: str) -> bool:

@@ -15,6 +15,7 @@ from iwm_fast.config import Config
 from iwm_fast.config.section import home_expanded
 from iwm_fast.data.segmentation import is_masked
 from iwm_fast.data.sources.s3 import is_address
+from iwm_fast.engine.checkpoint_paths import chosen_checkpoint
 from iwm_fast.engine.loading import default_device, load_model
 from iwm_fast.errors import UserError
 from iwm_fast.eval.cache import FeatureCache, Features
@@ -143,7 +144,9 @@ def finetune_run(
     request.check()
     if out is not None:
         require_absent(out)
-    model, config, _, step = load_model(run, request.checkpoint, request.overrides)
+    chosen = chosen_checkpoint(run, request.checkpoint)
+    run = chosen.run
+    model, config, _, step = load_model(run, chosen.which, request.overrides)
     config = for_evaluation(config, request.overrides)
     model.to(default_device())
     if request.mode == "multitask" and not isinstance(model.predictor, VitPredictor):

@@ -1,0 +1,69 @@
+"""`iwm-fast pretrain`: start a training, or resume one."""
+
+from __future__ import annotations
+
+import atexit
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from iwm_fast.commands.options import CONFIG_HELP, Overrides
+from iwm_fast.errors import UserError
+
+__all__ = ["pretrain"]
+
+
+def pretrain(
+    out: Annotated[Path, typer.Option("--out", metavar="RUN", help="The run's folder.")],
+    config: Annotated[
+        str | None,
+        typer.Argument(metavar="CONFIG", help=f"{CONFIG_HELP} To resume it may be left out: RUN/config.yaml is taken."),
+    ] = None,
+    overrides: Overrides = None,
+    resume: Annotated[
+        str,
+        typer.Option(
+            "--resume",
+            metavar="auto|never|PATH",
+            help="Resume from the newest checkpoint, from none, or from PATH: a run, its checkpoints/latest, or one "
+            "step_NNNNNN.",
+        ),
+    ] = "never",
+) -> None:
+    """Train a world model. Alone on one device, or one of several ranks under torchrun, deepspeed or SLURM.
+
+    SIGTERM, SIGUSR1 and Ctrl-C write a checkpoint and end it: with exit code 0, after Ctrl-C with 130.
+    """
+    from iwm_fast.config.load import load_config
+
+    file, changes = _configuration(config, overrides or [], out, resume)
+    loaded = load_config(file, changes)
+    from iwm_fast.engine import pretrain as train
+    from iwm_fast.engine.distributed import leave
+
+    train(loaded, out, resume)
+    atexit.register(leave)
+
+
+def _configuration(config: str | None, overrides: list[str], out: Path, resume: str) -> tuple[Path, list[str]]:
+    """The configuration's file and what replaces its values. Without CONFIG a resumed run has its own."""
+    from iwm_fast.config.load import find_config
+
+    if config is not None and ("=" not in config or Path(config).exists()):
+        return find_config(config), overrides
+    if config is not None:
+        overrides = [config, *overrides]
+    if resume == "never":
+        raise UserError(
+            "CONFIG is missing: name a YAML file or a packaged configuration; --resume auto takes RUN/config.yaml"
+        )
+    files = [out / "config.yaml"]
+    if resume != "auto":
+        from iwm_fast.engine.checkpoint_paths import named
+
+        files.append(named(Path(resume)).run / "config.yaml")
+    found = next((file for file in files if file.is_file()), None)
+    if found is None:
+        raise UserError(f"{files[-1]}: there is none to resume with; name a CONFIG")
+    return found, overrides

@@ -1,0 +1,137 @@
+"""What makes two lists of samples the same data: names below the root, in order, and sizes; not where the root is.
+
+Labels are no part of it: pretraining does not read them. Of triplets the manifest's rows are part of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from iwm_fast.data.encoded import BadSample
+from iwm_fast.data.files import ImageSet
+from iwm_fast.data.sources.folder import FolderSource
+from iwm_fast.data.triplets import Triplets
+
+__all__ = ["Identity", "difference", "identity_of", "names_digest", "read_identity"]
+
+# Parts of the list with a sum of their own, so that a difference can be shown where it is.
+_PARTS = 256
+_SUM_DIGITS = 8
+_SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Identity:
+    """A list of samples in a few kilobytes.
+
+    samples: their number. bytes: their size together. digest: SHA-256 of names, sizes and, of triplets, rows. names and
+    sizes: sums of the list's parts, of ``part`` samples each.
+    """
+
+    samples: int
+    bytes: int
+    digest: str
+    part: int
+    names: tuple[str, ...]
+    sizes: tuple[str, ...]
+
+    def document(self) -> dict[str, Any]:
+        """For a checkpoint's index."""
+        return {"schema": _SCHEMA, **asdict(self)}
+
+
+def identity_of(files: ImageSet | Triplets) -> Identity:
+    """The list's identity. Sizes come from the list where it has them, else from the file system or the store, without
+    an image being read. UserError where the place is gone.
+    """
+    images = files.frames if isinstance(files, Triplets) else files
+    names = [name.encode("utf-8", "surrogateescape") for name in _names(images)]
+    sizes = _sizes(images)
+    part = max(1, -(-len(names) // _PARTS))
+    digest = hashlib.sha256()
+    sums: dict[str, list[str]] = {"names": [], "sizes": []}
+    for first in range(0, len(names), part):
+        for kind, lines in (
+            ("names", names[first : first + part]),
+            ("sizes", [b"%d" % size for size in sizes[first : first + part]]),
+        ):
+            text = b"\0".join(lines)
+            digest.update(text + b"\n")
+            sums[kind].append(hashlib.sha256(text).hexdigest()[:_SUM_DIGITS])
+    if isinstance(files, Triplets):
+        for column in (files.source, files.target, files.values, files.episode, files.step):
+            digest.update(b"-" if column is None else column.tobytes())
+    return Identity(
+        len(files), sum(max(0, size) for size in sizes), digest.hexdigest(), part,
+        tuple(sums["names"]), tuple(sums["sizes"]),
+    )  # fmt: skip
+
+
+def names_digest(files: ImageSet | Triplets) -> tuple[int, str]:
+    """(number of samples, SHA-256 of their names below the root), for ranks to compare: no size is asked for."""
+    digest = hashlib.sha256()
+    for name in _names(files.frames if isinstance(files, Triplets) else files):
+        digest.update(name.encode("utf-8", "surrogateescape") + b"\0")
+    return len(files), digest.hexdigest()
+
+
+def read_identity(document: object) -> Identity | None:
+    """What `Identity.document` gave; None for anything else, which older checkpoints hold."""
+    if not isinstance(document, Mapping) or document.get("schema") != _SCHEMA:
+        return None
+    try:
+        return Identity(
+            int(document["samples"]), int(document["bytes"]), str(document["digest"]), int(document["part"]),
+            tuple(map(str, document["names"])), tuple(map(str, document["sizes"])),
+        )  # fmt: skip
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def difference(before: Identity, now: Identity, files: ImageSet | Triplets) -> str | None:
+    """How the list ``files``, of identity ``now``, differs from an earlier one, in words; None where it does not."""
+    if before.digest == now.digest:
+        return None
+    if before.samples != now.samples:
+        return f"{now.samples} samples, {before.samples} before"
+    images = files.frames if isinstance(files, Triplets) else files
+    for word in ("names", "sizes"):
+        pairs = zip(getattr(before, word), getattr(now, word), strict=False)
+        place = next((at for at, (old, new) in enumerate(pairs) if old != new), None)
+        if place is not None:
+            return f"other {word}, first {_shown(images, place * now.part, now.part)}"
+    return "other pictures or actions in the manifest's rows" if isinstance(files, Triplets) else "another list"
+
+
+def _shown(images: ImageSet, first: int, part: int) -> str:
+    last = min(first + part, len(images)) - 1
+    if first > last:
+        return "at the end of the list"
+    start, end = (images.source_name(place) for place in (first, last))
+    return f"at {start}" if first == last else f"from {start} to {end}"
+
+
+def _names(images: ImageSet) -> Iterable[str]:
+    return (images.source_name(sample) for sample in range(len(images)))
+
+
+def _sizes(images: ImageSet) -> list[int]:
+    """Bytes of each sample; -1 where it is gone. 0 of TFRecord, whose names have the offset and whose sizes would have
+    to be read.
+    """
+    source = images.source
+    if source.kind == "tfrecord":
+        return [0] * len(images)
+    if isinstance(source, FolderSource):
+        return source.storage.sizes(list(_names(images)))
+    return [_size(images, sample) for sample in range(len(images))]
+
+
+def _size(images: ImageSet, sample: int) -> int:
+    try:
+        return images.source.size(images.row(sample))
+    except BadSample:
+        return -1

@@ -1,0 +1,140 @@
+"""What a start resumes from: the checkpoint, and whether configuration and data are still those of the run."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+from iwm_fast.config import Config
+from iwm_fast.data.files import ImageSet
+from iwm_fast.data.identity import Identity, difference, identity_of, names_digest, read_identity
+from iwm_fast.data.sources.s3 import is_address
+from iwm_fast.data.triplets import Triplets
+from iwm_fast.engine import checkpoint
+from iwm_fast.engine.checkpoint import Checkpoint
+from iwm_fast.engine.checkpoint_paths import named, whole_checkpoint
+from iwm_fast.engine.distributed import Ranks, gather
+from iwm_fast.engine.rundir import RunDirectory
+from iwm_fast.errors import UserError
+
+__all__ = ["ListIdentity", "choose_checkpoint", "require_alike_lists", "require_data", "same_place"]
+
+
+class ListIdentity:
+    """The identity of a list of samples, found by a thread: sizes of a million files take seconds to minutes."""
+
+    def __init__(self, files: ImageSet | Triplets) -> None:
+        self._files = files
+        self._found: Identity | None = None
+        self._failed: UserError | None = None
+        # A daemon: nobody who ends the process waits for a file system.
+        self._thread = threading.Thread(target=self._find, name="iwm-fast identity", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> Identity:
+        """The identity. UserError where the place of the data is gone."""
+        self._thread.join()
+        if self._failed is not None:
+            raise self._failed
+        assert self._found is not None
+        return self._found
+
+    def soon(self, timeout_s: float) -> Identity | None:
+        """The identity if it is found within the time."""
+        self._thread.join(timeout_s)
+        return self._found
+
+    def change_since(self, saved: Checkpoint) -> str | None:
+        """How the list differs from the one that a checkpoint was trained on; None where it does not, or one of the
+        two is not known yet.
+        """
+        before, now = read_identity(saved.index.get("data")), self.soon(1.0)
+        return difference(before, now, self._files) if before and now else None
+
+    def _find(self) -> None:
+        try:
+            self._found = identity_of(self._files)
+        except UserError as error:
+            self._failed = error
+
+
+def choose_checkpoint(config: Config, directory: RunDirectory, resume: str) -> Path | None:
+    """The checkpoint that ``--resume`` asks for, None for a new run; nothing is written.
+
+    Raises UserError where a new run would overwrite one, where no whole checkpoint is left, and where the
+    configuration differs from the run's in what may not.
+    """
+    if resume == "never":
+        if checkpoint.steps(directory.checkpoints):
+            raise UserError(
+                f"{directory.path}: has checkpoints already; resume with --resume auto, or choose another --out"
+            )
+        return None
+    if resume == "auto":
+        if not checkpoint.steps(directory.checkpoints):
+            return None
+        wanted = named(directory.path)
+    else:
+        wanted = named(Path(resume))
+        if wanted.checkpoint is None and not (wanted.run / "checkpoints").is_dir():
+            raise UserError(
+                f"--resume: {resume}: no run and no checkpoint; write auto, never, or the path of a run, of its "
+                "checkpoints/latest or of a step_NNNNNN there"
+            )
+    chosen = whole_checkpoint(wanted, say=lambda line: print(line, flush=True))
+    if directory.config_file.exists():
+        directory.require_same(config)
+    return chosen
+
+
+def require_data(
+    config: Config, directory: RunDirectory, chosen: Path, files: ImageSet | Triplets, identity: ListIdentity
+) -> str | None:
+    """What to tell the user where the data lie elsewhere than the run's did, and are the same. UserError where they
+    are not, or nobody can tell.
+
+    The run's own folder may have changed, which `ListIdentity.change_since` tells of: a broken image was mended there.
+    """
+    before = directory.recorded()
+    if before is None or same_place(before, config):
+        return None
+    moved = f"data.root was {before.data.root} and is {config.data.root} now"
+    recorded = read_identity(Checkpoint(chosen).index.get("data"))
+    if recorded is None:
+        raise UserError(
+            f"{moved}, and {chosen} is of a version that did not record its data: resume with "
+            f"data.root={before.data.root}, or start a new --out"
+        )
+    wrong = difference(recorded, identity.wait(), files)
+    if wrong is not None:
+        raise UserError(
+            f"{moved}, and these are other data ({wrong}): give the same files, or start a new --out "
+            f"with --resume {directory.path}"
+        )
+    return f"{moved}: the same {len(files)} samples"
+
+
+def require_alike_lists(files: ImageSet | Triplets, ranks: Ranks) -> None:
+    """Raise UserError on every rank unless all list the same samples: each reads its share of one order by number."""
+    if ranks.world == 1:
+        return
+    found = gather(names_digest(files), ranks.world, ranks.control)
+    for peer, other in zip(ranks.peers, found, strict=True):
+        if other != found[0]:
+            raise UserError(
+                f"{peer.name} lists {other[0]} samples below data.root, {ranks.peers[0].name} {found[0][0]}"
+                f"{' others' if other[0] == found[0][0] else ''}: give every host the same files"
+            )
+
+
+def same_place(before: Config, now: Config) -> bool:
+    """Whether two configurations name one place of data: slashes at the end, "./" and links make no difference."""
+    if before.data.source != now.data.source:
+        return False
+    one, other = before.data.root or "", now.data.root or ""
+    if is_address(one) or is_address(other):
+        return one.rstrip("/") == other.rstrip("/")
+    if os.path.normpath(one) == os.path.normpath(other):
+        return True
+    return os.path.exists(one) and os.path.exists(other) and Path(one).samefile(other)  # noqa: PTH110  (two texts)

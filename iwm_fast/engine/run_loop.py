@@ -1,0 +1,190 @@
+"""The loop of a training: steps, and between them evaluation, checkpoints, logging, and what signals ask for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from iwm_fast.actions import ActionSpace
+from iwm_fast.config import Config
+from iwm_fast.data.external import space_of
+from iwm_fast.engine.checkpoint_writer import CheckpointWriter
+from iwm_fast.engine.clock import seconds_since_start
+from iwm_fast.engine.distributed import Ranks, agree
+from iwm_fast.engine.ema import TargetAverage
+from iwm_fast.engine.liveness import Liveness
+from iwm_fast.engine.loop import Trainer
+from iwm_fast.engine.metrics import MetricsLog
+from iwm_fast.engine.monitor import evaluate_during_training
+from iwm_fast.engine.progress import TrainingProgress
+from iwm_fast.engine.resuming import ListIdentity
+from iwm_fast.engine.rundir import RunDirectory
+from iwm_fast.engine.signals import Abandoned, StopRequest
+from iwm_fast.engine.sinks import open_sinks
+from iwm_fast.engine.state import fragments
+from iwm_fast.engine.stragglers import Stragglers
+from iwm_fast.engine.upkeep import Upkeep
+from iwm_fast.engine.zero import ZeroEngine
+from iwm_fast.errors import UserError
+
+__all__ = ["Run", "train"]
+
+# A checkpoint waits so long for the identity of the data, which a thread looks for; without it, a run resumes with the
+# same data.root only.
+_IDENTITY_S = 10.0
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the signals of all ranks ask for."""
+
+    stop: bool = False
+    interrupted: bool = False
+
+
+@dataclass
+class Run:
+    """What a start has built."""
+
+    config: Config
+    directory: RunDirectory
+    ranks: Ranks
+    zero: ZeroEngine
+    average: TargetAverage | None
+    trainer: Trainer
+    writer: CheckpointWriter
+    live: Liveness
+    stop_at: int
+    identity: ListIdentity | None  # the first rank's
+
+
+def train(run: Run, space: ActionSpace, progress: TrainingProgress, stop: StopRequest, upkeep: Upkeep) -> None:
+    """Make steps until the last one, or until a signal asks for an end; what was made is saved then."""
+    trainer, ranks = run.trainer, run.ranks
+    first, saved_at = trainer.step + 1, trainer.step
+    log = _open_log(run) if ranks.first else None
+    stragglers = Stragglers(run.config.log.straggler_ratio)
+    asked = Asked()
+    if ranks.world == 1:  # of several, the others are in the step already and wait for this one
+        trainer.waiting = stop.abandonable
+    trainer.restart_clock()
+    while trainer.step < run.stop_at and not asked.stop:
+        try:
+            record = trainer.train_step()
+        except Abandoned:
+            asked = Asked(stop=True, interrupted=stop.interrupted)
+            break
+        run.live.started()
+        upkeep.after(trainer.step)
+        if record and trainer.step == first:
+            record["first_step_after_s"] = seconds_since_start()
+        asked = _asked(run, stop)
+        if _due(run.config.eval.every_steps, trainer.step) and run.config.eval.root and not asked.stop:
+            record = _evaluated(run, space, record, log, stop)
+            asked = _asked(run, stop)
+            trainer.restart_clock()
+        if record and log:
+            slow = stragglers.look(record.pop("own_s_by_rank", [0.0]), record.get("step_s", 0.0))
+            if slow:
+                progress.say(_named(slow, record["step"], ranks))
+            log.write(record)
+            _warn_of_collapse(record, run.config, progress)
+        progress.step(trainer.step, record if record and "loss" in record else None)
+        if asked.stop or trainer.step == run.stop_at or _due(run.config.checkpoint.every_steps, trainer.step):
+            _save(run, log)
+            saved_at = trainer.step
+    if saved_at < trainer.step:
+        _save(run, log)
+    run.live.at("writing of the last checkpoint")
+    run.writer.wait()
+    stop.interrupted = asked.interrupted
+    if asked.stop:
+        _say_stopped(run, asked, progress, made_steps=trainer.step >= first)
+    if log:
+        log.close()
+
+
+def _evaluated(
+    run: Run, space: ActionSpace, record: dict[str, Any] | None, log: MetricsLog | None, stop: StopRequest
+) -> dict[str, Any] | None:
+    """The step's record with what is measured now, or as it is where the process is to stop; a checkpoint is written
+    where measuring fails, and the run ends.
+    """
+    step = run.trainer.step
+    try:
+        found = evaluate_during_training(
+            run.zero, run.average, run.config, space, run.ranks, abandonable=stop.abandonable
+        )
+    except UserError as error:  # on every rank alike, so that all of them write
+        if log and record:
+            record.pop("own_s_by_rank", None)
+            log.write(record)
+        _save(run, log)
+        run.writer.wait()
+        name = run.directory.checkpoints / f"step_{step:06d}"
+        raise UserError(f"evaluation after step {step}: {error} ({name} is written; --resume auto goes on)") from error
+    return (record or {"step": step}) | found if found else record
+
+
+def _asked(run: Run, stop: StopRequest) -> Asked:
+    """What any rank was asked, for all; raises what a checkpoint's writing has raised on any."""
+    asked, interrupted, write_failed = agree(run.ranks, stop.asked, stop.interrupted, run.writer.failed)
+    if write_failed:
+        run.writer.wait()
+    return Asked(asked, interrupted)
+
+
+def _say_stopped(run: Run, asked: Asked, progress: TrainingProgress, *, made_steps: bool) -> None:
+    step, out = run.trainer.step, run.directory.path
+    if run.ranks.first and step < run.stop_at:
+        run.directory.mark_stopped(step)
+    word = "interrupted" if asked.interrupted else "stopped as asked"
+    if step == 0:
+        progress.say(f"{word} before the first step: there is nothing to save")
+        return
+    held = f"checkpoint {run.directory.checkpoints / f'step_{step:06d}'}" if made_steps else "no step was made"
+    progress.say(f"{word} after step {step}, {held}; resume with: iwm-fast pretrain --out {out} --resume auto")
+
+
+def _open_log(run: Run) -> MetricsLog:
+    directory = run.directory
+    return MetricsLog(directory.metrics_file, open_sinks(run.config, directory.path, directory.tensorboard))
+
+
+def _named(slow: dict[str, Any], step: int, ranks: Ranks) -> str:
+    return (
+        f"step {step}: {ranks.peers[slow['rank']].name} keeps the others waiting: {slow['own_s']:.3g} s a step for its "
+        f"own data and forward pass, the others {slow['others_s']:.3g} s"
+    )
+
+
+def _due(every: int | None, step: int) -> bool:
+    return every is not None and step % every == 0
+
+
+def _save(run: Run, log: MetricsLog | None) -> None:
+    trainer = run.trainer
+    if log:
+        log.sync()
+    meta = {
+        "updates": trainer.updates,
+        "samples_seen": trainer.step * run.config.train.global_batch,
+        "written_by": {"world": run.ranks.world, "stage": run.zero.stage},
+        "images": run.trainer.dataset_size,
+        "action_names": list(space_of(run.config.actions).names),
+    }
+    identity = run.identity.soon(_IDENTITY_S) if run.identity else None
+    if identity:
+        meta["data"] = identity.document()
+    run.live.at(f"checkpoint of step {trainer.step}")
+    run.writer.save(trainer.step, fragments(run.zero, run.average, run.ranks), meta)
+    trainer.restart_clock()
+
+
+def _warn_of_collapse(record: dict[str, Any], config: Config, progress: TrainingProgress) -> None:
+    floor = config.log.rank_me_floor * config.model.encoder_shape.width
+    if record.get("rank_me", floor) < floor:
+        progress.say(
+            f"step {record['step']}: the target may be collapsing: RankMe {record['rank_me']:.1f} of "
+            f"{config.model.encoder_shape.width}, spread {record['target_spread']:.2e}"
+        )
