@@ -32,12 +32,11 @@ class Named:
 def named(path: Path) -> Named:
     """What ``path`` means. A path that is none of a run's parts is taken for the run's folder; it need not exist."""
     if _is_checkpoint(path):
-        real = path.resolve() if path.is_symlink() else path
-        return Named(_above(real, 2), real)
+        return Named(_run_above(path, 2), path.resolve() if path.is_symlink() else path)
     if path.name == LATEST and not path.is_dir():
-        return Named(_above(path, 2))
+        return Named(_run_above(path, 2))
     if path.is_dir() and not (path / "config.yaml").exists() and _holds_checkpoints(path):
-        return Named(_above(path.resolve() if path.is_symlink() else path, 1))
+        return Named(_run_above(path, 1))
     return Named(path)
 
 
@@ -105,6 +104,12 @@ def _is_checkpoint(path: Path) -> bool:
 
 def _holds_checkpoints(path: Path) -> bool:
     return (path / LATEST).is_file() or any(step_of(child) is not None for child in path.glob("step_*"))
+
+
+def _run_above(path: Path, levels: int) -> Path:
+    """The run so many levels above, as the path was written or, where no run is there, as its links lead."""
+    written, real = _above(path, levels), _above(path.resolve(), levels)
+    return real if not (written / "config.yaml").exists() and (real / "config.yaml").exists() else written
 
 
 def _above(path: Path, levels: int) -> Path:

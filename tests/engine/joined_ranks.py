@@ -11,7 +11,7 @@ import time
 import torch.distributed as dist
 
 from iwm_fast.engine import interconnect
-from iwm_fast.engine.distributed import start
+from iwm_fast.engine.distributed import leave, start
 from iwm_fast.engine.liveness import Liveness
 
 SILENT_S = 4.0
@@ -36,3 +36,7 @@ with live.watching():
     if ranks.first:
         said = interconnect.far_below(found.links, ranks.peers)
         print(json.dumps({"measured": found.document(), "said": said}), flush=True)
+if sys.argv[1] == "well":
+    leave()
+    if dist.is_initialized():
+        sys.exit("the process group is still there")
