@@ -74,6 +74,28 @@ def test_sigterm_writes_a_checkpoint_and_ends_with_zero(config, tmp_path):
     assert "--resume auto" in said
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_ctrl_c_writes_a_checkpoint_under_every_launcher(launcher, config, tmp_path):
+    """As a terminal sends it: to the launcher and to those of its processes that are in its group."""
+    run = tmp_path / "run"
+    command = [*LAUNCHERS[launcher], "pretrain", str(config), "train.schedule_steps=100000", "--out", str(run)]
+    job = subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not (run / "metrics.jsonl").exists() or len(metrics(run)) < 3:
+        assert time.monotonic() < deadline
+        assert job.poll() is None, job.stderr.read()[-3000:]
+        time.sleep(0.1)
+    os.killpg(job.pid, signal.SIGINT)
+    _, said = job.communicate(timeout=90)
+    assert state(run, metrics(run)[-1]["step"])
+    assert said.count("interrupted after step") == 1
+    assert f"resume with: iwm-fast pretrain --out {run} --resume auto" in said
+    if launcher == "alone":
+        assert job.returncode == 130
+        assert "Traceback" not in said
+
+
 def test_a_second_start_on_the_same_run_is_refused_in_one_line(config, tmp_path):
     command = [*LAUNCHERS["alone"], "pretrain", str(config), "train.steps=1", "--out", str(tmp_path / "run")]
     assert subprocess.run(command, env=environment(), capture_output=True, timeout=120, check=False).returncode == 0
