@@ -117,7 +117,7 @@ def evaluate(
             "--what", help="Of mrr, knn, linear, attentive, equivariance; of triplets mrr, rollout. Default: the quick."
         ),
     ] = None,
-    checkpoint: Annotated[str, typer.Option("--checkpoint", help="latest, a name such as step_000500, or a path.")] = "latest",
+    checkpoint: Annotated[str, typer.Option("--checkpoint", help="latest, step_000500, or a path to it.")] = "latest",
     images: Annotated[
         int | None, typer.Option("--images", min=1, help="Images ranked for MRR; default: the run's.")
     ] = None,
@@ -171,7 +171,7 @@ def evaluate(
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A folder that pretrain wrote.")],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="A folder that does not exist yet.")],
-    checkpoint: Annotated[str, typer.Option("--checkpoint", help="latest, a name such as step_000500, or a path.")] = "latest",
+    checkpoint: Annotated[str, typer.Option("--checkpoint", help="latest, step_000500, or a path to it.")] = "latest",
     onnx: Annotated[
         bool, typer.Option("--onnx", help="Also as ONNX graphs of whole images, checked with onnxruntime.")
     ] = False,

@@ -54,7 +54,7 @@ def finetune(
     weight_decay: Annotated[float, typer.Option("--weight-decay", min=0.0)] = 0.01,
     limit: Annotated[int | None, typer.Option("--limit", min=2, help="At most so many training images.")] = None,
     seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
-    checkpoint: Annotated[str, typer.Option("--checkpoint", help="latest, a name such as step_000500, or a path.")] = "latest",
+    checkpoint: Annotated[str, typer.Option("--checkpoint", help="latest, step_000500, or a path to it.")] = "latest",
     cache: Annotated[
         Path | None, typer.Option("--cache", metavar="DIR", help="Where features are kept; default: RUN/cache.")
     ] = None,

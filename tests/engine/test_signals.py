@@ -227,8 +227,8 @@ def test_ctrl_c_in_other_commands_is_one_line(command, monkeypatch, capsys):
     def press(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run, "load_model", press)
-    monkeypatch.setattr(finetune, "load_model", press)
+    monkeypatch.setattr(run, "chosen_checkpoint", press)
+    monkeypatch.setattr(finetune, "chosen_checkpoint", press)
     assert main(command) == INTERRUPTED
     assert capsys.readouterr().err == "iwm-fast: interrupted\n"
 
