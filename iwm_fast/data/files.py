@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from iwm_fast.data.encoded import BadSample
-from iwm_fast.data.layout import Layout, find_layout, refuse_split_classes, splits_of_shards
+from iwm_fast.data.layout import Layout, find_layout, refuse_masks, refuse_split_classes, splits_of_shards
 from iwm_fast.data.randomness import uniforms
 from iwm_fast.data.sources import PATIENCE, Labels, Patience, Source, Storage, open_source
 from iwm_fast.data.sources.left_out import some, tell_once
@@ -128,6 +128,7 @@ def divide(root: str | Path, patience: Patience = PATIENCE, source: str = "auto"
             classes = tuple(sorted({*train.classes, *test.classes}))
             train, test = ImageSet(train.source, common=classes), ImageSet(test.source, common=classes)
         for part, images in ((layout.train, train), (layout.test, test)):
+            refuse_masks(images.classes, part)
             _tell_unlabelled(images, part)
         return (*_both_with_labels(train, test, layout), layout)
     images = list_images(root, source, patience)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ __all__ = [
     "Layout",
     "find_layout",
     "layout_of_folders",
+    "refuse_masks",
     "refuse_split_classes",
     "split_kind",
     "splits_of_shards",
@@ -141,15 +142,24 @@ def splits_of_shards(files: Sequence[str]) -> dict[str, str] | None:
     return {file: {"train": "train", wanted: "test"}.get(str(kind), "unused") for file, kind in kinds.items()}
 
 
-def refuse_split_classes(classes: Iterable[str], place: str) -> None:
+def refuse_split_classes(classes: Sequence[str], place: str) -> None:
     """UserError where the classes' names are those of splits, as a manifest or shards of a whole set have them."""
-    names = tuple(classes)
-    found = {name: kind for name in names if (kind := split_kind(name)) is not None}
+    refuse_masks(classes, place)
+    found = {name: kind for name in classes if (kind := split_kind(name)) is not None}
     both = "train" in found.values() and len(set(found.values())) > 1
-    if both or (found and len(found) == len(names)):
+    if both or (found and len(found) == len(classes)):
         raise UserError(
-            f"{printable(place)}: its classes are {_list(names[:5])}, which are names of splits; pack or index each "
+            f"{printable(place)}: its classes are {_list(classes[:5])}, which are names of splits; pack or index each "
             "split by itself, into train/ and test/"
+        )
+
+
+def refuse_masks(classes: Sequence[str], place: str) -> None:
+    """UserError where the folders taken for classes are images and their masks."""
+    if set(classes) == {"images", "masks"}:
+        raise UserError(
+            f"{printable(place)} holds images/ and masks/, a set for iwm-fast finetune --task segmentation, and no "
+            f"folders of classes; give {printable(place)}/images for its images alone"
         )
 
 

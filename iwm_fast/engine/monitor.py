@@ -84,7 +84,7 @@ def evaluate_during_training(
     results = join_shares(whole, config.eval.bank)
     if ranks.first:
         left_out = {name: part.record() for name, part in join_left_out(whole).items()}
-        for line in (whole[0].said, *left_out_lines(left_out)):
+        for line in (*whole[0].said, *left_out_lines(left_out)):
             tell_once(f"eval.root: {line}")
     return results
 

@@ -17,9 +17,10 @@ from iwm_fast.actions import ActionSpace
 from iwm_fast.config import Config
 from iwm_fast.eval.bank import varying
 from iwm_fast.eval.features import default_encoder, encoder_of, read_features
-from iwm_fast.eval.knn import knn_classify
+from iwm_fast.eval.knn import NEIGHBOURS, knn_classify
 from iwm_fast.eval.left_out import LeftOut
 from iwm_fast.eval.mrr import MrrResult, mean_reciprocal_rank
+from iwm_fast.eval.reduced import reduced, reduced_lines
 from iwm_fast.eval.splits import FileSplit, cannot_classify, open_splits, require_same_classes
 from iwm_fast.eval.stats import evenly_spaced
 from iwm_fast.models.iwm import IWM
@@ -34,7 +35,7 @@ class Share:
     numbers: of the images that it ranked, among all. ranks: by distance and by what was ranked, float64 (images of
     this rank, queries), None where it had no image. train, test: mean tokens and labels of its images, None where
     there are no classes. left_out: of each split, what of this rank's images cannot be used. labels: of all images of
-    each split, and their classes, None without. said: which images are which split.
+    each split, and their classes, None without. said: which images are which split, and what they are too few for.
     """
 
     numbers: list[int]
@@ -44,7 +45,7 @@ class Share:
     left_out: dict[str, LeftOut]
     labels: dict[str, np.ndarray | None]
     classes: tuple[str, ...]
-    said: str
+    said: tuple[str, ...]
 
 
 def measure_share(
@@ -53,7 +54,7 @@ def measure_share(
     """The part of ``rank`` of ``world``: of the images ranked, and of at most ``eval.images`` of each split."""
     train, test = open_splits(root, config, limit=config.eval.images)
     numbers, ranks = _ranks(model, config, space, test, rank, world) if varying(config.actions) else ([], None)
-    said = "" if train.layout is None else train.layout.line()
+    said = _said(train, test, config)
     left_out = {"train": train.left_out, "test": test.left_out}
     if cannot_classify(train, test) is not None:
         return Share(numbers, ranks, None, None, left_out, {}, (), said)
@@ -103,6 +104,18 @@ def join_shares(shares: Sequence[Share], bank: int) -> dict[str, Any]:
         results["knn"] = knn_classify(torch.from_numpy(x), y, torch.from_numpy(x_test), y_test).weighted
         results["knn_chance"] = float(np.bincount(y_test).max() / len(y_test))
     return results
+
+
+def _said(train: FileSplit, test: FileSplit, config: Config) -> tuple[str, ...]:
+    smaller = {
+        name: reduced(asked, there, f"there are {there} {which} images")
+        for name, asked, there, which in (
+            ("eval.mrr_images", config.eval.mrr_images, len(test), "test"),
+            ("knn_k", NEIGHBOURS, len(train), "training"),
+        )
+        if asked > there
+    }
+    return (*([] if train.layout is None else [train.layout.line()]), *reduced_lines(smaller))
 
 
 def join_left_out(shares: Sequence[Share]) -> dict[str, LeftOut]:

@@ -186,3 +186,10 @@ def test_a_folder_of_which_all_is_taken_is_told_of_its_splits(tmp_path, folders,
         f"{tmp_path} holds train/ and val/, the names of splits: all of them are trained on; name one of them alone\n"
     )
     assert capfd.readouterr().err == (line if told else "")
+
+
+@pytest.mark.parametrize("parts", [(".",), ("train", "val")], ids=["whole", "in splits"])
+def test_masks_are_no_class(tmp_path, parts):
+    make(tmp_path, *(f"{part}/{kind}" for part in parts for kind in ("images", "masks")))
+    with pytest.raises(UserError, match=r"holds images/ and masks/, a set for .*segmentation.*/images for its images"):
+        divide(tmp_path)

@@ -101,6 +101,10 @@ def test_what_the_ranks_left_out_is_counted_together(folder, tmp_path):
         joined = join_shares(shares, 2)
         assert (joined["eval_left_out_train"], joined["eval_left_out_test"]) == (2, 1)
         assert set(join_left_out(shares)["test"].reasons) == {f"{root}/{bad[2]}"}
+    assert shares[0].said == (
+        f"{root}/train is learned from, {root}/test is tested on",
+        "knn_k: 8 instead of 20: there are 8 training images",
+    )
     for share in shares:  # of no rank's own images more than one is bad
         assert len(share.left_out["train"]) < 2
         share.left_out["train"].max_fraction = 0.2

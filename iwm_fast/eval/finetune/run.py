@@ -232,9 +232,16 @@ def _splits(
             raise UserError(f"{printable(str(root))}: the images have no classes; sort them into a folder a class")
     if limit is None:
         return train, test, {}
-    few = limit > len(train)
-    smaller = {"limit": reduced(limit, len(train), f"there are {len(train)} training images")} if few else {}
-    return train.thinned(limit), test, smaller
+    smaller = {}
+    if limit > len(train):
+        smaller["limit"] = reduced(limit, len(train), f"there are {len(train)} training images")
+    thin = train.thinned(limit)
+    if isinstance(thin, FileSplit) and thin.files.labels is not None:
+        left = len(np.unique(thin.files.labels))
+        if left < len(train.classes):
+            why = f"--limit {limit} leaves no training image of {len(train.classes) - left} of them"
+            smaller["classes"] = reduced(len(train.classes), left, why)
+    return thin, test, smaller
 
 
 def _plan(request: Request, init: Init, tasks: Sequence[Task]) -> Plan:

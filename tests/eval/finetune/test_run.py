@@ -225,6 +225,13 @@ def test_images_are_left_out_aloud_and_settings_reduced_aloud(run, tiny_images, 
     assert (found["test_images"], found["epochs"]) == (23, 1.0)
     assert found["reduced"]["limit"] == {"asked": 99, "used": 24, "why": "there are 24 training images"}
     assert found["reduced"]["batch"]["used"] == found["train_images"] == 22
+    few = tmp_path / "few"
+    shutil.copytree(tiny_images, few / "train")
+    shutil.copytree(tiny_images, few / "test")
+    for path in sorted((few / "train" / "warm").iterdir())[1:]:
+        path.unlink()
+    assert finetune(run, "--data", few, "--mode", "linear", "--steps", 1, "--limit", 4) == 0
+    assert "classes: 1 instead of 2: --limit 4 leaves no training image of 1 of them" in capsys.readouterr().out
     for words in (f"test: 1 of 24 images left out: {broken} (", "limit: 24 instead of 99", "Val is tested on"):
         assert words in said
 
