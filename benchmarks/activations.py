@@ -34,10 +34,12 @@ from iwm_fast.commands.plan import tokens_of
 from iwm_fast.config import Config, load_config
 from iwm_fast.config.load import find_config
 from iwm_fast.errors import UserError
+from iwm_fast.outputs import require_result
 from iwm_fast.planning.activations import KeptBytes, activations
 from iwm_fast.planning.layout import layout_of
 from iwm_fast.planning.memory import state_memory
 from iwm_fast.planning.tokens import Tokens
+from iwm_fast.programs import run_program
 from iwm_fast.results import write_result
 
 __all__ = ["compare_shape", "count_batches", "main"]
@@ -146,12 +148,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--json", required=True, metavar="FILE", help="- for standard output")
     args = parser.parse_args(argv)
+    require_result(args.json)
     try:
         checkout = Checkout(args.ijepa)
         rows = []
         for shape in (*COUNTED, *TIMED):
             rows.append(compare_shape(checkout, shape))
             print(f"{shape.name}: kept × {rows[-1]['kept_ratio']:.3f}", file=sys.stderr, flush=True)
+            if args.json != "-":
+                write_result(args.json, "activations", {"peer": "ijepa", "rows": rows})  # what is counted is kept
         config = load_config(find_config(_CONFIG), ["zero.stage=1", "train.precision=bf16"])
         body = {
             "peer": "ijepa",
@@ -168,4 +173,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program("benchmarks.activations", main))

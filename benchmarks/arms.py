@@ -27,7 +27,10 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from iwm_fast.outputs import require_folder, require_result
 from iwm_fast.planning.environment import environment
+from iwm_fast.programs import run_program
+from iwm_fast.results import write_json
 
 SCHEMA = "iwm-fast-arms/1"
 # Two-sided 95 % quantile of Student's t by degrees of freedom.
@@ -153,7 +156,7 @@ def train_all(
             arm["runs"].append(done)
             arm["runs"].sort(key=lambda run: run["seed"])
             result = {"schema": SCHEMA, "environment": environment(), "command": public(sys.argv[1:])} | setting
-            json_file.write_text(json.dumps(result | (about or {}) | {"arms": arms}) + "\n")
+            write_json(json_file, result | (about or {}) | {"arms": arms}, indent=None)
 
     with ThreadPoolExecutor(jobs) as pool:
         # Seeds outside, so that what is done first is a whole round of the arms.
@@ -175,6 +178,8 @@ def main() -> None:
     parser.add_argument("--what", default="mrr,knn,linear")
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time; give each OMP_NUM_THREADS threads")
     args = parser.parse_args()
+    require_result(args.json)
+    require_folder(args.out)
     arms: list[dict[str, Any]] = [{"name": name, "overrides": keys, "runs": []} for name, *keys in args.arm]
     train_all(
         arms,
@@ -191,4 +196,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program("benchmarks.arms", main))

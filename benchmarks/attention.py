@@ -15,6 +15,7 @@ import argparse
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from statistics import median
 from typing import Any
@@ -30,7 +31,9 @@ from iwm_fast.commands.plan import tokens_of
 from iwm_fast.config import load_config, packaged_config
 from iwm_fast.models.attention import packed_attention, resolve_backend
 from iwm_fast.models.packing import Segments
+from iwm_fast.outputs import require_result
 from iwm_fast.planning.environment import installed_version
+from iwm_fast.programs import run_program
 from iwm_fast.results import write_result
 
 __all__ = ["CASES", "CONTENDERS", "Case", "exact", "lengths_of", "measure"]
@@ -293,11 +296,13 @@ def main() -> int:
     parser.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16")
     parser.add_argument("--rounds", type=int, default=15)
     args = parser.parse_args()
+    require_result(args.json)
     dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
+    say = partial(print, file=sys.stderr if args.json == "-" else sys.stdout, flush=True)
     rows: list[dict[str, Any]] = []
     body = {"rows": rows, "device": args.device, "threads": torch.get_num_threads(), "command": sys.argv[1:]}
     for case in CASES[args.device]:
-        rows += measure(case, torch.device(args.device), dtype, args.rounds, lambda s: print(s, flush=True))
+        rows += measure(case, torch.device(args.device), dtype, args.rounds, say)
         if args.json != "-":
             write_result(args.json, "attention", body)  # after each case: what is measured is kept
     if args.json == "-":
@@ -306,4 +311,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program("benchmarks.attention", main))

@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 
 from iwm_fast.benchmarks.timing import ceilings, seconds
+from iwm_fast.outputs import require_result
+from iwm_fast.programs import run_program
 from iwm_fast.results import write_result
 
 __all__ = ["l2_read", "launch_cost"]
@@ -72,13 +74,17 @@ def main() -> int:
     parser.add_argument("--json", required=True, help="file to write, or -")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
+    require_result(args.json)
     device = torch.device(args.device)
     body: dict[str, Any] = {"device": args.device}
     measures = [ceilings, l2_read, launch_cost] if device.type == "cuda" else [ceilings]
     for measure in measures:
         body |= measure(device)
-        write_result(args.json, "ceilings", body)  # after each: what is measured is kept
-    if args.json != "-":
+        if args.json != "-":
+            write_result(args.json, "ceilings", body)  # after each: what is measured is kept
+    if args.json == "-":
+        write_result("-", "ceilings", body)
+    else:
         for name, value in body.items():
             if name.endswith(("_per_s", "_s")):
                 print(f"{name}: {value:.4g}")
@@ -86,4 +92,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program("benchmarks.ceilings", main))

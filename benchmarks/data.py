@@ -16,12 +16,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,7 +42,10 @@ from iwm_fast.data.loader import SampleOrder, TrainingStream
 from iwm_fast.data.shards import write_shards
 from iwm_fast.data.sources.kinds import is_image
 from iwm_fast.data.views import draw_views
+from iwm_fast.outputs import require_result
 from iwm_fast.planning.environment import environment, installed_version
+from iwm_fast.programs import run_program
+from iwm_fast.results import write_json
 
 __all__ = ["SCHEMA", "Job", "measure"]
 
@@ -280,6 +284,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--device", choices=["cpu", "gpu"], default="gpu" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
+    require_result(args.json)
     with tempfile.TemporaryDirectory() as made, tempfile.TemporaryDirectory() as out:
         if args.root is None:
             _made(Path(made))
@@ -291,11 +296,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             count=args.batches,
             device=args.device,
         )
-        print(f"{usable_cores()} cores, load {os.getloadavg()[0]:.1f}")
-        document = measure(job, args.repeats, print)
+        say = partial(print, file=sys.stderr if str(args.json) == "-" else sys.stdout, flush=True)
+        say(f"{usable_cores()} cores, load {os.getloadavg()[0]:.1f}")
+        document = measure(job, args.repeats, say)
     document |= {"images_from": "made" if args.root is None else "given", "environment": environment()}
-    args.json.write_text(json.dumps(document) + "\n", encoding="utf-8")
+    write_json(args.json, document, indent=None)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program("benchmarks.data", main))

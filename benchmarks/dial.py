@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ import yaml
 
 from iwm_fast.benchmarks.arms import interval, table, train_all
 from iwm_fast.config.load import find_config, load_config
+from iwm_fast.outputs import require_file, require_folder, require_result
+from iwm_fast.programs import run_program
 
 GRIDS = Path(__file__).resolve().parent.parent / "configs" / "ablations"
 SHOWN = (
@@ -143,12 +146,16 @@ def main() -> None:
     parser.add_argument("--measure", nargs="+", default=["actions.strength=1"], metavar="KEY=VALUE")
     parser.add_argument("--jobs", type=int, default=1)
     args = parser.parse_args()
+    if args.picture:
+        require_file(args.picture, "--picture")
     if args.measured:
         found = json.loads(args.measured.read_text())
         arms, held = [arm for arm in found["arms"] if arm["runs"]], found["grids"]
     else:
         if not (args.data and args.out and args.json):
             parser.error("--data, --out and --json are needed to train")
+        require_result(args.json)
+        require_folder(args.out)
         arms, held = points(args.config, args.grid)
         train_all(
             arms,
@@ -162,10 +169,10 @@ def main() -> None:
             jobs=args.jobs,
             about={"grids": held},
         )
+    print(tables(arms, held))
     if args.picture:
         draw(arms, args.picture)
-    print(tables(arms, held))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program("benchmarks.dial", main))

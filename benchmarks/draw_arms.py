@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+
+from iwm_fast.outputs import require_file
+from iwm_fast.programs import run_program
 
 CURVES = {"loss": "loss", "rank_me": "RankMe of the target", "mrr": "MRR", "knn": "k-NN accuracy"}
 
@@ -25,6 +29,7 @@ def main() -> None:
     parser.add_argument("results", type=Path)
     parser.add_argument("picture", type=Path)
     args = parser.parse_args()
+    require_file(args.picture, "picture")
     arms = json.loads(args.results.read_text())["arms"]
     shown = [key for key in CURVES if any(key in r for arm in arms for run in arm["runs"] for r in run["curve"])]
     figure, axes = plt.subplots(1, len(shown), figsize=(4.2 * len(shown), 3.2), layout="constrained")
@@ -44,4 +49,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program("benchmarks.draw_arms", main))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+
+from iwm_fast.outputs import require_file
+from iwm_fast.programs import run_program
 
 
 def table(document: dict[str, Any]) -> str:
@@ -73,10 +77,11 @@ def main() -> None:
     parser.add_argument("results", type=Path)
     parser.add_argument("picture", type=Path)
     args = parser.parse_args()
+    require_file(args.picture, "picture")
     document = json.loads(args.results.read_text())
     print(table(document))
     draw(document, args.picture)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program("benchmarks.draw_kernels", main))

@@ -10,12 +10,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+
+from iwm_fast.outputs import require_file
+from iwm_fast.programs import run_program
 
 LINES = {"model": "world model", "shuffled": "shuffled actions", "copy": "copy of the first frame"}
 
@@ -26,6 +30,7 @@ def main() -> None:
     parser.add_argument("picture", type=Path)
     parser.add_argument("results", nargs="+", metavar="NAME=FILE")
     args = parser.parse_args()
+    require_file(args.picture, "picture")
     named = [text.split("=", 1) for text in args.results]
     figure, axes = plt.subplots(1, len(named), figsize=(4.6 * len(named), 3.4), layout="constrained", squeeze=False)
     for axis, (name, file) in zip(axes[0], named, strict=True):
@@ -48,4 +53,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program("benchmarks.draw_rollouts", main))

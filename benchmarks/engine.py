@@ -38,6 +38,8 @@ from iwm_fast.engine.schedules import Schedules
 from iwm_fast.models.decay import decayed_parameters
 from iwm_fast.models.iwm import IWM
 from iwm_fast.models.packing import Segments
+from iwm_fast.outputs import require_result
+from iwm_fast.programs import run_program
 from iwm_fast.results import write_result
 
 __all__ = ["measure"]
@@ -166,6 +168,8 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.json:
+        require_result(args.json)
     if args.rows is not None:
         settings = [f"train.global_batch={args.batch}", "log.every_steps=1000000", "train.precision=fp32"]
         rows = measure(load_config(find_config(args.config), settings), args.stages, args.repeats)
@@ -173,13 +177,13 @@ def main() -> int:
             args.rows.write_text(json.dumps(rows))
         return 0
     found = [row for ranks in args.ranks for row in _launch(ranks, args)]
+    if args.json:
+        write_result(args.json, "bench-engine", {"rows": found, "command": sys.argv[1:]})
     for row in found:
         whole = {name: f"{median(values) * 1000:.1f} ms" for name, values in row["seconds"].items()}
         print(f"{row['ranks']} ranks, stage {row['stage']}: {whole}, overhead {100 * row['overhead']:+.1f}%")
-    if args.json:
-        write_result(args.json, "bench-engine", {"rows": found, "command": sys.argv[1:]})
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program("benchmarks.engine", main))

@@ -18,7 +18,10 @@ from typing import Any
 
 from iwm_fast.benchmarks.arms import interval, public
 from iwm_fast.cli import main as main_of_iwm_fast
+from iwm_fast.outputs import require_result
 from iwm_fast.planning.environment import environment
+from iwm_fast.programs import run_program
+from iwm_fast.results import write_json
 
 SCHEMA = "iwm-fast-finetune-table/1"
 ARMS: dict[str, list[str]] = {
@@ -67,6 +70,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=float, default=2.0)
     parser.add_argument("--batch", type=int, default=64)
     args = parser.parse_args()
+    require_result(args.json)
     shared = ["--epochs", str(args.epochs), "--batch", str(args.batch)]
     shared += [] if args.limit is None else ["--limit", str(args.limit)]
     result: dict[str, Any] = {"schema": SCHEMA, "environment": environment(), "command": public(sys.argv[1:])}
@@ -83,9 +87,9 @@ def main() -> None:
             words = [*arm["options"], "--data", str(args.data), "--seed", str(place)]
             arm["runs"].append({"run": run.name, **measure(run, words)})
             arm["runs"].sort(key=lambda done: done["run"])
-            args.json.write_text(json.dumps(result, indent=1) + "\n")
+            write_json(args.json, result, indent=1)
     print(table(result["arms"]))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program("benchmarks.finetune", main))

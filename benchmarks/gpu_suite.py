@@ -31,7 +31,10 @@ from typing import Any
 import torch
 
 from iwm_fast.kernels import TUNING_DIR_VARIABLE
+from iwm_fast.outputs import require_folder
 from iwm_fast.planning.environment import environment
+from iwm_fast.programs import run_program
+from iwm_fast.results import write_json
 
 __all__ = ["PARTS", "Part", "main"]
 
@@ -169,7 +172,7 @@ def run_part(name: str, args: argparse.Namespace, left: float) -> str:
         document["error"] = error
     document["said"] = log.read_text(errors="replace")[-6000:]
     document["result"] = {key: value for key, value in result.items() if key not in ("schema", "environment")}
-    (args.out / f"{name}.json").write_text(json.dumps(document) + "\n")
+    write_json(args.out / f"{name}.json", document, indent=None)
     return error or "done"
 
 
@@ -213,7 +216,7 @@ def _tuned(out: Path) -> None:
     """What the tuner found out, in the form of kernels/tuned.json, to be copied there."""
     tables = {path.name.split("-triton-")[0]: _read(path) for path in (out / "tuning").glob("*.json")}
     if tables:
-        (out / "tuned.json").write_text(json.dumps({"schema": "iwm-fast-tuned/1", "devices": tables}, indent=1) + "\n")
+        write_json(out / "tuned.json", {"schema": "iwm-fast-tuned/1", "devices": tables}, indent=1)
 
 
 def _dry(args: argparse.Namespace) -> None:
@@ -241,6 +244,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; 1 where a part did not end well."""
     args = _parser().parse_args(argv)
+    require_folder(args.out)
     if args.dry:
         _dry(args)
         return 0
@@ -262,4 +266,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program("benchmarks.gpu_suite", main))

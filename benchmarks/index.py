@@ -27,6 +27,8 @@ from PIL import Image
 
 from iwm_fast.data.files import list_images
 from iwm_fast.data.sources import open_source
+from iwm_fast.outputs import require_new_folder, require_result
+from iwm_fast.programs import run_program
 from iwm_fast.results import write_result
 
 REPEATS = 3
@@ -89,6 +91,8 @@ def main() -> None:
     parser.add_argument("--files", type=int, default=100_000)
     parser.add_argument("--json", required=True, metavar="FILE")
     given = parser.parse_args()
+    require_result(given.json)
+    require_new_folder(given.out)
     given.out.mkdir(parents=True)
     try:
         images, manifest = given.out / "images", given.out / "manifest.tsv"
@@ -113,4 +117,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program("benchmarks.index", main))

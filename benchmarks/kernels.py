@@ -13,7 +13,7 @@ writes.
 from __future__ import annotations
 
 import argparse
-import json
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -27,8 +27,10 @@ from torch.utils._pytree import tree_leaves
 from iwm_fast.benchmarks.contenders import CONTENDERS, Skipped
 from iwm_fast.benchmarks.kernel_cases import CASES, OPERATIONS, Case, at_most, inputs
 from iwm_fast.benchmarks.timing import ceilings, seconds, spread
-from iwm_fast.data.whole import write_whole_text
+from iwm_fast.outputs import require_result
 from iwm_fast.planning.environment import environment
+from iwm_fast.programs import run_program
+from iwm_fast.results import write_json
 
 __all__ = ["measure"]
 
@@ -219,15 +221,19 @@ def main() -> None:
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), metavar="NAME")
     parser.add_argument("--without", nargs="+", choices=CONTENDERS, default=[], metavar="NAME")
     args = parser.parse_args()
+    require_result(args.json)
     cases = [case for case in CASES if args.only in (None, case.operation)]
     names = [name for name in args.contenders if name not in args.without]
     made_with = environment()
 
     def save(document: dict[str, Any]) -> None:
-        write_whole_text(args.json, json.dumps(document | {"environment": made_with}) + "\n")
+        write_json(args.json, document | {"environment": made_with}, indent=None)
 
-    save(measure(cases, torch.device(args.device), args.repeats, partial(print, flush=True), names, save))
+    if str(args.json) == "-":
+        save(measure(cases, torch.device(args.device), args.repeats, partial(print, file=sys.stderr), names))
+    else:
+        save(measure(cases, torch.device(args.device), args.repeats, partial(print, flush=True), names, save))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program("benchmarks.kernels", main))

@@ -38,6 +38,8 @@ from iwm_fast.benchmarks.timing import Clocked, clocked
 from iwm_fast.config.cores import usable_cores
 from iwm_fast.engine.distributed import Ranks, start
 from iwm_fast.errors import UserError
+from iwm_fast.outputs import require_result
+from iwm_fast.programs import run_program
 from iwm_fast.quiet import quiet_third_parties
 from iwm_fast.results import write_result
 
@@ -296,6 +298,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
     args = _parser().parse_args(argv)
+    require_result(args.json)
     if args.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     elif not torch.cuda.is_available():
@@ -311,13 +314,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"peers: --shape: {', '.join(sorted(unknown))}: there are {', '.join(there)}", file=sys.stderr)
         return 2
     shapes = [there[name] for name in args.shape or there]
+    rows: list[dict[str, Any]] = []
+    body = {"device": args.device, "threads": args.threads, "rounds": args.rounds, "rows": rows}
     try:
         checkout = Checkout(args.ijepa) if args.ijepa else None
         if args.alone:
             print(json.dumps(_measure_alone(args.alone, shapes[0], args, checkout, ranks)))
             return 0
         chosen = _chosen(args.peers, checkout)
-        rows: list[dict[str, Any]] = []
         for shape in shapes:
             print(f"{shape.name}, batch {shape.batch}", file=sys.stderr, flush=True)
             if shape in timed:
@@ -328,14 +332,14 @@ def main(argv: Sequence[str] | None = None) -> int:
                 for row in found:
                     _say("  " + _line(row))
                 rows += found
-            body = {"device": args.device, "threads": args.threads, "rounds": args.rounds, "rows": rows}
             if args.json != "-":
                 write_result(args.json, "peers", body)  # after each shape: what is measured is kept
-        if args.json == "-":
-            write_result("-", "peers", body)
     except UserError as error:
         print(f"peers: {error}", file=sys.stderr)
         return 2
+    finally:
+        if args.json == "-" and rows:
+            write_result("-", "peers", body)
     return 0
 
 
@@ -344,4 +348,4 @@ def _say(line: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program("benchmarks.peers", main))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from iwm_fast.engine.distributed import start
 from iwm_fast.planning.communication import step_collectives
 from iwm_fast.planning.counting import CollectiveCounter
 from iwm_fast.planning.layout import layout_of
+from iwm_fast.programs import run_program
 from iwm_fast.quiet import quiet_third_parties
 
 __all__ = ["main"]
@@ -66,4 +68,5 @@ def main(config_file: Path, out: Path, repeats: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))
+    name, config, out, repeats = sys.argv
+    sys.exit(run_program("benchmarks.ranks", partial(main, Path(config), Path(out), int(repeats))))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from iwm_fast.benchmarks.sections import SECTIONS
+from iwm_fast.programs import run_program
 
 __all__ = ["RESULTS", "checksum", "page", "pictures", "write"]
 
@@ -116,4 +118,4 @@ def write(results: Path = RESULTS, docs: Path = _ROOT.parent / "docs") -> None:
 
 
 if __name__ == "__main__":
-    write()
+    sys.exit(run_program("benchmarks.report", write))

@@ -23,8 +23,10 @@ from iwm_fast.benchmarks.arms import interval, public
 from iwm_fast.commands.plan import tokens_of
 from iwm_fast.config import Config, load_config
 from iwm_fast.config.load import find_config
+from iwm_fast.outputs import require_result
 from iwm_fast.planning.actions import action_dim
 from iwm_fast.planning.flops import StepFlops, step_flops
+from iwm_fast.programs import run_program
 from iwm_fast.results import write_result
 
 __all__ = ["SOURCES", "count_savings"]
@@ -127,6 +129,7 @@ def main() -> int:
     parser.add_argument("--configs", nargs="+", default=list(CONFIGS))
     parser.add_argument("--quality", type=Path, help="a file of benchmarks.arms with the inexact savings as arms")
     args = parser.parse_args()
+    require_result(args.json)
     rows = [{"config": name, **count_savings(load_config(find_config(name), []))} for name in args.configs]
     body: dict[str, Any] = {"rows": rows, "command": public(sys.argv[1:])}
     if args.quality:
@@ -136,4 +139,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program("benchmarks.savings", main))

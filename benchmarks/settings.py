@@ -28,6 +28,8 @@ from iwm_fast.data.external import space_of
 from iwm_fast.engine.distributed import Ranks
 from iwm_fast.engine.loop import Trainer
 from iwm_fast.models.regions import compilations
+from iwm_fast.outputs import require_result
+from iwm_fast.programs import run_program
 from iwm_fast.results import write_result
 
 __all__ = ["measure_setting"]
@@ -98,6 +100,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, help="of torch, on a CPU")
     parser.add_argument("--device", choices=["cpu", "cuda"])
     args = parser.parse_args()
+    require_result(args.json)
     ranks = only_rank(args.device, args.threads)
     common = [f"train.global_batch={args.batch}", f"log.every_steps={_SETTLED}", *args.common]
     rows: list[dict[str, Any]] = []
@@ -108,8 +111,8 @@ def main() -> int:
         about = {"config": args.config, "setting": setting, "common": common}
         rows.append({**about, **measure_setting(configs, ranks, args.repeats)})
         if args.json != "-":
-            _print(rows[-1])
             write_result(args.json, "bench-settings", body)  # after each row: what is measured is kept
+            _print(rows[-1])
     if args.json == "-":
         write_result("-", "bench-settings", body)
     return 0
@@ -126,4 +129,4 @@ def _print(row: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program("benchmarks.settings", main))

@@ -42,13 +42,13 @@ def write_result(destination: str | Path, kind: str, body: Mapping[str, Any]) ->
     write_json(destination, {"schema": f"iwm-fast-{kind}/1", "environment": environment(), **body})
 
 
-def write_json(destination: str | Path, document: Mapping[str, Any]) -> None:
+def write_json(destination: str | Path, document: Mapping[str, Any], indent: int | None = 2) -> None:
     """Write a document to a file (its folder is made), or to stdout for ``-``.
 
     The file appears whole or not at all. Where it cannot be written, the document is printed on standard output, so
     that nothing measured is lost, and UserError is raised.
     """
-    text = json_text(document)
+    text = json_text(document, indent)
     if str(destination) == "-":
         _print(text)
         return
@@ -63,13 +63,13 @@ def write_json(destination: str | Path, document: Mapping[str, Any]) -> None:
         ) from error
 
 
-def json_text(document: Mapping[str, Any]) -> str:
+def json_text(document: Mapping[str, Any], indent: int | None = 2) -> str:
     r"""A document as text in valid UTF-8.
 
     Numbers that are not finite become null: JSON has no NaN. A byte 0xXX of a file name that is no UTF-8 is
     ``\udcXX``, which Python's json reads as the same name (``os.fsencode`` gives its bytes).
     """
-    return shown(json.dumps(_finite(document), indent=2, ensure_ascii=False, allow_nan=False)) + "\n"
+    return shown(json.dumps(_finite(document), indent=indent, ensure_ascii=False, allow_nan=False)) + "\n"
 
 
 def _print(text: str) -> str:

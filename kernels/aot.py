@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import io
 import json
 import re
 import subprocess
@@ -175,6 +176,17 @@ def main(words: list[str] | None = None) -> int:
     if INTERPRETED.value:
         print("aot: TRITON_INTERPRET=1 is set; compiling needs a process without it", file=sys.stderr)
         return 2
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal without × is no reason to lose the rows
+            stream.reconfigure(errors="backslashreplace")
+    for path in filter(None, (args.json, args.markdown, args.keep and args.keep / "cubins")):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=path.parent):
+                pass
+        except OSError as error:
+            print(f"aot: {path.parent}: cannot be written: {error.strerror}; name another folder", file=sys.stderr)
+            return 2
     reports = []
     for report in _rows(args.arch, args.keep):
         reports.append(report)

@@ -141,6 +141,8 @@ def scaling(
     body: dict[str, Any] = {"rows": []}
     if "ranks" in words:
         body["rows"] += measure_ranks(config, repeats=repeats, say=_progress)
+        if json not in (None, "-"):
+            answer(json, "bench-scaling", body)  # before the batches: what is measured is kept
     if "batches" in words:
         sizes = [size for size in BATCHES if size <= largest]
         found = measure_batches(config, only_rank("cpu", 1), sizes=sizes, repeats=repeats, say=_progress)

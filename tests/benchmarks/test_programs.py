@@ -1,0 +1,101 @@
+"""What every measuring program does before and around its work: outputs are asked for first, streams are set up."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+import iwm_fast.benchmarks
+from iwm_fast.cli import main
+from iwm_fast.errors import UserError
+
+FOLDER = Path(iwm_fast.benchmarks.__file__).resolve().parent
+PROGRAMS = sorted(path.stem for path in FOLDER.glob("*.py") if "__main__" in path.read_text(encoding="utf-8"))
+# An output below a file, and what else the program needs to come so far.
+BAD = "file/out.json"
+WORDS = {
+    "activations": ["--ijepa", "no_checkout", "--json", BAD],
+    "arms": ["demo.yaml", "--data", "d", "--out", "runs", "--arm", "a", "--json", BAD],
+    "arms, runs": ["demo.yaml", "--data", "d", "--out", "file/runs", "--arm", "a", "--json", "ok.json"],
+    "attention": ["--json", BAD],
+    "ceilings": ["--json", BAD],
+    "data": ["--json", BAD],
+    "dial": ["--data", "d", "--out", "runs", "--json", BAD],
+    "dial, runs": ["--data", "d", "--out", "file/runs", "--json", "ok.json"],
+    "dial, picture": ["--data", "d", "--out", "runs", "--json", "ok.json", "--picture", BAD],
+    "draw_arms": ["results.json", BAD],
+    "draw_data": ["results.json", BAD],
+    "draw_kernels": ["results.json", BAD],
+    "draw_rollouts": [BAD, "a=results.json"],
+    "engine": ["--json", BAD],
+    "finetune": ["run", "--data", "d", "--json", BAD],
+    "gpu_suite": ["--device", "cpu", "--out", "file/out"],
+    "index": ["--out", "scratch", "--json", BAD],
+    "index, scratch": ["--out", "file/scratch", "--json", "ok.json"],
+    "kernels": ["--json", BAD],
+    "peers": ["--device", "cpu", "--json", BAD],
+    "savings": ["--json", BAD],
+    "train": ["--scratch", "scratch", "--json", BAD],
+    "train, scratch": ["--scratch", "file/scratch", "--json", "ok.json"],
+    "settings": ["train.compile=true", "--json", BAD],
+}
+INNER = {"ranks", "report"}  # one is started by bench scaling, one writes into the tree
+
+
+def test_every_program_is_tried():
+    assert {name.split(",")[0] for name in WORDS} | INNER == set(PROGRAMS)
+
+
+@pytest.mark.parametrize("case", WORDS)
+def test_an_output_that_cannot_be_written_is_refused_before_anything_is_measured(case, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.setattr(sys, "argv", ["program", *WORDS[case]])
+    program = importlib.import_module(f"iwm_fast.benchmarks.{case.split(',')[0]}")
+    with pytest.raises(UserError, match=r"file/\w+(\.json)?: cannot be written: Not a directory; \w+ another"):
+        program.main()
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_every_program_sets_up_its_streams(name):
+    text = (FOLDER / f"{name}.py").read_text(encoding="utf-8")
+    assert re.search(rf'__main__":\n(.*\n)?    sys\.exit\(run_program\("benchmarks\.{name}", ', text)
+
+
+COMMANDS = {
+    "data": ["bench", "data", "--json", BAD],
+    "step": ["bench", "step", "--json", BAD],
+    "kernels": ["bench", "kernels", "--json", BAD],
+    "scaling": ["bench", "scaling", "--json", BAD],
+    "compare": ["bench", "compare", "a.json", "b.json", "--json", BAD],
+    "profile": ["profile", "demo", "--out", "file/out"],
+    "plan": ["plan", "demo", "--plot", BAD],
+    "plan, json": ["plan", "demo", "--json", BAD],
+    "preview": ["data", "preview", "images", "--out", "file/out"],
+    "synth": ["data", "synth", "--out", "file/out"],
+    "shard": ["data", "shard", "images", "--out", "file/out"],
+    "verify": ["data", "verify", "images", "--json", BAD],
+    "finetune": ["finetune", "run", "--data", "images", "--out", "file/out"],
+    "export": ["export", "run", "--out", "file/out"],
+    "universal": ["export", "run", "--out", "file/out", "--layout", "universal"],
+    "doctor": ["doctor", "--json", BAD],
+    "demo": ["demo", "--out", "demo", "--json", BAD],
+    "pretrain": ["pretrain", "demo", "data.root=images", "--out", "file/out"],
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_refuses_it_in_one_line(name, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("mine")
+    assert main([*COMMANDS[name]]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    (line,) = shown.err.splitlines()
+    assert re.fullmatch(r"iwm-fast: .*file(/\w+(\.json)?)?: .*Not a directory.*", line)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
