@@ -12,6 +12,7 @@ from typing import Any
 from iwm_fast.config import Config
 from iwm_fast.engine.distributed import Ranks
 from iwm_fast.engine.interconnect import Interconnect
+from iwm_fast.errors import UserError, because
 from iwm_fast.planning.environment import environment
 
 __all__ = ["describe_run"]
@@ -43,10 +44,15 @@ def describe_run(file: Path, config: Config, ranks: Ranks, step: int, measured: 
 
 
 def _earlier(file: Path) -> list[dict[str, Any]]:
-    """Starts that are told of already; a file of another kind, or none, tells of none."""
+    """Starts that are told of already; a file of another kind, or none, tells of none.
+
+    UserError where it may not be read.
+    """
     try:
         document = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (FileNotFoundError, ValueError):
         return []
+    except OSError as error:  # written anew, it would tell of none
+        raise UserError(f"{file}: cannot be read ({because(error)})") from error
     starts = document.get("starts") if isinstance(document, dict) else None
     return starts if isinstance(starts, list) else []

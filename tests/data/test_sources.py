@@ -323,6 +323,25 @@ def test_a_class_folder_on_a_disk_of_its_own_that_goes_away_is_waited_for(tmp_pa
         images.read(0)
 
 
+def test_a_class_folder_that_is_a_mount_is_waited_for_when_it_drops(tmp_path, monkeypatch):
+    """What a mount leaves behind is an empty folder, as somebody does who clears one."""
+    write_classes(tmp_path, 4)
+    mount = str(tmp_path / "cat")
+    real = os.stat
+
+    def on_another_disk(path, *rest, **more):
+        found = real(path, *rest, **more)
+        return os.stat_result((*found[:2], found.st_dev + 1, *found[3:])) if path == mount else found
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "stat", on_another_disk)
+        images = list_images(tmp_path)
+    shutil.rmtree(mount)
+    Path(mount).mkdir()
+    with pytest.raises(DataGone, match="cat: the data folder is empty"):
+        images.read(0)
+
+
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
 def test_what_this_process_cannot_do_is_no_bad_sample(tmp_path, monkeypatch, number):
     write_classes(tmp_path, 2)

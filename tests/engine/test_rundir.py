@@ -1,10 +1,13 @@
+import errno
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from iwm_fast.config import Config
+from iwm_fast.engine import provenance
 from iwm_fast.engine.rundir import RunDirectory
 from iwm_fast.errors import UserError
 
@@ -44,3 +47,16 @@ def test_lines_after_the_checkpoint_and_torn_lines_are_dropped_and_the_rest_is_k
     run.metrics_file.write_text("".join(lines) + '{"step": 13, "lo')
     run.drop_metrics_after(10)
     assert run.metrics_file.read_text() == "".join(lines[:3])
+
+
+def test_earlier_starts_that_may_not_be_read_are_not_forgotten(tmp_path, monkeypatch):
+    file = tmp_path / "environment.json"
+    file.write_text('{"starts": [{"step": 3}]}')
+    assert provenance._earlier(file) == [{"step": 3}]
+
+    def refuse(path, **_):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    with pytest.raises(UserError, match=r"environment\.json: cannot be read \(Permission denied; check its owner"):
+        provenance._earlier(file)
