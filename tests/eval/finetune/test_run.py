@@ -184,13 +184,20 @@ def test_a_mask_that_cannot_be_one_is_named(run, segments, tmp_path, capsys, har
     line = refused(capsys, run, "data.max_bad_fraction=0", "--data", tmp_path / "drawn", "--mode", "linear")
     assert str(path) in line
     assert words in line
-    wanted = [run, "--data", tmp_path / "drawn", "--mode", "linear", "--steps", 1, "--json", tmp_path / "a.json"]
-    assert finetune(*wanted) == 0  # 1 of 120 is below the limit of one in a hundred
-    left_out = answered(tmp_path / "a.json")["left_out"]["train"]
-    assert (left_out["count"], left_out["of"]) == (1, 120)
+
+
+def test_a_mask_that_cannot_be_used_is_left_out_aloud_below_the_limit(run, segments, tmp_path, capsys):
+    shutil.copytree(segments, tmp_path / "drawn")
+    path = tmp_path / "drawn" / "train" / "masks" / "00003.png"
+    path.unlink()
+    words = [run, "--data", tmp_path / "drawn", "--mode", "linear", "--steps", 1, "--json", tmp_path / "a.json"]
+    assert finetune(*words) == 0  # 1 of 120, and the limit is one in a hundred
+    found = answered(tmp_path / "a.json")
+    left_out = found["left_out"]["train"]
+    assert (left_out["count"], left_out["of"], found["train_images"] + found["held_out_images"]) == (1, 120, 119)
     assert left_out["files"][0]["file"] == str(path)
-    assert words in left_out["files"][0]["reason"]
-    assert f"train: 1 of 120 images left out: {path} (" in capsys.readouterr().out
+    assert "is missing: each image of" in left_out["files"][0]["reason"]
+    assert f"train: 1 of 120 images left out: {path} (is missing" in capsys.readouterr().out
 
 
 def test_a_path_may_have_an_equals_sign_and_a_task_a_name(tmp_path, monkeypatch):
