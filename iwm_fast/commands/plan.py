@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from iwm_fast.commands.options import CONFIG_HELP, Json, Overrides, answer
+from iwm_fast.errors import UserError
 from iwm_fast.outputs import require_file
 
 if TYPE_CHECKING:
@@ -71,6 +72,8 @@ def plan(
     from iwm_fast.planning.scaling import draw_scaling, scaling
 
     device = find_device(gpu)
+    if results is not None and not results.is_dir():
+        raise UserError(f"--results {results}: no such folder; name one with results of bench step, or leave it out")
     planner = planner_of(loaded)
     origin = results or packaged_results()
     rate = compute_rate(device, planner.operations, origin, mfu, loaded.train.precision)

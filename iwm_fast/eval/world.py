@@ -1,16 +1,26 @@
 """A trained world model to work with from Python: encode, predict, rank, and find the action between two images.
 
     world = iwm_fast.load("runs/a")
+    features = world.encode("cat.jpg")
     pictures = world.read(["cat.jpg", "dog.jpg"])
     brighter = world.predict(pictures, {"brightness": 0.3})
     nearest = world.rank(pictures, {"brightness": 0.3}, bank).order[:, 0]
     world.infer(pictures[0], other).values["brightness"]
 
 Shapes: B images of S × S pixels, L patches each, D numbers a token, A components of an action, N items of a bank.
+
+Images are paths, PIL images, uint8 arrays or tensors (S, S, 3) with channels last, batches (B, S, S, 3), or lists of
+these. Files and PIL images of another size are cropped to the centred square and resized, as evaluation does; arrays
+and tensors are taken as they are.
+
+Actions are physical values by name, one mapping for all images or a list with one for each, or vectors (A,) or (B, A).
+What training never drew is answered with a `UserWarning`, because the prediction extrapolates; what no action can be
+(an unknown name, a flag of 0.5, a number that is not finite) is refused. Mistakes raise `iwm_fast.errors.UserError`.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,28 +29,25 @@ from typing import Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from iwm_fast.actions import ActionSpace
 from iwm_fast.config import ActionsConfig
-from iwm_fast.data.clean import load_clean
+from iwm_fast.data.external import ExternalSpace
 from iwm_fast.data.files import ImageSet
-from iwm_fast.data.sources.folder import FolderSource
-from iwm_fast.data.sources.storage import LocalStorage
 from iwm_fast.engine.loading import EXPORT_FILE, default_device, load_export, load_model
 from iwm_fast.errors import UserError
 from iwm_fast.eval.distances import euclidean, unit_means
 from iwm_fast.eval.features import EncoderName, default_encoder
-from iwm_fast.eval.inference import jitter_bounds, search_action
+from iwm_fast.eval.inference import search_action
+from iwm_fast.eval.pictures import Images, as_pictures, read_files
+from iwm_fast.eval.ranges import at_bound, checked_values, search_box, warn, warn_outside
 from iwm_fast.models.iwm import IWM
 
 __all__ = ["Action", "Images", "Inferred", "Ranking", "WorldModel", "load_world"]
 
-# uint8 RGB (S, S, 3) or (B, S, S, 3); a picture of Pillow's in any mode; or several of either.
-Images = Tensor | np.ndarray | Image.Image | Sequence["Tensor | np.ndarray | Image.Image"]
 # Physical values by name (what is not named is neutral; of jitter, target minus source), or vectors (A,) or (B, A).
-Action = Mapping[str, float] | np.ndarray | Tensor | Sequence[float]
+Action = Mapping[str, float] | Sequence[Mapping[str, float]] | np.ndarray | Tensor | Sequence[float]
 
 
 @dataclass(frozen=True)
@@ -56,13 +63,15 @@ class Inferred:
     """The action that explains a target best: as a vector (A,) float32 and as physical values by name.
 
     distance: L2 over all tokens from the prediction under that action to the target; distance_neutral: the same for the
-    prediction of no change.
+    prediction of no change. at_bound: the components that the search left at an end of what it was allowed, so that the
+    true action may lie beyond it; an end that is natural (a flag's 0 and 1, a sigma of 0) does not count.
     """
 
     action: NDArray[np.float32]
     values: dict[str, float]
     distance: float
     distance_neutral: float
+    at_bound: tuple[str, ...] = ()
 
 
 class WorldModel:
@@ -96,23 +105,21 @@ class WorldModel:
         """Where it computes, and where its tensors lie."""
         return next(self.model.parameters()).device
 
-    def read(self, files: ImageSet | Sequence[Path | str]) -> Tensor:
+    def read(self, files: ImageSet | Sequence[str | os.PathLike[str]] | str | os.PathLike[str]) -> Tensor:
         """Image files as evaluation reads them: upright, the centred largest square, resized; uint8 (n, S, S, 3).
 
-        Or images of any source, from `data.files.list_images`. UserError naming the first that cannot be decoded.
+        One file, several, or images of any source from `data.files.list_images`. UserError naming the first that is
+        missing, a folder, or cannot be decoded.
         """
-        images = files if isinstance(files, ImageSet) else _image_set(files)
-        parts = []
-        for clean in load_clean(images, self.image_size) if len(images) else ():
-            if clean.failed:
-                row, reason = next(iter(clean.failed.items()))
-                raise UserError(f"{images.name(row)}: {reason}")
-            parts.append(clean.images.cpu())
-        return torch.cat(parts) if parts else torch.zeros(0, self.image_size, self.image_size, 3, dtype=torch.uint8)
+        if isinstance(files, str | os.PathLike):
+            files = [files]
+        if not isinstance(files, ImageSet | list | tuple):
+            files = list(files)
+        return read_files(files, self.image_size)
 
     @torch.no_grad()
     def encode(self, images: Images, which: EncoderName | None = None) -> Tensor:
-        """Tokens (B, L, D) float32 of all patches.
+        """Tokens (B, L, D) float32 of all patches, on the model's device; their mean over L is what k-NN reads.
 
         ``which``: the "context" encoder, which the predictor reads, or the "target" encoder, whose features serve other
         tasks best; default: the target's where it is a moving average of its own.
@@ -131,7 +138,7 @@ class WorldModel:
     def predict(self, images: Images, action: Action) -> Tensor:
         """The representation (B, L, D) float32 that the images would have after the action: compare with `targets`.
 
-        One action for all images, or one an image.
+        One action for all images, or one per image. Warns where the action lies outside of what training drew.
         """
         pictures = self._pictures(images)
         rows = self.vector(action)
@@ -139,8 +146,8 @@ class WorldModel:
             rows = np.tile(rows, (len(pictures), 1))
         if len(rows) != len(pictures):
             raise UserError(f"action has {len(rows)} rows for {len(pictures)} images: give one action, or one an image")
-        told = torch.from_numpy(rows).to(self.device)
-        parts = zip(pictures.split(self._chunk), told.split(self._chunk), strict=True)
+        actions = torch.from_numpy(rows).to(self.device)
+        parts = zip(pictures.split(self._chunk), actions.split(self._chunk), strict=True)
         return torch.cat([self._answer(self.model.encode(part.to(self.device)), row) for part, row in parts])
 
     @torch.no_grad()
@@ -154,11 +161,17 @@ class WorldModel:
         """
         if distance not in ("l2", "cosine"):
             raise UserError(f"distance is {distance!r}: it is l2 or cosine")
+        if isinstance(bank, np.ndarray) and bank.dtype.kind == "f":
+            bank = torch.from_numpy(bank)
         known = isinstance(bank, Tensor) and bank.is_floating_point()
-        items = bank.to(self.device) if known and isinstance(bank, Tensor) else self.targets(bank)
+        items = bank.to(self.device).float() if known and isinstance(bank, Tensor) else self.targets(bank)
         asked = self.predict(images, action)
-        if items.ndim != 3 or items.shape[1:] != asked.shape[1:]:
-            raise UserError(f"bank is {tuple(items.shape)}: its items are targets of shape {tuple(asked.shape[1:])}")
+        if items.ndim != 3 or items.shape[1:] != asked.shape[1:] or not len(items):
+            raise UserError(
+                f"bank is {tuple(items.shape)}: its items are targets of shape {tuple(asked.shape[1:])}, one or more"
+            )
+        if not bool(items.isfinite().all()):
+            raise UserError("bank has numbers that are not finite; its items are what targets gives")
         pairs = (asked.flatten(1), items.flatten(1)) if distance == "l2" else (unit_means(asked), unit_means(items))
         distances = euclidean(*pairs).cpu().numpy()
         return Ranking(np.argsort(distances, axis=1, kind="stable"), distances)
@@ -170,39 +183,65 @@ class WorldModel:
         """The action that explains one target image from one source image, by search through the predictor.
 
         ``bounds``: the components that are searched with their lowest and highest physical values; the others stay
-        neutral. Default: the colour jitter that training drew, as far as two of its views can be apart.
+        neutral. Default: the colour jitter that training drew, as far as two of its views can be apart; of external
+        actions, what the manifest declares, or every choice. ``at_bound`` of the answer names the components that the
+        search left at an end, and a warning says so.
         """
         pair = [self._pictures(source), self._pictures(target)]
         if any(len(one) != 1 for one in pair):
             raise UserError(f"source and target are {len(pair[0])} and {len(pair[1])} images: give one of each")
         z, wanted = self.model.encode(pair[0].to(self.device)), self.targets(pair[1])[0]
-        box = jitter_bounds(self.actions, self.space) if bounds is None else self._box(bounds)
 
         def answer(rows: Tensor) -> Tensor:
             parts = rows.split(self._chunk)
             return torch.cat([self._answer(z.expand(len(part), -1, -1), part) for part in parts])
 
-        found = search_action(answer, wanted, box)
         neutral = answer(torch.zeros(1, self.space.dim, device=self.device))[0]
-        values = {name: float(value[0]) for name, value in self.space.decode(found.action[None]).items()}
-        return Inferred(found.action, values, found.distance, float((neutral - wanted).double().norm()))
+        unmoved = float((neutral - wanted).double().norm())
+        if isinstance(self.space, ExternalSpace) and self.space.external.kind == "discrete":
+            if bounds is not None:
+                raise UserError("bounds: the actions are choices, and all of them are tried; leave bounds out")
+            choices = torch.eye(self.space.dim, device=self.device)
+            far = (answer(choices) - wanted).double().flatten(1).norm(dim=1)
+            best = int(far.argmin())
+            action = np.eye(self.space.dim, dtype=np.float32)[best]
+            return Inferred(action, self._values(action), float(far[best]), unmoved)
+        box = search_box(bounds, self.actions, self.space)
+        found = search_action(answer, wanted, box)
+        stuck = at_bound(found.action, box, self.space)
+        if stuck:
+            warn(f"infer ended at the end of what was searched in {', '.join(stuck)}: the action may lie beyond it")
+        return Inferred(found.action, self._values(found.action), found.distance, unmoved, stuck)
 
     def vector(self, action: Action) -> NDArray[np.float32]:
-        """An action as the predictor is told it: float32 (A,) of named values, (A,) or (B, A) of vectors."""
-        if isinstance(action, Mapping):
-            try:
-                return self.space.vector(action)
-            except ValueError as error:
-                raise UserError(f"action: {error}") from error
-        rows = np.asarray(action.cpu() if isinstance(action, Tensor) else action, np.float32)
-        if rows.ndim not in (1, 2) or rows.shape[-1] != self.space.dim:
-            names = ", ".join(self.action_names)
-            raise UserError(f"action is {rows.shape}: it has {self.space.dim} numbers ({names}), or is named values")
+        """An action as the predictor is given it: float32 (A,) of named values, (A,) or (B, A) of vectors.
+
+        UserError for a name, a value or a number of values that no action has; warns outside of what training drew.
+        """
+        rows = self._rows(action)
+        warn_outside(rows.reshape(-1, self.space.dim), self.actions, self.space)
         return rows
 
-    def _box(self, bounds: Mapping[str, tuple[float, float]]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        ends = [self.vector({name: pair[end] for name, pair in bounds.items()}) for end in (0, 1)]
-        return np.minimum(*ends), np.maximum(*ends)
+    def _rows(self, action: Action) -> NDArray[np.float32]:
+        if isinstance(action, Mapping):
+            return self.space.vector(checked_values(action, self.space))
+        if isinstance(action, list | tuple) and action and all(isinstance(one, Mapping) for one in action):
+            return np.stack([self._rows(one) for one in action])
+        names = ", ".join(self.action_names)
+        wanted = f"it has {self.space.dim} numbers ({names}), or is named values"
+        try:
+            rows = np.asarray(action.detach().cpu() if isinstance(action, Tensor) else action, np.float32)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"action is {action!r:.60}: {wanted}") from error
+        if rows.ndim not in (1, 2) or rows.shape[-1] != self.space.dim:
+            raise UserError(f"action is {rows.shape}: {wanted}")
+        return rows
+
+    def _values(self, action: NDArray[np.float32]) -> dict[str, float]:
+        values = {name: float(value[0]) for name, value in self.space.decode(action[None]).items()}
+        if values.get("blur_sigma", 0.0) > 0:  # of the two that say it, the number counts, as in `ActionSpace.vector`
+            values["blur"] = 1.0
+        return values
 
     def _answer(self, z: Tensor, action: Tensor) -> Tensor:
         return self.model.predict(z, action).float()
@@ -211,37 +250,17 @@ class WorldModel:
         return torch.cat([network(part.to(self.device)).float() for part in pictures.split(self._chunk)])
 
     def _pictures(self, images: Images) -> Tensor:
-        """Whatever was given as uint8 (B, S, S, 3)."""
-        if isinstance(images, list | tuple):
-            if not images:
-                raise UserError("images: there is none")
-            return torch.cat([self._pictures(image) for image in images])
-        if isinstance(images, Image.Image):
-            images = np.asarray(images.convert("RGB"))
-        given = images if isinstance(images, Tensor) else torch.from_numpy(np.array(images))
-        pictures = given[None] if given.ndim == 3 else given
-        size = self.image_size
-        if pictures.dtype != torch.uint8 or pictures.ndim != 4 or tuple(pictures.shape[1:]) != (size, size, 3):
-            found = f"{str(given.dtype).removeprefix('torch.')} {tuple(given.shape)}"
-            raise UserError(
-                f"images are {found}: this model takes uint8 ({size}, {size}, 3), alone or in a batch; "
-                "WorldModel.read crops and resizes image files"
-            )
-        if not len(pictures):
-            raise UserError("images: there is none")
-        return pictures
+        return as_pictures(images, self.image_size)
 
 
-def _image_set(files: Sequence[Path | str]) -> ImageSet:
-    """Files of any folder, as the source that they would be if the whole disk were one folder of images."""
-    return ImageSet(FolderSource(LocalStorage(Path("/")), [str(Path(file).absolute())[1:] for file in files]))
-
-
-def load_world(path: Path, *, checkpoint: str = "latest", device: str | None = None) -> WorldModel:
+def load_world(path: Path, *, checkpoint: str = "latest", device: str | torch.device | None = None) -> WorldModel:
     """The world model of a run's folder or of an export. UserError where it is neither, or damaged.
 
     ``checkpoint``: of a run, latest or a name such as step_000500. ``device``: default the GPU where there is one.
     """
+    place = default_device() if device is None else _device(device)
+    if not isinstance(checkpoint, str):
+        raise UserError(f"checkpoint is {checkpoint!r}: it is latest, or a name such as step_000500")
     if (path / EXPORT_FILE).exists() and not (path / "config.yaml").exists():
         if checkpoint != "latest":
             raise UserError(f"{path}: an export, which holds one checkpoint; leave out {checkpoint}")
@@ -249,4 +268,16 @@ def load_world(path: Path, *, checkpoint: str = "latest", device: str | None = N
     else:
         model, config, space, step = load_model(path, checkpoint)
         actions = config.actions
-    return WorldModel(model.to(device or default_device()), actions, space, step=step)
+    return WorldModel(model.to(place), actions, space, step=step)
+
+
+def _device(name: str | torch.device) -> torch.device:
+    """UserError where torch has no such device, or sees none here."""
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError) as error:
+        raise UserError(f"device is {name!r}: it is cpu, cuda, or cuda:1 and so on") from error
+    count = torch.cuda.device_count()
+    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and (device.index or 0) >= count):
+        raise UserError(f"device is {str(name)!r}: torch sees {count} GPU(s) here; iwm-fast doctor says more")
+    return device
