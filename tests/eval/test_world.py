@@ -365,7 +365,7 @@ DAMAGE = {
         r"encoder\.safetensors: .* is not that of config.json beside it",
     ),
     "other version": (lambda d: reword(d / "config.json", schema="iwm-fast-export/9"), "schema is 'iwm-fast-export/9'"),
-    "no JSON": (lambda d: cut(d / "config.json"), "config.json: cannot be read"),
+    "no JSON": (lambda d: cut(d / "config.json"), r"config.json: not as exported "),
     "no model": (lambda d: reword(d / "config.json", model={"patch": "x"}), "config.json: not as exported"),
 }
 
