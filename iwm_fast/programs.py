@@ -16,7 +16,7 @@ __all__ = ["CtrlC", "one_line", "run_program"]
 
 _INTERRUPTED = 128 + signal.SIGINT
 # After Ctrl-C: what threads of libraries get to end by themselves.
-_GRACE_S = 5.0
+_GRACE_S = 2.0
 
 
 class CtrlC(Exception):  # noqa: N818  (a circumstance)

@@ -15,6 +15,7 @@ from store import FaultyStore, moto_server, upload
 from iwm_fast.actions import ActionSpace
 from iwm_fast.data.encoded import BadSample
 from iwm_fast.data.files import divide, list_images, split
+from iwm_fast.data.identity import difference, identity_of
 from iwm_fast.data.index import write_index
 from iwm_fast.data.loader import TrainingStream
 from iwm_fast.data.shards import write_shards
@@ -338,3 +339,15 @@ def test_waiting_ends_when_the_storage_is_closed(store, folder):
     with pytest.raises(UserError, match="1 attempts failed"):
         storage.read("cat/000.jpg")
     assert time.monotonic() - began < 20  # 50 attempts would take eight minutes
+
+
+def test_a_copy_in_a_store_is_the_same_data_and_sizes_come_with_the_list(store, folder):
+    upload(store.url, folder, "moved", "train/")
+    here = identity_of(list_images(folder))
+    images = list_images("s3://moved/train/")
+    store.requests.clear()
+    assert identity_of(images) == here
+    assert [method for method, _, _ in store.requests] == ["GET"]
+    (folder / "more").mkdir()
+    write_classes(folder / "more", 1)
+    assert difference(identity_of(list_images(folder)), here, images).startswith("13 samples, ")
