@@ -8,6 +8,7 @@ import threading
 from typing import Any
 
 from iwm_fast.errors import UserError
+from iwm_fast.streams import shown
 
 __all__ = ["PrometheusSink"]
 
@@ -22,7 +23,7 @@ class PrometheusSink:
 
     def __init__(self, host: str, port: int, run: str) -> None:
         self._text = b""
-        self._run = run.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+        self._run = shown(run).replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
         sink = self
 
         class Page(http.server.BaseHTTPRequestHandler):

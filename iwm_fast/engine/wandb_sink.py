@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from iwm_fast.errors import UserError
+from iwm_fast.streams import shown
 
 __all__ = ["WandbSink"]
 
@@ -31,7 +32,7 @@ class WandbSink:
         try:
             self._run: Any = wandb.init(
                 project=project,
-                name=directory.resolve().name,
+                name=shown(directory.resolve().name),
                 id=remembered.read_text().strip(),
                 resume="allow",
                 dir=str(directory),

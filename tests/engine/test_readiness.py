@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 import socket
+import urllib.request
 
 import pytest
 from made_images import write_images
 from small_run import losses, metrics, small_config
 
 from iwm_fast.engine import checkpoint, monitor, pretrain, readiness
+from iwm_fast.engine.sinks import open_sinks
 from iwm_fast.errors import UserError
 
 EVALUATED = {"train__steps": 4, "eval__every_steps": 3, "eval__mrr_images": 2, "eval__bank": 4}
@@ -123,3 +126,23 @@ def test_an_evaluation_that_fails_loses_no_step(fault, words, tiny_images, tmp_p
         pretrain(config, tmp_path / "run", "auto")
         pretrain(small_config(tiny_images, train__steps=4), tmp_path / "unbroken")
         assert losses(tmp_path / "run") == losses(tmp_path / "unbroken")
+
+
+def test_a_run_whose_name_is_no_utf8_has_its_metrics_everywhere(tiny_images, tmp_path):
+    run = tmp_path / os.fsdecode(b"caf\xe9")
+    config = small_config(tiny_images, log__tensorboard=True, log__prometheus_port=free_port())
+    sinks = open_sinks(config, run, run / "tensorboard")
+    for sink in sinks:
+        sink.write({"step": 1, "loss": 0.5})
+    text = urllib.request.urlopen(f"http://127.0.0.1:{config.log.prometheus_port}/metrics", timeout=9).read().decode()
+    for sink in sinks:
+        sink.close()
+    assert "caf\\\\udce9" in text
+    (events,) = (run / "tensorboard").iterdir()
+    assert b"loss" in events.read_bytes()
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
