@@ -22,6 +22,7 @@ from torch import Tensor
 from iwm_fast.engine.checkpoint_index import Piece, read_index
 from iwm_fast.engine.shards import file_sum, shard_fault
 from iwm_fast.errors import UserError, because
+from iwm_fast.utf8_names import utf8_name
 
 __all__ = ["FORMAT", "INDEX", "LATEST", "MANIFEST", "Checkpoint", "Fragment", "damage", "newest", "step_of", "steps"]
 
@@ -210,7 +211,8 @@ class Checkpoint:
     def _read(self, piece: Piece, first: int, last: int) -> Tensor:
         try:
             if piece.file not in self._open:
-                self._open[piece.file] = safe_open(self.path / piece.file, framework="pt")
+                with utf8_name(self.path / piece.file) as name:
+                    self._open[piece.file] = safe_open(name, framework="pt")
             part: Tensor = self._open[piece.file].get_slice(piece.key)[first:last]
         except (OSError, SafetensorError) as error:
             raise UserError(f"{self.path / piece.file}: cannot be read ({error}); use another checkpoint") from error

@@ -21,6 +21,7 @@ from iwm_fast.engine.checkpoint_paths import chosen_checkpoint, whole_checkpoint
 from iwm_fast.engine.state import restore_module
 from iwm_fast.errors import UserError, because
 from iwm_fast.models.iwm import IWM
+from iwm_fast.utf8_names import utf8_name
 
 __all__ = ["EXPORT_FILE", "EXPORT_SCHEMA", "default_device", "find_checkpoint", "load_export", "load_model"]
 
@@ -104,7 +105,8 @@ def _described(folder: Path) -> Mapping[str, Any]:
 def _fill(module: nn.Module, path: Path) -> None:
     """Copy a file's tensors into a module whose parameters they are, all of them and no other."""
     try:
-        found = load_file(path)
+        with utf8_name(path) as name:
+            found = load_file(name)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be read whole ({error}); export the run again") from error
     own = module.state_dict()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from iwm_fast.errors import UserError
 from iwm_fast.models.iwm import IWM
 from iwm_fast.models.whole import WholeEncoder, WholePredictor
+from iwm_fast.utf8_names import utf8_name
 
 __all__ = ["OPSET", "write_onnx"]
 
@@ -69,7 +70,8 @@ def _write(module: nn.Module, inputs: dict[str, Tensor], output: str, path: Path
             dynamo=True,
         )
         assert program is not None  # with a path it would be
-        program.save(path)
+        with utf8_name(path) as name:
+            program.save(name)
         want = module(*inputs.values()).numpy()
     found = _run(path, {name: value.numpy() for name, value in inputs.items()})
     error = float(np.abs(found - want).max() / np.abs(want).max())
@@ -82,7 +84,8 @@ def _write(module: nn.Module, inputs: dict[str, Tensor], output: str, path: Path
 def _run(path: Path, inputs: dict[str, np.ndarray]) -> np.ndarray:
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    with utf8_name(path) as name:
+        session = onnxruntime.InferenceSession(name, providers=["CPUExecutionProvider"])
     return np.asarray(session.run(None, inputs)[0])
 
 

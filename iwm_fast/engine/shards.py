@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from iwm_fast.data.whole import sync_open
+from iwm_fast.utf8_names import utf8_name
 
 __all__ = ["file_sum", "shard_fault", "write_shard", "write_tensors"]
 
@@ -87,7 +88,7 @@ def _bytes(tensor: Tensor) -> memoryview:
 def shard_fault(path: Path, lengths: Mapping[str, int], metadata: Mapping[str, str]) -> str | None:
     """What the file's header contradicts of the fragments (key: elements) it should hold, or None."""
     try:
-        with safe_open(path, framework="pt") as shard:
+        with utf8_name(path) as file, safe_open(file, framework="pt") as shard:
             found = shard.metadata() or {}
             for name, expected in metadata.items():
                 if found.get(name, expected) != expected:

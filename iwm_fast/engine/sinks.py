@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
 from iwm_fast.config import Config
-from iwm_fast.streams import shown
+from iwm_fast.utf8_names import utf8_name
 
 __all__ = ["Sink", "open_sinks"]
 
@@ -26,12 +26,9 @@ class _TensorBoard:
     def __init__(self, folder: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._folder, name = None, str(folder)
-        if shown(name) != name:  # its writer encodes names in UTF-8: one that is none is reached by a descriptor
-            folder.mkdir(parents=True, exist_ok=True)
-            self._folder = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-            name = f"/proc/self/fd/{self._folder}"
-        self._board: Any = SummaryWriter(name)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._name = ExitStack()  # held while files may be opened in the folder
+        self._board: Any = SummaryWriter(self._name.enter_context(utf8_name(folder)))
 
     def write(self, record: dict[str, Any]) -> None:
         for key, value in record.items():
@@ -40,8 +37,7 @@ class _TensorBoard:
 
     def close(self) -> None:
         self._board.close()
-        if self._folder is not None:
-            os.close(self._folder)
+        self._name.close()
 
 
 def open_sinks(config: Config, directory: Path, tensorboard: Path) -> list[Sink]:

@@ -12,7 +12,9 @@ import pytest
 from made_images import write_images
 from small_run import losses, metrics, small_config
 
+import iwm_fast
 from iwm_fast.engine import checkpoint, monitor, pretrain, readiness
+from iwm_fast.engine.export import export_run
 from iwm_fast.engine.sinks import open_sinks
 from iwm_fast.errors import UserError
 
@@ -140,6 +142,15 @@ def test_a_run_whose_name_is_no_utf8_has_its_metrics_everywhere(tiny_images, tmp
     assert "caf\\\\udce9" in text
     (events,) = (run / "tensorboard").iterdir()
     assert b"loss" in events.read_bytes()
+
+
+def test_a_run_whose_name_is_no_utf8_resumes_and_is_exported(tiny_images, tmp_path):
+    run, out = (tmp_path / os.fsdecode(name) for name in (b"caf\xe9", b"th\xe9"))
+    pretrain(small_config(tiny_images, train__steps=1), run)
+    pretrain(small_config(tiny_images, train__steps=2), run, "auto")
+    assert [record["step"] for record in metrics(run)] == [1, 2]
+    export_run(run, out)
+    assert iwm_fast.load(out).step == 2
 
 
 def free_port():

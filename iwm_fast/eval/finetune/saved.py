@@ -21,6 +21,7 @@ from iwm_fast.eval.finetune.modes import Mode, reader_builder
 from iwm_fast.models.iwm import IWM
 from iwm_fast.models.reader import HeadShape, Reader
 from iwm_fast.outputs import require_new_folder
+from iwm_fast.utf8_names import utf8_name
 
 __all__ = ["Finetuned", "load_finetuned", "require_absent", "save_finetuned"]
 
@@ -93,7 +94,8 @@ def load_finetuned(out: Path) -> Finetuned:
         shapes = {name: HeadShape(task["classes"], task["dense"]) for name, task in tasks.items()}
         model = IWM(ModelConfig.model_validate(record["model"]), record["action_dim"])
         reader = reader_builder(model, record["mode"], "random", shapes, "context")()
-        state = load_file(out / _WEIGHTS)
+        with utf8_name(out / _WEIGHTS) as name:
+            state = load_file(name)
         encoder = {
             name.removeprefix("encoder."): state.pop(name) for name in list(state) if name.startswith("encoder.")
         }
