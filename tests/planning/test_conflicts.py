@@ -1,10 +1,10 @@
-import json
+from types import SimpleNamespace
 
 import pytest
 
-from iwm_fast.cli import main
 from iwm_fast.config import load_config, packaged_config
 from iwm_fast.errors import UserError
+from iwm_fast.planning.answer import ImageCount, warnings
 from iwm_fast.planning.conflicts import conflicts, require_a_step
 
 
@@ -90,10 +90,8 @@ def test_half_a_step_is_one():
     require_a_step(config("train.epochs=1", "train.global_batch=8"), 4)
 
 
-def test_the_plan_says_so_too(tmp_path, capsys):
-    words = ["plan", "vit_base_p16_224_equi.yaml", "--images", "20000", "--results", str(tmp_path)]
-    assert main([*words, "--json", str(tmp_path / "p.json")]) == 0
-    said = "train.warmup is 25,022 steps and the training 2,930: the learning rate never reaches its peak"
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(f"note: {said}")]
-    assert len(lines) == 1
-    assert lines[0].removeprefix("note: ") in json.loads((tmp_path / "p.json").read_text())["warnings"]
+@pytest.mark.parametrize(("origin", "said"), [("given", 1), ("counted", 1), ("assumed", 0)])
+def test_the_plan_says_so_too_of_images_that_are_known(origin, said):
+    time = SimpleNamespace(forward=1.0, backward=1.0, launches=0.0)
+    lines = warnings(config("train.warmup=25022"), ImageCount(320, origin, ""), time)
+    assert [line.startswith("train.warmup is 25,022 steps and the training 100: ") for line in lines] == [True] * said
