@@ -103,15 +103,20 @@ class Trainer:
             if self.average is not None:
                 with spans("ema"):
                     self.average.update(self.schedules.ema(self.step - 1))
+        logged = self.step % self.config.log.every_steps == 0 or self.step == 1 or self._last_step
+        loss = self._global_loss(total) if logged else None  # waits for the device: the step's work ends here
         now = time.perf_counter()
         self.counter.add(now - self._mark, spans.parts)
         self._mark = now
-        if self.step % self.config.log.every_steps and self.step != 1 and not self._last_step:
+        if loss is None:
             return None
-        return self._record(total, lr, decay, output.target_features)
+        record = self._record(loss, lr, decay, output.target_features)
+        record["diagnostics_s"] = time.perf_counter() - now
+        self.restart_clock()
+        return record
 
     def restart_clock(self) -> None:
-        """Leave what happened since the last step (a checkpoint, an evaluation) out of the step's time."""
+        """Leave what happened since the last step (a checkpoint, an evaluation, RankMe) out of the step's time."""
         self._mark = time.perf_counter()
 
     @property
@@ -138,17 +143,21 @@ class Trainer:
             context, context_segments, predicted, predicted_segments, self.ranks.world / (tokens * self._width),
         )  # fmt: skip
 
-    def _record(self, total: Tensor, lr: float, decay: float, features: Tensor) -> dict[str, Any]:
+    def _global_loss(self, total: Tensor) -> float:
+        """The mean over the global batch; all ranks call it."""
         if self.ranks.world > 1:
             dist.all_reduce(total)
             total = total / self.ranks.world
+        return float(total)
+
+    def _record(self, loss: float, lr: float, decay: float, features: Tensor) -> dict[str, Any]:
         images = self.config.train.global_batch
         timing = self._timing(images)
         return {
             "step": self.step,
             "epoch": self.step * images / self.dataset_size,
             "samples_seen": self.step * images,
-            "loss": float(total),
+            "loss": loss,
             "lr": lr,
             "weight_decay": decay,
             "ema_momentum": self.schedules.ema(self.step - 1) if self.average is not None else None,
