@@ -8,7 +8,7 @@ import time
 
 import pytest
 from dali_readers import dali_shards
-from made_sources import example, write_classes, write_records
+from made_sources import example, write_classes, write_records, write_tar
 from small_run import TINY_WORDS, small_config
 from store import FaultyStore, moto_server, upload
 
@@ -351,3 +351,19 @@ def test_a_copy_in_a_store_is_the_same_data_and_sizes_come_with_the_list(store, 
     (folder / "more").mkdir()
     write_classes(folder / "more", 1)
     assert difference(identity_of(list_images(folder)), here, images).startswith("13 samples, ")
+
+
+def test_no_shard_of_a_store_is_read_by_anothers_index(store, tmp_path):
+    """wds2idx's one name for shards with dots, in a store that tells no times."""
+    wds2idx = pytest.importorskip("wds2idx")
+    for number in range(2):
+        shard = write_tar(tmp_path / f"train.{number}.tar", [(f"{n}.ppm", b"%d" % n * 900) for n in range(number, 9)])
+        with wds2idx.IndexCreator(str(shard), str(tmp_path / "train.idx"), verbose=False) as creator:
+            creator.create_index()
+    upload(store.direct, tmp_path, "indexes")
+    images = list_images("s3://indexes")
+    assert contents(images) == [b"%d" % n * 900 for number in range(2) for n in range(number, 9)]
+    assert list(images.source.left_out.counts.values()) == [1]
+    store.requests.clear()
+    list_images("s3://indexes/train.1.tar")
+    assert len(store.requests) <= 12  # what there is, the index, the shard's length and its headers in three places

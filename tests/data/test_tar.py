@@ -40,7 +40,7 @@ def folder(tmp_path):
         "dog/new\nline.jpg",
     ]
     names += [f"ox/{'deep/' * 40}{'x' * 120}.jpg", "ox/scan_0.1.png", "ox/scan_0.2.png"]
-    hidden = ["cat/.ipynb_checkpoints/1.jpg", "cat/._1.jpg", "__MACOSX/._2.jpg", ".git/3.jpg"]
+    hidden = ["cat/.ipynb_checkpoints/1.jpg", "cat/._1.jpg", "__MACOSX/2.jpg", ".git/3.jpg"]
     for number, name in enumerate(names + hidden):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(encode(picture(30 + number, 20, number)))

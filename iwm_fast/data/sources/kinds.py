@@ -23,7 +23,9 @@ MANIFEST_FILE = "iwm-fast-manifest.tsv"
 _RECORDS = re.compile(r"\.tfrecords?$|-\d{5}-of-\d{5}$", re.IGNORECASE)
 # Pictures of other formats, and packed sets: somebody who has them beside images takes them for images.
 _UNREAD = re.compile(r"\.(gif|heic|heif|avif|jxl|jp2|j2k|svg|ico|tga|exr|dng|cr2|nef|arw)$", re.IGNORECASE)
-_PACKED = re.compile(r"(\.tar\.\w+|\.(tgz|txz|tbz2?|tzst|zip|7z|rar)|\.tfrecords?\.\w+|\d\.gz)$", re.IGNORECASE)
+_PACKED = re.compile(
+    r"\.(tgz|txz|tbz2?|tzst|zip|7z|rar)$|(\.tar|\.tfrecords?|-of-\d{5})\.(gz|bz2|xz|zstd?|lz4|br)$", re.IGNORECASE
+)
 
 
 def is_image(name: str) -> bool:
@@ -49,7 +51,7 @@ def is_unread(name: str) -> bool:
 
 def is_packed(name: str) -> bool:
     """A compressed archive's, which allows no random access."""
-    return _PACKED.search(name) is not None and not name.endswith(".idx")
+    return _PACKED.search(name) is not None
 
 
 def is_manifest(name: str) -> bool:

@@ -87,7 +87,8 @@ def _open(root: str | Path, kind: str, patience: Patience, *, listed_anew: bool)
 def _count_others(source: Source, names: list[str]) -> None:
     """What lies beside the images and looks as if it were to be among them; a text, say, does not."""
     source.left_out.add(SYSTEM, *source.storage.system_folders)
-    source.left_out.add(PACKED, *filter(is_packed, names))
+    if source.kind != "folder":
+        source.left_out.add(PACKED, *filter(is_packed, names))
     source.left_out.add(UNREAD, *filter(is_unread, names))
     links = (
         name for name in names if "." not in name.rpartition("/")[2] and Path(source.storage.shown(name)).is_symlink()

@@ -15,7 +15,7 @@ import tarfile
 from iwm_fast.data.encoded import BadSample
 from iwm_fast.data.sources.left_out import LeftOut
 from iwm_fast.data.sources.storage import Storage
-from iwm_fast.data.sources.tar import BLOCK, ENCODING, Member, TornTar, entries, is_hidden, name_of, padded
+from iwm_fast.data.sources.tar import BLOCK, ENCODING, Member, TornTar, agrees, entries, is_hidden, name_of, padded
 
 __all__ = ["INDEX_VERSION", "Misfit", "index_names", "indexed_members", "is_older"]
 
@@ -64,13 +64,15 @@ def indexed_members(storage: Storage, shard: str, index: str, left_out: LeftOut)
     spots = sorted({0, len(found) // 2, len(found) - 1, *gaps})
     if is_older(storage, index, shard):
         spots = list(range(len(found)))
-    aside, torn = LeftOut(), 0
+    aside, torn, explained = LeftOut(), 0, set(gaps)
     for number in spots:
-        end = None if number == len(found) - 1 else ends[number + 1]
+        last = number == len(found) - 1
+        block = storage.read(shard, found[number].offset - BLOCK, BLOCK)
+        if number not in explained and not last and agrees(block, found[number].name, found[number].size, whole=True):
+            continue
         try:
-            between = list(entries(storage, shard, aside, ends[number], end, size))
+            between = list(entries(storage, shard, aside, ends[number], None if last else ends[number + 1], size))
         except (TornTar, tarfile.TarError, BadSample, EOFError) as error:
-            block = storage.read(shard, found[number].offset - BLOCK, BLOCK)
             if block[257:262] != b"ustar" and not block.startswith(found[number].name.encode(*ENCODING)):
                 raise Misfit(f"there is no header where it has {found[number].name}") from error
             torn += 1  # a damaged header of a shard is no reason to doubt its index; many of them are

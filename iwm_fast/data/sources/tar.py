@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from iwm_fast.data.encoded import BadSample
 from iwm_fast.data.sources.kinds import is_image
 from iwm_fast.data.sources.left_out import LeftOut
-from iwm_fast.data.sources.storage import Storage
+from iwm_fast.data.sources.storage import SYSTEM_FOLDERS, Storage
 from iwm_fast.errors import UserError
 
 __all__ = [
@@ -41,6 +41,7 @@ _FOLDER_LINKS = "link(s) to a folder, which are not followed"
 
 # Read ahead of the headers of a shard without an index, for a storage whose every read is a request.
 _WALK_BUFFER = 1 << 18
+_LONGEST_NAME = 99  # bytes that a header's own field holds of a name, whoever wrote it
 ENCODING = ("utf-8", "surrogateescape")
 # Their real name, size or place stands in blocks of their own, which tarfile knows how to read.
 _EXTENDED = frozenset(
@@ -82,8 +83,8 @@ def name_of(name: str) -> str:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a part of a name begins with a dot: such files of a folder are passed over as well."""
-    return name.startswith(".") or "/." in name
+    """Whether a part of a name begins with a dot, or is a system's: such files of a folder are passed over as well."""
+    return name.startswith(".") or "/." in name or not SYSTEM_FOLDERS.isdisjoint(name.split("/")[:-1])
 
 
 def header_of(block: bytes) -> tarfile.TarInfo | None:
@@ -93,6 +94,26 @@ def header_of(block: bytes) -> tarfile.TarInfo | None:
     except tarfile.HeaderError:
         return None
     return entry if entry.size >= 0 else None
+
+
+def key_of(name: str) -> str:
+    """A name up to the first dot of its last part."""
+    dot = name.find(".", name.rfind("/") + 1)
+    return name if dot < 0 else name[:dot]
+
+
+def agrees(block: bytes, name: str, size: int, *, whole: bool) -> bool:
+    """Whether a header is of a member of this size and this name, or (not `whole`) of one with this key."""
+    if block.startswith(name.encode(*ENCODING) + (b"\0" if whole else b".")) and (
+        block[124:136].rstrip(b" \0") == b"%011o" % size
+    ):
+        return True  # as nearly all are; what follows takes 20 µs
+    header = header_of(block)
+    if header is None or header.size != size:
+        return False
+    if not name.isascii() or len(name) > _LONGEST_NAME:
+        return True  # its header has a shorter name, and the whole one stands before it
+    return (name_of(header.name) if whole else key_of(name_of(header.name))) == name
 
 
 def members(storage: Storage, shard: str, left_out: LeftOut) -> list[Member]:

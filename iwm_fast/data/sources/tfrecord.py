@@ -29,6 +29,7 @@ __all__ = ["TFRecordSource"]
 _HEADER, _FOOTER = 12, 4
 _SPOTS = 5  # records of a file whose length is compared with its index
 CUT_OFF = "end(s) of a file that is cut off"
+NO_RECORD = "file(s) without a record"
 MISFIT = "index(es) that do not fit their file, which was walked through"
 
 
@@ -47,6 +48,9 @@ class TFRecordSource:
         for _, left_out in opened:
             self.left_out.merge(left_out)
         found = [records for records, _ in opened]
+        self.left_out.add(
+            NO_RECORD, *(file for file, records in zip(self.files, found, strict=True) if not len(records))
+        )
         self._file = np.repeat(np.arange(len(found), dtype=np.int32), [len(records) for records in found])
         self._records = np.concatenate(found) if found else np.zeros((0, 2), np.int64)
 

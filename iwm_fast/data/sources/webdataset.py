@@ -20,7 +20,7 @@ from iwm_fast.data.sources.left_out import LeftOut
 from iwm_fast.data.sources.names import Names, unescape
 from iwm_fast.data.sources.shard_index import Misfit, index_names, indexed_members
 from iwm_fast.data.sources.storage import Storage
-from iwm_fast.data.sources.tar import BLOCK, Member, header_of, members, name_of
+from iwm_fast.data.sources.tar import BLOCK, Member, agrees, key_of, members
 from iwm_fast.errors import UserError
 
 __all__ = ["CLASSES_FILE", "WebDatasetSource"]
@@ -28,7 +28,6 @@ __all__ = ["CLASSES_FILE", "WebDatasetSource"]
 CLASSES_FILE = "classes.txt"  # beside the shards: a class's name a line, line n for the label n of the .cls members
 _LABELS, _SIDECARS = (".cls", ".class"), (".json",)
 _JSON_KEYS = ("cls", "label", "class")
-_LONGEST_NAME = 99  # bytes that a header's own field holds of a name, whoever wrote it
 
 NO_IMAGE = "member(s) of a key without an image"
 FURTHER = "further image(s) of a key that has a plain one"
@@ -48,7 +47,7 @@ class WebDatasetSource:
     Members of a shard belong together where their names agree up to the first dot of their last part, the key. Each
     image among them is a sample, but where some are KEY.EXTENSION those are, and KEY.more.EXTENSION (a mask, say) is
     left out. A sample's class: the text of its `.cls` member (with `classes.txt` beside the shards, that line of it),
-    the `label` or `cls` of its `.json` member, or the first folder of its name, as in a folder of images.
+    the first folder of its name, as in a folder of images, or the `label` or `cls` of its `.json` member.
     """
 
     kind = "webdataset"
@@ -100,10 +99,13 @@ class WebDatasetSource:
     @cached_property
     def labels(self) -> Labels:
         """From the `.cls` or `.json` members, one small read each, or from the names."""
-        texts = [""] * len(self)
-        if np.any(self._label_spans[:, 0] >= 0):
-            with ThreadPoolExecutor(self.storage.readers) as pool:
-                texts = list(pool.map(self._label_text, range(len(self))))
+        told = self._label_spans[:, 0] >= 0
+        if not np.any(told & (self._label_spans[:, 2] == 0)):
+            found = folder_labels(list(self._members))
+            if found[0] is not None or not np.any(told):
+                return found
+        with ThreadPoolExecutor(self.storage.readers) as pool:
+            texts = list(pool.map(self._label_text, range(len(self))))
         if not any(texts):
             return folder_labels(list(self._members))
         lists = {file: None if file is None else self._class_list(file) for file in self._class_files}
@@ -188,7 +190,7 @@ class WebDatasetSource:
         if not ahead:
             return raw
         member = self._members[sample]
-        if not _agrees(raw[:ahead], member if of_image else _key(member), size, whole=of_image):
+        if not agrees(raw[:ahead], member if of_image else key_of(member), size, whole=of_image):
             raise BadSample("its shard has something else there: the shard changed, or its index is another shard's")
         return raw[ahead:]
 
@@ -216,7 +218,7 @@ def _open(storage: Storage, shard: str, known: set[str]) -> tuple[list[_Sample],
 def _samples(found: list[Member], shard: str, left_out: LeftOut) -> list[_Sample]:
     groups: dict[str, list[Member]] = {}
     for member in found:
-        groups.setdefault(_key(member.name), []).append(member)
+        groups.setdefault(key_of(member.name), []).append(member)
     samples = []
     for key, group in groups.items():
         images = [member for member in group if is_image(member.name)]
@@ -249,26 +251,6 @@ def _label_in(text: str) -> str:
         return ""
     value = next((found[key] for key in _JSON_KEYS if found.get(key) is not None), "")
     return str(value).strip() if isinstance(value, int | str) and not isinstance(value, bool) else ""
-
-
-def _agrees(block: bytes, name: str, size: int, *, whole: bool) -> bool:
-    """Whether a header is of a member of this size and this name, or (not `whole`) of one with this key."""
-    if block.startswith(name.encode("utf-8", "surrogateescape") + (b"\0" if whole else b".")) and (
-        block[124:136].rstrip(b" \0") == b"%011o" % size
-    ):
-        return True  # as nearly all are; what follows takes 20 µs
-    header = header_of(block)
-    if header is None or header.size != size:
-        return False
-    if not name.isascii() or len(name) > _LONGEST_NAME:
-        return True  # its header has a shorter name, and the whole one stands before it
-    return (name_of(header.name) if whole else _key(name_of(header.name))) == name
-
-
-def _key(name: str) -> str:
-    """A name up to the first dot of its last part."""
-    dot = name.find(".", name.rfind("/") + 1)
-    return name if dot < 0 else name[:dot]
 
 
 def _class_file(shard: str, known: set[str]) -> str | None:
