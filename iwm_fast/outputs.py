@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from iwm_fast.errors import UserError
+from iwm_fast.errors import UserError, because
 from iwm_fast.streams import output_closed
 
-__all__ = ["is_special", "require_file", "require_folder", "require_new_folder", "require_result", "unwritable"]
+__all__ = [
+    "is_special",
+    "require_file",
+    "require_folder",
+    "require_new_folder",
+    "require_result",
+    "unwritable",
+    "writing",
+]
 
 _PROBE = bytes(4096)  # a block: a full disk still takes empty files
 
@@ -50,6 +60,15 @@ def require_folder(out: Path, option: str = "--out") -> None:
     why = unwritable(out)
     if why is not None:
         raise UserError(f"{out}: cannot be written: {why}; choose another {option}")
+
+
+@contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """Around the writing of a folder: what the disk cannot take is a UserError that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written: {because(error, 'choose another --out')}") from error
 
 
 def unwritable(folder: Path, name: str = "") -> str | None:

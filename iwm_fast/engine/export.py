@@ -27,7 +27,7 @@ from iwm_fast.engine.onnx_export import OPSET, write_onnx
 from iwm_fast.engine.shards import write_tensors
 from iwm_fast.models.export_names import timm_arguments, to_timm
 from iwm_fast.models.iwm import IWM
-from iwm_fast.outputs import require_new_folder
+from iwm_fast.outputs import require_new_folder, writing
 from iwm_fast.planning.environment import environment
 
 __all__ = ["export_run"]
@@ -62,7 +62,7 @@ def export_run(run: Path, out: Path, which: str = "latest", *, onnx: bool = Fals
         "input": "RGB in [0, 1], normalised with ImageNet's mean and standard deviation",
         "evaluated_encoder": "target" if model.target_encoder is not None else "context",
     }
-    with whole_folder(out) as partial:
+    with writing(out), whole_folder(out) as partial:
         files = _write_weights(model, config.model.grid, partial)
         if onnx:
             graphs = write_onnx(model, partial)

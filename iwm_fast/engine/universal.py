@@ -26,7 +26,7 @@ from iwm_fast.engine.checkpoint import Checkpoint
 from iwm_fast.engine.loading import find_checkpoint, load_model
 from iwm_fast.engine.optimizer import MOMENTS, parameter_groups
 from iwm_fast.models.iwm import IWM
-from iwm_fast.outputs import require_new_folder
+from iwm_fast.outputs import require_new_folder, writing
 
 __all__ = ["export_universal"]
 
@@ -38,8 +38,11 @@ def export_universal(run: Path, out: Path, which: str = "latest") -> Path:
     require_new_folder(out)
     path = find_checkpoint(run, which)
     model, config, _, _ = load_model(run, path.name)
-    with whole_folder(out) as partial:
-        _write(partial, model, config, Checkpoint(path))
+    with writing(out), whole_folder(out) as partial:
+        try:
+            _write(partial, model, config, Checkpoint(path))
+        except RuntimeError as error:  # torch.save's word for a disk that takes no more
+            raise OSError(" ".join(str(error).split())) from error
     return out
 
 

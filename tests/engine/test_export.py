@@ -1,5 +1,6 @@
 """What a run hands on: the model that was trained, in files that others read."""
 
+import errno
 import importlib.util
 import json
 import os
@@ -268,3 +269,17 @@ def test_timm_s_vision_transformer_gives_the_same_features(run, tmp_path):
         pooled = want.mean(dim=1)  # as evaluation pools, and config.json says
         torch.testing.assert_close(found[f"{name}_timm.safetensors pooled"], pooled, rtol=0, atol=1e-5)
     assert (model.encode(images, "target") - model.encode(images, "context")).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("write", [export_run, export_universal])
+def test_a_disk_that_fills_up_is_one_line_that_names_the_folder_and_leaves_nothing(write, run, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(export, "_write_weights", full)
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(
+        UserError, match=rf"^{tmp_path}/out: cannot be written: No space left on device; choose another"
+    ):
+        write(run, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
