@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -53,3 +55,49 @@ def broken_tables(raw):
     """A JPEG whose header is in order and whose Huffman tables are not: only a decoder notices."""
     at = raw.index(b"\xff\xc4") + 5
     return raw[:at] + b"\xff" * 16 + raw[at + 16 :]
+
+
+def png_chunk(kind, body=b""):
+    """A chunk with its length and checksum."""
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def png(levels, depth, colour, *before):
+    """A PNG of `levels` (h, w) or (h, w, channels) in `depth` bits; colour: PNG's type; chunks before the pixels."""
+    levels = np.asarray(levels).reshape(len(levels), -1)
+    rows = [np.packbits(_bits(row, depth)).tobytes() for row in levels]
+    channels = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour]
+    header = struct.pack(">IIBBBBB", levels.shape[1] // channels, len(levels), depth, colour, 0, 0, 0)
+    pixels = zlib.compress(b"".join(b"\0" + row for row in rows))
+    chunks = [png_chunk(b"IHDR", header), *before, png_chunk(b"IDAT", pixels), png_chunk(b"IEND")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+def tiff(values, bits, photometric, *, sample_format=1, order="<", extra=()):
+    """An uncompressed TIFF of `values` (h, w) or (h, w, channels), in their own dtype or as integers of odd `bits`."""
+    height, width = values.shape[:2]
+    channels = 1 if values.ndim == 2 else values.shape[2]
+    if bits % 8:
+        data = b"".join(np.packbits(_bits(row, bits)).tobytes() for row in values.reshape(height, -1))
+    else:
+        data = values.astype(values.dtype.newbyteorder(order)).tobytes()
+    # BitsPerSample and SampleFormat of each channel, all SHORT
+    tags = {256: [width], 257: [height], 258: [bits] * channels, 259: [1], 262: [photometric], 273: [8]}
+    tags |= {277: [channels], 278: [height], 279: [len(data)], 339: [sample_format] * channels}
+    tags |= {338: list(extra)} if extra else {}
+    at = 8 + len(data) + len(data) % 2
+    behind, entries = b"", b""
+    for tag in sorted(tags):
+        value = struct.pack(f"{order}{len(tags[tag])}H", *tags[tag])
+        if len(value) > 4:
+            place = at + 2 + 12 * len(tags) + 4 + len(behind)
+            behind, value = behind + value, struct.pack(order + "I", place)
+        entries += struct.pack(order + "HHI", tag, 3, len(tags[tag])) + value.ljust(4, b"\0")
+    mark = b"II*\0" if order == "<" else b"MM\0*"
+    directory = struct.pack(order + "H", len(tags)) + entries + bytes(4)
+    return mark + struct.pack(order + "I", at) + data.ljust(at - 8, b"\0") + directory + behind
+
+
+def _bits(row, depth):
+    """The bits of integers, the highest first."""
+    return (np.asarray(row, np.int64)[:, None] >> np.arange(depth - 1, -1, -1)) & 1

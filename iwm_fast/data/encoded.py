@@ -1,46 +1,27 @@
 """A file on its way to DALI: read, its header checked, and made into something that DALI decodes as Pillow would.
 
-The verdict on a file is Pillow's: what a user sees is the upright RGB image that Pillow gives, or the reason why it
-gives none. Plain JPEG and PNG files, which DALI decodes to the same pixels, pass through as they are; the orientation
-that EXIF states for a JPEG goes with it. Whatever DALI is known or suspected to do differently (CMYK, palettes, alpha,
-16 bits, WebP, turned PNGs, an unusual header, a missing end marker) is decoded by Pillow here and handed on as an
-uncompressed PNM.
+The verdict on a file is Pillow's: what a user sees is the upright RGB image that Pillow gives (`levels` says where its
+conversion is not right), or the reason why there is none. Plain JPEG and PNG files, which DALI decodes to the same
+pixels, pass through as they are; the orientation that EXIF states for a JPEG goes with it. Whatever DALI is known or
+suspected to do differently (CMYK, palettes, alpha, 16 bits, WebP, turned PNGs, an unusual header, a missing end marker)
+is decoded by Pillow here and handed on as an uncompressed PNM.
 """
 
 from __future__ import annotations
 
 import io
-import struct
-import zlib
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 
-from iwm_fast.data.structure import exif_orientation, plain_jpeg, plain_png
+from iwm_fast.data.levels import PILLOW_ERRORS, refusal, upright_rgb
+from iwm_fast.data.structure import PNG_TURNS, exif_orientation, plain_jpeg, plain_png
 
 __all__ = ["BadSample", "Encoded", "decode_upright", "inspect", "reencode", "upright_size"]
 
-# What Pillow raises on damaged files, besides its own UnidentifiedImageError (an OSError).
-_PILLOW_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    IndexError,
-    KeyError,
-    TypeError,
-    AttributeError,
-    OverflowError,
-    ZeroDivisionError,
-    MemoryError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-    Image.DecompressionBombWarning,
-)
-_ORIENTATION = 0x0112
+_WIDTH, _HEIGHT, _ORIENTATION = 0x0100, 0x0101, 0x0112
 _TRANSPOSED = 5  # from this orientation on width and height change places
 
 
@@ -70,8 +51,18 @@ class Encoded:
 def upright_size(raw: bytes) -> tuple[int, int]:
     """Width and height of the upright image by the file's header; BadSample where Pillow cannot read it."""
     image = _open(raw, 2**62)
-    width, height = image.size
-    return (height, width) if _orientation(image) >= _TRANSPOSED else (width, height)
+    try:
+        if image.format == "TIFF":  # Pillow's size of a TIFF is the upright one, unless XMP says how it is turned
+            width, height = int(image.tag_v2[_WIDTH]), int(image.tag_v2[_HEIGHT])  # type: ignore[attr-defined]
+            turn = int(image.getexif().get(_ORIENTATION, 1))
+        else:
+            if image.format == "PNG" and any(word in raw for word in PNG_TURNS):
+                image.load()  # what says that it is turned may stand behind the pixels
+            width, height = image.size
+            turn = _orientation(image)
+    except PILLOW_ERRORS as error:
+        raise BadSample(_line(error)) from error
+    return (height, width) if turn >= _TRANSPOSED else (width, height)
 
 
 def inspect(raw: bytes, max_pixels: int) -> Encoded:
@@ -96,33 +87,24 @@ def decode_upright(raw: bytes, max_pixels: int) -> NDArray[np.uint8]:
     """The upright RGB image, uint8 (height, width, 3), as Pillow decodes it; BadSample where it does not."""
     image = _open(raw, max_pixels)
     try:
-        image.load()
-        upright = _transpose(image)
-        if upright.mode == "P" and "transparency" in upright.info:
-            upright = upright.convert("RGBA")  # the same colours; Pillow warns of the direct way
-        return np.asarray(upright if upright.mode == "RGB" else upright.convert("RGB"))
-    except _PILLOW_ERRORS as error:
+        return upright_rgb(image)
+    except PILLOW_ERRORS as error:
         raise BadSample(_line(error)) from error
-
-
-def _transpose(image: Image.Image) -> Image.Image:
-    """The upright image; an EXIF block that cannot be read says nothing of the orientation."""
-    try:
-        return ImageOps.exif_transpose(image)
-    except _PILLOW_ERRORS:
-        return image
 
 
 def _open(raw: bytes, max_pixels: int) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(raw))
-    except _PILLOW_ERRORS as error:
+        reason = refusal(image)
+    except PILLOW_ERRORS as error:
         raise BadSample(_line(error)) from error
     width, height = image.size
     if width * height > max_pixels:
         raise BadSample(f"{width} x {height} pixels: more than data.max_pixels ({max_pixels})")
     if width < 1 or height < 1:
         raise BadSample(f"{width} x {height} pixels: nothing to see")
+    if reason is not None:
+        raise BadSample(reason)
     return image
 
 
@@ -157,5 +139,5 @@ def _orientation(image: Image.Image) -> int:
         return 1
     try:
         return int(image.getexif().get(_ORIENTATION, 1))
-    except _PILLOW_ERRORS:
+    except PILLOW_ERRORS:
         return 0

@@ -1,11 +1,12 @@
 """Images with a class for each pixel: a folder with ``images/`` and ``masks/``, the same names in both.
 
-A mask is a PNG of one channel (gray, 8 bits, or a palette, whose numbers count and not its colours) as large as the
-upright image; its numbers are classes, 255 is no class.
+A mask is a PNG of one channel (gray of 1 to 16 bits, or a palette, whose numbers count and not its colours) as large as
+the upright image; its numbers are classes, 255 is no class, and none is larger.
 """
 
 from __future__ import annotations
 
+import io
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,8 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from iwm_fast.data.encoded import BadSample, upright_size
 from iwm_fast.data.files import ImageSet, list_images, test_rows
 from iwm_fast.data.layout import Layout, layout_of_folders, split_kind
+from iwm_fast.data.levels import PILLOW_ERRORS, transpose
 from iwm_fast.data.sources import top_level
 from iwm_fast.data.sources.kinds import is_image
 from iwm_fast.data.sources.storage import LocalStorage
@@ -23,7 +26,8 @@ from iwm_fast.errors import UserError
 __all__ = ["MaskedSet", "divide_masked", "is_masked", "read_mask", "split_masked"]
 
 _IMAGES, _MASKS = "images", "masks"
-_ORIENTATION = 0x0112  # EXIF
+_NO_CLASS = 255
+_DEPTH_AT = 24  # bits per pixel, in a PNG's first chunk
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,16 +103,7 @@ def read_mask(path: Path, size: int, image: Path) -> NDArray[np.uint8]:
 
     UserError for a file that is no mask, or not as large as the upright image.
     """
-    try:
-        with Image.open(path) as file:
-            mode = file.mode
-            classes = np.asarray(file).astype(np.uint8) if mode in ("L", "P", "1") else None
-    except (OSError, SyntaxError, ValueError) as error:
-        raise UserError(
-            f"{path} cannot be decoded as a mask: {error}; replace it, or remove it and its image"
-        ) from error
-    if classes is None:
-        raise UserError(f"{path} has mode {mode}; a mask is a PNG of one channel of 8 bits, the numbers of classes")
+    classes = _classes(path)
     height, width = classes.shape
     expected = _upright_size(image)
     if (width, height) != expected:
@@ -120,12 +115,40 @@ def read_mask(path: Path, size: int, image: Path) -> NDArray[np.uint8]:
     return classes[np.ix_((height - side) // 2 + cells, (width - side) // 2 + cells)]
 
 
+def _classes(path: Path) -> NDArray[np.uint8]:
+    """The numbers that a mask stores, upright: uint8 (height, width)."""
+    try:
+        raw = path.read_bytes()
+        with Image.open(io.BytesIO(raw)) as file:
+            kind, mode = file.format, file.mode
+            file.load()
+            numbers = np.asarray(transpose(file))
+    except PILLOW_ERRORS as error:
+        raise UserError(
+            f"{path} cannot be decoded as a mask: {error}; replace it, or remove it and its image"
+        ) from error
+    if kind != "PNG":
+        raise UserError(f"{path} is a {kind} file; a mask is a PNG, which keeps the numbers of classes as they are")
+    if mode not in ("L", "P", "1") and not mode.startswith("I"):
+        raise UserError(f"{path} has mode {mode}; a mask is a PNG of one channel, the numbers of classes")
+    depth = raw[_DEPTH_AT]
+    if mode == "L" and depth < 8:
+        numbers = numbers // (255 // (2**depth - 1))  # Pillow stretches gray of 2 and 4 bits to levels
+    if numbers.max() > _NO_CLASS:
+        raise UserError(
+            f"{path} has class number {numbers.max()}; classes go from 0 to {_NO_CLASS - 1}, {_NO_CLASS} is no class"
+        )
+    return numbers.astype(np.uint8)
+
+
 def _upright_size(path: Path) -> tuple[int, int]:
-    """Width and height after the EXIF orientation; only the header is read."""
-    with Image.open(path) as image:
-        width, height = image.size
-        turned = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
-    return (height, width) if turned else (width, height)
+    """Width and height after the EXIF orientation; only the header is decoded."""
+    try:
+        return upright_size(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+    except BadSample as bad:
+        raise UserError(f"{path}: {bad.reason}; replace it, or remove it and its mask") from bad
 
 
 def _pairs(root: Path) -> MaskedSet:

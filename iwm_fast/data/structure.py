@@ -14,11 +14,15 @@ import zlib
 
 import numpy as np
 
-__all__ = ["exif_orientation", "plain_jpeg", "plain_png"]
+__all__ = ["PNG_TURNS", "exif_orientation", "plain_jpeg", "plain_png"]
 
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 # Chunks whose meaning DALI does not take as Pillow does: orientation, animation, transparency.
 _PNG_REFUSED = frozenset({b"eXIf", b"acTL", b"tRNS"})
+
+# What Pillow reads an orientation from, wherever it stands: a chunk, and keywords of text chunks.
+PNG_TURNS = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
+_PNG_TEXTS = frozenset({b"tEXt", b"zTXt", b"iTXt"})
 
 _EXIF = b"Exif\0\0"
 _BYTE_ORDERS = {b"II*\0": "<", b"MM\0*": ">"}
@@ -93,7 +97,7 @@ def plain_png(raw: bytes) -> bool:
     """Eight bits, every checksum right, the end chunk in its place, and no chunk that turns or blends the pixels."""
     if not raw.startswith(_PNG_SIGNATURE) or len(raw) < 33 or raw[12:16] != b"IHDR" or raw[24] != 8 or any(raw[26:28]):
         return False
-    view, at = memoryview(raw), len(_PNG_SIGNATURE)
+    view, at, behind = memoryview(raw), len(_PNG_SIGNATURE), False
     while at + 12 <= len(raw):
         (length,) = struct.unpack_from(">I", raw, at)
         end = at + 8 + length
@@ -102,8 +106,9 @@ def plain_png(raw: bytes) -> bool:
         kind = raw[at + 4 : at + 8]
         if kind == b"IEND":
             return bool(end + 4 == len(raw))
-        if kind in _PNG_REFUSED:
-            return False
+        if kind in _PNG_REFUSED or (behind and kind in _PNG_TEXTS and raw.startswith(PNG_TURNS, at + 8)):
+            return False  # a text before the pixels is read with the header
+        behind = behind or kind == b"IDAT"
         at = end + 4
     return False
 
@@ -121,9 +126,12 @@ def _one_scan(raw: bytes, start: int) -> bool:
 
 
 def _plain_frame(body: bytes) -> bool:
-    """8 bits; gray, or three components with chroma subsampled in one of the usual ways."""
+    """8 bits; gray, or three components of YCbCr with chroma subsampled in one of the usual ways."""
     if len(body) < 9 or body[0] != 8 or len(body) != 6 + 3 * body[5]:
         return False
     if body[5] == 1:
         return True
+    # without a marker that says otherwise these names mean RGB to libjpeg; nvJPEG does not say what they mean to it
+    if body[6:15:3] == b"RGB":
+        return False
     return body[5] == 3 and body[7] in _LUMA_SAMPLING and body[10] == body[13] == 0x11

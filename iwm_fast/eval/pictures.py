@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from iwm_fast.data.clean import load_clean
 from iwm_fast.data.files import ImageSet
+from iwm_fast.data.levels import PILLOW_ERRORS, upright_rgb
 from iwm_fast.data.sources.folder import FolderSource
 from iwm_fast.data.sources.s3 import is_address
 from iwm_fast.data.sources.storage import LocalStorage
@@ -30,7 +31,6 @@ One = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor
 Images = One | ImageSet | Sequence[One]
 
 _WANTED = "a path, a PIL image, a uint8 array or tensor ({size}, {size}, 3), a batch of these, or a list"
-_EIGHT_BITS = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "LAB", "La", "RGBa"})
 
 
 def as_pictures(images: Images, size: int) -> Tensor:
@@ -95,20 +95,14 @@ def _items(images: Any, where: str) -> list[tuple[str, Any]]:
 def _of_pillow(picture: Image.Image, size: int, where: str) -> Tensor:
     """uint8 (1, size, size, 3): as it is where it has the model's size, else as a file of it would be read."""
     try:
-        upright = ImageOps.exif_transpose(picture)
-    except (OSError, SyntaxError) as error:
+        levels = upright_rgb(picture)
+    except PILLOW_ERRORS as error:
         raise UserError(f"{where}: cannot be decoded ({' '.join(str(error).split())})") from error
-    if upright.mode in _EIGHT_BITS:
-        if upright.mode in ("P", "PA") and "transparency" in upright.info:
-            upright = upright.convert("RGBA")  # the same colours; Pillow warns of the direct way
-        upright = upright.convert("RGB")
-        if upright.size == (size, size):
-            return torch.from_numpy(np.array(upright))[None]
-    elif not upright.mode.startswith("I"):
-        raise UserError(f"{where} has mode {upright.mode}: give a picture of 8 or 16 bits per channel")
+    if levels.shape[:2] == (size, size):
+        return torch.from_numpy(np.array(levels))[None]
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / ("picture.ppm" if upright.mode == "RGB" else "picture.png")
-        upright.save(path)
+        path = Path(folder) / "picture.ppm"
+        Image.fromarray(levels).save(path)
         return read_files([path], size)
 
 

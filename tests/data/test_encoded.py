@@ -45,6 +45,12 @@ def test_plain_files_pass_as_they_are(raw):
     assert (encoded.width, encoded.height, encoded.lossless) == (33, 21, False)
 
 
+def without_adobe(raw):
+    """A JPEG whose marker of Adobe's is cut out."""
+    at = raw.index(b"\xff\xee")
+    return raw[:at] + raw[at + 2 + int.from_bytes(raw[at + 2 : at + 4], "big") :]
+
+
 ODD = {
     "cmyk": encode(Image.fromarray(IMAGE).convert("CMYK")),
     "palette": encode(Image.fromarray(IMAGE).quantize(16), "PNG"),
@@ -56,6 +62,7 @@ ODD = {
     "turned png": turned(IMAGE, 5, "PNG"),
     "turned webp": turned(IMAGE, 8, "WEBP"),
     "rgb jpeg": encode(IMAGE, keep_rgb=True, subsampling=0),
+    "rgb jpeg by its components' names": without_adobe(encode(IMAGE, keep_rgb=True, subsampling=0)),
     "trailing bytes": JPEG + b"\0\0",
     "fill bytes": JPEG[:2] + b"\xff" + JPEG[2:],
 }

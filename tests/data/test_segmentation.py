@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from made_images import turned
+from made_images import encode, png, turned
 from PIL import Image
 
 from iwm_fast.data.clean import load_clean
@@ -51,6 +51,45 @@ def test_a_palettes_numbers_count_and_not_its_colours(tmp_path):
     coloured.save(tmp_path / "m.png")
     assert Image.open(tmp_path / "m.png").mode == "P"
     np.testing.assert_array_equal(read_mask(tmp_path / "m.png", 32, tmp_path / "a.png"), mask)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4, 8, 16])
+def test_a_masks_numbers_are_read_as_they_are_stored_at_any_depth(tmp_path, depth):
+    mask, image = blocks(32, 32)
+    mask %= min(4, 2**depth)
+    Image.fromarray(image).save(tmp_path / "a.png")
+    (tmp_path / "m.png").write_bytes(png(mask, depth, 0))
+    np.testing.assert_array_equal(read_mask(tmp_path / "m.png", 32, tmp_path / "a.png"), mask)
+
+
+def test_a_turned_tiff_has_the_size_of_its_upright_mask(tmp_path):
+    mask, image = blocks(41, 77)
+    (tmp_path / "a.tif").write_bytes(turned(np.ascontiguousarray(np.rot90(image)), 6, "TIFF"))
+    Image.fromarray(mask).save(tmp_path / "m.png")
+    assert read_mask(tmp_path / "m.png", 32, tmp_path / "a.tif").shape == (32, 32)
+
+
+def test_a_mask_that_exif_turns_is_turned_as_its_image_is(tmp_path):
+    mask, image = blocks(32, 32)
+    for name, upright in (("a.png", image), ("m.png", mask)):
+        (tmp_path / name).write_bytes(turned(np.ascontiguousarray(np.rot90(upright, 2)), 3, "PNG"))
+    np.testing.assert_array_equal(read_mask(tmp_path / "m.png", 32, tmp_path / "a.png"), mask)
+
+
+@pytest.mark.parametrize(
+    ("raw", "reason"),
+    [
+        (png(np.full((32, 32), 1000), 16, 0), "class number 1000; classes go from 0 to 254, 255 is no class"),
+        (encode(np.zeros((32, 32), np.uint8)), "is a JPEG file; a mask is a PNG"),
+        (encode(np.zeros((32, 32, 3), np.uint8), "PNG"), "has mode RGB; a mask is a PNG of one channel"),
+    ],
+    ids=["number too large", "jpeg", "colours"],
+)
+def test_what_is_no_mask_is_refused(tmp_path, raw, reason):
+    Image.fromarray(blocks(32, 32)[1]).save(tmp_path / "a.png")
+    (tmp_path / "m.png").write_bytes(raw)
+    with pytest.raises(UserError, match=reason):
+        read_mask(tmp_path / "m.png", 32, tmp_path / "a.png")
 
 
 def test_drawn_masks_lie_on_the_shapes(tmp_path):

@@ -115,8 +115,10 @@ def test_the_good_are_pillows_upright_rgb_and_the_bad_are_named_with_a_reason(tm
 
 
 def _upright(path):
-    """Pillow's, with no help of ours."""
+    """Pillow's, with no help of ours; but of 16 bits the high byte, where Pillow would clip them to white."""
     image = ImageOps.exif_transpose(Image.open(path))
+    if image.mode == "I;16":
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     return image.convert("RGBA").convert("RGB") if "transparency" in image.info else image.convert("RGB")
 
 

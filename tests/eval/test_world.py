@@ -107,6 +107,19 @@ def test_pictures_are_taken_in_any_form(world):
     torch.testing.assert_close(world.encode(grey), world.encode(np.stack([np.asarray(grey)] * 3, axis=2)))
 
 
+def test_a_picture_of_pillows_is_what_its_file_would_be(world, tmp_path):
+    """16 bits keep their contrast, EXIF turns the picture, and what has no known range is refused."""
+    array = pictures(1).numpy()[0]
+    deep = Image.fromarray(array[..., 0].astype(np.uint16) * 257)
+    assert torch.equal(world.encode(deep), world.encode(np.repeat(array[..., :1], 3, axis=2)))
+    (tmp_path / "a.png").write_bytes(turned(array, 6, "PNG"))
+    with Image.open(tmp_path / "a.png") as opened:
+        assert torch.equal(world.encode(opened), world.encode(world.read([tmp_path / "a.png"])))
+    for odd, reason in ((Image.new("F", (SIDE, SIDE), 9), "floating-point"), (Image.new("I", (SIDE, SIDE)), "32-bit")):
+        with pytest.raises(UserError, match=rf"images: cannot be decoded \(its pixels are {reason}"):
+            world.encode(odd)
+
+
 def test_actions_are_named_or_vectors(world):
     images = pictures(2)
     vector = world.vector({"brightness": 0.2})
