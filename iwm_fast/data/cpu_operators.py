@@ -1,76 +1,63 @@
-"""Two operators of the graph on the CPU, resize and jitter, where DALI's own are scalar code.
+"""What is done to one image on the CPU, where DALI's own operators are scalar code: resize, jitter, blur, and the rest.
 
-DALI calls them from its graph (`fn.python_function`) with the samples that need them, as NumPy arrays that share DALI's
-memory. The arithmetic is PyTorch's and NumPy's vectorised loops, which let go of Python's lock, so several samples are
-worked on at a time. On a GPU the graph uses DALI's operators; both answer to one reference in tests.
-
-Measured at 224² from 500 × 375 JPEGs, milliseconds of a core an image (benchmarks/NOTES.md): resize 1.1 to 0.3, a
-jitter 1.2 to 0.2. Most of DALI's time in a jitter goes into rounding each float to a level by itself.
+The arithmetic is PyTorch's and NumPy's vectorised loops, which let go of Python's lock. Levels are uint8 (h, w, 3) and
+contiguous; every operator rounds to levels once. On a GPU the graph uses DALI's operators; both answer to one reference
+in tests. What each takes is in benchmarks/NOTES.md.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+import threading
+from functools import lru_cache
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.nn import functional
 
 from iwm_fast.actions import Jitter, colour_matrix
 
-__all__ = ["CpuOperators", "recolour", "recolour_matrices", "resize"]
+__all__ = ["blur", "grayscale", "recolour", "recolour_matrices", "resize", "solarize"]
 
 Levels = NDArray[np.uint8]
 Floats = NDArray[np.float32]
 
-# Pixels side by side in a row of the matrix product: a product of (n, 24) and (24, 24) runs at the machine's rate, one
-# of (n, 3) and (3, 3) takes five times as long though it multiplies an eighth as often.
+# Pixels side by side in a row of a matrix product: a product of (n, 24) and (24, 24) runs at the machine's rate, one of
+# (n, 3) and (3, 3) takes five times as long though it multiplies an eighth as often.
 _TOGETHER = 8
+# Rows that one product blurs: of fewer the taps are loaded more often, of more most products are with zero.
+_ROWS = 16
+_LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 
 
-class CpuOperators:
-    """The operators over batches, on `threads` threads of their own (none where it is 1); size: of what `resize` makes.
+class _Scratch(threading.local):
+    """Memory for floats that a thread uses again: fresh pages cost as much as the arithmetic on them."""
 
-    DALI must be given the methods as they are: what is called while it reads a pipeline's definition is rewritten by
-    its AutoGraph, and then runs many times slower.
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+
+    def __call__(self, name: str, *shape: int) -> Tensor:
+        """Float32 of that shape, with whatever is in it."""
+        count = int(np.prod(shape))
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.numel() < count:
+            buffer = self._buffers[name] = torch.empty(count)
+        return buffer[:count].view(shape)
+
+
+_scratch = _Scratch()
+
+
+def resize(image: Tensor, size: int, *, down: bool = False, across: bool = False) -> Tensor:
+    """(h, w, 3) to (size, size, 3), uint8: linear interpolation, antialiased, rounded after each direction.
+
+    down, across: mirrored upside down, left to right.
     """
-
-    def __init__(self, size: int, threads: int) -> None:
-        self._size = size
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="iwm-fast pixels") if threads > 1 else None
-
-    def resize(self, images: Sequence[Levels], starts: Sequence[Floats], ends: Sequence[Floats]) -> list[Levels]:
-        """A batch of `resize`."""
-        return self._each(lambda image, start, end: resize(image, start, end, self._size), images, starts, ends)
-
-    def recolour(self, images: Sequence[Levels], matrices: Sequence[Floats]) -> list[Levels]:
-        """A batch of `recolour`."""
-        return self._each(recolour, images, matrices)
-
-    def close(self) -> None:
-        """End the threads."""
-        if self._pool is not None:
-            self._pool.shutdown()
-
-    def _each(self, function: Callable[..., Levels], *batches: Sequence[Any]) -> list[Levels]:
-        return list(self._pool.map(function, *batches) if self._pool else map(function, *batches))
-
-
-def resize(image: Levels, start: Floats, end: Floats, size: int) -> Levels:
-    """(h, w, 3) to (size, size, 3): linear interpolation, antialiased, rounded to levels after each direction.
-
-    start and end: (2,), height then width: 0 and 1, or 1 and 0 where the image is mirrored along that side.
-    """
-    planes = torch.from_numpy(image)[None].permute(0, 3, 1, 2)  # channels stay last in memory, as the fast loop wants
+    planes = image[None].permute(0, 3, 1, 2)  # channels stay last in memory, as the fast loop wants
     out = functional.interpolate(planes, size=(size, size), mode="bilinear", antialias=True)
-    mirrored = [axis + 2 for axis in range(2) if start[axis] > end[axis]]
-    if mirrored:
-        out = out.flip(mirrored)
-    levels: Levels = out[0].permute(1, 2, 0).numpy()
-    return levels
+    mirrored = [axis for axis, turn in ((2, down), (3, across)) if turn]
+    return (out.flip(mirrored) if mirrored else out)[0].permute(1, 2, 0)
 
 
 def recolour_matrices(jitter: Jitter) -> Floats:
@@ -79,23 +66,108 @@ def recolour_matrices(jitter: Jitter) -> Floats:
     The first 24 rows map eight neighbouring pixels at once, the last is what is added to them, with the half that turns
     cutting off into rounding.
     """
-    matrix, width = colour_matrix(jitter), 3 * _TOGETHER
+    matrix = colour_matrix(jitter)
+    return _blocks(matrix[:, :, :3], matrix[:, :, 3])
+
+
+def _blocks(matrix: NDArray[np.floating], offset: NDArray[np.floating]) -> Floats:
+    """(B, 3, 3) and (B, 3) for eight pixels at once: float32 (B, 25, 24)."""
+    width = 3 * _TOGETHER
     blocks = np.zeros((len(matrix), width + 1, width), np.float32)
     for pixel in range(_TOGETHER):
         own = slice(3 * pixel, 3 * pixel + 3)
-        blocks[:, own, own] = matrix[:, :, :3].transpose(0, 2, 1)
-        blocks[:, -1, own] = matrix[:, :, 3] + 0.5
+        blocks[:, own, own] = matrix.transpose(0, 2, 1)
+        blocks[:, -1, own] = offset + 0.5
     return blocks
 
 
-def recolour(image: Levels, matrix: Floats) -> Levels:
-    """The affine map of colour of each pixel of (h, w, 3), rounded and clipped once; matrix: (25, 24)."""
-    levels = image.reshape(-1)
-    odd = -levels.size % matrix.shape[1]
-    if odd:
-        levels = np.concatenate([levels, np.zeros(odd, np.uint8)])
-    pixels = torch.from_numpy(levels).view(-1, matrix.shape[1]).float()
+_GRAY = _blocks(np.tile(_LUMA, (1, 3, 1)), np.zeros((1, 3)))[0]
+
+
+def recolour(image: Levels, matrix: Floats, out: Levels | None = None) -> Levels:
+    """The affine map of colour of each pixel of (h, w, 3), rounded and clipped once; matrix: (25, 24).
+
+    out: where to write it, the image itself if wanted; so for the operators below.
+    """
+    out = np.empty_like(image) if out is None else out
+    rows = -(-image.size // matrix.shape[1])
+    pixels, mapped = (_scratch(name, rows, matrix.shape[1]) for name in ("pixels", "mapped"))
+    levels = pixels.view(-1)
+    levels[: image.size].copy_(torch.from_numpy(image).view(-1))
+    levels[image.size :].zero_()
     blocks = torch.from_numpy(matrix)
-    mapped = torch.addmm(blocks[-1], pixels, blocks[:-1], out=torch.empty_like(pixels)).clamp_(0, 255.5)
-    # NumPy's cast is seven times as fast as PyTorch's here
-    return mapped.numpy().astype(np.uint8).reshape(-1)[: image.size].reshape(image.shape)
+    torch.addmm(blocks[-1], pixels, blocks[:-1], out=mapped)
+    mapped.clamp_(0, 255.5)
+    # NumPy's cast is four times as fast as PyTorch's here
+    np.copyto(out.reshape(-1), mapped.numpy().reshape(-1)[: image.size], casting="unsafe")
+    return out
+
+
+def grayscale(image: Levels, out: Levels | None = None) -> Levels:
+    """Luma (.299, .587, .114) in all three channels."""
+    return recolour(image, _GRAY, out)
+
+
+def solarize(image: Levels, threshold: int) -> None:
+    """In place: 255 - v where v ≥ threshold; for uint8, v with all its bits turned."""
+    np.bitwise_xor(image, np.negative((image >= threshold).view(np.uint8)), out=image)
+
+
+def blur(image: Levels, sigma: float, out: Levels | None = None) -> Levels:
+    """Gaussian of 2·⌈3σ⌉ + 1 taps each way, edges mirrored without repeating the outermost pixel.
+
+    Each direction is a product with a band of taps: down, `_ROWS` rows at a time; then across, eight pixels at a time.
+    """
+    out = np.empty_like(image) if out is None else out
+    (height, width), radius = image.shape[:2], int(np.ceil(3 * sigma))
+    bands, groups = -(-height // _ROWS), -(-width // _TOGETHER)
+    rows, columns = bands * _ROWS + 2 * radius, groups * _TOGETHER + 2 * radius
+    down, across = _bands(float(sigma), radius)
+    padded = _scratch("pixels", rows, 3 * columns)
+    _mirrored(image, radius, padded.view(rows, columns, 3))
+    windows = padded.as_strided((bands, _ROWS + 2 * radius, 3 * columns), (_ROWS * 3 * columns, 3 * columns, 1))
+    half = _scratch("half", bands, _ROWS, 3 * columns)
+    torch.bmm(down.expand(bands, -1, -1), windows, out=half)
+    windows = half.as_strided((groups, height, len(across)), (3 * _TOGETHER, 3 * columns, 1))
+    done = _scratch("mapped", groups, height, 3 * _TOGETHER)
+    torch.bmm(windows, across.expand(groups, -1, -1), out=done)
+    # floats to levels, and the groups side by side again; the taps are positive and their sum is 1: nothing to clip
+    wide = done.numpy().transpose(1, 0, 2)
+    if width % _TOGETHER == 0:
+        np.copyto(out.reshape(height, groups, 3 * _TOGETHER), wide, casting="unsafe")
+    else:
+        out[:] = wide.astype(np.uint8).reshape(height, -1, 3)[:, :width]
+    return out
+
+
+def _mirrored(image: Levels, radius: int, into: Tensor) -> None:
+    """The image and a mirrored margin, as floats with the half that turns cutting off into rounding; the rest is 0."""
+    height, width = image.shape[:2]
+    floats, tall = into.numpy(), height + 2 * radius
+    floats[tall:] = 0
+    floats[:, width + 2 * radius :] = 0
+    inner = floats[:tall, radius : radius + width]
+    np.add(np.take(image, _reflected(height, radius), axis=0), np.float32(0.5), out=inner)
+    at = _reflected(width, radius)
+    floats[:tall, :radius] = inner[:, at[:radius]]
+    floats[:tall, radius + width : width + 2 * radius] = inner[:, at[radius + width :]]
+
+
+@lru_cache(maxsize=64)
+def _reflected(length: int, radius: int) -> NDArray[np.int64]:
+    """Where each pixel of a line with its margins comes from."""
+    return np.pad(np.arange(length), radius, mode="reflect")
+
+
+def _bands(sigma: float, radius: int) -> tuple[Tensor, Tensor]:
+    """Down (_ROWS, _ROWS + 2 · radius), and across ((8 + 2 · radius) · 3, 24), in which channels do not mix."""
+    taps = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
+    taps /= taps.sum()
+    down = np.zeros((_ROWS, _ROWS + 2 * radius), np.float32)
+    across = np.zeros((_TOGETHER + 2 * radius, 3, _TOGETHER, 3), np.float32)
+    for row in range(_ROWS):
+        down[row, row : row + len(taps)] = taps
+    for pixel in range(_TOGETHER):
+        for channel in range(3):
+            across[pixel : pixel + len(taps), channel, pixel, channel] = taps
+    return torch.from_numpy(down), torch.from_numpy(across.reshape(-1, 3 * _TOGETHER))

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from iwm_fast.actions import Views
-from iwm_fast.data.cpu_operators import CpuOperators
+from iwm_fast.data.cpu_views import CpuViews, Rendering
 from iwm_fast.data.encoded import BadSample, Encoded, reencode
-from iwm_fast.data.pipeline import build_probe, build_views, view_inputs
+from iwm_fast.data.pipeline import DECODED, build_decoder, build_views, view_inputs
 
 __all__ = ["BadRows", "RenderedViews", "ViewGraph"]
 
@@ -60,6 +60,8 @@ class _Pending:
     views: Views
     lossless: tuple[int, ...] = ()
     error: str | None = None
+    inputs: dict[str, Any] | None = None  # on the CPU, what is still to be done once it is decoded
+    rendering: Rendering | None = None
 
 
 class ViewGraph:
@@ -67,7 +69,7 @@ class ViewGraph:
 
     device: "cpu" or "gpu" (the GPU `device_id`, default torch's current one); threads: DALI's, on the CPU. geometric:
     the sources have geometries of their own. sources: K of an image; views then have B · K rows, an image's side by
-    side. dali_only: every operator is DALI's own on the CPU too, where two of ours are faster: the graph that a GPU
+    side. dali_only: every operator is DALI's own on the CPU too, where `cpu_views` is faster: the graph that a GPU
     runs. hw_decoder_load: data.hw_decoder_load, for a GPU. `submit` returns at once and the work goes on behind;
     `collect` waits for the oldest batch submitted. Not to be used from two threads at a time.
     """
@@ -95,7 +97,7 @@ class ViewGraph:
         self._pending: deque[_Pending] = deque()
         self._stream = torch.cuda.Stream(self.device_id) if device == "gpu" else None
         self.dali_only = dali_only or device == "gpu"
-        self._operators = None if self.dali_only else CpuOperators(size, threads)
+        self._cpu = None if self.dali_only else CpuViews(size, threads, geometric=geometric, sources=sources)
         self._pipeline = self._build()
 
     def __len__(self) -> int:
@@ -121,18 +123,18 @@ class ViewGraph:
             raise ValueError("views with a geometry of the source's own need a ViewGraph with geometric=True")
         self._pending.append(_Pending(list(encoded), views))
         self._schedule(self._pending[-1])
+        self._render_decoded()
 
     def collect(self) -> RenderedViews:
         """The oldest batch. BadRows where some row cannot be decoded: then `replace` or `drop` that batch."""
         head = self._pending[0]
         try:
-            outputs = self._outputs(head)
+            made = self._made(head)
         except _DALI_ERRORS as error:
             self._repair(head, error)
-            outputs = self._outputs(head)
+            made = self._made(head)
         self._pending.popleft()
-        target, base, source, *own_base = outputs
-        return RenderedViews(source, target, base, own_base[0] if own_base else base, head.lossless)
+        return made
 
     def replace(self, encoded: Sequence[Encoded], views: Views) -> None:
         """Put another batch in the place of the oldest one."""
@@ -152,8 +154,8 @@ class ViewGraph:
         """
         self._pending.clear()
         self._pipeline = None
-        if self._operators is not None:
-            self._operators.close()
+        if self._cpu is not None:
+            self._cpu.close()
 
     def nothing(self) -> Tensor:
         """The images of an empty batch: uint8 (0, S, S, 3) on the graph's device."""
@@ -161,6 +163,8 @@ class ViewGraph:
         return torch.empty((0, self.size, self.size, 3), dtype=torch.uint8, device=device)
 
     def _build(self) -> Any:
+        if self._cpu is not None:
+            return build_decoder(self.device, device_id=None, batch=self.batch, threads=self.threads)
         return build_views(
             self.size,
             self.batch,
@@ -168,7 +172,6 @@ class ViewGraph:
             self.threads,
             geometric=self.geometric,
             sources=self.sources,
-            operators=self._operators,
             hw_decoder_load=self.hw_decoder_load,
             device_id=self.device_id,
         )
@@ -181,28 +184,59 @@ class ViewGraph:
     def _schedule(self, batch: _Pending) -> None:
         """Feed and start a batch; what DALI says against it is kept for the batch's turn."""
         try:
-            for name, value in self._inputs(batch).items():
-                self._pipeline.feed_input(name, value)
+            inputs = self._inputs(batch)
+            for name in inputs if self._cpu is None else DECODED:
+                self._pipeline.feed_input(name, inputs[name])
+            batch.inputs = None if self._cpu is None else inputs
             self._pipeline.schedule_run()
         except _DALI_ERRORS as error:
             batch.error = str(error)
 
+    def _render_decoded(self) -> None:
+        """On the CPU: start on the batches that are decoded, all but the newest, which DALI is working on."""
+        if self._cpu is None:
+            return
+        for batch in list(self._pending)[:-1]:
+            if batch.error is not None:
+                return  # and the pipeline is no more
+            try:
+                self._render(batch)
+            except _DALI_ERRORS as error:
+                batch.error = str(error)
+
+    def _render(self, batch: _Pending) -> Rendering:
+        """On the CPU: the batch at work, once it is decoded. Waits for DALI."""
+        assert self._cpu is not None
+        if batch.rendering is None:
+            (decoded,) = self._pipeline.share_outputs()
+            regions = [torch.from_dlpack(decoded[row]) for row in range(len(batch.encoded))]
+            self._pipeline.release_outputs()  # the dynamic executor gives the memory away
+            assert batch.inputs is not None
+            batch.rendering = self._cpu.start(regions, batch.inputs)
+        return batch.rendering
+
     def _restart(self) -> None:
-        """A fresh pipeline, and every queued batch again."""
+        """A fresh pipeline, and every queued batch again that is not decoded."""
         self._pipeline = self._build()
         for batch in self._pending:
             batch.error = None
-            self._schedule(batch)
+            if batch.rendering is None:
+                self._schedule(batch)
 
-    def _outputs(self, head: _Pending) -> list[Tensor]:
+    def _made(self, head: _Pending) -> RenderedViews:
         if head.error is not None:
             raise RuntimeError(head.error)
-        """Target, base, sources and, with the geometric group, their bases."""
+        if self._cpu is not None:
+            done = self._render(head)
+            done.wait()
+            return RenderedViews(done.source, done.target, done.base, done.source_base, head.lossless)
         target, base, *rest = self._pipeline.share_outputs()
-        groups = [[target], [base], rest[: self.sources]] + ([rest[self.sources :]] if self.geometric else [])
+        groups = [[target], rest[: self.sources]]
+        groups += [[base], *([rest[self.sources :]] if self.geometric else [])]
         tensors = [_joined(group) for group in groups] if self._stream is None else _copied(groups, self._stream)
         self._pipeline.release_outputs()
-        return tensors
+        views, bases = tensors[:2], tensors[2:]
+        return RenderedViews(views[1], views[0], bases[0], bases[-1], head.lossless)
 
     def _repair(self, head: _Pending, error: Exception) -> None:
         """Make the oldest batch decodable and start all again, or raise BadRows; other errors of DALI are raised."""
@@ -234,9 +268,9 @@ class ViewGraph:
         for row, one in enumerate(head.encoded):
             if one.lossless:
                 continue
-            probe = probe or build_probe(self.device, device_id=self.device_id)
+            probe = probe or build_decoder(self.device, device_id=self.device_id)
             try:
-                for name in ("encoded", "start", "shape"):
+                for name in DECODED:
                     probe.feed_input(name, inputs[name][row : row + 1])
                 probe.run()
             except _DALI_ERRORS:

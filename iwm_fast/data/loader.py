@@ -33,8 +33,9 @@ from iwm_fast.errors import UserError
 
 __all__ = ["SampleOrder", "TrainingStream", "divide_batch"]
 
-# Batches inside DALI at a time: one at work, one waiting, so that its threads never wait for Python.
-_IN_DALI = 2
+# Batches in the graph at a time: one that DALI decodes, one that is rendered (on a GPU: that waits), and one that is
+# being read, so that no thread waits for Python.
+_IN_GRAPH = 3
 
 
 def divide_batch(global_batch: int, world: int, ceiling: int | None) -> tuple[int, int]:
@@ -190,7 +191,7 @@ class TrainingStream:
         for batch in self._plan():
             self._graph.submit(batch.samples.encoded, batch.views)
             underway.append(batch)
-            if len(underway) == _IN_DALI:
+            if len(underway) == _IN_GRAPH:
                 yield self._finish(underway.popleft())
 
     def _plan(self) -> Iterator[_InFlight]:

@@ -1,12 +1,11 @@
 """The DALI definition of the two views: decode, crop, resize, flip, rotate, jitter, grayscale, blur, solarize.
 
-One definition serves ``device="cpu"`` and ``device="gpu"`` (mixed decode: nvJPEG, then operators on the GPU). Nothing
+One definition serves ``device="cpu"`` and ``device="gpu"`` (mixed decode: nvJPEG, then operators on the GPU); a CPU
+runs it in tests only, and elsewhere decodes with DALI and renders with `cpu_views`, to the same reference. Nothing
 is drawn here: every parameter arrives from the host through an external source, so what was done to an image is what
 the predictor is told. Operators that a sample does not need (blur, solarize, grayscale, a neutral jitter, a rotation)
 are kept off it by conditionals (an `if` statement on a batch is DALI's, sample by sample), which also makes a view
 without them bit-equal to its base.
-
-On the CPU two operators are ours (`cpu_operators`), called from the graph, because DALI's take most of the time there.
 
 The order is DESIGN's. Flips and half of a rotation cost nothing: the resize reads its region of interest backwards
 (``roi_start > roi_end``), which leaves only a transpose to quarter turns. EXIF's orientation is one more of these.
@@ -23,11 +22,14 @@ from numpy.typing import NDArray
 from nvidia.dali import fn, pipeline_def, types
 
 from iwm_fast.actions import Jitter, Views
-from iwm_fast.data.cpu_operators import CpuOperators, recolour_matrices
+from iwm_fast.data.cpu_operators import recolour_matrices
 from iwm_fast.data.encoded import Encoded
 from iwm_fast.data.orientation import Placement, place
 
-__all__ = ["build_probe", "build_views", "view_inputs"]
+__all__ = ["DECODED", "build_decoder", "build_views", "view_inputs"]
+
+# What a decoder is fed, by name.
+DECODED = ("encoded", "start", "shape")
 
 # Antialiased linear: half the time of antialiased cubic on the CPU (5.9 against 10.3 ns a pixel read), the same look.
 INTERPOLATION = types.INTERP_TRIANGULAR
@@ -59,24 +61,19 @@ def _decode(device: str, hw_decoder_load: float) -> Any:
     )
 
 
-def _resize(image: Any, view: str, size: int, operators: CpuOperators | None) -> Any:
+def _resize(image: Any, view: str, size: int) -> Any:
     """Resized, mirrored (the region of interest is read backwards) and, where the sample needs it, transposed."""
     start, end = (_host(f"{view}_roi_{side}", types.FLOAT, 1) for side in ("start", "end"))
     transposed = _scalars(f"{view}_transposed", types.BOOL)
-    if operators is not None:
-        resized = fn.python_function(
-            image, start, end, function=operators.resize, batch_processing=True, output_layouts="HWC"
-        )
-    else:
-        resized = fn.resize(
-            image,
-            size=[size, size],
-            roi_start=start,
-            roi_end=end,
-            roi_relative=True,
-            interp_type=INTERPOLATION,
-            antialias=True,
-        )
+    resized = fn.resize(
+        image,
+        size=[size, size],
+        roi_start=start,
+        roi_end=end,
+        roi_relative=True,
+        interp_type=INTERPOLATION,
+        antialias=True,
+    )
     if transposed:
         out = fn.transpose(resized, perm=[1, 0, 2], transpose_layout=False)
     else:
@@ -84,7 +81,7 @@ def _resize(image: Any, view: str, size: int, operators: CpuOperators | None) ->
     return out
 
 
-def _geometry(image: Any, view: str, size: int, operators: CpuOperators | None) -> Any:
+def _geometry(image: Any, view: str, size: int) -> Any:
     """The view's own box of the decoded region, resized, flipped and rotated."""
     box = fn.slice(
         image,
@@ -92,20 +89,11 @@ def _geometry(image: Any, view: str, size: int, operators: CpuOperators | None) 
         shape=_host(f"{view}_shape", types.INT32, 1),
         axis_names="WH",
     )
-    return _resize(box, view, size, operators)
+    return _resize(box, view, size)
 
 
-def _jitter(image: Any, view: str, operators: CpuOperators | None) -> Any:
+def _jitter(image: Any, view: str) -> Any:
     jittered = _scalars(f"{view}_jittered", types.BOOL)
-    if operators is not None:
-        matrix = _host(f"{view}_matrix", types.FLOAT, 2)
-        if jittered:
-            out = fn.python_function(
-                image, matrix, function=operators.recolour, batch_processing=True, output_layouts="HWC"
-            )
-        else:
-            out = image
-        return out
     brightness, contrast, saturation, hue = (_scalars(f"{view}_{name}") for name in _JITTER)
     if jittered:
         out = fn.color_twist(image, brightness=brightness, contrast=contrast, saturation=saturation, hue=hue)
@@ -155,25 +143,24 @@ def _views(
     device: str,
     geometric: bool,
     sources: tuple[str, ...],
-    operators: CpuOperators | None,
     hw_decoder_load: float,
 ) -> tuple[Any, ...]:
     decoded = _decode(device, hw_decoder_load)
     if geometric:
-        base = _geometry(decoded, "target", size, operators)
-        own = {source: _geometry(decoded, source, size, operators) for source in sources}
+        base = _geometry(decoded, "target", size)
+        own = {source: _geometry(decoded, source, size) for source in sources}
     else:
-        base = _resize(decoded, "target", size, operators)
+        base = _resize(decoded, "target", size)
         own = dict.fromkeys(sources, base)
-    target = _jitter(base, "target", operators)
-    made = [_destroy(_jitter(own[source], source, operators), source, device) for source in sources]
+    target = _jitter(base, "target")
+    made = [_destroy(_jitter(own[source], source), source, device) for source in sources]
     if geometric:
         return (target, base, *made, *own.values())
     return (target, base, *made)
 
 
 @pipeline_def(**_EXECUTION)
-def _probe(device: str) -> Any:
+def _decoder(device: str) -> Any:
     return _decode(device, 0.0)
 
 
@@ -185,20 +172,18 @@ def build_views(
     *,
     geometric: bool,
     sources: int,
-    operators: CpuOperators | None,
     hw_decoder_load: float,
     device_id: int | None,
 ) -> Any:
     """A built pipeline of (target, base, K sources[, K bases of them]), each (B, size, size, 3) uint8, B ≤ ``batch``.
 
-    sources: K. operators: for resize and jitter on the CPU; None takes DALI's own, as a GPU must.
+    sources: K.
     """
     pipeline = _views(
         size,
         device,
         geometric,
         _names(sources),
-        operators,
         hw_decoder_load,
         batch_size=batch,
         num_threads=threads,
@@ -208,9 +193,9 @@ def build_views(
     return pipeline
 
 
-def build_probe(device: str, *, device_id: int | None) -> Any:
-    """A built pipeline that only decodes one sample: it finds the file that made a batch fail."""
-    pipeline = _probe(device, batch_size=1, num_threads=1, device_id=device_id if device == "gpu" else None)
+def build_decoder(device: str, *, device_id: int | None, batch: int = 1, threads: int = 1) -> Any:
+    """A built pipeline that only decodes, the region of each image that its views need; it is fed `DECODED`."""
+    pipeline = _decoder(device, batch_size=batch, num_threads=threads, device_id=device_id if device == "gpu" else None)
     pipeline.build()
     return pipeline
 
@@ -259,7 +244,7 @@ def view_inputs(
 ) -> dict[str, Any]:
     """What the host feeds for B samples, by name: bytes, boxes, and every parameter of the views.
 
-    views: B · K rows, a sample's K sources side by side; dali_only: for a pipeline built without operators of ours.
+    views: B · K rows, a sample's K sources side by side; dali_only: for `build_views`, not for `cpu_views`.
     """
     rows = np.arange(0, len(views), sources)
     parts = {name: views.take(rows + k) for k, name in enumerate(_names(sources))}

@@ -9,10 +9,13 @@ from hypothesis import strategies as st
 from made_images import picture
 
 from iwm_fast.actions import Jitter
-from iwm_fast.data.cpu_operators import CpuOperators, recolour, recolour_matrices, resize
+from iwm_fast.data.cpu_operators import blur, grayscale, recolour, recolour_matrices, resize, solarize
 
 factors = st.floats(0, 3, width=32)
-START, END = np.zeros(2, np.float32), np.ones(2, np.float32)
+
+
+def resized(image, size, **turns):
+    return resize(torch.from_numpy(image), size, **turns).numpy()
 
 
 def one_jitter(*values):
@@ -40,25 +43,45 @@ def test_recolour_clips_at_both_ends():
 def test_resize_is_the_antialiased_linear_filter(height, width, size):
     """Its two roundings and its weights in 16 bits leave under a level."""
     image = picture(width, height, 5)
-    assert reference.error(reference.resize(image, size), resize(image, START, END, size)) <= 0.6
+    assert reference.error(reference.resize(image, size), resized(image, size)) <= 0.6
 
 
 @pytest.mark.parametrize(("down", "across"), [(False, True), (True, False), (True, True)])
-def test_resize_mirrors_where_start_and_end_are_exchanged(down, across):
+def test_resize_mirrors_down_and_across(down, across):
     image = picture(33, 47)
-    mirrored = np.array([down, across], np.float32)
-    expected = np.flip(resize(image, START, END, 20), [axis for axis in range(2) if mirrored[axis]])
-    assert np.array_equal(resize(image, mirrored, 1 - mirrored, 20), expected)
+    expected = np.flip(resized(image, 20), [axis for axis in range(2) if (down, across)[axis]])
+    assert np.array_equal(resized(image, 20, down=down, across=across), expected)
 
 
-@pytest.mark.parametrize("threads", [1, 3])
-def test_batches_come_in_order_on_any_number_of_threads(threads):
-    images = [picture(30 + n, 40 - n, n) for n in range(9)]
-    operators = CpuOperators(16, threads)
-    resized = operators.resize(images, [START] * 9, [END] * 9)
-    assert all(np.array_equal(one, resize(image, START, END, 16)) for one, image in zip(resized, images, strict=True))
-    assert operators.recolour([], []) == []
-    operators.close()
+@given(st.integers(1, 50), st.integers(1, 50), st.floats(0.01, 20))
+def test_blur_is_the_mirrored_gaussian(height, width, sigma):
+    """At any size, also where the taps reach over both edges; a float32 sum may fall on the other side of a half."""
+    image = picture(width, height, 4)
+    difference = np.abs(reference.blur(image, sigma).astype(int) - blur(image, sigma))
+    assert difference.max() <= 1
+    assert difference.mean() <= 0.02
+
+
+def test_a_blur_of_white_and_of_black_stays_so():
+    for level in (0, 255):
+        flat = np.full((37, 41, 3), level, np.uint8)
+        assert np.array_equal(blur(flat, 1.7), flat)
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 255))
+def test_grayscale_and_solarize_are_the_references(height, width, threshold):
+    image = picture(width, height, 6)
+    assert np.abs(reference.grayscale(image).astype(int) - grayscale(image)).max() <= 1
+    turned = image.copy()
+    solarize(turned, threshold)
+    assert np.array_equal(turned, reference.solarize(image, threshold))
+
+
+def test_every_operator_may_write_over_its_image():
+    image, matrix = picture(45, 31), recolour_matrices(one_jitter(1.3, 0.8, 1.2, 20))[0]
+    for operator in (lambda *a: recolour(a[0], matrix, *a[1:]), grayscale, lambda *a: blur(a[0], 1.3, *a[1:])):
+        own = image.copy()
+        assert np.array_equal(operator(own, own), operator(image))
 
 
 def test_the_answer_does_not_depend_on_torchs_threads():
@@ -68,6 +91,6 @@ def test_the_answer_does_not_depend_on_torchs_threads():
     answers = []
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        answers.append((recolour(image, matrix).tobytes(), resize(image, START, END, 64).tobytes()))
+        answers.append((recolour(image, matrix).tobytes(), resized(image, 64).tobytes(), blur(image, 1.1).tobytes()))
     torch.set_num_threads(before)
     assert answers[0] == answers[1]

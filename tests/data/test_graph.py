@@ -346,7 +346,7 @@ def test_batches_of_a_wrong_size_are_refused(graph, encoded):
 def test_the_definition_for_a_gpu_is_one_that_dali_takes(geometric):
     """No GPU runs here, but DALI checks every operator's name, place and arguments when it reads the definition."""
     definition = pipeline_module._views(
-        SIZE, "gpu", geometric, ("source0", "source1"), None, 0.5, batch_size=4, num_threads=1, device_id=None
+        SIZE, "gpu", geometric, ("source0", "source1"), 0.5, batch_size=4, num_threads=1, device_id=None
     )
     serialized = definition.serialize()
     assert b"hw_decoder_load" in serialized
