@@ -1,6 +1,7 @@
 """Images a second of the input path, of a core and of all cores, against torchvision and Pillow; and where time goes.
 
-    python -m benchmarks.data --json FILE [--root FOLDER] [--repeats 7] [--batches 6] [--batch 64] [--device cpu|gpu]
+    python -m benchmarks.data --json FILE [--root FOLDER] [--short-side 256] [--repeats 7] [--batches 6] [--batch 64]
+                              [--device cpu|gpu]
 
 Every contender makes the same two views of the same files with the same parameters; ours also checks each file's
 header, draws parameters and masks, and encodes actions. Ours reads the folder, and the same files from WebDataset
@@ -8,7 +9,8 @@ shards. They take turns, repeat by repeat, in one run. Of a core: the
 process is held on one core, one thread each, and CPU seconds count, which other work on the machine moves little (wall
 seconds are kept too). Of all cores: DALI's threads against as many workers of PyTorch's DataLoader, by the clock. A
 folder of fewer images than are asked for is gone through several times, each time as if the files had not been seen.
-Without a folder 500 × 375 JPEGs are made. Every contender's pictures are compared before any is timed.
+Without a folder 500 × 375 JPEGs are made; --short-side makes smaller ones of either. Every contender's pictures are
+compared before any is timed.
 `benchmarks.draw_data` draws the file that this writes.
 """
 
@@ -51,8 +53,8 @@ __all__ = ["SCHEMA", "Job", "measure"]
 
 SCHEMA = "iwm-fast-data/1"
 OURS, SHARDS, PILLOW, TORCHVISION = "iwm-fast", "iwm-fast shards", "pillow", "torchvision"
-# Batches that do not count, before the timed ones: as many as are prepared ahead.
-_WARM_UP = 4
+# Batches that do not count, before the timed ones: as many as are prepared ahead, in the graph and behind it.
+_WARM_UP = 6
 # Mean absolute difference in levels, of 255: Pillow blurs with boxes, and where torchvision has another formula only
 # views without it are compared.
 _WRONG = 2.0
@@ -273,11 +275,23 @@ def _made(folder: Path, count: int = 64) -> None:
         Image.fromarray(np.clip(image, 0, 255).astype(np.uint8)).save(folder / f"{number:03d}.jpg", quality=90)
 
 
+def _smaller(given: Path, folder: Path, short_side: int) -> Path:
+    """JPEGs of quality 90 in `folder`, of the images in `given` with their shorter side scaled to `short_side`."""
+    for file in sorted(file for file in given.iterdir() if is_image(file.name)):
+        with Image.open(file) as opened:
+            image = opened.convert("RGB")
+        scale = short_side / min(image.size)
+        width, height = (max(1, round(scale * side)) for side in image.size)
+        image.resize((width, height), Image.Resampling.BICUBIC).save(folder / f"{file.stem}.jpg", quality=90)
+    return folder
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--root", type=Path, help="folder of upright RGB images; default: made on the spot")
+    parser.add_argument("--short-side", type=int, help="pixels; default: the files as they are")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--batches", type=int, default=6, help="timed batches of a repeat")
     parser.add_argument("--batch", type=int, default=64)
@@ -285,11 +299,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", choices=["cpu", "gpu"], default="gpu" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     require_result(args.json)
-    with tempfile.TemporaryDirectory() as made, tempfile.TemporaryDirectory() as out:
+    with (
+        tempfile.TemporaryDirectory() as made,
+        tempfile.TemporaryDirectory() as out,
+        tempfile.TemporaryDirectory() as s,
+    ):
         if args.root is None:
             _made(Path(made))
+        images = args.root or Path(made)
         job = Job.of(
-            args.root or Path(made),
+            images if args.short_side is None else _smaller(images, Path(s), args.short_side),
             Path(out),
             size=args.size,
             batch=args.batch,
@@ -299,7 +318,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         say = partial(print, file=sys.stderr if str(args.json) == "-" else sys.stdout, flush=True)
         say(f"{usable_cores()} cores, load {os.getloadavg()[0]:.1f}")
         document = measure(job, args.repeats, say)
-    document |= {"images_from": "made" if args.root is None else "given", "environment": environment()}
+    document |= {"images_from": "made" if args.root is None else "given", "short_side": args.short_side}
+    document |= {"median_size": np.median(job.sizes, axis=0).tolist(), "environment": environment()}
     write_json(args.json, document, indent=None)
 
 

@@ -80,7 +80,7 @@ def _groups(job: Job, repeat: int) -> Iterator[tuple[list[Any], Views]]:
 def stages(job: Job, repeats: int) -> list[dict[str, Any]]:
     """Rows of {stage, seconds an image of each repeat, p20, p50, p80}, taking turns within each repeat."""
     limit = 2**31 - 1
-    graph = ViewGraph(job.size, job.batch, job.device, 1, geometric=False)
+    graph = ViewGraph(job.size, job.batch, job.device, 1, geometric=False, bases=False)  # as in training
     whole, cropped = _Decoding(job, cropped=False), _Decoding(job, cropped=True)
     steps: dict[str, Callable[[list[Any], list[Encoded], Views], object]] = {
         "read": lambda paths, _, __: [path.read_bytes() for path in paths],

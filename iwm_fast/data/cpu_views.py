@@ -32,7 +32,9 @@ _PIECES = 4
 
 @dataclass(frozen=True, eq=False)
 class Rendering:
-    """A batch at work: uint8 (B, S, S, 3) target and base, (B · K, S, S, 3) source and source_base."""
+    """A batch at work: uint8 (B, S, S, 3) target and base, (B · K, S, S, 3) source and source_base; without bases the
+    last two are (0, S, S, 3).
+    """
 
     target: Tensor
     base: Tensor
@@ -47,10 +49,10 @@ class Rendering:
 
 
 class CpuViews:
-    """Batches of views of `size` × `size` pixels, on `threads` threads. geometric, sources: as `ViewGraph` has them."""
+    """Batches of views of `size` × `size` pixels, on `threads` threads; the rest as `ViewGraph` has it."""
 
-    def __init__(self, size: int, threads: int, *, geometric: bool, sources: int) -> None:
-        self._size, self._threads, self._geometric = size, threads, geometric
+    def __init__(self, size: int, threads: int, *, geometric: bool, sources: int, bases: bool) -> None:
+        self._size, self._threads, self._geometric, self._bases = size, threads, geometric, bases
         self._sources = [f"source{k}" for k in range(sources)]
         self._memory = _Memory()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="iwm-fast pixels")
@@ -58,9 +60,10 @@ class CpuViews:
     def start(self, regions: Sequence[Tensor], inputs: Inputs) -> Rendering:
         """Begin: regions: B decoded images, uint8 (h, w, 3); inputs: what `pipeline.view_inputs` made of the batch."""
         count, side = len(regions), self._size
-        target, base = (self._memory.take(count, side, side, 3) for _ in range(2))
+        target = self._memory.take(count, side, side, 3)
         source = self._memory.take(count * len(self._sources), side, side, 3)
-        own = self._memory.take(*source.shape) if self._geometric else base
+        base = self._memory.take(count if self._bases else 0, side, side, 3)
+        own = self._memory.take(*source.shape) if self._geometric and self._bases else base
         arrays = [tensor.numpy() for tensor in (target, base, source, own)]
         # a number out of a list takes a third of the time of one out of an array
         inputs = {name: list(value) if name.endswith("_matrix") else _listed(value) for name, value in inputs.items()}
@@ -78,22 +81,26 @@ class CpuViews:
     def _piece(self, regions: Sequence[Tensor], inputs: Inputs, rows: range, arrays: list[Levels]) -> None:
         target, base, source, own = arrays
         for row in rows:
-            self._place(regions[row], inputs, "target", row, base[row])
-            _jitter(base[row], inputs, "target", row, target[row])
+            image = self._placed(regions[row], inputs, "target", row)
+            if self._bases:
+                base[row] = image
+            _jitter(image, inputs, "target", row, target[row])
             for k, name in enumerate(self._sources):
                 at = row * len(self._sources) + k
                 if self._geometric:
-                    self._place(regions[row], inputs, name, row, own[at])
-                _destroy(own[at] if self._geometric else base[row], inputs, name, row, source[at])
+                    image = self._placed(regions[row], inputs, name, row)
+                    if self._bases:
+                        own[at] = image
+                _destroy(image, inputs, name, row, source[at])
 
-    def _place(self, region: Tensor, inputs: Inputs, view: str, row: int, out: Levels) -> None:
+    def _placed(self, region: Tensor, inputs: Inputs, view: str, row: int) -> Levels:
         """The view's own box of the decoded region, resized, mirrored and, where the sample needs it, transposed."""
         if self._geometric:
             (x, y), (width, height) = inputs[f"{view}_start"][row], inputs[f"{view}_shape"][row]
             region = region[y : y + height, x : x + width]
         down, across = map(bool, inputs[f"{view}_roi_start"][row])
-        made = resize(region, self._size, down=down, across=across).numpy()
-        out[:] = made.transpose(1, 0, 2) if inputs[f"{view}_transposed"][row] else made
+        made = resize(region, self._size, down=down, across=across)
+        return (made.transpose(0, 1) if inputs[f"{view}_transposed"][row] else made).contiguous().numpy()
 
 
 def _listed(value: Any) -> list[Any]:
@@ -115,7 +122,7 @@ class _Memory:
         free = (block for block in self._blocks if len(block) >= count and sys.getrefcount(block) == _UNUSED)
         block = next(free, None)
         if block is None:
-            block = np.empty(count, np.uint8)
+            block = torch.empty(count, dtype=torch.uint8).numpy()
             self._blocks.append(block)
         return torch.from_numpy(block)[:count].view(shape)
 
@@ -124,12 +131,12 @@ class _Memory:
 _UNUSED = 3
 
 
-def _jitter(image: Levels, inputs: Inputs, view: str, row: int, out: Levels) -> Levels:
-    """The jittered image; without a jitter the image itself, which `out` is then a copy of."""
+def _jitter(image: Levels, inputs: Inputs, view: str, row: int, out: Levels) -> None:
+    """The jittered image in `out`, or without a jitter a copy of it."""
     if inputs[f"{view}_jittered"][row]:
-        return recolour(image, inputs[f"{view}_matrix"][row], out)
-    out[:] = image
-    return out
+        recolour(image, inputs[f"{view}_matrix"][row], out)
+    else:
+        out[:] = image
 
 
 def _destroy(image: Levels, inputs: Inputs, source: str, row: int, out: Levels) -> None:

@@ -41,7 +41,8 @@ class RenderedViews:
     """uint8 on the graph's device: source (B · K, S, S, 3), an image's K side by side; target (B, S, S, 3).
 
     base: (B, S, S, 3), I', what the target's jitter was applied to; source_base: the sources' own (B · K, S, S, 3), or
-    the same tensor as base without the geometric group. lossless: images that DALI refused and Pillow decoded.
+    the same tensor as base without the geometric group; of a graph without bases both are (0, S, S, 3). lossless:
+    images that DALI refused and Pillow decoded.
 
     On a GPU they are finished, and may be read by the stream that was current where they were collected; who reads them
     on another one has to `record_stream` it.
@@ -70,8 +71,9 @@ class ViewGraph:
     device: "cpu" or "gpu" (the GPU `device_id`, default torch's current one); threads: DALI's, on the CPU. geometric:
     the sources have geometries of their own. sources: K of an image; views then have B · K rows, an image's side by
     side. dali_only: every operator is DALI's own on the CPU too, where `cpu_views` is faster: the graph that a GPU
-    runs. hw_decoder_load: data.hw_decoder_load, for a GPU. `submit` returns at once and the work goes on behind;
-    `collect` waits for the oldest batch submitted. Not to be used from two threads at a time.
+    runs. bases: whether what the jitters are applied to is handed out too. hw_decoder_load: data.hw_decoder_load, for a
+    GPU. `submit` starts the work, at most waiting on a CPU until the batch before is decoded; `collect` waits for the
+    oldest batch submitted. Not to be used from two threads at a time.
     """
 
     def __init__(
@@ -85,19 +87,22 @@ class ViewGraph:
         sources: int = 1,
         max_pixels: int = 2**31 - 1,
         dali_only: bool = False,
+        bases: bool = True,
         hw_decoder_load: float = 0.65,
         device_id: int | None = None,
     ) -> None:
         if device not in ("cpu", "gpu"):
             raise ValueError(f"device is {device!r}; it must be 'cpu' or 'gpu'")
         self.size, self.batch, self.device, self.threads = size, batch, device, threads
-        self.geometric, self.sources, self.max_pixels = geometric, sources, max_pixels
+        self.geometric, self.sources, self.max_pixels, self.bases = geometric, sources, max_pixels, bases
         self.hw_decoder_load = hw_decoder_load
         self.device_id = torch.cuda.current_device() if device == "gpu" and device_id is None else device_id
         self._pending: deque[_Pending] = deque()
         self._stream = torch.cuda.Stream(self.device_id) if device == "gpu" else None
         self.dali_only = dali_only or device == "gpu"
-        self._cpu = None if self.dali_only else CpuViews(size, threads, geometric=geometric, sources=sources)
+        self._cpu = (
+            None if self.dali_only else CpuViews(size, threads, geometric=geometric, sources=sources, bases=bases)
+        )
         self._pipeline = self._build()
 
     def __len__(self) -> int:
@@ -232,10 +237,11 @@ class ViewGraph:
             return RenderedViews(done.source, done.target, done.base, done.source_base, head.lossless)
         target, base, *rest = self._pipeline.share_outputs()
         groups = [[target], rest[: self.sources]]
-        groups += [[base], *([rest[self.sources :]] if self.geometric else [])]
+        if self.bases:
+            groups += [[base], *([rest[self.sources :]] if self.geometric else [])]
         tensors = [_joined(group) for group in groups] if self._stream is None else _copied(groups, self._stream)
         self._pipeline.release_outputs()
-        views, bases = tensors[:2], tensors[2:]
+        views, bases = tensors[:2], tensors[2:] or [self.nothing()]
         return RenderedViews(views[1], views[0], bases[0], bases[-1], head.lossless)
 
     def _repair(self, head: _Pending, error: Exception) -> None:

@@ -97,6 +97,7 @@ class TrainingStream:
     """
 
     files_a_sample = 1
+    _bases = False  # nothing that training needs
 
     def __init__(
         self,
@@ -127,6 +128,7 @@ class TrainingStream:
             geometric=geometric,
             sources=self._sources,
             max_pixels=config.data.max_pixels,
+            bases=self._bases,
             hw_decoder_load=config.data.hw_decoder_load,
         )
         self._failure: BaseException | None = None

@@ -141,6 +141,7 @@ class PairStream(TrainingStream):
     """`TrainingStream` over `Triplets`."""
 
     files_a_sample = 2
+    _bases = True
     _vectors: NDArray[np.float32]
 
     def _reader_of(self, files: Sized, run_dir: Path | None) -> SampleReader:

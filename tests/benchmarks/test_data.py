@@ -42,6 +42,13 @@ def test_contenders_take_turns_and_are_compared_on_the_same_cores(job, tmp_path)
     assert Image.open(tmp_path / "picture.png").size[0] > 500
 
 
+def test_smaller_images_keep_their_shape(tmp_path):
+    write_images(tmp_path / "given", 2, size=(90, 60))
+    (tmp_path / "small").mkdir()
+    folder = data._smaller(tmp_path / "given", tmp_path / "small", 20)
+    assert [Image.open(file).size for file in sorted(folder.iterdir())] == [(30, 20), (30, 20)]
+
+
 def test_views_that_differ_from_ours_are_not_timed(job, monkeypatch):
     def wrong(path, views, row, size):
         return tuple(255 - view for view in pillow_views(path, views, row, size))

@@ -271,6 +271,18 @@ def test_several_sources_of_one_decoded_image_are_those_made_alone(encoded, geom
             assert (one.float() - other.float()).abs().mean() <= (BASE if geometric else 0)
 
 
+@pytest.mark.parametrize("geometric", [False, True], ids=["one geometry", "own geometries"])
+@pytest.mark.parametrize("dali_only", [False, True], ids=["ours", "dali"])
+def test_without_bases_the_views_are_the_same(encoded, geometric, dali_only):
+    views = draw(encoded, groups=("photometric", "geometric") if geometric else ("photometric",), **ALL)
+    options = {"geometric": geometric, "dali_only": dali_only}
+    whole = ViewGraph(SIZE, COUNT, "cpu", 1, **options).run(encoded, views)
+    bare = ViewGraph(SIZE, COUNT, "cpu", 1, bases=False, **options).run(encoded, views)
+    assert torch.equal(bare.source, whole.source)
+    assert torch.equal(bare.target, whole.target)
+    assert bare.base.shape == bare.source_base.shape == (0, SIZE, SIZE, 3)
+
+
 def test_batches_come_back_in_the_order_submitted(graph, encoded):
     views = draw(encoded)
     expected = graph.run(encoded, views)
@@ -289,6 +301,20 @@ def test_what_was_handed_out_is_not_written_again(graph, encoded):
     for _ in range(4):
         graph.run(encoded[::-1], draw(encoded[::-1]))
     assert torch.equal(first.source, kept)
+
+
+def test_memory_is_written_again_only_when_nobody_holds_a_part_of_it(encoded):
+    """One picture of a batch that was let go of is enough."""
+    graph = ViewGraph(SIZE, COUNT, "cpu", 1, geometric=False)
+    one = graph.run(encoded, draw(encoded)).source[3]
+    kept, array = one.clone(), graph.run(encoded[::-1], draw(encoded[::-1])).target[5].numpy()
+    copy = array.copy()
+    places = set()
+    for _ in range(6):
+        places.add(graph.run(encoded[::-1], draw(encoded[::-1])).source.data_ptr())
+    assert torch.equal(one, kept)
+    assert np.array_equal(array, copy)
+    assert len(places) < 6
 
 
 def damaged(raw):
