@@ -97,6 +97,7 @@ def load_clean(
             yield _collect(graph, underway.popleft(), crop)
     finally:
         store.close()
+        graph.close()
 
 
 def _read(store: FileStore, rows: list[int]) -> _Group:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -55,7 +56,7 @@ class CpuViews:
         self._size, self._threads, self._geometric, self._bases = size, threads, geometric, bases
         self._sources = [f"source{k}" for k in range(sources)]
         self._memory = _Memory()
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="iwm-fast pixels")
+        self._pool = _pool(threads)
 
     def start(self, regions: Sequence[Tensor], inputs: Inputs) -> Rendering:
         """Begin: regions: B decoded images, uint8 (h, w, 3); inputs: what `pipeline.view_inputs` made of the batch."""
@@ -101,6 +102,25 @@ class CpuViews:
         down, across = map(bool, inputs[f"{view}_roi_start"][row])
         made = resize(region, self._size, down=down, across=across)
         return (made.transpose(0, 1) if inputs[f"{view}_transposed"][row] else made).contiguous().numpy()
+
+
+def _pool(threads: int) -> ThreadPoolExecutor:
+    """Threads whose operators stay on one core each: images are at work side by side already, and a team of threads for
+    each small product costs more than the product. The number that other threads use stays as it is.
+    """
+    before = torch.get_num_threads()
+    pool = ThreadPoolExecutor(threads, "iwm-fast pixels", initializer=_one_core)
+    begun = threading.Barrier(threads + 1)
+    for _ in range(threads):
+        pool.submit(begun.wait)
+    begun.wait()
+    torch.set_num_threads(before)  # what a thread that begins later takes over
+    return pool
+
+
+def _one_core() -> None:
+    torch.get_num_threads()  # a thread's first question takes over the number of the process, so it comes first
+    torch.set_num_threads(1)
 
 
 def _listed(value: Any) -> list[Any]:

@@ -33,9 +33,9 @@ from iwm_fast.errors import UserError
 
 __all__ = ["SampleOrder", "TrainingStream", "divide_batch"]
 
-# Batches in the graph at a time: one that DALI decodes, one that is rendered (on a GPU: that waits), and one that is
-# being read, so that no thread waits for Python.
-_IN_GRAPH = 3
+# Batches in the graph at a time: one at work, one waiting, so that no thread waits for Python. On a CPU two are at
+# work: one that DALI decodes and one that is rendered.
+_IN_GRAPH = {"cpu": 3, "gpu": 2}
 
 
 def divide_batch(global_batch: int, world: int, ceiling: int | None) -> tuple[int, int]:
@@ -193,7 +193,7 @@ class TrainingStream:
         for batch in self._plan():
             self._graph.submit(batch.samples.encoded, batch.views)
             underway.append(batch)
-            if len(underway) == _IN_GRAPH:
+            if len(underway) == _IN_GRAPH[self.device]:
                 yield self._finish(underway.popleft())
 
     def _plan(self) -> Iterator[_InFlight]:

@@ -69,6 +69,8 @@ def write_preview(config: Config, root: str | Path, out: Path, count: int, seed:
         (out / "params.json").write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"{out}: cannot be written: {because(error, 'choose another --out')}") from error
+    finally:
+        graph.close()
 
 
 def _render(
