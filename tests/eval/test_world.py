@@ -314,7 +314,10 @@ MISTAKES = {
     "no file": (lambda w: w.encode("nowhere.jpg"), "nowhere.jpg: no such file"),
     "a folder": (lambda w: w.encode(["."]), "a folder; name its image files"),
     "an address": (lambda w: w.read("s3://bucket/a.jpg"), "in an object store"),
-    "float picture": (lambda w: w.encode(Image.new("F", (5, 5))), "images has mode F: give a picture of 8 or 16 bits"),
+    "float picture": (
+        lambda w: w.encode(Image.new("F", (5, 5), 9)),
+        r"images: cannot be decoded \(its pixels are floating-point numbers from 9 to 9, not in \[0, 1\]",
+    ),
     "no number": (lambda w: w.predict(pictures(1), {"brightness": "much"}), "brightness is 'much'; give one number"),
     "several numbers": (lambda w: w.predict(pictures(1), {"hue": [1, 2]}), r"hue is \[1, 2\]; give one number"),
     "nan": (lambda w: w.predict(pictures(1), {"brightness": np.nan}), "brightness is nan; give a finite number"),
