@@ -107,9 +107,9 @@ def _by_image(segments: Segments) -> Attend:
 def _padded(segments: Segments) -> Attend:
     """Dense to the longest image, with a mask of the keys."""
     images, longest = len(segments.lengths), max(segments.lengths)
-    lengths = torch.tensor(segments.lengths, device=segments.device)
-    real = torch.arange(longest, device=segments.device) < lengths[:, None]
-    places = real.flatten().nonzero()[:, 0]
+    real = torch.arange(longest) < torch.tensor(segments.lengths)[:, None]
+    places = real.flatten().nonzero()[:, 0].to(segments.device)  # found on the host, which knows the lengths
+    real = real.to(segments.device)
 
     def dense(x: Tensor) -> Tensor:
         rows = x.new_zeros(images * longest, *x.shape[1:]).index_copy(0, places, x)

@@ -22,7 +22,7 @@ from iwm_fast.outputs import require_result
 from iwm_fast.programs import run_program
 from iwm_fast.results import write_result
 
-__all__ = ["l2_read", "launch_cost"]
+__all__ = ["l2_read", "launch_cost", "require_sums"]
 
 _LAUNCHES = 2000
 _BLOCK = 4096
@@ -30,7 +30,7 @@ _PASSES = 64
 
 
 @triton.jit
-def _read_kernel(x_ptr: Any, out_ptr: Any, BLOCKS: Any, PASSES: Any, BLOCK: tl.constexpr) -> None:
+def _read_kernel(x_ptr, out_ptr, BLOCKS, PASSES, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202 - Triton's
     """Read BLOCKS blocks of fp32 PASSES times, each program from another one on; store their sum, so that it counts."""
     i = tl.program_id(0)
     acc = tl.zeros((BLOCK,), tl.float32)
@@ -48,9 +48,14 @@ def l2_read(device: torch.device) -> dict[str, Any]:
     x = torch.ones(blocks * _BLOCK, device=device)
     out = torch.empty(programs, device=device)
     taken = seconds(lambda _: _read_kernel[(programs,)](x, out, blocks, _PASSES, BLOCK=_BLOCK, num_warps=8), device)
-    if device.type == "cuda" and not torch.allclose(out, torch.full_like(out, float(_PASSES * _BLOCK))):
-        raise RuntimeError("the kernel that reads L2 did not read what is there")
+    require_sums(out)
     return {"l2_read_seconds": taken, "l2_read_bytes_per_s": programs * _PASSES * _BLOCK * 4 / median(taken)}
+
+
+def require_sums(out: torch.Tensor) -> None:
+    """RuntimeError unless each program has read its ones."""
+    if not torch.allclose(out, torch.full_like(out, float(_PASSES * _BLOCK))):
+        raise RuntimeError("the kernel that reads L2 did not read what is there")
 
 
 def launch_cost(device: torch.device) -> dict[str, Any]:

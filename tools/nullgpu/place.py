@@ -40,6 +40,25 @@ def null_environment() -> dict[str, str]:
     }
 
 
+# Takes the place of the interpreter that programs start programs with: those of iwm-fast go through `within`.
+_WRAPPER = """#!/bin/sh
+if [ "$1" = -m ]; then
+    case "$2" in
+    iwm_fast | iwm_fast.benchmarks.* | benchmarks.*)
+        module=$2
+        shift 2
+        case "$module" in benchmarks.*) module=iwm_fast.$module ;; esac
+        exec {python} -m tools.nullgpu.within "$module" "$@"
+        ;;
+    esac
+fi
+exec {python} "$@"
+"""
+
+
 def run(words: Sequence[str]) -> int:
     """Run the environment's Python with ``words`` on the null GPU, in the current folder; its exit code."""
-    return subprocess.run([str(PYTHON), *words], env=null_environment(), check=False).returncode
+    wrapper = FOLDER / "python"
+    wrapper.write_text(_WRAPPER.format(python=PYTHON))
+    wrapper.chmod(0o755)
+    return subprocess.run([str(wrapper), *words], env=null_environment(), check=False).returncode
