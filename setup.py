@@ -50,6 +50,7 @@ setup(
         "xformers>=0.0.35,<0.0.36",
         "deepspeed>=0.19.8,<0.20",
         "nvidia-dali-cuda130>=2.4,<2.5",
+        "nvidia-nvimgcodec-cu13>=0.9,<0.10",  # DALI's decoders: its releases differ in what crashes on which GPU
         "numpy>=2.0,<3",
         "pillow>=11",
         "pydantic>=2.10,<3",

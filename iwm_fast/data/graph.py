@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -20,7 +22,9 @@ from torch import Tensor
 from iwm_fast.actions import Views
 from iwm_fast.data.cpu_views import CpuViews, Rendering
 from iwm_fast.data.encoded import BadSample, Encoded, reencode
-from iwm_fast.data.pipeline import DECODED, build_decoder, build_views, view_inputs
+from iwm_fast.data.gpu_decoder import DecoderPath, gpu_decoder
+from iwm_fast.data.view_inputs import DECODED, view_inputs
+from iwm_fast.errors import UserError
 
 __all__ = ["BadRows", "RenderedViews", "ViewGraph"]
 
@@ -97,6 +101,7 @@ class ViewGraph:
         self.geometric, self.sources, self.max_pixels, self.bases = geometric, sources, max_pixels, bases
         self.hw_decoder_load = hw_decoder_load
         self.device_id = torch.cuda.current_device() if device == "gpu" and device_id is None else device_id
+        self._path: DecoderPath = gpu_decoder(self.device_id).path if self.device_id is not None else "image_slice"
         self._pending: deque[_Pending] = deque()
         self._stream = torch.cuda.Stream(self.device_id) if device == "gpu" else None
         self.dali_only = dali_only or device == "gpu"
@@ -168,9 +173,10 @@ class ViewGraph:
         return torch.empty((0, self.size, self.size, 3), dtype=torch.uint8, device=device)
 
     def _build(self) -> Any:
+        pipeline = _dali_pipeline()
         if self._cpu is not None:
-            return build_decoder(self.device, device_id=None, batch=self.batch, threads=self.threads)
-        return build_views(
+            return pipeline.build_decoder(self.device, device_id=None, batch=self.batch, threads=self.threads)
+        return pipeline.build_views(
             self.size,
             self.batch,
             self.device,
@@ -179,6 +185,7 @@ class ViewGraph:
             sources=self.sources,
             hw_decoder_load=self.hw_decoder_load,
             device_id=self.device_id,
+            path=self._path,
         )
 
     def _inputs(self, batch: _Pending) -> dict[str, Any]:
@@ -274,7 +281,7 @@ class ViewGraph:
         for row, one in enumerate(head.encoded):
             if one.lossless:
                 continue
-            probe = probe or build_decoder(self.device, device_id=self.device_id)
+            probe = probe or _dali_pipeline().build_decoder(self.device, device_id=self.device_id, path=self._path)
             try:
                 for name in DECODED:
                     probe.feed_input(name, inputs[name][row : row + 1])
@@ -283,6 +290,17 @@ class ViewGraph:
                 refused.append(row)
                 probe = None
         return refused
+
+
+def _dali_pipeline() -> ModuleType:
+    """The definitions that DALI runs, imported where images are read and nowhere before."""
+    try:
+        return import_module("iwm_fast.data.pipeline")
+    except ImportError as error:
+        raise UserError(
+            f"images are decoded by NVIDIA DALI, which does not import here ({error}): install nvidia-dali-cuda130; "
+            "iwm-fast doctor says more"
+        ) from error
 
 
 def _joined(outputs: Sequence[Any], *, copy: bool = False) -> Tensor:

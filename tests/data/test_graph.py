@@ -368,15 +368,17 @@ def test_batches_of_a_wrong_size_are_refused(graph, encoded):
         graph.submit(encoded[:3], views)
 
 
+@pytest.mark.parametrize("path", ["image_slice", "image"])
 @pytest.mark.parametrize("geometric", [False, True], ids=["one geometry", "own geometries"])
-def test_the_definition_for_a_gpu_is_one_that_dali_takes(geometric):
+def test_the_definition_for_a_gpu_is_one_that_dali_takes(geometric, path):
     """No GPU runs here, but DALI checks every operator's name, place and arguments when it reads the definition."""
     definition = pipeline_module._views(
-        SIZE, "gpu", geometric, ("source0", "source1"), 0.5, batch_size=4, num_threads=1, device_id=None
+        SIZE, "gpu", geometric, ("source0", "source1"), 0.5, path, batch_size=4, num_threads=1, device_id=None
     )
     serialized = definition.serialize()
     assert b"hw_decoder_load" in serialized
     assert b"ColorTwist" in serialized
+    assert (b"ImageSlice" in serialized) is (path == "image_slice")
     assert b"PythonFunction" not in serialized
 
 
