@@ -129,13 +129,13 @@ def _settings(args: argparse.Namespace, file: Path) -> list[str]:
 # Most valuable first: a run that is cut off has what it had measured. The limits of all but the last add up to nine
 # minutes.
 PARTS = {
-    "doctor": Part(40, _doctor, ("deepspeed", "xformers", "dali"), "what of the stack runs here"),
+    "doctor": Part(30, _doctor, ("deepspeed", "xformers", "dali"), "what of the stack runs here"),
     "ceilings": Part(20, _ceilings, (), "copy, matrix multiply, L2, launch"),
-    "step": Part(90, _step, what="the step of every preset on random pixels, checked against float64"),
+    "step": Part(80, _step, what="the step of every preset on random pixels, checked against float64"),
     "attention": Part(40, _attention, ("xformers",), "packed attention at the step's lengths, every way there is"),
-    "kernels": Part(90, _kernels, (), "every operator against its baselines, checked against float64"),
+    "kernels": Part(80, _kernels, (), "every operator against its baselines, checked against float64"),
     "profile": Part(40, _profile, what="where a step's time goes, with a trace"),
-    "peers": Part(80, _peers, what="the whole step beside ijepa's and a plain one"),
+    "peers": Part(110, _peers, what="the whole step beside ijepa's and a plain one"),
     "tests": Part(60, _tests, what="tests/gpu, and the kernels' tests on the GPU"),
     "train": Part(50, _train, ("deepspeed", "xformers", "dali"), "whole trainings from JPEG files"),
     "settings": Part(30, _settings, what="train.compile and train.target_stream against the step without"),
@@ -159,7 +159,8 @@ def run_part(name: str, args: argparse.Namespace, left: float) -> str:
             code, error = None, f"ended after {limit:.0f} s, its limit"
         _end(process)
     if code:
-        last = log.read_text(errors="replace").strip().splitlines()[-1:]
+        lines = log.read_text(errors="replace").strip().splitlines()
+        last = [line for line in lines if "warning" not in line.lower()][-1:]
         ended = f"ended by signal {-code}" if code < 0 else f"exit code {code}"
         error = f"{ended}: {' '.join(last)}"
     result = _read(file)

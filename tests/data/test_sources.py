@@ -23,6 +23,7 @@ from iwm_fast.data.files import list_images, split
 from iwm_fast.data.index import write_index
 from iwm_fast.data.shards import write_shards
 from iwm_fast.data.sources.names import Names, escape, unescape
+from iwm_fast.data.sources.opening import REPEATED
 from iwm_fast.data.sources.storage import DataGone, LocalStorage
 from iwm_fast.errors import UserError
 
@@ -406,3 +407,15 @@ def test_a_hundred_thousand_names_take_little_more_than_their_letters():
     packed = Names.of(f"class{i % 10}/{i:08d}.jpg" for i in range(100_000))
     assert sys.getsizeof(packed._text) + packed._starts.nbytes + packed._ends.nbytes < 4_000_000
     assert packed[99_999] == "class9/00099999.jpg"
+
+
+def test_two_names_of_one_folder_are_one_class_and_the_other_name_is_said(tmp_path):
+    cat = tmp_path / "d/cat"
+    cat.mkdir(parents=True)
+    (cat / "a.png").write_bytes(IMAGE)
+    (tmp_path / "d/kitty").symlink_to(cat)
+    (cat / "up").symlink_to("..")
+    images = list_images(tmp_path / "d")
+    assert images.classes == ("cat",)
+    assert len(images) == 1
+    assert images.source.left_out.counts == {REPEATED: 2}

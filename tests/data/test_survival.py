@@ -293,7 +293,7 @@ def test_a_folder_that_goes_away_while_training_is_one_clear_error(tmp_path, mon
     root = write(tmp_path / "images", {f"{n:02d}.jpg": encode(picture(40, 30, n)) for n in range(40)})
     _Vanishing(monkeypatch, 30, lambda: shutil.move(root, tmp_path / "elsewhere"))
     config = small_config(root, train__schedule_steps=15, data__max_bad_fraction=1.0, data__wait_s=wait_s)
-    with pytest.raises(UserError, match="go on with --resume auto") as caught:
+    with pytest.raises(UserError, match="bring the data back, and start again") as caught:
         pretrain(config, tmp_path / "run")
     assert str(caught.value).startswith(f"{root}: the data folder is gone (No such file or directory)")
     assert ("within 0.5 s" in str(caught.value)) == bool(wait_s)

@@ -30,6 +30,7 @@ from iwm_fast.errors import UserError
 __all__ = ["open_source", "top_level"]
 
 SYSTEM = "folder(s) of the system"
+REPEATED = "other name(s), by links, of folders that are listed already"
 PACKED = "compressed archive(s), which allow no random access: decompress them"
 UNREAD = "image(s) of a format that is not read"
 BROKEN = "link(s) that lead nowhere"
@@ -87,6 +88,7 @@ def _open(root: str | Path, kind: str, patience: Patience, *, listed_anew: bool)
 def _count_others(source: Source, names: list[str]) -> None:
     """What lies beside the images and looks as if it were to be among them; a text, say, does not."""
     source.left_out.add(SYSTEM, *source.storage.system_folders)
+    source.left_out.add(REPEATED, *source.storage.repeated_folders)
     if source.kind != "folder":
         source.left_out.add(PACKED, *filter(is_packed, names))
     source.left_out.add(UNREAD, *filter(is_unread, names))

@@ -64,6 +64,7 @@ class S3Storage:
 
     readers = _READERS
     system_folders: tuple[str, ...] = ()  # a store has none
+    repeated_folders: tuple[str, ...] = ()  # nor links
 
     def __init__(self, root: str, patience: Patience = PATIENCE) -> None:
         match = _ADDRESS.fullmatch(root)

@@ -36,7 +36,7 @@ class DataGone(UserError):  # noqa: N818  (a circumstance, as UserError itself s
     """Not one sample but the place where it was cannot be read: no verdict on the sample; it may come back."""
 
     def __init__(self, what: str) -> None:
-        super().__init__(f"{what}; bring the data back, then go on with --resume auto")
+        super().__init__(f"{what}; bring the data back, and start again: a training resumes with --resume auto")
         self.what = what
 
 
@@ -46,6 +46,7 @@ class Storage(Protocol):
     root: str  # as people write it: an absolute path, or s3://bucket/prefix
     readers: int  # reads that are worth having in flight at a time
     system_folders: tuple[str, ...]  # that `names` passed over, below the root
+    repeated_folders: tuple[str, ...]  # other names of folders that `names` has been in, by links
 
     def shown(self, name: str) -> str:
         """The full name of a piece: an absolute path, or an address."""
@@ -92,6 +93,7 @@ class LocalStorage:
         self._root = root.absolute()
         self.root = str(self._root)
         self.system_folders: tuple[str, ...] = ()
+        self.repeated_folders: tuple[str, ...] = ()
         self._mounts: tuple[str, ...] = ()  # folders below the root, as `names` found them, that lie on other disks
 
     def shown(self, name: str) -> str:
@@ -104,10 +106,11 @@ class LocalStorage:
         """Paths below the root with forward slashes; links are followed, each real folder is visited once."""
         seen: set[tuple[int, int]] = set()
         found: list[str] = []
-        of_system, mounts = [], []
+        of_system, mounts, repeated = [], [], []
         for folder, inside, files in os.walk(self.root, followlinks=True, onerror=_refuse):
             status = os.stat(folder)  # noqa: PTH116  (os.walk gives strings)
             if (status.st_dev, status.st_ino) in seen:
+                repeated.append(folder[len(self.root) :].strip("/"))
                 inside.clear()
                 continue
             if not seen:
@@ -121,6 +124,7 @@ class LocalStorage:
             inside[:] = sorted(name for name in inside if not name.startswith(".") and name not in SYSTEM_FOLDERS)
             found += [prefix + name for name in files if not name.startswith(".")]
         self.system_folders, self._mounts = tuple(sorted(of_system)), tuple(mounts)
+        self.repeated_folders = tuple(sorted(repeated))
         return sorted(found)
 
     def has(self, name: str) -> bool:
