@@ -410,12 +410,13 @@ def test_a_hundred_thousand_names_take_little_more_than_their_letters():
 
 
 def test_two_names_of_one_folder_are_one_class_and_the_other_name_is_said(tmp_path):
-    cat = tmp_path / "d/cat"
-    cat.mkdir(parents=True)
-    (cat / "a.png").write_bytes(IMAGE)
+    cat, dog = tmp_path / "d/cat", tmp_path / "d/dog"
+    for folder in (cat, dog):
+        folder.mkdir(parents=True)
+        (folder / "a.png").write_bytes(IMAGE)
     (tmp_path / "d/kitty").symlink_to(cat)
     (cat / "up").symlink_to("..")
     images = list_images(tmp_path / "d")
-    assert images.classes == ("cat",)
-    assert len(images) == 1
+    assert images.classes == ("cat", "dog")
+    assert len(images) == 2
     assert images.source.left_out.counts == {REPEATED: 2}
