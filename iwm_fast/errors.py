@@ -21,7 +21,7 @@ _ADVICE = {
     errno.ENFILE: "close files of other programs: the machine's limit is reached",
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.ENOTDIR: "a file stands where a folder should; write elsewhere",
-    errno.EISDIR: "it is a folder; name a file",
+    errno.EISDIR: "a folder stands where a file should: move it away, or write elsewhere",
     errno.EFBIG: "the file system or ulimit -f allows no file of that size",
 }
 

@@ -127,8 +127,10 @@ def steps(root: Path) -> list[Path]:
     a resume from an older one left behind.
     """
     found = sorted(((n, p) for p in root.glob("step_*") if (n := step_of(p)) is not None and p.is_dir()), reverse=True)
+    latest = root / LATEST
     try:
-        named = step_of(root / (root / LATEST).read_text().strip())
+        # A link to a checkpoint, made by hand, names it too.
+        named = step_of(latest.resolve() if latest.is_dir() else root / latest.read_text().strip())
     except (OSError, ValueError):
         named = None
     if named is None:

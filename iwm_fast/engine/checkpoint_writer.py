@@ -125,8 +125,11 @@ def clear_leftovers(root: Path) -> None:
 
 
 def point_latest(root: Path, name: str) -> None:
-    """Let ``latest`` name a checkpoint, in one step."""
-    write_whole_text(root / LATEST, name + "\n")
+    """Let ``latest`` name a checkpoint, in one step. A link that stands there is replaced, not followed."""
+    latest = root / LATEST
+    if latest.is_symlink():
+        latest.unlink()
+    write_whole_text(latest, name + "\n")
 
 
 def _begin(partial: Path) -> str | None:

@@ -6,6 +6,8 @@ import contextlib
 import datetime
 import os
 import sys
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +23,8 @@ __all__ = ["Ranks", "agree", "gather", "leave", "start"]
 
 # The library gives up last: after a start's time or the time that a rank may be silent, when the rank has been named.
 _START_S, _MARGIN_S = 600.0, 60.0
+# Ranks of one launch come within so long; beyond it, a person wants to know what is waited for.
+_SILENT_S = 20.0
 # The ranks end together; one that does not come has failed after its last step.
 _LEAVE_S = 10.0
 
@@ -73,8 +77,9 @@ def start(timeout_s: float = 600.0, *, alone: bool = False) -> Ranks:
         backend = "nccl" if on_gpu else "gloo"
         timeout = datetime.timedelta(seconds=max(timeout_s, _START_S) + _MARGIN_S)
         # No port is opened when there is nobody to talk to.
-        store = dist.HashStore() if world == 1 else _rendezvous(rank, world, timeout)
-        peers = meet(store, this_peer(rank, local_world, backend), world, timeout)
+        with _waiting(rank, world):
+            store = dist.HashStore() if world == 1 else _rendezvous(rank, world, timeout)
+            peers = meet(store, this_peer(rank, local_world, backend), world, timeout)
         try:
             dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
         except RuntimeError as error:
@@ -106,6 +111,29 @@ def leave() -> None:
         store.set(f"iwm_fast/left/{rank}", "")
         if rank == 0:
             store.wait([f"iwm_fast/left/{other}" for other in range(world)], datetime.timedelta(seconds=_LEAVE_S))
+
+
+@contextlib.contextmanager
+def _waiting(rank: int, world: int) -> Iterator[None]:
+    """Around the waiting for the other ranks: whoever waits long is told what for, once."""
+
+    def tell() -> None:
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        print(
+            f"rank {rank} of {world}: waiting for the other ranks at {where}; where none was started, the environment "
+            "has a launcher's variables: unset RANK and WORLD_SIZE to train alone",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    patience = threading.Timer(_SILENT_S, tell)
+    patience.daemon = True
+    if world > 1:
+        patience.start()
+    try:
+        yield
+    finally:
+        patience.cancel()
 
 
 def _rendezvous(rank: int, world: int, timeout: datetime.timedelta) -> dist.Store:

@@ -15,7 +15,7 @@ from iwm_fast.data.whole import sync_open
 from iwm_fast.engine.sinks import Sink
 from iwm_fast.errors import UserError, because
 
-__all__ = ["MetricsLog", "memory_bytes"]
+__all__ = ["MetricsLog", "memory_bytes", "metrics_record"]
 
 
 class MetricsLog:
@@ -49,6 +49,18 @@ class MetricsLog:
     def sync(self) -> None:
         """Wait until the lines are on the disk: before a checkpoint after which they are not written again."""
         sync_open(self._file.fileno())
+
+
+def metrics_record(line: bytes) -> dict[str, Any] | None:
+    """The record in a line of ``metrics.jsonl``; None where a kill, a crash or an editor left no whole one."""
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    whole = isinstance(record, dict) and type(record.get("step")) is int
+    return record if whole else None
 
 
 def memory_bytes(device: torch.device) -> int:

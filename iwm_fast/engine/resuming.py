@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from iwm_fast.data.sources.s3 import is_address
 from iwm_fast.data.triplets import Triplets
 from iwm_fast.engine import checkpoint
 from iwm_fast.engine.checkpoint import Checkpoint
-from iwm_fast.engine.checkpoint_paths import named, whole_checkpoint
+from iwm_fast.engine.checkpoint_paths import Named, named, whole_checkpoint
 from iwm_fast.engine.distributed import Ranks, gather
 from iwm_fast.engine.rundir import RunDirectory
 from iwm_fast.errors import UserError
@@ -82,10 +83,32 @@ def choose_checkpoint(config: Config, directory: RunDirectory, resume: str) -> P
                 f"--resume: {resume}: no run and no checkpoint; write auto, never, or the path of a run, of its "
                 "checkpoints/latest or of a step_NNNNNN there"
             )
+        _require_own(wanted, directory)
     chosen = whole_checkpoint(wanted, say=lambda line: print(line, flush=True))
     if directory.config_file.exists():
         directory.require_same(config)
+    elif _of_run(wanted, directory):
+        _tell(f"{directory.config_file}: is missing, so the settings are those given, not compared with the run's")
     return chosen
+
+
+def _of_run(wanted: Named, directory: RunDirectory) -> bool:
+    return wanted.run.resolve() == directory.path.resolve()
+
+
+def _require_own(wanted: Named, directory: RunDirectory) -> None:
+    """UserError where another run's checkpoint would be trained on in a folder that has its own: those would be pruned
+    and replaced as the new ones are written.
+    """
+    if not _of_run(wanted, directory) and checkpoint.steps(directory.checkpoints):
+        raise UserError(
+            f"--resume: {wanted.run} is another run, and {directory.path} has checkpoints already: resume with "
+            "--resume auto, or choose another --out"
+        )
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def require_data(

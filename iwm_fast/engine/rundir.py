@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 from iwm_fast.config import Config, dump_config, load_config
 from iwm_fast.data.locks import hold
 from iwm_fast.data.whole import write_whole_text
+from iwm_fast.engine.metrics import metrics_record
 from iwm_fast.errors import UserError, because
 
 __all__ = ["RunDirectory"]
@@ -51,6 +53,7 @@ class RunDirectory:
         self.config_file = path / "config.yaml"
         self.environment_file = path / "environment.json"
         self.metrics_file = path / "metrics.jsonl"
+        self.metrics_before = path / "metrics.before.jsonl"
         self.tensorboard = path / "tensorboard"
         self.checkpoints = path / "checkpoints"
         self.stopped_file = path / "stopped"
@@ -101,7 +104,15 @@ class RunDirectory:
         """The configuration of the start before this one, None in a new run. A key that was not there yet has its
         default.
         """
-        return load_config(self.config_file, []) if self.config_file.exists() else None
+        return self._config() if self.config_file.exists() else None
+
+    def _config(self) -> Config:
+        if not self.config_file.read_bytes().strip(b" \0\r\n"):
+            raise UserError(
+                f"{self.config_file}: is empty, so nobody can tell whether the settings are the run's: restore it, or "
+                "remove it to resume with those that are given"
+            )
+        return load_config(self.config_file, [])
 
     def require_same(self, config: Config) -> None:
         """Raise UserError naming the first key that may not differ from the configuration the run was started with.
@@ -109,7 +120,7 @@ class RunDirectory:
         The place of the data may (`resuming.require_data`).
         """
         # Loaded as a configuration, so that a key that was not there yet has its default.
-        before = dict(_leaves(load_config(self.config_file, []).model_dump(mode="json")))
+        before = dict(_leaves(self._config().model_dump(mode="json")))
         now = dict(_leaves(config.model_dump(mode="json")))
         for key in sorted(before.keys() | now.keys()):
             if before.get(key) != now.get(key) and not key.startswith((*FREE_KEYS, *_PLACE_KEYS)):
@@ -119,18 +130,39 @@ class RunDirectory:
                 )
 
     def drop_metrics_after(self, step: int) -> None:
-        """Forget the lines that a killed run logged after the checkpoint's step; earlier ones stay byte for byte."""
+        """Forget the lines that a killed run logged after the checkpoint's step; earlier ones stay byte for byte.
+
+        A line that cannot be read goes where nothing older follows it (a kill or a crash tore it), and stays elsewhere.
+        Those of a run that begins again go to ``metrics.before.jsonl``, and a line says so.
+        """
         if not self.metrics_file.exists():
             return
-        kept = []
-        for line in self.metrics_file.read_bytes().splitlines(keepends=True):
-            try:
-                if not line.endswith(b"\n") or json.loads(line)["step"] > step:
-                    break
-            except ValueError:  # torn by the kill; nothing after it can be older
-                break
-            kept.append(line)
-        _replace(self.metrics_file, b"".join(kept).decode())
+        if step == 0:
+            self._set_metrics_aside()
+            return
+        lines = self.metrics_file.read_bytes().splitlines(keepends=True)
+        made = [record["step"] if (record := metrics_record(line)) else None for line in lines]
+        older = [place for place, at in enumerate(made) if at is not None and at <= step]
+        end = older[-1] if older else -1
+        kept = [line for place, line in enumerate(lines[: end + 1]) if made[place] is None or made[place] <= step]
+        _replace(self.metrics_file, b"".join(kept).decode(errors="surrogateescape"))
+
+    def _set_metrics_aside(self) -> None:
+        """Append the metrics to ``metrics.before.jsonl``: checkpoints that are gone may have been taken away."""
+        try:
+            lines = self.metrics_file.read_bytes()
+            if lines:
+                with self.metrics_before.open("ab") as file:
+                    file.write(lines)
+                print(
+                    f"{self.checkpoints}: no checkpoint to resume from, so the run begins again; its metrics until now "
+                    f"are in {self.metrics_before.name}",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            self.metrics_file.unlink()
+        except OSError as error:
+            raise UserError(f"{self.metrics_file}: cannot be set aside ({because(error)})") from error
 
 
 def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

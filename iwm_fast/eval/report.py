@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import json
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from iwm_fast.config import Config, dump_config
 from iwm_fast.data.whole import write_whole_text
+from iwm_fast.engine.metrics import metrics_record
 from iwm_fast.eval.charts import Bar, Line, Place, bars, curve, lines, places
 from iwm_fast.eval.dated import Dated, kept_table
 from iwm_fast.eval.examples import RankedExample
@@ -33,10 +33,11 @@ _MRR_NAMES = {
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl; a last line that a kill tore is left out. A missing file has no records."""
+    """The records of a metrics.jsonl; lines that cannot be read are left out. A missing file has no records."""
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+    found = map(metrics_record, path.read_bytes().splitlines(keepends=True))
+    return [record for record in found if record is not None]
 
 
 def _interval(results: Mapping[str, Any], key: str, form: Any) -> str:

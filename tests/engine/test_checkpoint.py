@@ -243,3 +243,18 @@ def test_what_killed_writers_left_is_cleared(tmp_path):
         (tmp_path / name / "rank_00000.safetensors").write_bytes(b"torn")
     clear_leftovers(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", whole.name]
+
+
+@pytest.mark.parametrize(("target", "first"), [("step_000001", 1), ("step_000002/", 2), ("nowhere", 3)])
+def test_latest_as_a_link_names_its_checkpoint_and_is_replaced_by_the_next(tmp_path, target, first):
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    (tmp_path / "latest").unlink()
+    (tmp_path / "latest").symlink_to(target)
+    assert checkpoint.newest(tmp_path) == (tmp_path / f"step_{first:06d}", [])
+    save(tmp_path, 4)
+    assert (tmp_path / "latest").read_text() == "step_000004\n"
+    assert not (tmp_path / "latest").is_symlink()
+    assert sorted(p.name for p in tmp_path.iterdir() if not p.name.startswith(".")) == [
+        "latest", *(f"step_{step:06d}" for step in (2, 3, 4))
+    ]  # fmt: skip

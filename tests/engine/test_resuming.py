@@ -192,3 +192,20 @@ def test_ranks_that_list_other_files_are_refused_by_host(tiny_images, monkeypatc
             require_alike_lists(images, ranks)
     monkeypatch.setattr(resuming, "gather", lambda mine, *_: [mine, mine])
     require_alike_lists(images, ranks)
+
+
+def test_another_run_is_not_resumed_over_a_run_that_has_checkpoints(copy, run, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(run, other)
+    config = small_config(run.parent / "here/images", train__steps=2)
+    with pytest.raises(UserError, match=r"--resume: .*other is another run, and .*run has checkpoints already: resume"):
+        resuming.choose_checkpoint(config, RunDirectory(copy), str(other))
+    shutil.rmtree(copy / "checkpoints")
+    assert resuming.choose_checkpoint(config, RunDirectory(copy), str(other)).name == "step_000002"
+
+
+def test_settings_that_cannot_be_compared_are_said(copy, run, capfd):
+    (copy / "config.yaml").unlink()
+    config = small_config(run.parent / "here/images", train__steps=2)
+    assert resuming.choose_checkpoint(config, RunDirectory(copy), "auto").name == "step_000002"
+    assert "config.yaml: is missing, so the settings are those given" in capfd.readouterr().err

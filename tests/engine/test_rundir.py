@@ -10,6 +10,7 @@ from iwm_fast.config import Config
 from iwm_fast.engine import provenance
 from iwm_fast.engine.rundir import RunDirectory
 from iwm_fast.errors import UserError
+from iwm_fast.eval.report import read_metrics
 
 
 def changed(config, section, **values):
@@ -60,3 +61,38 @@ def test_earlier_starts_that_may_not_be_read_are_not_forgotten(tmp_path, monkeyp
     monkeypatch.setattr(Path, "read_text", refuse)
     with pytest.raises(UserError, match=r"environment\.json: cannot be read \(Permission denied; check its owner"):
         provenance._earlier(file)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b"5\n", b'{"loss": 1}\n', b"[]\n", b"\0\0\0\n", b'{"step": 2, "lo\n', b'{"step": "2"}\n', b"\xe9\n", b"\n"],
+)
+def test_a_line_of_the_metrics_that_cannot_be_read_takes_no_later_line_with_it(tmp_path, line):
+    run = RunDirectory(tmp_path)
+    one, three, four = (json.dumps({"step": step}).encode() + b"\n" for step in (1, 3, 4))
+    run.metrics_file.write_bytes(one + line + three + four + line)
+    run.drop_metrics_after(3)
+    assert run.metrics_file.read_bytes() == one + line + three
+    assert [record["step"] for record in read_metrics(run.metrics_file)] == [1, 3]
+
+
+def test_metrics_of_a_run_that_begins_again_are_set_aside_and_none_is_lost(tmp_path, capfd):
+    run = RunDirectory(tmp_path)
+    for line in ('{"step": 1}\n{"step": 2}\n', '{"step": 1, "loss": 2}\n'):
+        run.metrics_file.write_text(line)
+        run.drop_metrics_after(0)
+        assert "no checkpoint to resume from, so the run begins again" in capfd.readouterr().err
+        assert not run.metrics_file.exists()
+    assert run.metrics_before.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 1, "loss": 2}\n'
+    run.metrics_file.touch()
+    run.drop_metrics_after(0)
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("left", ["", "\n", "\0" * 512])
+def test_an_empty_configuration_of_a_run_is_not_taken_for_its_settings(tmp_path, left):
+    run = RunDirectory(tmp_path)
+    run.config_file.write_text(left)
+    for ask in (run.recorded, lambda: run.require_same(Config())):
+        with pytest.raises(UserError, match=r"config\.yaml: is empty, so nobody can tell .*: restore it, or remove it"):
+            ask()

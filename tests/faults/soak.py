@@ -41,6 +41,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import iwm_fast.engine  # noqa: F401  (what a start imports, before the forks)
 from iwm_fast import cli
+from iwm_fast.data.pipeline import _decoder
 from iwm_fast.quiet import quiet_third_parties
 from iwm_fast.results import write_result
 
@@ -180,10 +181,8 @@ def _warm() -> None:
     import torch._dynamo
     import torch._inductor.compile_fx  # noqa: F401
 
-    from iwm_fast.data.pipeline import _names, _views
-
     # Not built: that would begin DALI's threads.
-    _views(16, "cpu", False, _names(1), None, 0.0, batch_size=2, num_threads=1, device_id=None)
+    _decoder("cpu", "image_slice", batch_size=2, num_threads=1, device_id=None)
     deepspeed.ops.__compatible_ops__  # noqa: B018  (found out on the first look)
 
 
