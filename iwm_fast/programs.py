@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
 
 from iwm_fast.errors import Interrupted, UserError, because
 from iwm_fast.streams import open_streams, output_failure, shown
@@ -39,7 +42,10 @@ def run_program(
     ``ends_process``: the process ends with it; after Ctrl-C it does so soon, whatever threads of libraries do.
     """
     open_streams()
+    if ends_process:
+        _end_in_imports(name)
     try:
+        _require_current_folder()
         code = work()
     except (KeyboardInterrupt, CtrlC) as error:
         if not isinstance(error, Interrupted) and not isinstance(error.__cause__, Interrupted):
@@ -57,6 +63,38 @@ def run_program(
         _say(name, one_line(failure))
         return 2
     return code if isinstance(code, int) else 0
+
+
+def _require_current_folder() -> None:
+    try:
+        Path.cwd()
+    except OSError as error:
+        raise UserError(
+            f"the current folder is gone or may not be read ({error.strerror}): cd to another, then start again"
+        ) from error
+
+
+def _end_in_imports(name: str) -> None:
+    """Let Ctrl-C end the process at once where modules are being imported: libraries swallow its exception there, go on
+    with what is half imported, and fail elsewhere or never.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        return
+
+    def heard(number: int, frame: FrameType | None) -> None:
+        below = frame
+        while below is not None:
+            if below.f_code.co_filename.startswith("<frozen importlib"):
+                with contextlib.suppress(OSError, ValueError, RuntimeError):  # closed, or interrupted while it writes
+                    _say(name, "interrupted")
+                    sys.stdout.flush()
+                os._exit(_INTERRUPTED)
+            below = below.f_back
+        signal.default_int_handler(number, frame)
+
+    signal.signal(signal.SIGINT, heard)
 
 
 def _end_soon() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import socket
 import sys
 import threading
 from collections.abc import Iterator
@@ -118,10 +119,11 @@ def _waiting(rank: int, world: int) -> Iterator[None]:
     """Around the waiting for the other ranks: whoever waits long is told what for, once."""
 
     def tell() -> None:
-        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT")
         print(
-            f"rank {rank} of {world}: waiting for the other ranks at {where}; where none was started, the environment "
-            "has a launcher's variables: unset RANK and WORLD_SIZE to train alone",
+            f"rank {rank} of {world}: waiting for the other ranks at {address}:{port}{_unknown(address)}; "
+            "where none was started, the environment has a launcher's variables: unset RANK and WORLD_SIZE to train "
+            "alone",
             file=sys.stderr,
             flush=True,
         )
@@ -134,6 +136,15 @@ def _waiting(rank: int, world: int) -> Iterator[None]:
         yield
     finally:
         patience.cancel()
+
+
+def _unknown(host: str) -> str:
+    """What to add where a host's name leads nowhere; it may yet, as those of pods do."""
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError as error:
+        return f" (which is not found here: {error.strerror})"
+    return ""
 
 
 def _rendezvous(rank: int, world: int, timeout: datetime.timedelta) -> dist.Store:

@@ -68,6 +68,10 @@ class RunDirectory:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = (self.path / ".lock").open("a+")
+        except FileExistsError as error:
+            link = self.path.is_symlink()
+            what = f"a link to {self.path.readlink()}, which is not there" if link else "a file"
+            raise UserError(f"{self.path}: is {what}; choose another --out") from error
         except OSError as error:
             raise UserError(f"{self.path}: cannot be written to ({because(error, 'choose another --out')})") from error
         with lock:
@@ -142,9 +146,8 @@ class RunDirectory:
             return
         lines = self.metrics_file.read_bytes().splitlines(keepends=True)
         made = [record["step"] if (record := metrics_record(line)) else None for line in lines]
-        older = [place for place, at in enumerate(made) if at is not None and at <= step]
-        end = older[-1] if older else -1
-        kept = [line for place, line in enumerate(lines[: end + 1]) if made[place] is None or made[place] <= step]
+        end = max((place for place, at in enumerate(made) if at is not None and at <= step), default=-1)
+        kept = [line for line, at in zip(lines[: end + 1], made, strict=False) if at is None or at <= step]
         _replace(self.metrics_file, b"".join(kept).decode(errors="surrogateescape"))
 
     def _set_metrics_aside(self) -> None:

@@ -1,12 +1,14 @@
 """A start that cannot work ends on every rank with one line that names the host."""
 
 import datetime
+import re
 import threading
 from dataclasses import replace
 
 import pytest
 import torch.distributed as dist
 
+from iwm_fast.engine import distributed
 from iwm_fast.engine.launch import Peer, meet, require_alike, require_shared, this_peer
 from iwm_fast.errors import UserError
 
@@ -118,3 +120,21 @@ def test_a_folder_that_one_rank_cannot_write_is_refused_by_its_host(tmp_path):
     folders = [tmp_path / "run", tmp_path / "file" / "run"]
     found = together(*(lambda r=r: require_shared(folders[r], (FIRST, SECOND), r, gatherer.by(r)) for r in range(2)))
     assert all(str(error).startswith("rank 1 on beta cannot write to") for error in found)
+
+
+@pytest.mark.parametrize(
+    ("address", "added"), [("127.0.0.1", ""), ("no-such-host.invalid", r" \(which is not found here: .*\)")]
+)
+def test_a_rank_that_waits_long_says_for_whom_and_where(address, added, monkeypatch, capfd):
+    monkeypatch.setenv("MASTER_ADDR", address)
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    monkeypatch.setattr(distributed, "_SILENT_S", 0.01)
+    for world in (2, 1):
+        with distributed._waiting(0, world):
+            timers = [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]
+            assert len(timers) == world - 1
+            for timer in timers:
+                timer.join()
+    said = capfd.readouterr().err.splitlines()
+    assert len(said) == 1
+    assert re.match(rf"rank 0 of 2: waiting for the other ranks at {address}:29500{added}; where none was", said[0])

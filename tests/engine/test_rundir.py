@@ -96,3 +96,14 @@ def test_an_empty_configuration_of_a_run_is_not_taken_for_its_settings(tmp_path,
     for ask in (run.recorded, lambda: run.require_same(Config())):
         with pytest.raises(UserError, match=r"config\.yaml: is empty, so nobody can tell .*: restore it, or remove it"):
             ask()
+
+
+def test_a_file_or_a_link_to_nowhere_in_the_run_s_place_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("nowhere")
+    for name, what in (("file", "is a file"), ("link", "is a link to nowhere, which is not there")):
+        with (
+            pytest.raises(UserError, match=rf"{name}: {what}; choose another --out"),
+            RunDirectory(tmp_path / name).locked(),
+        ):
+            pass
