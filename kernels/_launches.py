@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import _mlp_triton
 from ._candidates import candidates_of
@@ -63,7 +64,7 @@ class _EveryCandidate:
     def __init__(self, arch: str) -> None:
         self.arch = arch
 
-    def run(self, product: str, _: torch.dtype, __: tuple[int, int, int], call: Any) -> Any:
+    def run(self, product: str, _: torch.dtype, __: tuple[int, int, int], call: Any, ___: str) -> Any:
         return [call(choice) for choice in candidates_of(self.arch, product)][-1]
 
 
@@ -172,6 +173,9 @@ def signature(launch: Launch) -> Signature:
             continue
         if isinstance(value, Tensor):
             types[name] = _POINTER[value.dtype]
+        elif isinstance(value, TensorDescriptor):
+            block = ",".join(map(str, value.block_shape))
+            types[name] = f"tensordesc<{_POINTER[value.base.dtype][1:]}[{block}]>"
         else:
             types[name] = "i32" if isinstance(value, int) else "fp32"
         if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):

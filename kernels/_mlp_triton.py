@@ -1,11 +1,12 @@
-"""The conditioned MLP on Triton's kernels, forward and backward, in chunks of tokens whose hidden stays in L2.
+"""The conditioned MLP on Triton's kernels, forward and backward.
 
-The (N, H) hidden activations are never kept: a chunk's are made, used and overwritten by the next chunk's, and the
-backward pass makes them again. Gradients of weights and of the images' biases are summed over the chunks in fp32.
+The (N, H) hidden activations are not saved: the backward pass recomputes them. Where a pass's own would take more than
+the workspace, the tokens are taken in chunks, and gradients of weights and of the images' biases summed over them.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -13,15 +14,12 @@ import torch
 from torch import Tensor
 
 from . import _launch as launch
-from ._candidates import Choice
-from ._tuning import tuner
+from . import _launch_products as products
+from ._launch_products import Bias
 
-__all__ = ["Gradients", "backward", "forward", "l2_bytes"]
+__all__ = ["Gradients", "backward", "chunk_rows", "forward", "use_workspace", "workspace_bytes"]
 
-# Share of L2 that a chunk's hidden activations may take; the weights and the chunk's other tensors need the rest.
-_L2_SHARE = 0.5
-# L2 where the device does not say: Triton's interpreter has none, and small chunks there mean that tests meet several.
-_INTERPRETER_L2 = 2**16
+_workspace = 2**30
 _SMALLEST_CHUNK = 64
 
 
@@ -40,51 +38,59 @@ class Gradients:
     norm_bias: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class _Sums:
-    """Gradients of the weights, added up over the chunks in fp32; bias (B, H) is that of the images' biases."""
-
-    w_in: Tensor
-    w_out: Tensor
-    bias: Tensor
-    b_out: Tensor
-    norm_weight: Tensor
-    norm_bias: Tensor
-
-    @staticmethod
-    def zeros(x: Tensor, w_in: Tensor, w_out: Tensor, images: int) -> _Sums:
-        units, width, out = w_in.shape[0], w_in.shape[1], w_out.shape[0]
-        shapes = ((units, width), (out, units), (images, units), (1, out), (width,), (width,))
-        return _Sums(*(torch.zeros(shape, dtype=torch.float32, device=x.device) for shape in shapes))
+def workspace_bytes() -> int:
+    """Bytes that the hidden activations of one call may take (1 GiB unless set)."""
+    return _workspace
 
 
-def l2_bytes(x: Tensor) -> int:
-    """L2 of x's device."""
-    return torch.cuda.get_device_properties(x.device).L2_cache_size if x.is_cuda else _INTERPRETER_L2
+@contextlib.contextmanager
+def use_workspace(size: int) -> Iterator[None]:
+    """Set `workspace_bytes` inside; for the process, since autograd's threads look at it too."""
+    global _workspace  # noqa: PLW0603 - as above
+    if size < 1:
+        raise ValueError(f"workspace is {size} bytes; it must be at least 1")
+    before, _workspace = _workspace, size
+    try:
+        yield
+    finally:
+        _workspace = before
+
+
+def chunk_rows(rows: int, units: int, element: int, copies: int) -> int:
+    """Rows of one chunk: all where `copies` tensors (N, H) fit into the workspace, else a power of two that does."""
+    most = workspace_bytes() // max(1, units * element * copies)
+    if rows <= most:
+        return max(1, rows)
+    return max(_SMALLEST_CHUNK, 1 << max(0, most.bit_length() - 1))
 
 
 def _chunks(x: Tensor, units: int, copies: int) -> Iterator[slice]:
-    """Slices of the tokens; `copies`: tensors of (chunk, H) that are alive together."""
-    most = int(l2_bytes(x) * _L2_SHARE / (units * x.element_size() * copies))
-    size = max(_SMALLEST_CHUNK, 1 << max(0, most.bit_length() - 1))
+    size = chunk_rows(x.shape[0], units, x.element_size(), copies)
     for first in range(0, x.shape[0], size):
         yield slice(first, min(first + size, x.shape[0]))
 
 
-def _image_bias(
+def _bias(
     tokens: int, b_in: Tensor, action: Tensor | None, w_action: Tensor | None, cu_seqlens: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """The first product's bias, fp32 (B, H) with int32 (N,) images of the tokens, or (H,) and None without actions."""
+) -> Bias:
+    """What is added to the first multiply: the action's part by the kernel itself where it can, else by an image's row."""
+    b_in = launch.rows_together(b_in)
     if action is None or w_action is None or cu_seqlens is None:
-        return launch.rows_together(b_in.float()), None
-    bias = torch.addmm(b_in.float(), action.float(), w_action.float().t())
-    images = torch.arange(len(action), dtype=torch.int32, device=action.device)
-    # The known size of the result spares the device a synchronisation with the host.
-    return bias, torch.repeat_interleave(images, cu_seqlens.diff(), output_size=tokens)
+        return Bias(b_in)
+    image = launch.image_of_rows(tokens, cu_seqlens)
+    action, w_action = launch.rows_together(action), launch.rows_together(w_action)
+    if products.takes_action(action):
+        return Bias(b_in, image, action, w_action)
+    return Bias(products.image_bias(b_in, action, w_action), image)
 
 
 def _affine(weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor] | None:
     return None if weight is None or bias is None else (launch.rows_together(weight), launch.rows_together(bias))
+
+
+def _weights(w_in: Tensor, w_out: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights whose rows lie in one piece; those of a transposed view do not."""
+    return launch.rows_together(w_in), launch.rows_together(w_out)
 
 
 def forward(
@@ -97,28 +103,17 @@ def forward(
     out = torch.empty(x.shape[0], w_out.shape[0], dtype=x.dtype, device=x.device)
     if not out.numel():
         return out
-    bias, image = _image_bias(x.shape[0], b_in, action, w_action, cu_seqlens)
-    b_out = launch.rows_together(b_out.float())
+    w_in, w_out = _weights(w_in, w_out)
+    bias = _bias(x.shape[0], b_in, action, w_action, cu_seqlens)
+    out_bias = Bias(launch.rows_together(b_out))
     norm = _affine(norm_weight, norm_bias)
-
-    def call(choice: Choice) -> Tensor:
-        if choice.by == "fused":
-            return launch.fused_mlp(
-                x, w_in, bias, image, w_out, b_out, norm, out,
-                residual=residual, eps=eps, activation=activation, choice=choice,
-            )  # fmt: skip
-        for rows in _chunks(x, w_in.shape[0], 1):
-            tokens = x[rows]
-            normed = tokens if norm is None else launch.normalise(tokens, *norm, eps)
-            hidden = torch.empty(tokens.shape[0], w_in.shape[0], dtype=x.dtype, device=x.device)
-            images = None if image is None else image[rows]
-            launch.linear(normed, w_in, bias, hidden, image=images, activation=activation)
-            launch.linear(hidden, w_out, b_out, out[rows], residual=tokens if residual else None)
-        return out
-
-    sizes = (x.shape[0], w_in.shape[0], x.shape[1])
-    fusable = out.shape == x.shape and x.element_size() == 2
-    return tuner(x.device).run(f"forward {x.shape[1] if fusable else 'wide'}", x.dtype, sizes, call)
+    for rows in _chunks(x, w_in.shape[0], 1):
+        tokens = x[rows]
+        normed = tokens if norm is None else launch.normalise(tokens, *norm, eps)
+        hidden = torch.empty(tokens.shape[0], w_in.shape[0], dtype=x.dtype, device=x.device)
+        products.linear(normed, w_in, bias.rows(rows), hidden, activation=activation)
+        products.linear(hidden, w_out, out_bias, out[rows], residual=tokens if residual else None)
+    return out
 
 
 def backward(
@@ -128,44 +123,86 @@ def backward(
 ) -> Gradients:  # fmt: skip
     """Every gradient for the incoming one, grad (N, Do); without `weights`, that of x alone."""
     x, grad = launch.rows_together(x), launch.rows_together(grad)
-    sums = _Sums.zeros(x, w_in, w_out, 1 if action is None else action.shape[0]) if weights else None
-    norm = _affine(norm_weight, norm_bias)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if x.shape[0]:
-        bias, image = _image_bias(x.shape[0], b_in, action, w_action, cu_seqlens)
-        if sums is not None:
-            launch.segment_sum(grad, None, sums.b_out)
+    if not x.shape[0]:
+        inputs = (w_in, b_in, w_out, b_out, action, w_action, norm_weight, norm_bias)
+        zeros = (None if t is None or not weights else torch.zeros_like(t, memory_format=torch.contiguous_format) for t in inputs)
+        return Gradients(dx, *zeros)
+    w_in, w_out = _weights(w_in, w_out)
+    bias = _bias(x.shape[0], b_in, action, w_action, cu_seqlens)
+    norm = _affine(norm_weight, norm_bias)
+    sums = _Sums(x, w_in, cu_seqlens if action is not None else None) if weights else None
     for rows in _chunks(x, w_in.shape[0], 2):
         tokens, dout = x[rows], grad[rows]
         normed = tokens if norm is None else launch.normalise(tokens, *norm, eps)
-        hidden, dhidden = launch.hidden_backward(
-            normed, w_in, bias, None if image is None else image[rows], dout, w_out, activation
-        )
+        hidden, dhidden = products.hidden_backward(normed, w_in, bias.rows(rows), dout, w_out, activation)
         if sums is not None:
-            sums.w_out.add_(launch.weight_grad(dout, hidden))
-            sums.w_in.add_(launch.weight_grad(dhidden, normed))
-            bounds = None if cu_seqlens is None else (cu_seqlens - rows.start).clamp(0, tokens.shape[0])
-            launch.segment_sum(dhidden, bounds, sums.bias)
+            sums.add(rows, normed, hidden, dhidden, dout)
+        del hidden
         passed = dout if residual else None
         if norm is None:
-            launch.linear(dhidden, w_in.t(), None, dx[rows], residual=passed)
+            products.linear(dhidden, w_in.t(), None, dx[rows], residual=passed)
             continue
         dnormed = torch.empty(tokens.shape, dtype=torch.float32, device=x.device)
-        launch.linear(dhidden, w_in.t(), None, dnormed)
-        dweight, dshift = launch.norm_backward(dnormed, tokens, norm[0], passed, dx[rows], eps)
+        products.linear(dhidden, w_in.t(), None, dnormed)
+        parts = launch.norm_backward(dnormed, tokens, norm[0], passed, dx[rows], eps)
         if sums is not None:
-            sums.norm_weight.add_(dweight)
-            sums.norm_bias.add_(dshift)
+            sums.norm.append(parts)
     if sums is None:
         return Gradients(x=dx)
-    return Gradients(
-        x=dx,
-        w_in=sums.w_in.to(w_in.dtype),
-        b_in=sums.bias.sum(dim=0).to(b_in.dtype),
-        w_out=sums.w_out.to(w_out.dtype),
-        b_out=sums.b_out[0].to(b_out.dtype),
-        action=None if action is None or w_action is None else (sums.bias @ w_action.float()).to(action.dtype),
-        w_action=None if action is None or w_action is None else (sums.bias.t() @ action.float()).to(w_action.dtype),
-        norm_weight=None if norm_weight is None else sums.norm_weight.to(norm_weight.dtype),
-        norm_bias=None if norm_bias is None else sums.norm_bias.to(norm_bias.dtype),
-    )
+    return sums.gradients(dx, w_in, b_in, w_out, b_out, action, w_action, norm_weight)
+
+
+class _Sums:
+    """Parts of the gradients of the weights, fp32, from chunk to chunk."""
+
+    def __init__(self, x: Tensor, w_in: Tensor, cu_seqlens: Tensor | None) -> None:
+        self.bounds = cu_seqlens
+        self.w_in: Tensor | None = None
+        self.w_out: Tensor | None = None
+        self.image_bias: Tensor | None = None  # (images, H)
+        if cu_seqlens is not None:
+            images = len(cu_seqlens) - 1
+            self.image_bias = torch.empty(images, w_in.shape[0], dtype=torch.float32, device=x.device)
+        self.b_in: list[Tensor] = []
+        self.b_out: list[Tensor] = []
+        self.norm: list[Tensor] = []
+
+    def add(self, rows: slice, normed: Tensor, hidden: Tensor, dhidden: Tensor, dout: Tensor) -> None:
+        """Add a chunk's."""
+        self.w_out = products.weight_grad_slices(dout, hidden, self.w_out)
+        self.w_in = products.weight_grad_slices(dhidden, normed, self.w_in)
+        self.b_out.append(launch.column_sums(dout))
+        if self.bounds is not None and self.image_bias is not None:
+            launch.segment_sums(dhidden, self.bounds, rows.start, self.image_bias, accumulate=rows.start > 0)
+        else:
+            self.b_in.append(launch.column_sums(dhidden))
+
+    def gradients(
+        self, dx: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, b_out: Tensor, action: Tensor | None,
+        w_action: Tensor | None, norm_weight: Tensor | None,
+    ) -> Gradients:  # fmt: skip
+        """All of them, rounded once."""
+        assert self.w_in is not None and self.w_out is not None
+        daction = dw_action = None
+        if self.image_bias is not None and action is not None and w_action is not None:
+            action, w_action = launch.rows_together(action), launch.rows_together(w_action)
+            daction, dw_action, db_in = launch.action_gradients(self.image_bias, action, w_action, b_in)
+        else:
+            db_in = launch.add_slices(_joined(self.b_in), b_in.dtype)
+        norm = (None, None) if norm_weight is None else launch.add_pairs(_joined(self.norm), norm_weight.dtype)
+        return Gradients(
+            x=dx,
+            w_in=launch.add_slices(self.w_in, w_in.dtype),
+            b_in=db_in,
+            w_out=launch.add_slices(self.w_out, w_out.dtype),
+            b_out=launch.add_slices(_joined(self.b_out), b_out.dtype),
+            action=daction,
+            w_action=dw_action,
+            norm_weight=norm[0],
+            norm_bias=norm[1],
+        )
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -72,14 +72,15 @@ def norm_kernel(
 
 @triton.jit
 def norm_backward_kernel(
-    dnormed_ptr, x_ptr, weight_ptr, residual_ptr, dx_ptr, dweight_ptr, dbias_ptr,
+    dnormed_ptr, x_ptr, weight_ptr, residual_ptr, dx_ptr, sums_ptr,
     N, D, ROWS,
     stride_gn, stride_xn, stride_rn, stride_dn,
     eps,
     HAS_RESIDUAL: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """dx (N, D) of dnormed (N, D), plus the residual's gradient; dweight, dbias fp32 (programs, D), to be added.
+    """dx (N, D) of dnormed (N, D), plus the residual's gradient; sums fp32 (programs, 2, D): parts of those of weight
+    and bias, to be added.
 
     A program takes ROWS rows, a multiple of BLOCK_N, in their order.
 
@@ -133,5 +134,5 @@ def norm_backward_kernel(
             tl.store(dx_ptr + rows * stride_dn + o[None, :], to_type(dx, dx_ptr.dtype.element_ty), mask=m)
     for part in tl.static_range(PARTS):
         o = part * BLOCK_D + o_d
-        tl.store(dweight_ptr + i.to(tl.int64) * D + o, dweights[part], mask=o < D)
-        tl.store(dbias_ptr + i.to(tl.int64) * D + o, dbiases[part], mask=o < D)
+        tl.store(sums_ptr + 2 * i.to(tl.int64) * D + o, dweights[part], mask=o < D)
+        tl.store(sums_ptr + (2 * i.to(tl.int64) + 1) * D + o, dbiases[part], mask=o < D)

@@ -1,6 +1,9 @@
 """Triton kernels that walk over rows of tokens: activation, distance, assembly, sums over an image's rows.
 
-segment_sum_kernel      Σ of the rows of each image, in their order
+image_kernel            the image that each row belongs to
+segment_sum_kernel      Σ of the rows of each image, or of each so many rows, in their order
+add_slices_kernel       Σ of partial sums, in their order
+action_weight_grad_kernel, action_grad_kernel    gradients of what makes the images' biases
 activate_kernel         act(u + bias[image]) in place, beside a library's products, and the gradient through it
 distance_kernel         squared distance to gathered, normalised targets, and its gradient
 e4m3_kernel             rows rounded to e4m3 with a scale for each
@@ -15,40 +18,128 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._jit import gelu, gelu_slope, to_e4m3, to_type
+from ._jit import gelu, gelu_and_slope, to_e4m3, to_type
 
 __all__ = [
+    "action_grad_kernel",
+    "action_weight_grad_kernel",
     "activate_kernel",
+    "add_slices_kernel",
     "assemble_backward_kernel",
     "assemble_kernel",
     "distance_kernel",
     "e4m3_kernel",
+    "image_kernel",
     "segment_sum_kernel",
 ]
 
 
 @triton.jit
+def image_kernel(cu_seqlens_ptr, image_ptr, BLOCK: tl.constexpr):
+    """image[n] = i for cu_seqlens[i] ≤ n < cu_seqlens[i + 1], int32; a program an image."""
+    i = tl.program_id(0)
+    first = tl.load(cu_seqlens_ptr + i)
+    last = tl.load(cu_seqlens_ptr + i + 1)
+    for n in range(first, last, BLOCK):
+        o_n = n + tl.arange(0, BLOCK)
+        tl.store(image_ptr + o_n, tl.zeros((BLOCK,), tl.int32) + i, mask=o_n < last)
+
+
+@triton.jit
 def segment_sum_kernel(
     x_ptr, bounds_ptr, out_ptr,
-    M,
+    N, M, FIRST, ROWS,
     stride_xn,
+    HAS_BOUNDS: tl.constexpr, ACCUMULATE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """out[i] += Σ x[bounds[i] : bounds[i + 1]] for x (N, M), fp32 out (segments, M); the rows in their order."""
+    """out[i] [+]= Σ of segment i's rows of x (N, M), in their order; fp32 out (segments, M).
+
+    Segment i is bounds[i] − FIRST : bounds[i + 1] − FIRST, as far as there are such rows, or i · ROWS : (i + 1) · ROWS.
+    """
     i = tl.program_id(0)
     o_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     m_m = o_m < M
-    first = tl.load(bounds_ptr + i)
-    last = tl.load(bounds_ptr + i + 1)
-    if last > first:
-        acc = tl.zeros((BLOCK_M,), tl.float32)
-        for n in range(first, last, BLOCK_N):
-            o_n = n + tl.arange(0, BLOCK_N)
-            m = (o_n < last)[:, None] & m_m[None, :]
-            p_x = x_ptr + o_n.to(tl.int64)[:, None] * stride_xn + o_m[None, :]
-            acc += tl.sum(tl.load(p_x, mask=m, other=0.0).to(tl.float32), axis=0)
-        p_out = out_ptr + i.to(tl.int64) * M + o_m
-        tl.store(p_out, tl.load(p_out, mask=m_m) + acc, mask=m_m)
+    if HAS_BOUNDS:
+        first = tl.maximum(tl.load(bounds_ptr + i) - FIRST, 0)
+        last = tl.minimum(tl.load(bounds_ptr + i + 1) - FIRST, N)
+    else:
+        first = i * ROWS
+        last = tl.minimum(first + ROWS, N)
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for n in range(first, last, BLOCK_N):
+        o_n = n + tl.arange(0, BLOCK_N)
+        m = (o_n < last)[:, None] & m_m[None, :]
+        p_x = x_ptr + o_n.to(tl.int64)[:, None] * stride_xn + o_m[None, :]
+        acc += tl.load(p_x, mask=m, other=0.0).to(tl.float32)
+    total = tl.sum(acc, axis=0)
+    p_out = out_ptr + i.to(tl.int64) * M + o_m
+    if ACCUMULATE:
+        total += tl.load(p_out, mask=m_m, other=0.0)
+    tl.store(p_out, total, mask=m_m)
+
+
+@triton.jit
+def add_slices_kernel(slices_ptr, out_ptr, second_ptr, SLICES, L, SPLIT, HAS_SECOND: tl.constexpr, BLOCK: tl.constexpr):
+    """out (SPLIT,) and second (L − SPLIT,), one after the other, = Σ slices (SLICES, L) fp32, in their order."""
+    o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    m = o < L
+    acc = tl.zeros((BLOCK,), tl.float32)
+    for s in range(SLICES):
+        acc += tl.load(slices_ptr + s.to(tl.int64) * L + o, mask=m, other=0.0)
+    value = to_type(acc, out_ptr.dtype.element_ty)
+    if HAS_SECOND:
+        tl.store(second_ptr + o - SPLIT, value, mask=m & (o >= SPLIT))
+    tl.store(out_ptr + o, value, mask=m & (o < SPLIT))
+
+
+@triton.jit
+def action_weight_grad_kernel(
+    dbias_ptr, action_ptr, dw_ptr, db_ptr,
+    B, H, A,
+    stride_ai,
+    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_A: tl.constexpr,
+):  # fmt: skip
+    """dw (H, A) = dbiasᵀ · action and db (H,) = Σ dbias over the images, of dbias fp32 (B, H); sums in their order."""
+    o_h = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
+    o_a = tl.arange(0, BLOCK_A)
+    m_h = o_h < H
+    dw = tl.zeros((BLOCK_H, BLOCK_A), tl.float32)
+    db = tl.zeros((BLOCK_H,), tl.float32)
+    for b in range(0, B, BLOCK_B):
+        o_b = b + tl.arange(0, BLOCK_B)
+        p_dbias = dbias_ptr + o_b.to(tl.int64)[None, :] * H + o_h[:, None]  # (BLOCK_H, BLOCK_B)
+        dbias = tl.load(p_dbias, mask=m_h[:, None] & (o_b < B)[None, :], other=0.0)
+        p_action = action_ptr + o_b.to(tl.int64)[:, None] * stride_ai + o_a[None, :]
+        action = tl.load(p_action, mask=(o_b < B)[:, None] & (o_a < A)[None, :], other=0.0).to(tl.float32)
+        dw = tl.dot(dbias, action, dw, input_precision="ieee")
+        db += tl.sum(dbias, axis=1)
+    p_dw = dw_ptr + o_h.to(tl.int64)[:, None] * A + o_a[None, :]
+    tl.store(p_dw, to_type(dw, dw_ptr.dtype.element_ty), mask=m_h[:, None] & (o_a < A)[None, :])
+    tl.store(db_ptr + o_h, to_type(db, db_ptr.dtype.element_ty), mask=m_h)
+
+
+@triton.jit
+def action_grad_kernel(
+    dbias_ptr, w_action_ptr, daction_ptr,
+    B, H, A,
+    stride_wh,
+    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_A: tl.constexpr,
+):  # fmt: skip
+    """daction (B, A) = dbias · w_action, of dbias fp32 (B, H) and w_action (H, A); sums in their order."""
+    o_b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
+    o_a = tl.arange(0, BLOCK_A)
+    m_b, m_a = o_b < B, o_a < A
+    acc = tl.zeros((BLOCK_B, BLOCK_A), tl.float32)
+    for h in range(0, H, BLOCK_H):
+        o_h = h + tl.arange(0, BLOCK_H)
+        p_dbias = dbias_ptr + o_b.to(tl.int64)[:, None] * H + o_h[None, :]
+        dbias = tl.load(p_dbias, mask=m_b[:, None] & (o_h < H)[None, :], other=0.0)
+        p_w = w_action_ptr + o_h.to(tl.int64)[:, None] * stride_wh + o_a[None, :]
+        w = tl.load(p_w, mask=(o_h < H)[:, None] & m_a[None, :], other=0.0).to(tl.float32)
+        acc = tl.dot(dbias, w, acc, input_precision="ieee")
+    p_out = daction_ptr + o_b.to(tl.int64)[:, None] * A + o_a[None, :]
+    tl.store(p_out, to_type(acc, daction_ptr.dtype.element_ty), mask=m_b[:, None] & m_a[None, :])
 
 
 @triton.jit
@@ -56,7 +147,7 @@ def activate_kernel(
     u_ptr, d_ptr, bias_ptr, image_ptr,
     N, M,
     stride_un, stride_bi,
-    PER_IMAGE: tl.constexpr, HAS_GRADIENT: tl.constexpr, TANH: tl.constexpr,
+    PER_IMAGE: tl.constexpr, HAS_GRADIENT: tl.constexpr, ACTIVATION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """u (N, M) becomes act(v) with v = u + bias[image], and d, if given and laid out as u, d · act'(v).
@@ -71,13 +162,16 @@ def activate_kernel(
     v = tl.load(u_ptr + places, mask=m, other=0.0).to(tl.float32)
     if PER_IMAGE:
         b_image = tl.load(image_ptr + o_n, mask=m_n, other=0).to(tl.int64)
-        v += tl.load(bias_ptr + b_image[:, None] * stride_bi + o_m[None, :], mask=m, other=0.0)
+        v += tl.load(bias_ptr + b_image[:, None] * stride_bi + o_m[None, :], mask=m, other=0.0).to(tl.float32)
     else:
-        v += tl.load(bias_ptr + o_m, mask=m_m, other=0.0)[None, :]
-    tl.store(u_ptr + places, to_type(gelu(v, TANH), u_ptr.dtype.element_ty), mask=m)
+        v += tl.load(bias_ptr + o_m, mask=m_m, other=0.0).to(tl.float32)[None, :]
     if HAS_GRADIENT:
         d = tl.load(d_ptr + places, mask=m, other=0.0).to(tl.float32)
-        tl.store(d_ptr + places, to_type(d * gelu_slope(v, TANH), d_ptr.dtype.element_ty), mask=m)
+        active, slope = gelu_and_slope(v, ACTIVATION)
+        tl.store(d_ptr + places, to_type(d * slope, d_ptr.dtype.element_ty), mask=m)
+    else:
+        active = gelu(v, ACTIVATION)
+    tl.store(u_ptr + places, to_type(active, u_ptr.dtype.element_ty), mask=m)
 
 
 @triton.jit
@@ -237,7 +331,7 @@ def e4m3_kernel(
         m = m_n[:, None] & (o < D)[None, :]
         value = tl.load(x_ptr + rows * stride_xn + o[None, :], mask=m, other=0.0).to(tl.float32)  # (BLOCK_N, BLOCK_D)
         if HAS_GELU:
-            value = to_type(gelu(value, False), x_ptr.dtype.element_ty).to(tl.float32)
+            value = to_type(gelu(value, "erf"), x_ptr.dtype.element_ty).to(tl.float32)
         largest = tl.maximum(largest, tl.max(tl.abs(value), axis=1))
         values = values + (value,)
     # 448 is 1.75 · 2⁸: a larger mantissa carries into the exponent. At least 2⁻¹²⁶, whose bits are 1 << 23.

@@ -47,25 +47,29 @@ def bucket(rows: int) -> int:
 
 @dataclass(frozen=True)
 class Key:
-    """What a choice depends on: the product, its type, its rows' bucket, and its other two sizes."""
+    """What a choice depends on: the product, its type, its rows' bucket, its other two sizes, and its surroundings.
+
+    about: "tma" or "any", whether descriptors can point at the operands, then the bias's kind and the residual.
+    """
 
     product: str
     dtype: str
     rows: int
     columns: int
     depth: int
+    about: str = "any"
 
     def __str__(self) -> str:
-        return f"{self.product} {self.dtype} {self.rows}x{self.columns}x{self.depth}"
+        return f"{self.product} {self.dtype} {self.rows}x{self.columns}x{self.depth} {self.about}"
 
 
 class Chooser(Protocol):
     """What the launchers ask: which choice, and to make the call with it."""
 
     def run(
-        self, product: str, dtype: torch.dtype, sizes: tuple[int, int, int], call: Callable[[Choice], Any], /
+        self, product: str, dtype: torch.dtype, sizes: tuple[int, int, int], call: Callable[[Choice], Any], about: str, /
     ) -> Any:
-        """`call` with a choice for a product of `sizes` (rows, columns, depth)."""
+        """`call` with a choice for a product of `sizes` (rows, columns, depth); `about`: as in `Key`."""
 
 
 class Tuner:
@@ -82,9 +86,11 @@ class Tuner:
         self._chosen: dict[Key, Choice] = {}
         self._failed: set[tuple[Key, Choice]] = set()
 
-    def run(self, product: str, dtype: torch.dtype, sizes: tuple[int, int, int], call: Callable[[Choice], T]) -> T:
+    def run(
+        self, product: str, dtype: torch.dtype, sizes: tuple[int, int, int], call: Callable[[Choice], T], about: str = "any"
+    ) -> T:
         """`call` with the best choice for a product of `sizes` (rows, columns, depth), or the next that works."""
-        key = Key(product, str(dtype).removeprefix("torch."), bucket(sizes[0]), sizes[1], sizes[2])
+        key = Key(product, _type_name(dtype), bucket(sizes[0]), sizes[1], sizes[2], about)
         while True:
             choice = self._chosen.get(key) or self._choose(key, dtype.itemsize, call)
             try:
@@ -94,8 +100,15 @@ class Tuner:
 
     def candidates(self, key: Key, element: int) -> list[Choice]:
         """Those that fit into shared memory and have not failed, the architecture's preferred one first."""
-        fitting = (c for c in candidates_of(self.architecture, key.product) if c.shared_bytes(element) <= self.shared)
-        return [choice for choice in fitting if (key, choice) not in self._failed]
+        operands = 2 if key.product == "hidden_backward" else 1
+        pointed = key.about.startswith("tma") and element == 2
+        return [
+            choice
+            for choice in candidates_of(self.architecture, key.product)
+            if choice.shared_bytes(element, operands) <= self.shared
+            and (choice.by != "tma" or pointed)
+            and (key, choice) not in self._failed
+        ]
 
     def _choose(self, key: Key, element: int, call: Callable[[Choice], object]) -> Choice:
         left = self.candidates(key, element)
@@ -142,6 +155,12 @@ class Tuner:
         self._chosen.pop(key, None)
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         warnings.warn(f"{key} on {self.name}: {choice} left out: {first_line}", RuntimeWarning, stacklevel=2)
+
+
+def _type_name(dtype: torch.dtype) -> str:
+    """A type for a key; of fp32, with how it is multiplied."""
+    name = str(dtype).removeprefix("torch.")
+    return f"{name}-{torch.get_float32_matmul_precision()}" if dtype == torch.float32 else name
 
 
 def _capturing() -> bool:

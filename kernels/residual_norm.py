@@ -28,7 +28,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ._backend import autocast_type, resolve_backend, without_autocast
 from ._checks import check_eps, check_floating, check_like, check_shape
-from ._launch import launching, norm_backward, normalise, rows_together
+from ._launch import add_slices, launching, norm_backward, normalise, rows_together
 
 __all__ = ["residual_norm", "residual_norm_bytes", "residual_norm_flops", "residual_norm_reference"]
 
@@ -96,7 +96,8 @@ def _backward_operator(
             rows_together(dnormed), rows_together(total), rows_together(weight),
             None if dtotal is None else rows_together(dtotal), grad, eps,
         )  # fmt: skip
-    return grad, sums.to(weight.dtype)
+        added = add_slices(sums, weight.dtype)
+    return grad, added
 
 
 @_backward_operator.register_fake
