@@ -85,8 +85,10 @@ def add_slices_kernel(slices_ptr, out_ptr, second_ptr, SLICES, L, SPLIT, HAS_SEC
     o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     m = o < L
     acc = tl.zeros((BLOCK,), tl.float32)
-    for s in range(SLICES):
-        acc += tl.load(slices_ptr + s.to(tl.int64) * L + o, mask=m, other=0.0)
+    p_slice = slices_ptr + o
+    for _ in range(SLICES):
+        acc += tl.load(p_slice, mask=m, other=0.0)
+        p_slice += L
     value = to_type(acc, out_ptr.dtype.element_ty)
     if HAS_SECOND:
         tl.store(second_ptr + o - SPLIT, value, mask=m & (o >= SPLIT))

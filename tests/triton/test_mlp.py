@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from operators import cast, distances, mlp_inputs, outcome
 
-from iwm_fast.kernels import _mlp_triton, conditioned_mlp
-from iwm_fast.kernels._candidates import STAGED, Choice
+from iwm_fast.kernels import conditioned_mlp
+from iwm_fast.kernels._candidates import Choice
+from iwm_fast.kernels._mlp_triton import use_workspace
 from iwm_fast.kernels._tuning import use_tuner
 
 HALF = [torch.float16, torch.bfloat16]
@@ -146,13 +147,13 @@ def test_equal_inputs_give_equal_bits(dtype, device):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_chunks_of_tokens_change_nothing(device, monkeypatch):
+def test_chunks_of_tokens_change_nothing(device):
     """200 tokens in one chunk, in chunks of 64 that cut images, and between; weights' gradients are summed over all."""
     case = mlp_inputs([70, 1, 129], width=48, hidden=40, device=device)
     found = []
     for size in (2**30, 1, 2**15):
-        monkeypatch.setattr(_mlp_triton, "l2_bytes", lambda _, size=size: size)
-        found.append(outcome(case, upstream(case), backend="triton"))
+        with use_workspace(size):
+            found.append(outcome(case, upstream(case), backend="triton"))
     for other in found[1:]:
         for name, value in found[0].items():
             torch.testing.assert_close(other[name], value, rtol=1e-5, atol=1e-5)
@@ -162,19 +163,21 @@ CHOICES = {
     "library": Choice("library"),
     "narrow": Choice("triton", 16, 64, 32, 4, 1),
     "wide": Choice("triton", 64, 16, 16, 4, 1),
-    "fused": Choice("fused", 32, 32, 32, 4, 1),
+    "in pieces": Choice("triton", 32, 32, 32, 4, 1, 2),
+    "by descriptors": Choice("tma", 32, 32, 32, 4, 1),
+    "by descriptors in pieces": Choice("tma", 16, 64, 32, 4, 1, 2),
 }
 
 
 class Fixed:
-    """In the tuner's place: one choice for every product, or for the whole MLP."""
+    """In the tuner's place: one choice for every product that it can make."""
 
     def __init__(self, choice):
         self.choice = choice
 
-    def run(self, product, _dtype, _sizes, call):
-        whole, fused = product.startswith("forward "), self.choice.by == "fused"
-        return call(self.choice if whole == fused else STAGED if whole else CHOICES["narrow"])
+    def run(self, _product, dtype, _sizes, call, about):
+        possible = self.choice.by != "tma" or (about.startswith("tma") and dtype.itemsize == 2)
+        return call(self.choice if possible else CHOICES["narrow"])
 
 
 @pytest.mark.parametrize("choice", CHOICES.values(), ids=CHOICES.keys())
@@ -182,7 +185,7 @@ class Fixed:
 @pytest.mark.parametrize("actions", [3, None], ids=["action", "no action"])
 @pytest.mark.parametrize("norm", [True, False], ids=["norm", "no norm"])
 def test_every_implementation_gives_the_same(choice, dtype, actions, norm, device):
-    case = mlp_inputs([33, 0, 18], width=100, hidden=72, actions=actions, norm=norm, dtype=dtype, device=device)
+    case = mlp_inputs([33, 0, 18], width=104, hidden=72, actions=actions, norm=norm, dtype=dtype, device=device)
     with use_tuner(Fixed(choice)):
         ours, eager = compare(case)
     for name, error in ours.items():
