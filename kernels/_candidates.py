@@ -70,7 +70,7 @@ _BLOCKS: dict[str, dict[str, list[Choice]]] = {
     },
     "hidden_backward": {
         "sm_80": [_triton(64, 128, 32, 8, 3), _triton(128, 64, 32, 8, 3), _triton(64, 64, 32, 4, 3)],
-        "sm_90": [_tma(128, 128, 64, 8, 2), _triton(128, 64, 64, 8, 2), _triton(64, 64, 64, 4, 2)],
+        "sm_90": [_tma(128, 128, 64, 8, 2, 2), _triton(128, 64, 64, 8, 2), _triton(64, 64, 64, 4, 2)],
         "sm_100": [_tma(128, 64, 64, 8, 2), _triton(128, 64, 64, 8, 2), _triton(64, 64, 64, 4, 2)],
     },
     "weight_grad": {

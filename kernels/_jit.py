@@ -85,7 +85,9 @@ def _tanh(x):
     if INTERPRETED:
         value = 2.0 * tl.sigmoid(2.0 * x) - 1.0
     else:
-        value = tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+        value = tl.inline_asm_elementwise(
+            "tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
     return value
 
 

@@ -22,7 +22,7 @@ from .patchify import launch_patchify
 from .predictor_input import launch_assembly, launch_assembly_backward
 from .stopgrad_l2 import launch_distance
 
-__all__ = ["PATCHES", "SHAPES", "Launch", "Signature", "record_launches", "signature"]
+__all__ = ["PATCHES", "SHAPES", "TOKENS", "Launch", "Signature", "record_launches", "signature"]
 
 Signature = tuple[dict[str, str], dict[tuple[int, ...], Any], dict[tuple[int, ...], Any]]
 _POINTER = {
@@ -41,6 +41,8 @@ SHAPES = {
     "mixer 384": (384, 384, 16),
     "encoder 768": (768, 3072, 0),
 }
+# Tokens of a step at those sizes: 512 images of 196 tokens, and 256.
+TOKENS = {"block 384": 100_352, "block 192": 100_352, "mixer 384": 100_352, "encoder 768": 50_176}
 # Sides of the patches that the configurations cut, and of ViT-H's.
 PATCHES = (4, 8, 14, 16)
 # Widths and hidden widths of target encoders, ViT-B to ViT-H: factors in fp8, on the architectures that have it.

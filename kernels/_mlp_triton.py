@@ -70,9 +70,7 @@ def _chunks(x: Tensor, units: int, copies: int) -> Iterator[slice]:
         yield slice(first, min(first + size, x.shape[0]))
 
 
-def _bias(
-    tokens: int, b_in: Tensor, action: Tensor | None, w_action: Tensor | None, cu_seqlens: Tensor | None
-) -> Bias:
+def _bias(tokens: int, b_in: Tensor, action: Tensor | None, w_action: Tensor | None, cu_seqlens: Tensor | None) -> Bias:
     """What is added to the first multiply: the action's part by the kernel itself where it can, else by an image's row."""
     b_in = launch.rows_together(b_in)
     if action is None or w_action is None or cu_seqlens is None:
@@ -126,7 +124,10 @@ def backward(
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if not x.shape[0]:
         inputs = (w_in, b_in, w_out, b_out, action, w_action, norm_weight, norm_bias)
-        zeros = (None if t is None or not weights else torch.zeros_like(t, memory_format=torch.contiguous_format) for t in inputs)
+        zeros = (
+            None if t is None or not weights else torch.zeros_like(t, memory_format=torch.contiguous_format)
+            for t in inputs
+        )
         return Gradients(dx, *zeros)
     w_in, w_out = _weights(w_in, w_out)
     bias = _bias(x.shape[0], b_in, action, w_action, cu_seqlens)

@@ -67,7 +67,13 @@ class Chooser(Protocol):
     """What the launchers ask: which choice, and to make the call with it."""
 
     def run(
-        self, product: str, dtype: torch.dtype, sizes: tuple[int, int, int], call: Callable[[Choice], Any], about: str, /
+        self,
+        product: str,
+        dtype: torch.dtype,
+        sizes: tuple[int, int, int],
+        call: Callable[[Choice], Any],
+        about: str,
+        /,
     ) -> Any:
         """`call` with a choice for a product of `sizes` (rows, columns, depth); `about`: as in `Key`."""
 
@@ -87,7 +93,12 @@ class Tuner:
         self._failed: set[tuple[Key, Choice]] = set()
 
     def run(
-        self, product: str, dtype: torch.dtype, sizes: tuple[int, int, int], call: Callable[[Choice], T], about: str = "any"
+        self,
+        product: str,
+        dtype: torch.dtype,
+        sizes: tuple[int, int, int],
+        call: Callable[[Choice], T],
+        about: str = "any",
     ) -> T:
         """`call` with the best choice for a product of `sizes` (rows, columns, depth), or the next that works."""
         key = Key(product, _type_name(dtype), bucket(sizes[0]), sizes[1], sizes[2], about)

@@ -1,10 +1,11 @@
 """Compile every kernel for every architecture without a GPU, and say what each takes of the chip.
 
-    python -m iwm_fast.kernels.aot [--json FILE] [--markdown FILE] [--keep DIR] [--arch sm_90 ...]
+    python -m iwm_fast.kernels.aot [--json FILE] [--markdown FILE] [--keep DIR] [--arch sm_90 ...] [--bounds]
 
 The launchers run on tensors without memory while their launches are recorded, so what is compiled here is what they
 launch: the same types, strides and block sizes, each candidate of an architecture for that architecture. Exit code 1
-where a kernel spills registers or wants more shared memory than the chip gives a program.
+where a kernel spills registers or wants more shared memory than the chip gives a program. ``--bounds`` reads the
+machine code too, and says how fast each kernel with a loop can be at most (`_bounds`); the rows of --json are these then.
 """
 
 from __future__ import annotations
@@ -26,16 +27,18 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from ._bounds import Bound, bound_of
 from ._candidates import ARCHITECTURES, SHARED_LIMIT
 from ._jit import INTERPRETED
 from ._launches import Launch, record_launches, signature
+from ._sass import disassemble
 
 __all__ = ["Report", "compile_launch", "main"]
 
 SCHEMA = "iwm-fast-aot/1"
 # Registers and threads of a multiprocessor (CUDA programming guide, technical specifications), all three alike.
 _REGISTERS, _THREADS = 65536, 2048
-_MULTIPLIES = ("fused_mlp_kernel", "hidden_backward_kernel", "linear_kernel", "weight_grad_kernel")
+_MULTIPLIES = ("hidden_backward_kernel", "linear_kernel", "weight_grad_kernel")
 _MATRIX = re.compile(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)\b")
 
 
@@ -52,6 +55,7 @@ class Report:
     shared_bytes: int
     programs: int
     matrix_instructions: dict[str, int]
+    bound: Bound | None = None
 
     @property
     def fault(self) -> str | None:
@@ -65,8 +69,11 @@ class Report:
         return None
 
 
-def compile_launch(launch: Launch, arch: str, keep: Path | None = None) -> Report:
-    """Compile for `arch` ("sm_90") and read what the assembler says; `keep`: a folder for the cubin."""
+def compile_launch(launch: Launch, arch: str, keep: Path | None = None, *, bounds: bool = False) -> Report:
+    """Compile for `arch` ("sm_90") and read what the assembler says; `keep`: a folder for the cubin.
+
+    bounds: read the machine code too.
+    """
     types, constants, attributes = signature(launch)
     source = ASTSource(fn=launch.kernel, signature=types, constexprs=constants, attrs=attributes)
     target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
@@ -83,7 +90,12 @@ def compile_launch(launch: Launch, arch: str, keep: Path | None = None) -> Repor
     shared = int(made.metadata.shared)
     fitting = [_REGISTERS // (registers * threads), _THREADS // threads]
     fitting += [SHARED_LIMIT[arch] // shared] if shared else []
+    programs = min(fitting)
     instructions = [found.group(1) for found in _MATRIX.finditer(made.asm["ptx"])]
+    bound = None
+    if bounds:
+        code = disassemble(made.asm["cubin"])
+        bound = bound_of(launch, arch, code, registers=registers, spill_bytes=spilled, programs=programs)
     return Report(
         kernel=name,
         arch=arch,
@@ -92,8 +104,9 @@ def compile_launch(launch: Launch, arch: str, keep: Path | None = None) -> Repor
         registers=registers,
         spill_bytes=spilled,
         shared_bytes=shared,
-        programs=min(fitting),
+        programs=programs,
         matrix_instructions={kind: instructions.count(kind) for kind in sorted(set(instructions))},
+        bound=bound,
     )
 
 
@@ -111,10 +124,34 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     return registers, max(stack, local)
 
 
-def _rows(archs: list[str], keep: Path | None) -> Iterator[Report]:
+def _rows(archs: list[str], keep: Path | None, *, bounds: bool) -> Iterator[Report]:
     for arch in archs:
         for launch in record_launches(arch):
-            yield compile_launch(launch, arch, keep)
+            yield compile_launch(launch, arch, keep, bounds=bounds)
+
+
+def _bound_line(bound: Bound) -> str:
+    """The bounds of a kernel with what they come from."""
+    c = bound.config
+    blocks = "x".join(str(v) for k, v in c.items() if k in ("BLOCK_N", "BLOCK_M", "BLOCK_K"))
+    text = (
+        f"{bound.arch:7}{bound.role:16}{bound.shape:13}{blocks:12}{'tma' if c.get('TMA') else '-':4}"
+        f"loop {bound.loop_instructions:4} outside {bound.outside_instructions:5} barriers {bound.loop_barriers:2} "
+        f"regs {bound.registers:3} programs {bound.programs}"
+    )
+    if bound.serial is None:
+        return text
+    overlapped = "-" if bound.overlapped is None else f"{bound.overlapped:.0%}"
+    text += (
+        f"  T {bound.tensor_cycles:.0f} I {bound.loop_cycles:.0f} E {bound.outside_cycles:.0f}  serial {bound.serial:.0%} "
+        f"overlapped {overlapped}  last wave {bound.last_wave:.0%}"
+    )
+    if bound.l2_bytes_per_token is not None and bound.by_l2 is not None:
+        shares = ", ".join(f"{share:.0%}" for share in bound.by_l2)
+        text += f"  L2 {bound.l2_bytes_per_token / 1e3:.1f} KB a token ({shares})"
+    if bound.partial_bytes_per_token is not None:
+        text += f"  partial sums {bound.partial_bytes_per_token / 1e3:.1f} KB a token"
+    return text
 
 
 def _line(report: Report) -> str:
@@ -171,6 +208,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write the rows here")
     parser.add_argument("--markdown", type=Path, help="write them as a page here")
     parser.add_argument("--keep", type=Path, help="write the cubins into this folder")
+    parser.add_argument("--bounds", action="store_true", help="read the machine code, and say how fast it can be")
     parser.add_argument("--arch", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
     args = parser.parse_args(words)
     if INTERPRETED.value:
@@ -188,11 +226,13 @@ def main(words: list[str] | None = None) -> int:
             print(f"aot: {path.parent}: cannot be written: {error.strerror}; name another folder", file=sys.stderr)
             return 2
     reports = []
-    for report in _rows(args.arch, args.keep):
+    for report in _rows(args.arch, args.keep, bounds=args.bounds):
         reports.append(report)
-        print(_line(report) + (f"  <- {report.fault}" if report.fault else ""), flush=True)
+        line = _bound_line(report.bound) if report.bound is not None else _line(report)
+        print(line + (f"  <- {report.fault}" if report.fault else ""), flush=True)
     if args.json is not None:
-        document = {"schema": SCHEMA, "triton": triton.__version__, "rows": [asdict(report) for report in reports]}
+        found = [r.bound for r in reports if r.bound is not None] if args.bounds else reports
+        document = {"schema": SCHEMA, "triton": triton.__version__, "rows": [asdict(row) for row in found]}
         _write(args.json, json.dumps(document, indent=1) + "\n")
     if args.markdown is not None:
         _write(args.markdown, _markdown(reports))
