@@ -11,6 +11,7 @@ from . import _norms, _passes, _products, _rows
 from ._backend import use_backend
 from ._compiled import compiled_variants
 from ._tuning import TUNING_DIR_VARIABLE, tuning_folder
+from ._workspace import mlp_workspace, use_workspace
 from .conditioned_mlp import (
     conditioned_mlp,
     conditioned_mlp_bytes,
@@ -52,6 +53,7 @@ __all__ = [
     "ema_update_bytes",
     "ema_update_flops",
     "ema_update_reference",
+    "mlp_workspace",
     "patchify",
     "patchify_bytes",
     "patchify_flops",
@@ -70,4 +72,5 @@ __all__ = [
     "stopgrad_l2_reference",
     "tuning_folder",
     "use_backend",
+    "use_workspace",
 ]

@@ -9,8 +9,9 @@ tensor cores a cycle:
     serial      T / (max(T, I) + E)       the epilogue of a tile waits for its loop, and the next loop for it
     overlapped  T / max(T, I + E)         the epilogue runs beside another tile's loop
 
-The second is a bound only where that can be: where two programs fit an SM, or where one program walks over the tiles and
-has asked for the next tile's operands before the epilogue. Times by L2's rate are apart: bytes a token.
+The second is a bound only where that can be: where two programs fit an SM, or where one program walks over the tiles
+and has asked for the next tile's operands before the epilogue. The bound by L2 is apart: the share of peak at which the
+operands' bytes arrive at the rates of L2_RATES.
 """
 
 from __future__ import annotations
@@ -20,18 +21,18 @@ from typing import Any
 
 import triton
 
+from ._candidates import PROCESSORS, slices_of
 from ._launches import SHAPES, TOKENS, Launch
 from ._sass import Code
 
-__all__ = ["L2_RATES", "PROCESSORS", "Bound", "bound_of", "role_of"]
+__all__ = ["L2_RATES", "Bound", "bounds_of", "matrix_bound", "role_of"]
 
-# SMs of A100, H200 and B200.
-PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148}
 # Bytes a second from L2 to all SMs, not measured yet; and the clock at which it would be reached.
 L2_RATES = (5.5e12, 7e12)
 _FLOPS_A_CYCLE = {"sm_80": 2048, "sm_90": 4096, "sm_100": 8192}
 _CLOCK = 1.755e9
 _ELEMENT = 2
+_MULTIPLIES = ("hidden", "project", "dx", "hidden_backward", "weight_grad")
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,15 @@ class Bound:
     last_wave: float | None = None
     # Partial sums of a weight gradient, written and read, a token.
     partial_bytes_per_token: float | None = None
+    # What an activation adds to a kernel that reads and writes each number once.
+    instructions_per_element: float | None = None
+
+    @property
+    def limit(self) -> float | None:
+        """The least of the bounds, a share of peak: by issue slots and tensor cores, and by L2 at its higher rate."""
+        if self.serial is None or self.by_l2 is None:
+            return None
+        return min(self.serial if self.overlapped is None else self.overlapped, self.by_l2[-1])
 
 
 def role_of(launch: Launch) -> str:
@@ -74,64 +84,63 @@ def role_of(launch: Launch) -> str:
     return "project" if given["HAS_BIAS"] else "dx"
 
 
-def bound_of(launch: Launch, arch: str, code: Code, *, registers: int, spill_bytes: int, programs: int) -> Bound | None:
-    """The bounds of a compiled launch; None for a kernel without a loop."""
+def bounds_of(launch: Launch, arch: str, code: Code, *, registers: int, spill_bytes: int, programs: int) -> list[Bound]:
+    """The bounds of a compiled launch, for each of its shapes where it multiplies; none for a kernel without a loop."""
     role = role_of(launch)
-    multiplies = role in ("hidden", "project", "dx", "hidden_backward", "weight_grad")
+    multiplies = role in _MULTIPLIES
     loop = code.loop(matrix=multiplies)
     if loop is None:
-        return None
+        return []
     given = launch.arguments
     config = {k: v for k, v in given.items() if k.startswith(("BLOCK_", "PARTS", "PIECES", "TMA"))} | launch.options
     about: dict[str, Any] = {
-        "kernel": launch.kernel.__name__, "role": role, "arch": arch, "shape": launch.shape, "config": config,
+        "kernel": launch.kernel.__name__, "role": role, "arch": arch, "config": config,
         "wgmma": code.matrix_shapes, "loop_instructions": loop.instructions, "outside_instructions": loop.outside,
         "loop_barriers": loop.barriers, "registers": registers, "spill_bytes": spill_bytes, "programs": programs,
         "persistent": loop.persistent,
     }  # fmt: skip
-    if not multiplies or launch.shape not in SHAPES:
-        return Bound(**about)
-    return Bound(**about, **_matrix(launch, role, arch, about))
+    shapes = [shape for shape in launch.shapes if shape in SHAPES]
+    if not multiplies or not shapes:
+        return [Bound(shape=launch.shape, **about)]
+    return [Bound(shape=shape, **about, **matrix_bound(role, shape, about)) for shape in shapes]
 
 
-def _matrix(launch: Launch, role: str, arch: str, about: dict[str, Any]) -> dict[str, Any]:
-    width, hidden, _ = SHAPES[launch.shape]
-    tokens, given = TOKENS[launch.shape], launch.arguments
-    n, m, k = given["BLOCK_N"], given["BLOCK_M"], given["BLOCK_K"]
-    processors, copies = PROCESSORS[arch], 1
-    persistent = about["persistent"]
-    at_once = processors * (1 if persistent else about["programs"])
+def matrix_bound(role: str, shape: str, about: dict[str, Any]) -> dict[str, Any]:
+    """What can be said of a multiply of a shape: cycles, bounds, bytes, waves; `about`: `Bound`'s other fields."""
+    width, hidden, _ = SHAPES[shape]
+    arch, config, tokens = about["arch"], about["config"], TOKENS[shape]
+    n, m, k = config["BLOCK_N"], config["BLOCK_M"], config["BLOCK_K"]
+    processors, peak = PROCESSORS[arch], _FLOPS_A_CYCLE[arch]
+    at_once = processors * (1 if about["persistent"] else about["programs"])
+    copies = 2 if role == "hidden_backward" else 1
     found: dict[str, Any] = {}
     if role == "weight_grad":
-        from ._launch_products import slices_of
-
         rows, columns = sorted((width, hidden), reverse=True)
         blocks = triton.cdiv(rows, n) * triton.cdiv(columns, m)
         slices = slices_of(blocks, triton.cdiv(tokens, k), processors)
         depth, tiles = triton.cdiv(tokens, slices), blocks * slices
         found["partial_bytes_per_token"] = 2 * 4 * slices * rows * columns / tokens
+        traffic, useful = blocks * _ELEMENT * (n + m), 2 * rows * columns
     else:
-        columns = {"hidden": hidden, "hidden_backward": hidden}.get(role, width)
-        depth = {"project": hidden, "dx": hidden}.get(role, width)
-        copies = 2 if role == "hidden_backward" else 1
-        tiles = triton.cdiv(tokens, n) * triton.cdiv(columns, m)
+        columns = hidden if role in ("hidden", "hidden_backward") else width
+        depth = hidden if role in ("project", "dx") else width
         across = triton.cdiv(columns, m)
-        found["l2_bytes_per_token"] = copies * _ELEMENT * depth * (across + columns / n)
-        useful = copies * 2 * columns * depth / (_FLOPS_A_CYCLE[arch] * processors * _CLOCK)
-        found["by_l2"] = tuple(useful / (found["l2_bytes_per_token"] / rate) for rate in L2_RATES)
-    tensor = copies * 2 * n * m * depth / _FLOPS_A_CYCLE[arch]
+        tiles = triton.cdiv(tokens, n) * across
+        traffic, useful = copies * _ELEMENT * depth * (across + columns / n), copies * 2 * columns * depth
+    seconds = useful / (peak * processors * _CLOCK)  # of a token, at peak
+    tensor = copies * 2 * n * m * depth / peak
     # Both multiplies of the hidden layer's backward pass run one after the other, or in one loop of twice the work.
-    turns = depth / k * (copies if not given["TMA"] else 1)
-    loop, outside = (
-        about["config"]["num_warps"] / 4 * about[key] for key in ("loop_instructions", "outside_instructions")
-    )
+    turns = depth / k * (1 if config["TMA"] else copies)
+    loop, outside = (config["num_warps"] / 4 * about[key] for key in ("loop_instructions", "outside_instructions"))
     loop *= turns
-    overlaps = about["programs"] >= 2 or persistent
+    overlaps = about["programs"] >= 2 or about["persistent"]
     return found | {
         "tensor_cycles": tensor,
         "loop_cycles": loop,
         "outside_cycles": outside,
         "serial": tensor / (max(tensor, loop) + outside),
         "overlapped": tensor / max(tensor, loop + outside) if overlaps else None,
+        "l2_bytes_per_token": traffic,
+        "by_l2": tuple(min(1.0, seconds / (traffic / rate)) for rate in L2_RATES),
         "last_wave": tiles / (triton.cdiv(tiles, at_once) * at_once),
     }

@@ -8,7 +8,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["ARCHITECTURES", "LIBRARY", "PRODUCTS", "SHARED_LIMIT", "Choice", "candidates_of"]
+__all__ = [
+    "ARCHITECTURES",
+    "LIBRARY",
+    "PROCESSORS",
+    "PRODUCTS",
+    "SHARED_LIMIT",
+    "Choice",
+    "candidates_of",
+    "possible",
+    "slices_of",
+]
 
 
 @dataclass(frozen=True)
@@ -36,6 +46,8 @@ class Choice:
 # Bytes that one program may have (CUDA programming guide, technical specifications): A100, H100 and H200, B200.
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
 ARCHITECTURES = tuple(SHARED_LIMIT)
+# SMs of A100, H100 or H200, B200.
+PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148}
 LIBRARY = Choice("library")
 
 
@@ -80,6 +92,8 @@ _BLOCKS: dict[str, dict[str, list[Choice]]] = {
     },
 }
 PRODUCTS = tuple(_BLOCKS)
+# Most slices of a weight gradient's rows: partial sums are written and read once each.
+_MOST_SLICES = 16
 # The interpreter multiplies in NumPy, where a block costs as much as its Python: large blocks, and no pipeline.
 _INTERPRETER = (_triton(64, 128, 128, 4, 1), _tma(64, 128, 128, 4, 1, 2))
 
@@ -91,3 +105,30 @@ def candidates_of(architecture: str, product: str) -> list[Choice]:
     number = int(architecture.removeprefix("sm_"))
     older = [a for a in ARCHITECTURES if int(a.removeprefix("sm_")) <= number]
     return [*(_BLOCKS[product][older[-1]] if older else []), LIBRARY]
+
+
+def possible(choice: Choice, architecture: str, element: int, about: str) -> bool:
+    """Whether a choice can be made for operands of `element` bytes; `about` is the tuner's: "tma ..." or "any ...".
+
+    Descriptors need operands that they can point at, in half precision: the blocks are chosen for it.
+    From sm_100 on, Triton (3.6 to 3.7) fails to compile a persistent kernel that adds an action's matmul to another.
+    """
+    if choice.by != "tma":
+        return True
+    layout, _, kind = about.partition(" ")
+    newest = architecture != "interpreter" and int(architecture.removeprefix("sm_")) >= 100
+    return layout == "tma" and element == 2 and not (newest and kind.startswith("action"))
+
+
+def slices_of(blocks: int, most: int, processors: int) -> int:
+    """The fewest slices of the rows whose programs fill the last wave to nine tenths, or as well as can be.
+
+    blocks: of the result, a program each for every slice. most: slices that the rows can be cut into.
+    """
+
+    def filled(slices: int) -> float:
+        programs = blocks * slices
+        return programs / (-(-programs // processors) * processors)
+
+    counts = range(1, max(1, min(most, _MOST_SLICES)) + 1)
+    return next((s for s in counts if filled(s) >= 0.9), max(counts, key=filled))

@@ -100,8 +100,7 @@ def _upper_tail(u):
     """
     size = tl.minimum(tl.abs(u), 16384.0, propagate_nan=tl.PropagateNan.ALL)
     t = _rcp(size * 0.2316418882663604 + 1.0)
-    scaled = size * 0.8493218002880191  # √(log₂(e) / 2)
-    density = _exp2(-scaled * scaled)
+    density = _exp2(size * size * -0.7213475204444817)  # log₂(e) / 2
     tail = t * 0.5307027145 - 0.7265760135
     tail = tail * t + 0.7107068705
     tail = tail * t - 0.142248368
@@ -136,17 +135,14 @@ def gelu_and_slope(u, KIND: tl.constexpr):
         _, tail, density = _upper_tail(u)
         phi = tl.where(u >= 0.0, 1.0 - tail, tail)
         value = u * phi
-        slope = phi + u * density * 0.3989422804014327  # 1 / √(2π)
+        slope = phi + u * density * 0.3989422804014327  # 1 / √(2π); NaN at infinity, so that no gradient hides it
     elif KIND == "erf":
         phi = 0.5 * (1.0 + tl.erf(u * 0.7071067811865476))
         value = u * phi
         slope = phi + u * 0.3989422804014327 * tl.exp(-0.5 * u * u)
     else:
         inner = u * (0.7978845608028654 + 0.035677408136300125 * u * u)  # √(2/π), and 0.044715 of it
-        if KIND == "tanh":
-            t = 2.0 * tl.sigmoid(2.0 * inner) - 1.0
-        else:
-            t = _tanh(inner)
+        t = 2.0 * tl.sigmoid(2.0 * inner) - 1.0 if KIND == "tanh" else _tanh(inner)
         half = 0.5 * u
         value = half + half * t
         slope = 0.5 + 0.5 * t + half * (1.0 - t * t) * (0.7978845608028654 + 0.10703222440890037 * u * u)

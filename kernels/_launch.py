@@ -152,7 +152,9 @@ def image_of_rows(rows: int, cu_seqlens: Tensor) -> Tensor:
     """The image of each of `rows` rows, int32 (N,), of its bounds int32 (B + 1,)."""
     image = torch.empty(rows, dtype=torch.int32, device=cu_seqlens.device)
     if rows:
-        image_kernel[(len(cu_seqlens) - 1,)](cu_seqlens_ptr=cu_seqlens, image_ptr=image, BLOCK=256, num_warps=4)
+        image_kernel[(len(cu_seqlens) - 1,)](
+            cu_seqlens_ptr=cu_seqlens, image_ptr=image, N=rows, BLOCK=256, num_warps=4
+        )  # fmt: skip
     return image
 
 
@@ -204,6 +206,6 @@ def action_gradients(dbias: Tensor, action: Tensor, w_action: Tensor, b_in: Tens
             dbias_ptr=dbias, w_action_ptr=w_action, daction_ptr=daction,
             B=images, H=units, A=actions,
             stride_wh=w_action.stride(0),
-            BLOCK_B=16, BLOCK_H=64, BLOCK_A=block_a, num_warps=4,
+            BLOCK_B=16, BLOCK_H=32, BLOCK_A=block_a, num_warps=4,
         )  # fmt: skip
     return daction, dw, db

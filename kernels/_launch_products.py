@@ -16,20 +16,28 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ._candidates import Choice
+from ._candidates import PROCESSORS, Choice, slices_of
 from ._launch import add_slices
 from ._products import hidden_backward_kernel, linear_kernel, weight_grad_kernel
 from ._rows import activate_kernel
 from ._tuning import tuner
 
-__all__ = ["Bias", "activation_kind", "hidden_backward", "linear", "slices_of", "weight_grad", "weight_grad_slices"]
+__all__ = [
+    "Bias",
+    "activation_kind",
+    "describable",
+    "hidden_backward",
+    "image_bias",
+    "linear",
+    "takes_action",
+    "weight_grad",
+    "weight_grad_slices",
+]
 
 # Programs that run side by side share this many rows of blocks in L2 (Triton's matrix-product tutorial, 6 to 8).
 _GROUP = 8
 # The depth of the multiply that adds an action: one instruction of the tensor cores.
 _BLOCK_A = 16
-# Most slices of a weight gradient's rows: partial sums are written and read once each.
-_MOST_SLICES = 16
 _TRITON = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
@@ -78,13 +86,22 @@ def precision() -> str:
 
 @cache
 def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+    """SMs; without memory, where launches are recorded, an H100's or H200's, and few in the interpreter."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return PROCESSORS["sm_90"] if device.type == "meta" else 2
 
 
 def describable(*tensors: Tensor | None) -> bool:
-    """Whether tensor descriptors can point at all of the matrices: 16-byte alignment of starts and rows."""
+    """Whether tensor descriptors can point at all of the matrices: rows apart, each start at a multiple of 16 bytes."""
     return all(
-        t is None or (t.stride(-1) == 1 and t.stride(0) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0)
+        t is None
+        or (
+            t.stride(-1) == 1
+            and t.stride(0) >= t.shape[1]
+            and t.stride(0) * t.element_size() % 16 == 0
+            and t.data_ptr() % 16 == 0
+        )
         for t in tensors
     )
 
@@ -201,7 +218,7 @@ def hidden_backward(
     x (N, D), w_in (H, D), dout (N, Do), w_out (Do, H).
     """
     rows, units = x.shape[0], w_in.shape[0]
-    hidden, dhidden = torch.empty(2, rows, units, dtype=x.dtype, device=x.device).unbind()
+    hidden, dhidden = (torch.empty(rows, units, dtype=x.dtype, device=x.device) for _ in range(2))
     layout = _layout(x, w_in, dout, w_out, hidden, dhidden)
 
     def call(choice: Choice) -> tuple[Tensor, Tensor]:
@@ -281,14 +298,3 @@ def _library_weight_grad(a: Tensor, b: Tensor) -> Tensor:
     if a.dtype == torch.float32:
         return torch.mm(a.t(), b)
     return torch.mm(a.t(), b, out_dtype=torch.float32) if a.is_cuda else torch.mm(a.float().t(), b.float())
-
-
-def slices_of(blocks: int, most: int, processors: int) -> int:
-    """The fewest slices of the rows whose programs fill the last wave to nine tenths, or as well as can be."""
-
-    def filled(slices: int) -> float:
-        programs = blocks * slices
-        return programs / (triton.cdiv(programs, processors) * processors)
-
-    counts = range(1, max(1, min(most, _MOST_SLICES)) + 1)
-    return next((s for s in counts if filled(s) >= 0.9), max(counts, key=filled))

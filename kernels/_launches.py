@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -13,7 +14,7 @@ from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import _mlp_triton
-from ._candidates import candidates_of
+from ._candidates import candidates_of, possible
 from ._launch import norm_backward, normalise
 from ._tuning import use_tuner
 from .e4m3_rows import launch_e4m3
@@ -22,7 +23,7 @@ from .patchify import launch_patchify
 from .predictor_input import launch_assembly, launch_assembly_backward
 from .stopgrad_l2 import launch_distance
 
-__all__ = ["PATCHES", "SHAPES", "TOKENS", "Launch", "Signature", "record_launches", "signature"]
+__all__ = ["PATCHES", "SHAPES", "TOKENS", "Launch", "Signature", "record_launches", "recording", "signature"]
 
 Signature = tuple[dict[str, str], dict[tuple[int, ...], Any], dict[tuple[int, ...], Any]]
 _POINTER = {
@@ -52,12 +53,16 @@ _HAS_E4M3 = 89
 
 @dataclass(frozen=True, eq=False)
 class Launch:
-    """A launch as the launchers made it: the kernel, its arguments by name, its options, and what it belongs to."""
+    """A launch as the launchers made it: the kernel, its arguments by name, its options, and what it belongs to.
+
+    shapes: `shape`, and those whose launch is compiled to the same code.
+    """
 
     kernel: JITFunction
     arguments: dict[str, Any]
     options: dict[str, int]
     shape: str
+    shapes: list[str] = field(default_factory=list)
 
 
 class _EveryCandidate:
@@ -66,28 +71,41 @@ class _EveryCandidate:
     def __init__(self, arch: str) -> None:
         self.arch = arch
 
-    def run(self, product: str, _: torch.dtype, __: tuple[int, int, int], call: Any, ___: str) -> Any:
-        return [call(choice) for choice in candidates_of(self.arch, product)][-1]
+    def run(self, product: str, dtype: torch.dtype, _: tuple[int, int, int], call: Any, about: str) -> Any:
+        found = [c for c in candidates_of(self.arch, product) if possible(c, self.arch, dtype.itemsize, about)]
+        return [call(choice) for choice in found][-1]
+
+
+@contextmanager
+def recording(record: Callable[[JITFunction, dict[str, Any]], None]) -> Iterator[None]:
+    """Give each launch of a Triton kernel, with its arguments and options by name, to `record` instead of a device."""
+
+    def run(kernel: JITFunction, *_: Any, grid: Any, warmup: bool, **given: Any) -> None:
+        record(kernel, given)
+
+    before = JITFunction.run
+    JITFunction.run = run
+    try:
+        yield
+    finally:
+        JITFunction.run = before
 
 
 def record_launches(arch: str, dtype: torch.dtype = torch.bfloat16) -> list[Launch]:
     """Every launch of all operators, forward and backward, at the sizes of SHAPES and PATCHES, distinct ones once."""
     found: dict[str, Launch] = {}
 
-    def record(kernel: JITFunction, *_: Any, grid: Any, warmup: bool, **given: Any) -> None:
+    def record(kernel: JITFunction, given: dict[str, Any]) -> None:
         arguments = {name: given[name] for name in kernel.arg_names}
         options = {name: value for name, value in given.items() if name not in arguments}
         launch = Launch(kernel, arguments, options, shape)
-        found.setdefault(f"{kernel.__name__} {signature(launch)} {options}", launch)
+        first = found.setdefault(f"{kernel.__name__} {signature(launch)} {options}", launch)
+        if shape not in first.shapes:
+            first.shapes.append(shape)
 
-    before = JITFunction.run
-    JITFunction.run = record
-    try:
-        with use_tuner(_EveryCandidate(arch)):
-            for shape, launch in _works(arch, dtype).items():  # noqa: B007  (shape is read by `record`)
-                launch()
-    finally:
-        JITFunction.run = before
+    with recording(record), use_tuner(_EveryCandidate(arch)):
+        for shape, launch in _works(arch, dtype).items():  # noqa: B007  (shape is read by `record`)
+            launch()
     return list(found.values())
 
 

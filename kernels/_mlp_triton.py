@@ -6,7 +6,6 @@ the workspace, the tokens are taken in chunks, and gradients of weights and of t
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -16,11 +15,9 @@ from torch import Tensor
 from . import _launch as launch
 from . import _launch_products as products
 from ._launch_products import Bias
+from ._workspace import chunk_rows
 
-__all__ = ["Gradients", "backward", "chunk_rows", "forward", "use_workspace", "workspace_bytes"]
-
-_workspace = 2**30
-_SMALLEST_CHUNK = 64
+__all__ = ["Gradients", "backward", "forward"]
 
 
 @dataclass(frozen=True)
@@ -38,32 +35,6 @@ class Gradients:
     norm_bias: Tensor | None = None
 
 
-def workspace_bytes() -> int:
-    """Bytes that the hidden activations of one call may take (1 GiB unless set)."""
-    return _workspace
-
-
-@contextlib.contextmanager
-def use_workspace(size: int) -> Iterator[None]:
-    """Set `workspace_bytes` inside; for the process, since autograd's threads look at it too."""
-    global _workspace  # noqa: PLW0603 - as above
-    if size < 1:
-        raise ValueError(f"workspace is {size} bytes; it must be at least 1")
-    before, _workspace = _workspace, size
-    try:
-        yield
-    finally:
-        _workspace = before
-
-
-def chunk_rows(rows: int, units: int, element: int, copies: int) -> int:
-    """Rows of one chunk: all where `copies` tensors (N, H) fit into the workspace, else a power of two that does."""
-    most = workspace_bytes() // max(1, units * element * copies)
-    if rows <= most:
-        return max(1, rows)
-    return max(_SMALLEST_CHUNK, 1 << max(0, most.bit_length() - 1))
-
-
 def _chunks(x: Tensor, units: int, copies: int) -> Iterator[slice]:
     size = chunk_rows(x.shape[0], units, x.element_size(), copies)
     for first in range(0, x.shape[0], size):
@@ -71,7 +42,7 @@ def _chunks(x: Tensor, units: int, copies: int) -> Iterator[slice]:
 
 
 def _bias(tokens: int, b_in: Tensor, action: Tensor | None, w_action: Tensor | None, cu_seqlens: Tensor | None) -> Bias:
-    """What is added to the first multiply: the action's part by the kernel itself where it can, else by an image's row."""
+    """What is added to the first multiply; the action's part by the kernel itself where it can, else per image."""
     b_in = launch.rows_together(b_in)
     if action is None or w_action is None or cu_seqlens is None:
         return Bias(b_in)
@@ -80,6 +51,10 @@ def _bias(tokens: int, b_in: Tensor, action: Tensor | None, w_action: Tensor | N
     if products.takes_action(action):
         return Bias(b_in, image, action, w_action)
     return Bias(products.image_bias(b_in, action, w_action), image)
+
+
+def _together(bounds: Tensor | None) -> Tensor | None:
+    return None if bounds is None else launch.rows_together(bounds)
 
 
 def _affine(weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor] | None:
@@ -97,7 +72,7 @@ def forward(
     residual: bool, eps: float, activation: str,
 ) -> Tensor:  # fmt: skip
     """The operator's value, (N, Do)."""
-    x = launch.rows_together(x)
+    x, cu_seqlens = launch.rows_together(x), _together(cu_seqlens)
     out = torch.empty(x.shape[0], w_out.shape[0], dtype=x.dtype, device=x.device)
     if not out.numel():
         return out
@@ -111,6 +86,7 @@ def forward(
         hidden = torch.empty(tokens.shape[0], w_in.shape[0], dtype=x.dtype, device=x.device)
         products.linear(normed, w_in, bias.rows(rows), hidden, activation=activation)
         products.linear(hidden, w_out, out_bias, out[rows], residual=tokens if residual else None)
+        del normed, hidden  # before the next chunk's
     return out
 
 
@@ -120,7 +96,7 @@ def backward(
     residual: bool, eps: float, activation: str, weights: bool,
 ) -> Gradients:  # fmt: skip
     """Every gradient for the incoming one, grad (N, Do); without `weights`, that of x alone."""
-    x, grad = launch.rows_together(x), launch.rows_together(grad)
+    x, grad, cu_seqlens = launch.rows_together(x), launch.rows_together(grad), _together(cu_seqlens)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if not x.shape[0]:
         inputs = (w_in, b_in, w_out, b_out, action, w_action, norm_weight, norm_bias)
@@ -132,23 +108,28 @@ def backward(
     w_in, w_out = _weights(w_in, w_out)
     bias = _bias(x.shape[0], b_in, action, w_action, cu_seqlens)
     norm = _affine(norm_weight, norm_bias)
-    sums = _Sums(x, w_in, cu_seqlens if action is not None else None) if weights else None
-    for rows in _chunks(x, w_in.shape[0], 2):
+    chunks = list(_chunks(x, w_in.shape[0], 2))
+    bounds = cu_seqlens if action is not None else None
+    sums = _Sums(x, w_in, bounds, chunked=len(chunks) > 1) if weights else None
+    for rows in chunks:
         tokens, dout = x[rows], grad[rows]
         normed = tokens if norm is None else launch.normalise(tokens, *norm, eps)
         hidden, dhidden = products.hidden_backward(normed, w_in, bias.rows(rows), dout, w_out, activation)
         if sums is not None:
             sums.add(rows, normed, hidden, dhidden, dout)
-        del hidden
+        del normed, hidden
         passed = dout if residual else None
         if norm is None:
             products.linear(dhidden, w_in.t(), None, dx[rows], residual=passed)
+            del dhidden
             continue
         dnormed = torch.empty(tokens.shape, dtype=torch.float32, device=x.device)
         products.linear(dhidden, w_in.t(), None, dnormed)
+        del dhidden
         parts = launch.norm_backward(dnormed, tokens, norm[0], passed, dx[rows], eps)
         if sums is not None:
-            sums.norm.append(parts)
+            sums.norm.append(sums.parts(parts))
+        del dnormed, parts
     if sums is None:
         return Gradients(x=dx)
     return sums.gradients(dx, w_in, b_in, w_out, b_out, action, w_action, norm_weight)
@@ -157,8 +138,8 @@ def backward(
 class _Sums:
     """Parts of the gradients of the weights, fp32, from chunk to chunk."""
 
-    def __init__(self, x: Tensor, w_in: Tensor, cu_seqlens: Tensor | None) -> None:
-        self.bounds = cu_seqlens
+    def __init__(self, x: Tensor, w_in: Tensor, cu_seqlens: Tensor | None, *, chunked: bool) -> None:
+        self.bounds, self.chunked = cu_seqlens, chunked
         self.w_in: Tensor | None = None
         self.w_out: Tensor | None = None
         self.image_bias: Tensor | None = None  # (images, H)
@@ -173,18 +154,23 @@ class _Sums:
         """Add a chunk's."""
         self.w_out = products.weight_grad_slices(dout, hidden, self.w_out)
         self.w_in = products.weight_grad_slices(dhidden, normed, self.w_in)
-        self.b_out.append(launch.column_sums(dout))
+        self.b_out.append(self.parts(launch.column_sums(dout)))
         if self.bounds is not None and self.image_bias is not None:
             launch.segment_sums(dhidden, self.bounds, rows.start, self.image_bias, accumulate=rows.start > 0)
         else:
-            self.b_in.append(launch.column_sums(dhidden))
+            self.b_in.append(self.parts(launch.column_sums(dhidden)))
+
+    def parts(self, slices: Tensor) -> Tensor:
+        """A chunk's part of a sum: its slices, or their sum where other chunks follow and all would be much."""
+        return launch.add_slices(slices, torch.float32)[None] if self.chunked else slices
 
     def gradients(
         self, dx: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, b_out: Tensor, action: Tensor | None,
         w_action: Tensor | None, norm_weight: Tensor | None,
     ) -> Gradients:  # fmt: skip
         """All of them, rounded once."""
-        assert self.w_in is not None and self.w_out is not None
+        assert self.w_in is not None
+        assert self.w_out is not None
         daction = dw_action = None
         if self.image_bias is not None and action is not None and w_action is not None:
             action, w_action = launch.rows_together(action), launch.rows_together(w_action)

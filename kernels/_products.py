@@ -29,7 +29,7 @@ def _product(
     ALONG_K: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """acc + x[n0 :] · w[m0 :]ᵀ over all K, by pointers: (BLOCK_N, BLOCK_M). ALONG_K: w's rows lie along K, else along M.
+    """acc + x[n0 :] · w[m0 :]ᵀ over all K, by pointers: (BLOCK_N, BLOCK_M). ALONG_K: w lies along K, else along M.
 
     Only offsets that memory does not lie along are clamped: clamped ones are not known to be neighbours.
     """

@@ -35,11 +35,11 @@ __all__ = [
 
 
 @triton.jit
-def image_kernel(cu_seqlens_ptr, image_ptr, BLOCK: tl.constexpr):
-    """image[n] = i for cu_seqlens[i] ≤ n < cu_seqlens[i + 1], int32; a program an image."""
+def image_kernel(cu_seqlens_ptr, image_ptr, N, BLOCK: tl.constexpr):
+    """image (N,) = i for cu_seqlens[i] ≤ n < cu_seqlens[i + 1], int32; a program per image."""
     i = tl.program_id(0)
-    first = tl.load(cu_seqlens_ptr + i)
-    last = tl.load(cu_seqlens_ptr + i + 1)
+    first = tl.maximum(tl.load(cu_seqlens_ptr + i), 0)
+    last = tl.minimum(tl.load(cu_seqlens_ptr + i + 1), N)  # wrong bounds write nothing beside it
     for n in range(first, last, BLOCK):
         o_n = n + tl.arange(0, BLOCK)
         tl.store(image_ptr + o_n, tl.zeros((BLOCK,), tl.int32) + i, mask=o_n < last)

@@ -1,4 +1,4 @@
-"""The machine code of a cubin, read with Triton's disassembler: its blocks, its main loop, what is in it and around it."""
+"""The machine code of a cubin, read with Triton's disassembler: blocks, the main loop, what is in and around it."""
 
 from __future__ import annotations
 

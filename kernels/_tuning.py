@@ -28,7 +28,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 import triton
 
-from ._candidates import Choice, candidates_of
+from ._candidates import Choice, candidates_of, possible
 
 __all__ = ["TUNING_DIR_VARIABLE", "Chooser", "Tuner", "bucket", "tuner", "tuning_folder", "use_tuner"]
 
@@ -112,12 +112,11 @@ class Tuner:
     def candidates(self, key: Key, element: int) -> list[Choice]:
         """Those that fit into shared memory and have not failed, the architecture's preferred one first."""
         operands = 2 if key.product == "hidden_backward" else 1
-        pointed = key.about.startswith("tma") and element == 2
         return [
             choice
             for choice in candidates_of(self.architecture, key.product)
             if choice.shared_bytes(element, operands) <= self.shared
-            and (choice.by != "tma" or pointed)
+            and possible(choice, self.architecture, element, key.about)
             and (key, choice) not in self._failed
         ]
 

@@ -5,7 +5,8 @@
 The launchers run on tensors without memory while their launches are recorded, so what is compiled here is what they
 launch: the same types, strides and block sizes, each candidate of an architecture for that architecture. Exit code 1
 where a kernel spills registers or wants more shared memory than the chip gives a program. ``--bounds`` reads the
-machine code too, and says how fast each kernel with a loop can be at most (`_bounds`); the rows of --json are these then.
+machine code too, and prints how fast each kernel with a loop can be at most (`_bounds`), and how many instructions GELU
+takes per element; the rows of --json are these then, what each takes of the chip its "kernels".
 """
 
 from __future__ import annotations
@@ -19,54 +20,36 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ._bounds import Bound, bound_of
+from ._bounds import Bound, bounds_of
 from ._candidates import ARCHITECTURES, SHARED_LIMIT
 from ._jit import INTERPRETED
 from ._launches import Launch, record_launches, signature
+from ._probes import gelu_and_slope_probe, gelu_probe
+from ._report import Report, bound_line, page, report_line
 from ._sass import disassemble
 
-__all__ = ["Report", "compile_launch", "main"]
+__all__ = ["Report", "compile_launch", "gelu_counts", "main"]
 
 SCHEMA = "iwm-fast-aot/1"
 # Registers and threads of a multiprocessor (CUDA programming guide, technical specifications), all three alike.
 _REGISTERS, _THREADS = 65536, 2048
-_MULTIPLIES = ("hidden_backward_kernel", "linear_kernel", "weight_grad_kernel")
+# Of the kernels that show what an activation takes; elements: for each thread.
+_PROBE_THREADS, _PROBE_ELEMENTS = 128, 8
 _MATRIX = re.compile(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)\b")
 
 
-@dataclass(frozen=True)
-class Report:
-    """What a compiled kernel takes. spill_bytes: of local memory a thread. programs: that fit on a multiprocessor."""
-
-    kernel: str
-    arch: str
-    shape: str
-    config: dict[str, Any]
+class _Count(NamedTuple):
+    total: int
     registers: int
     spill_bytes: int
-    shared_bytes: int
-    programs: int
-    matrix_instructions: dict[str, int]
-    bound: Bound | None = None
-
-    @property
-    def fault(self) -> str | None:
-        """Why this may not ship, or None."""
-        if self.spill_bytes:
-            return f"spills {self.spill_bytes} bytes a thread"
-        if self.kernel in _MULTIPLIES and not self.matrix_instructions:
-            return "has no matrix instruction"
-        if self.shared_bytes > SHARED_LIMIT[self.arch]:
-            return f"wants {self.shared_bytes} bytes of shared memory; {self.arch} has {SHARED_LIMIT[self.arch]}"
-        return None
 
 
 def compile_launch(launch: Launch, arch: str, keep: Path | None = None, *, bounds: bool = False) -> Report:
@@ -92,10 +75,10 @@ def compile_launch(launch: Launch, arch: str, keep: Path | None = None, *, bound
     fitting += [SHARED_LIMIT[arch] // shared] if shared else []
     programs = min(fitting)
     instructions = [found.group(1) for found in _MATRIX.finditer(made.asm["ptx"])]
-    bound = None
+    found: list[Bound] = []
     if bounds:
         code = disassemble(made.asm["cubin"])
-        bound = bound_of(launch, arch, code, registers=registers, spill_bytes=spilled, programs=programs)
+        found = bounds_of(launch, arch, code, registers=registers, spill_bytes=spilled, programs=programs)
     return Report(
         kernel=name,
         arch=arch,
@@ -106,7 +89,7 @@ def compile_launch(launch: Launch, arch: str, keep: Path | None = None, *, bound
         shared_bytes=shared,
         programs=programs,
         matrix_instructions={kind: instructions.count(kind) for kind in sorted(set(instructions))},
-        bound=bound,
+        bounds=tuple(found),
     )
 
 
@@ -124,76 +107,41 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     return registers, max(stack, local)
 
 
+def gelu_counts(arch: str) -> list[Bound]:
+    """Instructions per element of GELU, and of GELU with its slope, as results in half precision get them.
+
+    Of a kernel that reads and writes each fp32 number once, with the activation and without: the difference.
+    """
+    rows = []
+    for role, probe, pointers in (("gelu", gelu_probe, 2), ("gelu_and_slope", gelu_and_slope_probe, 4)):
+        totals = [_count_probe(probe, pointers, kind, arch) for kind in ("rational", "none")]
+        found = (totals[0].total - totals[1].total) / _PROBE_ELEMENTS
+        rows.append(
+            Bound(
+                kernel=probe.__name__, role=role, arch=arch, shape="per element",
+                config={"BLOCK": _PROBE_THREADS * _PROBE_ELEMENTS, "num_warps": _PROBE_THREADS // 32}, wgmma={},
+                loop_instructions=0, outside_instructions=totals[0].total, loop_barriers=0,
+                registers=totals[0].registers, spill_bytes=totals[0].spill_bytes, programs=0, persistent=False,
+                instructions_per_element=found,
+            )
+        )  # fmt: skip
+    return rows
+
+
+def _count_probe(probe: Any, pointers: int, kind: str, arch: str) -> _Count:
+    types = dict.fromkeys(probe.arg_names[:pointers], "*fp32") | {"KIND": "constexpr", "BLOCK": "constexpr"}
+    constants = {(pointers,): kind, (pointers + 1,): _PROBE_THREADS * _PROBE_ELEMENTS}
+    aligned = {(i,): [["tt.divisibility", 16]] for i in range(pointers)}
+    source = ASTSource(fn=probe, signature=types, constexprs=constants, attrs=aligned)
+    target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+    cubin = triton.compile(source, target=target, options={"num_warps": _PROBE_THREADS // 32}).asm["cubin"]
+    return _Count(disassemble(cubin).total, *_resources(cubin))
+
+
 def _rows(archs: list[str], keep: Path | None, *, bounds: bool) -> Iterator[Report]:
     for arch in archs:
         for launch in record_launches(arch):
             yield compile_launch(launch, arch, keep, bounds=bounds)
-
-
-def _bound_line(bound: Bound) -> str:
-    """The bounds of a kernel with what they come from."""
-    c = bound.config
-    blocks = "x".join(str(v) for k, v in c.items() if k in ("BLOCK_N", "BLOCK_M", "BLOCK_K"))
-    text = (
-        f"{bound.arch:7}{bound.role:16}{bound.shape:13}{blocks:12}{'tma' if c.get('TMA') else '-':4}"
-        f"loop {bound.loop_instructions:4} outside {bound.outside_instructions:5} barriers {bound.loop_barriers:2} "
-        f"regs {bound.registers:3} programs {bound.programs}"
-    )
-    if bound.serial is None:
-        return text
-    overlapped = "-" if bound.overlapped is None else f"{bound.overlapped:.0%}"
-    text += (
-        f"  T {bound.tensor_cycles:.0f} I {bound.loop_cycles:.0f} E {bound.outside_cycles:.0f}  serial {bound.serial:.0%} "
-        f"overlapped {overlapped}  last wave {bound.last_wave:.0%}"
-    )
-    if bound.l2_bytes_per_token is not None and bound.by_l2 is not None:
-        shares = ", ".join(f"{share:.0%}" for share in bound.by_l2)
-        text += f"  L2 {bound.l2_bytes_per_token / 1e3:.1f} KB a token ({shares})"
-    if bound.partial_bytes_per_token is not None:
-        text += f"  partial sums {bound.partial_bytes_per_token / 1e3:.1f} KB a token"
-    return text
-
-
-def _line(report: Report) -> str:
-    config = report.config
-    blocks = "x".join(str(v) for k, v in config.items() if k.startswith("BLOCK_"))
-    tail = f"parts {config['PARTS']}" if "PARTS" in config else f"stages {config.get('num_stages', '-')}"
-    matrix = ", ".join(f"{n} {kind}" for kind, n in report.matrix_instructions.items()) or "-"
-    return (
-        f"{report.arch:7}{report.kernel:24}{report.shape:15}{blocks:13}warps {config['num_warps']:<3}{tail:10}"
-        f"{report.registers:5} regs{report.spill_bytes:6} spilled{report.shared_bytes:8} shared"
-        f"{report.programs:4} programs  {matrix}"
-    )
-
-
-_COLUMNS = (
-    "kernel", "architecture", "of", "blocks", "warps", "stages", "registers", "spilled bytes", "shared bytes",
-    "programs", "matrix instructions",
-)  # fmt: skip
-
-
-def _markdown(reports: list[Report]) -> str:
-    """The rows as a page."""
-    command = f"python -m iwm_fast.kernels.aot --arch {' '.join(sorted({r.arch for r in reports}))} --markdown FILE"
-    lines = [
-        "# What the kernels take of the chip",
-        "",
-        f"Compiled ahead of time with Triton {triton.__version__}, no GPU, by `{command}`. Programs: that fit on a",
-        "multiprocessor at once, an estimate from registers, threads and shared memory.",
-        "",
-        "| " + " | ".join(_COLUMNS) + " |",
-        "|---" * len(_COLUMNS) + "|",
-    ]
-    for r in reports:
-        blocks = " × ".join(str(v) for k, v in r.config.items() if k.startswith("BLOCK_"))
-        blocks += f" × {r.config['PARTS']} pieces" if "PARTS" in r.config else ""
-        matrix = ", ".join(f"{n} {kind}" for kind, n in r.matrix_instructions.items())
-        lines.append(
-            f"| {r.kernel} | {r.arch} | {r.shape} | {blocks} | {r.config['num_warps']} "
-            f"| {r.config.get('num_stages', '')} | {r.registers} | {r.spill_bytes} | {r.shared_bytes} | {r.programs} "
-            f"| {matrix} |"
-        )
-    return "\n".join(lines) + "\n"
 
 
 def _write(path: Path, text: str) -> None:
@@ -228,14 +176,22 @@ def main(words: list[str] | None = None) -> int:
     reports = []
     for report in _rows(args.arch, args.keep, bounds=args.bounds):
         reports.append(report)
-        line = _bound_line(report.bound) if report.bound is not None else _line(report)
-        print(line + (f"  <- {report.fault}" if report.fault else ""), flush=True)
+        for line in map(bound_line, report.bounds) if report.bounds else [report_line(report)]:
+            print(line + (f"  <- {report.fault}" if report.fault else ""), flush=True)
+    extra = [row for arch in args.arch for row in gelu_counts(arch)] if args.bounds else []
+    for count in extra:
+        print(bound_line(count))
     if args.json is not None:
-        found = [r.bound for r in reports if r.bound is not None] if args.bounds else reports
-        document = {"schema": SCHEMA, "triton": triton.__version__, "rows": [asdict(row) for row in found]}
+        kernels = [asdict(report) for report in reports]
+        for row in kernels:
+            del row["bounds"]
+        document: dict[str, Any] = {"schema": SCHEMA, "triton": triton.__version__, "rows": kernels}
+        if args.bounds:
+            bounds = [bound for report in reports for bound in report.bounds] + extra
+            document |= {"rows": [asdict(bound) for bound in bounds], "kernels": kernels}
         _write(args.json, json.dumps(document, indent=1) + "\n")
     if args.markdown is not None:
-        _write(args.markdown, _markdown(reports))
+        _write(args.markdown, page(reports))
     faults = [report for report in reports if report.fault]
     print(f"{len(reports)} kernels for {', '.join(args.arch)} with triton {triton.__version__}, {len(faults)} at fault")
     return 1 if faults else 0

@@ -4,11 +4,12 @@
 
 x (N, D) holds the tokens of B images one after another, image i in rows cu_seqlens[i] to cu_seqlens[i + 1].
 
-Fused (Triton): the action's part is a bias of its image, computed once an image (B, H) and added, with b_in, in the
-first product's epilogue beside GELU; b_out and the residual are added in the second's. [x; action] is never
-concatenated, and an action never broadcast to tokens in memory. Left to the library: the (B, H) bias, and any product
-for which a measurement prefers it. Recomputed: normalisation and hidden activations, which the backward pass makes
-again in chunks of tokens whose hidden stays in L2 (`_mlp_triton`). Statistics and accumulators are fp32.
+Fused (Triton): the action's part is one more step in the depth of the first matmul, up to 16 components in half
+precision; otherwise it is a bias of its image, computed once per image (B, H). b_in and GELU are in that matmul's
+epilogue, b_out and the residual in the second's. [x; action] is never concatenated, and an action never broadcast to
+tokens in memory. Left to the library: the (B, H) bias, and any matmul for which a measurement prefers it. Recomputed
+in the backward pass: normalisation and hidden activations, of all tokens at once while they fit into the workspace
+(`_workspace`, 1 GiB), else in chunks of tokens. Statistics and accumulators are fp32.
 
 Reference (plain PyTorch, below): its products are the library's, and it keeps the hidden for the backward pass.
 

@@ -5,6 +5,10 @@ input: 7·D numbers, and one log-sum-exp a head in fp32. The MLP's hidden, 4·D 
 are made again by the kernels; the plain PyTorch operators of the CPU keep them, the hidden's GELU and the MLP's
 normalised input (`hidden_kept`). With activation checkpointing a block keeps its input alone, and one block at a time
 is made again. A tensor that two parts keep is counted with the first: a block's result with what follows it.
+
+While a block runs, its MLP's kernels hold the hidden activations of one call: one tensor (N, 4·D) in the forward pass,
+two in the backward pass, as far as they fit into the kernels' workspace, beside slices of the weight gradients
+(`mlp_workspace`).
 """
 
 from __future__ import annotations
@@ -12,10 +16,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from iwm_fast.config import Config
+from iwm_fast.kernels import mlp_workspace
 from iwm_fast.planning.actions import action_dim
 from iwm_fast.planning.tokens import Tokens
 
-__all__ = ["Activations", "KeptBytes", "activations"]
+__all__ = ["Activations", "KeptBytes", "Moment", "activations"]
 
 _STATISTICS = 8  # bytes a token: mean and reciprocal deviation in fp32
 _INDEX = 8  # bytes of an int64
@@ -44,11 +49,37 @@ class KeptBytes:
 
 
 @dataclass(frozen=True)
+class Moment:
+    """A block at work. tensors: bytes of its own, of `tokens` tokens. The workspace of its MLP comes on top."""
+
+    tensors: int
+    tokens: int
+    width: int
+    hidden: int
+    element: int
+    backward: bool
+    image: bool = False
+
+    def size(self, images: int, drawn: int) -> int:
+        """Bytes for `images` images, where the tokens are those of `drawn`."""
+        workspace = mlp_workspace(
+            self.tokens * images // drawn, self.width, self.hidden, self.element, backward=self.backward,
+            image=self.image,
+        )  # fmt: skip
+        return self.tensors * images // drawn + workspace
+
+
+@dataclass(frozen=True)
 class Activations:
-    """parts: held for the backward pass. passing: the most bytes that a step needs for moments beside it."""
+    """parts: held for the backward pass. moments: what a step needs one of beside it."""
 
     parts: KeptBytes
-    passing: int
+    moments: tuple[Moment, ...]
+    images: int
+
+    def passing(self, images: int) -> int:
+        """The most bytes that a step of `images` images needs for moments beside what is held."""
+        return max(moment.size(images, self.images) for moment in self.moments)
 
     @property
     def kept(self) -> int:
@@ -85,8 +116,9 @@ def activations(config: Config, tokens: Tokens, *, hidden_kept: bool = False) ->
     form = _Form(2 if config.train.precision == "bf16" else 4, hidden_kept)
     shape, e, recompute = config.model.encoder_shape, form.element, config.train.activation_checkpointing
     seen, asked = int(tokens.context.sum()), int(tokens.predicted.sum())
-    encoder_block = form.block(seen, shape.width, shape.heads, round(shape.width * shape.mlp_ratio))
-    predictor_input, predictor_blocks, predictor_block = _predictor(config, form, tokens)
+    hidden = round(shape.width * shape.mlp_ratio)
+    encoder_block = form.block(seen, shape.width, shape.heads, hidden)
+    predictor_input, predictor_blocks, predictor_moment = _predictor(config, form, tokens)
     parts = KeptBytes(
         patch_embedding=seen * 3 * config.model.patch**2 * e,
         encoder_blocks=shape.depth * (seen * shape.width * e if recompute else encoder_block),
@@ -99,8 +131,13 @@ def activations(config: Config, tokens: Tokens, *, hidden_kept: bool = False) ->
     # Backward through a block holds about as much again as it kept: the gradients of the same tensors. The target's
     # forward pass saves nothing, but a block's tensors of all patches are there at once.
     whole = tokens.images * config.model.grid**2
-    target_block = form.block(whole, shape.width, shape.heads, round(shape.width * shape.mlp_ratio))
-    return Activations(parts, max(encoder_block, predictor_block, target_block))
+    target_block = form.block(whole, shape.width, shape.heads, hidden)
+    moments = (
+        Moment(encoder_block, seen, shape.width, hidden, e, backward=True),
+        predictor_moment,
+        Moment(target_block, whole, shape.width, hidden, e, backward=False),
+    )
+    return Activations(parts, moments, tokens.images)
 
 
 def _loss(config: Config, form: _Form, tokens: Tokens) -> int:
@@ -116,22 +153,24 @@ def _loss(config: Config, form: _Form, tokens: Tokens) -> int:
     return 2 * asked * row + tokens.images * config.model.grid**2 * row + asked * _INDEX
 
 
-def _predictor(config: Config, form: _Form, tokens: Tokens) -> tuple[int, int, int]:
-    """Bytes of the mask tokens that are told the action, of all blocks, and of one."""
+def _predictor(config: Config, form: _Form, tokens: Tokens) -> tuple[int, int, Moment]:
+    """Bytes of the mask tokens that are given the action, of all blocks, and one block at work."""
     predictor, e = config.model.predictor, form.element
     width, hidden = predictor.width, round(predictor.width * predictor.mlp_ratio)
     seen, asked = int(tokens.context.sum()), int(tokens.predicted.sum())
     recompute = config.train.activation_checkpointing
+    kinds = predictor.conditioning.split("+")
     if predictor.kind == "mlp":
         block = (form.norm(seen, width) if form.hidden_kept else 0) + seen * width * e + form.mlp(seen, hidden)
-        return 0, predictor.depth * (seen * width * e if recompute else block), block
-    kinds = predictor.conditioning.split("+")
+        moment = Moment(block, seen, width, hidden, e, backward=True, image="block" in kinds)
+        return 0, predictor.depth * (seen * width * e if recompute else block), moment
     actions = action_dim(config.actions)
     joined = seen + asked + (len(tokens.context) * actions if "sequence" in kinds else 0)
     block = form.block(joined, width, predictor.head_count, hidden)
     last = form.block(joined, width, predictor.head_count, hidden, asked)
     blocks = predictor.depth * joined * width * e if recompute else (predictor.depth - 1) * block + last
     places, numbers = joined * _INDEX, asked * _INDEX
+    moment = Moment(block, joined, width, hidden, e, backward=True, image="block" in kinds)
     if "feature" in kinds:
-        return 3 * asked * width * e + form.mlp(asked, width) + numbers, blocks + places, block
-    return 0, blocks + places + (numbers if form.hidden_kept else 0), block
+        return 3 * asked * width * e + form.mlp(asked, width) + numbers, blocks + places, moment
+    return 0, blocks + places + (numbers if form.hidden_kept else 0), moment

@@ -197,7 +197,7 @@ class Planner:
         drawn = self.tokens.images
         of_drawn = self._activations[config.train.activation_checkpointing]
         pixels = (1 + self.tokens.sources) * 3 * config.model.image**2 * (config.data.prefetch + 2)
-        passing = of_drawn.passing * micro // drawn + pixels * micro
+        passing = of_drawn.passing(micro) + pixels * micro
         return replace(state, activations=of_drawn.kept * micro // drawn, workspace=state.workspace + passing)
 
 

@@ -37,6 +37,7 @@ WORDS = {
     "index": ["--out", "scratch", "--json", BAD],
     "index, scratch": ["--out", "file/scratch", "--json", "ok.json"],
     "kernels": ["--json", BAD],
+    "launches": ["--mlp", "64,32,64,4", "--json", BAD],
     "peers": ["--device", "cpu", "--json", BAD],
     "savings": ["--json", BAD],
     "train": ["--scratch", "scratch", "--json", BAD],

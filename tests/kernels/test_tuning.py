@@ -34,8 +34,8 @@ def make(folder, seconds=None, shared=10**9, name="A_GPU", architecture="sm_90")
     return Tuner(name, architecture, shared, folder, clock), timed
 
 
-def ask(tuner, sizes=SIZES, dtype=torch.bfloat16, call=lambda choice: choice):
-    return tuner.run("hidden", dtype, sizes, call)
+def ask(tuner, sizes=SIZES, dtype=torch.bfloat16, call=lambda choice: choice, about="tma row"):
+    return tuner.run("hidden", dtype, sizes, call, about)
 
 
 @pytest.mark.parametrize(("rows", "expected"), [(0, 16), (1, 16), (16, 16), (17, 32), (8192, 8192), (8193, 16384)])
@@ -88,7 +88,7 @@ def test_of_many_processes_one_tunes_and_the_others_wait(tmp_path):
 
 def test_what_shipped_with_the_package_comes_first(tmp_path, monkeypatch):
     choice = candidates_of("sm_90", "hidden")[1]
-    key = "hidden bfloat16 8192x1536x384"
+    key = "hidden bfloat16 8192x1536x384 tma row"
     table = {key: {"choice": vars(choice)}}
     monkeypatch.setattr(_tuning, "_shipped", lambda name: table if name == "A_GPU" else {})
     tuner, timed = make(tmp_path)
@@ -127,7 +127,7 @@ def test_a_candidate_that_fails_is_named_once_and_the_next_is_taken(when, error,
         assert ask(tuner, call=call) == second
     assert ask(tuner, call=call) == second
     assert len(warned) == 1
-    assert "block_n=128" in str(warned[0].message)
+    assert "block_n=256" in str(warned[0].message)
 
 
 def test_other_errors_are_not_swallowed(tmp_path):
@@ -147,7 +147,10 @@ def test_when_nothing_works_the_error_says_what_to_do(tmp_path):
         ask(make(tmp_path)[0], call=call)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"hidden bfloat16 8192x1536x384": {"choice": {"by": "library"}}}'])
+IN_A_FILE = '{"hidden bfloat16 8192x1536x384 tma row": {"choice": {"by": "library"}}}'
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", IN_A_FILE])
 def test_a_torn_or_foreign_file_is_found_out_again_or_used(content, tmp_path):
     tuner, _ = make(tmp_path)
     (tmp_path / f"A_GPU-triton-{triton.__version__}.json").write_text(content)
@@ -196,17 +199,46 @@ def test_a_folder_that_cannot_be_written_is_no_reason_to_stop(tmp_path):
     assert timed
 
 
-def test_a_whole_mlp_is_timed_while_its_products_are(tmp_path):
-    """The products' choices are asked for under the lock that the whole's timing holds."""
+@pytest.mark.parametrize(
+    ("about", "dtype", "architecture", "pointed"),
+    [
+        ("tma row", torch.bfloat16, "sm_90", True),
+        ("tma action", torch.float16, "sm_90", True),
+        ("tma image residual", torch.bfloat16, "sm_100", True),
+        ("any row", torch.bfloat16, "sm_90", False),  # rows that do not start at a multiple of 16 bytes
+        ("tma row", torch.float32, "sm_90", False),
+        ("tma action", torch.bfloat16, "sm_100", False),  # Triton does not compile it
+        ("tma action", torch.bfloat16, "sm_120", False),
+    ],
+)
+def test_descriptors_are_tried_only_where_they_can_point(about, dtype, architecture, pointed, tmp_path):
+    tuner, timed = make(tmp_path, architecture=architecture)
+    ask(tuner, dtype=dtype, about=about)
+    assert any(choice.by == "tma" for choice in timed) == pointed
+    assert any(choice.by == "triton" for choice in timed)
+
+
+def test_surroundings_are_tuned_apart_and_kept_apart(tmp_path):
+    tuner, timed = make(tmp_path)
+    for about in ("tma row", "any row", "tma action", "tma row residual", "tma row"):
+        ask(tuner, about=about)
+    table = json.loads((tmp_path / f"A_GPU-triton-{triton.__version__}.json").read_text())
+    size = "hidden bfloat16 8192x1536x384"
+    assert sorted(table) == [f"{size} {about}" for about in ("any row", "tma action", "tma row", "tma row residual")]
+    count = len(candidates_of("sm_90", "hidden"))
+    assert len(timed) == 4 * count - 1  # one cannot be tried by pointers alone
+
+
+def test_products_asked_for_while_another_is_timed_do_not_wait_for_its_lock(tmp_path):
     tuner = Tuner("A_GPU", "sm_90", 10**9, tmp_path, lambda call: (call(), 1.0)[1])
 
-    def whole(choice):
+    def outer(choice):
         ask(tuner)
         return choice
 
-    assert tuner.run("forward 384", torch.bfloat16, SIZES, whole).by == "staged"
+    tuner.run("project", torch.bfloat16, SIZES, outer, "any row")
     table = json.loads((tmp_path / f"A_GPU-triton-{triton.__version__}.json").read_text())
-    assert sorted(table) == ["forward 384 bfloat16 8192x1536x384", "hidden bfloat16 8192x1536x384"]
+    assert sorted(key.split()[0] for key in table) == ["hidden", "project"]
 
 
 @pytest.mark.parametrize("product", PRODUCTS)
@@ -214,7 +246,7 @@ def test_a_whole_mlp_is_timed_while_its_products_are(tmp_path):
 def test_every_architecture_has_candidates(architecture, product):
     found = candidates_of(architecture, product)
     assert found
-    assert found[-1].by == "library" or product.startswith("forward")
+    assert found[-1] == LIBRARY
     limit = SHARED_LIMIT.get(architecture)
     assert limit is None or all(choice.shared_bytes(2) <= limit for choice in found)
 

@@ -12,8 +12,8 @@ from operators import cast, distances, mlp_inputs, outcome
 
 from iwm_fast.kernels import conditioned_mlp
 from iwm_fast.kernels._candidates import Choice
-from iwm_fast.kernels._mlp_triton import use_workspace
 from iwm_fast.kernels._tuning import use_tuner
+from iwm_fast.kernels._workspace import use_workspace
 
 HALF = [torch.float16, torch.bfloat16]
 SHAPES = st.fixed_dictionaries(

@@ -1,0 +1,33 @@
+"""Tiny kernels that are compiled and never launched: what GELU takes of the machine code is read off them."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ._jit import gelu, gelu_and_slope, to_type
+
+__all__ = ["gelu_and_slope_probe", "gelu_probe"]
+
+
+@triton.jit
+def gelu_probe(u_ptr, out_ptr, KIND: tl.constexpr, BLOCK: tl.constexpr):
+    """out = gelu(u), or u where KIND is "none"."""
+    o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    u = tl.load(u_ptr + o).to(tl.float32)
+    if KIND != "none":
+        u = gelu(u, KIND)
+    tl.store(out_ptr + o, to_type(u, out_ptr.dtype.element_ty))
+
+
+@triton.jit
+def gelu_and_slope_probe(u_ptr, d_ptr, out_ptr, dout_ptr, KIND: tl.constexpr, BLOCK: tl.constexpr):
+    """out = gelu(u) and dout = d · gelu'(u), or u and d · u where KIND is "none"."""
+    o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    u = tl.load(u_ptr + o).to(tl.float32)
+    d = tl.load(d_ptr + o).to(tl.float32)
+    slope = u
+    if KIND != "none":
+        u, slope = gelu_and_slope(u, KIND)
+    tl.store(out_ptr + o, to_type(u, out_ptr.dtype.element_ty))
+    tl.store(dout_ptr + o, to_type(d * slope, dout_ptr.dtype.element_ty))

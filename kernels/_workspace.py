@@ -1,0 +1,61 @@
+"""How much memory the MLP's hidden activations may take while a call runs, and what a call takes beside its results."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from ._candidates import PROCESSORS, candidates_of, slices_of
+
+__all__ = ["chunk_rows", "mlp_workspace", "use_workspace", "workspace_bytes"]
+
+_workspace = 2**30
+_SMALLEST_CHUNK = 64
+# What a plan counts with: the slices of weight gradients on an H100 or H200.
+_ARCHITECTURE = "sm_90"
+
+
+def workspace_bytes() -> int:
+    """Bytes that the hidden activations of one call may take (1 GiB unless set)."""
+    return _workspace
+
+
+@contextlib.contextmanager
+def use_workspace(size: int) -> Iterator[None]:
+    """Set `workspace_bytes` inside; for the process, since autograd's threads look at it too."""
+    global _workspace  # noqa: PLW0603 - as above
+    if size < 1:
+        raise ValueError(f"workspace is {size} bytes; it must be at least 1")
+    before, _workspace = _workspace, size
+    try:
+        yield
+    finally:
+        _workspace = before
+
+
+def chunk_rows(rows: int, units: int, element: int, copies: int) -> int:
+    """Rows of one chunk: all where `copies` tensors (N, H) fit into the workspace, else a power of two that does."""
+    most = workspace_bytes() // max(1, units * element * copies)
+    if rows <= most:
+        return max(1, rows)
+    return max(_SMALLEST_CHUNK, 1 << max(0, most.bit_length() - 1))
+
+
+def mlp_workspace(
+    rows: int, width: int, hidden: int, element: int, *, backward: bool, norm: bool = True, image: bool = False
+) -> int:
+    """Most bytes that one call of the MLP holds at once beside its inputs and results.
+
+    Forward: the normalised input and the hidden activations (chunk, H). Backward: these, their gradient, and both
+    weight gradients' slices in fp32. `image`: the image of each token, int32, where an action is given.
+    """
+    copies = 2 if backward else 1
+    chunk = min(rows, chunk_rows(rows, hidden, element, copies))
+    held = chunk * element * (copies * hidden + (width if norm else 0)) + (4 * rows if image else 0)
+    if not backward:
+        return held
+    best = candidates_of(_ARCHITECTURE, "weight_grad")[0]
+    for p, q in ((width, hidden), (hidden, width)):
+        blocks = -(-p // best.block_n) * -(-q // best.block_m)
+        held += 4 * p * q * slices_of(blocks, -(-chunk // best.block_k), PROCESSORS[_ARCHITECTURE])
+    return held
