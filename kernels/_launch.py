@@ -35,6 +35,7 @@ __all__ = [
     "pieces",
     "rows_a_program",
     "rows_a_sum",
+    "rows_in_warps",
     "rows_together",
     "segment_sums",
 ]
@@ -46,6 +47,10 @@ _SUM_ROWS = 256
 _SUM_PROGRAMS = 1024
 # Values a program of a row kernel holds: 4 warps with 64 registers of them a lane. More spills.
 _HELD = 4 * 32 * 64
+
+_WARPS = 4
+# Most values of a row a lane, by their bytes, where a warp holds it whole beside two sums for each: more spills.
+_WARP_HELD = {2: 40, 4: 32}
 
 
 @contextmanager
@@ -75,6 +80,24 @@ def rows_a_program(width: int, copies: int) -> int:
     return max(1, min(16, _HELD // (copies * triton.next_power_of_2(width))))
 
 
+def rows_in_warps(width: int, element: int) -> tuple[int, int, int, int]:
+    """(BLOCK_N, BLOCK_D, PARTS, warps) of a kernel that holds rows with sums of their columns beside them.
+
+    A warp holds whole rows, in pieces of 16 bytes a lane, so that no sum over a row waits for another warp. Wider rows
+    than its registers take are spread over more warps, one row a program.
+    """
+    lane, held = 16 // element, _WARP_HELD[element]
+    sizes = [32 * lane >> shift for shift in range(3)]
+    if width % 16:  # no load of 16 bytes to be had
+        sizes = [max(sizes[-1], min(sizes[0], triton.next_power_of_2(width)))]
+    block_d = min(sizes, key=lambda size: triton.cdiv(width, size) * size)
+    parts = triton.cdiv(width, block_d)
+    if parts * lane <= held:
+        return _WARPS * 32 * lane // block_d, block_d, parts, _WARPS
+    block_d, parts = pieces(width)
+    return 1, block_d, parts, min(16, max(_WARPS, triton.next_power_of_2(triton.cdiv(width, 16 * held))))
+
+
 def rows_a_sum(rows: int, block_n: int) -> int:
     """Rows that a program sums beside other work, a multiple of block_n, so that there are few programs."""
     return block_n * triton.cdiv(triton.cdiv(rows, block_n), _SUM_PROGRAMS)
@@ -86,8 +109,7 @@ def normalise(
     """LN(x) (N, D) of x's type, or LN(x + branch), that sum then written to `total` (N, D)."""
     rows, width = x.shape
     out = torch.empty(rows, width, dtype=x.dtype, device=x.device)
-    block_d, parts = pieces(width)
-    block_n = rows_a_program(width, 2)
+    block_n, block_d, parts, warps = rows_in_warps(width, x.element_size())
     norm_kernel[(triton.cdiv(rows, block_n),)](
         x_ptr=x, branch_ptr=branch, weight_ptr=weight, bias_ptr=bias, total_ptr=total, out_ptr=out,
         N=rows, D=width,
@@ -95,7 +117,7 @@ def normalise(
         stride_tn=0 if total is None else total.stride(0), stride_on=out.stride(0),
         eps=eps,
         HAS_BRANCH=branch is not None,
-        BLOCK_N=block_n, BLOCK_D=block_d, PARTS=parts, num_warps=4,
+        BLOCK_N=block_n, BLOCK_D=block_d, PARTS=parts, num_warps=warps,
     )  # fmt: skip
     return out
 
@@ -108,8 +130,7 @@ def norm_backward(
     They are fp32 (programs, 2, D), to be added by `add_slices`.
     """
     rows, width = x.shape
-    block_d, parts = pieces(width)
-    block_n = rows_a_program(width, 4)
+    block_n, block_d, parts, warps = rows_in_warps(width, x.element_size())
     depth = rows_a_sum(rows, block_n)
     programs = triton.cdiv(rows, depth)
     sums = torch.empty(programs, 2, width, dtype=torch.float32, device=x.device)
@@ -120,7 +141,7 @@ def norm_backward(
         stride_dn=dx.stride(0),
         eps=eps,
         HAS_RESIDUAL=residual is not None,
-        BLOCK_N=block_n, BLOCK_D=block_d, PARTS=parts, num_warps=4,
+        BLOCK_N=block_n, BLOCK_D=block_d, PARTS=parts, num_warps=warps,
     )  # fmt: skip
     return sums
 

@@ -21,7 +21,7 @@ from .e4m3_rows import launch_e4m3
 from .ema_update import launch_average
 from .patchify import launch_patchify
 from .predictor_input import launch_assembly, launch_assembly_backward
-from .stopgrad_l2 import launch_distance
+from .stopgrad_l2 import launch_distance, launch_total
 
 __all__ = ["PATCHES", "SHAPES", "TOKENS", "Launch", "Signature", "record_launches", "recording", "signature"]
 
@@ -162,7 +162,9 @@ def _launch_block(width: int, hidden: int, actions: int, dtype: torch.dtype) -> 
     _mlp_triton.backward(*backward_inputs)
     loss = (empty(tokens, width), empty(200, width), _empty(tokens, kind=torch.int64), True, 1.0, 1e-6)
     grad = empty(tokens, width)
-    launch_distance(*loss, sums=_empty(tokens, kind=torch.float32), grad=grad)
+    sums = _empty(tokens, kind=torch.float32)
+    launch_distance(*loss, sums=sums, grad=grad)
+    launch_total(sums, 1.0, _empty(1, kind=torch.float32))
     for skip_one in (False, True):
         launch_distance(*loss, grad=grad, incoming=_empty(1, kind=torch.float32), skip_one=skip_one)
     _launch_stream(width, dtype)

@@ -20,16 +20,17 @@ __all__ = ["norm_backward_kernel", "norm_kernel"]
 @triton.jit
 def row_statistics(values, D, eps, BLOCK_D: tl.constexpr, PARTS: tl.constexpr):
     """Mean and 1 / deviation of each row, (BLOCK_N,), of its pieces (BLOCK_N, BLOCK_D), zero past D."""
-    total = tl.sum(values[0], axis=1)
+    # Pieces are added first, so that lanes meet once for all of them.
+    total = values[0]
     for part in tl.static_range(1, PARTS):
-        total += tl.sum(values[part], axis=1)
-    mean = total / D
+        total += values[part]
+    mean = tl.sum(total, axis=1) / D
     squares = tl.zeros_like(total)
     for part in tl.static_range(PARTS):
         inside = part * BLOCK_D + tl.arange(0, BLOCK_D) < D
         centred = tl.where(inside[None, :], values[part] - mean[:, None], 0.0)
-        squares += tl.sum(centred * centred, axis=1)
-    return mean, tl.rsqrt(squares / D + eps)
+        squares += centred * centred
+    return mean, tl.rsqrt(tl.sum(squares, axis=1) / D + eps)
 
 
 @triton.jit
@@ -63,11 +64,13 @@ def norm_kernel(
     mean, rstd = row_statistics(values, D, eps, BLOCK_D, PARTS)
     for part in tl.static_range(PARTS):
         o = part * BLOCK_D + o_d
-        weight = tl.load(weight_ptr + o, mask=o < D, other=0.0).to(tl.float32)[None, :]
-        bias = tl.load(bias_ptr + o, mask=o < D, other=0.0).to(tl.float32)[None, :]
+        m = m_n[:, None] & (o < D)[None, :]
+        # Each row loads them for itself: shared out, they would pass through shared memory.
+        weight = tl.load(weight_ptr + 0 * rows + o[None, :], mask=m, other=0.0).to(tl.float32)
+        bias = tl.load(bias_ptr + 0 * rows + o[None, :], mask=m, other=0.0).to(tl.float32)
         value = (values[part] - mean[:, None]) * rstd[:, None] * weight + bias
         p_out = out_ptr + rows * stride_on + o[None, :]
-        tl.store(p_out, to_type(value, out_ptr.dtype.element_ty), mask=m_n[:, None] & (o < D)[None, :])
+        tl.store(p_out, to_type(value, out_ptr.dtype.element_ty), mask=m)
 
 
 @triton.jit
@@ -82,7 +85,8 @@ def norm_backward_kernel(
     """dx (N, D) of dnormed (N, D), plus the residual's gradient; sums fp32 (programs, 2, D): parts of those of weight
     and bias, to be added.
 
-    A program takes ROWS rows, a multiple of BLOCK_N, in their order.
+    A program takes ROWS rows, a multiple of BLOCK_N, in their order. Each of its BLOCK_N rows has sums of its own,
+    added after the loop: where a warp holds a row whole, nothing in the loop waits for another warp.
 
     dx = rstd · (g − mean(g) − x̂ · mean(g · x̂)) with g = dnormed · weight (Ba et al., arXiv:1607.06450, differentiated).
     """
@@ -91,8 +95,8 @@ def norm_backward_kernel(
     dweights = ()
     dbiases = ()
     for _ in tl.static_range(PARTS):
-        dweights = dweights + (tl.zeros((BLOCK_D,), tl.float32),)
-        dbiases = dbiases + (tl.zeros((BLOCK_D,), tl.float32),)
+        dweights = dweights + (tl.zeros((BLOCK_N, BLOCK_D), tl.float32),)
+        dbiases = dbiases + (tl.zeros((BLOCK_N, BLOCK_D), tl.float32),)
     for first in range(i * ROWS, min(i * ROWS + ROWS, N), BLOCK_N):
         o_n = first + tl.arange(0, BLOCK_N)
         m_n = o_n < N
@@ -107,24 +111,25 @@ def norm_backward_kernel(
         hats = ()
         more_dweights = ()
         more_dbiases = ()
-        sum_g = tl.zeros((BLOCK_N,), tl.float32)
-        sum_gx = tl.zeros((BLOCK_N,), tl.float32)
+        sum_g = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+        sum_gx = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
         for part in tl.static_range(PARTS):
             o = part * BLOCK_D + o_d
             m = m_n[:, None] & (o < D)[None, :]
             grad = tl.load(dnormed_ptr + rows * stride_gn + o[None, :], mask=m, other=0.0).to(tl.float32)
             hat = tl.where(m, (values[part] - mean[:, None]) * rstd[:, None], 0.0)
-            more_dweights = more_dweights + (dweights[part] + tl.sum(grad * hat, axis=0),)
-            more_dbiases = more_dbiases + (dbiases[part] + tl.sum(grad, axis=0),)
-            g = grad * tl.load(weight_ptr + o, mask=o < D, other=0.0).to(tl.float32)[None, :]
-            sum_g += tl.sum(g, axis=1)
-            sum_gx += tl.sum(g * hat, axis=1)
+            more_dweights = more_dweights + (dweights[part] + grad * hat,)
+            more_dbiases = more_dbiases + (dbiases[part] + grad,)
+            # Each row loads the weight for itself: shared out, it would pass through shared memory.
+            g = grad * tl.load(weight_ptr + 0 * rows + o[None, :], mask=m, other=0.0).to(tl.float32)
+            sum_g += g
+            sum_gx += g * hat
             scaled = scaled + (g,)
             hats = hats + (hat,)
         dweights = more_dweights
         dbiases = more_dbiases
-        mean_g = (sum_g / D)[:, None]
-        mean_gx = (sum_gx / D)[:, None]
+        mean_g = (tl.sum(sum_g, axis=1) / D)[:, None]
+        mean_gx = (tl.sum(sum_gx, axis=1) / D)[:, None]
         for part in tl.static_range(PARTS):
             o = part * BLOCK_D + o_d
             m = m_n[:, None] & (o < D)[None, :]
@@ -134,5 +139,5 @@ def norm_backward_kernel(
             tl.store(dx_ptr + rows * stride_dn + o[None, :], to_type(dx, dx_ptr.dtype.element_ty), mask=m)
     for part in tl.static_range(PARTS):
         o = part * BLOCK_D + o_d
-        tl.store(sums_ptr + 2 * i.to(tl.int64) * D + o, dweights[part], mask=o < D)
-        tl.store(sums_ptr + (2 * i.to(tl.int64) + 1) * D + o, dbiases[part], mask=o < D)
+        tl.store(sums_ptr + 2 * i.to(tl.int64) * D + o, tl.sum(dweights[part], axis=0), mask=o < D)
+        tl.store(sums_ptr + (2 * i.to(tl.int64) + 1) * D + o, tl.sum(dbiases[part], axis=0), mask=o < D)

@@ -6,6 +6,7 @@ add_slices_kernel       Σ of partial sums, in their order
 action_weight_grad_kernel, action_grad_kernel    gradients of what makes the images' biases
 activate_kernel         act(u + bias[image]) in place, beside a library's products, and the gradient through it
 distance_kernel         squared distance to gathered, normalised targets, and its gradient
+total_kernel            Σ of those sums, scaled
 e4m3_kernel             rows rounded to e4m3 with a scale for each
 assemble_kernel         the predictor's packed tokens out of their parts, and assemble_backward_kernel back to them
 
@@ -19,6 +20,7 @@ import triton
 import triton.language as tl
 
 from ._jit import gelu, gelu_and_slope, to_e4m3, to_type
+from ._norms import row_statistics
 
 __all__ = [
     "action_grad_kernel",
@@ -31,6 +33,7 @@ __all__ = [
     "e4m3_kernel",
     "image_kernel",
     "segment_sum_kernel",
+    "total_kernel",
 ]
 
 
@@ -107,7 +110,7 @@ def action_weight_grad_kernel(
     o_a = tl.arange(0, BLOCK_A)
     m_h = o_h < H
     dw = tl.zeros((BLOCK_H, BLOCK_A), tl.float32)
-    db = tl.zeros((BLOCK_H,), tl.float32)
+    db = tl.zeros((BLOCK_H, BLOCK_B), tl.float32)
     for b in range(0, B, BLOCK_B):
         o_b = b + tl.arange(0, BLOCK_B)
         p_dbias = dbias_ptr + o_b.to(tl.int64)[None, :] * H + o_h[:, None]  # (BLOCK_H, BLOCK_B)
@@ -115,10 +118,10 @@ def action_weight_grad_kernel(
         p_action = action_ptr + o_b.to(tl.int64)[:, None] * stride_ai + o_a[None, :]
         action = tl.load(p_action, mask=(o_b < B)[:, None] & (o_a < A)[None, :], other=0.0).to(tl.float32)
         dw = tl.dot(dbias, action, dw, input_precision="ieee")
-        db += tl.sum(dbias, axis=1)
+        db += dbias
     p_dw = dw_ptr + o_h.to(tl.int64)[:, None] * A + o_a[None, :]
     tl.store(p_dw, to_type(dw, dw_ptr.dtype.element_ty), mask=m_h[:, None] & (o_a < A)[None, :])
-    tl.store(db_ptr + o_h, to_type(db, db_ptr.dtype.element_ty), mask=m_h)
+    tl.store(db_ptr + o_h, to_type(tl.sum(db, axis=1), db_ptr.dtype.element_ty), mask=m_h)
 
 
 @triton.jit
@@ -179,17 +182,17 @@ def activate_kernel(
 @triton.jit
 def distance_kernel(
     pred_ptr, target_ptr, index_ptr, incoming_ptr, sums_ptr, grad_ptr,
-    N, M, D,
+    N, M, D, ROWS,
     stride_pn, stride_tm, stride_gn,
     scale, eps,
     HAS_INDEX: tl.constexpr, NORMALIZE: tl.constexpr, WRITE_SUM: tl.constexpr, WRITE_GRAD: tl.constexpr,
     HAS_INCOMING: tl.constexpr, SKIP_ONE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Sums (programs,) fp32: Σ‖pred − [LN](target[index])‖² of BLOCK_N rows each; grad (N, D): 2 · scale · difference.
+    """Sums (programs,) fp32: Σ‖pred − [LN](target[index])‖² of ROWS rows each; grad (N, D): 2 · scale · difference.
 
-    incoming (1,) fp32 multiplies the gradient; with SKIP_ONE an incoming 1 leaves grad as it is. A row of target that
-    does not exist counts as NaN.
+    ROWS is a multiple of BLOCK_N. incoming (1,) fp32 multiplies the gradient; with SKIP_ONE an incoming 1 leaves grad
+    as it is. A row of target that does not exist counts as NaN.
     """
     i = tl.program_id(0)
     factor = 2.0 * scale
@@ -199,45 +202,53 @@ def distance_kernel(
         if SKIP_ONE:
             if incoming == 1.0:
                 return
-    o_n = i * BLOCK_N + tl.arange(0, BLOCK_N)
     o_d = tl.arange(0, BLOCK_D)
-    m_n = o_n < N
-    rows = o_n.to(tl.int64)
-    wanted = rows
-    if HAS_INDEX:
-        wanted = tl.load(index_ptr + o_n, mask=m_n, other=0)
-    m_t = m_n & (wanted >= 0) & (wanted < M)
-    targets = ()
-    total = tl.zeros((BLOCK_N,), tl.float32)
-    for part in tl.static_range(PARTS):
-        o = part * BLOCK_D + o_d
-        p_target = target_ptr + wanted[:, None] * stride_tm + o[None, :]
-        value = tl.load(p_target, mask=m_t[:, None] & (o < D)[None, :], other=0.0).to(tl.float32)
-        targets = targets + (value,)
-        total += tl.sum(value, axis=1)
-    shift = tl.zeros((BLOCK_N,), tl.float32)
-    gain = tl.full((BLOCK_N,), 1.0, tl.float32)
-    if NORMALIZE:
-        shift = total / D
-        squares = tl.zeros((BLOCK_N,), tl.float32)
+    distance = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    for first in range(i * ROWS, min(i * ROWS + ROWS, N), BLOCK_N):
+        o_n = first + tl.arange(0, BLOCK_N)
+        m_n = o_n < N
+        rows = o_n.to(tl.int64)
+        wanted = rows
+        if HAS_INDEX:
+            wanted = tl.load(index_ptr + o_n, mask=m_n, other=0)
+        m_t = m_n & (wanted >= 0) & (wanted < M)
+        # All of a row is asked for before any of its gradient is written.
+        targets = ()
+        preds = ()
         for part in tl.static_range(PARTS):
-            centred = tl.where((part * BLOCK_D + o_d < D)[None, :], targets[part] - shift[:, None], 0.0)
-            squares += tl.sum(centred * centred, axis=1)
-        gain = tl.rsqrt(squares / D + eps)
-    gain = tl.where(m_t | (o_n >= N), gain, float("nan"))
-    distance = tl.zeros((BLOCK_N,), tl.float32)
-    for part in tl.static_range(PARTS):
-        o = part * BLOCK_D + o_d
-        m = m_n[:, None] & (o < D)[None, :]
-        pred = tl.load(pred_ptr + rows[:, None] * stride_pn + o[None, :], mask=m, other=0.0).to(tl.float32)
-        difference = tl.where(m, pred - (targets[part] - shift[:, None]) * gain[:, None], 0.0)
-        if WRITE_SUM:
-            distance += tl.sum(difference * difference, axis=1)
-        if WRITE_GRAD:
-            p_grad = grad_ptr + rows[:, None] * stride_gn + o[None, :]
-            tl.store(p_grad, to_type(difference * factor, grad_ptr.dtype.element_ty), mask=m)
+            o = part * BLOCK_D + o_d
+            p_target = target_ptr + wanted[:, None] * stride_tm + o[None, :]
+            m_d = (o < D)[None, :]
+            targets = targets + (tl.load(p_target, mask=m_t[:, None] & m_d, other=0.0).to(tl.float32),)
+            p_pred = pred_ptr + rows[:, None] * stride_pn + o[None, :]
+            preds = preds + (tl.load(p_pred, mask=m_n[:, None] & m_d, other=0.0).to(tl.float32),)
+        if NORMALIZE:
+            shift, gain = row_statistics(targets, D, eps, BLOCK_D, PARTS)
+        else:
+            shift = tl.zeros((BLOCK_N,), tl.float32)
+            gain = tl.full((BLOCK_N,), 1.0, tl.float32)
+        gain = tl.where(m_t | (o_n >= N), gain, float("nan"))
+        for part in tl.static_range(PARTS):
+            o = part * BLOCK_D + o_d
+            m = m_n[:, None] & (o < D)[None, :]
+            difference = tl.where(m, preds[part] - (targets[part] - shift[:, None]) * gain[:, None], 0.0)
+            if WRITE_SUM:
+                distance += difference * difference
+            if WRITE_GRAD:
+                p_grad = grad_ptr + rows[:, None] * stride_gn + o[None, :]
+                tl.store(p_grad, to_type(difference * factor, grad_ptr.dtype.element_ty), mask=m)
     if WRITE_SUM:
-        tl.store(sums_ptr + i, tl.sum(distance, axis=0))
+        tl.store(sums_ptr + i, tl.sum(tl.sum(distance, axis=1), axis=0))
+
+
+@triton.jit
+def total_kernel(sums_ptr, out_ptr, COUNT, scale, BLOCK: tl.constexpr):
+    """out (1,) = scale · Σ sums fp32 (COUNT,), in fp64 and in a fixed order; one program."""
+    acc = tl.zeros((BLOCK,), tl.float64)
+    for first in range(0, COUNT, BLOCK):
+        o = first + tl.arange(0, BLOCK)
+        acc += tl.load(sums_ptr + o, mask=o < COUNT, other=0.0).to(tl.float64)
+    tl.store(out_ptr, (tl.sum(acc, axis=0) * scale).to(tl.float32))
 
 
 @triton.jit
@@ -295,7 +306,7 @@ def assemble_backward_kernel(
     i = tl.program_id(0)
     o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     m_d = o_d < D
-    acc = tl.zeros((BLOCK_D,), tl.float32)
+    acc = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)  # a sum for each of the block's rows, added after the loop
     for first in range(i * ROWS, min(i * ROWS + ROWS, N), BLOCK_N):
         o_n = first + tl.arange(0, BLOCK_N)
         tokens = o_n.to(tl.int64)
@@ -308,9 +319,9 @@ def assemble_backward_kernel(
         tl.store(p_rows, grad, mask=((o_n >= PLACED) & (o_n < N))[:, None] & m_d[None, :])
         if HAS_MASK:
             m_mask = (o_n >= CONTEXT) & (o_n < PLACED)
-            acc += tl.sum(tl.where(m_mask[:, None], grad.to(tl.float32), 0.0), axis=0)
+            acc += tl.where(m_mask[:, None], grad.to(tl.float32), 0.0)
     if HAS_MASK:
-        tl.store(sums_ptr + i.to(tl.int64) * D + o_d, acc, mask=m_d)
+        tl.store(sums_ptr + i.to(tl.int64) * D + o_d, tl.sum(acc, axis=0), mask=m_d)
 
 
 @triton.jit

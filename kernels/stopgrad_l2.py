@@ -29,12 +29,14 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ._backend import autocast_type, resolve_backend, without_autocast
 from ._checks import check_eps, check_floating, check_index, check_like, check_shape
-from ._launch import launching, pieces, rows_a_program, rows_together
-from ._rows import distance_kernel
+from ._launch import launching, rows_in_warps, rows_together
+from ._rows import distance_kernel, total_kernel
 
 __all__ = ["stopgrad_l2", "stopgrad_l2_bytes", "stopgrad_l2_flops", "stopgrad_l2_reference"]
 
 _REDUCTIONS = ("mean", "token_mean", "sum")
+# Programs of a launch that may find nothing to do: about four for each multiprocessor of a large GPU.
+_FEW_PROGRAMS = 512
 
 
 def stopgrad_l2_flops(tokens: int, width: int, *, normalize_target: bool = False) -> int:
@@ -112,19 +114,26 @@ def launch_distance(
     """Launch `distance_kernel` for what is wanted: `sums`, `grad` or both."""
     rows, width = pred.shape
     pred, target = rows_together(pred), rows_together(target)
-    block_d, parts = pieces(width)
-    block_n = rows_a_program(width, 2)
+    block_n, block_d, parts, warps = rows_in_warps(width, pred.element_size())
+    # Where there may be nothing to do, few programs find that out; else a program for each block of rows.
+    depth = block_n * (triton.cdiv(triton.cdiv(rows, block_n), _FEW_PROGRAMS) if skip_one else 1)
     with launching(pred):
-        distance_kernel[(triton.cdiv(rows, block_n),)](
+        distance_kernel[(triton.cdiv(rows, depth),)](
             pred_ptr=pred, target_ptr=target, index_ptr=None if index is None else rows_together(index),
             incoming_ptr=incoming, sums_ptr=sums, grad_ptr=grad,
-            N=rows, M=target.shape[0], D=width,
+            N=rows, M=target.shape[0], D=width, ROWS=depth,
             stride_pn=pred.stride(0), stride_tm=target.stride(0), stride_gn=0 if grad is None else grad.stride(0),
             scale=scale, eps=eps,
             HAS_INDEX=index is not None, NORMALIZE=normalize, WRITE_SUM=sums is not None, WRITE_GRAD=grad is not None,
             HAS_INCOMING=incoming is not None, SKIP_ONE=skip_one,
-            BLOCK_N=block_n, BLOCK_D=block_d, PARTS=parts, num_warps=4,
+            BLOCK_N=block_n, BLOCK_D=block_d, PARTS=parts, num_warps=warps,
         )  # fmt: skip
+
+
+def launch_total(sums: Tensor, scale: float, out: Tensor) -> None:
+    """Launch `total_kernel`, which writes scale · Σ sums to out, fp32 of one element."""
+    with launching(sums):
+        total_kernel[(1,)](sums_ptr=sums, out_ptr=out, COUNT=len(sums), scale=scale, BLOCK=1024, num_warps=4)
 
 
 @torch.library.custom_op("iwm_fast::stopgrad_l2", mutates_args=())
@@ -135,10 +144,12 @@ def _operator(
     grad = torch.empty(pred.shape[0] if with_grad else 0, pred.shape[1], dtype=pred.dtype, device=pred.device)
     if not pred.numel():
         return pred.new_zeros((), dtype=torch.float32), grad
-    programs = triton.cdiv(pred.shape[0], rows_a_program(pred.shape[1], 2))
-    sums = torch.empty(programs, dtype=torch.float32, device=pred.device)
+    block_n = rows_in_warps(pred.shape[1], pred.element_size())[0]
+    sums = torch.empty(triton.cdiv(pred.shape[0], block_n), dtype=torch.float32, device=pred.device)
     launch_distance(pred, target, index, normalize, scale, eps, sums=sums, grad=grad if with_grad else None)
-    return (sums.sum(dtype=torch.float64) * scale).float(), grad
+    loss = torch.empty((), dtype=torch.float32, device=pred.device)
+    launch_total(sums, scale, loss)
+    return loss, grad
 
 
 @_operator.register_fake

@@ -39,7 +39,7 @@ def test_every_kernel_of_an_architecture_compiles_without_a_spill(compiled):
         "action_grad_kernel", "action_weight_grad_kernel", "activate_kernel", "add_slices_kernel",
         "assemble_backward_kernel", "assemble_kernel", "average_kernel", "distance_kernel", "e4m3_kernel",
         "hidden_backward_kernel", "image_kernel", "linear_kernel", "norm_backward_kernel", "norm_kernel",
-        "patchify_kernel", "segment_sum_kernel", "weight_grad_kernel",
+        "patchify_kernel", "segment_sum_kernel", "total_kernel", "weight_grad_kernel",
     }  # fmt: skip
     for row in rows:
         assert {"kernel", "arch", "config", "registers", "spill_bytes", "shared_bytes"} <= row.keys()
@@ -106,6 +106,14 @@ def test_weight_gradients_fill_the_last_wave_and_move_few_partial_sums(compiled,
     first = rows_of(compiled[1], "weight_grad", shape)[0]
     assert first["last_wave"] >= 0.9
     assert first["partial_bytes_per_token"] <= most
+
+
+@pytest.mark.parametrize("role", ["norm_backward", "distance", "assemble_backward"])
+def test_no_warp_waits_for_another_in_a_loop_over_rows(compiled, role):
+    rows = [row for row in compiled[1]["rows"] if row["role"] == role]
+    assert {"block 192", "block 384"} <= {row["shape"] for row in rows} or role == "assemble_backward"
+    assert [row["loop_barriers"] for row in rows] == [0] * len(rows)
+    assert all(row["loop_instructions"] > 10 for row in rows)  # the loop was found
 
 
 @pytest.mark.parametrize(("role", "most"), [("gelu", 15), ("gelu_and_slope", 20)])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 
 from iwm_fast.kernels import stopgrad_l2
 
+operator = import_module("iwm_fast.kernels.stopgrad_l2")  # whose name in the package is the function
 TYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
@@ -159,3 +162,33 @@ def test_nothing_is_written_where_no_gradient_is_asked_for(device):
         assert grad.shape == (rows, 16)
     with torch.no_grad():
         assert stopgrad_l2(pred.requires_grad_(), target, backend="triton").grad_fn is None
+
+
+@pytest.mark.parametrize(
+    ("width", "rows", "dtype"),
+    [(24, 77, torch.float32), (100, 53, torch.float16), (384, 37, torch.bfloat16), (1280, 13, torch.bfloat16)],
+    ids=str,
+)
+def test_few_programs_scale_every_row_or_leave_all_as_they_are(width, rows, dtype, device, monkeypatch):
+    """More blocks of rows than programs, the last with fewer; equal inputs give equal bits."""
+    monkeypatch.setattr(operator, "_FEW_PROGRAMS", 2)
+    pred, target = draw(rows, width, 0, dtype, device), draw(rows, width, 1, dtype, device)
+    (loss, scaled), _, (exact, exact_grad) = both(pred, target, -3.0, normalize_target=True, eps=1e-3)
+    assert distance(loss, exact) <= 1e-5
+    assert distance(scaled, exact_grad) <= max(1e-5, torch.finfo(dtype).eps)
+    again = both(pred, target, -3.0, normalize_target=True, eps=1e-3)[0]
+    assert torch.equal(again[0], loss)
+    assert torch.equal(again[1], scaled)
+    grad = torch.full_like(pred, 7.0)
+    one = torch.ones(1, device=device)
+    operator.launch_distance(pred, target, None, True, 1.0, 1e-3, grad=grad, incoming=one, skip_one=True)
+    assert (grad == 7.0).all()
+
+
+@pytest.mark.parametrize("count", [1, 5, 1024, 3001])
+def test_the_total_is_summed_in_float64_and_rounded_once(count, device):
+    sums = draw(1, count, 3, device=device)[0]
+    sums[0] = 2.0**24  # an fp32 sum would lose what comes after
+    out = torch.full((), float("nan"), device=device)
+    operator.launch_total(sums, 0.5, out)
+    assert out.item() == (sums.double().sum() * 0.5).float().item()

@@ -159,3 +159,31 @@ def test_operations_are_counted_by_formula(branched, device):
         outcome(inputs(6, 8, branched, device=device))
     expected = residual_norm_flops(6, 8, branch=branched) + residual_norm_flops(6, 8, backward=True)
     assert counter.get_total_flops() == expected
+
+
+@pytest.mark.parametrize(
+    ("width", "rows", "dtype"),
+    [
+        (24, 37, torch.float32), (100, 37, torch.bfloat16), (192, 37, torch.float16), (384, 21, torch.bfloat16),
+        (768, 11, torch.float32), (1280, 11, torch.bfloat16), (1280, 5, torch.float32), (2050, 5, torch.float16),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_odd_numbers_of_rows_are_summed_in_full_and_in_order(width, rows, dtype, device, monkeypatch):
+    """Several rows a warp, one, and one a program; the last program has fewer rows, and a part of a block."""
+    monkeypatch.setattr(_launch, "_SUM_PROGRAMS", 2)
+    given = inputs(rows, width, branched=False, dtype=dtype, device=device)
+    found, exact = outcome(given), outcome(cast(given, torch.float64, "cpu"), "reference")
+    assert max(distances(found, exact).values()) <= max(1e-5, torch.finfo(dtype).eps)
+    again = outcome(given)
+    assert all(torch.equal(again[name], found[name]) for name in found)
+
+
+@pytest.mark.parametrize("element", [2, 4])
+def test_rows_are_covered_by_whole_warps_or_spread_over_a_program(element):
+    for width in range(1, 6000, 7):
+        block_n, block_d, parts, warps = _launch.rows_in_warps(width, element)
+        assert block_d * parts >= width
+        assert block_n == 1 or block_n * block_d == 32 * warps * 16 // element
+    for width in (192, 384, 768, 1024):
+        assert _launch.rows_in_warps(width, element)[1] * _launch.rows_in_warps(width, element)[2] == width
