@@ -69,11 +69,19 @@ def predictor_input_reference(
     """What `predictor_input` computes, in PyTorch's own operators. Arguments are not checked."""
     parts = [context + position.index_select(0, context_patches)]
     if mask_token is not None and predicted_patches is not None:
-        # Token and position are added once for each patch of the grid, not once for each mask token.
-        parts.append((position + mask_token).index_select(0, predicted_patches))
+        parts.append(mask_tokens(mask_token, position, predicted_patches))
     if rows is not None:
         parts.append(rows)
     return take_rows(torch.cat(parts), invert(place), place)
+
+
+def mask_tokens(mask_token: Tensor, position: Tensor, patches: Tensor) -> Tensor:
+    """The mask token (D,) with its position (L, D), which gets no gradient, at each of the patches int64 (N,): (N, D).
+
+    Added after the gather, because the token's gradient is then an ordered sum of all rows, in fp32 or better. Were a
+    sum gathered, its gradient would be added by atomics, row by row, in the tokens' type.
+    """
+    return position.detach().index_select(0, patches) + mask_token
 
 
 def launch_assembly(

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from iwm_fast import kernels
 from iwm_fast.config.schema import PredictorConfig
+from iwm_fast.kernels.predictor_input import mask_tokens
 
 from .attention import resolve_backend
 from .blocks import Block, ConditionedMlp, Kept, Norm, initialise_linear, rescale_blocks, run_blocks
@@ -136,9 +137,8 @@ class VitPredictor(nn.Module):
         parts = [context_segments, predicted_segments]
         tokens = []
         if self.feature is not None:
-            # Token and position are added once for each patch of the grid, not once for each mask token.
-            mask_tokens = (position + self.mask_token).index_select(0, predicted)
-            tokens.append(self.feature(mask_tokens, predicted_segments, action))
+            masked = mask_tokens(self.mask_token, position, predicted)
+            tokens.append(self.feature(masked, predicted_segments, action))
         if self.sequence is not None:
             tokens.append(self.sequence(action))
             parts.append(Segments.uniform(len(action), action.shape[1], z.device))

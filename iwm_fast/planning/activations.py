@@ -169,8 +169,8 @@ def _predictor(config: Config, form: _Form, tokens: Tokens) -> tuple[int, int, M
     block = form.block(joined, width, predictor.head_count, hidden)
     last = form.block(joined, width, predictor.head_count, hidden, asked)
     blocks = predictor.depth * joined * width * e if recompute else (predictor.depth - 1) * block + last
-    places, numbers = joined * _INDEX, asked * _INDEX
+    places = joined * _INDEX
     moment = Moment(block, joined, width, hidden, e, backward=True, image="block" in kinds)
     if "feature" in kinds:
-        return 3 * asked * width * e + form.mlp(asked, width) + numbers, blocks + places, moment
-    return 0, blocks + places + (numbers if form.hidden_kept else 0), moment
+        return 3 * asked * width * e + form.mlp(asked, width), blocks + places, moment
+    return 0, blocks + places, moment
