@@ -23,6 +23,7 @@ from typing import Any
 from iwm_fast.data.sources import PATIENCE, Patience, top_level
 from iwm_fast.data.sources.kinds import MANIFEST_FILE, is_image, is_records, is_shard
 from iwm_fast.data.sources.left_out import tell_once
+from iwm_fast.data.sources.split_names import split_kind, split_template, split_word
 from iwm_fast.errors import UserError
 from iwm_fast.printable import printable
 
@@ -32,18 +33,14 @@ __all__ = [
     "layout_of_folders",
     "refuse_masks",
     "refuse_split_classes",
-    "split_kind",
     "splits_of_shards",
     "tell_of_splits",
 ]
 
-_WORDS = {
-    "train": ("training", "train"),
-    "test": ("testing", "test"),
-    "val": ("validation", "valid", "val", "development", "devel", "dev", "evaluation", "eval"),
-}
-_KINDS = {word: kind for kind, words in _WORDS.items() for word in words}
-_NAME = re.compile(rf"({'|'.join(_KINDS)})(?:[-_ ]?(?:set|data|images|split)|[-_ ]?\d{{4}})?", re.IGNORECASE)
+_SPLITS = ("train", "test", "val")
+# Folders of pictures, and of what is drawn upon them, in the sets that people share; in lower-case letters alone.
+_PICTURES = frozenset({"images", "image", "imgs", "img", "jpegimages", "pictures", "photos", "rgb"})
+_DRAWN = re.compile(r"masks?|labels?|annotations?|segmentation(class|object)?|groundtruth|gt|trimaps?|depths?")
 # Class folders that are looked into for splits below them: all of a set are sorted alike.
 _LOOKED_INTO = 8
 
@@ -53,6 +50,7 @@ class Layout:
     """train, test: the places of the two splits as people write them, both ``root`` where it is split by sample id.
 
     how: "folders", "shard names" or "sample ids". unused: what lies beside the two splits and is not read.
+    same: both are one folder, by a link.
     """
 
     root: str
@@ -60,6 +58,7 @@ class Layout:
     test: str
     how: str
     unused: tuple[str, ...] = ()
+    same: bool = False
 
     @property
     def given(self) -> bool:
@@ -86,13 +85,8 @@ class Layout:
                 f"{self.root}: no train/ and test/ in it, so a fixed fifth of its images, by sample id, is tested on "
                 f"and the others are learned from{rest}"
             )
-        return printable(f"{self.train} is learned from, {self.test} is tested on{rest}")
-
-
-def split_kind(name: str) -> str | None:
-    """train, test or val where a folder's name is a split's; else None."""
-    match = _NAME.fullmatch(name.strip())
-    return _KINDS[match[1].lower()] if match else None
+        same = "; they are one folder, by a link: all that is tested on was learned from" if self.same else ""
+        return printable(f"{self.train} is learned from, {self.test} is tested on{same}{rest}")
 
 
 def find_layout(root: str | Path, patience: Patience = PATIENCE) -> Layout:
@@ -104,6 +98,7 @@ def find_layout(root: str | Path, patience: Patience = PATIENCE) -> Layout:
     folders, loose = top_level(root, patience)
     layout = layout_of_folders(place, folders, loose)
     if layout is None:
+        _refuse_longer_names(place, folders)
         _refuse_splits_below(place, folders, loose)
     return layout or Layout(place, place, place, "sample ids")
 
@@ -120,7 +115,9 @@ def layout_of_folders(place: str, folders: Sequence[str], loose: Sequence[str] =
     unused = [f"{place}/{name}" for name in others]
     if any(_is_sample(name) for name in loose):
         unused.append(f"the files directly in {place}")
-    return Layout(place, f"{place}/{train}", f"{place}/{test}", "folders", tuple(unused))
+    learned, tested = f"{place}/{train}", f"{place}/{test}"
+    same = not place.startswith("s3://") and Path(learned).resolve() == Path(tested).resolve()
+    return Layout(place, learned, tested, "folders", tuple(unused), same=same)
 
 
 def splits_of_shards(files: Sequence[str]) -> dict[str, str] | None:
@@ -128,7 +125,7 @@ def splits_of_shards(files: Sequence[str]) -> dict[str, str] | None:
 
     UserError where some names say it and others do not.
     """
-    kinds = {file: _kind_in(file) for file in files}
+    kinds = {file: split_word(file.rsplit("/", 1)[-1]) for file in files}
     found = set(kinds.values())
     if "train" not in found or not found & {"test", "val"}:
         return None
@@ -152,14 +149,19 @@ def refuse_split_classes(classes: Sequence[str], place: str) -> None:
             f"{printable(place)}: its classes are {_list(classes[:5])}, which are names of splits; pack or index each "
             "split by itself, into train/ and test/"
         )
+    _refuse_longer_names(place, classes)
 
 
 def refuse_masks(classes: Sequence[str], place: str) -> None:
     """UserError where the folders taken for classes are images and their masks."""
-    if set(classes) == {"images", "masks"}:
+    letters = {name: re.sub(r"[^a-z]", "", name.lower()) for name in classes}
+    pictures = [name for name in classes if letters[name] in _PICTURES]
+    drawn = [name for name in classes if _DRAWN.fullmatch(letters[name])]
+    if pictures and drawn and len(pictures) + len(drawn) == len(classes):
         raise UserError(
-            f"{printable(place)} holds images/ and masks/, a set for iwm-fast finetune --task segmentation, and no "
-            f"folders of classes; give {printable(place)}/images for its images alone"
+            f"{printable(place)} holds {_list([*pictures, *drawn])}, a set for iwm-fast finetune --task segmentation "
+            "(which needs images/ and masks/), and no folders of classes; give "
+            f"{printable(place)}/{printable(pictures[0])} for its images alone"
         )
 
 
@@ -174,7 +176,7 @@ def tell_of_splits(root: str | Path, what: str) -> None:
 
 def _choose(folders: Sequence[str], place: str) -> tuple[str, str, list[str]]:
     """(folder to learn from, folder to test on, the others); at least one of the folders is a split."""
-    by_kind: dict[str, list[str]] = {kind: [] for kind in _WORDS}
+    by_kind: dict[str, list[str]] = {kind: [] for kind in _SPLITS}
     others: list[str] = []
     for name in folders:
         by_kind.get(split_kind(name) or "", others).append(name)
@@ -220,6 +222,20 @@ def _refuse_splits_below(place: str, folders: Sequence[str], loose: Sequence[str
             )
 
 
+def _refuse_longer_names(place: str, names: Sequence[str]) -> None:
+    """UserError where folders, or classes, are apart by the word of a split alone: seg_train and seg_test."""
+    first: dict[str, str] = {}
+    for name in names:
+        if split_word(name) is None:
+            continue
+        other = first.setdefault(split_template(name), name)
+        if "train" in (kinds := {split_word(other), split_word(name)}) and len(kinds) > 1:
+            raise UserError(
+                f"{printable(place)} holds {_list([other, name])}, which look like splits and would be taken for "
+                "classes; rename them to train/ and test/, or name one of them alone"
+            )
+
+
 def _place(root: str | Path) -> str:
     return str(root).rstrip("/") or "/"
 
@@ -251,13 +267,6 @@ def _holds_samples(place: str, name: str) -> bool:
 
 def _is_sample(file: str) -> bool:
     return not file.startswith(".") and (is_image(file) or is_shard(file) or is_records(file) or file == MANIFEST_FILE)
-
-
-def _kind_in(file: str) -> str | None:
-    """The split that a shard's name tells, by the words between its punctuation; None without one, or with several."""
-    words = re.split(r"[^A-Za-z]+", file.rsplit("/", 1)[-1].lower())
-    found = {_KINDS[word] for word in words if word in _KINDS}
-    return found.pop() if len(found) == 1 else None
 
 
 def _list(names: Sequence[str]) -> str:

@@ -28,7 +28,7 @@ from iwm_fast.data.layout import tell_of_splits
 from iwm_fast.data.locks import hold
 from iwm_fast.data.sources import Source, open_source
 from iwm_fast.data.sources.base import UNLABELLED
-from iwm_fast.data.sources.kinds import is_image
+from iwm_fast.data.sources.kinds import NAMELESS, is_member_image
 from iwm_fast.data.sources.names import escape
 from iwm_fast.data.sources.shard_index import INDEX_VERSION
 from iwm_fast.data.sources.webdataset import CLASSES_FILE
@@ -123,7 +123,7 @@ def _samples(images: Source, labels: list[int] | None, progress: Progress | None
 def _key(images: Source, number: int, taken: set[str]) -> tuple[str, str]:
     """Key and extension of a sample; no key is given twice."""
     name = images.name(number)
-    stem, extension = name.rsplit(".", 1) if is_image(name) else (name, "image")
+    stem, extension = name.rsplit(".", 1) if is_member_image(name) else (name, NAMELESS)
     key = quote(stem, safe="/", errors="surrogateescape").replace(".", "%2E")
     if key in taken:  # a.jpg beside a.png would be one sample
         key = f"{key}%2E{extension}"

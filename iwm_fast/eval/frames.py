@@ -11,8 +11,8 @@ from torch import Tensor
 
 from iwm_fast.config import Config
 from iwm_fast.data.clean import load_clean, whole_image
-from iwm_fast.data.layout import split_kind
 from iwm_fast.data.sources import top_level
+from iwm_fast.data.sources.split_names import split_kind
 from iwm_fast.data.triplets import Triplets, find_manifest, read_triplets
 from iwm_fast.errors import UserError
 from iwm_fast.eval.left_out import LeftOut

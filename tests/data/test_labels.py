@@ -9,9 +9,11 @@ from made_images import encode, picture
 from made_sources import example, write_classes, write_records, write_tar
 
 from iwm_fast.data import files
+from iwm_fast.data.encoded import BadSample
 from iwm_fast.data.files import list_images, split
 from iwm_fast.data.index import write_index
 from iwm_fast.data.shards import write_shards
+from iwm_fast.data.sources.example import message_class
 from iwm_fast.errors import UserError
 
 IMAGE = encode(picture(20, 20))
@@ -176,3 +178,82 @@ def test_classes_without_an_image_stay_in_a_manifest_of_shards(tmp_path):
     path.write_text(path.read_text().replace("\tcow\t", "\tpig\t"))
     with pytest.raises(UserError, match=r"a\.tar:1\.jpg has the label pig, which is not among the classes"):
         _ = list_images(tmp_path).labels
+
+
+def of_folder(top, classes=("cat", "dog")):
+    """Members as a tar of the folder `top` has them."""
+    return [(f"{top}/{name}/{number}.jpg", IMAGE) for name in classes for number in range(2)]
+
+
+@pytest.mark.parametrize("top", ["train", "./train", "pets", "pets/train", "/abs/pets"])
+def test_a_tar_of_a_folder_has_the_classes_of_that_folder(tmp_path, top):
+    write_tar(tmp_path / "a.tar", [*of_folder(top), (f"{top}/contact-sheet.jpg", IMAGE)])
+    images = list_images(tmp_path)
+    assert images.classes == ("cat", "dog")
+    assert images.labels.tolist() == [0, 0, 1, 1, -1]
+
+
+def test_tars_of_two_splits_beside_each_other_have_the_same_classes(tmp_path):
+    for part in ("train", "val"):
+        write_tar(tmp_path / f"{part}.tar", of_folder(f"set/{part}"))
+    for images in split(tmp_path):
+        assert images.classes == ("cat", "dog")
+        assert images.labels.tolist() == [0, 0, 1, 1]
+
+
+def test_a_tar_of_two_splits_is_refused(tmp_path):
+    write_tar(tmp_path / "a.tar", of_folder("set/train") + of_folder("set/val"))
+    with pytest.raises(UserError, match="its classes are train/ and val/, which are names of splits"):
+        split(tmp_path)
+
+
+def test_a_tar_per_class_keeps_its_folder_as_the_class(tmp_path):
+    for name in ("cat", "dog"):
+        write_tar(tmp_path / f"{name}.tar", of_folder(name, ("young", "old")))
+    assert list_images(tmp_path).classes == ("cat", "dog")
+
+
+@pytest.mark.parametrize(
+    ("kind", "texts"),
+    [
+        ("cls", ["0", "07", "7\n", "00"]),
+        ("json", ['{"label": 0}', '{"label": 7.0}', '{"label": "7"}', '{"label": [0]}']),
+    ],
+)
+def test_one_number_is_one_class_however_it_is_written(tmp_path, kind, texts):
+    members = [
+        (f"{n}.{end}", data) for n, text in enumerate(texts) for end, data in (("jpg", IMAGE), (kind, text.encode()))
+    ]
+    write_tar(tmp_path / "a.tar", members)
+    images = list_images(tmp_path)
+    assert images.classes == ("0", "7")
+    assert images.labels.tolist() == [0, 1, 1, 0]
+
+
+def several(images, labels):
+    """An Example with several images and labels."""
+    message = message_class()()
+    message.features.feature["image/encoded"].bytes_list.value.extend(images)
+    message.features.feature["image/class/label"].int64_list.value.extend(labels)
+    return message.SerializeToString()
+
+
+def test_a_record_with_several_labels_has_none_and_one_with_several_images_is_bad(tmp_path):
+    payloads = [example(IMAGE, 3), example(IMAGE, 5), several([IMAGE], [3, 5]), several([IMAGE, IMAGE], [5])]
+    write_records(tmp_path / "a.tfrecord", payloads)
+    images = list_images(tmp_path)
+    assert images.labels.tolist() == [0, 1, -1, 1]
+    assert images.read(2) == IMAGE
+    with pytest.raises(BadSample, match="2 images in image/encoded"):
+        images.read(3)
+
+
+def test_records_that_were_packed_are_read_from_the_shards(tmp_path):
+    (tmp_path / "records").mkdir()
+    write_records(tmp_path / "records" / "a.tfrecord", [example(IMAGE, n % 2) for n in range(4)])
+    write_shards(tmp_path / "records", tmp_path / "once")
+    write_shards(tmp_path / "once", tmp_path / "twice")
+    for packed in (tmp_path / "once", tmp_path / "twice"):
+        images = list_images(packed)
+        assert [images.read(sample) for sample in range(len(images))] == [IMAGE] * 4
+        assert images.labels.tolist() == [0, 1, 0, 1]

@@ -10,8 +10,9 @@ from made_images import encode, picture
 
 from iwm_fast.data.files import divide
 from iwm_fast.data.index import write_index
-from iwm_fast.data.layout import find_layout, split_kind, splits_of_shards, tell_of_splits
+from iwm_fast.data.layout import find_layout, splits_of_shards, tell_of_splits
 from iwm_fast.data.shards import write_shards
+from iwm_fast.data.sources.split_names import split_kind
 from iwm_fast.errors import UserError
 
 RAW = encode(picture(9, 7), "PNG")
@@ -100,6 +101,45 @@ def test_what_is_ambiguous_is_refused(tmp_path, folders, words):
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    "folders",
+    [
+        ["seg_test", "seg_train"],
+        ["ILSVRC2012_img_train", "ILSVRC2012_img_val"],
+        ["testA", "testB", "trainA", "trainB"],
+        ["TestImages_v2", "TrainImages_v1"],
+        ["more", "train_small", "val_small"],
+    ],
+    ids="+".join,
+)
+@pytest.mark.parametrize("pack", [None, write_index, write_shards], ids=["folder", "manifest", "shards"])
+def test_folders_that_only_the_word_of_a_split_tells_apart_are_no_classes(tmp_path, folders, pack):
+    root = make(tmp_path / "set", *folders)
+    if pack is not None:
+        root = tmp_path / ("all.tsv" if pack is write_index else "packed")
+        pack(tmp_path / "set", root)
+    with pytest.raises(UserError, match="which look like splits and would be taken for classes; rename them"):
+        divide(root)
+
+
+def test_classes_with_the_word_of_a_split_are_classes_where_more_tells_them_apart(tmp_path):
+    learned, _, layout = divide(make(tmp_path, "bullet_train", "freight_train", "test_tube"))
+    assert layout.how == "sample ids"
+    assert learned.classes == ("bullet_train", "freight_train", "test_tube")
+
+
+def test_a_split_that_is_a_link_to_the_other_is_said(tmp_path):
+    make(tmp_path, *classes_of("train"))
+    (tmp_path / "val").symlink_to("train")
+    layout = find_layout(tmp_path)
+    assert layout.line() == (
+        f"{tmp_path}/train is learned from, {tmp_path}/val is tested on; they are one folder, by a link: all that is "
+        "tested on was learned from"
+    )
+    make(tmp_path / "other", *classes_of("train", "val"))
+    assert "; " not in find_layout(tmp_path / "other").line()
+
+
 @pytest.mark.parametrize("inner", ["train", "val", "test", "Dev"])
 def test_a_class_below_a_split_may_have_any_name(tmp_path, inner):
     make(tmp_path, "train/cat", f"train/{inner}", "test/cat", f"test/{inner}")
@@ -157,6 +197,8 @@ def test_shards_of_one_folder_are_divided_by_their_names(tmp_path):
         (["train-0.tar", "train-1.tar"], None),
         (["shard-0.tar", "shard-1.tar"], None),
         (["val-0.tar", "test-0.tar"], None),
+        (["trainset-0.tar", "testset_0.tar"], ["train", "test"]),
+        (["train2017.tar", "cocoVal2017.tar"], ["train", "test"]),
     ],
 )
 def test_names_of_shards_say_all_or_nothing(files, kinds):
@@ -186,6 +228,19 @@ def test_a_folder_of_which_all_is_taken_is_told_of_its_splits(tmp_path, folders,
         f"{tmp_path} holds train/ and val/, the names of splits: all of them are trained on; name one of them alone\n"
     )
     assert capfd.readouterr().err == (line if told else "")
+
+
+@pytest.mark.parametrize(
+    ("folders", "images"),
+    [
+        (["JPEGImages", "SegmentationClass", "SegmentationObject"], "JPEGImages"),
+        (["annotations/trimaps", "images"], "images"),
+        (["img", "ground_truth"], "img"),
+    ],
+)
+def test_folders_of_what_is_drawn_upon_images_are_no_class(tmp_path, folders, images):
+    with pytest.raises(UserError, match=rf"a set for .*segmentation .*give {tmp_path}/{images} for its images alone"):
+        divide(make(tmp_path, *folders))
 
 
 @pytest.mark.parametrize("parts", [(".",), ("train", "val")], ids=["whole", "in splits"])

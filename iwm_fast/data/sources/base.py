@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from iwm_fast.data.sources.left_out import LeftOut
+from iwm_fast.data.sources.split_names import split_kind
 from iwm_fast.data.sources.storage import Storage
 
-__all__ = ["UNLABELLED", "Labels", "Source", "folder_labels", "number_labels"]
+__all__ = ["UNLABELLED", "Labels", "Source", "below_common_folders", "folder_labels", "number_labels"]
 
 # (labels: int64 (n,), places in the classes, UNLABELLED for an image without, or None where none has one; the classes'
 # names, in the order of the labels)
@@ -69,11 +71,42 @@ def folder_labels(names: list[str]) -> Labels:
     return _placed(folders, sorted({*folders} - {""}))
 
 
+def below_common_folders(names: Sequence[str], shards: Sequence[int]) -> list[str]:
+    """Names of members without the folders above their classes: what ``tar cf train.tar train/`` puts before them.
+
+    These are a first folder that all of a shard share and that has the name of a split, and one that all shards share.
+    A folder stays where most of what lies in it lies in no other folder. shards: the shard of each name.
+    """
+    found = list(names)
+    rows: dict[int, list[int]] = {}
+    for row, shard in enumerate(shards):
+        rows.setdefault(shard, []).append(row)
+    groups = [(part, True) for part in rows.values()] + [(list(range(len(found))), False)]
+    stripped = True
+    while stripped:
+        stripped = False
+        for group, by_split in groups:
+            top = found[group[0]].split("/", 1)[0] if group else ""
+            if (
+                (not by_split or split_kind(top) is not None)
+                and all(found[row].startswith(f"{top}/") for row in group)
+                and 2 * sum(found[row].count("/") > 1 for row in group) >= len(group) > 0
+            ):
+                for row in group:
+                    found[row] = found[row].split("/", 1)[1]
+                stripped = True
+    return found
+
+
 def number_labels(values: list[str]) -> Labels:
     """Labels from a text for each sample: whole numbers are sorted as numbers, other texts as texts; "" is none."""
     found = {*values} - {""}
     numbers = all(value.removeprefix("-").isdecimal() for value in found)
-    return _placed(values, sorted(found, key=lambda value: (int(value), value)) if numbers else sorted(found))
+    if numbers:  # 07 and 7 are one class
+        plain = {value: str(int(value)) for value in found} | {"": ""}
+        values = [plain[value] for value in values]
+        found = {*values} - {""}
+    return _placed(values, sorted(found, key=int) if numbers else sorted(found))
 
 
 def _placed(values: list[str], classes: list[str]) -> Labels:

@@ -58,23 +58,26 @@ def _feature(payload: bytes, name: str) -> Any:
 
 
 def encoded_image(payload: bytes) -> bytes:
-    """The bytes of `image/encoded`; ValueError where the record has none."""
+    """The bytes of `image/encoded`; ValueError where the record has none, or several."""
     feature = _feature(payload, ENCODED)
     if feature is None or not feature.bytes_list.value:
         raise ValueError(f"the record has no {ENCODED}")
+    if len(feature.bytes_list.value) > 1:
+        raise ValueError(f"the record has {len(feature.bytes_list.value)} images in {ENCODED}; write one per record")
     return bytes(feature.bytes_list.value[0])
 
 
 def label_of(payload: bytes) -> str:
-    """`image/class/label` as text, "" where the record has none; ValueError where it is no Example.
+    """`image/class/label` as text, "" where the record has none, or several; ValueError where it is no Example.
 
     A whole number is written as one, whether it is kept as an integer or a float.
     """
     feature = _feature(payload, LABEL)
     if feature is None:
         return ""
-    values = feature.int64_list.value or [value.decode(errors="replace") for value in feature.bytes_list.value]
-    if not values and feature.float_list.value:
-        value = feature.float_list.value[0]
-        return str(int(value)) if float(value).is_integer() else str(value)
-    return str(values[0]).strip() if values else ""
+    values = [
+        *feature.int64_list.value,
+        *(str(int(value)) if float(value).is_integer() else str(value) for value in feature.float_list.value),
+        *(value.decode(errors="replace") for value in feature.bytes_list.value),
+    ]
+    return str(values[0]).strip() if len(values) == 1 else ""

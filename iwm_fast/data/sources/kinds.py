@@ -7,8 +7,10 @@ import re
 __all__ = [
     "EXTENSIONS",
     "MANIFEST_FILE",
+    "NAMELESS",
     "is_image",
     "is_manifest",
+    "is_member_image",
     "is_packed",
     "is_records",
     "is_shard",
@@ -18,6 +20,7 @@ __all__ = [
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff"})
 MANIFEST_FILE = "iwm-fast-manifest.tsv"
+NAMELESS = "image"  # a shard's extension of an image that had no name before, a TFRecord's
 
 # TensorFlow's own scripts name files train-00000-of-01024, or x.tfrecord-00000-of-00010
 _RECORDS = re.compile(r"\.tfrecords?$|-\d{5}-of-\d{5}$", re.IGNORECASE)
@@ -32,6 +35,11 @@ def is_image(name: str) -> bool:
     """An image's extension, in capitals or not."""
     dot = name.rfind(".")
     return dot > 0 and name[dot:].lower() in EXTENSIONS
+
+
+def is_member_image(name: str) -> bool:
+    """A member of a shard that is an image: by its extension, or packed from where images have no names."""
+    return is_image(name) or name.endswith(f".{NAMELESS}")
 
 
 def is_shard(name: str) -> bool:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from iwm_fast.data.encoded import BadSample
-from iwm_fast.data.sources.kinds import is_image
+from iwm_fast.data.sources.kinds import is_member_image
 from iwm_fast.data.sources.left_out import LeftOut
 from iwm_fast.data.sources.storage import SYSTEM_FOLDERS, Storage
 from iwm_fast.errors import UserError
@@ -196,7 +196,7 @@ def _follow(found: dict[str, Member], links: dict[str, tuple[str, bool]], shard:
             found[name] = Member(name, found[target].offset, found[target].size)
         elif target in folders:
             left_out.add(_FOLDER_LINKS, f"{shard}:{name}")
-        elif is_image(name):
+        elif is_member_image(name):
             left_out.add(_LINKS, f"{shard}:{name}")
 
 

@@ -14,8 +14,8 @@ from functools import cached_property
 import numpy as np
 
 from iwm_fast.data.encoded import BadSample
-from iwm_fast.data.sources.base import UNLABELLED, Labels, folder_labels, number_labels
-from iwm_fast.data.sources.kinds import is_image, is_shard
+from iwm_fast.data.sources.base import UNLABELLED, Labels, below_common_folders, folder_labels, number_labels
+from iwm_fast.data.sources.kinds import is_member_image, is_shard
 from iwm_fast.data.sources.left_out import LeftOut
 from iwm_fast.data.sources.names import Names, unescape
 from iwm_fast.data.sources.shard_index import Misfit, index_names, indexed_members
@@ -47,7 +47,8 @@ class WebDatasetSource:
     Members of a shard belong together where their names agree up to the first dot of their last part, the key. Each
     image among them is a sample, but where some are KEY.EXTENSION those are, and KEY.more.EXTENSION (a mask, say) is
     left out. A sample's class: the text of its `.cls` member (with `classes.txt` beside the shards, that line of it),
-    the first folder of its name, as in a folder of images, or the `label` or `cls` of its `.json` member.
+    the first folder of its name, as in a folder of images (of what is below folders that all share: `train/cat/1.jpg`
+    of a tar of `train/` is a cat), or the `label` or `cls` of its `.json` member.
     """
 
     kind = "webdataset"
@@ -101,13 +102,13 @@ class WebDatasetSource:
         """From the `.cls` or `.json` members, one small read each, or from the names."""
         told = self._label_spans[:, 0] >= 0
         if not np.any(told & (self._label_spans[:, 2] == 0)):
-            found = folder_labels(list(self._members))
+            found = self._by_folders()
             if found[0] is not None or not np.any(told):
                 return found
         with ThreadPoolExecutor(self.storage.readers) as pool:
             texts = list(pool.map(self._label_text, range(len(self))))
         if not any(texts):
-            return folder_labels(list(self._members))
+            return self._by_folders()
         lists = {file: None if file is None else self._class_list(file) for file in self._class_files}
         if not any(lists.values()):
             return number_labels(texts)
@@ -128,6 +129,9 @@ class WebDatasetSource:
     def describe(self) -> str:
         """What these images come from."""
         return f"{len(self.shards)} WebDataset shards"
+
+    def _by_folders(self) -> Labels:
+        return folder_labels(below_common_folders(self._members, self._shard.tolist()))
 
     def _places(
         self, texts: list[str], files: list[str | None], lists: dict[str | None, tuple[str, ...] | None]
@@ -221,7 +225,7 @@ def _samples(found: list[Member], shard: str, left_out: LeftOut) -> list[_Sample
         groups.setdefault(key_of(member.name), []).append(member)
     samples = []
     for key, group in groups.items():
-        images = [member for member in group if is_image(member.name)]
+        images = [member for member in group if is_member_image(member.name)]
         plain = [member for member in images if member.name.rfind(".") == len(key)]
         if not images:
             left_out.add(NO_IMAGE, *(f"{shard}:{member.name}" for member in group))
@@ -242,7 +246,7 @@ def _label_beside(image: str, beside: dict[str, Member]) -> Member | None:
 
 
 def _label_in(text: str) -> str:
-    """What a JSON member says of a label: a text or a whole number; "" where it says none."""
+    """What a JSON member says of a label: a text or a whole number; "" where it says none, or several."""
     try:
         found = json.loads(text)
     except (ValueError, RecursionError):
@@ -250,6 +254,10 @@ def _label_in(text: str) -> str:
     if not isinstance(found, dict):
         return ""
     value = next((found[key] for key in _JSON_KEYS if found.get(key) is not None), "")
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    if isinstance(value, float) and value.is_integer():  # as pandas writes a column of numbers with a gap
+        value = int(value)
     return str(value).strip() if isinstance(value, int | str) and not isinstance(value, bool) else ""
 
 
