@@ -208,6 +208,7 @@ def _task(name: str, root: str | Path, model: IWM, config: Config, request: Requ
     features = read(train, "train"), read(test, "test")
     classes = len(train.classes)
     if dense:
+        _require_two_numbers(features[0].labels, root)
         classes = 1 + max(int(np.max(part.labels, where=part.labels != IGNORED, initial=0)) for part in features)
     names = tuple(str(number) for number in range(classes)) if dense else train.classes
     said = splits_record(train, test) | ({"reduced": smaller} if smaller else {})
@@ -215,6 +216,19 @@ def _task(name: str, root: str | Path, model: IWM, config: Config, request: Requ
         return _Named(Task.of(name, HeadShape(classes, dense), *features), names, said)
     except ValueError as error:
         raise UserError(f"{printable(str(root))}: {printable(str(error))}") from error
+
+
+def _require_two_numbers(masks: np.ndarray, root: str | Path) -> None:
+    """UserError where the masks, uint8 (n, S, S), name fewer than two classes: any answer would be right."""
+    low, high = (
+        int(find(masks, where=masks != IGNORED, initial=initial)) for find, initial in ((np.min, 255), (np.max, 0))
+    )
+    if low >= high:
+        what = f"the class {high} alone" if low == high else "no class"
+        raise UserError(
+            f"{printable(str(root))}: its {len(masks)} training masks hold {what} ({IGNORED} is no class); number the "
+            "classes from 0: background 0 and foreground 1, say, where they are 0 and 255"
+        )
 
 
 def _splits(

@@ -186,6 +186,18 @@ def test_a_mask_that_cannot_be_one_is_named(run, segments, tmp_path, capsys, har
     assert words in line
 
 
+@pytest.mark.parametrize(
+    ("levels", "words"), [((0, 255), "hold the class 0 alone"), ((255, 255), "hold no class")], ids=["0 and 255", "255"]
+)
+def test_masks_of_one_class_teach_nothing(run, segments, tmp_path, capsys, levels, words):
+    shutil.copytree(segments, tmp_path / "drawn")
+    for part in ("train", "test"):
+        for path in (tmp_path / "drawn" / part / "masks").iterdir():
+            Image.fromarray(np.where(np.asarray(Image.open(path)), *levels[::-1]).astype(np.uint8)).save(path)
+    line = refused(capsys, run, "--data", tmp_path / "drawn", "--mode", "linear", "--steps", 1)
+    assert f"{tmp_path / 'drawn'}: its 120 training masks {words} (255 is no class)" in line
+
+
 def test_a_mask_that_cannot_be_used_is_left_out_aloud_below_the_limit(run, segments, tmp_path, capsys):
     shutil.copytree(segments, tmp_path / "drawn")
     path = tmp_path / "drawn" / "train" / "masks" / "00003.png"
