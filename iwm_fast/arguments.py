@@ -64,7 +64,8 @@ def _at_home(word: str) -> str:
 
 
 def check_options(command: Any, words: Sequence[str]) -> None:
-    """Raise UserError for an option without its value, and for one that other programs have, with what to write here.
+    """Raise UserError for an option without its value, for an empty word (often an unset variable of the shell, which
+    would be the folder ``.``), and for an option that other programs have, with what to write here.
 
     command: what the parser makes of the program (a group of commands). Other mistakes are left to the parser.
     """
@@ -79,9 +80,13 @@ def check_options(command: Any, words: Sequence[str]) -> None:
     options = {name: option for option in command.params for name in option.opts if name.startswith("-")}
     overridable = any(getattr(option, "metavar", None) and "KEY.PATH" in option.metavar for option in command.params)
     for word, following in _own_words(rest, options):
+        if not word:
+            raise UserError(
+                f"{' '.join(path)}: an argument is empty (is a variable of the shell unset?); give it, or leave it out"
+            )
         name, equals, value = word.partition("=")
         if name in options:
-            _require_value(name, options, equals, following)
+            _require_value(name, options, [value] if equals else following, joined=bool(equals))
         elif name != "--help":
             instead = _instead(name, value if equals else _value(following), options, overridable=overridable)
             if instead:
@@ -89,26 +94,28 @@ def check_options(command: Any, words: Sequence[str]) -> None:
 
 
 def _own_words(words: Sequence[str], options: dict[str, Any]) -> Iterator[tuple[str, list[str]]]:
-    """The words that are options, each with those after it; values of options are passed over."""
+    """The words that are options or empty, each with those after it; values of options are passed over."""
     at = 0
     while at < len(words) and words[at] != "--":
         word = words[at]
         at += 1
-        if not word.startswith("-") or word == "-" or _NUMBER.match(word):
+        if word and (not word.startswith("-") or word == "-" or _NUMBER.match(word)):
             continue
         yield word, list(words[at:])
         if word in options and not options[word].is_flag:
             at += options[word].nargs
 
 
-def _require_value(name: str, options: dict[str, Any], equals: str, following: list[str]) -> None:
+def _require_value(name: str, options: dict[str, Any], following: list[str], *, joined: bool) -> None:
     option = options[name]
-    if option.is_flag or equals:
+    if option.is_flag:
         return
-    if not following or following[0].partition("=")[0] in options:
-        what = f" ({option.metavar})" if option.metavar else ""
+    what = f" ({option.metavar})" if option.metavar else ""
+    if not following or (not joined and following[0].partition("=")[0] in options):
         found = f"; {following[0]} follows it" if following else ""
         raise UserError(f"{name}: needs a value{what}{found}")
+    if not following[0]:
+        raise UserError(f"{name}: empty; give a value{what}, or leave {name} out (is a variable of the shell unset?)")
 
 
 def _value(following: list[str]) -> str:

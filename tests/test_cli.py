@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 import time
@@ -325,6 +326,29 @@ def test_who_writes_the_word_of_another_framework_is_told_ours(line, capsys):
     assert shown.out == ""
     assert shown.err.count("\n") == 1
     assert shown.err.rstrip("\n").endswith(FROM_ELSEWHERE[line])
+
+
+EMPTY = {
+    "plan '' train.lr=1": "iwm-fast plan: an argument is empty",
+    "evaluate '' --data d": "iwm-fast evaluate: an argument is empty",
+    "data verify ''": "iwm-fast data verify: an argument is empty",
+    "evaluate r --data ''": "--data: empty; give a value (DIR)",
+    "evaluate r --data=": "--data: empty; give a value (DIR)",
+    "evaluate r --data d --cache ''": "--cache: empty; give a value (DIR)",
+    "evaluate r --data d --json=": "--json: empty; give a value (FILE)",
+    "pretrain demo --out ''": "--out: empty; give a value",
+    "export r --out x --checkpoint ''": "--checkpoint: empty; give a value",
+}
+
+
+@pytest.mark.parametrize("line", EMPTY)
+def test_an_empty_word_is_not_taken_for_the_working_folder(line, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(shlex.split(line)) == 2
+    shown = capsys.readouterr()
+    assert shown.err.startswith(f"iwm-fast: {EMPTY[line]}")
+    assert shown.err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_negative_values_and_values_like_options_are_left_to_the_parser():

@@ -93,7 +93,7 @@ def dump_config(config: Config) -> str:
 def _read(path: Path) -> tuple[dict[str, Any], dict[Keys, int]]:
     """The mapping in a YAML file, sections left empty being empty mappings, and the lines of its keys."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # some editors put a byte order mark first
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -171,11 +171,12 @@ def _problems(error: ValidationError, values: dict[str, Any]) -> list[tuple[Keys
         if in_union and (kind == "model_type" or (kind == "literal_error" and isinstance(problem["input"], dict))):
             continue  # the alternative that was not meant
         keys = tuple(str(part) for part in location)
-        if isinstance(location[-1] if location else None, int):
+        in_list = bool(location) and isinstance(location[-1], int)
+        if in_list:
             keys = keys[:-1]
         if kind == "extra_forbidden":
             found.append((False, keys, _unknown(keys)))
-        elif kind == "missing":
+        elif kind == "missing" and not in_list:
             found.append((True, keys, f"missing; give {allowed('.'.join(keys))}"))
         elif kind == "value_error":
             found.append((True, keys, str(problem["ctx"]["error"])))
@@ -187,6 +188,8 @@ def _problems(error: ValidationError, values: dict[str, Any]) -> list[tuple[Keys
 def _unknown(keys: Keys) -> str:
     """Name the key that is meant by an unknown one: what other frameworks call so, a sibling, its name elsewhere."""
     known = sorted({row.key for row in rows()} | section_keys())
+    if ".".join(keys) in known:
+        return f"a key with dots is for the command line; in a file write {_nested(keys)}"
     prefix = ".".join((*keys[:-1], ""))
     siblings = {
         key.removeprefix(prefix): key for key in known if key.startswith(prefix) and "." not in key[len(prefix) :]
@@ -201,6 +204,12 @@ def _unknown(keys: Keys) -> str:
     return (
         f"unknown key; did you mean {near[0]}?" if near else f"unknown key; known here: {', '.join(siblings) or 'none'}"
     )
+
+
+def _nested(keys: Keys) -> str:
+    """A dotted key as a file nests it."""
+    *sections, key = ".".join(keys).split(".")
+    return "".join(f"{section}: {{" for section in sections) + f"{key}: ..." + "}" * len(sections)
 
 
 def _hinted(hint: Hint, siblings: dict[str, str]) -> str:

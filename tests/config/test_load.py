@@ -214,6 +214,10 @@ def test_whatever_is_written_is_read_back_equal(tmp_path_factory, root, lr, seed
     assert load_config(path) == config
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_key(file):
+    assert load_config(file("\ufefftrain:\r\n  seed: 7\r\n")).train.seed == 7
+
+
 MISTAKES = {
     "unknown key": ("train:\n  lrr: 1e-3", "run.yaml:2: train.lrr: unknown key; did you mean train.lr?"),
     "unknown section": ("trian:\n  lr: 1e-3", "run.yaml:1: trian: unknown key; did you mean train?"),
@@ -290,6 +294,21 @@ MISTAKES = {
     ),
     "empty path": ("data: {root: ''}", "run.yaml:1: data.root: an empty text; give a path, or null"),
     "list for text": ("data: {root: [a]}", 'run.yaml:1: data.root: found ["a"]; allowed: text, or null'),
+    "dotted key": (
+        "train.lr: 1e-3",
+        "run.yaml:1: train.lr: a key with dots is for the command line; in a file write train: {lr: ...}",
+    ),
+    "dotted key below a section": (
+        "model:\n  predictor.depth: 2",
+        (
+            "run.yaml:2: model.predictor.depth: a key with dots is for the command line; "
+            "in a file write model: {predictor: {depth: ...}}"
+        ),
+    ),
+    "too short a list": (
+        "train: {betas: [0.9]}",
+        "run.yaml:1: train.betas: found [0.9]; allowed: a list of 2 numbers [first, last]",
+    ),
     "contradiction": ("model:\n  image: 100", "run.yaml:1: model: image 100 must be a multiple of patch 16"),
     "duplicate": ("train:\n  lr: 1\n  lr: 2", "run.yaml:3: train.lr: given twice, first on line 2; keep one"),
     "malformed": ("train:\n  lr: [1", "run.yaml:2: not valid YAML: expected ',' or ']', but got '<stream end>'"),

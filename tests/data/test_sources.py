@@ -23,7 +23,7 @@ from iwm_fast.data.files import list_images, split
 from iwm_fast.data.index import write_index
 from iwm_fast.data.shards import write_shards
 from iwm_fast.data.sources.names import Names, escape, unescape
-from iwm_fast.data.sources.opening import REPEATED
+from iwm_fast.data.sources.opening import REPEATED, open_source
 from iwm_fast.data.sources.storage import DataGone, LocalStorage
 from iwm_fast.errors import UserError
 
@@ -420,3 +420,8 @@ def test_two_names_of_one_folder_are_one_class_and_the_other_name_is_said(tmp_pa
     assert images.classes == ("cat", "dog")
     assert len(images) == 2
     assert images.source.left_out.counts == {REPEATED: 2}
+
+
+def test_an_empty_path_is_not_the_working_folder():
+    with pytest.raises(UserError, match="the folder of images is an empty text; give its path"):
+        open_source("")

@@ -115,6 +115,8 @@ def top_level(root: str | Path, patience: Patience = PATIENCE) -> tuple[list[str
 
 def _place(root: str, patience: Patience) -> tuple[Storage, str | None]:
     """The storage, and the one file of it that was named, if it was one."""
+    if not root:
+        raise UserError("the folder of images is an empty text; give its path")  # Path("") would be the working folder
     if is_address(root):
         parent, _, last = root.rstrip("/").rpartition("/")
         if parent.count("/") >= 2 and (is_shard(last) or is_records(last) or is_manifest(last)):
