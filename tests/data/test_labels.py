@@ -216,7 +216,7 @@ def test_a_tar_per_class_keeps_its_folder_as_the_class(tmp_path):
 @pytest.mark.parametrize(
     ("kind", "texts"),
     [
-        ("cls", ["0", "07", "7\n", "00"]),
+        ("cls", ["0", "07", "7.0\n", "\ufeff00"]),
         ("json", ['{"label": 0}', '{"label": 7.0}', '{"label": "7"}', '{"label": [0]}']),
     ],
 )
@@ -257,3 +257,12 @@ def test_records_that_were_packed_are_read_from_the_shards(tmp_path):
         images = list_images(packed)
         assert [images.read(sample) for sample in range(len(images))] == [IMAGE] * 4
         assert images.labels.tolist() == [0, 1, 0, 1]
+
+
+def test_a_mask_beside_a_named_image_of_its_key_is_no_sample(tmp_path):
+    names = ["0.image.jpg", "0.mask.png", "0.depth.png", "1.left.jpg", "1.right.jpg", "2.mask.png"]
+    write_tar(tmp_path / "a.tar", [(name, IMAGE) for name in names])
+    images = list_images(tmp_path)
+    assert [images.name(n).split("tar:")[1] for n in range(len(images))] == [names[0], *names[3:]]
+    (row,) = images.source.left_out.rows()
+    assert (row["count"], row["examples"]) == (2, ["a.tar:0.mask.png", "a.tar:0.depth.png"])

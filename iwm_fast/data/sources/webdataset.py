@@ -7,6 +7,7 @@ the shard, or from one walk over the shard's headers.
 from __future__ import annotations
 
 import json
+import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,8 +29,12 @@ __all__ = ["CLASSES_FILE", "WebDatasetSource"]
 CLASSES_FILE = "classes.txt"  # beside the shards: a class's name a line, line n for the label n of the .cls members
 _LABELS, _SIDECARS = (".cls", ".class"), (".json",)
 _JSON_KEYS = ("cls", "label", "class")
+_WHOLE = re.compile(r"^(-?\d+)\.0+$")  # a whole number that was written as a float
+# What is drawn upon an image and lies in its key under a name that says so: 1.mask.png beside 1.image.jpg.
+_DRAWN = re.compile(r"\.(masks?|seg|segm|segmentation|semantic|instance|depth|trimap|gt)\.\w+$", re.IGNORECASE)
 
 NO_IMAGE = "member(s) of a key without an image"
+DRAWN = "mask(s), by their names, of a key that has an image"
 FURTHER = "further image(s) of a key that has a plain one"
 MISFIT = "index(es) that do not fit their shard, which was walked through"
 NO_MEMBER = "shard(s) without an image"
@@ -179,10 +184,10 @@ class WebDatasetSource:
         if offset < 0:
             return ""
         try:
-            text = self._bytes(sample, offset, size, of_image=False).decode().strip()
+            text = self._bytes(sample, offset, size, of_image=False).decode("utf-8-sig").strip()
         except (BadSample, UnicodeDecodeError) as error:
             raise UserError(f"{self.storage.shown(self.name(sample))}: its label cannot be read: {error}") from error
-        return _label_in(text) if sidecar else text
+        return _label_in(text) if sidecar else _WHOLE.sub(r"\1", text)
 
     def _bytes(self, sample: int, offset: int, size: int, *, of_image: bool) -> bytes:
         """A member's bytes; where an index told of it, the header before them has to say the same."""
@@ -226,6 +231,10 @@ def _samples(found: list[Member], shard: str, left_out: LeftOut) -> list[_Sample
     samples = []
     for key, group in groups.items():
         images = [member for member in group if is_member_image(member.name)]
+        seen = [member for member in images if not _DRAWN.search(member.name[len(key) :])]
+        if seen and len(seen) < len(images) and not any(member.name.rfind(".") == len(key) for member in images):
+            left_out.add(DRAWN, *(f"{shard}:{member.name}" for member in images if member not in seen))
+            images = seen
         plain = [member for member in images if member.name.rfind(".") == len(key)]
         if not images:
             left_out.add(NO_IMAGE, *(f"{shard}:{member.name}" for member in group))
