@@ -136,7 +136,7 @@ def _begin(partial: Path) -> str | None:
     try:
         if partial.exists():
             shutil.rmtree(partial)
-        partial.mkdir(parents=True)
+        partial.mkdir()  # without parents: under the mount point of a disk that is gone lies another
     except OSError as error:
         return _said(0, error)
     return None
@@ -144,7 +144,8 @@ def _begin(partial: Path) -> str | None:
 
 def _said(rank: int, error: OSError) -> str:
     where = f"{error.filename}: " if error.filename else ""
-    return f"rank {rank}: {where}{because(error)}"
+    gone = "the run's folder is gone: look whether its disk is mounted" if error.errno == errno.ENOENT else ""
+    return f"rank {rank}: {where}{because(error, gone)}"
 
 
 def _write_rank(partial: Path, step: int, fragments: Iterable[Fragment], ranks: Ranks) -> dict[str, Any]:

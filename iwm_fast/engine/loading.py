@@ -14,10 +14,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 from iwm_fast.actions import ActionSpace
-from iwm_fast.config import ActionsConfig, Config, ModelConfig, load_config
+from iwm_fast.config import ActionsConfig, Config, ModelConfig
 from iwm_fast.data.external import space_of
 from iwm_fast.engine.checkpoint import Checkpoint
 from iwm_fast.engine.checkpoint_paths import chosen_checkpoint, whole_checkpoint
+from iwm_fast.engine.rundir import run_config
 from iwm_fast.engine.state import restore_module
 from iwm_fast.errors import UserError, because
 from iwm_fast.models.iwm import IWM
@@ -54,7 +55,7 @@ def load_model(run: Path, which: str = "latest", overrides: Sequence[str] = ()) 
     fit.
     """
     path = find_checkpoint(run, which)
-    config = load_config(chosen_checkpoint(run, which).run / "config.yaml", overrides)
+    config = run_config(chosen_checkpoint(run, which).run / "config.yaml", overrides)
     space = space_of(config.actions)
     model = IWM(config.model, space.dim)
     saved = Checkpoint(path)

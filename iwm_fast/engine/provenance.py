@@ -15,7 +15,7 @@ from iwm_fast.engine.interconnect import Interconnect
 from iwm_fast.errors import UserError, because
 from iwm_fast.planning.environment import environment
 
-__all__ = ["describe_run"]
+__all__ = ["describe_run", "recorded_environment"]
 
 
 def describe_run(file: Path, config: Config, ranks: Ranks, step: int, measured: Interconnect | None) -> dict[str, Any]:
@@ -41,6 +41,18 @@ def describe_run(file: Path, config: Config, ranks: Ranks, step: int, measured: 
         "config": config.model_dump(mode="json"),
         "starts": [*_earlier(file), start],
     }
+
+
+def recorded_environment(file: Path) -> dict[str, Any]:
+    """What the last start ran with; where the file is missing or damaged, that alone."""
+    try:
+        document = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        return {"not known": f"{file}: {because(error)}"}
+    except (ValueError, RecursionError):
+        return {"not known": f"{file}: is damaged"}
+    found = document.get("environment") if isinstance(document, dict) else None
+    return found if isinstance(found, dict) else {"not known": f"{file}: is of another kind"}
 
 
 def _earlier(file: Path) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from iwm_fast.data.whole import write_whole_text
 from iwm_fast.engine.metrics import metrics_record
 from iwm_fast.errors import UserError, because
 
-__all__ = ["RunDirectory"]
+__all__ = ["RunDirectory", "run_config"]
 
 # What may differ when a run is resumed: where this start ends, how the work is divided and computed (the results are
 # equal to rounding), how long a fault is waited for, and what is saved, measured and logged.
@@ -108,15 +108,7 @@ class RunDirectory:
         """The configuration of the start before this one, None in a new run. A key that was not there yet has its
         default.
         """
-        return self._config() if self.config_file.exists() else None
-
-    def _config(self) -> Config:
-        if not self.config_file.read_bytes().strip(b" \0\r\n"):
-            raise UserError(
-                f"{self.config_file}: is empty, so nobody can tell whether the settings are the run's: restore it, or "
-                "remove it to resume with those that are given"
-            )
-        return load_config(self.config_file, [])
+        return run_config(self.config_file) if self.config_file.exists() else None
 
     def require_same(self, config: Config) -> None:
         """Raise UserError naming the first key that may not differ from the configuration the run was started with.
@@ -124,7 +116,7 @@ class RunDirectory:
         The place of the data may (`resuming.require_data`).
         """
         # Loaded as a configuration, so that a key that was not there yet has its default.
-        before = dict(_leaves(self._config().model_dump(mode="json")))
+        before = dict(_leaves(run_config(self.config_file).model_dump(mode="json")))
         now = dict(_leaves(config.model_dump(mode="json")))
         for key in sorted(before.keys() | now.keys()):
             if before.get(key) != now.get(key) and not key.startswith((*FREE_KEYS, *_PLACE_KEYS)):
@@ -166,6 +158,18 @@ class RunDirectory:
             self.metrics_file.unlink()
         except OSError as error:
             raise UserError(f"{self.metrics_file}: cannot be set aside ({because(error)})") from error
+
+
+def run_config(file: Path, overrides: Sequence[str] = ()) -> Config:
+    """A run's recorded configuration with ``overrides``. UserError where nothing is in its file: that of a user may be
+    empty, a run's never is.
+    """
+    if file.is_file() and not file.read_bytes().strip(b" \0\r\n"):
+        raise UserError(
+            f"{file}: is empty, so nobody can tell what the run's settings are: restore it, or remove it and resume "
+            "with the CONFIG that it was trained with"
+        )
+    return load_config(file, overrides)
 
 
 def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from iwm_fast.config import load_config
 from iwm_fast.engine.checkpoint_paths import chosen_checkpoint
 from iwm_fast.engine.loading import default_device, find_checkpoint, load_model
-from iwm_fast.engine.rundir import RunDirectory
+from iwm_fast.engine.provenance import recorded_environment
+from iwm_fast.engine.rundir import RunDirectory, run_config
 from iwm_fast.errors import UserError
 from iwm_fast.eval.cache import FeatureCache
 from iwm_fast.eval.evaluate import USUAL, WHAT, evaluate_model
@@ -125,7 +124,7 @@ def evaluate_run(
             metrics=read_metrics(run / "metrics.jsonl"),
             examples=shown,
             sliding=sliding,
-            environment=json.loads(RunDirectory(run).environment_file.read_text())["environment"],
+            environment=recorded_environment(RunDirectory(run).environment_file),
         )
     return answer
 
@@ -133,7 +132,7 @@ def evaluate_run(
 def _external(run: Path) -> bool:
     """Whether a run was trained on triplets; what is wrong with its folder is said when it is loaded."""
     file = run / "config.yaml"
-    return file.exists() and load_config(file).actions.groups == ("external",)
+    return file.exists() and run_config(file).actions.groups == ("external",)
 
 
 def _check_images(images: int | None, overrides: Sequence[str], what: Sequence[str], *, external: bool) -> None:

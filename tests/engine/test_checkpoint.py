@@ -258,3 +258,10 @@ def test_latest_as_a_link_names_its_checkpoint_and_is_replaced_by_the_next(tmp_p
     assert sorted(p.name for p in tmp_path.iterdir() if not p.name.startswith(".")) == [
         "latest", *(f"step_{step:06d}" for step in (2, 3, 4))
     ]  # fmt: skip
+
+
+def test_a_run_s_folder_that_is_gone_is_not_made_again_elsewhere(tmp_path):
+    """As under the mount point of a disk that was lost."""
+    with pytest.raises(UserError, match=r"No such file or directory; the run's folder is gone: look whether its disk"):
+        save(tmp_path / "mnt/run/checkpoints")
+    assert not (tmp_path / "mnt").exists()

@@ -15,6 +15,7 @@ ALONE = Ranks(0, 1, 0, 1, torch.device("cpu"))
 
 
 def save(run, *steps):
+    (run / "checkpoints").mkdir(parents=True, exist_ok=True)
     for step in steps:
         write(run / "checkpoints", step, [Fragment("weight", "w", (3,), 0, torch.ones(3))], {"updates": step}, ALONE, 9)
 

@@ -8,7 +8,7 @@ import pytest
 
 from iwm_fast.config import Config
 from iwm_fast.engine import provenance
-from iwm_fast.engine.rundir import RunDirectory
+from iwm_fast.engine.rundir import RunDirectory, run_config
 from iwm_fast.errors import UserError
 from iwm_fast.eval.report import read_metrics
 
@@ -19,7 +19,7 @@ def changed(config, section, **values):
 
 def test_a_second_live_job_is_refused_and_a_dead_one_is_not(tmp_path):
     code = (
-        "import sys; from pathlib import Path; from iwm_fast.engine.rundir import RunDirectory\n"
+        "import sys; from pathlib import Path; from iwm_fast.engine.rundir import RunDirectory, run_config\n"
         "with RunDirectory(Path(sys.argv[1])).locked(): print('held', flush=True); sys.stdin.read()"
     )
     holder = subprocess.Popen(
@@ -93,8 +93,8 @@ def test_metrics_of_a_run_that_begins_again_are_set_aside_and_none_is_lost(tmp_p
 def test_an_empty_configuration_of_a_run_is_not_taken_for_its_settings(tmp_path, left):
     run = RunDirectory(tmp_path)
     run.config_file.write_text(left)
-    for ask in (run.recorded, lambda: run.require_same(Config())):
-        with pytest.raises(UserError, match=r"config\.yaml: is empty, so nobody can tell .*: restore it, or remove it"):
+    for ask in (run.recorded, lambda: run.require_same(Config()), lambda: run_config(run.config_file, ["train.lr=1"])):
+        with pytest.raises(UserError, match=r"config\.yaml: is empty, so nobody can tell .*: restore it, or remove"):
             ask()
 
 
@@ -107,3 +107,21 @@ def test_a_file_or_a_link_to_nowhere_in_the_run_s_place_is_named(tmp_path):
             RunDirectory(tmp_path / name).locked(),
         ):
             pass
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ('{"environment": {"torch": "2"}}', {"torch": "2"}),
+        (None, "No such file or directory"),
+        ('{"environment": ', "is damaged"),
+        ("[]", "is of another kind"),
+        ('{"environment": 5}', "is of another kind"),
+    ],
+)
+def test_an_environment_that_is_not_recorded_is_said_in_its_place(tmp_path, text, found):
+    file = tmp_path / "environment.json"
+    if text is not None:
+        file.write_text(text)
+    known = provenance.recorded_environment(file)
+    assert known == (found if isinstance(found, dict) else {"not known": f"{file}: {found}"})
