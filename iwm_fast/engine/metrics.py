@@ -42,13 +42,17 @@ class MetricsLog:
             for sink in self._sinks:
                 sink.write(record)
         except OSError as error:
-            raise UserError(
-                f"{self._path}: metrics cannot be written ({because(error)}), then --resume auto"
-            ) from error
+            raise self._unwritten(error) from error
 
     def sync(self) -> None:
         """Wait until the lines are on the disk: before a checkpoint after which they are not written again."""
-        sync_open(self._file.fileno())
+        try:
+            sync_open(self._file.fileno())
+        except OSError as error:
+            raise self._unwritten(error) from error
+
+    def _unwritten(self, error: OSError) -> UserError:
+        return UserError(f"{self._path}: metrics cannot be written ({because(error)}), then --resume auto")
 
 
 def metrics_record(line: bytes) -> dict[str, Any] | None:

@@ -8,6 +8,7 @@ import pytest
 
 from iwm_fast.config import Config
 from iwm_fast.engine import provenance
+from iwm_fast.engine.metrics import MetricsLog
 from iwm_fast.engine.rundir import RunDirectory, run_config
 from iwm_fast.errors import UserError
 from iwm_fast.eval.report import read_metrics
@@ -19,7 +20,7 @@ def changed(config, section, **values):
 
 def test_a_second_live_job_is_refused_and_a_dead_one_is_not(tmp_path):
     code = (
-        "import sys; from pathlib import Path; from iwm_fast.engine.rundir import RunDirectory, run_config\n"
+        "import sys; from pathlib import Path; from iwm_fast.engine.rundir import RunDirectory\n"
         "with RunDirectory(Path(sys.argv[1])).locked(): print('held', flush=True); sys.stdin.read()"
     )
     holder = subprocess.Popen(
@@ -125,3 +126,15 @@ def test_an_environment_that_is_not_recorded_is_said_in_its_place(tmp_path, text
         file.write_text(text)
     known = provenance.recorded_environment(file)
     assert known == (found if isinstance(found, dict) else {"not known": f"{file}: {found}"})
+
+
+def test_metrics_that_the_disk_loses_are_named(tmp_path, monkeypatch):
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+
+    def fail(_handle):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(UserError, match=r"metrics\.jsonl: metrics cannot be written \(Input/output error; the disk"):
+        log.sync()
+    log.close()
