@@ -115,7 +115,8 @@ def _require_value(name: str, options: dict[str, Any], following: list[str], *, 
         found = f"; {following[0]} follows it" if following else ""
         raise UserError(f"{name}: needs a value{what}{found}")
     if not following[0]:
-        raise UserError(f"{name}: empty; give a value{what}, or leave {name} out (is a variable of the shell unset?)")
+        instead = "" if option.required else f", or leave {name} out"
+        raise UserError(f"{name}: empty; give a value{what}{instead} (is a variable of the shell unset?)")
 
 
 def _value(following: list[str]) -> str:
