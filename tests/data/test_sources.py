@@ -22,6 +22,7 @@ from iwm_fast.data.encoded import BadSample
 from iwm_fast.data.files import list_images, split
 from iwm_fast.data.index import write_index
 from iwm_fast.data.shards import write_shards
+from iwm_fast.data.sources import storage
 from iwm_fast.data.sources.names import Names, escape, unescape
 from iwm_fast.data.sources.opening import REPEATED, open_source
 from iwm_fast.data.sources.storage import DataGone, LocalStorage
@@ -425,3 +426,12 @@ def test_two_names_of_one_folder_are_one_class_and_the_other_name_is_said(tmp_pa
 def test_an_empty_path_is_not_the_working_folder():
     with pytest.raises(UserError, match="the folder of images is an empty text; give its path"):
         open_source("")
+
+
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [(errno.ESTALE, "its server has lost it: mount it again"), (errno.EACCES, "check its owner and permissions")],
+)
+def test_a_folder_that_cannot_be_listed_says_what_its_own_cause_asks_for(number, advice):
+    with pytest.raises(UserError, match=rf"^/photos/cat cannot be listed: {os.strerror(number)}; {advice}$"):
+        storage._refuse(OSError(number, os.strerror(number), "/photos/cat"))

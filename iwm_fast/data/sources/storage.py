@@ -218,4 +218,4 @@ def _read_fully(file: int, wanted: int, offset: int) -> bytes:
 
 
 def _refuse(error: OSError) -> None:
-    raise UserError(f"{error.filename} cannot be listed: {error.strerror}; check its permissions") from error
+    raise UserError(f"{error.filename} cannot be listed: {because(error)}") from error
