@@ -27,6 +27,11 @@ def require_ready(config: Config, directory: RunDirectory) -> None:
 
     What the evaluation will not measure is said. The first rank calls it, which holds the run.
     """
+    for key, root in (("data.root", config.data.root), ("eval.root", config.eval.root)):
+        if root is not None and Path(root).resolve() == directory.path.resolve():
+            raise UserError(
+                f"--out: {directory.path}: is {key} too, and a run would lie among the images; choose another"
+            )
     for folder in (directory.path, directory.checkpoints, *([directory.tensorboard] if config.log.tensorboard else [])):
         why = unwritable(folder)
         if why is not None:

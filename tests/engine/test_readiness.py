@@ -15,6 +15,8 @@ from small_run import losses, metrics, small_config
 import iwm_fast
 from iwm_fast.engine import checkpoint, monitor, pretrain, readiness
 from iwm_fast.engine.export import export_run
+from iwm_fast.engine.readiness import require_ready
+from iwm_fast.engine.rundir import RunDirectory
 from iwm_fast.engine.sinks import open_sinks
 from iwm_fast.errors import UserError
 
@@ -157,3 +159,11 @@ def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+@pytest.mark.parametrize(("key", "other"), [("data.root", {}), ("eval.root", {"eval__every_steps": 1})])
+def test_a_run_does_not_lie_among_the_images(tiny_images, tmp_path, key, other):
+    roots = {"data.root": tmp_path / "others", "eval.root": None} | {key: tiny_images}
+    config = small_config(roots["data.root"], **({"eval__root": str(tiny_images)} | other if other else {}))
+    with pytest.raises(UserError, match=f"--out: .*is {key} too"):
+        require_ready(config, RunDirectory(tiny_images))
