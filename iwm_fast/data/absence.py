@@ -28,8 +28,8 @@ def read_present(read: Callable[[], bytes], wait_s: float, closed: threading.Eve
             waited = time.monotonic() - begin
             if wait_s and (waited >= wait_s or closed.is_set()):
                 raise UserError(
-                    f"{gone.what} and has not come back within {wait_s:g} s; bring it back, then go on with "
-                    "--resume auto, or raise data.wait_s"
+                    f"{gone.what} and has not come back within {wait_s:g} s; bring the data back, and start again: a "
+                    "training resumes with --resume auto, and waits longer with a larger data.wait_s"
                 ) from gone
             if not wait_s:
                 raise

@@ -41,9 +41,12 @@ def test_recolour_clips_at_both_ends():
 
 @given(st.integers(1, 90), st.integers(1, 90), st.integers(1, 40))
 def test_resize_is_the_antialiased_linear_filter(height, width, size):
-    """Its two roundings and its weights in 16 bits leave under a level."""
+    """Its two roundings and its weights in 16 bits leave a level at most, and far less in the mean of many values."""
     image = picture(width, height, 5)
-    assert reference.error(reference.resize(image, size), resized(image, size)) <= 0.6
+    expected, found = reference.resize(image, size), resized(image, size)
+    assert np.abs(expected.astype(int) - found).max() <= 1
+    if found.size >= 27:  # three values of one pixel may all be rounded the other way
+        assert reference.error(expected, found) <= 0.6
 
 
 @pytest.mark.parametrize(("down", "across"), [(False, True), (True, False), (True, True)])
