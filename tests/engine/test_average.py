@@ -11,6 +11,8 @@ from small_run import metrics, small_config, state
 from iwm_fast.actions import ActionSpace
 from iwm_fast.models.iwm import IWM
 
+pytestmark = pytest.mark.slow  # two ranks at three stages
+
 STEPS = 4
 CHANGES = {"train__precision": "bf16", "train__steps": STEPS, "checkpoint__every_steps": 1, "checkpoint__keep_last": 9}
 

@@ -10,6 +10,7 @@ from iwm_fast.errors import UserError
 from iwm_fast.models.regions import compilations
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 def test_losses_are_the_plain_ones_and_no_batch_after_the_tenth_compiles(tiny_images, tmp_path, monkeypatch):
     lengths, graphs = [], []

@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 from iwm_fast.engine.interconnect import Link, far_below
 from iwm_fast.engine.launch import Peer
 
+pytestmark = pytest.mark.slow  # ranks of their own, some of them slow
+
 SCRIPT = Path(__file__).parent / "joined_ranks.py"
 FIRST = Peer(0, "alpha", 10, "nccl", "NVIDIA H100", 8, 8, {})
 

@@ -40,6 +40,7 @@ def config(tmp_path_factory, tiny_images):
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
 def test_launchers_train_as_one_process_does(launcher, config, tmp_path):
     for name in ("alone", launcher):

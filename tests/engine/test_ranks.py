@@ -7,6 +7,8 @@ from small_run import losses, metrics, small_config, state
 
 from iwm_fast.engine import pretrain
 
+pytestmark = pytest.mark.slow  # two ranks, a dozen trainings
+
 # More than half of the weights: the second rank's slice has nothing of the encoder.
 WIDE_PREDICTOR = {"model__predictor__width": 64, "train__steps": 5}
 

@@ -12,6 +12,8 @@ import pytest
 from iwm_fast.kernels import TRITON_FUNCTIONS
 from iwm_fast.kernels.aot import Report
 
+pytestmark = pytest.mark.slow  # every kernel of an architecture is compiled
+
 ROOT = Path(__file__).resolve().parents[2]
 CLEAN = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
 
