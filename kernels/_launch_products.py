@@ -17,7 +17,6 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ._candidates import PROCESSORS, Choice, slices_of
-from ._launch import add_slices
 from ._products import hidden_backward_kernel, linear_kernel, weight_grad_kernel
 from ._rows import activate_kernel
 from ._tuning import tuner
@@ -30,7 +29,6 @@ __all__ = [
     "image_bias",
     "linear",
     "takes_action",
-    "weight_grad",
     "weight_grad_slices",
 ]
 
@@ -287,11 +285,6 @@ def weight_grad_slices(a: Tensor, b: Tensor, into: Tensor | None = None) -> Tens
         return sums
 
     return tuner(a.device).run("weight_grad", a.dtype, (rows, p, q), call, _layout(a, b))
-
-
-def weight_grad(a: Tensor, b: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """aᵀ · b, (P, Q) of `dtype`, for a (N, P) and b (N, Q): the rows in slices, the slices added in their order."""
-    return add_slices(weight_grad_slices(a, b), dtype)
 
 
 def _library_weight_grad(a: Tensor, b: Tensor) -> Tensor:
