@@ -33,7 +33,7 @@ from iwm_fast.benchmarks.timing import spread
 from iwm_fast.config import Config, load_config
 from iwm_fast.config.load import find_config
 from iwm_fast.data.external import space_of
-from iwm_fast.engine.distributed import Ranks, start
+from iwm_fast.engine.distributed import Ranks, leave, start
 from iwm_fast.engine.schedules import Schedules
 from iwm_fast.models.decay import decayed_parameters
 from iwm_fast.models.iwm import IWM
@@ -175,6 +175,7 @@ def main() -> int:
         rows = measure(load_config(find_config(args.config), settings), args.stages, args.repeats)
         if os.environ["RANK"] == "0":
             args.rows.write_text(json.dumps(rows))
+        leave()
         return 0
     found = [row for ranks in args.ranks for row in _launch(ranks, args)]
     if args.json:

@@ -78,8 +78,8 @@ def _step(args: argparse.Namespace, file: Path) -> list[str]:
 
 
 def _attention(args: argparse.Namespace, file: Path) -> list[str]:
-    rounds = "15" if _on_gpu(args) else "1"
-    return ["iwm_fast.benchmarks.attention", "--device", args.device, "--json", str(file), "--rounds", rounds]
+    few = ["--rounds", "15"] if _on_gpu(args) else ["--rounds", "1", "--dtype", "fp32"]
+    return ["iwm_fast.benchmarks.attention", "--device", args.device, "--json", str(file), *few]
 
 
 def _kernels(args: argparse.Namespace, file: Path) -> list[str]:
@@ -121,7 +121,8 @@ def _train(args: argparse.Namespace, file: Path) -> list[str]:
 
 def _settings(args: argparse.Namespace, file: Path) -> list[str]:
     config, *common = _BASE if _on_gpu(args) else _TINY
-    words = ["iwm_fast.benchmarks.settings", *_SETTINGS, "--each", "--json", str(file), "--config", config]
+    settings = _SETTINGS if _on_gpu(args) else _SETTINGS[:1]  # the target's stream is a GPU's
+    words = ["iwm_fast.benchmarks.settings", *settings, "--each", "--json", str(file), "--config", config]
     few = ["--batch", "256", "--repeats", "20"] if _on_gpu(args) else ["--batch", "16", "--repeats", "3"]
     return [*words, "--common", *common, *few, "--device", args.device]
 
@@ -146,7 +147,8 @@ PARTS = {
 def run_part(name: str, args: argparse.Namespace, left: float) -> str:
     """Run a part for at most its limit, and what is left; how it went."""
     part, file, log = PARTS[name], args.out / f".{name}.json", args.out / f"{name}.log"
-    limit = min(part.limit * args.patience, left)
+    patience = args.patience or (1.0 if _on_gpu(args) else 2.0)
+    limit = min(part.limit * patience, left)
     environment_ = os.environ | ({"TRITON_INTERPRET": "1"} if name == "tests" and not _on_gpu(args) else {})
     file.unlink(missing_ok=True)
     begin, error = time.monotonic(), ""
@@ -236,7 +238,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--steps", type=int, default=60, help="of each training")
     parser.add_argument("--budget", type=float, default=540.0, help="seconds that all parts together may take")
-    parser.add_argument("--patience", type=float, default=1.0, help="factor on each part's limit")
+    parser.add_argument("--patience", type=float, help="factor on each part's limit; without, 1 on a GPU, 2 on a CPU")
     parser.add_argument("--ijepa", type=Path, help="a clone of facebookresearch/ijepa, for the part peers")
     parser.add_argument("--dry", action="store_true", help="print the parts and their limits, and stop")
     return parser

@@ -19,7 +19,7 @@ from iwm_fast.benchmarks.synthetic import synthetic_stream
 from iwm_fast.benchmarks.timing import clocked
 from iwm_fast.config import Config
 from iwm_fast.data.external import space_of
-from iwm_fast.engine.distributed import start
+from iwm_fast.engine.distributed import leave, start
 from iwm_fast.planning.communication import step_collectives
 from iwm_fast.planning.counting import CollectiveCounter
 from iwm_fast.planning.layout import layout_of
@@ -65,6 +65,7 @@ def main(config_file: Path, out: Path, repeats: int) -> None:
     }
     if ranks.first:
         out.write_text(json.dumps(row))
+    leave()
 
 
 if __name__ == "__main__":

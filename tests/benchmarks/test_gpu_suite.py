@@ -37,7 +37,7 @@ def parts(monkeypatch, tmp_path):
             for name, ends in how.items()
         }
         monkeypatch.setattr(gpu_suite, "PARTS", told)
-        return ["--device", "cpu", "--out", str(tmp_path / "out"), "--parts", *told]
+        return ["--device", "cpu", "--patience", "1", "--out", str(tmp_path / "out"), "--parts", *told]
 
     return put
 

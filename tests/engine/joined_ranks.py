@@ -36,7 +36,7 @@ with live.watching():
     if ranks.first:
         said = interconnect.far_below(found.links, ranks.peers)
         print(json.dumps({"measured": found.document(), "said": said}), flush=True)
-if sys.argv[1] == "well":
+if sys.argv[1] != "hang":
     leave()
     if dist.is_initialized():
         sys.exit("the process group is still there")

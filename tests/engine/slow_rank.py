@@ -11,6 +11,7 @@ from pathlib import Path
 from small_run import small_config
 
 from iwm_fast.engine import loop, pretrain, training
+from iwm_fast.engine.distributed import leave
 
 images, out, port = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 
@@ -31,3 +32,4 @@ class Slow(loop.Trainer):
 
 training.Trainer = Slow
 pretrain(small_config(images, train__steps=6, zero__stage=2, log__prometheus_port=port), out)
+leave()

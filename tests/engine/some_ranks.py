@@ -16,6 +16,7 @@ import torch.distributed as dist
 from small_run import small_config
 
 from iwm_fast.engine import checkpoint_writer, ema, loop, pretrain
+from iwm_fast.engine.distributed import leave
 
 
 def fp32_storages():
@@ -89,3 +90,4 @@ for job in jobs:
         pretrain(config, Path(out) / name, resume)
     body = {"fp32_bytes": seen.held, "steps": seen.steps}
     (Path(out) / f"{record}.{dist.get_rank()}.json").write_text(json.dumps(body))
+leave()

@@ -13,6 +13,7 @@ from small_run import small_config
 from torch.utils._pytree import tree_leaves
 
 from iwm_fast.engine import loop, pretrain
+from iwm_fast.engine.distributed import leave
 from iwm_fast.planning.counting import CollectiveCounter
 
 SETTLED = 3  # DeepSpeed's stage 3 learns the order of the modules in its first step, and gathers by it from the next
@@ -84,3 +85,4 @@ if __name__ == "__main__":
         pretrain(small_config(Path(images), **json.loads(job)), Path(out) / str(i))
     if torch.distributed.get_rank() == 0:
         (Path(out) / "counted.json").write_text(json.dumps(Watched.notes))
+    leave()
