@@ -36,7 +36,7 @@ from iwm_fast.planning.environment import environment
 from iwm_fast.programs import run_program
 from iwm_fast.results import write_json
 
-__all__ = ["PARTS", "Part", "main"]
+__all__ = ["PARTS", "Part", "limit_of", "main"]
 
 SCHEMA = "iwm-fast-gpu-suite/2"
 _SETTINGS = ("train.compile=true", "train.target_stream=true")
@@ -144,11 +144,18 @@ PARTS = {
 }
 
 
+def limit_of(name: str, args: argparse.Namespace, left: float) -> float:
+    """Seconds for a part, of those that are left: at most its limit; the last one has what the others did not need."""
+    if name == args.parts[-1]:
+        return left
+    patience = args.patience or (1.0 if _on_gpu(args) else 2.0)
+    return min(PARTS[name].limit * patience, left)
+
+
 def run_part(name: str, args: argparse.Namespace, left: float) -> str:
     """Run a part for at most its limit, and what is left; how it went."""
     part, file, log = PARTS[name], args.out / f".{name}.json", args.out / f"{name}.log"
-    patience = args.patience or (1.0 if _on_gpu(args) else 2.0)
-    limit = min(part.limit * patience, left)
+    limit = limit_of(name, args, left)
     environment_ = os.environ | ({"TRITON_INTERPRET": "1"} if name == "tests" and not _on_gpu(args) else {})
     file.unlink(missing_ok=True)
     begin, error = time.monotonic(), ""
@@ -228,7 +235,7 @@ def _dry(args: argparse.Namespace) -> None:
         part = PARTS[name]
         total += part.limit
         print(f"{name:10} at most {part.limit:4.0f} s  needs {', '.join(part.needs) or '-':26} {part.what}")
-    print(f"together at most {total:.0f} s; the budget is {args.budget:.0f} s")
+    print(f"together at most {total:.0f} s; the last part may take what the others leave of {args.budget:.0f} s")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -254,7 +254,9 @@ def doctor(json: Json = None) -> None:
         {"parts": [asdict(part) for part in parts]},
         lambda: print_table("iwm-fast doctor", columns, part_rows(parts)),
     )
-    if any(part.broken for part in parts):
+    broken = [part.part for part in parts if part.broken]
+    if broken:
+        typer.echo(f"iwm-fast doctor: broken: {', '.join(broken)}; the table says why", err=True)
         raise typer.Exit(1)
 
 

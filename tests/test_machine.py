@@ -8,6 +8,7 @@ import shutil
 import pytest
 
 from iwm_fast import machine
+from iwm_fast.cli import main
 
 
 def test_without_a_compiler_a_gpu_run_is_broken_and_a_cpu_run_is_not(monkeypatch, tmp_path):
@@ -48,3 +49,10 @@ def test_a_nearly_full_disk_is_named(monkeypatch):
     full = shutil._ntuple_diskusage(total=10**12, used=10**12 - 10**6, free=10**6)
     monkeypatch.setattr(machine.shutil, "disk_usage", lambda _path: full)
     assert "under 1 GB in the current folder" in machine._disk().reason
+
+
+def test_the_doctor_ends_with_1_and_names_what_is_broken(monkeypatch, capsys):
+    parts = [machine.Part("driver", None, False, "no answer", broken=True), machine.Part("disk", None, True, "room")]
+    monkeypatch.setattr("iwm_fast.doctor.examine", lambda: parts)
+    assert main(["doctor"]) == 1
+    assert capsys.readouterr().err == "iwm-fast doctor: broken: driver; the table says why\n"

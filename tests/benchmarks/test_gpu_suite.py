@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import tarfile
@@ -104,4 +105,13 @@ def test_the_most_valuable_part_comes_first_and_all_but_the_last_fit_into_a_run(
     assert gpu_suite.main(["--out", str(tmp_path), "--dry"]) == 0
     said = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in said[:-1]] == order
-    assert said[-1] == "together at most 540 s; the budget is 540 s"
+    assert said[-1] == "together at most 540 s; the last part may take what the others leave of 540 s"
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "left", "seconds"),
+    [("step", "cuda", 540, 80), ("step", "cpu", 540, 160), ("step", "cuda", 50, 50), ("settings", "cuda", 200, 200)],
+)
+def test_a_part_has_its_limit_and_the_last_one_what_is_left(name, device, left, seconds):
+    args = argparse.Namespace(device=device, patience=None, parts=["step", "settings"])
+    assert gpu_suite.limit_of(name, args, left) == seconds
