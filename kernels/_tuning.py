@@ -18,7 +18,6 @@ import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -257,22 +256,25 @@ def tuning_folder() -> Path:
     return Path(temporary) / f"iwm-fast-{os.getuid()}"
 
 
-_in_place: ContextVar[Chooser | None] = ContextVar("iwm_fast_kernels_tuner", default=None)
+_in_place: Chooser | None = None
 
 
 @contextlib.contextmanager
 def use_tuner(other: Chooser) -> Iterator[None]:
-    """Ask `other` instead of the devices' tuners: for compiling ahead, for tests, for measuring one choice."""
-    token = _in_place.set(other)
+    """Ask `other` instead of the devices' tuners, for the process: autograd runs backward passes in threads of its own,
+    which see no context variable.
+    """
+    global _in_place  # noqa: PLW0603 - as above
+    before, _in_place = _in_place, other
     try:
         yield
     finally:
-        _in_place.reset(token)
+        _in_place = before
 
 
 def tuner(device: torch.device) -> Chooser:
     """Whom to ask for a choice on a device."""
-    return _in_place.get() or _tuner_of(device)
+    return _in_place or _tuner_of(device)
 
 
 @cache

@@ -6,6 +6,7 @@ import errno
 import json
 import multiprocessing
 import os
+import threading
 import time
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import triton
 
 from iwm_fast.kernels import _tuning
 from iwm_fast.kernels._candidates import ARCHITECTURES, LIBRARY, PRODUCTS, SHARED_LIMIT, Choice, candidates_of
-from iwm_fast.kernels._tuning import Tuner, bucket
+from iwm_fast.kernels._tuning import Tuner, bucket, tuner, use_tuner
 
 SIZES = (5000, 1536, 384)
 
@@ -254,3 +255,14 @@ def test_every_architecture_has_candidates(architecture, product):
 def test_the_interpreter_times_nothing(tmp_path):
     tuner = Tuner("interpreter", "interpreter", 10**9, tmp_path, pytest.fail)
     assert isinstance(ask(tuner), Choice)
+
+
+def test_the_tuner_in_use_is_asked_in_every_thread(tmp_path):
+    """A backward pass on a GPU runs in a thread of autograd's."""
+    mine, found = make(tmp_path)[0], []
+    with use_tuner(mine):
+        thread = threading.Thread(target=lambda: found.append(tuner(torch.device("cpu"))))
+        thread.start()
+        thread.join()
+    assert found == [mine]
+    assert tuner(torch.device("cpu")) is not mine
