@@ -1,108 +1,41 @@
-"""Kernels that one call of the conditioned MLP launches, counted without a GPU.
+"""Launches of a training step by part, or of one call of the conditioned MLP, counted without a GPU.
 
+    python -m benchmarks.launches CONFIG [KEY.PATH=VALUE ...] --json FILE
     python -m benchmarks.launches --mlp N,D,H,A --json FILE
 
-N tokens, D width, H hidden units, A action components (0: no action). The launchers run on tensors without memory; each
-launch of a Triton kernel is counted, and each PyTorch operator that would launch one: all but views and allocations.
-Matmuls take the first candidate of sm_90. Beside the counts: the most bytes that the call holds at once, its results
-included and its inputs not.
+CONFIG: a preset of `iwm-fast bench step`, or a configuration; a step on one rank, as `step_launches` counts it.
+N tokens, D width, H hidden units, A action components (0: no action): forward and backward of one call, and the most
+bytes that it holds at once, its results included and its inputs not.
+
+Each launch of a Triton kernel is counted, and each that an operator of PyTorch makes on CUDA (`launch_rules`). Matmuls
+take the first candidate of sm_90.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-import weakref
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from iwm_fast.benchmarks.launch_counting import Launched, count_launches
+from iwm_fast.benchmarks.presets import PRESETS, preset_config
+from iwm_fast.commands.options import only_rank
+from iwm_fast.config import Config
+from iwm_fast.config.load import find_config, load_config
 from iwm_fast.errors import UserError
 from iwm_fast.kernels import _mlp_triton
-from iwm_fast.kernels._candidates import Choice, candidates_of, possible
-from iwm_fast.kernels._launches import recording
-from iwm_fast.kernels._tuning import use_tuner
 from iwm_fast.outputs import require_result
 from iwm_fast.programs import run_program
-from iwm_fast.results import write_result
+from iwm_fast.results import give_result
 
-__all__ = ["Launched", "count_launches", "mlp_launches"]
+__all__ = ["mlp_launches"]
 
-_ARCHITECTURE = "sm_90"
 _IMAGES = 512
-_ALLOCATIONS = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided")
-
-
-@dataclass(frozen=True)
-class Launched:
-    """Launches of a piece of work: Triton's kernels and PyTorch's. peak_bytes: the most it holds at once."""
-
-    triton: int
-    torch: int
-    kernels: dict[str, int]
-    peak_bytes: int
-
-
-class _First:
-    """In the tuner's place: the first candidate."""
-
-    def run(
-        self, product: str, dtype: torch.dtype, _: tuple[int, int, int], call: Callable[[Choice], Any], about: str
-    ) -> Any:
-        found = candidates_of(_ARCHITECTURE, product)
-        return call(next(c for c in found if possible(c, _ARCHITECTURE, dtype.itemsize, about)))
-
-
-class _Operators(TorchDispatchMode):
-    """Counts PyTorch's operators that launch a kernel, and bytes that are allocated inside and still held."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = self.held = self.peak = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        name = func.overloadpacket.__name__
-        returns = func._schema.returns  # noqa: SLF001  (torch has no public name for it)
-        is_view = bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
-        if is_view or name == "_unsafe_view":  # of a copy that reshape made
-            return out
-        if name not in _ALLOCATIONS:
-            self.count += 1
-        if not any(r.alias_info is not None for r in returns):
-            for value in out if isinstance(out, tuple | list) else (out,):
-                if isinstance(value, Tensor):
-                    self._hold(value)
-        return out
-
-    def _hold(self, value: Tensor) -> None:
-        storage = value.untyped_storage()
-        size = storage.nbytes()
-        self.held += size
-        self.peak = max(self.peak, self.held)
-        weakref.finalize(storage, self._release, size)
-
-    def _release(self, size: int) -> None:
-        self.held -= size
-
-
-def count_launches(work: Callable[[], object]) -> Launched:
-    """Count what `work` launches; its tensors are on the meta device."""
-    kernels: dict[str, int] = {}
-
-    def record(kernel: Any, _: dict[str, Any]) -> None:
-        kernels[kernel.__name__] = kernels.get(kernel.__name__, 0) + 1
-
-    operators = _Operators()
-    with recording(record), use_tuner(_First()), operators:
-        work()
-    return Launched(sum(kernels.values()), operators.count, dict(sorted(kernels.items())), operators.peak)
 
 
 def mlp_launches(tokens: int, width: int, hidden: int, actions: int) -> dict[str, Launched]:
@@ -135,21 +68,65 @@ def _sizes(text: str) -> list[int]:
     return sizes
 
 
+def _chosen(words: Sequence[str]) -> tuple[str, Config]:
+    """The one configuration that is named, with its overrides."""
+    names = [word for word in words if "=" not in word]
+    if len(names) != 1:
+        raise UserError(
+            f"{' '.join(words) or 'CONFIG'}: name one configuration or one preset ({', '.join(PRESETS)}), "
+            "then KEY.PATH=VALUE, or give --mlp N,D,H,A"
+        )
+    overrides = tuple(word for word in words if "=" in word)
+    if names[0] in PRESETS:
+        return names[0], preset_config(names[0], overrides)
+    return names[0], load_config(find_config(names[0]), overrides)
+
+
+def _count_step(name: str, config: Config, destination: str) -> None:
+    from iwm_fast.benchmarks.step_launches import step_launches
+    from iwm_fast.quiet import quiet_third_parties
+
+    quiet_third_parties()
+    only_rank("cpu", 1)
+    rows = step_launches(config)
+    total = sum(row.triton + row.torch for row in rows)
+    shape = {"config": name, "images": config.train.global_batch, "stage": config.zero.stage}
+
+    def show() -> None:
+        print(f"{'part':36}{'Triton':>8}{'PyTorch':>9}")
+        for row in rows:
+            print(f"{row.part:36}{row.triton:8}{row.torch:9}")
+        print(f"{'total':36}{total:17}")
+
+    give_result(destination, "launches", shape | {"rows": [asdict(row) for row in rows], "total": total}, show)
+
+
+def _count_mlp(text: str, destination: str) -> None:
+    counts = mlp_launches(*_sizes(text))
+
+    def show() -> None:
+        for name, found in counts.items():
+            kernels = ", ".join(f"{n} {kernel.removesuffix('_kernel')}" for kernel, n in found.kernels.items())
+            total = found.triton + found.torch
+            print(f"{name:10}{total:4} launches: {found.triton} Triton ({kernels}), {found.torch} PyTorch")
+
+    give_result(destination, "launches", {"mlp": text} | {name: asdict(found) for name, found in counts.items()}, show)
+
+
 def main(words: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.launches", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument(
-        "--mlp", metavar="N,D,H,A", required=True, help="tokens, width, hidden units, action components"
-    )
+    parser.add_argument("config", nargs="*", metavar="CONFIG", help="a preset or a configuration, then KEY.PATH=VALUE")
+    parser.add_argument("--mlp", metavar="N,D,H,A", help="tokens, width, hidden units, action components")
     parser.add_argument("--json", required=True, help="file to write, or -")
-    args = parser.parse_args(words)
+    args = parser.parse_intermixed_args(words)
+    if args.mlp is not None and args.config:
+        raise UserError(f"--mlp {args.mlp}: it stands instead of {args.config[0]}; give one of them")
     require_result(args.json)
-    counts = mlp_launches(*_sizes(args.mlp))
-    for name, found in counts.items():
-        kernels = ", ".join(f"{n} {kernel.removesuffix('_kernel')}" for kernel, n in found.kernels.items())
-        total = found.triton + found.torch
-        print(f"{name:10}{total:4} launches: {found.triton} Triton ({kernels}), {found.torch} PyTorch")
-    write_result(args.json, "launches", {"mlp": args.mlp} | {name: asdict(found) for name, found in counts.items()})
+    if args.mlp is not None:
+        _count_mlp(args.mlp, args.json)
+    else:
+        _count_step(*_chosen(args.config), args.json)
 
 
 if __name__ == "__main__":

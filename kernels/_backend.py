@@ -16,6 +16,7 @@ __all__ = [
     "BACKENDS",
     "autocast_type",
     "backward_without_autocast",
+    "recorded_launches",
     "resolve_backend",
     "use_backend",
     "without_autocast",
@@ -26,6 +27,18 @@ _TYPES = (torch.float32, torch.float16, torch.bfloat16)
 _INTERPRETED = bool(INTERPRETED.value)
 # What "auto" means. A plain global: torch.compile reads it while tracing, and cannot read a context variable.
 _auto = "auto"
+_recorded = False  # launches are recorded and none is made, so a tensor of any device will do
+
+
+@contextlib.contextmanager
+def recorded_launches() -> Iterator[None]:
+    """Let Triton be asked for on any device inside, where launches are recorded instead of made."""
+    global _recorded  # noqa: PLW0603  (as above)
+    before, _recorded = _recorded, True
+    try:
+        yield
+    finally:
+        _recorded = before
 
 
 @contextlib.contextmanager
@@ -60,7 +73,7 @@ def resolve_backend(backend: str, name: str, x: Tensor, dtype: torch.dtype | Non
             f'{name if dtype is None else "dtype"} is {computed}; backend "triton" takes torch.float32, torch.float16 '
             'and torch.bfloat16: use backend="reference"'
         )
-    if not x.is_cuda and not _INTERPRETED and x.device.type != "meta":
+    if not x.is_cuda and not _INTERPRETED and not _recorded and x.device.type != "meta":
         raise ValueError(
             f'{name} is on {x.device}; backend "triton" needs a CUDA device, or Triton\'s interpreter '
             '(TRITON_INTERPRET=1 when Python starts): use backend="reference"'

@@ -14,6 +14,7 @@ from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import _mlp_triton
+from ._backend import recorded_launches
 from ._candidates import candidates_of, possible
 from ._launch import norm_backward, normalise
 from ._tuning import use_tuner
@@ -86,7 +87,8 @@ def recording(record: Callable[[JITFunction, dict[str, Any]], None]) -> Iterator
     before = JITFunction.run
     JITFunction.run = run
     try:
-        yield
+        with recorded_launches():
+            yield
     finally:
         JITFunction.run = before
 

@@ -50,10 +50,11 @@ def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor, activation: str = "none"
         ValueError: a gradient would have to flow through it.
 
     """
-    if x.is_cuda and (not len(x) or weight.shape[0] % _MULTIPLE or weight.shape[1] % _MULTIPLE):
+    on_gpu = x.is_cuda or x.is_meta  # a tensor without memory counts what a GPU launches
+    if on_gpu and (not len(x) or weight.shape[0] % _MULTIPLE or weight.shape[1] % _MULTIPLE):
         return F.linear(F.gelu(x) if activation == "gelu" else x, weight, bias)
     left, right = kernels.e4m3_rows(x, activation=activation), kernels.e4m3_rows(weight)
-    if x.is_cuda:
+    if on_gpu:
         return scaled_product(left, right, bias).to(x.dtype)
     return F.linear(_numbers(*left, x.dtype), _numbers(*right, x.dtype), bias)
 

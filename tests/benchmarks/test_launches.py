@@ -7,7 +7,8 @@ import json
 import pytest
 import torch
 
-from iwm_fast.benchmarks.launches import count_launches, main, mlp_launches
+from iwm_fast.benchmarks.launch_counting import count_launches
+from iwm_fast.benchmarks.launches import main, mlp_launches
 from iwm_fast.errors import UserError
 from iwm_fast.kernels import mlp_workspace, use_workspace
 
@@ -56,7 +57,7 @@ def test_pytorch_s_kernels_count_and_views_and_allocations_do_not():
     def work():
         x = torch.empty(8, 4, device="meta")
         y = x.t()[1:].reshape(-1)  # a copy: one
-        torch.empty_like(y).copy_(y)  # two
+        torch.empty_like(y, dtype=torch.float64).copy_(y)  # converted: two
         x.add_(1)  # three
         torch.zeros(3, device="meta")  # four
         torch.mm(x, x.t())  # five

@@ -39,6 +39,24 @@ def test_a_step_launches_and_waits_no_more_than_was_committed(tmp_path, preset, 
         assert found[count] <= 1.02 * committed["step"][count], count
 
 
+@pytest.mark.parametrize("preset", ["gpu-small", "gpu-base"])
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_step_launches_what_is_counted_without_any_gpu(tmp_path, preset, stage):
+    """`benchmarks.launches` on the CPU build of PyTorch against the launches of its CUDA build, in all and by span."""
+    words = [preset, f"zero.stage={stage}", "--json"]
+    walked = _null("step", *words, str(tmp_path / "walked.json"))
+    assert walked.returncode == 0, walked.stdout[-3000:] + walked.stderr[-2000:]
+    command = [sys.executable, "-m", "benchmarks.launches", *words, str(tmp_path / "counted.json")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=900)
+    assert done.returncode == 0, done.stderr[-2000:]
+    null, counted = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("walked", "counted"))
+    assert counted["total"] == pytest.approx(null["step"]["launches"] + null["step"]["library"], rel=0.02)
+    for span in ("forward", "backward", "optimizer", "ema"):
+        found = sum(row["triton"] + row["torch"] for row in counted["rows"] if row["part"].split("/")[0] == span)
+        wanted = null["parts"][span]["launches"] + null["parts"][span]["library"]
+        assert found == pytest.approx(wanted, rel=0.02, abs=2), span
+
+
 def test_the_suite_of_the_gpu_ends_within_its_budget_and_each_part_leaves_its_rows(tmp_path):
     """Parts that compare answers or need DALI's GPU operators fail there, and say so; all end."""
     done = _null("run", "-m", "benchmarks.gpu_suite", "--out", str(tmp_path))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -46,6 +47,7 @@ def setup() -> int:
 def build() -> str:
     """Compile libnullrt.so, libcuda.so.1 and libcudart.so.12 into the folder; a line that says what was made."""
     FOLDER.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(FOLDER / "tuning", ignore_errors=True)  # what was chosen by the times of other libraries
     site = packages()
     # The runtime's wheel has no crt headers; Triton's has.
     shim = FOLDER / "include/crt"

@@ -23,10 +23,14 @@ def packages() -> Path:
     return found
 
 
+# What a CPU's tests and programs set for themselves would hide the null GPU, or run its kernels in the interpreter.
+_LEFT_OUT = ("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR", "TRITON_INTERPRET")
+
+
 def null_environment() -> dict[str, str]:
     """The environment variables under which a process of ``PYTHON`` sees the null GPU."""
     path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return os.environ | {
+    return {name: value for name, value in os.environ.items() if name not in _LEFT_OUT} | {
         "NULLGPU": str(FOLDER),
         "LD_PRELOAD": f"{FOLDER}/libnullrt.so:{FOLDER}/libcuda.so.1",
         "LD_LIBRARY_PATH": f"{FOLDER}:{packages() / 'nvidia/cu13/lib'}",

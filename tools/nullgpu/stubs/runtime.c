@@ -129,10 +129,10 @@ cudaError_t cudaEventDestroy(cudaEvent_t event) {
     free(event);
     return cudaSuccess;
 }
-/* About a millisecond and never twice the same, so that a tuner has something to choose by. */
+/* About a millisecond, and each a little longer than the one before: a tuner takes the first candidate, every time. */
 cudaError_t cudaEventElapsedTime(float *milliseconds, cudaEvent_t begin, cudaEvent_t end) {
     static long asked;
-    *milliseconds = 1.0f + (float)(asked++ % 7) * 0.01f;
+    *milliseconds = 1.0f + (float)asked++ * 1e-6f;
     return cudaSuccess;
 }
 cudaError_t cudaLaunchHostFunc(cudaStream_t stream, cudaHostFn_t call, void *with) {

@@ -1,0 +1,187 @@
+"""Which part of a training step a launch belongs to: of the spans that the loop names, and of the model's modules."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from bisect import bisect_right
+from collections.abc import Iterator
+from types import FrameType
+from typing import cast
+
+import torch
+from torch import nn
+from torch.autograd.graph import Node
+
+from iwm_fast.engine.casting import Bf16Compute
+from iwm_fast.engine.loop import Spans
+from iwm_fast.models.attention import Attention
+from iwm_fast.models.blocks import Block, ConditionedMlp, Norm, StreamNorm
+from iwm_fast.models.iwm import IWM
+from iwm_fast.models.predictors import FeatureMixer
+from iwm_fast.models.vit import PatchEmbedding, VisionTransformer
+
+__all__ = ["Parts", "Surrogate"]
+
+_COMPONENTS = {"encoder": "context encoder", "target_encoder": "target encoder", "predictor": "predictor"}
+_EMBEDDING, _LOSS, _REST = "patch embedding", "loss", "rest"
+_KINDS: tuple[tuple[type[nn.Module] | tuple[type[nn.Module], ...], str], ...] = (
+    ((ConditionedMlp, FeatureMixer), "mlp"),
+    (Attention, "attention"),
+    ((Norm, StreamNorm), "norms"),
+    ((Block, VisionTransformer), _REST),
+)
+# Functions of the optimizer's step, from the innermost: the first that says one of the words.
+_WORDS = (
+    ("finite check", ("overflow", "finite", "inf_or_nan", "nan_or_inf", "invalid")),
+    ("gradient norm", ("norm", "clip")),
+    ("AdamW", ("adam", "lamb", "_move")),
+)
+_OPTIMIZERS = ("torch/optim/", "engine/optimizer.py")
+
+
+class Surrogate(torch.autograd.Function):
+    """A loss of parameters whose gradients are zeros: in the model's place where only their number and sizes matter."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, *parameters: torch.Tensor) -> torch.Tensor:
+        """Return 0."""
+        ctx.save_for_backward(*parameters)
+        return torch.zeros((), dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, *_: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return zeros for each."""
+        return tuple(torch.zeros_like(p) for p in ctx.saved_tensors)  # type: ignore[attr-defined]
+
+
+class Parts(Spans):
+    """The loop's spans, which know the part of what is launched now.
+
+    In the forward pass that is the innermost watched module's; in the backward pass, that of the module in which the
+    running node of the graph was made, or of the module that is being recomputed.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._span = "step"
+        self._within: list[str] = []
+        self._real = False  # DeepSpeed runs, with a surrogate of the model
+        self._numbers, self._made = [-1], [_REST]  # nodes from this number on were made in this part
+        for module in model.modules():
+            if isinstance(module, Bf16Compute):
+                self._watch(module, "forward", "bf16 weights")
+            if isinstance(module, IWM):
+                self._watch(module, "forward", _REST)
+                self._watch_components(module)
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """Count what is launched inside as this part's of the loop."""
+        before, self._span = self._span, name
+        try:
+            with super().__call__(name):
+                yield
+        finally:
+            self._span = before
+
+    @contextlib.contextmanager
+    def real(self) -> Iterator[None]:
+        """Inside DeepSpeed runs for its own work alone: nothing of the surrogate counts."""
+        self._real = True
+        try:
+            yield
+        finally:
+            self._real = False
+
+    def part_of(self, operator: str) -> str | None:
+        """The part of what an operator or a kernel of that name launches now, or None."""
+        if self._span == "optimizer":
+            return f"optimizer/{_optimizer_part(operator, sys._getframe(1))}"  # noqa: SLF001  (inspect reads files)
+        if self._real:
+            return f"{self._span}/DeepSpeed" if _in_deepspeed(sys._getframe(1)) else None  # noqa: SLF001
+        if self._span not in ("forward", "backward"):
+            return self._span
+        return f"{self._span}/{_LOSS if operator.startswith('stopgrad_l2') else self._module_part()}"
+
+    def _module_part(self) -> str:
+        if self._within:
+            return self._within[-1]
+        node = cast(Node | None, torch._C._current_autograd_node())  # noqa: SLF001  (has no public name)
+        if node is None:
+            return _LOSS if self._span == "backward" else _REST  # the gradient of the loss itself
+        if node.name().endswith("AccumulateGrad"):
+            return "gradients"
+        return self._made[bisect_right(self._numbers, node._sequence_nr()) - 1]  # noqa: SLF001  (as above)
+
+    def _watch_components(self, model: IWM) -> None:
+        for name, component in _COMPONENTS.items():
+            network = getattr(model, name)
+            if network is None:
+                continue
+            self._watch(network, "forward", f"{component}/{_REST}")
+            if isinstance(network, VisionTransformer):
+                self._watch(network, "embed", _EMBEDDING)
+            for module in network.modules():
+                kind = next((kind for types, kind in _KINDS if isinstance(module, types)), None)
+                if kind is not None:
+                    self._watch(module, "forward", f"{component}/{kind}")
+                if isinstance(module, Attention):
+                    for linear in (module.qkv, module.proj):  # the block calls them
+                        self._watch(linear, "forward", f"{component}/{kind}")
+                if isinstance(module, PatchEmbedding):
+                    self._watch(module, "forward", _EMBEDDING)
+
+    def _watch(self, module: nn.Module, method: str, part: str) -> None:
+        watched = getattr(module, method)
+
+        def inside(*args: object, **kwargs: object) -> object:
+            # Where encoder and target are one, what is not differentiated is the target.
+            shared = part.startswith("context encoder") and not torch.is_grad_enabled()
+            self._within.append(part.replace("context", "target") if shared else part)
+            self._mark()
+            try:
+                return watched(*args, **kwargs)
+            finally:
+                self._within.pop()
+                self._mark()
+
+        setattr(module, method, inside)
+
+    def _mark(self) -> None:
+        self._numbers.append(torch._C._autograd._get_sequence_nr())  # noqa: SLF001  (has no public name)
+        self._made.append(self._within[-1] if self._within else _REST)
+
+
+def _frames(frame: FrameType | None) -> Iterator[tuple[str, str]]:
+    """File and function of each caller, the innermost first."""
+    while frame is not None:
+        yield frame.f_code.co_filename, frame.f_code.co_name
+        frame = frame.f_back
+
+
+def _in_deepspeed(frame: FrameType) -> bool:
+    """Whether DeepSpeed's own code asks, and not the surrogate or autograd."""
+    for file, function in _frames(frame):
+        if file == __file__ and function in ("forward", "backward"):
+            return False
+        if function in ("_engine_run_backward", "_make_grads"):  # the gradient of the loss counts with the model's
+            return False
+        if "/deepspeed/" in file:
+            return True
+    return False
+
+
+def _optimizer_part(operator: str, frame: FrameType) -> str:
+    """Of the optimizer's step, by the operator's name and the functions that lead to it."""
+    deepspeed = False
+    for file, function in (("", operator), *_frames(frame)):
+        for part, words in _WORDS:
+            if any(word in function.lower() for word in words):
+                return part
+        if file.endswith("engine/loop.py"):
+            break
+        if any(place in file for place in _OPTIMIZERS):
+            return "AdamW"
+        deepspeed = deepspeed or "/deepspeed/" in file
+    return "DeepSpeed" if deepspeed else _REST

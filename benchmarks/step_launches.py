@@ -1,0 +1,186 @@
+"""Launches of a training step by part, counted without a GPU.
+
+The step is the training loop's own (`engine.loop.Trainer`), on one rank. Model, loss and their backward pass run on
+tensors without memory, in the configuration's sizes. DeepSpeed, the optimizer and the EMA run for real, on the CPU,
+over weights of those sizes with gradients of zero: 16 bytes a trained parameter and more are in memory. What they
+launch is what they dispatch there, by the chunks that CUDA's multi-tensor kernels take (`launch_rules`); Triton's
+kernels are recorded.
+
+Attention counts as xformers' FlashAttention, as counted on the null GPU. Copies and collectives do not count. A call of
+cuBLAS counts as one launch of PyTorch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from iwm_fast.benchmarks.harness import MANY_STEPS
+from iwm_fast.benchmarks.launch_counting import Launches, counting
+from iwm_fast.benchmarks.launch_parts import Parts, Surrogate
+from iwm_fast.benchmarks.synthetic import synthetic_stream
+from iwm_fast.config import Config
+from iwm_fast.data.external import space_of
+from iwm_fast.data.loader import TrainingStream
+from iwm_fast.engine.casting import Bf16Compute
+from iwm_fast.engine.distributed import Ranks
+from iwm_fast.engine.ema import TargetAverage
+from iwm_fast.engine.loop import Trainer
+from iwm_fast.engine.schedules import Schedules
+from iwm_fast.engine.zero import ZeroEngine, initialize
+from iwm_fast.errors import UserError
+from iwm_fast.kernels import use_backend
+from iwm_fast.models.attention import use_library
+from iwm_fast.models.iwm import IWM
+
+__all__ = ["PartLaunches", "step_launches"]
+
+# Kernels of one call: forward; backward, with the zeros for its random state.
+_ATTENTION, _ATTENTION_BACKWARD = 1, 4
+_META = torch.device("meta")
+
+
+@dataclass(frozen=True)
+class PartLaunches:
+    """Launches of one part of a step: of Triton's kernels, and of PyTorch's and the libraries that it calls."""
+
+    part: str
+    triton: int
+    torch: int
+
+
+def step_launches(config: Config, *, optimizer: bool = True) -> list[PartLaunches]:
+    """Count a step's launches by part, in the order of the first launch of each.
+
+    ``optimizer``: with DeepSpeed, the optimizer and the EMA; without, the model alone, which takes no memory. The first
+    needs the process group of one rank. UserError for what is not counted.
+    """
+    _require_counted(config)
+    quiet = config.model_copy(update={"log": config.log.model_copy(update={"every_steps": MANY_STEPS})})
+    trainer, parts = _trainer(quiet, optimizer)
+    launches = Launches(parts.part_of)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return cast(Tensor, _Attention.apply(launches, q, k, v))
+
+    with use_library(attend), use_backend("triton"), counting(launches):
+        trainer.train_step()
+    names = dict.fromkeys((*launches.torch, *launches.triton))
+    return [PartLaunches(name, launches.triton[name], launches.torch[name]) for name in sorted(names, key=_order)]
+
+
+def _order(part: str) -> tuple[int, str]:
+    spans = ("step", "data", "forward", "backward", "optimizer", "ema")
+    return spans.index(part.split("/", maxsplit=1)[0]), part
+
+
+def _require_counted(config: Config) -> None:
+    """Raise UserError where a step launches what cannot be counted here."""
+    for found, instead in (
+        (config.zero.stage == 3 and "zero.stage=3", "zero.stage=0, 1 or 2: gathers of layers are not counted"),
+        (config.train.compile and "train.compile=true", "train.compile=false: compiled code is not counted"),
+        (config.model.attention == "sdpa" and "model.attention=sdpa", "model.attention=auto: xformers' is counted"),
+    ):
+        if found:
+            raise UserError(f"{found}: set {instead}")
+
+
+def _trainer(config: Config, optimizer: bool) -> tuple[Trainer, Parts]:
+    space = space_of(config.actions)
+    model = _without_memory(config, space.dim)
+    network: nn.Module = model
+    if config.train.precision == "bf16":
+        network = Bf16Compute(model) if config.zero.stage == 0 else model.bfloat16()
+    parts = Parts(network)
+    ranks = Ranks(0, 1, 0, 1, _META)
+    stream = synthetic_stream(config, space, _META, steps=1)
+    zero = _real(config, space.dim, stream.micro_batch, stream.accumulation) if optimizer else None
+    engine = _Engine(network, zero, parts, config.zero.stage)
+    average = TargetAverage(zero, ranks) if zero is not None and config.model.target == "ema" else None
+    schedules = Schedules(config.train, MANY_STEPS)
+    trainer = Trainer(
+        config, cast(ZeroEngine, engine), average, cast(TrainingStream, stream), schedules, ranks,
+        predicts=model.predicts, action_dim=space.dim, dataset_size=MANY_STEPS, step=1, updates=1,
+    )  # fmt: skip
+    trainer.new_spans = lambda: parts
+    return trainer, parts
+
+
+def _without_memory(config: Config, actions: int) -> IWM:
+    with _META:
+        return IWM(config.model, actions, activation_checkpointing=config.train.activation_checkpointing)
+
+
+def _real(config: Config, actions: int, micro_batch: int, accumulation: int) -> ZeroEngine:
+    """DeepSpeed's engine over the model's weights, all zero, on the CPU."""
+    model = _without_memory(config, actions).to_empty(device="cpu")
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.zero_()
+    return initialize(model, config, micro_batch, accumulation)
+
+
+class _Engine:
+    """In the places of `ZeroEngine` and of DeepSpeed's engine: the model without memory, then DeepSpeed's own work."""
+
+    skipped = False
+
+    def __init__(self, network: nn.Module, zero: ZeroEngine | None, parts: Parts, stage: int) -> None:
+        self.engine = self
+        self.network, self.zero, self.parts, self.stage = network, zero, parts, stage
+        self.optimizer: Any = zero.optimizer if zero is not None else _NoOptimizer()
+        if zero is not None:
+            trained = [p for p in zero.module.parameters() if p.requires_grad]
+            zero.engine.module.forward = lambda: Surrogate.apply(*trained)
+
+    def __call__(self, *inputs: Any) -> Any:
+        return self.network(*inputs)
+
+    def backward(self, loss: Tensor, **options: Any) -> None:
+        """Differentiate the model, then let DeepSpeed gather gradients as large."""
+        loss.backward()
+        if self.stage:  # DeepSpeed has taken each gradient and left none
+            self._drop()
+        if self.zero is not None:
+            with self.parts.real():
+                self.zero.engine.backward(self.zero.engine(), **options)
+
+    def step(self) -> None:
+        """DeepSpeed's step, at the end of a global batch the optimizer's."""
+        if self.zero is None:
+            return
+        ends = self.zero.engine.is_gradient_accumulation_boundary()
+        self.zero.engine.step()
+        if self.zero.skipped:
+            raise RuntimeError("gradients are zero and the step was skipped all the same")
+        if ends:
+            self._drop()
+
+    def _drop(self) -> None:
+        for parameter in self.network.parameters():
+            parameter.grad = None
+
+
+class _NoOptimizer:
+    param_groups: Iterable[dict[str, Any]] = ()
+
+
+class _Attention(torch.autograd.Function):
+    """Counts what xformers' operator launches; the tensors have no memory."""
+
+    @staticmethod
+    def forward(ctx: Any, launches: Launches, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """As large as v."""
+        ctx.launches, ctx.like = launches, (q, k, v)
+        launches.add_torch("attention", _ATTENTION)
+        return torch.empty(v.shape, dtype=v.dtype, device=v.device)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
+        """As large as q, k and v."""
+        ctx.launches.add_torch("attention", _ATTENTION_BACKWARD)
+        return (None, *(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in ctx.like))

@@ -1,0 +1,128 @@
+"""Launches of a step by part, without a GPU."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from iwm_fast.benchmarks.launches import main
+from iwm_fast.benchmarks.presets import preset_config
+from iwm_fast.benchmarks.step_launches import step_launches
+from iwm_fast.engine.distributed import start
+from iwm_fast.errors import UserError
+
+DEPTH, PREDICTOR_DEPTH = 12, 6  # of cpu-tiny
+SMALL = ("train.global_batch=8", "train.precision=bf16", "zero.stage=0")
+
+
+def counted(*overrides, preset="cpu-tiny", optimizer=False):
+    if optimizer:
+        start(alone=True)
+    rows = step_launches(preset_config(preset, (*SMALL, *overrides)), optimizer=optimizer)
+    return {row.part: row.triton + row.torch for row in rows}
+
+
+@pytest.fixture(scope="module")
+def whole_step():
+    return counted(optimizer=True)
+
+
+def of_mlps(rows):
+    return sum(row.triton + row.torch for row in rows if row.part.endswith("/mlp"))
+
+
+@pytest.mark.parametrize(("preset", "most"), [("gpu-base", 750), ("gpu-small", 560)])
+def test_the_mlps_of_a_step_launch_few_kernels(preset, most):
+    """The target's forward pass, the context encoder's and the predictor's forward and backward, of 256 images."""
+    config = preset_config(preset, ("train.global_batch=256", "train.micro_batch=256", "zero.stage=0"))
+    rows = step_launches(config, optimizer=False)
+    assert {row.part for row in rows if row.part.endswith("/mlp")} == {
+        "forward/target encoder/mlp",
+        "forward/context encoder/mlp",
+        "forward/predictor/mlp",
+        "backward/context encoder/mlp",
+        "backward/predictor/mlp",
+    }
+    assert of_mlps(rows) <= most
+
+
+def test_each_block_s_launches_are_its_component_s():
+    found = counted()
+    assert found["forward/context encoder/mlp"] == found["forward/target encoder/mlp"] == 3 * DEPTH
+    assert found["backward/context encoder/mlp"] == 13 * DEPTH
+    assert found["forward/context encoder/norms"] == DEPTH + 1
+    assert found["forward/context encoder/attention"] == 3 * DEPTH  # qkv, attention, proj
+    assert found["backward/context encoder/norms"] == 2 * DEPTH + 2
+    assert found["forward/predictor/attention"] == 3 * PREDICTOR_DEPTH
+    assert not [part for part in found if part.startswith("backward/target encoder")]
+
+
+def test_an_action_in_the_blocks_adds_its_launches():
+    """A block is told its images in the forward pass, and two more gradients in the backward pass."""
+    found = counted("model.predictor.conditioning=block")
+    assert found["forward/predictor/mlp"] == 4 * PREDICTOR_DEPTH
+    assert found["backward/predictor/mlp"] == 15 * PREDICTOR_DEPTH
+
+
+def test_micro_batches_multiply_the_model_s_launches_and_not_the_optimizer_s(whole_step):
+    once, twice = whole_step, counted("train.micro_batch=4", optimizer=True)
+    for part in ("forward/context encoder/mlp", "backward/predictor/attention", "forward/loss"):
+        assert twice[part] == 2 * once[part], part
+    assert {part: n for part, n in twice.items() if part.startswith("optimizer")} == {
+        part: n for part, n in once.items() if part.startswith("optimizer")
+    }
+    assert once["ema"] == twice["ema"] == 1
+
+
+def test_recomputation_is_the_backward_pass_s_and_its_component_s():
+    plain = counted("zero.stage=1")
+    again = counted("zero.stage=1", "train.activation_checkpointing=true")
+    for component in ("context encoder", "predictor"):
+        part = f"{component}/norms"
+        assert again[f"forward/{part}"] == plain[f"forward/{part}"]
+        assert again[f"backward/{part}"] > plain[f"backward/{part}"]
+
+
+def test_a_shared_encoder_counts_as_the_target_where_it_is_not_differentiated():
+    found = counted("model.target=shared")
+    assert found["forward/target encoder/mlp"] == found["forward/context encoder/mlp"] == 3 * DEPTH
+    assert "backward/target encoder/mlp" not in found
+
+
+@pytest.mark.slow
+def test_deepspeed_s_own_launches_are_apart_from_the_update_s(whole_step):
+    stage_1 = counted("zero.stage=1", optimizer=True)
+    assert stage_1["optimizer/finite check"] > stage_1["optimizer/AdamW"] > 0
+    assert stage_1["backward/DeepSpeed"] > 0
+    assert "forward/bf16 weights" not in stage_1
+    assert whole_step["optimizer/AdamW"] > 0
+    assert "optimizer/DeepSpeed" not in whole_step
+    assert "forward/bf16 weights" in whole_step
+
+
+@pytest.mark.parametrize("setting", ["zero.stage=3", "train.compile=true", "model.attention=sdpa"])
+def test_what_is_not_counted_is_refused_by_its_name(setting):
+    with pytest.raises(UserError, match=setting):
+        counted(setting)
+
+
+def test_the_program_writes_each_part_and_the_total(tmp_path, capsys):
+    main(["cpu-tiny", *SMALL, "--json", str(tmp_path / "found.json")])
+    document = json.loads((tmp_path / "found.json").read_text())
+    assert {"part", "triton", "torch"} == document["rows"][0].keys()
+    assert document["total"] == sum(row["triton"] + row["torch"] for row in document["rows"])
+    parts = [row["part"] for row in document["rows"]]
+    assert len(parts) == len(set(parts))
+    for part in ("forward/patch embedding", "forward/loss", "optimizer/gradient norm", "optimizer/AdamW", "ema"):
+        assert part in parts
+    assert str(document["total"]) in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "words",
+    [[], ["cpu-tiny", "gpu-base"], ["train.global_batch=8"], ["nowhere.yaml"], ["cpu-tiny", "--mlp", "1,2,3,4"]],
+)
+def test_anything_but_one_configuration_is_refused(words):
+    with pytest.raises(UserError):
+        main([*words, "--json", "-"])
