@@ -38,16 +38,18 @@ def check_eps(eps: float) -> None:
         raise ValueError(f"eps is {eps}; it must be above 0")
 
 
-def check_index(name: str, index: Tensor, count: int, meaning: str, table_name: str, table: Tensor, rows: int) -> None:
-    """Require int64 (count,) on the device of `table`, on the CPU with values of its `rows` rows."""
+def check_index(
+    name: str, index: Tensor, count: int, meaning: str, table_name: str, table: Tensor, rows: int, lowest: int = 0
+) -> None:
+    """Require int64 (count,) on the device of `table`, on the CPU with values of its `rows` rows, or of `lowest`."""
     check_shape(name, index, (count,), meaning)
     check_like(name, index, table_name, table, dtype=torch.int64)
     if looked_at(index):
         values = index.numpy()
         low, high = int(values.min()), int(values.max())
-        if not rows:
+        if high >= 0 and not rows:
             raise ValueError(f"{name} is not empty; {table_name} has no rows")
-        if low < 0 or high >= rows:
+        if low < lowest or high >= rows:
             raise ValueError(f"{name} spans {low} to {high}; {table_name} has rows 0 to {rows - 1}")
 
 

@@ -192,7 +192,7 @@ def distance_kernel(
     """Sums (programs,) fp32: Σ‖pred − [LN](target[index])‖² of ROWS rows each; grad (N, D): 2 · scale · difference.
 
     ROWS is a multiple of BLOCK_N. incoming (1,) fp32 multiplies the gradient; with SKIP_ONE an incoming 1 leaves grad
-    as it is. A row of target that does not exist counts as NaN.
+    as it is. A row of target that does not exist counts as NaN; index -1 asks for none: no distance, a gradient of 0.
     """
     i = tl.program_id(0)
     factor = 2.0 * scale
@@ -209,8 +209,10 @@ def distance_kernel(
         m_n = o_n < N
         rows = o_n.to(tl.int64)
         wanted = rows
+        m_l = m_n
         if HAS_INDEX:
             wanted = tl.load(index_ptr + o_n, mask=m_n, other=0)
+            m_l = m_n & (wanted != -1)
         m_t = m_n & (wanted >= 0) & (wanted < M)
         # All of a row is asked for before any of its gradient is written.
         targets = ()
@@ -231,7 +233,8 @@ def distance_kernel(
         for part in tl.static_range(PARTS):
             o = part * BLOCK_D + o_d
             m = m_n[:, None] & (o < D)[None, :]
-            difference = tl.where(m, preds[part] - (targets[part] - shift[:, None]) * gain[:, None], 0.0)
+            m_lost = m_l[:, None] & (o < D)[None, :]
+            difference = tl.where(m_lost, preds[part] - (targets[part] - shift[:, None]) * gain[:, None], 0.0)
             if WRITE_SUM:
                 distance += difference * difference
             if WRITE_GRAD:

@@ -2,7 +2,8 @@
 
     loss = scale · Σ_n ‖ pred[n] − [LN](target[index[n]]) ‖²
 
-pred (N, D); target (M, D); index (N,) int64 or None. All arithmetic is fp32 for half inputs.
+pred (N, D); target (M, D); index (N,) int64 or None; a row n with index[n] = -1 has no target and is left out of the
+sum, its gradient is 0. All arithmetic is fp32 for half inputs.
 
 Fused (Triton): gather, normalisation, difference, square and sum, and, where pred wants one, the gradient
 2 · scale · (pred − target), all from one read of pred and of its target rows. The sum is taken in two ordered stages:
@@ -28,7 +29,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ._backend import autocast_type, resolve_backend, without_autocast
-from ._checks import check_eps, check_floating, check_index, check_like, check_shape
+from ._checks import check_eps, check_floating, check_index, check_like, check_shape, looked_at
 from ._launch import launching, rows_in_warps, rows_together
 from ._rows import distance_kernel, total_kernel
 
@@ -55,11 +56,22 @@ def stopgrad_l2_bytes(tokens: int, width: int, *, element: int = 2, indexed: boo
 def _difference(pred: Tensor, target: Tensor, index: Tensor | None, normalize_target: bool, eps: float) -> Tensor:
     """Compute pred − [LN](target[index]), (N, D), in fp32 or better."""
     exact = torch.promote_types(pred.dtype, torch.float32)
+    absent = _without_target(index)
+    if absent is not None and index is not None:
+        index = index.clamp(min=0)
     rows = target if index is None else target.index_select(0, index)
     rows = rows.to(exact)
     if normalize_target:
         rows = F.layer_norm(rows, (rows.shape[1],), eps=eps)
-    return pred.to(exact) - rows
+    difference = pred.to(exact) - rows
+    return difference if absent is None else difference.masked_fill(absent, 0.0)
+
+
+def _without_target(index: Tensor | None) -> Tensor | None:
+    """bool (N, 1): the rows that have no target; None where that can be seen, without waiting, to be no row."""
+    if index is None or (looked_at(index) and int(index.numpy().min()) >= 0):
+        return None
+    return (index == -1)[:, None]
 
 
 class _StopGradL2(torch.autograd.Function):
@@ -234,8 +246,9 @@ def stopgrad_l2(
     Args:
         pred: (N, D), any floating type; N may be 0, which gives 0.
         target: (M, D), of pred's type.
-        index: (N,) int64, the row of `target` for each prediction; None: N = M. Rows out of range are found on the CPU
-            only (elsewhere that would wait for the device).
+        index: (N,) int64, the row of `target` for each prediction; None: N = M. -1, with reduction "sum" alone: this
+            prediction has no target; it adds nothing and its gradient is 0. Rows out of range, and -1 with another
+            reduction, are found on the CPU only (elsewhere that would wait for the device).
         normalize_target: layer-normalise each target row, without affine.
         reduction: "mean" over N · D, "token_mean" over N, or "sum".
         scale: multiplies the loss. What is known before the backward pass belongs here, where it costs nothing, and not
@@ -267,7 +280,8 @@ def stopgrad_l2(
         check_shape("target", target, tuple(pred.shape), "pred's shape without index, (N, D)")
     else:
         check_shape("target", target, (target.shape[0], pred.shape[1]), "(M, D)")
-        check_index("index", index, pred.shape[0], "(N,)", "target", target, target.shape[0])
+        lowest = -1 if reduction == "sum" else 0
+        check_index("index", index, pred.shape[0], "(N,)", "target", target, target.shape[0], lowest)
     if resolve_backend(backend, "pred", pred) == "triton":
         with_grad = pred.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
         options = (normalize_target, _factor(pred, reduction, scale), eps, with_grad)

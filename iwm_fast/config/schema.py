@@ -267,6 +267,15 @@ class TrainConfig(Section):
         description="on a GPU, compute the target on a CUDA stream of its own, beside the context; not with "
         "zero.stage 3",
     )
+    static_shapes: bool = Field(
+        False,
+        description="round a micro-batch's tokens up to a multiple (static_multiple) by padding without loss or "
+        "gradient, so that a run meets few sizes",
+    )
+    static_multiple: Count | None = Field(
+        None,
+        description="with static_shapes: tokens; default: the power of two at or below 1/48 of a micro-batch's patches",
+    )
     max_skipped: Annotated[int, Field(ge=0)] = Field(
         10, description="steps in a row with a non-finite loss or gradient that are skipped before the run stops"
     )
@@ -281,6 +290,8 @@ class TrainConfig(Section):
             raise ValueError(f"betas is {list(self.betas)}; each must be in [0, 1)")
         if min(self.weight_decay) < 0:
             raise ValueError(f"weight_decay is {list(self.weight_decay)}; each must be 0 or more")
+        if self.static_multiple is not None and not self.static_shapes:
+            raise ValueError(f"static_multiple is {self.static_multiple}, which needs static_shapes: true")
         return self
 
 

@@ -21,12 +21,12 @@ from iwm_fast.engine.ema import TargetAverage
 from iwm_fast.engine.health import rank_me, spread
 from iwm_fast.engine.liveness import Liveness
 from iwm_fast.engine.metrics import memory_bytes
+from iwm_fast.engine.micro_batch import Packer
 from iwm_fast.engine.optimizer import set_hyperparameters
 from iwm_fast.engine.schedules import Schedules
 from iwm_fast.engine.skipped import SkippedSteps
 from iwm_fast.engine.stragglers import OwnTime, over_ranks
 from iwm_fast.engine.zero import ZeroEngine
-from iwm_fast.models.packing import Segments, to_device
 from iwm_fast.planning.mfu import StepCounter
 
 __all__ = ["Spans", "Trainer"]
@@ -60,6 +60,7 @@ class Trainer:
     ) -> None:  # fmt: skip
         self.config, self.zero, self.average, self.stream = config, zero, average, stream
         self.schedules, self.ranks, self.predicts, self.dataset_size = schedules, ranks, predicts, dataset_size
+        self.packer = Packer(config, stream.micro_batch, predicts, ranks.device, ranks.world)
         self.step, self.updates, self.live = step, updates, live
         self.skipped = skipped or SkippedSteps(config.train.max_skipped, None, ranks)
         self.new_spans: Callable[[], Spans] = Spans  # a profile puts its own here
@@ -69,7 +70,6 @@ class Trainer:
         self._own = OwnTime(ranks.device)
         self._batches = iter(stream)
         self._mark = time.perf_counter()
-        self._width = config.model.encoder_shape.width
 
     def train_step(self) -> dict[str, Any] | None:
         """One optimizer step over the global batch; returns the record when this step is a logged one."""
@@ -124,24 +124,10 @@ class Trainer:
         return self.step == (self.config.train.steps or self.schedules.total)
 
     def _forward(self, batch: Batch) -> Any:
-        """The model's output for a micro-batch.
-
-        Its loss is its share of the mean over the global batch, whose tokens every rank knows, times the ranks:
-        DeepSpeed averages gradients over them.
-        """
-        device, patches = self.ranks.device, batch.patches
-        context = to_device(patches.context, device)
-        context_segments = Segments.from_lengths(patches.context_lengths, device)
-        predicted, predicted_segments, tokens = context, context_segments, batch.global_context
-        if self.predicts == "target":
-            predicted = to_device(patches.target, device)
-            predicted_segments = Segments.from_lengths(patches.target_lengths, device)
-            tokens = batch.global_target
-        self.counter.count(patches.context_lengths, patches.target_lengths)
-        return self.zero.engine(
-            batch.source.to(device), batch.target.to(device), batch.action.to(device, non_blocking=True),
-            context, context_segments, predicted, predicted_segments, self.ranks.world / (tokens * self._width),
-        )  # fmt: skip
+        """The model's output for a micro-batch."""
+        packed = self.packer(batch)
+        self.counter.count(batch.patches.context_lengths, batch.patches.target_lengths, packed.padding)
+        return self.zero.engine(*packed.arguments)
 
     def _global_loss(self, total: Tensor) -> float:
         """The mean over the global batch; all ranks call it."""
@@ -185,4 +171,5 @@ class Trainer:
             "own_s_by_rank": found["own_s"],
             "memory_bytes": int(max(found["memory_bytes"])),
             "bad_samples": int(sum(found["bad_samples"])),
+            **({"token_sizes": len(self.packer.sizes)} if self.config.train.static_shapes else {}),
         }

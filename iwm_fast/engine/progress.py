@@ -61,6 +61,8 @@ class TrainingProgress:
         if not self._shown:
             return
         said = f"loss {record['loss']:.4f}  {record['images_per_s']:.0f} images/s" if record else None
+        if said and record and "padded" in record:
+            said += f"  {record['padded']:.1%} padded"
         if self._bar:
             self._bar.update(self._task, completed=step)
             if said:

@@ -28,6 +28,8 @@ FREE_KEYS = (
     "train.activation_checkpointing",
     "train.compile",
     "train.target_stream",
+    "train.static_shapes",
+    "train.static_multiple",
     "model.attention",
     "zero.stage",
     "data.threads",

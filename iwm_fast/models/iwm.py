@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from iwm_fast import kernels
@@ -19,7 +20,7 @@ from .predictors import MlpPredictor, VitPredictor, predict_all
 from .streams import SideStream
 from .vit import VisionTransformer
 
-__all__ = ["IWM", "IWMOutput"]
+__all__ = ["IWM", "IWMOutput", "Losses"]
 
 _RANK_ME_TOKENS = 2048
 
@@ -37,6 +38,27 @@ class IWMOutput:
     loss: Tensor
     tokens: int
     target_features: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Losses:
+    """A batch's loss, and what the signs of collapse are read from.
+
+    target: (M, D), detached, the target encoder's tokens; rows: int64 (Nt,), those that were predicted, or None: all.
+    """
+
+    loss: Tensor
+    target: Tensor
+    rows: Tensor | None
+
+    def output(self, predicted: int) -> IWMOutput:
+        """Of a batch in which the first `predicted` of the predictions are no padding."""
+        every = max(1, -(-predicted // _RANK_ME_TOKENS))
+        if self.rows is None:
+            features = self.target[:predicted:every].clone()
+        else:
+            features = self.target.index_select(0, self.rows[:predicted:every])
+        return IWMOutput(self.loss, predicted, features)
 
 
 class IWM(nn.Module):
@@ -99,9 +121,9 @@ class IWM(nn.Module):
             target: uint8 (B, S, S, 3), the view y; encoded once, whatever K.
             action: (B · K, A), from source to target.
             context: int64 (Nc,), the source's visible patches, packed.
-            context_segments: of the Nc patches.
+            context_segments: of the Nc patches; may end with padding.
             predicted: int64 (Nt,), the target's patches to predict, packed; with the mlp predictor, the context's.
-            predicted_segments: of the Nt patches.
+            predicted_segments: of the Nt patches, with as many segments of padding: their tokens have no loss.
             loss_scale: what the summed loss is multiplied by; the division by N · D is the caller's, because N may be
                 of more than this batch.
 
@@ -109,9 +131,26 @@ class IWM(nn.Module):
             ValueError: shapes do not fit together, or other patches than the context's are asked of the mlp predictor.
 
         """
-        self._check(source, target, action, predicted, predicted_segments)
-        sources = len(source) // len(target)
-        wanted = predicted_segments.image_of_token // sources * self.encoder.patches + predicted
+        found = self.losses(
+            source, target, action, context, context_segments, predicted, predicted_segments, loss_scale
+        )
+        return found.output(predicted_segments.real)
+
+    def losses(
+        self,
+        source: Tensor,
+        target: Tensor,
+        action: Tensor,
+        context: Tensor,
+        context_segments: Segments,
+        predicted: Tensor,
+        predicted_segments: Segments,
+        loss_scale: float = 1.0,
+    ) -> Losses:
+        """As `forward`, before anything is read that differs between batches of the same sizes."""
+        self._check(source, target, action, context_segments, predicted, predicted_segments)
+        sources, padding = len(source) // len(target), predicted_segments.padding
+        wanted = predicted_segments.pixels_of_token // sources * self.encoder.patches + predicted
         self.target_stream.follow()
         z_x = self.encoder(source, context, context_segments)
         # The target second, so that what refreshes it has the time of the first.
@@ -122,6 +161,8 @@ class IWM(nn.Module):
             else:
                 z_y, index = self._encode_target(target), wanted  # most patches are asked for, many more than once
         action = action.to(self.dtype)
+        if padding:
+            action = F.pad(action, (0, 0, 0, padding))
         if isinstance(self.predictor, MlpPredictor):
             if predicted_segments.lengths != context_segments.lengths:
                 raise ValueError("predicted must be the context's own patches: the mlp predictor cannot look elsewhere")
@@ -132,13 +173,13 @@ class IWM(nn.Module):
         loss = kernels.stopgrad_l2(
             prediction,
             z_y,
-            index=index,
+            index=_with_loss(index, predicted_segments),
             normalize_target=self.config.normalize_target,
             reduction="sum",
             scale=loss_scale,
             eps=NORM_EPS,
         )
-        return IWMOutput(loss, predicted_segments.total, _spread(z_y, index))
+        return Losses(loss, z_y, index)
 
     def encode(self, images: Tensor, which: Literal["target", "context"] = "context") -> Tensor:
         """(B, L, D): all patches of uint8 (B, S, S, 3) through the context or the target encoder."""
@@ -177,7 +218,9 @@ class IWM(nn.Module):
         encoder = self.encoder if self.target_encoder is None else self.target_encoder
         return encoder(images, kept=kept)
 
-    def _check(self, source: Tensor, target: Tensor, action: Tensor, predicted: Tensor, segments: Segments) -> None:
+    def _check(
+        self, source: Tensor, target: Tensor, action: Tensor, seen: Segments, predicted: Tensor, segments: Segments
+    ) -> None:
         if source.shape[1:] != target.shape[1:] or not len(target) or len(source) % len(target):
             raise ValueError(
                 f"target is {tuple(target.shape)}; its images must be of source's shape, {tuple(source.shape)}, and "
@@ -185,15 +228,21 @@ class IWM(nn.Module):
             )
         if action.shape != (len(source), self.action_dim):
             raise ValueError(f"action is {tuple(action.shape)}; it must be (B, A) = ({len(source)}, {self.action_dim})")
-        if predicted.shape != (segments.total,) or len(segments.lengths) != len(source):
+        if predicted.shape != (segments.total,) or segments.images != len(source):
             raise ValueError(
-                f"predicted_segments are of {len(segments.lengths)} images and {segments.total} tokens; there are "
+                f"predicted_segments are of {segments.images} images and {segments.total} tokens; there are "
                 f"{len(source)} images and predicted {tuple(predicted.shape)}"
+            )
+        if segments.padding != seen.padding:
+            raise ValueError(
+                f"predicted_segments have {segments.padding} segments of padding and context_segments {seen.padding}; "
+                "they must have as many"
             )
 
 
-def _spread(features: Tensor, index: Tensor | None) -> Tensor:
-    """At most 2048 of the rows, or of the rows that `index` names."""
-    count = len(features) if index is None else len(index)
-    every = max(1, -(-count // _RANK_ME_TOKENS))
-    return features[::every].clone() if index is None else features.index_select(0, index[::every])
+def _with_loss(index: Tensor | None, predicted: Segments) -> Tensor | None:
+    """The row of the target of each prediction, -1 for padding; None: each its own."""
+    if not predicted.padding:
+        return index
+    rows = torch.arange(predicted.total, device=predicted.device) if index is None else index
+    return rows.masked_fill(predicted.image_of_token >= predicted.images, -1)

@@ -2,6 +2,9 @@
 
 Lengths are known on the host (masks are drawn there), so nothing here waits for a device. Everything derived is made
 once a batch, on first use, and kept.
+
+Static shapes: segments of padding may follow those of the images, so that N is the same for many batches. They belong
+to no image, see nobody, and their tokens have no loss, so every gradient through them is 0.
 """
 
 from __future__ import annotations
@@ -17,28 +20,38 @@ from torch import Tensor
 
 from iwm_fast.kernels.permutation import invert
 
-__all__ = ["Segments", "SortedSegments", "interleave", "to_device"]
+__all__ = ["Segments", "SortedSegments", "interleave", "pack", "to_device"]
 
 
 @dataclass(frozen=True, eq=False)
 class Segments:
     """Where each image's tokens lie among N packed tokens.
 
-    lengths: tokens of each of the B images, on the host; may hold zeros.
-    cu_seqlens: int32 (B + 1,), their running sum from 0, on the device.
+    lengths: tokens of each of the B images, on the host; may hold zeros. Then those of the segments of padding.
+    cu_seqlens: int32 (B + padding + 1,), their running sum from 0, on the device.
+    padding: how many segments of padding there are.
+    ceiling: what no length exceeds, in this batch or in another of the same N; None: only these lengths are known.
     """
 
     lengths: tuple[int, ...]
     cu_seqlens: Tensor
+    padding: int = 0
+    ceiling: int | None = None
 
     @classmethod
-    def from_lengths(cls, lengths: Sequence[int] | np.ndarray, device: torch.device | str = "cpu") -> Segments:
-        """Segments of images with so many tokens each."""
+    def from_lengths(
+        cls,
+        lengths: Sequence[int] | np.ndarray,
+        device: torch.device | str = "cpu",
+        padding: int = 0,
+        ceiling: int | None = None,
+    ) -> Segments:
+        """Segments of so many tokens each, the last `padding` of them of no image."""
         host = np.asarray(lengths, dtype=np.int64)
         if host.ndim != 1 or (host < 0).any():
             raise ValueError(f"lengths must be one row of numbers of tokens, none negative; found shape {host.shape}")
         bounds = np.concatenate([np.zeros(1, np.int64), np.cumsum(host)])
-        return cls(tuple(host.tolist()), to_device(bounds.astype(np.int32), device))
+        return cls(tuple(host.tolist()), to_device(bounds.astype(np.int32), device), padding, ceiling)
 
     @staticmethod
     def uniform(images: int, length: int, device: torch.device | str = "cpu") -> Segments:
@@ -52,8 +65,18 @@ class Segments:
 
     @cached_property
     def total(self) -> int:
-        """N, the tokens of all images."""
+        """N, the tokens of all segments."""
         return sum(self.lengths)
+
+    @property
+    def images(self) -> int:
+        """B, the segments that are no padding."""
+        return len(self.lengths) - self.padding
+
+    @property
+    def real(self) -> int:
+        """The tokens of images, which come before those of the padding."""
+        return sum(self.lengths[: self.images])
 
     @cached_property
     def starts(self) -> np.ndarray:
@@ -63,8 +86,13 @@ class Segments:
 
     @cached_property
     def image_of_token(self) -> Tensor:
-        """int64 (N,): the image that each token belongs to."""
+        """int64 (N,): the image that each token belongs to; of padding, B or more."""
         return torch.repeat_interleave(self.cu_seqlens.long().diff(), output_size=self.total)
+
+    @cached_property
+    def pixels_of_token(self) -> Tensor:
+        """int64 (N,): the image whose pixels each token is made of: its own, or for padding the last one."""
+        return self.image_of_token.clamp(max=self.images - 1) if self.padding else self.image_of_token
 
     @cached_property
     def groups(self) -> tuple[tuple[int, int], ...]:
@@ -86,7 +114,9 @@ class Segments:
     def by_length(self) -> SortedSegments:
         """The same images in ascending order of length."""
         image_order = np.argsort(np.asarray(self.lengths, dtype=np.int64), kind="stable")
-        ordered = Segments.from_lengths(np.asarray(self.lengths, dtype=np.int64)[image_order], self.device)
+        ordered = Segments.from_lengths(
+            np.asarray(self.lengths, dtype=np.int64)[image_order], self.device, ceiling=self.ceiling
+        )
         order_device = to_device(image_order, self.device)
         shift = to_device(self.starts[image_order] - ordered.starts, self.device)
         order = torch.arange(self.total, device=self.device) + shift[ordered.image_of_token]
@@ -94,10 +124,20 @@ class Segments:
 
     @cached_property
     def block_diagonal_mask(self) -> Any:
-        """The mask of these segments for xformers. Images without a token have no block."""
-        from xformers.ops.fmha.attn_bias import BlockDiagonalMask
+        """The mask of these segments for xformers. Images without a token have no block.
 
-        return BlockDiagonalMask.from_seqlens([n for n in self.lengths if n], device=self.device)
+        With a ceiling, kernels are launched for that, and the bounds are read where they lie: both are the same for
+        every batch of these sizes, as a CUDA graph needs.
+        """
+        from xformers.ops.fmha.attn_bias import BlockDiagonalMask, _SeqLenInfo
+
+        if self.ceiling is None or 0 in self.lengths:
+            return BlockDiagonalMask.from_seqlens([n for n in self.lengths if n], device=self.device)
+        starts = [0, *np.cumsum(self.lengths).tolist()]
+        info = _SeqLenInfo(
+            seqstart=self.cu_seqlens, max_seqlen=self.ceiling, min_seqlen=min(self.lengths), seqstart_py=starts
+        )
+        return BlockDiagonalMask(q_seqinfo=info, k_seqinfo=info)
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,7 +156,7 @@ class SortedSegments:
 
 @lru_cache(maxsize=16)
 def _uniform(images: int, length: int, device: torch.device) -> Segments:
-    return Segments.from_lengths((length,) * images, device)
+    return Segments.from_lengths((length,) * images, device, ceiling=length)
 
 
 def to_device(array: np.ndarray, device: torch.device | str) -> Tensor:
@@ -127,16 +167,39 @@ def to_device(array: np.ndarray, device: torch.device | str) -> Tensor:
     return tensor.to(device)
 
 
+def pack(
+    patches: np.ndarray,
+    lengths: np.ndarray,
+    device: torch.device | str = "cpu",
+    padding: Sequence[int] | np.ndarray = (),
+    ceiling: int | None = None,
+) -> tuple[Tensor, Segments]:
+    """Patch numbers int64 (N,) and their segments on the device, from those of images and their lengths on the host.
+
+    padding: lengths of the segments of padding that follow, whose patches count from 0. ceiling: as `Segments` has it.
+    """
+    segments = Segments.from_lengths(np.concatenate([lengths, padding]).astype(np.int64), device, len(padding), ceiling)
+    return to_device(np.concatenate([patches, *(np.arange(n) for n in padding)]).astype(np.int64), device), segments
+
+
 def interleave(parts: Sequence[Segments]) -> tuple[Segments, list[Tensor]]:
     """Join several packed sets image by image: each image's tokens of the first part, then of the second, and so on.
 
     Returns the joined segments and, for each part, int64 (N_part,): the row in the joined set of each of its tokens.
     """
-    lengths = np.asarray([part.lengths for part in parts], dtype=np.int64).reshape(len(parts), -1)
-    joined = Segments.from_lengths(lengths.sum(axis=0), parts[0].device)
-    before = np.cumsum(lengths, axis=0) - lengths  # (parts, B): tokens of the same image in earlier parts
-    places = []
-    for part, earlier in zip(parts, before, strict=True):
-        shift = to_device(joined.starts + earlier - part.starts, part.device)
-        places.append(torch.arange(part.total, device=part.device) + shift[part.image_of_token])
-    return joined, places
+    # From the bounds on the device: nothing is copied there, and a CUDA graph can read other batches' bounds.
+    bounds = torch.stack([part.cu_seqlens for part in parts]).long()  # (parts, B + 1)
+    lengths = tuple(sum(of_image) for of_image in zip(*(part.lengths for part in parts), strict=True))
+    ceilings = [part.ceiling for part in parts]
+    joined = Segments(
+        lengths,
+        bounds.sum(dim=0).to(torch.int32),
+        parts[0].padding,
+        None if None in ceilings else sum(n for n in ceilings if n is not None),
+    )
+    # A token of part p goes behind all of the images before, and behind its own image's tokens of earlier parts.
+    before = bounds[:, :-1].sum(dim=0) - bounds[:, :-1] + bounds.diff(dim=1).cumsum(dim=0) - bounds.diff(dim=1)
+    return joined, [
+        torch.arange(part.total, device=part.device) + shift[part.image_of_token]
+        for part, shift in zip(parts, before, strict=True)
+    ]

@@ -123,7 +123,7 @@ class VisionTransformer(nn.Module):
         if patches is None or segments is None:
             everything = Segments.uniform(len(images), self.patches, images.device)
             return self._encode(self.embed(images), everything, kept)
-        image = segments.image_of_token
+        image = segments.pixels_of_token
         # The CPU's attention takes images of one length at a time: sorted once here, nothing moves in the blocks.
         resort = resolve_backend(self.attention, images.device.type) == "sdpa" and not segments.is_sorted
         if resort:
@@ -152,8 +152,8 @@ class VisionTransformer(nn.Module):
             raise ValueError("patches and segments come together: give both or neither")
         if patches is None or segments is None:
             return
-        if patches.shape != (segments.total,) or len(segments.lengths) != len(images):
+        if patches.shape != (segments.total,) or segments.images != len(images):
             raise ValueError(
-                f"segments are of {len(segments.lengths)} images and {segments.total} tokens; there are "
+                f"segments are of {segments.images} images and {segments.total} tokens; there are "
                 f"{len(images)} images and patches {tuple(patches.shape)}"
             )

@@ -29,6 +29,8 @@ class StepCounter:
         self._model, self._sources = config.model, config.views.sources_per_target
         self._action_dim = action_dim
         self._peak = peak_flops(device)
+        self._static = config.train.static_shapes
+        self._tokens = self._padding = 0
         self._steps: list[float] = []
         self._parts: dict[str, list[float]] = {}
         self._flops = 0.0
@@ -38,8 +40,11 @@ class StepCounter:
         """Steps added since the last ``take``."""
         return len(self._steps)
 
-    def count(self, context: NDArray[np.int64], predicted: NDArray[np.int64]) -> None:
-        """Count a micro-batch's operations from the sources' token counts, both (B · K,)."""
+    def count(self, context: NDArray[np.int64], predicted: NDArray[np.int64], padding: int = 0) -> None:
+        """Count a micro-batch's operations from the sources' token counts, both (B · K,), and its tokens of padding."""
+        asked = 0 if self._model.predictor.kind == "mlp" else int(predicted.sum())
+        self._tokens += int(context.sum()) + asked + padding
+        self._padding += padding
         self._flops += step_flops(self._model, self._action_dim, context, predicted, self._sources).total
 
     def add(self, step_s: float, parts: dict[str, float]) -> None:
@@ -49,7 +54,9 @@ class StepCounter:
             self._parts.setdefault(name, []).append(seconds)
 
     def take(self, images: int) -> dict[str, float | None]:
-        """Per step: images/s, seconds, waiting for data, what is neither compute nor data (all means), MFU."""
+        """Per step: images/s, seconds, waiting for data, what is neither compute nor data (all means), MFU of useful
+        operations, and with static shapes the share of padding among context and predicted tokens.
+        """
         total, steps = sum(self._steps), len(self._steps)
         compute = sum(sum(self._parts.get(name, [])) for name in COMPUTE)
         waited = sum(self._parts.get("data", []))
@@ -60,5 +67,8 @@ class StepCounter:
             "overhead_s": (total - compute - waited) / steps,
             "mfu": self._flops / total / self._peak if self._peak else None,
         }
+        if self._static:
+            taken["padded"] = self._padding / max(1, self._tokens)
         self._steps, self._parts, self._flops = [], {}, 0.0
+        self._tokens = self._padding = 0
         return taken

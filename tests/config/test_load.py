@@ -287,6 +287,10 @@ MISTAKES = {
             "forward begins, one module at a time"
         ),
     ),
+    "multiple without static shapes": (
+        "train: {static_multiple: 64}",
+        "run.yaml:1: train: static_multiple is 64, which needs static_shapes: true",
+    ),
     "scalar for section": ("train: 3", "run.yaml:1: train: found 3; allowed: a section (a mapping of keys)"),
     "missing": (
         "model: {encoder: {depth: 2, width: 8}}",

@@ -55,6 +55,26 @@ def test_value_and_gradient(indexed: bool, normalize: bool, reduction: str, rows
         assert ours.grad.shape == (0, width)
 
 
+@pytest.mark.parametrize("normalize", [True, False], ids=["normalised", "as it is"])
+def test_a_prediction_without_target_adds_nothing_whatever_it_is(normalize: bool) -> None:
+    pred, target = draw(5, 3, 0), draw(4, 3, 1)
+    pred[1], pred[4] = 1e3, float("nan")
+    index, has = torch.tensor([2, -1, 0, 2, -1]), torch.tensor([0, 2, 3])
+    ours, theirs = pred.requires_grad_(), pred.detach()[has].requires_grad_()
+    loss = stopgrad_l2(ours, target, index=index, normalize_target=normalize, reduction="sum", scale=3.0)
+    expected = stopgrad_l2(theirs, target, index=index[has], normalize_target=normalize, reduction="sum", scale=3.0)
+    assert torch.equal(loss, expected)
+    (gradient,) = torch.autograd.grad(loss, ours)
+    assert torch.equal(gradient[has], torch.autograd.grad(expected, theirs)[0])
+    assert not gradient[[1, 4]].any()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "token_mean"])
+def test_a_mean_refuses_predictions_without_target(reduction: str) -> None:
+    with pytest.raises(ValueError, match="index spans -1 to 0; target has rows 0 to 3"):
+        stopgrad_l2(draw(2, 3, 0), draw(4, 3, 1), index=torch.tensor([0, -1]), reduction=reduction)
+
+
 @pytest.mark.parametrize("wanted", [True, False], ids=["target wants a gradient", "target does not"])
 def test_target_never_gets_a_gradient(wanted: bool) -> None:
     pred, leaf = draw(4, 3, 0).requires_grad_(), draw(6, 3, 1).requires_grad_(wanted)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from iwm_fast.config.schema import EncoderShape, ModelConfig, PredictorConfig
 from iwm_fast.models import IWM, Segments
+from iwm_fast.models.packing import pack
 
 ACTIONS = 3
 CONDITIONINGS = ["none", "sequence", "feature", "block", "sequence+block", "feature+block"]
@@ -254,6 +256,48 @@ def test_several_sources_of_a_target_are_as_many_pairs(plain: SimpleNamespace, c
             torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
 
 
+def padded(batch: Any, seen: list[int], asked: list[int], *, same: bool) -> tuple[Any, ...]:
+    """The batch's arguments with segments of padding; same: the mlp predictor is asked for its own context."""
+    rows = [
+        pack(np.concatenate([np.asarray(p, np.int64) for p in sets]), np.array([len(p) for p in sets]), "cpu", more, 9)
+        for sets, more in ((batch.context, seen), (batch.predicted, asked))
+    ]
+    return batch.source, batch.target, batch.action, *rows[0], *rows[0 if same else 1]
+
+
+@pytest.mark.parametrize("sources", [1, 2], ids=["", "two sources"])
+@pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS.keys())
+def test_padding_has_no_loss_and_no_gradient(plain: SimpleNamespace, config: ModelConfig, sources: int) -> None:
+    """Float64, to its rounding: sums have other terms, all of them 0, and so other orders."""
+    model = plain.exact_model(config, ACTIONS)
+    batch = plain.draw_batch(config, ACTIONS, [5, 1, 3, 6], [2, 4, 3, 2])
+    batch.target = batch.target[::sources]
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    alone = model(*batch.arguments())
+    expected = torch.autograd.grad(alone.loss, wanted, allow_unused=True)
+    for seen, asked in (([1, 1], [9, 8]), ([7], [1])):
+        found = model(*padded(batch, seen, asked, same=config.predictor.kind == "mlp"))
+        torch.testing.assert_close(found.loss, alone.loss, rtol=1e-12, atol=0)
+        torch.testing.assert_close(found.target_features, alone.target_features, rtol=1e-10, atol=1e-12)
+        assert found.tokens == alone.tokens
+        gradients = torch.autograd.grad(found.loss, wanted, allow_unused=True)
+        for ours, theirs in zip(gradients, expected, strict=True):
+            assert (ours is None) == (theirs is None)
+            if ours is not None:
+                torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("conditioning", ["feature", "sequence+block"])
+def test_padding_in_fp32_moves_the_loss_by_rounding_alone(plain: SimpleNamespace, conditioning: str) -> None:
+    model = plain.exact_model(configure(conditioning), ACTIONS).float()
+    batch = plain.draw_batch(model.config, ACTIONS, [5, 1, 3, 6], [2, 4, 3, 2])
+    batch.action = batch.action.float()
+    with torch.no_grad():
+        expected = model(*batch.arguments()).loss
+        found = model(*padded(batch, [9, 9, 8], [9, 9, 9], same=False)).loss
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+
+
 def test_wrong_arguments_say_what_is_wrong(plain: SimpleNamespace) -> None:
     config = configure()
     model = plain.exact_model(config, ACTIONS)
@@ -271,6 +315,9 @@ def test_wrong_arguments_say_what_is_wrong(plain: SimpleNamespace) -> None:
         model.predict(torch.zeros(2, 8, 16).double(), action)
     with pytest.raises(ValueError, match="at least 1"):
         IWM(config, 0)
+    more, mores = pack(np.array([0, 1, 2, 3]), np.array([2, 2]), "cpu", [1])
+    with pytest.raises(ValueError, match="1 segments of padding and context_segments 0"):
+        model(source, target, action, context, contexts, more, mores)
     mlp = plain.exact_model(configure("block", kind="mlp"), ACTIONS)
     with pytest.raises(ValueError, match="cannot look elsewhere"):
         mlp(source, target, action, context, contexts, predicted[:3], Segments.from_lengths([1, 2]))

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from iwm_fast.kernels.permutation import invert, take_rows
-from iwm_fast.models.packing import Segments, interleave
+from iwm_fast.models.packing import Segments, interleave, pack
 
 LENGTHS = st.lists(st.integers(0, 6), max_size=8)
 
@@ -50,6 +50,31 @@ def test_interleave_puts_the_parts_of_an_image_side_by_side(data: st.DataObject,
     for p, place in enumerate(places):
         tokens = [(i, p, t) for i in range(images) for t in range(lengths[p][i])]
         assert [expected[k] for k in place.tolist()] == tokens
+
+
+def test_padding_follows_the_images_and_reads_the_last_one() -> None:
+    patches, segments = pack(np.array([5, 7, 2]), np.array([2, 1]), "cpu", [3, 2], 4)
+    assert patches.tolist() == [5, 7, 2, 0, 1, 2, 0, 1]
+    assert segments.lengths == (2, 1, 3, 2)
+    assert (segments.total, segments.real, segments.images) == (8, 3, 2)
+    assert segments.image_of_token.tolist() == [0, 0, 1, 2, 2, 2, 3, 3]
+    assert segments.pixels_of_token.tolist() == [0, 0, 1, 1, 1, 1, 1, 1]
+
+
+def test_joined_padding_stays_padding_and_ceilings_add_up() -> None:
+    parts = [Segments.from_lengths(lengths, "cpu", 1, ceiling) for lengths, ceiling in (([2, 1, 3], 5), ([1, 1, 2], 4))]
+    joined, _ = interleave([*parts, Segments.uniform(3, 2)])
+    assert (joined.lengths, joined.padding, joined.ceiling) == ((5, 4, 7), 1, 11)
+    assert interleave([parts[0], Segments.from_lengths([1, 1, 1])])[0].ceiling is None
+
+
+@pytest.mark.slow  # the import of xformers
+def test_a_mask_with_a_ceiling_divides_as_one_without() -> None:
+    pytest.importorskip("xformers.ops.fmha.attn_bias")
+    with_ceiling = Segments.from_lengths([3, 1, 4], "cpu", 1, 6).block_diagonal_mask
+    without = Segments.from_lengths([3, 1, 4]).block_diagonal_mask
+    assert torch.equal(with_ceiling.materialize((8, 8)), without.materialize((8, 8)))
+    assert with_ceiling.q_seqinfo.max_seqlen == 6
 
 
 def test_take_rows_differentiates_as_indexing() -> None:

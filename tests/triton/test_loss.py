@@ -132,6 +132,18 @@ def test_a_row_that_target_does_not_have_is_never_silent(device):
     assert grad[[0, 2]].isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("incoming", [1.0, 3.0])
+def test_a_prediction_without_target_adds_nothing_whatever_it_is(dtype, incoming, device):
+    pred, target = draw(70, 24, 0, dtype, device), draw(4, 24, 1, dtype, device)
+    index = torch.arange(70, device=device) % 5 - 1
+    pred[index == -1] = float("nan")
+    ours, theirs, exact = both(pred, target, incoming, index=index, normalize_target=True, reduction="sum")
+    assert distance(ours[0], exact[0]) <= 1e-5
+    assert distance(ours[1], exact[1]) <= 1.01 * distance(theirs[1], exact[1]) + 1e-5
+    assert not ours[1][index == -1].any()
+
+
 def test_non_contiguous_inputs_give_the_same(device):
     pred, target = draw(20, 36, 0, device=device), draw(12, 36, 1, device=device)
     index = torch.arange(40, device=device)[::2] % 12

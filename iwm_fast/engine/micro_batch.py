@@ -1,0 +1,63 @@
+"""What the model is called with for a micro-batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from iwm_fast.config import Config
+from iwm_fast.data.batch import Batch
+from iwm_fast.models.packing import pack
+from iwm_fast.planning.rounding import rounding_of
+
+__all__ = ["Packed", "Packer"]
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """arguments: of the model's forward, on its device. padding: tokens of padding among them."""
+
+    arguments: tuple[Any, ...]
+    padding: int
+
+
+class Packer:
+    """Packs the micro-batches of one rank. sizes: pairs (context, predicted) of token counts that were met.
+
+    Shapes of everything that enters a kernel follow from such a pair where train.static_shapes is on: numbers of images
+    and components of an action are a run's.
+    """
+
+    def __init__(self, config: Config, micro_batch: int, predicts: str, device: torch.device, world: int) -> None:
+        self._rounding = rounding_of(config, micro_batch)
+        self._width, self._world = config.model.encoder_shape.width, world
+        self._predicts, self._device = predicts, device
+        self.sizes: set[tuple[int, int]] = set()
+
+    def __call__(self, batch: Batch) -> Packed:
+        """The batch's tensors on the device, its patches packed, and the factor of its loss.
+
+        The loss is this micro-batch's share of the mean over the global batch, whose tokens every rank knows, times the
+        ranks: DeepSpeed averages gradients over them.
+        """
+        device, patches = self._device, batch.patches
+        context, seen = self._pack(patches.context, patches.context_lengths)
+        predicted, asked, tokens = context, seen, batch.global_context
+        if self._predicts == "target":
+            predicted, asked = self._pack(patches.target, patches.target_lengths)
+            tokens = batch.global_target
+        self.sizes.add((seen.total, asked.total))
+        padding = seen.total - seen.real + (asked.total - asked.real if asked is not seen else 0)
+        arguments = (
+            batch.source.to(device), batch.target.to(device), batch.action.to(device, non_blocking=True),
+            context, seen, predicted, asked, self._world / (tokens * self._width),
+        )  # fmt: skip
+        return Packed(arguments, padding)
+
+    def _pack(self, patches: Any, lengths: Any) -> tuple[torch.Tensor, Any]:
+        if self._rounding is None:
+            return pack(patches, lengths, self._device)
+        padding = self._rounding.padding(len(patches))
+        return pack(patches, lengths, self._device, padding, self._rounding.longest)
