@@ -18,7 +18,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from statistics import median
@@ -28,11 +28,13 @@ import torch
 import triton
 
 from ._candidates import Choice, candidates_of, possible
+from ._gpu_time import gpu_seconds
 
-__all__ = ["TUNING_DIR_VARIABLE", "Chooser", "Tuner", "bucket", "tuner", "tuning_folder", "use_tuner"]
+__all__ = ["TUNING_DIR_VARIABLE", "Chooser", "Key", "Tuner", "bucket", "nearest", "tuner", "tuning_folder", "use_tuner"]
 
 TUNING_DIR_VARIABLE = "IWM_FAST_TUNING_DIR"
 _REPEATS = 10
+_BUCKETS = 64  # more than there are
 # What a candidate may fail with that another may survive. Out of device memory is not among them.
 _FAILURES = (triton.runtime.errors.TritonError, triton.compiler.errors.CompilationError)
 _held: set[Path] = set()  # folders whose lock this process holds
@@ -60,6 +62,16 @@ class Key:
 
     def __str__(self) -> str:
         return f"{self.product} {self.dtype} {self.rows}x{self.columns}x{self.depth} {self.about}"
+
+
+def nearest(key: Key, known: Callable[[Key], T | None]) -> T | None:
+    """What is known of the same product at the nearest other number of rows, of two as near of the larger; or None."""
+    for shift in range(1, _BUCKETS):
+        for rows in (key.rows << shift, key.rows >> shift):
+            found = known(replace(key, rows=rows)) if rows >= bucket(0) else None
+            if found is not None:
+                return found
+    return None
 
 
 class Chooser(Protocol):
@@ -123,11 +135,23 @@ class Tuner:
         left = self.candidates(key, element)
         if not left:
             raise RuntimeError(f"no implementation of {key} works on {self.name}; set backend=reference")
-        choice = left[0]
-        if self.architecture != "interpreter" and not _capturing():
+        if self.architecture == "interpreter":
+            choice = left[0]
+        elif _capturing():
+            return self._without_timing(key, left)  # for this graph alone: outside of it, it is found out
+        else:
             choice = self._known(_shipped(self.name), key, left) or self._find_out(key, left, call)
         self._chosen[key] = choice
         return choice
+
+    def _without_timing(self, key: Key, left: Sequence[Choice]) -> Choice:
+        """What is known of a key or, at the nearest number of rows, of its product; else the preferred candidate."""
+        known = self._known(_shipped(self.name), key, left) or self._known(_read(self._path), key, left)
+        return known or nearest(key, lambda other: c if (c := self._chosen.get(other)) in left else None) or left[0]
+
+    @property
+    def _path(self) -> Path:
+        return self.folder / f"{self.name}-triton-{triton.__version__}.json"
 
     def _known(self, table: dict[str, Any], key: Key, left: Sequence[Choice]) -> Choice | None:
         found = table.get(str(key))
@@ -136,18 +160,17 @@ class Tuner:
 
     def _find_out(self, key: Key, left: Sequence[Choice], call: Callable[[Choice], object]) -> Choice:
         with _locked(self.folder) as writable:
-            path = self.folder / f"{self.name}-triton-{triton.__version__}.json"
-            table = _read(path)
+            table = _read(self._path)
             known = self._known(table, key, left)
             if known is not None:
                 return known
             seconds = self._measure(key, left, call)
             best = min(seconds, key=lambda choice: seconds[choice], default=left[-1])
             if writable and seconds:
-                table = _read(path)  # the timing may have added to it
+                table = _read(self._path)  # the timing may have added to it
                 kept = {str(asdict(choice)): value for choice, value in seconds.items()}
                 table[str(key)] = {"choice": asdict(best), "seconds": kept}
-                _keep(path, table)
+                _keep(self._path, table)
             return best
 
     def _measure(self, key: Key, left: Sequence[Choice], call: Callable[[Choice], object]) -> dict[Choice, float]:
@@ -231,17 +254,8 @@ def _locked(folder: Path) -> Iterator[bool]:
 
 
 def _cuda_seconds(call: Callable[[], object]) -> float:
-    """Median seconds of a call by CUDA events, after two that do not count."""
-    found = []
-    for i in range(_REPEATS + 2):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        call()
-        end.record()
-        end.synchronize()
-        if i >= 2:
-            found.append(begin.elapsed_time(end) / 1000)
-    return median(found)
+    """Median seconds of a call on the current GPU, after two that do not count."""
+    return median(gpu_seconds(lambda _: call(), _REPEATS, warm_up=2))
 
 
 def tuning_folder() -> Path:

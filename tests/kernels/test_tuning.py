@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ import triton
 
 from iwm_fast.kernels import _tuning
 from iwm_fast.kernels._candidates import ARCHITECTURES, LIBRARY, PRODUCTS, SHARED_LIMIT, Choice, candidates_of
-from iwm_fast.kernels._tuning import Tuner, bucket, tuner, use_tuner
+from iwm_fast.kernels._tuning import Key, Tuner, bucket, nearest, tuner, use_tuner
 
 SIZES = (5000, 1536, 384)
 
@@ -257,6 +258,66 @@ def test_the_interpreter_times_nothing(tmp_path):
     assert isinstance(ask(tuner), Choice)
 
 
+def test_what_is_taken_while_a_graph_is_captured_is_not_kept(tmp_path, monkeypatch):
+    """Nothing may be timed then; the same product outside of the graph is timed."""
+    order = candidates_of("sm_90", "hidden")
+    tuner, timed = make(tmp_path, dict.fromkeys(order, 2.0) | {order[2]: 1.0})
+    monkeypatch.setattr(_tuning, "_capturing", lambda: True)
+    assert ask(tuner) == order[0]
+    assert ask(tuner) == order[0]
+    assert not timed
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(_tuning, "_capturing", lambda: False)
+    assert ask(tuner) == order[2]
+    assert len(timed) == len(order)
+    monkeypatch.setattr(_tuning, "_capturing", lambda: True)
+    assert ask(tuner) == order[2]
+
+
+def test_a_graph_takes_what_the_disk_knows_else_what_is_known_of_the_nearest_rows(tmp_path, monkeypatch):
+    order = candidates_of("sm_90", "hidden")
+    other, _ = make(tmp_path, dict.fromkeys(order, 2.0) | {order[1]: 1.0})
+    ask(other, (100, 1536, 384))  # on the disk, by another process
+    tuner, _ = make(tmp_path, dict.fromkeys(order, 2.0) | {order[2]: 1.0})
+    ask(tuner, (5000, 1536, 384))
+    monkeypatch.setattr(_tuning, "_capturing", lambda: True)
+    assert ask(tuner, (100, 1536, 384)) == order[1]
+    assert ask(tuner, (9000, 1536, 384)) == order[2]
+    assert ask(tuner, (9000, 1536, 768)) == order[0]  # another product
+
+
+def test_a_candidate_that_fails_while_a_graph_is_captured_is_not_tried_again(tmp_path, monkeypatch):
+    first, second = candidates_of("sm_90", "hidden")[:2]
+    tuner, _ = make(tmp_path)
+    monkeypatch.setattr(_tuning, "_capturing", lambda: True)
+
+    def call(choice):
+        if choice == first:
+            raise FAILURES[0]
+        return choice
+
+    with pytest.warns(RuntimeWarning, match="left out"):
+        assert ask(tuner, call=call) == second
+
+
+@pytest.mark.parametrize(
+    ("known", "expected"),
+    [
+        ([16, 4096], 4096),
+        ([512, 4096], 512),
+        ([256, 4096], 4096),  # as near: the larger
+        ([1 << 40], 1 << 40),
+        ([1024], None),  # the key itself
+        ([], None),
+    ],
+)
+def test_the_nearest_rows_that_something_is_known_of(known, expected):
+    key = Key("hidden", "bfloat16", 1024, 1536, 384)
+    table = {Key("hidden", "bfloat16", rows, 1536, 384): rows for rows in known}
+    assert nearest(key, table.get) == expected
+    assert nearest(Key("hidden", "float16", 1024, 1536, 384), table.get) is None
+
+
 def test_the_tuner_in_use_is_asked_in_every_thread(tmp_path):
     """A backward pass on a GPU runs in a thread of autograd's."""
     mine, found = make(tmp_path)[0], []
@@ -266,3 +327,26 @@ def test_the_tuner_in_use_is_asked_in_every_thread(tmp_path):
         thread.join()
     assert found == [mine]
     assert tuner(torch.device("cpu")) is not mine
+
+
+def test_a_backward_pass_in_a_thread_of_its_own_asks_the_tuner_in_use(tmp_path):
+    """As autograd does on a GPU: the thread was begun before, and shares no context with the caller."""
+    mine, asked = make(tmp_path)[0], []
+
+    class Product(torch.autograd.Function):
+        @staticmethod
+        def forward(_, x):
+            return x * 2
+
+        @staticmethod
+        def backward(_, grad):
+            asked.append(tuner(grad.device))
+            return grad * 2
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(int).result()  # the thread is there before the tuner is put in place
+        x = torch.ones(3, requires_grad=True)
+        with use_tuner(mine):
+            pool.submit(Product.apply(x).sum().backward).result()
+    assert asked == [mine]
+    assert x.grad.tolist() == [2.0] * 3
