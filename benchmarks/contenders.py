@@ -1,19 +1,21 @@
 """What the kernels are compared with: each contender's way to compute an operation, and why it cannot where it cannot.
 
-Liger-Kernel (its fused MLP is SwiGLU) and xformers (its MLPs were removed but for SwiGLU) offer none of them.
-Transformer Engine's LayerNormMLP is the one without an action and with GELU's tanh form.
+The conditioned MLP of other libraries stands in `mlp_baselines`. xformers' MLPs were removed but for SwiGLU.
 """
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch._dynamo import mark_static_address
 
+from iwm_fast.benchmarks import mlp_baselines
+from iwm_fast.benchmarks.mlp_baselines import needs_gpu, not_offered
+from iwm_fast.benchmarks.skipped import Skipped
 from iwm_fast.kernels import (
     conditioned_mlp,
     e4m3_rows,
@@ -28,26 +30,43 @@ from iwm_fast.planning.environment import installed_version
 if TYPE_CHECKING:
     from iwm_fast.benchmarks.kernel_cases import Case
 
-__all__ = ["CONTENDERS", "Contender", "Skipped"]
-
-
-class Skipped(Exception):  # noqa: N818  (a reason, not an error)
-    """Why a contender cannot take part."""
+__all__ = ["CONTENDERS", "Contender", "Skipped", "reference"]
 
 
 def _nothing(case: Case, device: torch.device) -> None:
     """No requirement."""
 
 
+# What libraries and compilers say that they cannot do.
+_REFUSALS = (
+    RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError, AssertionError, LookupError, OSError,
+    ImportError,
+)  # fmt: skip
+
+
+def _their_refusals() -> tuple[type[Exception], ...]:
+    return _REFUSALS
+
+
 @dataclass(frozen=True)
 class Contender:
     """make: the function for an operation; it gives None where it works in place. require: raises `Skipped` where it
     cannot do a case on a device.
+
+    note: what it is, where its name does not say that. gelu: the form that it computes. one_size: its code is for one
+    size, so that what is checked has to have the size that is timed. settles: calls with the same tensors until it runs
+    what is timed. graphs: holds its memory between calls. refusals: exceptions that are a reason, not a fault of ours.
     """
 
     version: str | None
     make: Callable[[str], Callable[..., Any]]
     require: Callable[[Case, torch.device], None] = _nothing
+    note: str = ""
+    gelu: str = "gelu"
+    one_size: bool = False
+    settles: int = 1
+    graphs: bool = False
+    refusals: Callable[[], tuple[type[Exception], ...]] = tuple
 
 
 _OPERATORS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
@@ -61,67 +80,75 @@ _OPERATORS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
 }
 
 
-def _ours(backend: str) -> Callable[[str], Callable[..., Any]]:
+def _ours(backend: str, **other: Any) -> Callable[[str], Callable[..., Any]]:
     def make(operation: str) -> Callable[..., Any]:
         operator, options = _OPERATORS[operation]
-        return lambda **given: operator(**given, **options, backend=backend)
+        return lambda **given: operator(**given, **options, **other, backend=backend)
 
     return make
+
+
+def reference(operation: str, gelu: str = "gelu") -> Callable[..., Any]:
+    """The operation in plain PyTorch; gelu: the form of the MLP's."""
+    other = {"activation": gelu} if operation == "conditioned_mlp" else {}
+    return _ours("reference", **other)(operation)
 
 
 def _compiled(mode: str) -> Callable[[str], Callable[..., Any]]:
     def make(operation: str) -> Callable[..., Any]:
         torch.compiler.reset()
-        compiled: Callable[..., Any] = torch.compile(_ours("reference")(operation), mode=mode, dynamic=False)
+        compiled: Callable[..., Any] = torch.compile(reference(operation), mode=mode, dynamic=False)
         return compiled
 
     return make
 
 
-def _needs_gpu(_: Case, device: torch.device) -> None:
-    if device.type != "cuda":
-        raise Skipped("needs a GPU")
+def _graphed(operation: str) -> Callable[..., Any]:
+    """torch.compile under CUDA graphs, which find their inputs where they lie: in training nothing copies them."""
+    if operation == "ema_update":
+        raise Skipped("writes into its inputs, for which torch.compile takes no CUDA graph")
+    compiled = _compiled("max-autotune")(operation)
 
-
-def _transformer_engine(operation: str) -> Callable[..., Tensor]:
-    if operation != "conditioned_mlp":
-        raise Skipped("does not offer the operation")
-    try:
-        te: Any = importlib.import_module("transformer_engine.pytorch")
-    except ImportError as error:
-        raise Skipped("not installed") from error
-    modules: dict[tuple[int, int], Any] = {}
-
-    def run(x: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, b_out: Tensor, **norm: Tensor) -> Tensor:
-        key = (w_in.shape[1], w_in.shape[0])
-        if key not in modules:
-            modules[key] = te.LayerNormMLP(*key, eps=1e-6, activation="gelu", params_dtype=x.dtype, device=x.device)
-        parameters = {
-            "layer_norm_weight": norm["norm_weight"], "layer_norm_bias": norm["norm_bias"], "fc1_weight": w_in,
-            "fc1_bias": b_in, "fc2_weight": w_out, "fc2_bias": b_out,
-        }  # fmt: skip
-        out: Tensor = x + torch.func.functional_call(modules[key], parameters, (x,))
-        return out
+    def run(**given: Any) -> Any:
+        for value in given.values():
+            if isinstance(value, Tensor):
+                mark_static_address(value)
+        torch.compiler.cudagraph_mark_step_begin()
+        return compiled(**given)
 
     return run
 
 
-def _without_action(case: Case, device: torch.device) -> None:
-    _needs_gpu(case, device)
-    if case.actions:
-        raise Skipped("does not offer an action")
+def _torch(make: Callable[[str], Callable[..., Any]], **other: Any) -> Contender:
+    return Contender(torch.__version__, make, one_size=True, refusals=_their_refusals, **other)
 
 
-def _does_not_offer(_: str) -> Callable[..., Tensor]:
-    raise Skipped("does not offer the operation")
+def _library(name: str, package: str, make: Callable[[str], Callable[..., Any]], **other: Any) -> Contender:
+    version, note = installed_version(package), mlp_baselines.NOTES.get(name, "")
+    return Contender(version, make, **({"require": needs_gpu, "refusals": _their_refusals, "note": note} | other))
+
+
+def _quack_refusals() -> tuple[type[Exception], ...]:
+    return (*_REFUSALS, *mlp_baselines.cutlass_errors())
 
 
 CONTENDERS = {
-    "iwm-fast triton": Contender(installed_version("iwm-fast"), _ours("triton"), _needs_gpu),
+    "iwm-fast triton": Contender(installed_version("iwm-fast"), _ours("triton"), needs_gpu),
     "eager": Contender(torch.__version__, _ours("reference")),
-    "compile": Contender(torch.__version__, _compiled("default")),
-    "compile max-autotune": Contender(torch.__version__, _compiled("max-autotune-no-cudagraphs"), _needs_gpu),
-    "transformer engine": Contender(installed_version("transformer-engine"), _transformer_engine, _without_action),
-    "liger": Contender(installed_version("liger-kernel"), _does_not_offer),
-    "xformers": Contender(installed_version("xformers"), _does_not_offer),
-}
+    "compile": _torch(_compiled("default")),
+    "compile max-autotune": _torch(_compiled("max-autotune-no-cudagraphs"), require=needs_gpu),
+    # Warms up, records, replays.
+    "compile max-autotune, CUDA graphs": _torch(
+        _graphed, require=needs_gpu, settles=3, graphs=True,
+        note="its inputs lie where the graph finds them; the incoming gradient is copied",
+    ),
+    "quack": _library(
+        "quack", "quack-kernels", mlp_baselines.quack, require=mlp_baselines.quack_takes, gelu="gelu_tanh",
+        one_size=True, refusals=_quack_refusals,
+    ),
+    "liger": _library("liger", "liger-kernel", mlp_baselines.liger, one_size=True),
+    "transformer engine": _library(
+        "transformer engine", "transformer-engine", mlp_baselines.transformer_engine, gelu="gelu_tanh", one_size=True
+    ),
+    "xformers": _library("xformers", "xformers", not_offered),
+}  # fmt: skip

@@ -41,6 +41,8 @@ __all__ = ["PARTS", "Part", "limit_of", "main"]
 SCHEMA = "iwm-fast-gpu-suite/2"
 _SETTINGS = ("train.compile=true", "train.target_stream=true")
 _BASE = ("vit_base_p16_224_equi.yaml", "train.global_batch=256", "train.micro_batch=256")
+# Baselines that try out many kernels before they run one.
+_TUNED = ("compile max-autotune", "compile max-autotune, CUDA graphs", "quack")
 _TINY = ("vit_tiny_p4_32.yaml", "train.global_batch=16")
 # What comes back from a machine that is lent may be limited: larger traces are left out, and that is said.
 _ARCHIVE_BYTES = 16 * 2**20
@@ -85,13 +87,13 @@ def _attention(args: argparse.Namespace, file: Path) -> list[str]:
 def _kernels(args: argparse.Namespace, file: Path) -> list[str]:
     few = [] if _on_gpu(args) else ["--only", "stopgrad_l2", "--repeats", "3"]
     words = ["iwm_fast.benchmarks.kernels", "--device", args.device, "--json", str(file), *few]
-    return [*words, "--without", "compile max-autotune"]
+    return [*words, "--without", *_TUNED]
 
 
 def _autotune(args: argparse.Namespace, file: Path) -> list[str]:
     few = [] if _on_gpu(args) else ["--repeats", "3"]
     words = ["iwm_fast.benchmarks.kernels", "--device", args.device, "--json", str(file), *few]
-    return [*words, "--only", "conditioned_mlp", "--contenders", "iwm-fast", "compile max-autotune"]
+    return [*words, "--only", "conditioned_mlp", "--contenders", "iwm-fast triton", *_TUNED]
 
 
 def _profile(args: argparse.Namespace, file: Path) -> list[str]:
@@ -102,6 +104,7 @@ def _profile(args: argparse.Namespace, file: Path) -> list[str]:
 
 def _peers(args: argparse.Namespace, file: Path) -> list[str]:
     words = ["iwm_fast.benchmarks.peers", "--device", args.device, "--json", str(file), "--limit", "25"]
+    words += ["--until", f"{0.85 * args.patience * PARTS['peers'].limit:.0f}"]  # and the rest to end in
     words += ["--ijepa", str(args.ijepa)] if args.ijepa else []
     if _on_gpu(args):
         return [*words, "--shape", "ViT-B/16 224 12x384", "ViT-L/16 224 12x384", "ViT-B/16 224 18x384"]
@@ -140,7 +143,7 @@ PARTS = {
     "tests": Part(60, _tests, what="tests/gpu, and the kernels' tests on the GPU"),
     "train": Part(50, _train, ("deepspeed", "xformers", "dali"), "whole trainings from JPEG files"),
     "settings": Part(30, _settings, what="train.compile and train.target_stream against the step without"),
-    "autotune": Part(300, _autotune, (), "torch.compile max-autotune on the conditioned MLP: minutes of compiling"),
+    "autotune": Part(300, _autotune, (), "the conditioned MLP by what tunes for minutes: max-autotune, QuACK"),
 }
 
 

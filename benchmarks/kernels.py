@@ -5,9 +5,10 @@
 
 Each contender computes the same operation from the same inputs, forward alone and, where the operation has gradients,
 forward with all of them. Inputs are random and rotated past the cache; the answers are compared with float64 before
-anything is timed, and a contender whose answers are wrong is not timed. Without a GPU the PyTorch contenders run at a
-small size, and the counts and floors are those of every size. `benchmarks.draw_kernels` draws the file that this
-writes.
+anything is timed, and a contender whose answers are wrong is not timed. Every contender has a row at every case, with
+its version and, where it is not timed, the reason; `contenders` in FILE says what of it is a library's and what is
+PyTorch's. Without a GPU the PyTorch contenders run at a small size, and the counts and floors are those of every size.
+`benchmarks.draw_kernels` draws the file that this writes.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from iwm_fast.benchmarks.contenders import CONTENDERS, Skipped
+from iwm_fast.benchmarks.contenders import CONTENDERS, Contender, Skipped, reference
 from iwm_fast.benchmarks.kernel_cases import CASES, OPERATIONS, Case, at_most, inputs
 from iwm_fast.benchmarks.timing import ceilings, seconds, spread
 from iwm_fast.outputs import require_result
@@ -80,13 +81,18 @@ def _widened(value: Any) -> Any:
     return value
 
 
-def errors(run: Callable[..., Any], exact: Callable[..., Any], case: Case, device: torch.device) -> dict[str, float]:
-    """‖answer − float64‖ / ‖float64‖ of the result and of each gradient, at 2,048 tokens of the same widths."""
-    small = at_most(case, _CHECKED_TOKENS, 16, 4096, 1)
+def errors(run: Callable[..., Any], contender: Contender, case: Case, device: torch.device) -> dict[str, float]:
+    """‖answer − float64‖ / ‖float64‖ of the result and of each gradient, at 2,048 tokens of the same widths.
+
+    What is compiled for one size is checked at that size: at another it would be other code, and compiled once more.
+    """
+    exact = reference(case.operation, contender.gelu)
+    small = case if contender.one_size else at_most(case, _CHECKED_TOKENS, 16, 4096, 1)
     given = inputs(small, device, torch.bfloat16, seed=1)
     wide = {k: _widened(v) for k, v in given.items()}
     upstream = _upstream(small, given)
-    found = _answers(run, given, upstream)
+    for _ in range(contender.settles):
+        found = _answers(run, given, upstream)
     wanted = _answers(exact, wide, None if upstream is None else tuple(u.double() for u in upstream))
     exactly = {k: w.double() for k, w in wanted.items()}
     return {k: float((found[k].double() - w).norm() / w.norm()) for k, w in exactly.items()}
@@ -109,27 +115,6 @@ def kept_bytes(run: Callable[..., Any], given: dict[str, Any]) -> int:
     return sum(kept.values())
 
 
-def _time(
-    run: Callable[..., Any],
-    case: Case,
-    rotated: list[dict[str, Any]],
-    backward: bool,
-    device: torch.device,
-    repeats: int,
-) -> list[float]:
-    upstream = _upstream(case, rotated[0])
-
-    def call(i: int) -> None:
-        given = rotated[i % len(rotated)]
-        if backward:
-            _answers(run, given, upstream)
-        else:
-            with torch.no_grad():
-                run(**given)
-
-    return seconds(call, device, repeats)
-
-
 def measure(
     cases: list[Case],
     device: torch.device,
@@ -138,10 +123,16 @@ def measure(
     contenders: Sequence[str] | None = None,
     save: Callable[[dict[str, Any]], object] = lambda _document: None,
 ) -> dict[str, Any]:
-    """Every contender on every case: the document that is written. ``save`` gets it after each case too."""
+    """Every contender on every case: the document that is written. ``save`` gets it after each contender.
+
+    contenders: those that take part; the others' rows say that they were not asked for.
+    """
     limits = ceilings(device)
     rows: list[dict[str, Any]] = []
-    document = {"schema": SCHEMA, "device": device.type, "ceilings": limits, "rows": rows}
+    about = {name: {"version": one.version, "note": one.note} for name, one in CONTENDERS.items()}
+    document = {
+        "schema": SCHEMA, "device": device.type, "ceilings": limits, "contenders": about, "rows": rows,
+    }  # fmt: skip
     for asked in cases:
         case = asked
         if device.type == "cpu":
@@ -153,39 +144,68 @@ def measure(
         size = sum(t.nbytes for t in tree_leaves(one) if isinstance(t, Tensor))
         copies = max(1, -(-_ROTATED_BYTES // size)) if device.type == "cuda" else 2
         rotated = [one, *(inputs(case, device, torch.bfloat16, seed=s) for s in range(2, copies + 1))]
-        exact = CONTENDERS["eager"].make(case.operation)
-        for name in CONTENDERS if contenders is None else contenders:
-            contender = CONTENDERS[name]
-            row: dict[str, Any] = {"case": asdict(case), "contender": name, "version": contender.version}
-            try:
-                run = contender.make(case.operation)
-                contender.require(case, device)
-                row["errors"] = errors(run, exact, case, device)
-            except Skipped as reason:
-                rows.append(row | {"skipped": str(reason)})
-                say(f"  {name}: skipped: {reason}")
-                continue
-            if not all(error <= _WRONG for error in row["errors"].values()):  # NaN is wrong too
-                rows.append(row | {"skipped": "its answers are wrong"})
-                say(f"  {name}: not timed, its answers are wrong: {row['errors']}")
-                continue
-            row["kept_bytes"] = kept_bytes(run, one)
-            for backward in passes:
-                rows.append(row | _timed(run, rotated, case, backward, device, repeats, limits))
-                say("  " + _line(rows[-1]))
+        for name, contender in CONTENDERS.items():
+            row = {"case": asdict(case), "contender": name, "version": contender.version}
+            if contenders is not None and name not in contenders:
+                found = [row | {"skipped": "not asked for"}]
+            else:
+                found = _rows(row, contender, case, rotated, device, repeats, limits)
+            rows += found
+            for each in found:
+                say("  " + _line(each))
             save(document)
     return document
 
 
-def _timed(
-    run: Callable[..., Any], rotated: list[dict[str, Any]], case: Case, backward: bool, device: torch.device,
+def _rows(
+    row: dict[str, Any], contender: Contender, case: Case, rotated: list[dict[str, Any]], device: torch.device,
     repeats: int, limits: dict[str, Any],
+) -> list[dict[str, Any]]:  # fmt: skip
+    """A contender's rows at one case: one for each pass, or one with the reason why it is not timed."""
+    rows = []
+    try:
+        try:
+            run = contender.make(case.operation)
+            contender.require(case, device)
+            row["errors"] = errors(run, contender, case, device)
+            if not all(error <= _WRONG for error in row["errors"].values()):  # NaN is wrong too
+                return [row | {"skipped": "its answers are wrong"}]
+            row["kept_bytes"] = kept_bytes(run, rotated[0])
+            passes = (False, True) if _leaves(rotated[0]) else (False,)
+            for backward in passes:
+                timed = _timed(run, contender, rotated, case, backward, device, repeats, limits)
+                rows.append(row | timed)
+        except contender.refusals() as error:
+            said = str(error).strip().splitlines() or [""]
+            raise Skipped(f"failed: {type(error).__name__}: {said[0][:200]}") from error
+    except Skipped as reason:
+        rows.append(row | {"skipped": str(reason)})
+    return rows
+
+
+def _timed(
+    run: Callable[..., Any], contender: Contender, rotated: list[dict[str, Any]], case: Case, backward: bool,
+    device: torch.device, repeats: int, limits: dict[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
+    upstream = _upstream(case, rotated[0])
+
+    def call(i: int) -> None:
+        given = rotated[i % len(rotated)]
+        if backward:
+            _answers(run, given, upstream)
+        else:
+            with torch.no_grad():
+                run(**given)
+
+    for _ in range(contender.settles - 1):
+        for i in range(len(rotated)):
+            call(i)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-    samples = _time(run, case, rotated, backward, device, repeats)
-    peak = torch.cuda.max_memory_allocated(device) - before if device.type == "cuda" else None
+    samples = seconds(call, device, repeats)
+    known = device.type == "cuda" and not contender.graphs
+    peak = torch.cuda.max_memory_allocated(device) - before if known else None
     counts, middle = case.counts(backward), spread(samples)["p50"]
     return {
         "passes": "forward+backward" if backward else "forward",
@@ -204,8 +224,12 @@ def _floor(case: Case, backward: bool) -> str:
 
 
 def _line(row: dict[str, Any]) -> str:
+    name = f"{row['contender']} {row['version'] or '–'}"
+    if "skipped" in row:
+        wrong = f": {row['errors']}" if "wrong" in row["skipped"] else ""
+        return f"{name:46} not timed: {row['skipped']}{wrong}"
     return (
-        f"{row['contender']:22} {row['passes']:17} {row['p50'] * 1e3:9.3f} ms ({row['p20'] * 1e3:.3f} – "
+        f"{name:46} {row['passes']:17} {row['p50'] * 1e3:9.3f} ms ({row['p20'] * 1e3:.3f} – "
         f"{row['p80'] * 1e3:.3f})  matmul {row['share_of_matmul']:6.1%}  copy {row['share_of_copy']:6.1%}  "
         f"kept {row['kept_bytes'] / 1e6:.0f} MB  error {max(row['errors'].values()):.1e}"
     )

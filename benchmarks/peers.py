@@ -10,30 +10,35 @@ whose answers differ is not timed. Rounds of one step of each side alternate the
 speed_ratio is the peer's median time over ours (above 1: iwm-fast is faster), operations_ratio our counted operations
 over the peer's (below 1: iwm-fast needs fewer), memory_ratio our peak memory above what was held before over the
 peer's, each side in a process of its own (on a GPU: by its allocator).
+
+FILE has each row as soon as it is measured: the eager peers at every shape first, then the compiled ones, each beside
+iwm-fast in a process of its own. What --until leaves no time for, and what does not compile, is a row that says so.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
+import math
 import os
+import re
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from iwm_fast.actions import ActionSpace
-from iwm_fast.benchmarks.adapters import answers, ijepa, ours, plain, timm_vit
+from iwm_fast.benchmarks.adapters import answers, timm_vit
 from iwm_fast.benchmarks.adapters.ijepa import Checkout
-from iwm_fast.benchmarks.adapters.inputs import Inputs, Masks, Shape, Side, SideMissing, draw_inputs, draw_masks
+from iwm_fast.benchmarks.adapters.inputs import Inputs, Shape, Side, SideMissing
 from iwm_fast.benchmarks.memory import peak_of
-from iwm_fast.benchmarks.stats import median_of, ratio_of
+from iwm_fast.benchmarks.peer_rows import Peer, batches, counted_row, line, make_side, peers, ratios
 from iwm_fast.benchmarks.timing import Clocked, clocked
 from iwm_fast.config.cores import usable_cores
 from iwm_fast.engine.distributed import Ranks, start
@@ -43,7 +48,7 @@ from iwm_fast.programs import run_program
 from iwm_fast.quiet import quiet_third_parties
 from iwm_fast.results import write_result
 
-__all__ = ["COUNTED", "TIMED", "compare_shape", "main"]
+__all__ = ["COUNTED", "TIMED", "Comparison", "compare", "main"]
 
 TIMED = (Shape("vit_tiny", 96, 8, 6, 192, 32), Shape("vit_tiny", 224, 16, 12, 384, 16))
 # Operations alone, on the meta device.
@@ -55,67 +60,10 @@ COUNTED = (
 # Timed where there is a GPU.
 ON_GPU = (Shape("vit_base", 224, 16, 12, 384, 128), Shape("vit_large", 224, 16, 12, 384, 64))
 _BATCHES = 2  # timed in turn
-_COUNTED_BATCHES = 2  # draws of masks that operations are the mean of
 _WARM_UP = {"cpu": 1, "cuda": 5}  # steps of each side
 _MEMORY_STEPS = 2  # the optimizer's state is there from the second on
 _FEWEST_ROUNDS = 3
-
-
-@dataclass(frozen=True)
-class Peer:
-    """How a peer is made, counted and checked, and which of iwm-fast's conditionings it is compared with."""
-
-    ours: str
-    make: Callable[[Shape, Sequence[Inputs], torch.device], Side]
-    operations: Callable[[Shape, Sequence[Inputs]], list[int]]
-    difference: Callable[[Shape, Inputs], float]
-
-
-def peers(checkout: Checkout | None) -> dict[str, Peer]:
-    """All that can be compared with, by name."""
-
-    def own_ijepa(compiled: bool) -> Peer:
-        assert checkout is not None
-        return Peer(
-            "none",
-            lambda shape, inputs, device: ijepa.Ijepa(checkout, shape, inputs, device, compiled=compiled),
-            lambda shape, inputs: ijepa.operations(checkout, shape, inputs),
-            lambda shape, inputs: answers.ijepa_difference(checkout, shape, inputs),
-        )
-
-    def own_plain(compiled: bool) -> Peer:
-        return Peer(
-            "feature",
-            lambda shape, inputs, device: plain.Plain(shape, inputs, device, compiled=compiled),
-            plain.operations,
-            answers.plain_difference,
-        )
-
-    found = {} if checkout is None else {"ijepa": own_ijepa(False), "ijepa compile": own_ijepa(True)}
-    found["timm"] = Peer("none", timm_vit.TimmStep, timm_vit.operations, answers.timm_difference)
-    return found | {"plain": own_plain(False), "plain compile": own_plain(True)}
-
-
-def batches(shape: Shape, checkout: Checkout | None, count: int, seed: int) -> list[Inputs]:
-    """Batches with ijepa's own masks where there is a checkout of it, else with masks in its scheme."""
-    generator = np.random.default_rng(seed)
-    masks: list[Masks] = (
-        checkout.draw_masks(shape, count, seed)
-        if checkout is not None
-        else [draw_masks(shape, generator) for _ in range(count)]
-    )
-    return [draw_inputs(shape, one, ActionSpace().dim, seed + i) for i, one in enumerate(masks)]
-
-
-def _on_meta(inputs: Inputs) -> Inputs:
-    return Inputs(inputs.source.to("meta"), inputs.target.to("meta"), inputs.action.to("meta"), inputs.masks)
-
-
-def make_side(name: str, shape: Shape, inputs: Sequence[Inputs], ranks: Ranks, chosen: dict[str, Peer]) -> Side:
-    """iwm-fast with a conditioning ("iwm-fast none"), or a peer."""
-    if name.startswith("iwm-fast "):
-        return ours.Ours(shape, inputs, ranks, name.removeprefix("iwm-fast "))
-    return chosen[name].make(shape, inputs, ranks.device)
+_ERROR = re.compile(r"\w*(Error|Exception|Killed)\b.*:")
 
 
 def time_in_turn(
@@ -137,45 +85,108 @@ def time_in_turn(
     return taken
 
 
-def _tokens(inputs: Sequence[Inputs]) -> dict[str, float]:
-    """Means over images: context drawn, kept after the cut to the shortest, asked for, and asked with repeats."""
-    masks = [one.masks for one in inputs]
-    return {
-        "context_drawn": float(np.mean([m.drawn.mean() for m in masks])),
-        "context_kept": float(np.mean([m.context.shape[1] for m in masks])),
-        "predicted": float(np.mean([len(u) for m in masks for u in m.unions()])),
-        "predicted_with_repeats": float(np.mean([m.blocks.shape[0] * m.blocks.shape[2] for m in masks])),
-    }
+@dataclass
+class Comparison:
+    """Comparisons of one run; what several peers are compared with is measured alone once."""
+
+    args: argparse.Namespace
+    checkout: Checkout | None
+    ranks: Ranks
+    end: float
+    alone: dict[tuple[str, str], int] = field(default_factory=dict)
+
+    @property
+    def left(self) -> float:
+        """Seconds until nothing more may begin."""
+        return self.end - time.monotonic()
+
+    def row(self, shape: Shape, name: str, peer: Peer) -> dict[str, Any]:
+        """Time a peer at a shape beside iwm-fast, in turn in this process."""
+        row = counted_row(shape, name, peer, self.checkout)
+        inputs = batches(shape, self.checkout, _BATCHES, seed=0)
+        row["difference"] = peer.difference(shape, inputs[0])
+        if not row["difference"] <= answers.TOLERANCE:  # NaN is wrong too
+            return row | {"skipped": f"its answers are {row['difference']:.1e} away"}
+        mine = f"iwm-fast {peer.ours}"
+        sides: dict[str, Side] = {}
+        memory = {side: self._begun(side, shape, inputs, sides, {name: peer}) for side in (mine, name)}
+        before = os.getloadavg()
+        taken = time_in_turn(sides, self.ranks.device, self.args.rounds, self.args.limit)
+        saw = {"ours": sides[mine].saw(), "peer": sides[name].saw()}
+        return row | {
+            "version": sides[name].version,
+            "memory_ratio": memory[mine] / memory[name],
+            "peak_bytes": {"ours": memory[mine], "peer": memory[name]},
+            "masks": saw | {"equal": saw["ours"] == saw["peer"]},
+            "load_average": {"before": before, "after": os.getloadavg()},
+            **ratios(taken[mine], taken[name]),
+        }
+
+    def _begun(
+        self, name: str, shape: Shape, inputs: Sequence[Inputs], sides: dict[str, Side], chosen: Mapping[str, Peer]
+    ) -> int:
+        """Put a side into ``sides``; its peak memory."""
+
+        def begin() -> None:
+            sides[name] = make_side(name, shape, inputs, self.ranks, chosen)
+
+        def work() -> None:
+            begin()
+            for _ in range(_MEMORY_STEPS):
+                sides[name].step()
+
+        # A GPU's allocator tells one side's memory from another's; a resident set is the whole process's.
+        if self.ranks.device.type == "cuda":
+            import deepspeed  # noqa: F401  (what is imported is held before, on every side alike)
+
+            return peak_of(work, self.ranks.device)
+        key = (shape.name, name)
+        if key not in self.alone:
+            self.alone[key] = self._alone(name, shape)
+        begin()
+        return self.alone[key]
+
+    def _again(self, shape: Shape, *words: str) -> subprocess.CompletedProcess[str]:
+        """Start the program once more, for one shape in a process of its own, for as long as there is time."""
+        command = [sys.executable, "-m", "iwm_fast.benchmarks.peers", "--shape", shape.name, *words]
+        command += ["--device", self.args.device, "--threads", str(self.args.threads)]
+        command += ["--ijepa", str(self.args.ijepa)] if self.args.ijepa else []
+        left = None if math.isinf(self.left) else max(self.left, 0.0)
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=left)
+
+    def _alone(self, name: str, shape: Shape) -> int:
+        """Peak memory of a side, in a process of its own."""
+        done = self._again(shape, "--alone", name, "--json", "-")
+        if done.returncode:
+            raise RuntimeError(f"{name} alone: exit code {done.returncode}: {done.stderr[-3000:]}")
+        return int(json.loads(done.stdout.splitlines()[-1])["peak_bytes"])
+
+    def apart(self, shape: Shape, name: str) -> dict[str, Any]:
+        """A peer's row from a process of its own: what is compiled may take longer than there is time for, or fail."""
+        row = {"name": f"{shape.name} {name}", "peer": name, "shape": shape.name, "speed_ratio": None}
+        row["memory_ratio"] = None
+        gc.collect()  # engines of earlier rows hold themselves
+        if self.ranks.device.type == "cuda":
+            torch.cuda.empty_cache()
+        args, begin = self.args, time.monotonic()
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "row.json"
+            words = ["--peers", name, "--here", "--json", str(file), "--rounds", str(args.rounds)]
+            try:
+                # Two seconds, to end by itself.
+                until = [] if math.isinf(self.left) else ["--until", f"{max(self.left - 2, 0):.0f}"]
+                done = self._again(shape, *words, "--limit", str(args.limit), *until)
+            except subprocess.TimeoutExpired:
+                taken = time.monotonic() - begin
+                return row | {"skipped": f"not done after {taken:.0f} s; raise --until ({args.until:.0f})"}
+            if done.returncode:
+                said = [text for text in done.stderr.splitlines() if _ERROR.search(text)] or done.stderr.splitlines()
+                return row | {"skipped": f"exit code {done.returncode}: {' '.join(said[-1:])[:300]}"}
+            found: dict[str, Any] = json.loads(file.read_text())["rows"][0]
+            return found
 
 
-def _counted(shape: Shape, checkout: Checkout | None, chosen: dict[str, Peer]) -> dict[str, Any]:
-    """Operations an image of each side, the mean over several draws of masks, and the tokens they are of."""
-    inputs = [_on_meta(one) for one in batches(shape, checkout, _COUNTED_BATCHES, seed=100)]
-    found: dict[str, Any] = {"tokens": _tokens(inputs), "formula": {}}
-    for conditioning in sorted({peer.ours for peer in chosen.values()}):
-        pairs = ours.operations(shape, inputs, conditioning)
-        found[f"iwm-fast {conditioning}"] = sum(p[0] for p in pairs) / len(pairs) / shape.batch
-        found["formula"][conditioning] = sum(p[1] for p in pairs) / len(pairs) / shape.batch
-    for name, peer in chosen.items():
-        found[name] = sum(peer.operations(shape, inputs)) / len(inputs) / shape.batch
-    return found
-
-
-def _alone(name: str, shape: Shape, args: argparse.Namespace, *_: object) -> dict[str, int]:
-    """Peak memory of a side, in a process of its own."""
-    command = [sys.executable, "-m", "iwm_fast.benchmarks.peers", "--alone", name, "--shape", shape.name]
-    command += ["--device", args.device, "--threads", str(args.threads), "--json", "-"]
-    command += ["--ijepa", str(args.ijepa)] if args.ijepa else []
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{name} alone: exit code {done.returncode}: {done.stderr[-3000:]}")
-    found: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
-    return found
-
-
-def _measure_alone(
-    name: str, shape: Shape, _: argparse.Namespace, checkout: Checkout | None, ranks: Ranks
-) -> dict[str, int]:  # fmt: skip
+def _measure_alone(name: str, shape: Shape, checkout: Checkout | None, ranks: Ranks) -> dict[str, int]:
     import deepspeed  # noqa: F401  (what is imported is held before, on every side alike)
 
     chosen = peers(checkout)
@@ -190,95 +201,42 @@ def _measure_alone(
     return {"peak_bytes": peak_of(work, ranks.device)}
 
 
-def compare_shape(
-    shape: Shape, args: argparse.Namespace, checkout: Checkout | None, ranks: Ranks, chosen: dict[str, Peer],
-    say: Callable[[str], object],
-) -> list[dict[str, Any]]:  # fmt: skip
-    """A row for each peer at one shape, timed, measured alone, and counted."""
-    inputs = batches(shape, checkout, _BATCHES, seed=0)
-    checked: dict[str, float] = {name: peer.difference(shape, inputs[0]) for name, peer in chosen.items()}
-    right = {name: peer for name, peer in chosen.items() if checked[name] <= answers.TOLERANCE}
-    for name in chosen.keys() - right.keys():
-        say(f"  {name}: not timed, its answers are {checked[name]:.1e} away")
-    names = [f"iwm-fast {c}" for c in sorted({peer.ours for peer in right.values()})] + list(right)
-    counted = _counted(shape, checkout, right)
-    # A GPU's allocator tells one side's memory from another's; a resident set is the whole process's.
-    alone = _measure_alone if ranks.device.type == "cuda" else _alone
-    memory = {name: alone(name, shape, args, checkout, ranks)["peak_bytes"] for name in names}
-    sides = {name: make_side(name, shape, inputs, ranks, right) for name in names}
-    before = os.getloadavg()
-    taken = time_in_turn(sides, ranks.device, args.rounds, args.limit)
-    rows = []
-    for name, peer in right.items():
-        mine, base = f"iwm-fast {peer.ours}", _row(shape, name, peer, counted)
-        row = base | {
-            "version": sides[name].version,
-            "difference": checked[name],
-            "memory_ratio": memory[mine] / memory[name],
-            "peak_bytes": {"ours": memory[mine], "peer": memory[name]},
-            "masks": {"ours": sides[mine].saw(), "peer": sides[name].saw()},
-            "load_average": {"before": before, "after": os.getloadavg()},
-            **_ratios(taken[mine], taken[name]),
-        }
-        row["masks"]["equal"] = row["masks"]["ours"] == row["masks"]["peer"]
-        rows.append(row)
-        say("  " + _line(row))
-    return rows
+def compare(
+    shapes: Sequence[Shape], timed: Collection[Shape], chosen: Mapping[str, Peer], comparison: Comparison
+) -> Iterator[dict[str, Any]]:
+    """A row for each peer at each shape as it is there: operations alone of those that are not timed, the eager peers
+    first and then, each in a process of its own, the compiled ones.
+    """
+    in_turn = [(shape, name, peer) for shape in shapes for name, peer in chosen.items()]
+    for shape, name, peer in sorted(in_turn, key=lambda one: one[2].compiled):
+        if shape not in timed:
+            if not peer.compiled:  # which does the operations of its eager form
+                yield counted_row(shape, name, peer, comparison.checkout)
+        elif comparison.left <= 0:
+            skipped = {"skipped": f"not begun: no time was left of --until {comparison.args.until:.0f}"}
+            row = {"name": f"{shape.name} {name}", "peer": name, "shape": shape.name}
+            yield row | {"speed_ratio": None, "memory_ratio": None} | skipped
+        elif peer.compiled and not comparison.args.here:
+            yield comparison.apart(shape, name)
+        else:
+            yield comparison.row(shape, name, peer)
 
 
-def _row(shape: Shape, name: str, peer: Peer, counted: dict[str, Any]) -> dict[str, Any]:
-    mine = counted[f"iwm-fast {peer.ours}"]
-    return {
-        "name": f"{shape.name} {name}",
-        "peer": name,
-        "shape": shape.name,
-        "sizes": asdict(shape),
-        "conditioning": peer.ours,
-        "operations_ratio": mine / counted[name],
-        "operations_per_image": {"ours": mine, "ours_formula": counted["formula"][peer.ours], "peer": counted[name]},
-        "tokens_per_image": counted["tokens"],
-        "speed_ratio": None,
-        "memory_ratio": None,
-    }
-
-
-def _ratios(mine: list[Clocked], peer: list[Clocked]) -> dict[str, Any]:
-    """Speeds with intervals, and all that they come from."""
-    wall = [[one.seconds for one in side] for side in (mine, peer)]
-    busy = [[one.cpu_seconds for one in side] for side in (mine, peer)]
-    speed = ratio_of(wall[1], wall[0], paired=True)
-    return {
-        "speed_ratio": speed.value,
-        "speed_ratio_interval": [speed.low, speed.high],
-        "cpu_speed_ratio": ratio_of(busy[1], busy[0], paired=True).value,
-        "median_seconds": {"ours": median_of(wall[0]).value, "peer": median_of(wall[1]).value},
-        "seconds": {"ours": wall[0], "peer": wall[1]},
-        "cpu_seconds": {"ours": busy[0], "peer": busy[1]},
-    }
-
-
-def _line(row: dict[str, Any]) -> str:
-    text = f"{row['peer']:14} operations × {row['operations_ratio']:.3f}"
-    if row["speed_ratio"] is not None:
-        low, high = row["speed_ratio_interval"]
-        text += f"  speed × {row['speed_ratio']:.2f} ({low:.2f} – {high:.2f})  memory × {row['memory_ratio']:.2f}"
-        text += "" if row["masks"]["equal"] else "  MASKS DIFFER"
-    return text
-
-
-def _chosen(names: Sequence[str] | None, checkout: Checkout | None) -> dict[str, Peer]:
+def _chosen(names: Sequence[str] | None, checkout: Checkout | None) -> tuple[dict[str, Peer], dict[str, str]]:
+    """The peers asked for that are there, and why others are not."""
     there = peers(checkout)
     unknown = set(names or ()) - there.keys()
     if unknown:
         raise UserError(f"--peers: {', '.join(sorted(unknown))}: not here; there are {', '.join(there)}")
     chosen = {name: peer for name, peer in there.items() if not names or name in names}
+    missing = {} if checkout or names else {"ijepa": "give --ijepa CHECKOUT"}
     if "timm" in chosen:
         try:
             timm_vit.import_timm()
         except SideMissing as reason:
-            print(f"timm: left out: {reason}", file=sys.stderr)
+            missing["timm"] = str(reason)
             del chosen["timm"]
-    return chosen
+    return chosen, missing
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -288,15 +246,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", required=True, metavar="FILE", help="- for standard output")
     parser.add_argument("--rounds", type=int, default=20, help="timed steps of each side")
     parser.add_argument("--limit", type=float, default=600.0, help="seconds after which no round of a shape begins")
+    parser.add_argument("--until", type=float, default=math.inf, help="seconds after which no row begins")
     parser.add_argument("--threads", type=int, default=usable_cores(), help="of each side, on a CPU")
     parser.add_argument("--peers", nargs="+", metavar="NAME", help="default: all that are there")
     parser.add_argument("--shape", nargs="+", metavar="NAME", help="in this order; default: all")
     parser.add_argument("--alone", metavar="SIDE", help=argparse.SUPPRESS)
+    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
+    begin = time.monotonic()
     args = _parser().parse_args(argv)
     require_result(args.json)
     if args.device == "cpu":
@@ -315,25 +276,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     shapes = [there[name] for name in args.shape or there]
     rows: list[dict[str, Any]] = []
-    body = {"device": args.device, "threads": args.threads, "rounds": args.rounds, "rows": rows}
+    body: dict[str, Any] = {"device": args.device, "threads": args.threads, "rounds": args.rounds, "rows": rows}
     try:
         checkout = Checkout(args.ijepa) if args.ijepa else None
         if args.alone:
-            print(json.dumps(_measure_alone(args.alone, shapes[0], args, checkout, ranks)))
+            print(json.dumps(_measure_alone(args.alone, shapes[0], checkout, ranks)))
             return 0
-        chosen = _chosen(args.peers, checkout)
-        for shape in shapes:
-            print(f"{shape.name}, batch {shape.batch}", file=sys.stderr, flush=True)
-            if shape in timed:
-                rows += compare_shape(shape, args, checkout, ranks, chosen, _say)
-            else:
-                counted = _counted(shape, checkout, chosen)
-                found = [_row(shape, name, peer, counted) for name, peer in chosen.items() if "compile" not in name]
-                for row in found:
-                    _say("  " + _line(row))
-                rows += found
+        chosen, body["missing"] = _chosen(args.peers, checkout)
+        for name, reason in body["missing"].items():
+            _say(f"{name}: left out: {reason}")
+        for row in compare(shapes, timed, chosen, Comparison(args, checkout, ranks, begin + args.until)):
+            rows.append(row)
+            _say(line(row))
             if args.json != "-":
-                write_result(args.json, "peers", body)  # after each shape: what is measured is kept
+                write_result(args.json, "peers", body)  # after each row: what is measured is kept
     except UserError as error:
         print(f"peers: {error}", file=sys.stderr)
         return 2

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,9 @@ from torch import Tensor, nn
 __all__ = ["PlainBatch", "PlainIWM", "PlainShape", "PlainStep"]
 
 _EPS = 1e-6
+# Inductor's analysis of coalescing is not made for dynamic shapes (its configuration says so), and torch 2.11 to 2.14
+# fail in it (pytorch/pytorch#197077).
+_INDUCTOR: dict[str, str | int | bool | Callable[..., object]] = {"triton.coalesce_tiling_analysis": False}
 
 
 @dataclass(frozen=True)
@@ -194,7 +198,7 @@ class PlainStep:
 
     def __init__(self, model: PlainIWM, *, compiled: bool = False) -> None:
         self.model = model
-        self._run = torch.compile(model, dynamic=True) if compiled else model
+        self._run = torch.compile(model, dynamic=True, options=_INDUCTOR) if compiled else model
         trained = [p for p in model.parameters() if p.requires_grad]
         groups = [
             {"params": [p for p in trained if p.ndim > 1], "weight_decay": 0.05},

@@ -45,13 +45,7 @@ class Plain:
 
     def saw(self) -> list[str]:
         """Fingerprints of the batches' masks."""
-        return [
-            fingerprint(
-                [row[real].cpu().numpy() for row, real in zip(b.context, b.seen, strict=True)],
-                [row[real].cpu().numpy() for row, real in zip(b.predicted, b.asked, strict=True)],
-            )
-            for b in self._batches
-        ]
+        return [fingerprint(_unpadded(b.context, b.seen), _unpadded(b.predicted, b.asked)) for b in self._batches]
 
 
 def plain_shape(shape: Shape, actions: int) -> PlainShape:
@@ -77,6 +71,11 @@ def _padded(rows: Sequence[np.ndarray], device: torch.device) -> tuple[Tensor, T
     for i, row in enumerate(rows):
         dense[i, : len(row)], real[i, : len(row)] = row, True
     return torch.from_numpy(dense).to(device), torch.from_numpy(real).to(device)
+
+
+def _unpadded(rows: Tensor, real: Tensor) -> list[np.ndarray]:
+    # Brought to the host whole: on the device each row's length would be a wait for it.
+    return [row[kept] for row, kept in zip(rows.cpu().numpy(), real.cpu().numpy(), strict=True)]
 
 
 def plain_state(ours: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,0 +1,145 @@
+"""The peers that `benchmarks.peers` compares with, their operations, and the rows that it writes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from iwm_fast.actions import ActionSpace
+from iwm_fast.benchmarks.adapters import answers, ijepa, ours, plain, timm_vit
+from iwm_fast.benchmarks.adapters.ijepa import Checkout
+from iwm_fast.benchmarks.adapters.inputs import Inputs, Masks, Shape, Side, draw_inputs, draw_masks
+from iwm_fast.benchmarks.stats import median_of, ratio_of
+from iwm_fast.benchmarks.timing import Clocked
+from iwm_fast.engine.distributed import Ranks
+
+__all__ = ["Peer", "batches", "counted_row", "line", "make_side", "peers", "ratios"]
+
+_COUNTED_BATCHES = 2  # draws of masks that operations are the mean of
+
+
+@dataclass(frozen=True)
+class Peer:
+    """How a peer is made, counted and checked, and which of iwm-fast's conditionings it is compared with.
+
+    compiled: torch.compile takes minutes for its step.
+    """
+
+    ours: str
+    make: Callable[[Shape, Sequence[Inputs], torch.device], Side]
+    operations: Callable[[Shape, Sequence[Inputs]], list[int]]
+    difference: Callable[[Shape, Inputs], float]
+    compiled: bool = False
+
+
+def peers(checkout: Checkout | None) -> dict[str, Peer]:
+    """All that can be compared with, by name."""
+
+    def own_ijepa(compiled: bool) -> Peer:
+        assert checkout is not None
+        return Peer(
+            "none",
+            lambda shape, inputs, device: ijepa.Ijepa(checkout, shape, inputs, device, compiled=compiled),
+            lambda shape, inputs: ijepa.operations(checkout, shape, inputs),
+            lambda shape, inputs: answers.ijepa_difference(checkout, shape, inputs),
+            compiled,
+        )
+
+    def own_plain(compiled: bool) -> Peer:
+        return Peer(
+            "feature",
+            lambda shape, inputs, device: plain.Plain(shape, inputs, device, compiled=compiled),
+            plain.operations,
+            answers.plain_difference,
+            compiled,
+        )
+
+    found = {} if checkout is None else {"ijepa": own_ijepa(False), "ijepa compile": own_ijepa(True)}
+    found["timm"] = Peer("none", timm_vit.TimmStep, timm_vit.operations, answers.timm_difference)
+    return found | {"plain": own_plain(False), "plain compile": own_plain(True)}
+
+
+def batches(shape: Shape, checkout: Checkout | None, count: int, seed: int) -> list[Inputs]:
+    """Batches with ijepa's own masks where there is a checkout of it, else with masks in its scheme."""
+    generator = np.random.default_rng(seed)
+    masks: list[Masks] = (
+        checkout.draw_masks(shape, count, seed)
+        if checkout is not None
+        else [draw_masks(shape, generator) for _ in range(count)]
+    )
+    return [draw_inputs(shape, one, ActionSpace().dim, seed + i) for i, one in enumerate(masks)]
+
+
+def _on_meta(inputs: Inputs) -> Inputs:
+    return Inputs(inputs.source.to("meta"), inputs.target.to("meta"), inputs.action.to("meta"), inputs.masks)
+
+
+def make_side(name: str, shape: Shape, inputs: Sequence[Inputs], ranks: Ranks, chosen: Mapping[str, Peer]) -> Side:
+    """iwm-fast with a conditioning ("iwm-fast none"), or a peer."""
+    if name.startswith("iwm-fast "):
+        return ours.Ours(shape, inputs, ranks, name.removeprefix("iwm-fast "))
+    return chosen[name].make(shape, inputs, ranks.device)
+
+
+def _tokens(inputs: Sequence[Inputs]) -> dict[str, float]:
+    """Means over images: context drawn, kept after the cut to the shortest, asked for, and asked with repeats."""
+    masks = [one.masks for one in inputs]
+    return {
+        "context_drawn": float(np.mean([m.drawn.mean() for m in masks])),
+        "context_kept": float(np.mean([m.context.shape[1] for m in masks])),
+        "predicted": float(np.mean([len(u) for m in masks for u in m.unions()])),
+        "predicted_with_repeats": float(np.mean([m.blocks.shape[0] * m.blocks.shape[2] for m in masks])),
+    }
+
+
+def counted_row(shape: Shape, name: str, peer: Peer, checkout: Checkout | None) -> dict[str, Any]:
+    """A row with the operations per image of both, the mean over several draws of masks; nothing is timed."""
+    inputs = [_on_meta(one) for one in batches(shape, checkout, _COUNTED_BATCHES, seed=100)]
+    pairs = ours.operations(shape, inputs, peer.ours)
+    mine, formula = (sum(pair[i] for pair in pairs) / len(pairs) / shape.batch for i in range(2))
+    theirs = sum(peer.operations(shape, inputs)) / len(inputs) / shape.batch
+    return {
+        "name": f"{shape.name} {name}",
+        "peer": name,
+        "shape": shape.name,
+        "sizes": asdict(shape),
+        "conditioning": peer.ours,
+        "operations_ratio": mine / theirs,
+        "operations_per_image": {"ours": mine, "ours_formula": formula, "peer": theirs},
+        "tokens_per_image": _tokens(inputs),
+        "speed_ratio": None,
+        "memory_ratio": None,
+    }
+
+
+def ratios(mine: list[Clocked], peer: list[Clocked]) -> dict[str, Any]:
+    """Speeds with intervals, and all that they come from."""
+    wall = [[one.seconds for one in side] for side in (mine, peer)]
+    busy = [[one.cpu_seconds for one in side] for side in (mine, peer)]
+    speed = ratio_of(wall[1], wall[0], paired=True)
+    return {
+        "speed_ratio": speed.value,
+        "speed_ratio_interval": [speed.low, speed.high],
+        "cpu_speed_ratio": ratio_of(busy[1], busy[0], paired=True).value,
+        "median_seconds": {"ours": median_of(wall[0]).value, "peer": median_of(wall[1]).value},
+        "seconds": {"ours": wall[0], "peer": wall[1]},
+        "cpu_seconds": {"ours": busy[0], "peer": busy[1]},
+    }
+
+
+def line(row: Mapping[str, Any]) -> str:
+    """For a person."""
+    text = f"{row['name']:34}"
+    if "operations_ratio" in row:
+        text += f" operations × {row['operations_ratio']:.3f}"
+    if "skipped" in row:
+        return f"{text}  not timed: {row['skipped']}"
+    if row["speed_ratio"] is not None:
+        low, high = row["speed_ratio_interval"]
+        text += f"  speed × {row['speed_ratio']:.2f} ({low:.2f} – {high:.2f})  memory × {row['memory_ratio']:.2f}"
+        text += "" if row["masks"]["equal"] else "  MASKS DIFFER"
+    return text
