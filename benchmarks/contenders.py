@@ -124,8 +124,9 @@ def _torch(make: Callable[[str], Callable[..., Any]], **other: Any) -> Contender
 
 
 def _library(name: str, package: str, make: Callable[[str], Callable[..., Any]], **other: Any) -> Contender:
-    version, note = installed_version(package), mlp_baselines.NOTES.get(name, "")
-    return Contender(version, make, **({"require": needs_gpu, "refusals": _their_refusals, "note": note} | other))
+    defaults: dict[str, Any] = {"require": needs_gpu, "refusals": _their_refusals}
+    defaults["note"] = mlp_baselines.NOTES.get(name, "")
+    return Contender(installed_version(package), make, **(defaults | other))
 
 
 def _quack_refusals() -> tuple[type[Exception], ...]:

@@ -25,18 +25,24 @@ from iwm_fast.programs import run_program
 
 
 def table(document: dict[str, Any]) -> str:
-    """Markdown: a timed row a line, with the ratio to the eager contender of the same case and pass."""
+    """Markdown, a line each row: time and its ratio to eager's of the same case and pass, or why it is not timed."""
     timed = [row for row in document["rows"] if "p50" in row]
     eager = {(str(r["case"]), r["passes"]): r["p50"] for r in timed if r["contender"] == "eager"}
     lines = ["| operation | N | D | H | A | pass | contender | ms (p20 – p80) | × eager | of matmul | of copy |"]
     lines.append("|---" * 11 + "|")
-    for row in timed:
+    for row in document["rows"]:
+        if "skipped" in row:
+            case, who = row["case"], f"{row['contender']} {row['version'] or '–'}"
+            sizes = " | ".join(str(case[key]) for key in ("operation", "tokens", "width", "hidden", "actions"))
+            lines.append(f"| {sizes} | – | {who} | not timed: {row['skipped']} | – | – | – |")
+            continue
         case, (low, middle, high) = row["case"], (1e3 * row[key] for key in ("p20", "p50", "p80"))
-        ratio = eager[str(case), row["passes"]] / row["p50"]
+        base = eager.get((str(case), row["passes"]))
+        ratio = "–" if base is None else f"{base / row['p50']:.2f}"
         lines.append(
             f"| {case['operation']} | {case['tokens']} | {case['width']} | {case['hidden']} | {case['actions']} "
             f"| {row['passes']} | {row['contender']} {row['version']} | {middle:.3f} ({low:.3f} – {high:.3f}) "
-            f"| {ratio:.2f} | {row['share_of_matmul']:.1%} | {row['share_of_copy']:.1%} |"
+            f"| {ratio} | {row['share_of_matmul']:.1%} | {row['share_of_copy']:.1%} |"
         )
     return "\n".join(lines)
 

@@ -170,12 +170,12 @@ def run_part(name: str, args: argparse.Namespace, left: float) -> str:
         except subprocess.TimeoutExpired:
             code, error = None, f"ended after {limit:.0f} s, its limit"
         _end(process)
+    result = _read(file)
     if code:
         lines = log.read_text(errors="replace").strip().splitlines()
         last = [line for line in lines if "warning" not in line.lower()][-1:]
         ended = f"ended by signal {-code}" if code < 0 else f"exit code {code}"
-        error = f"{ended}: {' '.join(last)}"
-    result = _read(file)
+        error = f"{ended}: {' '.join(_broken(result) or last)}"
     file.unlink(missing_ok=True)
     document = {
         "schema": SCHEMA, "part": name, "device": args.device, "command": words[2:], "exit_code": code,
@@ -187,6 +187,11 @@ def run_part(name: str, args: argparse.Namespace, left: float) -> str:
     document["result"] = {key: value for key, value in result.items() if key not in ("schema", "environment")}
     write_json(args.out / f"{name}.json", document, indent=None)
     return error or "done"
+
+
+def _broken(result: dict[str, Any]) -> list[str]:
+    """What doctor found not to work; its last words are of what does."""
+    return [f"{part['part']}: {part['reason']}." for part in result.get("parts", []) if part.get("broken")]
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

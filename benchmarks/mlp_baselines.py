@@ -116,7 +116,7 @@ def quack(operation: str) -> Made:
     _only_mlp(operation)
     library = imported("quack.mlp", "quack-kernels")
     torch.compiler.reset()
-    before, after = (torch.compile(f, dynamic=False) for f in (columns, _added))
+    before, after = torch.compile(columns, dynamic=False), torch.compile(_added, dynamic=False)
     modules: dict[tuple[int, int, int], Any] = {}
 
     def run(x: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, b_out: Tensor, **rest: Tensor) -> Tensor:
@@ -150,7 +150,7 @@ def cutlass_errors() -> tuple[type[Exception], ...]:
     return () if common is None else (common.DSLBaseError,)
 
 
-def _after_norm(x: Tensor, normed: Tensor, given: dict[str, Tensor]) -> Tensor:
+def _after_norm(x: Tensor, normed: Tensor, given: dict[str, Any]) -> Tensor:
     return x + conditioned_mlp_reference(normed, **given)
 
 

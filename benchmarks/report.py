@@ -20,7 +20,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from iwm_fast.benchmarks.sections import SECTIONS
+from iwm_fast.benchmarks.sections import SECTIONS, counted
 from iwm_fast.programs import run_program
 
 __all__ = ["RESULTS", "checksum", "page", "pictures", "write"]
@@ -86,10 +86,11 @@ def _draw(document: Mapping[str, Any], picture: Path, source: str) -> None:
     with plt.rc_context({"svg.hashsalt": "iwm-fast", "svg.fonttype": "none"}):
         figure, axis = plt.subplots(figsize=(8, 4), layout="constrained")
         if document["schema"] == "iwm-fast-peers/1":
-            names = [row["name"] for row in document["rows"]]
-            values = [1 / row["operations_ratio"] for row in document["rows"]]
+            rows = counted(document)
+            names = [row["name"] for row in rows]
+            values = [1 / row["operations_ratio"] for row in rows]
             axis.barh([n + 0.2 for n in range(len(names))], values, 0.4, label="operations: theirs over ours")
-            timed = [(n, row) for n, row in enumerate(document["rows"]) if row["speed_ratio"] is not None]
+            timed = [(n, row) for n, row in enumerate(rows) if row["speed_ratio"] is not None]
             axis.barh([n - 0.2 for n, _ in timed], [row["speed_ratio"] for _, row in timed], 0.4, label="speed")
             axis.axvline(1, color="black", lw=1)
             axis.set_yticks(range(len(names)), names, fontsize=7)

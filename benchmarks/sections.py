@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["SECTIONS", "peers_summary"]
+__all__ = ["SECTIONS", "counted", "peers_summary"]
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -17,9 +17,14 @@ def _number(value: float | None, form: str) -> str:
     return "–" if value is None else format(value, form)
 
 
+def counted(document: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Rows of peers with operations; others say only why nothing of them was measured."""
+    return [row for row in document["rows"] if "operations_ratio" in row]
+
+
 def _peers(document: Mapping[str, Any]) -> list[str]:
     rows = []
-    for row in document["rows"]:
+    for row in counted(document):
         low, high = row.get("speed_ratio_interval", (None, None))
         speed = _number(row["speed_ratio"], ".2f") + ("" if low is None else f" ({low:.2f} – {high:.2f})")
         counts = row["operations_per_image"]
@@ -43,13 +48,20 @@ def _peers(document: Mapping[str, Any]) -> list[str]:
         f"{document['threads']} thread(s) on {document['device']}.{busy}",
         "",
         *_table(columns, rows),
+        *_without(document),
     ]
+
+
+def _without(document: Mapping[str, Any]) -> list[str]:
+    left_out = [(row["name"], row["skipped"]) for row in document["rows"] if "skipped" in row]
+    lines = [f"- {name} was not timed: {why}" for name, why in [*document.get("missing", {}).items(), *left_out]]
+    return ["", *lines] if lines else []
 
 
 def peers_summary(document: Mapping[str, Any]) -> list[str]:
     """The short table that README.md has of the same file."""
     rows = []
-    for row in document["rows"]:
+    for row in counted(document):
         low, high = row.get("speed_ratio_interval", (None, None))
         speed = "–" if low is None else f"{row['speed_ratio']:.2f} ({low:.2f} – {high:.2f})"
         ratios = (f"{row['operations_ratio']:.3f}", _number(row["memory_ratio"], ".2f"))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
+import sys
 import tarfile
 from pathlib import Path
 
@@ -115,3 +117,32 @@ def test_the_most_valuable_part_comes_first_and_all_but_the_last_fit_into_a_run(
 def test_a_part_has_its_limit_and_the_last_one_what_is_left(name, device, left, seconds):
     args = argparse.Namespace(device=device, patience=None, parts=["step", "settings"])
     assert gpu_suite.limit_of(name, args, left) == seconds
+
+
+class ParsedError(Exception):
+    """The words of a command line were understood."""
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("name", [name for name in PARTS if name not in ("doctor", "step", "profile", "tests")])
+def test_every_part_is_started_with_words_that_its_program_knows(monkeypatch, tmp_path, name, device):
+    args = gpu_suite._parser().parse_args(["--out", str(tmp_path), "--device", device])
+    program, *words = PARTS[name].command(args, tmp_path / "out.json")
+    parse = argparse.ArgumentParser.parse_args
+
+    def parsed(parser, *given):
+        parse(parser, *given)
+        raise ParsedError
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parsed)
+    monkeypatch.setattr(sys, "argv", [program, *words])
+    with pytest.raises(ParsedError):
+        importlib.import_module(program).main()
+
+
+def test_what_tunes_for_minutes_has_a_part_of_its_own(tmp_path):
+    args = gpu_suite._parser().parse_args(["--out", str(tmp_path)])
+    words = {name: PARTS[name].command(args, tmp_path) for name in ("kernels", "autotune")}
+    slow = ["compile max-autotune", "compile max-autotune, CUDA graphs", "quack"]
+    assert words["kernels"][-4:] == ["--without", *slow]
+    assert words["autotune"][-5:] == ["--contenders", "iwm-fast triton", *slow]

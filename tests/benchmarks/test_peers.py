@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import math
 import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from iwm_fast.benchmarks import peers
+from iwm_fast.benchmarks import peers, sections
 from iwm_fast.benchmarks.adapters import answers, ours, plain
 from iwm_fast.benchmarks.adapters.ijepa import Checkout, Ijepa
 from iwm_fast.benchmarks.adapters.inputs import Inputs, Shape, draw_inputs, draw_masks, fingerprint
+from iwm_fast.benchmarks.peer_rows import Peer
+from iwm_fast.benchmarks.peer_rows import peers as all_peers
 from iwm_fast.config.schema import ENCODERS, EncoderShape
 from iwm_fast.errors import UserError
 
@@ -136,3 +143,98 @@ def test_the_committed_result_has_equal_masks_and_raw_times(name, peers_in_it):
             middle = {side: np.median(times) for side, times in row["seconds"].items()}
             assert row["speed_ratio"] == pytest.approx(middle["peer"] / middle["ours"])
             assert row["difference"] < answers.TOLERANCE
+
+
+def comparison(until=math.inf, here=False):
+    args = argparse.Namespace(
+        device="cpu", threads=1, ijepa=None, rounds=3, limit=1.0, until=until, here=here
+    )  # fmt: skip
+    ranks = argparse.Namespace(device=torch.device("cpu"))
+    return peers.Comparison(args, None, ranks, time.monotonic() + until)
+
+
+def peer(compiled=False, difference=0.0):
+    own = all_peers(None)["plain"]
+    return Peer(own.ours, own.make, own.operations, lambda *_: difference, compiled)
+
+
+def test_eager_peers_come_first_and_the_compiled_ones_each_in_a_process_of_their_own(monkeypatch):
+    monkeypatch.setattr(peers.Comparison, "row", lambda _, shape, name, __: {"here": (shape.name, name)})
+    monkeypatch.setattr(peers.Comparison, "apart", lambda _, shape, name: {"apart": (shape.name, name)})
+    other = Shape("vit_micro", 96, 8, 2, 64, 3)
+    chosen = {"a compile": peer(compiled=True), "a": peer(), "b": peer()}
+    found = list(peers.compare([SHAPE, other], [SHAPE, other], chosen, comparison()))
+    names = [(shape.name, name) for shape in (SHAPE, other) for name in chosen]
+    assert found == [{"here": n} for n in names if n[1] != "a compile"] + [
+        {"apart": n} for n in names if n[1] == "a compile"
+    ]
+    assert all("here" in row for row in peers.compare([SHAPE], [SHAPE], chosen, comparison(here=True)))
+
+
+def test_what_there_is_no_time_for_is_a_row_that_says_so():
+    chosen = {"a compile": peer(compiled=True), "a": peer()}
+    found = list(peers.compare([SHAPE], [SHAPE], chosen, comparison(until=0)))
+    assert [row["peer"] for row in found] == ["a", "a compile"]
+    assert {row["skipped"] for row in found} == {"not begun: no time was left of --until 0"}
+
+
+def test_a_peer_whose_answers_differ_has_a_row_and_is_not_timed():
+    row = comparison().row(SHAPE, "a", peer(difference=float("nan")))
+    assert row["skipped"] == "its answers are nan away"
+    assert row["operations_ratio"] > 0
+    assert "seconds" not in row
+
+
+def _failing(*_, **__):
+    said = "compiling\ntorch._inductor.exc.InductorError: AssertionError: \n\nSet TORCHDYNAMO_VERBOSE=1"
+    return subprocess.CompletedProcess([], 1, "", said)
+
+
+def _too_long(*_, timeout, **__):
+    assert 0 < timeout <= 60
+    raise subprocess.TimeoutExpired([], timeout)
+
+
+@pytest.mark.parametrize(
+    ("run", "said"),
+    [
+        (_failing, "exit code 1: torch._inductor.exc.InductorError: AssertionError: "),
+        (_too_long, "not done after 0 s; raise --until (60)"),
+    ],
+)
+def test_a_compiled_peer_that_fails_or_takes_too_long_costs_its_own_row_alone(monkeypatch, run, said):
+    monkeypatch.setattr(subprocess, "run", run)
+    row = comparison(until=60).apart(SHAPE, "plain compile")
+    assert row["skipped"] == said
+    document = {"rows": [row], "threads": 1, "device": "cpu", "missing": {"timm": "not installed"}}
+    lines = sections.SECTIONS["iwm-fast-peers/1"][1](document)
+    assert lines[-2:] == ["- timm was not timed: not installed", f"- {row['name']} was not timed: {said}"]
+
+
+def test_a_process_of_its_own_gives_its_row_back(monkeypatch):
+    """It is this program with the peer and the shape alone, told to measure here and until when."""
+
+    def run(command, **_):
+        assert command[:3] == [sys.executable, "-m", "iwm_fast.benchmarks.peers"]
+        args = peers._parser().parse_args(command[3:])
+        assert (args.shape, args.peers, args.here) == ([SHAPE.name], ["plain compile"], True)
+        assert args.until <= 58
+        Path(args.json).write_text(json.dumps({"rows": [{"speed_ratio": 2.0}]}))
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert comparison(until=60).apart(SHAPE, "plain compile") == {"speed_ratio": 2.0}
+
+
+def test_each_row_is_written_before_the_next_is_measured(monkeypatch, tmp_path):
+    row = {"name": "a", "peer": "a", "shape": "b", "speed_ratio": None, "memory_ratio": None, "skipped": "no"}
+
+    def compare(*_):
+        yield row
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(peers, "compare", compare)
+    file = tmp_path / "peers.json"
+    with pytest.raises(KeyboardInterrupt):
+        peers.main(["--device", "cpu", "--threads", "1", "--json", str(file), "--peers", "plain"])
+    assert json.loads(file.read_text())["rows"] == [row]
