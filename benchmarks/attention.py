@@ -1,6 +1,6 @@
 """Attention over packed images at the step's own lengths: ours beside every other way that is installed.
 
-    python -m benchmarks.attention --json FILE [--device cuda|cpu] [--rounds 15] [--dtype bf16|fp32]
+    python -m benchmarks.attention --json FILE [--device cuda|cpu] [--rounds 15] [--dtype bf16|fp32] [--only WORDS]
 
 Lengths are those of the masks that training draws: the context encoder's, the target's, the predictor's. All compute
 the same from the same q, k and v, (N, heads, d) packed, on the CPU in ascending order of length, as the model has them
@@ -29,6 +29,7 @@ from iwm_fast.benchmarks.contenders import Skipped
 from iwm_fast.benchmarks.timing import clocked, spread
 from iwm_fast.commands.plan import tokens_of
 from iwm_fast.config import load_config, packaged_config
+from iwm_fast.errors import UserError
 from iwm_fast.models.attention import packed_attention, resolve_backend
 from iwm_fast.models.packing import Segments
 from iwm_fast.outputs import require_result
@@ -295,13 +296,18 @@ def main() -> int:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--only", default="", metavar="WORDS", help="cases whose name has these words")
     args = parser.parse_args()
     require_result(args.json)
+    cases = [case for case in CASES[args.device] if args.only in case.name]
+    if not cases:
+        there = "; ".join(case.name for case in CASES[args.device])
+        raise UserError(f"--only: {args.only}: no such case; there are {there}")
     dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
     say = partial(print, file=sys.stderr if args.json == "-" else sys.stdout, flush=True)
     rows: list[dict[str, Any]] = []
     body = {"rows": rows, "device": args.device, "threads": torch.get_num_threads(), "command": sys.argv[1:]}
-    for case in CASES[args.device]:
+    for case in cases:
         rows += measure(case, torch.device(args.device), dtype, args.rounds, say)
         if args.json != "-":
             write_result(args.json, "attention", body)  # after each case: what is measured is kept

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
+import pytest
 import torch
 import torch.nn.functional as F
 
 from iwm_fast.benchmarks import attention
 from iwm_fast.benchmarks.attention import CASES, CONTENDERS, Case, exact, lengths_of, measure
+from iwm_fast.errors import UserError
 
 FEW = Case("vit_tiny_p4_32", "predictor", 4)
 
@@ -49,3 +53,15 @@ def test_a_gpu_is_asked_for_where_one_is_needed(monkeypatch):
     monkeypatch.setattr(attention, "CONTENDERS", {name: CONTENDERS[name] for name in ("flash varlen", "xformers")})
     rows = measure(FEW, torch.device("cpu"), torch.bfloat16, 1, lambda _: None)
     assert {row["skipped"] for row in rows} == {"needs a GPU"}
+
+
+def test_cases_are_chosen_by_words_of_their_names(monkeypatch, tmp_path):
+    monkeypatch.setattr(attention, "measure", lambda case, *_: [{"case": case.name}])
+    file = tmp_path / "out.json"
+    words = ["program", "--device", "cpu", "--json", str(file), "--only"]
+    monkeypatch.setattr(attention.sys, "argv", [*words, "p4_32 context"])
+    assert attention.main() == 0
+    assert [row["case"] for row in json.loads(file.read_text())["rows"]] == ["vit_tiny_p4_32 context, 128 images"]
+    monkeypatch.setattr(attention.sys, "argv", [*words, "p16"])
+    with pytest.raises(UserError, match="--only: p16: no such case; there are vit_tiny_p8_96 context, 32 images; "):
+        attention.main()
