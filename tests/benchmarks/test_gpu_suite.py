@@ -127,6 +127,7 @@ class ParsedError(Exception):
 @pytest.mark.parametrize("name", [name for name in PARTS if name not in ("doctor", "step", "profile", "tests")])
 def test_every_part_is_started_with_words_that_its_program_knows(monkeypatch, tmp_path, name, device):
     args = gpu_suite._parser().parse_args(["--out", str(tmp_path), "--device", device])
+    args.limit = 60.0
     program, *words = PARTS[name].command(args, tmp_path / "out.json")
     parse = argparse.ArgumentParser.parse_args
 
@@ -146,3 +147,16 @@ def test_what_tunes_for_minutes_has_a_part_of_its_own(tmp_path):
     slow = ["compile max-autotune", "compile max-autotune, CUDA graphs", "quack"]
     assert words["kernels"][-4:] == ["--without", *slow]
     assert words["autotune"][-5:] == ["--contenders", "iwm-fast triton", *slow]
+
+
+def test_the_peers_end_before_they_are_ended(parts, tmp_path, monkeypatch):
+    """What is compiled is given up in time for a row that says so."""
+    words = parts(peers="well")
+    started = []
+    command = PARTS["peers"].command
+    told = gpu_suite.PARTS["peers"].command
+    peers = Part(20.0, lambda args, file: started.append(command(args, file)) or told(args, file))
+    monkeypatch.setattr(gpu_suite, "PARTS", {"peers": peers, "doctor": gpu_suite.PARTS["peers"]})
+    assert gpu_suite.main([*words, "doctor", "--patience", "3"]) == 0
+    ((_, *rest),) = started
+    assert rest[rest.index("--until") + 1] == "51"
