@@ -99,7 +99,7 @@ def _trainer(config: Config, optimizer: bool) -> tuple[Trainer, Parts]:
     ranks = Ranks(0, 1, 0, 1, _META)
     stream = synthetic_stream(config, space, _META, steps=1)
     zero = _real(config, space.dim, stream.micro_batch, stream.accumulation) if optimizer else None
-    engine = _Engine(network, zero, parts, config.zero.stage)
+    engine = _Engine(network, zero, parts)
     average = TargetAverage(zero, ranks) if zero is not None and config.model.target == "ema" else None
     schedules = Schedules(config.train, MANY_STEPS)
     trainer = Trainer(
@@ -125,17 +125,21 @@ def _real(config: Config, actions: int, micro_batch: int, accumulation: int) -> 
 
 
 class _Engine:
-    """In the places of `ZeroEngine` and of DeepSpeed's engine: the model without memory, then DeepSpeed's own work."""
+    """In the places of `ZeroEngine` and of DeepSpeed's engine: the model without memory, then DeepSpeed's own work.
 
-    skipped = False
+    What else the loop asks of a `ZeroEngine`, the real one answers.
+    """
 
-    def __init__(self, network: nn.Module, zero: ZeroEngine | None, parts: Parts, stage: int) -> None:
+    def __init__(self, network: nn.Module, zero: ZeroEngine | None, parts: Parts) -> None:
         self.engine = self
-        self.network, self.zero, self.parts, self.stage = network, zero, parts, stage
+        self.network, self.zero, self.parts = network, zero, parts
         self.optimizer: Any = zero.optimizer if zero is not None else _NoOptimizer()
         if zero is not None:
             trained = [p for p in zero.module.parameters() if p.requires_grad]
             zero.engine.module.forward = lambda: Surrogate.apply(*trained)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.zero if self.zero is not None else _NoOptimizer, name)
 
     def __call__(self, *inputs: Any) -> Any:
         return self.network(*inputs)
@@ -143,30 +147,29 @@ class _Engine:
     def backward(self, loss: Tensor, **options: Any) -> None:
         """Differentiate the model, then let DeepSpeed gather gradients as large."""
         loss.backward()
-        if self.stage:  # DeepSpeed has taken each gradient and left none
-            self._drop()
         if self.zero is not None:
             with self.parts.real():
                 self.zero.engine.backward(self.zero.engine(), **options)
+            self._let_go(self.zero)
 
     def step(self) -> None:
         """DeepSpeed's step, at the end of a global batch the optimizer's."""
-        if self.zero is None:
-            return
-        ends = self.zero.engine.is_gradient_accumulation_boundary()
-        self.zero.engine.step()
-        if self.zero.skipped:
-            raise RuntimeError("gradients are zero and the step was skipped all the same")
-        if ends:
-            self._drop()
+        if self.zero is not None:
+            self.zero.engine.step()
+            self._let_go(self.zero)
 
-    def _drop(self) -> None:
-        for parameter in self.network.parameters():
-            parameter.grad = None
+    def _let_go(self, zero: ZeroEngine) -> None:
+        """Drop the gradients that DeepSpeed has taken from the real model: what is left is added to."""
+        for parameter, real in zip(self.network.parameters(), zero.module.parameters(), strict=True):
+            if real.grad is None:
+                parameter.grad = None
 
 
 class _NoOptimizer:
+    """What the loop asks where no step is made."""
+
     param_groups: Iterable[dict[str, Any]] = ()
+    skipped = False
 
 
 class _Attention(torch.autograd.Function):
