@@ -3,10 +3,10 @@
     python -m benchmarks.attention --json FILE [--device cuda|cpu] [--rounds 15] [--dtype bf16|fp32] [--only WORDS]
 
 Lengths are those of the masks that training draws: the context encoder's, the target's, the predictor's. All compute
-the same from the same q, k and v, (N, heads, d) packed, on the CPU in ascending order of length, as the model has them
-there; what a contender has to do to them first (padding, a nested tensor, a mask) is its own time, what it can prepare
-from the lengths alone is not. Answers and gradients are compared with float64 one image at a time before anything is
-timed, and the contenders take turns.
+the same from one packed tensor of q, k and v, (N, 3, heads, d), on the CPU in ascending order of length, as the model
+has them there, and give one gradient of it; what a contender has to do to them first (padding, a nested tensor, a mask)
+or to its gradients last is its own time, what it can prepare from the lengths alone is not. Answers and gradients are
+compared with float64 one image at a time before anything is timed, and the contenders take turns.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from iwm_fast.benchmarks.timing import clocked, spread
 from iwm_fast.commands.plan import tokens_of
 from iwm_fast.config import load_config, packaged_config
 from iwm_fast.errors import UserError
-from iwm_fast.models.attention import packed_attention, resolve_backend
+from iwm_fast.models.attention import packed_attention, packed_qkv_attention, resolve_backend
 from iwm_fast.models.packing import Segments
 from iwm_fast.outputs import require_result
 from iwm_fast.planning.environment import installed_version
@@ -39,7 +39,8 @@ from iwm_fast.results import write_result
 
 __all__ = ["CASES", "CONTENDERS", "Case", "exact", "lengths_of", "measure"]
 
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+Attend = Callable[[Tensor], Tensor]
+Apart = Callable[[Tensor, Tensor, Tensor], Tensor]
 # ‖answer − float64‖ / ‖float64‖ above which a contender is not timed: some roundings of 2⁻⁸ and of 2⁻²³.
 _WRONG = {torch.bfloat16: 0.03, torch.float32: 1e-4}
 _SLOW_S, _SLOW_ROUNDS = 0.5, 3
@@ -89,12 +90,27 @@ def exact(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...]) -> Tensor:
     return torch.cat(outs)
 
 
+def apart(make: Callable[[Segments], Apart]) -> Callable[[Segments], Attend]:
+    """A contender that takes q, k and v by themselves."""
+
+    def made(segments: Segments) -> Attend:
+        attend = make(segments)
+        return lambda qkv: attend(*qkv.unbind(1))
+
+    return made
+
+
+@apart
+def _exact(segments: Segments) -> Apart:
+    return lambda q, k, v: exact(q, k, v, segments.lengths)
+
+
 def _ours(segments: Segments) -> Attend:
     backend = resolve_backend("auto", segments.device.type)
-    return lambda q, k, v: packed_attention(q, k, v, segments, backend)
+    return lambda qkv: packed_qkv_attention(qkv, segments, backend)
 
 
-def _by_image(segments: Segments) -> Attend:
+def _by_image(segments: Segments) -> Apart:
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         outs = []
         for parts in zip(*(t.split(segments.lengths) for t in (q, k, v)), strict=True):
@@ -105,7 +121,7 @@ def _by_image(segments: Segments) -> Attend:
     return attend
 
 
-def _padded(segments: Segments) -> Attend:
+def _padded(segments: Segments) -> Apart:
     """Dense to the longest image, with a mask of the keys."""
     images, longest = len(segments.lengths), max(segments.lengths)
     real = torch.arange(longest) < torch.tensor(segments.lengths)[:, None]
@@ -123,7 +139,7 @@ def _padded(segments: Segments) -> Attend:
     return attend
 
 
-def _cudnn(segments: Segments) -> Attend:
+def _cudnn(segments: Segments) -> Apart:
     _needs_gpu(segments)
     padded = _padded(segments)
 
@@ -134,7 +150,7 @@ def _cudnn(segments: Segments) -> Attend:
     return attend
 
 
-def _nested(segments: Segments) -> Attend:
+def _nested(segments: Segments) -> Apart:
     offsets = segments.cu_seqlens.long()
     shortest, longest = min(segments.lengths), max(segments.lengths)
 
@@ -150,7 +166,7 @@ def _nested(segments: Segments) -> Attend:
     return attend
 
 
-def _flex(segments: Segments) -> Attend:
+def _flex(segments: Segments) -> Apart:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     image, total = segments.image_of_token, segments.total
@@ -168,7 +184,7 @@ def _flex(segments: Segments) -> Attend:
     return attend
 
 
-def _varlen(segments: Segments) -> Attend:
+def _varlen(segments: Segments) -> Apart:
     """Flash attention over packed sequences, as it comes with PyTorch."""
     _needs_gpu(segments)
     varlen: Any = import_module("torch.nn.attention.varlen")
@@ -181,10 +197,16 @@ def _varlen(segments: Segments) -> Attend:
     return attend
 
 
-def _xformers(segments: Segments) -> Attend:
+def _xformers(segments: Segments) -> Apart:
     _needs_gpu(segments)
     resolve_backend("xformers", "cuda")
     return lambda q, k, v: packed_attention(q, k, v, segments, "xformers")
+
+
+def _efficient(segments: Segments) -> Attend:
+    """PyTorch's memory-efficient attention, with one gradient of q, k and v."""
+    _needs_gpu(segments)
+    return lambda qkv: packed_qkv_attention(qkv, segments, "efficient")
 
 
 def _needs_gpu(segments: Segments) -> None:
@@ -194,13 +216,14 @@ def _needs_gpu(segments: Segments) -> None:
 
 CONTENDERS: dict[str, tuple[Callable[[Segments], Attend], str | None]] = {
     "iwm-fast": (_ours, installed_version("iwm-fast")),
-    "an image at a time": (_by_image, torch.__version__),
-    "padded, masked": (_padded, torch.__version__),
-    "nested tensors": (_nested, torch.__version__),
-    "flex attention": (_flex, torch.__version__),
-    "flash varlen": (_varlen, torch.__version__),
-    "cudnn, padded": (_cudnn, torch.__version__),
-    "xformers": (_xformers, installed_version("xformers")),
+    "an image at a time": (apart(_by_image), torch.__version__),
+    "padded, masked": (apart(_padded), torch.__version__),
+    "nested tensors": (apart(_nested), torch.__version__),
+    "flex attention": (apart(_flex), torch.__version__),
+    "flash varlen": (apart(_varlen), torch.__version__),
+    "cudnn, padded": (apart(_cudnn), torch.__version__),
+    "efficient, one gradient": (_efficient, torch.__version__),
+    "xformers": (apart(_xformers), installed_version("xformers")),
 }
 
 
@@ -208,12 +231,17 @@ def _relative(found: Tensor, wanted: Tensor) -> float:
     return float((found.double() - wanted).norm() / wanted.norm())
 
 
-def _call(attend: Attend, given: list[Tensor], upstream: Tensor, backward: bool) -> list[Tensor]:
+def _call(attend: Attend, given: Tensor, upstream: Tensor, backward: bool) -> list[Tensor]:
     if not backward:
         with torch.no_grad():
-            return [attend(*given)]
-    out = attend(*given)
+            return [attend(given)]
+    out = attend(given)
     return [out.detach(), *torch.autograd.grad(out, given, upstream)]
+
+
+def _parts(found: list[Tensor]) -> list[Tensor]:
+    """The answer, and the gradients of q, k and v."""
+    return [found[0], *(part for grad in found[1:] for part in grad.unbind(1))]
 
 
 def _first_line(error: Exception) -> str:
@@ -227,12 +255,11 @@ def measure(
     lengths, heads, head = lengths_of(case)
     segments = Segments.from_lengths(sorted(lengths) if device.type == "cpu" else lengths, device)
     generator = torch.Generator(device).manual_seed(0)
-    shape = (3, segments.total, heads, head)
-    wide = list(torch.randn(shape, generator=generator, device=device, dtype=torch.float64).to(dtype).double())
-    given = [x.to(dtype).requires_grad_() for x in wide]
-    upstream = torch.randn(shape[1:], generator=generator, device=device, dtype=torch.float64).to(dtype)
-    wide = [x.requires_grad_() for x in wide]
-    wanted = _call(lambda q, k, v: exact(q, k, v, segments.lengths), wide, upstream.double(), True)
+    shape = (segments.total, 3, heads, head)
+    given = torch.randn(shape, generator=generator, device=device, dtype=torch.float64).to(dtype).requires_grad_()
+    upstream = torch.randn(given[:, 0].shape, generator=generator, device=device, dtype=torch.float64).to(dtype)
+    wide = given.detach().double().requires_grad_()
+    wanted = _parts(_call(_exact(segments), wide, upstream.double(), True))
     products = 4 * heads * head * sum(n * n for n in segments.lengths)
     about = {
         "case": case.name, "tokens": segments.total, "heads": heads, "head": head, "dtype": str(dtype)[6:],
@@ -253,7 +280,7 @@ def measure(
             except (RuntimeError, NotImplementedError, ValueError) as error:  # what a library says that it cannot do
                 row["skipped"] = _first_line(error)
                 continue
-            worst = max(_relative(f, w) for f, w in zip(found, wanted, strict=False))
+            worst = max(_relative(f, w) for f, w in zip(_parts(found), wanted, strict=False))
             row["error"] = worst
             if not worst <= _WRONG[dtype]:
                 row["skipped"] = "its answers are wrong"
@@ -267,7 +294,7 @@ def measure(
 
 
 def _take_turns(
-    timed: list[tuple[dict[str, Any], Attend, bool]], given: list[Tensor], upstream: Tensor, device: torch.device,
+    timed: list[tuple[dict[str, Any], Attend, bool]], given: Tensor, upstream: Tensor, device: torch.device,
     rounds: int,
 ) -> None:  # fmt: skip
     """Time all in turn; the first round does not count, and who is hopelessly slow has three more only."""

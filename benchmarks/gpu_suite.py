@@ -39,7 +39,7 @@ from iwm_fast.results import write_json
 __all__ = ["PARTS", "Part", "limit_of", "main"]
 
 SCHEMA = "iwm-fast-gpu-suite/2"
-_SETTINGS = ("train.compile=true", "train.target_stream=true")
+_SETTINGS = ("train.compile=true", "train.target_stream=true", "model.attention=efficient")
 _BASE = ("vit_base_p16_224_equi.yaml", "train.global_batch=256", "train.micro_batch=256")
 # Baselines that try out many kernels before they run one.
 _TUNED = ("compile max-autotune", "compile max-autotune, CUDA graphs", "quack")
@@ -126,7 +126,7 @@ def _train(args: argparse.Namespace, file: Path) -> list[str]:
 
 def _settings(args: argparse.Namespace, file: Path) -> list[str]:
     config, *common = _BASE if _on_gpu(args) else _TINY
-    settings = _SETTINGS if _on_gpu(args) else _SETTINGS[:1]  # the target's stream is a GPU's
+    settings = _SETTINGS if _on_gpu(args) else _SETTINGS[:1]  # the others are a GPU's
     words = ["iwm_fast.benchmarks.settings", *settings, "--each", "--json", str(file), "--config", config]
     few = ["--batch", "256", "--repeats", "20"] if _on_gpu(args) else ["--batch", "16", "--repeats", "3"]
     return [*words, "--common", *common, *few, "--device", args.device]
@@ -144,7 +144,9 @@ PARTS = {
     "peers": Part(110, _peers, what="the whole step beside ijepa's and a plain one"),
     "tests": Part(60, _tests, what="tests/gpu, and the kernels' tests on the GPU"),
     "train": Part(50, _train, ("deepspeed", "xformers", "dali"), "whole trainings from JPEG files"),
-    "settings": Part(30, _settings, what="train.compile and train.target_stream against the step without"),
+    "settings": Part(
+        30, _settings, what="train.compile, train.target_stream and model.attention against the step without"
+    ),
     "autotune": Part(300, _autotune, (), "the conditioned MLP by what tunes for minutes: max-autotune, QuACK"),
 }
 

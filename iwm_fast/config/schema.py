@@ -86,7 +86,9 @@ class ModelConfig(Section):
         "train", description="of the ema target's products in training: as train.precision, or fp8 (GPU 8.9 or later)"
     )
     normalize_target: bool = Field(True, description="layer-normalise target tokens without affine (I-JEPA)")
-    attention: Literal["auto", "xformers", "sdpa"] = Field("auto", description="auto: xformers on GPUs, SDPA on CPUs")
+    attention: Literal["auto", "xformers", "efficient", "sdpa"] = Field(
+        "auto", description="auto: xformers on GPUs, SDPA on CPUs; efficient: PyTorch's memory-efficient one, on GPUs"
+    )
     predictor: PredictorConfig = PredictorConfig()
 
     @property

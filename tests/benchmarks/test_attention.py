@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from iwm_fast.benchmarks import attention
-from iwm_fast.benchmarks.attention import CASES, CONTENDERS, Case, exact, lengths_of, measure
+from iwm_fast.benchmarks.attention import CASES, CONTENDERS, Case, apart, exact, lengths_of, measure
 from iwm_fast.errors import UserError
 
+NEED_A_GPU = ("flash varlen", "xformers", "efficient, one gradient")
 FEW = Case("vit_tiny_p4_32", "predictor", 4)
 
 
@@ -37,7 +38,7 @@ def test_who_is_wrong_is_not_timed(monkeypatch):
     wrong = {
         "iwm-fast": CONTENDERS["iwm-fast"],
         "padded, masked": CONTENDERS["padded, masked"],
-        "unscaled": (unscaled, None),
+        "unscaled": (apart(unscaled), None),
     }
     monkeypatch.setattr(attention, "CONTENDERS", wrong)
     said: list[str] = []
@@ -50,7 +51,7 @@ def test_who_is_wrong_is_not_timed(monkeypatch):
 
 
 def test_a_gpu_is_asked_for_where_one_is_needed(monkeypatch):
-    monkeypatch.setattr(attention, "CONTENDERS", {name: CONTENDERS[name] for name in ("flash varlen", "xformers")})
+    monkeypatch.setattr(attention, "CONTENDERS", {name: CONTENDERS[name] for name in NEED_A_GPU})
     rows = measure(FEW, torch.device("cpu"), torch.bfloat16, 1, lambda _: None)
     assert {row["skipped"] for row in rows} == {"needs a GPU"}
 

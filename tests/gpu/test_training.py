@@ -13,7 +13,7 @@ from iwm_fast.data.files import list_images
 from iwm_fast.data.graph import ViewGraph
 from iwm_fast.data.views import draw_views
 from iwm_fast.engine import loop, pretrain
-from iwm_fast.models.attention import packed_attention
+from iwm_fast.models.attention import packed_attention, packed_qkv_attention
 from iwm_fast.models.packing import Segments
 
 
@@ -76,3 +76,24 @@ def test_xformers_equals_per_image_attention(lengths):
     plain = packed_attention(q.cpu(), k.cpu(), v.cpu(), Segments.from_lengths(lengths), "sdpa")
     # Not less accurate than twice what bf16 itself loses.
     assert (out.double().cpu() - exact).norm() <= 2 * (plain.double() - exact).norm() + 1e-3 * exact.norm()
+
+
+@pytest.mark.parametrize(("backend", "dtype"), [("efficient", torch.bfloat16), ("xformers", torch.float32)], ids=str)
+@pytest.mark.parametrize("lengths", [(5, 17, 1, 33), (64,) * 3, (7, 0, 9)])
+def test_the_gradient_of_packed_attention_is_written_by_its_kernel_alone(lengths, backend, dtype):
+    segments = Segments.from_lengths(lengths, "cuda")
+    qkv = torch.randn(sum(lengths), 3, 2, 64, device="cuda", dtype=dtype, requires_grad=True)
+    upstream = torch.randn_like(qkv[:, 0])
+    out = packed_qkv_attention(qkv, segments, backend)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        (found,) = torch.autograd.grad(out, qkv, upstream)
+        torch.cuda.synchronize()
+    kernels = {event.key for event in profile.key_averages() if event.device_time}
+    assert kernels
+    assert not [name for name in kernels if "Cat" in name or "copy" in name.lower()]
+    wide = qkv.detach().double().cpu().requires_grad_()
+    exact = packed_qkv_attention(wide, Segments.from_lengths(lengths), "sdpa")
+    (wanted,) = torch.autograd.grad(exact, wide, upstream.double().cpu())
+    limit = 0.02 if dtype == torch.bfloat16 else 2e-3  # a few roundings of 2⁻⁸; TF32 rounds operands to 2⁻¹¹
+    assert (out.double().cpu() - exact).norm() <= limit * exact.norm()
+    assert (found.double().cpu() - wanted).norm() <= limit * wanted.norm()

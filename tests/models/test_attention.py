@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from iwm_fast.errors import UserError
 from iwm_fast.models import attention
-from iwm_fast.models.attention import packed_attention, resolve_backend
+from iwm_fast.models.attention import packed_attention, packed_qkv_attention, resolve_backend
 from iwm_fast.models.packing import Segments
 
 
@@ -100,9 +101,69 @@ def test_who_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve("auto", "cpu") == "sdpa"
     assert resolve("auto", "cuda") == "xformers"
     assert resolve("sdpa", "cuda") == "sdpa"
-    with pytest.raises(UserError, match="no operator for cpu"):
-        resolve("xformers", "cpu")
+    assert resolve("efficient", "cuda") == "efficient"
+    for requested in ("xformers", "efficient"):
+        with pytest.raises(UserError, match=f"{requested}, which has no operator for cpu"):
+            resolve(requested, "cpu")
     monkeypatch.setattr(attention, "_xformers", lambda: None)
-    assert resolve("auto", "cuda") == "sdpa"
+    assert resolve("auto", "cuda") == "efficient"  # grouped SDPA would be a call for each length
     with pytest.raises(UserError, match="not installed"):
         resolve("xformers", "cuda")
+
+
+class Packed:
+    """PyTorch's memory-efficient attention on the CPU, where it has no kernel: `Attend` and its gradients, as given."""
+
+    def __init__(self, lengths: list[int]) -> None:
+        self.lengths = [n for n in lengths if n]
+        self.gradients: Tensor | None = None
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        bias, first, *sizes = rest
+        longest = max(self.lengths)
+        assert first.tolist() == [sum(self.lengths[:i]) for i in range(len(self.lengths) + 1)]
+        assert bias is None
+        assert sizes[1:5] == [longest, longest, 0.0, 0]
+        out = packed_attention(q[0], k[0], v[0], Segments.from_lengths(self.lengths), "sdpa")
+        return (out[None], *torch.zeros(3, 1), torch.zeros(1), torch.zeros(1))
+
+    def backward(self, grad: Tensor, *given: Any, shared_storage_dqdkdv: bool) -> tuple[Tensor, ...]:
+        assert shared_storage_dqdkdv
+        leaves = [part[0].detach().requires_grad_() for part in given[:3]]
+        with torch.enable_grad():
+            out = packed_attention(*leaves, Segments.from_lengths(self.lengths), "sdpa")
+        found = torch.autograd.grad(out, leaves, grad[0])
+        self.gradients = torch.empty(1, len(grad[0]), 3, *grad.shape[2:], dtype=grad.dtype)
+        for place, part in enumerate(found):
+            self.gradients[:, :, place] = part
+        return (*self.gradients.unbind(2), torch.empty(0))
+
+
+@pytest.mark.parametrize("lengths", [[3, 1, 6, 3], [4, 4, 4], [5, 0, 2]], ids=["ragged", "equal", "with an empty one"])
+@pytest.mark.parametrize(("backend", "dtype"), [("efficient", torch.float64), ("xformers", torch.float32)], ids=str)
+def test_the_gradients_of_queries_keys_and_values_are_one_tensor_that_nobody_copied(
+    monkeypatch: pytest.MonkeyPatch, lengths: list[int], backend: str, dtype: torch.dtype
+) -> None:
+    operators = Packed(lengths)
+    monkeypatch.setattr(torch.ops.aten, "_efficient_attention_forward", operators.forward)
+    monkeypatch.setattr(torch.ops.aten, "_efficient_attention_backward", operators.backward)
+    segments = Segments.from_lengths(lengths)
+    qkv = torch.randn(sum(lengths), 3, 2, 5, dtype=dtype, requires_grad=True)
+    out = packed_qkv_attention(qkv, segments, backend)
+    plain = packed_qkv_attention(qkv, segments, "sdpa")
+    torch.testing.assert_close(out, plain, rtol=0, atol=0)
+    upstream = torch.randn_like(out)
+    (wanted,) = torch.autograd.grad(plain, qkv, upstream)
+    (found,) = torch.autograd.grad(out, qkv, upstream)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+    assert operators.gradients is not None
+    assert found.data_ptr() == operators.gradients.data_ptr()
+    with torch.no_grad():
+        torch.testing.assert_close(packed_qkv_attention(qkv, segments, backend), plain, rtol=0, atol=0)
+
+
+def test_a_packed_tensor_of_another_batch_is_refused() -> None:
+    qkv = torch.randn(5, 3, 2, 5, requires_grad=True)
+    for backend in ("efficient", "xformers", "sdpa"):
+        with pytest.raises(ValueError, match="segments have 4 tokens"):
+            packed_qkv_attention(qkv, Segments.from_lengths([2, 2]), backend)
