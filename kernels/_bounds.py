@@ -48,6 +48,8 @@ class Bound:
     loop_instructions: int
     outside_instructions: int
     loop_barriers: int
+    # Of the loop and around it.
+    barriers: int
     registers: int
     spill_bytes: int
     programs: int
@@ -96,7 +98,8 @@ def bounds_of(launch: Launch, arch: str, code: Code, *, registers: int, spill_by
     about: dict[str, Any] = {
         "kernel": launch.kernel.__name__, "role": role, "arch": arch, "config": config,
         "wgmma": code.matrix_shapes, "loop_instructions": loop.instructions, "outside_instructions": loop.outside,
-        "loop_barriers": loop.barriers, "registers": registers, "spill_bytes": spill_bytes, "programs": programs,
+        "loop_barriers": loop.barriers, "barriers": code.barriers, "registers": registers,
+        "spill_bytes": spill_bytes, "programs": programs,
         "persistent": loop.persistent,
     }  # fmt: skip
     shapes = [shape for shape in launch.shapes if shape in SHAPES]

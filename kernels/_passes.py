@@ -79,8 +79,9 @@ def patchify_kernel(
         m_d = o < PATCH * LINE
         p_levels = images_ptr + first[:, None] + ((o // LINE) * stride_xy + o % LINE)[None, :]
         level = tl.load(p_levels, mask=m_x[:, None] & m_d[None, :], other=0).to(tl.float32)  # (BLOCK_N, BLOCK_D)
-        scale = tl.load(scale_ptr + o, mask=m_d, other=0.0).to(tl.float32)[None, :]
-        shift = tl.load(shift_ptr + o, mask=m_d, other=0.0).to(tl.float32)[None, :]
+        # Each row loads them for itself: shared out, they would pass through shared memory.
+        scale = tl.load(scale_ptr + 0 * rows[:, None] + o[None, :], mask=m_d[None, :], other=0.0).to(tl.float32)
+        shift = tl.load(shift_ptr + 0 * rows[:, None] + o[None, :], mask=m_d[None, :], other=0.0).to(tl.float32)
         value = tl.where(m_x[:, None], level * scale + shift, float("nan"))
         p_out = out_ptr + rows[:, None] * stride_on + o[None, :]
         tl.store(p_out, to_type(value, out_ptr.dtype.element_ty), mask=m_n[:, None] & m_d[None, :])

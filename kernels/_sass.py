@@ -83,6 +83,11 @@ class Code:
         """How often each shape of wgmma stands in the code."""
         return dict(Counter(found[1] for block in self.blocks for i in block for found in _SHAPE.finditer(i)))
 
+    @property
+    def barriers(self) -> int:
+        """Places at which the warps of a program wait for one another."""
+        return sum(_plain(instruction).startswith("BAR.") for block in self.blocks for instruction in block)
+
     def loop(self, *, matrix: bool = True) -> Loop | None:
         """The main loop: of matrix instructions, or the longest where not `matrix`; None where there is none."""
         best: tuple[float, tuple[int, ...], set[int]] | None = None
@@ -103,7 +108,7 @@ class Code:
         return Loop(
             instructions=inside,
             matrix=sum(_count(self.blocks[i], _MATRIX) for i in turn),
-            barriers=sum(instruction.startswith("BAR.") for i in turn for instruction in map(_plain, self.blocks[i])),
+            barriers=sum(_plain(instruction).startswith("BAR.") for i in turn for instruction in self.blocks[i]),
             outside=(around if persistent else self.total) - inside,
             persistent=persistent,
         )

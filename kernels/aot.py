@@ -120,7 +120,7 @@ def gelu_counts(arch: str) -> list[Bound]:
             Bound(
                 kernel=probe.__name__, role=role, arch=arch, shape="per element",
                 config={"BLOCK": _PROBE_THREADS * _PROBE_ELEMENTS, "num_warps": _PROBE_THREADS // 32}, wgmma={},
-                loop_instructions=0, outside_instructions=totals[0].total, loop_barriers=0,
+                loop_instructions=0, outside_instructions=totals[0].total, loop_barriers=0, barriers=0,
                 registers=totals[0].registers, spill_bytes=totals[0].spill_bytes, programs=0, persistent=False,
                 instructions_per_element=found,
             )

@@ -118,6 +118,16 @@ def test_no_warp_waits_for_another_in_a_loop_over_rows(compiled, role):
     assert all(row["loop_instructions"] > 10 for row in rows)  # the loop was found
 
 
+def test_no_warp_waits_for_another_where_patches_are_cut(compiled):
+    """Patches of 14 pixels apart: rows of 1,176 bytes are shared out anew before they are stored."""
+    rows = [row for row in compiled[1]["rows"] if row["role"] == "patchify"]
+    found = {
+        f"patches of {patch}": [row["barriers"] for row in rows if row["shape"] == f"patches of {patch}"]
+        for patch in (4, 8, 16)
+    }
+    assert found == {shape: [0, 0] for shape in found}  # with an index and without
+
+
 @pytest.mark.parametrize(("role", "most"), [("gelu", 15), ("gelu_and_slope", 20)])
 def test_gelu_takes_few_instructions(compiled, role, most):
     (row,) = (row for row in compiled[1]["rows"] if row["role"] == role)
