@@ -208,18 +208,29 @@ def compare(
     first and then, each in a process of its own, the compiled ones.
     """
     in_turn = [(shape, name, peer) for shape in shapes for name, peer in chosen.items()]
+    longest = 0.0
     for shape, name, peer in sorted(in_turn, key=lambda one: one[2].compiled):
+        apart = peer.compiled and not comparison.args.here
         if shape not in timed:
             if not peer.compiled:  # which does the operations of its eager form
                 yield counted_row(shape, name, peer, comparison.checkout)
-        elif comparison.left <= 0:
-            skipped = {"skipped": f"not begun: no time was left of --until {comparison.args.until:.0f}"}
-            row = {"name": f"{shape.name} {name}", "peer": name, "shape": shape.name}
-            yield row | {"speed_ratio": None, "memory_ratio": None} | skipped
-        elif peer.compiled and not comparison.args.here:
+        elif comparison.left <= (0.0 if apart else longest):
+            row = {"name": f"{shape.name} {name}", "peer": name, "shape": shape.name, "speed_ratio": None}
+            left = f"{max(comparison.left, 0.0):.0f} s were left of --until {comparison.args.until:.0f}"
+            took = f", and another took {longest:.0f} s" if longest else ""
+            yield row | {"memory_ratio": None, "skipped": f"not begun: {left}{took}"}
+        elif apart:
             yield comparison.apart(shape, name)
         else:
-            yield comparison.row(shape, name, peer)
+            begin = time.monotonic()
+            try:
+                row = comparison.row(shape, name, peer)
+            except (RuntimeError, UserError) as error:  # of memory, or of a loss that is not finite
+                why = (str(error).strip().splitlines() or [""])[0][:300]
+                row = {"name": f"{shape.name} {name}", "peer": name, "shape": shape.name, "speed_ratio": None}
+                row |= {"memory_ratio": None, "skipped": f"failed: {type(error).__name__}: {why}"}
+            longest = max(longest, time.monotonic() - begin)
+            yield row
 
 
 def _chosen(names: Sequence[str] | None, checkout: Checkout | None) -> tuple[dict[str, Peer], dict[str, str]]:
@@ -256,7 +267,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line."""
+    """Command line; 1 where a side failed."""
     begin = time.monotonic()
     args = _parser().parse_args(argv)
     require_result(args.json)
@@ -296,7 +307,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         if args.json == "-" and rows:
             write_result("-", "peers", body)
-    return 0
+    return int(any(row.get("skipped", "").startswith("failed") for row in rows))
 
 
 def _say(line: str) -> None:

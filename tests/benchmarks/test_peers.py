@@ -175,7 +175,25 @@ def test_what_there_is_no_time_for_is_a_row_that_says_so():
     chosen = {"a compile": peer(compiled=True), "a": peer()}
     found = list(peers.compare([SHAPE], [SHAPE], chosen, comparison(until=0)))
     assert [row["peer"] for row in found] == ["a", "a compile"]
-    assert {row["skipped"] for row in found} == {"not begun: no time was left of --until 0"}
+    assert {row["skipped"] for row in found} == {"not begun: 0 s were left of --until 0"}
+
+
+def test_no_row_begins_in_less_time_than_another_took(monkeypatch):
+    """A larger shape takes longer than a smaller one: it would be cut off with all that comes after it."""
+    now = [100.0]
+    monkeypatch.setattr(peers.time, "monotonic", lambda: now[0])
+
+    def row(*_):
+        now[0] += 40
+        return {"seconds": 40}
+
+    monkeypatch.setattr(peers.Comparison, "row", row)
+    monkeypatch.setattr(peers.Comparison, "apart", lambda *_: {"apart": True})
+    chosen = {"a": peer(), "b": peer(), "c compile": peer(compiled=True)}
+    first, second, third = peers.compare([SHAPE], [SHAPE], chosen, comparison(until=70))
+    assert first == {"seconds": 40}
+    assert second["skipped"] == "not begun: 30 s were left of --until 70, and another took 40 s"
+    assert third == {"apart": True}
 
 
 def test_a_peer_whose_answers_differ_has_a_row_and_is_not_timed():
@@ -238,3 +256,21 @@ def test_each_row_is_written_before_the_next_is_measured(monkeypatch, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         peers.main(["--device", "cpu", "--threads", "1", "--json", str(file), "--peers", "plain"])
     assert json.loads(file.read_text())["rows"] == [row]
+
+
+@pytest.mark.parametrize("error", [UserError("loss not finite"), torch.OutOfMemoryError("no memory\nof 3")])
+def test_a_side_that_fails_costs_its_own_row_alone(monkeypatch, tmp_path, error):
+    done = {"name": "a", "peer": "plain", "shape": "b", "speed_ratio": None}
+
+    def row(_, shape, *__):
+        if shape is peers.TIMED[0]:
+            raise error
+        return done
+
+    monkeypatch.setattr(peers.Comparison, "row", row)
+    file = tmp_path / "peers.json"
+    words = ["--device", "cpu", "--threads", "1", "--json", str(file), "--peers", "plain", "--shape"]
+    assert peers.main([*words, *(shape.name for shape in peers.TIMED)]) == 1
+    failed, other = json.loads(file.read_text())["rows"]
+    assert failed["skipped"] == f"failed: {type(error).__name__}: {str(error).splitlines()[0]}"
+    assert other == done
