@@ -4,6 +4,11 @@ With TRITON_INTERPRET=1 kernels run on the CPU, in NumPy, where bf16 is stored a
 them multiplies and adds the raw bits, and a conversion from fp32 cuts instead of rounding (Triton 3.6 to 3.8). So every
 value is taken to fp32 right after its load, products go through `dot`, and results are rounded by `to_type`.
 
+Triton compiles a kernel anew where an integer is 1 or divides by 16 or a pointer by 16, and another of its arguments
+did not. What differs from step to step, numbers of rows, tokens, images and programs, and the pointers to indices,
+which begin anywhere in a packed upload, is excepted by `do_not_specialize`: no vector load depends on it. Widths,
+strides and the other pointers are specialised: loads of 16 bytes depend on them.
+
 Vocabulary of the kernels: i_ a program's number, o_ offsets, m_ masks, p_ pointers, b_ blocks of values.
 """
 

@@ -61,8 +61,15 @@ def launching(x: Tensor) -> Iterator[None]:
 
 
 def rows_together(x: Tensor) -> Tensor:
-    """`x` (N, D) or (D,), or a copy of it, with each row in one piece: how kernels read all but weights."""
-    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+    """`x` (N, D) or (D,), or a copy of it, with each row in one piece: how kernels read all but weights.
+
+    A single row gets the stride that more rows would have: as a view's it may be anything, and Triton would compile
+    for it.
+    """
+    x = x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+    if x.dim() == 2 and x.shape[0] == 1 and x.stride() != (x.shape[1], 1):
+        return x.as_strided(x.shape, (x.shape[1], 1))
+    return x
 
 
 def pieces(width: int) -> tuple[int, int]:

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from triton.runtime.jit import JITFunction
-from triton.tools.tensor_descriptor import TensorDescriptor
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import CUDABackend
+from triton.compiler.compiler import make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from . import _mlp_triton
 from ._backend import recorded_launches
@@ -24,17 +26,19 @@ from .patchify import launch_patchify
 from .predictor_input import launch_assembly, launch_assembly_backward
 from .stopgrad_l2 import launch_distance, launch_total
 
-__all__ = ["PATCHES", "SHAPES", "TOKENS", "Launch", "Signature", "record_launches", "recording", "signature"]
+__all__ = [
+    "PATCHES",
+    "SHAPES",
+    "TOKENS",
+    "Launch",
+    "Signature",
+    "record_launches",
+    "recording",
+    "signature",
+    "specialise",
+]
 
 Signature = tuple[dict[str, str], dict[tuple[int, ...], Any], dict[tuple[int, ...], Any]]
-_POINTER = {
-    torch.float32: "*fp32",
-    torch.float16: "*fp16",
-    torch.bfloat16: "*bf16",
-    torch.int32: "*i32",
-    torch.int64: "*i64",
-    torch.uint8: "*u8",
-}
 # Width, hidden units and actions of what the configurations train: predictors' blocks with and without actions, the
 # mask tokens' mixer (no normalisation, no residual), ViT-B's blocks.
 SHAPES = {
@@ -101,7 +105,7 @@ def record_launches(arch: str, dtype: torch.dtype = torch.bfloat16) -> list[Laun
         arguments = {name: given[name] for name in kernel.arg_names}
         options = {name: value for name, value in given.items() if name not in arguments}
         launch = Launch(kernel, arguments, options, shape)
-        first = found.setdefault(f"{kernel.__name__} {signature(launch)} {options}", launch)
+        first = found.setdefault(f"{kernel.__name__} {signature(launch, arch)} {options}", launch)
         if shape not in first.shapes:
             first.shapes.append(shape)
 
@@ -186,22 +190,32 @@ def _launch_stream(width: int, dtype: torch.dtype) -> None:
     launch_assembly_backward(joined, place, x, x, 0)
 
 
-def signature(launch: Launch) -> Signature:
+def specialise(kernel: JITFunction, given: dict[str, Any], arch: str) -> list[tuple[str, Any]]:
+    """What a kernel is compiled for when it is launched with arguments and options by name, as Triton's launcher says.
+
+    Of each argument its type, with its value where that is a constant, else with what is known of it ("D": it divides
+    by 16).
+    """
+    return _binder(kernel, arch)(**given)[1]
+
+
+@cache
+def _binder(kernel: JITFunction, arch: str) -> Callable[..., Any]:
+    backend = make_backend(GPUTarget("cuda", int(arch.removeprefix("sm_")), 32))
+    return create_function_from_signature(kernel.signature, kernel.params, backend)
+
+
+def signature(launch: Launch, arch: str) -> Signature:
     """Types by name, constants and attributes by place, specialised as Triton's launcher does."""
     types: dict[str, str] = {}
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], Any] = {}
-    for i, (name, value) in enumerate(launch.arguments.items()):
-        if launch.kernel.params[i].is_constexpr or value is None or (isinstance(value, int) and value == 1):
-            types[name], constants[i,] = "constexpr", value
-            continue
-        if isinstance(value, Tensor):
-            types[name] = _POINTER[value.dtype]
-        elif isinstance(value, TensorDescriptor):
-            block = ",".join(map(str, value.block_shape))
-            types[name] = f"tensordesc<{_POINTER[value.base.dtype][1:]}[{block}]>"
-        else:
-            types[name] = "i32" if isinstance(value, int) else "fp32"
-        if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
-            attributes[i,] = [["tt.divisibility", 16]]
+    for i, (name, (kind, known)) in enumerate(
+        zip(launch.arguments, specialise(launch.kernel, launch.arguments, arch), strict=True)
+    ):
+        types[name] = kind
+        if kind == "constexpr":
+            constants[i,] = launch.arguments[name]
+        elif known:
+            attributes[i,] = CUDABackend.parse_attr(known)
     return types, constants, attributes

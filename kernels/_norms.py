@@ -33,7 +33,7 @@ def row_statistics(values, D, eps, BLOCK_D: tl.constexpr, PARTS: tl.constexpr):
     return mean, tl.rsqrt(tl.sum(squares, axis=1) / D + eps)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def norm_kernel(
     x_ptr, branch_ptr, weight_ptr, bias_ptr, total_ptr, out_ptr,
     N, D,
@@ -73,7 +73,7 @@ def norm_kernel(
         tl.store(p_out, to_type(value, out_ptr.dtype.element_ty), mask=m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "ROWS"])
 def norm_backward_kernel(
     dnormed_ptr, x_ptr, weight_ptr, residual_ptr, dx_ptr, sums_ptr,
     N, D, ROWS,

@@ -172,7 +172,7 @@ def _linear_tile(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "PROGRAMS", "image_ptr"])
 def linear_kernel(
     x, w, bias_ptr, action_ptr, w_action_ptr, image_ptr, residual, out,
     N, M, K, A, PROGRAMS,
@@ -268,7 +268,7 @@ def _hidden_backward_tile(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "PROGRAMS", "image_ptr"])
 def hidden_backward_kernel(
     x, w_in, bias_ptr, action_ptr, w_action_ptr, image_ptr, dout, w_out, hidden, dhidden,
     N, H, D, DO, A, PROGRAMS,
@@ -302,7 +302,7 @@ def hidden_backward_kernel(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "ROWS"])
 def weight_grad_kernel(
     a, b, out_ptr,
     N, P, Q, ROWS,

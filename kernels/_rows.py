@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "cu_seqlens_ptr"])
 def image_kernel(cu_seqlens_ptr, image_ptr, N, BLOCK: tl.constexpr):
     """image (N,) = i for cu_seqlens[i] ≤ n < cu_seqlens[i + 1], int32; a program per image."""
     i = tl.program_id(0)
@@ -48,7 +48,7 @@ def image_kernel(cu_seqlens_ptr, image_ptr, N, BLOCK: tl.constexpr):
         tl.store(image_ptr + o_n, tl.zeros((BLOCK,), tl.int32) + i, mask=o_n < last)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "FIRST", "ROWS", "bounds_ptr"])
 def segment_sum_kernel(
     x_ptr, bounds_ptr, out_ptr,
     N, M, FIRST, ROWS,
@@ -82,7 +82,7 @@ def segment_sum_kernel(
     tl.store(p_out, total, mask=m_m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["SLICES"])
 def add_slices_kernel(slices_ptr, out_ptr, second_ptr, SLICES, L, SPLIT, HAS_SECOND: tl.constexpr, BLOCK: tl.constexpr):
     """out (SPLIT,) and second (L − SPLIT,), one after the other, = Σ slices (SLICES, L) fp32, in their order."""
     o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -98,7 +98,7 @@ def add_slices_kernel(slices_ptr, out_ptr, second_ptr, SLICES, L, SPLIT, HAS_SEC
     tl.store(out_ptr + o, value, mask=m & (o < SPLIT))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def action_weight_grad_kernel(
     dbias_ptr, action_ptr, dw_ptr, db_ptr,
     B, H, A,
@@ -124,7 +124,7 @@ def action_weight_grad_kernel(
     tl.store(db_ptr + o_h, to_type(tl.sum(db, axis=1), db_ptr.dtype.element_ty), mask=m_h)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def action_grad_kernel(
     dbias_ptr, w_action_ptr, daction_ptr,
     B, H, A,
@@ -147,7 +147,7 @@ def action_grad_kernel(
     tl.store(p_out, to_type(acc, daction_ptr.dtype.element_ty), mask=m_b[:, None] & m_a[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "image_ptr"])
 def activate_kernel(
     u_ptr, d_ptr, bias_ptr, image_ptr,
     N, M,
@@ -179,7 +179,7 @@ def activate_kernel(
     tl.store(u_ptr + places, to_type(active, u_ptr.dtype.element_ty), mask=m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "M", "ROWS", "index_ptr"])
 def distance_kernel(
     pred_ptr, target_ptr, index_ptr, incoming_ptr, sums_ptr, grad_ptr,
     N, M, D, ROWS,
@@ -244,7 +244,7 @@ def distance_kernel(
         tl.store(sums_ptr + i, tl.sum(tl.sum(distance, axis=1), axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["COUNT"])
 def total_kernel(sums_ptr, out_ptr, COUNT, scale, BLOCK: tl.constexpr):
     """out (1,) = scale · Σ sums fp32 (COUNT,), in fp64 and in a fixed order; one program."""
     acc = tl.zeros((BLOCK,), tl.float64)
@@ -254,7 +254,7 @@ def total_kernel(sums_ptr, out_ptr, COUNT, scale, BLOCK: tl.constexpr):
     tl.store(out_ptr, (tl.sum(acc, axis=0) * scale).to(tl.float32))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "CONTEXT", "PLACED", "context_patches_ptr", "predicted_patches_ptr", "place_ptr"])
 def assemble_kernel(
     context_ptr, context_patches_ptr, position_ptr, place_ptr, mask_token_ptr, predicted_patches_ptr, rows_ptr, out_ptr,
     N, CONTEXT, PLACED, L, D,
@@ -294,7 +294,7 @@ def assemble_kernel(
     tl.store(p_out, to_type(value, out_ptr.dtype.element_ty), mask=m_out[:, None] & m_d[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "CONTEXT", "PLACED", "ROWS", "place_ptr"])
 def assemble_backward_kernel(
     dout_ptr, place_ptr, dcontext_ptr, drows_ptr, sums_ptr,
     N, CONTEXT, PLACED, D, ROWS,
@@ -327,7 +327,7 @@ def assemble_backward_kernel(
         tl.store(sums_ptr + i.to(tl.int64) * D + o_d, tl.sum(acc, axis=0), mask=m_d)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def e4m3_kernel(
     x_ptr, code_ptr, scale_ptr,
     N, D,

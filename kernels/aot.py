@@ -57,7 +57,7 @@ def compile_launch(launch: Launch, arch: str, keep: Path | None = None, *, bound
 
     bounds: read the machine code too.
     """
-    types, constants, attributes = signature(launch)
+    types, constants, attributes = signature(launch, arch)
     source = ASTSource(fn=launch.kernel, signature=types, constexprs=constants, attrs=attributes)
     target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
     made = triton.compile(source, target=target, options=launch.options)
