@@ -48,7 +48,7 @@ def average_kernel(
         tl.store(copy_ptr + copy + o_n, to_type(value, copy_ptr.dtype.element_ty), mask=m_n)
 
 
-@triton.jit(do_not_specialize=["N", "B", "patches_ptr", "image_ptr"])
+@triton.jit(do_not_specialize=["N", "B", "GRID", "patches_ptr", "image_ptr"])
 def patchify_kernel(
     images_ptr, patches_ptr, image_ptr, scale_ptr, shift_ptr, out_ptr,
     N, B, GRID,

@@ -254,7 +254,9 @@ def total_kernel(sums_ptr, out_ptr, COUNT, scale, BLOCK: tl.constexpr):
     tl.store(out_ptr, (tl.sum(acc, axis=0) * scale).to(tl.float32))
 
 
-@triton.jit(do_not_specialize=["N", "CONTEXT", "PLACED", "context_patches_ptr", "predicted_patches_ptr", "place_ptr"])
+@triton.jit(
+    do_not_specialize=["N", "CONTEXT", "PLACED", "L", "context_patches_ptr", "predicted_patches_ptr", "place_ptr"]
+)
 def assemble_kernel(
     context_ptr, context_patches_ptr, position_ptr, place_ptr, mask_token_ptr, predicted_patches_ptr, rows_ptr, out_ptr,
     N, CONTEXT, PLACED, L, D,

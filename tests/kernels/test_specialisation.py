@@ -8,10 +8,10 @@ from functools import partial
 import pytest
 import torch
 
-from iwm_fast.kernels import _mlp_triton, use_workspace
+from iwm_fast.kernels import TRITON_FUNCTIONS, _mlp_triton, _norms, _passes, _products, _rows, use_workspace
 from iwm_fast.kernels._candidates import candidates_of, possible
 from iwm_fast.kernels._launch import norm_backward, normalise
-from iwm_fast.kernels._launches import recording, specialise
+from iwm_fast.kernels._launches import record_launches, recording, specialise
 from iwm_fast.kernels._tuning import use_tuner
 from iwm_fast.kernels.e4m3_rows import launch_e4m3
 from iwm_fast.kernels.patchify import launch_patchify
@@ -146,6 +146,31 @@ def test_chunks_compile_the_same_for_any_number_of_rows():
         first = compiled_for(partial(mlp, 1000))
         for rows in (641, 1024, 4099):
             assert compiled_for(partial(mlp, rows)) == first, rows
+
+
+@pytest.mark.parametrize("name", ["MLP with an action", "normalisation", "distance", "predictor's input", "patches"])
+def test_what_runs_is_what_was_compiled_ahead_of_time(ahead_of_time, name):
+    for kernel, variants in compiled_for(partial(WORKS[name], 1009)).items():
+        assert variants <= ahead_of_time[kernel], kernel
+
+
+@pytest.fixture(scope="module")
+def ahead_of_time():
+    found = defaultdict(set)
+    for launch in record_launches(ARCHITECTURE):
+        known = specialise(launch.kernel, launch.arguments, ARCHITECTURE)
+        found[launch.kernel.__name__].add((str(known), str(launch.options)))
+    return found
+
+
+@pytest.mark.parametrize("name", TRITON_FUNCTIONS)
+def test_what_is_excepted_is_an_argument_and_no_constant(name):
+    """Triton says nothing to a name that no argument has."""
+    kernels = {name: kernel for module in (_norms, _passes, _products, _rows) for name, kernel in vars(module).items()}
+    kernel = kernels[name]
+    excepted = {p.name for p in kernel.params if p.do_not_specialize}
+    assert excepted == set(kernel.do_not_specialize)
+    assert not any(p.is_constexpr for p in kernel.params if p.name in excepted)
 
 
 def test_widths_and_pointers_of_tokens_are_still_known_to_divide_by_16():
