@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from iwm_fast.benchmarks.harness import MANY_STEPS
 from iwm_fast.benchmarks.launch_counting import Launches, counting
 from iwm_fast.benchmarks.launch_parts import Parts, Surrogate
+from iwm_fast.benchmarks.step import described
 from iwm_fast.benchmarks.synthetic import synthetic_stream
 from iwm_fast.config import Config
 from iwm_fast.data.external import space_of
@@ -60,7 +61,8 @@ def step_launches(config: Config, *, optimizer: bool = True) -> list[PartLaunche
     needs the process group of one rank. UserError for what is not counted.
     """
     _require_counted(config)
-    quiet = config.model_copy(update={"log": config.log.model_copy(update={"every_steps": MANY_STEPS})})
+    quiet, _ = described(config, None)
+    quiet = quiet.model_copy(update={"log": config.log.model_copy(update={"every_steps": MANY_STEPS})})
     trainer, parts = _trainer(quiet, optimizer)
     launches = Launches(parts.part_of)
 

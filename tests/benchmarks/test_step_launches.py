@@ -11,6 +11,7 @@ from iwm_fast.benchmarks.presets import preset_config
 from iwm_fast.benchmarks.step_launches import step_launches
 from iwm_fast.engine.distributed import start
 from iwm_fast.errors import UserError
+from iwm_fast.planning.layout import layout_of
 
 DEPTH, PREDICTOR_DEPTH = 12, 6  # of cpu-tiny
 SMALL = ("train.global_batch=8", "train.precision=bf16", "zero.stage=0")
@@ -73,6 +74,8 @@ def test_micro_batches_multiply_the_model_s_launches_and_not_the_optimizer_s(who
         part: n for part, n in once.items() if part.startswith("optimizer")
     }
     assert once["ema"] == twice["ema"] == 1
+    gradients = len(layout_of(preset_config("cpu-tiny")).trained)  # the second micro-batch's are added to the first's
+    assert twice["backward/gradients"] == once["backward/gradients"] + gradients
 
 
 def test_recomputation_is_the_backward_pass_s_and_its_component_s():
