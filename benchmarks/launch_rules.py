@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 __all__ = ["multi_tensor_launches", "operator_launches"]
@@ -26,6 +27,8 @@ _COPIES = ("clone", "_to_copy", "copy_")
 # Bookkeeping of the host, and reads of one value, which are copies.
 _NONE = ("_local_scalar_dense", "_unsafe_view", "resize_", "set_", "record_stream")
 _SEVERAL = {"repeat_interleave": 3, "native_layer_norm_backward": 2, "isinf": 2}
+# In half precision, and in fp32, where parts of the gradients are made in tensors of their own.
+_EFFICIENT_BACKWARD = (2, 5)
 _JOINED = 128
 # Tensors whose norms one launch adds up (400 before CUDA 13, 3,200 since).
 _NORMS = 400
@@ -48,6 +51,8 @@ def operator_launches(func: Any, args: Sequence[Any], out: Any) -> int:
         return -(-sum(t.numel() > 0 for t in joined) // _JOINED)
     if name.startswith(("_foreach_", "_fused_")):
         return _of_lists(name, args, out)
+    if name == "_efficient_attention_backward":
+        return _EFFICIENT_BACKWARD[args[0].dtype == torch.float32]
     results = [t for t in _tensors(out) if isinstance(t, Tensor)]
     if results and not any(t.numel() for t in results):
         return 0

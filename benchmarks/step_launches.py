@@ -6,8 +6,8 @@ over weights of those sizes with gradients of zero: 16 bytes a trained parameter
 launch is what they dispatch there, by the chunks that CUDA's multi-tensor kernels take (`launch_rules`); Triton's
 kernels are recorded.
 
-Attention counts as xformers' FlashAttention, as counted on the null GPU. Copies and collectives do not count. A call of
-cuBLAS counts as one launch of PyTorch.
+Attention counts as FlashAttention, which xformers calls in half precision, by what the null GPU counts. Copies and
+collectives do not count. A call of cuBLAS counts as one launch of PyTorch.
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ def resolve_backend(requested: str, device: str) -> str:
     if requested not in _BACKENDS:
         raise ValueError(f"requested is {requested!r}; it must be one of {', '.join(_BACKENDS)}")
     if _library is not None and requested != "sdpa":
-        return "xformers"
+        return "efficient" if requested == "efficient" else "xformers"
     if requested == "sdpa":
         return "sdpa"
     if device != "cuda":
@@ -93,7 +93,7 @@ def resolve_backend(requested: str, device: str) -> str:
 
 def packed_qkv_attention(qkv: Tensor, segments: Segments, backend: str) -> Tensor:
     """`packed_attention` of q, k and v = qkv[:, 0], qkv[:, 1] and qkv[:, 2], of qkv (N, 3, heads, d): (N, heads, d)."""
-    if backend == "xformers" and qkv.dtype == torch.float32 and _library is None:  # whose operator for it this is
+    if backend == "xformers" and qkv.dtype == torch.float32:  # whose operator for it this is
         backend = "efficient"
     if backend == "efficient" and segments.total and torch.is_grad_enabled() and qkv.requires_grad:
         _check_segments(qkv, segments)

@@ -59,6 +59,20 @@ def test_each_block_s_launches_are_its_component_s():
     assert not [part for part in found if part.startswith("backward/target encoder")]
 
 
+@pytest.mark.parametrize(
+    ("changes", "launches"),
+    [
+        ((), 6),  # its four, and the gradients of q, k and v taken out of their batch and put into one tensor
+        (("model.attention=efficient",), 2),
+        (("train.precision=fp32",), 5),
+    ],
+    ids=["flash", "efficient", "efficient in fp32"],
+)
+def test_attention_launches_what_the_null_gpu_counted(changes, launches):
+    """Backward, beside three for each of the two linear layers."""
+    assert counted(*changes)["backward/context encoder/attention"] == (6 + launches) * DEPTH
+
+
 def test_an_action_in_the_blocks_adds_its_launches():
     """A block is told its images in the forward pass, and two more gradients in the backward pass."""
     found = counted("model.predictor.conditioning=block")
