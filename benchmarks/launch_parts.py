@@ -37,6 +37,7 @@ _WORDS = (
     ("gradient norm", ("norm", "clip")),
     ("AdamW", ("adam", "lamb", "_move")),
 )
+_COMPARISONS = ("lt", "isfinite", "isinf", "isnan")
 _OPTIMIZERS = ("torch/optim/", "engine/optimizer.py")
 
 
@@ -174,6 +175,8 @@ def _in_deepspeed(frame: FrameType) -> bool:
 
 def _optimizer_part(operator: str, frame: FrameType) -> str:
     """Of the optimizer's step, by the operator's name and the functions that lead to it."""
+    if operator in _COMPARISONS:
+        return "finite check"
     deepspeed = False
     for file, function in (("", operator), *_frames(frame)):
         for part, words in _WORDS:

@@ -172,6 +172,7 @@ class _NoOptimizer:
 
     param_groups: Iterable[dict[str, Any]] = ()
     skipped = False
+    found_inf = torch.zeros(())
 
 
 class _Attention(torch.autograd.Function):

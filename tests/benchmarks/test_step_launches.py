@@ -110,7 +110,9 @@ def test_a_shared_encoder_counts_as_the_target_where_it_is_not_differentiated():
 @pytest.mark.slow
 def test_deepspeed_s_own_launches_are_apart_from_the_update_s(whole_step):
     stage_1 = counted("zero.stage=1", optimizer=True)
-    assert stage_1["optimizer/finite check"] > stage_1["optimizer/AdamW"] > 0
+    assert stage_1["optimizer/finite check"] > 0
+    assert stage_1["optimizer/AdamW"] > 0
+    assert stage_1["optimizer/DeepSpeed"] > 0
     assert stage_1["backward/DeepSpeed"] > 0
     assert "forward/bf16 weights" not in stage_1
     assert whole_step["optimizer/AdamW"] > 0
