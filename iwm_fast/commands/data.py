@@ -169,6 +169,10 @@ def index(
         Path | None, typer.Option("--out", metavar="FILE", help="Default: DIR/iwm-fast-manifest.tsv.")
     ] = None,
     source: SourceKind = Kind.AUTO,
+    *,
+    check: Annotated[
+        bool, typer.Option("--check", help="Store what checking each image finds: a training need not check it again.")
+    ] = False,
     json: Json = None,
 ) -> None:
     """Write a manifest of all images (path, bytes, size, label, checksum): a training starts from it without listing.
@@ -180,7 +184,7 @@ def index(
     from iwm_fast.data.index import write_index
 
     with counting() as progress:
-        written = write_index(root, out, source=source, progress=progress)
+        written = write_index(root, out, source=source, check=check, progress=progress)
 
     def show() -> None:
         print(
@@ -189,6 +193,12 @@ def index(
         )
         if written["resumed"]:
             print(f"{written['resumed']} rows of an earlier start were kept")
+        if check:
+            found = written["checked"]
+            print(
+                f"checked: DALI decodes {found['plain']} as they are, Pillow decodes {found['pillow']}, "
+                f"{found['bad']} are bad"
+            )
         if written["unreadable"]:
             print(f"{written['unreadable']} have no readable header; iwm-fast data verify says why")
 

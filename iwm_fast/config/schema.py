@@ -216,6 +216,12 @@ class DataConfig(Section):
     readers: Annotated[int, Field(ge=1, le=256)] | None = Field(
         None, description="files read at a time by a rank; default: 1 from disk, 16 from a store"
     )
+    checkers: Annotated[int, Field(ge=0, le=64)] | None = Field(
+        None,
+        description="processes of a rank that check images for damage ahead of their first use, of files on disk; 0: "
+        "the thread that reads them does; default: on a GPU an eighth of the rank's cores, 2 at most, on a CPU 0. None "
+        "are started for a set with under 2,000 unchecked images (iwm-fast data index --check checks them beforehand)",
+    )
     store_timeout: Annotated[float, Field(ge=0.1, le=600)] = Field(
         20.0, description="seconds without a byte from a store (s3://) after which a request is made again"
     )

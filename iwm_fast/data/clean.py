@@ -15,7 +15,7 @@ from torch import Tensor
 
 from iwm_fast.actions import Views
 from iwm_fast.data.devices import dali_device, dali_threads
-from iwm_fast.data.encoded import BadSample, Encoded
+from iwm_fast.data.encoded import MAX_PIXELS, BadSample, Encoded
 from iwm_fast.data.files import ImageSet
 from iwm_fast.data.graph import BadRows, ViewGraph
 from iwm_fast.data.samples import FileStore
@@ -23,8 +23,6 @@ from iwm_fast.data.samples import FileStore
 __all__ = ["CleanImages", "centred_square", "load_clean", "whole_image"]
 
 Crop = Callable[[NDArray[np.int64]], NDArray[np.int64]]  # sizes (B, 2) to boxes (B, 4)
-
-MAX_PIXELS = 178_956_970  # data.max_pixels' default, which is Pillow's
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,7 +19,18 @@ from PIL import Image
 from iwm_fast.data.levels import PILLOW_ERRORS, refusal, upright_rgb
 from iwm_fast.data.structure import PNG_TURNS, exif_orientation, plain_jpeg, plain_png
 
-__all__ = ["BadSample", "Encoded", "decode_upright", "inspect", "reencode", "upright_size"]
+__all__ = [
+    "MAX_PIXELS",
+    "BadSample",
+    "Encoded",
+    "as_it_is",
+    "decode_upright",
+    "inspect",
+    "reencode",
+    "upright_size",
+]
+
+MAX_PIXELS = 178_956_970  # data.max_pixels' default, which is Pillow's
 
 _WIDTH, _HEIGHT, _ORIENTATION = 0x0100, 0x0101, 0x0112
 _TRANSPOSED = 5  # from this orientation on width and height change places
@@ -67,10 +78,15 @@ def upright_size(raw: bytes) -> tuple[int, int]:
 
 def inspect(raw: bytes, max_pixels: int) -> Encoded:
     """The bytes of a file, ready for DALI; BadSample where Pillow cannot decode it or it has more than `max_pixels`."""
+    return as_it_is(raw, max_pixels) or reencode(raw, max_pixels)
+
+
+def as_it_is(raw: bytes, max_pixels: int) -> Encoded | None:
+    """The bytes of a plain file, None where Pillow has to decode it; BadSample by its header alone, as `inspect`."""
     image = _open(raw, max_pixels)
     orientation = _turn(image, raw) if _plain(image, raw) else None
     if orientation is None:
-        return reencode(raw, max_pixels)
+        return None
     width, height = image.size if orientation < _TRANSPOSED else image.size[::-1]
     return Encoded(np.frombuffer(raw, np.uint8), width, height, orientation)
 

@@ -16,6 +16,7 @@ from iwm_fast.data.layout import Layout, find_layout, refuse_masks, refuse_split
 from iwm_fast.data.randomness import uniforms
 from iwm_fast.data.sources import PATIENCE, Labels, Patience, Source, Storage, open_source
 from iwm_fast.data.sources.left_out import some, tell_once
+from iwm_fast.data.verdicts import VERDICT, Verdicts
 from iwm_fast.errors import UserError
 
 __all__ = ["ImageSet", "divide", "list_images", "split", "test_rows"]
@@ -52,6 +53,31 @@ class ImageSet:
     def read(self, sample: int) -> bytes:
         """A sample's encoded bytes; BadSample where they cannot be had, UserError where all of the data are gone."""
         return self.source.read(self.row(sample))
+
+    def verdicts(self, max_pixels: int) -> Verdicts:
+        """What the source knows of each sample (`verdicts.VERDICT`, UNKNOWN where nothing), to be written to.
+
+        max_pixels: nothing is known of a larger image, which may have been no bad sample where it was checked.
+        """
+        found = np.zeros(len(self), VERDICT)
+        known = self.source.verdicts
+        if known is not None:
+            found[:] = known if self.rows is None else known[self.rows]
+            found[found["width"].astype(np.int64) * found["height"] > max_pixels] = 0
+        return found
+
+    def source_rows(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The samples' rows in the source."""
+        return samples if self.rows is None else self.rows[samples]
+
+    def samples_of(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The inverse of `source_rows`."""
+        return rows if self.rows is None else self._order[np.searchsorted(self.rows, rows, sorter=self._order)]
+
+    @cached_property
+    def _order(self) -> NDArray[np.int64]:
+        assert self.rows is not None
+        return np.argsort(self.rows, kind="stable")
 
     def describe(self) -> str:
         """What they are, after their number."""

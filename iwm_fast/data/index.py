@@ -17,16 +17,17 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from iwm_fast.config.cores import usable_cores
-from iwm_fast.data.encoded import BadSample, upright_size
+from iwm_fast.data.encoded import MAX_PIXELS, BadSample, inspect, upright_size
 from iwm_fast.data.layout import tell_of_splits
 from iwm_fast.data.locks import hold
 from iwm_fast.data.sources import Source, open_source
 from iwm_fast.data.sources.base import UNLABELLED
 from iwm_fast.data.sources.checksum import crc32c
 from iwm_fast.data.sources.kinds import MANIFEST_FILE, is_manifest
-from iwm_fast.data.sources.manifest import COLUMNS, Header
+from iwm_fast.data.sources.manifest import BY_PILLOW, COLUMNS, Header
 from iwm_fast.data.sources.names import escape
 from iwm_fast.data.sources.s3 import is_address
+from iwm_fast.data.verdicts import RULES
 from iwm_fast.data.whole import sync_open
 from iwm_fast.data.workers import Span, in_order
 from iwm_fast.errors import UserError, because
@@ -38,6 +39,7 @@ _SPAN = 500  # samples a process is given at a time: 0.1 s of work, and a progre
 # Below this, starting processes (a second) takes longer than they save.
 _WORTH_PROCESSES = 5000
 
+_CHECKED = ("plain", "pillow", "bad")
 TAB = "\t"
 Progress = Callable[[str, int, int | None], None]
 
@@ -47,6 +49,7 @@ def write_index(
     out: Path | None = None,
     *,
     source: str = "auto",
+    check: bool = False,
     processes: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -54,6 +57,8 @@ def write_index(
 
     Returns {manifest, source, samples, bytes, classes, unreadable, resumed}: unreadable are the samples without a
     readable header (they are in the manifest, with 0 × 0 pixels), resumed the rows kept of a start that was killed.
+    check: write a verdict on each image too, as a training finds it; adds checked, {plain, pillow, bad}: files that
+    DALI decodes as they are, that Pillow decodes, that nobody does (or that have more than `MAX_PIXELS`).
     UserError as `list_images`, and where `out` cannot be written or another start is writing it.
     """
     images = open_source(root, source, listed_anew=True)
@@ -65,35 +70,39 @@ def write_index(
     texts = [""] * len(names)
     if labels is not None:
         texts = ["" if label == UNLABELLED else escape(classes[label]) for label in labels.tolist()]
-    header = Header(images.kind, _root_for(images.storage.root, out), len(images), classes).line()
-    beginning = f"{header}\n{TAB.join(COLUMNS)}\n".encode("utf-8", "surrogateescape")
+    header = Header(images.kind, _root_for(images.storage.root, out), len(images), classes, RULES if check else 0)
+    beginning = f"{header.line()}\n{TAB.join(header.columns)}\n".encode("utf-8", "surrogateescape")
     try:
         with _beside(out) as file:
-            kept = _keep(file, beginning, names)
-            totals = Counter(samples=len(kept), bytes=sum(kept), unreadable=kept.count(0))
+            kept = _keep(file, beginning, names, len(header.columns))
+            totals = Counter(samples=len(kept), bytes=0, unreadable=0)
+            for row in kept:
+                totals.update(row.counts)
             spans = [(at, min(at + _SPAN, len(names))) for at in range(len(kept), len(names), _SPAN)]
             many = images.storage.readers == 1 and len(names) - len(kept) >= _WORTH_PROCESSES
-            answers = in_order(_measure, images, spans, (processes or usable_cores()) if many else 1)
+            answers = in_order(_measure, (images, check), spans, (processes or usable_cores()) if many else 1)
             for (first, last), rows in zip(spans, answers, strict=True):
                 for name, text, row in zip(names[first:last], texts[first:last], rows, strict=True):
                     file.write(row.line(name, text))
-                    totals.update(samples=1, bytes=row.size, unreadable=int(not row.width))
+                    totals.update({"samples": 1, **row.counts})
                 file.flush()
                 if progress is not None:
                     progress("index", last, len(names))
     except OSError as error:
         raise UserError(f"{out}: cannot be written: {because(error, 'name another file with --out')}") from error
+    checked = {word: totals.pop(word, 0) for word in _CHECKED}
     return {
         "manifest": str(out.absolute()),
         "source": images.describe(),
         "classes": len(classes),
         "resumed": len(kept),
         **totals,
+        **({"checked": checked} if check else {}),
     }
 
 
 class _Row(NamedTuple):
-    """What reading a sample tells; zeros where nothing."""
+    """What reading a sample tells; zeros where nothing. check: the column, where it was checked."""
 
     size: int = 0
     width: int = 0
@@ -101,33 +110,54 @@ class _Row(NamedTuple):
     crc: int = 0
     piece: str = ""
     offset: int | str = ""
+    check: int | None = None
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """What it adds to the totals."""
+        counts = {"bytes": self.size, "unreadable": int(not self.width)}
+        if self.check is None:
+            return counts
+        return counts | {"bad" if not self.check else "pillow" if self.check == BY_PILLOW else "plain": 1}
 
     def line(self, name: str, label: str) -> bytes:
         """The row, in the order of COLUMNS."""
-        words = (name, self.size, self.width, self.height, label, f"{self.crc:08x}", self.piece, self.offset)
+        words = [name, self.size, self.width, self.height, label, f"{self.crc:08x}", self.piece, self.offset]
+        words += [] if self.check is None else [self.check]
         return (TAB.join(map(str, words)) + "\n").encode("utf-8", "surrogateescape")
 
 
-def _measure(images: Source, span: Span) -> list[_Row]:
+def _measure(given: tuple[Source, bool], span: Span) -> list[_Row]:
     """The samples of a span; several reads at a time where each is a request."""
+    images, check = given
     if images.storage.readers == 1:
-        return [_row(images, sample) for sample in range(*span)]
+        return [_row(images, sample, check=check) for sample in range(*span)]
     with ThreadPoolExecutor(images.storage.readers) as pool:
-        return list(pool.map(partial(_row, images), range(*span)))
+        return list(pool.map(partial(_row, images, check=check), range(*span)))
 
 
-def _row(images: Source, sample: int) -> _Row:
+def _row(images: Source, sample: int, *, check: bool) -> _Row:
     try:
         raw = images.read(sample)
         piece, offset = images.extent(sample)
     except BadSample:
-        return _Row() if images.kind == "folder" else _Row(piece=escape(_piece(images, sample)), offset=0)
+        nothing = _Row(check=0 if check else None)
+        return nothing if images.kind == "folder" else nothing._replace(piece=escape(_piece(images, sample)), offset=0)
     try:
         width, height = upright_size(raw)
     except BadSample:
         width, height = 0, 0
-    place = ("", "") if offset is None else (escape(piece), offset)
-    return _Row(len(raw), width, height, crc32c(raw), *place)
+    row = _Row(len(raw), width, height, crc32c(raw), check=_checked(raw) if check else None)
+    return row if offset is None else row._replace(piece=escape(piece), offset=offset)
+
+
+def _checked(raw: bytes) -> int:
+    """The column "check": what Pillow has to decode is decoded."""
+    try:
+        encoded = inspect(raw, MAX_PIXELS)
+    except BadSample:
+        return 0
+    return BY_PILLOW if encoded.lossless else encoded.orientation
 
 
 def _piece(images: Source, sample: int) -> str:
@@ -168,20 +198,20 @@ def _beside(out: Path) -> Iterator[BinaryIO]:
         os.utime(out)  # the renaming changed its folder, which is no newer than the manifest for that
 
 
-def _keep(file: BinaryIO, beginning: bytes, names: list[str]) -> list[int]:
-    """The bytes column of the rows that a killed start left and that are still right; the rest is cut off."""
+def _keep(file: BinaryIO, beginning: bytes, names: list[str], columns: int) -> list[_Row]:
+    """The rows that a killed start left and that are still right, as far as they are counted; the rest is cut off."""
     file.seek(0)
-    sizes: list[int] = []
+    kept: list[_Row] = []
     end = 0
     if file.read(len(beginning)) == beginning:
         end = len(beginning)
         for line, name in zip(file, names, strict=False):
             words = line.decode("utf-8", "surrogateescape").split(TAB)
-            if not line.endswith(b"\n") or len(words) != len(COLUMNS) or words[0] != name:
+            if not line.endswith(b"\n") or len(words) != columns or words[0] != name:
                 break
-            sizes.append(int(words[1]))
+            kept.append(_Row(int(words[1]), int(words[2]), check=int(words[-1]) if columns > len(COLUMNS) else None))
             end += len(line)
     file.truncate(end)
     if not end:
         file.write(beginning)
-    return sizes
+    return kept

@@ -22,7 +22,7 @@ from iwm_fast.actions import ActionSpace, Views
 from iwm_fast.config.schema import Config
 from iwm_fast.data.bad import BadSamples
 from iwm_fast.data.batch import Batch
-from iwm_fast.data.devices import dali_device, dali_threads, use_gpu
+from iwm_fast.data.devices import dali_device, dali_threads, image_checkers, use_gpu
 from iwm_fast.data.files import ImageSet
 from iwm_fast.data.graph import BadRows, RenderedViews, ViewGraph
 from iwm_fast.data.masks import MaskSampler, PatchSets
@@ -36,6 +36,8 @@ __all__ = ["SampleOrder", "TrainingStream", "divide_batch"]
 # Batches in the graph at a time: one at work, one waiting, so that no thread waits for Python. On a CPU two are at
 # work: one that DALI decodes and one that is rendered.
 _IN_GRAPH = {"cpu": 3, "gpu": 2}
+# Batches that checkers are told of before the one that is read.
+_EXPECTED = 2
 
 
 def divide_batch(global_batch: int, world: int, ceiling: int | None) -> tuple[int, int]:
@@ -77,6 +79,17 @@ class SampleOrder:
 
 
 @dataclass
+class _Share:
+    """A micro-batch by its samples and masks, nothing of it read."""
+
+    ids: NDArray[np.int64]
+    epochs: NDArray[np.int64]
+    patches: PatchSets
+    global_context: int
+    global_target: int
+
+
+@dataclass
 class _InFlight:
     """A micro-batch that DALI is working on, with all that the host knows of it."""
 
@@ -112,7 +125,7 @@ class TrainingStream:
     ) -> None:
         self.micro_batch, self.accumulation = divide_batch(config.train.global_batch, world, config.train.micro_batch)
         self.device = dali_device(config.data.device)
-        self._config, self._space, self._rank, self._start = config, space, rank, start
+        self._config, self._space, self._rank, self._world, self._start = config, space, rank, world, start
         self._reader = self._reader_of(files, run_dir)
         self._order = SampleOrder(config.train.seed, len(files))
         geometric = "geometric" in config.actions.groups
@@ -179,10 +192,13 @@ class TrainingStream:
 
     def _reader_of(self, files: Sized, run_dir: Path | None) -> SampleReader:
         assert isinstance(files, ImageSet)
+        bad = BadSamples(len(files), self._config.data.max_bad_fraction, run_dir)
+        return SampleReader(self._store_of(files), self._config.train.seed, bad)
+
+    def _store_of(self, files: ImageSet) -> FileStore:
         data = self._config.data
-        bad = BadSamples(len(files), data.max_bad_fraction, run_dir)
-        store = FileStore(files, data.max_pixels, data.wait_s, readers=data.readers)
-        return SampleReader(store, self._config.train.seed, bad)
+        checkers = image_checkers(data.checkers, self.device, self._world)
+        return FileStore(files, data.max_pixels, data.wait_s, readers=data.readers, checkers=checkers)
 
     def _ask(self) -> Future[Batch]:
         return self._thread.submit(next, self._batches)
@@ -198,6 +214,18 @@ class TrainingStream:
 
     def _plan(self) -> Iterator[_InFlight]:
         """The rank's micro-batches, read and with their parameters drawn, before any pixel is decoded."""
+        expected = _EXPECTED if self._reader.store.looks_ahead else 0
+        coming: deque[_Share] = deque()
+        for share in self._shares():
+            self._reader.expect(share.ids)
+            coming.append(share)
+            if len(coming) <= expected:
+                continue
+            batch = coming.popleft()
+            samples = self._reader.read(batch.ids, batch.epochs)
+            yield _InFlight(samples, self._draw(samples), batch.patches, batch.global_context, batch.global_target)
+
+    def _shares(self) -> Iterator[_Share]:
         size, position = self._config.train.global_batch, self._start
         share = self.micro_batch * self.accumulation
         while True:
@@ -206,9 +234,8 @@ class TrainingStream:
             totals = int(patches.context_lengths.sum()), int(patches.target_lengths.sum())
             for first in range(self._rank * share, (self._rank + 1) * share, self.micro_batch):
                 rows = slice(first, first + self.micro_batch)
-                samples = self._reader.read(ids[rows], epochs[rows])
                 masks = slice(rows.start * self._sources, rows.stop * self._sources)
-                yield _InFlight(samples, self._draw(samples), _rows_of(patches, masks), *totals)
+                yield _Share(ids[rows], epochs[rows], _rows_of(patches, masks), *totals)
             position += size
 
     def _draw(self, samples: Samples) -> Views:

@@ -47,6 +47,10 @@ class PairReader(SampleReader):
         super().__init__(store, seed, bad)
         self.ends = np.stack([triplets.source, triplets.target], axis=1)  # (n, 2)
 
+    def expect(self, ids: Ints) -> None:
+        """Have both pictures of the triplets checked."""
+        self.store.expect(np.unique(self.ends[ids]))
+
     def read(self, ids: Ints, epochs: Ints) -> PairSamples:
         """The triplets of a batch. UserError where too many files are bad."""
         chosen = ids.copy()
@@ -147,10 +151,8 @@ class PairStream(TrainingStream):
     def _reader_of(self, files: Sized, run_dir: Path | None) -> SampleReader:
         assert isinstance(files, Triplets)
         self._vectors = files.vectors()
-        data = self._config.data
-        bad = BadSamples(len(files.frames), data.max_bad_fraction, run_dir)
-        store = FileStore(files.frames, data.max_pixels, data.wait_s, readers=data.readers)
-        return PairReader(files, store, self._config.train.seed, bad)
+        bad = BadSamples(len(files.frames), self._config.data.max_bad_fraction, run_dir)
+        return PairReader(files, self._store_of(files.frames), self._config.train.seed, bad)
 
     def _draw(self, samples: Samples) -> Views:
         return pair_views(self._config.actions, self._config.train.seed, samples)

@@ -1,4 +1,8 @@
-"""Reads the samples of a batch: headers checked once a file, small sets kept in memory, bad files replaced."""
+"""Reads the samples of a batch: each file checked once, small sets kept in memory, bad files replaced.
+
+A file is checked by the data thread when it is first read, or before that by a checker (`checkers`), or its verdict
+comes with the manifest (`iwm-fast data index --check`); the three give the same batches.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +16,11 @@ from numpy.typing import NDArray
 
 from iwm_fast.data.absence import read_present
 from iwm_fast.data.bad import BadSamples
+from iwm_fast.data.checkers import Checkers
 from iwm_fast.data.encoded import BadSample, Encoded, inspect, reencode
 from iwm_fast.data.files import ImageSet
 from iwm_fast.data.randomness import REPLACEMENT, uniforms
+from iwm_fast.data.verdicts import PILLOW, PLAIN, UNKNOWN, verdict_of, verdict_on
 
 __all__ = ["KEPT_BYTES", "FileStore", "SampleReader", "Samples", "candidates"]
 
@@ -23,7 +29,9 @@ KEPT_BYTES = 512 * 2**20
 # Replacements drawn for a bad sample before the files are taken one after the other.
 _CANDIDATES = 16
 
-_UNKNOWN, _PLAIN, _REENCODED, _BAD = range(4)
+# Checkers are started for a set with at least so many unchecked files: fewer take the data thread no longer than a
+# process takes to start (0.3 s).
+_WORTH_CHECKERS = 2000
 
 
 class FileStore:
@@ -32,36 +40,63 @@ class FileStore:
     A file that was found plain is only read again on later visits; its header is looked at anew if its length changed.
     wait_s: seconds to wait for data that are gone.
     readers: files that are read at a time, default what suits the place where they lie. keep: whether to keep bytes.
+    checkers: processes that check files which `expect` is told of; none for a store, where each file would be
+    transferred twice: there the readers check what they read.
     """
 
     def __init__(
-        self, images: ImageSet, max_pixels: int, wait_s: float = 0.0, *, readers: int | None = None, keep: bool = True
+        self,
+        images: ImageSet,
+        max_pixels: int,
+        wait_s: float = 0.0,
+        *,
+        readers: int | None = None,
+        keep: bool = True,
+        checkers: int = 0,
     ) -> None:
         self.images, self.max_pixels, self.wait_s = images, max_pixels, wait_s
         self._closed = threading.Event()
-        self._state = np.zeros(len(images), np.uint8)
-        self._width = np.zeros(len(images), np.int32)
-        self._height = np.zeros(len(images), np.int32)
-        self._orientation = np.zeros(len(images), np.uint8)
-        self._length = np.zeros(len(images), np.int64)
+        self._known = images.verdicts(max_pixels)
         self._reasons: dict[int, str] = {}
         self._kept: dict[int, Encoded] = {}
         self._kept_bytes, self._keeps = 0, keep
         readers = readers or images.source.storage.readers
         self._readers = ThreadPoolExecutor(readers, thread_name_prefix="iwm-fast read") if readers > 1 else None
         self._coming: dict[int, Future[bytes]] = {}
+        local = images.source.storage.readers == 1
+        unchecked = int(np.count_nonzero(self._known["state"] == UNKNOWN)) if checkers and local else 0
+        worth = unchecked >= max(1, _WORTH_CHECKERS)
+        self._checkers = Checkers(images.source, max_pixels, checkers) if worth else None
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether `expect` does anything."""
+        return self._checkers is not None
+
+    def expect(self, files: NDArray[np.int64]) -> None:
+        """Have those of the files checked that nothing is known of: `ask` and `get` will be called for them later."""
+        if self._checkers is not None:
+            self._checkers.ask(self.images.source_rows(self._unchecked(files)))
 
     def ask(self, files: list[int]) -> None:
-        """Begin to read files that `get` will soon be called for, several at a time."""
+        """Begin to read files that `get` will soon be called for, several at a time; wait for what checkers found."""
+        if self._checkers is not None:
+            rows = self.images.source_rows(self._unchecked(np.array(files, np.int64)))
+            for found, verdicts in self._checkers.answers(rows):
+                samples = self.images.samples_of(found)
+                new = self._known["state"][samples] == UNKNOWN  # a replacement was checked by this thread meanwhile
+                self._known[samples[new]] = verdicts[new]
         if self._readers is None:
             return
         for file in files:
-            if file not in self._kept and file not in self._coming and self._state[file] != _BAD:
-                self._coming[file] = self._readers.submit(self.images.read, file)
+            if file not in self._kept and file not in self._coming and file not in self._reasons:
+                self._coming[file] = self._readers.submit(self._load, file)
 
     def close(self) -> None:
         """Let go of what is still being read; nothing is waited for any more."""
         self._closed.set()
+        if self._checkers is not None:
+            self._checkers.close()
         self._coming.clear()
         if self._readers is not None:
             self._readers.shutdown(wait=False, cancel_futures=True)
@@ -71,7 +106,7 @@ class FileStore:
         kept = self._kept.get(file)
         if kept is not None:
             return kept
-        if self._state[file] == _BAD:
+        if file in self._reasons:
             raise BadSample(self._reasons[file])
         try:
             encoded = self._read(file)
@@ -85,13 +120,12 @@ class FileStore:
 
     def refuse(self, file: int, reason: str) -> None:
         """Remember that the file cannot be decoded."""
-        self._state[file] = _BAD
         self._reasons[file] = reason
         self._forget(file)
 
     def use_pillow(self, file: int) -> None:
         """Remember that DALI refuses the file and Pillow decodes it."""
-        self._state[file] = _REENCODED
+        self._known["state"][file] = PILLOW
         self._forget(file)
 
     def _forget(self, file: int) -> None:
@@ -99,21 +133,30 @@ class FileStore:
         if kept is not None:
             self._kept_bytes -= len(kept.data)
 
+    def _unchecked(self, files: NDArray[np.int64]) -> NDArray[np.int64]:
+        found: NDArray[np.int64] = files[self._known["state"][files] == UNKNOWN]
+        return found
+
+    def _load(self, file: int) -> bytes:
+        """The file's bytes, and a verdict on them where there is none yet. On a reader's thread."""
+        raw = self.images.read(file)
+        if self._known["state"][file] == UNKNOWN:
+            self._known[file] = verdict_on(raw, self.max_pixels)
+        return raw
+
     def _fetch(self, file: int) -> bytes:
         coming = self._coming.pop(file, None)
         return self.images.read(file) if coming is None else coming.result()
 
     def _read(self, file: int) -> Encoded:
         raw = read_present(lambda: self._fetch(file), self.wait_s, self._closed)
-        if self._state[file] == _REENCODED:
+        state, orientation, width, height, length = self._known[file].item()
+        if state == PILLOW:
             return reencode(raw, self.max_pixels)
-        if self._state[file] == _PLAIN and self._length[file] == len(raw):
-            size = int(self._width[file]), int(self._height[file])
-            return Encoded(np.frombuffer(raw, np.uint8), *size, orientation=int(self._orientation[file]))
+        if state == PLAIN and length == len(raw):
+            return Encoded(np.frombuffer(raw, np.uint8), width, height, orientation)
         encoded = inspect(raw, self.max_pixels)
-        self._state[file] = _REENCODED if encoded.lossless else _PLAIN
-        self._width[file], self._height[file], self._length[file] = encoded.width, encoded.height, len(raw)
-        self._orientation[file] = encoded.orientation
+        self._known[file] = verdict_of(encoded, len(raw))
         return encoded
 
 
@@ -137,6 +180,10 @@ class SampleReader:
 
     def __init__(self, store: FileStore, seed: int, bad: BadSamples) -> None:
         self.store, self.seed, self.bad = store, seed, bad
+
+    def expect(self, ids: NDArray[np.int64]) -> None:
+        """Have the samples of a batch checked that `read` will later be called for."""
+        self.store.expect(ids)
 
     def read(self, ids: NDArray[np.int64], epochs: NDArray[np.int64]) -> Samples:
         """The samples of a batch. UserError where too many files are bad."""

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from iwm_fast.data.clean import MAX_PIXELS, load_clean
+from iwm_fast.data.clean import load_clean
+from iwm_fast.data.encoded import MAX_PIXELS
 from iwm_fast.data.files import list_images
 
 __all__ = ["verify"]

@@ -34,6 +34,7 @@ FREE_KEYS = (
     "zero.stage",
     "data.threads",
     "data.readers",
+    "data.checkers",
     "data.prefetch",
     "data.wait_s",
     "data.store_timeout",

@@ -170,7 +170,7 @@ def test_a_start_goes_on_behind_the_whole_rows_of_a_killed_one(tmp_path, monkeyp
     whole = (tmp_path / "straight.tsv").read_bytes()
     read = []
     measure = index_module._row
-    monkeypatch.setattr(index_module, "_row", lambda images, i: read.append(i) or measure(images, i))
+    monkeypatch.setattr(index_module, "_row", lambda images, i, **named: read.append(i) or measure(images, i, **named))
     for cut in (0, 10, 70, len(whole) // 2, len(whole) - 3, len(whole)):
         (tmp_path / ".again.tsv.partial").write_bytes(whole[:cut])
         read.clear()
@@ -203,7 +203,7 @@ def test_killed_at_any_moment_it_leaves_no_manifest_and_goes_on(tmp_path):
         "import time\n"
         "from iwm_fast.data import index\n"
         "index._WORTH_PROCESSES, index._SPAN, row = 10, 10, index._row\n"
-        "index._row = lambda *given: time.sleep(0.01) or row(*given)\n"
+        "index._row = lambda *given, **named: time.sleep(0.01) or row(*given, **named)\n"
         f"if __name__ == '__main__': index.write_index({str(images)!r}, processes=2)\n"
     )
     child = subprocess.Popen([sys.executable, script], start_new_session=True)

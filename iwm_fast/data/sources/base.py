@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from iwm_fast.data.sources.left_out import LeftOut
 from iwm_fast.data.sources.split_names import split_kind
 from iwm_fast.data.sources.storage import Storage
+from iwm_fast.data.verdicts import Verdicts
 
 __all__ = ["UNLABELLED", "Labels", "Source", "below_common_folders", "folder_labels", "number_labels"]
 
@@ -53,6 +54,11 @@ class Source(Protocol):
     @property
     def labels(self) -> Labels:
         """Classes; the first use may have to read all that is there."""
+        ...
+
+    @property
+    def verdicts(self) -> Verdicts | None:
+        """Of each sample, where they are known without reading it; `read` then gives no other bytes than these."""
         ...
 
     def describe(self) -> str:

@@ -9,6 +9,7 @@ from iwm_fast.data.sources.base import Labels, folder_labels
 from iwm_fast.data.sources.left_out import LeftOut
 from iwm_fast.data.sources.names import Names
 from iwm_fast.data.sources.storage import Storage
+from iwm_fast.data.verdicts import Verdicts
 
 __all__ = ["FolderSource"]
 
@@ -21,6 +22,7 @@ class FolderSource:
     """
 
     kind = "folder"
+    verdicts: Verdicts | None = None
 
     def __init__(self, storage: Storage, names: list[str]) -> None:
         self.storage = storage

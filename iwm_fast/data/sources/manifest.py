@@ -12,6 +12,11 @@ nothing. crc32c: of the encoded image, 8 hexadecimal digits. file, offset: the s
 bytes begin there; empty for a file of its own. root: where the paths begin, "." for the manifest's own folder. classes:
 all of them as JSON, in the order of the labels; a manifest without has its labels' own.
 
+With `--check` the first line also holds check=1, the number of the rules by which every image was checked, and each
+row ends with a column "check": 1 to 8, a plain file with that orientation of EXIF's; 9, Pillow decodes it; 0, a bad
+one, or larger than the check decodes. A training takes the verdict from here, on bytes whose checksum is the row's;
+verdicts by other rules than its own are not used.
+
 **A sample that is no more what was indexed is a bad sample**: length and CRC-32C are compared at every read, so a file
 that changed, shrank or vanished is skipped, replaced, counted and listed like one that cannot be decoded, and above
 `data.max_bad_fraction` the run stops. A file that was added is not seen until the folder is indexed again.
@@ -32,12 +37,15 @@ from iwm_fast.data.sources.checksum import crc32c
 from iwm_fast.data.sources.left_out import LeftOut
 from iwm_fast.data.sources.names import Names, escape, unescape
 from iwm_fast.data.sources.storage import Storage
+from iwm_fast.data.verdicts import PILLOW, PLAIN, RULES, UNKNOWN, VERDICT, Verdicts
 from iwm_fast.errors import UserError
 
-__all__ = ["COLUMNS", "SCHEMA", "Header", "ManifestSource", "read_header", "root_of"]
+__all__ = ["BY_PILLOW", "CHECK", "COLUMNS", "SCHEMA", "Header", "ManifestSource", "read_header", "root_of"]
 
 SCHEMA = "#iwm-fast-manifest/1"
 COLUMNS = ("path", "bytes", "width", "height", "label", "crc32c", "file", "offset")
+CHECK = "check"  # the column behind these, where images were checked
+BY_PILLOW = 9
 
 _TAB, _LINE, _ZERO = 9, 10, 48
 _WORDS = {"folder": "an image folder", "webdataset": "WebDataset shards", "tfrecord": "TFRecord files"}
@@ -45,17 +53,24 @@ _WORDS = {"folder": "an image folder", "webdataset": "WebDataset shards", "tfrec
 
 @dataclass(frozen=True)
 class Header:
-    """The first line: kind of the source, root of the paths, samples, classes (none: not told)."""
+    """The first line: kind of the source, root of the paths, samples, classes (none: not told), rules of the check."""
 
     source: str
     root: str
     samples: int
     classes: tuple[str, ...] = ()
+    check: int = 0
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Of each row."""
+        return (*COLUMNS, CHECK) if self.check else COLUMNS
 
     def line(self) -> str:
         """As it is written, without the end of line."""
         classes = f"\tclasses={json.dumps(self.classes)}" if self.classes else ""
-        return f"{SCHEMA}\tsource={self.source}\troot={escape(self.root)}\tsamples={self.samples}{classes}"
+        check = f"\tcheck={self.check}" if self.check else ""
+        return f"{SCHEMA}\tsource={self.source}\troot={escape(self.root)}\tsamples={self.samples}{classes}{check}"
 
 
 def read_header(line: str) -> Header:
@@ -67,7 +82,8 @@ def read_header(line: str) -> Header:
     classes = json.loads(values.get("classes", "[]"))
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
         raise ValueError("its classes are no list of names")
-    return Header(values["source"], unescape(values["root"]), int(values["samples"]), tuple(classes))
+    root, samples, check = unescape(values["root"]), int(values["samples"]), int(values.get("check", "0"))
+    return Header(values["source"], root, samples, tuple(classes), check)
 
 
 def root_of(text: bytes, shown: str) -> str:
@@ -94,7 +110,8 @@ class ManifestSource:
         try:
             header = read_header(text[: text.index(b"\n")].decode("utf-8", "surrogateescape"))
             self.kind, self._classes = header.source, header.classes
-            self._parse(text, header.samples)
+            self._check = header.check
+            self._parse(text, header.samples, header.columns)
         except ValueError as error:
             raise _not_whole(shown, error) from error
 
@@ -146,6 +163,18 @@ class ManifestSource:
             )
         return np.array([place[text] for text in texts], np.int64), self._classes
 
+    @property
+    def verdicts(self) -> Verdicts | None:
+        """From the manifest, where it has them by the rules of this version."""
+        if self._check != RULES:
+            return None
+        found = np.zeros(len(self), VERDICT)
+        found["orientation"] = np.where(self._checked == BY_PILLOW, 1, self._checked)
+        found["state"] = np.where(self._checked > 0, PLAIN, UNKNOWN)
+        found["state"][self._checked == BY_PILLOW] = PILLOW
+        found["width"], found["height"], found["length"] = self._width, self._height, self._bytes
+        return found
+
     def pieces(self) -> list[str]:
         """The files that hold the samples."""
         return list(self._paths) if self.kind == "folder" else self._files
@@ -154,30 +183,36 @@ class ManifestSource:
         """What these images come from."""
         return f"{_WORDS[self.kind]} by the manifest {self._shown}"
 
-    def _parse(self, text: bytes, samples: int) -> None:
+    def _parse(self, text: bytes, samples: int, columns: tuple[str, ...]) -> None:
         """Columns as arrays; a million rows in under a second."""
         letters = np.frombuffer(text, np.uint8)
         lines = np.flatnonzero(letters == _LINE)
         if len(lines) != samples + 2 or lines[-1] != len(text) - 1:
             raise ValueError(f"{max(0, len(lines) - 2)} rows, and its first line says {samples}")
-        if tuple(text[lines[0] + 1 : lines[1]].decode().split("\t")) != COLUMNS:
-            raise ValueError(f"its columns are not {', '.join(COLUMNS)}")
+        if tuple(text[lines[0] + 1 : lines[1]].decode().split("\t")) != columns:
+            raise ValueError(f"its columns are not {', '.join(columns)}")
         tabs = np.flatnonzero(letters == _TAB)
         tabs = tabs[tabs > lines[1]]
-        if len(tabs) != samples * (len(COLUMNS) - 1):
+        if len(tabs) != samples * (len(columns) - 1):
             raise ValueError("a row has another number of columns")
         tabs = tabs.reshape(samples, -1)
         starts = np.concatenate([lines[1:-1, None] + 1, tabs + 1], axis=1)
         ends = np.concatenate([tabs, lines[2:, None]], axis=1)
         if np.any(ends < starts):
             raise ValueError("a row has another number of columns")
-        column = {name: (starts[:, at], ends[:, at]) for at, name in enumerate(COLUMNS)}
+        column = {name: (starts[:, at], ends[:, at]) for at, name in enumerate(columns)}
         escaped = b"\\" in text
         self._paths = Names(text, *column["path"], escaped=escaped)
         self._labels = Names(text, *column["label"], escaped=escaped)
         self._bytes = _numbers(letters, *column["bytes"], 10)
         self._crc = _numbers(letters, *column["crc32c"], 16)
         self._offset = _numbers(letters, *column["offset"], 10)
+        if self._check:
+            self._width, self._height, self._checked = (
+                _numbers(letters, *column[name], 10) for name in ("width", "height", CHECK)
+            )
+            if np.any(self._checked > BY_PILLOW):
+                raise ValueError(f"a check is above {BY_PILLOW}")
         if self.kind != "folder":
             files = list(Names(text, *column["file"], escaped=escaped))
             self._files = sorted(set(files))

@@ -22,6 +22,7 @@ from iwm_fast.data.sources.kinds import is_records, record_index_names
 from iwm_fast.data.sources.left_out import LeftOut
 from iwm_fast.data.sources.shard_index import Misfit, is_older
 from iwm_fast.data.sources.storage import Storage
+from iwm_fast.data.verdicts import Verdicts
 from iwm_fast.errors import UserError
 
 __all__ = ["TFRecordSource"]
@@ -37,6 +38,7 @@ class TFRecordSource:
     """The records of the TFRecord files among the given names, file after file. A record's name is file:offset."""
 
     kind = "tfrecord"
+    verdicts: Verdicts | None = None
 
     def __init__(self, storage: Storage, names: list[str]) -> None:
         self.storage = storage

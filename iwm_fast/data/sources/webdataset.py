@@ -22,6 +22,7 @@ from iwm_fast.data.sources.names import Names, unescape
 from iwm_fast.data.sources.shard_index import Misfit, index_names, indexed_members
 from iwm_fast.data.sources.storage import Storage
 from iwm_fast.data.sources.tar import BLOCK, Member, agrees, key_of, members
+from iwm_fast.data.verdicts import Verdicts
 from iwm_fast.errors import UserError
 
 __all__ = ["CLASSES_FILE", "WebDatasetSource"]
@@ -57,6 +58,7 @@ class WebDatasetSource:
     """
 
     kind = "webdataset"
+    verdicts: Verdicts | None = None
 
     def __init__(self, storage: Storage, names: list[str]) -> None:
         self.storage = storage
