@@ -1,12 +1,18 @@
 """Attention over packed images at the step's own lengths: ours beside every other way that is installed.
 
     python -m benchmarks.attention --json FILE [--device cuda|cpu] [--rounds 15] [--dtype bf16|fp32] [--only WORDS]
+                                  [--table FILE]
 
 Lengths are those of the masks that training draws: the context encoder's, the target's, the predictor's. All compute
-the same from one packed tensor of q, k and v, (N, 3, heads, d), on the CPU in ascending order of length, as the model
-has them there, and give one gradient of it; what a contender has to do to them first (padding, a nested tensor, a mask)
-or to its gradients last is its own time, what it can prepare from the lengths alone is not. Answers and gradients are
-compared with float64 one image at a time before anything is timed, and the contenders take turns.
+the same from one packed tensor of q, k and v, (N, 3, heads, d), and give one gradient of it; for those that take images
+of one length at a time (on the CPU for all), in ascending order of length, as the model has them there. What a
+contender has to do to them first (padding, a nested tensor, a mask) or to its gradients last is its own time, what it
+can prepare from the lengths alone is not. Answers and gradients are compared with float64 one image at a time before
+anything is timed, and the contenders take turns.
+
+`table` in the result has, of a GPU, what model.attention=auto reads, made of those rows that are a value of
+model.attention. --table writes it into a table of the form of kernels/tuned.json, in place of what stood there for
+these lengths.
 """
 
 from __future__ import annotations
@@ -16,7 +22,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from importlib import import_module
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -25,13 +31,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from iwm_fast.benchmarks.attention_table import table_of, whole_table, write_table
 from iwm_fast.benchmarks.contenders import Skipped
 from iwm_fast.benchmarks.timing import clocked, spread
 from iwm_fast.commands.plan import tokens_of
 from iwm_fast.config import load_config, packaged_config
 from iwm_fast.errors import UserError
-from iwm_fast.models.attention import packed_attention, packed_qkv_attention, resolve_backend
+from iwm_fast.models.attention import GROUPED, choose_backend, packed_qkv_attention, unavailable
+from iwm_fast.models.measured_attention import attention_key
 from iwm_fast.models.packing import Segments
+from iwm_fast.models.xformers_operators import dispatched
 from iwm_fast.outputs import require_result
 from iwm_fast.planning.environment import installed_version
 from iwm_fast.programs import run_program
@@ -106,8 +115,26 @@ def _exact(segments: Segments) -> Apart:
 
 
 def _ours(segments: Segments) -> Attend:
-    backend = resolve_backend("auto", segments.device.type)
-    return lambda qkv: packed_qkv_attention(qkv, segments, backend)
+    def attend(qkv: Tensor) -> Tensor:
+        heads, head = qkv.shape[2:]
+        chosen = choose_backend("auto", qkv.device, segments, heads, head, qkv.dtype, gradients=torch.is_grad_enabled())
+        return packed_qkv_attention(qkv, segments, chosen)
+
+    return attend
+
+
+def _named(backend: str) -> Callable[[Segments], Attend]:
+    """A value of model.attention."""
+
+    def make(segments: Segments) -> Attend:
+        reason = unavailable(backend, segments.device.type)
+        if segments.device.type != "cuda":
+            raise Skipped("needs a GPU" if reason else "what iwm-fast takes on a CPU")
+        if reason:
+            raise Skipped(reason)
+        return lambda qkv: packed_qkv_attention(qkv, segments, backend)
+
+    return make
 
 
 def _by_image(segments: Segments) -> Apart:
@@ -184,31 +211,6 @@ def _flex(segments: Segments) -> Apart:
     return attend
 
 
-def _varlen(segments: Segments) -> Apart:
-    """Flash attention over packed sequences, as it comes with PyTorch."""
-    _needs_gpu(segments)
-    varlen: Any = import_module("torch.nn.attention.varlen")
-    bounds, longest = segments.cu_seqlens, max(segments.lengths)
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out: Tensor = varlen.varlen_attn(q, k, v, bounds, bounds, longest, longest)
-        return out
-
-    return attend
-
-
-def _xformers(segments: Segments) -> Apart:
-    _needs_gpu(segments)
-    resolve_backend("xformers", "cuda")
-    return lambda q, k, v: packed_attention(q, k, v, segments, "xformers")
-
-
-def _efficient(segments: Segments) -> Attend:
-    """PyTorch's memory-efficient attention, with one gradient of q, k and v."""
-    _needs_gpu(segments)
-    return lambda qkv: packed_qkv_attention(qkv, segments, "efficient")
-
-
 def _needs_gpu(segments: Segments) -> None:
     if segments.device.type != "cuda":
         raise Skipped("needs a GPU")
@@ -220,10 +222,24 @@ CONTENDERS: dict[str, tuple[Callable[[Segments], Attend], str | None]] = {
     "padded, masked": (apart(_padded), torch.__version__),
     "nested tensors": (apart(_nested), torch.__version__),
     "flex attention": (apart(_flex), torch.__version__),
-    "flash varlen": (apart(_varlen), torch.__version__),
+    "flash varlen": (_named("varlen"), torch.__version__),
     "cudnn, padded": (apart(_cudnn), torch.__version__),
-    "efficient, one gradient": (_efficient, torch.__version__),
-    "xformers": (apart(_xformers), installed_version("xformers")),
+    "cudnn by length": (_named("cudnn"), torch.__version__),
+    "sdpa by length": (_named("sdpa"), torch.__version__),
+    "efficient, one gradient": (_named("efficient"), torch.__version__),
+    "xformers": (_named("xformers"), installed_version("xformers")),
+    "flash-attn 3": (_named("flash3"), installed_version("flash-attn-3")),
+    "flash-attn CuTe": (_named("flash_cute"), installed_version("flash-attn-4")),
+}
+# Those that are values of model.attention.
+BACKEND_OF = {
+    "flash varlen": "varlen",
+    "cudnn by length": "cudnn",
+    "sdpa by length": "sdpa",
+    "efficient, one gradient": "efficient",
+    "xformers": "xformers",
+    "flash-attn 3": "flash3",
+    "flash-attn CuTe": "flash_cute",
 }
 
 
@@ -248,64 +264,101 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
 
 
+@dataclass(frozen=True)
+class _Given:
+    """What all contenders of one order of the images start from, and what is right."""
+
+    segments: Segments
+    qkv: Tensor
+    upstream: Tensor
+    wanted: list[Tensor]
+
+    @classmethod
+    def drawn(cls, lengths: list[int], heads: int, head: int, device: torch.device, dtype: torch.dtype) -> _Given:
+        segments = Segments.from_lengths(lengths, device)
+        generator = torch.Generator(device).manual_seed(0)
+        shape = (segments.total, 3, heads, head)
+        qkv = torch.randn(shape, generator=generator, device=device, dtype=torch.float64).to(dtype).requires_grad_()
+        upstream = torch.randn(qkv[:, 0].shape, generator=generator, device=device, dtype=torch.float64).to(dtype)
+        wide = qkv.detach().double().requires_grad_()
+        return cls(segments, qkv, upstream, _parts(_call(_exact(segments), wide, upstream.double(), True)))
+
+
 def measure(
     case: Case, device: torch.device, dtype: torch.dtype, rounds: int, say: Callable[[str], object]
 ) -> list[dict[str, Any]]:
     """A row a contender and pass: forward, then forward with all gradients."""
     lengths, heads, head = lengths_of(case)
-    segments = Segments.from_lengths(sorted(lengths) if device.type == "cpu" else lengths, device)
-    generator = torch.Generator(device).manual_seed(0)
-    shape = (segments.total, 3, heads, head)
-    given = torch.randn(shape, generator=generator, device=device, dtype=torch.float64).to(dtype).requires_grad_()
-    upstream = torch.randn(given[:, 0].shape, generator=generator, device=device, dtype=torch.float64).to(dtype)
-    wide = given.detach().double().requires_grad_()
-    wanted = _parts(_call(_exact(segments), wide, upstream.double(), True))
-    products = 4 * heads * head * sum(n * n for n in segments.lengths)
+    ascending = _Given.drawn(sorted(lengths), heads, head, device, dtype)
+    as_drawn = ascending if device.type == "cpu" else _Given.drawn(lengths, heads, head, device, dtype)
+    products = 4 * heads * head * sum(n * n for n in lengths)
     about = {
-        "case": case.name, "tokens": segments.total, "heads": heads, "head": head, "dtype": str(dtype)[6:],
+        "case": case.name, "tokens": sum(lengths), "heads": heads, "head": head, "dtype": str(dtype)[6:],
         "shortest": min(lengths), "longest": max(lengths),
     }  # fmt: skip
     rows: list[dict[str, Any]] = []
-    timed: list[tuple[dict[str, Any], Attend, bool]] = []
+    timed: list[_Timed] = []
     for name, (make, version) in CONTENDERS.items():
+        given = ascending if BACKEND_OF.get(name) in GROUPED else as_drawn
         for backward in (False, True):
             row: dict[str, Any] = about | {"contender": name, "version": version, "backward": backward}
+            if name in BACKEND_OF:
+                row["backend"] = BACKEND_OF[name]
+                row["key"] = attention_key(given.segments, heads, head, dtype, gradients=backward)
             rows.append(row)
-            try:
-                attend = make(segments)
-                found = _call(attend, given, upstream, backward)
-            except Skipped as reason:
-                row["skipped"] = str(reason)
-                continue
-            except (RuntimeError, NotImplementedError, ValueError) as error:  # what a library says that it cannot do
-                row["skipped"] = _first_line(error)
-                continue
-            worst = max(_relative(f, w) for f, w in zip(_parts(found), wanted, strict=False))
-            row["error"] = worst
-            if not worst <= _WRONG[dtype]:
-                row["skipped"] = "its answers are wrong"
-                continue
-            row |= {"flops": products * (3 if backward else 1), "seconds": []}
-            timed.append((row, attend, backward))
-    _take_turns(timed, given, upstream, device, rounds)
+            attend = _right(row, make, given, dtype)
+            if attend is not None:
+                row |= {"flops": products * (3 if backward else 1), "seconds": []}
+                timed.append(_Timed(row, attend, given, backward))
+            if name == "xformers" and attend is not None:
+                row["operator"] = dispatched(device, head, dtype)
+    _take_turns(timed, device, rounds)
     for row in rows:
         say(_line(row))
     return rows
 
 
-def _take_turns(
-    timed: list[tuple[dict[str, Any], Attend, bool]], given: Tensor, upstream: Tensor, device: torch.device,
-    rounds: int,
-) -> None:  # fmt: skip
+def _right(row: dict[str, Any], make: Callable[[Segments], Attend], given: _Given, dtype: torch.dtype) -> Attend | None:
+    """The contender's call, where its answers are right; else None, and the row says why."""
+    try:
+        attend = make(given.segments)
+        found = _call(attend, given.qkv, given.upstream, row["backward"])
+    except Skipped as reason:
+        row["skipped"] = str(reason)
+        return None
+    except (RuntimeError, NotImplementedError, ValueError) as error:  # what a library says that it cannot do
+        row["skipped"] = _first_line(error)
+        return None
+    worst = max(_relative(f, w) for f, w in zip(_parts(found), given.wanted, strict=False))
+    row["error"] = worst
+    if not worst <= _WRONG[dtype]:
+        row["skipped"] = "its answers are wrong"
+        return None
+    return attend
+
+
+@dataclass(frozen=True)
+class _Timed:
+    row: dict[str, Any]
+    attend: Attend
+    given: _Given
+    backward: bool
+
+    def __call__(self) -> None:
+        _call(self.attend, self.given.qkv, self.given.upstream, self.backward)
+
+
+def _take_turns(timed: list[_Timed], device: torch.device, rounds: int) -> None:
     """Time all in turn; the first round does not count, and who is hopelessly slow has three more only."""
     for number in range(rounds + 1):
-        for row, attend, backward in timed:
-            slow = number > _SLOW_ROUNDS and median(row["seconds"]) > _SLOW_S
-            if not slow:
-                taken = clocked(lambda a=attend, b=backward: _call(a, given, upstream, b), device)  # type: ignore[misc]
-                row["seconds"] += [taken.seconds] if number else []
-    for row, _, _ in timed:
-        row.update(spread(row["seconds"]))
+        for one in timed:
+            seconds = one.row["seconds"]
+            if number > _SLOW_ROUNDS and median(seconds) > _SLOW_S:
+                continue
+            taken = clocked(one, device).seconds
+            seconds += [taken] if number else []
+    for one in timed:
+        one.row.update(spread(one.row["seconds"]))
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -324,8 +377,11 @@ def main() -> int:
     parser.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--only", default="", metavar="WORDS", help="cases whose name has these words")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="kernels/tuned.json: write what was measured there")
     args = parser.parse_args()
     require_result(args.json)
+    if args.table:
+        whole_table(args.table)
     cases = [case for case in CASES[args.device] if args.only in case.name]
     if not cases:
         there = "; ".join(case.name for case in CASES[args.device])
@@ -334,12 +390,16 @@ def main() -> int:
     say = partial(print, file=sys.stderr if args.json == "-" else sys.stdout, flush=True)
     rows: list[dict[str, Any]] = []
     body = {"rows": rows, "device": args.device, "threads": torch.get_num_threads(), "command": sys.argv[1:]}
+    device = torch.device(args.device)
     for case in cases:
-        rows += measure(case, torch.device(args.device), dtype, args.rounds, say)
+        rows += measure(case, device, dtype, args.rounds, say)
+        body["table"] = table_of(rows, device)
         if args.json != "-":
             write_result(args.json, "attention", body)  # after each case: what is measured is kept
     if args.json == "-":
         write_result("-", "attention", body)
+    if args.table:
+        write_table(args.table, table_of(rows, device))
     return 0
 
 

@@ -85,11 +85,13 @@ def _triton() -> tuple[bool, str]:
 def _xformers() -> tuple[bool, str]:
     import torch
 
-    from iwm_fast.models.attention import resolve_backend
+    from iwm_fast.models.attention import describe_attention
+    from iwm_fast.models.xformers_operators import dispatched
 
-    if resolve_backend("auto", "cuda" if torch.cuda.is_available() else "cpu") == "xformers":
-        return True, "packed attention"
-    return False, "its operators need a GPU: attention is PyTorch's SDPA"
+    if not torch.cuda.is_available():
+        return False, "its operators need a GPU: attention is PyTorch's SDPA"
+    device = torch.device("cuda", torch.cuda.current_device())
+    return True, f"packed attention, {dispatched(device)}; model.attention=auto is {describe_attention('auto', device)}"
 
 
 def _deepspeed() -> tuple[bool, str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from . import _norms, _passes, _products, _rows
 from ._backend import use_backend
 from ._compiled import compiled_variants
-from ._tuning import TUNING_DIR_VARIABLE, tuning_folder
+from ._tuning import TUNED, TUNING_DIR_VARIABLE, bucket, device_name, shipped_attention, tuning_folder
 from ._workspace import mlp_workspace, use_workspace
 from .conditioned_mlp import (
     conditioned_mlp,
@@ -39,12 +39,15 @@ TRITON_FUNCTIONS = tuple(
 
 __all__ = [
     "TRITON_FUNCTIONS",
+    "TUNED",
     "TUNING_DIR_VARIABLE",
+    "bucket",
     "compiled_variants",
     "conditioned_mlp",
     "conditioned_mlp_bytes",
     "conditioned_mlp_flops",
     "conditioned_mlp_reference",
+    "device_name",
     "e4m3_rows",
     "e4m3_rows_bytes",
     "e4m3_rows_flops",
@@ -66,6 +69,7 @@ __all__ = [
     "residual_norm_bytes",
     "residual_norm_flops",
     "residual_norm_reference",
+    "shipped_attention",
     "stopgrad_l2",
     "stopgrad_l2_bytes",
     "stopgrad_l2_flops",

@@ -30,7 +30,23 @@ import triton
 from ._candidates import Choice, candidates_of, possible
 from ._gpu_time import gpu_seconds
 
-__all__ = ["TUNING_DIR_VARIABLE", "Chooser", "Key", "Tuner", "bucket", "nearest", "tuner", "tuning_folder", "use_tuner"]
+__all__ = [
+    "TUNED",
+    "TUNING_DIR_VARIABLE",
+    "Chooser",
+    "Key",
+    "Tuner",
+    "bucket",
+    "device_name",
+    "nearest",
+    "shipped_attention",
+    "tuner",
+    "tuning_folder",
+    "use_tuner",
+]
+
+# The measurements that ship: {schema, devices: {device: {key: choice}}, attention: {device: {key: entry}}}.
+TUNED = Path(__file__).with_name("tuned.json")
 
 TUNING_DIR_VARIABLE = "IWM_FAST_TUNING_DIR"
 _REPEATS = 10
@@ -222,8 +238,22 @@ def _keep(path: Path, table: dict[str, Any]) -> None:
 
 @cache
 def _shipped(name: str) -> dict[str, Any]:
-    found = _read(Path(__file__).with_name("tuned.json")).get("devices", {}).get(name, {})
+    return _section("devices", name)
+
+
+def shipped_attention(name: str) -> dict[str, Any]:
+    """What was measured of packed attention on a GPU, by key: `iwm_fast.models.measured_attention` reads it."""
+    return _section("attention", name)
+
+
+def _section(section: str, name: str) -> dict[str, Any]:
+    found = _read(TUNED).get(section, {}).get(name, {})
     return found if isinstance(found, dict) else {}
+
+
+def device_name(device: torch.device) -> str:
+    """A GPU's name as tables have it."""
+    return torch.cuda.get_device_properties(device).name.replace(" ", "_").replace("/", "_")
 
 
 @contextlib.contextmanager
@@ -298,5 +328,5 @@ def _tuner_of(device: torch.device) -> Tuner:
         return Tuner("interpreter", "interpreter", 2**62, tuning_folder(), lambda _: 0.0)
     properties = torch.cuda.get_device_properties(device)
     shared = triton.runtime.driver.active.utils.get_device_properties(device.index or 0)["max_shared_mem"]
-    name = properties.name.replace(" ", "_").replace("/", "_")
+    name = device_name(device)
     return Tuner(name, f"sm_{properties.major}{properties.minor}", shared, tuning_folder(), _cuda_seconds)

@@ -86,8 +86,13 @@ class ModelConfig(Section):
         "train", description="of the ema target's products in training: as train.precision, or fp8 (GPU 8.9 or later)"
     )
     normalize_target: bool = Field(True, description="layer-normalise target tokens without affine (I-JEPA)")
-    attention: Literal["auto", "xformers", "efficient", "sdpa"] = Field(
-        "auto", description="auto: xformers on GPUs, SDPA on CPUs; efficient: PyTorch's memory-efficient one, on GPUs"
+    attention: Literal["auto", "xformers", "efficient", "sdpa", "cudnn", "varlen", "flash3", "flash_cute"] = Field(
+        "auto",
+        description="auto: on a GPU the fastest by the measurements that ship with the package, xformers where there "
+        "are none, on a CPU SDPA. efficient: PyTorch's memory-efficient one, on GPUs; sdpa and cudnn: PyTorch's, a "
+        "call per length; varlen: PyTorch's flash-attention over packed sequences (2.10 or later); flash3, flash_cute: "
+        "flash-attn 3 and its CuTe form, where installed. These last four compute bf16 and fp16; fp32, in evaluation, "
+        "is computed as auto",
     )
     predictor: PredictorConfig = PredictorConfig()
 
@@ -269,6 +274,11 @@ class TrainConfig(Section):
         False,
         description="compile what lies between the attentions (torch.compile), when it first runs: seconds to minutes "
         "a start; batches of other lengths need no more; on a CPU it needs a C++ compiler; not with zero.stage 3",
+    )
+    deterministic: bool = Field(
+        False,
+        description="on a GPU, only operators that give the same bits on every run (attention's backward pass among "
+        "them; slower); on a CPU all do anyway. Not with model.attention cudnn",
     )
     target_stream: bool = Field(
         False,

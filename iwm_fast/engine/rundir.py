@@ -30,6 +30,7 @@ FREE_KEYS = (
     "train.target_stream",
     "train.static_shapes",
     "train.static_multiple",
+    "train.deterministic",
     "model.attention",
     "zero.stage",
     "data.threads",

@@ -8,7 +8,9 @@ import shutil
 import torch
 
 from iwm_fast.config import Config
+from iwm_fast.engine.determinism import require_deterministic
 from iwm_fast.errors import UserError
+from iwm_fast.models.attention import require_attention
 from iwm_fast.models.fp8 import require_fp8
 from iwm_fast.models.iwm import IWM
 from iwm_fast.models.regions import compile_regions
@@ -21,6 +23,8 @@ def require_machine(config: Config, device: torch.device) -> None:
     """Raise UserError, in one line, where the configuration asks for what this machine cannot do."""
     if config.model.target_precision == "fp8":
         require_fp8(device)
+    require_attention(config.model.attention, device.type, config.train.precision)
+    require_deterministic(config)
     if config.train.target_stream and device.type != "cuda":
         raise UserError(f"train.target_stream needs a GPU; this rank computes on {device.type}: set it to false")
     if config.train.compile and device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:

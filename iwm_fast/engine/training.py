@@ -23,6 +23,7 @@ from iwm_fast.data.sources import Patience
 from iwm_fast.data.triplets import Triplets, resolve_triplets
 from iwm_fast.engine.checkpoint import Checkpoint
 from iwm_fast.engine.checkpoint_writer import CheckpointWriter, clear_leftovers, point_latest
+from iwm_fast.engine.determinism import deterministic_operators
 from iwm_fast.engine.distributed import Ranks, gather, start
 from iwm_fast.engine.ema import TargetAverage
 from iwm_fast.engine.interconnect import Interconnect, far_below, measure_interconnect
@@ -43,7 +44,7 @@ from iwm_fast.engine.trained import require_machine, trained_model
 from iwm_fast.engine.upkeep import Upkeep
 from iwm_fast.engine.zero import initialize
 from iwm_fast.errors import Interrupted, UserError
-from iwm_fast.models.attention import resolve_backend
+from iwm_fast.models.attention import describe_attention
 from iwm_fast.planning.conflicts import conflicts, require_a_step
 from iwm_fast.planning.length import training_steps
 
@@ -68,7 +69,7 @@ def pretrain(config: Config, out: Path, resume: str = "never", *, alone: bool = 
         require_machine(config, ranks.device)  # here, before anything is written
         directory = RunDirectory(out)
         live = Liveness(ranks, config.train.rank_timeout_s)
-        with contextlib.ExitStack() as held, live.watching():
+        with deterministic_operators(config, ranks.device), contextlib.ExitStack() as held, live.watching():
             measured = measure_interconnect(ranks, live, config.train.rank_timeout_s)
             slow = far_below(measured.links, ranks.peers) if measured else None
             if slow and ranks.first:
@@ -191,11 +192,12 @@ def _train(
 
 def _announce(run: Run, files: ImageSet | Triplets, saved: Checkpoint | None, progress: TrainingProgress) -> None:
     config = run.config
-    attention = resolve_backend(config.model.attention, run.ranks.device.type)
+    attention = describe_attention(config.model.attention, run.ranks.device)
     in_fp8 = ", target in fp8" if config.model.target_precision == "fp8" else ""
     progress.say(
         f"{len(files)} {files.describe()}, {run.ranks.world} rank(s) on {run.ranks.device.type}, "
         f"ZeRO stage {config.zero.stage}, {config.train.precision}{in_fp8}, attention {attention}, "
+        f"{'deterministic, ' if config.train.deterministic else ''}"
         f"{'compiled, ' if config.train.compile else ''}"
         f"global batch {config.train.global_batch} = "
         f"{run.ranks.world} × {run.trainer.stream.accumulation} × {run.trainer.stream.micro_batch}"

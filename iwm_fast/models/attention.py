@@ -1,9 +1,12 @@
 """Self-attention within each image of a packed batch: which library computes it is decided here and nowhere else.
 
-On a GPU, xformers' `memory_efficient_attention` with a block-diagonal mask: FlashAttention in half precision. Its
-gradients of q, k and v are three tensors, which the backward pass of their split copies into one: 12 bytes moved for
-each number of q in bf16. "efficient" is PyTorch's own memory-efficient attention (CUTLASS), which writes all three into
-one tensor; in fp32 xformers takes the same kernels, so there it stands in for xformers.
+On a GPU, xformers' `memory_efficient_attention` with a block-diagonal mask, or what a measurement that ships with the
+package found faster there for such lengths (`measured_attention`, written by `benchmarks.attention`).
+
+xformers' is FlashAttention in half precision. Its gradients of q, k and v are three tensors, which the backward pass of
+their split copies into one: 12 bytes moved for each number of q in bf16. "efficient" is PyTorch's own memory-efficient
+attention (CUTLASS), which writes all three into one tensor; in fp32 xformers takes the same kernels, so there it stands
+in for xformers.
 
 On the CPU, where xformers has no operator, PyTorch's SDPA, one dense call for all images of the same length: at 128
 images, 4 heads of 32, contexts of 15–35 and predictor sequences of 35–60 tokens, forward and backward on two cores take
@@ -22,15 +25,34 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from iwm_fast.errors import UserError
 from iwm_fast.kernels.permutation import take_rows
 
+from .attention_operators import HALVES, OPERATORS
+from .measured_attention import measured_backends, measured_choice
 from .packing import Segments
 
-__all__ = ["Attention", "packed_attention", "packed_qkv_attention", "resolve_backend", "use_library"]
+__all__ = [
+    "BACKENDS",
+    "GROUPED",
+    "Attention",
+    "choose_backend",
+    "describe_attention",
+    "packed_attention",
+    "packed_qkv_attention",
+    "require_attention",
+    "resolve_backend",
+    "unavailable",
+    "use_library",
+]
 
-_BACKENDS = ("auto", "xformers", "efficient", "sdpa")
+BACKENDS = ("xformers", "efficient", "sdpa", "cudnn", *OPERATORS)
+# One dense call for each length: who sorts images by length once saves moving tokens at every call.
+GROUPED = frozenset({"sdpa", "cudnn"})
+# Written for two bytes: what is fp32 (an evaluation, say) is computed as "auto" would.
+_IN_HALVES = frozenset({"cudnn", *OPERATORS})
 
 # In xformers' place, from q, k and v (1, N, heads, d) to what it gives.
 _library: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
@@ -59,36 +81,104 @@ def _xformers() -> Any | None:
     return xformers.ops
 
 
+def unavailable(backend: str, device: str) -> str | None:
+    """Why one of BACKENDS cannot run on a device's type, after "which"; None where it can."""
+    if backend == "sdpa":
+        return None
+    if backend in OPERATORS:
+        return OPERATORS[backend].missing(device)
+    if device != "cuda":
+        return f"has no operator for {device}"
+    if backend == "efficient":
+        return None
+    if backend == "cudnn":
+        return None if torch.backends.cudnn.is_available() else "needs cuDNN, which this torch has not"
+    return "is not installed" if _xformers() is None else None
+
+
 @cache
 def resolve_backend(requested: str, device: str) -> str:
-    """The attention that runs on a device: "xformers", "efficient" or "sdpa".
+    """The attention that runs on a device where nothing was measured: one of BACKENDS.
 
     Args:
-        requested: "auto", "xformers", "efficient" or "sdpa", the config's model.attention.
+        requested: "auto" or one of BACKENDS, the config's model.attention.
         device: a device's type, "cpu" or "cuda".
 
     Raises:
-        UserError: an attention was asked for by name and cannot run.
+        UserError: it was asked for by name and cannot run.
         ValueError: an unknown name.
 
     """
-    if requested not in _BACKENDS:
-        raise ValueError(f"requested is {requested!r}; it must be one of {', '.join(_BACKENDS)}")
+    if requested != "auto" and requested not in BACKENDS:
+        raise ValueError(f"requested is {requested!r}; it must be one of {', '.join(('auto', *BACKENDS))}")
     if _library is not None and requested != "sdpa":
         return "efficient" if requested == "efficient" else "xformers"
-    if requested == "sdpa":
-        return "sdpa"
-    if device != "cuda":
-        if requested != "auto":
-            raise UserError(f"model.attention is {requested}, which has no operator for {device}: use auto or sdpa")
-        return "sdpa"
-    if requested == "efficient":
-        return "efficient"
-    if _xformers() is None:
-        if requested == "xformers":
-            raise UserError("model.attention is xformers, which is not installed: install it, or use auto or efficient")
-        return "efficient"
-    return "xformers"
+    if requested == "auto":
+        return next(name for name in ("xformers", "efficient", "sdpa") if unavailable(name, device) is None)
+    reason = unavailable(requested, device)
+    if reason is not None:
+        remedy = ": install it, or use auto or efficient" if "installed" in reason else ": use auto or sdpa"
+        raise UserError(f"model.attention is {requested}, which {reason}{remedy}")
+    return requested
+
+
+def require_attention(requested: str, device: str, precision: str) -> None:
+    """Raise UserError where training cannot use what was asked for by name. precision: fp32 or bf16."""
+    backend = resolve_backend(requested, device)
+    if backend in _IN_HALVES and precision == "fp32":
+        raise UserError(
+            f"model.attention is {requested}, which computes in bf16 or fp16, and train.precision is fp32: use bf16, "
+            "or model.attention=auto"
+        )
+
+
+def describe_attention(requested: str, device: torch.device) -> str:
+    """For a log: what computes attention, and by what right."""
+    usual = resolve_backend(requested, device.type)
+    if requested != "auto" or device.type != "cuda":
+        return usual
+    chosen = measured_backends(device)
+    if not chosen:
+        return f"{usual} (nothing was measured on this GPU)"
+    return f"{usual}, or by measurements of this GPU {' or '.join(chosen)}"
+
+
+def choose_backend(
+    requested: str,
+    device: torch.device,
+    segments: Segments,
+    heads: int,
+    head: int,
+    dtype: torch.dtype,
+    *,
+    gradients: bool,
+) -> str:
+    """The attention for such a batch: one of BACKENDS.
+
+    Args:
+        requested: "auto" or one of BACKENDS.
+        device: of the tokens.
+        segments: of the tokens.
+        heads: how many.
+        head: numbers of each.
+        dtype: of q, k and v.
+        gradients: whether there will be a backward pass.
+
+    Raises:
+        UserError: as `resolve_backend`.
+
+    """
+    usual = resolve_backend(requested, device.type)
+    if device.type != "cuda":
+        return usual
+    if usual in _IN_HALVES and dtype not in HALVES:
+        return resolve_backend("auto", device.type)
+    if requested != "auto" or _library is not None:
+        return usual
+    if torch.are_deterministic_algorithms_enabled():
+        return "efficient"  # which is, where asked; what was measured need not be
+    found = measured_choice(device, segments, heads, head, dtype, gradients=gradients)
+    return found if found in BACKENDS and unavailable(found, device.type) is None else usual
 
 
 def packed_qkv_attention(qkv: Tensor, segments: Segments, backend: str) -> Tensor:
@@ -111,7 +201,7 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, backen
         k: as q.
         v: as q.
         segments: of the N tokens.
-        backend: "xformers", "efficient" or "sdpa", from `resolve_backend`.
+        backend: one of BACKENDS, from `choose_backend`.
 
     Returns:
         (N, heads, d). The softmax is computed in fp32 by all backends.
@@ -127,16 +217,19 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, backen
         return _xformers_attention(q, k, v, segments)
     if backend == "efficient":
         return _efficient_forward(q, k, v, segments, for_backward=q.requires_grad and torch.is_grad_enabled())[0][0]
-    if backend != "sdpa":
-        raise ValueError(f"backend is {backend!r}; it must be xformers, efficient or sdpa")
+    if backend in OPERATORS:
+        return OPERATORS[backend].attend(q, k, v, segments)
+    if backend not in GROUPED:
+        raise ValueError(f"backend is {backend!r}; it must be one of {', '.join(BACKENDS)}")
     if q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16):
         return packed_attention(q.float(), k.float(), v.float(), segments, backend).to(q.dtype)
+    attend = _grouped_cudnn if backend == "cudnn" else _grouped_sdpa
     if len(set(segments.lengths)) == len(segments.groups):
-        return _grouped_sdpa(q, k, v, segments)
+        return attend(q, k, v, segments)
     by_length = segments.by_length
     order, rank = by_length.token_order, by_length.token_rank
     q, k, v = (take_rows(part, order, rank) for part in (q, k, v))
-    return take_rows(_grouped_sdpa(q, k, v, by_length.segments), rank, order)
+    return take_rows(attend(q, k, v, by_length.segments), rank, order)
 
 
 def _check_segments(x: Tensor, segments: Segments) -> None:
@@ -150,7 +243,11 @@ def _xformers_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> 
     ops = _xformers()
     if ops is None:
         raise ValueError("backend is xformers, which is not installed")
-    return ops.memory_efficient_attention(q[None], k[None], v[None], attn_bias=segments.block_diagonal_mask)[0]
+    parts, named = (q[None], k[None], v[None]), {}
+    if torch.are_deterministic_algorithms_enabled():
+        # Its flash-attention has no deterministic backward pass, and cannot be continued by another operator's.
+        named["op"] = ops.fmha.cutlass.FwOp, ops.fmha.cutlass.BwOp
+    return ops.memory_efficient_attention(*parts, attn_bias=segments.block_diagonal_mask, **named)[0]
 
 
 def _efficient_forward(q: Tensor, k: Tensor, v: Tensor, segments: Segments, *, for_backward: bool) -> tuple[Any, ...]:
@@ -201,13 +298,29 @@ def _whole(dq: Tensor, dk: Tensor, dv: Tensor) -> Tensor:
 
 def _grouped_sdpa(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
     """One dense call for each run of images of the same length."""
+    return _grouped(q, k, v, segments, F.scaled_dot_product_attention)
+
+
+def _grouped_cudnn(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+    """The same by cuDNN; images of one token, which it does not take, by PyTorch's own choice."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if q.shape[2] == 1:
+            return F.scaled_dot_product_attention(q, k, v)
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return F.scaled_dot_product_attention(q, k, v)
+
+    return _grouped(q, k, v, segments, attend)
+
+
+def _grouped(q: Tensor, k: Tensor, v: Tensor, segments: Segments, attend: Callable[..., Tensor]) -> Tensor:
     sizes = [images * length for images, length in segments.groups]
     results = []
     for (images, length), *parts in zip(segments.groups, q.split(sizes), k.split(sizes), v.split(sizes), strict=True):
         if length == 0:
             continue
         dense = (part.unflatten(0, (images, length)).transpose(1, 2) for part in parts)  # (images, heads, length, d)
-        results.append(F.scaled_dot_product_attention(*dense).transpose(1, 2).flatten(0, 1))
+        results.append(attend(*dense).transpose(1, 2).flatten(0, 1))
     return results[0] if len(results) == 1 else torch.cat(results)
 
 
@@ -223,5 +336,14 @@ class Attention(nn.Module):
 
     def forward(self, qkv: Tensor, segments: Segments) -> Tensor:
         """(N, 3 · D) packed, what `qkv` gives, → (N, D), what `proj` takes."""
-        backend = resolve_backend(self.attention, qkv.device.type)
+        backend = self._backend(qkv, segments)
         return packed_qkv_attention(qkv.unflatten(1, (3, self.heads, -1)), segments, backend).flatten(1)
+
+    def wants_groups(self, segments: Segments) -> bool:
+        """Whether it takes images of one length at a time, so that sorting these before the first block saves time."""
+        return self._backend(self.qkv.weight, segments) in GROUPED
+
+    def _backend(self, like: Tensor, segments: Segments) -> str:
+        head = self.proj.in_features // self.heads
+        gradients = torch.is_grad_enabled() and like.requires_grad
+        return choose_backend(self.attention, like.device, segments, self.heads, head, like.dtype, gradients=gradients)

@@ -30,6 +30,7 @@ __all__ = [
     "layer_norm_rows",
     "rescale_blocks",
     "run_blocks",
+    "wants_groups",
 ]
 
 NORM_EPS = 1e-6
@@ -167,6 +168,11 @@ def run_blocks(
         else:
             x = block(*arguments)
     return x
+
+
+def wants_groups(blocks: nn.ModuleList, segments: Segments) -> bool:
+    """Whether the blocks' attention takes images of one length at a time, as the CPU's does."""
+    return any(block.attn.wants_groups(segments) for block in blocks if isinstance(block, Block))
 
 
 def initialise_linear(linear: nn.Linear) -> None:

@@ -64,6 +64,11 @@ class Segments:
         return self.cu_seqlens.device
 
     @cached_property
+    def equal(self) -> bool:
+        """Whether all images have as many tokens."""
+        return len(set(self.lengths)) < 2
+
+    @cached_property
     def total(self) -> int:
         """N, the tokens of all segments."""
         return sum(self.lengths)

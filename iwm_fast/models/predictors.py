@@ -10,8 +10,7 @@ from iwm_fast import kernels
 from iwm_fast.config.schema import PredictorConfig
 from iwm_fast.kernels.predictor_input import mask_tokens
 
-from .attention import resolve_backend
-from .blocks import Block, ConditionedMlp, Kept, Norm, initialise_linear, rescale_blocks, run_blocks
+from .blocks import Block, ConditionedMlp, Kept, Norm, initialise_linear, rescale_blocks, run_blocks, wants_groups
 from .packing import Segments, interleave
 from .positions import sincos_positions
 
@@ -147,8 +146,8 @@ class VitPredictor(nn.Module):
             parts.append(Segments.uniform(len(action), 1, z.device))
         joined, places = interleave(parts)
         place, ordered_action = torch.cat(places), action
-        # The CPU's attention takes images of one length at a time: joined in that order, nothing moves in the blocks.
-        if resolve_backend(self.attention, z.device.type) == "sdpa" and not joined.is_sorted:
+        # Where attention takes images of one length at a time: joined in that order, nothing moves in the blocks.
+        if not joined.is_sorted and wants_groups(self.blocks, joined):
             by_length = joined.by_length
             place = by_length.token_rank[place]
             joined, ordered_action = by_length.segments, action.index_select(0, by_length.image_order)

@@ -10,8 +10,7 @@ from iwm_fast import kernels
 from iwm_fast.config.schema import EncoderShape
 from iwm_fast.kernels.permutation import take_rows
 
-from .attention import resolve_backend
-from .blocks import Block, Kept, Norm, rescale_blocks, run_blocks
+from .blocks import Block, Kept, Norm, rescale_blocks, run_blocks, wants_groups
 from .packing import Segments
 from .positions import sincos_positions
 
@@ -124,8 +123,8 @@ class VisionTransformer(nn.Module):
             everything = Segments.uniform(len(images), self.patches, images.device)
             return self._encode(self.embed(images), everything, kept)
         image = segments.pixels_of_token
-        # The CPU's attention takes images of one length at a time: sorted once here, nothing moves in the blocks.
-        resort = resolve_backend(self.attention, images.device.type) == "sdpa" and not segments.is_sorted
+        # Where attention takes images of one length at a time: sorted once here, nothing moves in the blocks.
+        resort = not segments.is_sorted and wants_groups(self.blocks, segments)
         if resort:
             by_length = segments.by_length
             patches, image = patches[by_length.token_order], image[by_length.token_order]

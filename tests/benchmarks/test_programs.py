@@ -32,6 +32,7 @@ WORDS = {
     "draw_kernels": ["results.json", BAD],
     "draw_rollouts": [BAD, "a=results.json"],
     "engine": ["--json", BAD],
+    "first_visit": ["--json", BAD],
     "finetune": ["run", "--data", "d", "--json", BAD],
     "gpu_suite": ["--device", "cpu", "--out", "file/out"],
     "index": ["--out", "scratch", "--json", BAD],
