@@ -21,7 +21,7 @@ def _null(*words: str, limit: float = 900) -> subprocess.CompletedProcess[str]:
 def test_every_training_of_the_matrix_ends_with_its_metrics_and_its_checkpoint():
     done = _null("matrix")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
-    assert done.stdout.splitlines()[-1] == "23 passed, 0 failed"
+    assert done.stdout.splitlines()[-1] == "26 passed, 0 failed"
 
 
 @pytest.mark.parametrize("preset", ["gpu-small", "gpu-base", "gpu-large"])

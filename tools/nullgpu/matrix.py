@@ -69,6 +69,9 @@ CASES: dict[str, dict[str, Any]] = {
     "unconditioned": {"model.predictor": _VIT | {"conditioning": "none"}},
     "compiled, target stream": {"zero.stage": 1, "train.compile": True, "train.target_stream": True},
     "sdpa": {"model.attention": "sdpa"},
+    "varlen": {"zero.stage": 1, "model.attention": "varlen"},
+    "deterministic": {"zero.stage": 1, "train.deterministic": True},
+    "deterministic varlen": {"zero.stage": 1, "model.attention": "varlen", "train.deterministic": True},
 }
 _RESUMED = "bf16 stage 2"
 
