@@ -42,6 +42,7 @@ __all__ = ["PartLaunches", "step_launches"]
 
 # Kernels of one call: forward; backward, with the zeros for its random state.
 _ATTENTION, _ATTENTION_BACKWARD = 1, 4
+_ATTENTIONS = ("auto", "xformers", "efficient")
 _META = torch.device("meta")
 
 
@@ -82,10 +83,15 @@ def _order(part: str) -> tuple[int, str]:
 
 def _require_counted(config: Config) -> None:
     """Raise UserError where a step launches what cannot be counted here."""
+    attention = config.model.attention
     for found, instead in (
         (config.zero.stage == 3 and "zero.stage=3", "zero.stage=0, 1 or 2: gathers of layers are not counted"),
         (config.train.compile and "train.compile=true", "train.compile=false: compiled code is not counted"),
-        (config.model.attention == "sdpa" and "model.attention=sdpa", "model.attention=auto: xformers' is counted"),
+        (
+            attention not in _ATTENTIONS and f"model.attention={attention}",
+            "model.attention=auto: others are not counted",
+        ),
+        (config.train.deterministic and "train.deterministic=true", "train.deterministic=false: its operators differ"),
     ):
         if found:
             raise UserError(f"{found}: set {instead}")

@@ -120,7 +120,16 @@ def test_deepspeed_s_own_launches_are_apart_from_the_update_s(whole_step):
     assert "forward/bf16 weights" in whole_step
 
 
-@pytest.mark.parametrize("setting", ["zero.stage=3", "train.compile=true", "model.attention=sdpa"])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "zero.stage=3",
+        "train.compile=true",
+        "train.deterministic=true",
+        "model.attention=sdpa",
+        "model.attention=cudnn",
+    ],
+)
 def test_what_is_not_counted_is_refused_by_its_name(setting):
     with pytest.raises(UserError, match=setting):
         counted(setting)
