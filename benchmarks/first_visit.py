@@ -65,7 +65,7 @@ def visit(root, keywords):
         for place, ids in enumerate(batches):
             thread, process = time.thread_time(), time.process_time()
             if "checkers" in keywords:
-                for coming in batches[place : place + 3]:
+                for coming in batches[place + 2 * bool(place) : place + 3]:  # each once, two ahead, as training does
                     reader.expect(coming)
             reader.read(ids, np.zeros_like(ids))
             own += time.thread_time() - thread
@@ -99,7 +99,7 @@ def _draw(folder: Path, count: int, first: int = 0) -> None:
 
 def _visit(warm: Path, root: Path, keywords: dict[str, int], checkout: Path | None) -> list[list[float]]:
     """Seconds per image of the first and of the second visit, each of the thread and of the process."""
-    path = [str(checkout)] if checkout else [os.path.abspath(folder) for folder in sys.path]  # noqa: PTH100
+    path = [str(checkout.absolute())] if checkout else [os.path.abspath(folder) for folder in sys.path]  # noqa: PTH100
     done = subprocess.run(
         [sys.executable, "-P", "-c", _CHILD, str(warm), str(root), json.dumps(keywords)],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"},

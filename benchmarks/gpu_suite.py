@@ -235,10 +235,12 @@ def archive(out: Path) -> str:
 
 
 def _tuned(out: Path) -> None:
-    """What the tuner found out, in the form of kernels/tuned.json, to be copied there."""
+    """What the tuner and the part attention found out, in the form of kernels/tuned.json, to be copied there."""
     tables = {path.name.split("-triton-")[0]: _read(path) for path in (out / "tuning").glob("*.json")}
-    if tables:
-        write_json(out / "tuned.json", {"schema": "iwm-fast-tuned/1", "devices": tables}, indent=1)
+    attention = _read(out / "attention.json").get("result", {}).get("table", {})
+    if tables or attention:
+        found = {"schema": "iwm-fast-tuned/1", "devices": tables, "attention": attention}
+        write_json(out / "tuned.json", found, indent=1)
 
 
 def _dry(args: argparse.Namespace) -> None:

@@ -61,6 +61,8 @@ train.betas | [first, second]
 train.precision | bf16 or fp32
     fp16 bf16 fp32 amp dtype mixed_precision use_amp half use_bfloat16 bfloat16 float16 torch_dtype autocast
     amp_dtype use_fp16 use_bf16 param_dtype compute_dtype
+train.deterministic |
+    deterministic_algorithms use_deterministic_algorithms cudnn_deterministic
 train.compile |
     torch_compile use_compile compile_model
 train.activation_checkpointing |

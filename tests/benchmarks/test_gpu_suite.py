@@ -160,3 +160,16 @@ def test_the_peers_end_before_they_are_ended(parts, tmp_path, monkeypatch):
     assert gpu_suite.main([*words, "doctor", "--patience", "3"]) == 0
     ((_, *rest),) = started
     assert rest[rest.index("--until") + 1] == "51"
+
+
+def test_the_table_to_be_copied_has_what_was_tuned_and_how_attention_was_timed(tmp_path):
+    (tmp_path / "tuning").mkdir()
+    (tmp_path / "tuning" / "A_GPU-triton-3.6.0.json").write_text('{"a product": {"choice": {}}}')
+    timed = {"A_GPU": {"a key": {"choice": "varlen"}}}
+    (tmp_path / "attention.json").write_text(json.dumps({"result": {"table": timed, "rows": []}}))
+    gpu_suite._tuned(tmp_path)
+    assert json.loads((tmp_path / "tuned.json").read_text()) == {
+        "schema": "iwm-fast-tuned/1",
+        "devices": {"A_GPU": {"a product": {"choice": {}}}},
+        "attention": timed,
+    }
