@@ -40,6 +40,18 @@ def test_a_step_launches_and_waits_no_more_than_was_committed(tmp_path, preset, 
 
 
 @pytest.mark.parametrize("preset", ["gpu-small", "gpu-base"])
+def test_no_kernel_is_compiled_after_the_first_step_whatever_the_masks(tmp_path, preset):
+    """Of 24 batches with masks of their own. Where the first update is skipped, the second step's EMA is the first."""
+    words = [preset, "zero.stage=1", "--steps", "24", "--json", str(tmp_path / "step.json")]
+    done = _null("step", *words)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    first, second, *rest = json.loads((tmp_path / "step.json").read_text())["compiled"]
+    assert first
+    assert set(second) <= {"average_kernel"}
+    assert rest == [[]] * 22
+
+
+@pytest.mark.parametrize("preset", ["gpu-small", "gpu-base"])
 @pytest.mark.parametrize("stage", [0, 1])
 def test_a_step_launches_what_is_counted_without_any_gpu(tmp_path, preset, stage):
     """`benchmarks.launches` on the CPU build of PyTorch against the launches of its CUDA build, in all and by span."""

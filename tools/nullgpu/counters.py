@@ -7,10 +7,11 @@ import os
 import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
-__all__ = ["Counts", "counts"]
+__all__ = ["Counts", "compiled", "counts"]
 
-_VARIANTS = 0
+_COMPILED: list[str] = []
 
 
 @dataclass(frozen=True)
@@ -57,11 +58,10 @@ def _library(name: str) -> ctypes.CDLL:
 def _count_variants() -> None:
     import triton
 
-    def compiled(**_: object) -> None:
-        global _VARIANTS  # noqa: PLW0603 - Triton calls a function without state
-        _VARIANTS += 1
+    def note(*, fn: Any, **_: object) -> None:
+        _COMPILED.append(fn.name.rpartition(".")[2])
 
-    triton.knobs.runtime.jit_post_compile_hook = compiled
+    triton.knobs.runtime.jit_post_compile_hook = note
 
 
 _RUNTIME, _DRIVER = _library("libnullrt.so"), _library("libcuda.so.1")
@@ -78,7 +78,12 @@ def counts() -> Counts:
     return Counts(
         **{name: _read(_RUNTIME, name) for name in of_runtime},
         triton=_read(_DRIVER, "triton"),
-        variants=_VARIANTS,
+        variants=len(_COMPILED),
         host_s=time.thread_time(),
         process_s=time.process_time(),
     )
+
+
+def compiled() -> list[str]:
+    """Names of the Triton kernels that were compiled or loaded, one for each variant, in order."""
+    return list(_COMPILED)

@@ -25,7 +25,7 @@ from iwm_fast.engine.distributed import start
 from iwm_fast.engine.loop import Spans, Trainer
 from iwm_fast.planning.environment import environment
 from iwm_fast.quiet import quiet_third_parties
-from tools.nullgpu.counters import Counts, counts
+from tools.nullgpu.counters import Counts, compiled, counts
 
 # The first steps compile, tune and allocate; the last of them are what a long run repeats.
 STEPS, STEADY = 8, 3
@@ -39,7 +39,12 @@ def measure(preset: str, overrides: Sequence[str], steps: int = STEPS) -> dict[s
     space = ActionSpace(config.actions.groups, config.actions.form)
     stream = synthetic_stream(config, space, ranks.device, steps=steps)
     trainer = prepare_trainer(config, space, stream, ranks)
-    rows = [_counted(trainer) for _ in range(steps)]
+    rows: list[dict[str, float]] = []
+    new: list[list[str]] = []
+    for _ in range(steps):
+        before = len(compiled())
+        rows.append(_counted(trainer))
+        new.append(compiled()[before:])
     steady = {key: median(row[key] for row in rows[-STEADY:]) for key in rows[0]}
     parts = _by_part(trainer)
     return {
@@ -49,6 +54,7 @@ def measure(preset: str, overrides: Sequence[str], steps: int = STEPS) -> dict[s
         "images": config.train.global_batch,
         "step": steady,
         "steps": rows,
+        "compiled": new,
         "parts": parts,
         "waits_at": _waits(trainer),
         "peak_bytes": torch.cuda.max_memory_allocated(),
@@ -109,6 +115,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = measure(args.preset, args.overrides, args.steps)
     for i, row in enumerate(found["steps"]):
         print(f"step {i}:", _said(row))
+        if i and found["compiled"][i]:
+            print(f"step {i} compiled:", ", ".join(found["compiled"][i]))
     for name, part in found["parts"].items():
         print(f"{name}:", _said(part))
     for place, times in found["waits_at"].items():
