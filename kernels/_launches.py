@@ -149,7 +149,8 @@ def _launch_e4m3(width: int, dtype: torch.dtype) -> None:
 def _launch_average(elements: int, dtype: torch.dtype) -> None:
     averages = [_empty(elements, kind=torch.float32)]
     for copies in ([], [_empty(elements, kind=dtype)]):
-        launch_average(averages, averages, copies, 0.25)
+        for unless in (None, _empty(kind=torch.float32)):
+            launch_average(averages, averages, copies, 0.25, unless)
 
 
 def _launch_block(width: int, hidden: int, actions: int, dtype: torch.dtype) -> None:

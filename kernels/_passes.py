@@ -16,15 +16,16 @@ __all__ = ["average_kernel", "patchify_kernel"]
 
 @triton.jit
 def average_kernel(
-    average_ptr, weight_ptr, copy_ptr, table_ptr,
+    average_ptr, weight_ptr, copy_ptr, table_ptr, unless_ptr,
     step,
-    HAS_COPY: tl.constexpr, ALIGNED: tl.constexpr,
+    HAS_COPY: tl.constexpr, HAS_UNLESS: tl.constexpr, ALIGNED: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """average += step · (weight − average), fp32, and copy = average; a row of the table a program.
 
     table int64 (programs, 4): where its part of average, of weight and of copy begins, in elements from the pointers,
     which are of the first tensor of many, and the elements that are left there. ALIGNED: all of that divides by 4.
+    HAS_UNLESS: step is 0 where the one fp32 at unless_ptr is not.
     """
     p_row = table_ptr + tl.program_id(0).to(tl.int64) * 4
     average = tl.load(p_row)
@@ -38,6 +39,8 @@ def average_kernel(
     m_n = o_n < left
     old = tl.load(average_ptr + average + o_n, mask=m_n, other=0.0)
     new = tl.load(weight_ptr + weight + o_n, mask=m_n, other=0.0)
+    if HAS_UNLESS:
+        step = tl.where(tl.load(unless_ptr) == 0.0, step, 0.0)
     # torch.lerp's two forms: each is exact at its own end.
     value = tl.where(step < 0.5, old + step * (new - old), new - (new - old) * (1.0 - step))
     tl.store(average_ptr + average + o_n, value, mask=m_n)

@@ -52,17 +52,25 @@ def ema_update_bytes(elements: int, *, copy: int = 2) -> int:
 
 
 def ema_update_reference(
-    averages: Sequence[Tensor], weights: Sequence[Tensor], momentum: float, copies: Sequence[Tensor] | None = None
-) -> None:
+    averages: Sequence[Tensor], weights: Sequence[Tensor], momentum: float, copies: Sequence[Tensor] | None = None,
+    unless: Tensor | None = None,
+) -> None:  # fmt: skip
     """What `ema_update` computes, in PyTorch's own operators. Arguments are not checked."""
     if not averages:  # torch refuses empty lists
         return
-    torch._foreach_lerp_(list(averages), list(weights), 1.0 - momentum)
+    if unless is None:
+        torch._foreach_lerp_(list(averages), list(weights), 1.0 - momentum)
+    else:
+        step = torch.full_like(unless, 1.0 - momentum, dtype=averages[0].dtype).masked_fill_(unless != 0, 0.0)
+        for average, weight in zip(averages, weights, strict=True):
+            average.lerp_(weight, step)
     if copies:
         torch._foreach_copy_(list(copies), list(averages))
 
 
-def launch_average(averages: list[Tensor], weights: list[Tensor], copies: list[Tensor], step: float) -> None:
+def launch_average(
+    averages: list[Tensor], weights: list[Tensor], copies: list[Tensor], step: float, unless: Tensor | None = None
+) -> None:
     """Launch `average_kernel` once for all tensors; step is 1 − momentum, no copies are an empty list."""
     lengths = tuple(t.numel() for t in averages)
     if not any(lengths):
@@ -71,8 +79,9 @@ def launch_average(averages: list[Tensor], weights: list[Tensor], copies: list[T
     with launching(averages[0]):
         average_kernel[(table.shape[0],)](
             average_ptr=averages[0], weight_ptr=weights[0], copy_ptr=copies[0] if copies else None, table_ptr=table,
+            unless_ptr=unless,
             step=step,
-            HAS_COPY=bool(copies), ALIGNED=aligned,
+            HAS_COPY=bool(copies), HAS_UNLESS=unless is not None, ALIGNED=aligned,
             BLOCK_N=_BLOCK, num_warps=4,
         )  # fmt: skip
 
@@ -102,9 +111,11 @@ def _table(
 
 
 @torch.library.custom_op("iwm_fast::ema_update_", mutates_args=("averages", "copies"))
-def _operator(averages: list[Tensor], weights: list[Tensor], copies: list[Tensor], step: float) -> None:
+def _operator(
+    averages: list[Tensor], weights: list[Tensor], copies: list[Tensor], step: float, unless: Tensor | None = None
+) -> None:
     """Move the averages by `step` towards the weights and write them into the copies, if there are any."""
-    launch_average(averages, weights, copies, step)
+    launch_average(averages, weights, copies, step, unless)
 
 
 @register_flop_formula(torch.ops.iwm_fast.ema_update_)
@@ -119,6 +130,7 @@ def ema_update(
     momentum: float,
     copies: Sequence[Tensor] | None = None,
     *,
+    unless: Tensor | None = None,
     backend: str = "auto",
 ) -> None:
     """Move averages towards weights, in place, and write what they become into copies.
@@ -131,6 +143,8 @@ def ema_update(
         momentum: 0 to 1; what the average keeps of itself.
         copies: as many, or None or none at all; of one floating type, of the averages' elements and device, contiguous.
             Rounded to nearest.
+        unless: one float32 on the averages' device, or None; where it is not 0 the averages stay, and are copied.
+            The host does not read it.
         backend: "auto" (Triton for float32 on CUDA), "reference" or "triton".
 
     Raises:
@@ -154,11 +168,18 @@ def ema_update(
         if not copies[0].is_floating_point():
             raise ValueError(f"copies[0] is {copies[0].dtype}; it must be a floating type")
         _check("copies", copies, averages, copies[0].dtype)
+    if unless is not None and (
+        unless.numel() != 1 or unless.dtype != torch.float32 or unless.device != averages[0].device
+    ):
+        raise ValueError(
+            f"unless is {tuple(unless.shape)}, {unless.dtype} on {unless.device}; it must be one torch.float32 on "
+            f"{averages[0].device}"
+        )
     _check_apart(averages, weights, copies)
     if resolve_backend(backend, "averages[0]", averages[0]) == "triton":
-        torch.ops.iwm_fast.ema_update_(list(averages), list(weights), list(copies), 1.0 - momentum)
+        torch.ops.iwm_fast.ema_update_(list(averages), list(weights), list(copies), 1.0 - momentum, unless)
     else:
-        ema_update_reference(averages, weights, momentum, copies)
+        ema_update_reference(averages, weights, momentum, copies, unless)
 
 
 def _check(name: str, tensors: Sequence[Tensor], averages: Sequence[Tensor], dtype: torch.dtype) -> None:

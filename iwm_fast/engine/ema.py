@@ -55,10 +55,13 @@ class TargetAverage:
             self._lay_out()
             zero.module.get_submodule(TARGET.removesuffix(".")).register_forward_pre_hook(lambda *_: self.arrive())
 
-    def update(self, momentum: float) -> None:
-        """Move the average towards the weights by ``1 − momentum`` and refresh the working copy."""
+    def update(self, momentum: float, unless: Tensor | None = None) -> None:
+        """Move the average towards the weights by ``1 − momentum`` and refresh the working copy.
+
+        Nothing moves where ``unless``, a scalar on the device, is not 0.
+        """
         self.arrive()
-        kernels.ema_update(self.averages, self._weights, momentum, self._mine)
+        kernels.ema_update(self.averages, self._weights, momentum, self._mine, unless=unless)
         self._send()
 
     def refresh(self) -> None:

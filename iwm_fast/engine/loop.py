@@ -95,14 +95,11 @@ class Trainer:
             with spans("optimizer"):
                 self.zero.engine.step()
         self.step += 1
-        if self.zero.skipped:
-            self.skipped.add(self.step, epochs, ids)
-        else:
-            self.skipped.clear()
-            self.updates += 1
-            if self.average is not None:
-                with spans("ema"):
-                    self.average.update(self.schedules.ema(self.step - 1))
+        found_inf = self.zero.found_inf
+        self.skipped.note(found_inf, self.step, epochs, ids)
+        if self.average is not None:
+            with spans("ema"):
+                self.average.update(self.schedules.ema(self.step - 1), unless=found_inf)
         logged = self.step % self.config.log.every_steps == 0 or self.step == 1 or self._last_step
         loss = self._global_loss(total) if logged else None  # waits for the device: the step's work ends here
         now = time.perf_counter()
@@ -110,10 +107,18 @@ class Trainer:
         self._mark = now
         if loss is None:
             return None
+        self.settle()
         record = self._record(loss, lr, decay, output.target_features)
         record["diagnostics_s"] = time.perf_counter() - now
         self.restart_clock()
         return record
+
+    def settle(self) -> None:
+        """Learn which of the steps since the last logged one were skipped; the host waits for the device.
+
+        Raises UserError, on every rank, when too many were skipped in a row.
+        """
+        self.updates += self.skipped.read()
 
     def restart_clock(self) -> None:
         """Leave what happened since the last step (a checkpoint, an evaluation, RankMe) out of the step's time."""

@@ -1,13 +1,13 @@
-"""AdamW with the field's parameter groups, and a finite check for the stage at which DeepSpeed makes none."""
+"""AdamW and LAMB whose norm, finite check, clipping and update stay on the device: no step makes the host wait."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from iwm_fast.config import TrainConfig
 from iwm_fast.models.decay import decayed_parameters
@@ -23,39 +23,93 @@ __all__ = [
 ]
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+# Elements of one sum of squares on a CPU, and how many of them a tensor has at least to be divided.
+_ROW, _ROWS = 1024, 64
 
 
 class FiniteAdamW(torch.optim.AdamW):
-    """AdamW that leaves weights and moments alone when a gradient is not finite.
+    """AdamW that leaves weights and moments alone when a gradient is not finite; whether it did, the device knows.
 
-    Used at ZeRO stage 0, where DeepSpeed steps a client optimizer as it is. ``overflow`` and ``_global_grad_norm``
-    are the names under which DeepSpeed's engine looks for the outcome (``DeepSpeedEngine._take_model_step``).
+    ``found_inf`` is 1.0 after a skipped step, else 0.0; ``_global_grad_norm`` is the norm before clipping. Both are
+    scalars on the device, new ones with each step. ``overflow`` and ``_global_grad_norm`` are the names under which
+    DeepSpeed's engine looks for the outcome (``DeepSpeedEngine._take_model_step``).
+
+    ``divided``: the process group whose ranks hold the parts of one gradient, or None. ``copies``: gradients are sums
+    over so many ranks, and their mean is meant.
     """
 
     def __init__(self, params: Any, *, clip: float = 0.0, **options: Any) -> None:
         super().__init__(params, **options)
         self.clip = clip
-        self.overflow = False
-        self._global_grad_norm: float = 0.0
+        self.divided: dist.ProcessGroup | None = None
+        self.copies = 1
+        self.overflow = False  # DeepSpeed would count a step as skipped; `SkippedSteps` does
+        self._global_grad_norm: Tensor | float = 0.0
+        self.found_inf: Tensor | None = None
 
+    @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Check, clip, then update. The norm kept for the log is the one before clipping."""
+        """Update by the gradients' mean, clipped, or not at all."""
         if closure is not None:
             raise ValueError("closure is not supported")
-        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads)
-        self._global_grad_norm = float(norm)  # the one place where the host waits for the device in a step
-        self.overflow = not math.isfinite(self._global_grad_norm)
-        if self.overflow:
-            return
+        weights = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
+        grads: list[list[Tensor]] = [[p.grad for p in group if p.grad is not None] for group in weights]
+        missing = [p for group in weights for p in group if p not in self.state]
+        if missing:
+            ensure_state(self, missing)
+        norm = self._norm([grad for group in grads for grad in group])
+        moved = (norm < torch.inf).float()  # neither infinity nor NaN is less
+        self._global_grad_norm, self.found_inf = norm, 1.0 - moved
+        scale = None  # what the gradients are divided by
         if self.clip > 0.0:
-            torch.nn.utils.clip_grads_with_norm_(
-                [p for group in self.param_groups for p in group["params"]], self.clip, norm
-            )
-        self._move()
+            scale = ((norm + 1e-6) / self.clip).clamp_min(1.0)
+        if self.copies > 1:
+            scale = torch.full_like(norm, self.copies) if scale is None else scale * self.copies
+        for count in {id(self.state[p]["step"]): self.state[p]["step"] for group in weights for p in group}.values():
+            count.add_(moved)
+        for group, own, gradients in zip(self.param_groups, weights, grads, strict=True):
+            if own:
+                self._move(group, own, gradients, self.found_inf, scale)
 
-    def _move(self) -> None:
-        super().step()
+    def _norm(self, grads: Sequence[Tensor]) -> Tensor:
+        norm: Tensor = torch.linalg.vector_norm(torch.stack(tuple(_norms(grads))))
+        if self.divided is not None:
+            square: Tensor = norm.square()
+            dist.all_reduce(square, group=self.divided)
+            norm = square.sqrt()
+        return norm / self.copies if self.copies > 1 else norm
+
+    def _move(
+        self,
+        group: dict[str, Any],
+        weights: list[Tensor],
+        grads: list[Tensor],
+        found_inf: Tensor,
+        scale: Tensor | None,
+    ) -> None:
+        """Update one group, unless ``found_inf`` is 1.0; ``scale`` divides the gradients."""
+        first, second = ([self.state[p][key] for p in weights] for key in MOMENTS)
+        torch._fused_adamw_(
+            weights, grads, first, second, [], [self.state[p]["step"] for p in weights],
+            lr=group["lr"], beta1=group["betas"][0], beta2=group["betas"][1], weight_decay=group["weight_decay"],
+            eps=group["eps"], amsgrad=False, maximize=False, grad_scale=scale, found_inf=found_inf,
+        )  # fmt: skip
+
+
+def _norms(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The norm of each tensor. On a CPU torch adds squares up in few sums, and is off by 1e-3 at 30 million of them."""
+    if tensors[0].device.type != "cpu":
+        return torch._foreach_norm(tuple(tensors))  # noqa: SLF001  (has no public name)
+    norms = []
+    for tensor in tensors:
+        flat, rows = tensor.reshape(-1), tensor.numel() // _ROW
+        if rows < _ROWS:
+            norms.append(torch.linalg.vector_norm(flat))
+            continue
+        parts = torch.linalg.vector_norm(flat[: rows * _ROW].view(rows, _ROW), dim=1)
+        rest = torch.linalg.vector_norm(flat[rows * _ROW :])
+        norms.append(torch.hypot(_norms([parts])[0], rest))
+    return norms
 
 
 class FiniteLamb(FiniteAdamW):
@@ -66,30 +120,37 @@ class FiniteLamb(FiniteAdamW):
     CPU and the GPU alike; at ZeRO stage 0, because the norms are of whole tensors.
     """
 
-    @torch.no_grad()
-    def _move(self) -> None:
-        for group in self.param_groups:
-            weights = [p for p in group["params"] if p.grad is not None]
-            if not weights:
-                continue
-            grads: list[torch.Tensor] = [p.grad for p in weights if p.grad is not None]
-            ensure_state(self, weights)
-            first, second = ([self.state[p][key] for p in weights] for key in MOMENTS)
-            (beta1, beta2), counts = group["betas"], [self.state[p]["step"] for p in weights]
-            torch._foreach_add_(counts, 1.0)
-            torch._foreach_lerp_(first, grads, 1.0 - beta1)
-            torch._foreach_mul_(second, beta2)
-            torch._foreach_addcmul_(second, grads, grads, 1.0 - beta2)
-            count = counts[0].double()  # on the device: reading it would make the host wait
-            direction = torch._foreach_div(first, 1.0 - beta1**count)  # noqa: SLF001  (has no public name)
-            size = torch._foreach_sqrt(torch._foreach_div(second, 1.0 - beta2**count))  # noqa: SLF001
-            torch._foreach_add_(size, group["eps"])
-            torch._foreach_div_(direction, size)
-            if group["decayed"]:
-                torch._foreach_add_(direction, weights, alpha=group["weight_decay"])
-                norms = torch._foreach_norm(weights), torch._foreach_norm(direction)  # noqa: SLF001
-                torch._foreach_mul_(direction, _trust(*norms))
-            torch._foreach_add_(weights, direction, alpha=-group["lr"])
+    def _move(
+        self,
+        group: dict[str, Any],
+        weights: list[Tensor],
+        grads: list[Tensor],
+        found_inf: Tensor,
+        scale: Tensor | None,
+    ) -> None:
+        """Update one group. In a skipped step the gradients' bits become zero and every factor leaves all as it is."""
+        first, second = ([self.state[p][key] for p in weights] for key in MOMENTS)
+        (beta1, beta2), count = group["betas"], self.state[weights[0]]["step"].double()
+        moved = 1.0 - found_inf
+        # NaN · 0 is NaN, but as an integer it is 0, which is the bits of 0.0.
+        torch._foreach_mul_([g.view(torch.int32) for g in grads], moved.to(torch.int32))
+        if scale is not None:
+            torch._foreach_div_(grads, torch.where(moved > 0, scale, 1.0))
+        torch._foreach_mul_(first, 1.0 - (1.0 - beta1) * moved)
+        torch._foreach_add_(first, grads, alpha=1.0 - beta1)
+        torch._foreach_mul_(second, 1.0 - (1.0 - beta2) * moved)
+        torch._foreach_addcmul_(second, grads, grads, 1.0 - beta2)
+        count = count.clamp_min(1.0)  # nothing was counted where the first steps are skipped
+        direction = torch._foreach_div(first, (1.0 - beta1**count).float())  # noqa: SLF001
+        size = torch._foreach_sqrt(torch._foreach_div(second, (1.0 - beta2**count).float()))  # noqa: SLF001
+        torch._foreach_add_(size, group["eps"])
+        torch._foreach_div_(direction, size)
+        if group["decayed"]:
+            torch._foreach_add_(direction, weights, alpha=group["weight_decay"])
+            norms = torch._foreach_norm(weights), torch._foreach_norm(direction)  # noqa: SLF001
+            torch._foreach_mul_(direction, _trust(*norms))
+        torch._foreach_mul_(direction, moved)
+        torch._foreach_add_(weights, direction, alpha=-group["lr"])
 
 
 def _trust(weights: Sequence[torch.Tensor], directions: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -114,7 +175,7 @@ def build_optimizer(model: nn.Module, train: TrainConfig, stage: int) -> torch.o
     """
     groups = parameter_groups(model)
     # lr and weight decay are set before each step; until then nothing can move.
-    if stage == 0:
+    if stage < 3:
         kind = FiniteLamb if train.optimizer == "lamb" else FiniteAdamW
         return kind(groups, clip=train.clip, lr=0.0, betas=train.betas, fused=True)
     return torch.optim.AdamW(groups, lr=0.0, betas=train.betas, fused=True)
@@ -128,7 +189,11 @@ def set_hyperparameters(optimizer: torch.optim.Optimizer, lr: float, weight_deca
 
 
 def ensure_state(optimizer: torch.optim.Optimizer, tensors: Sequence[torch.Tensor], step: int | None = None) -> None:
-    """Create AdamW's state for ``tensors`` where it is missing and set its count of updates to ``step``, if given."""
+    """Create AdamW's state for ``tensors`` where it is missing and set its count of updates to ``step``, if given.
+
+    `FiniteAdamW` counts once for all of them: its tensors share one count.
+    """
+    shared: dict[torch.device, Tensor] = {}
     for tensor in tensors:
         state = optimizer.state[tensor]
         for key in MOMENTS:
@@ -136,4 +201,6 @@ def ensure_state(optimizer: torch.optim.Optimizer, tensors: Sequence[torch.Tenso
                 state[key] = torch.zeros_like(tensor, memory_format=torch.preserve_format, requires_grad=False)
         if step is None and "step" in state:
             continue
-        state["step"] = torch.full((), float(step or 0), dtype=torch.float32, device=tensor.device)
+        if tensor.device not in shared or not isinstance(optimizer, FiniteAdamW):
+            shared[tensor.device] = torch.full((), float(step or 0), dtype=torch.float32, device=tensor.device)
+        state["step"] = shared[tensor.device]

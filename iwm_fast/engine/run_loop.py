@@ -164,6 +164,7 @@ def _due(every: int | None, step: int) -> bool:
 
 def _save(run: Run, log: MetricsLog | None) -> None:
     trainer = run.trainer
+    trainer.settle()
     if log:
         log.sync()
     meta = {

@@ -1,10 +1,17 @@
-"""Steps that were skipped because a loss or a gradient was not finite: how many in a row, and of which samples."""
+"""Steps that were skipped because a loss or a gradient was not finite: how many in a row, and of which samples.
+
+Whether a step was, only the device knows until somebody reads its flag, which makes the host wait. So the flags of the
+steps are kept, with their samples, and read together.
+"""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from iwm_fast.data.whole import write_whole_text
 from iwm_fast.engine.distributed import Ranks, gather
@@ -19,21 +26,35 @@ class SkippedSteps:
     def __init__(self, limit: int, file: Path | None, ranks: Ranks) -> None:
         self._limit, self._file, self._ranks = limit, file, ranks
         self._steps: list[dict[str, Any]] = []
+        self._unread: list[tuple[Tensor, int, list[int], list[int]]] = []
 
     @property
     def in_a_row(self) -> int:
-        """Skipped steps since the last one that was made."""
+        """Skipped steps since the last one that was made, of those that were read."""
         return len(self._steps)
 
-    def clear(self) -> None:
-        """A step was made."""
-        self._steps.clear()
+    def note(self, flag: Tensor, step: int, epochs: list[int], ids: list[int]) -> None:
+        """Keep a step's flag, 1.0 where it was skipped on all ranks; ``epochs`` and ``ids`` are this rank's samples."""
+        self._unread.append((flag, step, epochs, ids))
 
-    def add(self, step: int, epochs: list[int], ids: list[int]) -> None:
-        """A step was skipped on all ranks; ``epochs`` and ``ids`` are this rank's samples.
+    def read(self) -> int:
+        """Read the flags kept since the last time, on all ranks alike; returns how many of their steps were made.
 
-        Raises UserError on every rank when it is one too many; the first has written the dump then.
+        Raises UserError on every rank when more than the limit were skipped in a row; the first has written the dump
+        then.
         """
+        unread, self._unread = self._unread, []
+        if not unread:
+            return 0
+        flags = torch.stack([flag for flag, *_ in unread]).tolist()  # the host waits for the device
+        for skipped, (_, step, epochs, ids) in zip(flags, unread, strict=True):
+            if skipped:
+                self._add(step, epochs, ids)
+            else:
+                self._steps.clear()
+        return flags.count(0.0)
+
+    def _add(self, step: int, epochs: list[int], ids: list[int]) -> None:
         self._steps.append({"step": step, "samples": list(zip(epochs, ids, strict=True))})
         if len(self._steps) <= self._limit:
             return

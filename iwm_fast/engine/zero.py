@@ -4,6 +4,7 @@ state.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from iwm_fast.config import Config
 from iwm_fast.engine.casting import Bf16Compute
-from iwm_fast.engine.optimizer import MOMENTS, build_optimizer, ensure_state
+from iwm_fast.engine.optimizer import MOMENTS, FiniteAdamW, build_optimizer, ensure_state
 
 __all__ = ["Shard", "ZeroEngine", "deepspeed_config", "initialize"]
 
@@ -50,13 +51,16 @@ class ZeroEngine:
     shards: list[Shard]
 
     @property
-    def skipped(self) -> bool:
-        """Whether the last step was dropped because a gradient was not finite."""
-        return bool(getattr(self.engine.optimizer, "overflow", False))
+    def found_inf(self) -> Tensor:
+        """1.0 where the last step was skipped because a gradient was not finite, else 0.0; a scalar on the device."""
+        if isinstance(self.optimizer, FiniteAdamW) and self.optimizer.found_inf is not None:
+            return self.optimizer.found_inf
+        overflow = float(self.engine.optimizer.overflow)
+        return torch.full((), overflow, dtype=torch.float32, device=self.shards[0].weight.device)
 
     @property
     def grad_norm(self) -> float:
-        """Global gradient norm of the last step, before clipping."""
+        """Global gradient norm of the last step, before clipping. The host waits for the device."""
         norm = self.engine.get_global_grad_norm()
         return float(norm) if norm is not None else float("nan")
 
@@ -76,11 +80,13 @@ def deepspeed_config(config: Config, micro_batch: int, accumulation: int) -> dic
     settings |= {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
-        # Stage 0 clips in FiniteAdamW, which needs the norm anyway.
-        "gradient_clipping": config.train.clip if config.zero.stage else 0.0,
+        # Below stage 3 FiniteAdamW clips, which needs the norm anyway.
+        "gradient_clipping": config.train.clip if config.zero.stage == 3 else 0.0,
         "zero_allow_untested_optimizer": True,
         "steps_per_print": None,
         "wall_clock_breakdown": False,
+        # It would make the host wait for the device twice a step.
+        "timers": {"throughput": {"enabled": False}},
     }
     if config.zero.stage == 3:
         # A parameter that stays whole between steps would not see the target's average, written into its partition.
@@ -99,6 +105,8 @@ def initialize(model: nn.Module, config: Config, micro_batch: int, accumulation:
     """
     import deepspeed
 
+    from iwm_fast.engine.fused_step import fused_zero
+
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # DeepSpeed would compile its shared-memory collective at the first start (half a minute, and a compiler): not
     # needed.
@@ -109,12 +117,15 @@ def initialize(model: nn.Module, config: Config, micro_batch: int, accumulation:
     shapes = {name: tuple(p.shape) for name, p in trainable.items()}
     optimizer = build_optimizer(model, config.train, stage)
     rounding = stage == 0 and config.train.precision == "bf16"
-    engine, _, _, _ = deepspeed.initialize(
-        model=Bf16Compute(model) if rounding else model,
-        optimizer=optimizer,
-        config=deepspeed_config(config, micro_batch, accumulation),
-        dist_init_required=False,
-    )
+    with fused_zero() if stage in (1, 2) else contextlib.nullcontext():
+        engine, _, _, _ = deepspeed.initialize(
+            model=Bf16Compute(model) if rounding else model,
+            optimizer=optimizer,
+            config=deepspeed_config(config, micro_batch, accumulation),
+            dist_init_required=False,
+        )
+    if stage == 0 and engine.dp_world_size == 1:
+        engine.enable_backward_allreduce = False  # it would flatten every gradient, and copy it back
     zero = ZeroEngine(engine, optimizer, stage, model, [])
     zero.set_updates(0)
     zero.shards = _shards(zero, shapes)
@@ -133,7 +144,7 @@ def _shards(zero: ZeroEngine, shapes: dict[str, tuple[int, ...]]) -> list[Shard]
 
 
 def _whole(zero: ZeroEngine, name: str, parameter: nn.Parameter, shape: tuple[int, ...]) -> Shard:
-    """Stage 0: every rank holds all of it."""
+    """Stage 0, and fp32 on a rank alone: a rank holds all of it."""
     state = zero.optimizer.state[parameter]
     return Shard(name, shape, 0, parameter.data.view(-1), {key: state[key].view(-1) for key in MOMENTS})
 
@@ -144,6 +155,8 @@ def _fragment(zero: ZeroEngine, name: str, parameter: nn.Parameter, shape: tuple
     if mapping is None:
         return None
     where = mapping.get_hp_fragment_address()
+    if parameter in zero.optimizer.state:  # fp32 on a rank alone: FusedZero updates the model's own tensors
+        return _whole(zero, name, parameter, shape)
     flat = zero.optimizer.param_groups[mapping.param_group_index]["params"][0]
     state = zero.optimizer.state[flat]
     moments = {key: state[key].narrow(0, where.start, where.numel) for key in MOMENTS}

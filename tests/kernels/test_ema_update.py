@@ -37,6 +37,25 @@ def test_one_element_after_another_in_float64(lengths: list[int], momentum: floa
         assert torch.equal(copy, average.bfloat16())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_step_that_is_not_to_be_leaves_the_averages_and_copies_them(dtype: torch.dtype) -> None:
+    averages, weights, copies = (draw([1, 31, 1000], seed, dtype) for seed in range(3))
+    kept = [a.clone() for a in averages]
+    moved = [a.clone() for a in averages]
+    ema_update(averages, weights, 0.3, copies, unless=torch.ones(()))
+    assert all(torch.equal(a, b) for a, b in zip(averages, kept, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(copies, kept, strict=True))
+    ema_update(averages, weights, 0.3, copies, unless=torch.zeros(()))
+    ema_update(moved, weights, 0.3)
+    assert all(torch.equal(a, b) for a, b in zip(averages, moved, strict=True))
+
+
+@pytest.mark.parametrize("wrong", [torch.zeros(2), torch.zeros((), dtype=torch.bool)], ids=["two", "bool"])
+def test_the_flag_is_one_number_in_fp32(wrong: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match=r"it must be one torch\.float32 on cpu"):
+        ema_update([torch.zeros(3)], [torch.ones(3)], 0.5, unless=wrong)
+
+
 @pytest.mark.parametrize("momentum", [0.0, 0.3, 0.996, 0.9999, 1.0])
 def test_fp32_is_what_a_lerp_and_a_copy_give_to_the_bit(momentum: float) -> None:
     lengths = [1, 31, 1000]

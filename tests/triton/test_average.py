@@ -57,6 +57,17 @@ def cells(lengths, gap):
     return torch.cat(inside).nonzero().squeeze(1)
 
 
+@pytest.mark.parametrize("flag", [0.0, 1.0])
+def test_the_flag_on_the_device_decides_whether_the_averages_move(device, flag):
+    (averages, _), (weights, _), (copies, _) = (shards([100, 2049], seed, device) for seed in range(3))
+    kept, moved = [t.clone() for t in averages], [t.clone() for t in averages]
+    ema_update(averages, weights, 0.3, copies, unless=torch.full((), flag, device=device), backend="triton")
+    ema_update(moved, weights, 0.3, backend="triton")
+    for found, expected in zip(averages, kept if flag else moved, strict=True):
+        assert torch.equal(found, expected)
+    assert all(torch.equal(a, b) for a, b in zip(copies, averages, strict=True))
+
+
 def test_the_ends_are_exact(device):
     averages, weights = (shards([100, 7], seed, device)[0] for seed in (0, 1))
     kept = [t.clone() for t in averages]
