@@ -91,7 +91,7 @@ class FusedZero(DeepSpeedZeroOptimizer):
             )
 
     def _flat_gradient(self, i: int) -> Tensor:
-        """Return the gradient of this rank's part of group ``i``: fp32, flat, padded with zeros to the part's length."""
+        """Return the gradient of this rank's part of group ``i``: fp32, flat, padded with zeros to its length."""
         length = int(self.partition_size[i])
         if self.alone:
             found = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.bit16_groups[i]]
