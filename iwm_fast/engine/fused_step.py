@@ -42,9 +42,9 @@ class FusedZero(DeepSpeedZeroOptimizer):
         if not self.alone:
             optimizer.divided = self.dp_process_group
         elif self.dtype == torch.float32:
-            for i, group in enumerate(optimizer.param_groups):
-                self.single_partition_of_fp32_groups[i].data = self.bit16_groups_flat[i]
-                group["params"] = self.bit16_groups[i]
+            for i, master in enumerate(self.single_partition_of_fp32_groups):
+                master.data = self.bit16_groups_flat[i]
+                optimizer.parts[master] = self.bit16_groups[i]
 
     def create_gradient_handling_hooks(self) -> None:
         """Register DeepSpeed's hooks, which divide and reduce, where there are other ranks."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -27,6 +27,16 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 _ROW, _ROWS = 1024, 64
 
 
+class _Tensors(NamedTuple):
+    """Of one group, as many in each list."""
+
+    weights: list[Tensor]
+    grads: list[Tensor]
+    first: list[Tensor]
+    second: list[Tensor]
+    counts: list[Tensor]
+
+
 class FiniteAdamW(torch.optim.AdamW):
     """AdamW that leaves weights and moments alone when a gradient is not finite; whether it did, the device knows.
 
@@ -35,7 +45,7 @@ class FiniteAdamW(torch.optim.AdamW):
     DeepSpeed's engine looks for the outcome (``DeepSpeedEngine._take_model_step``).
 
     ``divided``: the process group whose ranks hold the parts of one gradient, or None. ``copies``: gradients are sums
-    over so many ranks, and their mean is meant.
+    over so many ranks, and their mean is meant. ``parts``: views of a flat weight, which together have its gradient.
     """
 
     def __init__(self, params: Any, *, clip: float = 0.0, **options: Any) -> None:
@@ -43,6 +53,8 @@ class FiniteAdamW(torch.optim.AdamW):
         self.clip = clip
         self.divided: dist.ProcessGroup | None = None
         self.copies = 1
+        self.parts: dict[Tensor, list[Tensor]] = {}
+        self._views: dict[int, tuple[Tensor, list[Tensor]]] = {}
         self.overflow = False  # DeepSpeed would count a step as skipped; `SkippedSteps` does
         self._global_grad_norm: Tensor | float = 0.0
         self.found_inf: Tensor | None = None
@@ -52,12 +64,8 @@ class FiniteAdamW(torch.optim.AdamW):
         """Update by the gradients' mean, clipped, or not at all."""
         if closure is not None:
             raise ValueError("closure is not supported")
-        weights = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
-        grads: list[list[Tensor]] = [[p.grad for p in group if p.grad is not None] for group in weights]
-        missing = [p for group in weights for p in group if p not in self.state]
-        if missing:
-            ensure_state(self, missing)
-        norm = self._norm([grad for group in grads for grad in group])
+        tensors = [self._tensors(group) for group in self.param_groups]
+        norm = self._norm([grad for own in tensors for grad in own.grads])
         moved = (norm < torch.inf).float()  # neither infinity nor NaN is less
         self._global_grad_norm, self.found_inf = norm, 1.0 - moved
         scale = None  # what the gradients are divided by
@@ -65,11 +73,44 @@ class FiniteAdamW(torch.optim.AdamW):
             scale = ((norm + 1e-6) / self.clip).clamp_min(1.0)
         if self.copies > 1:
             scale = torch.full_like(norm, self.copies) if scale is None else scale * self.copies
-        for count in {id(self.state[p]["step"]): self.state[p]["step"] for group in weights for p in group}.values():
+        for count in {id(count): count for own in tensors for count in own.counts}.values():
             count.add_(moved)
-        for group, own, gradients in zip(self.param_groups, weights, grads, strict=True):
-            if own:
-                self._move(group, own, gradients, self.found_inf, scale)
+        for group, own in zip(self.param_groups, tensors, strict=True):
+            if own.weights:
+                self._move(group, own, self.found_inf, scale)
+
+    def _tensors(self, group: dict[str, Any]) -> _Tensors:
+        """What the step reads and writes of a group; weights without a gradient are left out."""
+        found = _Tensors([], [], [], [], [])
+        for weight in group["params"]:
+            parts = self.parts.get(weight, (weight,))
+            if all(part.grad is None for part in parts):
+                continue
+            if weight not in self.state:
+                ensure_state(self, [weight])
+            state = self.state[weight]
+            moments = [[state[key]] for key in MOMENTS]
+            if weight in self.parts:
+                moments = [self._divided(weight, state[key]) for key in MOMENTS]
+            for part, first, second in zip(parts, *moments, strict=True):
+                if part.grad is not None:
+                    found.weights.append(part)
+                    found.grads.append(part.grad)
+                    found.first.append(first)
+                    found.second.append(second)
+                    found.counts.append(state["step"])
+        return found
+
+    def _divided(self, weight: Tensor, moment: Tensor) -> list[Tensor]:
+        """Views of a flat weight's moment, one for each of its parts."""
+        known = self._views.get(id(moment))
+        if known is None or known[0] is not moment:
+            begins = [(p.data_ptr() - weight.data_ptr()) // weight.element_size() for p in self.parts[weight]]
+            views = [
+                moment[at : at + p.numel()].view(p.shape) for at, p in zip(begins, self.parts[weight], strict=True)
+            ]
+            known = self._views[id(moment)] = (moment, views)
+        return known[1]
 
     def _norm(self, grads: Sequence[Tensor]) -> Tensor:
         norm: Tensor = torch.linalg.vector_norm(torch.stack(tuple(_norms(grads))))
@@ -79,18 +120,10 @@ class FiniteAdamW(torch.optim.AdamW):
             norm = square.sqrt()
         return norm / self.copies if self.copies > 1 else norm
 
-    def _move(
-        self,
-        group: dict[str, Any],
-        weights: list[Tensor],
-        grads: list[Tensor],
-        found_inf: Tensor,
-        scale: Tensor | None,
-    ) -> None:
+    def _move(self, group: dict[str, Any], own: _Tensors, found_inf: Tensor, scale: Tensor | None) -> None:
         """Update one group, unless ``found_inf`` is 1.0; ``scale`` divides the gradients."""
-        first, second = ([self.state[p][key] for p in weights] for key in MOMENTS)
         torch._fused_adamw_(
-            weights, grads, first, second, [], [self.state[p]["step"] for p in weights],
+            own.weights, own.grads, own.first, own.second, [], own.counts,
             lr=group["lr"], beta1=group["betas"][0], beta2=group["betas"][1], weight_decay=group["weight_decay"],
             eps=group["eps"], amsgrad=False, maximize=False, grad_scale=scale, found_inf=found_inf,
         )  # fmt: skip
@@ -120,17 +153,10 @@ class FiniteLamb(FiniteAdamW):
     CPU and the GPU alike; at ZeRO stage 0, because the norms are of whole tensors.
     """
 
-    def _move(
-        self,
-        group: dict[str, Any],
-        weights: list[Tensor],
-        grads: list[Tensor],
-        found_inf: Tensor,
-        scale: Tensor | None,
-    ) -> None:
+    def _move(self, group: dict[str, Any], own: _Tensors, found_inf: Tensor, scale: Tensor | None) -> None:
         """Update one group. In a skipped step the gradients' bits become zero and every factor leaves all as it is."""
-        first, second = ([self.state[p][key] for p in weights] for key in MOMENTS)
-        (beta1, beta2), count = group["betas"], self.state[weights[0]]["step"].double()
+        weights, grads, first, second, counts = own
+        (beta1, beta2), count = group["betas"], counts[0].double()
         moved = 1.0 - found_inf
         # NaN · 0 is NaN, but as an integer it is 0, which is the bits of 0.0.
         torch._foreach_mul_([g.view(torch.int32) for g in grads], moved.to(torch.int32))

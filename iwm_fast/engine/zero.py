@@ -144,7 +144,7 @@ def _shards(zero: ZeroEngine, shapes: dict[str, tuple[int, ...]]) -> list[Shard]
 
 
 def _whole(zero: ZeroEngine, name: str, parameter: nn.Parameter, shape: tuple[int, ...]) -> Shard:
-    """Stage 0, and fp32 on a rank alone: a rank holds all of it."""
+    """Stage 0: every rank holds all of it."""
     state = zero.optimizer.state[parameter]
     return Shard(name, shape, 0, parameter.data.view(-1), {key: state[key].view(-1) for key in MOMENTS})
 
@@ -155,8 +155,6 @@ def _fragment(zero: ZeroEngine, name: str, parameter: nn.Parameter, shape: tuple
     if mapping is None:
         return None
     where = mapping.get_hp_fragment_address()
-    if parameter in zero.optimizer.state:  # fp32 on a rank alone: FusedZero updates the model's own tensors
-        return _whole(zero, name, parameter, shape)
     flat = zero.optimizer.param_groups[mapping.param_group_index]["params"][0]
     state = zero.optimizer.state[flat]
     moments = {key: state[key].narrow(0, where.start, where.numel) for key in MOMENTS}

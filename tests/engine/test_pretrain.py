@@ -127,8 +127,8 @@ def test_the_target_of_a_rank_alone_reads_the_average_rounded(tiny_images, tmp_p
     seen = []
 
     class Watched(TargetAverage):
-        def update(self, momentum):
-            super().update(momentum)
+        def update(self, momentum, unless=None):
+            super().update(momentum, unless)
             seen.append(self.reads_what_it_should())
 
         def refresh(self):
