@@ -31,6 +31,7 @@ from iwm_fast.engine.casting import Bf16Compute
 from iwm_fast.engine.distributed import Ranks
 from iwm_fast.engine.ema import TargetAverage
 from iwm_fast.engine.loop import Trainer
+from iwm_fast.engine.optimizer import FiniteAdamW
 from iwm_fast.engine.schedules import Schedules
 from iwm_fast.engine.zero import ZeroEngine, initialize
 from iwm_fast.errors import UserError
@@ -129,7 +130,10 @@ def _real(config: Config, actions: int, micro_batch: int, accumulation: int) -> 
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.zero_()
-    return initialize(model, config, micro_batch, accumulation)
+    zero = initialize(model, config, micro_batch, accumulation)
+    if isinstance(zero.optimizer, FiniteAdamW):
+        zero.optimizer.in_rows = False
+    return zero
 
 
 class _Engine:

@@ -295,7 +295,9 @@ class TrainConfig(Section):
         description="with static_shapes: tokens; default: the power of two at or below 1/48 of a micro-batch's patches",
     )
     max_skipped: Annotated[int, Field(ge=0)] = Field(
-        10, description="steps in a row with a non-finite loss or gradient that are skipped before the run stops"
+        10,
+        description="steps in a row with a non-finite loss or gradient that are skipped before the run stops; "
+        "looked at when a step is logged or a checkpoint is written",
     )
     rank_timeout_s: Annotated[float, Field(ge=1.0)] = Field(
         600.0, description="seconds without progress after which a rank counts as hung, and every rank ends"
