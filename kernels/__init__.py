@@ -10,7 +10,8 @@ from __future__ import annotations
 from . import _norms, _passes, _products, _rows
 from ._backend import use_backend
 from ._compiled import compiled_variants
-from ._tuning import TUNED, TUNING_DIR_VARIABLE, bucket, device_name, shipped_attention, tuning_folder
+from ._run_choices import Adopted, RunChoices, read_adopted, run_choices
+from ._tuning import TUNED, TUNING_DIR_VARIABLE, bucket, device_name, shipped_attention, tuning_folder, use_tuner
 from ._workspace import mlp_workspace, use_workspace
 from .conditioned_mlp import (
     conditioned_mlp,
@@ -41,6 +42,8 @@ __all__ = [
     "TRITON_FUNCTIONS",
     "TUNED",
     "TUNING_DIR_VARIABLE",
+    "Adopted",
+    "RunChoices",
     "bucket",
     "compiled_variants",
     "conditioned_mlp",
@@ -65,10 +68,12 @@ __all__ = [
     "predictor_input_bytes",
     "predictor_input_flops",
     "predictor_input_reference",
+    "read_adopted",
     "residual_norm",
     "residual_norm_bytes",
     "residual_norm_flops",
     "residual_norm_reference",
+    "run_choices",
     "shipped_attention",
     "stopgrad_l2",
     "stopgrad_l2_bytes",
@@ -76,5 +81,6 @@ __all__ = [
     "stopgrad_l2_reference",
     "tuning_folder",
     "use_backend",
+    "use_tuner",
     "use_workspace",
 ]

@@ -6,7 +6,8 @@ no register. Which is fastest is for `_tuning` to find out on the device.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 __all__ = [
     "ARCHITECTURES",
@@ -17,6 +18,7 @@ __all__ = [
     "Choice",
     "candidates_of",
     "possible",
+    "read_choice",
     "slices_of",
 ]
 
@@ -118,6 +120,16 @@ def possible(choice: Choice, architecture: str, element: int, about: str) -> boo
     layout, _, kind = about.partition(" ")
     newest = architecture != "interpreter" and int(architecture.removeprefix("sm_")) >= 100
     return layout == "tma" and element == 2 and not (newest and kind.startswith("action"))
+
+
+def read_choice(entry: Any) -> Choice | None:
+    """The choice of an entry of a table of choices; None where the entry is of another kind."""
+    found = entry.get("choice") if isinstance(entry, dict) else None
+    if not isinstance(found, dict) or not found.keys() <= {field.name for field in fields(Choice)}:
+        return None
+    numbers = [value for name, value in found.items() if name != "by"]
+    known = isinstance(found.get("by"), str) and all(type(value) is int for value in numbers)
+    return Choice(**found) if known else None
 
 
 def slices_of(blocks: int, most: int, processors: int) -> int:

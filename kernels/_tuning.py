@@ -27,10 +27,11 @@ from typing import Any, Protocol, TypeVar
 import torch
 import triton
 
-from ._candidates import Choice, candidates_of, possible
+from ._candidates import Choice, candidates_of, possible, read_choice
 from ._gpu_time import gpu_seconds
 
 __all__ = [
+    "FAILURES",
     "TUNED",
     "TUNING_DIR_VARIABLE",
     "Chooser",
@@ -38,6 +39,8 @@ __all__ = [
     "Tuner",
     "bucket",
     "device_name",
+    "device_tuner",
+    "key_of",
     "nearest",
     "shipped_attention",
     "tuner",
@@ -52,7 +55,7 @@ TUNING_DIR_VARIABLE = "IWM_FAST_TUNING_DIR"
 _REPEATS = 10
 _BUCKETS = 64  # more than there are
 # What a candidate may fail with that another may survive. Out of device memory is not among them.
-_FAILURES = (triton.runtime.errors.TritonError, triton.compiler.errors.CompilationError)
+FAILURES = (triton.runtime.errors.TritonError, triton.compiler.errors.CompilationError)
 _held: set[Path] = set()  # folders whose lock this process holds
 T = TypeVar("T")
 
@@ -88,6 +91,11 @@ def nearest(key: Key, known: Callable[[Key], T | None]) -> T | None:
             if found is not None:
                 return found
     return None
+
+
+def key_of(product: str, dtype: torch.dtype, sizes: tuple[int, int, int], about: str) -> Key:
+    """The key of a product of `sizes` (rows, columns, depth)."""
+    return Key(product, _type_name(dtype), bucket(sizes[0]), sizes[1], sizes[2], about)
 
 
 class Chooser(Protocol):
@@ -128,13 +136,13 @@ class Tuner:
         about: str = "any",
     ) -> T:
         """`call` with the best choice for a product of `sizes` (rows, columns, depth), or the next that works."""
-        key = Key(product, _type_name(dtype), bucket(sizes[0]), sizes[1], sizes[2], about)
+        key = key_of(product, dtype, sizes, about)
         while True:
-            choice = self._chosen.get(key) or self._choose(key, dtype.itemsize, call)
+            choice = self._chosen.get(key) or self.choose(key, dtype.itemsize, call)
             try:
                 return call(choice)
-            except _FAILURES as error:
-                self._leave_out(key, choice, error)
+            except FAILURES as error:
+                self.leave_out(key, choice, error)
 
     def candidates(self, key: Key, element: int) -> list[Choice]:
         """Those that fit into shared memory and have not failed, the architecture's preferred one first."""
@@ -147,22 +155,32 @@ class Tuner:
             and (key, choice) not in self._failed
         ]
 
-    def _choose(self, key: Key, element: int, call: Callable[[Choice], object]) -> Choice:
-        left = self.candidates(key, element)
-        if not left:
+    def left(self, key: Key, element: int) -> list[Choice]:
+        """The candidates, of which there is at least one."""
+        found = self.candidates(key, element)
+        if not found:
             raise RuntimeError(f"no implementation of {key} works on {self.name}; set backend=reference")
+        return found
+
+    def shipped(self, key: Key, left: Sequence[Choice]) -> Choice | None:
+        """What was measured for a key before the package was made, where it is among those that are left."""
+        return self._known(_shipped(self.name), key, left)
+
+    def choose(self, key: Key, element: int, call: Callable[[Choice], object]) -> Choice:
+        """The choice for a key, looked up or timed by `call`."""
+        left = self.left(key, element)
         if self.architecture == "interpreter":
             choice = left[0]
         elif _capturing():
             return self._without_timing(key, left)  # for this graph alone: outside of it, it is found out
         else:
-            choice = self._known(_shipped(self.name), key, left) or self._find_out(key, left, call)
+            choice = self.shipped(key, left) or self._find_out(key, left, call)
         self._chosen[key] = choice
         return choice
 
     def _without_timing(self, key: Key, left: Sequence[Choice]) -> Choice:
         """What is known of a key or, at the nearest number of rows, of its product; else the preferred candidate."""
-        known = self._known(_shipped(self.name), key, left) or self._known(_read(self._path), key, left)
+        known = self.shipped(key, left) or self._known(_read(self._path), key, left)
         return known or nearest(key, lambda other: c if (c := self._chosen.get(other)) in left else None) or left[0]
 
     @property
@@ -170,8 +188,7 @@ class Tuner:
         return self.folder / f"{self.name}-triton-{triton.__version__}.json"
 
     def _known(self, table: dict[str, Any], key: Key, left: Sequence[Choice]) -> Choice | None:
-        found = table.get(str(key))
-        choice = Choice(**found["choice"]) if found else None
+        choice = read_choice(table.get(str(key)))
         return choice if choice in left else None
 
     def _find_out(self, key: Key, left: Sequence[Choice], call: Callable[[Choice], object]) -> Choice:
@@ -194,11 +211,12 @@ class Tuner:
         for choice in left:
             try:
                 seconds[choice] = self.time(lambda choice=choice: call(choice))  # type: ignore[misc]
-            except _FAILURES as error:
-                self._leave_out(key, choice, error)
+            except FAILURES as error:
+                self.leave_out(key, choice, error)
         return seconds
 
-    def _leave_out(self, key: Key, choice: Choice, error: BaseException) -> None:
+    def leave_out(self, key: Key, choice: Choice, error: BaseException) -> None:
+        """Never try a choice for a key again, and say why."""
         self._failed.add((key, choice))
         self._chosen.pop(key, None)
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -318,11 +336,11 @@ def use_tuner(other: Chooser) -> Iterator[None]:
 
 def tuner(device: torch.device) -> Chooser:
     """Whom to ask for a choice on a device."""
-    return _in_place or _tuner_of(device)
+    return _in_place or device_tuner(device)
 
 
 @cache
-def _tuner_of(device: torch.device) -> Tuner:
+def device_tuner(device: torch.device) -> Tuner:
     """The tuner of a CUDA device, or of the interpreter for the CPU."""
     if device.type == "cpu":
         return Tuner("interpreter", "interpreter", 2**62, tuning_folder(), lambda _: 0.0)

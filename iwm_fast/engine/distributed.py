@@ -8,9 +8,9 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,7 +20,9 @@ from iwm_fast.engine.rank_environment import ALONE, device_index, place_of
 from iwm_fast.engine.signals import end_with_parent
 from iwm_fast.errors import UserError
 
-__all__ = ["Ranks", "agree", "gather", "leave", "start"]
+__all__ = ["Ranks", "agree", "decide", "gather", "leave", "start"]
+
+Decided = TypeVar("Decided")
 
 # The library gives up last: after a start's time or the time that a rank may be silent, when the rank has been named.
 _START_S, _MARGIN_S = 600.0, 60.0
@@ -179,3 +181,19 @@ def agree(ranks: Ranks, *flags: bool) -> list[bool]:
     votes = torch.tensor(flags, dtype=torch.int32)
     dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=ranks.control)
     return [bool(vote) for vote in votes.tolist()]
+
+
+def decide(ranks: Ranks, choose: Callable[[], Decided]) -> Decided:
+    """The first rank chooses for all, who call it too; what it could not do ends every rank with its words."""
+    answer: list[Any] = [None, None]
+    if ranks.first:
+        try:
+            answer[0] = choose()
+        except UserError as error:
+            answer[1] = str(error)
+    if ranks.world > 1:
+        dist.broadcast_object_list(answer, src=0, group=ranks.control)
+    if answer[1] is not None:
+        raise UserError(answer[1])
+    decided: Decided = answer[0]
+    return decided

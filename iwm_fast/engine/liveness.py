@@ -55,6 +55,10 @@ class Liveness:
         """Note that the main thread has come to ``where``. All ranks come to the same places in the same order."""
         self._where, self._moves, self._moved_at = where, self._moves + 1, time.monotonic()
 
+    def starting(self) -> None:
+        """The next step compiles again: until `started`, a rank may be silent as long as before the first one."""
+        self._allowed_s = max(self._limit_s, _START_S)
+
     def started(self) -> None:
         """The first step is made: from now on the limit is the one that was asked for."""
         self._allowed_s = self._limit_s

@@ -12,6 +12,7 @@ from iwm_fast.engine.checkpoint_writer import CheckpointWriter
 from iwm_fast.engine.clock import seconds_since_start
 from iwm_fast.engine.distributed import Ranks, agree
 from iwm_fast.engine.ema import TargetAverage
+from iwm_fast.engine.kernel_choices import KernelChoices
 from iwm_fast.engine.liveness import Liveness
 from iwm_fast.engine.loop import Trainer
 from iwm_fast.engine.metrics import MetricsLog
@@ -56,6 +57,7 @@ class Run:
     live: Liveness
     stop_at: int
     identity: ListIdentity | None  # the first rank's
+    choices: KernelChoices
 
 
 def train(run: Run, space: ActionSpace, progress: TrainingProgress, stop: StopRequest, upkeep: Upkeep) -> None:
@@ -69,6 +71,7 @@ def train(run: Run, space: ActionSpace, progress: TrainingProgress, stop: StopRe
         trainer.waiting = stop.abandonable
     trainer.restart_clock()
     while trainer.step < run.stop_at and not asked.stop:
+        run.choices.choices.begin(trainer.step + 1)
         try:
             record = trainer.train_step()
         except Abandoned:
@@ -127,10 +130,20 @@ def _evaluated(
 
 
 def _asked(run: Run, stop: StopRequest) -> Asked:
-    """What any rank was asked, for all; raises what a checkpoint's writing has raised on any."""
-    asked, interrupted, write_failed = agree(run.ranks, stop.asked, stop.interrupted, run.writer.failed)
+    """What any rank was asked, for all; raises what a checkpoint's writing has raised on any.
+
+    All ranks meet here, so block sizes that one of them lacks are found.
+    """
+    asked, interrupted, write_failed, lacking = agree(
+        run.ranks, stop.asked, stop.interrupted, run.writer.failed, run.choices.choices.lacking
+    )
     if write_failed:
         run.writer.wait()
+    if lacking:
+        run.live.starting()
+        run.live.at("timing of the kernels")
+        run.choices.meet(run.trainer.step + 1)
+        run.trainer.restart_clock()
     return Asked(asked, interrupted)
 
 

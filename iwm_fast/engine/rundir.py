@@ -62,6 +62,7 @@ class RunDirectory:
         self.checkpoints = path / "checkpoints"
         self.stopped_file = path / "stopped"
         self.skipped_file = path / "skipped_steps.json"
+        self.kernel_choices_file = path / "kernel_choices.json"
 
     @contextmanager
     def locked(self) -> Iterator[None]:

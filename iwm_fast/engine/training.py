@@ -5,12 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 
 from iwm_fast.config import Config
 from iwm_fast.config.cores import usable_cores
@@ -24,9 +21,10 @@ from iwm_fast.data.triplets import Triplets, resolve_triplets
 from iwm_fast.engine.checkpoint import Checkpoint
 from iwm_fast.engine.checkpoint_writer import CheckpointWriter, clear_leftovers, point_latest
 from iwm_fast.engine.determinism import deterministic_operators
-from iwm_fast.engine.distributed import Ranks, gather, start
+from iwm_fast.engine.distributed import Ranks, decide, gather, start
 from iwm_fast.engine.ema import TargetAverage
 from iwm_fast.engine.interconnect import Interconnect, far_below, measure_interconnect
+from iwm_fast.engine.kernel_choices import KernelChoices, read_tables
 from iwm_fast.engine.launch import require_shared
 from iwm_fast.engine.liveness import Liveness
 from iwm_fast.engine.loop import Trainer
@@ -44,13 +42,12 @@ from iwm_fast.engine.trained import require_machine, trained_model
 from iwm_fast.engine.upkeep import Upkeep
 from iwm_fast.engine.zero import initialize
 from iwm_fast.errors import Interrupted, UserError
+from iwm_fast.kernels import use_tuner
 from iwm_fast.models.attention import describe_attention
 from iwm_fast.planning.conflicts import conflicts, require_a_step
 from iwm_fast.planning.length import training_steps
 
 __all__ = ["pretrain"]
-
-Decided = TypeVar("Decided")
 
 
 def pretrain(config: Config, out: Path, resume: str = "never", *, alone: bool = False) -> None:
@@ -82,7 +79,7 @@ def pretrain(config: Config, out: Path, resume: str = "never", *, alone: bool = 
                 require_ready(config, directory)
                 return choose_checkpoint(config, directory, resume)
 
-            chosen = _decide(ranks, choose)
+            chosen = decide(ranks, choose)
             require_shared(directory.path, ranks.peers, ranks.rank, lambda value: gather(value, ranks.world))
             live.at("listing of the data")
             patience = Patience(config.data.store_timeout, config.data.store_attempts)
@@ -92,26 +89,10 @@ def pretrain(config: Config, out: Path, resume: str = "never", *, alone: bool = 
             if triplets is None:
                 tell_of_splits(config.data.root or "", "all of them are trained on")
             identity = ListIdentity(files) if ranks.first else None
-            _decide(ranks, lambda: _begin(config, directory, chosen, files, identity, ranks, measured))
+            decide(ranks, lambda: _begin(config, directory, chosen, files, identity, ranks, measured))
             _train(config, directory, chosen, ranks, live, files, identity, stop)
     if stop.interrupted:
         raise Interrupted
-
-
-def _decide(ranks: Ranks, choose: Callable[[], Decided]) -> Decided:
-    """The first rank chooses for all; what it could not do ends every rank with its words."""
-    answer: list[Any] = [None, None]
-    if ranks.first:
-        try:
-            answer[0] = choose()
-        except UserError as error:
-            answer[1] = str(error)
-    if ranks.world > 1:
-        dist.broadcast_object_list(answer, src=0)
-    if answer[1] is not None:
-        raise UserError(answer[1])
-    decided: Decided = answer[0]
-    return decided
 
 
 def _begin(
@@ -150,7 +131,7 @@ def _train(
     live.at("making of the model")
     space = space_of(config.actions)
     model = trained_model(config, space.dim, ranks.device)
-    _decide(ranks, lambda: require_room(model, directory.checkpoints))
+    decide(ranks, lambda: require_room(model, directory.checkpoints))
     saved = Checkpoint(chosen) if chosen is not None else None
     done, updates = (saved.step, saved.updates) if saved else (0, 0)
     schedules = Schedules(config.train, training_steps(config, len(files)))
@@ -182,11 +163,13 @@ def _train(
             config, zero, average, stream, schedules, ranks, live=live, skipped=skipped,
             predicts=predicts, action_dim=space.dim, dataset_size=len(files), step=done, updates=updates,
         )  # fmt: skip
-        run = Run(config, directory, ranks, zero, average, trainer, writer, live, stop_at, identity)
+        file = directory.kernel_choices_file
+        choices = KernelChoices(ranks, file, decide(ranks, lambda: read_tables(file, chosen)))
+        run = Run(config, directory, ranks, zero, average, trainer, writer, live, stop_at, identity, choices)
         with TrainingProgress(stop_at, done, shown=ranks.first) as progress:
             _announce(run, files, saved, progress)
             # Only from here on is there a state to save: a start that is told to stop just ends.
-            with stop.held(progress.say), Upkeep() as upkeep, live.watching():
+            with stop.held(progress.say), Upkeep() as upkeep, live.watching(), use_tuner(choices.choices):
                 train(run, space, progress, stop, upkeep)
 
 
@@ -213,5 +196,7 @@ def _announce(run: Run, files: ImageSet | Triplets, saved: Checkpoint | None, pr
         progress.say(f"the data changed since the checkpoint was written: {change}")
     if saved:
         progress.say(f"resumed from {saved.path}: the next step is {run.trainer.step + 1} of {run.stop_at}")
+    if news := run.choices.news(run.trainer.step):
+        progress.say(news)
     if run.trainer.step >= run.stop_at:
         progress.say(f"nothing to do: {run.trainer.step} steps are done; raise train.steps to go on")

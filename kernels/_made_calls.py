@@ -1,0 +1,98 @@
+"""Calls of the products on made-up operands, by a tuner's key: to time a choice where no batch is at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _launch_products as products
+from ._candidates import Choice
+from ._launch_products import Bias
+from ._tuning import Key, key_of, use_tuner
+
+__all__ = ["made_call"]
+
+# Tokens of an image and components of an action where a key does not say how many: they hardly change the time.
+_IMAGE, _ACTIONS = 196, 16
+
+
+class _Grabbed:
+    """In the tuner's place: keeps the call that a product would make."""
+
+    key: Key
+    call: Callable[[Choice], Any]
+
+    def run(
+        self, product: str, dtype: torch.dtype, sizes: tuple[int, int, int], call: Callable[[Choice], Any], about: str
+    ) -> None:
+        self.key, self.call = key_of(product, dtype, sizes, about), call
+
+
+def made_call(key: Key, rows: int, device: torch.device) -> Callable[[Choice], object] | None:
+    """The product of a key with so many rows, its operands normal numbers; None where no operands give that key."""
+    for apart in (0, 1):
+        grabbed = _Grabbed()
+        with use_tuner(grabbed):
+            _begin(key, _Operands(rows, apart, getattr(torch, key.dtype.partition("-")[0]), device))
+        if grabbed.key == key:
+            return grabbed.call
+    return None
+
+
+class _Operands:
+    """apart: columns between one row of the tokens and the next, so that no descriptor can point at them."""
+
+    def __init__(self, rows: int, apart: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.rows, self.apart, self.dtype, self.device = rows, apart, dtype, device
+        # Its own, so that the training's random numbers stay where they are. Zeros would be multiplied faster.
+        self.random = None if device.type == "meta" else torch.Generator(device).manual_seed(0)
+
+    def some(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Normal numbers."""
+        made = torch.empty(*shape, dtype=dtype or self.dtype, device=self.device)
+        return made if self.random is None else made.normal_(generator=self.random)
+
+    def tokens(self, width: int) -> Tensor:
+        """Rows of numbers (rows, width)."""
+        return self.some(self.rows, width + self.apart)[:, :width]
+
+    def bias(self, kind: str, columns: int) -> Bias | None:
+        """A bias of a kind, as `Bias.kind` says it; None for "plain"."""
+        if kind == "plain":
+            return None
+        if kind == "row":
+            return Bias(self.some(columns))
+        image = torch.arange(self.rows, dtype=torch.int32, device=self.device) // _IMAGE
+        images = -(-self.rows // _IMAGE)
+        if kind == "image":
+            return Bias(self.some(images, columns, dtype=torch.float32), image)
+        return Bias(self.some(columns), image, self.some(images, _ACTIONS), self.some(columns, _ACTIONS))
+
+
+def _begin(key: Key, operands: _Operands) -> None:
+    """Call the product of a key."""
+    some, columns, depth = operands.some, key.columns, key.depth
+    if key.product == "weight_grad":  # its sizes are (rows, P, Q)
+        products.weight_grad_slices(operands.tokens(columns), some(operands.rows, depth))
+        return
+    _, kind, *residual = key.about.split()
+    x, bias = operands.tokens(depth), operands.bias(kind, columns)
+    if key.product == "hidden_backward":
+        assert bias is not None
+        products.hidden_backward(
+            x, some(columns, depth), bias, some(operands.rows, depth), some(depth, columns), "gelu"
+        )  # fmt: skip
+        return
+    # Without a bias it is a gradient's product, whose weight is transposed, and which is summed on in fp32.
+    weight = some(columns, depth) if bias is not None else some(depth, columns).t()
+    out = torch.empty(
+        operands.rows, columns, dtype=torch.float32 if key.product == "plain" else x.dtype, device=x.device
+    )
+    products.linear(
+        x, weight, bias, out,
+        residual=some(operands.rows, columns) if residual else None,
+        activation="gelu" if key.product == "hidden" else None,
+    )  # fmt: skip
