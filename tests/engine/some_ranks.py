@@ -1,14 +1,21 @@
 """Run under torchrun by the tests: several trainings one after the other on the same ranks, which saves the imports.
 
 Arguments: images, out, then one JSON object of changes to the small configuration, with its run's name, for each
-training. With ``record`` a rank also writes what it held and sent to OUT/NAME.RANK.json: the bytes of fp32 in memory
-when the first checkpoint is about to be copied, and for each step the epochs and ids of its samples and its all-gathers
-of bytes, the form in which the target's copy travels.
+training.
+
+With ``record`` a rank also writes what it held and sent to OUT/NAME.RANK.json: the bytes of fp32 in memory when the
+first checkpoint is about to be copied, and for each step the epochs and ids of its samples and its all-gathers of
+bytes, the form in which the target's copy travels.
+
+With ``fastest``, by rank the number of the candidate that is the fastest, block sizes are timed as on a GPU though
+Triton interprets the kernels, and a rank writes those that it used to OUT/NAME.choices.RANK.json.
 """
 
 import gc
 import json
+import os
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -17,6 +24,8 @@ from small_run import small_config
 
 from iwm_fast.engine import checkpoint_writer, ema, loop, pretrain
 from iwm_fast.engine.distributed import leave
+from iwm_fast.kernels import _run_choices, use_backend
+from iwm_fast.kernels._tuning import Tuner, key_of
 
 
 def fp32_storages():
@@ -78,11 +87,57 @@ class Record:
         loop.Trainer._forward, ema.dist.all_gather_into_tensor = self._forward, gather
 
 
+class MadeClock:
+    """A device where the candidate of a number takes the least time, whatever it is timed with."""
+
+    def __init__(self, fastest, folder):
+        self._tuner = Tuner("A_GPU", "sm_90", 10**9, folder, lambda _: self._seconds.pop(0))
+        measure = self._tuner._measure
+
+        def measuring(key, left, call):
+            self._seconds = [float(i != fastest % len(left)) for i in range(len(left))]
+            return measure(key, left, call)
+
+        self._tuner._measure = measuring
+
+    def __enter__(self):
+        self.found = {}
+        self._plain = _run_choices.device_tuner, _run_choices.RunChoices.run
+        _run_choices.device_tuner = lambda _: self._tuner
+        run = _run_choices.RunChoices.run
+
+        def running(choices, product, dtype, sizes, call, about):
+            def noting(choice):
+                key = key_of(product, dtype, sizes, about)
+                self.found.setdefault(f"{choices._step} {key}", str(choice))
+                assert self.found[f"{choices._step} {key}"] == str(choice)
+                return call(choice)
+
+            return run(choices, product, dtype, sizes, noting, about)
+
+        _run_choices.RunChoices.run = running
+        return self
+
+    def __exit__(self, *_):
+        _run_choices.device_tuner, _run_choices.RunChoices.run = self._plain
+
+
 images, out, *jobs = sys.argv[1:]
 for job in jobs:
     changes = json.loads(job)
     name, resume, record = changes.pop("name"), changes.pop("resume", "never"), changes.pop("record", False)
+    fastest = changes.pop("fastest", None)
     config = small_config(Path(images), **changes)
+    if fastest is not None:
+        rank = int(os.environ["RANK"])
+        with (
+            tempfile.TemporaryDirectory() as machine,
+            use_backend("triton"),
+            MadeClock(fastest[rank], Path(machine)) as clock,
+        ):
+            pretrain(config, Path(out) / name, resume)
+        (Path(out) / f"{name}.choices.{rank}.json").write_text(json.dumps(clock.found))
+        continue
     if not record:
         pretrain(config, Path(out) / name, resume)
         continue
