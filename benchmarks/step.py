@@ -30,6 +30,7 @@ from iwm_fast.models import IWM, Segments
 from iwm_fast.models.regions import compilations
 from iwm_fast.planning.flops import step_flops
 from iwm_fast.planning.mfu import peak_flops
+from iwm_fast.planning.rounding import padded_share
 
 __all__ = ["check_answer", "described", "measure_step", "opened_stream", "row_of", "settle"]
 
@@ -138,13 +139,22 @@ def measure_step(
 def settle(trainer: Trainer, least: int) -> int:
     """Train until the last of at least `least` steps have compiled nothing; how many steps that took."""
     quiet = 0
+    if trainer.config.train.cuda_graph:
+        # A size is captured when it comes again after nothing was compiled: in the third round at the latest.
+        least = max(least, 3 * _BATCHES)
     for step in range(1, least + _LONGEST_WARM_UP + 1):
-        before = compiled_variants() + compilations()
+        before = _made(trainer)
         trainer.train_step()
-        quiet = quiet + 1 if compiled_variants() + compilations() == before else 0
+        quiet = quiet + 1 if _made(trainer) == before else 0
         if step >= least and quiet >= min(step, _QUIET_STEPS):
             return step
     return least + _LONGEST_WARM_UP
+
+
+def _made(trainer: Trainer) -> int:
+    """Kernels and regions compiled, and graphs captured."""
+    graphed = trainer.zero.graphed
+    return compiled_variants() + compilations() + (graphed.captures if graphed else 0)
 
 
 def row_of(
@@ -158,6 +168,7 @@ def row_of(
     sources = config.views.sources_per_target
     sample = next(iter(synthetic_stream(config, space, torch.device("cpu"), steps=1)))
     lengths = sample.patches.context_lengths, sample.patches.target_lengths
+    asked = None if config.model.predictor.kind == "mlp" else lengths[1]
     counted = step_flops(config.model, space.dim, *lengths, sources)
     operations, peak = counted.total / len(sample), peak_flops(device)
     return {
@@ -165,6 +176,9 @@ def row_of(
         "images": images,
         "sources_per_target": sources,
         "precision": config.train.precision,
+        "static_shapes": config.train.static_shapes,
+        "cuda_graph": config.train.cuda_graph,
+        "padded": padded_share(config, sample.patches.context_lengths, asked),
         "seconds": [one.seconds for one in taken],
         "cpu_seconds": [one.cpu_seconds for one in taken],
         "median_s": middle.value,

@@ -294,6 +294,11 @@ class TrainConfig(Section):
         None,
         description="with static_shapes: tokens; default: the power of two at or below 1/48 of a micro-batch's patches",
     )
+    cuda_graph: bool = Field(
+        False,
+        description="on a GPU, with static_shapes: capture a micro-batch's forward and backward pass as one CUDA graph "
+        "for each size that comes again; not with target_stream, nor with zero.stage 3",
+    )
     max_skipped: Annotated[int, Field(ge=0)] = Field(
         10,
         description="steps in a row with a non-finite loss or gradient that are skipped before the run stops; "
@@ -312,6 +317,10 @@ class TrainConfig(Section):
             raise ValueError(f"weight_decay is {list(self.weight_decay)}; each must be 0 or more")
         if self.static_multiple is not None and not self.static_shapes:
             raise ValueError(f"static_multiple is {self.static_multiple}, which needs static_shapes: true")
+        if self.cuda_graph and not self.static_shapes:
+            raise ValueError("cuda_graph needs static_shapes: true, since a graph is of one size")
+        if self.cuda_graph and self.target_stream:
+            raise ValueError("cuda_graph and target_stream exclude each other: a graph is captured on one stream")
         return self
 
 
@@ -404,7 +413,12 @@ class Config(Section):
                 "train.activation_checkpointing in bf16 needs zero.stage 1, 2 or 3: stage 0 rounds its fp32 "
                 "weights for the forward pass only, and recomputation would read them unrounded"
             )
-        for key in ("compile", "target_stream"):
+        if self.train.cuda_graph and self.model.attention == "sdpa":
+            raise ValueError(
+                "train.cuda_graph needs packed attention, so model.attention must be auto, xformers or efficient: sdpa "
+                "takes images of one length at a time, with other kernels for every batch"
+            )
+        for key in ("compile", "target_stream", "cuda_graph"):
             if getattr(self.train, key) and self.zero.stage == 3:
                 raise ValueError(
                     f"train.{key} needs zero.stage 0, 1 or 2: stage 3 gathers parameters as each module's forward "

@@ -53,7 +53,9 @@ class TargetAverage:
             self._mine = [self._targets[target_name(s.name)].data.view(-1)[s.start : s.stop] for s in self.shards]
         else:
             self._lay_out()
-            zero.module.get_submodule(TARGET.removesuffix(".")).register_forward_pre_hook(lambda *_: self.arrive())
+            # A replay calls no module inside of the graph.
+            reader = zero.graphed or zero.module.get_submodule(TARGET.removesuffix("."))
+            reader.register_forward_pre_hook(lambda *_: self.arrive())
 
     def update(self, momentum: float, unless: Tensor | None = None) -> None:
         """Move the average towards the weights by ``1 − momentum`` and refresh the working copy.

@@ -31,6 +31,7 @@ FREE_KEYS = (
     "train.static_shapes",
     "train.static_multiple",
     "train.deterministic",
+    "train.cuda_graph",
     "model.attention",
     "zero.stage",
     "data.threads",

@@ -9,6 +9,7 @@ import torch
 
 from iwm_fast.config import Config
 from iwm_fast.engine.determinism import require_deterministic
+from iwm_fast.engine.graphs import require_graphs
 from iwm_fast.errors import UserError
 from iwm_fast.models.attention import require_attention
 from iwm_fast.models.fp8 import require_fp8
@@ -27,6 +28,7 @@ def require_machine(config: Config, device: torch.device) -> None:
     require_deterministic(config)
     if config.train.target_stream and device.type != "cuda":
         raise UserError(f"train.target_stream needs a GPU; this rank computes on {device.type}: set it to false")
+    require_graphs(config, device)
     if config.train.compile and device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
         raise UserError(
             "train.compile needs a C++ compiler on a CPU: install g++, name another in CXX, or set it to false"

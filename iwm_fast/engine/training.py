@@ -181,7 +181,7 @@ def _announce(run: Run, files: ImageSet | Triplets, saved: Checkpoint | None, pr
         f"{len(files)} {files.describe()}, {run.ranks.world} rank(s) on {run.ranks.device.type}, "
         f"ZeRO stage {config.zero.stage}, {config.train.precision}{in_fp8}, attention {attention}, "
         f"{'deterministic, ' if config.train.deterministic else ''}"
-        f"{'compiled, ' if config.train.compile else ''}"
+        f"{'compiled, ' if config.train.compile else ''}{'CUDA graphs, ' if config.train.cuda_graph else ''}"
         f"global batch {config.train.global_batch} = "
         f"{run.ranks.world} × {run.trainer.stream.accumulation} × {run.trainer.stream.micro_batch}"
     )

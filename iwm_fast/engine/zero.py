@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from iwm_fast.config import Config
 from iwm_fast.engine.casting import Bf16Compute
+from iwm_fast.engine.graphs import CudaRecorder, GraphedStep
 from iwm_fast.engine.optimizer import MOMENTS, FiniteAdamW, build_optimizer, ensure_state
 
 __all__ = ["Shard", "ZeroEngine", "deepspeed_config", "initialize"]
@@ -57,6 +58,12 @@ class ZeroEngine:
             return self.optimizer.found_inf
         overflow = float(self.engine.optimizer.overflow)
         return torch.full((), overflow, dtype=torch.float32, device=self.shards[0].weight.device)
+
+    @property
+    def graphed(self) -> GraphedStep | None:
+        """What replays forward and backward, with train.cuda_graph."""
+        module = self.engine.module
+        return module if isinstance(module, GraphedStep) else None
 
     @property
     def grad_norm(self) -> float:
@@ -117,9 +124,10 @@ def initialize(model: nn.Module, config: Config, micro_batch: int, accumulation:
     shapes = {name: tuple(p.shape) for name, p in trainable.items()}
     optimizer = build_optimizer(model, config.train, stage)
     rounding = stage == 0 and config.train.precision == "bf16"
+    network: nn.Module = Bf16Compute(model) if rounding else model
     with fused_zero() if stage in (1, 2) else contextlib.nullcontext():
         engine, _, _, _ = deepspeed.initialize(
-            model=Bf16Compute(model) if rounding else model,
+            model=GraphedStep(network, CudaRecorder()) if config.train.cuda_graph else network,
             optimizer=optimizer,
             config=deepspeed_config(config, micro_batch, accumulation),
             dist_init_required=False,

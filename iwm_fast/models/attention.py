@@ -252,7 +252,7 @@ def _xformers_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> 
 
 def _efficient_forward(q: Tensor, k: Tensor, v: Tensor, segments: Segments, *, for_backward: bool) -> tuple[Any, ...]:
     """The operator's results: (1, N, heads, d), log-sum-exp (images, heads, ·), and what dropout would have needed."""
-    bounds, longest = segments.filled_bounds, max(segments.lengths)
+    bounds, longest = segments.filled_bounds, segments.longest
     found: tuple[Any, ...] = torch.ops.aten._efficient_attention_forward(  # noqa: SLF001
         q[None], k[None], v[None], None, bounds, bounds, longest, longest, 0.0, 0, for_backward
     )
@@ -277,7 +277,7 @@ class _Efficient(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         qkv, out, log_sum_exp, seed, offset = ctx.saved_tensors
-        bounds, longest = ctx.segments.filled_bounds, max(ctx.segments.lengths)
+        bounds, longest = ctx.segments.filled_bounds, ctx.segments.longest
         q, k, v = (part[None] for part in qkv.unbind(1))
         dq, dk, dv, _ = torch.ops.aten._efficient_attention_backward(  # noqa: SLF001
             grad[None].contiguous(), q, k, v, None, out, bounds, bounds, longest, longest, log_sum_exp, 0.0, seed,

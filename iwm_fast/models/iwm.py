@@ -113,7 +113,9 @@ class IWM(nn.Module):
         predicted: Tensor,
         predicted_segments: Segments,
         loss_scale: float = 1.0,
-    ) -> IWMOutput:
+        *,
+        per_size: bool = False,
+    ) -> IWMOutput | Losses:
         """The loss of a batch of B images with K sources each.
 
         Args:
@@ -126,17 +128,18 @@ class IWM(nn.Module):
             predicted_segments: of the Nt patches, with as many segments of padding: their tokens have no loss.
             loss_scale: what the summed loss is multiplied by; the division by N · D is the caller's, because N may be
                 of more than this batch.
+            per_size: give `Losses`, before anything is read that differs between batches of the same sizes.
 
         Raises:
             ValueError: shapes do not fit together, or other patches than the context's are asked of the mlp predictor.
 
         """
-        found = self.losses(
+        found = self._losses(
             source, target, action, context, context_segments, predicted, predicted_segments, loss_scale
         )
-        return found.output(predicted_segments.real)
+        return found if per_size else found.output(predicted_segments.real)
 
-    def losses(
+    def _losses(
         self,
         source: Tensor,
         target: Tensor,
@@ -145,9 +148,8 @@ class IWM(nn.Module):
         context_segments: Segments,
         predicted: Tensor,
         predicted_segments: Segments,
-        loss_scale: float = 1.0,
+        loss_scale: float,
     ) -> Losses:
-        """As `forward`, before anything is read that differs between batches of the same sizes."""
         self._check(source, target, action, context_segments, predicted, predicted_segments)
         sources, padding = len(source) // len(target), predicted_segments.padding
         wanted = predicted_segments.pixels_of_token // sources * self.encoder.patches + predicted

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -88,6 +88,11 @@ class Segments:
         """int64 (B,): the row of each image's first token, on the host."""
         lengths = np.asarray(self.lengths, dtype=np.int64)
         return np.cumsum(lengths) - lengths
+
+    @property
+    def longest(self) -> int:
+        """What kernels of attention are launched for: the ceiling, or the longest of these lengths."""
+        return max(self.lengths) if self.ceiling is None else self.ceiling
 
     @cached_property
     def filled_bounds(self) -> Tensor:
@@ -166,7 +171,7 @@ class SortedSegments:
     token_rank: Tensor
 
 
-@lru_cache(maxsize=16)
+@cache  # for good: a CUDA graph reads them where they lie
 def _uniform(images: int, length: int, device: torch.device) -> Segments:
     return Segments.from_lengths((length,) * images, device, ceiling=length)
 

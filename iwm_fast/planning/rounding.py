@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from iwm_fast.config import Config
 
-__all__ = ["Rounding", "default_multiple", "rounding_of"]
+__all__ = ["Rounding", "default_multiple", "padded_share", "rounding_of"]
 
 # One 48th of all patches of a micro-batch, rounded down to a power of two: of 500 batches of the default masks, 256
 # images of 14 × 14 patches (1,024) had 2.1 % more tokens and 7 pairs of sizes, 128 of 8 × 8 (128) 1.7 % and 12. Half
@@ -54,3 +54,15 @@ def rounding_of(config: Config, micro_batch: int) -> Rounding | None:
     )  # fmt: skip
     # As few as can hold the padding, of which there is at most multiple − 1 and one token for each segment.
     return Rounding(multiple, max(1, -(-(multiple - 1) // (patches - 1))), patches)
+
+
+def padded_share(config: Config, context: NDArray[np.int64], predicted: NDArray[np.int64] | None) -> float:
+    """Share of padding among the context and predicted tokens of a micro-batch of sources of these lengths.
+
+    predicted: None where the predictor is asked for its own context. 0 without train.static_shapes.
+    """
+    rounding = rounding_of(config, len(context) // config.views.sources_per_target)
+    totals = [int(part.sum()) for part in (context, predicted) if part is not None]
+    if rounding is None:
+        return 0.0
+    return 1 - sum(totals) / sum(rounding.size(total) for total in totals)

@@ -14,7 +14,7 @@ import torch
 
 from iwm_fast.benchmarks.collectives import timed_collectives
 from iwm_fast.benchmarks.harness import prepare_trainer
-from iwm_fast.benchmarks.step import described, opened_stream
+from iwm_fast.benchmarks.step import described, opened_stream, settle
 from iwm_fast.benchmarks.timing import ceilings, clocked
 from iwm_fast.config import Config
 from iwm_fast.data.external import space_of
@@ -55,23 +55,30 @@ def profile(
     with timed_collectives() as said, opened_stream(quiet, space, ranks, root, triplets) as stream:
         trainer = prepare_trainer(quiet, space, stream, ranks)
         say(f"warming up for {_WARM_UP} steps")
-        for _ in range(_WARM_UP):
-            trainer.train_step()
+        if config.train.cuda_graph:
+            settle(trainer, _WARM_UP)
+        else:
+            for _ in range(_WARM_UP):
+                trainer.train_step()
         taken = [clocked(trainer.train_step, device).seconds for _ in range(steps)]
-        with measured_parts(trainer, said) as clock:
+        # A replay calls no module and no operator: parts and counts are those of the same step without graphs.
+        graphed = trainer.zero.graphed
+        eager = graphed.eager if graphed else contextlib.nullcontext
+        with eager(), measured_parts(trainer, said) as clock:
             for _ in range(steps):
                 with clock.step():
                     trainer.train_step()
         say("counting operations and bytes")
         # A mode that sees every operator cannot look into compiled code: the plain one does the same work.
         plain = torch.compiler.set_stance("force_eager") if config.train.compile else contextlib.nullcontext()
-        with plain, OperationCounter() as counter:
+        with eager(), plain, OperationCounter() as counter:
             trainer.train_step()
         say("tracing")
         if device.type == "cuda":
             torch.cuda.memory._record_memory_history()  # noqa: SLF001  (the documented way to a snapshot)
         model = trainer.zero.module
-        traced = trace_steps(trainer.train_step, model, device, _TRACED, counter.by_operator.keys())
+        with eager():
+            traced = trace_steps(trainer.train_step, model, device, _TRACED, counter.by_operator.keys())
     measured = ceilings(device, torch.bfloat16 if config.train.precision == "bf16" else torch.float32)
     middle, whole = clock.middle()
     parts = {part: middle.get(part, 0.0) for part in PARTS}

@@ -291,6 +291,28 @@ MISTAKES = {
         "train: {static_multiple: 64}",
         "run.yaml:1: train: static_multiple is 64, which needs static_shapes: true",
     ),
+    "graphs of varying shapes": (
+        "train: {cuda_graph: true}",
+        "run.yaml:1: train: cuda_graph needs static_shapes: true, since a graph is of one size",
+    ),
+    "graphs of two streams": (
+        "train: {cuda_graph: true, static_shapes: true, target_stream: true}",
+        ("run.yaml:1: train: cuda_graph and target_stream exclude each other: a graph is captured on one stream"),
+    ),
+    "graphs at stage 3": (
+        "train: {cuda_graph: true, static_shapes: true}\nzero: {stage: 3}",
+        (
+            "run.yaml: train.cuda_graph needs zero.stage 0, 1 or 2: stage 3 gathers parameters as each module's "
+            "forward begins, one module at a time"
+        ),
+    ),
+    "graphs of images of one length": (
+        "train: {cuda_graph: true, static_shapes: true}\nmodel: {attention: sdpa}",
+        (
+            "run.yaml: train.cuda_graph needs packed attention, so model.attention must be auto, xformers or "
+            "efficient: sdpa takes images of one length at a time, with other kernels for every batch"
+        ),
+    ),
     "scalar for section": ("train: 3", "run.yaml:1: train: found 3; allowed: a section (a mapping of keys)"),
     "missing": (
         "model: {encoder: {depth: 2, width: 8}}",

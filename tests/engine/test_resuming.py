@@ -105,7 +105,8 @@ def test_a_link_names_the_same_place(tmp_path):
 
 FREE = {
     "train": {"steps": 7, "micro_batch": 2, "rank_timeout_s": 700.0, "max_skipped": 3, "activation_checkpointing": True,
-              "compile": True, "target_stream": True, "static_shapes": True, "static_multiple": 64},
+              "compile": True, "target_stream": True, "static_shapes": True, "static_multiple": 64,
+              "cuda_graph": True},
     "model": {"attention": "sdpa"},
     "zero": {"stage": 2},
     "data": {"root": "elsewhere", "source": "folder", "threads": 3, "readers": 2, "prefetch": 1, "wait_s": 9.0,

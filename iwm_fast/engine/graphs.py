@@ -1,0 +1,197 @@
+"""A micro-batch's forward and backward pass as one CUDA graph for each pair of token counts (`train.cuda_graph`).
+
+Inside the graph: both encoders, the predictor, the loss, and every gradient by `torch.autograd.grad`, so that no hook
+of DeepSpeed's runs there. Outside: packing, the EMA and its arrival, collectives, the optimizer. After a replay the
+gradients are handed to the parameters by an autograd function whose backward returns them, so DeepSpeed's hooks see
+what they would have seen, but all of it at the end: communication does not overlap the backward pass any more.
+
+What a graph reads and writes lies where it lay at capture: the weights (DeepSpeed and the optimizer write in place),
+and buffers that a batch is copied into. Of a batch only tensors differ: lengths on the host are those of the captured
+batch and stand for numbers of tokens alone, because segments have a ceiling.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from iwm_fast.config import Config
+from iwm_fast.errors import UserError
+from iwm_fast.kernels import compiled_variants
+from iwm_fast.models.attention import resolve_backend
+from iwm_fast.models.iwm import IWMOutput, Losses
+from iwm_fast.models.packing import Segments
+from iwm_fast.models.regions import compilations
+
+__all__ = ["CudaRecorder", "GraphedStep", "Recorder", "require_graphs"]
+
+Made = TypeVar("Made")
+
+
+def require_graphs(config: Config, device: torch.device) -> None:
+    """Raise UserError, in one line, where train.cuda_graph is set and this machine cannot capture a step."""
+    if not config.train.cuda_graph:
+        return
+    if device.type != "cuda":
+        raise UserError(f"train.cuda_graph needs a GPU; this rank computes on {device.type}: set it to false")
+    if resolve_backend(config.model.attention, device.type) == "sdpa":
+        raise UserError(
+            "train.cuda_graph needs packed attention, and this machine has SDPA, which takes images of one length at a "
+            "time: set it to false"
+        )
+
+
+class Recorder(Protocol):
+    """Runs work once for what it launches, and gives what launches that again."""
+
+    def record(self, work: Callable[[], Made]) -> tuple[Made, Callable[[], None]]:
+        """What `work` returned, whose tensors a replay writes anew, and the replay. Nothing has been computed yet."""
+
+
+class CudaRecorder:
+    """CUDA graphs that share one pool of memory: only one of them runs at a time, and what they return is read, or
+    copied, before the next.
+    """
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def record(self, work: Callable[[], Made]) -> tuple[Made, Callable[[], None]]:
+        """As `Recorder`."""
+        graph = torch.cuda.CUDAGraph()
+        # Other threads, DALI's among them, may allocate meanwhile.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            made = work()
+        return made, graph.replay
+
+
+class _Handed(torch.autograd.Function):
+    """A loss whose gradients are there already."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, gradients: Sequence[Tensor], *_: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *incoming: Tensor) -> tuple[Tensor | None, ...]:
+        # New tensors: the next replay writes the graph's own again.
+        scaled = torch._foreach_mul(ctx.gradients, incoming[0])  # noqa: SLF001  (has no public name)
+        return (None, None, *scaled)
+
+
+@dataclass(frozen=True, eq=False)
+class _Captured:
+    """inputs: buffers that a batch is copied into. gradients: of the parameters that have one, written by a replay."""
+
+    inputs: list[Tensor]
+    found: Losses
+    parameters: list[nn.Parameter]
+    gradients: list[Tensor]
+    replay: Callable[[], None]
+
+
+class GraphedStep(nn.Module):
+    """`model` whose forward pass in training is a replay of forward and backward.
+
+    A pair of token counts is computed as it is, by the model itself, until that has compiled and tuned nothing, and
+    captured when it comes again; rare pairs may never be. Without gradients, or without static shapes, it is the model.
+    captures: graphs made so far.
+    """
+
+    def __init__(self, model: nn.Module, recorder: Recorder) -> None:
+        super().__init__()
+        self.model = model
+        self.captures = 0
+        self._recorder = recorder
+        self._graphs: dict[tuple[int, int], _Captured] = {}
+        self._compiled: dict[tuple[int, int], int] = {}
+        self._gradients: dict[nn.Parameter, Tensor] = {}
+        self._off = False
+
+    @contextlib.contextmanager
+    def eager(self) -> Iterator[None]:
+        """Inside, the model computes as it is: what looks at its modules or operators sees nothing of a replay."""
+        before, self._off = self._off, True
+        try:
+            yield
+        finally:
+            self._off = before
+
+    def forward(self, *arguments: Any) -> IWMOutput:
+        """As `IWM.forward`."""
+        seen, asked = (part for part in arguments if isinstance(part, Segments))
+        key = seen.total, asked.total
+        if self._off or not torch.is_grad_enabled() or not seen.padding:
+            output: IWMOutput = self.model(*arguments)
+            return output
+        if key not in self._graphs:
+            compiled = compiled_variants() + compilations()
+            if self._compiled.get(key) != compiled:
+                self._compiled[key] = compiled
+                eager: IWMOutput = self.model(*arguments)
+                return eager
+            self._graphs[key] = self._capture(key, arguments)
+            self.captures += 1
+        captured = self._graphs[key]
+        torch._foreach_copy_(captured.inputs, _tensors(arguments), non_blocking=True)
+        captured.replay()
+        loss = _Handed.apply(captured.found.loss, captured.gradients, *captured.parameters)
+        return Losses(loss, captured.found.target, captured.found.rows).output(asked.real)
+
+    def _capture(self, key: tuple[int, int], arguments: tuple[Any, ...]) -> _Captured:
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        if not self._gradients:
+            self._gradients = {p: torch.zeros_like(p) for p in trained}
+        inputs = [tensor.clone() for tensor in _tensors(arguments)]
+
+        def work() -> tuple[Losses, list[nn.Parameter]]:
+            *given, factor = _with_tensors(arguments, inputs)
+            found: Losses = self.model(*given, per_size=True)
+            # The factor of the loss differs between batches: it comes in as a gradient, in fp32.
+            made = torch.autograd.grad(found.loss, trained, factor, allow_unused=True)
+            used = [(p, g) for p, g in zip(trained, made, strict=True) if g is not None]
+            torch._foreach_copy_([self._gradients[p] for p, _ in used], [g for _, g in used])
+            return Losses(found.loss.detach() * factor, found.target, found.rows), [p for p, _ in used]
+
+        try:
+            (found, used), replay = self._recorder.record(work)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"train.cuda_graph: a step of {key[0]} context and {key[1]} predicted tokens cannot be captured "
+                f"({reason}): set it to false"
+            ) from error
+        return _Captured(inputs, found, used, [self._gradients[p] for p in used], replay)
+
+
+def _tensors(arguments: tuple[Any, ...]) -> list[Tensor]:
+    """Every tensor of a call's arguments, each once; the loss's factor, the last argument, as one."""
+    found: dict[int, Tensor] = {}
+    for part in arguments[:-1]:
+        tensor = part.cu_seqlens if isinstance(part, Segments) else part
+        found.setdefault(id(tensor), tensor)
+    device = next(iter(found.values())).device
+    # A fill, not a copy from the host.
+    return [*found.values(), torch.full((), arguments[-1], dtype=torch.float32, device=device)]
+
+
+def _with_tensors(arguments: tuple[Any, ...], tensors: Sequence[Tensor]) -> list[Any]:
+    """The same call with other tensors, in the order of `_tensors`; the factor as a tensor."""
+    own = [part.cu_seqlens if isinstance(part, Segments) else part for part in arguments[:-1]]
+    order = list(dict.fromkeys(id(tensor) for tensor in own))
+    other = dict(zip(order, tensors[:-1], strict=True))
+    made: dict[int, Segments] = {}
+    given: list[Any] = []
+    for part, tensor in zip(arguments[:-1], own, strict=True):
+        if isinstance(part, Segments):
+            same = Segments(part.lengths, other[id(tensor)], part.padding, part.ceiling)
+            given.append(made.setdefault(id(part), same))
+        else:
+            given.append(other[id(tensor)])
+    return [*given, tensors[-1]]
