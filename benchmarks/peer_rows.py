@@ -60,7 +60,20 @@ def peers(checkout: Checkout | None) -> dict[str, Peer]:
 
     found = {} if checkout is None else {"ijepa": own_ijepa(False), "ijepa compile": own_ijepa(True)}
     found["timm"] = Peer("none", timm_vit.TimmStep, timm_vit.operations, answers.timm_difference)
-    return found | {"plain": own_plain(False), "plain compile": own_plain(True)}
+    found |= {"plain": own_plain(False), "plain compile": own_plain(True)}
+    return found | {"static shapes": _own_static("feature")}
+
+
+def _own_static(conditioning: str) -> Peer:
+    """iwm-fast's own step with train.static_shapes, beside the one without."""
+    return Peer(
+        conditioning,
+        lambda shape, inputs, device: ours.Ours(
+            shape, inputs, Ranks(0, 1, 0, 1, device), conditioning, static=True
+        ),
+        lambda shape, inputs: ours.padded_operations(shape, inputs, conditioning),
+        lambda shape, inputs: ours.padding_difference(shape, inputs, conditioning),
+    )  # fmt: skip
 
 
 def batches(shape: Shape, checkout: Checkout | None, count: int, seed: int) -> list[Inputs]:

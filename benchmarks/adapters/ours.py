@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,24 +13,29 @@ from iwm_fast.actions import ActionSpace
 from iwm_fast.benchmarks.adapters.inputs import Inputs, Shape, fingerprint
 from iwm_fast.benchmarks.harness import prepare_trainer
 from iwm_fast.benchmarks.synthetic import BatchStream
+from iwm_fast.config import Config
 from iwm_fast.data.batch import Batch
 from iwm_fast.engine.distributed import Ranks
-from iwm_fast.models import IWM, Segments
+from iwm_fast.models import IWM
+from iwm_fast.models.packing import pack
 from iwm_fast.planning.flop_count import counted_flops
 from iwm_fast.planning.flops import step_flops
+from iwm_fast.planning.rounding import Rounding, rounding_of
 
-__all__ = ["Ours", "forward_backward", "operations"]
+__all__ = ["Ours", "forward_backward", "operations", "padded_operations", "padding_difference"]
 
 
 class Ours:
-    """The step of `iwm-fast pretrain` on given batches."""
+    """The step of `iwm-fast pretrain` on given batches; static: with train.static_shapes."""
 
     version = iwm_fast.__version__
 
-    def __init__(self, shape: Shape, inputs: Sequence[Inputs], ranks: Ranks, conditioning: str) -> None:
-        self.name = f"iwm-fast {conditioning}"
+    def __init__(
+        self, shape: Shape, inputs: Sequence[Inputs], ranks: Ranks, conditioning: str, *, static: bool = False
+    ) -> None:
+        self.name = f"iwm-fast {conditioning}{' static' if static else ''}"
         self._batches = [_batch(one, ranks.device) for one in inputs]
-        config = shape.config(conditioning, bf16=ranks.device.type == "cuda")
+        config = _shaped(shape.config(conditioning, bf16=ranks.device.type == "cuda"), static=static)
         self.trainer = prepare_trainer(config, ActionSpace(), BatchStream(self._batches), ranks)
 
     def step(self) -> float:
@@ -55,17 +61,39 @@ def _batch(inputs: Inputs, device: torch.device) -> Batch:
     return Batch(source, target, inputs.action, patches, ids, np.zeros_like(ids), *totals)
 
 
-def forward_backward(model: IWM, inputs: Inputs) -> torch.Tensor:
+def _shaped(config: Config, *, static: bool) -> Config:
+    return config.model_copy(update={"train": config.train.model_copy(update={"static_shapes": static})})
+
+
+def forward_backward(model: IWM, inputs: Inputs, rounding: Rounding | None = None) -> torch.Tensor:
     """The loss of a batch, the mean over its predicted tokens, with gradients; on the inputs' device."""
     patches, device = inputs.masks.patch_sets(), inputs.source.device
-    asked = Segments.from_lengths(patches.target_lengths, device)
-    loss: torch.Tensor = model(
-        inputs.source, inputs.target, inputs.action, torch.from_numpy(patches.context).to(device),
-        Segments.from_lengths(patches.context_lengths, device), torch.from_numpy(patches.target).to(device), asked,
-        1.0 / (asked.total * model.encoder.width),
-    ).loss  # fmt: skip
+    parts: list[Any] = []
+    for rows, lengths in ((patches.context, patches.context_lengths), (patches.target, patches.target_lengths)):
+        padding = () if rounding is None else rounding.padding(len(rows))
+        parts += pack(rows, lengths, device, padding, None if rounding is None else rounding.longest)
+    scale = 1.0 / (len(patches.target) * model.encoder.width)
+    loss: torch.Tensor = model(inputs.source, inputs.target, inputs.action, *parts, scale).loss
     loss.backward()
     return loss
+
+
+def padded_operations(shape: Shape, inputs: Sequence[Inputs], conditioning: str) -> list[int]:
+    """Operations of a step with static shapes on each of `inputs`, those of padding among them, as torch counts."""
+    config = _shaped(shape.config(conditioning, bf16=False), static=True)
+    with torch.device("meta"):
+        model = IWM(config.model, inputs[0].action.shape[1])
+    rounding = rounding_of(config, shape.batch)
+    return [counted_flops(lambda one=one: forward_backward(model, one, rounding)) for one in inputs]  # type: ignore[misc]
+
+
+def padding_difference(shape: Shape, inputs: Inputs, conditioning: str) -> float:
+    """How far the loss with static shapes is from that without, of the same weights in fp32."""
+    config = _shaped(shape.config(conditioning, bf16=False), static=True)
+    torch.manual_seed(0)
+    model = IWM(config.model, inputs.action.shape[1])
+    found, expected = (forward_backward(model, inputs, r) for r in (rounding_of(config, shape.batch), None))
+    return float(((found - expected) / expected).abs())
 
 
 def operations(shape: Shape, inputs: Sequence[Inputs], conditioning: str) -> list[tuple[int, int]]:

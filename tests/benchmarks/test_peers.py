@@ -19,7 +19,7 @@ from iwm_fast.benchmarks import peers, sections
 from iwm_fast.benchmarks.adapters import answers, ours, plain
 from iwm_fast.benchmarks.adapters.ijepa import Checkout, Ijepa
 from iwm_fast.benchmarks.adapters.inputs import Inputs, Shape, draw_inputs, draw_masks, fingerprint
-from iwm_fast.benchmarks.peer_rows import Peer
+from iwm_fast.benchmarks.peer_rows import Peer, batches
 from iwm_fast.benchmarks.peer_rows import peers as all_peers
 from iwm_fast.config.schema import ENCODERS, EncoderShape
 from iwm_fast.errors import UserError
@@ -156,6 +156,16 @@ def comparison(until=math.inf, here=False):
 def peer(compiled=False, difference=0.0):
     own = all_peers(None)["plain"]
     return Peer(own.ours, own.make, own.operations, lambda *_: difference, compiled)
+
+
+def test_our_own_step_with_static_shapes_is_a_peer_with_the_same_loss_and_more_operations():
+    inputs = batches(SHAPE, None, 1, 0)
+    static = all_peers(None)["static shapes"]
+    assert static.difference(SHAPE, inputs[0]) < 1e-6
+    assert static.operations(SHAPE, inputs)[0] > ours.operations(SHAPE, inputs, static.ours)[0][0]
+    side = static.make(SHAPE, inputs, torch.device("cpu"))
+    assert side.trainer.config.train.static_shapes
+    assert np.isfinite(side.step())
 
 
 def test_eager_peers_come_first_and_the_compiled_ones_each_in_a_process_of_their_own(monkeypatch):
