@@ -93,7 +93,7 @@ def padding_difference(shape: Shape, inputs: Inputs, conditioning: str) -> float
     torch.manual_seed(0)
     model = IWM(config.model, inputs.action.shape[1])
     found, expected = (forward_backward(model, inputs, r) for r in (rounding_of(config, shape.batch), None))
-    return float(((found - expected) / expected).abs())
+    return float(((found - expected) / expected).abs().detach())
 
 
 def operations(shape: Shape, inputs: Sequence[Inputs], conditioning: str) -> list[tuple[int, int]]:

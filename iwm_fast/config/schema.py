@@ -413,10 +413,10 @@ class Config(Section):
                 "train.activation_checkpointing in bf16 needs zero.stage 1, 2 or 3: stage 0 rounds its fp32 "
                 "weights for the forward pass only, and recomputation would read them unrounded"
             )
-        if self.train.cuda_graph and self.model.attention == "sdpa":
+        if self.train.cuda_graph and self.model.attention in ("sdpa", "cudnn"):
             raise ValueError(
-                "train.cuda_graph needs packed attention, so model.attention must be auto, xformers or efficient: sdpa "
-                "takes images of one length at a time, with other kernels for every batch"
+                f"train.cuda_graph needs packed attention: model.attention {self.model.attention} takes images of one "
+                "length at a time, with other kernels for every batch; use auto"
             )
         for key in ("compile", "target_stream", "cuda_graph"):
             if getattr(self.train, key) and self.zero.stage == 3:

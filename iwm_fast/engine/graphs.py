@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from iwm_fast.config import Config
 from iwm_fast.errors import UserError
 from iwm_fast.kernels import compiled_variants
-from iwm_fast.models.attention import resolve_backend
+from iwm_fast.models.attention import GROUPED, resolve_backend
 from iwm_fast.models.iwm import IWMOutput, Losses
 from iwm_fast.models.packing import Segments
 from iwm_fast.models.regions import compilations
@@ -39,10 +39,11 @@ def require_graphs(config: Config, device: torch.device) -> None:
         return
     if device.type != "cuda":
         raise UserError(f"train.cuda_graph needs a GPU; this rank computes on {device.type}: set it to false")
-    if resolve_backend(config.model.attention, device.type) == "sdpa":
+    backend = resolve_backend(config.model.attention, device.type)
+    if backend in GROUPED:
         raise UserError(
-            "train.cuda_graph needs packed attention, and this machine has SDPA, which takes images of one length at a "
-            "time: set it to false"
+            f"train.cuda_graph needs packed attention, and this machine has {backend}, which takes images of one "
+            "length at a time: set it to false"
         )
 
 

@@ -178,6 +178,8 @@ def choose_backend(
     if torch.are_deterministic_algorithms_enabled():
         return "efficient"  # which is, where asked; what was measured need not be
     found = measured_choice(device, segments, heads, head, dtype, gradients=gradients)
+    if found in GROUPED and segments.padding:
+        return usual  # static shapes: another batch has other groups
     return found if found in BACKENDS and unavailable(found, device.type) is None else usual
 
 

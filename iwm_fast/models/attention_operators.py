@@ -57,7 +57,7 @@ class Operator:
         function = library(self.module, self.name)
         if function is None:
             raise ValueError(f"{self.where} is not installed")
-        out = self.call(function, q, k, v, segments.filled_bounds, max(segments.lengths))
+        out = self.call(function, q, k, v, segments.filled_bounds, segments.longest)
         attended: Tensor = out[0] if isinstance(out, tuple) else out  # some versions add the log-sum-exp
         return attended
 

@@ -309,8 +309,8 @@ MISTAKES = {
     "graphs of images of one length": (
         "train: {cuda_graph: true, static_shapes: true}\nmodel: {attention: sdpa}",
         (
-            "run.yaml: train.cuda_graph needs packed attention, so model.attention must be auto, xformers or "
-            "efficient: sdpa takes images of one length at a time, with other kernels for every batch"
+            "run.yaml: train.cuda_graph needs packed attention: model.attention sdpa takes images of one "
+            "length at a time, with other kernels for every batch; use auto"
         ),
     ),
     "scalar for section": ("train: 3", "run.yaml:1: train: found 3; allowed: a section (a mapping of keys)"),
