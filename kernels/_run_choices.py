@@ -3,7 +3,8 @@
 Two timings of one product may give two answers, and every block size adds in an order of its own. Nothing is timed
 within a step, where ranks wait for each other: a product that the table lacks is computed as what ships with the
 package says, else as the table says of the nearest number of rows, else with the architecture's first candidate, and
-noted. Between steps, where all ranks meet, the first one times what any of them noted (`answer`), and
+then noted. So the first steps find what the run needs, and a later one that meets a new number of rows finds nothing.
+Between steps, where all ranks meet, the first one times what any of them noted (`answer`), and
 from the next step on all of them use its answers (`adopt`). The table says from which step on each choice holds, so
 that a step that is made again, after a resume from before it, is computed as it was.
 """
@@ -146,8 +147,10 @@ class RunChoices:
             adopted = None
         choice = self._held(key, left)
         if choice is None:
-            choice = self._tuner.shipped(key, left) or nearest(key, lambda other: self._held(other, left)) or left[0]
-            if adopted is None and self.timed:
+            near = nearest(key, lambda other: self._held(other, left))
+            choice = self._tuner.shipped(key, left) or near or left[0]
+            # Of other numbers of rows it was timed at the start: no later step makes every rank wait for that again.
+            if adopted is None and near is None and self.timed:
                 self._note(key, rows, element)
         self._now[key] = choice
         return choice
