@@ -130,7 +130,7 @@ def _works(arch: str, dtype: torch.dtype) -> dict[str, Callable[[], None]]:
 
 
 def _empty(*shape: int, kind: torch.dtype) -> Tensor:
-    return torch.empty(*shape, dtype=kind, device="meta")
+    return torch.empty(shape, dtype=kind, device="meta")
 
 
 def _launch_patches(patch: int, dtype: torch.dtype) -> None:
