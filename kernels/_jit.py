@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["INTERPRETED", "dot", "gelu", "gelu_and_slope", "place_of_program", "to_e4m3", "to_type"]
+__all__ = ["INTERPRETED", "dot", "gelu", "gelu_and_slope", "ones", "place_of_program", "to_e4m3", "to_type"]
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
@@ -29,6 +29,12 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def ones(ROWS: tl.constexpr, COLUMNS: tl.constexpr, DTYPE: tl.constexpr):
+    """A block of ones, to be an operand of `dot`."""
+    return tl.full((ROWS, COLUMNS), 1.0, tl.float32 if INTERPRETED else DTYPE)
 
 
 @triton.jit

@@ -25,6 +25,7 @@ from ._rows import (
 
 __all__ = [
     "action_gradients",
+    "add_gradients",
     "add_pairs",
     "add_slices",
     "column_sums",
@@ -165,6 +166,14 @@ def add_pairs(slices: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     first, second = (torch.empty(slices.shape[2], dtype=dtype, device=slices.device) for _ in range(2))
     _add_slices(slices, first, second)
     return first, second
+
+
+def add_gradients(slices: Tensor, weight: Tensor, *, bias: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """The same of slices (S, P · Q [+ P]), as tensors like weight (P, Q) and bias (P,)."""
+    dweight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+    dbias = None if bias is None else torch.empty(bias.shape, dtype=bias.dtype, device=bias.device)
+    _add_slices(slices, dweight, dbias)
+    return dweight, dbias
 
 
 def _add_slices(slices: Tensor, out: Tensor, second: Tensor | None) -> None:

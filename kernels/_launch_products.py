@@ -254,40 +254,49 @@ def hidden_backward(
     return tuner(x.device).run("hidden_backward", x.dtype, (rows, units, x.shape[1]), call, about)
 
 
-def weight_grad_slices(a: Tensor, b: Tensor, into: Tensor | None = None) -> Tensor:
-    """Parts of aᵀ · b, fp32 (S, P, Q), to be added by `add_slices`, for a (N, P) and b (N, Q): a slice of rows each.
+def weight_grad_slices(a: Tensor, b: Tensor, into: Tensor | None = None, *, bias: bool = False) -> Tensor:
+    """Parts of aᵀ · b, fp32 (S, P · Q), to be added by `add_gradients`, for a (N, P) and b (N, Q): a slice each.
 
+    bias: parts of the sums of a's columns too, behind the others: (S, P · Q + P). Of operands in half precision.
     into: what an earlier call gave for as many rows, to add to in place.
     """
     rows, p, q = a.shape[0], a.shape[1], b.shape[1]
+    length = p * q + (p if bias else 0)
 
     def call(choice: Choice) -> Tensor:
         if choice.by == "library":
-            whole = _library_weight_grad(a, b)
+            whole = torch.empty(1, length, dtype=torch.float32, device=a.device)
+            _library_weight_grad(a, b, whole[0, : p * q].view(p, q))
+            if bias:
+                torch.sum(a, 0, dtype=torch.float32, out=whole[0, p * q :])
             if into is None:
-                return whole[None]
-            into[0] += whole
+                return whole
+            into[0] += whole[0]
             return into
         tma = choice.by == "tma"
         n, m, k = choice.block_n, choice.block_m, choice.block_k
         blocks = triton.cdiv(p, n) * triton.cdiv(q, m)
         slices = len(into) if into is not None else slices_of(blocks, triton.cdiv(rows, k), _processors(a.device))
-        sums = torch.empty(slices, p, q, dtype=torch.float32, device=a.device) if into is None else into
+        sums = torch.empty(slices, length, dtype=torch.float32, device=a.device) if into is None else into
         depth = triton.cdiv(triton.cdiv(rows, slices), k) * k
         weight_grad_kernel[(blocks, slices)](
             a=_descriptor(a, k, n) if tma else a, b=_descriptor(b, k, m) if tma else b, out_ptr=sums,
             N=rows, P=p, Q=q, ROWS=depth,
-            stride_an=a.stride(0), stride_bn=b.stride(0),
-            TMA=tma, ACCUMULATE=into is not None, PRECISION=precision(),
+            stride_an=a.stride(0), stride_bn=b.stride(0), stride_os=length,
+            TMA=tma, ACCUMULATE=into is not None, HAS_BIAS=bias, PRECISION=precision(),
             BLOCK_N=n, BLOCK_M=m, BLOCK_K=k, GROUP=_GROUP,
             num_warps=choice.warps, num_stages=choice.stages,
         )  # fmt: skip
         return sums
 
-    return tuner(a.device).run("weight_grad", a.dtype, (rows, p, q), call, _layout(a, b))
+    about = f"{_layout(a, b)}{' bias' if bias else ''}"
+    return tuner(a.device).run("weight_grad", a.dtype, (rows, p, q), call, about)
 
 
-def _library_weight_grad(a: Tensor, b: Tensor) -> Tensor:
+def _library_weight_grad(a: Tensor, b: Tensor, out: Tensor) -> None:
     if a.dtype == torch.float32:
-        return torch.mm(a.t(), b)
-    return torch.mm(a.t(), b, out_dtype=torch.float32) if a.is_cuda else torch.mm(a.float().t(), b.float())
+        torch.mm(a.t(), b, out=out)
+    elif a.is_cuda:
+        torch.mm(a.t(), b, out_dtype=torch.float32, out=out)
+    else:
+        torch.mm(a.float().t(), b.float(), out=out)

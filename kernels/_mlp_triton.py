@@ -140,6 +140,8 @@ class _Sums:
 
     def __init__(self, x: Tensor, w_in: Tensor, cu_seqlens: Tensor | None, *, chunked: bool) -> None:
         self.bounds, self.chunked = cu_seqlens, chunked
+        # fp32 operands are rounded to TF32 where tensor cores add their columns up, so those are added apart.
+        self.beside = x.element_size() == 2
         self.w_in: Tensor | None = None
         self.w_out: Tensor | None = None
         self.image_bias: Tensor | None = None  # (images, H)
@@ -152,12 +154,14 @@ class _Sums:
 
     def add(self, rows: slice, normed: Tensor, hidden: Tensor, dhidden: Tensor, dout: Tensor) -> None:
         """Add a chunk's."""
-        self.w_out = products.weight_grad_slices(dout, hidden, self.w_out)
-        self.w_in = products.weight_grad_slices(dhidden, normed, self.w_in)
-        self.b_out.append(self.parts(launch.column_sums(dout)))
+        per_image = self.bounds is not None
+        self.w_out = products.weight_grad_slices(dout, hidden, self.w_out, bias=self.beside)
+        self.w_in = products.weight_grad_slices(dhidden, normed, self.w_in, bias=self.beside and not per_image)
+        if not self.beside:
+            self.b_out.append(self.parts(launch.column_sums(dout)))
         if self.bounds is not None and self.image_bias is not None:
             launch.segment_sums(dhidden, self.bounds, rows.start, self.image_bias, accumulate=rows.start > 0)
-        else:
+        elif not self.beside:
             self.b_in.append(self.parts(launch.column_sums(dhidden)))
 
     def parts(self, slices: Tensor) -> Tensor:
@@ -172,18 +176,23 @@ class _Sums:
         assert self.w_in is not None
         assert self.w_out is not None
         daction = dw_action = None
+        per_image = self.image_bias is not None
+        dw_in, db_in = launch.add_gradients(self.w_in, w_in, bias=b_in if self.beside and not per_image else None)
+        dw_out, db_out = launch.add_gradients(self.w_out, w_out, bias=b_out if self.beside else None)
         if self.image_bias is not None and action is not None and w_action is not None:
             action, w_action = launch.rows_together(action), launch.rows_together(w_action)
             daction, dw_action, db_in = launch.action_gradients(self.image_bias, action, w_action, b_in)
-        else:
+        elif db_in is None:
             db_in = launch.add_slices(_joined(self.b_in), b_in.dtype)
+        if db_out is None:
+            db_out = launch.add_slices(_joined(self.b_out), b_out.dtype)
         norm = (None, None) if norm_weight is None else launch.add_pairs(_joined(self.norm), norm_weight.dtype)
         return Gradients(
             x=dx,
-            w_in=launch.add_slices(self.w_in, w_in.dtype),
+            w_in=dw_in,
             b_in=db_in,
-            w_out=launch.add_slices(self.w_out, w_out.dtype),
-            b_out=launch.add_slices(_joined(self.b_out), b_out.dtype),
+            w_out=dw_out,
+            b_out=db_out,
             action=daction,
             w_action=dw_action,
             norm_weight=norm[0],

@@ -18,7 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._jit import dot, gelu, gelu_and_slope, place_of_program, to_type
+from ._jit import dot, gelu, gelu_and_slope, ones, place_of_program, to_type
 
 __all__ = ["hidden_backward_kernel", "linear_kernel", "weight_grad_kernel"]
 
@@ -302,31 +302,21 @@ def hidden_backward_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["N", "ROWS"])
-def weight_grad_kernel(
-    a, b, out_ptr,
-    N, P, Q, ROWS,
-    stride_an, stride_bn,
-    TMA: tl.constexpr, ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+@triton.jit
+def _weight_grad_rows(
+    a, b, acc, total, first, last, p0, q0, P, Q, stride_an, stride_bn,
+    TMA: tl.constexpr, SUMS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """out[s] (P, Q) [+]= a[rows of slice s]ᵀ · b[rows of slice s]; a (N, P), b (N, Q), ROWS rows a slice.
-
-    ROWS is a multiple of BLOCK_K. BLOCK_N × BLOCK_M is the block of the result, BLOCK_K the rows taken at a time.
-    """
-    i_p, i_q = place_of_program(tl.program_id(0), tl.cdiv(P, BLOCK_N), tl.cdiv(Q, BLOCK_M), GROUP)
-    i_slice = tl.program_id(1)
-    p0, q0 = i_p * BLOCK_N, i_q * BLOCK_M
-    o_p, o_q = p0 + tl.arange(0, BLOCK_N), q0 + tl.arange(0, BLOCK_M)
-    m_out = (o_p < P)[:, None] & (o_q < Q)[None, :]
-    p_out = out_ptr + (i_slice.to(tl.int64) * P + o_p[:, None]) * Q + o_q[None, :]
-    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    first = i_slice * ROWS
-    last = min(first + ROWS, N)
+    """acc (BLOCK_N, BLOCK_M) + aᵀ · b over the rows first : last and, with SUMS, total (BLOCK_N, 16) + aᵀ · 1."""
     if TMA:  # rows past N are zeros, and a slice ends with a block: ROWS is a multiple of BLOCK_K
         for r in range(first, last, BLOCK_K):
-            acc = dot(a.load([r, p0]).T, b.load([r, q0]), acc, PRECISION)
+            b_a = a.load([r, p0]).T
+            acc = dot(b_a, b.load([r, q0]), acc, PRECISION)
+            if SUMS:
+                total = dot(b_a, ones(BLOCK_K, 16, b_a.dtype), total, PRECISION)
     else:
+        o_p, o_q = p0 + tl.arange(0, BLOCK_N), q0 + tl.arange(0, BLOCK_M)
         o_r = first + tl.arange(0, BLOCK_K)
         rows = o_r.to(tl.int64)
         p_a = a + rows[None, :] * stride_an + o_p[:, None]  # (BLOCK_N, BLOCK_K)
@@ -336,8 +326,53 @@ def weight_grad_kernel(
             b_a = tl.load(p_a, mask=(o_p < P)[:, None] & m_r[None, :], other=0.0)
             b_b = tl.load(p_b, mask=m_r[:, None] & (o_q < Q)[None, :], other=0.0)
             acc = dot(b_a, b_b, acc, PRECISION)
+            if SUMS:
+                total = dot(b_a, ones(BLOCK_K, 16, b_a.dtype), total, PRECISION)
             p_a += BLOCK_K * stride_an
             p_b += BLOCK_K * stride_bn
+    return acc, total
+
+
+@triton.jit(do_not_specialize=["N", "ROWS"])
+def weight_grad_kernel(
+    a, b, out_ptr,
+    N, P, Q, ROWS,
+    stride_an, stride_bn, stride_os,
+    TMA: tl.constexpr, ACCUMULATE: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """out[s] (P, Q) [+]= a[rows of slice s]ᵀ · b[rows of slice s]; a (N, P), b (N, Q), ROWS rows a slice.
+
+    With a bias out[s] goes on with P numbers, the sums of a's columns: of operands in half precision, since the tensor
+    cores multiply by ones. ROWS is a multiple of BLOCK_K. BLOCK_N × BLOCK_M is the block of the result, BLOCK_K the
+    rows taken at a time.
+    """
+    i_p, i_q = place_of_program(tl.program_id(0), tl.cdiv(P, BLOCK_N), tl.cdiv(Q, BLOCK_M), GROUP)
+    i_slice = tl.program_id(1)
+    p0, q0 = i_p * BLOCK_N, i_q * BLOCK_M
+    o_p, o_q = p0 + tl.arange(0, BLOCK_N), q0 + tl.arange(0, BLOCK_M)
+    out_ptr += i_slice.to(tl.int64) * stride_os
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    total = tl.zeros((BLOCK_N, 16), tl.float32)
+    first = i_slice * ROWS
+    last = min(first + ROWS, N)
+    if HAS_BIAS and i_q == 0:
+        acc, total = _weight_grad_rows(
+            a, b, acc, total, first, last, p0, q0, P, Q, stride_an, stride_bn,
+            TMA, True, PRECISION, BLOCK_N, BLOCK_M, BLOCK_K,
+        )  # fmt: skip
+        sums = tl.max(total, axis=1)  # all 16 are equal
+        p_sums = out_ptr + P * Q + o_p
+        if ACCUMULATE:
+            sums += tl.load(p_sums, mask=o_p < P, other=0.0)
+        tl.store(p_sums, sums, mask=o_p < P)
+    else:
+        acc, total = _weight_grad_rows(
+            a, b, acc, total, first, last, p0, q0, P, Q, stride_an, stride_bn,
+            TMA, False, PRECISION, BLOCK_N, BLOCK_M, BLOCK_K,
+        )  # fmt: skip
+    m_out = (o_p < P)[:, None] & (o_q < Q)[None, :]
+    p_out = out_ptr + o_p.to(tl.int64)[:, None] * Q + o_q[None, :]
     if ACCUMULATE:
         acc += tl.load(p_out, mask=m_out, other=0.0)
     tl.store(p_out, to_type(acc, out_ptr.dtype.element_ty), mask=m_out)

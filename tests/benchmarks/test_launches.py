@@ -22,14 +22,14 @@ def total(launched):
 def test_a_call_with_an_action_launches_few_kernels():
     found = mlp_launches(ROWS, WIDTH, HIDDEN, ACTIONS)
     assert total(found["forward"]) <= 4
-    assert total(found["backward"]) <= 16
+    assert total(found["backward"]) <= 13
     assert found["backward"].kernels["weight_grad_kernel"] == 2
 
 
 def test_a_call_without_an_action_launches_fewer():
     found = mlp_launches(50_176, 768, 3072, 0)
     assert total(found["forward"]) == 3
-    assert total(found["backward"]) <= 13
+    assert total(found["backward"]) <= 9
 
 
 def test_chunks_multiply_launches_and_bound_memory():

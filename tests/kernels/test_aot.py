@@ -85,6 +85,18 @@ def test_machine_code_allows_the_share_of_peak_that_was_set(compiled, role, shap
     assert best["last_wave"] >= 0.9
 
 
+@pytest.mark.parametrize(
+    ("role", "serial", "overlapped"),
+    [("hidden", 0.38, 0.54), ("hidden_backward", 0.45, 0.60), ("project", 0.75, 0.95), ("dx", 0.75, 0.95)],
+)
+def test_what_a_block_of_192_columns_reaches_stays(compiled, role, serial, overlapped):
+    """Below `GOALS` for `hidden`: of its 256 × 128 tile, GELU alone takes more cycles than the tensor cores' 3,072."""
+    best = max(rows_of(compiled[1], role, "block 192"), key=limit)
+    assert round(best["serial"], 2) >= serial
+    assert round(best["overlapped"], 2) >= overlapped
+    assert best["last_wave"] >= 0.9
+
+
 def limit(row):
     """What the candidates are ordered by."""
     return min(row["serial"] if row["overlapped"] is None else row["overlapped"], row["by_l2"][-1])
@@ -103,7 +115,9 @@ def test_a_forward_pass_reads_few_bytes_from_l2(compiled):
     assert sum(found) <= 28_000
 
 
-@pytest.mark.parametrize(("shape", "most"), [("block 384", 6_000), ("encoder 768", 20_000)])
+@pytest.mark.parametrize(
+    ("shape", "most"), [("block 384", 6_000), ("block 192", 6_000), ("mixer 384", 6_000), ("encoder 768", 20_000)]
+)
 def test_weight_gradients_fill_the_last_wave_and_move_few_partial_sums(compiled, shape, most):
     first = rows_of(compiled[1], "weight_grad", shape)[0]
     assert first["last_wave"] >= 0.9

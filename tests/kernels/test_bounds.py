@@ -141,10 +141,10 @@ def test_slices_are_the_fewest_that_fill_the_last_wave(blocks, most, processors)
         return blocks * slices / (waves * processors)
 
     found = slices_of(blocks, most, processors)
-    assert 1 <= found <= max(1, min(most, 16))
+    assert 1 <= found <= max(1, min(most, 32))
     assert all(filled(fewer) < 0.9 for fewer in range(1, found)) or filled(found) < 0.9
     if filled(found) < 0.9:
-        assert filled(found) == max(filled(s) for s in range(1, max(1, min(most, 16)) + 1))
+        assert filled(found) == max(filled(s) for s in range(1, max(1, min(most, 32)) + 1))
 
 
 def test_descriptors_point_at_matrices_whose_rows_start_at_sixteen_bytes():

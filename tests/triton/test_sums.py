@@ -12,8 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from iwm_fast.kernels import _launch as launch
+from iwm_fast.kernels import _launch_products as products
+from iwm_fast.kernels._candidates import Choice
 from iwm_fast.kernels._jit import gelu, gelu_and_slope
 from iwm_fast.kernels._rows import image_kernel
+from iwm_fast.kernels._tuning import use_tuner
 
 TYPES = [torch.float32, torch.float16, torch.bfloat16]
 # Half a step, relative, and the smallest that a type has (its subnormal ones included).
@@ -192,3 +195,37 @@ def test_infinities_pass_through_the_rational_form_and_show_in_its_slope(device)
     assert twin[0] == math.inf
     assert not twin[1].isfinite()
     assert not slope.isfinite().any()
+
+
+class Only:
+    """In the tuner's place: one choice."""
+
+    def __init__(self, choice):
+        self.choice = choice
+
+    def run(self, *given):
+        return given[3](self.choice)
+
+
+CHOICES = [Choice("triton", 16, 32, 16, 4, 1), Choice("tma", 16, 32, 16, 4, 1), Choice("library")]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("choice", CHOICES, ids=lambda choice: choice.by)
+@pytest.mark.parametrize(("rows", "p", "q"), [(1, 8, 8), (37, 24, 72), (53, 40, 8)])
+def test_gradients_of_a_bias_come_from_the_pass_of_its_weight(choice, rows, p, q, dtype, device):
+    """The bias's as exact as an fp32 sum: ones multiply without rounding. Twice: the second call adds to the first."""
+    a, b = (draw(rows, width, seed=width, device=device, dtype=dtype) for width in (p, q))
+    weight, bias = torch.empty(p, q, device=device), torch.empty(p, device=device)
+    with use_tuner(Only(choice)):
+        slices = products.weight_grad_slices(a, b, bias=True)
+        again = products.weight_grad_slices(a, b, slices.clone(), bias=True)
+        alone = products.weight_grad_slices(a, b)
+    assert slices.shape[1] == p * q + p
+    for times, sums in ((1, slices), (2, again)):
+        dweight, dbias = launch.add_gradients(sums, weight, bias=bias)
+        torch.testing.assert_close(dweight.double(), times * a.double().t() @ b.double(), rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(dbias.double(), times * a.double().sum(0), rtol=1e-6, atol=1e-5)
+    plain, none = launch.add_gradients(alone, weight)
+    assert none is None
+    assert torch.equal(plain, launch.add_gradients(slices, weight, bias=bias)[0])
