@@ -124,6 +124,10 @@ class GraphedStep(nn.Module):
         finally:
             self._off = before
 
+    def buffers_read(self) -> list[Tensor]:
+        """What the graphs read and write beside the weights: batches' buffers and gradients."""
+        return [tensor for graph in self._graphs.values() for tensor in (*graph.inputs, *graph.gradients)]
+
     def forward(self, *arguments: Any) -> IWMOutput:
         """As `IWM.forward`."""
         seen, asked = (part for part in arguments if isinstance(part, Segments))

@@ -144,6 +144,12 @@ def assumptions(cluster: Cluster, config: Config, images: ImageCount) -> list[st
     said.append(
         f"launches: {steptime.LAUNCH_S * 1e6:.0f} µs of the host assumed per block forward, twice that backward"
     )
+    if config.train.static_shapes:
+        said.append("static shapes: their padding is counted, but for the target; operations and MFU are useful ones")
+    if config.train.cuda_graph:
+        said.append(
+            "CUDA graphs: no launches counted, and no message beside the backward pass; not measured on a GPU yet"
+        )
     said.append("overlap: messages that can run beside the computation are assumed to, entirely; the others not at all")
     if cluster.data_rate is None:
         said.append("data: assumed never waited for; give --data-rate, images a second and GPU, to count them")

@@ -17,6 +17,7 @@ from iwm_fast.planning.fabric import Fabric
 from iwm_fast.planning.layout import Layout, layout_of
 from iwm_fast.planning.memory import Memory, state_memory
 from iwm_fast.planning.rates import Rate
+from iwm_fast.planning.rounding import expected_padding
 from iwm_fast.planning.steptime import StepTime, image_flops, step_time
 from iwm_fast.planning.tokens import Tokens
 
@@ -55,7 +56,10 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Stage:
-    """A ZeRO stage, with or without recomputation, at the largest micro-batch that fits, or at 1 where none does."""
+    """A ZeRO stage, with or without recomputation, at the largest micro-batch that fits, or at 1 where none does.
+
+    padded: the share of padding among context and predicted tokens, with train.static_shapes.
+    """
 
     stage: int
     micro_batch: int
@@ -65,6 +69,7 @@ class Stage:
     collectives: list[Collective]
     time: StepTime
     recompute: bool = False
+    padded: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -187,18 +192,29 @@ class Planner:
         fabric = Fabric(cluster.nodes, cluster.gpus_per_node, cluster.device.link, cluster.network)
         time = step_time(
             config, self.layout, self.tokens, collectives, fabric, cluster.device, cluster.rate.mfu, cluster.data_rate,
-            accumulation,
+            accumulation, self._more(micro),
         )  # fmt: skip
         fits, recompute = memory.total <= cluster.usable, config.train.activation_checkpointing
-        return Stage(config.zero.stage, micro, accumulation, fits, memory, collectives, time, recompute)
+        padded = 1 - 1 / self._more(micro)
+        return Stage(config.zero.stage, micro, accumulation, fits, memory, collectives, time, recompute, padded)
+
+    def _more(self, micro: int) -> float:
+        """Context and predicted tokens of a micro-batch with their padding, over those without."""
+        drawn = self.tokens.images
+        useful = int(self.tokens.context.sum() + self.tokens.predicted.sum()) * micro / drawn
+        return 1 + 2 * expected_padding(self.config, micro) / max(useful, 1.0)
 
     def _with_batch(self, config: Config, state: Memory, micro: int) -> Memory:
         """Add a micro-batch: activations by the drawn images' mean, and its pixels as DALI prefetches them."""
         drawn = self.tokens.images
         of_drawn = self._activations[config.train.activation_checkpointing]
         pixels = (1 + self.tokens.sources) * 3 * config.model.image**2 * (config.data.prefetch + 2)
-        passing = of_drawn.passing(micro) + pixels * micro
-        return replace(state, activations=of_drawn.kept * micro // drawn, workspace=state.workspace + passing)
+        more = self._more(micro)
+        passing = round(of_drawn.passing(micro) * more) + pixels * micro
+        if config.train.cuda_graph:  # the gradients that a replay writes, which the engine gets copies of
+            passing += self.layout.trained_size * (2 if config.train.precision == "bf16" and config.zero.stage else 4)
+        kept = round(of_drawn.kept * micro * more) // drawn
+        return replace(state, activations=kept, workspace=state.workspace + passing)
 
 
 def best_of_each(variants: Sequence[Stage]) -> list[Stage]:
@@ -240,6 +256,7 @@ def stage_record(stage: Stage, config: Config, world: int) -> dict[str, Any]:
         "fits": stage.fits,
         "micro_batch": stage.micro_batch,
         "accumulation": stage.accumulation,
+        "padded": stage.padded,
         "memory_bytes": asdict(stage.memory) | {"total": stage.memory.total},
         "collectives": [asdict(c) | {"sent_bytes": s} for c, s in zip(stage.collectives, sent, strict=True)],
         "sent_bytes": sum(sent),

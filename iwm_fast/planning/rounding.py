@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from iwm_fast.config import Config
 
-__all__ = ["Rounding", "default_multiple", "padded_share", "rounding_of"]
+__all__ = ["Rounding", "default_multiple", "expected_padding", "padded_share", "rounding_of"]
 
 # One 48th of all patches of a micro-batch, rounded down to a power of two: of 500 batches of the default masks, 256
 # images of 14 × 14 patches (1,024) had 2.1 % more tokens and 7 pairs of sizes, 128 of 8 × 8 (128) 1.7 % and 12. Half
@@ -54,6 +54,12 @@ def rounding_of(config: Config, micro_batch: int) -> Rounding | None:
     )  # fmt: skip
     # As few as can hold the padding, of which there is at most multiple − 1 and one token for each segment.
     return Rounding(multiple, max(1, -(-(multiple - 1) // (patches - 1))), patches)
+
+
+def expected_padding(config: Config, micro_batch: int) -> float:
+    """Mean tokens of padding of one packed set, where all remainders are as likely; 0 without train.static_shapes."""
+    rounding = rounding_of(config, micro_batch)
+    return 0.0 if rounding is None else rounding.segments + (rounding.multiple - 1) / 2
 
 
 def padded_share(config: Config, context: NDArray[np.int64], predicted: NDArray[np.int64] | None) -> float:

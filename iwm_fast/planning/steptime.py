@@ -61,6 +61,7 @@ def step_time(
     mfu: float,
     data_rate: float | None,
     accumulation: int = 1,
+    more: float = 1.0,
 ) -> StepTime:
     """A step of the configuration's global batch, divided evenly over the fabric's ranks.
 
@@ -74,6 +75,7 @@ def step_time(
         mfu: operations a second over the data sheet's, of train.precision.
         data_rate: images a second that the input path makes for one rank, or None.
         accumulation: micro-batches of a rank.
+        more: context and predicted tokens with their padding, over those without. The target has none.
 
     """
     images = config.train.global_batch / fabric.world
@@ -81,10 +83,12 @@ def step_time(
     rate = device.rate(config.train.precision) * mfu * drawn / images
     again = flops.context_forward + flops.predictor_forward if config.train.activation_checkpointing else 0
     launched = _launches(config, accumulation)
-    forward = max((flops.target_forward + flops.context_forward + flops.predictor_forward) / rate, launched[0])
-    backward = max((flops.context_backward + flops.predictor_backward + again) / rate, launched[1])
+    source = flops.context_forward + flops.predictor_forward
+    forward = max((flops.target_forward + more * source) / rate, launched[0])
+    backward = max(more * (flops.context_backward + flops.predictor_backward + again) / rate, launched[1])
     transfers = [fabric.transfer(c) for c in collectives]
-    hidden = {"forward": forward, "backward": backward}
+    # A graph hands all gradients over at its end.
+    hidden = {"forward": forward, "backward": 0.0 if config.train.cuda_graph else backward}
     exposed = 0.0
     for collective, transfer in zip(collectives, transfers, strict=True):
         exposed += max(0.0, transfer.seconds - hidden.get(collective.hidden_by or "", 0.0))
@@ -103,8 +107,10 @@ def step_time(
 
 def _launches(config: Config, accumulation: int) -> tuple[float, float]:
     """Seconds of the host to launch the forward and the backward passes: a block's backward has twice the operators,
-    and those of its forward pass where that is recomputed.
+    and those of its forward pass where that is recomputed. A CUDA graph is launched as one.
     """
+    if config.train.cuda_graph:
+        return 0.0, 0.0
     encoder, predictor = config.model.encoder_shape.depth, config.model.predictor.depth
     again = 1 if config.train.activation_checkpointing else 0
     forward, backward = 2 * encoder + predictor, (encoder + predictor) * (2 + again)

@@ -69,6 +69,16 @@ def test_a_step_launches_what_is_counted_without_any_gpu(tmp_path, preset, stage
         assert found == pytest.approx(wanted, rel=0.02, abs=2), span
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_what_a_graph_captures_waits_for_nothing_uploads_nothing_and_stays_where_it_is(tmp_path, stage):
+    words = ["train.global_batch=32", "train.micro_batch=16", f"zero.stage={stage}"]
+    done = _null("graphs", "gpu-small", *words, "--json", str(tmp_path / "graphs.json"))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    found = json.loads((tmp_path / "graphs.json").read_text())
+    assert found["captures"] == len(found["sizes"])
+    assert (found["moved"], found["replay"]["allocations"], found["replay"]["collectives"]) == (0, 0, 0)
+
+
 def test_the_suite_of_the_gpu_ends_within_its_budget_and_each_part_leaves_its_rows(tmp_path):
     """Parts that compare answers or need DALI's GPU operators fail there, and say so; all end."""
     done = _null("run", "-m", "benchmarks.gpu_suite", "--out", str(tmp_path))

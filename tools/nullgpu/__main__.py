@@ -1,4 +1,4 @@
-"""The command line: ``python -m tools.nullgpu setup|build|matrix|step|baseline|run …``."""
+"""The command line: ``python -m tools.nullgpu setup|build|graphs|matrix|step|baseline|run …``."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def main(words: list[str]) -> int:
     if command == "build":
         print(build())
         return 0
-    if command in ("matrix", "step"):
+    if command in ("graphs", "matrix", "step"):
         return run(["-m", f"tools.nullgpu.{command}", *rest])
     if command == "baseline":
         return baseline(rest)
