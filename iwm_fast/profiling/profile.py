@@ -86,6 +86,8 @@ def profile(
         "images": config.train.global_batch,
         "sources_per_target": config.views.sources_per_target,
         "device": device.type,
+        "static_shapes": config.train.static_shapes,
+        "cuda_graph": config.train.cuda_graph,
         "data": "synthetic" if root is None else "files",
         "step_s": median(taken),
         "steps_s": taken,
