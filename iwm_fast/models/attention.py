@@ -343,7 +343,8 @@ class Attention(nn.Module):
 
     def wants_groups(self, segments: Segments) -> bool:
         """Whether it takes images of one length at a time, so that sorting these before the first block saves time."""
-        return self._backend(self.qkv.weight, segments) in GROUPED
+        # Not self.qkv.weight: at ZeRO stage 3 DeepSpeed gathers what is read by name, and ranks ask at different times.
+        return self._backend(next(self.qkv.parameters()), segments) in GROUPED
 
     def _backend(self, like: Tensor, segments: Segments) -> str:
         head = self.proj.in_features // self.heads

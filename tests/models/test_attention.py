@@ -410,3 +410,15 @@ def test_an_entry_chooses_the_fastest_and_xformers_where_equal(seconds: dict[str
     assert table_entry(seconds, 100) == {
         "choice": choice, "tokens": 100, "torch": torch_minor(), "seconds": seconds
     }  # fmt: skip
+
+
+def test_asking_for_the_order_of_images_reads_no_parameter_by_its_name() -> None:
+    """At ZeRO stage 3 DeepSpeed gathers what is read so, and only ranks whose images are not sorted would ask."""
+
+    class Watched(dict[str, Any]):
+        def __getitem__(self, name: str) -> Any:
+            raise AssertionError(f"{name} was read")
+
+    layer = attention.Attention(8, 2)
+    layer.qkv._parameters = Watched(layer.qkv._parameters)
+    assert layer.wants_groups(Segments.from_lengths([3, 5], torch.device("cpu")))
