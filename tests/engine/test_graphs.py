@@ -77,7 +77,16 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
+QUICK = ("stage 1, sources", "bf16")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param(changes, id=name, marks=() if name in QUICK else pytest.mark.slow)
+        for name, changes in VARIANTS.items()
+    ],
+)
 def test_replays_train_as_the_step_without_graphs_and_nothing_they_read_moves(without_gpu, changes):
     """The loss's factor is applied in another place, so gradients differ in their last bit: bf16's is 2⁻⁸."""
     bf16 = "train__precision" in changes
