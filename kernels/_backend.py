@@ -16,6 +16,7 @@ __all__ = [
     "BACKENDS",
     "autocast_type",
     "backward_without_autocast",
+    "launches_recorded",
     "recorded_launches",
     "resolve_backend",
     "use_backend",
@@ -39,6 +40,11 @@ def recorded_launches() -> Iterator[None]:
         yield
     finally:
         _recorded = before
+
+
+def launches_recorded() -> bool:
+    """Whether a GPU's launches are recorded: then what differs by device is what a GPU does."""
+    return _recorded
 
 
 @contextlib.contextmanager
