@@ -154,8 +154,15 @@ def norm_backward(
     return sums
 
 
-def add_slices(slices: Tensor, dtype: torch.dtype) -> Tensor:
-    """Σ of fp32 slices (S, ...) in their order, rounded once to `dtype`: (...)."""
+def add_slices(slices: Tensor, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
+    """Σ of fp32 slices (S, ...) in their order, rounded once to `dtype`: (...).
+
+    into: fp32 (...), contiguous, the sum's first term; it is overwritten with the sum and returned.
+    """
+    if into is not None:
+        assert dtype == into.dtype == torch.float32
+        _add_slices(slices, into, None, accumulate=True)
+        return into
     out = torch.empty(slices.shape[1:], dtype=dtype, device=slices.device)
     _add_slices(slices, out, None)
     return out
@@ -176,12 +183,12 @@ def add_gradients(slices: Tensor, weight: Tensor, *, bias: Tensor | None = None)
     return dweight, dbias
 
 
-def _add_slices(slices: Tensor, out: Tensor, second: Tensor | None) -> None:
+def _add_slices(slices: Tensor, out: Tensor, second: Tensor | None, *, accumulate: bool = False) -> None:
     length = out.numel() + (0 if second is None else second.numel())
     if length:
         add_slices_kernel[(triton.cdiv(length, 1024),)](
             slices_ptr=slices, out_ptr=out, second_ptr=second, SLICES=slices.shape[0], L=length, SPLIT=out.numel(),
-            HAS_SECOND=second is not None, BLOCK=1024, num_warps=4,
+            HAS_SECOND=second is not None, ACCUMULATE=accumulate, BLOCK=1024, num_warps=4,
         )  # fmt: skip
 
 

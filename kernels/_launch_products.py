@@ -254,11 +254,10 @@ def hidden_backward(
     return tuner(x.device).run("hidden_backward", x.dtype, (rows, units, x.shape[1]), call, about)
 
 
-def weight_grad_slices(a: Tensor, b: Tensor, into: Tensor | None = None, *, bias: bool = False) -> Tensor:
+def weight_grad_slices(a: Tensor, b: Tensor, *, bias: bool = False) -> Tensor:
     """Parts of aᵀ · b, fp32 (S, P · Q), to be added by `add_gradients`, for a (N, P) and b (N, Q): a slice each.
 
     bias: parts of the sums of a's columns too, behind the others: (S, P · Q + P). Of operands in half precision.
-    into: what an earlier call gave for as many rows, to add to in place.
     """
     rows, p, q = a.shape[0], a.shape[1], b.shape[1]
     length = p * q + (p if bias else 0)
@@ -269,21 +268,18 @@ def weight_grad_slices(a: Tensor, b: Tensor, into: Tensor | None = None, *, bias
             _library_weight_grad(a, b, whole[0, : p * q].view(p, q))
             if bias:
                 torch.sum(a, 0, dtype=torch.float32, out=whole[0, p * q :])
-            if into is None:
-                return whole
-            into[0] += whole[0]
-            return into
+            return whole
         tma = choice.by == "tma"
         n, m, k = choice.block_n, choice.block_m, choice.block_k
         blocks = triton.cdiv(p, n) * triton.cdiv(q, m)
-        slices = len(into) if into is not None else slices_of(blocks, triton.cdiv(rows, k), _processors(a.device))
-        sums = torch.empty(slices, length, dtype=torch.float32, device=a.device) if into is None else into
+        slices = slices_of(blocks, triton.cdiv(rows, k), _processors(a.device))
+        sums = torch.empty(slices, length, dtype=torch.float32, device=a.device)
         depth = triton.cdiv(triton.cdiv(rows, slices), k) * k
         weight_grad_kernel[(blocks, slices)](
             a=_descriptor(a, k, n) if tma else a, b=_descriptor(b, k, m) if tma else b, out_ptr=sums,
             N=rows, P=p, Q=q, ROWS=depth,
             stride_an=a.stride(0), stride_bn=b.stride(0), stride_os=length,
-            TMA=tma, ACCUMULATE=into is not None, HAS_BIAS=bias, PRECISION=precision(),
+            TMA=tma, HAS_BIAS=bias, PRECISION=precision(),
             BLOCK_N=n, BLOCK_M=m, BLOCK_K=k, GROUP=_GROUP,
             num_warps=choice.warps, num_stages=choice.stages,
         )  # fmt: skip

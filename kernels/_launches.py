@@ -20,6 +20,7 @@ from ._backend import recorded_launches
 from ._candidates import candidates_of, possible
 from ._launch import norm_backward, normalise
 from ._tuning import use_tuner
+from ._workspace import use_workspace, workspace_bytes
 from .e4m3_rows import launch_e4m3
 from .ema_update import launch_average
 from .patchify import launch_patchify
@@ -156,17 +157,20 @@ def _launch_average(elements: int, dtype: torch.dtype) -> None:
 def _launch_block(width: int, hidden: int, actions: int, dtype: torch.dtype) -> None:
     """The MLP and the loss; 63 tokens, so that no kernel may count on a round number."""
     empty = partial(_empty, kind=dtype)
-    tokens, images = 63, 3
+    images = 3
     action = (empty(images, actions), empty(hidden, actions)) if actions else (None, None)
     norm = (None, None) if hidden == width else (empty(width), empty(width))
     cu_seqlens = _empty(images + 1, kind=torch.int32) if actions else None
-    inputs: tuple[Any, ...] = (
-        empty(tokens, width), empty(hidden, width), empty(hidden), empty(width, hidden), empty(width),
+    weights: tuple[Any, ...] = (
+        empty(hidden, width), empty(hidden), empty(width, hidden), empty(width),
         *action, cu_seqlens, *norm, norm[0] is not None, 1e-6, "gelu",
     )  # fmt: skip
-    _mlp_triton.forward(*inputs)
-    backward_inputs: tuple[Any, ...] = (empty(tokens, width), *inputs, True)
-    _mlp_triton.backward(*backward_inputs)
+    for tokens, workspace in ((63, workspace_bytes()), (150, 1)):  # whole, and in chunks of which the last is shorter
+        with use_workspace(workspace):
+            _mlp_triton.forward(empty(tokens, width), *weights)
+            backward: tuple[Any, ...] = (empty(tokens, width), empty(tokens, width), *weights, True)
+            _mlp_triton.backward(*backward)
+    tokens = 63
     loss = (empty(tokens, width), empty(200, width), _empty(tokens, kind=torch.int64), True, 1.0, 1e-6)
     grad = empty(tokens, width)
     sums = _empty(tokens, kind=torch.float32)

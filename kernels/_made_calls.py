@@ -76,8 +76,8 @@ def _begin(key: Key, operands: _Operands) -> None:
     """Call the product of a key."""
     some, columns, depth = operands.some, key.columns, key.depth
     if key.product == "weight_grad":  # its sizes are (rows, P, Q)
-        bias = "bias" in key.about.split()
-        products.weight_grad_slices(operands.tokens(columns), some(operands.rows, depth), bias=bias)
+        summed = "bias" in key.about.split()
+        products.weight_grad_slices(operands.tokens(columns), some(operands.rows, depth), bias=summed)
         return
     _, kind, *residual = key.about.split()
     x, bias = operands.tokens(depth), operands.bias(kind, columns)

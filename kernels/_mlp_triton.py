@@ -142,7 +142,7 @@ class _Sums:
         self.bounds, self.chunked = cu_seqlens, chunked
         # fp32 operands are rounded to TF32 where tensor cores add their columns up, so those are added apart.
         self.beside = x.element_size() == 2
-        self.w_in: Tensor | None = None
+        self.w_in: Tensor | None = None  # (S, ...): one chunk's slices, or of several their sum
         self.w_out: Tensor | None = None
         self.image_bias: Tensor | None = None  # (images, H)
         if cu_seqlens is not None:
@@ -155,14 +155,26 @@ class _Sums:
     def add(self, rows: slice, normed: Tensor, hidden: Tensor, dhidden: Tensor, dout: Tensor) -> None:
         """Add a chunk's."""
         per_image = self.bounds is not None
-        self.w_out = products.weight_grad_slices(dout, hidden, self.w_out, bias=self.beside)
-        self.w_in = products.weight_grad_slices(dhidden, normed, self.w_in, bias=self.beside and not per_image)
+        w_out = products.weight_grad_slices(dout, hidden, bias=self.beside)
+        self.w_out = self._with(w_out, self.w_out)
+        del w_out  # before the next slices
+        w_in = products.weight_grad_slices(dhidden, normed, bias=self.beside and not per_image)
+        self.w_in = self._with(w_in, self.w_in)
         if not self.beside:
             self.b_out.append(self.parts(launch.column_sums(dout)))
         if self.bounds is not None and self.image_bias is not None:
             launch.segment_sums(dhidden, self.bounds, rows.start, self.image_bias, accumulate=rows.start > 0)
         elif not self.beside:
             self.b_in.append(self.parts(launch.column_sums(dhidden)))
+
+    def _with(self, slices: Tensor, before: Tensor | None) -> Tensor:
+        """A weight's slices of one chunk, or their sum with that of the chunks before, (1, ...).
+
+        Not in the kernel that makes the slices: the tuner calls that many times to time it.
+        """
+        if not self.chunked:
+            return slices
+        return launch.add_slices(slices, torch.float32, None if before is None else before[0])[None]
 
     def parts(self, slices: Tensor) -> Tensor:
         """A chunk's part of a sum: its slices, or their sum where other chunks follow and all would be much."""

@@ -338,10 +338,10 @@ def weight_grad_kernel(
     a, b, out_ptr,
     N, P, Q, ROWS,
     stride_an, stride_bn, stride_os,
-    TMA: tl.constexpr, ACCUMULATE: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    TMA: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """out[s] (P, Q) [+]= a[rows of slice s]ᵀ · b[rows of slice s]; a (N, P), b (N, Q), ROWS rows a slice.
+    """out[s] (P, Q) = a[rows of slice s]ᵀ · b[rows of slice s]; a (N, P), b (N, Q), ROWS rows a slice.
 
     With a bias out[s] goes on with P numbers, the sums of a's columns: of operands in half precision, since the tensor
     cores multiply by ones. ROWS is a multiple of BLOCK_K. BLOCK_N × BLOCK_M is the block of the result, BLOCK_K the
@@ -362,10 +362,7 @@ def weight_grad_kernel(
             TMA, True, PRECISION, BLOCK_N, BLOCK_M, BLOCK_K,
         )  # fmt: skip
         sums = tl.max(total, axis=1)  # all 16 are equal
-        p_sums = out_ptr + P * Q + o_p
-        if ACCUMULATE:
-            sums += tl.load(p_sums, mask=o_p < P, other=0.0)
-        tl.store(p_sums, sums, mask=o_p < P)
+        tl.store(out_ptr + P * Q + o_p, sums, mask=o_p < P)
     else:
         acc, total = _weight_grad_rows(
             a, b, acc, total, first, last, p0, q0, P, Q, stride_an, stride_bn,
@@ -373,6 +370,4 @@ def weight_grad_kernel(
         )  # fmt: skip
     m_out = (o_p < P)[:, None] & (o_q < Q)[None, :]
     p_out = out_ptr + o_p.to(tl.int64)[:, None] * Q + o_q[None, :]
-    if ACCUMULATE:
-        acc += tl.load(p_out, mask=m_out, other=0.0)
     tl.store(p_out, to_type(acc, out_ptr.dtype.element_ty), mask=m_out)

@@ -83,11 +83,18 @@ def segment_sum_kernel(
 
 
 @triton.jit(do_not_specialize=["SLICES"])
-def add_slices_kernel(slices_ptr, out_ptr, second_ptr, SLICES, L, SPLIT, HAS_SECOND: tl.constexpr, BLOCK: tl.constexpr):
-    """out (SPLIT,) and second (L − SPLIT,), one after the other, = Σ slices (SLICES, L) fp32, in their order."""
+def add_slices_kernel(
+    slices_ptr, out_ptr, second_ptr,
+    SLICES, L, SPLIT,
+    HAS_SECOND: tl.constexpr, ACCUMULATE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """out (SPLIT,) and second (L − SPLIT,), one after the other, = Σ slices (SLICES, L) fp32, in their order.
+
+    ACCUMULATE: out, fp32, is the sum's first term; without a second.
+    """
     o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     m = o < L
-    acc = tl.zeros((BLOCK,), tl.float32)
+    acc = tl.load(out_ptr + o, mask=m, other=0.0) if ACCUMULATE else tl.zeros((BLOCK,), tl.float32)
     p_slice = slices_ptr + o
     for _ in range(SLICES):
         acc += tl.load(p_slice, mask=m, other=0.0)

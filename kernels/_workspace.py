@@ -47,7 +47,8 @@ def mlp_workspace(
     """Most bytes that one call of the MLP holds at once beside its inputs and results.
 
     Forward: the normalised input and the hidden activations (chunk, H). Backward: these, their gradient, and both
-    weight gradients' slices in fp32. `image`: the image of each token, int32, where an action is given.
+    weight gradients' slices in fp32; of several chunks, both sums and the slices of one. `image`: the image of each
+    token, int32, where an action is given.
     """
     copies = 2 if backward else 1
     chunk = min(rows, chunk_rows(rows, hidden, element, copies))
@@ -55,7 +56,8 @@ def mlp_workspace(
     if not backward:
         return held
     best = candidates_of(_ARCHITECTURE, "weight_grad")[0]
+    slices = []
     for p, q in ((width, hidden), (hidden, width)):
         blocks = -(-p // best.block_n) * -(-q // best.block_m)
-        held += 4 * p * q * slices_of(blocks, -(-chunk // best.block_k), PROCESSORS[_ARCHITECTURE])
-    return held
+        slices.append(slices_of(blocks, -(-chunk // best.block_k), PROCESSORS[_ARCHITECTURE]))
+    return held + 4 * width * hidden * (sum(slices) if chunk == rows else 2 + max(slices))

@@ -44,13 +44,14 @@ def test_chunks_multiply_launches_and_bound_memory():
 @pytest.mark.parametrize("actions", [0, ACTIONS])
 @pytest.mark.parametrize("limit", [2**30, 2**26], ids=["whole", "in chunks"])
 def test_memory_is_what_the_plan_counts(limit, actions):
-    """Beside the result, which is the caller's: sums over images and programs are less than 2 % of it."""
-    result = ROWS * WIDTH * 2
+    """Beside the result, which is the caller's, and a row of fp32 sums for each image; the rest is less than 2 %."""
+    result, per_image = ROWS * WIDTH * 2, 512 * HIDDEN * 4 if actions else 0
     with use_workspace(limit):
         found = mlp_launches(ROWS, WIDTH, HIDDEN, actions)
         for name, launched in found.items():
             planned = mlp_workspace(ROWS, WIDTH, HIDDEN, 2, backward=name == "backward", image=actions > 0)
-            assert 0 <= launched.peak_bytes - result - planned <= 0.02 * launched.peak_bytes, name
+            rest = launched.peak_bytes - result - planned
+            assert 0 <= rest <= 0.02 * launched.peak_bytes + (per_image if name == "backward" else 0), name
 
 
 def test_pytorch_s_kernels_count_and_views_and_allocations_do_not():

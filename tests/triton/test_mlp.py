@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from operators import cast, distances, mlp_inputs, outcome
 
-from iwm_fast.kernels import conditioned_mlp
+from iwm_fast.kernels import _tuning, conditioned_mlp
 from iwm_fast.kernels._candidates import Choice
-from iwm_fast.kernels._tuning import use_tuner
+from iwm_fast.kernels._tuning import Tuner, use_tuner
 from iwm_fast.kernels._workspace import use_workspace
 
 HALF = [torch.float16, torch.bfloat16]
@@ -191,6 +191,34 @@ def test_every_implementation_gives_the_same(choice, dtype, actions, norm, devic
     for name, error in ours.items():
         limit = 1e-5 if dtype == torch.float32 else max(1.5 * eager[name], torch.finfo(dtype).eps / 2)
         assert error <= limit, (name, error, eager[name])
+
+
+@pytest.mark.parametrize("fastest", ["narrow", "library"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("actions", [3, None], ids=["action", "no action"])
+def test_timing_the_kernels_of_a_chunked_call_leaves_its_gradients(
+    actions, dtype, fastest, tmp_path, device, monkeypatch
+):
+    """Chunks of 64, 64 and 22 tokens: the last is timed too, in a bucket of its own, when there are sums already."""
+    choices = [CHOICES["narrow"], CHOICES["library"]]
+    monkeypatch.setattr(_tuning, "candidates_of", lambda *_: choices)
+    timed = []
+
+    def seconds(call):
+        for _ in range(3):
+            call()
+        timed.append(call)
+        return 1.0 if choices[(len(timed) - 1) % 2] == CHOICES[fastest] else 2.0
+
+    case = mlp_inputs([70, 1, 79], width=48, hidden=40, actions=actions, dtype=dtype, device=device)
+    with use_workspace(1):
+        with use_tuner(Fixed(CHOICES[fastest])):
+            expected = outcome(case, upstream(case), backend="triton")
+        with use_tuner(Tuner("A_GPU", "sm_90", 10**9, tmp_path, seconds)):
+            found = outcome(case, upstream(case), backend="triton")
+    assert timed
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
 
 
 def test_frozen_weights_get_no_gradient(device):
