@@ -1,6 +1,6 @@
 """Launches of a training step by part, or of one call of the conditioned MLP, counted without a GPU.
 
-    python -m benchmarks.launches CONFIG [KEY.PATH=VALUE ...] --json FILE
+    python -m benchmarks.launches CONFIG ... [KEY.PATH=VALUE ...] --json FILE
     python -m benchmarks.launches --mlp N,D,H,A --json FILE
 
 CONFIG: a preset of `iwm-fast bench step`, or a configuration; a step on one rank, as `step_launches` counts it.
@@ -29,6 +29,7 @@ from iwm_fast.config import Config
 from iwm_fast.config.load import find_config, load_config
 from iwm_fast.errors import UserError
 from iwm_fast.kernels import _mlp_triton
+from iwm_fast.kernels._workspace import limited
 from iwm_fast.outputs import require_result
 from iwm_fast.programs import run_program
 from iwm_fast.results import give_result
@@ -38,8 +39,10 @@ __all__ = ["mlp_launches"]
 _IMAGES = 512
 
 
-def mlp_launches(tokens: int, width: int, hidden: int, actions: int) -> dict[str, Launched]:
-    """Of one call in bf16 with normalisation and residual, and of its backward pass."""
+def mlp_launches(
+    tokens: int, width: int, hidden: int, actions: int, workspace: int | None = None
+) -> dict[str, Launched]:
+    """Of one call in bf16 with normalisation and residual, and of its backward pass. `workspace`: the call's limit."""
 
     def empty(*shape: int, kind: torch.dtype = torch.bfloat16) -> Tensor:
         return torch.empty(*shape, dtype=kind, device="meta")
@@ -49,7 +52,7 @@ def mlp_launches(tokens: int, width: int, hidden: int, actions: int) -> dict[str
     bounds = empty(images + 1, kind=torch.int32) if actions else None
     inputs: tuple[Any, ...] = (
         empty(tokens, width), empty(hidden, width), empty(hidden), empty(width, hidden), empty(width),
-        *action, bounds, empty(width), empty(width), True, 1e-6, "gelu",
+        *action, bounds, empty(width), empty(width), True, 1e-6, "gelu", limited(workspace),
     )  # fmt: skip
     backward_inputs: tuple[Any, ...] = (empty(tokens, width), *inputs, True)
     return {
@@ -68,37 +71,43 @@ def _sizes(text: str) -> list[int]:
     return sizes
 
 
-def _chosen(words: Sequence[str]) -> tuple[str, Config]:
-    """The one configuration that is named, with its overrides."""
+def _chosen(words: Sequence[str]) -> list[tuple[str, Config]]:
+    """The configurations that are named; overrides hold for each of them."""
     names = [word for word in words if "=" not in word]
-    if len(names) != 1:
+    if not names:
         raise UserError(
-            f"{' '.join(words) or 'CONFIG'}: name one configuration or one preset ({', '.join(PRESETS)}), "
+            f"{' '.join(words) or 'CONFIG'}: name configurations or presets ({', '.join(PRESETS)}), "
             "then KEY.PATH=VALUE, or give --mlp N,D,H,A"
         )
     overrides = tuple(word for word in words if "=" in word)
-    if names[0] in PRESETS:
-        return names[0], preset_config(names[0], overrides)
-    return names[0], load_config(find_config(names[0]), overrides)
+    return [
+        (name, preset_config(name, overrides) if name in PRESETS else load_config(find_config(name), overrides))
+        for name in names
+    ]
 
 
-def _count_step(name: str, config: Config, destination: str) -> None:
+def _count_steps(chosen: Sequence[tuple[str, Config]], destination: str) -> None:
     from iwm_fast.benchmarks.step_launches import step_launches
     from iwm_fast.quiet import quiet_third_parties
 
     quiet_third_parties()
     only_rank("cpu", 1)
-    rows = step_launches(config)
-    total = sum(row.triton + row.torch for row in rows)
-    shape = {"config": name, "images": config.train.global_batch, "stage": config.zero.stage}
+    found: list[dict[str, Any]] = []
+    for name, config in chosen:
+        rows = step_launches(config)
+        shape = {"config": name, "images": config.train.global_batch, "stage": config.zero.stage}
+        total = sum(row.triton + row.torch for row in rows)
+        found.append(shape | {"rows": [asdict(row) for row in rows], "total": total})
 
     def show() -> None:
-        print(f"{'part':36}{'Triton':>8}{'PyTorch':>9}")
-        for row in rows:
-            print(f"{row.part:36}{row.triton:8}{row.torch:9}")
-        print(f"{'total':36}{total:17}")
+        for one in found:
+            print(f"{one['config']}, {one['images']} images, stage {one['stage']}")
+            print(f"{'part':36}{'Triton':>8}{'PyTorch':>9}")
+            for row in one["rows"]:
+                print(f"{row['part']:36}{row['triton']:8}{row['torch']:9}")
+            print(f"{'total':36}{one['total']:17}")
 
-    give_result(destination, "launches", shape | {"rows": [asdict(row) for row in rows], "total": total}, show)
+    give_result(destination, "launches", found[0] if len(found) == 1 else {"configs": found}, show)
 
 
 def _count_mlp(text: str, destination: str) -> None:
@@ -116,7 +125,9 @@ def _count_mlp(text: str, destination: str) -> None:
 def main(words: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.launches", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("config", nargs="*", metavar="CONFIG", help="a preset or a configuration, then KEY.PATH=VALUE")
+    parser.add_argument(
+        "config", nargs="*", metavar="CONFIG", help="presets or configurations, then KEY.PATH=VALUE for all"
+    )
     parser.add_argument("--mlp", metavar="N,D,H,A", help="tokens, width, hidden units, action components")
     parser.add_argument("--json", required=True, help="file to write, or -")
     args = parser.parse_intermixed_args(words)
@@ -126,7 +137,7 @@ def main(words: Sequence[str] | None = None) -> None:
     if args.mlp is not None:
         _count_mlp(args.mlp, args.json)
     else:
-        _count_step(*_chosen(args.config), args.json)
+        _count_steps(_chosen(args.config), args.json)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from ._backend import recorded_launches
 from ._candidates import candidates_of, possible
 from ._launch import norm_backward, normalise
 from ._tuning import use_tuner
-from ._workspace import use_workspace, workspace_bytes
+from ._workspace import workspace_bytes
 from .e4m3_rows import launch_e4m3
 from .ema_update import launch_average
 from .patchify import launch_patchify
@@ -166,10 +166,10 @@ def _launch_block(width: int, hidden: int, actions: int, dtype: torch.dtype) -> 
         *action, cu_seqlens, *norm, norm[0] is not None, 1e-6, "gelu",
     )  # fmt: skip
     for tokens, workspace in ((63, workspace_bytes()), (150, 1)):  # whole, and in chunks of which the last is shorter
-        with use_workspace(workspace):
-            _mlp_triton.forward(empty(tokens, width), *weights)
-            backward: tuple[Any, ...] = (empty(tokens, width), empty(tokens, width), *weights, True)
-            _mlp_triton.backward(*backward)
+        forward: tuple[Any, ...] = (empty(tokens, width), *weights, workspace)
+        _mlp_triton.forward(*forward)
+        backward: tuple[Any, ...] = (empty(tokens, width), *forward, True)
+        _mlp_triton.backward(*backward)
     tokens = 63
     loss = (empty(tokens, width), empty(200, width), _empty(tokens, kind=torch.int64), True, 1.0, 1e-6)
     grad = empty(tokens, width)

@@ -1,7 +1,7 @@
 """The conditioned MLP on Triton's kernels, forward and backward.
 
 The (N, H) hidden activations are not saved: the backward pass recomputes them. Where a pass's own would take more than
-the workspace, the tokens are taken in chunks, and gradients of weights and of the images' biases summed over them.
+`workspace` bytes, the tokens are taken in chunks, and gradients of weights and of the images' biases summed over them.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class Gradients:
     norm_bias: Tensor | None = None
 
 
-def _chunks(x: Tensor, units: int, copies: int) -> Iterator[slice]:
-    size = chunk_rows(x.shape[0], units, x.element_size(), copies)
+def _chunks(x: Tensor, units: int, copies: int, workspace: int) -> Iterator[slice]:
+    size = chunk_rows(x.shape[0], units, x.element_size(), copies, workspace)
     for first in range(0, x.shape[0], size):
         yield slice(first, min(first + size, x.shape[0]))
 
@@ -69,7 +69,7 @@ def _weights(w_in: Tensor, w_out: Tensor) -> tuple[Tensor, Tensor]:
 def forward(
     x: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, b_out: Tensor, action: Tensor | None,
     w_action: Tensor | None, cu_seqlens: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None,
-    residual: bool, eps: float, activation: str,
+    residual: bool, eps: float, activation: str, workspace: int,
 ) -> Tensor:  # fmt: skip
     """The operator's value, (N, Do)."""
     x, cu_seqlens = launch.rows_together(x), _together(cu_seqlens)
@@ -80,7 +80,7 @@ def forward(
     bias = _bias(x.shape[0], b_in, action, w_action, cu_seqlens)
     out_bias = Bias(launch.rows_together(b_out))
     norm = _affine(norm_weight, norm_bias)
-    for rows in _chunks(x, w_in.shape[0], 1):
+    for rows in _chunks(x, w_in.shape[0], 1, workspace):
         tokens = x[rows]
         normed = tokens if norm is None else launch.normalise(tokens, *norm, eps)
         hidden = torch.empty(tokens.shape[0], w_in.shape[0], dtype=x.dtype, device=x.device)
@@ -93,7 +93,7 @@ def forward(
 def backward(
     grad: Tensor, x: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, b_out: Tensor, action: Tensor | None,
     w_action: Tensor | None, cu_seqlens: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None,
-    residual: bool, eps: float, activation: str, weights: bool,
+    residual: bool, eps: float, activation: str, workspace: int, weights: bool,
 ) -> Gradients:  # fmt: skip
     """Every gradient for the incoming one, grad (N, Do); without `weights`, that of x alone."""
     x, grad, cu_seqlens = launch.rows_together(x), launch.rows_together(grad), _together(cu_seqlens)
@@ -108,7 +108,7 @@ def backward(
     w_in, w_out = _weights(w_in, w_out)
     bias = _bias(x.shape[0], b_in, action, w_action, cu_seqlens)
     norm = _affine(norm_weight, norm_bias)
-    chunks = list(_chunks(x, w_in.shape[0], 2))
+    chunks = list(_chunks(x, w_in.shape[0], 2, workspace))
     bounds = cu_seqlens if action is not None else None
     sums = _Sums(x, w_in, bounds, chunked=len(chunks) > 1) if weights else None
     for rows in chunks:

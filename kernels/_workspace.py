@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from ._candidates import PROCESSORS, candidates_of, slices_of
 
-__all__ = ["chunk_rows", "mlp_workspace", "use_workspace", "workspace_bytes"]
+__all__ = ["chunk_rows", "limited", "mlp_workspace", "use_workspace", "workspace_bytes"]
 
 _workspace = 2**30
 _SMALLEST_CHUNK = 64
@@ -16,42 +16,60 @@ _ARCHITECTURE = "sm_90"
 
 
 def workspace_bytes() -> int:
-    """Bytes that the hidden activations of one call may take (1 GiB unless set)."""
+    """Bytes that the hidden activations of a call may take that sets no limit itself (1 GiB unless set)."""
     return _workspace
 
 
 @contextlib.contextmanager
 def use_workspace(size: int) -> Iterator[None]:
-    """Set `workspace_bytes` inside; for the process, since autograd's threads look at it too."""
-    global _workspace  # noqa: PLW0603 - as above
-    if size < 1:
-        raise ValueError(f"workspace is {size} bytes; it must be at least 1")
-    before, _workspace = _workspace, size
+    """Set `workspace_bytes` inside, for the process. A call's backward pass has the limit of its forward pass."""
+    global _workspace  # noqa: PLW0603 - of the process
+    before, _workspace = _workspace, limited(size)
     try:
         yield
     finally:
         _workspace = before
 
 
-def chunk_rows(rows: int, units: int, element: int, copies: int) -> int:
-    """Rows of one chunk: all where `copies` tensors (N, H) fit into the workspace, else a power of two that does."""
-    most = workspace_bytes() // max(1, units * element * copies)
+def limited(workspace: int | None) -> int:
+    """Bytes of the limit that a call was given; None: `workspace_bytes`. ValueError below 1."""
+    size = workspace_bytes() if workspace is None else workspace
+    if size < 1:
+        raise ValueError(f"workspace is {size} bytes; it must be at least 1")
+    return size
+
+
+def chunk_rows(rows: int, units: int, element: int, copies: int, workspace: int) -> int:
+    """Rows of one chunk: all where `copies` tensors (N, H) fit into `workspace` bytes, else a power of two that does.
+
+    At least 64 rows, or all where there are fewer, even where these need more.
+    """
+    most = workspace // max(1, units * element * copies)
     if rows <= most:
         return max(1, rows)
     return max(_SMALLEST_CHUNK, 1 << max(0, most.bit_length() - 1))
 
 
 def mlp_workspace(
-    rows: int, width: int, hidden: int, element: int, *, backward: bool, norm: bool = True, image: bool = False
+    rows: int,
+    width: int,
+    hidden: int,
+    element: int,
+    *,
+    backward: bool,
+    norm: bool = True,
+    image: bool = False,
+    workspace: int | None = None,
 ) -> int:
     """Most bytes that one call of the MLP holds at once beside its inputs and results.
 
     Forward: the normalised input and the hidden activations (chunk, H). Backward: these, their gradient, and both
     weight gradients' slices in fp32; of several chunks, both sums and the slices of one. `image`: the image of each
-    token, int32, where an action is given.
+    token, int32, where an action is given. `workspace`: the call's limit for the hidden activations, in bytes; None:
+    `use_workspace`'s, or 1 GiB.
     """
     copies = 2 if backward else 1
-    chunk = min(rows, chunk_rows(rows, hidden, element, copies))
+    chunk = min(rows, chunk_rows(rows, hidden, element, copies, limited(workspace)))
     held = chunk * element * (copies * hidden + (width if norm else 0)) + (4 * rows if image else 0)
     if not backward:
         return held

@@ -9,7 +9,7 @@ precision; otherwise it is a bias of its image, computed once per image (B, H). 
 epilogue, b_out and the residual in the second's. [x; action] is never concatenated, and an action never broadcast to
 tokens in memory. Left to the library: the (B, H) bias, and any matmul for which a measurement prefers it. Recomputed
 in the backward pass: normalisation and hidden activations, of all tokens at once while they fit into the workspace
-(`_workspace`, 1 GiB), else in chunks of tokens. Statistics and accumulators are fp32.
+(`workspace`, 1 GiB), else in chunks of tokens. Statistics and accumulators are fp32.
 
 Reference (plain PyTorch, below): its products are the library's, and it keeps the hidden for the backward pass.
 
@@ -30,6 +30,7 @@ from . import _mlp_triton
 from ._backend import autocast_type, backward_without_autocast, resolve_backend, without_autocast
 from ._checks import check_eps, check_floating, check_like, check_shape
 from ._launch import launching
+from ._workspace import limited
 
 __all__ = ["conditioned_mlp", "conditioned_mlp_bytes", "conditioned_mlp_flops", "conditioned_mlp_reference"]
 
@@ -116,25 +117,26 @@ def conditioned_mlp_reference(
 def _operator(
     x: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, b_out: Tensor, action: Tensor | None,
     w_action: Tensor | None, cu_seqlens: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None,
-    residual: bool, eps: float, activation: str,
+    residual: bool, eps: float, activation: str, workspace: int,
 ) -> Tensor:  # fmt: skip
     with launching(x):
         return _mlp_triton.forward(
-            x, w_in, b_in, w_out, b_out, action, w_action, cu_seqlens, norm_weight, norm_bias, residual, eps, activation
-        )
+            x, w_in, b_in, w_out, b_out, action, w_action, cu_seqlens, norm_weight, norm_bias, residual, eps,
+            activation, workspace,
+        )  # fmt: skip
 
 
 @torch.library.custom_op("iwm_fast::conditioned_mlp_backward", mutates_args=())
 def _backward_operator(
     grad: Tensor, x: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, b_out: Tensor, action: Tensor | None,
     w_action: Tensor | None, cu_seqlens: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None,
-    residual: bool, eps: float, activation: str, weights: bool,
+    residual: bool, eps: float, activation: str, workspace: int, weights: bool,
 ) -> list[Tensor]:  # fmt: skip
     """The gradients of the inputs that have one, in the inputs' order; without `weights`, that of x alone."""
     with launching(x):
         found = _mlp_triton.backward(
             grad, x, w_in, b_in, w_out, b_out, action, w_action, cu_seqlens, norm_weight, norm_bias, residual, eps,
-            activation, weights,
+            activation, workspace, weights,
         )  # fmt: skip
     return [g for g in vars(found).values() if g is not None]
 
@@ -168,7 +170,7 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     weights = any(ctx.needs_input_grad[1:10])
     found = iter(torch.ops.iwm_fast.conditioned_mlp_backward(grad, *tensors, *ctx.options, weights))
     grads = [None if t is None or i == _CU_SEQLENS else next(found, None) for i, t in enumerate(tensors)]
-    return (*grads, None, None, None)
+    return (*grads, None, None, None, None)
 
 
 _operator.register_autograd(_differentiate, setup_context=_keep)
@@ -213,6 +215,7 @@ def conditioned_mlp(
     eps: float = 1e-6,
     activation: str = "gelu",
     backend: str = "auto",
+    workspace: int | None = None,
 ) -> Tensor:
     """[x +] w_out · gelu(w_in · [LN](x) + w_action · action[image of token] + b_in) + b_out.
 
@@ -232,6 +235,8 @@ def conditioned_mlp(
         eps: added to the variance.
         activation: "gelu", the exact one, or "gelu_tanh".
         backend: "triton", "reference", or "auto": Triton on CUDA for fp32, fp16 and bf16, else the reference.
+        workspace: bytes that Triton's hidden activations may take, forward or backward, before the tokens are taken in
+            chunks; None: `use_workspace`'s, or 1 GiB.
 
     Under autocast all floating arguments are taken to its type first, float64 aside, and nothing else changes:
     statistics and sums stay fp32, and the backward pass runs without autocast wherever it is called. The result can be
@@ -245,6 +250,7 @@ def conditioned_mlp(
 
     """
     check_eps(eps)
+    workspace = limited(workspace)
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation is {activation!r}; it must be one of {', '.join(ACTIVATIONS)}")
     check_floating("x", x, 2)
@@ -260,8 +266,9 @@ def conditioned_mlp(
     # Without a hidden unit, a column or a result there is nothing to launch, and a sum of nothing still has its biases.
     if resolve_backend(backend, "x", x) == "triton" and w_in.numel() and w_out.numel():
         return torch.ops.iwm_fast.conditioned_mlp(
-            x, w_in, b_in, w_out, b_out, action, w_action, cu_seqlens, norm_weight, norm_bias, residual, eps, activation
-        )
+            x, w_in, b_in, w_out, b_out, action, w_action, cu_seqlens, norm_weight, norm_bias, residual, eps,
+            activation, workspace,
+        )  # fmt: skip
     with without_autocast(x):
         return conditioned_mlp_reference(
             x,

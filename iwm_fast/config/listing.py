@@ -34,21 +34,26 @@ class Row:
     description: str
 
 
+def _number(value: float) -> str:
+    """A limit as people write it: whole numbers with all their digits."""
+    return str(int(value)) if value == int(value) else f"{value:g}"
+
+
 def _bounds(field: dict[str, Any], noun: str) -> str:
     """A number's range in words."""
     low, high = field.get("minimum"), field.get("maximum")
     above, below = field.get("exclusiveMinimum"), field.get("exclusiveMaximum")
     parts = []
     if low is not None and high is not None:
-        parts.append(f"from {low:g} to {high:g}")
+        parts.append(f"from {_number(low)} to {_number(high)}")
     elif low is not None:
-        parts.append(f"of at least {low:g}")
+        parts.append(f"of at least {_number(low)}")
     elif high is not None:
-        parts.append(f"of at most {high:g}")
+        parts.append(f"of at most {_number(high)}")
     if above is not None:
-        parts.append(f"above {above:g}")
+        parts.append(f"above {_number(above)}")
     if below is not None:
-        parts.append(f"below {below:g}")
+        parts.append(f"below {_number(below)}")
     return " ".join([noun, " and ".join(parts)]) if parts else noun
 
 

@@ -94,6 +94,12 @@ class ModelConfig(Section):
         "flash-attn 3 and its CuTe form, where installed. These last four compute bf16 and fp16; fp32, in evaluation, "
         "is computed as auto",
     )
+    mlp_workspace_mib: Annotated[int, Field(ge=1, le=2**20)] = Field(
+        1024,
+        description="on a GPU, MiB for the hidden activations of the MLP that runs, recomputed in the backward pass; "
+        "where they need more, its tokens are computed in chunks, which saves memory and takes more launches; 64 "
+        "tokens are computed at once in any case",
+    )
     predictor: PredictorConfig = PredictorConfig()
 
     @property

@@ -33,6 +33,7 @@ FREE_KEYS = (
     "train.deterministic",
     "train.cuda_graph",
     "model.attention",
+    "model.mlp_workspace_mib",
     "zero.stage",
     "data.threads",
     "data.readers",

@@ -25,9 +25,11 @@ __all__ = [
     "Block",
     "ConditionedMlp",
     "Kept",
+    "LimitedMlp",
     "Norm",
     "initialise_linear",
     "layer_norm_rows",
+    "limit_workspace",
     "rescale_blocks",
     "run_blocks",
     "wants_groups",
@@ -56,7 +58,20 @@ class StreamNorm(nn.Module):
         return kernels.residual_norm(x, None, self.weight, self.bias, eps=NORM_EPS)
 
 
-class ConditionedMlp(nn.Module):
+class LimitedMlp(nn.Module):
+    """One that calls `conditioned_mlp`. workspace: its limit in bytes, None for that of the process."""
+
+    workspace: int | None = None
+
+
+def limit_workspace(module: nn.Module, size: int) -> None:
+    """Give every `LimitedMlp` in the module `size` bytes for its hidden activations."""
+    for part in module.modules():
+        if isinstance(part, LimitedMlp):
+            part.workspace = size
+
+
+class ConditionedMlp(LimitedMlp):
     """x + MLP(LN(x)), with the action as a bias of its image where `actions` is above 0: one operator."""
 
     def __init__(self, width: int, hidden: int, actions: int = 0) -> None:
@@ -91,6 +106,7 @@ class ConditionedMlp(nn.Module):
             norm_bias=self.norm_bias,
             residual=True,
             eps=NORM_EPS,
+            workspace=self.workspace,
         )
 
 

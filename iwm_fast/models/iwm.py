@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from iwm_fast import kernels
 from iwm_fast.config.schema import ModelConfig
 
-from .blocks import NORM_EPS, Kept, layer_norm_rows
+from .blocks import NORM_EPS, Kept, layer_norm_rows, limit_workspace
 from .fp8 import products_in_fp8
 from .packing import Segments
 from .predictors import MlpPredictor, VitPredictor, predict_all
@@ -97,6 +97,7 @@ class IWM(nn.Module):
             self.predictor = VitPredictor(
                 predictor, shape.width, model.grid, action_dim, model.attention, activation_checkpointing
             )
+        limit_workspace(self, model.mlp_workspace_mib * 2**20)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -10,14 +10,24 @@ from iwm_fast import kernels
 from iwm_fast.config.schema import PredictorConfig
 from iwm_fast.kernels.predictor_input import mask_tokens
 
-from .blocks import Block, ConditionedMlp, Kept, Norm, initialise_linear, rescale_blocks, run_blocks, wants_groups
+from .blocks import (
+    Block,
+    ConditionedMlp,
+    Kept,
+    LimitedMlp,
+    Norm,
+    initialise_linear,
+    rescale_blocks,
+    run_blocks,
+    wants_groups,
+)
 from .packing import Segments, interleave
 from .positions import sincos_positions
 
 __all__ = ["ActionTokens", "FeatureMixer", "MlpPredictor", "VitPredictor", "predict_all"]
 
 
-class FeatureMixer(nn.Module):
+class FeatureMixer(LimitedMlp):
     """`feature` conditioning: a three-layer MLP of [mask token; action], W·[m; a] computed as W_m·m + W_a·a.
 
     The layers keep their input's variance at the start (deviation 1/√fan-in): at the blocks' 0.02 three of them would
@@ -52,6 +62,7 @@ class FeatureMixer(nn.Module):
             action=action,
             w_action=self.w_action,
             cu_seqlens=segments.cu_seqlens,
+            workspace=self.workspace,
         )
         return self.out(F.gelu(hidden))
 

@@ -7,7 +7,7 @@ normalised input (`hidden_kept`). With activation checkpointing a block keeps it
 is made again. A tensor that two parts keep is counted with the first: a block's result with what follows it.
 
 While a block runs, its MLP's kernels hold the hidden activations of one call: one tensor (N, 4·D) in the forward pass,
-two in the backward pass, as far as they fit into the kernels' workspace, beside slices of the weight gradients
+two in the backward pass, as far as they fit into model.mlp_workspace_mib, beside slices of the weight gradients
 (`mlp_workspace`).
 """
 
@@ -50,23 +50,24 @@ class KeptBytes:
 
 @dataclass(frozen=True)
 class Moment:
-    """A block at work. tensors: bytes of its own, of `tokens` tokens. The workspace of its MLP comes on top."""
+    """A block at work. tensors: bytes of its own, of `tokens` tokens; its MLP's hidden, up to `workspace`, on top."""
 
     tensors: int
     tokens: int
     width: int
     hidden: int
     element: int
+    workspace: int
     backward: bool
     image: bool = False
 
     def size(self, images: int, drawn: int) -> int:
         """Bytes for `images` images, where the tokens are those of `drawn`."""
-        workspace = mlp_workspace(
+        held = mlp_workspace(
             self.tokens * images // drawn, self.width, self.hidden, self.element, backward=self.backward,
-            image=self.image,
+            image=self.image, workspace=self.workspace,
         )  # fmt: skip
-        return self.tensors * images // drawn + workspace
+        return self.tensors * images // drawn + held
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def activations(config: Config, tokens: Tokens, *, hidden_kept: bool = False) ->
     form = _Form(2 if config.train.precision == "bf16" else 4, hidden_kept)
     shape, e, recompute = config.model.encoder_shape, form.element, config.train.activation_checkpointing
     seen, asked = int(tokens.context.sum()), int(tokens.predicted.sum())
-    hidden = round(shape.width * shape.mlp_ratio)
+    hidden, limit = round(shape.width * shape.mlp_ratio), config.model.mlp_workspace_mib * 2**20
     encoder_block = form.block(seen, shape.width, shape.heads, hidden)
     predictor_input, predictor_blocks, predictor_moment = _predictor(config, form, tokens)
     parts = KeptBytes(
@@ -133,9 +134,9 @@ def activations(config: Config, tokens: Tokens, *, hidden_kept: bool = False) ->
     whole = tokens.images * config.model.grid**2
     target_block = form.block(whole, shape.width, shape.heads, hidden)
     moments = (
-        Moment(encoder_block, seen, shape.width, hidden, e, backward=True),
+        Moment(encoder_block, seen, shape.width, hidden, e, limit, backward=True),
         predictor_moment,
-        Moment(target_block, whole, shape.width, hidden, e, backward=False),
+        Moment(target_block, whole, shape.width, hidden, e, limit, backward=False),
     )
     return Activations(parts, moments, tokens.images)
 
@@ -158,11 +159,11 @@ def _predictor(config: Config, form: _Form, tokens: Tokens) -> tuple[int, int, M
     predictor, e = config.model.predictor, form.element
     width, hidden = predictor.width, round(predictor.width * predictor.mlp_ratio)
     seen, asked = int(tokens.context.sum()), int(tokens.predicted.sum())
-    recompute = config.train.activation_checkpointing
+    recompute, limit = config.train.activation_checkpointing, config.model.mlp_workspace_mib * 2**20
     kinds = predictor.conditioning.split("+")
     if predictor.kind == "mlp":
         block = (form.norm(seen, width) if form.hidden_kept else 0) + seen * width * e + form.mlp(seen, hidden)
-        moment = Moment(block, seen, width, hidden, e, backward=True, image="block" in kinds)
+        moment = Moment(block, seen, width, hidden, e, limit, backward=True, image="block" in kinds)
         return 0, predictor.depth * (seen * width * e if recompute else block), moment
     actions = action_dim(config.actions)
     joined = seen + asked + (len(tokens.context) * actions if "sequence" in kinds else 0)
@@ -170,7 +171,7 @@ def _predictor(config: Config, form: _Form, tokens: Tokens) -> tuple[int, int, M
     last = form.block(joined, width, predictor.head_count, hidden, asked)
     blocks = predictor.depth * joined * width * e if recompute else (predictor.depth - 1) * block + last
     places = joined * _INDEX
-    moment = Moment(block, joined, width, hidden, e, backward=True, image="block" in kinds)
+    moment = Moment(block, joined, width, hidden, e, limit, backward=True, image="block" in kinds)
     if "feature" in kinds:
         return 3 * asked * width * e + form.mlp(asked, width), blocks + places, moment
     return 0, blocks + places, moment

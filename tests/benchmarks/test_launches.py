@@ -42,16 +42,15 @@ def test_chunks_multiply_launches_and_bound_memory():
 
 
 @pytest.mark.parametrize("actions", [0, ACTIONS])
-@pytest.mark.parametrize("limit", [2**30, 2**26], ids=["whole", "in chunks"])
+@pytest.mark.parametrize("limit", [2**30, 2**27, 2**26], ids=["whole", "in chunks", "in more"])
 def test_memory_is_what_the_plan_counts(limit, actions):
     """Beside the result, which is the caller's, and a row of fp32 sums for each image; the rest is less than 2 %."""
     result, per_image = ROWS * WIDTH * 2, 512 * HIDDEN * 4 if actions else 0
-    with use_workspace(limit):
-        found = mlp_launches(ROWS, WIDTH, HIDDEN, actions)
-        for name, launched in found.items():
-            planned = mlp_workspace(ROWS, WIDTH, HIDDEN, 2, backward=name == "backward", image=actions > 0)
-            rest = launched.peak_bytes - result - planned
-            assert 0 <= rest <= 0.02 * launched.peak_bytes + (per_image if name == "backward" else 0), name
+    for name, launched in mlp_launches(ROWS, WIDTH, HIDDEN, actions, limit).items():
+        backward = name == "backward"
+        planned = mlp_workspace(ROWS, WIDTH, HIDDEN, 2, backward=backward, image=actions > 0, workspace=limit)
+        rest = launched.peak_bytes - result - planned
+        assert 0 <= rest <= 0.02 * launched.peak_bytes + (per_image if backward else 0), name
 
 
 def test_pytorch_s_kernels_count_and_views_and_allocations_do_not():

@@ -147,9 +147,16 @@ def test_the_program_writes_each_part_and_the_total(tmp_path, capsys):
     assert str(document["total"]) in capsys.readouterr().out
 
 
+def test_several_configurations_are_counted_in_one_call(tmp_path):
+    main(["cpu-tiny", "cpu-micro", *SMALL, "--json", str(tmp_path / "found.json")])
+    found = json.loads((tmp_path / "found.json").read_text())["configs"]
+    assert [one["config"] for one in found] == ["cpu-tiny", "cpu-micro"]
+    assert all(one["total"] == sum(row["triton"] + row["torch"] for row in one["rows"]) for one in found)
+
+
 @pytest.mark.parametrize(
     "words",
-    [[], ["cpu-tiny", "gpu-base"], ["train.global_batch=8"], ["nowhere.yaml"], ["cpu-tiny", "--mlp", "1,2,3,4"]],
+    [[], ["train.global_batch=8"], ["nowhere.yaml"], ["cpu-tiny", "--mlp", "1,2,3,4"]],
 )
 def test_anything_but_one_configuration_is_refused(words):
     with pytest.raises(UserError):

@@ -376,6 +376,9 @@ OVERRIDE_MISTAKES = {
         "iwm_fast pretrain ..., deepspeed or srun"
     ),
     "train.lr=1e-3 # faster": 'command line: train.lr: found "1e-3 # faster"; allowed: a number above 0',
+    "model.mlp_workspace_mib=0": (
+        "command line: model.mlp_workspace_mib: found 0; allowed: a whole number from 1 to 1048576"
+    ),
     "zero.stage=!!int 1": 'command line: zero.stage: found "!!int 1"; allowed: one of 0, 1, 2, 3',
     "trian.lr=1": "command line: trian.lr: unknown key; did you mean train.lr?",
     "train.image=32": "command line: train.image: unknown key; did you mean model.image?",

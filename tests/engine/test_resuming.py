@@ -107,7 +107,7 @@ FREE = {
     "train": {"steps": 7, "micro_batch": 2, "rank_timeout_s": 700.0, "max_skipped": 3, "activation_checkpointing": True,
               "compile": True, "target_stream": True, "static_shapes": True, "static_multiple": 64,
               "cuda_graph": True},
-    "model": {"attention": "sdpa"},
+    "model": {"attention": "sdpa", "mlp_workspace_mib": 64},
     "zero": {"stage": 2},
     "data": {"root": "elsewhere", "source": "folder", "threads": 3, "readers": 2, "prefetch": 1, "wait_s": 9.0,
              "store_timeout": 3.0, "store_attempts": 2, "max_bad_fraction": 0.5},

@@ -164,14 +164,19 @@ def test_a_choice_by_pointers_is_always_possible():
 
 
 def test_a_workspace_is_not_chunked_below_its_limit_and_held_to_it_above():
+    assert chunk_rows(100_352, 1536, 2, 2, 2**30) == 100_352
+    assert chunk_rows(100_352, 1536, 2, 1, 2**20) == 256  # 786,432 bytes
+    assert chunk_rows(341, 1536, 2, 1, 2**20) == 341
+    assert chunk_rows(1000, 1536, 2, 1, 1) == 64
+
+
+def test_a_call_s_own_limit_comes_before_that_of_the_process():
+    sizes, chunked = (1000, 384, 1536, 2), 256 * 2 * (1536 + 384)
     assert workspace_bytes() == 2**30
-    assert chunk_rows(100_352, 1536, 2, 2) == 100_352
     with use_workspace(2**20):
-        assert chunk_rows(100_352, 1536, 2, 1) == 256  # 786,432 bytes
-        assert chunk_rows(341, 1536, 2, 1) == 341
-        assert mlp_workspace(1000, 384, 1536, 2, backward=False) == 256 * 2 * (1536 + 384)
-    with use_workspace(1):
-        assert chunk_rows(1000, 1536, 2, 1) == 64
+        assert mlp_workspace(*sizes, backward=False) == chunked
+        assert mlp_workspace(*sizes, backward=False, workspace=2**30) == 1000 * 2 * (1536 + 384)
     assert workspace_bytes() == 2**30
+    assert mlp_workspace(*sizes, backward=False, workspace=2**20) == chunked
     with pytest.raises(ValueError, match="workspace is 0 bytes"), use_workspace(0):
         pass

@@ -221,8 +221,8 @@ def test_every_product_of_the_mlp_can_be_made_up_by_its_key(width, dtype, action
     given = [*weights, *(conditioned if actions else [None] * 3), *affine]
     with recording(lambda *_: None), use_tuner(keys):
         for residual in (True, False):
-            _mlp_triton.forward(x, *given, residual, 1e-6, "gelu")
-            _mlp_triton.backward(grad, x, *given, residual, 1e-6, "gelu", True)
+            _mlp_triton.forward(x, *given, residual, 1e-6, "gelu", 2**30)
+            _mlp_triton.backward(grad, x, *given, residual, 1e-6, "gelu", 2**30, True)
     assert {key.product for key in keys.found} == {"hidden", "project", "plain", "hidden_backward", "weight_grad"}
     for key, count in keys.found.items():
         assert made_call(key, count, META) is not None, key

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 
-from iwm_fast.kernels import TRITON_FUNCTIONS, _mlp_triton, _norms, _passes, _products, _rows, use_workspace
+from iwm_fast.kernels import TRITON_FUNCTIONS, _mlp_triton, _norms, _passes, _products, _rows
 from iwm_fast.kernels._candidates import candidates_of, possible
 from iwm_fast.kernels._launch import norm_backward, normalise
 from iwm_fast.kernels._launches import record_launches, recording, specialise
@@ -34,14 +34,14 @@ def indices(rows, kind=torch.int64):
     return empty(rows + before, kind=kind)[before:]
 
 
-def mlp(rows, actions=16, images=None, norm=True, backward=True):
+def mlp(rows, actions=16, images=None, norm=True, backward=True, workspace=2**30):
     images = images or 1 + rows % 33
     bounds = indices(images + 1, torch.int32) if actions else None
     action = (empty(images, actions), empty(HIDDEN, actions)) if actions else (None, None)
     affine = (empty(WIDTH), empty(WIDTH)) if norm else (None, None)
     inputs = (
         empty(rows, WIDTH), empty(HIDDEN, WIDTH), empty(HIDDEN), empty(WIDTH, HIDDEN), empty(WIDTH),
-        *action, bounds, *affine, norm, 1e-6, "gelu",
+        *action, bounds, *affine, norm, 1e-6, "gelu", workspace,
     )  # fmt: skip
     _mlp_triton.forward(*inputs)
     if backward:
@@ -136,16 +136,16 @@ def test_a_single_row_with_any_stride_is_a_row_like_others():
 
     def work(x):
         row = empty(HIDDEN, WIDTH), empty(HIDDEN), empty(WIDTH, HIDDEN), empty(WIDTH)
-        _mlp_triton.forward(x, *row, None, None, None, empty(WIDTH), empty(WIDTH), True, 1e-6, "gelu")
+        _mlp_triton.forward(x, *row, None, None, None, empty(WIDTH), empty(WIDTH), True, 1e-6, "gelu", 2**30)
 
     assert compiled_for(partial(work, x)) == compiled_for(partial(work, empty(1000, WIDTH)))
 
 
 def test_chunks_compile_the_same_for_any_number_of_rows():
-    with use_workspace(2**20):
-        first = compiled_for(partial(mlp, 1000))
-        for rows in (641, 1024, 4099):
-            assert compiled_for(partial(mlp, rows)) == first, rows
+    chunked = partial(mlp, workspace=2**20)
+    first = compiled_for(partial(chunked, 1000))
+    for rows in (641, 1024, 4099):
+        assert compiled_for(partial(chunked, rows)) == first, rows
 
 
 @pytest.mark.parametrize("name", ["MLP with an action", "normalisation", "distance", "predictor's input", "patches"])

@@ -34,7 +34,7 @@ def test_our_operators_by_their_formulas(action):
     extra = [torch.empty(images, a, device="meta"), torch.empty(h, a, device="meta")] if action else [None, None]
     cu = torch.empty(images + 1, dtype=torch.int32, device="meta") if action else None
     with OperationCounter() as counter:
-        torch.ops.iwm_fast.conditioned_mlp(*given.values(), *extra, cu, None, None, False, 1e-6, "gelu")
+        torch.ops.iwm_fast.conditioned_mlp(*given.values(), *extra, cu, None, None, False, 1e-6, "gelu", 2**30)
         torch.ops.iwm_fast.stopgrad_l2(given["x"], given["x"], None, True, 1.0, 1e-6, True)
     by_hand = 2 * n * h * d + 2 * n * h * d + (2 * images * h * a if action else 0)
     assert counter.by_operator["iwm_fast::conditioned_mlp"].operations == by_hand

@@ -99,6 +99,17 @@ def test_of_the_stages_that_are_near_the_fastest_the_largest_batch_is_recommende
     assert all(s.memory.total <= tight.usable for s in stages if s.fits)
 
 
+def test_the_step_s_memory_follows_the_workspace_of_the_mlp():
+    """All hidden activations of a micro-batch of 128 at once, or 64 MiB of them."""
+    found = {}
+    for mib in (2**20, 64):
+        words = ["train.micro_batch=128", "train.activation_checkpointing=false", f"model.mlp_workspace_mib={mib}"]
+        config = load_config(packaged_config("vit_large_p16_224.yaml"), words)
+        found[mib] = planner_of(config).configured(cluster()).memory.workspace
+    forward = 128 * 196 * 4096 * 2  # of the target, in bf16
+    assert found[2**20] - found[64] >= forward - 64 * 2**20
+
+
 def test_where_nothing_fits_it_says_so(large):
     tiny = cluster(device=replace(DEVICES["h100"], memory=5_000_000_000))
     choice = large.choose(large.stages(tiny), tiny)

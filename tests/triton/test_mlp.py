@@ -159,6 +159,17 @@ def test_chunks_of_tokens_change_nothing(device):
             torch.testing.assert_close(other[name], value, rtol=1e-5, atol=1e-5)
 
 
+def test_a_call_has_its_own_limit_and_the_same_bits_each_time(device):
+    """Its backward pass too, wherever autograd runs it, and whatever the process's limit is."""
+    case = mlp_inputs([70, 1, 129], width=48, hidden=40, device=device)
+    with use_workspace(2**15):
+        chunked = outcome(case, upstream(case), backend="triton")
+    first, second = (outcome(case, upstream(case), backend="triton", workspace=2**15) for _ in range(2))
+    for name, value in chunked.items():
+        assert torch.equal(first[name], value)
+        assert torch.equal(second[name], value)
+
+
 CHOICES = {
     "library": Choice("library"),
     "narrow": Choice("triton", 16, 64, 32, 4, 1),

@@ -29,11 +29,11 @@ NAMES = ("x", "w_in", "b_in", "w_out", "b_out", "action", "w_action", "cu_seqlen
 def test_opcheck_of_the_mlp(options, device):
     case = mlp_inputs([7, 0, 12], width=24, hidden=40, device=device, **options)
     inputs = tuple(case.get(name) for name in NAMES)
-    torch.library.opcheck(torch.ops.iwm_fast.conditioned_mlp.default, (*inputs, True, 1e-6, "gelu"))
+    torch.library.opcheck(torch.ops.iwm_fast.conditioned_mlp.default, (*inputs, True, 1e-6, "gelu", 2**30))
     detached = tuple(None if t is None else t.detach() for t in inputs)
     grad = torch.randn(19, 24, device=device)
     for weights in (True, False):
-        options = (True, 1e-6, "gelu", weights)
+        options = (True, 1e-6, "gelu", 2**30, weights)
         torch.library.opcheck(torch.ops.iwm_fast.conditioned_mlp_backward.default, (grad, *detached, *options))
 
 

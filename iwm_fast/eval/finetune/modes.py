@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import Literal, get_args
 
 from iwm_fast.eval.features import EncoderName, Kept, encoder_of
+from iwm_fast.models.blocks import limit_workspace
 from iwm_fast.models.iwm import IWM
 from iwm_fast.models.reader import HeadShape, Reader, build_head
 
@@ -71,7 +72,7 @@ def reader_builder(
         if has_predictor(mode):
             source = model if init == "pretrained" else IWM(model.config, model.action_dim)
             predictor = copy.deepcopy(source.predictor).requires_grad_(True)
-        return Reader(
+        reader = Reader(
             copy.deepcopy(frozen).requires_grad_(True) if mode == "end-to-end" else frozen,
             predictor,
             {
@@ -82,5 +83,7 @@ def reader_builder(
             train_encoder=mode == "end-to-end",
             task_tokens=mode == "multitask",
         )
+        limit_workspace(reader, model.config.mlp_workspace_mib * 2**20)
+        return reader
 
     return build

@@ -13,6 +13,8 @@ from iwm_fast.eval.finetune.fitting import Plan, fit, measure
 from iwm_fast.eval.finetune.modes import kept_for, reader_builder
 from iwm_fast.eval.finetune.tasks import Task, batches
 from iwm_fast.eval.splits import TensorSplit
+from iwm_fast.models.blocks import LimitedMlp
+from iwm_fast.models.iwm import IWM
 from iwm_fast.models.reader import HeadShape
 
 MODEL, SPACE = tiny_model(tiny_config())
@@ -96,6 +98,15 @@ def test_random_and_pretrained_predictors_have_as_many_parameters_and_other_weig
     assert counts[0] == counts[1] > sum(p.numel() for p in MODEL.predictor.parameters())
     assert torch.equal(readers[0].predictor.proj.weight, MODEL.predictor.proj.weight)
     assert not torch.equal(readers[1].predictor.proj.weight, MODEL.predictor.proj.weight)
+
+
+def test_every_mlp_has_the_workspace_of_the_configuration():
+    mine = IWM(MODEL.config.model_copy(update={"mlp_workspace_mib": 3}), MODEL.action_dim)
+    reader = reader_builder(mine, "end-to-end", "pretrained", {"light": HeadShape(2, dense=False)}, "target")()
+    for module in (mine, reader):
+        limits = [part.workspace for part in module.modules() if isinstance(part, LimitedMlp)]
+        assert limits
+        assert set(limits) == {3 * 2**20}
 
 
 def test_tasks_share_the_predictor_and_each_has_a_token_of_its_own():
