@@ -214,7 +214,7 @@ def compare(
         if shape not in timed:
             if not peer.compiled:  # which does the operations of its eager form
                 yield counted_row(shape, name, peer, comparison.checkout)
-        elif comparison.left <= (0.0 if apart else longest):
+        elif comparison.left <= (0.0 if apart else 2 * longest):  # a larger shape takes longer
             row = {"name": f"{shape.name} {name}", "peer": name, "shape": shape.name, "speed_ratio": None}
             left = f"{max(comparison.left, 0.0):.0f} s were left of --until {comparison.args.until:.0f}"
             took = f", and another took {longest:.0f} s" if longest else ""

@@ -66,7 +66,8 @@ class SkippedSteps:
             ]
             body = {"schema": "iwm-fast-skipped-steps/1", "samples_are": ["epoch", "sample id"], "steps": dump}
             write_whole_text(self._file, json.dumps(body, indent=1) + "\n")
+        where, look = (f"{self._file} has the sample ids; ", ", or look at these samples") if self._file else ("", "")
         raise UserError(
             f"step {step}: loss or gradient not finite in {len(self._steps)} steps in a row; "
-            f"{self._file} has the sample ids; lower train.lr, set train.clip, or look at these samples"
+            f"{where}lower train.lr, set train.clip{look}"
         )

@@ -16,7 +16,9 @@ from iwm_fast.actions import ActionSpace
 from iwm_fast.data.files import list_images
 from iwm_fast.data.loader import SampleOrder, TrainingStream
 from iwm_fast.engine import checkpoint, pretrain
+from iwm_fast.engine.distributed import start
 from iwm_fast.engine.loop import Trainer
+from iwm_fast.engine.skipped import SkippedSteps
 from iwm_fast.errors import UserError
 
 
@@ -51,6 +53,16 @@ def test_a_step_with_nan_gradients_changes_nothing_and_the_run_goes_on(
     assert all(torch.isfinite(tensor).all() for tensor in later.values())
     updates = [checkpoint.Checkpoint(tmp_path / f"run/checkpoints/step_{step:06d}").updates for step in (2, 4, 6)]
     assert updates == [2, 2, 4]
+
+
+def test_without_a_run_s_folder_no_file_of_samples_is_named():
+    skipped = SkippedSteps(0, None, start(alone=True))
+    skipped.note(torch.ones(()), 7, [0], [3])
+    with pytest.raises(UserError) as told:
+        skipped.read()
+    assert str(told.value) == (
+        "step 7: loss or gradient not finite in 1 steps in a row; lower train.lr, set train.clip"
+    )
 
 
 def test_too_many_skipped_steps_end_the_run_with_a_dump_of_their_samples(tiny_images, tmp_path, monkeypatch):

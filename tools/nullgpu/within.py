@@ -42,7 +42,10 @@ def main(words: list[str]) -> int:
             raise TypeError(f"{module}.{function} is no function any more")
         setattr(loaded, function, said)
     # Nor is a gradient finite, and a run ends where too many in a row are not.
-    importlib.import_module("iwm_fast.engine.skipped").SkippedSteps.add = lambda *_: None
+    skipped = importlib.import_module("iwm_fast.engine.skipped").SkippedSteps
+    if not callable(skipped._add):  # noqa: SLF001
+        raise TypeError("SkippedSteps._add is no function any more")
+    skipped._add = lambda *_: None  # noqa: SLF001
     program = importlib.import_module("iwm_fast.cli" if name == "iwm_fast" else name)
     sys.argv = [name, *words[1:]]
     code = program.main()
