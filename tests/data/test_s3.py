@@ -303,6 +303,7 @@ def command(*words, cwd):
     return subprocess.run(words, cwd=cwd, capture_output=True, text=True, timeout=300, check=False)
 
 
+@pytest.mark.slow
 def test_the_secret_is_in_no_file_and_no_output(store, folder, tmp_path):
     upload(store.direct, folder, "quiet")
     words = [

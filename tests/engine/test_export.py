@@ -166,6 +166,7 @@ def test_a_checkpoint_that_is_not_there_is_named(run):
         load_model(run, "step_000099")
 
 
+@pytest.mark.slow
 def test_onnx_graphs_compute_what_the_networks_do_for_batches_of_any_size(run, tmp_path):
     runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed (extra onnx)")
     pytest.importorskip("onnxscript", reason="onnxscript is not installed (extra onnx)")

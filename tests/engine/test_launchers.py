@@ -58,6 +58,7 @@ def test_launchers_train_as_one_process_does(launcher, config, tmp_path):
     assert losses(tmp_path / launcher) == pytest.approx(losses(tmp_path / "alone"), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_sigterm_writes_a_checkpoint_and_ends_with_zero(config, tmp_path):
     run = tmp_path / "run"
     command = [*LAUNCHERS["alone"], "pretrain", str(config), "train.schedule_steps=100000", "--out", str(run)]
@@ -97,6 +98,7 @@ def test_ctrl_c_writes_a_checkpoint_under_every_launcher(launcher, config, tmp_p
         assert "Traceback" not in said
 
 
+@pytest.mark.slow
 def test_a_second_start_on_the_same_run_is_refused_in_one_line(config, tmp_path):
     command = [*LAUNCHERS["alone"], "pretrain", str(config), "train.steps=1", "--out", str(tmp_path / "run")]
     assert subprocess.run(command, env=environment(), capture_output=True, timeout=120, check=False).returncode == 0

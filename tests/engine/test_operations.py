@@ -40,6 +40,7 @@ def slow_run(tiny_images, tmp_path_factory):
     return run, done.stderr
 
 
+@pytest.mark.slow
 def test_a_slow_rank_is_named_once_with_its_host(slow_run):
     run, said = slow_run
     named = [line for line in said.splitlines() if "keeps the others waiting" in line]
@@ -53,6 +54,7 @@ def test_a_slow_rank_is_named_once_with_its_host(slow_run):
         assert record["images_per_s"] == pytest.approx(8 / record["step_s"], rel=0.2)
 
 
+@pytest.mark.slow
 def test_prometheus_serves_the_newest_record(slow_run):
     run, _ = slow_run
     lines = run.with_name("scraped.txt").read_text().splitlines()
@@ -64,6 +66,7 @@ def test_prometheus_serves_the_newest_record(slow_run):
     assert f'run="{run}"' in lines[1]
 
 
+@pytest.mark.slow
 def test_the_environment_says_how_to_repeat_the_run(slow_run):
     document = json.loads((slow_run[0] / "environment.json").read_text())
     (start,) = document["starts"]

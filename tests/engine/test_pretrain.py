@@ -51,6 +51,7 @@ def test_several_sources_train_alike_however_the_batch_is_divided(tiny_images, t
     assert len(set(losses(tmp_path / "whole"))) == 4
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_one_stage_resumes_as_another(tiny_images, tmp_path):
     pretrain(small_config(tiny_images), tmp_path / "straight")
     for first, then in ((0, 3), (3, 2), (1, 0)):
