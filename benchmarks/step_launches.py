@@ -31,7 +31,6 @@ from iwm_fast.engine.casting import Bf16Compute
 from iwm_fast.engine.distributed import Ranks
 from iwm_fast.engine.ema import TargetAverage
 from iwm_fast.engine.loop import Trainer
-from iwm_fast.engine.optimizer import FiniteAdamW
 from iwm_fast.engine.schedules import Schedules
 from iwm_fast.engine.zero import ZeroEngine, initialize
 from iwm_fast.errors import UserError
@@ -130,10 +129,7 @@ def _real(config: Config, actions: int, micro_batch: int, accumulation: int) -> 
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.zero_()
-    zero = initialize(model, config, micro_batch, accumulation)
-    if isinstance(zero.optimizer, FiniteAdamW):
-        zero.optimizer.in_rows = False
-    return zero
+    return initialize(model, config, micro_batch, accumulation)
 
 
 class _Engine:
@@ -181,7 +177,6 @@ class _NoOptimizer:
     """What the loop asks where no step is made."""
 
     param_groups: Iterable[dict[str, Any]] = ()
-    skipped = False
     found_inf = torch.zeros(())
 
 

@@ -54,7 +54,6 @@ class FiniteAdamW(torch.optim.AdamW):
         self.clip = clip
         self.divided: dist.ProcessGroup | None = None
         self.copies = 1
-        self.in_rows = True  # on a CPU; False where a GPU's launches are counted there
         self.parts: dict[Tensor, list[Tensor]] = {}
         self._views: dict[int, tuple[Tensor, list[Tensor]]] = {}
         self.overflow = False  # DeepSpeed would count a step as skipped; `SkippedSteps` does
@@ -115,7 +114,7 @@ class FiniteAdamW(torch.optim.AdamW):
         return known[1]
 
     def _norm(self, grads: Sequence[Tensor]) -> Tensor:
-        norm: Tensor = torch.linalg.vector_norm(torch.stack(tuple(_norms(grads, in_rows=self.in_rows))))
+        norm: Tensor = torch.linalg.vector_norm(torch.stack(tuple(_norms(grads))))
         if self.divided is not None:
             square: Tensor = norm.square()
             dist.all_reduce(square, group=self.divided)
@@ -131,9 +130,9 @@ class FiniteAdamW(torch.optim.AdamW):
         )  # fmt: skip
 
 
-def _norms(tensors: Sequence[Tensor], *, in_rows: bool) -> Sequence[Tensor]:
+def _norms(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     """The norm of each tensor. On a CPU torch adds squares up in few sums, and is off by 1e-3 at 30 million of them."""
-    if tensors[0].device.type != "cpu" or not in_rows or launches_recorded():
+    if tensors[0].device.type != "cpu" or launches_recorded():
         return torch._foreach_norm(tuple(tensors))  # noqa: SLF001  (has no public name)
     norms = []
     for tensor in tensors:
@@ -143,7 +142,7 @@ def _norms(tensors: Sequence[Tensor], *, in_rows: bool) -> Sequence[Tensor]:
             continue
         parts = torch.linalg.vector_norm(flat[: rows * _ROW].view(rows, _ROW), dim=1)
         rest = torch.linalg.vector_norm(flat[rows * _ROW :])
-        norms.append(torch.hypot(_norms([parts], in_rows=True)[0], rest))
+        norms.append(torch.hypot(_norms([parts])[0], rest))
     return norms
 
 
