@@ -175,11 +175,15 @@ class GraphedStep(nn.Module):
         return _Captured(inputs, found, used, [self._gradients[p] for p in used], replay)
 
 
+def _own(arguments: tuple[Any, ...]) -> list[Tensor]:
+    """The tensor of each argument but the last, of segments their bounds."""
+    return [part.cu_seqlens if isinstance(part, Segments) else part for part in arguments[:-1]]
+
+
 def _tensors(arguments: tuple[Any, ...]) -> list[Tensor]:
     """Every tensor of a call's arguments, each once; the loss's factor, the last argument, as one."""
     found: dict[int, Tensor] = {}
-    for part in arguments[:-1]:
-        tensor = part.cu_seqlens if isinstance(part, Segments) else part
+    for tensor in _own(arguments):
         found.setdefault(id(tensor), tensor)
     device = next(iter(found.values())).device
     # A fill, not a copy from the host.
@@ -188,7 +192,7 @@ def _tensors(arguments: tuple[Any, ...]) -> list[Tensor]:
 
 def _with_tensors(arguments: tuple[Any, ...], tensors: Sequence[Tensor]) -> list[Any]:
     """The same call with other tensors, in the order of `_tensors`; the factor as a tensor."""
-    own = [part.cu_seqlens if isinstance(part, Segments) else part for part in arguments[:-1]]
+    own = _own(arguments)
     order = list(dict.fromkeys(id(tensor) for tensor in own))
     other = dict(zip(order, tensors[:-1], strict=True))
     made: dict[int, Segments] = {}

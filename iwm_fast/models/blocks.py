@@ -187,8 +187,9 @@ def run_blocks(
 
 
 def wants_groups(blocks: nn.ModuleList, segments: Segments) -> bool:
-    """Whether the blocks' attention takes images of one length at a time, as the CPU's does."""
-    return any(block.attn.wants_groups(segments) for block in blocks if isinstance(block, Block))
+    """Whether the blocks' attention, alike in all of them, takes images of one length at a time, as the CPU's does."""
+    first = next((block for block in blocks if isinstance(block, Block)), None)
+    return first is not None and first.attn.wants_groups(segments)
 
 
 def initialise_linear(linear: nn.Linear) -> None:

@@ -135,22 +135,6 @@ class IWM(nn.Module):
             ValueError: shapes do not fit together, or other patches than the context's are asked of the mlp predictor.
 
         """
-        found = self._losses(
-            source, target, action, context, context_segments, predicted, predicted_segments, loss_scale
-        )
-        return found if per_size else found.output(predicted_segments.real)
-
-    def _losses(
-        self,
-        source: Tensor,
-        target: Tensor,
-        action: Tensor,
-        context: Tensor,
-        context_segments: Segments,
-        predicted: Tensor,
-        predicted_segments: Segments,
-        loss_scale: float,
-    ) -> Losses:
         self._check(source, target, action, context_segments, predicted, predicted_segments)
         sources, padding = len(source) // len(target), predicted_segments.padding
         wanted = predicted_segments.pixels_of_token // sources * self.encoder.patches + predicted
@@ -182,7 +166,8 @@ class IWM(nn.Module):
             scale=loss_scale,
             eps=NORM_EPS,
         )
-        return Losses(loss, z_y, index)
+        found = Losses(loss, z_y, index)
+        return found if per_size else found.output(predicted_segments.real)
 
     def encode(self, images: Tensor, which: Literal["target", "context"] = "context") -> Tensor:
         """(B, L, D): all patches of uint8 (B, S, S, 3) through the context or the target encoder."""

@@ -25,8 +25,7 @@ MARGIN = 0.98
 
 def attention_key(segments: Segments, heads: int, head: int, dtype: torch.dtype, *, gradients: bool) -> str:
     """What an entry is found by, within those of a GPU."""
-    images = max(1, sum(1 for n in segments.lengths if n))
-    mean = -(-segments.total // images)
+    mean = -(-segments.total // max(1, segments.filled))
     lengths = "equal" if segments.equal else "ragged"
     passes = "gradients" if gradients else "forward"
     return f"{str(dtype).removeprefix('torch.')} heads={heads}x{head} length={bucket(mean)} {lengths} {passes}"

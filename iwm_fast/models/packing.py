@@ -73,6 +73,11 @@ class Segments:
         """N, the tokens of all segments."""
         return sum(self.lengths)
 
+    @cached_property
+    def filled(self) -> int:
+        """Segments with a token: each block's attention asks."""
+        return sum(1 for n in self.lengths if n)
+
     @property
     def images(self) -> int:
         """B, the segments that are no padding."""
