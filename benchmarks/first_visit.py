@@ -27,6 +27,7 @@ import numpy as np
 from PIL import Image
 
 from iwm_fast.benchmarks.timing import spread
+from iwm_fast.data.checkers import modules_path
 from iwm_fast.data.index import write_index
 from iwm_fast.data.sources.kinds import MANIFEST_FILE
 from iwm_fast.outputs import require_result
@@ -99,10 +100,10 @@ def _draw(folder: Path, count: int, first: int = 0) -> None:
 
 def _visit(warm: Path, root: Path, keywords: dict[str, int], checkout: Path | None) -> list[list[float]]:
     """Seconds per image of the first and of the second visit, each of the thread and of the process."""
-    path = [str(checkout.absolute())] if checkout else [os.path.abspath(folder) for folder in sys.path]  # noqa: PTH100
+    path = str(checkout.absolute()) if checkout else modules_path()
     done = subprocess.run(
         [sys.executable, "-P", "-c", _CHILD, str(warm), str(root), json.dumps(keywords)],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     if done.returncode:

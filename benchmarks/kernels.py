@@ -25,8 +25,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from iwm_fast.benchmarks.contenders import CONTENDERS, Contender, Skipped, reference
+from iwm_fast.benchmarks.contenders import CONTENDERS, Contender, reference
 from iwm_fast.benchmarks.kernel_cases import CASES, OPERATIONS, Case, at_most, inputs
+from iwm_fast.benchmarks.skipped import Skipped, in_a_line
 from iwm_fast.benchmarks.timing import ceilings, seconds, spread
 from iwm_fast.outputs import require_result
 from iwm_fast.planning.environment import environment
@@ -176,8 +177,7 @@ def _rows(
                 timed = _timed(run, contender, rotated, case, backward, device, repeats, limits)
                 rows.append(row | timed)
         except contender.refusals() as error:
-            said = str(error).strip().splitlines() or [""]
-            raise Skipped(f"failed: {type(error).__name__}: {said[0][:200]}") from error
+            raise Skipped(f"failed: {in_a_line(error)}") from error
     except Skipped as reason:
         rows.append(row | {"skipped": str(reason)})
     return rows

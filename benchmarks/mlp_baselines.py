@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from iwm_fast.benchmarks.skipped import Skipped
+from iwm_fast.benchmarks.skipped import Skipped, in_a_line
 from iwm_fast.kernels.conditioned_mlp import conditioned_mlp_reference
 
 if TYPE_CHECKING:
@@ -62,8 +62,7 @@ def imported(module: str, package: str) -> Any:
             raise Skipped(f"not installed (pip install {package})") from error
         raise Skipped(f"does not import: {error}") from error
     except (ImportError, OSError, RuntimeError, AttributeError) as error:  # a CUDA library that is not there
-        said = str(error).splitlines() or [""]
-        raise Skipped(f"does not import: {type(error).__name__}: {said[0][:200]}") from error
+        raise Skipped(f"does not import: {in_a_line(error)}") from error
 
 
 def not_offered(_: str) -> Made:

@@ -17,7 +17,7 @@ from iwm_fast.benchmarks.stats import median_of, ratio_of
 from iwm_fast.benchmarks.timing import Clocked
 from iwm_fast.engine.distributed import Ranks
 
-__all__ = ["Peer", "batches", "counted_row", "line", "make_side", "peers", "ratios"]
+__all__ = ["Peer", "batches", "counted_row", "line", "make_side", "peers", "ratios", "untimed_row"]
 
 _COUNTED_BATCHES = 2  # draws of masks that operations are the mean of
 
@@ -109,23 +109,24 @@ def _tokens(inputs: Sequence[Inputs]) -> dict[str, float]:
     }
 
 
+def untimed_row(shape: Shape, name: str) -> dict[str, Any]:
+    """What every row has, of a peer that is not timed."""
+    row = {"name": f"{shape.name} {name}", "peer": name, "shape": shape.name}
+    return row | {"speed_ratio": None, "memory_ratio": None}
+
+
 def counted_row(shape: Shape, name: str, peer: Peer, checkout: Checkout | None) -> dict[str, Any]:
     """A row with the operations per image of both, the mean over several draws of masks; nothing is timed."""
     inputs = [_on_meta(one) for one in batches(shape, checkout, _COUNTED_BATCHES, seed=100)]
     pairs = ours.operations(shape, inputs, peer.ours)
     mine, formula = (sum(pair[i] for pair in pairs) / len(pairs) / shape.batch for i in range(2))
     theirs = sum(peer.operations(shape, inputs)) / len(inputs) / shape.batch
-    return {
-        "name": f"{shape.name} {name}",
-        "peer": name,
-        "shape": shape.name,
+    return untimed_row(shape, name) | {
         "sizes": asdict(shape),
         "conditioning": peer.ours,
         "operations_ratio": mine / theirs,
         "operations_per_image": {"ours": mine, "ours_formula": formula, "peer": theirs},
         "tokens_per_image": _tokens(inputs),
-        "speed_ratio": None,
-        "memory_ratio": None,
     }
 
 

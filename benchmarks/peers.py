@@ -38,7 +38,17 @@ from iwm_fast.benchmarks.adapters import answers, timm_vit
 from iwm_fast.benchmarks.adapters.ijepa import Checkout
 from iwm_fast.benchmarks.adapters.inputs import Inputs, Shape, Side, SideMissing
 from iwm_fast.benchmarks.memory import peak_of
-from iwm_fast.benchmarks.peer_rows import Peer, batches, counted_row, line, make_side, peers, ratios
+from iwm_fast.benchmarks.peer_rows import (
+    Peer,
+    batches,
+    counted_row,
+    line,
+    make_side,
+    peers,
+    ratios,
+    untimed_row,
+)
+from iwm_fast.benchmarks.skipped import in_a_line
 from iwm_fast.benchmarks.timing import Clocked, clocked
 from iwm_fast.config.cores import usable_cores
 from iwm_fast.engine.distributed import Ranks, start
@@ -163,8 +173,7 @@ class Comparison:
 
     def apart(self, shape: Shape, name: str) -> dict[str, Any]:
         """A peer's row from a process of its own: what is compiled may take longer than there is time for, or fail."""
-        row = {"name": f"{shape.name} {name}", "peer": name, "shape": shape.name, "speed_ratio": None}
-        row["memory_ratio"] = None
+        row = untimed_row(shape, name)
         gc.collect()  # engines of earlier rows hold themselves
         if self.ranks.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -215,10 +224,9 @@ def compare(
             if not peer.compiled:  # which does the operations of its eager form
                 yield counted_row(shape, name, peer, comparison.checkout)
         elif comparison.left <= (0.0 if apart else 2 * longest):  # a larger shape takes longer
-            row = {"name": f"{shape.name} {name}", "peer": name, "shape": shape.name, "speed_ratio": None}
             left = f"{max(comparison.left, 0.0):.0f} s were left of --until {comparison.args.until:.0f}"
             took = f", and another took {longest:.0f} s" if longest else ""
-            yield row | {"memory_ratio": None, "skipped": f"not begun: {left}{took}"}
+            yield untimed_row(shape, name) | {"skipped": f"not begun: {left}{took}"}
         elif apart:
             yield comparison.apart(shape, name)
         else:
@@ -226,9 +234,7 @@ def compare(
             try:
                 row = comparison.row(shape, name, peer)
             except (RuntimeError, UserError) as error:  # of memory, or of a loss that is not finite
-                why = (str(error).strip().splitlines() or [""])[0][:300]
-                row = {"name": f"{shape.name} {name}", "peer": name, "shape": shape.name, "speed_ratio": None}
-                row |= {"memory_ratio": None, "skipped": f"failed: {type(error).__name__}: {why}"}
+                row = untimed_row(shape, name) | {"skipped": f"failed: {in_a_line(error, 300)}"}
             longest = max(longest, time.monotonic() - begin)
             yield row
 

@@ -29,7 +29,7 @@ from iwm_fast.data.sources.left_out import tell_once
 from iwm_fast.data.verdicts import VERDICT, Verdicts, verdict_on
 from iwm_fast.errors import UserError
 
-__all__ = ["Checkers"]
+__all__ = ["Checkers", "modules_path"]
 
 # Files of a request, and requests that a checker holds: neither side ever fills a socket, so neither waits to write.
 _PIECE, _HELD = 64, 32
@@ -37,6 +37,11 @@ _PIECE, _HELD = 64, 32
 _IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 Rows = NDArray[np.int64]
+
+
+def modules_path() -> str:
+    """PYTHONPATH with which another interpreter finds the modules that this one does."""
+    return os.pathsep.join(os.path.abspath(folder) for folder in sys.path)  # noqa: PTH100  ("" is the working one)
 
 
 class _Checker:
@@ -49,13 +54,12 @@ class _Checker:
         handle = theirs.fileno()
         # -P: only this process's own path leads to modules, not the working folder
         command = [sys.executable, "-P", "-m", "iwm_fast.data.checkers", str(handle)]
-        path = os.pathsep.join(os.path.abspath(folder) for folder in sys.path)  # noqa: PTH100  ("" is the working one)
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             pass_fds=[handle],
-            env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+            env=os.environ | {"PYTHONPATH": modules_path(), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
         )
         theirs.close()
         self.connection.send_bytes(given)

@@ -10,6 +10,7 @@ import time
 import pytest
 import torch
 from made_images import write_images
+from poisoned import poison
 from small_run import losses, metrics, small_config, state
 
 from iwm_fast.actions import ActionSpace
@@ -17,22 +18,8 @@ from iwm_fast.data.files import list_images
 from iwm_fast.data.loader import SampleOrder, TrainingStream
 from iwm_fast.engine import checkpoint, pretrain
 from iwm_fast.engine.distributed import start
-from iwm_fast.engine.loop import Trainer
 from iwm_fast.engine.skipped import SkippedSteps
 from iwm_fast.errors import UserError
-
-
-def poison(monkeypatch, steps):
-    """Gradients of the given steps, counted from 1, are NaN."""
-    plain = Trainer._forward
-
-    def poisoned(self, batch):
-        output = plain(self, batch)
-        if self.step + 1 in steps:
-            object.__setattr__(output, "loss", output.loss * float("nan"))
-        return output
-
-    monkeypatch.setattr(Trainer, "_forward", poisoned)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -3,12 +3,12 @@
 import deepspeed
 import pytest
 import torch
+from poisoned import poison
 from small_run import metrics, small_config, state
 from torch import nn
 
 from iwm_fast.engine import checkpoint, pretrain
 from iwm_fast.engine.casting import Bf16Compute
-from iwm_fast.engine.loop import Trainer
 from iwm_fast.engine.optimizer import MOMENTS, FiniteAdamW, FiniteLamb
 from iwm_fast.errors import UserError
 
@@ -109,23 +109,11 @@ def test_a_first_step_that_is_not_finite_moves_nothing(kind):
         assert not any(optimizer.state[parameter][key].any() for key in (*MOMENTS, "step"))
 
 
-def poison(monkeypatch, steps):
-    plain = Trainer._forward
-
-    def poisoned(self, batch):
-        output = plain(self, batch)
-        if self.step + 1 in steps:
-            object.__setattr__(output, "loss", output.loss * float("inf"))
-        return output
-
-    monkeypatch.setattr(Trainer, "_forward", poisoned)
-
-
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_skipped_steps_are_told_at_the_next_logged_one_and_change_nothing(stage, tiny_images, tmp_path, monkeypatch):
     changes = {"zero__stage": stage, "train__precision": "bf16", "train__micro_batch": 4, "train__steps": 6,
                "checkpoint__every_steps": 1, "checkpoint__keep_last": 9, "train__clip": 1.0}  # fmt: skip
-    poison(monkeypatch, {4, 5})
+    poison(monkeypatch, {4, 5}, float("inf"))
     pretrain(small_config(tiny_images, log__every_steps=5, **changes), tmp_path / "run")
     told = {record["step"]: record["skipped_in_a_row"] for record in metrics(tmp_path / "run")}
     assert told == {1: 0, 5: 2, 6: 0}
@@ -137,7 +125,7 @@ def test_skipped_steps_are_told_at_the_next_logged_one_and_change_nothing(stage,
 
 
 def test_too_many_skipped_steps_between_two_logged_ones_end_the_run(tiny_images, tmp_path, monkeypatch):
-    poison(monkeypatch, {2, 3, 4})
+    poison(monkeypatch, {2, 3, 4}, float("inf"))
     with pytest.raises(UserError, match="step 4: loss or gradient not finite in 3 steps in a row"):
         pretrain(small_config(tiny_images, train__max_skipped=2, log__every_steps=6), tmp_path / "run")
     assert (tmp_path / "run/skipped_steps.json").exists()
