@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iwm_fast.benchmarks.attention_contenders import BACKEND_OF, CONTENDERS, Attend, by_formula
+from iwm_fast.benchmarks.attention_baselines import BACKEND_OF, CONTENDERS, Attend, by_formula
 from iwm_fast.benchmarks.attention_table import table_of, whole_table, write_table
 from iwm_fast.benchmarks.skipped import Skipped, in_a_line
 from iwm_fast.benchmarks.timing import clocked, spread

@@ -11,7 +11,7 @@ seconds are kept too). Of all cores: DALI's threads against as many workers of P
 folder of fewer images than are asked for is gone through several times, each time as if the files had not been seen.
 Without a folder 500 × 375 JPEGs are made; --short-side makes smaller ones of either. Every contender's pictures are
 compared before any is timed.
-`benchmarks.draw_data` draws the file that this writes.
+`benchmarks.plots.data` draws the file that this writes.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ import torch
 from PIL import Image
 
 from iwm_fast.actions import ActionSpace, Views
-from iwm_fast.benchmarks.contenders import Skipped
+from iwm_fast.benchmarks.baselines import Skipped
 from iwm_fast.benchmarks.data_stages import stages
 from iwm_fast.benchmarks.timing import spread
-from iwm_fast.benchmarks.view_contenders import Render, batches, pillow_views, torchvision_functions, torchvision_views
+from iwm_fast.benchmarks.view_baselines import Render, batches, pillow_views, torchvision_functions, torchvision_views
 from iwm_fast.config import ActionsConfig, Config, DataConfig, ModelConfig, TrainConfig
 from iwm_fast.config.cores import usable_cores
 from iwm_fast.data.files import list_images

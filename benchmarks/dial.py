@@ -25,7 +25,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import yaml
 
-from iwm_fast.benchmarks.arms import interval, table, train_all
+from iwm_fast.benchmarks.sweep import interval, table, train_all
 from iwm_fast.config.load import find_config, load_config
 from iwm_fast.outputs import require_file, require_folder, require_result
 from iwm_fast.programs import run_program

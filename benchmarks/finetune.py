@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from iwm_fast.benchmarks.arms import interval, public
+from iwm_fast.benchmarks.sweep import interval, public
 from iwm_fast.cli import main as main_of_iwm_fast
 from iwm_fast.outputs import require_result
 from iwm_fast.planning.environment import environment

@@ -8,7 +8,7 @@ forward with all of them. Inputs are random and rotated past the cache; the answ
 anything is timed, and a contender whose answers are wrong is not timed. Every contender has a row at every case, with
 its version and, where it is not timed, the reason; `contenders` in FILE says what of it is a library's and what is
 PyTorch's. Without a GPU the PyTorch contenders run at a small size, and the counts and floors are those of every size.
-`benchmarks.draw_kernels` draws the file that this writes.
+`benchmarks.plots.kernels` draws the file that this writes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from iwm_fast.benchmarks.contenders import CONTENDERS, Contender, reference
+from iwm_fast.benchmarks.baselines import CONTENDERS, Contender, reference
 from iwm_fast.benchmarks.kernel_cases import CASES, OPERATIONS, Case, at_most, inputs
 from iwm_fast.benchmarks.skipped import Skipped, in_a_line
 from iwm_fast.benchmarks.timing import ceilings, seconds, spread

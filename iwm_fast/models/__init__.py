@@ -6,11 +6,11 @@ A action components, S side of an image in pixels.
 
 from __future__ import annotations
 
-from .attention import packed_attention, resolve_backend
-from .iwm import IWM, IWMOutput
-from .packing import Segments
-from .predictors import MlpPredictor, VitPredictor
-from .vit import VisionTransformer
+from iwm_fast.models.attention import packed_attention, resolve_backend
+from iwm_fast.models.iwm import IWM, IWMOutput
+from iwm_fast.models.packing import Segments
+from iwm_fast.models.predictors import MlpPredictor, VitPredictor
+from iwm_fast.models.vit import VisionTransformer
 
 __all__ = [
     "IWM",

@@ -29,10 +29,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from iwm_fast.errors import UserError
 from iwm_fast.kernels.permutation import take_rows
-
-from .attention_operators import HALVES, OPERATORS
-from .measured_attention import measured_backends, measured_choice
-from .packing import Segments
+from iwm_fast.models.attention_operators import HALVES, OPERATORS
+from iwm_fast.models.measured_attention import measured_backends, measured_choice
+from iwm_fast.models.packing import Segments
 
 __all__ = [
     "BACKENDS",

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .packing import Segments
+from iwm_fast.models.packing import Segments
 
 __all__ = ["HALVES", "OPERATORS", "Operator", "library"]
 

@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from iwm_fast import kernels
-
-from .attention import Attention
-from .packing import Segments
+from iwm_fast.models.attention import Attention
+from iwm_fast.models.packing import Segments
 
 __all__ = [
     "NORM_EPS",

@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from .blocks import StreamNorm
+from iwm_fast.models.blocks import StreamNorm
 
 __all__ = ["DECAYED", "UNDECAYED", "decayed_parameters"]
 

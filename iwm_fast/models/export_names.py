@@ -13,10 +13,9 @@ from typing import Any
 from torch import Tensor
 
 from iwm_fast.config.schema import ModelConfig
-
-from .blocks import NORM_EPS
-from .positions import sincos_positions
-from .vit import IMAGENET_MEAN, IMAGENET_STD
+from iwm_fast.models.blocks import NORM_EPS
+from iwm_fast.models.positions import sincos_positions
+from iwm_fast.models.vit import IMAGENET_MEAN, IMAGENET_STD
 
 __all__ = ["from_timm", "timm_arguments", "timm_name", "to_timm"]
 

@@ -21,9 +21,8 @@ from torch import Tensor, nn
 
 from iwm_fast import kernels
 from iwm_fast.errors import UserError
-
-from .blocks import NORM_EPS, Block, ConditionedMlp
-from .vit import VisionTransformer
+from iwm_fast.models.blocks import NORM_EPS, Block, ConditionedMlp
+from iwm_fast.models.vit import VisionTransformer
 
 __all__ = ["fp8_linear", "products_in_fp8", "require_fp8", "scaled_product"]
 

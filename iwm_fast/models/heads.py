@@ -10,8 +10,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .blocks import NORM_EPS, Block, ConditionedMlp, Norm, initialise_linear
-from .packing import Segments
+from iwm_fast.models.blocks import NORM_EPS, Block, ConditionedMlp, Norm, initialise_linear
+from iwm_fast.models.packing import Segments
 
 __all__ = ["AttentiveHead", "AttentivePool", "DenseHead", "LinearHead"]
 

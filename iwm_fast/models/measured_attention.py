@@ -14,8 +14,7 @@ from typing import Any
 import torch
 
 from iwm_fast.kernels import bucket, device_name, shipped_attention
-
-from .packing import Segments
+from iwm_fast.models.packing import Segments
 
 __all__ = ["MARGIN", "attention_key", "measured_backends", "measured_choice", "table_entry", "torch_minor"]
 

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from iwm_fast import kernels
 from iwm_fast.config.schema import PredictorConfig
 from iwm_fast.kernels.predictor_input import mask_tokens
-
-from .blocks import (
+from iwm_fast.models.blocks import (
     Block,
     ConditionedMlp,
     Kept,
@@ -21,8 +20,8 @@ from .blocks import (
     run_blocks,
     wants_groups,
 )
-from .packing import Segments, interleave
-from .positions import sincos_positions
+from iwm_fast.models.packing import Segments, interleave
+from iwm_fast.models.positions import sincos_positions
 
 __all__ = ["ActionTokens", "FeatureMixer", "MlpPredictor", "VitPredictor", "predict_all"]
 

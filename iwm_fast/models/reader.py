@@ -9,9 +9,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from .heads import AttentiveHead, DenseHead, LinearHead
-from .predictors import MlpPredictor, VitPredictor, predict_all
-from .vit import VisionTransformer
+from iwm_fast.models.heads import AttentiveHead, DenseHead, LinearHead
+from iwm_fast.models.predictors import MlpPredictor, VitPredictor, predict_all
+from iwm_fast.models.vit import VisionTransformer
 
 __all__ = ["HeadKind", "HeadShape", "Reader", "build_head"]
 

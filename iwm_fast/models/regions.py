@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .blocks import Block
-from .iwm import IWM
-from .predictors import MlpPredictor, VitPredictor
-from .vit import VisionTransformer
+from iwm_fast.models.blocks import Block
+from iwm_fast.models.iwm import IWM
+from iwm_fast.models.predictors import MlpPredictor, VitPredictor
+from iwm_fast.models.vit import VisionTransformer
 
 __all__ = ["compilations", "compile_regions"]
 

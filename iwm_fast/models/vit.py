@@ -9,10 +9,9 @@ from torch import Tensor, nn
 from iwm_fast import kernels
 from iwm_fast.config.schema import EncoderShape
 from iwm_fast.kernels.permutation import take_rows
-
-from .blocks import Block, Kept, Norm, rescale_blocks, run_blocks, wants_groups
-from .packing import Segments
-from .positions import sincos_positions
+from iwm_fast.models.blocks import Block, Kept, Norm, rescale_blocks, run_blocks, wants_groups
+from iwm_fast.models.packing import Segments
+from iwm_fast.models.positions import sincos_positions
 
 __all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "PatchEmbedding", "VisionTransformer"]
 

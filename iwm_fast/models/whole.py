@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import Attention
-from .blocks import NORM_EPS, Block, ConditionedMlp
-from .predictors import FeatureMixer, MlpPredictor, VitPredictor
-from .vit import VisionTransformer
+from iwm_fast.models.attention import Attention
+from iwm_fast.models.blocks import NORM_EPS, Block, ConditionedMlp
+from iwm_fast.models.predictors import FeatureMixer, MlpPredictor, VitPredictor
+from iwm_fast.models.vit import VisionTransformer
 
 __all__ = ["WholeEncoder", "WholePredictor"]
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from iwm_fast import kernels
 from iwm_fast.benchmarks import attention, attention_table
 from iwm_fast.benchmarks.attention import CASES, Case, lengths_of, measure
-from iwm_fast.benchmarks.attention_contenders import BACKEND_OF, CONTENDERS, apart, exact
+from iwm_fast.benchmarks.attention_baselines import BACKEND_OF, CONTENDERS, apart, exact
 from iwm_fast.benchmarks.attention_table import table_of, whole_table, write_table
 from iwm_fast.errors import UserError
 from iwm_fast.kernels import _tuning

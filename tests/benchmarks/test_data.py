@@ -11,11 +11,11 @@ import reference_views as reference
 from made_images import write_images
 from PIL import Image
 
-from iwm_fast.benchmarks import data, view_contenders
-from iwm_fast.benchmarks.contenders import Skipped
+from iwm_fast.benchmarks import data, view_baselines
+from iwm_fast.benchmarks.baselines import Skipped
 from iwm_fast.benchmarks.data import Job, measure
-from iwm_fast.benchmarks.draw_data import draw, table
-from iwm_fast.benchmarks.view_contenders import pillow_views, torchvision_functions, torchvision_views
+from iwm_fast.benchmarks.plots.data import draw, table
+from iwm_fast.benchmarks.view_baselines import pillow_views, torchvision_functions, torchvision_views
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def test_torchvisions_geometry_is_ours_where_it_is_installed(job):
 
 
 def test_without_torchvision_the_reason_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(view_contenders.importlib, "import_module", _missing)
+    monkeypatch.setattr(view_baselines.importlib, "import_module", _missing)
     torchvision_functions.cache_clear()
     with pytest.raises(Skipped, match="pip install"):
         torchvision_functions()

@@ -7,8 +7,8 @@ import json
 import pytest
 from PIL import Image
 
-from iwm_fast.benchmarks.arms import adopt
 from iwm_fast.benchmarks.dial import GRIDS, SHOWN, draw, points, read_grid, tables
+from iwm_fast.benchmarks.sweep import adopt
 from iwm_fast.config import load_config
 from iwm_fast.config.load import packaged_config
 

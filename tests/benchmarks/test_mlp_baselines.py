@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from iwm_fast.benchmarks import contenders, kernels, mlp_baselines
-from iwm_fast.benchmarks.contenders import CONTENDERS
+from iwm_fast.benchmarks import baselines, kernels, mlp_baselines
+from iwm_fast.benchmarks.baselines import CONTENDERS
 from iwm_fast.benchmarks.kernel_cases import Case, inputs
 from iwm_fast.benchmarks.kernels import errors
 from iwm_fast.benchmarks.skipped import Skipped
@@ -134,7 +134,7 @@ def test_the_tanh_form_is_held_to_itself(monkeypatch, eagerly):
     out = CONTENDERS["quack"].make("conditioned_mlp")(**given)
     apart = {}
     for gelu in ("gelu", "gelu_tanh"):
-        exact = contenders.reference("conditioned_mlp", gelu)(**given)
+        exact = baselines.reference("conditioned_mlp", gelu)(**given)
         apart[gelu] = float((out - exact).norm() / exact.norm())
     assert apart["gelu_tanh"] < 1e-12
     assert apart["gelu"] > 1e-5
@@ -200,7 +200,7 @@ class Changed:
 def test_a_library_that_is_wrong_or_fails_costs_its_own_row_alone(monkeypatch, eagerly, mlp, said):
     put(monkeypatch, "quack.mlp", MLP=mlp)
     monkeypatch.setattr(mlp_baselines.torch.cuda, "get_device_capability", lambda _: (9, 0))
-    chosen = CONTENDERS | {"quack": contenders.Contender("1", mlp_baselines.quack, refusals=contenders._quack_refusals)}
+    chosen = CONTENDERS | {"quack": baselines.Contender("1", mlp_baselines.quack, refusals=baselines._quack_refusals)}
     monkeypatch.setattr(kernels, "CONTENDERS", chosen)
     found = rows(contenders=["eager", "quack"])
     assert found["conditioned_mlp", "quack"]["skipped"].startswith(said)
@@ -253,7 +253,7 @@ def test_cuda_graphs_are_checked_as_they_are_replayed(monkeypatch):
 
     def run(pred, target, index):
         calls.append(1)
-        out = contenders.reference("stopgrad_l2")(pred=pred, target=target, index=index)
+        out = baselines.reference("stopgrad_l2")(pred=pred, target=target, index=index)
         return out * 2 if len(calls) > 2 else out
 
     contender = CONTENDERS["compile max-autotune, CUDA graphs"]

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from iwm_fast.benchmarks import peers, sections
+from iwm_fast.benchmarks import peers, report_sections
 from iwm_fast.benchmarks.adapters import answers, ours, plain
 from iwm_fast.benchmarks.adapters.ijepa import Checkout, Ijepa
 from iwm_fast.benchmarks.adapters.inputs import Inputs, Shape, draw_inputs, draw_masks, fingerprint
@@ -235,7 +235,7 @@ def test_a_compiled_peer_that_fails_or_takes_too_long_costs_its_own_row_alone(mo
     row = comparison(until=60).apart(SHAPE, "plain compile")
     assert row["skipped"] == said
     document = {"rows": [row], "threads": 1, "device": "cpu", "missing": {"timm": "not installed"}}
-    lines = sections.SECTIONS["iwm-fast-peers/1"][1](document)
+    lines = report_sections.SECTIONS["iwm-fast-peers/1"][1](document)
     assert lines[-2:] == ["- timm was not timed: not installed", f"- {row['name']} was not timed: {said}"]
 
 

@@ -6,7 +6,7 @@ import json
 import re
 from pathlib import Path
 
-from iwm_fast.benchmarks import report, sections
+from iwm_fast.benchmarks import report, report_sections
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
@@ -50,4 +50,4 @@ def test_every_picture_that_the_page_names_is_there():
 def test_the_readmes_table_is_the_files():
     document = json.loads((report.RESULTS / "peers_cpu.json").read_text(encoding="utf-8"))
     readme = (DOCS.parent / "README.md").read_text(encoding="utf-8")
-    assert "\n".join(sections.peers_summary(document)) in readme
+    assert "\n".join(report_sections.peers_summary(document)) in readme

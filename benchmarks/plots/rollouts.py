@@ -1,6 +1,6 @@
-"""Draw the roll-outs of files that benchmarks.arms wrote on triplets.
+"""Draw the roll-outs of files that benchmarks.sweep wrote on triplets.
 
-    python -m benchmarks.draw_rollouts docs/PICTURE.png NAME=benchmarks/results/FILE.json [NAME=FILE ...]
+    python -m benchmarks.plots.rollouts docs/PICTURE.png NAME=benchmarks/results/FILE.json [NAME=FILE ...]
 
 A panel a file: the error over the horizon, a line a seed with its 95 % interval by bootstrap over roll-outs, told the
 true actions, told another roll-out's, and of a copy of the first frame.
@@ -53,4 +53,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_program("benchmarks.draw_rollouts", main))
+    sys.exit(run_program("benchmarks.plots.rollouts", main))

@@ -1,6 +1,6 @@
 r"""Train several variants of a configuration at the same budget on several seeds, evaluate all alike, and tabulate.
 
-    python -m benchmarks.arms CONFIG --data DIR --out RUNS --json FILE --seeds 0 1 2 \\
+    python -m benchmarks.sweep CONFIG --data DIR --out RUNS --json FILE --seeds 0 1 2 \\
         --arm none model.predictor.conditioning=none \
         --arm feature model.predictor.conditioning=feature \\
         --set train.steps=600
@@ -196,4 +196,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_program("benchmarks.arms", main))
+    sys.exit(run_program("benchmarks.sweep", main))

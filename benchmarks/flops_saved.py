@@ -1,11 +1,11 @@
 r"""What the step does not compute: operations an image with each saving taken back, and what the inexact ones cost.
 
-    python -m benchmarks.savings --json FILE [--configs vit_base_p16_224_equi.yaml ...] [--quality ARMS.json]
+    python -m benchmarks.flops_saved --json FILE [--configs vit_base_p16_224_equi.yaml ...] [--quality ARMS.json]
 
 Counted from the masks that training draws (matrix products, forward and backward, as `iwm_fast.planning.flops`);
 nothing is timed. Most savings compute the same numbers in fewer operations, which tests/engine/test_plain_path.py holds
 them to. Those that do not, several sources of one target and the target in fp8, are trained beside the rest by
-`benchmarks.arms`, whose file `--quality` adds.
+`benchmarks.sweep`, whose file `--quality` adds.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from iwm_fast.benchmarks.arms import interval, public
+from iwm_fast.benchmarks.sweep import interval, public
 from iwm_fast.commands.plan import tokens_of
 from iwm_fast.config import Config, load_config
 from iwm_fast.config.load import find_config
@@ -112,7 +112,7 @@ def count_savings(config: Config, images: int = _IMAGES) -> dict[str, Any]:
 
 
 def _quality(arms_file: Path) -> dict[str, Any]:
-    """An arm's figures, a mean with its 95 % interval and each seed's, from a file of `benchmarks.arms`."""
+    """An arm's figures, a mean with its 95 % interval and each seed's, from a file of `benchmarks.sweep`."""
     document = json.loads(arms_file.read_text(encoding="utf-8"))
     arms = []
     for arm in document["arms"]:
@@ -127,7 +127,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", required=True, help="file to write, or -")
     parser.add_argument("--configs", nargs="+", default=list(CONFIGS))
-    parser.add_argument("--quality", type=Path, help="a file of benchmarks.arms with the inexact savings as arms")
+    parser.add_argument("--quality", type=Path, help="a file of benchmarks.sweep with the inexact savings as arms")
     args = parser.parse_args()
     require_result(args.json)
     rows = [{"config": name, **count_savings(load_config(find_config(name), []))} for name in args.configs]
@@ -139,4 +139,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_program("benchmarks.savings", main))
+    sys.exit(run_program("benchmarks.flops_saved", main))

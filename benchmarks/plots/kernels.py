@@ -1,6 +1,6 @@
 """Draw the roofline of a file that benchmarks.kernels wrote, and print its table.
 
-    python -m benchmarks.draw_kernels benchmarks/results/FILE.json docs/PICTURE.png
+    python -m benchmarks.plots.kernels benchmarks/results/FILE.json docs/PICTURE.png
 
 Operations a second over operations a byte (the fewest bytes that the work can move), both on logarithmic axes, under
 the limits that the same run measured.
@@ -90,4 +90,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_program("benchmarks.draw_kernels", main))
+    sys.exit(run_program("benchmarks.plots.kernels", main))

@@ -1,6 +1,6 @@
-"""Draw the curves of a file that benchmarks.arms wrote.
+"""Draw the curves of a file that benchmarks.sweep wrote.
 
-    python -m benchmarks.draw_arms benchmarks/results/FILE.json docs/PICTURE.png
+    python -m benchmarks.plots.sweep benchmarks/results/FILE.json docs/PICTURE.png
 
 Loss, RankMe and, where they were measured while training, MRR and k-NN over the steps; a colour an arm, a line a seed.
 """
@@ -49,4 +49,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_program("benchmarks.draw_arms", main))
+    sys.exit(run_program("benchmarks.plots.sweep", main))

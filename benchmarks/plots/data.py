@@ -1,6 +1,6 @@
 """Draw a file that benchmarks.data wrote, and print its tables.
 
-    python -m benchmarks.draw_data benchmarks/results/FILE.json docs/PICTURE.png
+    python -m benchmarks.plots.data benchmarks/results/FILE.json docs/PICTURE.png
 
 Left, images a second of each contender, with the p20 and p80 of the repeats; right, a core's milliseconds an image by
 stage, from the decoder's floor upwards.
@@ -84,4 +84,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_program("benchmarks.draw_data", main))
+    sys.exit(run_program("benchmarks.plots.data", main))
