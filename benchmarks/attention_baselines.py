@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from iwm_fast.benchmarks.skipped import Skipped
+from iwm_fast.environment import installed_version
 from iwm_fast.models.attention import choose_backend, packed_qkv_attention, unavailable
 from iwm_fast.models.packing import Segments
-from iwm_fast.planning.environment import installed_version
 
 __all__ = ["BACKEND_OF", "CONTENDERS", "Apart", "Attend", "apart", "by_formula", "exact"]
 

@@ -16,6 +16,7 @@ from torch._dynamo import mark_static_address
 from iwm_fast.benchmarks import mlp_baselines
 from iwm_fast.benchmarks.mlp_baselines import needs_gpu, not_offered
 from iwm_fast.benchmarks.skipped import Skipped
+from iwm_fast.environment import installed_version
 from iwm_fast.kernels import (
     conditioned_mlp,
     e4m3_rows,
@@ -25,7 +26,6 @@ from iwm_fast.kernels import (
     residual_norm,
     stopgrad_l2,
 )
-from iwm_fast.planning.environment import installed_version
 
 if TYPE_CHECKING:
     from iwm_fast.benchmarks.kernel_cases import Case

@@ -44,8 +44,8 @@ from iwm_fast.data.loader import SampleOrder, TrainingStream
 from iwm_fast.data.shards import write_shards
 from iwm_fast.data.sources.kinds import is_image
 from iwm_fast.data.views import draw_views
+from iwm_fast.environment import environment, installed_version
 from iwm_fast.outputs import require_result
-from iwm_fast.planning.environment import environment, installed_version
 from iwm_fast.programs import run_program
 from iwm_fast.results import write_json
 

@@ -30,9 +30,9 @@ from typing import Any
 
 import torch
 
+from iwm_fast.environment import environment
 from iwm_fast.kernels import TUNING_DIR_VARIABLE
 from iwm_fast.outputs import require_folder
-from iwm_fast.planning.environment import environment
 from iwm_fast.programs import run_program
 from iwm_fast.results import write_json
 

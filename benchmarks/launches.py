@@ -88,7 +88,7 @@ def _chosen(words: Sequence[str]) -> list[tuple[str, Config]]:
 
 def _count_steps(chosen: Sequence[tuple[str, Config]], destination: str) -> None:
     from iwm_fast.benchmarks.step_launches import step_launches
-    from iwm_fast.quiet import quiet_third_parties
+    from iwm_fast.log_filters import quiet_third_parties
 
     quiet_third_parties()
     only_rank("cpu", 1)

@@ -53,9 +53,9 @@ from iwm_fast.benchmarks.timing import Clocked, clocked
 from iwm_fast.config.cores import usable_cores
 from iwm_fast.engine.distributed import Ranks, start
 from iwm_fast.errors import UserError
+from iwm_fast.log_filters import quiet_third_parties
 from iwm_fast.outputs import require_result
 from iwm_fast.programs import run_program
-from iwm_fast.quiet import quiet_third_parties
 from iwm_fast.results import write_result
 
 __all__ = ["COUNTED", "TIMED", "Comparison", "compare", "main"]

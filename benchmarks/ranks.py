@@ -20,11 +20,11 @@ from iwm_fast.benchmarks.timing import clocked
 from iwm_fast.config import Config
 from iwm_fast.data.external import space_of
 from iwm_fast.engine.distributed import leave, start
+from iwm_fast.log_filters import quiet_third_parties
 from iwm_fast.planning.communication import step_collectives
 from iwm_fast.planning.counting import CollectiveCounter
 from iwm_fast.planning.layout import layout_of
 from iwm_fast.programs import run_program
-from iwm_fast.quiet import quiet_third_parties
 
 __all__ = ["main"]
 

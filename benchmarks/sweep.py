@@ -27,8 +27,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from iwm_fast.environment import environment
 from iwm_fast.outputs import require_folder, require_result
-from iwm_fast.planning.environment import environment
 from iwm_fast.programs import run_program
 from iwm_fast.results import write_json
 

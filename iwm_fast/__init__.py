@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from os import PathLike
 
-    from iwm_fast.eval.world import WorldModel
+    from iwm_fast.api import WorldModel
 
 __all__ = ["BORN", "__version__", "load"]
 
@@ -18,7 +18,7 @@ BORN = (os.getpid(), os.getppid())
 
 
 def load(run_or_export: str | PathLike[str], *, checkpoint: str = "latest", device: str | None = None) -> WorldModel:
-    """A trained world model to work with: `encode`, `predict`, `rank`, `infer` (`iwm_fast.eval.world.WorldModel`).
+    """A trained world model to work with: `encode`, `predict`, `rank`, `infer` (`iwm_fast.api.WorldModel`).
 
     Images are paths, PIL images, uint8 arrays or tensors (S, S, 3), or lists of these; actions are physical values by
     name, or vectors; answers are float32 tensors. An action outside of what training drew gives a warning.
@@ -33,6 +33,6 @@ def load(run_or_export: str | PathLike[str], *, checkpoint: str = "latest", devi
 
     if not isinstance(run_or_export, str | os.PathLike):
         raise UserError(f"run_or_export is {run_or_export!r}: give the folder of a run or of an export")
-    from iwm_fast.eval.world import load_world  # torch and DALI are loaded when a model is, not with the package
+    from iwm_fast.api import load_world  # torch and DALI are loaded when a model is, not with the package
 
     return load_world(Path(run_or_export), checkpoint=checkpoint, device=device)

@@ -268,7 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
-    from iwm_fast.quiet import quiet_third_parties
+    from iwm_fast.log_filters import quiet_third_parties
 
     quiet_third_parties()
 

@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from iwm_fast.data.whole import write_whole_text
+from iwm_fast.atomic_files import write_whole_text
+from iwm_fast.environment import environment
 from iwm_fast.errors import UserError
-from iwm_fast.planning.environment import environment
 from iwm_fast.streams import output_closed, shown
 
 __all__ = ["give_result", "json_text", "write_json", "write_result"]

@@ -15,7 +15,7 @@ import torch
 from hypothesis import settings
 from PIL import Image
 
-from iwm_fast.quiet import quiet_third_parties
+from iwm_fast.log_filters import quiet_third_parties
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 if not torch.cuda.is_available():

@@ -19,8 +19,8 @@ from iwm_fast.config import load_config
 from iwm_fast.console import print_table
 from iwm_fast.demo import demo_rows
 from iwm_fast.doctor import examine
+from iwm_fast.environment import environment
 from iwm_fast.errors import UserError
-from iwm_fast.planning.environment import environment
 from iwm_fast.results import write_result
 
 COMMANDS = [

@@ -12,7 +12,7 @@ import sys
 import pytest
 
 from iwm_fast import results
-from iwm_fast.data.whole import write_whole_text
+from iwm_fast.atomic_files import write_whole_text
 from iwm_fast.errors import UserError
 from iwm_fast.outputs import require_file, require_folder, require_new_folder, require_result
 from iwm_fast.results import give_result, json_text, write_result

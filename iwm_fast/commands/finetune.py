@@ -66,8 +66,8 @@ def finetune(
     """
     rates = _rates(lr)
     from iwm_fast.console import counting, print_table
+    from iwm_fast.environment import environment
     from iwm_fast.eval.finetune.run import Request, finetune_lines, finetune_rows, finetune_run, named_folders
-    from iwm_fast.planning.environment import environment
 
     def show(results: dict[str, Any]) -> None:
         title = f"iwm-fast finetune, {results['mode']}, {results['trained_parameters']:,} parameters trained"

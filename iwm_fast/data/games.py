@@ -18,11 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from iwm_fast.atomic_files import whole_folder
 from iwm_fast.config.schema import ExternalActions
 from iwm_fast.data.manifest import write_manifest
 from iwm_fast.data.randomness import uniforms
 from iwm_fast.data.triplets import MANIFESTS
-from iwm_fast.data.whole import whole_folder
 from iwm_fast.errors import UserError, because
 from iwm_fast.outputs import require_folder
 

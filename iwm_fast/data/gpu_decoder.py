@@ -76,7 +76,7 @@ def _versions(device_id: int) -> str:
     """What the answer depends on, as a file name."""
     import torch
 
-    from iwm_fast.planning.environment import installed_version
+    from iwm_fast.environment import installed_version
 
     parts = [torch.cuda.get_device_name(device_id)]
     parts += [installed_version(name) or "none" for name in ("nvidia-dali-cuda130", "nvidia-nvimgcodec-cu13")]

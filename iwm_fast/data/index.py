@@ -16,10 +16,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from iwm_fast.atomic_files import sync_open
 from iwm_fast.config.cores import usable_cores
 from iwm_fast.data.encoded import MAX_PIXELS, BadSample, inspect, upright_size
 from iwm_fast.data.layout import tell_of_splits
-from iwm_fast.data.locks import hold
 from iwm_fast.data.sources import Source, open_source
 from iwm_fast.data.sources.base import UNLABELLED
 from iwm_fast.data.sources.checksum import crc32c
@@ -28,9 +28,9 @@ from iwm_fast.data.sources.manifest import BY_PILLOW, COLUMNS, Header
 from iwm_fast.data.sources.names import escape
 from iwm_fast.data.sources.s3 import is_address
 from iwm_fast.data.verdicts import RULES
-from iwm_fast.data.whole import sync_open
 from iwm_fast.data.workers import Span, in_order
 from iwm_fast.errors import UserError, because
+from iwm_fast.file_locks import hold
 from iwm_fast.outputs import require_file
 
 __all__ = ["write_index"]

@@ -23,17 +23,17 @@ from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import quote
 
+from iwm_fast.atomic_files import write_whole, write_whole_text
 from iwm_fast.data.encoded import BadSample
 from iwm_fast.data.layout import tell_of_splits
-from iwm_fast.data.locks import hold
 from iwm_fast.data.sources import Source, open_source
 from iwm_fast.data.sources.base import UNLABELLED
 from iwm_fast.data.sources.kinds import NAMELESS, is_member_image
 from iwm_fast.data.sources.names import escape
 from iwm_fast.data.sources.shard_index import INDEX_VERSION
 from iwm_fast.data.sources.webdataset import CLASSES_FILE
-from iwm_fast.data.whole import write_whole, write_whole_text
 from iwm_fast.errors import UserError, because
+from iwm_fast.file_locks import hold
 from iwm_fast.outputs import require_folder
 
 __all__ = ["SHARD_BYTES", "write_shards"]

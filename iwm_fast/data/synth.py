@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from iwm_fast.data.whole import whole_folder
+from iwm_fast.atomic_files import whole_folder
 from iwm_fast.errors import UserError, because
 from iwm_fast.outputs import require_folder
 

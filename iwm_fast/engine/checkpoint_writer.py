@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from iwm_fast.data.whole import sync, write_whole_text
+from iwm_fast.atomic_files import sync, write_whole_text
 from iwm_fast.engine.checkpoint import FORMAT, INDEX, LATEST, MANIFEST, Fragment, step_of, steps
 from iwm_fast.engine.distributed import Ranks, gather
 from iwm_fast.engine.shards import file_sum, write_shard

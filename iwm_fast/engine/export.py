@@ -21,14 +21,14 @@ from typing import Any
 
 from torch import Tensor
 
-from iwm_fast.data.whole import whole_folder
+from iwm_fast.atomic_files import whole_folder
 from iwm_fast.engine.loading import EXPORT_FILE, EXPORT_SCHEMA, find_checkpoint, load_model
 from iwm_fast.engine.onnx_export import OPSET, write_onnx
 from iwm_fast.engine.shards import write_tensors
+from iwm_fast.environment import environment
 from iwm_fast.models.export_names import timm_arguments, to_timm
 from iwm_fast.models.iwm import IWM
 from iwm_fast.outputs import require_new_folder, writing
-from iwm_fast.planning.environment import environment
 
 __all__ = ["export_run"]
 

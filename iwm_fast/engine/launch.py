@@ -20,8 +20,8 @@ import torch
 import torch.distributed as dist
 
 import iwm_fast
+from iwm_fast.environment import installed_version
 from iwm_fast.errors import UserError, because
-from iwm_fast.planning.environment import installed_version
 
 __all__ = ["Peer", "meet", "require_alike", "require_shared", "this_peer"]
 

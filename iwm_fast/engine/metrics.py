@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from iwm_fast.data.whole import sync_open
+from iwm_fast.atomic_files import sync_open
 from iwm_fast.engine.sinks import Sink
 from iwm_fast.errors import UserError, because
 

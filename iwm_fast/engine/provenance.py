@@ -12,8 +12,8 @@ from typing import Any
 from iwm_fast.config import Config
 from iwm_fast.engine.distributed import Ranks
 from iwm_fast.engine.interconnect import Interconnect
+from iwm_fast.environment import environment
 from iwm_fast.errors import UserError, because
-from iwm_fast.planning.environment import environment
 
 __all__ = ["describe_run", "recorded_environment"]
 

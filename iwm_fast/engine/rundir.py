@@ -10,11 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from iwm_fast.atomic_files import write_whole_text
 from iwm_fast.config import Config, dump_config, load_config
-from iwm_fast.data.locks import hold
-from iwm_fast.data.whole import write_whole_text
 from iwm_fast.engine.metrics import metrics_record
 from iwm_fast.errors import UserError, because
+from iwm_fast.file_locks import hold
 
 __all__ = ["RunDirectory", "run_config"]
 

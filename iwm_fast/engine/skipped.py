@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iwm_fast.data.whole import write_whole_text
+from iwm_fast.atomic_files import write_whole_text
 from iwm_fast.engine.distributed import Ranks, gather
 from iwm_fast.errors import UserError
 

@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 
+from iwm_fast.atomic_files import whole_folder
 from iwm_fast.config import Config
-from iwm_fast.data.whole import whole_folder
 from iwm_fast.engine.checkpoint import Checkpoint
 from iwm_fast.engine.loading import find_checkpoint, load_model
 from iwm_fast.engine.optimizer import MOMENTS, parameter_groups

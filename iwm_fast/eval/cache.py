@@ -25,7 +25,7 @@ import torch
 from numpy.typing import DTypeLike, NDArray
 from torch import nn
 
-from iwm_fast.data.whole import sync
+from iwm_fast.atomic_files import sync
 from iwm_fast.errors import UserError
 
 __all__ = ["FeatureCache", "Features", "Room", "sync", "weights_digest"]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from iwm_fast.actions import ActionSpace
 from iwm_fast.config import Config
+from iwm_fast.console import Count
 from iwm_fast.errors import UserError
 from iwm_fast.eval.bank import varying
 from iwm_fast.eval.cache import FeatureCache
@@ -19,7 +20,6 @@ from iwm_fast.eval.components import components as component_names
 from iwm_fast.eval.equivariance import measure_equivariance
 from iwm_fast.eval.features import EncoderName, default_encoder, device_of
 from iwm_fast.eval.mrr import mean_reciprocal_rank
-from iwm_fast.eval.progress import Progress
 from iwm_fast.eval.reduced import reduced
 from iwm_fast.eval.representation import POOLING, PROBES, measure_representation
 from iwm_fast.eval.splits import Split, cannot_classify
@@ -58,7 +58,7 @@ def evaluate_model(
     queries: int | None = None,
     components: bool = False,
     cache: FeatureCache | None = None,
-    progress: Progress | None = None,
+    progress: Count | None = None,
 ) -> dict[str, Any]:
     """Measure ``what`` and return names and values, with the protocol beside them, ready for a table or JSON.
 
@@ -121,7 +121,7 @@ def _world_model(
     queries: int | None,
     components: bool,
     strange: IWM | None,
-    progress: Progress | None,
+    progress: Count | None,
 ) -> dict[str, Any]:
     results: dict[str, Any] = {}
     parts: dict[str, dict[str, Any]] = {}
@@ -153,7 +153,7 @@ def _equivariance(
     which: EncoderName,
     train: Split | None,
     test: Split,
-    progress: Progress | None,
+    progress: Count | None,
 ) -> dict[str, Any]:
     """Names and values of the model and of the untrained one, or ``not_run`` with the reason."""
     wanted = EQUIVARIANCE_IMAGES

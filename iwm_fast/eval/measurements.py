@@ -15,10 +15,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from iwm_fast.atomic_files import write_whole_text
 from iwm_fast.data.sources.s3 import is_address
-from iwm_fast.data.whole import write_whole_text
 from iwm_fast.engine.checkpoint import MANIFEST
-from iwm_fast.planning.environment import environment
+from iwm_fast.environment import environment
 from iwm_fast.results import json_text
 
 __all__ = ["FOLDER", "Measurement", "divide", "keep", "merged", "place_of", "read", "weights_of"]

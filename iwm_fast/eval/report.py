@@ -8,8 +8,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from iwm_fast.atomic_files import write_whole_text
 from iwm_fast.config import Config, dump_config
-from iwm_fast.data.whole import write_whole_text
 from iwm_fast.engine.metrics import metrics_record
 from iwm_fast.eval.charts import Bar, Line, Place, bars, curve, lines, places
 from iwm_fast.eval.dated import Dated, kept_table

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from iwm_fast.console import Count
 from iwm_fast.eval.cache import FeatureCache, Features
 from iwm_fast.eval.features import EncoderName, Kept, encoder_of, read_features
 from iwm_fast.eval.finetune.fitting import WARMUP, Plan, fit, measure
@@ -17,7 +18,6 @@ from iwm_fast.eval.finetune.modes import default_rates, reader_builder
 from iwm_fast.eval.finetune.tasks import Task
 from iwm_fast.eval.knn import NEIGHBOURS, knn_classify
 from iwm_fast.eval.linear import WEIGHT_DECAYS, held_out_rows, linear_probe
-from iwm_fast.eval.progress import Progress
 from iwm_fast.eval.reduced import reduced
 from iwm_fast.eval.splits import Split
 from iwm_fast.models.iwm import IWM
@@ -40,7 +40,7 @@ def measure_representation(
     probes: Sequence[str],
     *,
     cache: FeatureCache | None = None,
-    progress: Progress | None = None,
+    progress: Count | None = None,
 ) -> dict[str, Any]:
     """Names and values of ``probes`` for one or two models, of which the second is the untrained one (_untrained).
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from iwm_fast.console import Count
 from iwm_fast.engine.checkpoint_paths import chosen_checkpoint
 from iwm_fast.engine.loading import default_device, find_checkpoint, load_model
 from iwm_fast.engine.provenance import recorded_environment
@@ -18,7 +19,6 @@ from iwm_fast.eval.frames import find_triplets, open_triplets
 from iwm_fast.eval.giving import given, report_place
 from iwm_fast.eval.measurements import divide, keep, place_of, read, weights_of
 from iwm_fast.eval.overrides import check_overrides, for_evaluation, overridden
-from iwm_fast.eval.progress import Progress
 from iwm_fast.eval.report import read_metrics, write_report
 from iwm_fast.eval.representation import PROBES
 from iwm_fast.eval.sliders import SlidingExample, sliding_examples
@@ -44,7 +44,7 @@ def evaluate_run(
     components: bool = False,
     cache: Path | None = None,
     overrides: Sequence[str] = (),
-    progress: Progress | None = None,
+    progress: Count | None = None,
     give: Callable[[dict[str, Any]], None] | None = None,
     report: bool = True,
 ) -> dict[str, Any]:

@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 
 from iwm_fast.actions import ActionSpace
 from iwm_fast.config import Config
+from iwm_fast.console import Count
 from iwm_fast.data.triplets import Triplets
 from iwm_fast.eval.examples import RankedExample, first_ranked
 from iwm_fast.eval.frames import FrameReader, open_triplets
 from iwm_fast.eval.next_frames import NextFrames, draw_next_frames, rank_next_frames, summarise_next_frames
-from iwm_fast.eval.progress import Progress
 from iwm_fast.eval.reduced import reduced
 from iwm_fast.eval.rollout import measure_rollouts
 from iwm_fast.models.iwm import IWM
@@ -37,7 +37,7 @@ def evaluate_triplets(
     what: Sequence[str] = TRIPLETS_WHAT,
     bank: int | None = None,
     examples: int = 0,
-    progress: Progress | None = None,
+    progress: Count | None = None,
 ) -> tuple[dict[str, Any], list[RankedExample]]:
     """Measure ``what`` and return names and values as `evaluate_model` does, and ``examples`` of what was ranked.
 

@@ -22,7 +22,7 @@ from iwm_fast.data.external import space_of
 from iwm_fast.engine import zero
 from iwm_fast.engine.distributed import start
 from iwm_fast.engine.loop import Trainer
-from iwm_fast.quiet import quiet_third_parties
+from iwm_fast.log_filters import quiet_third_parties
 from tools.nullgpu.counters import Counts, counts
 
 Made = TypeVar("Made")

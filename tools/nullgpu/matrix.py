@@ -24,7 +24,7 @@ import torch
 from iwm_fast.config import Config
 from iwm_fast.data.synth import draw_dataset
 from iwm_fast.engine import loop, pretrain
-from iwm_fast.quiet import quiet_third_parties
+from iwm_fast.log_filters import quiet_third_parties
 from tools.nullgpu.place import FOLDER
 
 __all__ = ["CASES", "main"]

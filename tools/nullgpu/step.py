@@ -23,8 +23,8 @@ from iwm_fast.benchmarks.presets import preset_config
 from iwm_fast.benchmarks.synthetic import synthetic_stream
 from iwm_fast.engine.distributed import start
 from iwm_fast.engine.loop import Spans, Trainer
-from iwm_fast.planning.environment import environment
-from iwm_fast.quiet import quiet_third_parties
+from iwm_fast.environment import environment
+from iwm_fast.log_filters import quiet_third_parties
 from tools.nullgpu.counters import Counts, compiled, counts
 
 # The first steps compile, tune and allocate; the last of them are what a long run repeats.

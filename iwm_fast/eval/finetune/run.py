@@ -13,6 +13,7 @@ import numpy as np
 
 from iwm_fast.config import Config
 from iwm_fast.config.section import home_expanded
+from iwm_fast.console import Count
 from iwm_fast.data.segmentation import is_masked
 from iwm_fast.data.sources.s3 import is_address
 from iwm_fast.engine.checkpoint_paths import chosen_checkpoint
@@ -39,7 +40,6 @@ from iwm_fast.eval.giving import given
 from iwm_fast.eval.lines import data_lines
 from iwm_fast.eval.masked import MaskedSplit, open_masked_splits
 from iwm_fast.eval.overrides import check_overrides, for_evaluation
-from iwm_fast.eval.progress import Progress
 from iwm_fast.eval.reduced import reduced
 from iwm_fast.eval.splits import FileSplit, Split, open_splits, require_same_classes, splits_record
 from iwm_fast.models.iwm import IWM
@@ -73,7 +73,7 @@ class Request:
     checkpoint: str = "latest"
     cache: Path | None = None
     overrides: Sequence[str] = ()
-    tell: Progress | None = field(default=None, compare=False)
+    tell: Count | None = field(default=None, compare=False)
 
     def check(self) -> None:
         """Raise UserError for what does not go together."""

@@ -7,11 +7,11 @@ import sys
 import pytest
 
 from iwm_fast.data.index import write_index
-from iwm_fast.data.locks import hold
 from iwm_fast.data.shards import write_shards
 from iwm_fast.data.sources import left_out
 from iwm_fast.engine.rundir import RunDirectory
 from iwm_fast.errors import UserError
+from iwm_fast.file_locks import hold
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def test_what_another_process_holds_is_not_taken_for_a_lack_of_locks(name, tmp_p
 
 
 def test_a_lock_is_held_until_the_file_is_closed(tmp_path):
-    code = "import sys; from iwm_fast.data.locks import hold; hold(open(sys.argv[1], 'a'), '')"
+    code = "import sys; from iwm_fast.file_locks import hold; hold(open(sys.argv[1], 'a'), '')"
     with (tmp_path / "f").open("a") as file:
         assert hold(file, "f")
         other = subprocess.run(

@@ -4,7 +4,7 @@ import stat
 
 import pytest
 
-from iwm_fast.data.whole import sync, whole_folder, write_whole_text
+from iwm_fast.atomic_files import sync, whole_folder, write_whole_text
 from iwm_fast.errors import because
 
 

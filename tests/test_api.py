@@ -19,6 +19,7 @@ from worlds import SIDE, pictures, tiny_config, tiny_model
 
 import iwm_fast
 from iwm_fast.actions import ActionSpace, Jitter
+from iwm_fast.api import WorldModel
 from iwm_fast.config import ActionsConfig
 from iwm_fast.config.external import ExternalActions
 from iwm_fast.data.external import space_of
@@ -28,7 +29,6 @@ from iwm_fast.errors import UserError
 from iwm_fast.eval.bank import jittered_views, make_bank
 from iwm_fast.eval.pictures import as_pictures
 from iwm_fast.eval.ranges import at_bound, trained_box
-from iwm_fast.eval.world import WorldModel
 from iwm_fast.models.iwm import IWM
 from iwm_fast.models.packing import Segments
 
