@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from iwm_fast.actions.external import space_of
 from iwm_fast.benchmarks.harness import prepare_trainer
 from iwm_fast.benchmarks.stats import ratio_of
 from iwm_fast.benchmarks.step import TOLERANCE
@@ -25,7 +26,6 @@ from iwm_fast.benchmarks.timing import clocked
 from iwm_fast.commands.options import only_rank
 from iwm_fast.config import Config, load_config
 from iwm_fast.config.load import find_config
-from iwm_fast.data.external import space_of
 from iwm_fast.engine.distributed import Ranks
 from iwm_fast.engine.loop import Trainer
 from iwm_fast.models.regions import compilations

@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from iwm_fast.actions import ActionSpace, Views
+from iwm_fast.actions.transforms import ActionSpace, Views
 from iwm_fast.benchmarks.baselines import Skipped
 from iwm_fast.benchmarks.data_stages import stages
 from iwm_fast.benchmarks.timing import spread

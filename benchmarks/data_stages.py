@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from nvidia.dali import fn, pipeline_def, types
 
-from iwm_fast.actions import NO_SOLARIZE, Jitter, Views
+from iwm_fast.actions.transforms import NO_SOLARIZE, Jitter, Views
 from iwm_fast.benchmarks.timing import spread
 from iwm_fast.data.encoded import Encoded, inspect
 from iwm_fast.data.graph import ViewGraph

@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from iwm_fast.actions.external import action_dim
 from iwm_fast.benchmarks.sweep import interval, public
 from iwm_fast.commands.plan import tokens_of
 from iwm_fast.config import Config, load_config
 from iwm_fast.config.load import find_config
 from iwm_fast.outputs import require_result
-from iwm_fast.planning.actions import action_dim
 from iwm_fast.planning.flops import StepFlops, step_flops
 from iwm_fast.programs import run_program
 from iwm_fast.results import write_result

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from iwm_fast.actions.external import action_dim
 from iwm_fast.config import Config
-from iwm_fast.planning.actions import action_dim
 from iwm_fast.planning.activations import KeptBytes
 from iwm_fast.planning.tokens import Tokens
 

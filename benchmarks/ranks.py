@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
+from iwm_fast.actions.external import space_of
 from iwm_fast.benchmarks.collectives import timed_collectives
 from iwm_fast.benchmarks.harness import prepare_trainer
 from iwm_fast.benchmarks.synthetic import synthetic_stream
 from iwm_fast.benchmarks.timing import clocked
 from iwm_fast.config import Config
-from iwm_fast.data.external import space_of
 from iwm_fast.engine.distributed import leave, start
 from iwm_fast.log_filters import quiet_third_parties
 from iwm_fast.planning.communication import step_collectives

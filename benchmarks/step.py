@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from iwm_fast.actions import ActionSpace
+from iwm_fast.actions.external import space_of
+from iwm_fast.actions.transforms import ActionSpace
 from iwm_fast.benchmarks.harness import prepare_trainer
 from iwm_fast.benchmarks.memory import peak_of
 from iwm_fast.benchmarks.stats import median_of
@@ -17,7 +18,6 @@ from iwm_fast.benchmarks.synthetic import BatchStream, synthetic_stream
 from iwm_fast.benchmarks.timing import Clocked, clocked
 from iwm_fast.config import Config
 from iwm_fast.data.batch import Batch
-from iwm_fast.data.external import space_of
 from iwm_fast.data.files import list_images
 from iwm_fast.data.loader import TrainingStream
 from iwm_fast.data.pairs import PairStream

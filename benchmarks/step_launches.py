@@ -19,13 +19,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from iwm_fast.actions.external import space_of
 from iwm_fast.benchmarks.harness import MANY_STEPS
 from iwm_fast.benchmarks.launch_counting import Launches, counting
 from iwm_fast.benchmarks.launch_parts import Parts, Surrogate
 from iwm_fast.benchmarks.step import described
 from iwm_fast.benchmarks.synthetic import synthetic_stream
 from iwm_fast.config import Config
-from iwm_fast.data.external import space_of
 from iwm_fast.data.loader import TrainingStream
 from iwm_fast.engine.casting import Bf16Compute
 from iwm_fast.engine.distributed import Ranks

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 from torch.utils.data import DataLoader, Dataset
 
-from iwm_fast.actions import Jitter, Views, colour_matrix
+from iwm_fast.actions.transforms import Jitter, Views, colour_matrix
 from iwm_fast.benchmarks.baselines import Skipped
 
 __all__ = ["Render", "batches", "pillow_views", "torchvision_functions", "torchvision_views"]

@@ -31,9 +31,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from iwm_fast.actions import ActionSpace
+from iwm_fast.actions.external import ExternalSpace
+from iwm_fast.actions.transforms import ActionSpace
 from iwm_fast.config import ActionsConfig
-from iwm_fast.data.external import ExternalSpace
 from iwm_fast.data.files import ImageSet
 from iwm_fast.engine.loading import EXPORT_FILE, default_device, load_export, load_model
 from iwm_fast.errors import UserError

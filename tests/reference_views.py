@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from iwm_fast.actions import Geometry, Jitter, Views
+from iwm_fast.actions.transforms import Geometry, Jitter, Views
 
 YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.321], [0.211, -0.523, 0.311]])
 

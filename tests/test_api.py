@@ -18,11 +18,11 @@ from small_run import small_config
 from worlds import SIDE, pictures, tiny_config, tiny_model
 
 import iwm_fast
-from iwm_fast.actions import ActionSpace, Jitter
+from iwm_fast.actions.external import space_of
+from iwm_fast.actions.transforms import ActionSpace, Jitter
 from iwm_fast.api import WorldModel
 from iwm_fast.config import ActionsConfig
 from iwm_fast.config.external import ExternalActions
-from iwm_fast.data.external import space_of
 from iwm_fast.data.views import draw_views
 from iwm_fast.engine import export_run, load_model, pretrain
 from iwm_fast.errors import UserError

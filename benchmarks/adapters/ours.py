@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 import iwm_fast
-from iwm_fast.actions import ActionSpace
+from iwm_fast.actions.transforms import ActionSpace
 from iwm_fast.benchmarks.adapters.inputs import Inputs, Shape, fingerprint
 from iwm_fast.benchmarks.harness import prepare_trainer
 from iwm_fast.benchmarks.synthetic import BatchStream

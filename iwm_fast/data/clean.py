@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from iwm_fast.actions import Views
+from iwm_fast.actions.transforms import Views
 from iwm_fast.data.devices import dali_device, dali_threads
 from iwm_fast.data.encoded import MAX_PIXELS, BadSample, Encoded
 from iwm_fast.data.files import ImageSet

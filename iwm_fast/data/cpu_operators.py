@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from iwm_fast.actions import Jitter, colour_matrix
+from iwm_fast.actions.transforms import Jitter, colour_matrix
 
 __all__ = ["blur", "grayscale", "recolour", "recolour_matrices", "resize", "solarize"]
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iwm_fast.actions import Views
+from iwm_fast.actions.transforms import Views
 from iwm_fast.data.cpu_views import CpuViews, Rendering
 from iwm_fast.data.encoded import BadSample, Encoded, reencode
 from iwm_fast.data.gpu_decoder import DecoderPath, gpu_decoder

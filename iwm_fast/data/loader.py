@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from iwm_fast.actions import ActionSpace, Views
+from iwm_fast.actions.transforms import ActionSpace, Views
 from iwm_fast.config.schema import Config
 from iwm_fast.data.bad import BadSamples
 from iwm_fast.data.batch import Batch

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from iwm_fast.actions import Geometry
+from iwm_fast.actions.transforms import Geometry
 
 __all__ = ["Placement", "place"]
 

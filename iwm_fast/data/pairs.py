@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from iwm_fast.actions import Geometry, Jitter, Views
+from iwm_fast.actions.transforms import Geometry, Jitter, Views
 from iwm_fast.config.schema import ActionsConfig
 from iwm_fast.data.bad import BadSamples
 from iwm_fast.data.encoded import BadSample, Encoded

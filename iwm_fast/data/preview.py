@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from iwm_fast.actions import NO_SOLARIZE, ActionSpace, Geometry, Jitter, Views
+from iwm_fast.actions.transforms import NO_SOLARIZE, ActionSpace, Geometry, Jitter, Views
 from iwm_fast.config.schema import Config
 from iwm_fast.data.bad import BadSamples
 from iwm_fast.data.devices import dali_device, dali_threads

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from iwm_fast.actions.external import ExternalSpace
 from iwm_fast.config.schema import Config, ExternalActions
-from iwm_fast.data.external import ExternalSpace
 from iwm_fast.data.files import ImageSet
 from iwm_fast.data.manifest import Line, header_of, lines_of
 from iwm_fast.data.sources.folder import FolderSource

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from iwm_fast.actions import Jitter, Views
+from iwm_fast.actions.transforms import Jitter, Views
 from iwm_fast.data.cpu_operators import recolour_matrices
 from iwm_fast.data.encoded import Encoded
 from iwm_fast.data.orientation import Placement, place

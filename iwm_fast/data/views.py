@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from iwm_fast.actions import NO_SOLARIZE, Geometry, Jitter, Views
+from iwm_fast.actions.transforms import NO_SOLARIZE, Geometry, Jitter, Views
 from iwm_fast.config.schema import ActionsConfig
 from iwm_fast.data.randomness import BANK, SOURCE_GEOMETRY, VIEWS, uniforms
 from iwm_fast.errors import UserError

@@ -13,9 +13,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from iwm_fast.actions import ActionSpace
+from iwm_fast.actions.external import space_of
+from iwm_fast.actions.transforms import ActionSpace
 from iwm_fast.config import ActionsConfig, Config, ModelConfig
-from iwm_fast.data.external import space_of
 from iwm_fast.engine.checkpoint import Checkpoint
 from iwm_fast.engine.checkpoint_paths import chosen_checkpoint, whole_checkpoint
 from iwm_fast.engine.rundir import run_config

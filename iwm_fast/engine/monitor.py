@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from iwm_fast.actions import ActionSpace
+from iwm_fast.actions.transforms import ActionSpace
 from iwm_fast.config import Config
 from iwm_fast.data.sources.left_out import tell_once
 from iwm_fast.engine.distributed import Ranks, gather

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from iwm_fast.actions import ActionSpace
+from iwm_fast.actions.external import space_of
+from iwm_fast.actions.transforms import ActionSpace
 from iwm_fast.config import Config
-from iwm_fast.data.external import space_of
 from iwm_fast.engine.checkpoint_writer import CheckpointWriter
 from iwm_fast.engine.clock import seconds_since_start
 from iwm_fast.engine.distributed import Ranks, agree

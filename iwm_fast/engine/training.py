@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
+from iwm_fast.actions.external import space_of
 from iwm_fast.config import Config
 from iwm_fast.config.cores import usable_cores
-from iwm_fast.data.external import space_of
 from iwm_fast.data.files import ImageSet, list_images
 from iwm_fast.data.layout import tell_of_splits
 from iwm_fast.data.loader import TrainingStream

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from iwm_fast.actions import ActionSpace, Jitter, colour_matrix
+from iwm_fast.actions.transforms import ActionSpace, Jitter, colour_matrix
 from iwm_fast.config import ActionsConfig
 from iwm_fast.data.views import draw_bank
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from iwm_fast.actions import NO_SOLARIZE, ActionSpace
+from iwm_fast.actions.transforms import NO_SOLARIZE, ActionSpace
 from iwm_fast.config import ActionsConfig
 from iwm_fast.data.views import draw_views
 from iwm_fast.errors import UserError

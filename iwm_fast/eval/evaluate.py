@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iwm_fast.actions import ActionSpace
+from iwm_fast.actions.transforms import ActionSpace
 from iwm_fast.config import Config
 from iwm_fast.console import Count
 from iwm_fast.errors import UserError

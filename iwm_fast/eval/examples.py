@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from iwm_fast.actions import ActionSpace
+from iwm_fast.actions.transforms import ActionSpace
 from iwm_fast.config import Config
 from iwm_fast.eval.bank import JITTER_COMPONENTS, jittered_views, make_bank, varying
 from iwm_fast.eval.features import device_of, evaluating

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from iwm_fast.actions import ActionSpace, Jitter
+from iwm_fast.actions.transforms import ActionSpace, Jitter
 from iwm_fast.config import ActionsConfig
 from iwm_fast.eval.bank import JITTER_COMPONENTS, varying
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from iwm_fast.actions import ActionSpace
+from iwm_fast.actions.transforms import ActionSpace
 from iwm_fast.config import Config
 from iwm_fast.eval.bank import varying
 from iwm_fast.eval.features import default_encoder, encoder_of, read_features

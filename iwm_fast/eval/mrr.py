@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from iwm_fast.actions import ActionSpace
+from iwm_fast.actions.transforms import ActionSpace
 from iwm_fast.config import Config
 from iwm_fast.eval.bank import Bank
 from iwm_fast.eval.components import component_bank

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from iwm_fast.actions import COMPONENTS, NO_SOLARIZE, ActionSpace
+from iwm_fast.actions.external import ExternalSpace
+from iwm_fast.actions.transforms import COMPONENTS, NO_SOLARIZE, ActionSpace
 from iwm_fast.config import ActionsConfig
-from iwm_fast.data.external import ExternalSpace
 from iwm_fast.errors import UserError
 from iwm_fast.eval.inference import Bounds, jitter_bounds
 

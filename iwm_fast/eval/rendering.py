@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from iwm_fast.actions import Views
+from iwm_fast.actions.transforms import Views
 from iwm_fast.config.cores import usable_cores
 from iwm_fast.data.encoded import Encoded
 from iwm_fast.data.graph import ViewGraph

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from iwm_fast.actions import COMPONENTS, ActionSpace, Jitter
+from iwm_fast.actions.transforms import COMPONENTS, ActionSpace, Jitter
 from iwm_fast.config import ActionsConfig, Config
 from iwm_fast.data.views import draw_bank
 from iwm_fast.eval.bank import JITTER_COMPONENTS, jittered_views, varying

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from iwm_fast.actions import ActionSpace, Component, Jitter
+from iwm_fast.actions.transforms import ActionSpace, Component, Jitter
 from iwm_fast.config import ActionsConfig
 from iwm_fast.data.views import draw_bank, draw_views
 from iwm_fast.eval.bank import JITTER_COMPONENTS, jittered_views, varying

@@ -15,9 +15,9 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+from iwm_fast.actions.external import action_dim
 from iwm_fast.config import Config
 from iwm_fast.kernels import mlp_workspace
-from iwm_fast.planning.actions import action_dim
 from iwm_fast.planning.tokens import Tokens
 
 __all__ = ["Activations", "KeptBytes", "Moment", "activations"]

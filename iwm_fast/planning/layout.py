@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from iwm_fast.actions.external import action_dim
 from iwm_fast.config import Config
-from iwm_fast.planning.actions import action_dim
 
 __all__ = ["Layout", "Parameter", "layout_of", "stage_settings"]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from iwm_fast.actions.external import action_dim
 from iwm_fast.config import Config
-from iwm_fast.planning.actions import action_dim
 from iwm_fast.planning.communication import Collective
 from iwm_fast.planning.devices import Device
 from iwm_fast.planning.fabric import Fabric

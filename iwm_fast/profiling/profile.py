@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
+from iwm_fast.actions.external import space_of
 from iwm_fast.benchmarks.collectives import timed_collectives
 from iwm_fast.benchmarks.harness import prepare_trainer
 from iwm_fast.benchmarks.step import described, opened_stream, settle
 from iwm_fast.benchmarks.timing import ceilings, clocked
 from iwm_fast.config import Config
-from iwm_fast.data.external import space_of
 from iwm_fast.engine.distributed import Ranks
 from iwm_fast.errors import UserError
 from iwm_fast.kernels import TRITON_FUNCTIONS

@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from made_triplets import write_game
 
-from iwm_fast.actions import ActionSpace
+from iwm_fast.actions.external import space_of
+from iwm_fast.actions.transforms import ActionSpace
 from iwm_fast.benchmarks import scaling, step
 from iwm_fast.benchmarks.collectives import timed_collectives
 from iwm_fast.benchmarks.harness import prepare_trainer
@@ -22,7 +23,6 @@ from iwm_fast.benchmarks.synthetic import synthetic_stream
 from iwm_fast.benchmarks.timing import Clocked
 from iwm_fast.cli import main
 from iwm_fast.config.external import ExternalActions
-from iwm_fast.data.external import space_of
 from iwm_fast.engine.distributed import start
 from iwm_fast.errors import UserError
 from iwm_fast.planning.operations import OperationCounter

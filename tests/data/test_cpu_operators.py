@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from made_images import picture
 
-from iwm_fast.actions import Jitter
+from iwm_fast.actions.transforms import Jitter
 from iwm_fast.data.cpu_operators import blur, grayscale, recolour, recolour_matrices, resize, solarize
 
 factors = st.floats(0, 3, width=32)

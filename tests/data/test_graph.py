@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_images import encode, picture, turned
 
-from iwm_fast.actions import Geometry, Jitter, Views
+from iwm_fast.actions.transforms import Geometry, Jitter, Views
 from iwm_fast.config.schema import ActionsConfig
 from iwm_fast.data import graph as graph_module
 from iwm_fast.data import pipeline as pipeline_module

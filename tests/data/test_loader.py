@@ -13,7 +13,7 @@ import torch
 from made_images import broken_tables, encode, picture, turned, write_images
 from small_run import small_config
 
-from iwm_fast.actions import ActionSpace
+from iwm_fast.actions.transforms import ActionSpace
 from iwm_fast.data import samples as samples_module
 from iwm_fast.data.devices import dali_device
 from iwm_fast.data.files import list_images

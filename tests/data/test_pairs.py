@@ -13,7 +13,7 @@ from made_triplets import rows_of_manifest, write_game, write_lines
 from PIL import Image
 from small_run import small_config
 
-from iwm_fast.data.external import space_of
+from iwm_fast.actions.external import space_of
 from iwm_fast.data.pairs import PairStream
 from iwm_fast.data.randomness import permutation
 from iwm_fast.data.triplets import resolve_triplets

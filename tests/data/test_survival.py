@@ -20,7 +20,7 @@ from made_sources import example, write_records
 from PIL import Image, ImageOps
 from small_run import TINY_WORDS, small_config
 
-from iwm_fast.actions import ActionSpace, Views
+from iwm_fast.actions.transforms import ActionSpace, Views
 from iwm_fast.data import samples as samples_module
 from iwm_fast.data.clean import centred_square, load_clean
 from iwm_fast.data.encoded import BadSample, decode_upright, inspect

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from iwm_fast.actions import NO_SOLARIZE, ActionSpace
+from iwm_fast.actions.transforms import NO_SOLARIZE, ActionSpace
 from iwm_fast.config.schema import ActionsConfig
 from iwm_fast.data.randomness import VIEWS, uniforms
 from iwm_fast.data.views import draw_bank, draw_views

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from small_run import small_config
 
+from iwm_fast.actions.external import space_of
 from iwm_fast.benchmarks.harness import prepare_trainer
 from iwm_fast.benchmarks.synthetic import synthetic_stream
-from iwm_fast.data.external import space_of
 from iwm_fast.engine import trained, zero
 from iwm_fast.engine.distributed import start
 from iwm_fast.engine.graphs import require_graphs

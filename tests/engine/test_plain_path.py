@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from plain_path import PARTS, PlainModule, draw_batches, halved, plain_model, plain_training, run_config
 
-from iwm_fast.actions import ActionSpace
+from iwm_fast.actions.transforms import ActionSpace
 from iwm_fast.benchmarks.harness import MANY_STEPS
 from iwm_fast.benchmarks.synthetic import BatchStream
 from iwm_fast.config import Config

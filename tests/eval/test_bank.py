@@ -5,7 +5,7 @@ import pytest
 import torch
 from worlds import pictures
 
-from iwm_fast.actions import ActionSpace, colour_matrix
+from iwm_fast.actions.transforms import ActionSpace, colour_matrix
 from iwm_fast.config import ActionsConfig
 from iwm_fast.eval.bank import JITTER_COMPONENTS, jittered_views, make_bank
 

@@ -13,8 +13,8 @@ from made_images import encode
 from made_triplets import write_lines
 from worlds import Pixels, tiny_config
 
+from iwm_fast.actions.external import space_of
 from iwm_fast.config import Config, DataConfig
-from iwm_fast.data.external import space_of
 from iwm_fast.data.triplets import read_triplets
 from iwm_fast.errors import UserError
 from iwm_fast.eval.frames import FrameReader, open_triplets

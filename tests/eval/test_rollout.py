@@ -11,7 +11,7 @@ from made_triplets import write_game, write_lines
 from small_run import small_config
 from torch import nn
 
-from iwm_fast.data.external import space_of
+from iwm_fast.actions.external import space_of
 from iwm_fast.data.triplets import read_triplets, resolve_triplets
 from iwm_fast.errors import UserError
 from iwm_fast.eval.frames import FrameReader, find_triplets

@@ -12,7 +12,7 @@ from browser import Page, find_chromium
 from PIL import Image
 from worlds import RAW, Deaf, Oracle, pictures, tiny_config, tiny_model
 
-from iwm_fast.actions import ActionSpace, Jitter
+from iwm_fast.actions.transforms import ActionSpace, Jitter
 from iwm_fast.config import ActionsConfig, Config
 from iwm_fast.eval.bank import jittered_views
 from iwm_fast.eval.report import write_report

@@ -6,8 +6,8 @@ import pytest
 import torch
 from small_run import losses, small_config
 
+from iwm_fast.actions.external import space_of
 from iwm_fast.config.schema import EncoderShape, ModelConfig, PredictorConfig
-from iwm_fast.data.external import space_of
 from iwm_fast.data.files import list_images
 from iwm_fast.data.loader import TrainingStream
 from iwm_fast.engine import pretrain

@@ -6,7 +6,7 @@ import pytest
 import torch
 from small_run import losses, metrics, small_config
 
-from iwm_fast.actions import Views
+from iwm_fast.actions.transforms import Views
 from iwm_fast.config import ActionsConfig
 from iwm_fast.data.encoded import inspect
 from iwm_fast.data.files import list_images

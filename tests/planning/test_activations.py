@@ -8,7 +8,7 @@ import pytest
 import torch
 from small_run import small_config
 
-from iwm_fast.actions import ActionSpace
+from iwm_fast.actions.transforms import ActionSpace
 from iwm_fast.benchmarks.kept_count import KeptCounter, counted_activations
 from iwm_fast.commands.plan import planner_of
 from iwm_fast.config import Config

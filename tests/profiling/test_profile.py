@@ -8,7 +8,7 @@ import shlex
 import pytest
 import torch
 
-from iwm_fast.actions import ActionSpace
+from iwm_fast.actions.transforms import ActionSpace
 from iwm_fast.benchmarks.step import _BATCHES
 from iwm_fast.benchmarks.synthetic import synthetic_stream
 from iwm_fast.cli import main

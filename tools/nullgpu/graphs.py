@@ -15,10 +15,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from iwm_fast.actions.external import space_of
 from iwm_fast.benchmarks.harness import prepare_trainer
 from iwm_fast.benchmarks.presets import preset_config
 from iwm_fast.benchmarks.synthetic import synthetic_stream
-from iwm_fast.data.external import space_of
 from iwm_fast.engine import zero
 from iwm_fast.engine.distributed import start
 from iwm_fast.engine.loop import Trainer

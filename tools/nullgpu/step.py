@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from iwm_fast.actions import ActionSpace
+from iwm_fast.actions.transforms import ActionSpace
 from iwm_fast.benchmarks.harness import prepare_trainer
 from iwm_fast.benchmarks.presets import preset_config
 from iwm_fast.benchmarks.synthetic import synthetic_stream

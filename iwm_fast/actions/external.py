@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from iwm_fast.actions import ActionSpace, Views
+from iwm_fast.actions.transforms import ActionSpace, Views
 from iwm_fast.config.schema import ActionsConfig, ExternalActions
 from iwm_fast.errors import UserError
 
-__all__ = ["ExternalSpace", "space_of"]
+__all__ = ["ExternalSpace", "action_dim", "space_of"]
 
 Array = NDArray[Any]
 
@@ -82,3 +82,12 @@ def space_of(actions: ActionsConfig) -> ActionSpace:
     if actions.external is None:
         raise UserError("actions.external is not set: a manifest of triplets (data.root) says what the actions are")
     return ExternalSpace(actions.external)
+
+
+def action_dim(actions: ActionsConfig) -> int:
+    """Components of the vector. UserError for external actions that are not described: only a manifest says."""
+    if actions.groups != ("external",):
+        return ActionSpace(actions.groups, actions.form).dim
+    if actions.external is None:
+        raise UserError("actions.external is not set: to plan, name the actions as docs/triplets.md describes them")
+    return len(actions.external.names)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from iwm_fast.actions import COMPONENTS, NO_SOLARIZE, ActionSpace, Geometry, Jitter, Views, colour_matrix
+from iwm_fast.actions.transforms import COMPONENTS, NO_SOLARIZE, ActionSpace, Geometry, Jitter, Views, colour_matrix
 
 JITTER = ("brightness", "contrast", "saturation", "hue")
 FORMS = ("difference", "absolute")

@@ -1,0 +1,1 @@
+"""What an action is: transformations of an image, or what somebody else recorded."""
