@@ -41,7 +41,7 @@ setup(
         "iwm_fast.configs": ["*.yaml", "ablations/*.yaml", "deepspeed/*.json", "slurm/*.sbatch"],
     },
     include_package_data=False,
-    entry_points={"console_scripts": ["iwm-fast = iwm_fast.cli:main"]},
+    entry_points={"console_scripts": ["iwm-fast = iwm_fast.cli.main:main"]},
     # The bounds are the versions that were run together. torch 2.14 and later would bring CUDA packages of several GB
     # to machines without a GPU; the CPU build of torch asks for no triton, so triton has a bound of its own.
     install_requires=[

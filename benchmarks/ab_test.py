@@ -23,7 +23,7 @@ from iwm_fast.benchmarks.stats import ratio_of
 from iwm_fast.benchmarks.step import TOLERANCE
 from iwm_fast.benchmarks.synthetic import synthetic_stream
 from iwm_fast.benchmarks.timing import clocked
-from iwm_fast.commands.options import only_rank
+from iwm_fast.cli.options import only_rank
 from iwm_fast.config import Config, load_config
 from iwm_fast.config.load import find_config
 from iwm_fast.engine.distributed import Ranks

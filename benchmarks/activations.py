@@ -30,7 +30,7 @@ from iwm_fast.benchmarks.adapters.inputs import Inputs, Masks, Shape, draw_input
 from iwm_fast.benchmarks.kept_count import counted_activations
 from iwm_fast.benchmarks.peers import COUNTED, TIMED
 from iwm_fast.benchmarks.scaling import BATCHES, fit_line
-from iwm_fast.commands.plan import tokens_of
+from iwm_fast.cli.plan import tokens_of
 from iwm_fast.config import Config, load_config
 from iwm_fast.config.load import find_config
 from iwm_fast.errors import UserError

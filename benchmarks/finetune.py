@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from iwm_fast.benchmarks.sweep import interval, public
-from iwm_fast.cli import main as main_of_iwm_fast
+from iwm_fast.cli.main import main as main_of_iwm_fast
 from iwm_fast.environment import environment
 from iwm_fast.outputs import require_result
 from iwm_fast.programs import run_program

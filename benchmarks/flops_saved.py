@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from iwm_fast.actions.external import action_dim
 from iwm_fast.benchmarks.sweep import interval, public
-from iwm_fast.commands.plan import tokens_of
+from iwm_fast.cli.plan import tokens_of
 from iwm_fast.config import Config, load_config
 from iwm_fast.config.load import find_config
 from iwm_fast.outputs import require_result

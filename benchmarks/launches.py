@@ -24,7 +24,7 @@ from torch import Tensor
 
 from iwm_fast.benchmarks.launch_counting import Launched, count_launches
 from iwm_fast.benchmarks.presets import PRESETS, preset_config
-from iwm_fast.commands.options import only_rank
+from iwm_fast.cli.options import only_rank
 from iwm_fast.config import Config
 from iwm_fast.config.load import find_config, load_config
 from iwm_fast.errors import UserError

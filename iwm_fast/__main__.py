@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from iwm_fast.cli import main
+from iwm_fast.cli.main import main
 
 __all__: list[str] = []
 

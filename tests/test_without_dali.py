@@ -15,7 +15,9 @@ from small_run import TINY_WORDS
 from iwm_fast.benchmarks.gpu_suite import PARTS
 
 # As where it is not installed: an import of it raises ImportError.
-_MISSING = "import sys; sys.modules['nvidia.dali'] = None; from iwm_fast.cli import main; sys.exit(main(sys.argv[1:]))"
+_MISSING = (
+    "import sys; sys.modules['nvidia.dali'] = None; from iwm_fast.cli.main import main; sys.exit(main(sys.argv[1:]))"
+)
 
 
 def _run(*words: str) -> subprocess.CompletedProcess[str]:

@@ -15,7 +15,7 @@ import torch
 from iwm_fast.benchmarks.compare import compare
 from iwm_fast.benchmarks.stats import median_of, ratio_of
 from iwm_fast.benchmarks.timing import clocked
-from iwm_fast.cli import main
+from iwm_fast.cli.main import main
 from iwm_fast.errors import UserError
 
 
@@ -129,8 +129,6 @@ def test_on_this_machine():
 
 def test_help_comes_without_torch():
     began = time.perf_counter()
-    code = (
-        "import sys; from iwm_fast.cli import main; main(['bench', 'compare', '--help']); print('torch' in sys.modules)"
-    )
+    code = "import sys; from iwm_fast.cli.main import main; main(['bench', 'compare', '--help']); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "False", time.perf_counter() - began

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import iwm_fast.benchmarks
-from iwm_fast.cli import main
+from iwm_fast.cli.main import main
 from iwm_fast.errors import UserError
 
 FOLDER = Path(iwm_fast.benchmarks.__file__).resolve().parent

@@ -21,7 +21,7 @@ from iwm_fast.benchmarks.scaling import fit_line
 from iwm_fast.benchmarks.step import check_answer, described, opened_stream, row_of
 from iwm_fast.benchmarks.synthetic import synthetic_stream
 from iwm_fast.benchmarks.timing import Clocked
-from iwm_fast.cli import main
+from iwm_fast.cli.main import main
 from iwm_fast.config.external import ExternalActions
 from iwm_fast.engine.distributed import start
 from iwm_fast.errors import UserError

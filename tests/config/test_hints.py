@@ -1,7 +1,7 @@
 import pytest
 from typer.main import get_command
 
-from iwm_fast.cli import app
+from iwm_fast.cli.main import app
 from iwm_fast.config.hints import _HINTS, hint_of
 from iwm_fast.config.listing import rows
 

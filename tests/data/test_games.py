@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 gymnasium = pytest.importorskip("gymnasium", reason="gymnasium is not installed (the extra games)")
 pytest.importorskip("pygame", reason="pygame is not installed (the extra games)")
 
-from iwm_fast.cli import app, main  # noqa: E402
+from iwm_fast.cli.main import app, main  # noqa: E402
 from iwm_fast.data import games  # noqa: E402
 from iwm_fast.data.games import Recording, record  # noqa: E402
 from iwm_fast.data.randomness import uniforms  # noqa: E402

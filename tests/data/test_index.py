@@ -253,7 +253,7 @@ def test_where_nothing_can_be_written_it_says_so(tmp_path):
 
 
 def test_json_names_the_schema(tmp_path, capsys):
-    from iwm_fast.cli import main
+    from iwm_fast.cli.main import main
 
     write_classes(tmp_path, 2)
     assert main(["data", "index", str(tmp_path), "--json"]) == 0

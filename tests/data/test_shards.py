@@ -9,7 +9,7 @@ import pytest
 from made_images import encode, picture
 from made_sources import write_classes
 
-from iwm_fast.commands.options import byte_count
+from iwm_fast.cli.options import byte_count
 from iwm_fast.data import shards as shards_module
 from iwm_fast.data.files import list_images
 from iwm_fast.data.shards import write_shards

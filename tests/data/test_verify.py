@@ -8,7 +8,7 @@ import pytest
 import reference_views as reference
 from made_images import encode, picture, turned, write_images
 
-from iwm_fast.cli import main
+from iwm_fast.cli.main import main
 from iwm_fast.data.clean import load_clean
 from iwm_fast.data.encoded import decode_upright
 from iwm_fast.data.files import list_images

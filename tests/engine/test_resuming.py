@@ -5,7 +5,7 @@ import shutil
 import pytest
 from small_run import losses, metrics, small_config
 
-from iwm_fast.cli import main
+from iwm_fast.cli.main import main
 from iwm_fast.config import Config
 from iwm_fast.data.files import list_images
 from iwm_fast.engine import pretrain, resuming

@@ -9,8 +9,8 @@ import time
 import pytest
 from small_run import metrics, small_config, state
 
-from iwm_fast import demo as demo_module
-from iwm_fast.cli import main
+from iwm_fast.cli import demo as demo_module
+from iwm_fast.cli.main import main
 from iwm_fast.engine import loop, pretrain, run_loop, signals
 from iwm_fast.engine.rundir import RunDirectory
 from iwm_fast.engine.signals import INTERRUPTED, Abandoned, StopRequest

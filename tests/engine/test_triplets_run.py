@@ -11,7 +11,7 @@ from made_triplets import HEADER, rows_of_manifest, write_game, write_lines
 from safetensors.torch import load_file
 from small_run import losses, metrics, small_config, state
 
-from iwm_fast.cli import main
+from iwm_fast.cli.main import main
 from iwm_fast.engine import export_run, load_model, pretrain
 from iwm_fast.errors import UserError
 from iwm_fast.eval.run import evaluate_run

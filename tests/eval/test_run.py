@@ -9,7 +9,7 @@ import shutil
 import pytest
 from small_run import small_config
 
-from iwm_fast.cli import main
+from iwm_fast.cli.main import main
 from iwm_fast.engine import pretrain
 from iwm_fast.eval.measurements import divide, keep, weights_of
 

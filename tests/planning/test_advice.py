@@ -10,8 +10,8 @@ from made_images import write_images
 from made_triplets import write_game
 from small_run import small_config
 
-from iwm_fast.commands import plan as plan_command
-from iwm_fast.commands.plan import planner_of
+from iwm_fast.cli import plan as plan_command
+from iwm_fast.cli.plan import planner_of
 from iwm_fast.config import load_config, packaged_config
 from iwm_fast.data.index import write_index
 from iwm_fast.data.loader import divide_batch

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from iwm_fast.cli import main
-from iwm_fast.commands.plan import planner_of
+from iwm_fast.cli.main import main
+from iwm_fast.cli.plan import planner_of
 from iwm_fast.config import load_config, packaged_config
 from iwm_fast.planning.communication import Collective, ring_bytes
 from iwm_fast.planning.devices import DEVICES, peak_of

@@ -11,7 +11,7 @@ import torch
 from iwm_fast.actions.transforms import ActionSpace
 from iwm_fast.benchmarks.step import _BATCHES
 from iwm_fast.benchmarks.synthetic import synthetic_stream
-from iwm_fast.cli import main
+from iwm_fast.cli.main import main
 from iwm_fast.config import load_config, packaged_config
 from iwm_fast.kernels import TRITON_FUNCTIONS
 from iwm_fast.planning.flops import step_flops

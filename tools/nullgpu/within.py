@@ -46,7 +46,7 @@ def main(words: list[str]) -> int:
     if not callable(skipped._add):  # noqa: SLF001
         raise TypeError("SkippedSteps._add is no function any more")
     skipped._add = lambda *_: None  # noqa: SLF001
-    program = importlib.import_module("iwm_fast.cli" if name == "iwm_fast" else name)
+    program = importlib.import_module("iwm_fast.cli.main" if name == "iwm_fast" else name)
     sys.argv = [name, *words[1:]]
     code = program.main()
     return code if isinstance(code, int) else 0

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from small_run import small_config
 
-from iwm_fast.cli import main
+from iwm_fast.cli.main import main
 from iwm_fast.data.clean import load_clean
 from iwm_fast.data.files import split
 from iwm_fast.data.segmentation import read_mask, split_masked

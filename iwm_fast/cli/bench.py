@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from iwm_fast.commands.options import Device, Json, Threads, answer, only_rank
+from iwm_fast.cli.options import Device, Json, Threads, answer, only_rank
 from iwm_fast.errors import UserError
 
 __all__ = ["app"]

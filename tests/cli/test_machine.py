@@ -7,8 +7,8 @@ import shutil
 
 import pytest
 
-from iwm_fast import machine
-from iwm_fast.cli import main
+from iwm_fast.cli import machine
+from iwm_fast.cli.main import main
 
 
 def test_without_a_compiler_a_gpu_run_is_broken_and_a_cpu_run_is_not(monkeypatch, tmp_path):
@@ -53,6 +53,6 @@ def test_a_nearly_full_disk_is_named(monkeypatch):
 
 def test_the_doctor_ends_with_1_and_names_what_is_broken(monkeypatch, capsys):
     parts = [machine.Part("driver", None, False, "no answer", broken=True), machine.Part("disk", None, True, "room")]
-    monkeypatch.setattr("iwm_fast.doctor.examine", lambda: parts)
+    monkeypatch.setattr("iwm_fast.cli.doctor.examine", lambda: parts)
     assert main(["doctor"]) == 1
     assert capsys.readouterr().err == "iwm-fast doctor: broken: driver; the table says why\n"

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from iwm_fast.arguments import config_and_overrides
-from iwm_fast.commands.options import Json, answer, byte_count
+from iwm_fast.cli.arguments import config_and_overrides
+from iwm_fast.cli.options import Json, answer, byte_count
 from iwm_fast.errors import UserError
 
 __all__ = ["app"]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from iwm_fast.commands.options import CONFIG_HELP, Json, Overrides, answer
+from iwm_fast.cli.options import CONFIG_HELP, Json, Overrides, answer
 from iwm_fast.errors import UserError
 from iwm_fast.outputs import require_file
 

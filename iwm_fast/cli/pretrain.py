@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from iwm_fast.commands.options import CONFIG_HELP, Overrides
+from iwm_fast.cli.options import CONFIG_HELP, Overrides
 from iwm_fast.errors import UserError
 
 __all__ = ["pretrain"]

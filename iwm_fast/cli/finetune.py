@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from iwm_fast.commands.options import Json, answer
+from iwm_fast.cli.options import Json, answer
 from iwm_fast.errors import UserError
 
 __all__ = ["app"]

@@ -13,12 +13,12 @@ import pytest
 from small_run import TINY_WORDS
 from typer.main import get_command
 
-from iwm_fast.arguments import check_options, config_and_overrides, prepare
-from iwm_fast.cli import app, main
+from iwm_fast.cli.arguments import check_options, config_and_overrides, prepare
+from iwm_fast.cli.demo import demo_rows
+from iwm_fast.cli.doctor import examine
+from iwm_fast.cli.main import app, main
 from iwm_fast.config import load_config
 from iwm_fast.console import print_table
-from iwm_fast.demo import demo_rows
-from iwm_fast.doctor import examine
 from iwm_fast.environment import environment
 from iwm_fast.errors import UserError
 from iwm_fast.results import write_result
@@ -64,7 +64,7 @@ def test_help_has_an_example(command, capsys):
 
 def test_help_answers_at_once_and_loads_nothing_heavy():
     code = (
-        "import sys; from iwm_fast.cli import main; main(['pretrain', '--help'])\n"
+        "import sys; from iwm_fast.cli.main import main; main(['pretrain', '--help'])\n"
         "heavy = {'torch', 'deepspeed', 'nvidia', 'xformers', 'numpy', 'matplotlib'} & set(sys.modules)\n"
         "sys.exit(f'loaded: {heavy}' if heavy else 0)"
     )

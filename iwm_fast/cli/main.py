@@ -14,12 +14,12 @@ from typing import Annotated, Any
 import typer
 
 from iwm_fast import __version__
-from iwm_fast.arguments import check_options, prepare
-from iwm_fast.commands import bench, data, finetune
-from iwm_fast.commands.options import CONFIG_HELP, Json, Overrides, answer
-from iwm_fast.commands.plan import plan
-from iwm_fast.commands.pretrain import pretrain
-from iwm_fast.commands.profile import profile
+from iwm_fast.cli import bench, data, finetune
+from iwm_fast.cli.arguments import check_options, prepare
+from iwm_fast.cli.options import CONFIG_HELP, Json, Overrides, answer
+from iwm_fast.cli.plan import plan
+from iwm_fast.cli.pretrain import pretrain
+from iwm_fast.cli.profile import profile
 from iwm_fast.errors import UserError
 from iwm_fast.programs import CtrlC, one_line, run_program
 
@@ -75,9 +75,9 @@ def demo(
     json: Json = None,
 ) -> None:
     """Draw a set of images, pretrain a tiny world model on it, measure it and write a report, in minutes on a CPU."""
+    from iwm_fast.cli.demo import demo as run_demo
+    from iwm_fast.cli.demo import demo_rows
     from iwm_fast.console import counting, print_table
-    from iwm_fast.demo import demo as run_demo
-    from iwm_fast.demo import demo_rows
 
     def give(figures: dict[str, Any]) -> None:
         shown.close()  # the bars, so that the table stands alone
@@ -243,8 +243,8 @@ def doctor(json: Json = None) -> None:
     """
     from dataclasses import asdict
 
+    from iwm_fast.cli.doctor import examine, part_rows
     from iwm_fast.console import print_table
-    from iwm_fast.doctor import examine, part_rows
 
     parts = examine()
     columns = ("part", "version", "used", "how, or why not")

@@ -9,10 +9,10 @@ from importlib import metadata
 
 from packaging.requirements import Requirement
 
+from iwm_fast.cli.machine import Part, examine_machine
 from iwm_fast.config.cores import usable_cores
 from iwm_fast.environment import cpu_name, installed_version
 from iwm_fast.errors import UserError
-from iwm_fast.machine import Part, examine_machine
 
 __all__ = ["Part", "examine", "part_rows"]
 

@@ -1,1 +1,0 @@
-"""The commands of a group each, as Typer applications or functions that `iwm_fast.cli` joins into one."""
