@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from iwm_fast.config.base import home_expanded
 from iwm_fast.config.hints import canonical, hint_of
-from iwm_fast.config.listing import rows
-from iwm_fast.config.section import home_expanded
+from iwm_fast.config.schema_table import rows
 from iwm_fast.errors import UserError
 
 __all__ = ["check_options", "config_and_overrides", "prepare"]

@@ -213,8 +213,8 @@ def show_config(
     from dataclasses import asdict
 
     from iwm_fast.config import dump_config, load_config
-    from iwm_fast.config.listing import rows
     from iwm_fast.config.load import find_config, packaged_names
+    from iwm_fast.config.schema_table import rows
 
     if schema:
         if json is None:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from iwm_fast.config.section import Section
+from iwm_fast.config.base import Section
 
 __all__ = ["ENCODERS", "EncoderName", "EncoderShape"]
 

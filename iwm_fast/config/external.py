@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from iwm_fast.config.section import Names, Numbers, Section
+from iwm_fast.config.base import Names, Numbers, Section
 
 __all__ = ["STILL", "UNTOLD", "ExternalActions"]
 

@@ -15,8 +15,8 @@ from pydantic import ValidationError
 
 from iwm_fast.config import yaml_text
 from iwm_fast.config.hints import Hint, hint_of
-from iwm_fast.config.listing import allowed, rows, section_keys, text_keys
 from iwm_fast.config.schema import Config
+from iwm_fast.config.schema_table import allowed, rows, section_keys, text_keys
 from iwm_fast.config.yaml_text import Keys
 from iwm_fast.errors import UserError
 

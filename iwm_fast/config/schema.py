@@ -10,9 +10,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from iwm_fast.config.base import Place, Range, Section, pair
 from iwm_fast.config.encoders import ENCODERS, EncoderName, EncoderShape
 from iwm_fast.config.external import STILL, UNTOLD, ExternalActions
-from iwm_fast.config.section import Place, Range, Section, pair
 
 __all__ = [
     "ENCODERS",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from iwm_fast.config import Config
-from iwm_fast.config.listing import rows
+from iwm_fast.config.schema_table import rows
 from iwm_fast.errors import UserError
 from iwm_fast.eval.bank import JITTER_COMPONENTS
 

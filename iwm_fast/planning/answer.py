@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from iwm_fast.config import Config
+from iwm_fast.config.batch import training_steps
 from iwm_fast.planning import fabric, plan, steptime
 from iwm_fast.planning.advice import changes, duration, keys, left_out, of_gpus
 from iwm_fast.planning.conflicts import length_conflicts
-from iwm_fast.planning.length import training_steps
 from iwm_fast.planning.plan import Choice, Cluster, Planner, Stage, best_of_each, stage_record
 from iwm_fast.planning.scaling import Point
 from iwm_fast.planning.steptime import StepTime, image_flops

@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterator
 
 from iwm_fast.config import Config
+from iwm_fast.config.batch import training_steps
 from iwm_fast.errors import UserError
-from iwm_fast.planning.length import training_steps
 
 __all__ = ["conflicts", "length_conflicts", "require_a_step"]
 

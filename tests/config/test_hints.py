@@ -3,7 +3,7 @@ from typer.main import get_command
 
 from iwm_fast.cli.main import app
 from iwm_fast.config.hints import _HINTS, hint_of
-from iwm_fast.config.listing import rows
+from iwm_fast.config.schema_table import rows
 
 
 def options(command):

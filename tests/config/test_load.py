@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 import iwm_fast
 from iwm_fast.config import Config, dump_config, load_config, packaged_config
-from iwm_fast.config.listing import rows
 from iwm_fast.config.load import find_config, packaged_names
+from iwm_fast.config.schema_table import rows
 from iwm_fast.errors import UserError
 
 PACKAGE = Path(iwm_fast.__file__).parent

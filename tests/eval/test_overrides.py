@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from iwm_fast.config import Config, DataConfig
-from iwm_fast.config.listing import rows
+from iwm_fast.config.schema_table import rows
 from iwm_fast.errors import UserError
 from iwm_fast.eval.overrides import check_overrides, for_evaluation
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from iwm_fast.config import Config
-from iwm_fast.config.section import home_expanded
+from iwm_fast.config.base import home_expanded
 from iwm_fast.console import Count
 from iwm_fast.data.segmentation import is_masked
 from iwm_fast.data.sources.s3 import is_address
