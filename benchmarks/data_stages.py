@@ -12,8 +12,8 @@ from nvidia.dali import fn, pipeline_def, types
 
 from iwm_fast.actions.transforms import NO_SOLARIZE, Jitter, Views
 from iwm_fast.benchmarks.timing import spread
-from iwm_fast.data.encoded import Encoded, inspect
-from iwm_fast.data.graph import ViewGraph
+from iwm_fast.data.decode.encoded import Encoded, inspect
+from iwm_fast.data.views.graph import ViewGraph
 
 if TYPE_CHECKING:
     from iwm_fast.benchmarks.data import Job

@@ -27,9 +27,9 @@ import numpy as np
 from PIL import Image
 
 from iwm_fast.benchmarks.timing import spread
-from iwm_fast.data.checkers import modules_path
-from iwm_fast.data.index import write_index
+from iwm_fast.data.decode.checkers import modules_path
 from iwm_fast.data.sources.kinds import MANIFEST_FILE
+from iwm_fast.data.tools.index import write_index
 from iwm_fast.outputs import require_result
 from iwm_fast.programs import run_program
 from iwm_fast.results import write_result
@@ -52,8 +52,8 @@ _CHILD = """
 import json, sys, time
 import numpy as np
 from iwm_fast.data import samples
-from iwm_fast.data.bad import BadSamples
-from iwm_fast.data.files import list_images
+from iwm_fast.data.bad_samples import BadSamples
+from iwm_fast.data.image_list import list_images
 samples.KEPT_BYTES = 0
 def visit(root, keywords):
     images = list_images(root)

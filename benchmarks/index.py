@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from iwm_fast.data.files import list_images
+from iwm_fast.data.image_list import list_images
 from iwm_fast.data.sources import open_source
 from iwm_fast.outputs import require_new_folder, require_result
 from iwm_fast.programs import run_program

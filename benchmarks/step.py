@@ -18,10 +18,10 @@ from iwm_fast.benchmarks.synthetic import BatchStream, synthetic_stream
 from iwm_fast.benchmarks.timing import Clocked, clocked
 from iwm_fast.config import Config
 from iwm_fast.data.batch import Batch
-from iwm_fast.data.files import list_images
+from iwm_fast.data.image_list import list_images
 from iwm_fast.data.loader import TrainingStream
-from iwm_fast.data.pairs import PairStream
 from iwm_fast.data.sources import Patience
+from iwm_fast.data.triplet_stream import PairStream
 from iwm_fast.data.triplets import Triplets, resolve_triplets
 from iwm_fast.engine.distributed import Ranks
 from iwm_fast.engine.loop import Trainer

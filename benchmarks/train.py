@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from iwm_fast.data.synth import draw_dataset
+from iwm_fast.data.tools.synth import draw_dataset
 from iwm_fast.outputs import require_folder, require_result
 from iwm_fast.programs import run_program
 from iwm_fast.results import write_result

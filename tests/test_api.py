@@ -23,7 +23,7 @@ from iwm_fast.actions.transforms import ActionSpace, Jitter
 from iwm_fast.api import WorldModel
 from iwm_fast.config import ActionsConfig
 from iwm_fast.config.external import ExternalActions
-from iwm_fast.data.views import draw_views
+from iwm_fast.data.views.sampling import draw_views
 from iwm_fast.engine import export_run, load_model, pretrain
 from iwm_fast.errors import UserError
 from iwm_fast.eval.bank import jittered_views, make_bank

@@ -6,9 +6,9 @@ import sys
 
 import pytest
 
-from iwm_fast.data.index import write_index
-from iwm_fast.data.shards import write_shards
 from iwm_fast.data.sources import left_out
+from iwm_fast.data.tools.index import write_index
+from iwm_fast.data.tools.shard import write_shards
 from iwm_fast.engine.rundir import RunDirectory
 from iwm_fast.errors import UserError
 from iwm_fast.file_locks import hold

@@ -53,7 +53,7 @@ def synth(
     """Draw a labelled set of JPEGs, for those with no data at hand."""
     if classes > min(train, test):
         raise UserError(f"--classes: {classes} need as many images: --train is {train} and --test {test}")
-    from iwm_fast.data.synth import draw_dataset
+    from iwm_fast.data.tools.synth import draw_dataset
 
     draw_dataset(out, classes=classes, train=train, test=test, size=size, seed=seed, segments=segments)
     print(f"{out}: drawn; train on data.root={out / 'train'}")
@@ -75,7 +75,7 @@ def preview(
 
     name, overrides = config_and_overrides(words or [], "vit_base_p16_224_equi.yaml")
     config = load_config(find_config(name), overrides)
-    from iwm_fast.data.preview import write_preview
+    from iwm_fast.data.tools.preview import write_preview
 
     write_preview(config, root, out, count, config.train.seed if seed is None else seed)
     print(f"{out}: {count} images drawn, parameters in {out / 'params.json'}")
@@ -116,8 +116,8 @@ def record(
     """
     from iwm_fast.config.yaml_text import parse_value
     from iwm_fast.console import counting
-    from iwm_fast.data.games import Recording
-    from iwm_fast.data.games import record as record_game
+    from iwm_fast.data.tools.record_gym import Recording
+    from iwm_fast.data.tools.record_gym import record as record_game
 
     arguments = {}
     for text in argument or []:
@@ -147,7 +147,7 @@ def verify(
     The exit code is 1 where a file cannot be used, 0 where all can.
     """
     from iwm_fast.console import counting, print_table
-    from iwm_fast.data.verify import verify as verify_images
+    from iwm_fast.data.tools.verify import verify as verify_images
 
     with counting() as progress:
         verdict = verify_images(root, source=source, max_pixels=max_pixels, progress=progress)
@@ -181,7 +181,7 @@ def index(
     they are read, and treated as bad ones; index again after adding files.
     """
     from iwm_fast.console import counting
-    from iwm_fast.data.index import write_index
+    from iwm_fast.data.tools.index import write_index
 
     with counting() as progress:
         written = write_index(root, out, source=source, check=check, progress=progress)
@@ -220,7 +220,7 @@ def shard(
     Started again after an interruption, it goes on at the first shard that is missing.
     """
     from iwm_fast.console import counting
-    from iwm_fast.data.shards import write_shards
+    from iwm_fast.data.tools.shard import write_shards
 
     with counting() as progress:
         written = write_shards(root, out, source=source, shard_bytes=byte_count(shard_size), progress=progress)

@@ -10,7 +10,7 @@ from typing import Any
 
 from iwm_fast.config import load_config, packaged_config
 from iwm_fast.console import Count
-from iwm_fast.data.synth import draw_dataset
+from iwm_fast.data.tools.synth import draw_dataset
 from iwm_fast.engine import pretrain
 from iwm_fast.engine.rundir import RunDirectory
 from iwm_fast.errors import UserError

@@ -102,7 +102,7 @@ def _dali() -> tuple[bool, str]:
     """Decode a JPEG by DALI where a run would: an import alone says nothing of its libraries."""
     import torch
 
-    from iwm_fast.data.gpu_decoder import gpu_decoder, jpeg_engine, probe
+    from iwm_fast.data.views.gpu_decoder import gpu_decoder, jpeg_engine, probe
 
     try:
         if not torch.cuda.is_available():

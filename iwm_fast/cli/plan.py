@@ -137,7 +137,7 @@ def _images_of(config: Config, given: int | None) -> tuple[Config, ImageCount]:
 
     UserError for data that a training would refuse, where they are on this machine.
     """
-    from iwm_fast.data.files import list_images
+    from iwm_fast.data.image_list import list_images
     from iwm_fast.data.sources.s3 import is_address
     from iwm_fast.data.triplets import resolve_triplets
     from iwm_fast.planning.answer import ImageCount

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from iwm_fast.data.encoded import BadSample
-from iwm_fast.data.files import ImageSet
+from iwm_fast.data.decode.encoded import BadSample
+from iwm_fast.data.image_list import ImageSet
 from iwm_fast.data.sources.folder import FolderSource
 from iwm_fast.data.triplets import Triplets
 

@@ -20,15 +20,15 @@ from torch import Tensor
 
 from iwm_fast.actions.transforms import ActionSpace, Views
 from iwm_fast.config.schema import Config
-from iwm_fast.data.bad import BadSamples
+from iwm_fast.data.bad_samples import BadSamples
 from iwm_fast.data.batch import Batch
-from iwm_fast.data.devices import dali_device, dali_threads, image_checkers, use_gpu
-from iwm_fast.data.files import ImageSet
-from iwm_fast.data.graph import BadRows, RenderedViews, ViewGraph
+from iwm_fast.data.image_list import ImageSet
 from iwm_fast.data.masks import MaskSampler, PatchSets
 from iwm_fast.data.randomness import permutation
 from iwm_fast.data.samples import FileStore, SampleReader, Samples
-from iwm_fast.data.views import draw_views
+from iwm_fast.data.views.devices import dali_device, dali_threads, image_checkers, use_gpu
+from iwm_fast.data.views.graph import BadRows, RenderedViews, ViewGraph
+from iwm_fast.data.views.sampling import draw_views
 from iwm_fast.errors import UserError
 
 __all__ = ["SampleOrder", "TrainingStream", "divide_batch"]

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from iwm_fast.data.absence import read_present
-from iwm_fast.data.bad import BadSamples
-from iwm_fast.data.checkers import Checkers
-from iwm_fast.data.encoded import BadSample, Encoded, inspect, reencode
-from iwm_fast.data.files import ImageSet
+from iwm_fast.data.bad_samples import BadSamples
+from iwm_fast.data.decode.checkers import Checkers
+from iwm_fast.data.decode.encoded import BadSample, Encoded, inspect, reencode
+from iwm_fast.data.decode.verdicts import PILLOW, PLAIN, UNKNOWN, verdict_of, verdict_on
+from iwm_fast.data.image_list import ImageSet
 from iwm_fast.data.randomness import REPLACEMENT, uniforms
-from iwm_fast.data.verdicts import PILLOW, PLAIN, UNKNOWN, verdict_of, verdict_on
+from iwm_fast.data.sources.outage import read_present
 
 __all__ = ["KEPT_BYTES", "FileStore", "SampleReader", "Samples", "candidates"]
 

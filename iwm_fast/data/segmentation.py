@@ -14,14 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from iwm_fast.data.encoded import BadSample, upright_size
-from iwm_fast.data.files import ImageSet, list_images, test_rows
-from iwm_fast.data.layout import Layout, layout_of_folders
-from iwm_fast.data.levels import PILLOW_ERRORS, transpose
+from iwm_fast.data.decode.encoded import BadSample, upright_size
+from iwm_fast.data.decode.levels import PILLOW_ERRORS, transpose
+from iwm_fast.data.image_list import ImageSet, list_images, test_rows
 from iwm_fast.data.sources import top_level
 from iwm_fast.data.sources.kinds import is_image
 from iwm_fast.data.sources.split_names import split_kind
 from iwm_fast.data.sources.storage import LocalStorage
+from iwm_fast.data.train_test import Layout, layout_of_folders
 from iwm_fast.errors import UserError
 
 __all__ = ["MaskedSet", "divide_masked", "is_masked", "read_mask", "split_masked"]

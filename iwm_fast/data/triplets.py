@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 
 from iwm_fast.actions.external import ExternalSpace
 from iwm_fast.config.schema import Config, ExternalActions
-from iwm_fast.data.files import ImageSet
-from iwm_fast.data.manifest import Line, header_of, lines_of
+from iwm_fast.data.image_list import ImageSet
 from iwm_fast.data.sources.folder import FolderSource
 from iwm_fast.data.sources.storage import LocalStorage
+from iwm_fast.data.triplet_manifest import Line, header_of, lines_of
 from iwm_fast.errors import UserError
 
 __all__ = ["MANIFESTS", "Triplets", "find_manifest", "read_triplets", "resolve_triplets"]

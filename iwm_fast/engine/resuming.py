@@ -8,8 +8,8 @@ import threading
 from pathlib import Path
 
 from iwm_fast.config import Config
-from iwm_fast.data.files import ImageSet
 from iwm_fast.data.identity import Identity, difference, identity_of, names_digest, read_identity
+from iwm_fast.data.image_list import ImageSet
 from iwm_fast.data.sources.s3 import is_address
 from iwm_fast.data.triplets import Triplets
 from iwm_fast.engine import checkpoint

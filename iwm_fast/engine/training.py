@@ -13,11 +13,11 @@ from iwm_fast.actions.external import space_of
 from iwm_fast.config import Config
 from iwm_fast.config.batch import training_steps
 from iwm_fast.config.cores import usable_cores
-from iwm_fast.data.files import ImageSet, list_images
-from iwm_fast.data.layout import tell_of_splits
+from iwm_fast.data.image_list import ImageSet, list_images
 from iwm_fast.data.loader import TrainingStream
-from iwm_fast.data.pairs import PairStream
 from iwm_fast.data.sources import Patience
+from iwm_fast.data.train_test import tell_of_splits
+from iwm_fast.data.triplet_stream import PairStream
 from iwm_fast.data.triplets import Triplets, resolve_triplets
 from iwm_fast.engine.checkpoint import Checkpoint
 from iwm_fast.engine.checkpoint_writer import CheckpointWriter, clear_leftovers, point_latest

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from iwm_fast.actions.transforms import ActionSpace, Jitter, colour_matrix
 from iwm_fast.config import ActionsConfig
-from iwm_fast.data.views import draw_bank
+from iwm_fast.data.views.sampling import draw_bank
 
 __all__ = ["JITTER_COMPONENTS", "Bank", "jittered_views", "make_bank", "varying"]
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from iwm_fast.actions.transforms import NO_SOLARIZE, ActionSpace
 from iwm_fast.config import ActionsConfig
-from iwm_fast.data.views import draw_views
+from iwm_fast.data.views.sampling import draw_views
 from iwm_fast.errors import UserError
 from iwm_fast.eval.bank import JITTER_COMPONENTS, Bank, make_bank, varying
 from iwm_fast.eval.rendering import clean_views, render

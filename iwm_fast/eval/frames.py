@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from iwm_fast.config import Config
-from iwm_fast.data.clean import load_clean, whole_image
+from iwm_fast.data.eval_images import load_clean, whole_image
 from iwm_fast.data.sources import top_level
 from iwm_fast.data.sources.split_names import split_kind
 from iwm_fast.data.triplets import Triplets, find_manifest, read_triplets

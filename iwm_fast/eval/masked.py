@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from iwm_fast.config import Config
-from iwm_fast.data.layout import Layout
 from iwm_fast.data.segmentation import MaskedSet, divide_masked, read_mask
+from iwm_fast.data.train_test import Layout
 from iwm_fast.errors import UserError
 from iwm_fast.eval.left_out import LeftOut
 from iwm_fast.eval.splits import FileSplit, Labels

@@ -17,9 +17,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from iwm_fast.data.clean import load_clean
-from iwm_fast.data.files import ImageSet
-from iwm_fast.data.levels import PILLOW_ERRORS, upright_rgb
+from iwm_fast.data.decode.levels import PILLOW_ERRORS, upright_rgb
+from iwm_fast.data.eval_images import load_clean
+from iwm_fast.data.image_list import ImageSet
 from iwm_fast.data.sources.folder import FolderSource
 from iwm_fast.data.sources.s3 import is_address
 from iwm_fast.data.sources.storage import LocalStorage
@@ -71,10 +71,12 @@ def _image_set(files: Sequence[str | os.PathLike[str]]) -> ImageSet:
         if not isinstance(file, str | os.PathLike):
             raise UserError(f"files[{number}] is {_kind(file)}: give paths of image files")
         if is_address(os.fspath(file)):
-            raise UserError(f"{file}: in an object store; give iwm_fast.data.files.list_images of its folder")
+            raise UserError(f"{file}: in an object store; give iwm_fast.data.image_list.list_images of its folder")
         path = Path(file)
         if path.is_dir():
-            raise UserError(f"{path}: a folder; name its image files, or give iwm_fast.data.files.list_images of it")
+            raise UserError(
+                f"{path}: a folder; name its image files, or give iwm_fast.data.image_list.list_images of it"
+            )
         if not path.exists():
             raise UserError(f"{path}: no such file")
         names.append(str(path.absolute())[1:])

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from iwm_fast.actions.transforms import Views
 from iwm_fast.config.cores import usable_cores
-from iwm_fast.data.encoded import Encoded
-from iwm_fast.data.graph import ViewGraph
+from iwm_fast.data.decode.encoded import Encoded
+from iwm_fast.data.views.graph import ViewGraph
 
 __all__ = ["clean_views", "render"]
 

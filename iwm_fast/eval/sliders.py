@@ -14,7 +14,7 @@ from torch import Tensor
 
 from iwm_fast.actions.transforms import COMPONENTS, ActionSpace, Jitter
 from iwm_fast.config import ActionsConfig, Config
-from iwm_fast.data.views import draw_bank
+from iwm_fast.data.views.sampling import draw_bank
 from iwm_fast.eval.bank import JITTER_COMPONENTS, jittered_views, varying
 from iwm_fast.eval.distances import between, points, ties
 from iwm_fast.eval.features import device_of, evaluating

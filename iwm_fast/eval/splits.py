@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from iwm_fast.config import Config, DataConfig
-from iwm_fast.data.clean import load_clean
-from iwm_fast.data.files import ImageSet, divide
-from iwm_fast.data.layout import Layout
+from iwm_fast.data.eval_images import load_clean
+from iwm_fast.data.image_list import ImageSet, divide
 from iwm_fast.data.sources import Patience
+from iwm_fast.data.train_test import Layout
 from iwm_fast.errors import UserError
 from iwm_fast.eval.left_out import LeftOut
 from iwm_fast.eval.stats import evenly_spaced

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from iwm_fast.actions.transforms import ActionSpace, Component, Jitter
 from iwm_fast.config import ActionsConfig
-from iwm_fast.data.views import draw_bank, draw_views
+from iwm_fast.data.views.sampling import draw_bank, draw_views
 from iwm_fast.eval.bank import JITTER_COMPONENTS, jittered_views, varying
 from iwm_fast.eval.components import DESTRUCTIVE
 from iwm_fast.eval.rendering import clean_views, render

@@ -11,10 +11,10 @@ from made_images import encode, picture
 from made_sources import write_classes
 from made_triplets import write_game
 
-from iwm_fast.data.files import list_images
 from iwm_fast.data.identity import difference, identity_of, names_digest, read_identity
-from iwm_fast.data.index import write_index
-from iwm_fast.data.shards import write_shards
+from iwm_fast.data.image_list import list_images
+from iwm_fast.data.tools.index import write_index
+from iwm_fast.data.tools.shard import write_shards
 from iwm_fast.data.triplets import read_triplets
 
 COUNT = 13

@@ -8,12 +8,12 @@ import pytest
 from made_images import encode, picture
 from made_sources import example, write_classes, write_records, write_tar
 
-from iwm_fast.data import files
-from iwm_fast.data.encoded import BadSample
-from iwm_fast.data.files import list_images, split
-from iwm_fast.data.index import write_index
-from iwm_fast.data.shards import write_shards
+from iwm_fast.data import image_list
+from iwm_fast.data.decode.encoded import BadSample
+from iwm_fast.data.image_list import list_images, split
 from iwm_fast.data.sources.example import message_class
+from iwm_fast.data.tools.index import write_index
+from iwm_fast.data.tools.shard import write_shards
 from iwm_fast.errors import UserError
 
 IMAGE = encode(picture(20, 20))
@@ -108,7 +108,7 @@ def test_evaluation_leaves_it_out_and_says_so(what, tmp_path, capfd):
 
 
 def test_a_part_with_no_label_at_all_beside_labels_is_an_error(tmp_path):
-    labels = [None if tested else number % 2 for number, tested in enumerate(files.test_rows(20))]
+    labels = [None if tested else number % 2 for number, tested in enumerate(image_list.test_rows(20))]
     (tmp_path / "data").mkdir()
     write_records(tmp_path / "data" / "a.tfrecord", [example(IMAGE, label) for label in labels])
     with pytest.raises(UserError, match=r"of the images to test on none has a label .*tfrecord:\d+\)"):

@@ -15,11 +15,11 @@ from small_run import small_config
 
 from iwm_fast.actions.transforms import ActionSpace
 from iwm_fast.data import samples as samples_module
-from iwm_fast.data.devices import dali_device
-from iwm_fast.data.files import list_images
+from iwm_fast.data.image_list import list_images
 from iwm_fast.data.loader import SampleOrder, TrainingStream, divide_batch
 from iwm_fast.data.randomness import permutation
 from iwm_fast.data.samples import FileStore
+from iwm_fast.data.views.devices import dali_device
 from iwm_fast.errors import UserError
 
 FILES = 22  # two and three quarter global batches of 8: batches straddle epochs

@@ -13,15 +13,15 @@ from small_run import TINY_WORDS, small_config
 from store import FaultyStore, moto_server, upload
 
 from iwm_fast.actions.transforms import ActionSpace
-from iwm_fast.data.encoded import BadSample
-from iwm_fast.data.files import divide, list_images, split
+from iwm_fast.data.decode.encoded import BadSample
 from iwm_fast.data.identity import difference, identity_of
-from iwm_fast.data.index import write_index
+from iwm_fast.data.image_list import divide, list_images, split
 from iwm_fast.data.loader import TrainingStream
-from iwm_fast.data.shards import write_shards
 from iwm_fast.data.sources import Patience
 from iwm_fast.data.sources.s3 import S3Storage
-from iwm_fast.data.verify import verify
+from iwm_fast.data.tools.index import write_index
+from iwm_fast.data.tools.shard import write_shards
+from iwm_fast.data.tools.verify import verify
 from iwm_fast.errors import UserError
 from iwm_fast.eval.splits import open_splits
 

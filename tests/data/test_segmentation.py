@@ -6,10 +6,10 @@ import torch
 from made_images import encode, png, turned
 from PIL import Image
 
-from iwm_fast.data.clean import load_clean
-from iwm_fast.data.files import list_images
+from iwm_fast.data.eval_images import load_clean
+from iwm_fast.data.image_list import list_images
 from iwm_fast.data.segmentation import divide_masked, is_masked, read_mask, split_masked
-from iwm_fast.data.synth import draw_dataset
+from iwm_fast.data.tools.synth import draw_dataset
 from iwm_fast.errors import UserError
 
 

@@ -9,8 +9,8 @@ import pytest
 from made_images import encode, picture
 from made_sources import example, write_records, write_tar
 
-from iwm_fast.data.encoded import BadSample
-from iwm_fast.data.files import list_images
+from iwm_fast.data.decode.encoded import BadSample
+from iwm_fast.data.image_list import list_images
 from iwm_fast.data.sources.shard_index import index_names
 
 wds2idx = pytest.importorskip("wds2idx")

@@ -18,14 +18,14 @@ from made_images import encode, picture
 from made_sources import example, write_classes, write_records
 from made_sources import write_tar as tar
 
-from iwm_fast.data.encoded import BadSample
-from iwm_fast.data.files import list_images, split
-from iwm_fast.data.index import write_index
-from iwm_fast.data.shards import write_shards
+from iwm_fast.data.decode.encoded import BadSample
+from iwm_fast.data.image_list import list_images, split
 from iwm_fast.data.sources import storage
 from iwm_fast.data.sources.names import Names, escape, unescape
 from iwm_fast.data.sources.opening import REPEATED, open_source
 from iwm_fast.data.sources.storage import DataGone, LocalStorage
+from iwm_fast.data.tools.index import write_index
+from iwm_fast.data.tools.shard import write_shards
 from iwm_fast.errors import UserError
 
 IMAGE = encode(picture(40, 30))

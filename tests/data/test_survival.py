@@ -22,14 +22,14 @@ from small_run import TINY_WORDS, small_config
 
 from iwm_fast.actions.transforms import ActionSpace, Views
 from iwm_fast.data import samples as samples_module
-from iwm_fast.data.clean import centred_square, load_clean
-from iwm_fast.data.encoded import BadSample, decode_upright, inspect
-from iwm_fast.data.files import list_images
-from iwm_fast.data.graph import ViewGraph
-from iwm_fast.data.index import write_index
+from iwm_fast.data.decode.encoded import BadSample, decode_upright, inspect
+from iwm_fast.data.eval_images import centred_square, load_clean
+from iwm_fast.data.image_list import list_images
 from iwm_fast.data.loader import TrainingStream
-from iwm_fast.data.shards import write_shards
-from iwm_fast.data.verify import verify
+from iwm_fast.data.tools.index import write_index
+from iwm_fast.data.tools.shard import write_shards
+from iwm_fast.data.tools.verify import verify
+from iwm_fast.data.views.graph import ViewGraph
 from iwm_fast.engine import pretrain
 from iwm_fast.errors import UserError
 

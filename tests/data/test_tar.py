@@ -11,8 +11,8 @@ import pytest
 from made_images import encode, picture
 from made_sources import entry, write_tar
 
-from iwm_fast.data.encoded import BadSample
-from iwm_fast.data.files import list_images
+from iwm_fast.data.decode.encoded import BadSample
+from iwm_fast.data.image_list import list_images
 from iwm_fast.data.sources.tar import name_of
 from iwm_fast.errors import UserError
 

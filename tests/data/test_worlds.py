@@ -10,7 +10,7 @@ from made_images import broken_tables, encode, picture, turned, write_images
 from small_run import small_config
 
 from iwm_fast.actions.transforms import ActionSpace
-from iwm_fast.data.files import list_images
+from iwm_fast.data.image_list import list_images
 from iwm_fast.data.loader import TrainingStream
 
 FILES = 40

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from small_run import small_config, state
 from worlds import tiny_config, tiny_model
 
-from iwm_fast.data.bad import BadSamples
+from iwm_fast.data.bad_samples import BadSamples
 from iwm_fast.engine import export, export_run, load_model, onnx_export, pretrain
 from iwm_fast.engine.shards import write_tensors
 from iwm_fast.engine.universal import export_universal

@@ -14,7 +14,7 @@ from poisoned import poison
 from small_run import losses, metrics, small_config, state
 
 from iwm_fast.actions.transforms import ActionSpace
-from iwm_fast.data.files import list_images
+from iwm_fast.data.image_list import list_images
 from iwm_fast.data.loader import SampleOrder, TrainingStream
 from iwm_fast.engine import checkpoint, pretrain
 from iwm_fast.engine.distributed import start

@@ -2,7 +2,7 @@
 
 import pytest
 
-from iwm_fast.data import devices
+from iwm_fast.data.views import devices
 from iwm_fast.engine.rank_environment import ALONE, Place, device_index, place_of
 from iwm_fast.errors import UserError
 

@@ -7,7 +7,7 @@ from small_run import losses, metrics, small_config
 
 from iwm_fast.cli.main import main
 from iwm_fast.config import Config
-from iwm_fast.data.files import list_images
+from iwm_fast.data.image_list import list_images
 from iwm_fast.engine import pretrain, resuming
 from iwm_fast.engine.checkpoint import Checkpoint
 from iwm_fast.engine.distributed import Ranks

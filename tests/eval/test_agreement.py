@@ -7,7 +7,7 @@ import pytest
 import torch
 from small_run import small_config
 
-from iwm_fast.data.synth import draw_images
+from iwm_fast.data.tools.synth import draw_images
 from iwm_fast.eval.features import read_features
 from iwm_fast.eval.finetune.fitting import Plan, fit, measure
 from iwm_fast.eval.finetune.modes import reader_builder

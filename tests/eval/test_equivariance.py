@@ -14,7 +14,7 @@ from worlds import pictures, tiny_config, tiny_model
 
 from iwm_fast.actions.transforms import ActionSpace
 from iwm_fast.config import ActionsConfig
-from iwm_fast.data.views import draw_bank, draw_views
+from iwm_fast.data.views.sampling import draw_bank, draw_views
 from iwm_fast.errors import UserError
 from iwm_fast.eval.equivariance import RIDGES, measure_equivariance, ridge_regression
 from iwm_fast.eval.evaluate import evaluate_model

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from iwm_fast.actions.transforms import ActionSpace
 from iwm_fast.config import ActionsConfig
-from iwm_fast.data.views import draw_bank
+from iwm_fast.data.views.sampling import draw_bank
 from iwm_fast.eval.inference import jitter_bounds, search_action
 
 SPACE = ActionSpace()

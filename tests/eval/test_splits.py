@@ -10,7 +10,7 @@ from PIL import Image
 from worlds import pictures, tiny_config
 
 from iwm_fast.config import Config, DataConfig
-from iwm_fast.data.shards import write_shards
+from iwm_fast.data.tools.shard import write_shards
 from iwm_fast.errors import UserError
 from iwm_fast.eval.left_out import left_out_lines
 from iwm_fast.eval.splits import TensorSplit, open_splits, require_same_classes, splits_record

@@ -41,7 +41,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import iwm_fast.engine  # noqa: F401  (what a start imports, before the forks)
 from iwm_fast.cli import main as cli
-from iwm_fast.data.pipeline import _decoder
+from iwm_fast.data.views.pipeline import _decoder
 from iwm_fast.log_filters import quiet_third_parties
 from iwm_fast.results import write_result
 

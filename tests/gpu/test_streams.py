@@ -8,7 +8,7 @@ from small_run import losses, small_config
 
 from iwm_fast.actions.external import space_of
 from iwm_fast.config.schema import EncoderShape, ModelConfig, PredictorConfig
-from iwm_fast.data.files import list_images
+from iwm_fast.data.image_list import list_images
 from iwm_fast.data.loader import TrainingStream
 from iwm_fast.engine import pretrain
 from iwm_fast.models import IWM, Segments

@@ -8,10 +8,10 @@ from small_run import losses, metrics, small_config
 
 from iwm_fast.actions.transforms import Views
 from iwm_fast.config import ActionsConfig
-from iwm_fast.data.encoded import inspect
-from iwm_fast.data.files import list_images
-from iwm_fast.data.graph import ViewGraph
-from iwm_fast.data.views import draw_views
+from iwm_fast.data.decode.encoded import inspect
+from iwm_fast.data.image_list import list_images
+from iwm_fast.data.views.graph import ViewGraph
+from iwm_fast.data.views.sampling import draw_views
 from iwm_fast.engine import loop, pretrain
 from iwm_fast.models.attention import packed_attention, packed_qkv_attention
 from iwm_fast.models.packing import Segments

@@ -13,8 +13,8 @@ from small_run import small_config
 from iwm_fast.cli import plan as plan_command
 from iwm_fast.cli.plan import planner_of
 from iwm_fast.config import load_config, packaged_config
-from iwm_fast.data.index import write_index
 from iwm_fast.data.loader import divide_batch
+from iwm_fast.data.tools.index import write_index
 from iwm_fast.errors import UserError
 from iwm_fast.planning.advice import duration, of_gpus
 from iwm_fast.planning.answer import ImageCount, document, sentences

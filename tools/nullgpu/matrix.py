@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from iwm_fast.config import Config
-from iwm_fast.data.synth import draw_dataset
+from iwm_fast.data.tools.synth import draw_dataset
 from iwm_fast.engine import loop, pretrain
 from iwm_fast.log_filters import quiet_third_parties
 from tools.nullgpu.place import FOLDER

@@ -8,10 +8,10 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from iwm_fast.data.decode.verdicts import Verdicts
 from iwm_fast.data.sources.left_out import LeftOut
 from iwm_fast.data.sources.split_names import split_kind
 from iwm_fast.data.sources.storage import Storage
-from iwm_fast.data.verdicts import Verdicts
 
 __all__ = ["UNLABELLED", "Labels", "Source", "below_common_folders", "folder_labels", "number_labels"]
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from functools import cached_property
 
-from iwm_fast.data.encoded import BadSample
+from iwm_fast.data.decode.encoded import BadSample
+from iwm_fast.data.decode.verdicts import Verdicts
 from iwm_fast.data.sources.base import Labels, folder_labels
 from iwm_fast.data.sources.left_out import LeftOut
 from iwm_fast.data.sources.names import Names
 from iwm_fast.data.sources.storage import Storage
-from iwm_fast.data.verdicts import Verdicts
 
 __all__ = ["FolderSource"]
 

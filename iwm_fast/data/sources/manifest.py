@@ -31,13 +31,13 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from iwm_fast.data.encoded import BadSample
+from iwm_fast.data.decode.encoded import BadSample
+from iwm_fast.data.decode.verdicts import PILLOW, PLAIN, RULES, UNKNOWN, VERDICT, Verdicts
 from iwm_fast.data.sources.base import UNLABELLED, Labels, folder_labels, number_labels
 from iwm_fast.data.sources.checksum import crc32c
 from iwm_fast.data.sources.left_out import LeftOut
 from iwm_fast.data.sources.names import Names, escape, unescape
 from iwm_fast.data.sources.storage import Storage
-from iwm_fast.data.verdicts import PILLOW, PLAIN, RULES, UNKNOWN, VERDICT, Verdicts
 from iwm_fast.errors import UserError
 
 __all__ = ["BY_PILLOW", "CHECK", "COLUMNS", "SCHEMA", "Header", "ManifestSource", "read_header", "root_of"]

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from iwm_fast.data.encoded import BadSample
+from iwm_fast.data.decode.encoded import BadSample
 from iwm_fast.data.sources.base import Source
 from iwm_fast.data.sources.folder import FolderSource
 from iwm_fast.data.sources.kinds import (

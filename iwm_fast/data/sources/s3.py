@@ -21,7 +21,7 @@ from functools import cached_property, partial
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from iwm_fast.data.encoded import BadSample
+from iwm_fast.data.decode.encoded import BadSample
 from iwm_fast.data.sources.storage import DataGone
 from iwm_fast.errors import UserError
 

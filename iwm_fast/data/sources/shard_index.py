@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import tarfile
 
-from iwm_fast.data.encoded import BadSample
+from iwm_fast.data.decode.encoded import BadSample
 from iwm_fast.data.sources.left_out import LeftOut
 from iwm_fast.data.sources.storage import Storage
 from iwm_fast.data.sources.tar import BLOCK, ENCODING, Member, TornTar, agrees, entries, is_hidden, name_of, padded

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
-from iwm_fast.data.encoded import BadSample
+from iwm_fast.data.decode.encoded import BadSample
 from iwm_fast.errors import UserError, because
 
 __all__ = ["SYSTEM_FOLDERS", "DataGone", "LocalStorage", "Storage"]

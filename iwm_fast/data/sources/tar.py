@@ -12,7 +12,7 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from iwm_fast.data.encoded import BadSample
+from iwm_fast.data.decode.encoded import BadSample
 from iwm_fast.data.sources.kinds import is_member_image
 from iwm_fast.data.sources.left_out import LeftOut
 from iwm_fast.data.sources.storage import SYSTEM_FOLDERS, Storage

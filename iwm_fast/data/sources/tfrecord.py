@@ -14,7 +14,8 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from iwm_fast.data.encoded import BadSample
+from iwm_fast.data.decode.encoded import BadSample
+from iwm_fast.data.decode.verdicts import Verdicts
 from iwm_fast.data.sources.base import Labels, number_labels
 from iwm_fast.data.sources.checksum import masked_crc32c
 from iwm_fast.data.sources.example import encoded_image, label_of
@@ -22,7 +23,6 @@ from iwm_fast.data.sources.kinds import is_records, record_index_names
 from iwm_fast.data.sources.left_out import LeftOut
 from iwm_fast.data.sources.shard_index import Misfit, is_older
 from iwm_fast.data.sources.storage import Storage
-from iwm_fast.data.verdicts import Verdicts
 from iwm_fast.errors import UserError
 
 __all__ = ["TFRecordSource"]

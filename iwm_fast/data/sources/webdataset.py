@@ -14,7 +14,8 @@ from functools import cached_property
 
 import numpy as np
 
-from iwm_fast.data.encoded import BadSample
+from iwm_fast.data.decode.encoded import BadSample
+from iwm_fast.data.decode.verdicts import Verdicts
 from iwm_fast.data.sources.base import UNLABELLED, Labels, below_common_folders, folder_labels, number_labels
 from iwm_fast.data.sources.kinds import is_member_image, is_shard
 from iwm_fast.data.sources.left_out import LeftOut
@@ -22,7 +23,6 @@ from iwm_fast.data.sources.names import Names, unescape
 from iwm_fast.data.sources.shard_index import Misfit, index_names, indexed_members
 from iwm_fast.data.sources.storage import Storage
 from iwm_fast.data.sources.tar import BLOCK, Member, agrees, key_of, members
-from iwm_fast.data.verdicts import Verdicts
 from iwm_fast.errors import UserError
 
 __all__ = ["CLASSES_FILE", "WebDatasetSource"]

@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from small_run import small_config
 
 from iwm_fast.cli.main import main
-from iwm_fast.data.clean import load_clean
-from iwm_fast.data.files import split
+from iwm_fast.data.eval_images import load_clean
+from iwm_fast.data.image_list import split
 from iwm_fast.data.segmentation import read_mask, split_masked
-from iwm_fast.data.synth import draw_dataset
+from iwm_fast.data.tools.synth import draw_dataset
 from iwm_fast.engine import pretrain
 from iwm_fast.errors import UserError
 from iwm_fast.eval.finetune import load_finetuned

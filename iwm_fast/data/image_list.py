@@ -1,0 +1,245 @@
+"""Which images there are, in which order, and of which class."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from iwm_fast.data.decode.encoded import BadSample
+from iwm_fast.data.decode.verdicts import VERDICT, Verdicts
+from iwm_fast.data.randomness import uniforms
+from iwm_fast.data.sources import PATIENCE, Labels, Patience, Source, Storage, open_source
+from iwm_fast.data.sources.left_out import some, tell_once
+from iwm_fast.data.train_test import Layout, find_layout, refuse_masks, refuse_split_classes, splits_of_shards
+from iwm_fast.errors import UserError
+
+__all__ = ["ImageSet", "divide", "list_images", "split", "test_rows"]
+
+# Of the split of a set that does not say what is tested on; the number is part of every result made with such a split.
+_SPLIT_STREAM = 0x5711
+_TEST_SHARE = 0.2
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSet:
+    """Images in a fixed order: sample id i is row i of a source, or rows[i] where only some were taken.
+
+    common: classes that the labels are places in, where they are to be others than the source's own. unlabelled: how
+    many images a split is without because they have no label and others have one.
+    """
+
+    source: Source
+    rows: NDArray[np.int64] | None = None
+    common: tuple[str, ...] | None = None
+    unlabelled: int = 0
+
+    def __len__(self) -> int:
+        return len(self.source) if self.rows is None else len(self.rows)
+
+    def name(self, sample: int) -> str:
+        """A sample's full name: an absolute path or an address, for what lies in a shard with the place there."""
+        return self.source.storage.shown(self.source_name(sample))
+
+    def source_name(self, sample: int) -> str:
+        """A sample's name below the root."""
+        return self.source.name(self.row(sample))
+
+    def read(self, sample: int) -> bytes:
+        """A sample's encoded bytes; BadSample where they cannot be had, UserError where all of the data are gone."""
+        return self.source.read(self.row(sample))
+
+    def verdicts(self, max_pixels: int) -> Verdicts:
+        """What the source knows of each sample (`verdicts.VERDICT`, UNKNOWN where nothing), to be written to.
+
+        max_pixels: nothing is known of a larger image, which may have been no bad sample where it was checked.
+        """
+        found = np.zeros(len(self), VERDICT)
+        known = self.source.verdicts
+        if known is not None:
+            found[:] = known if self.rows is None else known[self.rows]
+            found[found["width"].astype(np.int64) * found["height"] > max_pixels] = 0
+        return found
+
+    def source_rows(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The samples' rows in the source."""
+        return samples if self.rows is None else self.rows[samples]
+
+    def samples_of(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The inverse of `source_rows`."""
+        return rows if self.rows is None else self._order[np.searchsorted(self.rows, rows, sorter=self._order)]
+
+    @cached_property
+    def _order(self) -> NDArray[np.int64]:
+        assert self.rows is not None
+        return np.argsort(self.rows, kind="stable")
+
+    def describe(self) -> str:
+        """What they are, after their number."""
+        return f"images of {self.source.describe()}"
+
+    def take(self, rows: NDArray[np.int64]) -> ImageSet:
+        """The images of the given rows, in their order."""
+        return ImageSet(self.source, rows if self.rows is None else self.rows[rows], self.common)
+
+    def stamps(self) -> Iterator[str]:
+        """For each sample what changes when it is replaced: its name, its place, and size and times of change of the
+        file that holds it; of an object in a store, its size. No image is read.
+        """
+        known: dict[str, str] = {}
+        for sample in range(len(self)):
+            piece, offset = self.source.extent(self.row(sample))
+            if piece not in known:
+                known[piece] = _stamp(self.source.storage, piece)
+            yield f"{self.name(sample)} {offset} {known[piece]}\n"
+
+    @property
+    def labels(self) -> NDArray[np.int64] | None:
+        """int64 (n,), places in `classes`, UNLABELLED (-1) for an image without, or None where none has one; the first
+        use may have to read files.
+        """
+        return self._labelled[0]
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The classes' names."""
+        return self._labelled[1]
+
+    @cached_property
+    def _labelled(self) -> Labels:
+        labels, classes = self.source.labels
+        if labels is not None and self.rows is not None:
+            labels = labels[self.rows]
+        if labels is not None and self.common is not None:
+            place = {name: label for label, name in enumerate(self.common)}
+            labels = np.where(labels < 0, labels, np.array([place[name] for name in classes], np.int64)[labels])
+        return labels, classes if self.common is None else self.common
+
+    def row(self, sample: int) -> int:
+        """The sample's row in the source."""
+        return sample if self.rows is None else int(self.rows[sample])
+
+
+def list_images(root: str | Path, source: str = "auto", patience: Patience = PATIENCE) -> ImageSet:
+    """All images below `root`, a folder, an s3://bucket/prefix, or one shard, TFRecord file or manifest.
+
+    source: a value of data.source; "auto" takes what is there. patience: with a store. UserError where there is no
+    image.
+    """
+    return ImageSet(open_source(root, source, patience=patience))
+
+
+def split(root: str | Path, patience: Patience = PATIENCE, source: str = "auto") -> tuple[ImageSet, ImageSet]:
+    """Images to learn from and to test on, as `divide` divides them."""
+    train, test, _ = divide(root, patience, source)
+    return train, test
+
+
+def divide(root: str | Path, patience: Patience = PATIENCE, source: str = "auto") -> tuple[ImageSet, ImageSet, Layout]:
+    """Images to learn from, images to test on, and by which `layout` these are which.
+
+    The labels of both are places in the same `classes`; where some images have a label, those without are left out,
+    which is said once. UserError as `list_images`, for a layout that is ambiguous, and where there are fewer than two
+    images.
+    """
+    layout = find_layout(root, patience)
+    if layout.how == "folders":
+        train, test = (list_images(part, source, patience) for part in (layout.train, layout.test))
+        if train.labels is not None and test.labels is not None and train.classes != test.classes:
+            classes = tuple(sorted({*train.classes, *test.classes}))
+            train, test = ImageSet(train.source, common=classes), ImageSet(test.source, common=classes)
+        for part, images in ((layout.train, train), (layout.test, test)):
+            refuse_masks(images.classes, part)
+            _tell_unlabelled(images, part)
+        return (*_both_with_labels(train, test, layout), layout)
+    images = list_images(root, source, patience)
+    if len(images) < 2:
+        raise UserError(f"{root} holds one image only; give at least two, to learn from and to test on")
+    by_name = _by_shard_names(images, layout)
+    if by_name is not None:
+        return by_name
+    refuse_split_classes(images.classes, str(root))
+    is_test = test_rows(len(images))
+    _tell_unlabelled(images, str(root))
+    train, test = (images.take(np.flatnonzero(rows)) for rows in (~is_test, is_test))
+    return (*_both_with_labels(train, test, layout), layout)
+
+
+def _both_with_labels(train: ImageSet, test: ImageSet, layout: Layout) -> tuple[ImageSet, ImageSet]:
+    """The images without those that have no label, where some have one. UserError where none is left of a split."""
+    whose = [f"{place}: of its images" for place in layout.places]
+    if not layout.given:
+        whose = [f"{layout.root}: of the images to {what}" for what in ("learn from", "test on")]
+    learned, tested = (_with_labels(images, what) for images, what in zip((train, test), whose, strict=True))
+    return learned, tested
+
+
+def _by_shard_names(images: ImageSet, layout: Layout) -> tuple[ImageSet, ImageSet, Layout] | None:
+    """The two splits where the names of shards or TFRecord files say which they are of; None where they do not."""
+    if images.source.kind == "folder":
+        return None
+    end = ".tar" if images.source.kind == "webdataset" else ""
+    names = (images.source.name(sample) for sample in range(len(images)))
+    files = [name.split(".tar:", 1)[0] if end else name.rpartition(":")[0] for name in names]
+    parts = splits_of_shards(sorted(set(files)))
+    if parts is None:
+        return None
+    of_rows = np.array([parts[file] for file in files])
+    train, test = (images.take(np.flatnonzero(of_rows == part)) for part in ("train", "test"))
+    places = {part: sorted(file for file in parts if parts[file] == part) for part in ("train", "test", "unused")}
+    shown = {
+        part: f"{layout.root}/{names[0]}{end}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+        for part, names in places.items()
+        if names
+    }
+    unused = (shown["unused"],) if "unused" in shown else ()
+    named = Layout(layout.root, shown["train"], shown["test"], "shard names", unused)
+    _tell_unlabelled(images, layout.root)
+    return (*_both_with_labels(train, test, named), named)
+
+
+def test_rows(count: int) -> NDArray[np.bool_]:
+    """Which of `count` samples a folder without train/ and test/ is tested on: a fifth, at least one; bool (count,)."""
+    draw = uniforms(0, 0, np.arange(count), _SPLIT_STREAM, 1)[:, 0]
+    rows = np.zeros(count, bool)
+    rows[np.argsort(draw, kind="stable")[: max(1, round(_TEST_SHARE * count))]] = True
+    return rows
+
+
+def _tell_unlabelled(images: ImageSet, where: str) -> None:
+    """Say how many images have no label, where some have one."""
+    if images.labels is None:
+        return
+    rows = np.flatnonzero(images.labels < 0)
+    if len(rows):
+        names = some((images.source.name(row) for row in rows[:3].tolist()), len(rows))
+        tell_once(f"{where}: left out: {len(rows)} of {len(images)} images, which have no label ({names})")
+
+
+def _with_labels(images: ImageSet, what: str) -> ImageSet:
+    """The images without those that have no label, where some have one. UserError where none is left."""
+    if images.labels is None or np.all(images.labels >= 0):
+        return images
+    kept = np.flatnonzero(images.labels >= 0)
+    if not len(kept):
+        raise UserError(
+            f"{what} none has a label (the first of {len(images)} is {images.name(0)}), and others have one: label "
+            "them, or remove the labels"
+        )
+    return replace(images.take(kept), unlabelled=len(images) - len(kept))
+
+
+def _stamp(storage: Storage, piece: str) -> str:
+    try:
+        status = os.stat(storage.shown(piece))  # noqa: PTH116  (once for each of a million files)
+    except OSError:  # an object of a store, or a file that is gone
+        try:
+            return str(storage.size(piece))
+        except BadSample:
+            return "missing"
+    return f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"

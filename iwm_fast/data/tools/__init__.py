@@ -1,0 +1,1 @@
+"""What the data commands run, and training does not."""

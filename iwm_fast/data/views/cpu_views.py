@@ -1,0 +1,170 @@
+"""Renders the two views on the CPU from what DALI decoded, an image at a time on threads of its own.
+
+DALI decodes; the rest of its graph is here, by `cpu_operators`, because most of DALI's time on the CPU went into
+operators that round each float by itself and into copies between operators. Each image's views are written where they
+are handed out, by one thread from the decoded region to the last operator, while DALI decodes the next batch.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from iwm_fast.data.views.cpu_operators import blur, grayscale, recolour, resize, solarize
+
+__all__ = ["CpuViews", "Rendering"]
+
+Levels = NDArray[np.uint8]
+Inputs = Mapping[str, Any]  # by name as `pipeline.view_inputs`; of each a list, a sample an item
+
+# Pieces of a batch for each thread: enough that none waits long for the last.
+_PIECES = 4
+
+
+@dataclass(frozen=True, eq=False)
+class Rendering:
+    """A batch at work: uint8 (B, S, S, 3) target and base, (B · K, S, S, 3) source and source_base; without bases the
+    last two are (0, S, S, 3).
+    """
+
+    target: Tensor
+    base: Tensor
+    source: Tensor
+    source_base: Tensor
+    pieces: tuple[Future[None], ...]
+
+    def wait(self) -> None:
+        """Until all of it is there."""
+        for piece in self.pieces:
+            piece.result()
+
+
+class CpuViews:
+    """Batches of views of `size` × `size` pixels, on `threads` threads; the rest as `ViewGraph` has it."""
+
+    def __init__(self, size: int, threads: int, *, geometric: bool, sources: int, bases: bool) -> None:
+        self._size, self._threads, self._geometric, self._bases = size, threads, geometric, bases
+        self._sources = [f"source{k}" for k in range(sources)]
+        self._memory = _Memory()
+        self._pool = _pool(threads)
+
+    def start(self, regions: Sequence[Tensor], inputs: Inputs) -> Rendering:
+        """Begin: regions: B decoded images, uint8 (h, w, 3); inputs: what `pipeline.view_inputs` made of the batch."""
+        count, side = len(regions), self._size
+        target = self._memory.take(count, side, side, 3)
+        source = self._memory.take(count * len(self._sources), side, side, 3)
+        base = self._memory.take(count if self._bases else 0, side, side, 3)
+        own = self._memory.take(*source.shape) if self._geometric and self._bases else base
+        arrays = [tensor.numpy() for tensor in (target, base, source, own)]
+        # a number out of a list takes a third of the time of one out of an array
+        inputs = {name: list(value) if name.endswith("_matrix") else _listed(value) for name, value in inputs.items()}
+        length = -(-count // (_PIECES * self._threads))
+        pieces = tuple(
+            self._pool.submit(self._piece, regions, inputs, range(first, min(first + length, count)), arrays)
+            for first in range(0, count, length)
+        )
+        return Rendering(target, base, source, own, pieces)
+
+    def close(self) -> None:
+        """End the threads; what has not begun is not rendered."""
+        self._pool.shutdown(cancel_futures=True)
+
+    def _piece(self, regions: Sequence[Tensor], inputs: Inputs, rows: range, arrays: list[Levels]) -> None:
+        target, base, source, own = arrays
+        for row in rows:
+            image = self._placed(regions[row], inputs, "target", row)
+            if self._bases:
+                base[row] = image
+            _jitter(image, inputs, "target", row, target[row])
+            for k, name in enumerate(self._sources):
+                at = row * len(self._sources) + k
+                if self._geometric:
+                    image = self._placed(regions[row], inputs, name, row)
+                    if self._bases:
+                        own[at] = image
+                _destroy(image, inputs, name, row, source[at])
+
+    def _placed(self, region: Tensor, inputs: Inputs, view: str, row: int) -> Levels:
+        """The view's own box of the decoded region, resized, mirrored and, where the sample needs it, transposed."""
+        if self._geometric:
+            (x, y), (width, height) = inputs[f"{view}_start"][row], inputs[f"{view}_shape"][row]
+            region = region[y : y + height, x : x + width]
+        down, across = map(bool, inputs[f"{view}_roi_start"][row])
+        made = resize(region, self._size, down=down, across=across)
+        return (made.transpose(0, 1) if inputs[f"{view}_transposed"][row] else made).contiguous().numpy()
+
+
+def _pool(threads: int) -> ThreadPoolExecutor:
+    """Threads whose operators stay on one core each: images are at work side by side already, and a team of threads for
+    each small product costs more than the product. The number that other threads use stays as it is.
+    """
+    before = torch.get_num_threads()
+    pool = ThreadPoolExecutor(threads, "iwm-fast pixels", initializer=_one_core)
+    begun = threading.Barrier(threads + 1)
+    for _ in range(threads):
+        pool.submit(begun.wait)
+    begun.wait()
+    torch.set_num_threads(before)  # what a thread that begins later takes over
+    return pool
+
+
+def _one_core() -> None:
+    torch.get_num_threads()  # a thread's first question takes over the number of the process, so it comes first
+    torch.set_num_threads(1)
+
+
+def _listed(value: Any) -> list[Any]:
+    listed: list[Any] = value.tolist() if isinstance(value, np.ndarray) else value
+    return listed
+
+
+class _Memory:
+    """Memory for what is handed out, used again when nobody holds a tensor of it: fresh pages take longer to get than
+    an image to be copied into them.
+    """
+
+    def __init__(self) -> None:
+        self._blocks: list[NDArray[np.uint8]] = []
+
+    def take(self, *shape: int) -> Tensor:
+        """A uint8 tensor of that shape, with whatever is in it."""
+        count = math.prod(shape)
+        free = (block for block in self._blocks if len(block) >= count and sys.getrefcount(block) == _UNUSED)
+        block = next(free, None)
+        if block is None:
+            block = torch.empty(count, dtype=torch.uint8).numpy()
+            self._blocks.append(block)
+        return torch.from_numpy(block)[:count].view(shape)
+
+
+# References to a block that only the list holds, seen from the generator: the list's, the loop's, the call's.
+_UNUSED = 3
+
+
+def _jitter(image: Levels, inputs: Inputs, view: str, row: int, out: Levels) -> None:
+    """The jittered image in `out`, or without a jitter a copy of it."""
+    if inputs[f"{view}_jittered"][row]:
+        recolour(image, inputs[f"{view}_matrix"][row], out)
+    else:
+        out[:] = image
+
+
+def _destroy(image: Levels, inputs: Inputs, source: str, row: int, out: Levels) -> None:
+    """Jitter, grayscale, blur and solarize, each only where the sample has it."""
+    _jitter(image, inputs, source, row, out)
+    if inputs[f"{source}_grayscale"][row]:
+        grayscale(out, out)
+    if inputs[f"{source}_blurred"][row]:
+        blur(out, inputs[f"{source}_blur_sigma"][row], out)
+    if inputs[f"{source}_solarized"][row]:
+        solarize(out, inputs[f"{source}_solarize_threshold"][row])

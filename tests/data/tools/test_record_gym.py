@@ -1,0 +1,162 @@
+"""Recording games: the files replayed in a fresh environment, the same again by seed, and nothing half-written."""
+
+from __future__ import annotations
+
+import filecmp
+import json
+import os
+
+import numpy as np
+import pytest
+from made_triplets import rows_of_manifest
+from PIL import Image
+from typer.testing import CliRunner
+
+gymnasium = pytest.importorskip("gymnasium", reason="gymnasium is not installed (the extra record_gym)")
+pytest.importorskip("pygame", reason="pygame is not installed (the extra record_gym)")
+
+from iwm_fast.cli.main import app, main  # noqa: E402
+from iwm_fast.data.randomness import uniforms  # noqa: E402
+from iwm_fast.data.tools import record_gym
+from iwm_fast.data.tools.record_gym import Recording, record  # noqa: E402
+from iwm_fast.data.triplets import read_triplets  # noqa: E402
+from iwm_fast.errors import UserError  # noqa: E402
+
+LAKE = {"map_name": "4x4", "is_slippery": False}
+DISCRETE = Recording("FrozenLake-v1", train=12, test=3, size=32, seed=4, episode_steps=5, arguments=LAKE)
+CONTINUOUS = Recording("Pendulum-v1", train=5, test=0, size=32, seed=4, repeat=2, episode_steps=3, motion=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_display():
+    os.environ["SDL_VIDEODRIVER"] = "dummy"
+
+
+def replay(recording, rows, folder):
+    """Play a manifest's actions in an environment of our own and compare what it draws with the files."""
+    env = gymnasium.make(recording.env, render_mode="rgb_array", **(recording.arguments or {}))
+    checked = 0
+    for row in rows:
+        if row["step"] == 0:
+            env.reset(seed=int(uniforms(recording.seed, row["episode"], 0, record_gym._PLAYER, 1)[0, 0] * 2**31))
+            drawn = [shown(env, recording)] * 3
+        assert stored(folder / row["source"]) == joined(recording, drawn)
+        action = row["action"] if isinstance(row["action"], int) else np.array(row["action"], np.float32)
+        for _ in range(recording.repeat):
+            env.step(action)
+            drawn = [*drawn[1:], shown(env, recording)]
+        assert stored(folder / row["target"]) == joined(recording, drawn)
+        checked += 1
+    env.close()
+    return checked
+
+
+def shown(env, recording):
+    return Image.fromarray(env.render()).resize((recording.size,) * 2, Image.Resampling.BOX)
+
+
+def stored(path):
+    return np.asarray(Image.open(path)).tolist()
+
+
+def joined(recording, drawn):
+    if not recording.motion:
+        return np.asarray(drawn[-1]).tolist()
+    return np.stack([np.asarray(one.convert("L")) for one in drawn], axis=2).tolist()
+
+
+def test_a_discrete_game_is_what_its_actions_lead_to(tmp_path):
+    actions = record(DISCRETE, tmp_path / "lake")
+    assert (actions.kind, actions.names) == ("discrete", ("0", "1", "2", "3"))
+    train = read_triplets(tmp_path / "lake" / "train" / "manifest.jsonl")
+    rows = rows_of_manifest(train.manifest)
+    assert replay(DISCRETE, rows, train.manifest.parent) == 12
+    assert max(row["step"] for row in rows) == 4  # cut after five
+    test = rows_of_manifest(tmp_path / "lake" / "test" / "manifest.jsonl")
+    assert len(test) == 3
+    assert not {row["episode"] for row in rows} & {row["episode"] for row in test}
+    assert len({row["action"] for row in rows}) > 2
+
+
+def test_a_continuous_game_is_what_its_actions_lead_to_and_its_channels_show_motion(tmp_path):
+    actions = record(CONTINUOUS, tmp_path / "pendulum")
+    assert (actions.kind, actions.low, actions.high, actions.neutral) == ("continuous", (-2.0,), (2.0,), (0.0,))
+    folder = tmp_path / "pendulum" / "train"
+    rows = rows_of_manifest(folder / "manifest.jsonl")
+    assert replay(CONTINUOUS, rows, folder) == 5
+    assert len({row["action"][0] for row in rows}) == 5
+    moving = np.asarray(Image.open(folder / rows[1]["target"]))
+    assert (moving[..., 0] != moving[..., 2]).any()
+    assert not (tmp_path / "pendulum" / "test").exists()
+
+
+def test_what_stays_as_it_is_becomes_grey_and_only_that(tmp_path):
+    """Against the plain recording of the same seed: the difference to one and the same picture, clipped."""
+    record(Recording(**{**vars(DISCRETE), "still": True}), tmp_path / "still")
+    record(DISCRETE, tmp_path / "plain")
+    rows = rows_of_manifest(tmp_path / "plain" / "train" / "manifest.jsonl")
+    assert rows == rows_of_manifest(tmp_path / "still" / "train" / "manifest.jsonl")
+    backgrounds = []
+    for row in rows:
+        plain, still = (
+            np.asarray(Image.open(tmp_path / name / "train" / row["target"])).astype(int) for name in ("plain", "still")
+        )
+        assert (still == 124).all(axis=2).mean() > 0.8  # the lake, but for the walker
+        backgrounds.append(np.where((still > 0) & (still < 255), plain - still + 124, -1))
+    known = np.stack(backgrounds)
+    assert (np.where(known >= 0, known, known.max(axis=0)) == known.max(axis=0)).all()
+
+
+def test_the_same_seed_gives_the_same_files_and_another_others(tmp_path):
+    for name in ("a", "b"):
+        record(DISCRETE, tmp_path / name)
+    files = sorted(str(p.relative_to(tmp_path / "a")) for p in (tmp_path / "a").rglob("*") if p.is_file())
+    match, mismatch, errors = filecmp.cmpfiles(tmp_path / "a", tmp_path / "b", files, shallow=False)
+    assert (sorted(match), mismatch, errors) == (files, [], [])
+    record(Recording(**{**vars(DISCRETE), "seed": 5}), tmp_path / "c")
+    manifests = [(tmp_path / name / "train" / "manifest.jsonl").read_text() for name in "ac"]
+    assert manifests[0] != manifests[1]
+
+
+def test_a_recording_that_breaks_off_leaves_nothing(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(record_gym, "write_manifest", fail)
+    with pytest.raises(UserError, match="No space left on device; choose another --out"):
+        record(DISCRETE, tmp_path / "lake")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["NoSuchGame-v0"], "NoSuchGame-v0: gymnasium cannot make it: Environment `NoSuchGame` doesn't exist"),
+        (["Taxi-v4", "--env-argument", "speed=3"], "Taxi-v4: gymnasium cannot make it: "),
+        (["Taxi-v4", "--env-argument", "speed"], "--env-argument: speed: expected KEY=VALUE, as is_slippery=false"),
+        (["Taxi-v4", "--names", "up,down"], "--names: up, down: give 6 different ones"),
+    ],
+    ids=["no such game", "no such argument", "no value", "names"],
+)
+def test_what_cannot_be_recorded_is_one_line(tmp_path, capsys, words, line):
+    assert main(["data", "record", *words, "--out", str(tmp_path / "out"), "--frames", "2"]) == 2
+    said = capsys.readouterr().err.strip()
+    assert "\n" not in said
+    assert line in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_folder_is_refused(tmp_path):
+    with pytest.raises(UserError, match="exists already"):
+        record(DISCRETE, tmp_path)
+
+
+def test_the_command_records_under_the_names_that_it_is_given(tmp_path):
+    out = tmp_path / "lake"
+    words = ["data", "record", "FrozenLake-v1", "--out", str(out), "--frames", "3", "--test", "1", "--size", "16"]
+    done = CliRunner().invoke(app, [*words, "--names", "left,down,right,up", "--env-argument", "is_slippery=false"])
+    assert done.exit_code == 0, done.output
+    assert "an action is one of 4" in done.output
+    header = json.loads((out / "train" / "manifest.jsonl").read_text().splitlines()[0])
+    assert header["actions"] == {"kind": "discrete", "names": ["left", "down", "right", "up"]}
+    assert Image.open(out / "test" / rows_of_manifest(out / "test" / "manifest.jsonl")[0]["target"]).size == (16, 16)

@@ -1,0 +1,440 @@
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import reference_views as reference
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from made_images import encode, picture, turned
+
+from iwm_fast.actions.transforms import Geometry, Jitter, Views
+from iwm_fast.config.schema import ActionsConfig
+from iwm_fast.data.decode.encoded import Encoded, decode_upright, inspect, reencode
+from iwm_fast.data.views import graph as graph_module
+from iwm_fast.data.views import pipeline as pipeline_module
+from iwm_fast.data.views.graph import BadRows, ViewGraph
+from iwm_fast.data.views.sampling import draw_views
+
+SIZE = 48
+COUNT = 12
+NO_LIMIT = 2**31 - 1
+# DESIGN allows 2 levels of mean absolute error; the graph rounds where the reference does, so far less is left.
+EXACT = 0.02
+# The base is resized in float32 by DALI and float64 by the reference; a crop's chroma upsampling sees other neighbours.
+BASE = 0.5
+FULLSIZE = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "fullsize"
+
+
+@pytest.fixture(scope="module")
+def files():
+    return [encode(picture(90 + 11 * n, 120 - 5 * n, n)) for n in range(COUNT)]
+
+
+@pytest.fixture(scope="module")
+def encoded(files):
+    return [inspect(raw, NO_LIMIT) for raw in files]
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["ours", "dali"])
+def graph(request):
+    """With the CPU's own operators, and with DALI's alone, which a GPU runs."""
+    return ViewGraph(SIZE, COUNT, "cpu", 1, geometric=False, dali_only=request.param)
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["ours", "dali"])
+def geometric_graph(request):
+    return ViewGraph(SIZE, COUNT, "cpu", 1, geometric=True, dali_only=request.param)
+
+
+def sizes(encoded):
+    return np.array([(one.width, one.height) for one in encoded])
+
+
+def draw(encoded, **changes):
+    config = ActionsConfig(**changes)
+    ids = np.arange(len(encoded))
+    return draw_views(config, 5, np.zeros_like(ids), ids, sizes(encoded))
+
+
+NEUTRAL = {
+    "jitter_probability": 0.0,
+    "grayscale_probability": 0.0,
+    "blur_probability": 0.0,
+    "solarize_probability": 0.0,
+}
+
+
+def only(component):
+    """A configuration in which `component` is all that is done, strongly."""
+    if component in {"grayscale", "blur", "solarize"}:
+        return NEUTRAL | {f"{component}_probability": 1.0}
+    strengths = {"brightness": 0.8, "contrast": 0.8, "saturation": 0.8, "hue": 0.5}
+    return NEUTRAL | {"jitter_probability": 1.0} | {n: s * (n == component) for n, s in strengths.items()}
+
+
+PHOTOMETRIC = ("brightness", "contrast", "saturation", "hue", "grayscale", "blur", "solarize")
+ALL = {
+    "jitter_probability": 1.0,
+    "grayscale_probability": 0.5,
+    "blur_probability": 0.5,
+    "solarize_probability": 0.5,
+}
+
+
+def assert_recreated(rendered, views, tolerance=EXACT):
+    """Both views follow from their bases and the emitted parameters."""
+    for row in range(len(views)):
+        target = reference.target(rendered.base[row].numpy(), views, row)
+        source = reference.source(rendered.source_base[row].numpy(), views, row)
+        assert reference.error(target, rendered.target[row].numpy()) <= tolerance
+        assert reference.error(source, rendered.source[row].numpy()) <= tolerance
+
+
+@pytest.mark.parametrize("component", PHOTOMETRIC)
+def test_emitted_parameters_recreate_the_views_for_each_component_alone(graph, encoded, component):
+    views = draw(encoded, **only(component))
+    rendered = graph.run(encoded, views)
+    changed = [not torch.equal(source, base) for source, base in zip(rendered.source, rendered.base, strict=True)]
+    assert sum(changed) >= COUNT - 1  # a sigma of 0.1 may leave a picture as it is
+    assert_recreated(rendered, views)
+
+
+@pytest.mark.parametrize("strength", [1.0, 3.0])
+def test_emitted_parameters_recreate_the_views_all_together(graph, encoded, strength):
+    views = draw(encoded, strength=strength, **ALL)
+    assert_recreated(graph.run(encoded, views), views)
+
+
+def test_emitted_parameters_recreate_the_views_with_a_geometry_each(geometric_graph, encoded, files):
+    views = draw(encoded, groups=("photometric", "geometric"), **ALL)
+    assert len(set(views.source_geometry.rotation.tolist())) > 2
+    rendered = geometric_graph.run(encoded, views)
+    assert_recreated(rendered, views)
+    for row, raw in enumerate(files):
+        upright = decode_upright(raw, NO_LIMIT)
+        target = reference.place(upright, views.target_geometry, row, SIZE)
+        source = reference.place(upright, views.source_geometry, row, SIZE)
+        assert reference.error(target, rendered.base[row].numpy()) <= BASE
+        assert reference.error(source, rendered.source_base[row].numpy()) <= BASE
+
+
+@pytest.mark.parametrize("flip", [False, True], ids=["straight", "flipped"])
+@pytest.mark.parametrize("turns", range(4))
+def test_flip_and_quarter_turns_are_the_references(geometric_graph, encoded, flip, turns):
+    """The graph makes all eight by reading backwards and transposing."""
+    views = draw(encoded, groups=("photometric", "geometric"), **NEUTRAL)
+    own = Geometry(views.source_geometry.crop, np.full(COUNT, flip), np.full(COUNT, turns))
+    same = Geometry(own.crop, np.zeros(COUNT, bool), np.zeros(COUNT, np.int64))
+    rendered = geometric_graph.run(encoded, replace(views, source_geometry=own, target_geometry=same))
+    for straight, placed in zip(rendered.base.numpy(), rendered.source_base.numpy(), strict=True):
+        expected = np.rot90(straight[:, ::-1] if flip else straight, turns)
+        assert np.abs(expected.astype(int) - placed).max() <= 1  # the sums run in another order
+
+
+def test_the_base_is_the_crop_of_pillows_upright_image(graph, encoded, files):
+    views = draw(encoded)
+    rendered = graph.run(encoded, views)
+    for row, raw in enumerate(files):
+        expected = reference.place(decode_upright(raw, NO_LIMIT), views.target_geometry, row, SIZE)
+        assert reference.error(expected, rendered.base[row].numpy()) <= BASE
+
+
+def parameters(encoded, seed, widest):
+    """Parameters that no configuration bounds: any box of a pixel or more, any factor up to 3, any angle, threshold."""
+    rng = np.random.default_rng(seed)
+    count, size = len(encoded), sizes(encoded)
+
+    def jitter():
+        factors = [rng.uniform(0, 3, count) for _ in range(3)]
+        return Jitter(*(value.astype(np.float32) for value in (*factors, rng.uniform(-180, 180, count))))
+
+    def geometry(turns):
+        box = np.maximum(1, (size * rng.uniform(0, widest, (count, 2))).astype(np.int64))
+        corner = (rng.uniform(0, 1, (count, 2)) * (size - box + 1)).astype(np.int64)
+        flip = rng.uniform(size=count) < 0.5
+        return Geometry(np.concatenate([corner, box], axis=1), flip, rng.integers(0, turns, count))
+
+    return Views(
+        size=size,
+        target_geometry=geometry(1),
+        source_geometry=geometry(4),
+        target=jitter(),
+        source=jitter(),
+        grayscale=rng.uniform(size=count) < 0.3,
+        blur_sigma=np.where(rng.uniform(size=count) < 0.5, rng.uniform(0.01, 7, count), 0).astype(np.float32),
+        solarize_threshold=rng.integers(0, 257, count),
+        shared_geometry=False,
+    )
+
+
+@settings(max_examples=12)
+@given(seed=st.integers(0, 2**32 - 1), widest=st.sampled_from([0.05, 0.4, 1.0]))
+def test_whatever_the_parameters_they_recreate_the_views(geometric_graph, encoded, files, seed, widest):
+    """Each base from Pillow's upright image, each view from its base.
+
+    A level on the other side of a half may lie on the other side of the solarize's threshold: ten times what else is
+    left of the error.
+    """
+    views = parameters(encoded, seed, widest)
+    rendered = geometric_graph.run(encoded, views)
+    assert_recreated(rendered, views, tolerance=10 * EXACT)
+    for row, raw in enumerate(files):
+        upright = decode_upright(raw, NO_LIMIT)
+        for geometry, base in ((views.target_geometry, rendered.base), (views.source_geometry, rendered.source_base)):
+            assert reference.error(reference.place(upright, geometry, row, SIZE), base[row].numpy()) <= BASE
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_crops_are_in_coordinates_of_the_upright_image(kind, orientation):
+    raw = turned(picture(70, 50, orientation), orientation, kind)
+    one = inspect(raw, NO_LIMIT)
+    upright = decode_upright(raw, NO_LIMIT)
+    assert (
+        (one.width, one.height) == (upright.shape[1], upright.shape[0]) == ((50, 70) if orientation > 4 else (70, 50))
+    )
+    crop = np.array([[3, 5, 30, 40]])
+    views = Views.neutral(sizes([one]), crop)
+    base = ViewGraph(SIZE, 1, "cpu", 1, geometric=False).run([one], views).base[0].numpy()
+    assert reference.error(reference.resize(upright[5:45, 3:33], SIZE), base) <= BASE
+
+
+def test_all_eight_orientations_are_placed_in_the_stored_image(geometric_graph, graph):
+    """No detour through Pillow: crops, flips and quarter turns of turned JPEGs against its upright RGB."""
+    files = [turned(picture(90 + 7 * n, 70 + 5 * n, n), 1 + n % 8) for n in range(COUNT)]
+    encoded = [inspect(raw, NO_LIMIT) for raw in files]
+    assert [one.orientation for one in encoded] == [1 + n % 8 for n in range(COUNT)]
+    assert not any(one.lossless for one in encoded)
+    for seed in range(3):
+        ids = np.arange(COUNT) + 100 * seed
+        config = ActionsConfig(groups=("photometric", "geometric"), **NEUTRAL)
+        views = draw_views(config, 5, ids * 0, ids, sizes(encoded))
+        rendered = geometric_graph.run(encoded, views)
+        plain = graph.run(encoded, replace(views, source_geometry=views.target_geometry, shared_geometry=True))
+        for row, raw in enumerate(files):
+            upright = decode_upright(raw, NO_LIMIT)
+            target = reference.place(upright, views.target_geometry, row, SIZE)
+            source = reference.place(upright, views.source_geometry, row, SIZE)
+            assert reference.error(target, plain.base[row].numpy()) <= BASE
+            assert reference.error(target, rendered.base[row].numpy()) <= BASE
+            assert reference.error(source, rendered.source_base[row].numpy()) <= BASE
+
+
+def test_neutral_samples_are_bit_equal_to_the_base(graph, encoded):
+    rendered = graph.run(encoded, draw(encoded, **NEUTRAL))
+    assert torch.equal(rendered.target, rendered.base)
+    assert torch.equal(rendered.source, rendered.base)
+
+
+def test_a_neutral_view_stays_bit_equal_beside_jittered_ones(graph, encoded):
+    views = draw(encoded)
+    rendered = graph.run(encoded, views)
+    neutral = np.flatnonzero(views.target.brightness == 1)
+    assert 0 < len(neutral) < COUNT
+    assert torch.equal(rendered.target[neutral], rendered.base[neutral])
+
+
+def test_views_do_not_depend_on_the_batch_or_on_threads(graph, encoded):
+    views = draw(encoded)
+    whole = graph.run(encoded, views)
+    assert whole.source.dtype == torch.uint8
+    assert whole.source.shape == (COUNT, SIZE, SIZE, 3)
+    other = ViewGraph(SIZE, 5, "cpu", 2, geometric=False, dali_only=graph.dali_only)
+    for rows in np.array_split(np.arange(COUNT), 3):
+        part = other.run([encoded[row] for row in rows], views.take(rows))
+        assert torch.equal(part.source, whole.source[rows])
+        assert torch.equal(part.target, whole.target[rows])
+
+
+@pytest.mark.parametrize("geometric", [False, True], ids=["one geometry", "own geometries"])
+@pytest.mark.parametrize("dali_only", [False, True], ids=["ours", "dali"])
+def test_several_sources_of_one_decoded_image_are_those_made_alone(encoded, geometric, dali_only):
+    groups = ("photometric", "geometric") if geometric else ("photometric",)
+    ids = np.arange(COUNT)
+    views = draw_views(ActionsConfig(groups=groups, **ALL), 5, ids * 0, ids, sizes(encoded), sources=3)
+    options = {"geometric": geometric, "dali_only": dali_only}
+    together = ViewGraph(SIZE, COUNT, "cpu", 1, sources=3, **options).run(encoded, views)
+    assert together.source.shape == (3 * COUNT, SIZE, SIZE, 3)
+    alone = ViewGraph(SIZE, COUNT, "cpu", 1, **options)
+    for k in range(3):
+        own = alone.run(encoded, views.take(np.arange(k, 3 * COUNT, 3)))
+        assert torch.equal(own.target, together.target)
+        # The decoded region is wider for three crops than for one, so chroma at the edges of a crop may differ.
+        pairs = [(own.source, together.source[k::3])]
+        pairs += [(own.source_base, together.source_base[k::3])] if geometric else []
+        for one, other in pairs:
+            assert (one.float() - other.float()).abs().mean() <= (BASE if geometric else 0)
+
+
+@pytest.mark.parametrize("geometric", [False, True], ids=["one geometry", "own geometries"])
+@pytest.mark.parametrize("dali_only", [False, True], ids=["ours", "dali"])
+def test_without_bases_the_views_are_the_same(encoded, geometric, dali_only):
+    views = draw(encoded, groups=("photometric", "geometric") if geometric else ("photometric",), **ALL)
+    options = {"geometric": geometric, "dali_only": dali_only}
+    whole = ViewGraph(SIZE, COUNT, "cpu", 1, **options).run(encoded, views)
+    bare = ViewGraph(SIZE, COUNT, "cpu", 1, bases=False, **options).run(encoded, views)
+    assert torch.equal(bare.source, whole.source)
+    assert torch.equal(bare.target, whole.target)
+    assert bare.base.shape == bare.source_base.shape == (0, SIZE, SIZE, 3)
+
+
+def test_batches_come_back_in_the_order_submitted(graph, encoded):
+    views = draw(encoded)
+    expected = graph.run(encoded, views)
+    rows = [np.array([0, 1, 2]), np.array([7]), np.array([4, 3])]
+    for chosen in rows:
+        graph.submit([encoded[row] for row in chosen], views.take(chosen))
+    assert len(graph) == 3
+    for chosen in rows:
+        assert torch.equal(graph.collect().source, expected.source[chosen])
+
+
+def test_what_was_handed_out_is_not_written_again(graph, encoded):
+    views = draw(encoded)
+    first = graph.run(encoded, views)
+    kept = first.source.clone()
+    for _ in range(4):
+        graph.run(encoded[::-1], draw(encoded[::-1]))
+    assert torch.equal(first.source, kept)
+
+
+def test_memory_is_written_again_only_when_nobody_holds_a_part_of_it(encoded):
+    """One picture of a batch that was let go of is enough."""
+    graph = ViewGraph(SIZE, COUNT, "cpu", 1, geometric=False)
+    one = graph.run(encoded, draw(encoded)).source[3]
+    kept, array = one.clone(), graph.run(encoded[::-1], draw(encoded[::-1])).target[5].numpy()
+    copy = array.copy()
+    places = set()
+    for _ in range(6):
+        places.add(graph.run(encoded[::-1], draw(encoded[::-1])).source.data_ptr())
+    assert torch.equal(one, kept)
+    assert np.array_equal(array, copy)
+    assert len(places) < 6
+
+
+def damaged(raw):
+    """Cut in half; given to the graph as it is, although `inspect` would have stopped it."""
+    return Encoded(np.frombuffer(raw[: len(raw) // 2], np.uint8), 90, 120)
+
+
+def test_rows_that_nobody_decodes_are_named_and_the_graph_goes_on(encoded, files):
+    graph = ViewGraph(SIZE, COUNT, "cpu", 1, geometric=False)
+    views = draw(encoded)
+    expected = graph.run(encoded, views)
+    broken = list(encoded)
+    broken[3], broken[8] = damaged(files[3]), damaged(files[8])
+    with pytest.raises(BadRows, match=r"row 3: .*truncated") as caught:
+        graph.run(broken, views)
+    assert sorted(caught.value.reasons) == [3, 8]
+    assert torch.equal(graph.run(encoded, views).source, expected.source)
+
+
+def test_a_bad_batch_can_be_replaced_while_others_wait_behind_it(encoded, files):
+    graph = ViewGraph(SIZE, COUNT, "cpu", 1, geometric=False)
+    views = draw(encoded)
+    expected = graph.run(encoded, views)
+    broken = list(encoded)
+    broken[2] = damaged(files[2])
+    graph.submit(broken, views)
+    graph.submit(encoded[:4], views.take(np.arange(4)))
+    with pytest.raises(BadRows):
+        graph.collect()
+    graph.replace(encoded, views)
+    assert torch.equal(graph.collect().source, expected.source)
+    assert torch.equal(graph.collect().source, expected.source[:4])
+
+
+def test_a_file_that_only_dali_refuses_goes_through_pillow(encoded, files, monkeypatch):
+    """No such file is known that `inspect` lets through; a damaged one stands for it, and Pillow is said to read it."""
+    image = picture(90, 120, 77)
+    monkeypatch.setattr(graph_module, "reencode", lambda *_: reencode(encode(image, "PNG"), NO_LIMIT))
+    mixed = [*encoded[:3], damaged(files[0])]
+    crop = np.concatenate([np.zeros((4, 2), int), sizes(mixed)], axis=1)
+    rendered = ViewGraph(SIZE, 4, "cpu", 1, geometric=False).run(mixed, Views.neutral(sizes(mixed), crop))
+    assert rendered.lossless == (3,)
+    assert reference.error(reference.resize(image, SIZE), rendered.base[3].numpy()) <= BASE
+
+
+def test_batches_of_a_wrong_size_are_refused(graph, encoded):
+    views = draw(encoded)
+    with pytest.raises(ValueError, match="1 to 12"):
+        graph.submit([], views.take(np.arange(0)))
+    with pytest.raises(ValueError, match="3 files and 12 views"):
+        graph.submit(encoded[:3], views)
+
+
+@pytest.mark.parametrize("path", ["image_slice", "image"])
+@pytest.mark.parametrize("geometric", [False, True], ids=["one geometry", "own geometries"])
+def test_the_definition_for_a_gpu_is_one_that_dali_takes(geometric, path):
+    """No GPU runs here, but DALI checks every operator's name, place and arguments when it reads the definition."""
+    definition = pipeline_module._views(
+        SIZE, "gpu", geometric, ("source0", "source1"), 0.5, path, batch_size=4, num_threads=1, device_id=None
+    )
+    serialized = definition.serialize()
+    assert b"hw_decoder_load" in serialized
+    assert b"ColorTwist" in serialized
+    assert (b"ImageSlice" in serialized) is (path == "image_slice")
+    assert b"PythonFunction" not in serialized
+
+
+def test_an_unknown_device_is_refused():
+    with pytest.raises(ValueError, match="tpu"):
+        ViewGraph(SIZE, 1, "tpu", 1, geometric=False)
+
+
+def photos():
+    root = os.environ.get("IWM_TEST_PHOTOS")
+    folder = Path(root) if root else FULLSIZE
+    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in {".jpg", ".jpeg"}) if folder.is_dir() else []
+
+
+@pytest.mark.skipif(not photos(), reason="no photographs: IWM_TEST_PHOTOS names no folder with JPEGs")
+@pytest.mark.parametrize("component", [*PHOTOMETRIC, "all"])
+def test_emitted_parameters_recreate_the_views_of_photographs(component):
+    """The claim of the project's goals, on every photograph at hand: at most 2 / 255 for each component and for all."""
+    changes = ALL if component == "all" else only(component)
+    graph = ViewGraph(96, 32, "cpu", 1, geometric=False)
+    paths = photos()
+    for first in range(0, len(paths), 32):
+        encoded = [inspect(path.read_bytes(), NO_LIMIT) for path in paths[first : first + 32]]
+        views = draw(encoded, **changes)
+        assert_recreated(graph.run(encoded, views), views, tolerance=2.0)
+
+
+GEOMETRIC = {
+    "crop": {"flip_probability": 0.0, "rotation_probability": 0.0},
+    "flip": {"flip_probability": 0.5, "rotation_probability": 0.0, "crop_scale": (1.0, 1.0)},
+    "rotation": {"flip_probability": 0.0, "rotation_probability": 1.0, "crop_scale": (1.0, 1.0)},
+    "all": ALL,
+}
+
+
+@pytest.mark.skipif(not photos(), reason="no photographs: IWM_TEST_PHOTOS names no folder with JPEGs")
+@pytest.mark.parametrize("component", GEOMETRIC)
+def test_emitted_geometry_recreates_the_views_of_photographs(component):
+    """The same for where a view lies: from Pillow's upright image to both views, at most 2 / 255."""
+    changes = GEOMETRIC[component] if component == "all" else NEUTRAL | GEOMETRIC[component]
+    graph = ViewGraph(96, 32, "cpu", 1, geometric=True)
+    paths = photos()
+    for first in range(0, len(paths), 32):
+        encoded = [inspect(path.read_bytes(), NO_LIMIT) for path in paths[first : first + 32]]
+        views = draw(encoded, groups=("photometric", "geometric"), **changes)
+        rendered = graph.run(encoded, views)
+        assert_recreated(rendered, views, tolerance=2.0)
+        for row, path in enumerate(paths[first : first + 32]):
+            upright = decode_upright(path.read_bytes(), NO_LIMIT)
+            target = reference.place(upright, views.target_geometry, row, 96)
+            source = reference.place(upright, views.source_geometry, row, 96)
+            assert reference.error(target, rendered.base[row].numpy()) <= 2.0
+            assert reference.error(source, rendered.source_base[row].numpy()) <= 2.0
+
+
+def test_jitter_reference_and_views_agree_on_neutral():
+    """The reference itself: neutral parameters change nothing."""
+    image = picture(20, 10)
+    assert np.array_equal(reference.jittered(image, Jitter.neutral(1), 0), image)
