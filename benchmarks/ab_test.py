@@ -26,8 +26,8 @@ from iwm_fast.benchmarks.timing import clocked
 from iwm_fast.cli.options import only_rank
 from iwm_fast.config import Config, load_config
 from iwm_fast.config.load import find_config
-from iwm_fast.engine.distributed import Ranks
-from iwm_fast.engine.loop import Trainer
+from iwm_fast.engine.distributed.ranks import Ranks
+from iwm_fast.engine.step import Trainer
 from iwm_fast.models.regions import compilations
 from iwm_fast.outputs import require_result
 from iwm_fast.programs import run_program

@@ -33,7 +33,7 @@ from iwm_fast.benchmarks.synthetic import BatchStream, synthetic_stream
 from iwm_fast.benchmarks.timing import spread
 from iwm_fast.config import Config, load_config
 from iwm_fast.config.load import find_config
-from iwm_fast.engine.distributed import Ranks, leave, start
+from iwm_fast.engine.distributed.ranks import Ranks, leave, start
 from iwm_fast.engine.schedules import Schedules
 from iwm_fast.models.decay import decayed_parameters
 from iwm_fast.models.iwm import IWM

@@ -8,11 +8,11 @@ from iwm_fast.actions.transforms import ActionSpace
 from iwm_fast.benchmarks.synthetic import BatchStream
 from iwm_fast.config import Config
 from iwm_fast.data.loader import TrainingStream
-from iwm_fast.engine.distributed import Ranks
+from iwm_fast.engine.build import trained_model
+from iwm_fast.engine.distributed.ranks import Ranks
 from iwm_fast.engine.ema import TargetAverage
-from iwm_fast.engine.loop import Trainer
 from iwm_fast.engine.schedules import Schedules
-from iwm_fast.engine.trained import trained_model
+from iwm_fast.engine.step import Trainer
 from iwm_fast.engine.zero import initialize
 
 __all__ = ["MANY_STEPS", "prepare_trainer"]

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from torch.autograd.graph import Node
 
-from iwm_fast.engine.casting import Bf16Compute
-from iwm_fast.engine.loop import Spans
+from iwm_fast.engine.bf16 import Bf16Compute
+from iwm_fast.engine.step import Spans
 from iwm_fast.models.attention import Attention
 from iwm_fast.models.blocks import Block, ConditionedMlp, Norm, StreamNorm
 from iwm_fast.models.iwm import IWM

@@ -51,7 +51,7 @@ from iwm_fast.benchmarks.peer_rows import (
 from iwm_fast.benchmarks.skipped import in_a_line
 from iwm_fast.benchmarks.timing import Clocked, clocked
 from iwm_fast.config.cores import usable_cores
-from iwm_fast.engine.distributed import Ranks, start
+from iwm_fast.engine.distributed.ranks import Ranks, start
 from iwm_fast.errors import UserError
 from iwm_fast.log_filters import quiet_third_parties
 from iwm_fast.outputs import require_result

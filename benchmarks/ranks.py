@@ -19,7 +19,7 @@ from iwm_fast.benchmarks.harness import prepare_trainer
 from iwm_fast.benchmarks.synthetic import synthetic_stream
 from iwm_fast.benchmarks.timing import clocked
 from iwm_fast.config import Config
-from iwm_fast.engine.distributed import leave, start
+from iwm_fast.engine.distributed.ranks import leave, start
 from iwm_fast.log_filters import quiet_third_parties
 from iwm_fast.planning.communication import step_collectives
 from iwm_fast.planning.counting import CollectiveCounter

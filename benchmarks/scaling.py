@@ -20,8 +20,8 @@ from iwm_fast.benchmarks.stats import median_of
 from iwm_fast.benchmarks.synthetic import synthetic_stream
 from iwm_fast.benchmarks.timing import clocked
 from iwm_fast.config import Config
-from iwm_fast.engine.distributed import Ranks
-from iwm_fast.engine.loop import Trainer
+from iwm_fast.engine.distributed.ranks import Ranks
+from iwm_fast.engine.step import Trainer
 
 __all__ = ["BATCHES", "fit_line", "measure_batches", "measure_ranks"]
 

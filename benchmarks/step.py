@@ -23,13 +23,13 @@ from iwm_fast.data.loader import TrainingStream
 from iwm_fast.data.sources import Patience
 from iwm_fast.data.triplet_stream import PairStream
 from iwm_fast.data.triplets import Triplets, resolve_triplets
-from iwm_fast.engine.distributed import Ranks
-from iwm_fast.engine.loop import Trainer
+from iwm_fast.engine.distributed.ranks import Ranks
+from iwm_fast.engine.metrics.throughput import peak_flops
+from iwm_fast.engine.step import Trainer
 from iwm_fast.kernels import compiled_variants
 from iwm_fast.models import IWM, Segments
 from iwm_fast.models.regions import compilations
 from iwm_fast.planning.flops import step_flops
-from iwm_fast.planning.mfu import peak_flops
 from iwm_fast.planning.rounding import padded_share
 
 __all__ = ["check_answer", "described", "measure_step", "opened_stream", "row_of", "settle"]

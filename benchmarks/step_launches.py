@@ -27,11 +27,11 @@ from iwm_fast.benchmarks.step import described
 from iwm_fast.benchmarks.synthetic import synthetic_stream
 from iwm_fast.config import Config
 from iwm_fast.data.loader import TrainingStream
-from iwm_fast.engine.casting import Bf16Compute
-from iwm_fast.engine.distributed import Ranks
+from iwm_fast.engine.bf16 import Bf16Compute
+from iwm_fast.engine.distributed.ranks import Ranks
 from iwm_fast.engine.ema import TargetAverage
-from iwm_fast.engine.loop import Trainer
 from iwm_fast.engine.schedules import Schedules
+from iwm_fast.engine.step import Trainer
 from iwm_fast.engine.zero import ZeroEngine, initialize
 from iwm_fast.errors import UserError
 from iwm_fast.kernels import use_backend

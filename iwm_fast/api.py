@@ -35,7 +35,7 @@ from iwm_fast.actions.external import ExternalSpace
 from iwm_fast.actions.transforms import ActionSpace
 from iwm_fast.config import ActionsConfig
 from iwm_fast.data.image_list import ImageSet
-from iwm_fast.engine.loading import EXPORT_FILE, default_device, load_export, load_model
+from iwm_fast.engine.checkpoint.load import EXPORT_FILE, default_device, load_export, load_model
 from iwm_fast.errors import UserError
 from iwm_fast.eval.distances import euclidean, unit_means
 from iwm_fast.eval.features import EncoderName, default_encoder

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from iwm_fast.engine.loop import Trainer
+from iwm_fast.engine.step import Trainer
 
 
 def poison(monkeypatch, steps, factor=float("nan")):

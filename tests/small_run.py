@@ -9,7 +9,7 @@ import torch
 
 from iwm_fast.benchmarks.index import TINY
 from iwm_fast.config import Config
-from iwm_fast.engine.checkpoint import Checkpoint
+from iwm_fast.engine.checkpoint.format import Checkpoint
 
 BASE = {
     "model": {

@@ -9,7 +9,7 @@ import pytest
 from iwm_fast.data.sources import left_out
 from iwm_fast.data.tools.index import write_index
 from iwm_fast.data.tools.shard import write_shards
-from iwm_fast.engine.rundir import RunDirectory
+from iwm_fast.engine.run_directory import RunDirectory
 from iwm_fast.errors import UserError
 from iwm_fast.file_locks import hold
 

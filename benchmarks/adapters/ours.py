@@ -15,7 +15,7 @@ from iwm_fast.benchmarks.harness import prepare_trainer
 from iwm_fast.benchmarks.synthetic import BatchStream
 from iwm_fast.config import Config
 from iwm_fast.data.batch import Batch
-from iwm_fast.engine.distributed import Ranks
+from iwm_fast.engine.distributed.ranks import Ranks
 from iwm_fast.models import IWM
 from iwm_fast.models.packing import pack
 from iwm_fast.planning.flop_count import counted_flops

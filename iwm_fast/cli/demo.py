@@ -12,7 +12,7 @@ from iwm_fast.config import load_config, packaged_config
 from iwm_fast.console import Count
 from iwm_fast.data.tools.synth import draw_dataset
 from iwm_fast.engine import pretrain
-from iwm_fast.engine.rundir import RunDirectory
+from iwm_fast.engine.run_directory import RunDirectory
 from iwm_fast.errors import UserError
 from iwm_fast.eval.report import read_metrics
 from iwm_fast.eval.run import evaluate_run

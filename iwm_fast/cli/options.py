@@ -14,7 +14,7 @@ from iwm_fast.errors import UserError
 from iwm_fast.outputs import require_result
 
 if TYPE_CHECKING:
-    from iwm_fast.engine.distributed import Ranks
+    from iwm_fast.engine.distributed.ranks import Ranks
 
 __all__ = ["CONFIG_HELP", "Device", "Json", "Overrides", "Threads", "answer", "byte_count", "only_rank"]
 
@@ -73,7 +73,7 @@ def only_rank(device: str | None, threads: int | None) -> Ranks:
     import torch
 
     from iwm_fast.config.cores import usable_cores
-    from iwm_fast.engine.distributed import leave, start
+    from iwm_fast.engine.distributed.ranks import leave, start
 
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device: cuda: torch sees no GPU; iwm-fast doctor says more")

@@ -40,7 +40,7 @@ def pretrain(
     file, changes = _configuration(config, overrides or [], out, resume)
     loaded = load_config(file, changes)
     from iwm_fast.engine import pretrain as train
-    from iwm_fast.engine.distributed import leave
+    from iwm_fast.engine.distributed.ranks import leave
 
     train(loaded, out, resume)
     atexit.register(leave)
@@ -60,7 +60,7 @@ def _configuration(config: str | None, overrides: list[str], out: Path, resume: 
         )
     files = [out / "config.yaml"]
     if resume != "auto":
-        from iwm_fast.engine.checkpoint_paths import named
+        from iwm_fast.engine.checkpoint.paths import named
 
         files.append(named(Path(resume)).run / "config.yaml")
     found = next((file for file in files if file.is_file()), None)

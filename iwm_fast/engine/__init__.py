@@ -1,7 +1,7 @@
 """The engine: DeepSpeed loop, schedules, moving average, checkpoints, metrics."""
 
+from iwm_fast.engine.checkpoint.load import load_export, load_model
 from iwm_fast.engine.export import export_run
-from iwm_fast.engine.loading import load_export, load_model
-from iwm_fast.engine.training import pretrain
+from iwm_fast.engine.train import pretrain
 
 __all__ = ["export_run", "load_export", "load_model", "pretrain"]

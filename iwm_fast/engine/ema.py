@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from iwm_fast import kernels
-from iwm_fast.engine.distributed import Ranks, gather
+from iwm_fast.engine.distributed.ranks import Ranks, gather
 from iwm_fast.engine.zero import Shard, ZeroEngine
 
 __all__ = ["TARGET", "TargetAverage", "target_name"]

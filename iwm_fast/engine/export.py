@@ -22,9 +22,9 @@ from typing import Any
 from torch import Tensor
 
 from iwm_fast.atomic_files import whole_folder
-from iwm_fast.engine.loading import EXPORT_FILE, EXPORT_SCHEMA, find_checkpoint, load_model
+from iwm_fast.engine.checkpoint.load import EXPORT_FILE, EXPORT_SCHEMA, find_checkpoint, load_model
+from iwm_fast.engine.checkpoint.shard_file import write_tensors
 from iwm_fast.engine.onnx_export import OPSET, write_onnx
-from iwm_fast.engine.shards import write_tensors
 from iwm_fast.environment import environment
 from iwm_fast.models.export_names import timm_arguments, to_timm
 from iwm_fast.models.iwm import IWM

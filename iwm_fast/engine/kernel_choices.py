@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from iwm_fast.atomic_files import write_whole_text
-from iwm_fast.engine.distributed import Ranks, decide, gather
+from iwm_fast.engine.distributed.ranks import Ranks, decide, gather
 from iwm_fast.errors import UserError, because
 from iwm_fast.kernels import Adopted, read_adopted, run_choices
 

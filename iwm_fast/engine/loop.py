@@ -1,180 +1,204 @@
-"""The training step and the loop around it."""
+"""The loop of a training: steps, and between them evaluation, checkpoints, logging, and what signals ask for."""
 
 from __future__ import annotations
 
-import contextlib
-import statistics
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-import torch.distributed as dist
-from torch import Tensor
-
+from iwm_fast.actions.external import space_of
+from iwm_fast.actions.transforms import ActionSpace
 from iwm_fast.config import Config
-from iwm_fast.data.batch import Batch
-from iwm_fast.data.loader import TrainingStream
-from iwm_fast.engine.distributed import Ranks
+from iwm_fast.engine.checkpoint.fragments import fragments
+from iwm_fast.engine.checkpoint.writer import CheckpointWriter
+from iwm_fast.engine.distributed.ranks import Ranks, agree
+from iwm_fast.engine.distributed.signals import Abandoned, StopRequest
+from iwm_fast.engine.distributed.stragglers import Stragglers
+from iwm_fast.engine.distributed.watchdog import Liveness
 from iwm_fast.engine.ema import TargetAverage
-from iwm_fast.engine.health import rank_me, spread
-from iwm_fast.engine.liveness import Liveness
-from iwm_fast.engine.metrics import memory_bytes
-from iwm_fast.engine.micro_batch import Packer
-from iwm_fast.engine.optimizer import set_hyperparameters
-from iwm_fast.engine.schedules import Schedules
-from iwm_fast.engine.skipped import SkippedSteps
-from iwm_fast.engine.stragglers import OwnTime, over_ranks
+from iwm_fast.engine.garbage import Upkeep
+from iwm_fast.engine.kernel_choices import KernelChoices
+from iwm_fast.engine.metrics.clock import seconds_since_start
+from iwm_fast.engine.metrics.log import MetricsLog
+from iwm_fast.engine.metrics.loggers import open_sinks
+from iwm_fast.engine.metrics.progress import TrainingProgress
+from iwm_fast.engine.monitor import evaluate_during_training
+from iwm_fast.engine.resuming import ListIdentity
+from iwm_fast.engine.run_directory import RunDirectory
+from iwm_fast.engine.step import Trainer
 from iwm_fast.engine.zero import ZeroEngine
-from iwm_fast.planning.mfu import StepCounter
+from iwm_fast.errors import UserError
 
-__all__ = ["Spans", "Trainer"]
+__all__ = ["Run", "train"]
+
+# A checkpoint waits so long for the identity of the data, which a thread looks for; without it, a run resumes with the
+# same data.root only.
+_IDENTITY_S = 10.0
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the signals of all ranks ask for."""
+
+    stop: bool = False
+    interrupted: bool = False
 
 
 @dataclass
-class Spans:
-    """Host seconds of one step by part; on a GPU the parts are asynchronous and only ``step`` is meaningful."""
+class Run:
+    """What a start has built."""
 
-    parts: dict[str, float] = field(default_factory=dict)
-    # Told the name of each part as it begins.
-    note: Callable[[str], None] = lambda _part: None
+    config: Config
+    directory: RunDirectory
+    ranks: Ranks
+    zero: ZeroEngine
+    average: TargetAverage | None
+    trainer: Trainer
+    writer: CheckpointWriter
+    live: Liveness
+    stop_at: int
+    identity: ListIdentity | None  # the first rank's
+    choices: KernelChoices
 
-    @contextlib.contextmanager
-    def __call__(self, name: str) -> Any:
-        """Time a part, name it in traces, and tell the other ranks."""
-        self.note(name)
-        with torch.profiler.record_function(f"iwm/{name}"):
-            begin = time.perf_counter()
-            yield
-            self.parts[name] = self.parts.get(name, 0.0) + time.perf_counter() - begin
+
+def train(run: Run, space: ActionSpace, progress: TrainingProgress, stop: StopRequest, upkeep: Upkeep) -> None:
+    """Make steps until the last one, or until a signal asks for an end; what was made is saved then."""
+    trainer, ranks = run.trainer, run.ranks
+    first, saved_at = trainer.step + 1, trainer.step
+    log = _open_log(run) if ranks.first else None
+    stragglers = Stragglers(run.config.log.straggler_ratio)
+    asked = Asked()
+    if ranks.world == 1:  # of several, the others are in the step already and wait for this one
+        trainer.waiting = stop.abandonable
+    trainer.restart_clock()
+    while trainer.step < run.stop_at and not asked.stop:
+        run.choices.choices.begin(trainer.step + 1)
+        try:
+            record = trainer.train_step()
+        except Abandoned:
+            asked = Asked(stop=True, interrupted=stop.interrupted)
+            break
+        run.live.started()
+        upkeep.after(trainer.step)
+        if record and trainer.step == first:
+            record["first_step_after_s"] = seconds_since_start()
+        asked = _asked(run, stop)
+        if _due(run.config.eval.every_steps, trainer.step) and run.config.eval.root and not asked.stop:
+            record = _evaluated(run, space, record, log, stop)
+            asked = _asked(run, stop)
+            trainer.restart_clock()
+        if record and log:
+            slow = stragglers.look(record.pop("own_s_by_rank", [0.0]), record.get("step_s", 0.0))
+            if slow:
+                progress.say(_named(slow, record["step"], ranks))
+            log.write(record)
+            _warn_of_collapse(record, run.config, progress)
+        progress.step(trainer.step, record if record and "loss" in record else None)
+        if asked.stop or trainer.step == run.stop_at or _due(run.config.checkpoint.every_steps, trainer.step):
+            _save(run, log)
+            saved_at = trainer.step
+    if saved_at < trainer.step:
+        _save(run, log)
+    run.live.at("writing of the last checkpoint")
+    run.writer.wait()
+    stop.interrupted = asked.interrupted
+    if asked.stop:
+        _say_stopped(run, asked, progress, made_steps=trainer.step >= first)
+    if log:
+        log.close()
 
 
-class Trainer:
-    """Everything a step touches. ``step`` counts the steps done; all ranks call the same methods."""
+def _evaluated(
+    run: Run, space: ActionSpace, record: dict[str, Any] | None, log: MetricsLog | None, stop: StopRequest
+) -> dict[str, Any] | None:
+    """The step's record with what is measured now, or as it is where the process is to stop; a checkpoint is written
+    where measuring fails, and the run ends.
+    """
+    step = run.trainer.step
+    try:
+        found = evaluate_during_training(
+            run.zero, run.average, run.config, space, run.ranks, abandonable=stop.abandonable
+        )
+    except UserError as error:  # on every rank alike, so that all of them write
+        if log and record:
+            record.pop("own_s_by_rank", None)
+            log.write(record)
+        _save(run, log)
+        run.writer.wait()
+        name = run.directory.checkpoints / f"step_{step:06d}"
+        raise UserError(f"evaluation after step {step}: {error} ({name} is written; --resume auto goes on)") from error
+    return (record or {"step": step}) | found if found else record
 
-    def __init__(
-        self, config: Config, zero: ZeroEngine, average: TargetAverage | None, stream: TrainingStream,
-        schedules: Schedules, ranks: Ranks, *, predicts: str, action_dim: int, dataset_size: int,
-        step: int, updates: int, live: Liveness | None = None, skipped: SkippedSteps | None = None,
-    ) -> None:  # fmt: skip
-        self.config, self.zero, self.average, self.stream = config, zero, average, stream
-        self.schedules, self.ranks, self.predicts, self.dataset_size = schedules, ranks, predicts, dataset_size
-        self.packer = Packer(config, stream.micro_batch, predicts, ranks.device, ranks.world)
-        self.step, self.updates, self.live = step, updates, live
-        self.skipped = skipped or SkippedSteps(config.train.max_skipped, None, ranks)
-        self.new_spans: Callable[[], Spans] = Spans  # a profile puts its own here
-        # Around the wait for a batch; what it raises leaves the state as it was after the step before.
-        self.waiting: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
-        self.counter = StepCounter(config, action_dim, ranks.device)
-        self._own = OwnTime(ranks.device)
-        self._batches = iter(stream)
-        self._mark = time.perf_counter()
 
-    def train_step(self) -> dict[str, Any] | None:
-        """One optimizer step over the global batch; returns the record when this step is a logged one."""
-        spans, number = self.new_spans(), self.step + 1
-        if (live := self.live) is not None:
-            spans.note = lambda part: live.at(f"{part} of step {number}")
-        lr, decay = self.schedules.lr(self.step), self.schedules.weight_decay(self.step)
-        set_hyperparameters(self.zero.optimizer, lr, decay)
-        total = torch.zeros((), dtype=torch.float32, device=self.ranks.device)
-        ids: list[int] = []
-        epochs: list[int] = []
-        for _ in range(self.stream.accumulation):
-            with spans("data"), self._own.waiting(), self.waiting():
-                batch = next(self._batches)
-                ids += batch.ids.tolist()
-                epochs += batch.epochs.tolist()
-            with spans("forward"), self._own.computing():
-                output = self._forward(batch)
-                total += output.loss.detach()
-            with spans("backward"):
-                # The loss has its factor already, so that the gradient that comes in is 1: stopgrad_l2 wrote it so.
-                self.zero.engine.backward(output.loss, scale_wrt_gas=False)
-            with spans("optimizer"):
-                self.zero.engine.step()
-        self.step += 1
-        found_inf = self.zero.found_inf
-        self.skipped.note(found_inf, self.step, epochs, ids)
-        if self.average is not None:
-            with spans("ema"):
-                self.average.update(self.schedules.ema(self.step - 1), unless=found_inf)
-        logged = self.step % self.config.log.every_steps == 0 or self.step == 1 or self._last_step
-        loss = self._global_loss(total) if logged else None  # waits for the device: the step's work ends here
-        now = time.perf_counter()
-        self.counter.add(now - self._mark, spans.parts)
-        self._mark = now
-        if loss is None:
-            return None
-        self.settle()
-        record = self._record(loss, lr, decay, output.target_features)
-        record["diagnostics_s"] = time.perf_counter() - now
-        self.restart_clock()
-        return record
+def _asked(run: Run, stop: StopRequest) -> Asked:
+    """What any rank was asked, for all; raises what a checkpoint's writing has raised on any.
 
-    def settle(self) -> None:
-        """Learn which of the steps since the last logged one were skipped; the host waits for the device.
+    All ranks meet here, so block sizes that one of them lacks are found.
+    """
+    asked, interrupted, write_failed, lacking = agree(
+        run.ranks, stop.asked, stop.interrupted, run.writer.failed, run.choices.choices.lacking
+    )
+    if write_failed:
+        run.writer.wait()
+    if lacking:
+        run.live.starting()
+        run.live.at("timing of the kernels")
+        run.choices.meet(run.trainer.step + 1)
+        run.trainer.restart_clock()
+    return Asked(asked, interrupted)
 
-        Raises UserError, on every rank, when too many were skipped in a row.
-        """
-        self.updates += self.skipped.read()
 
-    def restart_clock(self) -> None:
-        """Leave what happened since the last step (a checkpoint, an evaluation, RankMe) out of the step's time."""
-        self._mark = time.perf_counter()
+def _say_stopped(run: Run, asked: Asked, progress: TrainingProgress, *, made_steps: bool) -> None:
+    step, out = run.trainer.step, run.directory.path
+    if run.ranks.first and step < run.stop_at:
+        run.directory.mark_stopped(step)
+    word = "interrupted" if asked.interrupted else "stopped as asked"
+    if step == 0:
+        progress.say(f"{word} before the first step: there is nothing to save")
+        return
+    held = f"checkpoint {run.directory.checkpoints / f'step_{step:06d}'}" if made_steps else "no step was made"
+    progress.say(f"{word} after step {step}, {held}; resume with: iwm-fast pretrain --out {out} --resume auto")
 
-    @property
-    def _last_step(self) -> bool:
-        return self.step == (self.config.train.steps or self.schedules.total)
 
-    def _forward(self, batch: Batch) -> Any:
-        """The model's output for a micro-batch."""
-        packed = self.packer(batch)
-        self.counter.count(batch.patches.context_lengths, batch.patches.target_lengths, packed.padding)
-        return self.zero.engine(*packed.arguments)
+def _open_log(run: Run) -> MetricsLog:
+    directory = run.directory
+    return MetricsLog(directory.metrics_file, open_sinks(run.config, directory.path, directory.tensorboard))
 
-    def _global_loss(self, total: Tensor) -> float:
-        """The mean over the global batch; all ranks call it."""
-        if self.ranks.world > 1:
-            dist.all_reduce(total)
-            total = total / self.ranks.world
-        return float(total)
 
-    def _record(self, loss: float, lr: float, decay: float, features: Tensor) -> dict[str, Any]:
-        images = self.config.train.global_batch
-        timing = self._timing(images)
-        return {
-            "step": self.step,
-            "epoch": self.step * images / self.dataset_size,
-            "samples_seen": self.step * images,
-            "loss": loss,
-            "lr": lr,
-            "weight_decay": decay,
-            "ema_momentum": self.schedules.ema(self.step - 1) if self.average is not None else None,
-            "grad_norm": self.zero.grad_norm,
-            **timing,
-            "rank_me": rank_me(features),
-            "target_spread": spread(features),
-            "skipped_in_a_row": self.skipped.in_a_row,
-        }
+def _named(slow: dict[str, Any], step: int, ranks: Ranks) -> str:
+    return (
+        f"step {step}: {ranks.peers[slow['rank']].name} keeps the others waiting: {slow['own_s']:.3g} s a step for its "
+        f"own data and forward pass, the others {slow['others_s']:.3g} s"
+    )
 
-    def _timing(self, images: int) -> dict[str, Any]:
-        """Timing over all ranks: means, the largest where one makes all wait, and who took how long."""
-        steps = self.counter.steps
-        mine = self.counter.take(images)
-        own = self._own.take(steps)
-        memory, bad = memory_bytes(self.ranks.device), self.stream.bad
-        found = over_ranks(mine | {"own_s": own, "memory_bytes": memory, "bad_samples": bad}, self.ranks)
-        means = {key: None if mine[key] is None else statistics.fmean(found[key]) for key in mine}
-        return means | {
-            "step_s_max": max(found["step_s"]),
-            "data_wait_s_max": max(found["data_wait_s"]),
-            "own_s": statistics.fmean(found["own_s"]),
-            "own_s_max": max(found["own_s"]),
-            "slowest_rank": found["own_s"].index(max(found["own_s"])),
-            "own_s_by_rank": found["own_s"],
-            "memory_bytes": int(max(found["memory_bytes"])),
-            "bad_samples": int(sum(found["bad_samples"])),
-            **({"token_sizes": len(self.packer.sizes)} if self.config.train.static_shapes else {}),
-        }
+
+def _due(every: int | None, step: int) -> bool:
+    return every is not None and step % every == 0
+
+
+def _save(run: Run, log: MetricsLog | None) -> None:
+    trainer = run.trainer
+    trainer.settle()
+    if log:
+        log.sync()
+    meta = {
+        "updates": trainer.updates,
+        "samples_seen": trainer.step * run.config.train.global_batch,
+        "written_by": {"world": run.ranks.world, "stage": run.zero.stage},
+        "images": run.trainer.dataset_size,
+        "action_names": list(space_of(run.config.actions).names),
+    }
+    identity = run.identity.soon(_IDENTITY_S) if run.identity else None
+    if identity:
+        meta["data"] = identity.document()
+    run.live.at(f"checkpoint of step {trainer.step}")
+    run.writer.save(trainer.step, fragments(run.zero, run.average, run.ranks), meta)
+    trainer.restart_clock()
+
+
+def _warn_of_collapse(record: dict[str, Any], config: Config, progress: TrainingProgress) -> None:
+    floor = config.log.rank_me_floor * config.model.encoder_shape.width
+    if record.get("rank_me", floor) < floor:
+        progress.say(
+            f"step {record['step']}: the target may be collapsing: RankMe {record['rank_me']:.1f} of "
+            f"{config.model.encoder_shape.width}, spread {record['target_spread']:.2e}"
+        )

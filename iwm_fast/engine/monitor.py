@@ -13,9 +13,9 @@ import torch.distributed as dist
 from iwm_fast.actions.transforms import ActionSpace
 from iwm_fast.config import Config
 from iwm_fast.data.sources.left_out import tell_once
-from iwm_fast.engine.distributed import Ranks, gather
+from iwm_fast.engine.distributed.ranks import Ranks, gather
+from iwm_fast.engine.distributed.signals import Abandoned
 from iwm_fast.engine.ema import TargetAverage, target_name
-from iwm_fast.engine.signals import Abandoned
 from iwm_fast.engine.zero import ZeroEngine
 from iwm_fast.errors import UserError
 from iwm_fast.eval.left_out import left_out_lines

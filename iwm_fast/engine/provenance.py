@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from iwm_fast.config import Config
-from iwm_fast.engine.distributed import Ranks
-from iwm_fast.engine.interconnect import Interconnect
+from iwm_fast.engine.distributed.links import Interconnect
+from iwm_fast.engine.distributed.ranks import Ranks
 from iwm_fast.environment import environment
 from iwm_fast.errors import UserError, because
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from iwm_fast.config import Config
 from iwm_fast.engine.optimizer import MOMENTS
-from iwm_fast.engine.rundir import RunDirectory
+from iwm_fast.engine.run_directory import RunDirectory
 from iwm_fast.errors import UserError
 from iwm_fast.eval.bank import varying
 from iwm_fast.eval.frames import open_triplets

@@ -12,11 +12,11 @@ from iwm_fast.data.identity import Identity, difference, identity_of, names_dige
 from iwm_fast.data.image_list import ImageSet
 from iwm_fast.data.sources.s3 import is_address
 from iwm_fast.data.triplets import Triplets
-from iwm_fast.engine import checkpoint
-from iwm_fast.engine.checkpoint import Checkpoint
-from iwm_fast.engine.checkpoint_paths import Named, named, whole_checkpoint
-from iwm_fast.engine.distributed import Ranks, gather
-from iwm_fast.engine.rundir import RunDirectory
+from iwm_fast.engine.checkpoint import format as checkpoint
+from iwm_fast.engine.checkpoint.format import Checkpoint
+from iwm_fast.engine.checkpoint.paths import Named, named, whole_checkpoint
+from iwm_fast.engine.distributed.ranks import Ranks, gather
+from iwm_fast.engine.run_directory import RunDirectory
 from iwm_fast.errors import UserError
 
 __all__ = ["ListIdentity", "choose_checkpoint", "require_alike_lists", "require_data", "same_place"]

@@ -22,8 +22,8 @@ import torch
 
 from iwm_fast.atomic_files import whole_folder
 from iwm_fast.config import Config
-from iwm_fast.engine.checkpoint import Checkpoint
-from iwm_fast.engine.loading import find_checkpoint, load_model
+from iwm_fast.engine.checkpoint.format import Checkpoint
+from iwm_fast.engine.checkpoint.load import find_checkpoint, load_model
 from iwm_fast.engine.optimizer import MOMENTS, parameter_groups
 from iwm_fast.models.iwm import IWM
 from iwm_fast.outputs import require_new_folder, writing

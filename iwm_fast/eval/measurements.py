@@ -17,7 +17,7 @@ from typing import Any
 
 from iwm_fast.atomic_files import write_whole_text
 from iwm_fast.data.sources.s3 import is_address
-from iwm_fast.engine.checkpoint import MANIFEST
+from iwm_fast.engine.checkpoint.format import MANIFEST
 from iwm_fast.environment import environment
 from iwm_fast.results import json_text
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from iwm_fast.atomic_files import write_whole_text
 from iwm_fast.config import Config, dump_config
-from iwm_fast.engine.metrics import metrics_record
+from iwm_fast.engine.metrics.log import metrics_record
 from iwm_fast.eval.charts import Bar, Line, Place, bars, curve, lines, places
 from iwm_fast.eval.dated import Dated, kept_table
 from iwm_fast.eval.examples import RankedExample

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from iwm_fast.console import Count
-from iwm_fast.engine.checkpoint_paths import chosen_checkpoint
-from iwm_fast.engine.loading import default_device, find_checkpoint, load_model
+from iwm_fast.engine.checkpoint.load import default_device, find_checkpoint, load_model
+from iwm_fast.engine.checkpoint.paths import chosen_checkpoint
 from iwm_fast.engine.provenance import recorded_environment
-from iwm_fast.engine.rundir import RunDirectory, run_config
+from iwm_fast.engine.run_directory import RunDirectory, run_config
 from iwm_fast.errors import UserError
 from iwm_fast.eval.cache import FeatureCache
 from iwm_fast.eval.evaluate import USUAL, WHAT, evaluate_model

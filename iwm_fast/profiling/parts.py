@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from iwm_fast.benchmarks.collectives import CollectiveTime
-from iwm_fast.engine.loop import Spans, Trainer
+from iwm_fast.engine.step import Spans, Trainer
 
 __all__ = ["PARTS", "PartsClock", "measured_parts"]
 

@@ -18,11 +18,11 @@ from iwm_fast.benchmarks.harness import prepare_trainer
 from iwm_fast.benchmarks.step import described, opened_stream, settle
 from iwm_fast.benchmarks.timing import ceilings, clocked
 from iwm_fast.config import Config
-from iwm_fast.engine.distributed import Ranks
+from iwm_fast.engine.distributed.ranks import Ranks
+from iwm_fast.engine.metrics.throughput import peak_flops
 from iwm_fast.errors import UserError
 from iwm_fast.kernels import TRITON_FUNCTIONS
 from iwm_fast.outputs import require_folder
-from iwm_fast.planning.mfu import peak_flops
 from iwm_fast.planning.operations import OperationCounter
 from iwm_fast.profiling.limits import Limits
 from iwm_fast.profiling.parts import PARTS, measured_parts

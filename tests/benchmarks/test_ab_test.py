@@ -6,7 +6,7 @@ import pytest
 from small_run import small_config
 
 from iwm_fast.benchmarks.ab_test import measure_setting
-from iwm_fast.engine.distributed import start
+from iwm_fast.engine.distributed.ranks import start
 
 
 def sides(**changes):

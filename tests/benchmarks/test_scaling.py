@@ -23,7 +23,7 @@ from iwm_fast.benchmarks.synthetic import synthetic_stream
 from iwm_fast.benchmarks.timing import Clocked
 from iwm_fast.cli.main import main
 from iwm_fast.config.external import ExternalActions
-from iwm_fast.engine.distributed import start
+from iwm_fast.engine.distributed.ranks import start
 from iwm_fast.errors import UserError
 from iwm_fast.planning.operations import OperationCounter
 

@@ -9,7 +9,7 @@ import pytest
 from iwm_fast.benchmarks.launches import main
 from iwm_fast.benchmarks.presets import preset_config
 from iwm_fast.benchmarks.step_launches import step_launches
-from iwm_fast.engine.distributed import start
+from iwm_fast.engine.distributed.ranks import start
 from iwm_fast.errors import UserError
 from iwm_fast.planning.layout import layout_of
 

@@ -10,9 +10,9 @@ import time
 
 import torch.distributed as dist
 
-from iwm_fast.engine import interconnect
-from iwm_fast.engine.distributed import leave, start
-from iwm_fast.engine.liveness import Liveness
+from iwm_fast.engine.distributed import links
+from iwm_fast.engine.distributed.ranks import leave, start
+from iwm_fast.engine.distributed.watchdog import Liveness
 
 SILENT_S = 4.0
 plain = dist.batch_isend_irecv
@@ -32,9 +32,9 @@ if ranks.rank == ranks.world - 1 and sys.argv[1] != "well":
     misbehave(sys.argv[1])
 live = Liveness(ranks, 60.0)
 with live.watching():
-    found = interconnect.measure_interconnect(ranks, live, SILENT_S)
+    found = links.measure_interconnect(ranks, live, SILENT_S)
     if ranks.first:
-        said = interconnect.far_below(found.links, ranks.peers)
+        said = links.far_below(found.links, ranks.peers)
         print(json.dumps({"measured": found.document(), "said": said}), flush=True)
 if sys.argv[1] != "hang":
     leave()

@@ -10,13 +10,13 @@ from pathlib import Path
 
 from small_run import small_config
 
-from iwm_fast.engine import loop, pretrain, training
-from iwm_fast.engine.distributed import leave
+from iwm_fast.engine import pretrain, step, train
+from iwm_fast.engine.distributed.ranks import leave
 
 images, out, port = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 
 
-class Slow(loop.Trainer):
+class Slow(step.Trainer):
     def _forward(self, batch):
         if self.ranks.rank == 1:
             time.sleep(0.3)
@@ -30,6 +30,6 @@ class Slow(loop.Trainer):
         return record
 
 
-training.Trainer = Slow
+train.Trainer = Slow
 pretrain(small_config(images, train__steps=6, zero__stage=2, log__prometheus_port=port), out)
 leave()

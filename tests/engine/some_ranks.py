@@ -22,8 +22,10 @@ import torch
 import torch.distributed as dist
 from small_run import small_config
 
-from iwm_fast.engine import checkpoint_writer, ema, loop, pretrain
-from iwm_fast.engine.distributed import leave
+from iwm_fast.engine import ema, pretrain
+from iwm_fast.engine import step as loop
+from iwm_fast.engine.checkpoint import writer as checkpoint_writer
+from iwm_fast.engine.distributed.ranks import leave
 from iwm_fast.kernels import _run_choices, use_backend
 from iwm_fast.kernels._tuning import Tuner, key_of
 

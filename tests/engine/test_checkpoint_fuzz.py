@@ -12,10 +12,11 @@ import pytest
 import torch
 from worlds import tiny_config, tiny_model
 
-from iwm_fast.engine import checkpoint, checkpoint_writer
-from iwm_fast.engine.checkpoint import Checkpoint, Fragment
-from iwm_fast.engine.distributed import Ranks
-from iwm_fast.engine.state import restore_module
+from iwm_fast.engine.checkpoint import format as checkpoint
+from iwm_fast.engine.checkpoint import writer
+from iwm_fast.engine.checkpoint.format import Checkpoint, Fragment
+from iwm_fast.engine.checkpoint.fragments import restore_module
+from iwm_fast.engine.distributed.ranks import Ranks
 from iwm_fast.errors import UserError
 
 SEEDS = 20
@@ -52,11 +53,10 @@ def written(tmp_path_factory):
         partial = root / f".{final.name}.partial"
         partial.mkdir()
         reports = [
-            checkpoint_writer._write_rank(partial, step, fragments(model, r, 0.5 * step), Ranks(r, 2, r, 2, "cpu"))
-            for r in (0, 1)
+            writer._write_rank(partial, step, fragments(model, r, 0.5 * step), Ranks(r, 2, r, 2, "cpu")) for r in (0, 1)
         ]
         meta = {"format": checkpoint.FORMAT, "step": step, "updates": step}
-        assert checkpoint_writer._finish(partial, final, meta, reports, 3, None) is None
+        assert writer._finish(partial, final, meta, reports, 3, None) is None
     return root, model, everything(root / "step_000002", model)
 
 

@@ -5,7 +5,8 @@ import shutil
 import pytest
 from small_run import losses, small_config
 
-from iwm_fast.engine import loop, pretrain
+from iwm_fast.engine import pretrain
+from iwm_fast.engine import step as loop
 from iwm_fast.errors import UserError
 from iwm_fast.models.regions import compilations
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from small_run import small_config
 
-from iwm_fast.engine import training
+from iwm_fast.engine import train as training
+from iwm_fast.engine.build import require_machine
 from iwm_fast.engine.determinism import deterministic_operators, require_deterministic
-from iwm_fast.engine.trained import require_machine
 from iwm_fast.errors import UserError
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)

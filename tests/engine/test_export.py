@@ -17,7 +17,7 @@ from worlds import tiny_config, tiny_model
 
 from iwm_fast.data.bad_samples import BadSamples
 from iwm_fast.engine import export, export_run, load_model, onnx_export, pretrain
-from iwm_fast.engine.shards import write_tensors
+from iwm_fast.engine.checkpoint.shard_file import write_tensors
 from iwm_fast.engine.universal import export_universal
 from iwm_fast.errors import UserError
 from iwm_fast.eval.features import default_encoder

@@ -16,9 +16,10 @@ from small_run import losses, metrics, small_config, state
 from iwm_fast.actions.transforms import ActionSpace
 from iwm_fast.data.image_list import list_images
 from iwm_fast.data.loader import SampleOrder, TrainingStream
-from iwm_fast.engine import checkpoint, pretrain
-from iwm_fast.engine.distributed import start
-from iwm_fast.engine.skipped import SkippedSteps
+from iwm_fast.engine import pretrain
+from iwm_fast.engine.checkpoint import format as checkpoint
+from iwm_fast.engine.distributed.ranks import start
+from iwm_fast.engine.nonfinite import SkippedSteps
 from iwm_fast.errors import UserError
 
 

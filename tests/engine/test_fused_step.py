@@ -7,8 +7,9 @@ from poisoned import poison
 from small_run import metrics, small_config, state
 from torch import nn
 
-from iwm_fast.engine import checkpoint, pretrain
-from iwm_fast.engine.casting import Bf16Compute
+from iwm_fast.engine import pretrain
+from iwm_fast.engine.bf16 import Bf16Compute
+from iwm_fast.engine.checkpoint import format as checkpoint
 from iwm_fast.engine.optimizer import MOMENTS, FiniteAdamW, FiniteLamb
 from iwm_fast.errors import UserError
 

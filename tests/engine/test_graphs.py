@@ -14,8 +14,8 @@ from small_run import small_config
 from iwm_fast.actions.external import space_of
 from iwm_fast.benchmarks.harness import prepare_trainer
 from iwm_fast.benchmarks.synthetic import synthetic_stream
-from iwm_fast.engine import trained, zero
-from iwm_fast.engine.distributed import start
+from iwm_fast.engine import build, zero
+from iwm_fast.engine.distributed.ranks import start
 from iwm_fast.engine.graphs import require_graphs
 from iwm_fast.errors import UserError
 from iwm_fast.models import attention
@@ -48,7 +48,7 @@ def by_bounds(qkv, segments, backend):
 @pytest.fixture
 def without_gpu(monkeypatch):
     monkeypatch.setattr(attention, "packed_qkv_attention", by_bounds)
-    monkeypatch.setattr(trained, "require_graphs", lambda *_: None)
+    monkeypatch.setattr(build, "require_graphs", lambda *_: None)
     monkeypatch.setattr(zero, "CudaRecorder", Again)
     with attention.use_library(lambda *qkv: qkv[0]):
         yield

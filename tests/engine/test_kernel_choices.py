@@ -9,7 +9,7 @@ import torch
 from launched import on_ranks
 from small_run import losses, state
 
-from iwm_fast.engine.distributed import Ranks
+from iwm_fast.engine.distributed.ranks import Ranks
 from iwm_fast.engine.kernel_choices import KernelChoices, read_tables
 from iwm_fast.errors import UserError
 from iwm_fast.kernels import Adopted, _run_choices

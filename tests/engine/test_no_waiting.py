@@ -9,7 +9,8 @@ import torch
 from small_run import small_config
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from iwm_fast.engine import loop, training
+from iwm_fast.engine import step as loop
+from iwm_fast.engine import train
 
 aten = torch.ops.aten
 # Operators whose result the host needs: a value, or a shape that depends on values.
@@ -59,7 +60,7 @@ def waits_of_a_step(folder, out, monkeypatch, **changes):
         return record
 
     monkeypatch.setattr(loop.Trainer, "train_step", step)
-    training.pretrain(small_config(folder, train__steps=6, log__every_steps=6, **changes), out)
+    train.pretrain(small_config(folder, train__steps=6, log__every_steps=6, **changes), out)
     assert len(watched) == 4
     return watched[-2:]
 

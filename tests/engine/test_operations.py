@@ -14,8 +14,8 @@ import pytest
 from small_run import metrics, small_config
 
 from iwm_fast.engine import pretrain
-from iwm_fast.engine.prometheus import PrometheusSink
-from iwm_fast.engine.stragglers import Stragglers
+from iwm_fast.engine.distributed.stragglers import Stragglers
+from iwm_fast.engine.metrics.prometheus import PrometheusSink
 from iwm_fast.errors import UserError
 
 HERE = Path(__file__).parent

@@ -15,10 +15,10 @@ from iwm_fast.benchmarks.harness import MANY_STEPS
 from iwm_fast.benchmarks.synthetic import BatchStream
 from iwm_fast.config import Config
 from iwm_fast.data.batch import Batch
-from iwm_fast.engine.distributed import start
+from iwm_fast.engine.distributed.ranks import start
 from iwm_fast.engine.ema import TargetAverage
-from iwm_fast.engine.loop import Trainer
 from iwm_fast.engine.schedules import Schedules
+from iwm_fast.engine.step import Trainer
 from iwm_fast.engine.zero import initialize
 from iwm_fast.models import IWM
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from small_run import losses, metrics, small_config, state
 
-from iwm_fast.engine import load_model, pretrain, training
-from iwm_fast.engine.checkpoint import Checkpoint
+from iwm_fast.engine import load_model, pretrain, train
+from iwm_fast.engine.checkpoint.format import Checkpoint
 from iwm_fast.engine.ema import TargetAverage, target_name
 from iwm_fast.errors import UserError
 from iwm_fast.eval.monitor import join_shares, measure_share
@@ -144,7 +144,7 @@ def test_the_target_of_a_rank_alone_reads_the_average_rounded(tiny_images, tmp_p
                     return False
             return True
 
-    monkeypatch.setattr(training, "TargetAverage", Watched)
+    monkeypatch.setattr(train, "TargetAverage", Watched)
     changes = {"train__precision": precision, "zero__stage": stage, "checkpoint__every_steps": 2}
     pretrain(small_config(tiny_images, train__steps=2, **changes), tmp_path / "run")
     pretrain(small_config(tiny_images, train__steps=3, **changes), tmp_path / "run", "auto")

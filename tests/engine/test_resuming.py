@@ -9,11 +9,11 @@ from iwm_fast.cli.main import main
 from iwm_fast.config import Config
 from iwm_fast.data.image_list import list_images
 from iwm_fast.engine import pretrain, resuming
-from iwm_fast.engine.checkpoint import Checkpoint
-from iwm_fast.engine.distributed import Ranks
-from iwm_fast.engine.launch import Peer
+from iwm_fast.engine.checkpoint.format import Checkpoint
+from iwm_fast.engine.distributed.peers import Peer
+from iwm_fast.engine.distributed.ranks import Ranks
 from iwm_fast.engine.resuming import require_alike_lists, same_place
-from iwm_fast.engine.rundir import RunDirectory
+from iwm_fast.engine.run_directory import RunDirectory
 from iwm_fast.errors import UserError
 
 

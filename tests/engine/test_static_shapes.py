@@ -6,7 +6,7 @@ import pytest
 from made_triplets import write_game
 from small_run import losses, metrics, small_config
 
-from iwm_fast.engine import loop, pretrain
+from iwm_fast.engine import pretrain, step
 
 VARIANTS = {
     "sources and micro-batches at stage 1": {
@@ -24,7 +24,7 @@ def test_the_losses_are_those_of_the_training_without(tiny_images, tmp_path, cha
     """fp32, to its rounding over three steps; every batch has one of the counted sizes, none is cut."""
     root = write_game(tmp_path / "game") if "actions__groups" in changes else tiny_images
     met = []
-    forward = loop.Trainer._forward
+    forward = step.Trainer._forward
 
     def noting(trainer, batch):
         output = forward(trainer, batch)
@@ -32,7 +32,7 @@ def test_the_losses_are_those_of_the_training_without(tiny_images, tmp_path, cha
         return output
 
     pretrain(small_config(root, train__steps=3, **changes), tmp_path / "as it is")
-    monkeypatch.setattr(loop.Trainer, "_forward", noting)
+    monkeypatch.setattr(step.Trainer, "_forward", noting)
     pretrain(small_config(root, train__steps=3, train__static_shapes=True, **changes), tmp_path / "static")
     assert losses(tmp_path / "static") == pytest.approx(losses(tmp_path / "as it is"), rel=2e-6)
     without, records = metrics(tmp_path / "as it is"), metrics(tmp_path / "static")

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 
 from small_run import metrics, small_config
 
-from iwm_fast.engine import loop, pretrain
+from iwm_fast.engine import pretrain
+from iwm_fast.engine import step as loop
 
 
 def test_what_is_computed_for_the_log_alone_is_no_part_of_a_steps_time(tiny_images, tmp_path, monkeypatch):

@@ -30,7 +30,7 @@ def config(tmp_path_factory, tiny_images):
 _PROGRAM = """
 import sys, time
 from iwm_fast import cli
-from iwm_fast.engine.loop import Trainer
+from iwm_fast.engine.step import Trainer
 
 plain = Trainer._forward
 Trainer._forward = lambda self, batch: time.sleep(600) if self.step == 2 else plain(self, batch)

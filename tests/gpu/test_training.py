@@ -12,7 +12,8 @@ from iwm_fast.data.decode.encoded import inspect
 from iwm_fast.data.image_list import list_images
 from iwm_fast.data.views.graph import ViewGraph
 from iwm_fast.data.views.sampling import draw_views
-from iwm_fast.engine import loop, pretrain
+from iwm_fast.engine import pretrain
+from iwm_fast.engine import step as loop
 from iwm_fast.models.attention import packed_attention, packed_qkv_attention
 from iwm_fast.models.packing import Segments
 

@@ -1,6 +1,6 @@
 """Run under torchrun by test_counted.py: trains with each configuration and notes what a settled step moved and held.
 
-Arguments: images, out, then one JSON object of changes to the small configuration for each training. The first rank
+Arguments: images, out, then one JSON object of changes to the small configuration for each train. The first rank
 writes OUT/counted.json.
 """
 
@@ -12,8 +12,9 @@ import torch
 from small_run import small_config
 from torch.utils._pytree import tree_leaves
 
-from iwm_fast.engine import loop, pretrain
-from iwm_fast.engine.distributed import leave
+from iwm_fast.engine import pretrain
+from iwm_fast.engine import step as loop
+from iwm_fast.engine.distributed.ranks import leave
 from iwm_fast.planning.counting import CollectiveCounter
 
 SETTLED = 3  # DeepSpeed's stage 3 learns the order of the modules in its first step, and gathers by it from the next
@@ -76,9 +77,9 @@ class Watched(loop.Trainer):
 
 
 if __name__ == "__main__":
-    from iwm_fast.engine import training
+    from iwm_fast.engine import train
 
-    training.Trainer = Watched
+    train.Trainer = Watched
     Watched.notes = []
     images, out, *jobs = sys.argv[1:]
     for i, job in enumerate(jobs):

@@ -20,8 +20,8 @@ from iwm_fast.benchmarks.harness import prepare_trainer
 from iwm_fast.benchmarks.presets import preset_config
 from iwm_fast.benchmarks.synthetic import synthetic_stream
 from iwm_fast.engine import zero
-from iwm_fast.engine.distributed import start
-from iwm_fast.engine.loop import Trainer
+from iwm_fast.engine.distributed.ranks import start
+from iwm_fast.engine.step import Trainer
 from iwm_fast.log_filters import quiet_third_parties
 from tools.nullgpu.counters import Counts, counts
 

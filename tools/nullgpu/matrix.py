@@ -23,7 +23,8 @@ import torch
 
 from iwm_fast.config import Config
 from iwm_fast.data.tools.synth import draw_dataset
-from iwm_fast.engine import loop, pretrain
+from iwm_fast.engine import pretrain
+from iwm_fast.engine import step as loop
 from iwm_fast.log_filters import quiet_third_parties
 from tools.nullgpu.place import FOLDER
 

@@ -21,8 +21,8 @@ from iwm_fast.actions.transforms import ActionSpace
 from iwm_fast.benchmarks.harness import prepare_trainer
 from iwm_fast.benchmarks.presets import preset_config
 from iwm_fast.benchmarks.synthetic import synthetic_stream
-from iwm_fast.engine.distributed import start
-from iwm_fast.engine.loop import Spans, Trainer
+from iwm_fast.engine.distributed.ranks import start
+from iwm_fast.engine.step import Spans, Trainer
 from iwm_fast.environment import environment
 from iwm_fast.log_filters import quiet_third_parties
 from tools.nullgpu.counters import Counts, compiled, counts

@@ -42,7 +42,7 @@ def main(words: list[str]) -> int:
             raise TypeError(f"{module}.{function} is no function any more")
         setattr(loaded, function, said)
     # Nor is a gradient finite, and a run ends where too many in a row are not.
-    skipped = importlib.import_module("iwm_fast.engine.skipped").SkippedSteps
+    skipped = importlib.import_module("iwm_fast.engine.nonfinite").SkippedSteps
     if not callable(skipped._add):  # noqa: SLF001
         raise TypeError("SkippedSteps._add is no function any more")
     skipped._add = lambda *_: None  # noqa: SLF001

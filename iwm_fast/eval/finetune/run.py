@@ -16,8 +16,8 @@ from iwm_fast.config.base import home_expanded
 from iwm_fast.console import Count
 from iwm_fast.data.segmentation import is_masked
 from iwm_fast.data.sources.s3 import is_address
-from iwm_fast.engine.checkpoint_paths import chosen_checkpoint
-from iwm_fast.engine.loading import default_device, load_model
+from iwm_fast.engine.checkpoint.load import default_device, load_model
+from iwm_fast.engine.checkpoint.paths import chosen_checkpoint
 from iwm_fast.errors import UserError
 from iwm_fast.eval.cache import FeatureCache, Features
 from iwm_fast.eval.features import default_encoder, encoder_of, read_features

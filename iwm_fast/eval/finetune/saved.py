@@ -15,7 +15,7 @@ from torch import Tensor
 
 from iwm_fast.atomic_files import whole_folder, write_whole_text
 from iwm_fast.config import ModelConfig
-from iwm_fast.engine.shards import write_tensors
+from iwm_fast.engine.checkpoint.shard_file import write_tensors
 from iwm_fast.errors import UserError
 from iwm_fast.eval.finetune.modes import Mode, reader_builder
 from iwm_fast.models.iwm import IWM

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 
-from iwm_fast.engine.upkeep import EVERY_STEPS, Upkeep
+from iwm_fast.engine.garbage import EVERY_STEPS, Upkeep
 
 
 class Knot:

@@ -11,9 +11,12 @@ from small_run import metrics, small_config, state
 
 from iwm_fast.cli import demo as demo_module
 from iwm_fast.cli.main import main
-from iwm_fast.engine import loop, pretrain, run_loop, signals
-from iwm_fast.engine.rundir import RunDirectory
-from iwm_fast.engine.signals import INTERRUPTED, Abandoned, StopRequest
+from iwm_fast.engine import loop as run_loop
+from iwm_fast.engine import pretrain
+from iwm_fast.engine import step as loop
+from iwm_fast.engine.distributed import signals
+from iwm_fast.engine.distributed.signals import INTERRUPTED, Abandoned, StopRequest
+from iwm_fast.engine.run_directory import RunDirectory
 from iwm_fast.errors import Interrupted, UserError
 
 

@@ -4,7 +4,9 @@ import time
 
 
 def test_the_process_s_age_includes_what_came_before_our_first_line():
-    code = "import time; time.sleep(1.0); from iwm_fast.engine.clock import seconds_since_start as s; print(s())"
+    code = (
+        "import time; time.sleep(1.0); from iwm_fast.engine.metrics.clock import seconds_since_start as s; print(s())"
+    )
     begin = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert 1.0 < float(done.stdout) < time.monotonic() - begin + 0.05

@@ -45,11 +45,11 @@ def open_sinks(config: Config, directory: Path, tensorboard: Path) -> list[Sink]
     log = config.log
     sinks: list[Sink] = []
     if log.wandb is not None:
-        from iwm_fast.engine.wandb_sink import WandbSink
+        from iwm_fast.engine.metrics.wandb_logger import WandbSink
 
         sinks.append(WandbSink(log.wandb, directory, config.model_dump(mode="json")))
     if log.prometheus_port is not None:
-        from iwm_fast.engine.prometheus import PrometheusSink
+        from iwm_fast.engine.metrics.prometheus import PrometheusSink
 
         sinks.append(PrometheusSink(log.prometheus_host, log.prometheus_port, str(directory)))
     if log.tensorboard:

@@ -12,10 +12,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from iwm_fast.engine import checkpoint, checkpoint_writer
-from iwm_fast.engine.checkpoint import Checkpoint, Fragment
-from iwm_fast.engine.checkpoint_writer import CheckpointWriter, clear_leftovers, point_latest, write
-from iwm_fast.engine.distributed import Ranks
+from iwm_fast.engine.checkpoint import format as checkpoint
+from iwm_fast.engine.checkpoint import writer as checkpoint_writer
+from iwm_fast.engine.checkpoint.format import Checkpoint, Fragment
+from iwm_fast.engine.checkpoint.writer import CheckpointWriter, clear_leftovers, point_latest, write
+from iwm_fast.engine.distributed.ranks import Ranks
 from iwm_fast.errors import UserError
 
 ALONE = Ranks(0, 1, 0, 1, torch.device("cpu"))

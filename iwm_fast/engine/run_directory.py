@@ -12,7 +12,7 @@ from typing import Any
 
 from iwm_fast.atomic_files import write_whole_text
 from iwm_fast.config import Config, dump_config, load_config
-from iwm_fast.engine.metrics import metrics_record
+from iwm_fast.engine.metrics.log import metrics_record
 from iwm_fast.errors import UserError, because
 from iwm_fast.file_locks import hold
 

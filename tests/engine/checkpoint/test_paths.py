@@ -5,10 +5,10 @@ import os
 import pytest
 import torch
 
-from iwm_fast.engine.checkpoint import Fragment
-from iwm_fast.engine.checkpoint_paths import chosen_checkpoint, named, whole_checkpoint
-from iwm_fast.engine.checkpoint_writer import write
-from iwm_fast.engine.distributed import Ranks
+from iwm_fast.engine.checkpoint.format import Fragment
+from iwm_fast.engine.checkpoint.paths import chosen_checkpoint, named, whole_checkpoint
+from iwm_fast.engine.checkpoint.writer import write
+from iwm_fast.engine.distributed.ranks import Ranks
 from iwm_fast.errors import UserError
 
 ALONE = Ranks(0, 1, 0, 1, torch.device("cpu"))

@@ -8,8 +8,8 @@ import pytest
 
 from iwm_fast.config import Config
 from iwm_fast.engine import provenance
-from iwm_fast.engine.metrics import MetricsLog
-from iwm_fast.engine.rundir import RunDirectory, run_config
+from iwm_fast.engine.metrics.log import MetricsLog
+from iwm_fast.engine.run_directory import RunDirectory, run_config
 from iwm_fast.errors import UserError
 from iwm_fast.eval.report import read_metrics
 
@@ -20,7 +20,7 @@ def changed(config, section, **values):
 
 def test_a_second_live_job_is_refused_and_a_dead_one_is_not(tmp_path):
     code = (
-        "import sys; from pathlib import Path; from iwm_fast.engine.rundir import RunDirectory\n"
+        "import sys; from pathlib import Path; from iwm_fast.engine.run_directory import RunDirectory\n"
         "with RunDirectory(Path(sys.argv[1])).locked(): print('held', flush=True); sys.stdin.read()"
     )
     holder = subprocess.Popen(

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 import torch.distributed as dist
 
-from iwm_fast.engine.distributed import Ranks
+from iwm_fast.engine.distributed.ranks import Ranks
 from iwm_fast.errors import UserError
 
 __all__ = ["Liveness"]

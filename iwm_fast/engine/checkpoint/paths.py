@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from iwm_fast.engine.checkpoint import INDEX, LATEST, MANIFEST, damage, newest, step_of, steps
+from iwm_fast.engine.checkpoint.format import INDEX, LATEST, MANIFEST, damage, newest, step_of, steps
 from iwm_fast.errors import UserError
 
 __all__ = ["Named", "chosen_checkpoint", "named", "whole_checkpoint"]

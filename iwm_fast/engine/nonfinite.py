@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from iwm_fast.atomic_files import write_whole_text
-from iwm_fast.engine.distributed import Ranks, gather
+from iwm_fast.engine.distributed.ranks import Ranks, gather
 from iwm_fast.errors import UserError
 
 __all__ = ["SkippedSteps"]

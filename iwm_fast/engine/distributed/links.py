@@ -19,9 +19,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from iwm_fast.engine.distributed import Ranks, gather
-from iwm_fast.engine.launch import Peer
-from iwm_fast.engine.liveness import Liveness
+from iwm_fast.engine.distributed.peers import Peer
+from iwm_fast.engine.distributed.ranks import Ranks, gather
+from iwm_fast.engine.distributed.watchdog import Liveness
 
 __all__ = ["AllReduce", "Interconnect", "Link", "far_below", "measure_interconnect"]
 

@@ -19,28 +19,28 @@ from iwm_fast.data.sources import Patience
 from iwm_fast.data.train_test import tell_of_splits
 from iwm_fast.data.triplet_stream import PairStream
 from iwm_fast.data.triplets import Triplets, resolve_triplets
-from iwm_fast.engine.checkpoint import Checkpoint
-from iwm_fast.engine.checkpoint_writer import CheckpointWriter, clear_leftovers, point_latest
+from iwm_fast.engine.build import require_machine, trained_model
+from iwm_fast.engine.checkpoint.format import Checkpoint
+from iwm_fast.engine.checkpoint.fragments import restore_module, restore_shards
+from iwm_fast.engine.checkpoint.writer import CheckpointWriter, clear_leftovers, point_latest
 from iwm_fast.engine.determinism import deterministic_operators
-from iwm_fast.engine.distributed import Ranks, decide, gather, start
+from iwm_fast.engine.distributed.links import Interconnect, far_below, measure_interconnect
+from iwm_fast.engine.distributed.peers import require_shared
+from iwm_fast.engine.distributed.ranks import Ranks, decide, gather, start
+from iwm_fast.engine.distributed.signals import StopRequest
+from iwm_fast.engine.distributed.watchdog import Liveness
 from iwm_fast.engine.ema import TargetAverage
-from iwm_fast.engine.interconnect import Interconnect, far_below, measure_interconnect
+from iwm_fast.engine.garbage import Upkeep
 from iwm_fast.engine.kernel_choices import KernelChoices, read_tables
-from iwm_fast.engine.launch import require_shared
-from iwm_fast.engine.liveness import Liveness
-from iwm_fast.engine.loop import Trainer
-from iwm_fast.engine.progress import TrainingProgress
+from iwm_fast.engine.loop import Run, train
+from iwm_fast.engine.metrics.progress import TrainingProgress
+from iwm_fast.engine.nonfinite import SkippedSteps
 from iwm_fast.engine.provenance import describe_run
 from iwm_fast.engine.readiness import require_ready, require_room
 from iwm_fast.engine.resuming import ListIdentity, choose_checkpoint, require_alike_lists, require_data
-from iwm_fast.engine.run_loop import Run, train
-from iwm_fast.engine.rundir import RunDirectory
+from iwm_fast.engine.run_directory import RunDirectory
 from iwm_fast.engine.schedules import Schedules
-from iwm_fast.engine.signals import StopRequest
-from iwm_fast.engine.skipped import SkippedSteps
-from iwm_fast.engine.state import restore_module, restore_shards
-from iwm_fast.engine.trained import require_machine, trained_model
-from iwm_fast.engine.upkeep import Upkeep
+from iwm_fast.engine.step import Trainer
 from iwm_fast.engine.zero import initialize
 from iwm_fast.errors import Interrupted, UserError
 from iwm_fast.kernels import use_tuner

@@ -19,8 +19,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from iwm_fast.engine.checkpoint_index import Piece, read_index
-from iwm_fast.engine.shards import file_sum, shard_fault
+from iwm_fast.engine.checkpoint.index import Piece, read_index
+from iwm_fast.engine.checkpoint.shard_file import file_sum, shard_fault
 from iwm_fast.errors import UserError, because
 from iwm_fast.utf8_names import utf8_name
 

@@ -15,9 +15,9 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from iwm_fast.engine.launch import Peer, meet, this_peer
-from iwm_fast.engine.rank_environment import ALONE, device_index, place_of
-from iwm_fast.engine.signals import end_with_parent
+from iwm_fast.engine.distributed.peers import Peer, meet, this_peer
+from iwm_fast.engine.distributed.rank_environment import ALONE, device_index, place_of
+from iwm_fast.engine.distributed.signals import end_with_parent
 from iwm_fast.errors import UserError
 
 __all__ = ["Ranks", "agree", "decide", "gather", "leave", "start"]

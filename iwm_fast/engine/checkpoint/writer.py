@@ -20,9 +20,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from iwm_fast.atomic_files import sync, write_whole_text
-from iwm_fast.engine.checkpoint import FORMAT, INDEX, LATEST, MANIFEST, Fragment, step_of, steps
-from iwm_fast.engine.distributed import Ranks, gather
-from iwm_fast.engine.shards import file_sum, write_shard
+from iwm_fast.engine.checkpoint.format import FORMAT, INDEX, LATEST, MANIFEST, Fragment, step_of, steps
+from iwm_fast.engine.checkpoint.shard_file import file_sum, write_shard
+from iwm_fast.engine.distributed.ranks import Ranks, gather
 from iwm_fast.errors import UserError, because
 
 __all__ = ["CheckpointWriter", "clear_leftovers", "point_latest", "write"]

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from iwm_fast.engine.health import rank_me, spread
+from iwm_fast.engine.metrics.collapse import rank_me, spread
 
 
 def test_rank_me_equals_the_entropy_of_the_singular_values():

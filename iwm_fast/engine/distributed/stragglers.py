@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from iwm_fast.engine.distributed import Ranks
+from iwm_fast.engine.distributed.ranks import Ranks
 
 __all__ = ["OwnTime", "Stragglers", "over_ranks"]
 

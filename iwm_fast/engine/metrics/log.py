@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from iwm_fast.atomic_files import sync_open
-from iwm_fast.engine.sinks import Sink
+from iwm_fast.engine.metrics.loggers import Sink
 from iwm_fast.errors import UserError, because
 
 __all__ = ["MetricsLog", "memory_bytes", "metrics_record"]

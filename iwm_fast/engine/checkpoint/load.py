@@ -16,10 +16,10 @@ from torch import nn
 from iwm_fast.actions.external import space_of
 from iwm_fast.actions.transforms import ActionSpace
 from iwm_fast.config import ActionsConfig, Config, ModelConfig
-from iwm_fast.engine.checkpoint import Checkpoint
-from iwm_fast.engine.checkpoint_paths import chosen_checkpoint, whole_checkpoint
-from iwm_fast.engine.rundir import run_config
-from iwm_fast.engine.state import restore_module
+from iwm_fast.engine.checkpoint.format import Checkpoint
+from iwm_fast.engine.checkpoint.fragments import restore_module
+from iwm_fast.engine.checkpoint.paths import chosen_checkpoint, whole_checkpoint
+from iwm_fast.engine.run_directory import run_config
 from iwm_fast.errors import UserError, because
 from iwm_fast.models.iwm import IWM
 from iwm_fast.utf8_names import utf8_name

@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 import torch.distributed as dist
 
-from iwm_fast.engine import distributed
-from iwm_fast.engine.launch import Peer, meet, require_alike, require_shared, this_peer
+from iwm_fast.engine.distributed import ranks as distributed
+from iwm_fast.engine.distributed.peers import Peer, meet, require_alike, require_shared, this_peer
 from iwm_fast.errors import UserError
 
 SHORT = datetime.timedelta(seconds=3)

@@ -3,7 +3,7 @@
 import pytest
 
 from iwm_fast.data.views import devices
-from iwm_fast.engine.rank_environment import ALONE, Place, device_index, place_of
+from iwm_fast.engine.distributed.rank_environment import ALONE, Place, device_index, place_of
 from iwm_fast.errors import UserError
 
 MEETING = {"MASTER_ADDR": "host-a", "MASTER_PORT": "29500"}

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from iwm_fast.engine.interconnect import Link, far_below
-from iwm_fast.engine.launch import Peer
+from iwm_fast.engine.distributed.links import Link, far_below
+from iwm_fast.engine.distributed.peers import Peer
 
 pytestmark = pytest.mark.slow  # ranks of their own, some of them slow
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from iwm_fast.engine.checkpoint import Checkpoint, Fragment
-from iwm_fast.engine.distributed import Ranks
+from iwm_fast.engine.checkpoint.format import Checkpoint, Fragment
+from iwm_fast.engine.distributed.ranks import Ranks
 from iwm_fast.engine.ema import TARGET, TargetAverage, target_name
 from iwm_fast.engine.zero import ZeroEngine
 
