@@ -13,8 +13,8 @@ from iwm_fast.benchmarks.adapters.ours import forward_backward
 from iwm_fast.benchmarks.adapters.plain import plain_batch, plain_shape, plain_state
 from iwm_fast.benchmarks.adapters.timm_vit import TimmJepa
 from iwm_fast.benchmarks.plain_step import PlainIWM
+from iwm_fast.export.timm_names import from_timm
 from iwm_fast.models import IWM, Segments
-from iwm_fast.models.export_names import from_timm
 
 __all__ = ["TOLERANCE", "ijepa_difference", "plain_difference", "timm_difference"]
 

@@ -181,8 +181,8 @@ def export(
     ] = "weights",
 ) -> None:
     """Write encoder, target encoder and predictor as safetensors with a JSON of what they are."""
-    from iwm_fast.engine.export import export_run
-    from iwm_fast.engine.universal import export_universal
+    from iwm_fast.export.deepspeed_universal import export_universal
+    from iwm_fast.export.weights import export_run
 
     if layout not in ("weights", "universal"):
         raise UserError(f"--layout is {layout!r}; it must be weights or universal")

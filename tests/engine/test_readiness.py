@@ -15,11 +15,11 @@ from small_run import losses, metrics, small_config
 import iwm_fast
 from iwm_fast.engine import monitor, pretrain, readiness
 from iwm_fast.engine.checkpoint import format as checkpoint
-from iwm_fast.engine.export import export_run
 from iwm_fast.engine.metrics.loggers import open_sinks
 from iwm_fast.engine.readiness import require_ready
 from iwm_fast.engine.run_directory import RunDirectory
 from iwm_fast.errors import UserError
+from iwm_fast.export.weights import export_run
 
 EVALUATED = {"train__steps": 4, "eval__every_steps": 3, "eval__mrr_images": 2, "eval__bank": 4}
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from iwm_fast.config.schema import ModelConfig
+from iwm_fast.export.timm_names import to_timm
 from iwm_fast.models import IWM, Segments
-from iwm_fast.models.export_names import to_timm
 
 State = Mapping[str, Tensor]
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from iwm_fast.config.schema import EncoderShape, ModelConfig, PredictorConfig
+from iwm_fast.export.timm_names import from_timm, timm_arguments, timm_name, to_timm
 from iwm_fast.models import Segments, VisionTransformer
-from iwm_fast.models.export_names import from_timm, timm_arguments, timm_name, to_timm
 from iwm_fast.models.positions import sincos_positions
 
 CONFIG = ModelConfig(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from iwm_fast.config import EncoderShape, ModelConfig, PredictorConfig
-from iwm_fast.models.whole import WholeEncoder, WholePredictor
+from iwm_fast.export.dense import WholeEncoder, WholePredictor
 
 ACTIONS = 5
 KINDS = [

@@ -24,9 +24,9 @@ from torch import Tensor
 from iwm_fast.atomic_files import whole_folder
 from iwm_fast.engine.checkpoint.load import EXPORT_FILE, EXPORT_SCHEMA, find_checkpoint, load_model
 from iwm_fast.engine.checkpoint.shard_file import write_tensors
-from iwm_fast.engine.onnx_export import OPSET, write_onnx
 from iwm_fast.environment import environment
-from iwm_fast.models.export_names import timm_arguments, to_timm
+from iwm_fast.export.onnx import OPSET, write_onnx
+from iwm_fast.export.timm_names import timm_arguments, to_timm
 from iwm_fast.models.iwm import IWM
 from iwm_fast.outputs import require_new_folder, writing
 

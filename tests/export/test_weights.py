@@ -16,13 +16,15 @@ from small_run import small_config, state
 from worlds import tiny_config, tiny_model
 
 from iwm_fast.data.bad_samples import BadSamples
-from iwm_fast.engine import export, export_run, load_model, onnx_export, pretrain
+from iwm_fast.engine import export_run, load_model, pretrain
 from iwm_fast.engine.checkpoint.shard_file import write_tensors
-from iwm_fast.engine.universal import export_universal
 from iwm_fast.errors import UserError
 from iwm_fast.eval.features import default_encoder
 from iwm_fast.eval.finetune.modes import reader_builder
 from iwm_fast.eval.finetune.saved import save_finetuned
+from iwm_fast.export import onnx as onnx_export
+from iwm_fast.export import weights as export
+from iwm_fast.export.deepspeed_universal import export_universal
 from iwm_fast.models.reader import HeadShape
 from iwm_fast.results import write_result
 
