@@ -23,8 +23,8 @@ import torch
 import iwm_fast
 from iwm_fast.actions.transforms import Jitter
 from iwm_fast.data.image_list import list_images
-from iwm_fast.eval.bank import jittered_views
 from iwm_fast.eval.stats import evenly_spaced
+from iwm_fast.eval.world_model.bank import jittered_views
 
 SHOWN = 6
 

@@ -14,7 +14,7 @@ from iwm_fast.data.tools.synth import draw_dataset
 from iwm_fast.engine import pretrain
 from iwm_fast.engine.run_directory import RunDirectory
 from iwm_fast.errors import UserError
-from iwm_fast.eval.report import read_metrics
+from iwm_fast.eval.report.report import read_metrics
 from iwm_fast.eval.run import evaluate_run
 
 __all__ = ["demo", "demo_rows"]

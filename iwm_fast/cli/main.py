@@ -131,7 +131,7 @@ def evaluate(
     The exit code is 1 where a measure that --what names could not be run; the others are measured all the same.
     """
     from iwm_fast.console import counting, print_table
-    from iwm_fast.eval.lines import result_lines
+    from iwm_fast.eval.footnotes import result_lines
     from iwm_fast.eval.run import evaluate_run, result_rows
 
     def show(results: dict[str, Any]) -> None:

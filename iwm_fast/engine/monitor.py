@@ -18,9 +18,9 @@ from iwm_fast.engine.distributed.signals import Abandoned
 from iwm_fast.engine.ema import TargetAverage, target_name
 from iwm_fast.engine.zero import ZeroEngine
 from iwm_fast.errors import UserError
-from iwm_fast.eval.left_out import left_out_lines
-from iwm_fast.eval.monitor import Share, join_left_out, join_shares, measure_share
-from iwm_fast.eval.triplets import monitor_triplets
+from iwm_fast.eval.online import Share, join_left_out, join_shares, measure_share
+from iwm_fast.eval.unusable import left_out_lines
+from iwm_fast.eval.world_model.triplets import monitor_triplets
 from iwm_fast.models.iwm import IWM
 
 __all__ = ["evaluate_during_training", "whole_model"]

@@ -14,9 +14,9 @@ from iwm_fast.config import Config
 from iwm_fast.engine.optimizer import MOMENTS
 from iwm_fast.engine.run_directory import RunDirectory
 from iwm_fast.errors import UserError
-from iwm_fast.eval.bank import varying
-from iwm_fast.eval.frames import open_triplets
 from iwm_fast.eval.splits import cannot_classify, open_splits, require_same_classes
+from iwm_fast.eval.world_model.bank import varying
+from iwm_fast.eval.world_model.frames import open_triplets
 from iwm_fast.outputs import unwritable
 
 __all__ = ["require_ready", "require_room"]

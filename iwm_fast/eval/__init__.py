@@ -4,9 +4,9 @@
 """
 
 from iwm_fast.eval.evaluate import USUAL, WHAT, evaluate_model
-from iwm_fast.eval.examples import RankedExample, ranked_examples
-from iwm_fast.eval.monitor import join_shares, measure_share
+from iwm_fast.eval.online import join_shares, measure_share
 from iwm_fast.eval.splits import FileSplit, Split, TensorSplit, open_splits
+from iwm_fast.eval.world_model.examples import RankedExample, ranked_examples
 
 __all__ = [
     "USUAL",

@@ -13,16 +13,16 @@ from iwm_fast.actions.transforms import ActionSpace
 from iwm_fast.config import Config
 from iwm_fast.console import Count
 from iwm_fast.errors import UserError
-from iwm_fast.eval.bank import varying
-from iwm_fast.eval.cache import FeatureCache
-from iwm_fast.eval.components import GEOMETRIC
-from iwm_fast.eval.components import components as component_names
-from iwm_fast.eval.equivariance import measure_equivariance
-from iwm_fast.eval.features import EncoderName, default_encoder, device_of
-from iwm_fast.eval.mrr import mean_reciprocal_rank
 from iwm_fast.eval.reduced import reduced
-from iwm_fast.eval.representation import POOLING, PROBES, measure_representation
+from iwm_fast.eval.representation.cache import FeatureCache
+from iwm_fast.eval.representation.equivariance import measure_equivariance
+from iwm_fast.eval.representation.features import EncoderName, default_encoder, device_of
+from iwm_fast.eval.representation.probes import POOLING, PROBES, measure_representation
 from iwm_fast.eval.splits import Split, cannot_classify
+from iwm_fast.eval.world_model.bank import varying
+from iwm_fast.eval.world_model.components import GEOMETRIC
+from iwm_fast.eval.world_model.components import components as component_names
+from iwm_fast.eval.world_model.mrr import mean_reciprocal_rank
 from iwm_fast.models.iwm import IWM
 
 __all__ = ["USUAL", "WHAT", "evaluate_model", "untrained_model"]

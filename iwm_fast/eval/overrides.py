@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from iwm_fast.config import Config
 from iwm_fast.config.schema_table import rows
 from iwm_fast.errors import UserError
-from iwm_fast.eval.bank import JITTER_COMPONENTS
+from iwm_fast.eval.world_model.bank import JITTER_COMPONENTS
 
 __all__ = ["check_overrides", "for_evaluation", "overridden"]
 

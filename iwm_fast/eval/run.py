@@ -12,18 +12,18 @@ from iwm_fast.engine.checkpoint.paths import chosen_checkpoint
 from iwm_fast.engine.provenance import recorded_environment
 from iwm_fast.engine.run_directory import RunDirectory, run_config
 from iwm_fast.errors import UserError
-from iwm_fast.eval.cache import FeatureCache
 from iwm_fast.eval.evaluate import USUAL, WHAT, evaluate_model
-from iwm_fast.eval.examples import ranked_examples
-from iwm_fast.eval.frames import find_triplets, open_triplets
-from iwm_fast.eval.giving import given, report_place
 from iwm_fast.eval.measurements import divide, keep, place_of, read, weights_of
 from iwm_fast.eval.overrides import check_overrides, for_evaluation, overridden
-from iwm_fast.eval.report import read_metrics, write_report
-from iwm_fast.eval.representation import PROBES
-from iwm_fast.eval.sliders import SlidingExample, sliding_examples
+from iwm_fast.eval.report.report import read_metrics, write_report
+from iwm_fast.eval.representation.cache import FeatureCache
+from iwm_fast.eval.representation.probes import PROBES
+from iwm_fast.eval.result_output import given, report_place
 from iwm_fast.eval.splits import open_splits, require_same_classes, splits_record
-from iwm_fast.eval.triplets import TRIPLETS_WHAT, evaluate_triplets
+from iwm_fast.eval.world_model.examples import ranked_examples
+from iwm_fast.eval.world_model.frames import find_triplets, open_triplets
+from iwm_fast.eval.world_model.sliders import SlidingExample, sliding_examples
+from iwm_fast.eval.world_model.triplets import TRIPLETS_WHAT, evaluate_triplets
 from iwm_fast.printable import printable
 
 __all__ = ["evaluate_run", "result_rows"]

@@ -19,8 +19,8 @@ from iwm_fast.data.image_list import ImageSet, divide
 from iwm_fast.data.sources import Patience
 from iwm_fast.data.train_test import Layout
 from iwm_fast.errors import UserError
-from iwm_fast.eval.left_out import LeftOut
 from iwm_fast.eval.stats import evenly_spaced
+from iwm_fast.eval.unusable import LeftOut
 from iwm_fast.printable import printable
 
 __all__ = [

@@ -10,7 +10,7 @@ from iwm_fast.engine import load_model, pretrain, train
 from iwm_fast.engine.checkpoint.format import Checkpoint
 from iwm_fast.engine.ema import TargetAverage, target_name
 from iwm_fast.errors import UserError
-from iwm_fast.eval.monitor import join_shares, measure_share
+from iwm_fast.eval.online import join_shares, measure_share
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

@@ -11,7 +11,7 @@ from iwm_fast.engine import provenance
 from iwm_fast.engine.metrics.log import MetricsLog
 from iwm_fast.engine.run_directory import RunDirectory, run_config
 from iwm_fast.errors import UserError
-from iwm_fast.eval.report import read_metrics
+from iwm_fast.eval.report.report import read_metrics
 
 
 def changed(config, section, **values):

@@ -9,8 +9,8 @@ from worlds import pictures, tiny_config, tiny_model
 
 from iwm_fast.config import ActionsConfig, Config
 from iwm_fast.eval.evaluate import WHAT, evaluate_model, untrained_model
-from iwm_fast.eval.examples import ranked_examples
 from iwm_fast.eval.splits import TensorSplit
+from iwm_fast.eval.world_model.examples import ranked_examples
 
 CLASSES = ("dark", "light")
 

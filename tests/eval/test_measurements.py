@@ -10,7 +10,7 @@ import pytest
 from worlds import tiny_config
 
 from iwm_fast.eval.measurements import FOLDER, Measurement, divide, keep, merged, place_of, read
-from iwm_fast.eval.report import write_report
+from iwm_fast.eval.report.report import write_report
 
 KNN = {"encoder": "target", "pooling": "mean", "classes": 2, "train_images": 9, "test_images": 5}
 KNN |= {"knn": 0.5, "knn_interval": [0.25, 0.75], "knn_chance": 0.5, "knn_k": 20, "knn_temperature": 0.07}

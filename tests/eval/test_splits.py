@@ -12,8 +12,8 @@ from worlds import pictures, tiny_config
 from iwm_fast.config import Config, DataConfig
 from iwm_fast.data.tools.shard import write_shards
 from iwm_fast.errors import UserError
-from iwm_fast.eval.left_out import left_out_lines
 from iwm_fast.eval.splits import TensorSplit, open_splits, require_same_classes, splits_record
+from iwm_fast.eval.unusable import left_out_lines
 
 CPU = Config(**(dict(tiny_config()) | {"data": DataConfig(device="cpu", threads=1)}))
 LENIENT = Config(**(dict(CPU) | {"data": DataConfig(device="cpu", threads=1, max_bad_fraction=1.0)}))

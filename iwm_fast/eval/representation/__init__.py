@@ -1,0 +1,1 @@
+"""What the representation is worth: k-NN, linear probes, equivariance."""

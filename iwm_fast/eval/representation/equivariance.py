@@ -1,0 +1,218 @@
+"""How much of a transformation a representation keeps: its place between invariant and equivariant.
+
+Each clean image gives a pair of views under the run's own actions (`view_pairs`). Equivariance: a ridge regression,
+solved in closed form on pairs of training images, tells from both pooled embeddings how to get from one view to the
+other; R² on pairs of test images, by component of the action and in the mean (a component below 0 counts as 0). A flag
+is regressed as 0 or 1, so that its R² is on the scale of all others: 0 for nothing told, 1 for all. Sigma and threshold
+are asked of the pairs that were blurred or solarized; flip, 1 where one of two views is mirrored, which no sum over
+both can say, also has the products of both embeddings. What cannot vary, or hardly does, is left out by name.
+Invariance: the cosine of a pair's embeddings, on a scale where 1 is "the view changes nothing" and 0 "it changes as
+much as another image would": (same - other) / (1 - other). The raw cosines stand beside it: those of any two images are
+often near 1, so they alone say little.
+Sources: regression of the action as in SIE (arXiv:2302.10283), with a linear head in place of its MLP, so that nothing
+depends on how long a head is trained; the scale of the cosine is ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from iwm_fast.config import ActionsConfig
+from iwm_fast.errors import UserError
+from iwm_fast.eval.representation.features import EncoderName, pooled_features
+from iwm_fast.eval.representation.view_pairs import draw_pairs, left_out, left_out_line, only_where
+from iwm_fast.eval.stats import Interval, bootstrap_rows
+from iwm_fast.models.iwm import IWM
+
+__all__ = ["Equivariance", "measure_equivariance", "ridge_regression"]
+
+Floats = NDArray[np.float64]
+
+# Of the mean squared error, on features of unit variance and targets of unit variance; the best is chosen on held-out
+# training pairs, for each component by itself.
+RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+HELD_OUT = 0.2
+# Whether exactly one of two views is mirrored is a product of what is seen in each, and no sum.
+_PRODUCT = "flip"
+# Training and test pairs are drawn from different places of the streams.
+_TEST_SAMPLES = 2**32
+
+
+@dataclass(frozen=True)
+class Equivariance:
+    """R² by component, cosines, and their summary; intervals are of 95 % over the test pairs.
+
+    left_out: components that have no R², and why.
+    """
+
+    r2: dict[str, float]
+    r2_interval: dict[str, Interval]
+    equivariance: float
+    equivariance_interval: Interval
+    invariance: float
+    invariance_interval: Interval
+    cosine_same: float
+    cosine_other: float
+    left_out: dict[str, str]
+
+    def summary(self, end: str = "") -> dict[str, Any]:
+        """Names and values for a table or JSON, ``end`` behind each name."""
+        out: dict[str, Any] = {
+            f"equivariance{end}": self.equivariance,
+            f"equivariance{end}_interval": list(self.equivariance_interval),
+            f"invariance{end}": self.invariance,
+            f"invariance{end}_interval": list(self.invariance_interval),
+            f"cosine_same{end}": self.cosine_same,
+            f"cosine_other{end}": self.cosine_other,
+        }
+        for name, value in self.r2.items():
+            out |= {f"r2_{name}{end}": value, f"r2_{name}{end}_interval": list(self.r2_interval[name])}
+        return out
+
+
+def measure_equivariance(
+    models: Sequence[IWM],
+    actions: ActionsConfig,
+    train: Tensor,
+    test: Tensor,
+    *,
+    which: EncoderName,
+    chunk: int = 128,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Equivariance]:
+    """One result a model, all of them on the same pairs of the clean images ``train`` and ``test`` (n, S, S, 3) uint8.
+
+    ValueError for fewer than five training or two test images; UserError where no component can be told.
+    """
+    if len(train) < 5 or len(test) < 2:
+        raise ValueError(f"train has {len(train)} images and test {len(test)}; five and two are needed")
+    total, done = 2 * (len(train) + len(test)), 0
+    embedded: list[list[Floats]] = [[] for _ in models]  # of each model: training first, second, test first, second
+    moved: list[Floats] = []
+    for images, sample in ((train, 0), (test, _TEST_SAMPLES)):
+        pairs = draw_pairs(images, actions, first_sample=sample, seed=seed)
+        moved.append(pairs.action)
+        for views in (pairs.first, pairs.second):
+            for rows, found in zip(embedded, pooled_features(models, views, which=which, chunk=chunk), strict=True):
+                rows.append(found.double().numpy())
+            done += len(views)
+            if progress is not None:
+                progress(done, total)
+    missing = left_out(actions, training=moved[0], test=moved[1])
+    if set(missing) >= set(pairs.names):
+        raise UserError(f"no component of the action can be told from the pairs: {left_out_line(missing)}")
+    return [_measure(parts, moved, pairs.names, missing) for parts in embedded]
+
+
+def _measure(
+    parts: Sequence[Floats], moved: Sequence[Floats], components: Sequence[str], missing: dict[str, str]
+) -> Equivariance:
+    """parts: embeddings of training first and second, test first and second; moved: actions, a column a component."""
+    names = tuple(name for name in components if name not in missing)
+    error, spread = _squares(parts, moved, components, names)
+    first, second = (part / np.linalg.norm(part, axis=1, keepdims=True).clip(1e-30) for part in parts[2:])
+    same = (first * second).sum(axis=1)
+    # Half the images away: neighbours in sorted files are of one class.
+    other = (first * np.roll(second, max(1, len(second) // 2), axis=0)).sum(axis=1)
+    count = len(names)
+
+    def figures(rows: Floats) -> Floats:
+        """From means (m, 2K + 2) of errors, spreads and cosines: R² (m, K), equivariance and invariance."""
+        r2 = 1 - rows[:, :count] / rows[:, count : 2 * count].clip(1e-30)
+        near, far = rows[:, -2], rows[:, -1]
+        scaled = (near - far) / (1 - far).clip(1e-12)
+        return np.column_stack([r2, r2.clip(0).mean(axis=1), scaled])
+
+    table = np.column_stack([error, spread, same, other])
+    value = figures(table.mean(axis=0, keepdims=True))[0]
+    ends = bootstrap_rows(table, figures)
+    intervals = [(float(low), float(high)) for low, high in zip(*ends, strict=True)]
+    return Equivariance(
+        r2={name: float(value[i]) for i, name in enumerate(names)},
+        r2_interval={name: intervals[i] for i, name in enumerate(names)},
+        equivariance=float(value[-2]),
+        equivariance_interval=intervals[-2],
+        invariance=float(value[-1]),
+        invariance_interval=intervals[-1],
+        cosine_same=float(same.mean()),
+        cosine_other=float(other.mean()),
+        left_out=missing,
+    )
+
+
+def _squares(
+    parts: Sequence[Floats], moved: Sequence[Floats], components: Sequence[str], names: Sequence[str]
+) -> tuple[Floats, Floats]:
+    """Squared errors of what the regression tells of ``names``, and squared deviations from the mean: (n, K) each.
+
+    Both are 0 where a component is not asked of a pair, which then adds nothing to either sum.
+    """
+    error, spread = np.zeros((2, len(parts[2]), len(names)))
+    alike: dict[tuple[bytes, bool], list[int]] = {}  # fitted together: of the same pairs, from the same features
+    for column, name in enumerate(names):
+        asked = b"".join(only_where(action, components, name).tobytes() for action in moved)
+        alike.setdefault((asked, name == _PRODUCT), []).append(column)
+    for (_, products), columns in alike.items():
+        train, test = _features(parts, products=products)
+        fitted, measured = (only_where(action, components, names[columns[0]]) for action in moved)
+        wanted = [components.index(names[column]) for column in columns]
+        truth = moved[1][measured][:, wanted]
+        told = ridge_regression(train[fitted], moved[0][fitted][:, wanted], test[measured])
+        rows = np.flatnonzero(measured)[:, None]
+        error[rows, columns] = (truth - told) ** 2
+        spread[rows, columns] = (truth - truth.mean(axis=0)) ** 2
+    return error, spread
+
+
+def _features(parts: Sequence[Floats], *, products: bool) -> tuple[Floats, Floats]:
+    """Both embeddings of each training and of each test pair, side by side, with their products by channel if asked."""
+    train, test = np.hstack(parts[:2]), np.hstack(parts[2:])
+    if not products:
+        return train, test
+    centre = [part.mean(axis=0) for part in parts[:2]]
+    more = [(a - centre[0]) * (b - centre[1]) for a, b in (parts[:2], parts[2:])]
+    return np.hstack([train, more[0]]), np.hstack([test, more[1]])
+
+
+def ridge_regression(x: Floats, y: Floats, x_test: Floats) -> Floats:
+    """Predictions (m, K) for ``x_test`` (m, F) of a ridge regression fitted on ``x`` (n, F) and ``y`` (n, K).
+
+    Features and targets are standardised by the training rows, the intercept is free. Of RIDGES, the one that is best
+    on the last fifth of a fixed permutation of the rows is taken for each target, then fitted on all rows.
+    """
+    order = np.random.default_rng(0).permutation(len(x))
+    kept, held = np.split(order, [len(x) - max(1, round(HELD_OUT * len(x)))])
+    tried = _Ridge(x[kept], y[kept])
+    errors = np.stack([((tried.predict(x[held], r) - y[held]) ** 2).mean(axis=0) for r in RIDGES])  # (ridges, K)
+    final = _Ridge(x, y)
+    answers = np.stack([final.predict(x_test, r) for r in RIDGES])  # (ridges, m, K)
+    chosen: Floats = np.take_along_axis(answers, errors.argmin(axis=0)[None, None, :], axis=0)[0]
+    return chosen
+
+
+class _Ridge:
+    """The solutions for every ridge from one eigendecomposition of the features' covariance."""
+
+    def __init__(self, x: Floats, y: Floats) -> None:
+        self.x_mean, self.y_mean = x.mean(axis=0), y.mean(axis=0)
+        spread = x.std(axis=0)
+        # A channel that never moves would turn rounding into a feature.
+        self.x_scale = np.where(spread > 1e-6 * spread.max(initial=0), 1 / spread.clip(1e-30), 0.0)
+        rows = self._standardise(x)
+        self.variance, self.axes = np.linalg.eigh(rows.T @ rows / len(x))
+        self.moment = self.axes.T @ (rows.T @ (y - self.y_mean)) / len(x)  # (F, K)
+
+    def _standardise(self, x: Floats) -> Floats:
+        standard: Floats = (x - self.x_mean) * self.x_scale
+        return standard
+
+    def predict(self, x: Floats, ridge: float) -> Floats:
+        weight = self.axes @ (self.moment / (self.variance.clip(0) + ridge)[:, None])
+        return np.asarray(self._standardise(x) @ weight + self.y_mean)

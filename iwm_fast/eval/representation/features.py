@@ -1,0 +1,173 @@
+"""Frozen features of clean images: mean token or all tokens, of one or several encoders in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from iwm_fast.config import ModelConfig
+from iwm_fast.eval.representation.cache import FeatureCache, Features, Room, weights_digest
+from iwm_fast.eval.splits import Split
+from iwm_fast.models.iwm import IWM
+from iwm_fast.models.vit import VisionTransformer
+
+__all__ = [
+    "EncoderName",
+    "Kept",
+    "default_encoder",
+    "device_of",
+    "encoder_of",
+    "evaluating",
+    "pooled_features",
+    "read_features",
+    "row_chunks",
+]
+
+EncoderName = Literal["target", "context"]
+# pooled: the mean token, float32 (n, D). tokens: all of them, float16 (n, L, D); they are layer-normalised, so of size
+# one, and half precision keeps three digits. pixels: the clean views themselves, uint8 (n, S, S, 3).
+Kept = Literal["pooled", "tokens", "pixels"]
+_CHUNK = 128
+
+
+def default_encoder(model: ModelConfig) -> EncoderName:
+    """The encoder that probes read: the moving average where there is one (as in DINO), else the only one."""
+    return "target" if model.target == "ema" else "context"
+
+
+def encoder_of(model: IWM, which: EncoderName) -> VisionTransformer:
+    """The module that ``which`` names; with a shared target both names mean the same one."""
+    return model.encoder if which == "context" or model.target_encoder is None else model.target_encoder
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's parameters lie."""
+    return next(model.parameters()).device
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Evaluation mode without autograd; each model's own mode is put back afterwards."""
+    was_training = [model.training for model in models]
+    for model in models:
+        model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        for model, training in zip(models, was_training, strict=True):
+            model.train(training)
+
+
+def row_chunks(batches: Tensor | Iterable[Tensor], chunk: int) -> Iterator[Tensor]:
+    """The rows of one tensor, or of several in turn, in pieces of at most ``chunk``."""
+    for batch in (batches,) if isinstance(batches, Tensor) else batches:
+        yield from batch.split(chunk)
+
+
+def pooled_features(
+    models: Sequence[IWM], batches: Tensor | Iterable[Tensor], *, which: EncoderName, chunk: int = _CHUNK
+) -> list[Tensor]:
+    """Mean-pooled tokens (n, D), float32 on the CPU, for each model, of clean uint8 images (b, S, S, 3).
+
+    Each image is read once, whatever the number of models: decoding is often the dearer part.
+    """
+    rows: list[list[Tensor]] = [[] for _ in models]
+    with evaluating(*models):
+        for images in row_chunks(batches, chunk):
+            for model, out in zip(models, rows, strict=True):
+                out.append(torch.from_numpy(_keep(encoder_of(model, which), images, "pooled")))
+    if not rows or not rows[0]:
+        raise ValueError("batches holds no image; at least one is needed")
+    return [torch.cat(out) for out in rows]
+
+
+def read_features(
+    encoders: Sequence[VisionTransformer],
+    split: Split,
+    keep: Kept,
+    *,
+    cache: FeatureCache | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Features]:
+    """What is to be kept of ``split``, for each encoder; the images are read once, and not at all where all is cached.
+
+    ``progress`` is called with (images done, images). Without ``cache`` the result lies in memory. What was left out is
+    in ``split.bad`` either way. UserError as ``split.read``.
+    """
+    keys = [_key(encoder, split, keep) for encoder in encoders] if cache is not None else [{} for _ in encoders]
+    found = [cache.find(key) if cache is not None else None for key in keys]
+    missing = [place for place, features in enumerate(found) if features is None]
+    for features in found:
+        if features is not None:
+            split.accept(features.left_out, features.labels)
+    if missing:
+        with ExitStack() as stack:
+            rooms = [stack.enter_context(_room(cache, keys[i], encoders[i], split, keep)) for i in missing]
+            _fill(rooms, [encoders[i] for i in missing], split, keep, progress)
+        for place, room in zip(missing, rooms, strict=True):
+            published = cache.find(keys[place]) if cache is not None and room.kept else None
+            found[place] = published if published is not None else room.features()
+    return [features for features in found if features is not None]
+
+
+def _fill(
+    rooms: Sequence[Room],
+    encoders: Sequence[VisionTransformer],
+    split: Split,
+    keep: Kept,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    done = 0
+    with evaluating(*encoders):
+        for images, labels in split.read():
+            for first in range(0, len(images), _CHUNK):
+                part = images[first : first + _CHUNK]
+                for room, encoder in zip(rooms, encoders, strict=True):
+                    room.add(_keep(encoder, part, keep), labels[first : first + _CHUNK])
+            done += len(images)
+            if progress is not None:
+                progress(done, len(split))
+    for room in rooms:
+        room.left_out = dict(split.bad)
+    if progress is not None and done < len(split):
+        progress(len(split), len(split))
+
+
+def _keep(encoder: VisionTransformer, images: Tensor, keep: Kept) -> NDArray[Any]:
+    if keep == "pixels":
+        pixels: NDArray[Any] = images.cpu().numpy()
+        return pixels
+    tokens = encoder(images.to(device_of(encoder))).unflatten(0, (len(images), -1))  # (b, L, D)
+    kept: NDArray[Any] = (tokens.float().mean(dim=1) if keep == "pooled" else tokens.half()).cpu().numpy()
+    return kept
+
+
+@contextmanager
+def _room(
+    cache: FeatureCache | None, key: dict[str, Any], encoder: VisionTransformer, split: Split, keep: Kept
+) -> Iterator[Room]:
+    shape, kind = {
+        "pooled": ((encoder.width,), np.float32),
+        "tokens": ((encoder.patches, encoder.width), np.float16),
+        "pixels": ((encoder.image, encoder.image, 3), np.uint8),
+    }[keep]
+    labels = ((len(split), *split.label_shape), np.uint8 if split.label_shape else np.int64)
+    if cache is None:
+        yield Room(np.empty((len(split), *shape), kind), np.empty(*labels))
+        return
+    with cache.filling(key, ((len(split), *shape), kind), labels) as room:
+        yield room
+
+
+def _key(encoder: VisionTransformer, split: Split, keep: Kept) -> dict[str, Any]:
+    """All that the features depend on. Heads are not in the weights' shapes, and pixels do not depend on weights."""
+    shape = [encoder.image, encoder.patch, encoder.heads]
+    weights = None if keep == "pixels" else weights_digest(encoder)
+    return {"keep": keep, "encoder": shape, "weights": weights, "images": split.fingerprint()}

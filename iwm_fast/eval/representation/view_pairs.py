@@ -1,0 +1,133 @@
+"""Pairs of views of clean images under a run's own actions, and which components of the action can be told from them.
+
+A pair is drawn as training draws it, source first, with two differences: it starts from the whole clean image, and its
+colour jitter is drawn as the bank draws it, so that it is always applied and its strength can be asked for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from iwm_fast.actions.transforms import ActionSpace, Component, Jitter
+from iwm_fast.config import ActionsConfig
+from iwm_fast.data.views.sampling import draw_bank, draw_views
+from iwm_fast.eval.world_model.bank import JITTER_COMPONENTS, jittered_views, varying
+from iwm_fast.eval.world_model.components import DESTRUCTIVE
+from iwm_fast.eval.world_model.rendering import clean_views, render
+
+__all__ = ["FEWEST", "Pairs", "draw_pairs", "left_out", "left_out_line", "only_where"]
+
+Floats = NDArray[np.float64]
+
+# With fewer, more than one resample in 20,000 has none of them and the ends of an interval mean nothing.
+FEWEST = 10
+# How strongly a thing was done says something only of the pairs to which it was done.
+_ONLY_WHERE = {"blur_sigma": "blur", "solarize_threshold": "solarize"}
+
+
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """Two views of each image, uint8 (n, S, S, 3), source first, and what leads from it to the target.
+
+    action: float64 (n, K), normalised as `actions.COMPONENTS` says and of difference form, a column a name.
+    """
+
+    first: Tensor
+    second: Tensor
+    action: Floats
+    names: tuple[str, ...]
+
+
+def draw_pairs(images: Tensor, actions: ActionsConfig, *, first_sample: int = 0, seed: int = 0) -> Pairs:
+    """Two views of each clean image (n, S, S, 3) uint8; a function of (seed, first_sample + row) alone.
+
+    The action is target minus source whatever ``actions.form``, of all components of the configuration's groups.
+    """
+    count, side = images.shape[:2]
+    samples = first_sample + np.arange(count, dtype=np.int64)
+    views = draw_views(actions, seed, np.zeros(count, np.int64), samples, np.full((count, 2), side))
+    if views.shared_geometry:  # of training's crop, which both views start from, the predictor is told nothing
+        whole = clean_views(side, count).target_geometry
+        views = dataclasses.replace(views, target_geometry=whole, source_geometry=whole)
+    drawn: list[Jitter] = []
+    if varying(actions):
+        drawn = [draw_bank(actions, seed, int(sample), 2) for sample in samples]
+        source, target = (
+            Jitter(**{n: np.stack([getattr(j, n)[i] for j in drawn]) for n in JITTER_COMPONENTS}) for i in (0, 1)
+        )
+        views = dataclasses.replace(views, source=source, target=target)
+    if views.shared_geometry and not any(getattr(actions, f"{name}_probability") for name in DESTRUCTIVE):
+        jitters = drawn or [Jitter.neutral(2)] * count
+        both = torch.stack([jittered_views(image, jitter) for image, jitter in zip(images, jitters, strict=True)])
+        first, second = both[:, 0], both[:, 1]
+    else:
+        first, second = render(images, views)
+    space = ActionSpace(actions.groups)
+    return Pairs(first, second, space.encode(views).astype(np.float64), space.names)
+
+
+def only_where(action: Floats, names: Sequence[str], name: str) -> NDArray[np.bool_]:
+    """Which pairs (n,) component ``name`` is asked of: all; but sigma and threshold of those blurred or solarized.
+
+    ``action`` and ``names``: of `Pairs`.
+    """
+    flag = _ONLY_WHERE.get(name)
+    if flag is None:
+        return np.ones(len(action), bool)
+    return np.asarray(action[:, names.index(flag)] > 0.5)
+
+
+def left_out(actions: ActionsConfig, *, training: Floats, test: Floats) -> dict[str, str]:
+    """Components that cannot be told from pairs, and why: by the configuration, or as the pairs were drawn.
+
+    ``training``, ``test``: their actions, of `Pairs`.
+    """
+    space = ActionSpace(actions.groups)
+    reasons = {}
+    for component in space.components:
+        reason = _still(actions, component.name)
+        for which, action in (("training", training), ("test", test)):
+            reason = reason or _too_few(component, action, space.names, which)
+        if reason is not None:
+            reasons[component.name] = reason
+    return reasons
+
+
+def left_out_line(reasons: Mapping[str, str]) -> str:
+    """The names by reason, in one line: "a, b (why), c (why)"."""
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        by_reason.setdefault(reason, []).append(name)
+    return ", ".join(f"{', '.join(names)} ({reason})" for reason, names in by_reason.items())
+
+
+def _still(actions: ActionsConfig, name: str) -> str | None:
+    """The key that keeps a component neutral, or None."""
+    if name in JITTER_COMPONENTS:
+        keys = ["strength", name]
+    else:
+        key = f"{name.partition('_')[0]}_probability"  # of blur and blur_sigma, rotation_1 to rotation_3
+        keys = [key] if hasattr(actions, key) else []
+    return next((f"actions.{key} is 0" for key in keys if getattr(actions, key) == 0), None)
+
+
+def _too_few(component: Component, action: Floats, names: Sequence[str], which: str) -> str | None:
+    """Why these pairs cannot teach or test the component, or None."""
+    rows = only_where(action, names, component.name)
+    values = action[rows, names.index(component.name)]
+    if len(values) < min(FEWEST, len(rows)):
+        return f"{len(values)} of {len(rows)} {which} pairs have a {_ONLY_WHERE[component.name]}; {FEWEST} are needed"
+    if np.ptp(values) == 0:
+        return f"the same in all {len(values)} {which} pairs that it is asked of"
+    if component.unit == "flag" and (with_it := int(values.sum())) < FEWEST:
+        return f"{with_it} of {len(values)} {which} pairs have it; {FEWEST} are needed"
+    if component.unit == "flag" and (without := len(values) - with_it) < FEWEST:
+        return f"{without} of {len(values)} {which} pairs are without it; {FEWEST} are needed"
+    return None

@@ -1,0 +1,222 @@
+"""Which actions a training drew, and what of an action that somebody gives lies outside of them.
+
+Legend: A components of an action vector, n actions.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from iwm_fast.actions.external import ExternalSpace
+from iwm_fast.actions.transforms import COMPONENTS, NO_SOLARIZE, ActionSpace
+from iwm_fast.config import ActionsConfig
+from iwm_fast.errors import UserError
+from iwm_fast.eval.world_model.infer_action import Bounds, jitter_bounds
+
+__all__ = ["at_bound", "checked_values", "search_box", "trained_box", "warn", "warn_outside"]
+
+# Of a component's range: what float32 may be off by where a value is put together from two.
+_SLACK = 1e-4
+# Of the width that was searched: nearer to an end than this counts as at the end.
+_AT_END = 1e-3
+_COMPONENTS = {component.name: component for component in COMPONENTS}
+
+
+def trained_box(actions: ActionsConfig, space: ActionSpace) -> Bounds:
+    """The lowest and highest action (A,) float32 that views of this configuration, or its manifest, can have.
+
+    A crop's place depends on the images' shapes and has a bound that no image of up to 4:1 passes.
+    """
+    if isinstance(space, ExternalSpace):
+        return _external_box(space)
+    low, high = jitter_bounds(actions, space)
+    for name, reach in _highest(actions).items():
+        if name in space.slices:
+            own = space.slices[name]
+            high[own] = reach
+            low[own] = -reach if name.startswith("crop_") else 0.0
+    return low, high
+
+
+def _external_box(space: ExternalSpace) -> Bounds:
+    if space.external.kind == "discrete":
+        return np.zeros(space.dim, np.float32), np.ones(space.dim, np.float32)
+    ends = space.encode_values(np.array([space.external.low, space.external.high], np.float64))
+    return ends[0], ends[1]
+
+
+def _highest(actions: ActionsConfig) -> dict[str, float]:
+    """The encoded value that each component reaches, the jitter's left out."""
+    blurred, solarized = float(actions.blur_probability > 0), float(actions.solarize_probability > 0)
+    (scale_low, scale_high), (narrow, wide) = actions.crop_scale, actions.crop_aspect
+    # Width and height are square roots of area times or over aspect.
+    ratio = 0.5 * math.log(scale_high * wide / (scale_low * narrow))
+    smallest = math.sqrt(scale_low * min(narrow, 1 / wide)) / 2
+    turned = float(actions.rotation_probability > 0)
+    return {
+        "grayscale": float(actions.grayscale_probability > 0),
+        "blur": blurred,
+        "blur_sigma": blurred * actions.blur_sigma[1] / _COMPONENTS["blur_sigma"].range,
+        "solarize": solarized,
+        "solarize_threshold": solarized * (255 - actions.solarize_threshold) / 255,
+        "crop_x": 1 / smallest,
+        "crop_y": 1 / smallest,
+        "crop_w": ratio,
+        "crop_h": ratio,
+        "flip": float(0 < actions.flip_probability < 1),
+        "rotation_1": turned,
+        "rotation_2": turned,
+        "rotation_3": turned,
+    }
+
+
+def search_box(bounds: Mapping[str, tuple[float, float]] | None, actions: ActionsConfig, space: ActionSpace) -> Bounds:
+    """Lowest and highest action (A,) of `bounds`, lowest and highest physical values by name; the others neutral.
+
+    None: the jitter that training drew; of external actions what their manifest declares. UserError for bounds that are
+    no such pairs.
+    """
+    if bounds is None:
+        return trained_box(actions, space) if isinstance(space, ExternalSpace) else jitter_bounds(actions, space)
+    if not isinstance(bounds, Mapping) or not bounds:
+        raise UserError("bounds: give the components to search, as {'brightness': (-0.4, 0.4)}")
+    for name, pair in bounds.items():
+        try:
+            low, high = (float(end) for end in pair)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"bounds of {name} are {pair!r:.60}: give (lowest, highest)") from error
+        if low > high:
+            raise UserError(f"bounds of {name} are {low:g} and {high:g}: give the lowest first")
+    ends = [space.vector(checked_values({n: pair[i] for n, pair in bounds.items()}, space)) for i in (0, 1)]
+    return np.minimum(*ends), np.maximum(*ends)
+
+
+def at_bound(action: NDArray[np.float32], box: Bounds, space: ActionSpace) -> tuple[str, ...]:
+    """Names of the components that lie at an end of the box they were searched in.
+
+    Not where the end is natural, with nothing beyond it: a flag's 0 and 1, a sigma of 0, the first and last levels.
+    """
+    natural = {c.name: (0.0, 1.0) for c in space.components if c.unit in ("flag", "levels")} | {"blur_sigma": (0.0,)}
+    found = []
+    for name, value, low, high in zip(space.names, action, *box, strict=True):
+        near = [end for end in (low, high) if abs(value - end) <= _AT_END * (high - low)] if high > low else []
+        if any(min((abs(end - own) for own in natural.get(name, ())), default=1.0) > _AT_END for end in near):
+            found.append(name)
+    return tuple(found)
+
+
+def checked_values(values: Mapping[Any, Any], space: ActionSpace) -> dict[str, float]:
+    """Physical values by name, each a finite number that the component can have. UserError for any that is not."""
+    found: dict[str, float] = {}
+    for name, value in values.items():
+        if name not in space.names:
+            raise UserError(f"action: {name!r} is no component of this action; there are {', '.join(space.names)}")
+        found[name] = _number(name, value)
+        allowed = _impossible(name, found[name], space)
+        if allowed:
+            raise UserError(f"action: {name} is {found[name]:g}: {allowed}")
+    _require_together(found, space)
+    return found
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: torch's, of several elements
+        raise UserError(f"action: {name} is {value!r:.60}; give one number") from error
+    if not math.isfinite(number):
+        raise UserError(f"action: {name} is {number}; give a finite number")
+    return number
+
+
+def _impossible(name: str, value: float, space: ActionSpace) -> str | None:
+    """What a component can be, where the value is nothing of that kind."""
+    if isinstance(space, ExternalSpace):
+        choice = space.external.kind == "discrete" and value not in (0.0, 1.0)
+        return "a choice is 1, and the others 0" if choice else None
+    component = _COMPONENTS.get(name)
+    if component is not None and component.unit == "flag" and value not in (0.0, 1.0):
+        return "a flag is 0 or 1"
+    if name == "blur_sigma" and value < 0:
+        return "a sigma is 0 pixels (none) or more"
+    if name == "solarize_threshold" and not 0 <= value <= NO_SOLARIZE:
+        return f"a threshold is a level from 0 to 255, or {NO_SOLARIZE} for none"
+    return None
+
+
+def _require_together(values: Mapping[str, float], space: ActionSpace) -> None:
+    """UserError for values that contradict each other, or a flag without the number that says how strong it is."""
+    if isinstance(space, ExternalSpace):
+        chosen = [name for name, value in values.items() if value] if space.external.kind == "discrete" else []
+        if len(chosen) > 1:
+            raise UserError(
+                f"action: {' and '.join(chosen)} are both chosen; an action is one of {', '.join(space.names)}"
+            )
+        return
+    turns = [name for name in ("rotation_1", "rotation_2", "rotation_3") if values.get(name)]
+    if len(turns) > 1:
+        raise UserError(f"action: {' and '.join(turns)} are both 1; a view is turned once")
+    for flag, number, none in (("blur", "blur_sigma", 0.0), ("solarize", "solarize_threshold", float(NO_SOLARIZE))):
+        if flag not in values:
+            continue
+        strong = values.get(number, none) != none
+        if bool(values[flag]) != strong:
+            why = f"give {number} too" if values[flag] else f"{number} is {values.get(number):g}"
+            raise UserError(f"action: {flag} is {values[flag]:g}: {why}")
+
+
+def _told(action: NDArray[np.float32], space: ActionSpace) -> dict[str, float]:
+    """Physical values by name of one action (A,), not rounded: a flag that is half on is 0.5."""
+    decoded = {name: value[0] for name, value in space.decode(action[None]).items()}
+    return {
+        name: float(action[space.names.index(name)] if isinstance(value, np.bool_) else value)
+        for name, value in decoded.items()
+    }
+
+
+def warn_outside(rows: NDArray[np.float32], actions: ActionsConfig, space: ActionSpace) -> None:
+    """UserError for numbers of `rows` (n, A) that are not finite; one warning for components that training never had.
+
+    Such a prediction extrapolates: nothing was learned of it.
+    """
+    names = space.names
+    if not np.isfinite(rows).all():
+        row, column = np.argwhere(~np.isfinite(rows))[0]
+        where = f" of action {row}" if len(rows) > 1 else ""
+        raise UserError(f"action: {names[column]}{where} is {rows[row, column]}; give finite numbers")
+    low, high = trained_box(actions, space)
+    outside = (rows < low - _SLACK) | (rows > high + _SLACK)
+    if not outside.any():
+        return
+    ends = [_told(end, space) for end in (low, high)]
+    said = []
+    for column in np.flatnonzero(outside.any(axis=0)):
+        name, row = names[column], int(np.flatnonzero(outside[:, column])[0])
+        value = _told(rows[row], space)[name]
+        if low[column] == high[column]:
+            said.append(f"{name} {value:.4g}, which never varied")
+        else:
+            said.append(f"{name} {value:.4g}, not in {_span(name, ends)}")
+    warn(f"action outside of what training drew, the prediction extrapolates: {'; '.join(said)}")
+
+
+def _span(name: str, ends: list[dict[str, float]]) -> str:
+    first, last = sorted(end[name] for end in ends)
+    component = _COMPONENTS.get(name.removeprefix("source_").removeprefix("target_"))
+    unit = f" {component.unit}" if component is not None and component.unit != "flag" else ""
+    return f"{first:.4g} to {last:.4g}{unit}"
+
+
+def warn(message: str) -> None:
+    """Warn at the line outside of this package that asked."""
+    level, frame = 1, inspect.currentframe()
+    while frame is not None and frame.f_globals.get("__name__", "").startswith(("iwm_fast.", "torch.")):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, UserWarning, stacklevel=level)

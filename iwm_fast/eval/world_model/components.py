@@ -1,0 +1,120 @@
+"""Banks of one component of the action alone: what of the world does a model know?
+
+brightness, contrast, saturation, hue: the bank varies that one and leaves the others neutral. grayscale, blur,
+solarize: they are done to the source, which is destroyed so and told of; the bank is the jittered views of the clean
+image. flip, rotation, crop (the geometric group): a bank of their distinct values, two, four and as many crops as asked
+for, each with its own chance. Views that are no jitter are rendered by the graph that renders those of training.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from iwm_fast.actions.transforms import NO_SOLARIZE, ActionSpace
+from iwm_fast.config import ActionsConfig
+from iwm_fast.data.views.sampling import draw_views
+from iwm_fast.errors import UserError
+from iwm_fast.eval.world_model.bank import JITTER_COMPONENTS, Bank, make_bank, varying
+from iwm_fast.eval.world_model.rendering import clean_views, render
+
+__all__ = ["DESTRUCTIVE", "GEOMETRIC", "component_bank", "components"]
+
+DESTRUCTIVE = ("grayscale", "blur", "solarize")
+GEOMETRIC = ("flip", "rotation", "crop")
+
+
+def components(actions: ActionsConfig) -> list[str]:
+    """Those that the configuration trains with: a component that a model has never been told of is not asked for."""
+    names = varying(actions)
+    if names:  # the bank of a destroyed source is of jitters
+        names += [name for name in DESTRUCTIVE if getattr(actions, f"{name}_probability") > 0]
+    if "geometric" in actions.groups:
+        names += [name for name in ("flip", "rotation") if getattr(actions, f"{name}_probability") > 0]
+        names += ["crop"] if actions.crop_scale[0] < 1 else []
+    return names
+
+
+def component_bank(
+    actions: ActionsConfig,
+    space: ActionSpace,
+    image: Tensor,
+    sample: int,
+    count: int,
+    *,
+    seed: int = 0,
+    vary: str | None = None,
+) -> Bank:
+    """The bank of ``image`` (S, S, 3) uint8, number ``sample``: all of the jitter, or what ``vary`` names alone.
+
+    ``count``: items, but for flip (2) and rotation (4). ValueError for an unknown name, or one of the geometric group
+    that the actions leave out.
+    """
+    if vary is None or vary in JITTER_COMPONENTS:
+        return make_bank(actions, space, sample, count, seed=seed, vary=vary)
+    if vary in DESTRUCTIVE:
+        return _destroyed(actions, space, image, sample, count, seed, vary)
+    if vary in GEOMETRIC and "geometric" in space.groups:
+        return _moved(actions, space, image, sample, count, seed, vary)
+    known = (*JITTER_COMPONENTS, *DESTRUCTIVE, *(GEOMETRIC if "geometric" in space.groups else ()))
+    raise ValueError(f"vary is {vary!r}; it must be one of {', '.join(known)}, or None")
+
+
+def _destroyed(
+    actions: ActionsConfig, space: ActionSpace, image: Tensor, sample: int, count: int, seed: int, what: str
+) -> Bank:
+    """The jittered bank, asked for from a source that has lost its colour, its detail, or the order of its levels."""
+    bank = make_bank(actions, space, sample, count, seed=seed)
+    side = image.shape[0]
+    drawn = draw_views(actions, seed, np.zeros(1, np.int64), np.array([sample]), np.array([[side, side]]))
+    # Drawn as in training, but always applied: the midpoint where this sample's own draw is "no blur".
+    sigma = float(drawn.blur_sigma[0]) or sum(actions.blur_sigma) / 2
+    rows = np.zeros(count, np.int64)
+    clean = clean_views(side, 1)
+    destroyed = dataclasses.replace(
+        clean,
+        grayscale=np.array([what == "grayscale"]),
+        blur_sigma=np.array([sigma if what == "blur" else 0], np.float32),
+        solarize_threshold=np.array([actions.solarize_threshold if what == "solarize" else NO_SOLARIZE]),
+    )
+    told = dataclasses.replace(destroyed.take(rows), target=bank.jitter)
+    return Bank(bank.jitter, space.encode(told), source=render(image[None], destroyed)[0][0])
+
+
+def _moved(
+    actions: ActionsConfig, space: ActionSpace, image: Tensor, sample: int, count: int, seed: int, what: str
+) -> Bank:
+    """The image mirrored, turned, or in part, and the actions that lead there from all of it."""
+    side = image.shape[0]
+    if what == "rotation":
+        # Only sources are turned: seen from a target turned by k, the image is a source turned by -k.
+        views = clean_views(side, 4)
+        turned = dataclasses.replace(views.source_geometry, rotation=-np.arange(4) % 4)
+        told = dataclasses.replace(views, source_geometry=turned, shared_geometry=False)
+        pictures = torch.stack([torch.rot90(image, turns, (0, 1)) for turns in range(4)])
+        return Bank(views.target, space.encode(told), pictures=pictures)
+    if what == "flip":
+        views = clean_views(side, 2)
+        target = dataclasses.replace(views.target_geometry, flip=np.array([False, True]))
+    else:
+        views = clean_views(side, count)
+        target = dataclasses.replace(views.target_geometry, crop=_crops(actions, side, sample, count, seed))
+    told = dataclasses.replace(views, target_geometry=target, shared_geometry=False)
+    return Bank(views.target, space.encode(told), pictures=render(image[None], told)[1])
+
+
+def _crops(actions: ActionsConfig, side: int, sample: int, count: int, seed: int) -> np.ndarray:
+    """Distinct boxes of a view of ``side`` pixels, drawn as training draws them: int64 (count, 4)."""
+    size = np.full((4 * count, 2), side)
+    # Epochs number the draws of this sample. Small views have few boxes, so more are drawn than wanted.
+    drawn = draw_views(actions, seed, np.arange(4 * count), np.full(4 * count, sample), size).target_geometry.crop
+    distinct = drawn[np.sort(np.unique(drawn, axis=0, return_index=True)[1])]
+    if len(distinct) < count:
+        raise UserError(
+            f"actions: views of {side} pixels have {len(distinct)} distinct crops in {4 * count} draws, and the bank "
+            f"{count} places; lower eval.bank"
+        )
+    return distinct[:count]

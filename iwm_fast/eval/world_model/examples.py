@@ -1,0 +1,95 @@
+"""Pictures of the world model at work: what it was asked for, and what it takes for the answer, in order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from iwm_fast.actions.transforms import ActionSpace
+from iwm_fast.config import Config
+from iwm_fast.eval.representation.features import device_of, evaluating
+from iwm_fast.eval.world_model.bank import JITTER_COMPONENTS, jittered_views, make_bank, varying
+from iwm_fast.eval.world_model.mrr import bank_distances
+from iwm_fast.models.iwm import IWM
+
+__all__ = ["RankedExample", "RankedView", "first_ranked", "ranked_examples"]
+
+
+@dataclass(frozen=True)
+class RankedView:
+    """A view of the bank, uint8 (S, S, 3), its place in a ranking (1 is nearest), and whether it was asked for."""
+
+    image: np.ndarray
+    place: int
+    true: bool
+
+
+@dataclass(frozen=True)
+class RankedExample:
+    """One image, one action of its bank, and the views that stand first for the model and for two controls."""
+
+    source: np.ndarray  # uint8 (S, S, 3), clean
+    target: np.ndarray  # uint8 (S, S, 3), the source under the action
+    action: dict[str, float]  # brightness, contrast, saturation: factors; hue: degrees; or external values by name
+    bank: int
+    rank: float  # of the target among the bank, for the model
+    rank_shuffled: float
+    rank_neutral: float
+    ranked: tuple[RankedView, ...]
+    shuffled: tuple[RankedView, ...]
+    neutral: tuple[RankedView, ...]
+
+
+def first_ranked(distances: np.ndarray, views: np.ndarray, true: int, count: int) -> tuple[RankedView, ...]:
+    """The ``count`` nearest of the views (N, S, S, 3), by their distances (N,); ``true`` is what was asked for."""
+    order = np.argsort(distances, kind="stable")[:count]
+    return tuple(RankedView(views[item], place, bool(item == true)) for place, item in enumerate(order, start=1))
+
+
+def ranked_examples(
+    model: IWM,
+    config: Config,
+    space: ActionSpace,
+    images: Tensor,
+    *,
+    bank: int = 256,
+    shown: int = 8,
+    seed: int = 0,
+    chunk: int = 64,
+) -> list[RankedExample]:
+    """An example for each clean image (n, S, S, 3) uint8: its bank's first action is asked for, so none is chosen.
+
+    ``shown``: views kept of the model's ranking; of each control's, half as many. Distance: L2 over all tokens. The
+    banks are those of ``mean_reciprocal_rank`` with the same seed. None where the configuration has no jitter.
+    """
+    if not varying(config.actions):
+        return []
+    examples = []
+    queries = np.arange(2, dtype=np.int64)  # the second gives the shuffled action
+    with evaluating(model):
+        for i, image in enumerate(images):
+            drawn = make_bank(config.actions, space, i, bank, seed=seed)
+            source = image.to(device_of(model))
+            found = bank_distances(model, source, drawn, queries, normalize=config.model.normalize_target, chunk=chunk)
+            views = torch.cat([part.cpu() for part in jittered_views(source, drawn.jitter).split(chunk)]).numpy()
+            ranks = found.ranks("l2")
+            rows = found.answers["l2"]
+            few = max(1, shown // 2)
+            examples.append(
+                RankedExample(
+                    source=source.cpu().numpy(),
+                    target=views[0],
+                    action={name: float(getattr(drawn.jitter, name)[0]) for name in JITTER_COMPONENTS},
+                    bank=bank,
+                    rank=float(ranks["model"][0]),
+                    rank_shuffled=float(ranks["shuffled"][0]),
+                    rank_neutral=float(ranks["neutral"][0]),
+                    ranked=first_ranked(rows[0], views, 0, shown),
+                    shuffled=first_ranked(rows[1], views, 0, few),
+                    neutral=first_ranked(found.neutral["l2"], views, 0, few),
+                )
+            )
+    return examples

@@ -1,0 +1,91 @@
+"""The pictures of triplets as evaluation reads them: whole, at the model's size, each once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from iwm_fast.config import Config
+from iwm_fast.data.eval_images import load_clean, whole_image
+from iwm_fast.data.sources import top_level
+from iwm_fast.data.sources.split_names import split_kind
+from iwm_fast.data.triplets import Triplets, find_manifest, read_triplets
+from iwm_fast.errors import UserError
+from iwm_fast.eval.unusable import LeftOut
+from iwm_fast.printable import printable
+
+__all__ = ["FrameReader", "find_triplets", "open_triplets"]
+
+
+def open_triplets(root: str | Path, config: Config) -> Triplets:
+    """The triplets to test on, of the manifest that `find_triplets` finds.
+
+    UserError where there is none, or its actions are not those that the run was trained on.
+    """
+    return read_triplets(find_triplets(root)[0], config.actions.external)
+
+
+def find_triplets(root: str | Path) -> tuple[Path, list[str]]:
+    """(the manifest to test on, the manifests beside it that are not used).
+
+    The manifest itself, or that of the folder, or of its folder test/ (else val/, see `data.layout`), which comes
+    first.
+    UserError where there is none, or two folders are equally good.
+    """
+    below: dict[str, list[Path]] = {"test": [], "val": []}
+    for name in top_level(root)[0]:
+        manifest = find_manifest(Path(root) / name) if split_kind(name) in below else None
+        if manifest is not None:
+            below[str(split_kind(name))].append(manifest)
+    own = find_manifest(Path(root))
+    order = [*below["test"], *below["val"], *([own] if own is not None else [])]
+    if not order:
+        raise UserError(
+            f"{printable(str(root))}: the run was trained on triplets, and this is no manifest of them: give a .jsonl "
+            "or .parquet file, or a folder that holds manifest.jsonl, manifest.parquet, or test/ (or val/) with one"
+        )
+    first = below["test"] or below["val"]
+    if len(first) > 1:
+        names = " and ".join(printable(str(manifest.parent)) for manifest in first[:2])
+        raise UserError(f"{names} both hold triplets to test on; give one of them")
+    return order[0], [str(manifest) for manifest in order[1:]]
+
+
+class FrameReader:
+    """Pictures of triplets by their place in `frames`; those that cannot be decoded are in ``bad`` with the reason."""
+
+    def __init__(self, triplets: Triplets, config: Config) -> None:
+        self.triplets = triplets
+        self.left_out = LeftOut(str(triplets.manifest), len(triplets.frames), config.data.max_bad_fraction)
+        self._size, self._data = config.model.image, config.data
+
+    @property
+    def bad(self) -> dict[str, str]:
+        """Why, by file."""
+        return self.left_out.reasons
+
+    def read(self, frames: NDArray[np.int64]) -> tuple[Tensor, NDArray[np.bool_]]:
+        """uint8 (n, S, S, 3) on the CPU, and whether each was decoded, bool (n,); the others are black."""
+        needed, place = np.unique(frames, return_inverse=True)
+        files = self.triplets.frames.take(needed)
+        pictures = torch.zeros(len(needed), self._size, self._size, 3, dtype=torch.uint8)
+        good = np.zeros(len(needed), bool)
+        for clean in load_clean(
+            files,
+            self._size,
+            device=self._data.device,
+            threads=self._data.threads,
+            max_pixels=self._data.max_pixels,
+            crop=whole_image,
+            wait_s=self._data.wait_s,
+            readers=self._data.readers,
+            hw_decoder_load=self._data.hw_decoder_load,
+        ):
+            pictures[torch.from_numpy(clean.rows)] = clean.images.cpu()
+            good[clean.rows] = True
+            self.bad.update({files.name(row): reason for row, reason in clean.failed.items()})
+        return pictures[torch.from_numpy(place)], good[place]

@@ -1,0 +1,146 @@
+"""From two representations to the action between them: a search through the predictor.
+
+Legend: A components of an action, d of them searched, K starts refined at once, R numbers of a flattened answer.
+The box of allowed actions is covered by a Sobol sequence; the nearest answers are refined by damped Gauss-Newton steps
+(Levenberg 1944, Marquardt 1963) with differences of answers for derivatives: d is small, so a step costs 2d + 1
+answers a start, whatever the network, and where an action explains the target exactly it converges to that action.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from iwm_fast.actions.transforms import ActionSpace, Jitter
+from iwm_fast.config import ActionsConfig
+from iwm_fast.eval.world_model.bank import JITTER_COMPONENTS, varying
+
+__all__ = ["Answer", "Bounds", "Found", "jitter_bounds", "search_action"]
+
+Answer = Callable[[Tensor], Tensor]  # actions (n, A) float32 -> answers (n, ...) of the predictor
+Bounds = tuple[NDArray[np.float32], NDArray[np.float32]]  # lowest and highest action (A,)
+
+# Of a component's width. Central differences err by its square, 1e-4, and fp32's rounding of answers by 1e-7 over it;
+# both only slow the last steps, because a step is accepted by the distance that it reaches.
+_REACH = 1e-2
+_STILL = 1e-6  # of a component's width: steps shorter than this end the search
+
+
+@dataclass(frozen=True)
+class Found:
+    """The action (A,) float32 whose answer is nearest, and the L2 distance over all numbers of the answer."""
+
+    action: NDArray[np.float32]
+    distance: float
+
+
+def jitter_bounds(actions: ActionsConfig, space: ActionSpace) -> Bounds:
+    """The box of actions between any two views that the configuration's jitter can draw; all else neutral.
+
+    Differences reach twice as far as one view's own strength, absolute values as far.
+    """
+    low, high = np.zeros(space.dim, np.float32), np.zeros(space.dim, np.float32)
+    ends = [_extreme(actions, sign) for sign in (-1.0, 1.0)]
+    names = varying(actions)
+    for a in ends:
+        for b in ends:
+            corner = space.jitter_action(a, b)[0]
+            for name in (name for name in names if name in space.slices):
+                own = space.slices[name]
+                low[own], high[own] = np.minimum(low[own], corner[own]), np.maximum(high[own], corner[own])
+    return low, high
+
+
+def _extreme(actions: ActionsConfig, sign: float) -> Jitter:
+    """The weakest or strongest jitter of all components at once, as ``data.views`` bounds them."""
+    values = [max(0.0, 1.0 + sign * getattr(actions, name) * actions.strength) for name in JITTER_COMPONENTS[:3]]
+    # Just under a quarter turn each way: a difference of half a turn or more would come out wrapped.
+    values.append(sign * min(360.0 * min(actions.hue * actions.strength, 0.5), 89.9))
+    return Jitter(*(np.array([value], np.float32) for value in values))
+
+
+def search_action(
+    answer: Answer, target: Tensor, bounds: Bounds, *, candidates: int = 256, starts: int = 4, steps: int = 20
+) -> Found:
+    """The action within ``bounds`` whose answer is nearest to ``target`` (...), by L2; the neutral one takes part.
+
+    ``answer`` divides long batches by itself. Components whose bounds are equal keep that value. The same arguments
+    give the same action. ValueError where a lower bound is above its upper one.
+    """
+    low, high = (torch.from_numpy(np.asarray(end, np.float32)).to(target.device) for end in bounds)
+    if bool((low > high).any()):
+        raise ValueError(f"bounds are {low.tolist()} and {high.tolist()}; each lower must not be above its upper one")
+    searched = torch.nonzero(high > low)[:, 0]
+    tried = _cover(low, high, searched, candidates)
+    distances = (answer(tried).flatten(1).float() - target.flatten().float()).double().norm(dim=1)
+    nearest = distances.argsort(stable=True)[:starts]
+    best, reached = tried[nearest], distances[nearest]
+    if len(searched):
+        best, reached = _refine(answer, target, best, (low, high), searched, steps)
+    first = int(reached.argmin())
+    return Found(best[first].cpu().numpy(), float(reached[first]))
+
+
+def _cover(low: Tensor, high: Tensor, searched: Tensor, count: int) -> Tensor:
+    """Actions (count + 1, A): the neutral one as far as the bounds allow it, then a Sobol sequence over the box."""
+    actions = torch.zeros_like(low).clamp(low, high).repeat(count + 1, 1)
+    if len(searched):
+        drawn = torch.quasirandom.SobolEngine(len(searched), scramble=True, seed=0).draw(count).to(low)
+        actions[1:, searched] = low[searched] + (high - low)[searched] * drawn
+    return actions
+
+
+def _refine(
+    answer: Answer, target: Tensor, start: Tensor, bounds: tuple[Tensor, Tensor], searched: Tensor, steps: int
+) -> tuple[Tensor, Tensor]:
+    """Damped Gauss-Newton from each of ``start`` (K, A): the actions reached and their distances (K,) float64."""
+    low, high = bounds
+    width = (high - low)[searched].double()
+    wanted = target.flatten().double()
+
+    def residual(actions: Tensor) -> Tensor:
+        return answer(actions).flatten(1).double() - wanted
+
+    place, rest = start.clone(), residual(start)  # (K, A), (K, R)
+    damping = torch.full((len(start), 1, 1), 1e-2, dtype=torch.float64, device=start.device)
+    for _ in range(steps):
+        slope = _slope(residual, place, bounds, searched) * width[None, :, None]  # (K, d, R), a unit is a whole width
+        curvature = slope @ slope.transpose(1, 2)  # (K, d, d)
+        scale = torch.diag_embed(curvature.diagonal(dim1=1, dim2=2))
+        # The floor keeps the system solvable where a component moves nothing.
+        floor = (1e-12 * curvature.abs().amax(dim=(1, 2), keepdim=True) + 1e-30) * torch.eye(len(width)).to(curvature)
+        move = -torch.linalg.solve(curvature + damping * scale + floor, (slope @ rest[:, :, None]))[:, :, 0]
+        trial = place.clone()
+        trial[:, searched] += (move * width).to(trial)
+        trial = trial.clamp(low, high)
+        trial_rest = residual(trial)
+        better = trial_rest.norm(dim=1) < rest.norm(dim=1)
+        moved = ((trial - place)[:, searched].double() / width).abs().amax(dim=1)
+        place = torch.where(better[:, None], trial, place)
+        rest = torch.where(better[:, None], trial_rest, rest)
+        damping = torch.where(better[:, None, None], damping / 10, damping * 10).clamp(1e-9, 1e9)
+        if bool((moved < _STILL).all()):
+            break
+    return place, rest.norm(dim=1)
+
+
+def _slope(
+    residual: Callable[[Tensor], Tensor], place: Tensor, bounds: tuple[Tensor, Tensor], searched: Tensor
+) -> Tensor:
+    """Derivatives (K, d, R) float64 of the answers, by differences that stay within the bounds."""
+    low, high = bounds
+    count, components = len(place), len(searched)
+    reach = torch.zeros(components, len(low)).to(place)
+    reach[torch.arange(components), searched] = _REACH * (high - low)[searched]
+    ahead = torch.minimum(place[:, None] + reach, high)  # (K, d, A)
+    behind = torch.maximum(place[:, None] - reach, low)
+    both = residual(torch.cat([ahead.flatten(0, 1), behind.flatten(0, 1)]))
+    plus, minus = both.view(2, count, components, -1)
+    apart = (ahead - behind).sum(dim=2, dtype=torch.float64)  # (K, d): one component differs
+    slope: Tensor = (plus - minus) / apart[:, :, None]
+    return slope

@@ -1,0 +1,153 @@
+"""MRR on triplets: does the predictor, told what the player did, find the next frame among other next frames?
+
+The bank holds `bank` next frames of the set, drawn from it in an order that is a function of the seed alone, no two
+with the same pixels. The queries are as many triplets, the first in that order that differ in source, action or next
+frame: the source is encoded without a mask, the predictor is told the action and answers for all patches, and the whole
+bank is ranked by distance to the answer. Ranks, ties and distances are those of `mrr`; chance is H_n / n. A set with
+fewer distinct next frames, or triplets, has a smaller bank, or fewer queries.
+
+Controls keep source, bank and the frame that is looked for. ``shuffled`` tells the predictor the action of another
+query (a rotation of the drawn order; with few choices some are told their own all the same, which is counted).
+``neutral`` tells it the zero vector: no choice, or each component at its neutral value. ``bypass`` takes the source's
+representation for the answer: how far copying the last frame goes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from iwm_fast.data.randomness import permutation
+from iwm_fast.errors import UserError
+from iwm_fast.eval.representation.features import device_of, evaluating
+from iwm_fast.eval.stats import bootstrap_interval
+from iwm_fast.eval.world_model.distances import DISTANCES, between, points, ties
+from iwm_fast.eval.world_model.frames import FrameReader
+from iwm_fast.eval.world_model.mrr import CONTROLS, MrrResult, bank_points, mean_ranks
+from iwm_fast.models.blocks import layer_norm_rows
+from iwm_fast.models.iwm import IWM
+
+__all__ = ["NextFrames", "draw_next_frames", "rank_next_frames", "summarise_next_frames"]
+
+PROTOCOL = (
+    "The bank holds {bank} distinct next frames drawn from the set. Of each of {queries} distinct triplets the source "
+    "frame is encoded, the predictor is told the action that was taken and answers for all patches, and the bank is "
+    "ranked by the distance of each frame's representation to that. Mean of 1 / rank of the true next frame; interval "
+    "by bootstrap over queries; chance is H_n / n. Distance: L2 over all tokens."
+)
+
+
+@dataclass(frozen=True)
+class NextFrames:
+    """Q queries and a bank of N. rows: int64 (Q,), triplets; source: uint8 (Q, S, S, 3); actions: float32 (Q, A);
+    bank: uint8 (N, S, S, 3); truth: int64 (Q,), the place in the bank of each query's own next frame.
+    """
+
+    rows: NDArray[np.int64]
+    source: Tensor
+    actions: Tensor
+    bank: Tensor
+    truth: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def draw_next_frames(reader: FrameReader, bank: int, *, seed: int = 0) -> NextFrames:
+    """At most `bank` distinct next frames and as many distinct queries, in drawn order.
+
+    UserError where the set has fewer than two of either that can be decoded.
+    """
+    triplets = reader.triplets
+    order, vectors = permutation(seed, 0, len(triplets)), triplets.vectors()
+    places: dict[bytes, int] = {}  # of next frames in the bank, by their pixels
+    asked: dict[tuple[bytes, bytes, int], int] = {}  # rows, by source, action and next frame
+    sources: list[Tensor] = []
+    targets: list[Tensor] = []
+    for first in range(0, len(order), bank):
+        part = order[first : first + bank]
+        pictures, good = reader.read(np.concatenate([triplets.source[part], triplets.target[part]]))
+        for place in np.flatnonzero(good[: len(part)] & good[len(part) :]).tolist():
+            source, target, row = pictures[place], pictures[len(part) + place], int(part[place])
+            pixels = target.numpy().tobytes()
+            if pixels not in places:
+                if len(places) == bank:
+                    continue
+                places[pixels] = len(places)
+                targets.append(target)
+            query = source.numpy().tobytes(), vectors[row].tobytes(), places[pixels]
+            if query not in asked and len(asked) < bank:
+                asked[query] = row
+                sources.append(source)
+        if len(places) == len(asked) == bank:
+            break
+    if min(len(places), len(asked)) < 2:
+        why = "".join(f"; {path}: {reason}" for path, reason in list(reader.bad.items())[:3])
+        raise UserError(f"{triplets.manifest}: fewer than two distinct next frames to rank{why}")
+    rows = np.array(list(asked.values()), np.int64)
+    truth = np.array([place for *_, place in asked], np.int64)
+    return NextFrames(rows, torch.stack(sources), torch.from_numpy(vectors[rows]), torch.stack(targets), truth)
+
+
+def shuffled_actions(frames: NextFrames) -> Tensor:
+    """The action of the next query in the drawn order."""
+    return torch.roll(frames.actions, -1, dims=0)
+
+
+def rank_next_frames(
+    model: IWM,
+    frames: NextFrames,
+    *,
+    normalize: bool,
+    chunk: int = 64,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[MrrResult, dict[str, NDArray[np.float64]]]:
+    """The ranks, (Q, 1) each, and the L2 distances (Q, N) by what was ranked, a row a query.
+
+    normalize: the configuration's normalize_target. The model is left as it was.
+    """
+    device = device_of(model)
+    answers: dict[str, dict[str, list[np.ndarray]]] = {d: {w: [] for w in ("model", *CONTROLS)} for d in DISTANCES}
+    with evaluating(model):
+        bank = bank_points(model, frames.bank.to(device), chunk)
+        told = (frames.actions, shuffled_actions(frames), torch.zeros_like(frames.actions))
+        for rows in torch.arange(len(frames)).split(chunk):
+            z = model.encode(frames.source[rows].to(device), "context")
+            found = {
+                what: model.predict(z, actions[rows].to(device)).float()
+                for what, actions in zip(("model", "shuffled", "neutral"), told, strict=True)
+            }
+            found["bypass"] = layer_norm_rows(z).float() if normalize else z.float()
+            for what, answer in found.items():
+                for name, far in between(points(answer), bank).items():
+                    answers[name][what].append(far.cpu().numpy())
+            if progress is not None:
+                progress(int(rows[-1]) + 1, len(frames))
+    truth, near = frames.truth, ties(bank)
+    distances = {d: {what: np.concatenate(parts) for what, parts in by.items()} for d, by in answers.items()}
+    ranks = {
+        d: {what: mean_ranks(rows, truth, near[d])[:, None] for what, rows in by.items()} for d, by in distances.items()
+    }
+    return MrrResult(ranks, len(frames.bank)), distances["l2"]
+
+
+def summarise_next_frames(frames: NextFrames, found: MrrResult) -> dict[str, Any]:
+    """Names and values as `MrrResult.summary` has them, with what being told the true action is worth.
+
+    mrr_gain: the mean over queries of 1 / rank told the true action, less 1 / rank told the shuffled one, with its
+    interval. mrr_shuffled_same: the share of queries whose shuffled action is their own.
+    """
+    gain = (1 / found.ranks["l2"]["model"] - 1 / found.ranks["l2"]["shuffled"])[:, 0]
+    same = (frames.actions == shuffled_actions(frames)).all(dim=1)
+    return found.summary() | {
+        "mrr_gain": float(gain.mean()),
+        "mrr_gain_interval": list(bootstrap_interval(gain)),
+        "mrr_shuffled_same": float(same.double().mean()),
+        "mrr_protocol": PROTOCOL.format(bank=len(frames.bank), queries=len(frames)),
+    }

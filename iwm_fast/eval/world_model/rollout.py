@@ -1,0 +1,112 @@
+"""Roll-outs: predictions fed back through the predictor, and how far they are from the truth at each horizon.
+
+From a source frame the predictor is told the first action and answers for all patches; that answer, as it is, is its
+next source, with the next action, up to the horizon. The error at h is the mean square, over tokens and channels, of
+the prediction's difference to the target representation of the frame that came after h actions: the loss's own unit.
+Beside it: ``copy`` keeps the target representation of the first frame; ``shuffled`` is the model told another
+roll-out's actions. Nothing is trained for this: at h = 1 it is what training asked for, beyond it is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from iwm_fast.data.triplets import Triplets
+from iwm_fast.eval.representation.features import device_of, evaluating
+from iwm_fast.eval.stats import bootstrap_interval, evenly_spaced
+from iwm_fast.eval.world_model.frames import FrameReader
+from iwm_fast.models.iwm import IWM
+
+__all__ = ["ROLLOUT_LINES", "chains", "measure_rollouts", "rollout_errors"]
+
+ROLLOUT_LINES = ("model", "shuffled", "copy")
+STARTS = 128
+
+
+def chains(triplets: Triplets, horizon: int) -> NDArray[np.int64]:
+    """Rows of triplets that follow one another, int64 (n, horizon): each one's target file is the next one's source.
+
+    They are of one episode and of successive steps, where the manifest has these. Where several triplets could be the
+    next the way on is not known, and the chain ends.
+    """
+    nothing = np.zeros(len(triplets), np.int64)
+    episode = nothing if triplets.episode is None else triplets.episode
+    step, one = (nothing, 0) if triplets.step is None else (triplets.step, 1)
+    begins: dict[tuple[int, int, int], int] = {}
+    for row, key in enumerate(zip(episode.tolist(), step.tolist(), triplets.source.tolist(), strict=True)):
+        begins[key] = -1 if key in begins else row
+    ends = zip(episode.tolist(), (step + one).tolist(), triplets.target.tolist(), strict=True)
+    follows = np.array([begins.get(key, -1) for key in ends], np.int64)
+    rows = np.arange(len(triplets))[:, None]
+    for _ in range(horizon - 1):
+        rows = np.concatenate([rows, follows[rows[:, -1:]]], axis=1)
+        rows = rows[rows[:, -1] >= 0]
+    return rows
+
+
+def rollout_errors(model: IWM, frames: Tensor, actions: Tensor, *, chunk: int = 16) -> dict[str, NDArray[np.float64]]:
+    """Mean square errors (n, H) by line, of n roll-outs.
+
+    frames: uint8 (n, H + 1, S, S, 3), the first one's and those that came; actions: float32 (n, H, A). At least two
+    roll-outs, so that there are other actions to tell. The model is left as it was.
+    """
+    device = device_of(model)
+    lines: dict[str, list[Tensor]] = {name: [] for name in ROLLOUT_LINES}
+    others = torch.roll(actions, -1, dims=0)
+    with evaluating(model):
+        for rows in torch.arange(len(frames)).split(chunk):
+            seen = frames[rows].to(device)
+            truth = model.targets(seen.flatten(0, 1)).float().unflatten(0, seen.shape[:2])  # (b, H + 1, L, D)
+            start = model.encode(seen[:, 0], "context")
+            lines["copy"].append(_errors(truth[:, :1], truth))
+            for name, told in (("model", actions), ("shuffled", others)):
+                z, answers = start, []
+                for step in range(actions.shape[1]):
+                    z = model.predict(z, told[rows, step].to(device))
+                    answers.append(z.float())
+                lines[name].append(_errors(torch.stack(answers, dim=1), truth))
+    return {name: torch.cat(parts).numpy() for name, parts in lines.items()}
+
+
+def _errors(answers: Tensor, truth: Tensor) -> Tensor:
+    """(b, H) float64 on the CPU: answers (b, H or 1, L, D) against truth (b, H + 1, L, D) without its first."""
+    return (answers - truth[:, 1:]).double().square().mean(dim=(2, 3)).cpu()
+
+
+def measure_rollouts(
+    model: IWM,
+    reader: FrameReader,
+    horizon: int,
+    *,
+    starts: int = STARTS,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """{horizons, starts, and for each line its mean (H,), its interval (H, 2)}; or {reason} where there is no chain.
+
+    Roll-outs begin at chains spread evenly over the set; intervals are by bootstrap over roll-outs.
+    """
+    found = chains(reader.triplets, horizon)
+    rows = found[evenly_spaced(starts, len(found))]
+    if len(rows) < 2:
+        return {"reason": f"the set has fewer than two chains of {horizon} triplets that follow one another"}
+    places = np.concatenate([reader.triplets.source[rows[:, :1]], reader.triplets.target[rows]], axis=1)
+    pictures, good = reader.read(places.reshape(-1))
+    whole = good.reshape(places.shape).all(axis=1)
+    if whole.sum() < 2:
+        return {"reason": f"fewer than two chains of {horizon} triplets can be decoded"}
+    frames = pictures.unflatten(0, places.shape)[torch.from_numpy(whole)]
+    vectors = torch.from_numpy(reader.triplets.vectors()[rows[whole]])
+    errors = rollout_errors(model, frames, vectors)
+    if progress is not None:
+        progress(len(frames), len(frames))
+    out: dict[str, Any] = {"horizons": list(range(1, horizon + 1)), "starts": len(frames)}
+    for name, values in errors.items():
+        out[name] = values.mean(axis=0).tolist()
+        out[f"{name}_interval"] = [list(bootstrap_interval(column)) for column in values.T]
+    return out

@@ -1,0 +1,157 @@
+"""One component of the action moved along its range: where the prediction goes, stop by stop, computed beforehand.
+
+The bank of an image holds the views of every stop of every slider and, up to its size, random jitters as the bank of
+MRR has them; so at each stop the view that was asked for is among the others, and its place says how well it was found.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from iwm_fast.actions.transforms import COMPONENTS, ActionSpace, Jitter
+from iwm_fast.config import ActionsConfig, Config
+from iwm_fast.data.views.sampling import draw_bank
+from iwm_fast.eval.representation.features import device_of, evaluating
+from iwm_fast.eval.world_model.bank import JITTER_COMPONENTS, jittered_views, varying
+from iwm_fast.eval.world_model.distances import between, points, ties
+from iwm_fast.eval.world_model.mrr import answers_to, bank_points, mean_ranks
+from iwm_fast.models.iwm import IWM
+
+__all__ = ["Slider", "SlidingExample", "Stop", "sliding_examples"]
+
+
+@dataclass(frozen=True)
+class Stop:
+    """A place of a slider: the target's factor or degrees, the view that this is, and the views nearest to the answer.
+
+    view, nearest: places in the example's pictures; place: mean rank of the view among the bank. The last two by
+    distance, "l2" over all tokens and "cosine" of the mean tokens.
+    """
+
+    value: float
+    view: int
+    nearest: dict[str, tuple[int, ...]]
+    place: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Slider:
+    """A component of the jitter with its stops in ascending order; ``neutral`` is the stop where nothing is done."""
+
+    name: str
+    unit: str
+    neutral: int
+    stops: tuple[Stop, ...]
+
+
+@dataclass(frozen=True)
+class SlidingExample:
+    """A clean image uint8 (S, S, 3), its sliders, and the pictures (P, S, S, 3) that any stop shows."""
+
+    source: np.ndarray
+    pictures: np.ndarray
+    bank: int
+    sliders: tuple[Slider, ...]
+
+
+def sliding_examples(
+    model: IWM,
+    config: Config,
+    space: ActionSpace,
+    images: Tensor,
+    *,
+    bank: int = 256,
+    stops: int = 11,
+    shown: int = 5,
+    seed: int = 0,
+    chunk: int = 64,
+) -> list[SlidingExample]:
+    """An example for each clean image (n, S, S, 3) uint8; none where the configuration has no jitter.
+
+    A slider goes over what one view's jitter can be, in an odd number of ``stops``, the neutral one in the middle.
+    The bank is larger than ``bank`` where the stops alone are more.
+    """
+    names = varying(config.actions)
+    if stops < 3 or stops % 2 == 0:
+        raise ValueError(f"stops is {stops}; it must be odd, so that the middle is neutral, and at least 3")
+    if not names:
+        return []
+    told = {name: _range(config.actions, name, stops) for name in names}
+    asked = _alone(told)
+    examples = []
+    with evaluating(model):
+        for sample, image in enumerate(images):
+            filled = draw_bank(config.actions, seed, sample, max(bank - len(asked), 2))
+            jitter = _joined(asked, filled)
+            source = image.to(device_of(model))
+            views = torch.cat([v.cpu() for v in jittered_views(source, jitter).split(chunk)])
+            targets = bank_points(model, views.to(source.device), chunk)
+            actions = torch.from_numpy(space.jitter_action(Jitter.neutral(len(asked)), asked)).to(source.device)
+            z = model.encode(source[None], "context")
+            answers = points(torch.cat(list(answers_to(model, z, actions, chunk))))
+            near = ties(targets)
+            ranked = {
+                name: _Ranked(far.cpu().numpy(), near[name], shown) for name, far in between(answers, targets).items()
+            }
+            examples.append(_example(image.cpu().numpy(), views.numpy(), ranked, told))
+    return examples
+
+
+class _Ranked:
+    """From distances (stops, bank), where row i asks for item i: the nearest items of each row, and its own's rank."""
+
+    def __init__(self, far: np.ndarray, tie: float, shown: int) -> None:
+        self.places = mean_ranks(far, np.arange(len(far)), tie)
+        self.order = np.argsort(far, axis=1, kind="stable")[:, :shown]
+
+
+def _range(actions: ActionsConfig, name: str, stops: int) -> np.ndarray:
+    """The values that one view's component takes, factors or degrees, float32 (stops,)."""
+    reach = getattr(actions, name) * actions.strength
+    if name == "hue":
+        return np.linspace(-360 * min(reach, 0.5), 360 * min(reach, 0.5), stops, dtype=np.float32)
+    half = stops // 2
+    below = np.linspace(max(0.0, 1.0 - reach), 1.0, half + 1)[:-1]
+    return np.concatenate([below, np.linspace(1.0, 1.0 + reach, half + 1)]).astype(np.float32)
+
+
+def _alone(told: dict[str, np.ndarray]) -> Jitter:
+    """The neutral jitter once, then each component's other values by itself."""
+    rows: list[dict[str, float]] = [{}]
+    for name, values in told.items():
+        rows += [{name: value} for i, value in enumerate(values) if i != len(values) // 2]
+    neutral = Jitter.neutral(1)
+    return Jitter(
+        **{n: np.array([row.get(n, getattr(neutral, n)[0]) for row in rows], np.float32) for n in JITTER_COMPONENTS}
+    )
+
+
+def _joined(first: Jitter, second: Jitter) -> Jitter:
+    return Jitter(**{n: np.concatenate([getattr(first, n), getattr(second, n)]) for n in JITTER_COMPONENTS})
+
+
+def _example(
+    source: np.ndarray, views: np.ndarray, ranked: dict[str, _Ranked], told: dict[str, np.ndarray]
+) -> SlidingExample:
+    """The stops of each slider; only pictures that a stop shows are kept."""
+    asked = np.arange(1 + sum(len(values) - 1 for values in told.values()))
+    kept = np.unique(np.concatenate([asked, *(r.order.ravel() for r in ranked.values())]))
+    where = {int(view): place for place, view in enumerate(kept)}
+    units = {component.name: component.unit for component in COMPONENTS}
+
+    def stop(row: int, value: float) -> Stop:
+        nearest = {name: tuple(where[int(view)] for view in r.order[row]) for name, r in ranked.items()}
+        return Stop(float(value), where[row], nearest, {name: float(r.places[row]) for name, r in ranked.items()})
+
+    sliders, first = [], 1
+    for name, values in told.items():
+        middle = len(values) // 2
+        rows = [*range(first, first + middle), 0, *range(first + middle, first + 2 * middle)]
+        stops = tuple(stop(row, value) for row, value in zip(rows, values, strict=True))
+        sliders.append(Slider(name, units[name], middle, stops))
+        first += 2 * middle
+    return SlidingExample(source, views[kept], len(views), tuple(sliders))

@@ -1,0 +1,108 @@
+"""One call that measures a model on triplets: MRR among next frames, and roll-outs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from iwm_fast.actions.transforms import ActionSpace
+from iwm_fast.config import Config
+from iwm_fast.console import Count
+from iwm_fast.data.triplets import Triplets
+from iwm_fast.eval.reduced import reduced
+from iwm_fast.eval.world_model.examples import RankedExample, first_ranked
+from iwm_fast.eval.world_model.frames import FrameReader, open_triplets
+from iwm_fast.eval.world_model.next_frames import NextFrames, draw_next_frames, rank_next_frames, summarise_next_frames
+from iwm_fast.eval.world_model.rollout import measure_rollouts
+from iwm_fast.models.iwm import IWM
+
+__all__ = ["TRIPLETS_WHAT", "evaluate_triplets", "monitor_triplets"]
+
+TRIPLETS_WHAT = ("mrr", "rollout")
+_NO_CLASSES = "triplets have no classes"
+_SHOWN = 8
+
+
+def evaluate_triplets(
+    model: IWM,
+    config: Config,
+    space: ActionSpace,
+    triplets: Triplets,
+    *,
+    what: Sequence[str] = TRIPLETS_WHAT,
+    bank: int | None = None,
+    examples: int = 0,
+    progress: Count | None = None,
+) -> tuple[dict[str, Any], list[RankedExample]]:
+    """Measure ``what`` and return names and values as `evaluate_model` does, and ``examples`` of what was ranked.
+
+    bank: next frames that are ranked and asked for, default ``eval.bank``. Roll-outs: of ``eval.horizon`` steps, under
+    ``rollout``. What needs classes stands under ``not_run``, a bank larger than the set under ``reduced``, frames that
+    cannot be decoded under ``left_out``.
+    """
+    results: dict[str, Any] = {}
+    not_run = {name: _NO_CLASSES for name in what if name not in TRIPLETS_WHAT}
+    shown: list[RankedExample] = []
+    reader = FrameReader(triplets, config)
+    if "mrr" in what:
+        wanted = bank if bank is not None else config.eval.bank
+        frames = draw_next_frames(reader, wanted)
+        tell = None if progress is None else partial(progress, "mrr")
+        found, distances = rank_next_frames(model, frames, normalize=config.model.normalize_target, progress=tell)
+        results |= summarise_next_frames(frames, found)
+        few = {"mrr_bank": (len(frames.bank), "next frames"), "mrr_images": (len(frames), "triplets")}
+        smaller = {
+            name: reduced(wanted, used, f"the set has {used} distinct {things}")
+            for name, (used, things) in few.items()
+            if used < wanted
+        }
+        results |= {"reduced": smaller} if smaller else {}
+        ranks = {name: values[:, 0] for name, values in found.ranks["l2"].items()}
+        shown = [_example(frames, distances, ranks, space, query) for query in range(min(examples, len(frames)))]
+    if "rollout" in what:
+        tell = None if progress is None else partial(progress, "roll-outs")
+        rolled = measure_rollouts(model, reader, config.eval.horizon, progress=tell)
+        if "reason" in rolled:
+            not_run["rollout"] = rolled["reason"]
+        else:
+            results["rollout"] = rolled
+    reader.left_out.check()
+    results["left_out"] = {"test": reader.left_out.record()}
+    return (results | {"not_run": not_run} if not_run else results), shown
+
+
+def monitor_triplets(model: IWM, config: Config, space: ActionSpace, root: str | Path) -> dict[str, Any]:
+    """MRR while training, a few numbers for metrics.jsonl: mrr, mrr_shuffled, mrr_chance."""
+    results, _ = evaluate_triplets(model, config, space, open_triplets(root, config), what=("mrr",))
+    bad = results["left_out"]["test"]["count"]
+    found = {key: results[key] for key in ("mrr", "mrr_shuffled", "mrr_chance")}
+    return found | ({"eval_left_out_test": bad} if bad else {})
+
+
+def _example(
+    frames: NextFrames,
+    distances: dict[str, NDArray[np.float64]],
+    ranks: dict[str, NDArray[np.float64]],
+    space: ActionSpace,
+    query: int,
+) -> RankedExample:
+    views, true = frames.bank.numpy(), int(frames.truth[query])
+    told = space.decode(frames.actions[query : query + 1].numpy())
+    few = max(1, _SHOWN // 2)
+    return RankedExample(
+        source=frames.source[query].numpy(),
+        target=views[true],
+        action={name: float(value[0]) for name, value in told.items() if value.dtype != bool or value[0]},
+        bank=len(frames.bank),
+        rank=float(ranks["model"][query]),
+        rank_shuffled=float(ranks["shuffled"][query]),
+        rank_neutral=float(ranks["neutral"][query]),
+        ranked=first_ranked(distances["model"][query], views, true, _SHOWN),
+        shuffled=first_ranked(distances["shuffled"][query], views, true, few),
+        neutral=first_ranked(distances["neutral"][query], views, true, few),
+    )
