@@ -28,7 +28,7 @@ from iwm_fast.config import Config, load_config
 from iwm_fast.config.load import find_config
 from iwm_fast.engine.distributed.ranks import Ranks
 from iwm_fast.engine.step import Trainer
-from iwm_fast.models.regions import compilations
+from iwm_fast.models.compiled_regions import compilations
 from iwm_fast.outputs import require_result
 from iwm_fast.programs import run_program
 from iwm_fast.results import write_result

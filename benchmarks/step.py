@@ -28,7 +28,7 @@ from iwm_fast.engine.metrics.throughput import peak_flops
 from iwm_fast.engine.step import Trainer
 from iwm_fast.kernels import compiled_variants
 from iwm_fast.models import IWM, Segments
-from iwm_fast.models.regions import compilations
+from iwm_fast.models.compiled_regions import compilations
 from iwm_fast.planning.flops import step_flops
 from iwm_fast.planning.rounding import padded_share
 

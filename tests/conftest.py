@@ -79,12 +79,12 @@ def regions_as_traced(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Compiled regions are the graphs of both passes with their guards, run as they are: inductor takes a minute more,
     and tests/engine/test_compiled.py trains with it.
     """
-    from iwm_fast.models import regions
+    from iwm_fast.models import compiled_regions
 
-    regions._compiled.cache_clear()
+    compiled_regions._compiled.cache_clear()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     yield
-    regions._compiled.cache_clear()
+    compiled_regions._compiled.cache_clear()
 
 
 @pytest.fixture(scope="session")

@@ -12,10 +12,10 @@ from iwm_fast.engine.determinism import require_deterministic
 from iwm_fast.engine.graphs import require_graphs
 from iwm_fast.errors import UserError
 from iwm_fast.models.attention import require_attention
+from iwm_fast.models.compiled_regions import compile_regions
+from iwm_fast.models.cuda_stream import SideStream
 from iwm_fast.models.fp8 import require_fp8
 from iwm_fast.models.iwm import IWM
-from iwm_fast.models.regions import compile_regions
-from iwm_fast.models.streams import SideStream
 
 __all__ = ["require_machine", "trained_model"]
 

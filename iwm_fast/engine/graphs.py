@@ -24,9 +24,9 @@ from iwm_fast.config import Config
 from iwm_fast.errors import UserError
 from iwm_fast.kernels import compiled_variants
 from iwm_fast.models.attention import GROUPED, resolve_backend
+from iwm_fast.models.compiled_regions import compilations
 from iwm_fast.models.iwm import IWMOutput, Losses
 from iwm_fast.models.packing import Segments
-from iwm_fast.models.regions import compilations
 
 __all__ = ["CudaRecorder", "GraphedStep", "Recorder", "require_graphs"]
 

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from iwm_fast import kernels
 from iwm_fast.config.schema import ModelConfig
 from iwm_fast.models.blocks import NORM_EPS, Kept, layer_norm_rows, limit_workspace
+from iwm_fast.models.cuda_stream import SideStream
 from iwm_fast.models.fp8 import products_in_fp8
 from iwm_fast.models.packing import Segments
 from iwm_fast.models.predictors import MlpPredictor, VitPredictor, predict_all
-from iwm_fast.models.streams import SideStream
 from iwm_fast.models.vit import VisionTransformer
 
 __all__ = ["IWM", "IWMOutput", "Losses"]

@@ -8,7 +8,7 @@ from small_run import losses, small_config
 from iwm_fast.engine import pretrain
 from iwm_fast.engine import step as loop
 from iwm_fast.errors import UserError
-from iwm_fast.models.regions import compilations
+from iwm_fast.models.compiled_regions import compilations
 
 
 @pytest.mark.slow

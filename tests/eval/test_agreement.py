@@ -16,7 +16,7 @@ from iwm_fast.eval.representation.knn import knn_classify
 from iwm_fast.eval.representation.linear import linear_probe
 from iwm_fast.eval.splits import TensorSplit
 from iwm_fast.models.iwm import IWM
-from iwm_fast.models.reader import HeadShape
+from iwm_fast.models.task_model import HeadShape
 
 sklearn = pytest.importorskip("sklearn", reason="scikit-learn is not installed (extras: test)")
 CLASSES = 6

@@ -25,7 +25,7 @@ from iwm_fast.eval.representation.features import default_encoder
 from iwm_fast.export import onnx as onnx_export
 from iwm_fast.export import weights as export
 from iwm_fast.export.deepspeed_universal import export_universal
-from iwm_fast.models.reader import HeadShape
+from iwm_fast.models.task_model import HeadShape
 from iwm_fast.results import write_result
 
 

@@ -12,7 +12,7 @@ from iwm_fast.data.image_list import list_images
 from iwm_fast.data.loader import TrainingStream
 from iwm_fast.engine import pretrain
 from iwm_fast.models import IWM, Segments
-from iwm_fast.models.streams import SideStream
+from iwm_fast.models.cuda_stream import SideStream
 
 
 def model_and_batch():

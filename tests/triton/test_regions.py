@@ -5,7 +5,7 @@ import torch
 from iwm_fast.config.schema import EncoderShape, ModelConfig, PredictorConfig
 from iwm_fast.kernels import use_backend
 from iwm_fast.models import IWM, Segments
-from iwm_fast.models.regions import compilations, compile_regions
+from iwm_fast.models.compiled_regions import compilations, compile_regions
 
 
 def test_compiled_regions_over_the_kernels_give_the_references_gradients(device, regions_as_traced):

@@ -19,7 +19,7 @@ from iwm_fast.eval.finetune.tasks import Task, batches, in_order
 from iwm_fast.eval.representation.cache import Features
 from iwm_fast.eval.representation.features import device_of
 from iwm_fast.models.decay import decayed_parameters
-from iwm_fast.models.reader import Reader
+from iwm_fast.models.task_model import Reader
 
 __all__ = ["Fit", "Plan", "fit", "measure", "seeded"]
 

@@ -16,7 +16,7 @@ from typing import Literal, get_args
 from iwm_fast.eval.representation.features import EncoderName, Kept, encoder_of
 from iwm_fast.models.blocks import limit_workspace
 from iwm_fast.models.iwm import IWM
-from iwm_fast.models.reader import HeadShape, Reader, build_head
+from iwm_fast.models.task_model import HeadShape, Reader, build_head
 
 __all__ = [
     "INITS",

@@ -19,7 +19,7 @@ from iwm_fast.engine.checkpoint.shard_file import write_tensors
 from iwm_fast.errors import UserError
 from iwm_fast.eval.finetune.modes import Mode, reader_builder
 from iwm_fast.models.iwm import IWM
-from iwm_fast.models.reader import HeadShape, Reader
+from iwm_fast.models.task_model import HeadShape, Reader
 from iwm_fast.outputs import require_new_folder
 from iwm_fast.utf8_names import utf8_name
 

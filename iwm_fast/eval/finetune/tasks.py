@@ -12,7 +12,7 @@ from torch import Tensor
 from iwm_fast.eval.representation.cache import Features
 from iwm_fast.eval.representation.linear import held_out_rows
 from iwm_fast.eval.stats import evenly_spaced
-from iwm_fast.models.reader import HeadShape
+from iwm_fast.models.task_model import HeadShape
 
 __all__ = ["Task", "batches", "in_order"]
 

@@ -21,7 +21,7 @@ from iwm_fast.eval.representation.knn import NEIGHBOURS, knn_classify
 from iwm_fast.eval.representation.linear import WEIGHT_DECAYS, held_out_rows, linear_probe
 from iwm_fast.eval.splits import Split
 from iwm_fast.models.iwm import IWM
-from iwm_fast.models.reader import HeadShape
+from iwm_fast.models.task_model import HeadShape
 
 __all__ = ["POOLING", "PROBES", "measure_representation"]
 

@@ -15,7 +15,7 @@ from iwm_fast.eval.representation.features import read_features
 from iwm_fast.eval.splits import TensorSplit
 from iwm_fast.models.blocks import LimitedMlp
 from iwm_fast.models.iwm import IWM
-from iwm_fast.models.reader import HeadShape
+from iwm_fast.models.task_model import HeadShape
 
 MODEL, SPACE = tiny_model(tiny_config())
 

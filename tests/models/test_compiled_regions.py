@@ -9,7 +9,7 @@ import torch
 
 from iwm_fast.config.schema import EncoderShape, ModelConfig, PredictorConfig
 from iwm_fast.models import IWM
-from iwm_fast.models.regions import compilations, compile_regions
+from iwm_fast.models.compiled_regions import compilations, compile_regions
 
 pytestmark = pytest.mark.usefixtures("regions_as_traced")
 
