@@ -18,16 +18,16 @@ from typing import Any
 import torch
 
 from iwm_fast.actions.external import space_of
-from iwm_fast.benchmarks.harness import prepare_trainer
-from iwm_fast.benchmarks.stats import ratio_of
 from iwm_fast.benchmarks.step import TOLERANCE
-from iwm_fast.benchmarks.synthetic import synthetic_stream
-from iwm_fast.benchmarks.timing import clocked
 from iwm_fast.cli.options import only_rank
 from iwm_fast.config import Config, load_config
 from iwm_fast.config.load import find_config
 from iwm_fast.engine.distributed.ranks import Ranks
 from iwm_fast.engine.step import Trainer
+from iwm_fast.measure.harness import prepare_trainer
+from iwm_fast.measure.stats import ratio_of
+from iwm_fast.measure.synthetic import synthetic_stream
+from iwm_fast.measure.timing import clocked
 from iwm_fast.models.compiled_regions import compilations
 from iwm_fast.outputs import require_result
 from iwm_fast.programs import run_program

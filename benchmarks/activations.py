@@ -3,7 +3,7 @@
     python -m benchmarks.activations --ijepa CHECKOUT --json FILE
 
 Nothing is computed: networks and batches are on PyTorch's meta device, and autograd's hooks see what is kept. Both
-sides are in bf16, ijepa under what CUDA's autocast does (`benchmarks.autocast`), and eager; both get ijepa's own masks,
+sides are in bf16, ijepa under what CUDA's autocast does (`iwm_fast.measure.autocast`), and eager; both get ijepa's own masks,
 cut to the batch's shortest context, and no action.
 
 Counted: what autograd keeps from the forward pass to the backward pass, each storage once, and what lasts from step to

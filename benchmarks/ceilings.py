@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from iwm_fast.benchmarks.timing import ceilings, seconds
+from iwm_fast.measure.timing import ceilings, seconds
 from iwm_fast.outputs import require_result
 from iwm_fast.programs import run_program
 from iwm_fast.results import write_result

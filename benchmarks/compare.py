@@ -9,8 +9,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from iwm_fast.benchmarks.stats import ratio_of
 from iwm_fast.errors import UserError
+from iwm_fast.measure.stats import ratio_of
 
 __all__ = ["AT_LEAST", "Change", "compare", "compare_files"]
 

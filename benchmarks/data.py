@@ -35,7 +35,6 @@ from PIL import Image
 from iwm_fast.actions.transforms import ActionSpace, Views
 from iwm_fast.benchmarks.baselines import Skipped
 from iwm_fast.benchmarks.data_stages import stages
-from iwm_fast.benchmarks.timing import spread
 from iwm_fast.benchmarks.view_baselines import Render, batches, pillow_views, torchvision_functions, torchvision_views
 from iwm_fast.config import ActionsConfig, Config, DataConfig, ModelConfig, TrainConfig
 from iwm_fast.config.cores import usable_cores
@@ -45,6 +44,7 @@ from iwm_fast.data.sources.kinds import is_image
 from iwm_fast.data.tools.shard import write_shards
 from iwm_fast.data.views.sampling import draw_views
 from iwm_fast.environment import environment, installed_version
+from iwm_fast.measure.timing import spread
 from iwm_fast.outputs import require_result
 from iwm_fast.programs import run_program
 from iwm_fast.results import write_json

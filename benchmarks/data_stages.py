@@ -11,9 +11,9 @@ import numpy as np
 from nvidia.dali import fn, pipeline_def, types
 
 from iwm_fast.actions.transforms import NO_SOLARIZE, Jitter, Views
-from iwm_fast.benchmarks.timing import spread
 from iwm_fast.data.decode.encoded import Encoded, inspect
 from iwm_fast.data.views.graph import ViewGraph
+from iwm_fast.measure.timing import spread
 
 if TYPE_CHECKING:
     from iwm_fast.benchmarks.data import Job

@@ -28,13 +28,13 @@ from torch import Tensor, nn
 
 from iwm_fast.actions.external import space_of
 from iwm_fast.actions.transforms import ActionSpace
-from iwm_fast.benchmarks.harness import MANY_STEPS, prepare_trainer
-from iwm_fast.benchmarks.synthetic import BatchStream, synthetic_stream
-from iwm_fast.benchmarks.timing import spread
 from iwm_fast.config import Config, load_config
 from iwm_fast.config.load import find_config
 from iwm_fast.engine.distributed.ranks import Ranks, leave, start
 from iwm_fast.engine.schedules import Schedules
+from iwm_fast.measure.harness import MANY_STEPS, prepare_trainer
+from iwm_fast.measure.synthetic import BatchStream, synthetic_stream
+from iwm_fast.measure.timing import spread
 from iwm_fast.models.decay import decayed_parameters
 from iwm_fast.models.iwm import IWM
 from iwm_fast.models.packing import Segments

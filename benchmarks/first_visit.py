@@ -26,10 +26,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from iwm_fast.benchmarks.timing import spread
 from iwm_fast.data.decode.checkers import modules_path
 from iwm_fast.data.sources.kinds import MANIFEST_FILE
 from iwm_fast.data.tools.index import write_index
+from iwm_fast.measure.timing import spread
 from iwm_fast.outputs import require_result
 from iwm_fast.programs import run_program
 from iwm_fast.results import write_result

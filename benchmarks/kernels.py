@@ -28,8 +28,8 @@ from torch.utils._pytree import tree_leaves
 from iwm_fast.benchmarks.baselines import CONTENDERS, Contender, reference
 from iwm_fast.benchmarks.kernel_cases import CASES, OPERATIONS, Case, at_most, inputs
 from iwm_fast.benchmarks.skipped import Skipped, in_a_line
-from iwm_fast.benchmarks.timing import ceilings, seconds, spread
 from iwm_fast.environment import environment
+from iwm_fast.measure.timing import ceilings, seconds, spread
 from iwm_fast.outputs import require_result
 from iwm_fast.programs import run_program
 from iwm_fast.results import write_json

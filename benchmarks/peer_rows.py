@@ -13,9 +13,9 @@ from iwm_fast.actions.transforms import ActionSpace
 from iwm_fast.benchmarks.adapters import answers, ijepa, ours, plain, timm_vit
 from iwm_fast.benchmarks.adapters.ijepa import Checkout
 from iwm_fast.benchmarks.adapters.inputs import Inputs, Masks, Shape, Side, draw_inputs, draw_masks
-from iwm_fast.benchmarks.stats import median_of, ratio_of
-from iwm_fast.benchmarks.timing import Clocked
 from iwm_fast.engine.distributed.ranks import Ranks
+from iwm_fast.measure.stats import median_of, ratio_of
+from iwm_fast.measure.timing import Clocked
 
 __all__ = ["Peer", "batches", "counted_row", "line", "make_side", "peers", "ratios", "untimed_row"]
 

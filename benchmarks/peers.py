@@ -37,7 +37,6 @@ import torch
 from iwm_fast.benchmarks.adapters import answers, timm_vit
 from iwm_fast.benchmarks.adapters.ijepa import Checkout
 from iwm_fast.benchmarks.adapters.inputs import Inputs, Shape, Side, SideMissing
-from iwm_fast.benchmarks.memory import peak_of
 from iwm_fast.benchmarks.peer_rows import (
     Peer,
     batches,
@@ -49,11 +48,12 @@ from iwm_fast.benchmarks.peer_rows import (
     untimed_row,
 )
 from iwm_fast.benchmarks.skipped import in_a_line
-from iwm_fast.benchmarks.timing import Clocked, clocked
 from iwm_fast.config.cores import usable_cores
 from iwm_fast.engine.distributed.ranks import Ranks, start
 from iwm_fast.errors import UserError
 from iwm_fast.log_filters import quiet_third_parties
+from iwm_fast.measure.memory import peak_of
+from iwm_fast.measure.timing import Clocked, clocked
 from iwm_fast.outputs import require_result
 from iwm_fast.programs import run_program
 from iwm_fast.results import write_result

@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 
 from iwm_fast.actions.external import space_of
-from iwm_fast.benchmarks.harness import prepare_trainer
-from iwm_fast.benchmarks.memory import peak_of
-from iwm_fast.benchmarks.stats import median_of
-from iwm_fast.benchmarks.synthetic import synthetic_stream
-from iwm_fast.benchmarks.timing import clocked
 from iwm_fast.config import Config
 from iwm_fast.engine.distributed.ranks import Ranks
 from iwm_fast.engine.step import Trainer
+from iwm_fast.measure.harness import prepare_trainer
+from iwm_fast.measure.memory import peak_of
+from iwm_fast.measure.stats import median_of
+from iwm_fast.measure.synthetic import synthetic_stream
+from iwm_fast.measure.timing import clocked
 
 __all__ = ["BATCHES", "fit_line", "measure_batches", "measure_ranks"]
 

@@ -11,11 +11,6 @@ import torch
 
 from iwm_fast.actions.external import space_of
 from iwm_fast.actions.transforms import ActionSpace
-from iwm_fast.benchmarks.harness import prepare_trainer
-from iwm_fast.benchmarks.memory import peak_of
-from iwm_fast.benchmarks.stats import median_of
-from iwm_fast.benchmarks.synthetic import BatchStream, synthetic_stream
-from iwm_fast.benchmarks.timing import Clocked, clocked
 from iwm_fast.config import Config
 from iwm_fast.data.batch import Batch
 from iwm_fast.data.image_list import list_images
@@ -27,6 +22,11 @@ from iwm_fast.engine.distributed.ranks import Ranks
 from iwm_fast.engine.metrics.throughput import peak_flops
 from iwm_fast.engine.step import Trainer
 from iwm_fast.kernels import compiled_variants
+from iwm_fast.measure.harness import prepare_trainer
+from iwm_fast.measure.memory import peak_of
+from iwm_fast.measure.stats import median_of
+from iwm_fast.measure.synthetic import BatchStream, synthetic_stream
+from iwm_fast.measure.timing import Clocked, clocked
 from iwm_fast.models import IWM, Segments
 from iwm_fast.models.compiled_regions import compilations
 from iwm_fast.planning.flops import step_flops

@@ -11,14 +11,14 @@ import torch
 import iwm_fast
 from iwm_fast.actions.transforms import ActionSpace
 from iwm_fast.benchmarks.adapters.inputs import Inputs, Shape, fingerprint
-from iwm_fast.benchmarks.harness import prepare_trainer
-from iwm_fast.benchmarks.synthetic import BatchStream
 from iwm_fast.config import Config
 from iwm_fast.data.batch import Batch
 from iwm_fast.engine.distributed.ranks import Ranks
+from iwm_fast.measure.flop_count import counted_flops
+from iwm_fast.measure.harness import prepare_trainer
+from iwm_fast.measure.synthetic import BatchStream
 from iwm_fast.models import IWM
 from iwm_fast.models.packing import pack
-from iwm_fast.planning.flop_count import counted_flops
 from iwm_fast.planning.flops import step_flops
 from iwm_fast.planning.rounding import Rounding, rounding_of
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from iwm_fast.benchmarks.adapters.inputs import Inputs, Shape, fingerprint, normalised
 from iwm_fast.benchmarks.plain_step import PlainBatch, PlainIWM, PlainShape, PlainStep
 from iwm_fast.config.schema import ENCODERS
-from iwm_fast.planning.flop_count import counted_flops
+from iwm_fast.measure.flop_count import counted_flops
 
 __all__ = ["Plain", "operations", "plain_batch", "plain_shape", "plain_state"]
 

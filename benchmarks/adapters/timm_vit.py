@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from iwm_fast.benchmarks.adapters.inputs import Inputs, Shape, SideMissing, fingerprint, normalised
 from iwm_fast.benchmarks.plain_step import positions, take
 from iwm_fast.config.schema import ENCODERS
-from iwm_fast.planning.flop_count import counted_flops
+from iwm_fast.measure.flop_count import counted_flops
 
 __all__ = ["TimmJepa", "TimmStep", "import_timm", "operations"]
 

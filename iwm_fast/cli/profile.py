@@ -38,8 +38,8 @@ def profile(
     from iwm_fast.config.load import find_config, load_config
 
     loaded = load_config(find_config(config), overrides or [])
-    from iwm_fast.profiling import ncu_command
-    from iwm_fast.profiling import profile as run
+    from iwm_fast.measure.profile import ncu_command
+    from iwm_fast.measure.profile import profile as run
 
     if ncu is not None:
         print(ncu_command(ncu, config, overrides or [], out))

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from iwm_fast.benchmarks.compare import compare
-from iwm_fast.benchmarks.stats import median_of, ratio_of
-from iwm_fast.benchmarks.timing import clocked
 from iwm_fast.cli.main import main
 from iwm_fast.errors import UserError
+from iwm_fast.measure.stats import median_of, ratio_of
+from iwm_fast.measure.timing import clocked
 
 
 def noisy(seed, count=60, slowdown=1.0):

@@ -11,7 +11,7 @@ from iwm_fast.benchmarks.baselines import CONTENDERS, Contender
 from iwm_fast.benchmarks.kernel_cases import CASES, OPERATIONS, Case, at_most, inputs
 from iwm_fast.benchmarks.kernels import kept_bytes
 from iwm_fast.benchmarks.plots.kernels import draw, table
-from iwm_fast.benchmarks.timing import spread
+from iwm_fast.measure.timing import spread
 
 MLP = Case("conditioned_mlp", tokens=64, width=24, hidden=40, actions=3, images=4)
 LOSS = Case("stopgrad_l2", tokens=64, width=24, rows=90)

@@ -14,18 +14,18 @@ from iwm_fast.actions.external import space_of
 from iwm_fast.actions.transforms import ActionSpace
 from iwm_fast.benchmarks import scaling, step
 from iwm_fast.benchmarks.collectives import timed_collectives
-from iwm_fast.benchmarks.harness import prepare_trainer
-from iwm_fast.benchmarks.memory import peak_of
 from iwm_fast.benchmarks.presets import PRESETS, preset_config
 from iwm_fast.benchmarks.scaling import fit_line
 from iwm_fast.benchmarks.step import check_answer, described, opened_stream, row_of
-from iwm_fast.benchmarks.synthetic import synthetic_stream
-from iwm_fast.benchmarks.timing import Clocked
 from iwm_fast.cli.main import main
 from iwm_fast.config.external import ExternalActions
 from iwm_fast.engine.distributed.ranks import start
 from iwm_fast.errors import UserError
-from iwm_fast.planning.operations import OperationCounter
+from iwm_fast.measure.harness import prepare_trainer
+from iwm_fast.measure.memory import peak_of
+from iwm_fast.measure.operations import OperationCounter
+from iwm_fast.measure.synthetic import synthetic_stream
+from iwm_fast.measure.timing import Clocked
 
 SMALL = ("model.encoder={depth: 1, width: 32, heads: 2}", "model.predictor.depth=1", "model.predictor.width=32")
 

@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from small_run import small_config
 
 from iwm_fast.actions.external import space_of
-from iwm_fast.benchmarks.harness import prepare_trainer
-from iwm_fast.benchmarks.synthetic import synthetic_stream
 from iwm_fast.engine import build, zero
 from iwm_fast.engine.distributed.ranks import start
 from iwm_fast.engine.graphs import require_graphs
 from iwm_fast.errors import UserError
+from iwm_fast.measure.harness import prepare_trainer
+from iwm_fast.measure.synthetic import synthetic_stream
 from iwm_fast.models import attention
 
 

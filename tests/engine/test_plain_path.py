@@ -11,8 +11,6 @@ import torch.nn.functional as F
 from plain_path import PARTS, PlainModule, draw_batches, halved, plain_model, plain_training, run_config
 
 from iwm_fast.actions.transforms import ActionSpace
-from iwm_fast.benchmarks.harness import MANY_STEPS
-from iwm_fast.benchmarks.synthetic import BatchStream
 from iwm_fast.config import Config
 from iwm_fast.data.batch import Batch
 from iwm_fast.engine.distributed.ranks import start
@@ -20,6 +18,8 @@ from iwm_fast.engine.ema import TargetAverage
 from iwm_fast.engine.schedules import Schedules
 from iwm_fast.engine.step import Trainer
 from iwm_fast.engine.zero import initialize
+from iwm_fast.measure.harness import MANY_STEPS
+from iwm_fast.measure.synthetic import BatchStream
 from iwm_fast.models import IWM
 
 pytestmark = pytest.mark.usefixtures("torchs_own_linear")

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from iwm_fast.engine import pretrain
 from iwm_fast.engine import step as loop
 from iwm_fast.engine.distributed.ranks import leave
-from iwm_fast.planning.counting import CollectiveCounter
+from iwm_fast.measure.collective_bytes import CollectiveCounter
 
 SETTLED = 3  # DeepSpeed's stage 3 learns the order of the modules in its first step, and gathers by it from the next
 

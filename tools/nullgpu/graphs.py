@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from iwm_fast.actions.external import space_of
-from iwm_fast.benchmarks.harness import prepare_trainer
 from iwm_fast.benchmarks.presets import preset_config
-from iwm_fast.benchmarks.synthetic import synthetic_stream
 from iwm_fast.engine import zero
 from iwm_fast.engine.distributed.ranks import start
 from iwm_fast.engine.step import Trainer
 from iwm_fast.log_filters import quiet_third_parties
+from iwm_fast.measure.harness import prepare_trainer
+from iwm_fast.measure.synthetic import synthetic_stream
 from tools.nullgpu.counters import Counts, counts
 
 Made = TypeVar("Made")

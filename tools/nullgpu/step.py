@@ -18,13 +18,13 @@ from typing import Any
 import torch
 
 from iwm_fast.actions.transforms import ActionSpace
-from iwm_fast.benchmarks.harness import prepare_trainer
 from iwm_fast.benchmarks.presets import preset_config
-from iwm_fast.benchmarks.synthetic import synthetic_stream
 from iwm_fast.engine.distributed.ranks import start
 from iwm_fast.engine.step import Spans, Trainer
 from iwm_fast.environment import environment
 from iwm_fast.log_filters import quiet_third_parties
+from iwm_fast.measure.harness import prepare_trainer
+from iwm_fast.measure.synthetic import synthetic_stream
 from tools.nullgpu.counters import Counts, compiled, counts
 
 # The first steps compile, tune and allocate; the last of them are what a long run repeats.

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from iwm_fast.profiling.profile import ncu_command, profile
+from iwm_fast.measure.profile.profile import ncu_command, profile
 
 __all__ = ["ncu_command", "profile"]

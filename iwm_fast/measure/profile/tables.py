@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from iwm_fast.planning.operations import Work
-from iwm_fast.profiling.limits import Limits
-from iwm_fast.profiling.trace import ModuleTime
+from iwm_fast.measure.operations import Work
+from iwm_fast.measure.profile.limits import Limits
+from iwm_fast.measure.profile.trace import ModuleTime
 
 __all__ = ["markdown", "module_rows", "operator_rows"]
 

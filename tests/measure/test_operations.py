@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from iwm_fast import kernels
-from iwm_fast.planning.flop_count import counted_flops
-from iwm_fast.planning.operations import OperationCounter
+from iwm_fast.measure.flop_count import counted_flops
+from iwm_fast.measure.operations import OperationCounter
 
 
 def test_attention_on_the_cpu_by_hand():

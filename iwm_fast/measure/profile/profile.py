@@ -14,21 +14,21 @@ import torch
 
 from iwm_fast.actions.external import space_of
 from iwm_fast.benchmarks.collectives import timed_collectives
-from iwm_fast.benchmarks.harness import prepare_trainer
 from iwm_fast.benchmarks.step import described, opened_stream, settle
-from iwm_fast.benchmarks.timing import ceilings, clocked
 from iwm_fast.config import Config
 from iwm_fast.engine.distributed.ranks import Ranks
 from iwm_fast.engine.metrics.throughput import peak_flops
 from iwm_fast.errors import UserError
 from iwm_fast.kernels import TRITON_FUNCTIONS
+from iwm_fast.measure.harness import prepare_trainer
+from iwm_fast.measure.operations import OperationCounter
+from iwm_fast.measure.profile.limits import Limits
+from iwm_fast.measure.profile.parts import PARTS, measured_parts
+from iwm_fast.measure.profile.picture import draw_step
+from iwm_fast.measure.profile.tables import markdown, module_rows, operator_rows
+from iwm_fast.measure.profile.trace import Traced, trace_steps
+from iwm_fast.measure.timing import ceilings, clocked
 from iwm_fast.outputs import require_folder
-from iwm_fast.planning.operations import OperationCounter
-from iwm_fast.profiling.limits import Limits
-from iwm_fast.profiling.parts import PARTS, measured_parts
-from iwm_fast.profiling.picture import draw_step
-from iwm_fast.profiling.tables import markdown, module_rows, operator_rows
-from iwm_fast.profiling.trace import Traced, trace_steps
 
 __all__ = ["ncu_command", "profile"]
 

@@ -10,16 +10,16 @@ import torch
 
 from iwm_fast.actions.transforms import ActionSpace
 from iwm_fast.benchmarks.step import _BATCHES
-from iwm_fast.benchmarks.synthetic import synthetic_stream
 from iwm_fast.cli.main import main
 from iwm_fast.config import load_config, packaged_config
 from iwm_fast.kernels import TRITON_FUNCTIONS
+from iwm_fast.measure.operations import Work
+from iwm_fast.measure.profile.limits import Limits
+from iwm_fast.measure.profile.parts import PARTS, PartsClock
+from iwm_fast.measure.profile.picture import step_figure
+from iwm_fast.measure.profile.trace import trace_steps
+from iwm_fast.measure.synthetic import synthetic_stream
 from iwm_fast.planning.flops import step_flops
-from iwm_fast.planning.operations import Work
-from iwm_fast.profiling.limits import Limits
-from iwm_fast.profiling.parts import PARTS, PartsClock
-from iwm_fast.profiling.picture import step_figure
-from iwm_fast.profiling.trace import trace_steps
 
 KEYS = [
     "model.encoder={depth: 2, width: 64, heads: 2}", "model.predictor.depth=2", "model.predictor.width=64",
@@ -138,7 +138,7 @@ def test_ncu_prints_one_command(tmp_path, capsys):
 
 def test_the_clock_gives_time_to_whoever_was_entered_last(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("iwm_fast.profiling.parts.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("iwm_fast.measure.profile.parts.time.perf_counter", lambda: now[0])
     clock = PartsClock(torch.device("cpu"))
     with clock.step():
         now[0] += 1

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from iwm_fast.planning.operations import Work
+from iwm_fast.measure.operations import Work
 
 __all__ = ["Limits"]
 
@@ -24,7 +24,7 @@ class Limits:
 
     @staticmethod
     def of(ceilings: Mapping[str, Any]) -> Limits:
-        """Of what `benchmarks.timing.ceilings` measured."""
+        """Of what `iwm_fast.measure.timing.ceilings` measured."""
         copies: Sequence[Mapping[str, Any]] = ceilings["copies"]
         rates = sorted((int(one["bytes"]), float(one["bytes_per_s"])) for one in copies)
         return Limits(float(ceilings["matmul_best_flops_per_s"]), tuple(rates))

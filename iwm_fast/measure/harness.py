@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import cast
 
 from iwm_fast.actions.transforms import ActionSpace
-from iwm_fast.benchmarks.synthetic import BatchStream
 from iwm_fast.config import Config
 from iwm_fast.data.loader import TrainingStream
 from iwm_fast.engine.build import trained_model
@@ -14,6 +13,7 @@ from iwm_fast.engine.ema import TargetAverage
 from iwm_fast.engine.schedules import Schedules
 from iwm_fast.engine.step import Trainer
 from iwm_fast.engine.zero import initialize
+from iwm_fast.measure.synthetic import BatchStream
 
 __all__ = ["MANY_STEPS", "prepare_trainer"]
 
