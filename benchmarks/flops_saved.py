@@ -2,7 +2,7 @@ r"""What the step does not compute: operations an image with each saving taken b
 
     python -m benchmarks.flops_saved --json FILE [--configs vit_base_p16_224_equi.yaml ...] [--quality ARMS.json]
 
-Counted from the masks that training draws (matrix products, forward and backward, as `iwm_fast.planning.flops`);
+Counted from the masks that training draws (matrix products, forward and backward, as `iwm_fast.cost.flops`);
 nothing is timed. Most savings compute the same numbers in fewer operations, which tests/engine/test_plain_path.py holds
 them to. Those that do not, several sources of one target and the target in fp8, are trained beside the rest by
 `benchmarks.sweep`, whose file `--quality` adds.
@@ -24,8 +24,8 @@ from iwm_fast.benchmarks.sweep import interval, public
 from iwm_fast.cli.plan import tokens_of
 from iwm_fast.config import Config, load_config
 from iwm_fast.config.load import find_config
+from iwm_fast.cost.flops import StepFlops, step_flops
 from iwm_fast.outputs import require_result
-from iwm_fast.planning.flops import StepFlops, step_flops
 from iwm_fast.programs import run_program
 from iwm_fast.results import write_result
 

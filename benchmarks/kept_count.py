@@ -18,8 +18,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from iwm_fast.actions.external import action_dim
 from iwm_fast.config import Config
-from iwm_fast.planning.activations import KeptBytes
-from iwm_fast.planning.tokens import Tokens
+from iwm_fast.cost.activations import KeptBytes
+from iwm_fast.cost.tokens import Tokens
 
 __all__ = ["KeptCounter", "counted_activations", "follow_parts"]
 

@@ -16,14 +16,14 @@ import torch
 from iwm_fast.actions.external import space_of
 from iwm_fast.benchmarks.collectives import timed_collectives
 from iwm_fast.config import Config
+from iwm_fast.cost.communication import step_collectives
+from iwm_fast.cost.layout import layout_of
 from iwm_fast.engine.distributed.ranks import leave, start
 from iwm_fast.log_filters import quiet_third_parties
 from iwm_fast.measure.collective_bytes import CollectiveCounter
 from iwm_fast.measure.harness import prepare_trainer
 from iwm_fast.measure.synthetic import synthetic_stream
 from iwm_fast.measure.timing import clocked
-from iwm_fast.planning.communication import step_collectives
-from iwm_fast.planning.layout import layout_of
 from iwm_fast.programs import run_program
 
 __all__ = ["main"]

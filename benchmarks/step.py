@@ -12,6 +12,8 @@ import torch
 from iwm_fast.actions.external import space_of
 from iwm_fast.actions.transforms import ActionSpace
 from iwm_fast.config import Config
+from iwm_fast.cost.flops import step_flops
+from iwm_fast.cost.rounding import padded_share
 from iwm_fast.data.batch import Batch
 from iwm_fast.data.image_list import list_images
 from iwm_fast.data.loader import TrainingStream
@@ -29,8 +31,6 @@ from iwm_fast.measure.synthetic import BatchStream, synthetic_stream
 from iwm_fast.measure.timing import Clocked, clocked
 from iwm_fast.models import IWM, Segments
 from iwm_fast.models.compiled_regions import compilations
-from iwm_fast.planning.flops import step_flops
-from iwm_fast.planning.rounding import padded_share
 
 __all__ = ["check_answer", "described", "measure_step", "opened_stream", "row_of", "settle"]
 

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 
 from iwm_fast.benchmarks.adapters.inputs import Inputs, Masks, Shape, fingerprint, normalised
 from iwm_fast.benchmarks.kept_count import KeptCounter, follow_parts
+from iwm_fast.cost.activations import KeptBytes
 from iwm_fast.errors import UserError
 from iwm_fast.measure.autocast import CudaAutocast
 from iwm_fast.measure.flop_count import counted_flops
-from iwm_fast.planning.activations import KeptBytes
 
 __all__ = ["Checkout", "Ijepa"]
 

@@ -12,6 +12,8 @@ import iwm_fast
 from iwm_fast.actions.transforms import ActionSpace
 from iwm_fast.benchmarks.adapters.inputs import Inputs, Shape, fingerprint
 from iwm_fast.config import Config
+from iwm_fast.cost.flops import step_flops
+from iwm_fast.cost.rounding import Rounding, rounding_of
 from iwm_fast.data.batch import Batch
 from iwm_fast.engine.distributed.ranks import Ranks
 from iwm_fast.measure.flop_count import counted_flops
@@ -19,8 +21,6 @@ from iwm_fast.measure.harness import prepare_trainer
 from iwm_fast.measure.synthetic import BatchStream
 from iwm_fast.models import IWM
 from iwm_fast.models.packing import pack
-from iwm_fast.planning.flops import step_flops
-from iwm_fast.planning.rounding import Rounding, rounding_of
 
 __all__ = ["Ours", "forward_backward", "operations", "padded_operations", "padding_difference"]
 

@@ -13,9 +13,9 @@ from iwm_fast.outputs import require_file
 
 if TYPE_CHECKING:
     from iwm_fast.config import Config
-    from iwm_fast.planning.answer import ImageCount
-    from iwm_fast.planning.plan import Planner
-    from iwm_fast.planning.tokens import Tokens
+    from iwm_fast.cost.plan import Planner
+    from iwm_fast.cost.report import ImageCount
+    from iwm_fast.cost.tokens import Tokens
 
 __all__ = ["plan", "planner_of", "tokens_of"]
 
@@ -65,11 +65,11 @@ def plan(
     from dataclasses import asdict
 
     from iwm_fast.console import print_table
-    from iwm_fast.planning import answer as said
-    from iwm_fast.planning.devices import find_device
-    from iwm_fast.planning.plan import Cluster
-    from iwm_fast.planning.rates import compute_rate, packaged_results
-    from iwm_fast.planning.scaling import draw_scaling, scaling
+    from iwm_fast.cost import report as said
+    from iwm_fast.cost.devices import find_device
+    from iwm_fast.cost.plan import Cluster
+    from iwm_fast.cost.rates import compute_rate, packaged_results
+    from iwm_fast.cost.scaling import draw_scaling, scaling
 
     device = find_device(gpu)
     if results is not None and not results.is_dir():
@@ -111,8 +111,8 @@ def planner_of(config: Config, images: int = 2048) -> Planner:
 
     With I-JEPA's masks the mean of 2,048 context lengths is known to about 0.3 %.
     """
+    from iwm_fast.cost.plan import Planner
     from iwm_fast.data.loader import divide_batch
-    from iwm_fast.planning.plan import Planner
 
     return Planner(config, tokens_of(config, images), divide_batch)
 
@@ -121,8 +121,8 @@ def tokens_of(config: Config, images: int) -> Tokens:
     """How many tokens each source of the run's first images has, by the masks that training draws."""
     import numpy as np
 
+    from iwm_fast.cost.tokens import Tokens
     from iwm_fast.data.masks import MaskSampler
-    from iwm_fast.planning.tokens import Tokens
 
     exclude = "geometric" not in config.actions.groups
     sources = config.views.sources_per_target
@@ -137,10 +137,10 @@ def _images_of(config: Config, given: int | None) -> tuple[Config, ImageCount]:
 
     UserError for data that a training would refuse, where they are on this machine.
     """
+    from iwm_fast.cost.report import ImageCount
     from iwm_fast.data.image_list import list_images
     from iwm_fast.data.sources.s3 import is_address
     from iwm_fast.data.triplets import resolve_triplets
-    from iwm_fast.planning.answer import ImageCount
 
     root, why = config.data.root, ""
     if root is None:

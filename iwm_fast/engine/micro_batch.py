@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from iwm_fast.config import Config
+from iwm_fast.cost.rounding import rounding_of
 from iwm_fast.data.batch import Batch
 from iwm_fast.models.packing import pack
-from iwm_fast.planning.rounding import rounding_of
 
 __all__ = ["Packed", "Packer"]
 

@@ -13,6 +13,7 @@ from iwm_fast.actions.external import space_of
 from iwm_fast.config import Config
 from iwm_fast.config.batch import training_steps
 from iwm_fast.config.cores import usable_cores
+from iwm_fast.cost.conflicts import conflicts, require_a_step
 from iwm_fast.data.image_list import ImageSet, list_images
 from iwm_fast.data.loader import TrainingStream
 from iwm_fast.data.sources import Patience
@@ -45,7 +46,6 @@ from iwm_fast.engine.zero import initialize
 from iwm_fast.errors import Interrupted, UserError
 from iwm_fast.kernels import use_tuner
 from iwm_fast.models.attention import describe_attention
-from iwm_fast.planning.conflicts import conflicts, require_a_step
 
 __all__ = ["pretrain"]
 

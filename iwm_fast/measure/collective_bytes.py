@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from iwm_fast.planning.communication import Kind, ring_bytes
+from iwm_fast.cost.communication import Kind, ring_bytes
 
 __all__ = ["CollectiveCounter", "CountedCollective"]
 

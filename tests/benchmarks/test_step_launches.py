@@ -9,9 +9,9 @@ import pytest
 from iwm_fast.benchmarks.launches import main
 from iwm_fast.benchmarks.presets import preset_config
 from iwm_fast.benchmarks.step_launches import step_launches
+from iwm_fast.cost.layout import layout_of
 from iwm_fast.engine.distributed.ranks import start
 from iwm_fast.errors import UserError
-from iwm_fast.planning.layout import layout_of
 
 DEPTH, PREDICTOR_DEPTH = 12, 6  # of cpu-tiny
 SMALL = ("train.global_batch=8", "train.precision=bf16", "zero.stage=0")

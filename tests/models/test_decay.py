@@ -11,13 +11,13 @@ from torch import nn
 
 from iwm_fast.actions.external import action_dim
 from iwm_fast.config import Config, PredictorConfig
+from iwm_fast.cost.layout import layout_of
 from iwm_fast.engine.optimizer import parameter_groups
 from iwm_fast.eval.finetune.fitting import Plan, _groups
 from iwm_fast.eval.finetune.modes import MODES, reader_builder
 from iwm_fast.models import IWM
 from iwm_fast.models.decay import decayed_parameters
 from iwm_fast.models.task_model import HeadShape
-from iwm_fast.planning.layout import layout_of
 
 # Every parameter of every model, by its name's end. Those of normalisations have their module's name in front.
 DECAYED = (

@@ -7,9 +7,9 @@ import pytest
 from small_run import small_config
 
 from iwm_fast.benchmarks.kept_count import counted_activations
+from iwm_fast.cost.activations import activations
+from iwm_fast.cost.tokens import Tokens
 from iwm_fast.kernels import use_backend
-from iwm_fast.planning.activations import activations
-from iwm_fast.planning.tokens import Tokens
 
 
 def test_a_forward_pass_keeps_what_the_plan_says(device):

@@ -7,8 +7,8 @@ import torch
 from numpy.typing import NDArray
 
 from iwm_fast.config import Config
-from iwm_fast.planning.devices import peak_of
-from iwm_fast.planning.flops import step_flops
+from iwm_fast.cost.devices import peak_of
+from iwm_fast.cost.flops import step_flops
 
 __all__ = ["StepCounter", "peak_flops"]
 

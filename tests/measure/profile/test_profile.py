@@ -12,6 +12,7 @@ from iwm_fast.actions.transforms import ActionSpace
 from iwm_fast.benchmarks.step import _BATCHES
 from iwm_fast.cli.main import main
 from iwm_fast.config import load_config, packaged_config
+from iwm_fast.cost.flops import step_flops
 from iwm_fast.kernels import TRITON_FUNCTIONS
 from iwm_fast.measure.operations import Work
 from iwm_fast.measure.profile.limits import Limits
@@ -19,7 +20,6 @@ from iwm_fast.measure.profile.parts import PARTS, PartsClock
 from iwm_fast.measure.profile.picture import step_figure
 from iwm_fast.measure.profile.trace import trace_steps
 from iwm_fast.measure.synthetic import synthetic_stream
-from iwm_fast.planning.flops import step_flops
 
 KEYS = [
     "model.encoder={depth: 2, width: 64, heads: 2}", "model.predictor.depth=2", "model.predictor.width=64",

@@ -8,12 +8,13 @@ from typing import Any, Literal
 
 from iwm_fast.config import Config
 from iwm_fast.config.batch import training_steps
-from iwm_fast.planning import fabric, plan, steptime
-from iwm_fast.planning.advice import changes, duration, keys, left_out, of_gpus
-from iwm_fast.planning.conflicts import length_conflicts
-from iwm_fast.planning.plan import Choice, Cluster, Planner, Stage, best_of_each, stage_record
-from iwm_fast.planning.scaling import Point
-from iwm_fast.planning.steptime import StepTime, image_flops
+from iwm_fast.cost import network as fabric
+from iwm_fast.cost import plan, step_time
+from iwm_fast.cost.advice import changes, duration, keys, left_out, of_gpus
+from iwm_fast.cost.conflicts import length_conflicts
+from iwm_fast.cost.plan import Choice, Cluster, Planner, Stage, best_of_each, stage_record
+from iwm_fast.cost.scaling import Point
+from iwm_fast.cost.step_time import StepTime, image_flops
 
 __all__ = ["ImageCount", "document", "left_out_rows", "memory_rows", "sentences", "stage_rows"]
 
@@ -138,11 +139,11 @@ def assumptions(cluster: Cluster, config: Config, images: ImageCount) -> list[st
         ),
         (
             f"memory: {plan.FRAGMENTED:.0%} lost to fragmentation and {plan.RESERVED / 1e9:.0f} GB for CUDA, NCCL and "
-            f"decoding assumed; the optimizer's pass at {steptime.MEMORY_EFFICIENCY:.0%} of the memory's rate assumed"
+            f"decoding assumed; the optimizer's pass at {step_time.MEMORY_EFFICIENCY:.0%} of the memory's rate assumed"
         ),
     ]
     said.append(
-        f"launches: {steptime.LAUNCH_S * 1e6:.0f} µs of the host assumed per block forward, twice that backward"
+        f"launches: {step_time.LAUNCH_S * 1e6:.0f} µs of the host assumed per block forward, twice that backward"
     )
     if config.train.static_shapes:
         said.append("static shapes: their padding is counted, but for the target; operations and MFU are useful ones")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from iwm_fast.planning.communication import Collective, ring_bytes
+from iwm_fast.cost.communication import Collective, ring_bytes
 
 __all__ = ["Fabric", "Transfer"]
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from iwm_fast.cost.devices import Device
 from iwm_fast.errors import UserError
-from iwm_fast.planning.devices import Device
 
 __all__ = ["ASSUMED_MFU", "Rate", "compute_rate", "packaged_results"]
 

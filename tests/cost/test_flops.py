@@ -8,8 +8,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from iwm_fast.config.schema import EncoderShape, ModelConfig, PredictorConfig
+from iwm_fast.cost.flops import step_flops
 from iwm_fast.models import IWM, Segments
-from iwm_fast.planning.flops import step_flops
 
 ACTIONS = 3
 CASES = [("vit", c) for c in ("none", "sequence", "feature", "block", "sequence+block", "feature+block")]

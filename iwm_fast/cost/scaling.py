@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from iwm_fast.planning.plan import Cluster, Planner, Stage
+from iwm_fast.cost.plan import Cluster, Planner, Stage
 from iwm_fast.streams import shown
 
 __all__ = ["MOST_GPUS", "Point", "draw_scaling", "scaling"]

@@ -8,13 +8,13 @@ import pytest
 from iwm_fast.cli.main import main
 from iwm_fast.cli.plan import planner_of
 from iwm_fast.config import load_config, packaged_config
-from iwm_fast.planning.communication import Collective, ring_bytes
-from iwm_fast.planning.devices import DEVICES, peak_of
-from iwm_fast.planning.fabric import LINK_EFFICIENCY, LINK_HOP_S, NETWORK_HOP_S, Fabric
-from iwm_fast.planning.plan import Cluster
-from iwm_fast.planning.rates import ASSUMED_MFU, Rate, compute_rate
-from iwm_fast.planning.scaling import scaling
-from iwm_fast.planning.steptime import image_flops
+from iwm_fast.cost.communication import Collective, ring_bytes
+from iwm_fast.cost.devices import DEVICES, peak_of
+from iwm_fast.cost.network import LINK_EFFICIENCY, LINK_HOP_S, NETWORK_HOP_S, Fabric
+from iwm_fast.cost.plan import Cluster
+from iwm_fast.cost.rates import ASSUMED_MFU, Rate, compute_rate
+from iwm_fast.cost.scaling import scaling
+from iwm_fast.cost.step_time import image_flops
 
 RATE = Rate(0.4, "given", "--mfu")
 

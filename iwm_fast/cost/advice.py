@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from iwm_fast.config import Config
-from iwm_fast.planning.plan import WORTH, Planner, Refused, Stage, best_of_each
+from iwm_fast.cost.plan import WORTH, Planner, Refused, Stage, best_of_each
 
 __all__ = ["changes", "duration", "keys", "left_out", "of_gpus"]
 

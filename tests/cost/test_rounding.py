@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from iwm_fast.config import Config
+from iwm_fast.cost.rounding import Rounding, default_multiple, rounding_of
 from iwm_fast.data.masks import MaskSampler
-from iwm_fast.planning.rounding import Rounding, default_multiple, rounding_of
 
 
 def config_of(image: int, patch: int, **train: object) -> Config:

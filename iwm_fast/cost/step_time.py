@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 from iwm_fast.actions.external import action_dim
 from iwm_fast.config import Config
-from iwm_fast.planning.communication import Collective
-from iwm_fast.planning.devices import Device
-from iwm_fast.planning.fabric import Fabric
-from iwm_fast.planning.flops import StepFlops, step_flops
-from iwm_fast.planning.layout import Layout
-from iwm_fast.planning.tokens import Tokens
+from iwm_fast.cost.communication import Collective
+from iwm_fast.cost.devices import Device
+from iwm_fast.cost.flops import StepFlops, step_flops
+from iwm_fast.cost.layout import Layout
+from iwm_fast.cost.network import Fabric
+from iwm_fast.cost.tokens import Tokens
 
 __all__ = ["StepTime", "image_flops", "step_time"]
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from iwm_fast.config import Config
-from iwm_fast.planning.layout import Layout, stage_settings
+from iwm_fast.cost.layout import Layout, stage_settings
 
 __all__ = ["Memory", "state_memory"]
 

@@ -17,8 +17,8 @@ from dataclasses import asdict, dataclass
 
 from iwm_fast.actions.external import action_dim
 from iwm_fast.config import Config
+from iwm_fast.cost.tokens import Tokens
 from iwm_fast.kernels import mlp_workspace
-from iwm_fast.planning.tokens import Tokens
 
 __all__ = ["Activations", "KeptBytes", "Moment", "activations"]
 

@@ -3,9 +3,9 @@ from types import SimpleNamespace
 import pytest
 
 from iwm_fast.config import load_config, packaged_config
+from iwm_fast.cost.conflicts import conflicts, require_a_step
+from iwm_fast.cost.report import ImageCount, warnings
 from iwm_fast.errors import UserError
-from iwm_fast.planning.answer import ImageCount, warnings
-from iwm_fast.planning.conflicts import conflicts, require_a_step
 
 
 def config(*overrides):

@@ -12,8 +12,8 @@ from iwm_fast.actions.transforms import ActionSpace
 from iwm_fast.benchmarks.kept_count import KeptCounter, counted_activations
 from iwm_fast.cli.plan import planner_of
 from iwm_fast.config import Config
-from iwm_fast.planning.activations import KeptBytes, activations
-from iwm_fast.planning.tokens import Tokens
+from iwm_fast.cost.activations import KeptBytes, activations
+from iwm_fast.cost.tokens import Tokens
 
 pytestmark = pytest.mark.usefixtures("torchs_own_linear")
 

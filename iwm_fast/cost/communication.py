@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from iwm_fast.config import Config
-from iwm_fast.planning.layout import Layout, stage_settings
+from iwm_fast.cost.layout import Layout, stage_settings
 
 __all__ = ["Collective", "Kind", "ring_bytes", "step_collectives"]
 

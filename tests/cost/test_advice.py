@@ -13,17 +13,17 @@ from small_run import small_config
 from iwm_fast.cli import plan as plan_command
 from iwm_fast.cli.plan import planner_of
 from iwm_fast.config import load_config, packaged_config
+from iwm_fast.cost.advice import duration, of_gpus
+from iwm_fast.cost.devices import DEVICES
+from iwm_fast.cost.layout import Layout, Parameter
+from iwm_fast.cost.plan import FRAGMENTED, RESERVED, Cluster, Planner
+from iwm_fast.cost.rates import Rate, compute_rate
+from iwm_fast.cost.report import ImageCount, document, sentences
+from iwm_fast.cost.step_time import image_flops
+from iwm_fast.cost.tokens import Tokens
 from iwm_fast.data.loader import divide_batch
 from iwm_fast.data.tools.index import write_index
 from iwm_fast.errors import UserError
-from iwm_fast.planning.advice import duration, of_gpus
-from iwm_fast.planning.answer import ImageCount, document, sentences
-from iwm_fast.planning.devices import DEVICES
-from iwm_fast.planning.layout import Layout, Parameter
-from iwm_fast.planning.plan import FRAGMENTED, RESERVED, Cluster, Planner
-from iwm_fast.planning.rates import Rate, compute_rate
-from iwm_fast.planning.steptime import image_flops
-from iwm_fast.planning.tokens import Tokens
 
 RATE = Rate(0.4, "given", "--mfu")
 SET = ImageCount(1_281_167, "given", "--images")
