@@ -3,8 +3,8 @@
     python -m benchmarks.activations --ijepa CHECKOUT --json FILE
 
 Nothing is computed: networks and batches are on PyTorch's meta device, and autograd's hooks see what is kept. Both
-sides are in bf16, ijepa under what CUDA's autocast does (`iwm_fast.measure.autocast`), and eager; both get ijepa's own masks,
-cut to the batch's shortest context, and no action.
+sides are in bf16, ijepa under what CUDA's autocast does (`iwm_fast.measure.autocast`), and eager; both get ijepa's own
+masks, cut to the batch's shortest context, and no action.
 
 Counted: what autograd keeps from the forward pass to the backward pass, each storage once, and what lasts from step to
 step: weights, gradients, AdamW's moments, the moving average, and the rounded weights that autocast keeps in a step.

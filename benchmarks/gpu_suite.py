@@ -127,7 +127,7 @@ def _train(args: argparse.Namespace, file: Path) -> list[str]:
 def _settings(args: argparse.Namespace, file: Path) -> list[str]:
     config, *common = _BASE if _on_gpu(args) else _TINY
     settings = _SETTINGS if _on_gpu(args) else _SETTINGS[:1]  # the others are a GPU's
-    words = ["iwm_fast.benchmarks.ab_test", *settings, "--each", "--json", str(file), "--config", config]
+    words = ["iwm_fast.benchmarks.setting_gain", *settings, "--each", "--json", str(file), "--config", config]
     few = ["--batch", "256", "--repeats", "20"] if _on_gpu(args) else ["--batch", "16", "--repeats", "3"]
     return [*words, "--common", *common, *few, "--device", args.device]
 

@@ -1,7 +1,7 @@
 """The collectives of one optimizer step, by ZeRO stage, and the bytes that a rank sends in them.
 
-What is listed here was counted on DeepSpeed 0.19.8 (`counting`, tests/planning/test_communication.py), and is not what
-papers say of the stages: stages 1 and 2 all-reduce whole gradients (`use_multi_rank_bucket_allreduce`), where a
+What is listed here was counted on DeepSpeed 0.19.8 (`measure.collective_bytes`, tests/cost/test_counted.py), and is not
+what papers say of the stages: stages 1 and 2 all-reduce whole gradients (`use_multi_rank_bucket_allreduce`), where a
 reduce-scatter would send half; stage 2 does so after every micro-batch; stage 3 gathers every parameter once a
 micro-batch, not twice, while the model is below `stage3_max_reuse_distance` elements.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import runpy
 import sys
 from pathlib import Path
 
@@ -14,23 +15,28 @@ from iwm_fast.cli.main import main
 from iwm_fast.errors import UserError
 
 FOLDER = Path(iwm_fast.benchmarks.__file__).resolve().parent
-PROGRAMS = sorted(path.stem for path in FOLDER.glob("*.py") if "__main__" in path.read_text(encoding="utf-8"))
+TEXTS = {
+    ".".join(path.relative_to(FOLDER).with_suffix("").parts): path.read_text(encoding="utf-8")
+    for path in FOLDER.rglob("*.py")
+}
+RENAMED = {name for name, text in TEXTS.items() if "run_renamed(" in text and not name.startswith("_")}
+PROGRAMS = sorted({name for name, text in TEXTS.items() if '"__main__":' in text} - RENAMED)
 # An output below a file, and what else the program needs to come so far.
 BAD = "file/out.json"
 WORDS = {
     "activations": ["--ijepa", "no_checkout", "--json", BAD],
-    "arms": ["demo.yaml", "--data", "d", "--out", "runs", "--arm", "a", "--json", BAD],
-    "arms, runs": ["demo.yaml", "--data", "d", "--out", "file/runs", "--arm", "a", "--json", "ok.json"],
+    "sweep": ["demo.yaml", "--data", "d", "--out", "runs", "--arm", "a", "--json", BAD],
+    "sweep, runs": ["demo.yaml", "--data", "d", "--out", "file/runs", "--arm", "a", "--json", "ok.json"],
     "attention": ["--json", BAD],
     "ceilings": ["--json", BAD],
     "data": ["--json", BAD],
     "dial": ["--data", "d", "--out", "runs", "--json", BAD],
     "dial, runs": ["--data", "d", "--out", "file/runs", "--json", "ok.json"],
     "dial, picture": ["--data", "d", "--out", "runs", "--json", "ok.json", "--picture", BAD],
-    "draw_arms": ["results.json", BAD],
-    "draw_data": ["results.json", BAD],
-    "draw_kernels": ["results.json", BAD],
-    "draw_rollouts": [BAD, "a=results.json"],
+    "plots.sweep": ["results.json", BAD],
+    "plots.data": ["results.json", BAD],
+    "plots.kernels": ["results.json", BAD],
+    "plots.rollouts": [BAD, "a=results.json"],
     "engine": ["--json", BAD],
     "first_visit": ["--json", BAD],
     "finetune": ["run", "--data", "d", "--json", BAD],
@@ -40,10 +46,10 @@ WORDS = {
     "kernels": ["--json", BAD],
     "launches": ["--mlp", "64,32,64,4", "--json", BAD],
     "peers": ["--device", "cpu", "--json", BAD],
-    "savings": ["--json", BAD],
+    "flops_saved": ["--json", BAD],
     "train": ["--scratch", "scratch", "--json", BAD],
     "train, scratch": ["--scratch", "file/scratch", "--json", "ok.json"],
-    "settings": ["train.compile=true", "--json", BAD],
+    "setting_gain": ["train.compile=true", "--json", BAD],
 }
 INNER = {"ranks", "report"}  # one is started by bench scaling, one writes into the tree
 
@@ -65,8 +71,25 @@ def test_an_output_that_cannot_be_written_is_refused_before_anything_is_measured
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_every_program_sets_up_its_streams(name):
-    text = (FOLDER / f"{name}.py").read_text(encoding="utf-8")
-    assert re.search(rf'__main__":\n(.*\n)?    sys\.exit\(run_program\("benchmarks\.{name}", ', text)
+    assert re.search(rf'__main__":\n(.*\n)?    sys\.exit\(run_program\("benchmarks\.{name}", ', TEXTS[name])
+
+
+@pytest.mark.parametrize("name", sorted(RENAMED))
+def test_an_old_name_runs_the_program_and_says_its_new_one(name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    for module in [module for module in sys.modules if module.startswith("iwm_fast.benchmarks")]:
+        monkeypatch.delitem(sys.modules, module)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module(f"iwm_fast.benchmarks.{name}", run_name="__main__", alter_sys=True)
+    shown = capsys.readouterr()
+    assert ended.value.code == 0
+    assert "usage:" in shown.out.lower()
+    (line,) = shown.err.splitlines()
+    new = re.fullmatch(
+        rf"benchmarks\.{name} is benchmarks\.([\w.]+) now; the old name goes with the next release", line
+    )
+    assert new is not None
+    assert new[1] in PROGRAMS
 
 
 COMMANDS = {

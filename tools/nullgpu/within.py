@@ -22,7 +22,7 @@ _PASSED: tuple[tuple[str, str, Callable[..., Any]], ...] = (
     ("iwm_fast.benchmarks.step", "check_answer", lambda *_: float("nan")),
     ("iwm_fast.benchmarks.kernels", "errors", lambda *_: {"out": 0.0}),
     ("iwm_fast.benchmarks.attention", "_relative", lambda *_: 0.0),
-    ("iwm_fast.benchmarks.ab_test", "loss_difference", lambda *_: 0.0),
+    ("iwm_fast.benchmarks.setting_gain", "loss_difference", lambda *_: 0.0),
     ("iwm_fast.benchmarks.ceilings", "require_sums", lambda *_: None),
     # On the CPU, and right, but half a minute of a part that has two.
     ("iwm_fast.benchmarks.adapters.answers", "plain_difference", lambda *_: 0.0),

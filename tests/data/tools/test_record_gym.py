@@ -17,7 +17,7 @@ pytest.importorskip("pygame", reason="pygame is not installed (the extra record_
 
 from iwm_fast.cli.main import app, main  # noqa: E402
 from iwm_fast.data.randomness import uniforms  # noqa: E402
-from iwm_fast.data.tools import record_gym
+from iwm_fast.data.tools import record_gym  # noqa: E402
 from iwm_fast.data.tools.record_gym import Recording, record  # noqa: E402
 from iwm_fast.data.triplets import read_triplets  # noqa: E402
 from iwm_fast.errors import UserError  # noqa: E402

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from small_run import small_config
 
-from iwm_fast.benchmarks.ab_test import measure_setting
+from iwm_fast.benchmarks.setting_gain import measure_setting
 from iwm_fast.engine.distributed.ranks import start
 
 

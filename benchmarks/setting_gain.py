@@ -1,6 +1,6 @@
 """What a setting gains: the training step under it against the same step without it, in turn.
 
-    python -m benchmarks.ab_test train.compile=true --json FILE [--config vit_tiny_p4_32.yaml] [--threads 1]
+    python -m benchmarks.setting_gain train.compile=true --json FILE [--config vit_tiny_p4_32.yaml] [--threads 1]
 
 Both sides begin with the same weights and take the same batches of random pixels, each with masks of its own, so that
 no two have the same lengths. Their losses have to agree before anything is said of the time.
@@ -135,4 +135,4 @@ def _print(row: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_program("benchmarks.ab_test", main))
+    sys.exit(run_program("benchmarks.setting_gain", main))
