@@ -81,6 +81,7 @@ setup(
             "torchvision>=0.26,<0.29",
             "setuptools>=77",
             "wheel>=0.43",
+            "prometheus_client>=0.20,<1",
             "boto3>=1.36,<2",
             "moto[server]>=5,<6",
             "pyarrow>=18",
@@ -89,6 +90,7 @@ setup(
         ],
         "s3": ["boto3>=1.36,<2"],
         "wandb": ["wandb>=0.25,<1"],
+        "prometheus": ["prometheus_client>=0.20,<1"],
         "onnx": ["onnx>=1.17,<2", "onnxscript>=0.5,<0.8", "onnxruntime>=1.20,<2"],
         # timm is one of the peers that benchmarks/peers.py compares with.
         "bench": ["psutil>=6", "timm>=1.0.9,<2"],

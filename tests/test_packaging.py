@@ -47,7 +47,7 @@ def test_python_3_11_and_later():
 
 
 def test_extras():
-    assert set(keyword("extras_require")) == {"test", "bench", "s3", "wandb", "onnx", "games", "parquet"}
+    assert set(keyword("extras_require")) == {"test", "bench", "s3", "wandb", "prometheus", "onnx", "games", "parquet"}
 
 
 @pytest.mark.parametrize("name", ["kernels", "configs", "benchmarks"])

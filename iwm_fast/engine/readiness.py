@@ -11,6 +11,7 @@ from pathlib import Path
 from torch import nn
 
 from iwm_fast.config import Config
+from iwm_fast.engine.metrics.prometheus import require_prometheus
 from iwm_fast.engine.optimizer import MOMENTS
 from iwm_fast.engine.run_directory import RunDirectory
 from iwm_fast.errors import UserError
@@ -80,6 +81,8 @@ def _require_sinks(config: Config) -> None:
         raise UserError(
             "log.wandb is set, but the package is not installed: pip install 'iwm-fast[wandb]', or unset log.wandb"
         )
+    if config.log.prometheus_port is not None:
+        require_prometheus()
     if config.log.prometheus_port:
         host, port = config.log.prometheus_host, config.log.prometheus_port
         with socket.socket() as probe:

@@ -3,27 +3,43 @@
 from __future__ import annotations
 
 import http.server
+import importlib.util
 import math
 import threading
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 from iwm_fast.errors import UserError
 from iwm_fast.streams import shown
 
-__all__ = ["PrometheusSink"]
+if TYPE_CHECKING:
+    from prometheus_client import Metric
+
+__all__ = ["PrometheusSink", "require_prometheus"]
 
 _TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+def require_prometheus() -> None:
+    """UserError where prometheus_client, which writes the text that is served, is not installed."""
+    if importlib.util.find_spec("prometheus_client") is None:
+        raise UserError(
+            "log.prometheus_port is set, but prometheus_client is not installed: pip install 'iwm-fast[prometheus]', "
+            "or unset log.prometheus_port"
+        )
 
 
 class PrometheusSink:
     """Serves ``/metrics`` from a thread: a gauge ``iwm_fast_KEY`` for every number of the newest record.
 
-    Raises UserError where the port cannot be opened. Port 0 takes a free one; ``port`` says which.
+    Raises UserError where the package is missing or the port cannot be opened. Port 0 takes a free one; ``port`` says
+    which.
     """
 
     def __init__(self, host: str, port: int, run: str) -> None:
+        require_prometheus()
         self._text = b""
-        self._run = shown(run).replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+        self._run = shown(run)
         sink = self
 
         class Page(http.server.BaseHTTPRequestHandler):
@@ -51,14 +67,28 @@ class PrometheusSink:
 
     def write(self, record: dict[str, Any]) -> None:
         """Serve these numbers from now on; those that the record does not have keep no older value."""
-        lines = []
-        for key, value in record.items():
-            if isinstance(value, int | float) and math.isfinite(value):
-                name = f"iwm_fast_{key}"
-                lines += [f"# TYPE {name} gauge", f'{name}{{run="{self._run}"}} {value:.17g}']
-        self._text = ("\n".join(lines) + "\n").encode()
+        from prometheus_client import generate_latest
+
+        self._text = generate_latest(_Gauges(record, self._run))
 
     def close(self) -> None:
         """Close the port."""
         self._server.shutdown()
         self._server.server_close()
+
+
+class _Gauges:
+    """A record as prometheus_client collects it: a gauge for each finite number, labelled with the run."""
+
+    def __init__(self, record: Mapping[str, Any], run: str) -> None:
+        self._record, self._run = record, run
+
+    def collect(self) -> Iterator[Metric]:
+        """The gauges, in the record's order."""
+        from prometheus_client.core import GaugeMetricFamily
+
+        for key, value in self._record.items():
+            if isinstance(value, int | float) and math.isfinite(value):
+                gauge = GaugeMetricFamily(f"iwm_fast_{key}", "", labels=["run"])
+                gauge.add_metric([self._run], value)
+                yield gauge
