@@ -60,7 +60,7 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 def _commit() -> str | None:
     """The commit of the checkout this package runs from, ``-modified`` added when tracked files differ from it."""
-    root = Path(__file__).resolve().parents[2]
+    root = Path(__file__).resolve().parents[1]
     if not (root / ".git").exists():
         return None
     commit = _git(root, "rev-parse", "HEAD")
