@@ -24,11 +24,12 @@ from iwm_fast.api import WorldModel
 from iwm_fast.config import ActionsConfig
 from iwm_fast.config.external import ExternalActions
 from iwm_fast.data.views.sampling import draw_views
-from iwm_fast.engine import export_run, load_model, pretrain
+from iwm_fast.engine import load_model, pretrain
 from iwm_fast.errors import UserError
 from iwm_fast.eval.world_model.action_ranges import at_bound, trained_box
 from iwm_fast.eval.world_model.bank import jittered_views, make_bank
 from iwm_fast.eval.world_model.given_images import as_pictures
+from iwm_fast.export.weights import export_run
 from iwm_fast.models.iwm import IWM
 from iwm_fast.models.packing import Segments
 

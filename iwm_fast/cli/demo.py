@@ -14,6 +14,7 @@ from iwm_fast.data.tools.synth import draw_dataset
 from iwm_fast.engine import pretrain
 from iwm_fast.engine.run_directory import RunDirectory
 from iwm_fast.errors import UserError
+from iwm_fast.eval.online import OnlineEvaluator
 from iwm_fast.eval.report.report import read_metrics
 from iwm_fast.eval.run import evaluate_run
 
@@ -45,7 +46,7 @@ def demo(
     data = out / "data"
     config = load_config(packaged_config("demo"), [*overrides, f"data.root={data / 'train'}"])
     draw_dataset(data, classes=CLASSES, train=TRAIN_IMAGES, test=TEST_IMAGES, size=IMAGE_SIZE, seed=SEED)
-    pretrain(config, out, "never", alone=True)
+    pretrain(config, out, "never", evaluator=OnlineEvaluator(), alone=True)
     if RunDirectory(out).stopped_file.exists():
         raise UserError(f"{out}: stopped as asked before its end; start demo again with another --out")
     figures: dict[str, Any] = {}

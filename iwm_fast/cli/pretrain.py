@@ -41,8 +41,9 @@ def pretrain(
     loaded = load_config(file, changes)
     from iwm_fast.engine import pretrain as train
     from iwm_fast.engine.distributed.ranks import leave
+    from iwm_fast.eval.online import OnlineEvaluator
 
-    train(loaded, out, resume)
+    train(loaded, out, resume, evaluator=OnlineEvaluator())
     atexit.register(leave)
 
 

@@ -2,6 +2,5 @@
 
 from iwm_fast.engine.checkpoint.load import load_export, load_model
 from iwm_fast.engine.train import pretrain
-from iwm_fast.export.weights import export_run
 
-__all__ = ["export_run", "load_export", "load_model", "pretrain"]
+__all__ = ["load_export", "load_model", "pretrain"]

@@ -15,13 +15,13 @@ from iwm_fast.engine.distributed.signals import Abandoned, StopRequest
 from iwm_fast.engine.distributed.stragglers import Stragglers
 from iwm_fast.engine.distributed.watchdog import Liveness
 from iwm_fast.engine.ema import TargetAverage
+from iwm_fast.engine.evaluator import Evaluator, live_model
 from iwm_fast.engine.garbage import Upkeep
 from iwm_fast.engine.kernel_choices import KernelChoices
 from iwm_fast.engine.metrics.clock import seconds_since_start
 from iwm_fast.engine.metrics.log import MetricsLog
 from iwm_fast.engine.metrics.loggers import open_sinks
 from iwm_fast.engine.metrics.progress import TrainingProgress
-from iwm_fast.engine.monitor import evaluate_during_training
 from iwm_fast.engine.resuming import ListIdentity
 from iwm_fast.engine.run_directory import RunDirectory
 from iwm_fast.engine.step import Trainer
@@ -58,6 +58,7 @@ class Run:
     stop_at: int
     identity: ListIdentity | None  # the first rank's
     choices: KernelChoices
+    evaluator: Evaluator | None
 
 
 def train(run: Run, space: ActionSpace, progress: TrainingProgress, stop: StopRequest, upkeep: Upkeep) -> None:
@@ -82,8 +83,8 @@ def train(run: Run, space: ActionSpace, progress: TrainingProgress, stop: StopRe
         if record and trainer.step == first:
             record["first_step_after_s"] = seconds_since_start()
         asked = _asked(run, stop)
-        if _due(run.config.eval.every_steps, trainer.step) and run.config.eval.root and not asked.stop:
-            record = _evaluated(run, space, record, log, stop)
+        if run.evaluator and _due(run.config.eval.every_steps, trainer.step) and not asked.stop:
+            record = _evaluated(run, run.evaluator, space, record, log, stop)
             asked = _asked(run, stop)
             trainer.restart_clock()
         if record and log:
@@ -108,16 +109,20 @@ def train(run: Run, space: ActionSpace, progress: TrainingProgress, stop: StopRe
 
 
 def _evaluated(
-    run: Run, space: ActionSpace, record: dict[str, Any] | None, log: MetricsLog | None, stop: StopRequest
+    run: Run,
+    evaluator: Evaluator,
+    space: ActionSpace,
+    record: dict[str, Any] | None,
+    log: MetricsLog | None,
+    stop: StopRequest,
 ) -> dict[str, Any] | None:
     """The step's record with what is measured now, or as it is where the process is to stop; a checkpoint is written
     where measuring fails, and the run ends.
     """
     step = run.trainer.step
     try:
-        found = evaluate_during_training(
-            run.zero, run.average, run.config, space, run.ranks, abandonable=stop.abandonable
-        )
+        model = live_model(run.zero, run.average, run.config, space, run.ranks)
+        found = evaluator.measure(model, run.config, space, run.ranks, stop.abandonable)
     except UserError as error:  # on every rank alike, so that all of them write
         if log and record:
             record.pop("own_s_by_rank", None)

@@ -11,22 +11,20 @@ from pathlib import Path
 from torch import nn
 
 from iwm_fast.config import Config
+from iwm_fast.engine.evaluator import Evaluator
 from iwm_fast.engine.metrics.prometheus import require_prometheus
 from iwm_fast.engine.optimizer import MOMENTS
 from iwm_fast.engine.run_directory import RunDirectory
 from iwm_fast.errors import UserError
-from iwm_fast.eval.splits import cannot_classify, open_splits, require_same_classes
-from iwm_fast.eval.world_model.bank import varying
-from iwm_fast.eval.world_model.frames import open_triplets
 from iwm_fast.outputs import unwritable
 
 __all__ = ["require_ready", "require_room"]
 
 
-def require_ready(config: Config, directory: RunDirectory) -> None:
+def require_ready(config: Config, directory: RunDirectory, evaluator: Evaluator | None) -> None:
     """UserError where the images of eval.root, a folder of the run or a place for its metrics cannot be had.
 
-    What the evaluation will not measure is said. The first rank calls it, which holds the run.
+    What the evaluator will not measure is said. The first rank calls it, which holds the run.
     """
     for key, root in (("data.root", config.data.root), ("eval.root", config.eval.root)):
         if root is not None and Path(root).resolve() == directory.path.resolve():
@@ -38,10 +36,10 @@ def require_ready(config: Config, directory: RunDirectory) -> None:
         if why is not None:
             raise UserError(f"{folder}: cannot be written: {why}; mend the folder, or choose another --out")
     _require_sinks(config)
-    if config.eval.every_steps is None or config.eval.root is None:
+    if config.eval.every_steps is None or evaluator is None:
         return
     try:
-        left_out = _left_out(config, config.eval.root)
+        left_out = evaluator.unmeasured(config)
     except UserError as error:
         raise UserError(f"eval.root: {error}") from error
     if left_out is not None:
@@ -59,21 +57,6 @@ def require_room(model: nn.Module, checkpoints: Path) -> None:
             f"{checkpoints}: a checkpoint takes {needed / 1e9:.3g} GB and {free / 1e9:.3g} GB are free; "
             "free space, or choose another --out"
         )
-
-
-def _left_out(config: Config, root: str) -> str | None:
-    """Opens what an evaluation opens; why a part of it will not be measured, or None."""
-    if config.actions.groups == ("external",):
-        open_triplets(root, config)
-        return None
-    train, test = open_splits(root, config, limit=config.eval.images)
-    missing = cannot_classify(train, test)
-    if missing is None:
-        require_same_classes(train, test)
-        return None
-    if not varying(config.actions):
-        raise UserError(f"nothing can be measured while training: {missing}, and no jitter varies (actions.strength)")
-    return f"k-NN is not measured while training: {missing}"
 
 
 def _require_sinks(config: Config) -> None:

@@ -31,6 +31,7 @@ from iwm_fast.engine.distributed.ranks import Ranks, decide, gather, start
 from iwm_fast.engine.distributed.signals import StopRequest
 from iwm_fast.engine.distributed.watchdog import Liveness
 from iwm_fast.engine.ema import TargetAverage
+from iwm_fast.engine.evaluator import Evaluator
 from iwm_fast.engine.garbage import Upkeep
 from iwm_fast.engine.kernel_choices import KernelChoices, read_tables
 from iwm_fast.engine.loop import Run, train
@@ -50,13 +51,18 @@ from iwm_fast.models.attention import describe_attention
 __all__ = ["pretrain"]
 
 
-def pretrain(config: Config, out: Path, resume: str = "never", *, alone: bool = False) -> None:
+def pretrain(
+    config: Config, out: Path, resume: str = "never", *, evaluator: Evaluator | None = None, alone: bool = False
+) -> None:
     """Train into folder ``out``, alone or as one rank of many.
 
     ``resume``: ``never`` (refused when ``out`` has checkpoints), ``auto`` (the newest whole one, or anew), or the path
-    of a run or a checkpoint (`checkpoint_paths`). ``alone``: as the only rank, whatever launcher the environment tells
-    of. Raises UserError for whatever the user can mend, and Interrupted after a Ctrl-C that left a checkpoint.
+    of a run or a checkpoint (`checkpoint_paths`). ``evaluator``: measures every ``eval.every_steps`` steps, usually
+    `iwm_fast.eval.online.OnlineEvaluator`. ``alone``: as the only rank, whatever launcher the environment tells of.
+    Raises UserError for whatever the user can mend, and Interrupted after a Ctrl-C that left a checkpoint.
     """
+    if config.eval.every_steps is not None and evaluator is None:
+        raise ValueError(f"eval.every_steps is {config.eval.every_steps} and evaluator is None: give one, or unset it")
     with StopRequest() as stop:
         ranks = start(config.train.rank_timeout_s, alone=alone)
         if "OMP_NUM_THREADS" not in os.environ and ranks.device.type == "cpu":
@@ -76,7 +82,7 @@ def pretrain(config: Config, out: Path, resume: str = "never", *, alone: bool = 
 
             def choose() -> Path | None:
                 held.enter_context(directory.locked())
-                require_ready(config, directory)
+                require_ready(config, directory, evaluator)
                 return choose_checkpoint(config, directory, resume)
 
             chosen = decide(ranks, choose)
@@ -90,7 +96,7 @@ def pretrain(config: Config, out: Path, resume: str = "never", *, alone: bool = 
                 tell_of_splits(config.data.root or "", "all of them are trained on")
             identity = ListIdentity(files) if ranks.first else None
             decide(ranks, lambda: _begin(config, directory, chosen, files, identity, ranks, measured))
-            _train(config, directory, chosen, ranks, live, files, identity, stop)
+            _train(config, directory, chosen, ranks, live, files, identity, stop, evaluator)
     if stop.interrupted:
         raise Interrupted
 
@@ -127,6 +133,7 @@ def _train(
     files: ImageSet | Triplets,
     identity: ListIdentity | None,
     stop: StopRequest,
+    evaluator: Evaluator | None,
 ) -> None:
     live.at("making of the model")
     space = space_of(config.actions)
@@ -165,7 +172,7 @@ def _train(
         )  # fmt: skip
         file = directory.kernel_choices_file
         choices = KernelChoices(ranks, file, decide(ranks, lambda: read_tables(file, chosen)))
-        run = Run(config, directory, ranks, zero, average, trainer, writer, live, stop_at, identity, choices)
+        run = Run(config, directory, ranks, zero, average, trainer, writer, live, stop_at, identity, choices, evaluator)
         with TrainingProgress(stop_at, done, shown=ranks.first) as progress:
             _announce(run, files, saved, progress)
             # Only from here on is there a state to save: a start that is told to stop just ends.

@@ -1,31 +1,132 @@
-"""Evaluation while training, in shares: each rank ranks and encodes its part of the images, and one joins the parts.
+"""Evaluation while training, in shares: each rank ranks and encodes its part of the images, and all join the parts.
 
 Every image's bank depends on the image's number alone, so the joined figures are the same for any number of ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from iwm_fast.actions.transforms import ActionSpace
 from iwm_fast.config import Config
+from iwm_fast.data.sources.left_out import tell_once
+from iwm_fast.engine.distributed.ranks import Ranks, gather
+from iwm_fast.engine.distributed.signals import Abandoned
+from iwm_fast.errors import UserError
 from iwm_fast.eval.reduced import reduced, reduced_lines
 from iwm_fast.eval.representation.features import default_encoder, encoder_of, read_features
 from iwm_fast.eval.representation.knn import NEIGHBOURS, knn_classify
 from iwm_fast.eval.splits import FileSplit, cannot_classify, open_splits, require_same_classes
 from iwm_fast.eval.stats import evenly_spaced
-from iwm_fast.eval.unusable import LeftOut
+from iwm_fast.eval.unusable import LeftOut, left_out_lines
 from iwm_fast.eval.world_model.bank import varying
+from iwm_fast.eval.world_model.frames import open_triplets
 from iwm_fast.eval.world_model.mrr import MrrResult, mean_reciprocal_rank
+from iwm_fast.eval.world_model.triplets import monitor_triplets
 from iwm_fast.models.iwm import IWM
 
-__all__ = ["Share", "join_left_out", "join_shares", "measure_share"]
+__all__ = ["OnlineEvaluator", "Share", "join_left_out", "join_shares", "measure_share"]
+
+# What reading, decoding and computing raise. One rank alone may meet it, and all have to learn of it.
+_FAULTS = (UserError, OSError, RuntimeError, ValueError, ArithmeticError, LookupError, MemoryError)
+
+
+class OnlineEvaluator:
+    """k-NN and MRR of a model in training, or MRR among next frames where the data are triplets.
+
+    An `iwm_fast.engine.evaluator.Evaluator`.
+    """
+
+    def unmeasured(self, config: Config) -> str | None:
+        """Open what an evaluation opens; why a part of it will not be measured, or None."""
+        root = config.eval.root or ""
+        if config.actions.groups == ("external",):
+            open_triplets(root, config)
+            return None
+        train, test = open_splits(root, config, limit=config.eval.images)
+        missing = cannot_classify(train, test)
+        if missing is None:
+            require_same_classes(train, test)
+            return None
+        if not varying(config.actions):
+            raise UserError(
+                f"nothing can be measured while training: {missing}, and no jitter varies (actions.strength)"
+            )
+        return f"k-NN is not measured while training: {missing}"
+
+    def measure(
+        self,
+        model: IWM,
+        config: Config,
+        space: ActionSpace,
+        ranks: Ranks,
+        abandonable: Callable[[], AbstractContextManager[None]],
+    ) -> dict[str, Any] | None:
+        """The figures with their chances: every rank measures its share of the images, or the first all of them."""
+        if config.actions.groups == ("external",):
+            return _of_triplets(model, config, space, ranks, abandonable)
+        found: Share | str | None
+        try:
+            with abandonable():
+                found = measure_share(model, config, space, config.eval.root or "", rank=ranks.rank, world=ranks.world)
+        except Abandoned:
+            found = None
+        except _FAULTS as error:
+            found = _reason(error, ranks)
+        shares: list[Share | str | None] = gather(found, ranks.world, ranks.control)
+        for share in shares:
+            if isinstance(share, str):
+                raise UserError(share)
+        if None in shares:
+            return None
+        whole = [share for share in shares if isinstance(share, Share)]
+        results = join_shares(whole, config.eval.bank)
+        if ranks.first:
+            left_out = {name: part.record() for name, part in join_left_out(whole).items()}
+            for line in (*whole[0].said, *left_out_lines(left_out)):
+                tell_once(f"eval.root: {line}")
+        return results
+
+
+def _reason(error: Exception, ranks: Ranks) -> str:
+    """Why a rank failed, for the others; the traceback of what is no mistake of the user's is printed here."""
+    if isinstance(error, UserError):
+        return str(error)
+    traceback.print_exception(error)
+    return f"rank {ranks.rank}: {type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _of_triplets(
+    model: IWM,
+    config: Config,
+    space: ActionSpace,
+    ranks: Ranks,
+    abandonable: Callable[[], AbstractContextManager[None]],
+) -> dict[str, Any] | None:
+    """MRR among next frames, which has one bank: the first rank measures, the others wait."""
+    found: list[Any] = [None]
+    if ranks.first:
+        try:
+            with abandonable():
+                found[0] = monitor_triplets(model, config, space, config.eval.root or "")
+        except Abandoned:
+            found[0] = None
+        except _FAULTS as error:
+            found[0] = _reason(error, ranks)
+    if ranks.world > 1:
+        dist.broadcast_object_list(found, src=0, group=ranks.control)
+    if isinstance(found[0], str):
+        raise UserError(found[0])
+    return None if found[0] is None else dict(found[0])
 
 
 @dataclass(frozen=True, eq=False)

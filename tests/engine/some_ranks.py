@@ -26,6 +26,7 @@ from iwm_fast.engine import ema, pretrain
 from iwm_fast.engine import step as loop
 from iwm_fast.engine.checkpoint import writer as checkpoint_writer
 from iwm_fast.engine.distributed.ranks import leave
+from iwm_fast.eval.online import OnlineEvaluator
 from iwm_fast.kernels import _run_choices, use_backend
 from iwm_fast.kernels._tuning import Tuner, key_of
 
@@ -137,14 +138,14 @@ for job in jobs:
             use_backend("triton"),
             MadeClock(fastest[rank], Path(machine)) as clock,
         ):
-            pretrain(config, Path(out) / name, resume)
+            pretrain(config, Path(out) / name, resume, evaluator=OnlineEvaluator())
         (Path(out) / f"{name}.choices.{rank}.json").write_text(json.dumps(clock.found))
         continue
     if not record:
-        pretrain(config, Path(out) / name, resume)
+        pretrain(config, Path(out) / name, resume, evaluator=OnlineEvaluator())
         continue
     with Record() as seen:
-        pretrain(config, Path(out) / name, resume)
+        pretrain(config, Path(out) / name, resume, evaluator=OnlineEvaluator())
     body = {"fp32_bytes": seen.held, "steps": seen.steps}
     (Path(out) / f"{record}.{dist.get_rank()}.json").write_text(json.dumps(body))
 leave()

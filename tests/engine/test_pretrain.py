@@ -10,7 +10,7 @@ from iwm_fast.engine import load_model, pretrain, train
 from iwm_fast.engine.checkpoint.format import Checkpoint
 from iwm_fast.engine.ema import TargetAverage, target_name
 from iwm_fast.errors import UserError
-from iwm_fast.eval.online import join_shares, measure_share
+from iwm_fast.eval.online import OnlineEvaluator, join_shares, measure_share
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -234,7 +234,8 @@ def test_other_predictors_and_the_shared_target_train_too(tiny_images, tmp_path,
 @pytest.mark.parametrize("stage", [0, 1, 3])
 def test_evaluation_while_training_measures_the_live_model_and_changes_nothing(tiny_images, tmp_path, stage):
     measured = {"eval__every_steps": 2, "eval__root": str(tiny_images), "eval__mrr_images": 2, "eval__bank": 8}
-    pretrain(small_config(tiny_images, train__steps=4, zero__stage=stage, **measured), tmp_path / "with")
+    config = small_config(tiny_images, train__steps=4, zero__stage=stage, **measured)
+    pretrain(config, tmp_path / "with", evaluator=OnlineEvaluator())
     pretrain(small_config(tiny_images, train__steps=4, zero__stage=stage), tmp_path / "without")
     assert losses(tmp_path / "with") == losses(tmp_path / "without")
     records = metrics(tmp_path / "with")

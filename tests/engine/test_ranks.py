@@ -6,6 +6,7 @@ from launched import on_ranks
 from small_run import losses, metrics, small_config, state
 
 from iwm_fast.engine import pretrain
+from iwm_fast.eval.online import OnlineEvaluator
 
 pytestmark = pytest.mark.slow  # two ranks, a dozen trainings
 
@@ -33,7 +34,7 @@ def runs(tiny_images, tmp_path_factory):
     jobs += [{"name": f"two_wide_{s}", "zero__stage": s, **WIDE_PREDICTOR} for s in (1, 3)]
     measured = {"train__steps": 1, "eval__every_steps": 1, "eval__root": str(tiny_images), "eval__mrr_images": 3}
     measured |= {"eval__bank": 16}
-    pretrain(small_config(tiny_images, **measured), out / "one_measured")
+    pretrain(small_config(tiny_images, **measured), out / "one_measured", evaluator=OnlineEvaluator())
     jobs += [{"name": f"two_measured_{s}", "zero__stage": s, **measured} for s in (0, 2)]
     on_ranks(2, tiny_images, out, jobs)
     for stage in (0, 1, 3):

@@ -13,12 +13,14 @@ from made_images import write_images
 from small_run import losses, metrics, small_config
 
 import iwm_fast
-from iwm_fast.engine import monitor, pretrain, readiness
+from iwm_fast.engine import pretrain, readiness
 from iwm_fast.engine.checkpoint import format as checkpoint
 from iwm_fast.engine.metrics.loggers import open_sinks
 from iwm_fast.engine.readiness import require_ready
 from iwm_fast.engine.run_directory import RunDirectory
 from iwm_fast.errors import UserError
+from iwm_fast.eval import online
+from iwm_fast.eval.online import OnlineEvaluator
 from iwm_fast.export.weights import export_run
 
 EVALUATED = {"train__steps": 4, "eval__every_steps": 3, "eval__mrr_images": 2, "eval__bank": 4}
@@ -32,8 +34,9 @@ def started(run):
 def test_images_to_evaluate_on_that_are_not_there_are_refused_before_the_first_step(root, tiny_images, tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "empty").mkdir()
+    config = small_config(tiny_images, **EVALUATED, eval__root=str(tmp_path / root))
     with pytest.raises(UserError, match=rf"^eval\.root: .*{root}"):
-        pretrain(small_config(tiny_images, **EVALUATED, eval__root=str(tmp_path / root)), tmp_path / "run")
+        pretrain(config, tmp_path / "run", evaluator=OnlineEvaluator())
     assert not started(tmp_path / "run")
 
 
@@ -43,18 +46,25 @@ def test_splits_that_are_ambiguous_or_differ_are_refused_before_the_first_step(t
     directory = readiness.RunDirectory(tmp_path / "run")
     shutil.copytree(tiny_images, root / "Train")
     with pytest.raises(UserError, match=r"^eval\.root: .*set holds Train/ and no test/ or val/"):
-        readiness.require_ready(config, directory)
+        readiness.require_ready(config, directory, OnlineEvaluator())
     shutil.copytree(tiny_images, root / "val")
-    readiness.require_ready(config, directory)
+    readiness.require_ready(config, directory, OnlineEvaluator())
     (root / "val" / "warm").rename(root / "val" / "other")
     with pytest.raises(UserError, match=r"^eval\.root: .*/val has no image of 1 of the 2 classes of .*Train \(warm\)"):
-        readiness.require_ready(config, directory)
+        readiness.require_ready(config, directory, OnlineEvaluator())
+
+
+def test_evaluation_that_nobody_gives_is_refused_and_not_left_out(tiny_images, tmp_path):
+    config = small_config(tiny_images, **EVALUATED, eval__root=str(tiny_images))
+    with pytest.raises(ValueError, match=r"^eval\.every_steps is 3 and evaluator is None"):
+        pretrain(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_classes_that_allow_no_knn_are_said_before_the_first_step(tiny_images, tmp_path, capfd):
     write_images(tmp_path / "flat", 6)
     config = small_config(tiny_images, **EVALUATED, eval__root=str(tmp_path / "flat"))
-    readiness.require_ready(config, readiness.RunDirectory(tmp_path / "run"))
+    readiness.require_ready(config, readiness.RunDirectory(tmp_path / "run"), OnlineEvaluator())
     assert "eval.root: k-NN is not measured while training: the images have no classes" in capfd.readouterr().err
 
 
@@ -121,14 +131,14 @@ def buggy(*_, **__):
 def test_an_evaluation_that_fails_loses_no_step(fault, words, tiny_images, tmp_path, monkeypatch):
     config = small_config(tiny_images, **EVALUATED, eval__root=str(tiny_images))
     with monkeypatch.context() as patched:
-        patched.setattr(monitor, "measure_share", fault)
+        patched.setattr(online, "measure_share", fault)
         said = rf"^evaluation after step 3: {words} \(.*step_000003 is written; --resume auto goes on\)$"
         with pytest.raises(UserError, match=said):
-            pretrain(config, tmp_path / "run")
+            pretrain(config, tmp_path / "run", evaluator=OnlineEvaluator())
     assert [record["step"] for record in metrics(tmp_path / "run")] == [1, 2, 3]
     assert checkpoint.damage(tmp_path / "run" / "checkpoints" / "step_000003") is None
     if fault is vanished:
-        pretrain(config, tmp_path / "run", "auto")
+        pretrain(config, tmp_path / "run", "auto", evaluator=OnlineEvaluator())
         pretrain(small_config(tiny_images, train__steps=4), tmp_path / "unbroken")
         assert losses(tmp_path / "run") == losses(tmp_path / "unbroken")
 
@@ -167,4 +177,4 @@ def test_a_run_does_not_lie_among_the_images(tiny_images, tmp_path, key, other):
     roots = {"data.root": tmp_path / "others", "eval.root": None} | {key: tiny_images}
     config = small_config(roots["data.root"], **({"eval__root": str(tiny_images)} | other if other else {}))
     with pytest.raises(UserError, match=f"--out: .*is {key} too"):
-        require_ready(config, RunDirectory(tiny_images))
+        require_ready(config, RunDirectory(tiny_images), OnlineEvaluator())

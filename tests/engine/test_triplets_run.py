@@ -12,9 +12,11 @@ from safetensors.torch import load_file
 from small_run import losses, metrics, small_config, state
 
 from iwm_fast.cli.main import main
-from iwm_fast.engine import export_run, load_model, pretrain
+from iwm_fast.engine import load_model, pretrain
 from iwm_fast.errors import UserError
+from iwm_fast.eval.online import OnlineEvaluator
 from iwm_fast.eval.run import evaluate_run
+from iwm_fast.export.weights import export_run
 
 EXTERNAL = {"actions__groups": ["external"], "eval": {"bank": 8, "horizon": 3}}
 
@@ -29,7 +31,8 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     write_game(folder / "game")
     monitor = {"bank": 8, "horizon": 3, "every_steps": 3, "root": str(folder / "game")}
-    pretrain(config_of(folder / "game", train__steps=6, eval=monitor), folder / "run")
+    config = config_of(folder / "game", train__steps=6, eval=monitor)
+    pretrain(config, folder / "run", evaluator=OnlineEvaluator())
     shutil.rmtree(folder / "game")
     return folder / "run"
 

@@ -16,7 +16,7 @@ from small_run import small_config, state
 from worlds import tiny_config, tiny_model
 
 from iwm_fast.data.bad_samples import BadSamples
-from iwm_fast.engine import export_run, load_model, pretrain
+from iwm_fast.engine import load_model, pretrain
 from iwm_fast.engine.checkpoint.shard_file import write_tensors
 from iwm_fast.errors import UserError
 from iwm_fast.eval.finetune.modes import reader_builder
@@ -25,6 +25,7 @@ from iwm_fast.eval.representation.features import default_encoder
 from iwm_fast.export import onnx as onnx_export
 from iwm_fast.export import weights as export
 from iwm_fast.export.deepspeed_universal import export_universal
+from iwm_fast.export.weights import export_run
 from iwm_fast.models.task_model import HeadShape
 from iwm_fast.results import write_result
 

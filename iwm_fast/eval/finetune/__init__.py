@@ -1,6 +1,6 @@
 """Put a trained run to use: heads, the world model, or all of it, fitted to classes or segments.
 
-``run`` is not imported here: it brings the engine, which evaluation while training is itself a part of.
+``run`` is not imported here: it brings the loading of checkpoints, which fitting can do without.
 """
 
 from iwm_fast.eval.finetune.fitting import Fit, Plan, fit, measure

@@ -11,13 +11,14 @@ from small_run import metrics, small_config, state
 
 from iwm_fast.cli import demo as demo_module
 from iwm_fast.cli.main import main
-from iwm_fast.engine import loop as run_loop
 from iwm_fast.engine import pretrain
 from iwm_fast.engine import step as loop
 from iwm_fast.engine.distributed import signals
 from iwm_fast.engine.distributed.signals import INTERRUPTED, Abandoned, StopRequest
 from iwm_fast.engine.run_directory import RunDirectory
 from iwm_fast.errors import Interrupted, UserError
+from iwm_fast.eval import online
+from iwm_fast.eval.online import OnlineEvaluator
 
 
 def send(number):
@@ -192,25 +193,25 @@ def test_a_wait_for_data_is_broken_off_and_the_step_before_it_is_saved(number, t
 
 
 def test_an_evaluation_is_broken_off_and_a_checkpoint_written(tiny_images, tmp_path, monkeypatch):
-    from iwm_fast.engine import monitor
-
     def measure(*_, **__):
         send(signal.SIGINT)
         time.sleep(60)
 
-    monkeypatch.setattr(monitor, "measure_share", measure)
+    monkeypatch.setattr(online, "measure_share", measure)
     run = tmp_path / "run"
+    config = small_config(tiny_images, eval__every_steps=2, eval__root=str(tiny_images))
     with pytest.raises(Interrupted):
-        pretrain(small_config(tiny_images, eval__every_steps=2, eval__root=str(tiny_images)), run)
+        pretrain(config, run, evaluator=OnlineEvaluator())
     assert [record["step"] for record in metrics(run)] == [1, 2]
     assert state(run, 2)
 
 
 @pytest.mark.slow
 def test_an_evaluation_is_not_begun_by_a_run_that_is_to_stop(tiny_images, tmp_path, monkeypatch):
-    monkeypatch.setattr(run_loop, "evaluate_during_training", lambda *_: pytest.fail("begun"))
+    monkeypatch.setattr(OnlineEvaluator, "measure", lambda *_: pytest.fail("begun"))
     at_step(monkeypatch, 2, signal.SIGTERM)
-    pretrain(small_config(tiny_images, eval__every_steps=2, eval__root=str(tiny_images)), tmp_path / "run")
+    config = small_config(tiny_images, eval__every_steps=2, eval__root=str(tiny_images))
+    pretrain(config, tmp_path / "run", evaluator=OnlineEvaluator())
     assert state(tmp_path / "run", 2)
 
 
