@@ -10,13 +10,13 @@ ROOT = Path(__file__).resolve().parent
 
 def version() -> str:
     """``iwm_fast.__version__``, read without importing the package (its requirements are not there yet)."""
-    tree = ast.parse((ROOT / "iwm_fast" / "__init__.py").read_text(encoding="utf-8"))
+    tree = ast.parse((ROOT / "iwm_fast" / "version.py").read_text(encoding="utf-8"))
     for node in tree.body:
         if isinstance(node, ast.Assign) and any(
             isinstance(t, ast.Name) and t.id == "__version__" for t in node.targets
         ):
             return str(ast.literal_eval(node.value))
-    raise RuntimeError("iwm_fast/__init__.py does not set __version__")
+    raise RuntimeError("iwm_fast/version.py does not set __version__")
 
 
 # The checkout has relative links iwm_fast/{kernels,configs,benchmarks}, so that it also runs without being installed.

@@ -37,13 +37,12 @@ from iwm_fast.benchmarks.baselines import Skipped
 from iwm_fast.benchmarks.data_stages import stages
 from iwm_fast.benchmarks.view_baselines import Render, batches, pillow_views, torchvision_functions, torchvision_views
 from iwm_fast.config import ActionsConfig, Config, DataConfig, ModelConfig, TrainConfig
-from iwm_fast.config.cores import usable_cores
 from iwm_fast.data.image_list import list_images
 from iwm_fast.data.loader import SampleOrder, TrainingStream
 from iwm_fast.data.sources.kinds import is_image
 from iwm_fast.data.tools.shard import write_shards
 from iwm_fast.data.views.sampling import draw_views
-from iwm_fast.environment import environment, installed_version
+from iwm_fast.environment import environment, installed_version, usable_cores
 from iwm_fast.measure.timing import spread
 from iwm_fast.outputs import require_result
 from iwm_fast.programs import run_program

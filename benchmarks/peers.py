@@ -48,8 +48,8 @@ from iwm_fast.benchmarks.peer_rows import (
     untimed_row,
 )
 from iwm_fast.benchmarks.skipped import in_a_line
-from iwm_fast.config.cores import usable_cores
 from iwm_fast.engine.distributed.ranks import Ranks, start
+from iwm_fast.environment import usable_cores
 from iwm_fast.errors import UserError
 from iwm_fast.log_filters import quiet_third_parties
 from iwm_fast.measure.memory import peak_of

@@ -5,16 +5,15 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
+from iwm_fast.parent_process import BORN  # first: the other imports take seconds
+from iwm_fast.version import __version__
+
 if TYPE_CHECKING:
     from os import PathLike
 
     from iwm_fast.api import WorldModel
 
 __all__ = ["BORN", "__version__", "load"]
-
-__version__ = "0.1.0"
-# This process and its parent, looked at before the long imports: a launcher may be gone seconds later.
-BORN = (os.getpid(), os.getppid())
 
 
 def load(run_or_export: str | PathLike[str], *, checkpoint: str = "latest", device: str | None = None) -> WorldModel:

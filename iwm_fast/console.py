@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from iwm_fast.printable import printable
+from iwm_fast.file_names import printable
 
 __all__ = ["Count", "counting", "print_table"]
 

@@ -1,8 +1,12 @@
-"""What a result was made with: versions, hardware and the commit. Nothing here names a host, a user or a path."""
+"""What a result was made with: versions, hardware and the commit. Nothing here names a host, a user or a path.
+
+The cores are those that defaults are counted from.
+"""
 
 from __future__ import annotations
 
 import functools
+import os
 import platform
 import subprocess
 import sys
@@ -10,10 +14,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import iwm_fast
-from iwm_fast.config.cores import usable_cores
+from iwm_fast.version import __version__
 
-__all__ = ["PACKAGES", "cpu_name", "environment", "installed_version"]
+__all__ = ["PACKAGES", "cpu_name", "environment", "installed_version", "usable_cores"]
 
 PACKAGES = (
     "torch",
@@ -46,6 +49,11 @@ def cpu_name() -> str:
     except OSError:
         pass  # not Linux
     return platform.processor() or platform.machine()
+
+
+def usable_cores() -> int:
+    """Cores this process may run on, which in a container or a batch job can be fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
@@ -83,7 +91,7 @@ def environment() -> dict[str, Any]:
     import torch
 
     return {
-        "iwm_fast": iwm_fast.__version__,
+        "iwm_fast": __version__,
         "commit": _commit(),
         "python": platform.python_version(),
         "implementation": sys.implementation.name,

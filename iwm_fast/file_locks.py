@@ -6,7 +6,7 @@ import errno
 import fcntl
 from typing import IO, Any
 
-from iwm_fast.data.sources.left_out import tell_once
+from iwm_fast.notices import tell_once
 
 __all__ = ["hold"]
 

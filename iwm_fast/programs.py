@@ -13,7 +13,8 @@ from pathlib import Path
 from types import FrameType
 
 from iwm_fast.errors import Interrupted, UserError, because
-from iwm_fast.streams import open_streams, output_failure, shown
+from iwm_fast.file_names import valid_unicode
+from iwm_fast.streams import open_streams, output_failure
 
 __all__ = ["CtrlC", "one_line", "run_program"]
 
@@ -118,7 +119,7 @@ def one_line(error: Exception) -> str:
 
 
 def _name(file: object) -> str:
-    return shown(file.decode(errors="surrogateescape") if isinstance(file, bytes) else str(file))
+    return valid_unicode(file.decode(errors="surrogateescape") if isinstance(file, bytes) else str(file))
 
 
 def _say(name: str, line: str) -> None:

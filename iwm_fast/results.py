@@ -12,7 +12,8 @@ from typing import Any
 from iwm_fast.atomic_files import write_whole_text
 from iwm_fast.environment import environment
 from iwm_fast.errors import UserError
-from iwm_fast.streams import output_closed, shown
+from iwm_fast.file_names import valid_unicode
+from iwm_fast.streams import output_closed
 
 __all__ = ["give_result", "json_text", "write_json", "write_result"]
 
@@ -69,7 +70,7 @@ def json_text(document: Mapping[str, Any], indent: int | None = 2) -> str:
     Numbers that are not finite become null: JSON has no NaN. A byte 0xXX of a file name that is no UTF-8 is
     ``\udcXX``, which Python's json reads as the same name (``os.fsencode`` gives its bytes).
     """
-    return shown(json.dumps(_finite(document), indent=indent, ensure_ascii=False, allow_nan=False)) + "\n"
+    return valid_unicode(json.dumps(_finite(document), indent=indent, ensure_ascii=False, allow_nan=False)) + "\n"
 
 
 def _print(text: str) -> str:

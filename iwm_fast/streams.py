@@ -10,27 +10,20 @@ import codecs
 import errno
 import io
 import os
-import re
 import select
 import sys
 from typing import Any
 
 from iwm_fast.errors import UserError
 
-__all__ = ["open_streams", "output_closed", "output_failure", "shown"]
+__all__ = ["open_streams", "output_closed", "output_failure"]
 
 _ERRORS = "iwm_fast_shown"
-_SURROGATES = re.compile("[\ud800-\udfff]")
 # What our texts hold beyond ASCII, for terminals that are told to show ASCII or one code page alone.
 _PLAIN = {
     "–": "-", "—": "-", "−": "-", "±": "+/-", "×": "x", "·": ".", "…": "...", "→": "->", "°": " degrees", "²": "^2",
     "█": "#", "≤": "<=", "≥": ">=", "≈": "~", "∞": "inf",
 }  # fmt: skip
-
-
-def shown(text: str) -> str:
-    r"""The text in valid Unicode: a byte 0xXX of a file name that is no UTF-8 (``surrogateescape``) is ``\udcXX``."""
-    return _SURROGATES.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def _replaced(error: UnicodeError) -> tuple[str, int]:

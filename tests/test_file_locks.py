@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from iwm_fast.data.sources import left_out
+from iwm_fast import notices
 from iwm_fast.data.tools.index import write_index
 from iwm_fast.data.tools.shard import write_shards
 from iwm_fast.engine.run_directory import RunDirectory
@@ -23,7 +23,7 @@ def refusing(monkeypatch):
             raise OSError(number, os.strerror(number))
 
         monkeypatch.setattr(fcntl, "flock", flock)
-        monkeypatch.setattr(left_out, "_told", set())
+        monkeypatch.setattr(notices, "_told", set())
 
     return refuse
 

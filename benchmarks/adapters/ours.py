@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 
-import iwm_fast
 from iwm_fast.actions.transforms import ActionSpace
 from iwm_fast.benchmarks.adapters.inputs import Inputs, Shape, fingerprint
 from iwm_fast.config import Config
@@ -21,6 +20,7 @@ from iwm_fast.measure.harness import prepare_trainer
 from iwm_fast.measure.synthetic import BatchStream
 from iwm_fast.models import IWM
 from iwm_fast.models.packing import pack
+from iwm_fast.version import __version__
 
 __all__ = ["Ours", "forward_backward", "operations", "padded_operations", "padding_difference"]
 
@@ -28,7 +28,7 @@ __all__ = ["Ours", "forward_backward", "operations", "padded_operations", "paddi
 class Ours:
     """The step of `iwm-fast pretrain` on given batches; static: with train.static_shapes."""
 
-    version = iwm_fast.__version__
+    version = __version__
 
     def __init__(
         self, shape: Shape, inputs: Sequence[Inputs], ranks: Ranks, conditioning: str, *, static: bool = False

@@ -10,8 +10,7 @@ from importlib import metadata
 from packaging.requirements import Requirement
 
 from iwm_fast.cli.machine import Part, examine_machine
-from iwm_fast.config.cores import usable_cores
-from iwm_fast.environment import cpu_name, installed_version
+from iwm_fast.environment import cpu_name, installed_version, usable_cores
 from iwm_fast.errors import UserError
 
 __all__ = ["Part", "examine", "part_rows"]

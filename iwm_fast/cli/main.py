@@ -13,7 +13,6 @@ from typing import Annotated, Any
 
 import typer
 
-from iwm_fast import __version__
 from iwm_fast.cli import bench, data, finetune
 from iwm_fast.cli.arguments import check_options, prepare
 from iwm_fast.cli.options import CONFIG_HELP, Json, Overrides, answer
@@ -22,6 +21,7 @@ from iwm_fast.cli.pretrain import pretrain
 from iwm_fast.cli.profile import profile
 from iwm_fast.errors import UserError
 from iwm_fast.programs import CtrlC, one_line, run_program
+from iwm_fast.version import __version__
 
 __all__ = ["app", "main"]
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from iwm_fast.cost.plan import Cluster, Planner, Stage
-from iwm_fast.streams import shown
+from iwm_fast.file_names import valid_unicode
 
 __all__ = ["MOST_GPUS", "Point", "draw_scaling", "scaling"]
 
@@ -82,7 +82,7 @@ def draw_scaling(points: dict[str, list[Point]], title: str, path: Path) -> None
     if fitting:
         first, rate = fitting[0].gpus, fitting[0].images_per_s or 0.0
         axes.plot([first, MOST_GPUS], [rate, rate * MOST_GPUS / first], "--", color="grey", label="perfect")
-    axes.set(xscale="log", yscale="log", xlabel="GPUs", ylabel="images/s, planned", title=shown(title))
+    axes.set(xscale="log", yscale="log", xlabel="GPUs", ylabel="images/s, planned", title=valid_unicode(title))
     axes.set_xticks([p.gpus for p in points["weak"]], [str(p.gpus) for p in points["weak"]])
     axes.minorticks_off()
     axes.grid(visible=True, alpha=0.3)

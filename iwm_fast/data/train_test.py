@@ -22,10 +22,10 @@ from typing import Any
 
 from iwm_fast.data.sources import PATIENCE, Patience, top_level
 from iwm_fast.data.sources.kinds import MANIFEST_FILE, is_image, is_records, is_shard
-from iwm_fast.data.sources.left_out import tell_once
 from iwm_fast.data.sources.split_names import split_kind, split_template, split_word
 from iwm_fast.errors import UserError
-from iwm_fast.printable import printable
+from iwm_fast.file_names import printable
+from iwm_fast.notices import tell_once
 
 __all__ = [
     "Layout",

@@ -12,7 +12,6 @@ import torch
 from iwm_fast.actions.external import space_of
 from iwm_fast.config import Config
 from iwm_fast.config.batch import training_steps
-from iwm_fast.config.cores import usable_cores
 from iwm_fast.cost.conflicts import conflicts, require_a_step
 from iwm_fast.data.image_list import ImageSet, list_images
 from iwm_fast.data.loader import TrainingStream
@@ -44,6 +43,7 @@ from iwm_fast.engine.run_directory import RunDirectory
 from iwm_fast.engine.schedules import Schedules
 from iwm_fast.engine.step import Trainer
 from iwm_fast.engine.zero import initialize
+from iwm_fast.environment import usable_cores
 from iwm_fast.errors import Interrupted, UserError
 from iwm_fast.kernels import use_tuner
 from iwm_fast.models.attention import describe_attention

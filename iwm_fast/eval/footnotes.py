@@ -8,7 +8,7 @@ from typing import Any
 from iwm_fast.eval.reduced import reduced_lines
 from iwm_fast.eval.representation.view_pairs import left_out_line
 from iwm_fast.eval.unusable import left_out_lines
-from iwm_fast.printable import printable
+from iwm_fast.file_names import printable
 
 __all__ = ["data_lines", "result_lines"]
 

@@ -18,7 +18,6 @@ import torch.distributed as dist
 
 from iwm_fast.actions.transforms import ActionSpace
 from iwm_fast.config import Config
-from iwm_fast.data.sources.left_out import tell_once
 from iwm_fast.engine.distributed.ranks import Ranks, gather
 from iwm_fast.engine.distributed.signals import Abandoned
 from iwm_fast.errors import UserError
@@ -33,6 +32,7 @@ from iwm_fast.eval.world_model.frames import open_triplets
 from iwm_fast.eval.world_model.mrr import MrrResult, mean_reciprocal_rank
 from iwm_fast.eval.world_model.triplets import monitor_triplets
 from iwm_fast.models.iwm import IWM
+from iwm_fast.notices import tell_once
 
 __all__ = ["OnlineEvaluator", "Share", "join_left_out", "join_shares", "measure_share"]
 

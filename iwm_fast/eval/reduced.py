@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from iwm_fast.printable import printable
+from iwm_fast.file_names import printable
 
 __all__ = ["reduced", "reduced_lines"]
 

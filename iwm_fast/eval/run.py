@@ -24,7 +24,7 @@ from iwm_fast.eval.world_model.examples import ranked_examples
 from iwm_fast.eval.world_model.frames import find_triplets, open_triplets
 from iwm_fast.eval.world_model.sliders import SlidingExample, sliding_examples
 from iwm_fast.eval.world_model.triplets import TRIPLETS_WHAT, evaluate_triplets
-from iwm_fast.printable import printable
+from iwm_fast.file_names import printable
 
 __all__ = ["evaluate_run", "result_rows"]
 

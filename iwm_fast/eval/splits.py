@@ -21,7 +21,7 @@ from iwm_fast.data.train_test import Layout
 from iwm_fast.errors import UserError
 from iwm_fast.eval.stats import evenly_spaced
 from iwm_fast.eval.unusable import LeftOut
-from iwm_fast.printable import printable
+from iwm_fast.file_names import printable
 
 __all__ = [
     "FileSplit",

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from iwm_fast.errors import UserError
-from iwm_fast.printable import printable
+from iwm_fast.file_names import printable
 
 __all__ = ["LeftOut", "left_out_lines"]
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from iwm_fast.errors import UserError
 from iwm_fast.export.dense import WholeEncoder, WholePredictor
+from iwm_fast.file_names import utf8_name
 from iwm_fast.models.iwm import IWM
-from iwm_fast.utf8_names import utf8_name
 
 __all__ = ["OPSET", "write_onnx"]
 

@@ -26,8 +26,8 @@ from numpy.typing import NDArray
 from iwm_fast.data.decode.encoded import BadSample
 from iwm_fast.data.decode.verdicts import VERDICT, Verdicts, verdict_on
 from iwm_fast.data.sources import Source
-from iwm_fast.data.sources.left_out import tell_once
 from iwm_fast.errors import UserError
+from iwm_fast.notices import tell_once
 
 __all__ = ["Checkers", "modules_path"]
 

@@ -1,20 +1,15 @@
-"""What a source leaves out, counted by reason and said once."""
+"""What a source leaves out, counted by reason."""
 
 from __future__ import annotations
 
-import os
-import sys
-import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from iwm_fast.data.sources.names import escape
 
-__all__ = ["LeftOut", "some", "tell_once"]
+__all__ = ["LeftOut", "some"]
 
 _NAMED = 3
-_told: set[str] = set()
-_telling = threading.Lock()
 
 
 @dataclass
@@ -56,13 +51,3 @@ def some(names: Iterable[str], count: int) -> str:
     """The first names of `count`, on one line."""
     shown = [escape(name) for name in names][:_NAMED]
     return ", ".join(shown) + (", …" if count > len(shown) else "")
-
-
-def tell_once(line: str) -> None:
-    """Print a line to standard error, once in a process, and by the first rank of several alone."""
-    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
-    with _telling:
-        if rank != "0" or line in _told:
-            return
-        _told.add(line)
-    print(line, file=sys.stderr, flush=True)

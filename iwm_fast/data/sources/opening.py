@@ -20,12 +20,12 @@ from iwm_fast.data.sources.kinds import (
     is_unread,
     record_index_names,
 )
-from iwm_fast.data.sources.left_out import tell_once
 from iwm_fast.data.sources.s3 import PATIENCE, Patience, S3Storage, is_address
 from iwm_fast.data.sources.shard_index import index_names
 from iwm_fast.data.sources.storage import LocalStorage, Storage
 from iwm_fast.data.sources.webdataset import CLASSES_FILE, WebDatasetSource
 from iwm_fast.errors import UserError
+from iwm_fast.notices import tell_once
 
 __all__ = ["open_source", "top_level"]
 

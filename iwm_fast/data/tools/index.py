@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from iwm_fast.atomic_files import sync_open
-from iwm_fast.config.cores import usable_cores
 from iwm_fast.data.decode.encoded import MAX_PIXELS, BadSample, inspect, upright_size
 from iwm_fast.data.decode.verdicts import RULES
 from iwm_fast.data.sources import Source, open_source
@@ -29,6 +28,7 @@ from iwm_fast.data.sources.names import escape
 from iwm_fast.data.sources.s3 import is_address
 from iwm_fast.data.train_test import tell_of_splits
 from iwm_fast.data.workers import Span, in_order
+from iwm_fast.environment import usable_cores
 from iwm_fast.errors import UserError, because
 from iwm_fast.file_locks import hold
 from iwm_fast.outputs import require_file

@@ -6,7 +6,7 @@ import os
 
 import torch
 
-from iwm_fast.config.cores import usable_cores
+from iwm_fast.environment import usable_cores
 from iwm_fast.errors import UserError
 
 __all__ = ["dali_device", "dali_threads", "image_checkers", "use_gpu"]

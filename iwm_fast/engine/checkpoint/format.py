@@ -22,7 +22,7 @@ from torch import Tensor
 from iwm_fast.engine.checkpoint.index import Piece, read_index
 from iwm_fast.engine.checkpoint.shard_file import file_sum, shard_fault
 from iwm_fast.errors import UserError, because
-from iwm_fast.utf8_names import utf8_name
+from iwm_fast.file_names import utf8_name
 
 __all__ = ["FORMAT", "INDEX", "LATEST", "MANIFEST", "Checkpoint", "Fragment", "damage", "newest", "step_of", "steps"]
 

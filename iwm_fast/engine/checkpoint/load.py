@@ -21,8 +21,8 @@ from iwm_fast.engine.checkpoint.fragments import restore_module
 from iwm_fast.engine.checkpoint.paths import chosen_checkpoint, whole_checkpoint
 from iwm_fast.engine.run_directory import run_config
 from iwm_fast.errors import UserError, because
+from iwm_fast.file_names import utf8_name
 from iwm_fast.models.iwm import IWM
-from iwm_fast.utf8_names import utf8_name
 
 __all__ = ["EXPORT_FILE", "EXPORT_SCHEMA", "default_device", "find_checkpoint", "load_export", "load_model"]
 

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from iwm_fast.atomic_files import sync_open
-from iwm_fast.utf8_names import utf8_name
+from iwm_fast.file_names import utf8_name
 
 __all__ = ["file_sum", "shard_fault", "write_shard", "write_tensors"]
 

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-import iwm_fast
 from iwm_fast.environment import installed_version
 from iwm_fast.errors import UserError, because
+from iwm_fast.version import __version__
 
 __all__ = ["Peer", "meet", "require_alike", "require_shared", "this_peer"]
 
@@ -62,7 +62,7 @@ def this_peer(rank: int, local_world: int, backend: str) -> Peer:
         torch.cuda.get_device_name() if on_gpu else "cpu",
         torch.cuda.device_count() if on_gpu else 0,
         local_world,
-        {"iwm-fast": iwm_fast.__version__, "python": platform.python_version(), **versions},
+        {"iwm-fast": __version__, "python": platform.python_version(), **versions},
         _this_gpu() if on_gpu else "",
     )
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-import iwm_fast
+from iwm_fast.parent_process import BORN
 
 __all__ = ["INTERRUPTED", "Abandoned", "StopRequest", "end_with_parent"]
 
@@ -164,7 +164,7 @@ def end_with_parent(poll_s: float = 0.5) -> None:
     The parent is the one of this process's first moments: the
     launcher may have gone while it imported, and would not be missed by one who looks only now.
     """
-    process, parent = iwm_fast.BORN
+    process, parent = BORN
     if process != os.getpid():  # a fork: its parent is who forked it
         parent = os.getppid()
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from iwm_fast.config import Config
-from iwm_fast.utf8_names import utf8_name
+from iwm_fast.file_names import utf8_name
 
 __all__ = ["Sink", "open_sinks"]
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from iwm_fast.errors import UserError
-from iwm_fast.streams import shown
+from iwm_fast.file_names import valid_unicode
 
 if TYPE_CHECKING:
     from prometheus_client import Metric
@@ -39,7 +39,7 @@ class PrometheusSink:
     def __init__(self, host: str, port: int, run: str) -> None:
         require_prometheus()
         self._text = b""
-        self._run = shown(run)
+        self._run = valid_unicode(run)
         sink = self
 
         class Page(http.server.BaseHTTPRequestHandler):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from iwm_fast.errors import UserError
-from iwm_fast.streams import shown
+from iwm_fast.file_names import valid_unicode
 
 __all__ = ["WandbSink"]
 
@@ -32,7 +32,7 @@ class WandbSink:
         try:
             self._run: Any = wandb.init(
                 project=project,
-                name=shown(directory.resolve().name),
+                name=valid_unicode(directory.resolve().name),
                 id=remembered.read_text().strip(),
                 resume="allow",
                 dir=str(directory),

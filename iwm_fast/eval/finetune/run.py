@@ -42,10 +42,10 @@ from iwm_fast.eval.representation.features import default_encoder, encoder_of, r
 from iwm_fast.eval.result_output import given
 from iwm_fast.eval.segmentation_split import MaskedSplit, open_masked_splits
 from iwm_fast.eval.splits import FileSplit, Split, open_splits, require_same_classes, splits_record
+from iwm_fast.file_names import printable
 from iwm_fast.models.iwm import IWM
 from iwm_fast.models.predictors import VitPredictor
 from iwm_fast.models.task_model import HeadShape
-from iwm_fast.printable import printable
 
 __all__ = ["KINDS", "Request", "finetune_lines", "finetune_rows", "finetune_run", "named_folders"]
 

@@ -18,10 +18,10 @@ from iwm_fast.config import ModelConfig
 from iwm_fast.engine.checkpoint.shard_file import write_tensors
 from iwm_fast.errors import UserError
 from iwm_fast.eval.finetune.modes import Mode, reader_builder
+from iwm_fast.file_names import utf8_name
 from iwm_fast.models.iwm import IWM
 from iwm_fast.models.task_model import HeadShape, Reader
 from iwm_fast.outputs import require_new_folder
-from iwm_fast.utf8_names import utf8_name
 
 __all__ = ["Finetuned", "load_finetuned", "require_absent", "save_finetuned"]
 

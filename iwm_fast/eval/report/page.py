@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from iwm_fast.eval.world_model.examples import RankedExample, RankedView
-from iwm_fast.streams import shown
+from iwm_fast.file_names import valid_unicode
 
 __all__ = [
     "document",
@@ -85,7 +85,7 @@ def document(title: str, body: str, script: str = "") -> str:
     """
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
     allowed = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
-    return shown(
+    return valid_unicode(
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{allowed}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'

@@ -20,7 +20,7 @@ from iwm_fast.eval.report.slider_page import SCRIPT, slider_card
 from iwm_fast.eval.representation.view_pairs import left_out_line
 from iwm_fast.eval.world_model.examples import RankedExample
 from iwm_fast.eval.world_model.sliders import SlidingExample
-from iwm_fast.printable import printable
+from iwm_fast.file_names import printable
 
 __all__ = ["read_metrics", "write_report"]
 

@@ -16,7 +16,7 @@ from iwm_fast.data.sources.split_names import split_kind
 from iwm_fast.data.triplets import Triplets, find_manifest, read_triplets
 from iwm_fast.errors import UserError
 from iwm_fast.eval.unusable import LeftOut
-from iwm_fast.printable import printable
+from iwm_fast.file_names import printable
 
 __all__ = ["FrameReader", "find_triplets", "open_triplets"]
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from iwm_fast.actions.transforms import Views
-from iwm_fast.config.cores import usable_cores
 from iwm_fast.data.decode.encoded import Encoded
 from iwm_fast.data.views.graph import ViewGraph
+from iwm_fast.environment import usable_cores
 
 __all__ = ["clean_views", "render"]
 
