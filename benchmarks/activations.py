@@ -30,13 +30,12 @@ from iwm_fast.benchmarks.adapters.inputs import Inputs, Masks, Shape, draw_input
 from iwm_fast.benchmarks.kept_count import counted_activations
 from iwm_fast.benchmarks.peers import COUNTED, TIMED
 from iwm_fast.benchmarks.scaling import BATCHES, fit_line
-from iwm_fast.cli.plan import tokens_of
 from iwm_fast.config import Config, load_config
 from iwm_fast.config.load import find_config
 from iwm_fast.cost.activations import KeptBytes, activations
 from iwm_fast.cost.layout import layout_of
 from iwm_fast.cost.memory import state_memory
-from iwm_fast.cost.tokens import Tokens
+from iwm_fast.cost.tokens import Tokens, tokens_of
 from iwm_fast.errors import UserError
 from iwm_fast.outputs import require_result
 from iwm_fast.programs import run_program

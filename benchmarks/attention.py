@@ -32,8 +32,8 @@ from torch import Tensor
 from iwm_fast.benchmarks.attention_baselines import BACKEND_OF, CONTENDERS, Attend, by_formula
 from iwm_fast.benchmarks.attention_table import table_of, whole_table, write_table
 from iwm_fast.benchmarks.skipped import Skipped, in_a_line
-from iwm_fast.cli.plan import tokens_of
 from iwm_fast.config import load_config, packaged_config
+from iwm_fast.cost.tokens import tokens_of
 from iwm_fast.errors import UserError
 from iwm_fast.measure.timing import clocked, spread
 from iwm_fast.models.attention import GROUPED

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from iwm_fast.benchmarks.sweep import interval, public
-from iwm_fast.cli.main import main as main_of_iwm_fast
 from iwm_fast.environment import environment
 from iwm_fast.outputs import require_result
 from iwm_fast.programs import run_program
@@ -37,8 +37,8 @@ def measure(run: Path, words: list[str]) -> dict[str, Any]:
     """One cell: the body of the command's answer."""
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "answer.json"
-        code = main_of_iwm_fast(["finetune", str(run), *words, "--json", str(answer)])
-        if code:
+        command = [sys.executable, "-m", "iwm_fast", "finetune", str(run), *words, "--json", str(answer)]
+        if code := subprocess.run(command, check=False).returncode:
             sys.exit(code)
         found: dict[str, Any] = json.loads(answer.read_text())
     return {key: value for key, value in found.items() if key not in ("schema", "environment")}

@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 
 from iwm_fast.actions.external import action_dim
 from iwm_fast.benchmarks.sweep import interval, public
-from iwm_fast.cli.plan import tokens_of
 from iwm_fast.config import Config, load_config
 from iwm_fast.config.load import find_config
 from iwm_fast.cost.flops import StepFlops, step_flops
+from iwm_fast.cost.tokens import tokens_of
 from iwm_fast.outputs import require_result
 from iwm_fast.programs import run_program
 from iwm_fast.results import write_result

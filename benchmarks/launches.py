@@ -24,12 +24,12 @@ from torch import Tensor
 
 from iwm_fast.benchmarks.launch_counting import Launched, count_launches
 from iwm_fast.benchmarks.presets import PRESETS, preset_config
-from iwm_fast.cli.options import only_rank
 from iwm_fast.config import Config
 from iwm_fast.config.load import find_config, load_config
 from iwm_fast.errors import UserError
 from iwm_fast.kernels import _mlp_triton
 from iwm_fast.kernels._workspace import limited
+from iwm_fast.measure.device import only_rank
 from iwm_fast.outputs import require_result
 from iwm_fast.programs import run_program
 from iwm_fast.results import give_result

@@ -19,11 +19,11 @@ import torch
 
 from iwm_fast.actions.external import space_of
 from iwm_fast.benchmarks.step import TOLERANCE
-from iwm_fast.cli.options import only_rank
 from iwm_fast.config import Config, load_config
 from iwm_fast.config.load import find_config
 from iwm_fast.engine.distributed.ranks import Ranks
 from iwm_fast.engine.step import Trainer
+from iwm_fast.measure.device import only_rank
 from iwm_fast.measure.harness import prepare_trainer
 from iwm_fast.measure.stats import ratio_of
 from iwm_fast.measure.synthetic import synthetic_stream

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,69 +14,26 @@ from iwm_fast.config import Config
 from iwm_fast.cost.flops import step_flops
 from iwm_fast.cost.rounding import padded_share
 from iwm_fast.data.batch import Batch
-from iwm_fast.data.image_list import list_images
-from iwm_fast.data.loader import TrainingStream
-from iwm_fast.data.sources import Patience
-from iwm_fast.data.triplet_stream import PairStream
-from iwm_fast.data.triplets import Triplets, resolve_triplets
 from iwm_fast.engine.distributed.ranks import Ranks
 from iwm_fast.engine.metrics.throughput import peak_flops
 from iwm_fast.engine.step import Trainer
-from iwm_fast.kernels import compiled_variants
-from iwm_fast.measure.harness import prepare_trainer
+from iwm_fast.measure.batches import described, opened_stream
+from iwm_fast.measure.harness import prepare_trainer, settle
 from iwm_fast.measure.memory import peak_of
 from iwm_fast.measure.stats import median_of
-from iwm_fast.measure.synthetic import BatchStream, synthetic_stream
+from iwm_fast.measure.synthetic import synthetic_stream
 from iwm_fast.measure.timing import Clocked, clocked
 from iwm_fast.models import IWM, Segments
-from iwm_fast.models.compiled_regions import compilations
 
-__all__ = ["check_answer", "described", "measure_step", "opened_stream", "row_of", "settle"]
+__all__ = ["TOLERANCE", "WrongAnswerError", "check_answer", "measure_step", "row_of"]
 
 # ‖working − float64‖ / ‖float64‖ of the loss: fp32 sums lose 1e-6, bf16 rounds each of some dozen layers by 2⁻⁸.
 TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2}
 _CHECKED_IMAGES = 2
-# Batches of other lengths may meet kernels that were not compiled yet: this many steps in a row have to compile none.
-_QUIET_STEPS, _LONGEST_WARM_UP = 4, 60
-# Different batches of random pixels: a training meets other lengths at each step.
-_BATCHES = 8
 
 
 class WrongAnswerError(RuntimeError):
     """A step whose loss is not what float64 gives: it is not timed."""
-
-
-def described(config: Config, root: Path | None) -> tuple[Config, Triplets | None]:
-    """The configuration with what its actions are, and the triplets where `root` is a manifest of them, as `pretrain`.
-
-    Without `root` only the manifest's actions are read, from data.root, unless actions.external says them. UserError
-    where nothing does, or where data and actions do not fit together.
-    """
-    if root is None and (config.actions.groups != ("external",) or config.actions.external is not None):
-        return config, None
-    data = config.data.model_copy(update={} if root is None else {"root": str(root)})
-    found, triplets = resolve_triplets(config.model_copy(update={"data": data}))
-    return found, None if root is None else triplets
-
-
-@contextlib.contextmanager
-def opened_stream(
-    config: Config, space: ActionSpace, ranks: Ranks, root: Path | None, triplets: Triplets | None = None
-) -> Iterator[BatchStream | TrainingStream]:
-    """Batches of `triplets` or of the images below `root` through DALI, or made of random pixels where it is None."""
-    stream: BatchStream | TrainingStream
-    if root is None:
-        stream = synthetic_stream(config, space, ranks.device, rank=ranks.rank, world=ranks.world, steps=_BATCHES)
-    elif triplets is not None:
-        stream = PairStream(config, triplets, space, rank=ranks.rank, world=ranks.world)
-    else:
-        patience = Patience(config.data.store_timeout, config.data.store_attempts)
-        files = list_images(str(root), config.data.source, patience)
-        stream = TrainingStream(config, files, space, rank=ranks.rank, world=ranks.world)
-    try:
-        yield stream
-    finally:
-        stream.close()
 
 
 def check_answer(trainer: Trainer, config: Config, batch: Batch, space: ActionSpace) -> float:
@@ -134,27 +90,6 @@ def measure_step(
         "warm_up_steps": steps,
         "step_peak_bytes": peak,
     }
-
-
-def settle(trainer: Trainer, least: int) -> int:
-    """Train until the last of at least `least` steps have compiled nothing; how many steps that took."""
-    quiet = 0
-    if trainer.config.train.cuda_graph:
-        # A size is captured when it comes again after nothing was compiled: in the third round at the latest.
-        least = max(least, 3 * _BATCHES)
-    for step in range(1, least + _LONGEST_WARM_UP + 1):
-        before = _made(trainer)
-        trainer.train_step()
-        quiet = quiet + 1 if _made(trainer) == before else 0
-        if step >= least and quiet >= min(step, _QUIET_STEPS):
-            return step
-    return least + _LONGEST_WARM_UP
-
-
-def _made(trainer: Trainer) -> int:
-    """Kernels and regions compiled, and graphs captured."""
-    graphed = trainer.zero.graphed
-    return compiled_variants() + compilations() + (graphed.captures if graphed else 0)
 
 
 def row_of(

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from iwm_fast.actions.external import space_of
 from iwm_fast.benchmarks.launch_counting import Launches, counting
 from iwm_fast.benchmarks.launch_parts import Parts, Surrogate
-from iwm_fast.benchmarks.step import described
 from iwm_fast.config import Config
 from iwm_fast.data.loader import TrainingStream
 from iwm_fast.engine.bf16 import Bf16Compute
@@ -33,6 +32,7 @@ from iwm_fast.engine.step import Trainer
 from iwm_fast.engine.zero import ZeroEngine, initialize
 from iwm_fast.errors import UserError
 from iwm_fast.kernels import use_backend
+from iwm_fast.measure.batches import described
 from iwm_fast.measure.harness import MANY_STEPS
 from iwm_fast.measure.synthetic import synthetic_stream
 from iwm_fast.models.attention import use_library

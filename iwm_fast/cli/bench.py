@@ -8,8 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from iwm_fast.cli.options import Device, Json, Threads, answer, only_rank
+from iwm_fast.cli.options import Device, Json, Threads, answer
 from iwm_fast.errors import UserError
+from iwm_fast.measure.device import only_rank
 
 __all__ = ["app"]
 

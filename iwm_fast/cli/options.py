@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import atexit
-import os
 import re
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from iwm_fast.errors import UserError
 from iwm_fast.outputs import require_result
 
-if TYPE_CHECKING:
-    from iwm_fast.engine.distributed.ranks import Ranks
-
-__all__ = ["CONFIG_HELP", "Device", "Json", "Overrides", "Threads", "answer", "byte_count", "only_rank"]
+__all__ = ["CONFIG_HELP", "Device", "Json", "Overrides", "Threads", "answer", "byte_count"]
 
 
 def _writable(destination: str | None) -> str | None:
@@ -62,21 +57,3 @@ def byte_count(text: str) -> int:
     if count < 1:
         raise UserError(f"{text}: not a size; write it as 1000000, 512KB, 256MB or 1.5GB")
     return count
-
-
-def only_rank(device: str | None, threads: int | None) -> Ranks:
-    """Join as the only rank, on the device that was asked for. UserError where there is no such device."""
-    if device not in (None, "cpu", "cuda"):
-        raise UserError(f"--device: {device}: must be cpu or cuda")
-    if device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    import torch
-
-    from iwm_fast.config.cores import usable_cores
-    from iwm_fast.engine.distributed.ranks import leave, start
-
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device: cuda: torch sees no GPU; iwm-fast doctor says more")
-    torch.set_num_threads(threads or usable_cores())
-    atexit.register(leave)
-    return start(alone=True)

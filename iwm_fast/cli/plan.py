@@ -15,9 +15,8 @@ if TYPE_CHECKING:
     from iwm_fast.config import Config
     from iwm_fast.cost.plan import Planner
     from iwm_fast.cost.report import ImageCount
-    from iwm_fast.cost.tokens import Tokens
 
-__all__ = ["plan", "planner_of", "tokens_of"]
+__all__ = ["plan", "planner_of"]
 
 _IMAGENET_1K = 1_281_167
 
@@ -112,24 +111,10 @@ def planner_of(config: Config, images: int = 2048) -> Planner:
     With I-JEPA's masks the mean of 2,048 context lengths is known to about 0.3 %.
     """
     from iwm_fast.cost.plan import Planner
+    from iwm_fast.cost.tokens import tokens_of
     from iwm_fast.data.loader import divide_batch
 
     return Planner(config, tokens_of(config, images), divide_batch)
-
-
-def tokens_of(config: Config, images: int) -> Tokens:
-    """How many tokens each source of the run's first images has, by the masks that training draws."""
-    import numpy as np
-
-    from iwm_fast.cost.tokens import Tokens
-    from iwm_fast.data.masks import MaskSampler
-
-    exclude = "geometric" not in config.actions.groups
-    sources = config.views.sources_per_target
-    sampler = MaskSampler(config.masks, config.model.grid, config.train.seed, exclude=exclude, sources=sources)
-    patches = sampler.draw(np.zeros(images, np.int64), np.arange(images, dtype=np.int64))
-    own = config.model.predictor.kind == "mlp"  # it answers for the context's own patches
-    return Tokens(patches.context_lengths, patches.context_lengths if own else patches.target_lengths, sources)
 
 
 def _images_of(config: Config, given: int | None) -> tuple[Config, ImageCount]:

@@ -9,7 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from iwm_fast.cli.options import CONFIG_HELP, Device, Json, Overrides, Threads, answer, only_rank
+from iwm_fast.cli.options import CONFIG_HELP, Device, Json, Overrides, Threads, answer
+from iwm_fast.measure.device import only_rank
 
 __all__ = ["profile"]
 

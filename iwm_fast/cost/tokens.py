@@ -7,7 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Tokens"]
+from iwm_fast.config import Config
+from iwm_fast.data.masks import MaskSampler
+
+__all__ = ["Tokens", "tokens_of"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,3 +33,13 @@ class Tokens:
         """As many images as asked for, these ones over and over."""
         rows = images * self.sources
         return Tokens(np.resize(self.context, rows), np.resize(self.predicted, rows), self.sources)
+
+
+def tokens_of(config: Config, images: int) -> Tokens:
+    """How many tokens each source of the run's first images has, by the masks that training draws."""
+    exclude = "geometric" not in config.actions.groups
+    sources = config.views.sources_per_target
+    sampler = MaskSampler(config.masks, config.model.grid, config.train.seed, exclude=exclude, sources=sources)
+    patches = sampler.draw(np.zeros(images, np.int64), np.arange(images, dtype=np.int64))
+    own = config.model.predictor.kind == "mlp"  # it predicts the context's own patches
+    return Tokens(patches.context_lengths, patches.context_lengths if own else patches.target_lengths, sources)

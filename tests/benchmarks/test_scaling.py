@@ -13,14 +13,15 @@ from made_triplets import write_game
 from iwm_fast.actions.external import space_of
 from iwm_fast.actions.transforms import ActionSpace
 from iwm_fast.benchmarks import scaling, step
-from iwm_fast.benchmarks.collectives import timed_collectives
 from iwm_fast.benchmarks.presets import PRESETS, preset_config
 from iwm_fast.benchmarks.scaling import fit_line
-from iwm_fast.benchmarks.step import check_answer, described, opened_stream, row_of
+from iwm_fast.benchmarks.step import check_answer, row_of
 from iwm_fast.cli.main import main
 from iwm_fast.config.external import ExternalActions
 from iwm_fast.engine.distributed.ranks import start
 from iwm_fast.errors import UserError
+from iwm_fast.measure.batches import described, opened_stream
+from iwm_fast.measure.collective_time import timed_collectives
 from iwm_fast.measure.harness import prepare_trainer
 from iwm_fast.measure.memory import peak_of
 from iwm_fast.measure.operations import OperationCounter

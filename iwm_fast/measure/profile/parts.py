@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from iwm_fast.benchmarks.collectives import CollectiveTime
 from iwm_fast.engine.step import Spans, Trainer
+from iwm_fast.measure.collective_time import CollectiveTime
 
 __all__ = ["PARTS", "PartsClock", "measured_parts"]
 

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 
 from iwm_fast.actions.external import space_of
-from iwm_fast.benchmarks.collectives import timed_collectives
-from iwm_fast.benchmarks.step import described, opened_stream, settle
 from iwm_fast.config import Config
 from iwm_fast.engine.distributed.ranks import Ranks
 from iwm_fast.engine.metrics.throughput import peak_flops
 from iwm_fast.errors import UserError
 from iwm_fast.kernels import TRITON_FUNCTIONS
-from iwm_fast.measure.harness import prepare_trainer
+from iwm_fast.measure.batches import described, opened_stream
+from iwm_fast.measure.collective_time import timed_collectives
+from iwm_fast.measure.harness import prepare_trainer, settle
 from iwm_fast.measure.operations import OperationCounter
 from iwm_fast.measure.profile.limits import Limits
 from iwm_fast.measure.profile.parts import PARTS, measured_parts

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from iwm_fast.actions.transforms import ActionSpace
-from iwm_fast.benchmarks.step import _BATCHES
 from iwm_fast.cli.main import main
 from iwm_fast.config import load_config, packaged_config
 from iwm_fast.cost.flops import step_flops
 from iwm_fast.kernels import TRITON_FUNCTIONS
+from iwm_fast.measure.batches import BATCHES
 from iwm_fast.measure.operations import Work
 from iwm_fast.measure.profile.limits import Limits
 from iwm_fast.measure.profile.parts import PARTS, PartsClock
@@ -50,7 +50,7 @@ def test_operations_are_the_steps_formula(profiled):
     config = load_config(packaged_config("vit_tiny_p4_32"), KEYS)
     space = ActionSpace(config.actions.groups, config.actions.form)
     # The counted step is one of the batches that it cycles through.
-    batches = synthetic_stream(config, space, torch.device("cpu"), steps=_BATCHES)
+    batches = synthetic_stream(config, space, torch.device("cpu"), steps=BATCHES)
     sizes = [
         step_flops(config.model, space.dim, b.patches.context_lengths, b.patches.target_lengths).total
         for b in batches._batches

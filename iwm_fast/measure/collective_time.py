@@ -1,4 +1,4 @@
-"""How long a process waits in `torch.distributed`'s collectives; `planning.counting` counts how much they move."""
+"""How long a process waits in `torch.distributed`'s collectives; `collective_bytes` counts how much they move."""
 
 from __future__ import annotations
 

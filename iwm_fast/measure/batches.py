@@ -1,0 +1,55 @@
+"""The batches that a measurement trains on: of a data set through DALI, or of random pixels."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from iwm_fast.actions.transforms import ActionSpace
+from iwm_fast.config import Config
+from iwm_fast.data.image_list import list_images
+from iwm_fast.data.loader import TrainingStream
+from iwm_fast.data.sources import Patience
+from iwm_fast.data.triplet_stream import PairStream
+from iwm_fast.data.triplets import Triplets, resolve_triplets
+from iwm_fast.engine.distributed.ranks import Ranks
+from iwm_fast.measure.synthetic import BatchStream, synthetic_stream
+
+__all__ = ["BATCHES", "described", "opened_stream"]
+
+# Different batches of random pixels: a training meets other lengths at each step.
+BATCHES = 8
+
+
+def described(config: Config, root: Path | None) -> tuple[Config, Triplets | None]:
+    """The configuration with what its actions are, and the triplets where `root` is a manifest of them, as `pretrain`.
+
+    Without `root` only the manifest's actions are read, from data.root, unless actions.external says them. UserError
+    where nothing does, or where data and actions do not fit together.
+    """
+    if root is None and (config.actions.groups != ("external",) or config.actions.external is not None):
+        return config, None
+    data = config.data.model_copy(update={} if root is None else {"root": str(root)})
+    found, triplets = resolve_triplets(config.model_copy(update={"data": data}))
+    return found, None if root is None else triplets
+
+
+@contextlib.contextmanager
+def opened_stream(
+    config: Config, space: ActionSpace, ranks: Ranks, root: Path | None, triplets: Triplets | None = None
+) -> Iterator[BatchStream | TrainingStream]:
+    """Batches of `triplets` or of the images below `root` through DALI, or made of random pixels where it is None."""
+    stream: BatchStream | TrainingStream
+    if root is None:
+        stream = synthetic_stream(config, space, ranks.device, rank=ranks.rank, world=ranks.world, steps=BATCHES)
+    elif triplets is not None:
+        stream = PairStream(config, triplets, space, rank=ranks.rank, world=ranks.world)
+    else:
+        patience = Patience(config.data.store_timeout, config.data.store_attempts)
+        files = list_images(str(root), config.data.source, patience)
+        stream = TrainingStream(config, files, space, rank=ranks.rank, world=ranks.world)
+    try:
+        yield stream
+    finally:
+        stream.close()
