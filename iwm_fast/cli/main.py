@@ -20,6 +20,7 @@ from iwm_fast.cli.plan import plan
 from iwm_fast.cli.pretrain import pretrain
 from iwm_fast.cli.profile import profile
 from iwm_fast.errors import UserError
+from iwm_fast.eval.registry import what_help
 from iwm_fast.programs import CtrlC, one_line, run_program
 from iwm_fast.version import __version__
 
@@ -113,9 +114,7 @@ def evaluate(
     ] = None,
     what: Annotated[
         str | None,
-        typer.Option(
-            "--what", help="Of mrr, knn, linear, attentive, equivariance; of triplets mrr, rollout. Default: the quick."
-        ),
+        typer.Option("--what", help=what_help()),
     ] = None,
     checkpoint: Annotated[str, typer.Option("--checkpoint", help="latest, step_000500, or a path to it.")] = "latest",
     images: Annotated[

@@ -1,16 +1,21 @@
 """What a run is worth: the quality of its world model and of its representation, and the page that shows both.
 
-``report`` and ``charts`` are not imported here: they bring matplotlib, which evaluation while training can do without.
+Names are loaded when they are asked for: the command line's help reads `registry` and needs no torch for it. ``report``
+is not among them: it brings matplotlib, which evaluation while training can do without.
 """
 
-from iwm_fast.eval.evaluate import USUAL, WHAT, evaluate_model
-from iwm_fast.eval.online import join_shares, measure_share
-from iwm_fast.eval.splits import FileSplit, Split, TensorSplit, open_splits
-from iwm_fast.eval.world_model.examples import RankedExample, ranked_examples
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from iwm_fast.eval.evaluate import evaluate_model
+    from iwm_fast.eval.online import join_shares, measure_share
+    from iwm_fast.eval.splits import FileSplit, Split, TensorSplit, open_splits
+    from iwm_fast.eval.world_model.examples import RankedExample, ranked_examples
 
 __all__ = [
-    "USUAL",
-    "WHAT",
     "FileSplit",
     "RankedExample",
     "Split",
@@ -21,3 +26,18 @@ __all__ = [
     "open_splits",
     "ranked_examples",
 ]
+
+_HOMES = {
+    "evaluate": ("evaluate_model",),
+    "online": ("join_shares", "measure_share"),
+    "splits": ("FileSplit", "Split", "TensorSplit", "open_splits"),
+    "world_model.examples": ("RankedExample", "ranked_examples"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, from its module."""
+    for home, found in _HOMES.items():
+        if name in found:
+            return getattr(importlib.import_module(f"{__name__}.{home}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -19,20 +19,12 @@ from iwm_fast.atomic_files import write_whole_text
 from iwm_fast.data.sources.s3 import is_address
 from iwm_fast.engine.checkpoint.format import MANIFEST
 from iwm_fast.environment import environment
+from iwm_fast.eval.registry import evaluations, names
 from iwm_fast.results import json_text
 
 __all__ = ["FOLDER", "Measurement", "divide", "keep", "merged", "place_of", "read", "weights_of"]
 
 FOLDER = "results"
-# The beginnings of each measure's names; what begins with none of them tells of the data, and goes with every measure.
-_NAMES = {
-    "mrr": ("mrr", "h1", "h5", "components"),
-    "knn": ("knn",),
-    "linear": ("linear",),
-    "attentive": ("attentive",),
-    "equivariance": ("equivariance", "invariance", "r2", "cosine"),
-    "rollout": ("rollout",),
-}
 _OF_THE_CALL = ("not_run", "step", "report")
 
 
@@ -71,7 +63,7 @@ def divide(results: Mapping[str, Any], *, step: int, weights: str, data: str | P
             step, weights, measure, place_of(data), date,
             {key: results[key] for key, owner in owners.items() if owner in (measure, None)},
         )
-        for measure in _NAMES
+        for measure in names()
         if measure in results
     ]  # fmt: skip
 
@@ -108,7 +100,5 @@ def merged(measurements: Sequence[Measurement]) -> dict[str, Any]:
 
 
 def _owner(key: str) -> str | None:
-    for measure, names in _NAMES.items():
-        if any(key == name or key.startswith(f"{name}_") for name in names):
-            return measure
-    return None
+    """Whose name it is; None for what tells of the data, and goes with every measure."""
+    return next((one.name for one in evaluations() if one.owns(key)), None)

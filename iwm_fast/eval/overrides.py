@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 from iwm_fast.config import Config
 from iwm_fast.config.schema_table import rows
 from iwm_fast.errors import UserError
+from iwm_fast.eval.registry import Kind, evaluations
 from iwm_fast.eval.world_model.bank import JITTER_COMPONENTS
 
 __all__ = ["check_overrides", "for_evaluation", "overridden"]
@@ -73,11 +74,22 @@ def _allowed(command: str, external: bool, what: Collection[str]) -> tuple[tuple
             **dict.fromkeys(_STORES, "of stores, and triplets are files of this machine"),
             **dict.fromkeys(_JITTER, "of images; a run on triplets has no jitter"),
         }
-        asked = {"eval.bank": "mrr", "eval.horizon": "rollout"}
         allowed = _DATA
     else:
         why = {"eval.horizon": "of roll-outs, which need triplets"}
-        asked = {"eval.mrr_images": "mrr"}
         allowed = (*_IMAGES, *_JITTER, "eval.bank")  # the report ranks a few banks whatever is measured
-    why |= {key: f"of {name}, which --what leaves out" for key, name in asked.items() if name not in what}
-    return (*allowed, *(key for key, name in asked.items() if name in what)), why
+    here, elsewhere = (_readers(kind) for kind in (("triplets", "images") if external else ("images", "triplets")))
+    for key, names in elsewhere.items():
+        why.setdefault(key, f"of {' and '.join(names)}, which needs {'images' if external else 'triplets'}")
+    why |= {key: f"of {' and '.join(names)}, which --what leaves out" for key, names in here.items()}
+    return (*allowed, *(key for key, names in here.items() if set(names) & set(what))), why
+
+
+def _readers(kind: Kind) -> dict[str, list[str]]:
+    """By key of the configuration, the evaluations that read it on this kind of data."""
+    found: dict[str, list[str]] = {}
+    for one in evaluations(kind):
+        how = one.on(kind)
+        for key in how.settings if how is not None else ():
+            found.setdefault(key, []).append(one.name)
+    return found

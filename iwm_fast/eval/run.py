@@ -12,18 +12,18 @@ from iwm_fast.engine.checkpoint.paths import chosen_checkpoint
 from iwm_fast.engine.provenance import recorded_environment
 from iwm_fast.engine.run_directory import RunDirectory, run_config
 from iwm_fast.errors import UserError
-from iwm_fast.eval.evaluate import USUAL, WHAT, evaluate_model
+from iwm_fast.eval.evaluate import evaluate_model
 from iwm_fast.eval.measurements import divide, keep, place_of, read, weights_of
 from iwm_fast.eval.overrides import check_overrides, for_evaluation, overridden
+from iwm_fast.eval.registry import names, needed, usual
 from iwm_fast.eval.report.report import read_metrics, write_report
 from iwm_fast.eval.representation.cache import FeatureCache
-from iwm_fast.eval.representation.probes import PROBES
 from iwm_fast.eval.result_output import given, report_place
 from iwm_fast.eval.splits import open_splits, require_same_classes, splits_record
 from iwm_fast.eval.world_model.examples import ranked_examples
 from iwm_fast.eval.world_model.frames import find_triplets, open_triplets
 from iwm_fast.eval.world_model.sliders import SlidingExample, sliding_examples
-from iwm_fast.eval.world_model.triplets import TRIPLETS_WHAT, evaluate_triplets
+from iwm_fast.eval.world_model.triplets import evaluate_triplets
 from iwm_fast.file_names import printable
 
 __all__ = ["evaluate_run", "result_rows"]
@@ -63,13 +63,13 @@ def evaluate_run(
     Raises UserError for an unknown ``what``, a folder that is no run, an override without a use here, and data that
     cannot be used, or of which more than ``data.max_bad_fraction`` cannot be decoded.
     """
-    unknown = [word for word in what or () if word not in WHAT]
+    unknown = [word for word in what or () if word not in names()]
     if unknown or (what is not None and not what):
-        raise UserError(f"--what: {unknown[0] if unknown else 'empty'}: it is a list of {', '.join(WHAT)}")
+        raise UserError(f"--what: {unknown[0] if unknown else 'empty'}: it is a list of {', '.join(names())}")
     chosen = chosen_checkpoint(run, checkpoint)
     run, checkpoint = chosen.run, chosen.which
     external = _external(run)
-    what = what or (TRIPLETS_WHAT if external else USUAL)
+    what = what or usual("triplets" if external else "images")
     check_overrides(overrides, command="evaluate", external=external, what=what)
     _check_images(images, overrides, what, external=external)
     saved = find_checkpoint(run, checkpoint)
@@ -89,7 +89,7 @@ def evaluate_run(
         results["splits"] = {"test": str(manifest), "how": "manifest", "not_used": unused, "said": said}
     else:
         train, test = open_splits(data, config, source=config.data.source)
-        if set(what) & set(PROBES):
+        if "classes" in needed(what, "images"):
             require_same_classes(train, test)
         results = evaluate_model(
             model,
@@ -153,7 +153,7 @@ def result_rows(results: Mapping[str, Any]) -> list[list[str]]:
     """
     rows = []
     regressed = [key for key in results if key.startswith("r2_") and f"{key}_untrained" in results]
-    alone = ("h1", "h5", "knn", *PROBES[1:], "equivariance", "invariance", *regressed)
+    alone = ("h1", "h5", "knn", "linear", "attentive", "equivariance", "invariance", *regressed)
     for name, distance in (("mrr", ""), ("mrr", "_cosine"), *((n, "") for n in alone)):
         if name + distance not in results:
             continue

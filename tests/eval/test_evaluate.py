@@ -8,7 +8,8 @@ import torch
 from worlds import pictures, tiny_config, tiny_model
 
 from iwm_fast.config import ActionsConfig, Config
-from iwm_fast.eval.evaluate import WHAT, evaluate_model, untrained_model
+from iwm_fast.eval.evaluate import evaluate_model, untrained_model
+from iwm_fast.eval.registry import names
 from iwm_fast.eval.splits import TensorSplit
 from iwm_fast.eval.world_model.examples import ranked_examples
 
@@ -101,10 +102,11 @@ def test_the_encoder_is_named_and_can_be_chosen():
 def test_without_classes_the_probes_do_not_run_and_say_so(train, test, reason):
     config = tiny_config()
     model, space = tiny_model(config)
-    found = evaluate_model(model, config, space, train=train, test=test, what=WHAT)
+    found = evaluate_model(model, config, space, train=train, test=test, what=names())
     assert "mrr" in found
     assert "knn" not in found
-    assert set(found["not_run"]) == set(WHAT) - {"mrr", "equivariance"} | ({"equivariance"} if train is None else set())
+    missing = {"knn", "linear", "attentive", "rollout"} | ({"equivariance"} if train is None else set())
+    assert set(found["not_run"]) == missing
     assert reason in found["not_run"]["knn"]
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,14 +25,20 @@ from torch import Tensor
 
 from iwm_fast.config import ActionsConfig
 from iwm_fast.errors import UserError
-from iwm_fast.eval.representation.features import EncoderName, pooled_features
+from iwm_fast.eval.representation.features import POOLING, EncoderName, pooled_features
 from iwm_fast.eval.representation.view_pairs import draw_pairs, left_out, left_out_line, only_where
 from iwm_fast.eval.stats import Interval, bootstrap_rows
 from iwm_fast.models.iwm import IWM
 
-__all__ = ["Equivariance", "measure_equivariance", "ridge_regression"]
+if TYPE_CHECKING:
+    from iwm_fast.eval.subjects import ImageSubject
+
+__all__ = ["IMAGES", "Equivariance", "evaluate_equivariance", "measure_equivariance", "ridge_regression"]
 
 Floats = NDArray[np.float64]
+
+# Pairs of views are of at most so many training and test images, spread evenly.
+IMAGES = (2000, 1000)
 
 # Of the mean squared error, on features of unit variance and targets of unit variance; the best is chosen on held-out
 # training pairs, for each component by itself.
@@ -74,6 +80,34 @@ class Equivariance:
         for name, value in self.r2.items():
             out |= {f"r2_{name}{end}": value, f"r2_{name}{end}_interval": list(self.r2_interval[name])}
         return out
+
+
+def evaluate_equivariance(subject: ImageSubject) -> dict[str, Any]:
+    """Names and values of the model and of the untrained one, or ``not_run`` with the reason."""
+    fitted, measured = subject.learned_from().spread(IMAGES[0]), subject.test.spread(IMAGES[1])
+    if len(fitted) < 5 or len(measured) < 2:
+        return {"not_run": {"equivariance": f"{len(fitted)} training and {len(measured)} test images are too few"}}
+    try:
+        found = measure_equivariance(
+            subject.models,
+            subject.config.actions,
+            fitted,
+            measured,
+            which=subject.which,
+            progress=subject.tell("pairs of views"),
+        )
+    except UserError as error:  # nothing varies: what else was measured is not lost for that
+        return {"not_run": {"equivariance": str(error)}}
+    results: dict[str, Any] = {
+        "equivariance_chance": 0.0,
+        "equivariance_encoder": subject.which,
+        "equivariance_pooling": POOLING,
+        "equivariance_pairs": [len(fitted), len(measured)],
+        "equivariance_left_out": found[0].left_out,
+    }
+    for end, one in zip(("", "_untrained"), found, strict=False):
+        results |= one.summary(end)
+    return results
 
 
 def measure_equivariance(

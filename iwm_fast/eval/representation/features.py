@@ -18,6 +18,7 @@ from iwm_fast.models.iwm import IWM
 from iwm_fast.models.vit import VisionTransformer
 
 __all__ = [
+    "POOLING",
     "EncoderName",
     "Kept",
     "default_encoder",
@@ -33,6 +34,7 @@ EncoderName = Literal["target", "context"]
 # pooled: the mean token, float32 (n, D). tokens: all of them, float16 (n, L, D); they are layer-normalised, so of size
 # one, and half precision keeps three digits. pixels: the clean views themselves, uint8 (n, S, S, 3).
 Kept = Literal["pooled", "tokens", "pixels"]
+POOLING = "mean of all tokens"  # how "pooled" is called in results
 _CHUNK = 128
 
 

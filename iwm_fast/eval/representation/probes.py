@@ -2,102 +2,90 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from iwm_fast.console import Count
 from iwm_fast.eval.finetune.fitting import WARMUP, Plan, fit, measure
 from iwm_fast.eval.finetune.modes import default_rates, reader_builder
 from iwm_fast.eval.finetune.tasks import Task
 from iwm_fast.eval.reduced import reduced
-from iwm_fast.eval.representation.cache import FeatureCache, Features
-from iwm_fast.eval.representation.features import EncoderName, Kept, encoder_of, read_features
+from iwm_fast.eval.representation.cache import Features
+from iwm_fast.eval.representation.features import POOLING, EncoderName
 from iwm_fast.eval.representation.knn import NEIGHBOURS, knn_classify
 from iwm_fast.eval.representation.linear import WEIGHT_DECAYS, held_out_rows, linear_probe
-from iwm_fast.eval.splits import Split
 from iwm_fast.models.iwm import IWM
 from iwm_fast.models.task_model import HeadShape
 
-__all__ = ["POOLING", "PROBES", "measure_representation"]
+if TYPE_CHECKING:
+    from iwm_fast.eval.subjects import ImageSubject
 
-PROBES = ("knn", "linear", "attentive")
-POOLING = "mean of all tokens"
+__all__ = ["evaluate_attentive", "evaluate_knn", "evaluate_linear"]
+
 _TOO_FEW = "no class has two training images, so none can be held out to choose a setting by"
 # V-JEPA's attentive probe: 20 passes, AdamW, weight decay 0.01.
 _EPOCHS, _BATCH = 20, 128
 
 
-def measure_representation(
-    models: Sequence[IWM],
-    which: EncoderName,
-    train: Split,
-    test: Split,
-    probes: Sequence[str],
-    *,
-    cache: FeatureCache | None = None,
-    progress: Count | None = None,
-) -> dict[str, Any]:
-    """Names and values of ``probes`` for one or two models, of which the second is the untrained one (_untrained).
+def evaluate_knn(subject: ImageSubject) -> dict[str, Any]:
+    """k-NN of the model and of the untrained one (_untrained): top-1, _interval, protocol."""
+    results: dict[str, Any] = {}
+    for end, _, x, x_test in subject.features("pooled"):
+        results |= _setting(subject, x, x_test) | _knn(x, x_test, end)
+    results["knn_chance"] = _chance(x_test)
+    if results["knn_k"] < NEIGHBOURS:
+        why = f"there are {len(x)} training images"
+        results["reduced"] = {"knn_k": reduced(NEIGHBOURS, results["knn_k"], why)}
+    return results
 
-    Each probe has its top-1 under its own name, with _interval, _top5 where it has one, what was chosen on a tenth of
-    the training images, and its protocol under ``NAME_protocol``.
-    """
-    results: dict[str, Any] = {
-        "encoder": which,
+
+def evaluate_linear(subject: ImageSubject) -> dict[str, Any]:
+    """The linear probe of both, likewise: also _top5, and the weight decay chosen on a tenth of the training images."""
+    results: dict[str, Any] = {}
+    for end, _, x, x_test in subject.features("pooled"):
+        results |= _setting(subject, x, x_test)
+        if not _can_hold_out(x):
+            return results | {"not_run": {"linear": _TOO_FEW}}
+        results |= _linear(x, x_test, end)
+    return results | {"linear_chance": _chance(x_test)}
+
+
+def evaluate_attentive(subject: ImageSubject) -> dict[str, Any]:
+    """The attentive probe of both, likewise, on all tokens."""
+    results: dict[str, Any] = {}
+    for end, model, x, x_test in subject.features("tokens"):
+        results |= _setting(subject, x, x_test)
+        if not _can_hold_out(x):
+            return results | {"not_run": {"attentive": _TOO_FEW}}
+        tell = subject.tell(f"attentive probe{end.replace('_', ', ')}")
+        classes = len(subject.learned_from().classes)
+        task = Task.of("probe", HeadShape(classes, dense=False), x, x_test)
+        results |= _attentive(model, subject.which, task, end, tell)
+    return results | {"attentive_chance": _chance(x_test)}
+
+
+def _setting(subject: ImageSubject, train: Features, test: Features) -> dict[str, Any]:
+    """What is said of the data beside every probe."""
+    return {
+        "encoder": subject.which,
         "pooling": POOLING,
-        "classes": len(train.classes),
+        "classes": len(subject.learned_from().classes),
+        "train_images": len(train),
+        "test_images": len(test),
     }
 
-    def read(keep: Kept) -> tuple[list[Features], list[Features]]:
-        encoders = [encoder_of(model, which) for model in models]
-        tell = [None if progress is None else partial(progress, f"features, {name}") for name in ("train", "test")]
-        both = [
-            read_features(encoders, split, keep, cache=cache, progress=told)
-            for split, told in zip((train, test), tell, strict=True)
-        ]
-        return both[0], both[1]
 
-    not_run: dict[str, str] = {}
-    if "knn" in probes or "linear" in probes:
-        for end, x, x_test in zip(("", "_untrained"), *read("pooled"), strict=False):
-            results |= _sizes(x, x_test)
-            if "knn" in probes:
-                results |= _knn(x, x_test, end)
-            if "linear" in probes and _can_hold_out(x):
-                results |= _linear(x, x_test, end)
-            elif "linear" in probes:
-                not_run["linear"] = _TOO_FEW
-    if "attentive" in probes:
-        for end, model, x, x_test in zip(("", "_untrained"), models, *read("tokens"), strict=False):
-            results |= _sizes(x, x_test)
-            if not _can_hold_out(x):
-                not_run["attentive"] = _TOO_FEW
-                continue
-            tell = None if progress is None else partial(progress, f"attentive probe{end.replace('_', ', ')}")
-            task = Task.of("probe", HeadShape(len(train.classes), dense=False), x, x_test)
-            results |= _attentive(model, which, task, end, tell)
-    # The share of the commonest class: what an answer that never looks at the image would get.
-    share = float(np.bincount(x_test.labels).max() / len(x_test))
-    results |= {f"{probe}_chance": share for probe in probes if probe not in not_run}
-    if results.get("knn_k", NEIGHBOURS) < NEIGHBOURS:
-        why = f"there are {results['train_images']} training images"
-        results["reduced"] = {"knn_k": reduced(NEIGHBOURS, results["knn_k"], why)}
-    return results | ({"not_run": not_run} if not_run else {})
+def _chance(test: Features) -> float:
+    """The share of the commonest class: what an answer that never looks at the image would get."""
+    return float(np.bincount(test.labels).max() / len(test))
 
 
 def _can_hold_out(train: Features) -> bool:
     """Whether some images can be held out to choose a setting by, and two are left to learn from."""
     held = held_out_rows(train.labels)
     return bool(held.any()) and int((~held).sum()) > 1
-
-
-def _sizes(train: Features, test: Features) -> dict[str, int]:
-    return {"train_images": len(train), "test_images": len(test)}
 
 
 def _in_memory(features: Features) -> tuple[Tensor, np.ndarray]:

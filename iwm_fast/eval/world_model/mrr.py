@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,13 +25,17 @@ from torch import Tensor
 
 from iwm_fast.actions.transforms import ActionSpace
 from iwm_fast.config import Config
+from iwm_fast.eval.reduced import reduced
 from iwm_fast.eval.representation.features import device_of, evaluating
 from iwm_fast.eval.stats import bootstrap_interval, chance_hit, chance_mrr, evenly_spaced
 from iwm_fast.eval.world_model.bank import Bank
-from iwm_fast.eval.world_model.components import component_bank
+from iwm_fast.eval.world_model.components import GEOMETRIC, component_bank, components
 from iwm_fast.eval.world_model.distances import DISTANCES, between, points, ties
 from iwm_fast.models.blocks import layer_norm_rows
 from iwm_fast.models.iwm import IWM
+
+if TYPE_CHECKING:
+    from iwm_fast.eval.subjects import ImageSubject
 
 __all__ = [
     "CONTROLS",
@@ -40,11 +44,14 @@ __all__ = [
     "answers_to",
     "bank_distances",
     "bank_points",
+    "evaluate_mrr",
     "mean_ranks",
     "mean_reciprocal_rank",
 ]
 
 CONTROLS = ("shuffled", "neutral", "bypass")
+# Of a bank of one component, all that is kept beside its mrr.
+_PART = ("mrr", "mrr_interval", "h1", "h5", "mrr_chance", "mrr_shuffled", "mrr_neutral", "mrr_bank", "mrr_queries")
 
 
 @dataclass(frozen=True)
@@ -168,6 +175,36 @@ def bank_distances(
         ties=ties(own),
         untrained=strange_answers or None,
     )
+
+
+def evaluate_mrr(subject: ImageSubject) -> dict[str, Any]:
+    """Names and values of images spread evenly over the test images; of each component alone too, where asked."""
+    config, test = subject.config, subject.test
+    wanted = subject.images if subject.images is not None else config.eval.mrr_images
+    results: dict[str, Any] = {}
+    if wanted > len(test):
+        results["reduced"] = {"mrr_images": reduced(wanted, len(test), f"there are {len(test)} test images")}
+    images, numbers = test.numbered_spread(wanted)
+    parts: dict[str, dict[str, Any]] = {}
+    for vary in (None, *components(config.actions)) if subject.components else (None,):
+        summary = mean_reciprocal_rank(
+            subject.model,
+            config,
+            subject.space,
+            images,
+            numbers=numbers,
+            bank=config.eval.bank,
+            queries=subject.queries if vary not in GEOMETRIC else None,
+            vary=vary,
+            untrained=subject.untrained if vary is None else None,
+            progress=subject.tell("mrr" if vary is None else f"mrr, {vary} only"),
+        ).summary()
+        if vary is None:
+            results |= summary
+        else:
+            parts[vary] = {key: summary[key] for key in _PART}
+    flat = {f"mrr_only_{name}": part["mrr"] for name, part in parts.items()}
+    return results | flat | ({"components": parts} if parts else {})
 
 
 def mean_reciprocal_rank(

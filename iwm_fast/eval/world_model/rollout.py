@@ -10,7 +10,7 @@ roll-out's actions. Nothing is trained for this: at h = 1 it is what training as
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,7 +23,10 @@ from iwm_fast.eval.stats import bootstrap_interval, evenly_spaced
 from iwm_fast.eval.world_model.frames import FrameReader
 from iwm_fast.models.iwm import IWM
 
-__all__ = ["ROLLOUT_LINES", "chains", "measure_rollouts", "rollout_errors"]
+if TYPE_CHECKING:
+    from iwm_fast.eval.subjects import TripletSubject
+
+__all__ = ["ROLLOUT_LINES", "chains", "evaluate_rollouts", "measure_rollouts", "rollout_errors"]
 
 ROLLOUT_LINES = ("model", "shuffled", "copy")
 STARTS = 128
@@ -77,6 +80,13 @@ def rollout_errors(model: IWM, frames: Tensor, actions: Tensor, *, chunk: int = 
 def _errors(answers: Tensor, truth: Tensor) -> Tensor:
     """(b, H) float64 on the CPU: answers (b, H or 1, L, D) against truth (b, H + 1, L, D) without its first."""
     return (answers - truth[:, 1:]).double().square().mean(dim=(2, 3)).cpu()
+
+
+def evaluate_rollouts(subject: TripletSubject) -> dict[str, Any]:
+    """The roll-outs of ``eval.horizon`` steps under ``rollout``, or why there are none."""
+    horizon = subject.config.eval.horizon
+    found = measure_rollouts(subject.model, subject.reader, horizon, progress=subject.tell("roll-outs"))
+    return {"not_run": {"rollout": found["reason"]}} if "reason" in found else {"rollout": found}
 
 
 def measure_rollouts(

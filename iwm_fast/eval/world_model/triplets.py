@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +14,15 @@ from iwm_fast.config import Config
 from iwm_fast.console import Count
 from iwm_fast.data.triplets import Triplets
 from iwm_fast.eval.reduced import reduced
+from iwm_fast.eval.registry import measure, usual
+from iwm_fast.eval.subjects import TripletSubject
 from iwm_fast.eval.world_model.examples import RankedExample, first_ranked
 from iwm_fast.eval.world_model.frames import FrameReader, open_triplets
 from iwm_fast.eval.world_model.next_frames import NextFrames, draw_next_frames, rank_next_frames, summarise_next_frames
-from iwm_fast.eval.world_model.rollout import measure_rollouts
 from iwm_fast.models.iwm import IWM
 
-__all__ = ["TRIPLETS_WHAT", "evaluate_triplets", "monitor_triplets"]
+__all__ = ["evaluate_next_frames", "evaluate_triplets", "monitor_triplets"]
 
-TRIPLETS_WHAT = ("mrr", "rollout")
-_NO_CLASSES = "triplets have no classes"
 _SHOWN = 8
 
 
@@ -34,46 +32,42 @@ def evaluate_triplets(
     space: ActionSpace,
     triplets: Triplets,
     *,
-    what: Sequence[str] = TRIPLETS_WHAT,
+    what: Sequence[str] | None = None,
     bank: int | None = None,
     examples: int = 0,
     progress: Count | None = None,
 ) -> tuple[dict[str, Any], list[RankedExample]]:
     """Measure ``what`` and return names and values as `evaluate_model` does, and ``examples`` of what was ranked.
 
-    bank: next frames that are ranked and asked for, default ``eval.bank``. Roll-outs: of ``eval.horizon`` steps, under
-    ``rollout``. What needs classes stands under ``not_run``, a bank larger than the set under ``reduced``, frames that
-    cannot be decoded under ``left_out``.
+    ``what``: default all that runs on triplets. bank: next frames that are ranked and asked for, default ``eval.bank``.
+    Roll-outs: of ``eval.horizon`` steps, under ``rollout``. What needs classes stands under ``not_run``, a bank larger
+    than the set under ``reduced``, frames that cannot be decoded under ``left_out``.
     """
-    results: dict[str, Any] = {}
-    not_run = {name: _NO_CLASSES for name in what if name not in TRIPLETS_WHAT}
-    shown: list[RankedExample] = []
     reader = FrameReader(triplets, config)
-    if "mrr" in what:
-        wanted = bank if bank is not None else config.eval.bank
-        frames = draw_next_frames(reader, wanted)
-        tell = None if progress is None else partial(progress, "mrr")
-        found, distances = rank_next_frames(model, frames, normalize=config.model.normalize_target, progress=tell)
-        results |= summarise_next_frames(frames, found)
-        few = {"mrr_bank": (len(frames.bank), "next frames"), "mrr_images": (len(frames), "triplets")}
-        smaller = {
-            name: reduced(wanted, used, f"the set has {used} distinct {things}")
-            for name, (used, things) in few.items()
-            if used < wanted
-        }
-        results |= {"reduced": smaller} if smaller else {}
-        ranks = {name: values[:, 0] for name, values in found.ranks["l2"].items()}
-        shown = [_example(frames, distances, ranks, space, query) for query in range(min(examples, len(frames)))]
-    if "rollout" in what:
-        tell = None if progress is None else partial(progress, "roll-outs")
-        rolled = measure_rollouts(model, reader, config.eval.horizon, progress=tell)
-        if "reason" in rolled:
-            not_run["rollout"] = rolled["reason"]
-        else:
-            results["rollout"] = rolled
+    subject = TripletSubject(model, config, space, reader, bank=bank, examples=examples, progress=progress)
+    results = measure(usual("triplets") if what is None else what, "triplets", subject)
     reader.left_out.check()
-    results["left_out"] = {"test": reader.left_out.record()}
-    return (results | {"not_run": not_run} if not_run else results), shown
+    return results | {"left_out": {"test": reader.left_out.record()}}, subject.shown
+
+
+def evaluate_next_frames(subject: TripletSubject) -> dict[str, Any]:
+    """MRR among next frames; the first of them are the subject's examples."""
+    config, space = subject.config, subject.space
+    wanted = subject.bank if subject.bank is not None else config.eval.bank
+    frames = draw_next_frames(subject.reader, wanted)
+    found, distances = rank_next_frames(
+        subject.model, frames, normalize=config.model.normalize_target, progress=subject.tell("mrr")
+    )
+    few = {"mrr_bank": (len(frames.bank), "next frames"), "mrr_images": (len(frames), "triplets")}
+    smaller = {
+        name: reduced(wanted, used, f"the set has {used} distinct {things}")
+        for name, (used, things) in few.items()
+        if used < wanted
+    }
+    ranks = {name: values[:, 0] for name, values in found.ranks["l2"].items()}
+    chosen = range(min(subject.examples, len(frames)))
+    subject.shown = [_example(frames, distances, ranks, space, query) for query in chosen]
+    return summarise_next_frames(frames, found) | ({"reduced": smaller} if smaller else {})
 
 
 def monitor_triplets(model: IWM, config: Config, space: ActionSpace, root: str | Path) -> dict[str, Any]:

@@ -1,0 +1,185 @@
+"""The evaluations: what each needs, how it runs, which names of the JSON are its own, and how it is drawn.
+
+`iwm-fast evaluate --what` with its help, the documents in RUN/results and the report's sections read this table. A new
+evaluation is a module that measures it and one entry here. Functions are named as "module:function" and loaded when
+they are called: the command line's help reads the table and loads no torch.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+__all__ = [
+    "Evaluation",
+    "Kind",
+    "Measure",
+    "Need",
+    "evaluation",
+    "evaluations",
+    "measure",
+    "names",
+    "needed",
+    "register",
+    "usual",
+    "what_help",
+]
+
+# What the data are: images, of which views are made, or triplets of frames and recorded actions.
+Kind = Literal["images", "triplets"]
+# What has to be there beside the data themselves: training images, their classes, a colour jitter that varies.
+Need = Literal["training images", "classes", "jitter"]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """How an evaluation runs on one kind of data.
+
+    run: function of an `ImageSubject` or `TripletSubject` that returns names and values for JSON; what it finds that it
+    cannot measure stands under ``not_run``, {name: why}. needs: without which it is not called. settings: keys of the
+    configuration that no other evaluation reads on this kind of data.
+    """
+
+    run: str | Callable[[Any], dict[str, Any]]
+    needs: tuple[Need, ...] = ()
+    settings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """An entry: ``name`` in --what and JSON, ``title`` in the report's tables.
+
+    images, triplets: how it runs there; one of them may be missing, and ``elsewhere`` says why. quick: measured where
+    no --what is given. reads_all: every image of both splits, so that it runs before the others and what is wrong with
+    the images is found first. names: beginnings of its names in the JSON, default its own; what begins with no
+    evaluation's tells of the data.
+    """
+
+    name: str
+    title: str
+    images: Measure | None = None
+    triplets: Measure | None = None
+    elsewhere: str = ""
+    quick: bool = True
+    reads_all: bool = False
+    names: tuple[str, ...] = ()
+
+    def on(self, kind: Kind) -> Measure | None:
+        """How it runs on this kind of data, None where it does not."""
+        return self.images if kind == "images" else self.triplets
+
+    def owns(self, key: str) -> bool:
+        """Whether a name of the JSON is this evaluation's."""
+        return any(key == name or key.startswith(f"{name}_") for name in self.names or (self.name,))
+
+
+_NO_CLASSES = "triplets have no classes"
+_TABLE = (
+    Evaluation(
+        "mrr",
+        "MRR",
+        images=Measure("iwm_fast.eval.world_model.mrr:evaluate_mrr", ("jitter",), ("eval.mrr_images",)),
+        triplets=Measure("iwm_fast.eval.world_model.triplets:evaluate_next_frames", settings=("eval.bank",)),
+        names=("mrr", "h1", "h5", "components"),
+    ),
+    Evaluation(
+        "knn",
+        "k-NN",
+        images=Measure("iwm_fast.eval.representation.probes:evaluate_knn", ("classes",)),
+        elsewhere=_NO_CLASSES,
+        reads_all=True,
+    ),
+    Evaluation(
+        "linear",
+        "linear probe",
+        images=Measure("iwm_fast.eval.representation.probes:evaluate_linear", ("classes",)),
+        elsewhere=_NO_CLASSES,
+        reads_all=True,
+    ),
+    Evaluation(
+        "attentive",
+        "attentive probe",
+        images=Measure("iwm_fast.eval.representation.probes:evaluate_attentive", ("classes",)),
+        elsewhere=_NO_CLASSES,
+        quick=False,  # it takes minutes where the others take seconds
+        reads_all=True,
+    ),
+    Evaluation(
+        "equivariance",
+        "equivariance",
+        images=Measure("iwm_fast.eval.representation.equivariance:evaluate_equivariance", ("training images",)),
+        elsewhere=_NO_CLASSES,
+        names=("equivariance", "invariance", "r2", "cosine"),
+    ),
+    Evaluation(
+        "rollout",
+        "roll-out, error of the first step",
+        triplets=Measure("iwm_fast.eval.world_model.rollout:evaluate_rollouts", settings=("eval.horizon",)),
+        elsewhere="a roll-out needs triplets, and these are images",
+    ),
+)
+_EVALUATIONS = {one.name: one for one in _TABLE}
+
+
+def register(one: Evaluation) -> None:
+    """Add an evaluation. ValueError where its name is taken."""
+    if one.name in _EVALUATIONS:
+        raise ValueError(f"an evaluation is called {one.name!r} already; choose another name")
+    _EVALUATIONS[one.name] = one
+
+
+def evaluations(kind: Kind | None = None) -> list[Evaluation]:
+    """All of them, or those that run on ``kind``, in the order of help, JSON and report."""
+    return [one for one in _EVALUATIONS.values() if kind is None or one.on(kind) is not None]
+
+
+def evaluation(name: str) -> Evaluation | None:
+    """The one of that name, None where there is none."""
+    return _EVALUATIONS.get(name)
+
+
+def names(kind: Kind | None = None) -> tuple[str, ...]:
+    """Of `evaluations`."""
+    return tuple(one.name for one in evaluations(kind))
+
+
+def usual(kind: Kind) -> tuple[str, ...]:
+    """The names of what is measured where nobody says what."""
+    return tuple(one.name for one in evaluations(kind) if one.quick)
+
+
+def needed(what: Sequence[str], kind: Kind) -> set[Need]:
+    """What ``what`` needs on this kind of data."""
+    chosen = (one.on(kind) for one in evaluations(kind) if one.name in what)
+    return {need for how in chosen if how is not None for need in how.needs}
+
+
+def what_help() -> str:
+    """The help of ``iwm-fast evaluate --what``."""
+    return f"Of {', '.join(names('images'))}; of triplets {', '.join(names('triplets'))}. Default: the quick."
+
+
+def measure(what: Sequence[str], kind: Kind, subject: Any) -> dict[str, Any]:
+    """Run ``what`` on a subject and return all names and values, those under ``not_run`` and ``reduced`` joined."""
+    results: dict[str, Any] = {}
+    chosen = [one for one in evaluations() if one.name in what]
+    for one in sorted(chosen, key=lambda one: not one.reads_all):
+        part = _measured(one, kind, subject)
+        nested = {key: results.get(key, {}) | part[key] for key in ("not_run", "reduced") if key in part}
+        results |= part | nested
+    return results
+
+
+def _measured(one: Evaluation, kind: Kind, subject: Any) -> dict[str, Any]:
+    how = one.on(kind)
+    if how is None:
+        return {"not_run": {one.name: one.elsewhere}}
+    for need in how.needs:
+        why = subject.missing(need)
+        if why is not None:
+            return {"not_run": {one.name: why}}
+    run = pkgutil.resolve_name(how.run) if isinstance(how.run, str) else how.run
+    found: dict[str, Any] = run(subject)
+    return found

@@ -1,0 +1,119 @@
+"""What evaluations measure: a model, the data, and what several of them share, read once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+
+from iwm_fast.actions.transforms import ActionSpace
+from iwm_fast.config import Config
+from iwm_fast.console import Count
+from iwm_fast.eval.registry import Need
+from iwm_fast.eval.representation.cache import FeatureCache, Features
+from iwm_fast.eval.representation.features import EncoderName, Kept, encoder_of, read_features
+from iwm_fast.eval.splits import Split, cannot_classify
+from iwm_fast.eval.world_model.bank import varying
+from iwm_fast.eval.world_model.examples import RankedExample
+from iwm_fast.eval.world_model.frames import FrameReader
+from iwm_fast.models.iwm import IWM
+
+__all__ = ["ImageSubject", "TripletSubject"]
+
+_STILL = "the configuration has no colour jitter (actions.strength), so no distinct actions"
+
+
+def _told(progress: Count | None, what: str) -> Callable[[int, int], None] | None:
+    return None if progress is None else partial(progress, what)
+
+
+@dataclass
+class ImageSubject:
+    """A model and labelled or unlabelled images.
+
+    which: the encoder that is measured. untrained: the network before its first step, where it is measured too. images:
+    how many are ranked for MRR, default ``eval.mrr_images``; queries: actions of each bank, default all. components:
+    also rank banks of each component of the action alone.
+    """
+
+    model: IWM
+    config: Config
+    space: ActionSpace
+    test: Split
+    train: Split | None
+    which: EncoderName
+    untrained: IWM | None = None
+    images: int | None = None
+    queries: int | None = None
+    components: bool = False
+    cache: FeatureCache | None = None
+    progress: Count | None = None
+
+    @property
+    def models(self) -> list[IWM]:
+        """The model, and the untrained one behind it."""
+        return [self.model] if self.untrained is None else [self.model, self.untrained]
+
+    def tell(self, what: str) -> Callable[[int, int], None] | None:
+        """What gets (done, of how many) of a part of the work."""
+        return _told(self.progress, what)
+
+    def missing(self, need: Need) -> str | None:
+        """Why a need is not met, None where it is."""
+        if need == "jitter":
+            return None if varying(self.config.actions) else _STILL
+        if need == "classes":
+            return cannot_classify(self.train, self.test)
+        return "no training images were given" if self.train is None else None
+
+    def learned_from(self) -> Split:
+        """The training images, which an evaluation that needs them or their classes has."""
+        if self.train is None:
+            raise ValueError("there are no training images: the evaluation's entry has to name its need of them")
+        return self.train
+
+    def features(self, keep: Kept) -> Iterator[tuple[str, IWM, Features, Features]]:
+        """(end of the names, model, training features, test features), of the model and of the untrained one.
+
+        All images are read once for both; mean tokens once for all evaluations.
+        """
+        both = self._pooled if keep == "pooled" else self._read(keep)
+        return zip(("", "_untrained"), self.models, *both, strict=False)
+
+    @cached_property
+    def _pooled(self) -> tuple[list[Features], list[Features]]:
+        return self._read("pooled")
+
+    def _read(self, keep: Kept) -> tuple[list[Features], list[Features]]:
+        encoders = [encoder_of(model, self.which) for model in self.models]
+        train, test = (
+            read_features(encoders, split, keep, cache=self.cache, progress=self.tell(f"features, {name}"))
+            for name, split in (("train", self.learned_from()), ("test", self.test))
+        )
+        return train, test
+
+
+@dataclass
+class TripletSubject:
+    """A model and triplets of frames.
+
+    bank: next frames that are ranked and queried, default ``eval.bank``. examples: how many of what was ranked are kept
+    for the report, in ``shown``.
+    """
+
+    model: IWM
+    config: Config
+    space: ActionSpace
+    reader: FrameReader
+    bank: int | None = None
+    examples: int = 0
+    progress: Count | None = None
+    shown: list[RankedExample] = field(default_factory=list)
+
+    def tell(self, what: str) -> Callable[[int, int], None] | None:
+        """What gets (done, of how many) of a part of the work."""
+        return _told(self.progress, what)
+
+    def missing(self, need: Need) -> str | None:
+        """Why a need is not met: triplets have neither classes nor a training part nor jitter."""
+        return f"triplets have no {need}"
