@@ -5,6 +5,10 @@ what papers say of the stages: stages 1 and 2 all-reduce whole gradients (`use_m
 reduce-scatter would send half; stage 2 does so after every micro-batch; stage 3 gathers every parameter once a
 micro-batch, not twice, while the model is below `stage3_max_reuse_distance` elements.
 
+Gradients are sent during the backward pass at every stage, a bucket when it is full: at stage 0 by `engine.overlap`, at
+the others by DeepSpeed's `overlap_comm`. The last bucket is full when the pass ends, and hides behind nothing; where
+all gradients come at the end, with train.cuda_graph, none does (`step_time`).
+
 Bytes sent by a rank in a ring of W (Patarasuk and Yuan 2009, doi:10.1016/j.jpdc.2008.09.002), n bytes whole:
 all-reduce 2(W − 1)/W · n; reduce-scatter and all-gather (W − 1)/W · n.
 """
@@ -15,6 +19,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from iwm_fast.config import Config
+from iwm_fast.cost.buckets import BUCKET_BYTES, buckets_of
 from iwm_fast.cost.layout import Layout, stage_settings
 
 __all__ = ["Collective", "Kind", "ring_bytes", "step_collectives"]
@@ -27,7 +32,8 @@ _FULL = 4  # bytes of fp32
 class Collective:
     """What is moved in one step: `size` bytes of the whole tensor, in all micro-batches and buckets together.
 
-    calls: how many collectives it is divided into. hidden_by: the computation that it runs beside, if any.
+    calls: how many collectives it is divided into. hidden_by: the computation that it runs beside, if any. last: the
+    share of it that is sent when that computation has ended.
     """
 
     what: str
@@ -35,6 +41,7 @@ class Collective:
     size: int
     calls: int
     hidden_by: Literal["forward", "backward", None] = None
+    last: float = 0.0
 
 
 def ring_bytes(kind: Kind, size: int, world: int) -> float:
@@ -54,16 +61,15 @@ def step_collectives(config: Config, layout: Layout, world: int, accumulation: i
     working = 2 if config.train.precision == "bf16" else _FULL
     trained = layout.trained_size
     if stage == 0:
-        return [Collective("gradients", "all_reduce", _FULL * trained, 1)]
-    buckets = -(-trained // int(stage_settings(stage)["reduce_bucket_size"]))
+        calls, last = _buckets(layout, BUCKET_BYTES // _FULL)
+        return [Collective("gradients", "all_reduce", _FULL * trained, calls, "backward", last)]
+    buckets, last = _buckets(layout, int(stage_settings(stage)["reduce_bucket_size"]))
     if stage == 3:
-        return _stage_3(layout, world, accumulation, working, buckets)
+        return _stage_3(layout, world, accumulation, working, buckets, last)
     flat = layout.flat_sizes(world)
     passes = accumulation if stage == 2 else 1
     found = [
-        Collective(
-            "gradients", "all_reduce", working * trained * passes, buckets * passes, "backward" if stage == 2 else None
-        ),
+        Collective("gradients", "all_reduce", working * trained * passes, buckets * passes, "backward", last),
         Collective("parameters", "all_gather", working * sum(flat), len(flat)),
     ]
     if layout.target:
@@ -73,7 +79,16 @@ def step_collectives(config: Config, layout: Layout, world: int, accumulation: i
     return found
 
 
-def _stage_3(layout: Layout, world: int, accumulation: int, working: int, buckets: int) -> list[Collective]:
+def _buckets(layout: Layout, most: int) -> tuple[int, float]:
+    """How many buckets of at most `most` elements there are, and the last one's share of all elements."""
+    sizes = [p.size for p in layout.trained]
+    buckets = buckets_of(sizes, most)
+    return len(buckets), sum(sizes[i] for i in buckets[-1]) / sum(sizes)
+
+
+def _stage_3(
+    layout: Layout, world: int, accumulation: int, working: int, buckets: int, last: float
+) -> list[Collective]:
     trained, target = (layout.divided(part, world) * world for part in (layout.trained, layout.target))
     settings = stage_settings(3)
     passes = 1 if layout.trained_size + layout.target_size <= int(settings["stage3_max_reuse_distance"]) else 2
@@ -83,5 +98,7 @@ def _stage_3(layout: Layout, world: int, accumulation: int, working: int, bucket
             "parameters", "all_gather", working * (passes * trained + target) * accumulation, gathers * accumulation,
             "forward",
         ),
-        Collective("gradients", "reduce_scatter", working * trained * accumulation, buckets * accumulation, "backward"),
+        Collective(
+            "gradients", "reduce_scatter", working * trained * accumulation, buckets * accumulation, "backward", last
+        ),
     ]  # fmt: skip

@@ -18,6 +18,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from iwm_fast.config import Config
+from iwm_fast.cost.buckets import BUCKET_BYTES, buckets_of
 from iwm_fast.cost.layout import Layout, stage_settings
 
 __all__ = ["Memory", "state_memory"]
@@ -61,7 +62,7 @@ def state_memory(config: Config, layout: Layout, world: int) -> Memory:
             gradients=_FULL * trained,
             optimizer=2 * _FULL * trained,
             ema=_FULL * target,
-            workspace=_FULL * trained,  # DeepSpeed flattens the gradients into one buffer to reduce them
+            workspace=_stage_0_workspace(config, layout, world),
         )
     bucket = working * int(stage_settings(stage)["reduce_bucket_size"])
     if stage == 3:
@@ -76,7 +77,8 @@ def state_memory(config: Config, layout: Layout, world: int) -> Memory:
     flat = sum(layout.flat_sizes(world))
     longest = layout.longest_share(world)
     buffers = longest * (1 + world) if world > 1 else 0
-    buckets = min(bucket, working * trained) if stage == 1 else 2 * bucket  # a second one overlaps the first
+    # Two, filled in turn, and the flat copy of one that is sent; DeepSpeed allocates them whole in every step.
+    buckets = 3 * bucket if world > 1 else 0
     return Memory(
         parameters=working * (flat + target),
         gradients=working * (trained if stage == 1 else flat // world),
@@ -85,6 +87,19 @@ def state_memory(config: Config, layout: Layout, world: int) -> Memory:
         # The optimizer's step unscales its part of the gradients in fp32.
         workspace=buckets + _FULL * flat // world,
     )
+
+
+def _stage_0_workspace(config: Config, layout: Layout, world: int) -> int:
+    """Sent gradients are views of their buckets; of one bucket there is both, while it is filled. Where gradients are
+    converted from bf16 at the end of the pass, both are there whole.
+    """
+    late = world == 1 or config.train.cuda_graph
+    converted = 2 * layout.trained_size if config.train.precision == "bf16" and late else 0
+    if world == 1:
+        return converted
+    sizes = [_FULL * p.size for p in layout.trained]
+    largest = max(sum(sizes[i] for i in bucket) for bucket in buckets_of(sizes, BUCKET_BYTES))
+    return max(converted, largest)
 
 
 def gathered_bytes(config: Config, layout: Layout) -> int:

@@ -91,7 +91,8 @@ def step_time(
     hidden = {"forward": forward, "backward": 0.0 if config.train.cuda_graph else backward}
     exposed = 0.0
     for collective, transfer in zip(collectives, transfers, strict=True):
-        exposed += max(0.0, transfer.seconds - hidden.get(collective.hidden_by or "", 0.0))
+        beside = hidden.get(collective.hidden_by or "", 0.0)
+        exposed += max(collective.last * transfer.seconds, transfer.seconds - beside)
     return StepTime(
         forward,
         backward,

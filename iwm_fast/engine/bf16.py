@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +21,14 @@ class Bf16Compute(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        self._early: _Early | None = None
+
+    def hand_over(self, buckets: Sequence[Sequence[nn.Parameter]], made: Callable[[Tensor], None]) -> None:
+        """Give the parameters of a bucket their gradients, and call `made` for each, once all of the bucket is there.
+
+        Otherwise all gradients come at the end of the backward pass, by one conversion.
+        """
+        self._early = _Early(buckets, made)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What ``model`` returns for the same arguments."""
@@ -27,7 +36,9 @@ class Bf16Compute(nn.Module):
         frozen: dict[str, Tensor] = {}
         for name, parameter in self.model.named_parameters():
             (trained if parameter.requires_grad else frozen)[name] = parameter
-        rounded = dict(zip(trained, _Rounded.apply(*trained.values()), strict=True))
+        early = self._early if torch.is_grad_enabled() else None
+        copies = early.copies(list(trained.values())) if early else _Rounded.apply(*trained.values())
+        rounded = dict(zip(trained, copies, strict=True))
         with torch.no_grad():
             rounded |= zip(frozen, _converted(list(frozen.values()), torch.bfloat16), strict=True)
         return functional_call(self.model, rounded, args, kwargs)
@@ -48,6 +59,57 @@ class _Rounded(torch.autograd.Function):
         for i, grad in zip(there, _converted([grads[i] for i in there], torch.float32), strict=True):
             found[i] = grad
         return tuple(found)
+
+
+class _Early:
+    """Rounded copies that are leaves of the graph, so that a gradient is there as soon as it is complete.
+
+    Autograd runs what was made last first: `_Rounded`, made before everything else, would be left to the end.
+    """
+
+    def __init__(self, buckets: Sequence[Sequence[nn.Parameter]], made: Callable[[Tensor], None]) -> None:
+        self._buckets, self._made = [list(bucket) for bucket in buckets], made
+        self._of: dict[Tensor, int] = {p: i for i, bucket in enumerate(self._buckets) for p in bucket}
+        self._grads: dict[Tensor, Tensor] = {}
+        self._left: list[int] = []
+
+    def copies(self, parameters: Sequence[Tensor]) -> list[Tensor]:
+        """Copies in bf16, each with a hook that takes its gradient."""
+        with torch.no_grad():
+            found = _converted(list(parameters), torch.bfloat16)
+        for parameter, copy in zip(parameters, found, strict=True):
+            copy.requires_grad_().register_post_accumulate_grad_hook(self._take(parameter))
+        return found
+
+    def _take(self, parameter: Tensor) -> Callable[[Tensor], None]:
+        def take(copy: Tensor) -> None:
+            if not self._left:  # the pass's first gradient
+                self._left = [len(bucket) for bucket in self._buckets]
+                torch.autograd.Variable._execution_engine.queue_callback(self._end)  # noqa: SLF001  (has no other name)
+            assert copy.grad is not None
+            self._grads[parameter], copy.grad = copy.grad, None
+            bucket = self._of[parameter]
+            self._left[bucket] -= 1
+            if not self._left[bucket]:
+                self._hand(self._buckets[bucket])
+
+        return take
+
+    def _end(self) -> None:
+        """At the end of the pass: what came of buckets of which not all did."""
+        self._left = []
+        self._hand(list(self._grads))
+
+    def _hand(self, parameters: Sequence[Tensor]) -> None:
+        grads = _converted([self._grads.pop(p) for p in parameters], torch.float32)
+        again = [(p.grad, grad) for p, grad in zip(parameters, grads, strict=True) if p.grad is not None]
+        if again:
+            torch._foreach_add_(*map(list, zip(*again, strict=True)))
+        for parameter, grad in zip(parameters, grads, strict=True):
+            if parameter.grad is None:
+                parameter.grad = grad
+        for parameter in parameters:
+            self._made(parameter)
 
 
 def _converted(tensors: list[Any], dtype: torch.dtype) -> list[Tensor]:

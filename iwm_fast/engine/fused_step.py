@@ -9,14 +9,15 @@ not registered; in fp32 the master weights are then the model's own memory.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime import engine as deepspeed_engine
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer, all_gather_dp_groups
-from torch import Tensor
+from torch import Tensor, nn
 
 from iwm_fast.engine.optimizer import FiniteAdamW
 from iwm_fast.errors import UserError
@@ -28,7 +29,22 @@ KNOWN = "0.19."
 
 
 class FusedZero(DeepSpeedZeroOptimizer):
-    """`DeepSpeedZeroOptimizer` with another step, and without gradient hooks on a rank alone."""
+    """`DeepSpeedZeroOptimizer` with another step, and without gradient hooks on a rank alone.
+
+    due: whether the backward pass that runs is a step's last one, once the engine is there to say so. at_the_end: send
+    nothing before the pass has ended, and then in the parameters' order: with CUDA graphs, where gradients come in
+    another order from a replay than from a pass that is not captured yet, and a rank may be in either.
+    """
+
+    due: Callable[[], bool] | None = None
+    at_the_end = False
+    overlap_comm: bool
+
+    def is_gradient_accumulation_boundary(self) -> bool:
+        """What hooks ask before they send. DeepSpeed tells its optimizer after the pass, or by hooks on outputs that
+        are tensors, which the model's are not.
+        """
+        return super().is_gradient_accumulation_boundary() if self.due is None else self.due()
 
     @property
     def alone(self) -> bool:
@@ -53,15 +69,47 @@ class FusedZero(DeepSpeedZeroOptimizer):
         else:
             super().create_gradient_handling_hooks()
 
+    def process_gradients(self, param: nn.Parameter, i: int) -> None:
+        """What a hook does with a gradient of group ``i``."""
+        if not self.at_the_end:
+            super().process_gradients(param, i)
+
+    def clear_grad_attribute(self, param: nn.Parameter) -> None:
+        """Let go of a gradient. One larger than a bucket is sent from where it lies: its memory waits for that."""
+        large = param.numel() > self.reduce_bucket_size and self.overlap_comm and self.reduction_stream is not None
+        if large and param.grad is not None:
+            param.grad.record_stream(self.reduction_stream)
+        super().clear_grad_attribute(param)
+
     def reduce_gradients(self, pipeline_parallel: bool = False) -> None:
         """Stage 1, after a step's last backward pass."""
         if not self.alone:
             super().reduce_gradients(pipeline_parallel)
 
     def overlapping_partition_gradients_reduce_epilogue(self) -> None:
-        """Stage 2, after each backward pass."""
-        if not self.alone:
-            super().overlapping_partition_gradients_reduce_epilogue()
+        """Stage 2 after each backward pass, and the end of stage 1's sums."""
+        if self.alone:
+            return
+        if self.at_the_end:
+            for i, group in enumerate(self.bit16_groups):
+                for parameter in group:
+                    if parameter.grad is not None:
+                        super().process_gradients(parameter, i)
+        super().overlapping_partition_gradients_reduce_epilogue()
+
+    def independent_gradient_partition_epilogue(self) -> None:
+        """Send the last bucket, and keep this rank's part of the sums.
+
+        DeepSpeed's host waits for the whole device here where buckets were sent on a stream of their own. Instead the
+        stream of the computation waits for that one, and sends the last bucket itself: nothing is left to run beside.
+        """
+        overlap, self.overlap_comm = self.overlap_comm, False
+        if overlap and self.reduction_stream is not None:
+            get_accelerator().current_stream().wait_stream(self.reduction_stream)
+        try:
+            super().independent_gradient_partition_epilogue()
+        finally:
+            self.overlap_comm = overlap
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:

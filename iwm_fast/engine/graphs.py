@@ -3,7 +3,8 @@
 Inside the graph: both encoders, the predictor, the loss, and every gradient by `torch.autograd.grad`, so that no hook
 of DeepSpeed's runs there. Outside: packing, the EMA and its arrival, collectives, the optimizer. After a replay the
 gradients are handed to the parameters by an autograd function whose backward returns them, so DeepSpeed's hooks see
-what they would have seen, but all of it at the end: communication does not overlap the backward pass any more.
+what they would have seen, but all of it at the end and in another order: communication does not overlap the backward
+pass any more, and gradients are sent in the parameters' order (`FusedZero.at_the_end`, `SummedGradients`).
 
 What a graph reads and writes lies where it lay at capture: the weights (DeepSpeed and the optimizer write in place),
 and buffers that a batch is copied into. Of a batch only tensors differ: lengths on the host are those of the captured

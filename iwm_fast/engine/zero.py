@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from iwm_fast.config import Config
+from iwm_fast.cost.buckets import BUCKET_BYTES
 from iwm_fast.engine.bf16 import Bf16Compute
 from iwm_fast.engine.graphs import CudaRecorder, GraphedStep
 from iwm_fast.engine.optimizer import MOMENTS, FiniteAdamW, build_optimizer, ensure_state
+from iwm_fast.engine.overlap import SummedGradients
 
 __all__ = ["Shard", "ZeroEngine", "deepspeed_config", "initialize"]
 
@@ -132,8 +134,13 @@ def initialize(model: nn.Module, config: Config, micro_batch: int, accumulation:
             config=deepspeed_config(config, micro_batch, accumulation),
             dist_init_required=False,
         )
-    if stage == 0 and engine.dp_world_size == 1:
-        engine.enable_backward_allreduce = False  # it would flatten every gradient, and copy it back
+    if stage in (1, 2):
+        engine.optimizer.due = engine.is_gradient_accumulation_boundary
+        engine.optimizer.at_the_end = config.train.cuda_graph
+    elif stage == 0:
+        sums = _sum_gradients(engine, optimizer, list(trainable.values()))
+        if sums and isinstance(network, Bf16Compute) and not config.train.cuda_graph:
+            network.hand_over(sums.buckets, sums.made)
     zero = ZeroEngine(engine, optimizer, stage, model, [])
     zero.set_updates(0)
     zero.shards = _shards(zero, shapes)
@@ -142,6 +149,22 @@ def initialize(model: nn.Module, config: Config, micro_batch: int, accumulation:
         for moment in shard.moments.values():
             moment.zero_()
     return zero
+
+
+def _sum_gradients(
+    engine: Any, optimizer: torch.optim.Optimizer, trainable: list[nn.Parameter]
+) -> SummedGradients | None:
+    """Stage 0: what DeepSpeed's engine does with gradients after a step's last backward pass, during it."""
+    if engine.dp_world_size == 1:
+        engine.enable_backward_allreduce = False  # it would flatten every gradient, and copy it back
+        return None
+    assert isinstance(optimizer, FiniteAdamW)
+    optimizer.copies = engine.dp_world_size
+    sums = SummedGradients(
+        trainable, engine.seq_data_parallel_group, engine.is_gradient_accumulation_boundary, BUCKET_BYTES
+    )
+    engine.buffered_allreduce_fallback = lambda **_options: sums.wait()
+    return sums
 
 
 def _shards(zero: ZeroEngine, shapes: dict[str, tuple[int, ...]]) -> list[Shard]:

@@ -23,8 +23,7 @@ def runs(tiny_images, tmp_path_factory):
         pretrain(small_config(tiny_images, train__steps=10, zero__stage=stage), out / f"one_then_two_{stage}")
     jobs = [{"name": f"two_{s}", "zero__stage": s} for s in range(4)]
     jobs += [
-        {"name": f"two_accumulated_{s}", "zero__stage": s, "train__micro_batch": 2, "train__steps": 6}
-        for s in (0, 2, 3)
+        {"name": f"two_accumulated_{s}", "zero__stage": s, "train__micro_batch": 2, "train__steps": 6} for s in range(4)
     ]
     jobs += [{"name": f"one_then_two_{s}", "zero__stage": then, "resume": "auto"} for s, then in ((0, 3), (2, 1))]
     jobs += [{"name": f"two_then_one_{s}", "zero__stage": s, "train__steps": 10} for s in (0, 1, 3)]
@@ -54,7 +53,7 @@ def test_a_rank_without_a_part_of_the_encoder_follows_too(runs, stage):
     assert losses(runs / f"two_wide_{stage}") == pytest.approx(losses(runs / "one_wide"), rel=1e-4)
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_accumulation_on_two_ranks_follows_one(runs, stage):
     assert losses(runs / f"two_accumulated_{stage}") == pytest.approx(losses(runs / "one")[:6], rel=1e-4)
 
