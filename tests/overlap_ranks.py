@@ -1,8 +1,8 @@
 """Run under torchrun by test_overlap.py: trains a small model with small buckets of gradients, several times.
 
 Arguments: out, then one JSON object of changes to the small configuration, with its run's name, for each training. A
-rank writes OUT/NAME.RANK.pt: its weights, and of each step which came first, "sent" (a bucket) or "first layer" (the
-backward pass reaches it).
+rank writes OUT/NAME.RANK.pt: its weights, and of each step the norm of its gradient and which came first, "sent" (a
+bucket) or "first layer" (the backward pass reaches it).
 
 With ``graphs`` forward and backward are replayed, by a stand-in for CUDA's graphs; with ``late`` the gradients of bf16
 come by one conversion at the end.
@@ -40,12 +40,12 @@ def stream_of(config, space, rank):
 
 
 def train(ranks, **changes):
-    """(weights by name, events by step) after some steps."""
+    """Weights by name after some steps; of each step its events and the norm of its gradient."""
     config = small_config("unread", **changes)
     space = space_of(config.actions)
     stream = stream_of(config, space, ranks.rank if ranks.world > 1 else None)
     trainer = prepare_trainer(config, space, stream, ranks)
-    events, seen = [], []
+    events, seen, norms = [], [], []
     all_reduce = dist.all_reduce
 
     def sending(tensor, *args, **options):
@@ -62,11 +62,12 @@ def train(ranks, **changes):
     try:
         for _ in range(STEPS):
             events.clear()
-            trainer.train_step()
+            norms.append(trainer.train_step()["grad_norm"])
             seen.append(list(events))
     finally:
         dist.all_reduce = all_reduce
-    return {name: p.detach().float() for name, p in trainer.zero.module.named_parameters()}, seen
+    weights = {name: p.detach().float() for name, p in trainer.zero.module.named_parameters()}
+    return {"weights": weights, "events": seen, "norms": norms}
 
 
 def prepare(*, graphs, late):
@@ -110,7 +111,7 @@ if __name__ == "__main__":
         if graphs:
             job |= {"train__static_shapes": True, "train__cuda_graph": True}
         undo = prepare(graphs=graphs, late=late)
-        weights, events = train(ranks, **job)
+        found = train(ranks, **job)
         undo()
-        torch.save({"weights": weights, "events": events}, Path(out) / f"{name}.{ranks.rank}.pt")
+        torch.save(found, Path(out) / f"{name}.{ranks.rank}.pt")
     leave()
