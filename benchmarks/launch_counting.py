@@ -20,9 +20,9 @@ from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from iwm_fast.benchmarks.launch_rules import operator_launches
-from iwm_fast.kernels._candidates import Choice, candidates_of, possible
-from iwm_fast.kernels._launches import recording
-from iwm_fast.kernels._tuning import use_tuner
+from iwm_fast.kernels._aot.launches import recording
+from iwm_fast.kernels._tuning.candidates import Choice, candidates_of, possible
+from iwm_fast.kernels._tuning.tuner import use_tuner
 
 __all__ = ["Launched", "Launches", "count_launches", "counting"]
 

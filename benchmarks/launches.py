@@ -27,8 +27,8 @@ from iwm_fast.benchmarks.presets import PRESETS, preset_config
 from iwm_fast.config import Config
 from iwm_fast.config.load import find_config, load_config
 from iwm_fast.errors import UserError
-from iwm_fast.kernels import _mlp_triton
-from iwm_fast.kernels._workspace import limited
+from iwm_fast.kernels._mlp import passes
+from iwm_fast.kernels._mlp.workspace import limited
 from iwm_fast.measure.device import only_rank
 from iwm_fast.outputs import require_result
 from iwm_fast.programs import run_program
@@ -56,8 +56,8 @@ def mlp_launches(
     )  # fmt: skip
     backward_inputs: tuple[Any, ...] = (empty(tokens, width), *inputs, True)
     return {
-        "forward": count_launches(lambda: _mlp_triton.forward(*inputs)),
-        "backward": count_launches(lambda: _mlp_triton.backward(*backward_inputs)),
+        "forward": count_launches(lambda: passes.forward(*inputs)),
+        "backward": count_launches(lambda: passes.backward(*backward_inputs)),
     }
 
 

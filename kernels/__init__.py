@@ -7,12 +7,11 @@ PyTorch, work in any floating type up to float64 on any device, and define what 
 
 from __future__ import annotations
 
-from . import _norms, _passes, _products, _rows
-from ._backend import use_backend
-from ._compiled import compiled_variants
-from ._run_choices import Adopted, RunChoices, read_adopted, run_choices
-from ._tuning import TUNED, TUNING_DIR_VARIABLE, bucket, device_name, shipped_attention, tuning_folder, use_tuner
-from ._workspace import mlp_workspace, use_workspace
+from ._lib.backend import use_backend
+from ._lib.compiled import compiled_variants, triton_functions
+from ._mlp.workspace import mlp_workspace, use_workspace
+from ._tuning.run_choices import Adopted, RunChoices, read_adopted, run_choices
+from ._tuning.tuner import TUNED, TUNING_DIR_VARIABLE, bucket, device_name, shipped_attention, tuning_folder, use_tuner
 from .conditioned_mlp import (
     conditioned_mlp,
     conditioned_mlp_bytes,
@@ -32,11 +31,7 @@ from .residual_norm import residual_norm, residual_norm_bytes, residual_norm_flo
 from .stopgrad_l2 import stopgrad_l2, stopgrad_l2_bytes, stopgrad_l2_flops, stopgrad_l2_reference
 
 # What a profiler of the GPU sees: the compiled functions bear these names.
-TRITON_FUNCTIONS = tuple(
-    sorted(
-        name for module in (_norms, _passes, _products, _rows) for name in module.__all__ if name.endswith("_kernel")
-    )
-)
+TRITON_FUNCTIONS = tuple(sorted(triton_functions()))
 
 __all__ = [
     "TRITON_FUNCTIONS",

@@ -28,13 +28,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ._bounds import Bound, bounds_of
-from ._candidates import ARCHITECTURES, SHARED_LIMIT
-from ._jit import INTERPRETED
-from ._launches import Launch, record_launches, signature
-from ._probes import gelu_and_slope_probe, gelu_probe
-from ._report import Report, bound_line, page, report_line
-from ._sass import disassemble
+from ._aot.bounds import Bound, bounds_of
+from ._aot.launches import Launch, record_launches, signature
+from ._aot.probes import gelu_and_slope_probe, gelu_probe
+from ._aot.report import Report, bound_line, page, report_line
+from ._aot.sass import disassemble
+from ._lib.jit import INTERPRETED
+from ._tuning.candidates import ARCHITECTURES, SHARED_LIMIT
 
 __all__ = ["Report", "compile_launch", "gelu_counts", "main"]
 

@@ -26,11 +26,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import _mlp_triton
-from ._backend import autocast_type, backward_without_autocast, resolve_backend, without_autocast
-from ._checks import check_eps, check_floating, check_like, check_shape
-from ._launch import launching
-from ._workspace import limited
+from ._lib.backend import autocast_type, backward_without_autocast, resolve_backend, without_autocast
+from ._lib.checks import check_eps, check_floating, check_like, check_shape
+from ._lib.rows import launching
+from ._mlp import passes
+from ._mlp.workspace import limited
 
 __all__ = ["conditioned_mlp", "conditioned_mlp_bytes", "conditioned_mlp_flops", "conditioned_mlp_reference"]
 
@@ -120,7 +120,7 @@ def _operator(
     residual: bool, eps: float, activation: str, workspace: int,
 ) -> Tensor:  # fmt: skip
     with launching(x):
-        return _mlp_triton.forward(
+        return passes.forward(
             x, w_in, b_in, w_out, b_out, action, w_action, cu_seqlens, norm_weight, norm_bias, residual, eps,
             activation, workspace,
         )  # fmt: skip
@@ -134,7 +134,7 @@ def _backward_operator(
 ) -> list[Tensor]:  # fmt: skip
     """The gradients of the inputs that have one, in the inputs' order; without `weights`, that of x alone."""
     with launching(x):
-        found = _mlp_triton.backward(
+        found = passes.backward(
             grad, x, w_in, b_in, w_out, b_out, action, w_action, cu_seqlens, norm_weight, norm_bias, residual, eps,
             activation, workspace, weights,
         )  # fmt: skip

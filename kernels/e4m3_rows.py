@@ -16,18 +16,19 @@ Operations and bytes: `e4m3_rows_flops`, `e4m3_rows_bytes`.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, no_type_check
 
 import torch
 import torch.nn.functional as F
 import triton
+import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ._backend import resolve_backend, without_autocast
-from ._checks import check_floating
-from ._launch import launching, pieces, rows_a_program, rows_together
-from ._rows import e4m3_kernel
+from ._lib.backend import resolve_backend, without_autocast
+from ._lib.checks import check_floating
+from ._lib.jit import gelu, to_e4m3, to_type
+from ._lib.rows import launching, pieces, rows_a_program, rows_together
 
 __all__ = ["e4m3_rows", "e4m3_rows_bytes", "e4m3_rows_flops", "e4m3_rows_reference"]
 
@@ -56,6 +57,45 @@ def e4m3_rows_reference(x: Tensor, *, activation: str = "none") -> tuple[Tensor,
     # reciprocals of all scales, fp16 does not.
     inverse = (scale.reciprocal() + 0 * largest).to(torch.promote_types(x.dtype, torch.bfloat16))
     return (values * inverse).to(_TYPE).contiguous(), scale
+
+
+@triton.jit(do_not_specialize=["N"])
+@no_type_check
+def e4m3_kernel(
+    x_ptr, code_ptr, scale_ptr,
+    N, D,
+    stride_xn, stride_cn,
+    HAS_GELU: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """code uint8 (N, D) of v / scale, v = [gelu](x), and scale fp32 (N,), the least 2ᵏ with max |v| ≤ 448 · 2ᵏ."""
+    o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_d = tl.arange(0, BLOCK_D)
+    m_n = o_n < N
+    rows = o_n.to(tl.int64)[:, None]
+    values = ()
+    largest = tl.zeros((BLOCK_N,), tl.float32)
+    for part in tl.static_range(PARTS):
+        o = part * BLOCK_D + o_d
+        m = m_n[:, None] & (o < D)[None, :]
+        value = tl.load(x_ptr + rows * stride_xn + o[None, :], mask=m, other=0.0).to(tl.float32)  # (BLOCK_N, BLOCK_D)
+        if HAS_GELU:
+            value = to_type(gelu(value, "erf"), x_ptr.dtype.element_ty).to(tl.float32)
+        largest = tl.maximum(largest, tl.max(tl.abs(value), axis=1))
+        values = values + (value,)
+    # 448 is 1.75 · 2⁸: a larger mantissa carries into the exponent. At least 2⁻¹²⁶, whose bits are 1 << 23.
+    exponent = ((largest.to(tl.uint32, bitcast=True) + 0x1FFFFF) >> 23).to(tl.int32) - 8
+    exponent = tl.maximum(exponent, 1)
+    scale = (exponent << 23).to(tl.float32, bitcast=True)
+    inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)[:, None]
+    tl.store(scale_ptr + o_n, scale, mask=m_n)
+    for part in tl.static_range(PARTS):
+        o = part * BLOCK_D + o_d
+        value = values[part]
+        # The conversion would make 448 of an infinity.
+        value = tl.where(tl.abs(value) < float("inf"), value * inverse, float("nan"))
+        p_code = code_ptr + rows * stride_cn + o[None, :]
+        tl.store(p_code, to_e4m3(value), mask=m_n[:, None] & (o < D)[None, :])
 
 
 def launch_e4m3(x: Tensor, activation: str, codes: Tensor, scale: Tensor) -> None:

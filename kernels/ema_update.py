@@ -21,16 +21,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, no_type_check
 
 import numpy as np
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ._backend import resolve_backend
-from ._launch import launching
-from ._passes import average_kernel
+from ._lib.backend import resolve_backend
+from ._lib.jit import to_type
+from ._lib.rows import launching
 
 __all__ = ["ema_update", "ema_update_bytes", "ema_update_flops", "ema_update_reference"]
 
@@ -66,6 +68,44 @@ def ema_update_reference(
             average.lerp_(weight, step)
     if copies:
         torch._foreach_copy_(list(copies), list(averages))
+
+
+@triton.jit
+@no_type_check
+def average_kernel(
+    average_ptr, weight_ptr, copy_ptr, table_ptr, unless_ptr,
+    step,
+    HAS_COPY: tl.constexpr, HAS_UNLESS: tl.constexpr, ALIGNED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """average += step · (weight − average), fp32, and copy = average; a row of the table a program.
+
+    table int64 (programs, 4): where its part of average, of weight and of copy begins, in elements from the pointers,
+    which are of the first tensor of many, and the elements that are left there. ALIGNED: all of that divides by 4.
+    HAS_UNLESS: step is 0 where the one fp32 at unless_ptr is not.
+    """
+    p_row = table_ptr + tl.program_id(0).to(tl.int64) * 4
+    average = tl.load(p_row)
+    weight = tl.load(p_row + 1)
+    left = tl.load(p_row + 3)
+    if ALIGNED:
+        average = tl.multiple_of(average, 4)
+        weight = tl.multiple_of(weight, 4)
+        left = tl.multiple_of(left, 4)
+    o_n = tl.arange(0, BLOCK_N)
+    m_n = o_n < left
+    old = tl.load(average_ptr + average + o_n, mask=m_n, other=0.0)
+    new = tl.load(weight_ptr + weight + o_n, mask=m_n, other=0.0)
+    if HAS_UNLESS:
+        step = tl.where(tl.load(unless_ptr) == 0.0, step, 0.0)
+    # torch.lerp's two forms: each is exact at its own end.
+    value = tl.where(step < 0.5, old + step * (new - old), new - (new - old) * (1.0 - step))
+    tl.store(average_ptr + average + o_n, value, mask=m_n)
+    if HAS_COPY:
+        copy = tl.load(p_row + 2)
+        if ALIGNED:
+            copy = tl.multiple_of(copy, 4)
+        tl.store(copy_ptr + copy + o_n, to_type(value, copy_ptr.dtype.element_ty), mask=m_n)
 
 
 def launch_average(

@@ -17,17 +17,18 @@ Operations and bytes: `patchify_flops`, `patchify_bytes`.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, no_type_check
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ._backend import resolve_backend, without_autocast
-from ._checks import check_floating, check_index, check_like, check_shape
-from ._launch import launching, pieces, rows_a_program, rows_together
-from ._passes import patchify_kernel
+from ._lib.backend import resolve_backend, without_autocast
+from ._lib.checks import check_floating, check_index, check_like, check_shape
+from ._lib.jit import to_type
+from ._lib.rows import launching, pieces, rows_a_program, rows_together
 
 __all__ = ["patchify", "patchify_bytes", "patchify_flops", "patchify_reference"]
 
@@ -76,6 +77,46 @@ def _gather(images: Tensor, patch: int, patches: Tensor | None, image_of_token: 
     first = row * (patch * grid) + patches % grid
     lines = first[:, None] + torch.arange(0, patch * grid, grid, device=images.device)
     return strips.reshape(-1, patch * 3).index_select(0, lines.flatten()).view(-1, patch * patch * 3)
+
+
+@triton.jit(do_not_specialize=["N", "B", "GRID", "patches_ptr", "image_ptr"])
+@no_type_check
+def patchify_kernel(
+    images_ptr, patches_ptr, image_ptr, scale_ptr, shift_ptr, out_ptr,
+    N, B, GRID,
+    stride_xb, stride_xy, stride_on,
+    HAS_INDEX: tl.constexpr, PATCH: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """out[n] = level · scale + shift over the PATCH · PATCH · 3 levels of patch patches[n] of images[image[n]].
+
+    images uint8 (B, GRID · PATCH, GRID · PATCH, 3), a line of pixels in one piece. Without an index all patches of all
+    images, in their order. A patch that does not exist counts as NaN.
+    """
+    LINE: tl.constexpr = PATCH * 3
+    o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_d = tl.arange(0, BLOCK_D)
+    m_n = o_n < N
+    rows = o_n.to(tl.int64)
+    if HAS_INDEX:
+        patch = tl.load(patches_ptr + o_n, mask=m_n, other=0)
+        image = tl.load(image_ptr + o_n, mask=m_n, other=0)
+    else:
+        patch = rows % (GRID * GRID)
+        image = rows // (GRID * GRID)
+    m_x = m_n & (patch >= 0) & (patch < GRID * GRID) & (image >= 0) & (image < B)
+    first = image * stride_xb + (patch // GRID) * PATCH * stride_xy + (patch % GRID) * LINE
+    for part in tl.static_range(PARTS):
+        o = part * BLOCK_D + o_d
+        m_d = o < PATCH * LINE
+        p_levels = images_ptr + first[:, None] + ((o // LINE) * stride_xy + o % LINE)[None, :]
+        level = tl.load(p_levels, mask=m_x[:, None] & m_d[None, :], other=0).to(tl.float32)  # (BLOCK_N, BLOCK_D)
+        # Each row loads them for itself: shared out, they would pass through shared memory.
+        scale = tl.load(scale_ptr + 0 * rows[:, None] + o[None, :], mask=m_d[None, :], other=0.0).to(tl.float32)
+        shift = tl.load(shift_ptr + 0 * rows[:, None] + o[None, :], mask=m_d[None, :], other=0.0).to(tl.float32)
+        value = tl.where(m_x[:, None], level * scale + shift, float("nan"))
+        p_out = out_ptr + rows[:, None] * stride_on + o[None, :]
+        tl.store(p_out, to_type(value, out_ptr.dtype.element_ty), mask=m_n[:, None] & m_d[None, :])
 
 
 def launch_patchify(

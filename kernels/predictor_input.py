@@ -19,18 +19,19 @@ Operations and bytes: `predictor_input_flops`, `predictor_input_bytes`.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, no_type_check
 
 import numpy as np
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ._backend import autocast_type, resolve_backend, without_autocast
-from ._checks import check_floating, check_index, check_like, check_shape, looked_at
-from ._launch import launching, rows_a_sum, rows_together
-from ._rows import assemble_backward_kernel, assemble_kernel
+from ._lib.backend import autocast_type, resolve_backend, without_autocast
+from ._lib.checks import check_floating, check_index, check_like, check_shape, looked_at
+from ._lib.jit import to_type
+from ._lib.rows import launching, rows_a_sum, rows_together
 from .permutation import invert, take_rows
 
 __all__ = ["predictor_input", "predictor_input_bytes", "predictor_input_flops", "predictor_input_reference"]
@@ -82,6 +83,83 @@ def mask_tokens(mask_token: Tensor, position: Tensor, patches: Tensor) -> Tensor
     sum gathered, its gradient would be added by atomics, row by row, in the tokens' type.
     """
     return position.detach().index_select(0, patches) + mask_token
+
+
+@triton.jit(
+    do_not_specialize=["N", "CONTEXT", "PLACED", "L", "context_patches_ptr", "predicted_patches_ptr", "place_ptr"]
+)
+@no_type_check
+def assemble_kernel(
+    context_ptr, context_patches_ptr, position_ptr, place_ptr, mask_token_ptr, predicted_patches_ptr, rows_ptr, out_ptr,
+    N, CONTEXT, PLACED, L, D,
+    stride_cn, stride_pl, stride_rn, stride_on,
+    HAS_MASK: tl.constexpr, HAS_ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """out[place[v]] (N, D): context[v] with its position to CONTEXT, the mask token with its to PLACED, then rows.
+
+    A position (L, D) that does not exist counts as NaN; a token whose place does not exist is not written.
+    """
+    o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    m_n, m_d = o_n < N, o_d < D
+    tokens = o_n.to(tl.int64)
+    m_context = o_n < CONTEXT
+    p_context = context_ptr + tokens[:, None] * stride_cn + o_d[None, :]
+    value = tl.load(p_context, mask=m_context[:, None] & m_d[None, :], other=0.0).to(tl.float32)  # (BLOCK_N, BLOCK_D)
+    patch = tl.load(context_patches_ptr + tokens, mask=m_context, other=0)
+    if HAS_MASK:
+        m_mask = (o_n >= CONTEXT) & (o_n < PLACED)
+        patch += tl.load(predicted_patches_ptr + tokens - CONTEXT, mask=m_mask, other=0)
+        b_mask = tl.load(mask_token_ptr + o_d, mask=m_d, other=0.0).to(tl.float32)
+        value += tl.where(m_mask[:, None], b_mask[None, :], 0.0)
+    m_placed = o_n < PLACED
+    m_known = (patch >= 0) & (patch < L)
+    p_position = position_ptr + patch[:, None] * stride_pl + o_d[None, :]
+    value += tl.load(p_position, mask=(m_placed & m_known)[:, None] & m_d[None, :], other=0.0).to(tl.float32)
+    value = tl.where((m_known | (o_n >= PLACED))[:, None], value, float("nan"))
+    if HAS_ROWS:
+        m_rows = (o_n >= PLACED) & m_n
+        p_rows = rows_ptr + (tokens - PLACED)[:, None] * stride_rn + o_d[None, :]
+        value += tl.load(p_rows, mask=m_rows[:, None] & m_d[None, :], other=0.0).to(tl.float32)
+    place = tl.load(place_ptr + tokens, mask=m_n, other=-1)
+    m_out = (place >= 0) & (place < N)
+    p_out = out_ptr + place[:, None] * stride_on + o_d[None, :]
+    tl.store(p_out, to_type(value, out_ptr.dtype.element_ty), mask=m_out[:, None] & m_d[None, :])
+
+
+@triton.jit(do_not_specialize=["N", "CONTEXT", "PLACED", "ROWS", "place_ptr"])
+@no_type_check
+def assemble_backward_kernel(
+    dout_ptr, place_ptr, dcontext_ptr, drows_ptr, sums_ptr,
+    N, CONTEXT, PLACED, D, ROWS,
+    stride_gn, stride_cn, stride_rn,
+    HAS_MASK: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """dcontext and drows, which are dout (N, D) at their tokens' places; sums fp32 (programs, D) of the mask tokens'.
+
+    A program takes ROWS tokens, a multiple of BLOCK_N, in their order.
+    """
+    i = tl.program_id(0)
+    o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    m_d = o_d < D
+    acc = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)  # a sum for each of the block's rows, added after the loop
+    for first in range(i * ROWS, min(i * ROWS + ROWS, N), BLOCK_N):
+        o_n = first + tl.arange(0, BLOCK_N)
+        tokens = o_n.to(tl.int64)
+        place = tl.load(place_ptr + tokens, mask=o_n < N, other=-1)
+        m_in = ((place >= 0) & (place < N))[:, None] & m_d[None, :]
+        grad = tl.load(dout_ptr + place[:, None] * stride_gn + o_d[None, :], mask=m_in, other=0.0)  # (BLOCK_N, BLOCK_D)
+        p_context = dcontext_ptr + tokens[:, None] * stride_cn + o_d[None, :]
+        tl.store(p_context, grad, mask=(o_n < CONTEXT)[:, None] & m_d[None, :])
+        p_rows = drows_ptr + (tokens - PLACED)[:, None] * stride_rn + o_d[None, :]
+        tl.store(p_rows, grad, mask=((o_n >= PLACED) & (o_n < N))[:, None] & m_d[None, :])
+        if HAS_MASK:
+            m_mask = (o_n >= CONTEXT) & (o_n < PLACED)
+            acc += tl.where(m_mask[:, None], grad.to(tl.float32), 0.0)
+    if HAS_MASK:
+        tl.store(sums_ptr + i.to(tl.int64) * D + o_d, tl.sum(acc, axis=0), mask=m_d)
 
 
 def launch_assembly(

@@ -26,9 +26,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ._backend import autocast_type, resolve_backend, without_autocast
-from ._checks import check_eps, check_floating, check_like, check_shape
-from ._launch import add_slices, launching, norm_backward, normalise, rows_together
+from ._lib.backend import autocast_type, resolve_backend, without_autocast
+from ._lib.checks import check_eps, check_floating, check_like, check_shape
+from ._lib.norms import norm_backward, normalise
+from ._lib.rows import launching, rows_together
+from ._lib.slices import add_slices
 
 __all__ = ["residual_norm", "residual_norm_bytes", "residual_norm_flops", "residual_norm_reference"]
 

@@ -20,18 +20,20 @@ Operations and bytes: `stopgrad_l2_flops`, `stopgrad_l2_bytes`.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, no_type_check
 
 import torch
 import torch.nn.functional as F
 import triton
+import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ._backend import autocast_type, resolve_backend, without_autocast
-from ._checks import check_eps, check_floating, check_index, check_like, check_shape, looked_at
-from ._launch import launching, rows_in_warps, rows_together
-from ._rows import distance_kernel, total_kernel
+from ._lib.backend import autocast_type, resolve_backend, without_autocast
+from ._lib.checks import check_eps, check_floating, check_index, check_like, check_shape, looked_at
+from ._lib.jit import to_type
+from ._lib.norms import row_statistics
+from ._lib.rows import launching, rows_in_warps, rows_together
 
 __all__ = ["stopgrad_l2", "stopgrad_l2_bytes", "stopgrad_l2_flops", "stopgrad_l2_reference"]
 
@@ -117,6 +119,83 @@ def stopgrad_l2_reference(
     if pred.requires_grad and torch.is_grad_enabled():
         return _StopGradL2.apply(pred, target, index, normalize_target, factor, eps)
     return _difference(pred, target, index, normalize_target, eps).square().sum() * factor
+
+
+@triton.jit(do_not_specialize=["N", "M", "ROWS", "index_ptr"])
+@no_type_check
+def distance_kernel(
+    pred_ptr, target_ptr, index_ptr, incoming_ptr, sums_ptr, grad_ptr,
+    N, M, D, ROWS,
+    stride_pn, stride_tm, stride_gn,
+    scale, eps,
+    HAS_INDEX: tl.constexpr, NORMALIZE: tl.constexpr, WRITE_SUM: tl.constexpr, WRITE_GRAD: tl.constexpr,
+    HAS_INCOMING: tl.constexpr, SKIP_ONE: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Sums (programs,) fp32: Σ‖pred − [LN](target[index])‖² of ROWS rows each; grad (N, D): 2 · scale · difference.
+
+    ROWS is a multiple of BLOCK_N. incoming (1,) fp32 multiplies the gradient; with SKIP_ONE an incoming 1 leaves grad
+    as it is. A row of target that does not exist counts as NaN; index -1 asks for none: no distance, a gradient of 0.
+    """
+    i = tl.program_id(0)
+    factor = 2.0 * scale
+    if HAS_INCOMING:
+        incoming = tl.load(incoming_ptr)
+        factor = factor * incoming
+        if SKIP_ONE:
+            if incoming == 1.0:
+                return
+    o_d = tl.arange(0, BLOCK_D)
+    distance = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    for first in range(i * ROWS, min(i * ROWS + ROWS, N), BLOCK_N):
+        o_n = first + tl.arange(0, BLOCK_N)
+        m_n = o_n < N
+        rows = o_n.to(tl.int64)
+        wanted = rows
+        m_l = m_n
+        if HAS_INDEX:
+            wanted = tl.load(index_ptr + o_n, mask=m_n, other=0)
+            m_l = m_n & (wanted != -1)
+        m_t = m_n & (wanted >= 0) & (wanted < M)
+        # All of a row is asked for before any of its gradient is written.
+        targets = ()
+        preds = ()
+        for part in tl.static_range(PARTS):
+            o = part * BLOCK_D + o_d
+            p_target = target_ptr + wanted[:, None] * stride_tm + o[None, :]
+            m_d = (o < D)[None, :]
+            targets = targets + (tl.load(p_target, mask=m_t[:, None] & m_d, other=0.0).to(tl.float32),)
+            p_pred = pred_ptr + rows[:, None] * stride_pn + o[None, :]
+            preds = preds + (tl.load(p_pred, mask=m_n[:, None] & m_d, other=0.0).to(tl.float32),)
+        if NORMALIZE:
+            shift, gain = row_statistics(targets, D, eps, BLOCK_D, PARTS)
+        else:
+            shift = tl.zeros((BLOCK_N,), tl.float32)
+            gain = tl.full((BLOCK_N,), 1.0, tl.float32)
+        gain = tl.where(m_t | (o_n >= N), gain, float("nan"))
+        for part in tl.static_range(PARTS):
+            o = part * BLOCK_D + o_d
+            m = m_n[:, None] & (o < D)[None, :]
+            m_lost = m_l[:, None] & (o < D)[None, :]
+            difference = tl.where(m_lost, preds[part] - (targets[part] - shift[:, None]) * gain[:, None], 0.0)
+            if WRITE_SUM:
+                distance += difference * difference
+            if WRITE_GRAD:
+                p_grad = grad_ptr + rows[:, None] * stride_gn + o[None, :]
+                tl.store(p_grad, to_type(difference * factor, grad_ptr.dtype.element_ty), mask=m)
+    if WRITE_SUM:
+        tl.store(sums_ptr + i, tl.sum(tl.sum(distance, axis=1), axis=0))
+
+
+@triton.jit(do_not_specialize=["COUNT"])
+@no_type_check
+def total_kernel(sums_ptr, out_ptr, COUNT, scale, BLOCK: tl.constexpr):
+    """out (1,) = scale · Σ sums fp32 (COUNT,), in fp64 and in a fixed order; one program."""
+    acc = tl.zeros((BLOCK,), tl.float64)
+    for first in range(0, COUNT, BLOCK):
+        o = first + tl.arange(0, BLOCK)
+        acc += tl.load(sums_ptr + o, mask=o < COUNT, other=0.0).to(tl.float64)
+    tl.store(out_ptr, (tl.sum(acc, axis=0) * scale).to(tl.float32))
 
 
 def launch_distance(

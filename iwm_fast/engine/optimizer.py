@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from iwm_fast.config import TrainConfig
-from iwm_fast.kernels._backend import launches_recorded
+from iwm_fast.kernels._lib.backend import launches_recorded
 from iwm_fast.models.decay import decayed_parameters
 
 __all__ = [

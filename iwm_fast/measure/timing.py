@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from iwm_fast.kernels._gpu_time import gpu_seconds
+from iwm_fast.kernels._tuning.gpu_time import gpu_seconds
 
 __all__ = ["Clocked", "ceilings", "clocked", "seconds", "spread"]
 

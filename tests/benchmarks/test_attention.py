@@ -15,7 +15,7 @@ from iwm_fast.benchmarks.attention import CASES, Case, lengths_of, measure
 from iwm_fast.benchmarks.attention_baselines import BACKEND_OF, CONTENDERS, apart, exact
 from iwm_fast.benchmarks.attention_table import table_of, whole_table, write_table
 from iwm_fast.errors import UserError
-from iwm_fast.kernels import _tuning
+from iwm_fast.kernels._tuning import tuner as _tuning
 from iwm_fast.models import measured_attention
 from iwm_fast.models.attention import BACKENDS
 

@@ -12,9 +12,10 @@ from small_run import losses, state
 from iwm_fast.engine.distributed.ranks import Ranks
 from iwm_fast.engine.kernel_choices import KernelChoices, read_tables
 from iwm_fast.errors import UserError
-from iwm_fast.kernels import Adopted, _run_choices
-from iwm_fast.kernels._candidates import LIBRARY, candidates_of
-from iwm_fast.kernels._tuning import Tuner
+from iwm_fast.kernels import Adopted
+from iwm_fast.kernels._tuning import run_choices as _run_choices
+from iwm_fast.kernels._tuning.candidates import LIBRARY, candidates_of
+from iwm_fast.kernels._tuning.tuner import Tuner
 
 ALONE = Ranks(0, 1, 0, 1, torch.device("cpu"))
 KEY = "hidden float32-highest 64x48x32 any row"

@@ -7,11 +7,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from iwm_fast.kernels._bounds import matrix_bound
-from iwm_fast.kernels._candidates import Choice, possible, slices_of
-from iwm_fast.kernels._launch_products import describable
-from iwm_fast.kernels._sass import Code
-from iwm_fast.kernels._workspace import chunk_rows, mlp_workspace, use_workspace, workspace_bytes
+from iwm_fast.kernels._aot.bounds import matrix_bound
+from iwm_fast.kernels._aot.sass import Code
+from iwm_fast.kernels._mlp.operands import describable
+from iwm_fast.kernels._mlp.workspace import chunk_rows, mlp_workspace, use_workspace, workspace_bytes
+from iwm_fast.kernels._tuning.candidates import Choice, possible, slices_of
 
 
 def sass(*lines):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from iwm_fast.kernels._gpu_time import gpu_seconds
+from iwm_fast.kernels._tuning.gpu_time import gpu_seconds
 
 FOREVER = float("inf")
 

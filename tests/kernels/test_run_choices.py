@@ -8,12 +8,13 @@ import pytest
 import torch
 import triton
 
-from iwm_fast.kernels import _mlp_triton, _tuning
-from iwm_fast.kernels._candidates import LIBRARY, Choice, candidates_of
-from iwm_fast.kernels._launches import recording
-from iwm_fast.kernels._made_calls import made_call
-from iwm_fast.kernels._run_choices import Adopted, RunChoices, read_adopted
-from iwm_fast.kernels._tuning import Tuner, key_of, use_tuner
+from iwm_fast.kernels._aot.launches import recording
+from iwm_fast.kernels._mlp import passes
+from iwm_fast.kernels._tuning import tuner as _tuning
+from iwm_fast.kernels._tuning.candidates import LIBRARY, Choice, candidates_of
+from iwm_fast.kernels._tuning.made_calls import made_call
+from iwm_fast.kernels._tuning.run_choices import Adopted, RunChoices, read_adopted
+from iwm_fast.kernels._tuning.tuner import Tuner, key_of, use_tuner
 
 SIZES, ABOUT = (5000, 1536, 384), "tma row"
 KEY = "hidden bfloat16 8192x1536x384 tma row"
@@ -166,7 +167,7 @@ def test_without_memory_to_time_with_the_first_candidate_stays(ranks, monkeypatc
     def none(*_):
         raise torch.OutOfMemoryError("none left")
 
-    monkeypatch.setattr("iwm_fast.kernels._run_choices.made_call", none)
+    monkeypatch.setattr("iwm_fast.kernels._tuning.run_choices.made_call", none)
     ask(ranks[0])
     with pytest.warns(RuntimeWarning, match="no memory for it"):
         meet(ranks, 2)
@@ -221,8 +222,8 @@ def test_every_product_of_the_mlp_can_be_made_up_by_its_key(width, dtype, action
     given = [*weights, *(conditioned if actions else [None] * 3), *affine]
     with recording(lambda *_: None), use_tuner(keys):
         for residual in (True, False):
-            _mlp_triton.forward(x, *given, residual, 1e-6, "gelu", 2**30)
-            _mlp_triton.backward(grad, x, *given, residual, 1e-6, "gelu", 2**30, True)
+            passes.forward(x, *given, residual, 1e-6, "gelu", 2**30)
+            passes.backward(grad, x, *given, residual, 1e-6, "gelu", 2**30, True)
     assert {key.product for key in keys.found} == {"hidden", "project", "plain", "hidden_backward", "weight_grad"}
     for key, count in keys.found.items():
         assert made_call(key, count, META) is not None, key

@@ -8,11 +8,13 @@ from functools import partial
 import pytest
 import torch
 
-from iwm_fast.kernels import TRITON_FUNCTIONS, _mlp_triton, _norms, _passes, _products, _rows
-from iwm_fast.kernels._candidates import candidates_of, possible
-from iwm_fast.kernels._launch import norm_backward, normalise
-from iwm_fast.kernels._launches import record_launches, recording, specialise
-from iwm_fast.kernels._tuning import use_tuner
+from iwm_fast.kernels import TRITON_FUNCTIONS
+from iwm_fast.kernels._aot.launches import record_launches, recording, specialise
+from iwm_fast.kernels._lib.compiled import triton_functions
+from iwm_fast.kernels._lib.norms import norm_backward, normalise
+from iwm_fast.kernels._mlp import passes
+from iwm_fast.kernels._tuning.candidates import candidates_of, possible
+from iwm_fast.kernels._tuning.tuner import use_tuner
 from iwm_fast.kernels.e4m3_rows import launch_e4m3
 from iwm_fast.kernels.patchify import launch_patchify
 from iwm_fast.kernels.predictor_input import launch_assembly, launch_assembly_backward
@@ -43,9 +45,9 @@ def mlp(rows, actions=16, images=None, norm=True, backward=True, workspace=2**30
         empty(rows, WIDTH), empty(HIDDEN, WIDTH), empty(HIDDEN), empty(WIDTH, HIDDEN), empty(WIDTH),
         *action, bounds, *affine, norm, 1e-6, "gelu", workspace,
     )  # fmt: skip
-    _mlp_triton.forward(*inputs)
+    passes.forward(*inputs)
     if backward:
-        _mlp_triton.backward(empty(rows, WIDTH), *inputs, True)
+        passes.backward(empty(rows, WIDTH), *inputs, True)
 
 
 def norm(rows):
@@ -136,7 +138,7 @@ def test_a_single_row_with_any_stride_is_a_row_like_others():
 
     def work(x):
         row = empty(HIDDEN, WIDTH), empty(HIDDEN), empty(WIDTH, HIDDEN), empty(WIDTH)
-        _mlp_triton.forward(x, *row, None, None, None, empty(WIDTH), empty(WIDTH), True, 1e-6, "gelu", 2**30)
+        passes.forward(x, *row, None, None, None, empty(WIDTH), empty(WIDTH), True, 1e-6, "gelu", 2**30)
 
     assert compiled_for(partial(work, x)) == compiled_for(partial(work, empty(1000, WIDTH)))
 
@@ -166,8 +168,7 @@ def ahead_of_time():
 @pytest.mark.parametrize("name", TRITON_FUNCTIONS)
 def test_what_is_excepted_is_an_argument_and_no_constant(name):
     """Triton says nothing to a name that no argument has."""
-    kernels = {name: kernel for module in (_norms, _passes, _products, _rows) for name, kernel in vars(module).items()}
-    kernel = kernels[name]
+    kernel = triton_functions()[name]
     excepted = {p.name for p in kernel.params if p.do_not_specialize}
     assert excepted == set(kernel.do_not_specialize)
     assert not any(p.is_constexpr for p in kernel.params if p.name in excepted)

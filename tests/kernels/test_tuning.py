@@ -15,9 +15,9 @@ import pytest
 import torch
 import triton
 
-from iwm_fast.kernels import _tuning
-from iwm_fast.kernels._candidates import ARCHITECTURES, LIBRARY, PRODUCTS, SHARED_LIMIT, Choice, candidates_of
-from iwm_fast.kernels._tuning import Key, Tuner, bucket, nearest, tuner, use_tuner
+from iwm_fast.kernels._tuning import tuner as _tuning
+from iwm_fast.kernels._tuning.candidates import ARCHITECTURES, LIBRARY, PRODUCTS, SHARED_LIMIT, Choice, candidates_of
+from iwm_fast.kernels._tuning.tuner import Key, Tuner, bucket, nearest, tuner, use_tuner
 
 SIZES = (5000, 1536, 384)
 

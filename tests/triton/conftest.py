@@ -8,7 +8,7 @@
 import pytest
 import torch
 
-from iwm_fast.kernels._jit import INTERPRETED
+from iwm_fast.kernels._lib.jit import INTERPRETED
 
 
 def pytest_collection_modifyitems(items):

@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from operators import cast, distances, mlp_inputs, outcome
 
-from iwm_fast.kernels import _tuning, conditioned_mlp
-from iwm_fast.kernels._candidates import Choice
-from iwm_fast.kernels._tuning import Tuner, use_tuner
-from iwm_fast.kernels._workspace import use_workspace
+from iwm_fast.kernels import conditioned_mlp
+from iwm_fast.kernels._mlp.workspace import use_workspace
+from iwm_fast.kernels._tuning import tuner as _tuning
+from iwm_fast.kernels._tuning.candidates import Choice
+from iwm_fast.kernels._tuning.tuner import Tuner, use_tuner
 
 HALF = [torch.float16, torch.bfloat16]
 SHAPES = st.fixed_dictionaries(

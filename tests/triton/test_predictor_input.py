@@ -10,7 +10,8 @@ from operators import cast
 from predictor_parts import PARTS, parts
 from torch.utils.flop_counter import FlopCounterMode
 
-from iwm_fast.kernels import _launch, predictor_input, predictor_input_flops
+from iwm_fast.kernels import predictor_input, predictor_input_flops
+from iwm_fast.kernels._lib import rows as row_blocks
 
 TYPES = [torch.float32, torch.float16, torch.bfloat16]
 NAMES = ("context", "context_patches", "position", "place", "mask_token", "predicted_patches", "rows")
@@ -45,7 +46,7 @@ def test_values_and_gradients(dtype, shape, width, device):
 
 def test_many_rows_a_program_are_summed_in_full(device, monkeypatch):
     """More blocks of tokens than programs: each then walks over several, the last over fewer."""
-    monkeypatch.setattr(_launch, "_SUM_PROGRAMS", 3)
+    monkeypatch.setattr(row_blocks, "SUM_PROGRAMS", 3)
     given = parts(45, 90, 20, width=24, device=device)
     found, exact = outcome(given), outcome(cast(given, torch.float64, "cpu"), "reference")
     torch.testing.assert_close(found["mask_token"].double().cpu(), exact["mask_token"], rtol=1e-5, atol=1e-5)

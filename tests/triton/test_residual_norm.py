@@ -10,7 +10,8 @@ from operators import cast, distances
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from iwm_fast.kernels import _launch, residual_norm, residual_norm_flops
+from iwm_fast.kernels import residual_norm, residual_norm_flops
+from iwm_fast.kernels._lib import rows as row_blocks
 
 TYPES = [torch.float32, torch.float16, torch.bfloat16]
 BRANCHED = pytest.mark.parametrize("branched", [True, False], ids=["branch", "no branch"])
@@ -76,7 +77,7 @@ def test_one_result_alone_may_be_differentiated(used, branched, device):
 
 def test_many_rows_a_program_are_summed_in_full(device, monkeypatch):
     """More blocks of rows than programs: each then walks over several, the last over fewer."""
-    monkeypatch.setattr(_launch, "_SUM_PROGRAMS", 3)
+    monkeypatch.setattr(row_blocks, "SUM_PROGRAMS", 3)
     given = inputs(101, 384, branched=False, device=device)
     ours, exact = outcome(given), outcome(cast(given, torch.float64, "cpu"), "reference")
     assert max(distances(ours, exact).values()) <= 1e-5
@@ -171,7 +172,7 @@ def test_operations_are_counted_by_formula(branched, device):
 )  # fmt: skip
 def test_odd_numbers_of_rows_are_summed_in_full_and_in_order(width, rows, dtype, device, monkeypatch):
     """Several rows a warp, one, and one a program; the last program has fewer rows, and a part of a block."""
-    monkeypatch.setattr(_launch, "_SUM_PROGRAMS", 2)
+    monkeypatch.setattr(row_blocks, "SUM_PROGRAMS", 2)
     given = inputs(rows, width, branched=False, dtype=dtype, device=device)
     found, exact = outcome(given), outcome(cast(given, torch.float64, "cpu"), "reference")
     assert max(distances(found, exact).values()) <= max(1e-5, torch.finfo(dtype).eps)
@@ -182,8 +183,8 @@ def test_odd_numbers_of_rows_are_summed_in_full_and_in_order(width, rows, dtype,
 @pytest.mark.parametrize("element", [2, 4])
 def test_rows_are_covered_by_whole_warps_or_spread_over_a_program(element):
     for width in range(1, 6000, 7):
-        block_n, block_d, parts, warps = _launch.rows_in_warps(width, element)
+        block_n, block_d, parts, warps = row_blocks.rows_in_warps(width, element)
         assert block_d * parts >= width
         assert block_n == 1 or block_n * block_d == 32 * warps * 16 // element
     for width in (192, 384, 768, 1024):
-        assert _launch.rows_in_warps(width, element)[1] * _launch.rows_in_warps(width, element)[2] == width
+        assert row_blocks.rows_in_warps(width, element)[1] * row_blocks.rows_in_warps(width, element)[2] == width

@@ -11,12 +11,12 @@ import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from iwm_fast.kernels import _launch as launch
-from iwm_fast.kernels import _launch_products as products
-from iwm_fast.kernels._candidates import Choice
-from iwm_fast.kernels._jit import gelu, gelu_and_slope
-from iwm_fast.kernels._rows import image_kernel
-from iwm_fast.kernels._tuning import use_tuner
+from iwm_fast.kernels._lib.jit import gelu, gelu_and_slope
+from iwm_fast.kernels._lib.slices import add_gradients, add_pairs, add_slices
+from iwm_fast.kernels._mlp.image_sums import action_gradients, column_sums, image_kernel, image_of_rows, segment_sums
+from iwm_fast.kernels._mlp.weight_grad import weight_grad_slices
+from iwm_fast.kernels._tuning.candidates import Choice
+from iwm_fast.kernels._tuning.tuner import use_tuner
 
 TYPES = [torch.float32, torch.float16, torch.bfloat16]
 # Half a step, relative, and the smallest that a type has (its subnormal ones included).
@@ -38,11 +38,11 @@ def test_rows_of_each_image_are_summed_and_named(lengths, width, device):
     rows, bounds = sum(lengths), bounds_of(lengths, device)
     x = draw(rows, width, device=device)
     out = torch.full((len(lengths), width), 7.0, device=device)
-    launch.segment_sums(x, bounds, 0, out, accumulate=False)
+    segment_sums(x, bounds, 0, out, accumulate=False)
     expected = torch.stack([part.double().sum(0) for part in x.split(lengths)])
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
     image = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-    assert torch.equal(launch.image_of_rows(rows, bounds).cpu().long(), image)
+    assert torch.equal(image_of_rows(rows, bounds).cpu().long(), image)
 
 
 def test_wrong_bounds_write_nothing_beside_the_rows(device):
@@ -57,7 +57,7 @@ def test_chunks_of_rows_that_cut_images_add_up(device):
     x, bounds = draw(82, 20, device=device), bounds_of(lengths, device)
     out = torch.empty(4, 20, device=device)
     for first in range(0, 82, 16):
-        launch.segment_sums(x[first : first + 16], bounds, first, out, accumulate=first > 0)
+        segment_sums(x[first : first + 16], bounds, first, out, accumulate=first > 0)
     expected = torch.stack([part.double().sum(0) for part in x.split(lengths)])
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
 
@@ -65,14 +65,14 @@ def test_chunks_of_rows_that_cut_images_add_up(device):
 @pytest.mark.parametrize("rows", [0, 1, 300])
 def test_columns_are_summed(rows, device):
     x = draw(rows, 33, device=device, dtype=torch.bfloat16)
-    found = launch.add_slices(launch.column_sums(x), torch.float32)
+    found = add_slices(column_sums(x), torch.float32)
     torch.testing.assert_close(found.double(), x.double().sum(0), rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 def test_slices_are_added_in_fp32_and_rounded_once(dtype, device):
     slices = draw(7, 37, 43, device=device)
-    found = launch.add_slices(slices, dtype)
+    found = add_slices(slices, dtype)
     in_order = slices[0].clone()
     for part in slices[1:]:
         in_order += part
@@ -82,13 +82,13 @@ def test_slices_are_added_in_fp32_and_rounded_once(dtype, device):
 
 def test_pairs_of_rows_go_to_two_tensors(device):
     slices = draw(5, 2, 1030, device=device)
-    first, second = launch.add_pairs(slices, torch.float32)
+    first, second = add_pairs(slices, torch.float32)
     torch.testing.assert_close(first.double(), slices[:, 0].double().sum(0), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(second.double(), slices[:, 1].double().sum(0), rtol=1e-5, atol=1e-5)
 
 
 def test_nothing_is_added_to_nothing(device):
-    assert launch.add_slices(torch.empty(3, 0, device=device), torch.float32).shape == (0,)
+    assert add_slices(torch.empty(3, 0, device=device), torch.float32).shape == (0,)
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
@@ -99,7 +99,7 @@ def test_gradients_of_an_action_its_weight_and_the_bias(images, units, actions, 
         draw(*shape, seed=2 + i, device=device, dtype=dtype)
         for i, shape in enumerate([(images, actions), (units, actions), (units,)])
     )
-    daction, dw, db = launch.action_gradients(dbias, action, w_action, b_in)
+    daction, dw, db = action_gradients(dbias, action, w_action, b_in)
     expected = {
         "action": (daction, dbias.double() @ w_action.double(), units),
         "w_action": (dw, dbias.double().t() @ action.double(), images),
@@ -218,15 +218,15 @@ def test_gradients_of_a_bias_come_from_the_pass_of_its_weight(choice, rows, p, q
     a, b = (draw(rows, width, seed=width, device=device, dtype=dtype) for width in (p, q))
     weight, bias = torch.empty(p, q, device=device), torch.empty(p, device=device)
     with use_tuner(Only(choice)):
-        slices = products.weight_grad_slices(a, b, bias=True)
-        alone = products.weight_grad_slices(a, b)
+        slices = weight_grad_slices(a, b, bias=True)
+        alone = weight_grad_slices(a, b)
     assert slices.shape[1] == p * q + p
-    once = launch.add_slices(slices, torch.float32)
-    again = launch.add_slices(slices, torch.float32, once)[None]
+    once = add_slices(slices, torch.float32)
+    again = add_slices(slices, torch.float32, once)[None]
     for times, sums in ((1, slices), (2, again)):
-        dweight, dbias = launch.add_gradients(sums, weight, bias=bias)
+        dweight, dbias = add_gradients(sums, weight, bias=bias)
         torch.testing.assert_close(dweight.double(), times * a.double().t() @ b.double(), rtol=1e-5, atol=1e-4)
         torch.testing.assert_close(dbias.double(), times * a.double().sum(0), rtol=1e-6, atol=1e-5)
-    plain, none = launch.add_gradients(alone, weight)
+    plain, none = add_gradients(alone, weight)
     assert none is None
-    assert torch.equal(plain, launch.add_gradients(slices, weight, bias=bias)[0])
+    assert torch.equal(plain, add_gradients(slices, weight, bias=bias)[0])

@@ -19,9 +19,9 @@ from typing import Any, TypeVar
 
 import torch
 
-from ._candidates import Choice, read_choice
-from ._made_calls import made_call
-from ._tuning import FAILURES, Key, Tuner, device_tuner, key_of, nearest
+from .candidates import Choice, read_choice
+from .made_calls import made_call
+from .tuner import FAILURES, Key, Tuner, device_tuner, key_of, nearest
 
 __all__ = ["Adopted", "Noted", "RunChoices", "read_adopted", "run_choices"]
 

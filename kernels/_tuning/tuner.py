@@ -27,8 +27,8 @@ from typing import Any, Protocol, TypeVar
 import torch
 import triton
 
-from ._candidates import Choice, candidates_of, possible, read_choice
-from ._gpu_time import gpu_seconds
+from .candidates import Choice, candidates_of, possible, read_choice
+from .gpu_time import gpu_seconds
 
 __all__ = [
     "FAILURES",
@@ -49,7 +49,7 @@ __all__ = [
 ]
 
 # The measurements that ship: {schema, devices: {device: {key: choice}}, attention: {device: {key: entry}}}.
-TUNED = Path(__file__).with_name("tuned.json")
+TUNED = Path(__file__).parent.with_name("tuned.json")
 
 TUNING_DIR_VARIABLE = "IWM_FAST_TUNING_DIR"
 _REPEATS = 10

@@ -15,17 +15,17 @@ from triton.backends.nvidia.compiler import CUDABackend
 from triton.compiler.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from . import _mlp_triton
-from ._backend import recorded_launches
-from ._candidates import candidates_of, possible
-from ._launch import norm_backward, normalise
-from ._tuning import use_tuner
-from ._workspace import workspace_bytes
-from .e4m3_rows import launch_e4m3
-from .ema_update import launch_average
-from .patchify import launch_patchify
-from .predictor_input import launch_assembly, launch_assembly_backward
-from .stopgrad_l2 import launch_distance, launch_total
+from iwm_fast.kernels._lib.backend import recorded_launches
+from iwm_fast.kernels._lib.norms import norm_backward, normalise
+from iwm_fast.kernels._mlp import passes
+from iwm_fast.kernels._mlp.workspace import workspace_bytes
+from iwm_fast.kernels._tuning.candidates import candidates_of, possible
+from iwm_fast.kernels._tuning.tuner import use_tuner
+from iwm_fast.kernels.e4m3_rows import launch_e4m3
+from iwm_fast.kernels.ema_update import launch_average
+from iwm_fast.kernels.patchify import launch_patchify
+from iwm_fast.kernels.predictor_input import launch_assembly, launch_assembly_backward
+from iwm_fast.kernels.stopgrad_l2 import launch_distance, launch_total
 
 __all__ = [
     "PATCHES",
@@ -167,9 +167,9 @@ def _launch_block(width: int, hidden: int, actions: int, dtype: torch.dtype) -> 
     )  # fmt: skip
     for tokens, workspace in ((63, workspace_bytes()), (150, 1)):  # whole, and in chunks of which the last is shorter
         forward: tuple[Any, ...] = (empty(tokens, width), *weights, workspace)
-        _mlp_triton.forward(*forward)
+        passes.forward(*forward)
         backward: tuple[Any, ...] = (empty(tokens, width), *forward, True)
-        _mlp_triton.backward(*backward)
+        passes.backward(*backward)
     tokens = 63
     loss = (empty(tokens, width), empty(200, width), _empty(tokens, kind=torch.int64), True, 1.0, 1e-6)
     grad = empty(tokens, width)

@@ -12,10 +12,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import _launch as launch
-from . import _launch_products as products
-from ._launch_products import Bias
-from ._workspace import chunk_rows
+from iwm_fast.kernels._lib.norms import norm_backward, normalise
+from iwm_fast.kernels._lib.rows import rows_together
+from iwm_fast.kernels._lib.slices import add_gradients, add_pairs, add_slices
+
+from .hidden_backward import hidden_backward
+from .image_sums import action_gradients, column_sums, image_of_rows, segment_sums
+from .linear import linear
+from .operands import Bias, image_bias, takes_action
+from .weight_grad import weight_grad_slices
+from .workspace import chunk_rows
 
 __all__ = ["Gradients", "backward", "forward"]
 
@@ -43,27 +49,27 @@ def _chunks(x: Tensor, units: int, copies: int, workspace: int) -> Iterator[slic
 
 def _bias(tokens: int, b_in: Tensor, action: Tensor | None, w_action: Tensor | None, cu_seqlens: Tensor | None) -> Bias:
     """What is added to the first multiply; the action's part by the kernel itself where it can, else per image."""
-    b_in = launch.rows_together(b_in)
+    b_in = rows_together(b_in)
     if action is None or w_action is None or cu_seqlens is None:
         return Bias(b_in)
-    image = launch.image_of_rows(tokens, cu_seqlens)
-    action, w_action = launch.rows_together(action), launch.rows_together(w_action)
-    if products.takes_action(action):
+    image = image_of_rows(tokens, cu_seqlens)
+    action, w_action = rows_together(action), rows_together(w_action)
+    if takes_action(action):
         return Bias(b_in, image, action, w_action)
-    return Bias(products.image_bias(b_in, action, w_action), image)
+    return Bias(image_bias(b_in, action, w_action), image)
 
 
 def _together(bounds: Tensor | None) -> Tensor | None:
-    return None if bounds is None else launch.rows_together(bounds)
+    return None if bounds is None else rows_together(bounds)
 
 
 def _affine(weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor] | None:
-    return None if weight is None or bias is None else (launch.rows_together(weight), launch.rows_together(bias))
+    return None if weight is None or bias is None else (rows_together(weight), rows_together(bias))
 
 
 def _weights(w_in: Tensor, w_out: Tensor) -> tuple[Tensor, Tensor]:
     """Weights whose rows lie in one piece; those of a transposed view do not."""
-    return launch.rows_together(w_in), launch.rows_together(w_out)
+    return rows_together(w_in), rows_together(w_out)
 
 
 def forward(
@@ -72,20 +78,20 @@ def forward(
     residual: bool, eps: float, activation: str, workspace: int,
 ) -> Tensor:  # fmt: skip
     """The operator's value, (N, Do)."""
-    x, cu_seqlens = launch.rows_together(x), _together(cu_seqlens)
+    x, cu_seqlens = rows_together(x), _together(cu_seqlens)
     out = torch.empty(x.shape[0], w_out.shape[0], dtype=x.dtype, device=x.device)
     if not out.numel():
         return out
     w_in, w_out = _weights(w_in, w_out)
     bias = _bias(x.shape[0], b_in, action, w_action, cu_seqlens)
-    out_bias = Bias(launch.rows_together(b_out))
+    out_bias = Bias(rows_together(b_out))
     norm = _affine(norm_weight, norm_bias)
     for rows in _chunks(x, w_in.shape[0], 1, workspace):
         tokens = x[rows]
-        normed = tokens if norm is None else launch.normalise(tokens, *norm, eps)
+        normed = tokens if norm is None else normalise(tokens, *norm, eps)
         hidden = torch.empty(tokens.shape[0], w_in.shape[0], dtype=x.dtype, device=x.device)
-        products.linear(normed, w_in, bias.rows(rows), hidden, activation=activation)
-        products.linear(hidden, w_out, out_bias, out[rows], residual=tokens if residual else None)
+        linear(normed, w_in, bias.rows(rows), hidden, activation=activation)
+        linear(hidden, w_out, out_bias, out[rows], residual=tokens if residual else None)
         del normed, hidden  # before the next chunk's
     return out
 
@@ -96,7 +102,7 @@ def backward(
     residual: bool, eps: float, activation: str, workspace: int, weights: bool,
 ) -> Gradients:  # fmt: skip
     """Every gradient for the incoming one, grad (N, Do); without `weights`, that of x alone."""
-    x, grad, cu_seqlens = launch.rows_together(x), launch.rows_together(grad), _together(cu_seqlens)
+    x, grad, cu_seqlens = rows_together(x), rows_together(grad), _together(cu_seqlens)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if not x.shape[0]:
         inputs = (w_in, b_in, w_out, b_out, action, w_action, norm_weight, norm_bias)
@@ -113,20 +119,20 @@ def backward(
     sums = _Sums(x, w_in, bounds, chunked=len(chunks) > 1) if weights else None
     for rows in chunks:
         tokens, dout = x[rows], grad[rows]
-        normed = tokens if norm is None else launch.normalise(tokens, *norm, eps)
-        hidden, dhidden = products.hidden_backward(normed, w_in, bias.rows(rows), dout, w_out, activation)
+        normed = tokens if norm is None else normalise(tokens, *norm, eps)
+        hidden, dhidden = hidden_backward(normed, w_in, bias.rows(rows), dout, w_out, activation)
         if sums is not None:
             sums.add(rows, normed, hidden, dhidden, dout)
         del normed, hidden
         passed = dout if residual else None
         if norm is None:
-            products.linear(dhidden, w_in.t(), None, dx[rows], residual=passed)
+            linear(dhidden, w_in.t(), None, dx[rows], residual=passed)
             del dhidden
             continue
         dnormed = torch.empty(tokens.shape, dtype=torch.float32, device=x.device)
-        products.linear(dhidden, w_in.t(), None, dnormed)
+        linear(dhidden, w_in.t(), None, dnormed)
         del dhidden
-        parts = launch.norm_backward(dnormed, tokens, norm[0], passed, dx[rows], eps)
+        parts = norm_backward(dnormed, tokens, norm[0], passed, dx[rows], eps)
         if sums is not None:
             sums.norm.append(sums.parts(parts))
         del dnormed, parts
@@ -155,17 +161,17 @@ class _Sums:
     def add(self, rows: slice, normed: Tensor, hidden: Tensor, dhidden: Tensor, dout: Tensor) -> None:
         """Add a chunk's."""
         per_image = self.bounds is not None
-        w_out = products.weight_grad_slices(dout, hidden, bias=self.beside)
+        w_out = weight_grad_slices(dout, hidden, bias=self.beside)
         self.w_out = self._with(w_out, self.w_out)
         del w_out  # before the next slices
-        w_in = products.weight_grad_slices(dhidden, normed, bias=self.beside and not per_image)
+        w_in = weight_grad_slices(dhidden, normed, bias=self.beside and not per_image)
         self.w_in = self._with(w_in, self.w_in)
         if not self.beside:
-            self.b_out.append(self.parts(launch.column_sums(dout)))
+            self.b_out.append(self.parts(column_sums(dout)))
         if self.bounds is not None and self.image_bias is not None:
-            launch.segment_sums(dhidden, self.bounds, rows.start, self.image_bias, accumulate=rows.start > 0)
+            segment_sums(dhidden, self.bounds, rows.start, self.image_bias, accumulate=rows.start > 0)
         elif not self.beside:
-            self.b_in.append(self.parts(launch.column_sums(dhidden)))
+            self.b_in.append(self.parts(column_sums(dhidden)))
 
     def _with(self, slices: Tensor, before: Tensor | None) -> Tensor:
         """A weight's slices of one chunk, or their sum with that of the chunks before, (1, ...).
@@ -174,11 +180,11 @@ class _Sums:
         """
         if not self.chunked:
             return slices
-        return launch.add_slices(slices, torch.float32, None if before is None else before[0])[None]
+        return add_slices(slices, torch.float32, None if before is None else before[0])[None]
 
     def parts(self, slices: Tensor) -> Tensor:
         """A chunk's part of a sum: its slices, or their sum where other chunks follow and all would be much."""
-        return launch.add_slices(slices, torch.float32)[None] if self.chunked else slices
+        return add_slices(slices, torch.float32)[None] if self.chunked else slices
 
     def gradients(
         self, dx: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, b_out: Tensor, action: Tensor | None,
@@ -189,16 +195,16 @@ class _Sums:
         assert self.w_out is not None
         daction = dw_action = None
         per_image = self.image_bias is not None
-        dw_in, db_in = launch.add_gradients(self.w_in, w_in, bias=b_in if self.beside and not per_image else None)
-        dw_out, db_out = launch.add_gradients(self.w_out, w_out, bias=b_out if self.beside else None)
+        dw_in, db_in = add_gradients(self.w_in, w_in, bias=b_in if self.beside and not per_image else None)
+        dw_out, db_out = add_gradients(self.w_out, w_out, bias=b_out if self.beside else None)
         if self.image_bias is not None and action is not None and w_action is not None:
-            action, w_action = launch.rows_together(action), launch.rows_together(w_action)
-            daction, dw_action, db_in = launch.action_gradients(self.image_bias, action, w_action, b_in)
+            action, w_action = rows_together(action), rows_together(w_action)
+            daction, dw_action, db_in = action_gradients(self.image_bias, action, w_action, b_in)
         elif db_in is None:
-            db_in = launch.add_slices(_joined(self.b_in), b_in.dtype)
+            db_in = add_slices(_joined(self.b_in), b_in.dtype)
         if db_out is None:
-            db_out = launch.add_slices(_joined(self.b_out), b_out.dtype)
-        norm = (None, None) if norm_weight is None else launch.add_pairs(_joined(self.norm), norm_weight.dtype)
+            db_out = add_slices(_joined(self.b_out), b_out.dtype)
+        norm = (None, None) if norm_weight is None else add_pairs(_joined(self.norm), norm_weight.dtype)
         return Gradients(
             x=dx,
             w_in=dw_in,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._jit import INTERPRETED
+from .jit import INTERPRETED
 
 __all__ = [
     "BACKENDS",

@@ -7,8 +7,9 @@ from typing import Any
 
 import triton
 
-from ._bounds import Bound
-from ._candidates import SHARED_LIMIT
+from iwm_fast.kernels._tuning.candidates import SHARED_LIMIT
+
+from .bounds import Bound
 
 __all__ = ["Report", "bound_line", "page", "report_line"]
 

@@ -14,6 +14,8 @@ Vocabulary of the kernels: i_ a program's number, o_ offsets, m_ masks, p_ point
 
 from __future__ import annotations
 
+from typing import no_type_check
+
 import triton
 import triton.language as tl
 
@@ -23,6 +25,7 @@ INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
 @triton.jit
+@no_type_check
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """acc + a · b with an fp32 accumulator; PRECISION concerns fp32 operands only ("ieee" or "tf32")."""
     if INTERPRETED:
@@ -32,12 +35,14 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+@no_type_check
 def ones(ROWS: tl.constexpr, COLUMNS: tl.constexpr, DTYPE: tl.constexpr):
     """A block of ones, to be an operand of `dot`."""
     return tl.full((ROWS, COLUMNS), 1.0, tl.float32 if INTERPRETED else DTYPE)
 
 
 @triton.jit
+@no_type_check
 def to_type(x, DTYPE: tl.constexpr):
     """fp32 to DTYPE, rounded to nearest even everywhere."""
     if INTERPRETED and tl.bfloat16 == DTYPE:
@@ -49,6 +54,7 @@ def to_type(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
+@no_type_check
 def to_e4m3(x):
     """fp32 of at most 448 to the bits of the nearest e4m3, uint8; NaN is 0x7F, its sign free."""
     if INTERPRETED:  # which cuts, as for bf16
@@ -67,6 +73,7 @@ def to_e4m3(x):
 
 
 @triton.jit
+@no_type_check
 def _rcp(x):
     """1 / x, to one unit in the last place: one instruction, where a division takes ten."""
     if INTERPRETED:
@@ -79,6 +86,7 @@ def _rcp(x):
 
 
 @triton.jit
+@no_type_check
 def _exp2(x):
     """2 to the x, to two units in the last place: one instruction, where a result below 2⁻¹²⁶ may become 0."""
     if INTERPRETED:
@@ -91,6 +99,7 @@ def _exp2(x):
 
 
 @triton.jit
+@no_type_check
 def _tanh(x):
     """tanh to 2⁻¹¹: one instruction, for results that are rounded to bf16."""
     if INTERPRETED:
@@ -103,6 +112,7 @@ def _tanh(x):
 
 
 @triton.jit
+@no_type_check
 def _upper_tail(u):
     """|u|, 1 − Φ(|u|) and exp(−u² / 2), fp32; NaN stays, and |u| ends at 2¹⁴, so that infinity does not become NaN.
 
@@ -120,6 +130,7 @@ def _upper_tail(u):
 
 
 @triton.jit
+@no_type_check
 def gelu(u, KIND: tl.constexpr):
     """GELU of fp32 values.
 
@@ -140,6 +151,7 @@ def gelu(u, KIND: tl.constexpr):
 
 
 @triton.jit
+@no_type_check
 def gelu_and_slope(u, KIND: tl.constexpr):
     """GELU of fp32 values, as `gelu` computes it, and its derivative."""
     if KIND == "rational":
@@ -161,6 +173,7 @@ def gelu_and_slope(u, KIND: tl.constexpr):
 
 
 @triton.jit
+@no_type_check
 def place_of_program(i, ROWS, COLS, GROUP: tl.constexpr):
     """(row, column) of program i in a grid of ROWS × COLS blocks, GROUP rows at a time down each column.
 

@@ -21,9 +21,10 @@ from typing import Any
 
 import triton
 
-from ._candidates import PROCESSORS, slices_of
-from ._launches import SHAPES, TOKENS, Launch
-from ._sass import Code
+from iwm_fast.kernels._tuning.candidates import PROCESSORS, slices_of
+
+from .launches import SHAPES, TOKENS, Launch
+from .sass import Code
 
 __all__ = ["L2_RATES", "Bound", "bounds_of", "matrix_bound", "role_of"]
 

@@ -1,7 +1,4 @@
-"""Triton kernels of the layer normalisation of rows of tokens.
-
-norm_kernel             LN(x), or the sum x + branch and its LN
-norm_backward_kernel    gradient of what was normalised, and sums for the gradients of weight and bias
+"""The layer normalisation of rows of tokens, by Triton kernels: LN of x, of x + branch, and backward.
 
 A row is held whole, in PARTS pieces of BLOCK_D, so each number is read once. The backward pass has the row at hand and
 takes its mean and deviation again: kept, they would be 16 bytes a row to write and read.
@@ -9,15 +6,21 @@ takes its mean and deviation again: kept, they would be 16 bytes a row to write 
 
 from __future__ import annotations
 
+from typing import no_type_check
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from ._jit import to_type
+from .jit import to_type
+from .rows import rows_a_sum, rows_in_warps
 
-__all__ = ["norm_backward_kernel", "norm_kernel"]
+__all__ = ["norm_backward", "norm_backward_kernel", "norm_kernel", "normalise", "row_statistics"]
 
 
 @triton.jit
+@no_type_check
 def row_statistics(values, D, eps, BLOCK_D: tl.constexpr, PARTS: tl.constexpr):
     """Mean and 1 / deviation of each row, (BLOCK_N,), of its pieces (BLOCK_N, BLOCK_D), zero past D."""
     # Pieces are added first, so that lanes meet once for all of them.
@@ -34,6 +37,7 @@ def row_statistics(values, D, eps, BLOCK_D: tl.constexpr, PARTS: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["N"])
+@no_type_check
 def norm_kernel(
     x_ptr, branch_ptr, weight_ptr, bias_ptr, total_ptr, out_ptr,
     N, D,
@@ -74,6 +78,7 @@ def norm_kernel(
 
 
 @triton.jit(do_not_specialize=["N", "ROWS"])
+@no_type_check
 def norm_backward_kernel(
     dnormed_ptr, x_ptr, weight_ptr, residual_ptr, dx_ptr, sums_ptr,
     N, D, ROWS,
@@ -141,3 +146,46 @@ def norm_backward_kernel(
         o = part * BLOCK_D + o_d
         tl.store(sums_ptr + 2 * i.to(tl.int64) * D + o, tl.sum(dweights[part], axis=0), mask=o < D)
         tl.store(sums_ptr + (2 * i.to(tl.int64) + 1) * D + o, tl.sum(dbiases[part], axis=0), mask=o < D)
+
+
+def normalise(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, branch: Tensor | None = None, total: Tensor | None = None
+) -> Tensor:
+    """LN(x) (N, D) of x's type, or LN(x + branch), that sum then written to `total` (N, D)."""
+    rows, width = x.shape
+    out = torch.empty(rows, width, dtype=x.dtype, device=x.device)
+    block_n, block_d, parts, warps = rows_in_warps(width, x.element_size())
+    norm_kernel[(triton.cdiv(rows, block_n),)](
+        x_ptr=x, branch_ptr=branch, weight_ptr=weight, bias_ptr=bias, total_ptr=total, out_ptr=out,
+        N=rows, D=width,
+        stride_xn=x.stride(0), stride_bn=0 if branch is None else branch.stride(0),
+        stride_tn=0 if total is None else total.stride(0), stride_on=out.stride(0),
+        eps=eps,
+        HAS_BRANCH=branch is not None,
+        BLOCK_N=block_n, BLOCK_D=block_d, PARTS=parts, num_warps=warps,
+    )  # fmt: skip
+    return out
+
+
+def norm_backward(
+    dnormed: Tensor, x: Tensor, weight: Tensor, residual: Tensor | None, dx: Tensor, eps: float
+) -> Tensor:
+    """Write LN's gradient, plus `residual`, to dx (N, D), and return parts of those of weight and bias.
+
+    They are fp32 (programs, 2, D), to be added by `add_slices`.
+    """
+    rows, width = x.shape
+    block_n, block_d, parts, warps = rows_in_warps(width, x.element_size())
+    depth = rows_a_sum(rows, block_n)
+    programs = triton.cdiv(rows, depth)
+    sums = torch.empty(programs, 2, width, dtype=torch.float32, device=x.device)
+    norm_backward_kernel[(programs,)](
+        dnormed_ptr=dnormed, x_ptr=x, weight_ptr=weight, residual_ptr=residual, dx_ptr=dx, sums_ptr=sums,
+        N=rows, D=width, ROWS=depth,
+        stride_gn=dnormed.stride(0), stride_xn=x.stride(0), stride_rn=0 if residual is None else residual.stride(0),
+        stride_dn=dx.stride(0),
+        eps=eps,
+        HAS_RESIDUAL=residual is not None,
+        BLOCK_N=block_n, BLOCK_D=block_d, PARTS=parts, num_warps=warps,
+    )  # fmt: skip
+    return sums

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from typing import no_type_check
+
 import triton
 import triton.language as tl
 
-from ._jit import gelu, gelu_and_slope, to_type
+from iwm_fast.kernels._lib.jit import gelu, gelu_and_slope, to_type
 
 __all__ = ["gelu_and_slope_probe", "gelu_probe"]
 
 
 @triton.jit
+@no_type_check
 def gelu_probe(u_ptr, out_ptr, KIND: tl.constexpr, BLOCK: tl.constexpr):
     """out = gelu(u), or u where KIND is "none"."""
     o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -21,6 +24,7 @@ def gelu_probe(u_ptr, out_ptr, KIND: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+@no_type_check
 def gelu_and_slope_probe(u_ptr, d_ptr, out_ptr, dout_ptr, KIND: tl.constexpr, BLOCK: tl.constexpr):
     """out = gelu(u) and dout = d · gelu'(u), or u and d · u where KIND is "none"."""
     o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

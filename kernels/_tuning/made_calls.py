@@ -8,10 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _launch_products as products
-from ._candidates import Choice
-from ._launch_products import Bias
-from ._tuning import Key, key_of, use_tuner
+from iwm_fast.kernels._mlp.hidden_backward import hidden_backward
+from iwm_fast.kernels._mlp.linear import linear
+from iwm_fast.kernels._mlp.operands import Bias
+from iwm_fast.kernels._mlp.weight_grad import weight_grad_slices
+
+from .candidates import Choice
+from .tuner import Key, key_of, use_tuner
 
 __all__ = ["made_call"]
 
@@ -77,13 +80,13 @@ def _begin(key: Key, operands: _Operands) -> None:
     some, columns, depth = operands.some, key.columns, key.depth
     if key.product == "weight_grad":  # its sizes are (rows, P, Q)
         summed = "bias" in key.about.split()
-        products.weight_grad_slices(operands.tokens(columns), some(operands.rows, depth), bias=summed)
+        weight_grad_slices(operands.tokens(columns), some(operands.rows, depth), bias=summed)
         return
     _, kind, *residual = key.about.split()
     x, bias = operands.tokens(depth), operands.bias(kind, columns)
     if key.product == "hidden_backward":
         assert bias is not None
-        products.hidden_backward(
+        hidden_backward(
             x, some(columns, depth), bias, some(operands.rows, depth), some(depth, columns), "gelu"
         )  # fmt: skip
         return
@@ -92,7 +95,7 @@ def _begin(key: Key, operands: _Operands) -> None:
     out = torch.empty(
         operands.rows, columns, dtype=torch.float32 if key.product == "plain" else x.dtype, device=x.device
     )
-    products.linear(
+    linear(
         x, weight, bias, out,
         residual=some(operands.rows, columns) if residual else None,
         activation="gelu" if key.product == "hidden" else None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from ._candidates import PROCESSORS, candidates_of, slices_of
+from iwm_fast.kernels._tuning.candidates import PROCESSORS, candidates_of, slices_of
 
 __all__ = ["chunk_rows", "limited", "mlp_workspace", "use_workspace", "workspace_bytes"]
 

@@ -1,0 +1,1 @@
+"""What `python -m iwm_fast.kernels.aot` is made of."""

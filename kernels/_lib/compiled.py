@@ -1,0 +1,32 @@
+"""The Triton kernels of this package, and how many of them this process has compiled or loaded."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from triton.runtime.jit import JITFunction, KernelInterface
+
+__all__ = ["compiled_variants", "triton_functions"]
+
+_PACKAGE = __name__.rsplit(".", 2)[0]
+
+
+def _functions() -> dict[str, Any]:
+    """Triton's functions in the modules of this package that are imported, by name."""
+    modules = [module for name, module in sys.modules.items() if name.startswith(f"{_PACKAGE}.")]
+    return {name: f for module in modules for name, f in vars(module).items() if isinstance(f, KernelInterface)}
+
+
+def triton_functions() -> dict[str, Any]:
+    """The kernels that operators launch, by name: the functions that are called `…_kernel`."""
+    return {name: function for name, function in _functions().items() if name.endswith("_kernel")}
+
+
+def compiled_variants() -> int:
+    """Kernels of this package that the process holds, each for one kind of arguments.
+
+    Whether a measurement, or a training, has settled. 0 in Triton's interpreter.
+    """
+    kernels = [kernel for kernel in _functions().values() if isinstance(kernel, JITFunction)]
+    return sum(len(caches[0]) for kernel in kernels for caches in kernel.device_caches.values())

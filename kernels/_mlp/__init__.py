@@ -1,0 +1,1 @@
+"""The conditioned MLP on Triton's kernels: forward, backward, and the sums of the weights' gradients."""

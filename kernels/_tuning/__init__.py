@@ -1,0 +1,1 @@
+"""Which implementation and which block sizes a matrix multiply uses."""
