@@ -58,10 +58,12 @@ def _without(document: Mapping[str, Any]) -> list[str]:
     return ["", *lines] if lines else []
 
 
-def peers_summary(document: Mapping[str, Any]) -> list[str]:
-    """The short table that README.md has of the same file."""
+def peers_summary(document: Mapping[str, Any], *, timed: bool = False) -> list[str]:
+    """The short table of docs/results/speed.md; with ``timed`` README.md's, of the rows that have a time."""
     rows = []
     for row in counted(document):
+        if timed and row["speed_ratio"] is None:
+            continue
         low, high = row.get("speed_ratio_interval", (None, None))
         speed = "–" if low is None else f"{row['speed_ratio']:.2f} ({low:.2f} – {high:.2f})"
         ratios = (f"{row['operations_ratio']:.3f}", _number(row["memory_ratio"], ".2f"))

@@ -6,6 +6,8 @@ import json
 import re
 from pathlib import Path
 
+import pytest
+
 from iwm_fast.benchmarks import report, report_sections
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
@@ -47,7 +49,8 @@ def test_every_picture_that_the_page_names_is_there():
         assert (DOCS / name).is_file(), name
 
 
-def test_the_readmes_table_is_the_files():
+@pytest.mark.parametrize(("file", "timed"), [("README.md", True), ("docs/results/speed.md", False)])
+def test_the_tables_of_the_step_beside_others_are_the_files(file, timed):
     document = json.loads((report.RESULTS / "peers_cpu.json").read_text(encoding="utf-8"))
-    readme = (DOCS.parent / "README.md").read_text(encoding="utf-8")
-    assert "\n".join(report_sections.peers_summary(document)) in readme
+    text = (DOCS.parent / file).read_text(encoding="utf-8")
+    assert "\n".join(report_sections.peers_summary(document, timed=timed)) in text
