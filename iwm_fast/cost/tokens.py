@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from iwm_fast.config import Config
-from iwm_fast.data.masks import MaskSampler
+from iwm_fast.data.masks import mask_sampler
 
 __all__ = ["Tokens", "tokens_of"]
 
@@ -37,9 +37,10 @@ class Tokens:
 
 def tokens_of(config: Config, images: int) -> Tokens:
     """How many tokens each source of the run's first images has, by the masks that training draws."""
-    exclude = "geometric" not in config.actions.groups
-    sources = config.views.sources_per_target
-    sampler = MaskSampler(config.masks, config.model.grid, config.train.seed, exclude=exclude, sources=sources)
-    patches = sampler.draw(np.zeros(images, np.int64), np.arange(images, dtype=np.int64))
+    patches = mask_sampler(config).draw(np.zeros(images, np.int64), np.arange(images, dtype=np.int64))
     own = config.model.predictor.kind == "mlp"  # it predicts the context's own patches
-    return Tokens(patches.context_lengths, patches.context_lengths if own else patches.target_lengths, sources)
+    return Tokens(
+        patches.context_lengths,
+        patches.context_lengths if own else patches.target_lengths,
+        config.views.sources_per_target,
+    )

@@ -19,40 +19,25 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from iwm_fast.actions.transforms import ActionSpace, Views
+from iwm_fast.config.batch import divide_batch
 from iwm_fast.config.schema import Config
 from iwm_fast.data.bad_samples import BadSamples
 from iwm_fast.data.batch import Batch
 from iwm_fast.data.image_list import ImageSet
-from iwm_fast.data.masks import MaskSampler, PatchSets
+from iwm_fast.data.masks import PatchSets, mask_sampler
 from iwm_fast.data.randomness import permutation
 from iwm_fast.data.samples import FileStore, SampleReader, Samples
 from iwm_fast.data.views.devices import dali_device, dali_threads, image_checkers, use_gpu
 from iwm_fast.data.views.graph import BadRows, RenderedViews, ViewGraph
 from iwm_fast.data.views.sampling import draw_views
-from iwm_fast.errors import UserError
 
-__all__ = ["SampleOrder", "TrainingStream", "divide_batch"]
+__all__ = ["SampleOrder", "TrainingStream"]
 
 # Batches in the graph at a time: one at work, one waiting, so that no thread waits for Python. On a CPU two are at
 # work: one that DALI decodes and one that is rendered.
 _IN_GRAPH = {"cpu": 3, "gpu": 2}
 # Batches that checkers are told of before the one that is read.
 _EXPECTED = 2
-
-
-def divide_batch(global_batch: int, world: int, ceiling: int | None) -> tuple[int, int]:
-    """(micro-batch, accumulation): the largest divisor of a rank's share that is not above `ceiling`.
-
-    UserError where `world` does not divide the global batch.
-    """
-    if global_batch % world:
-        raise UserError(
-            f"train.global_batch is {global_batch}, which {world} ranks cannot share evenly; "
-            f"make it a multiple of {world}, or change the number of ranks"
-        )
-    share = global_batch // world
-    micro = next(size for size in range(min(share, ceiling or share), 0, -1) if share % size == 0)
-    return micro, share // micro
 
 
 class SampleOrder:
@@ -130,9 +115,7 @@ class TrainingStream:
         self._order = SampleOrder(config.train.seed, len(files))
         geometric = "geometric" in config.actions.groups
         self._sources = config.views.sources_per_target
-        self._masks = MaskSampler(
-            config.masks, config.model.grid, config.train.seed, exclude=not geometric, sources=self._sources
-        )
+        self._masks = mask_sampler(config)
         self._graph = ViewGraph(
             config.model.image,
             self.micro_batch * self.files_a_sample,

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from iwm_fast.config.schema import MasksConfig
+from iwm_fast.config.schema import Config, MasksConfig
 from iwm_fast.data.randomness import MASKS, uniforms
 
-__all__ = ["MaskSampler", "PatchSets"]
+__all__ = ["MaskSampler", "PatchSets", "mask_sampler"]
 
 Bools = NDArray[np.bool_]
 Floats = NDArray[np.float64]
@@ -131,6 +131,17 @@ class MaskSampler:
         target = unions[np.arange(len(blocks)), kept - 1]
         target &= np.cumsum(target, axis=1) <= most
         return ~target, target
+
+
+def mask_sampler(config: Config, seed: int | None = None) -> MaskSampler:
+    """The sampler of a configuration's masks; ``seed`` takes the place of ``train.seed``."""
+    return MaskSampler(
+        config.masks,
+        config.model.grid,
+        config.train.seed if seed is None else seed,
+        exclude="geometric" not in config.actions.groups,
+        sources=config.views.sources_per_target,
+    )
 
 
 def _union(blocks: Bools) -> Bools:

@@ -9,9 +9,9 @@ import torch
 
 from iwm_fast.actions.transforms import ActionSpace
 from iwm_fast.config import Config
+from iwm_fast.config.batch import divide_batch
 from iwm_fast.data.batch import Batch
-from iwm_fast.data.loader import divide_batch
-from iwm_fast.data.masks import MaskSampler, PatchSets
+from iwm_fast.data.masks import PatchSets, mask_sampler
 
 __all__ = ["BatchStream", "synthetic_stream"]
 
@@ -45,13 +45,7 @@ def synthetic_stream(
     """
     sources = config.views.sources_per_target
     micro, accumulation = divide_batch(config.train.global_batch, world, config.train.micro_batch)
-    sampler = MaskSampler(
-        config.masks,
-        config.model.grid,
-        config.train.seed,
-        exclude="geometric" not in config.actions.groups,
-        sources=sources,
-    )
+    sampler = mask_sampler(config)
     side, size, share = config.model.image, config.train.global_batch, micro * accumulation
     generator = torch.Generator().manual_seed(config.train.seed * world + rank)
     batches = []

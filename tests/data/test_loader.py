@@ -14,9 +14,10 @@ from made_images import broken_tables, encode, picture, turned, write_images
 from small_run import small_config
 
 from iwm_fast.actions.transforms import ActionSpace
+from iwm_fast.config.batch import divide_batch
 from iwm_fast.data import samples as samples_module
 from iwm_fast.data.image_list import list_images
-from iwm_fast.data.loader import SampleOrder, TrainingStream, divide_batch
+from iwm_fast.data.loader import SampleOrder, TrainingStream
 from iwm_fast.data.randomness import permutation
 from iwm_fast.data.samples import FileStore
 from iwm_fast.data.views.devices import dali_device

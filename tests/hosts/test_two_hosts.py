@@ -15,9 +15,9 @@ import yaml
 from namespaces import Hosts
 from small_run import BASE, metrics, small_config
 
+from iwm_fast.config.batch import divide_batch
 from iwm_fast.cost.communication import ring_bytes, step_collectives
 from iwm_fast.cost.layout import layout_of
-from iwm_fast.data.loader import divide_batch
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT = 15

@@ -15,7 +15,7 @@ from iwm_fast.config.schema import Config
 from iwm_fast.data.bad_samples import BadSamples
 from iwm_fast.data.image_list import list_images
 from iwm_fast.data.loader import SampleOrder
-from iwm_fast.data.masks import MaskSampler, PatchSets
+from iwm_fast.data.masks import PatchSets, mask_sampler
 from iwm_fast.data.samples import FileStore, SampleReader, Samples
 from iwm_fast.data.views.devices import dali_device, dali_threads
 from iwm_fast.data.views.graph import BadRows, RenderedViews, ViewGraph
@@ -54,7 +54,7 @@ def write_preview(config: Config, root: str | Path, out: Path, count: int, seed:
         sources=sources,
         max_pixels=config.data.max_pixels,
     )
-    masks = MaskSampler(config.masks, config.model.grid, seed, exclude=not geometric, sources=sources)
+    masks = mask_sampler(config, seed)
     space = ActionSpace(config.actions.groups, config.actions.form)
     order = SampleOrder(seed, len(files))
     records: list[dict[str, Any]] = []

@@ -201,7 +201,7 @@ def test_killed_at_any_moment_it_leaves_no_manifest_and_goes_on(tmp_path):
     # what stands outside of the condition holds in the helping processes too
     script.write_text(
         "import time\n"
-        "from iwm_fast.data import index\n"
+        "from iwm_fast.data.tools import index\n"
         "index._WORTH_PROCESSES, index._SPAN, row = 10, 10, index._row\n"
         "index._row = lambda *given, **named: time.sleep(0.01) or row(*given, **named)\n"
         f"if __name__ == '__main__': index.write_index({str(images)!r}, processes=2)\n"
