@@ -37,6 +37,7 @@ setup(
     package_dir={f"iwm_fast.{name}": name for name in MAPPED},
     package_data={
         "iwm_fast": ["py.typed"],
+        "iwm_fast.eval.report": ["templates/*.html", "templates/*.css", "templates/*.js"],
         "iwm_fast.kernels": ["tuned.json"],
         "iwm_fast.configs": ["*.yaml", "ablations/*.yaml", "deepspeed/*.json", "slurm/*.sbatch"],
     },
@@ -60,6 +61,7 @@ setup(
         "safetensors>=0.5",
         "tensorboard>=2.18",
         "matplotlib>=3.9",
+        "jinja2>=3.1,<4",
         "packaging>=24",
         "google-crc32c>=1.5,<2",
         "protobuf>=5,<8",

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from collections import Counter
 from pathlib import Path
@@ -23,6 +24,11 @@ BOUNDS = {
     "xformers": (">=0.0.35,<0.0.36", ["0.0.35"], ["0.0.34", "0.0.36"]),
     "deepspeed": (">=0.19.8,<0.20", ["0.19.8"], ["0.19.7", "0.20.0"]),
     "nvidia-dali-cuda130": (">=2.4,<2.5", ["2.4.0"], ["2.3.0", "2.5.0"]),
+}
+# What the report's page is made of, beside its code.
+TEMPLATES = {
+    f"iwm_fast/eval/report/templates/{path.name}"
+    for path in (ROOT / "iwm_fast" / "eval" / "report" / "templates").iterdir()
 }
 
 
@@ -73,13 +79,19 @@ def test_readme_begins_with_two_commands_of_one_line():
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
-    """A wheel built from a copy of the tree, so that the checkout stays clean; needs no network."""
+def tree(tmp_path_factory) -> Path:
+    """A copy of what packages are built from, so that the checkout stays clean."""
     tree = tmp_path_factory.mktemp("tree")
     for folder in ("iwm_fast", "kernels", "configs", "benchmarks"):
         shutil.copytree(ROOT / folder, tree / folder, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     for file in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / file, tree / file)
+    return tree
+
+
+@pytest.fixture(scope="module")
+def wheel(tree, tmp_path_factory) -> Path:
+    """Built without the network."""
     out = tmp_path_factory.mktemp("wheel")
     command = [
         sys.executable,
@@ -108,9 +120,19 @@ def test_wheel_holds_every_module_and_configuration_once(wheel):
         for pattern in ("*.yaml", "ablations/*.yaml", "deepspeed/*.json", "slurm/*.sbatch")
         for p in (ROOT / "configs").glob(pattern)
     }
-    expected = engine | mapped | configs | {"iwm_fast/py.typed", "iwm_fast/kernels/tuned.json"}
+    expected = engine | mapped | configs | TEMPLATES | {"iwm_fast/py.typed", "iwm_fast/kernels/tuned.json"}
     assert {name for name in names if ".dist-info/" not in name} == expected
     assert set(names.values()) == {1}
+
+
+def test_sdist_holds_what_the_report_is_made_of(tree, tmp_path):
+    assert {path.rpartition(".")[2] for path in TEMPLATES} == {"html", "css", "js"}
+    command = [sys.executable, "setup.py", "--quiet", "sdist", "--dist-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=tree, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    with tarfile.open(next(tmp_path.glob("iwm_fast-*.tar.gz"))) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert names >= TEMPLATES
 
 
 def _sources(folder: Path) -> list[Path]:
@@ -126,6 +148,8 @@ def test_what_the_wheel_holds_runs_without_the_checkout(wheel, tmp_path):
         "from iwm_fast.config import load_config, packaged_config\n"
         "print(load_config(packaged_config('demo')).model.encoder)\n"
         "print(importlib.resources.files('iwm_fast.configs').joinpath('deepspeed/zero3.json').is_file())\n"
+        "from iwm_fast.eval.report.page import document\n"
+        "print('</html>' in document('a', 'a', '', [], [], ['sliders.js']))\n"
         "print(iwm_fast.__file__)\n"
     )
     environment = {"PYTHONPATH": str(tmp_path / "site"), "PATH": ""}
@@ -133,4 +157,9 @@ def test_what_the_wheel_holds_runs_without_the_checkout(wheel, tmp_path):
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["vit_micro", "True", str(tmp_path / "site" / "iwm_fast" / "__init__.py")]
+    assert done.stdout.splitlines() == [
+        "vit_micro",
+        "True",
+        "True",
+        str(tmp_path / "site" / "iwm_fast" / "__init__.py"),
+    ]

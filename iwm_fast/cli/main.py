@@ -130,8 +130,8 @@ def evaluate(
     The exit code is 1 where a measure that --what names could not be run; the others are measured all the same.
     """
     from iwm_fast.console import counting, print_table
-    from iwm_fast.eval.footnotes import result_lines
-    from iwm_fast.eval.run import evaluate_run, result_rows
+    from iwm_fast.eval.report.terminal import result_lines, result_rows
+    from iwm_fast.eval.run import evaluate_run
 
     def show(results: dict[str, Any]) -> None:
         columns = ("", "value", "95 % interval", "chance", "shuffled action", "neutral action", "untrained")

@@ -54,7 +54,8 @@ class Evaluation:
     images, triplets: how it runs there; one of them may be missing, and ``elsewhere`` says why. quick: measured where
     no --what is given. reads_all: every image of both splits, so that it runs before the others and what is wrong with
     the images is found first. names: beginnings of its names in the JSON, default its own; what begins with no
-    evaluation's tells of the data.
+    evaluation's tells of the data. drawing: the `Drawing` of its figures, shared by those that name the same one;
+    default `Drawing` itself, which suits one number with its interval.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Evaluation:
     quick: bool = True
     reads_all: bool = False
     names: tuple[str, ...] = ()
+    drawing: str | Callable[[Sequence[Evaluation]], Any] | None = None
 
     def on(self, kind: Kind) -> Measure | None:
         """How it runs on this kind of data, None where it does not."""
@@ -83,6 +85,7 @@ _TABLE = (
         images=Measure("iwm_fast.eval.world_model.mrr:evaluate_mrr", ("jitter",), ("eval.mrr_images",)),
         triplets=Measure("iwm_fast.eval.world_model.triplets:evaluate_next_frames", settings=("eval.bank",)),
         names=("mrr", "h1", "h5", "components"),
+        drawing="iwm_fast.eval.report.sections.mrr_bars:MrrDrawing",
     ),
     Evaluation(
         "knn",
@@ -90,6 +93,7 @@ _TABLE = (
         images=Measure("iwm_fast.eval.representation.probes:evaluate_knn", ("classes",)),
         elsewhere=_NO_CLASSES,
         reads_all=True,
+        drawing="iwm_fast.eval.report.sections.probe_table:ProbesDrawing",
     ),
     Evaluation(
         "linear",
@@ -97,6 +101,7 @@ _TABLE = (
         images=Measure("iwm_fast.eval.representation.probes:evaluate_linear", ("classes",)),
         elsewhere=_NO_CLASSES,
         reads_all=True,
+        drawing="iwm_fast.eval.report.sections.probe_table:ProbesDrawing",
     ),
     Evaluation(
         "attentive",
@@ -105,6 +110,7 @@ _TABLE = (
         elsewhere=_NO_CLASSES,
         quick=False,  # it takes minutes where the others take seconds
         reads_all=True,
+        drawing="iwm_fast.eval.report.sections.probe_table:ProbesDrawing",
     ),
     Evaluation(
         "equivariance",
@@ -112,12 +118,14 @@ _TABLE = (
         images=Measure("iwm_fast.eval.representation.equivariance:evaluate_equivariance", ("training images",)),
         elsewhere=_NO_CLASSES,
         names=("equivariance", "invariance", "r2", "cosine"),
+        drawing="iwm_fast.eval.report.sections.equivariance_dial:EquivarianceDrawing",
     ),
     Evaluation(
         "rollout",
         "roll-out, error of the first step",
         triplets=Measure("iwm_fast.eval.world_model.rollout:evaluate_rollouts", settings=("eval.horizon",)),
         elsewhere="a roll-out needs triplets, and these are images",
+        drawing="iwm_fast.eval.report.sections.rollout_curves:RolloutDrawing",
     ),
 )
 _EVALUATIONS = {one.name: one for one in _TABLE}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from iwm_fast.eval.world_model.sliders import SlidingExample, sliding_examples
 from iwm_fast.eval.world_model.triplets import evaluate_triplets
 from iwm_fast.file_names import printable
 
-__all__ = ["evaluate_run", "result_rows"]
+__all__ = ["evaluate_run"]
 
 # Images of the report whose banks are shown as ranked: enough to see a habit, few enough to scroll through.
 _SHOWN_IMAGES = 6
@@ -144,45 +144,3 @@ def _check_images(images: int | None, overrides: Sequence[str], what: Sequence[s
     key = "eval.bank" if external else "eval.mrr_images"
     if key in overridden(overrides):
         raise UserError(f"--images and {key} say the same; give one of them")
-
-
-def result_rows(results: Mapping[str, Any]) -> list[list[str]]:
-    """A row a measure for a table of a terminal: value, 95 % interval, chance, shuffled, neutral, untrained.
-
-    What does not apply is empty; all the rest of ``results``, the protocol above all, is left to JSON and report.
-    """
-    rows = []
-    regressed = [key for key in results if key.startswith("r2_") and f"{key}_untrained" in results]
-    alone = ("h1", "h5", "knn", "linear", "attentive", "equivariance", "invariance", *regressed)
-    for name, distance in (("mrr", ""), ("mrr", "_cosine"), *((n, "") for n in alone)):
-        if name + distance not in results:
-            continue
-        low, high = results.get(f"{name}{distance}_interval") or (None, None)
-        beside = [f"{name}_chance", *(f"{name}_{what}{distance}" for what in ("shuffled", "neutral", "untrained"))]
-        rows.append(
-            [
-                name + distance,
-                f"{results[name + distance]:.4f}",
-                "" if low is None else f"{low:.4f} – {high:.4f}",
-                *(f"{results[key]:.4f}" if key in results else "" for key in beside),
-            ]
-        )
-    for part, found in results.get("components", {}).items():
-        low, high = found["mrr_interval"]
-        controls = [f"{found[f'mrr_{key}']:.4f}" for key in ("chance", "shuffled", "neutral")]
-        rows.append([f"mrr, {part}", f"{found['mrr']:.4f}", f"{low:.4f} – {high:.4f}", *controls, ""])
-    return rows + _rollout_rows(results.get("rollout"))
-
-
-def _rollout_rows(rolled: Mapping[str, Any] | None) -> list[list[str]]:
-    """The error at each horizon, and that of the first frame's copy: the smaller the better."""
-    rows: list[list[str]] = []
-    if rolled is None:
-        return rows
-    for place, horizon in enumerate(rolled["horizons"]):
-        for name, key in (("error", "model"), ("error of a copy", "copy")):
-            low, high = rolled[f"{key}_interval"][place]
-            shuffled = f"{rolled['shuffled'][place]:.4f}" if key == "model" else ""
-            cells = [f"{rolled[key][place]:.4f}", f"{low:.4f} – {high:.4f}", "", shuffled, "", ""]
-            rows.append([f"roll-out, {name}, {horizon} ahead", *cells])
-    return rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import shutil
 
@@ -93,8 +94,8 @@ def test_evaluation_ranks_next_frames_rolls_out_and_shows_both(run, test_set, tm
     assert set(found) >= {"mrr_gain", "mrr_gain_interval", "mrr_shuffled", "mrr_neutral", "mrr_bypass", "mrr_protocol"}
     assert found["rollout"]["horizons"] == [1, 2, 3]
     assert len(found["rollout"]["copy_interval"]) == 3
-    page = (run / "report" / "index.html").read_text()
-    for words in ("Roll-outs", "copy of the first frame", "horizon, actions", "another query&#x27;s", "push "):
+    page = html.unescape((run / "report" / "index.html").read_text())
+    for words in ("Roll-outs", "copy of the first frame", "horizon, actions", "another query's", "push "):
         assert words in page
     assert f"{found['rollout']['model'][2]:.3f}" in page
 

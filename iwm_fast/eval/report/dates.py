@@ -5,21 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePath
-from typing import Any, Self
+from typing import Self
 
 from iwm_fast.eval.measurements import Measurement
-from iwm_fast.eval.report.page import number, section, table
+from iwm_fast.eval.registry import evaluation
+from iwm_fast.eval.report.drawing import drawing_of
+from iwm_fast.eval.report.page import Section, Table, number
 
 __all__ = ["Dated", "kept_table"]
-
-_NAMES = {
-    "mrr": "MRR",
-    "knn": "k-NN",
-    "linear": "linear probe",
-    "attentive": "attentive probe",
-    "equivariance": "equivariance",
-    "rollout": "roll-out, error of the first step",
-}
 
 
 @dataclass(frozen=True)
@@ -54,17 +47,17 @@ class Dated:
             return []
         dates = ", ".join(dict.fromkeys(when.values()))
         if len(set(when.values())) > 1:
-            dates = ", ".join(f"{_NAMES[name]} {date}" for name, date in when.items())
+            dates = ", ".join(f"{_title(name)} {date}" for name, date in when.items())
         return [f"Measured on {self.place}: {dates}."]
 
 
-def kept_table(measured: Sequence[Measurement]) -> str:
-    """A section with a row per measurement, the newest first; empty where there is none."""
+def kept_table(measured: Sequence[Measurement]) -> list[Section]:
+    """A section with a row per measurement, the newest first; none where there is none."""
     if not measured:
-        return ""
+        return []
     rows = [
         [
-            _NAMES.get(one.measure, one.measure),
+            _title(one.measure),
             *_figures(one),
             f"step {one.step}",
             PurePath(one.data).name or one.data,
@@ -75,23 +68,23 @@ def kept_table(measured: Sequence[Measurement]) -> str:
     head = ["", "value", "95 % interval", "chance", "checkpoint", "data", "measured"]
     places = dict.fromkeys(one.data for one in reversed(measured))
     note = "A measure that is taken again of the same checkpoint on the same data replaces its row. Data: "
-    return section("All that was measured of this run", table(head, rows), note + "; ".join(places) + ".")
+    return [Section("All that was measured of this run", [Table(head, rows)], [note + "; ".join(places) + "."])]
 
 
 def _figures(one: Measurement) -> list[str]:
     """Value, interval and chance, empty where there is none."""
-    results: Mapping[str, Any] = one.results
-    if one.measure == "rollout":
-        rolled = results["rollout"]
-        value, interval = rolled["model"][0], rolled["model_interval"][0]
-    else:
-        value, interval = results[one.measure], results.get(f"{one.measure}_interval")
-    chance = results.get(f"{one.measure}_chance")
+    found = drawing_of(one.measure).headline(one.measure, one.results)
+    ends = found.interval
     return [
-        number(value),
-        "" if interval is None else f"{number(interval[0])} – {number(interval[1])}",
-        "" if chance is None else number(chance),
+        number(found.value),
+        "" if ends is None else f"{number(ends[0])} – {number(ends[1])}",
+        "" if found.chance is None else number(found.chance),
     ]
+
+
+def _title(measure: str) -> str:
+    entry = evaluation(measure)
+    return measure if entry is None else entry.title
 
 
 def _when(date: str) -> str:

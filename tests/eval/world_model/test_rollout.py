@@ -14,7 +14,7 @@ from torch import nn
 from iwm_fast.actions.external import space_of
 from iwm_fast.data.triplets import read_triplets, resolve_triplets
 from iwm_fast.errors import UserError
-from iwm_fast.eval.run import result_rows
+from iwm_fast.eval.report.terminal import result_rows
 from iwm_fast.eval.world_model.frames import FrameReader, find_triplets
 from iwm_fast.eval.world_model.rollout import chains, measure_rollouts, rollout_errors
 from iwm_fast.models.iwm import IWM

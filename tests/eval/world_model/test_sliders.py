@@ -14,6 +14,7 @@ from worlds import RAW, Deaf, Oracle, pictures, tiny_config, tiny_model
 
 from iwm_fast.actions.transforms import ActionSpace, Jitter
 from iwm_fast.config import ActionsConfig, Config
+from iwm_fast.eval.report.page import block_html
 from iwm_fast.eval.report.report import write_report
 from iwm_fast.eval.report.slider_page import slider_card
 from iwm_fast.eval.world_model.bank import jittered_views
@@ -88,7 +89,7 @@ def test_places_are_those_of_brute_force():
 
 def test_a_card_shows_the_neutral_stop_without_its_script():
     (example,) = sliding_examples(Oracle(SPACE), RAW, SPACE, pictures(1), bank=64, stops=7, shown=4)
-    card = slider_card(example, "image0")
+    card = block_html(slider_card(example, "image0"))
     assert card.count('type="range"') == 4
     assert card.count(" disabled>") == 4
     assert card.count("<figure") == 2 + 2 * 4

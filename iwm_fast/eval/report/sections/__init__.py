@@ -1,0 +1,1 @@
+"""The sections of the evaluations whose figures need more than a table."""

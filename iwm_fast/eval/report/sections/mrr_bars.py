@@ -1,0 +1,93 @@
+"""The world model's section: mean reciprocal rank beside its controls."""
+
+from __future__ import annotations
+
+from iwm_fast.eval.report.charts import Bar, bars
+from iwm_fast.eval.report.dates import Dated
+from iwm_fast.eval.report.drawing import Drawing, Figure, Results, interval
+from iwm_fast.eval.report.page import Charts, Section, Table, number, percent
+
+__all__ = ["MrrDrawing"]
+
+_NAMES = {
+    "": "world model",
+    "_shuffled": "shuffled action",
+    "_neutral": "neutral action",
+    "_bypass": "no predictor",
+}
+
+
+class MrrDrawing(Drawing):
+    """MRR and its like by distance, beside chance and controls, and of each component of the action alone."""
+
+    def figures(self, results: Results) -> list[Figure]:
+        """By both distances, then the hits."""
+        del results
+        return [Figure("mrr"), Figure("mrr", "_cosine"), Figure("h1"), Figure("h5")]
+
+    def rows(self, results: Results) -> list[list[str]]:
+        """One for each component alone."""
+        rows = []
+        for part, found in results.get("components", {}).items():
+            low, high = found["mrr_interval"]
+            controls = [f"{found[f'mrr_{key}']:.4f}" for key in ("chance", "shuffled", "neutral")]
+            rows.append([f"mrr, {part}", f"{found['mrr']:.4f}", f"{low:.4f} – {high:.4f}", *controls, ""])
+        return rows
+
+    def section(self, results: Results, said: Dated) -> Section | None:
+        """Table, bars and components."""
+        if "mrr" not in results:
+            return None
+        head = ["", "value", "95 % interval", "chance", "shuffled action", "neutral action", "no predictor"]
+        values = [Bar(name, results[f"mrr{end}"], results.get(f"mrr{end}_interval")) for end, name in _NAMES.items()]
+        values.insert(1, Bar("chance", results["mrr_chance"]))
+        chart = bars(values, name=f"mrrbars{said.end}", label="mean reciprocal rank")
+        parts = [
+            [name, *(number(part[key]) for key in ("mrr", "mrr_chance", "mrr_shuffled"))]
+            for name, part in results.get("components", {}).items()
+        ]
+        alone = Table(["component alone", "MRR", "chance", "shuffled"], parts) if parts else None
+        return Section(
+            said.title("The world model"),
+            [Table(head, _rows(results)), Charts([chart], beside=alone)],
+            [*_notes(results), *said.lines("mrr")],
+        )
+
+
+def _rows(results: Results) -> list[list[str]]:
+    """A row a measure: value, interval, chance, then each control."""
+    rows = []
+    for name, key, end, form in (
+        ("MRR", "mrr", "", number),
+        ("H@1", "h1", "", percent),
+        ("H@5", "h5", "", percent),
+        ("MRR, cosine of pooled tokens", "mrr", "_cosine", number),
+    ):
+        controls = [form(results[f"{key}{control}{end}"]) for control in list(_NAMES)[1:]]
+        value = form(results[f"{key}{end}"])
+        rows.append([name, value, interval(results, f"{key}{end}", form), form(results[f"{key}_chance"]), *controls])
+    return rows
+
+
+def _notes(results: Results) -> list[str]:
+    """The protocol, and what the controls are."""
+    if "mrr_protocol" in results:
+        low, high = results["mrr_gain_interval"]
+        controls = (
+            f"Told the true action, 1 / rank is {results['mrr_gain']:+.3f} on average above that told another query's "
+            f"(95 % interval {low:+.3f} to {high:+.3f}; {percent(results['mrr_shuffled_same'])} of the queries are "
+            "told their own action all the same). Neutral: the zero vector. No predictor: the source frame's "
+            "representation is the answer, as if nothing had changed."
+        )
+        return [results["mrr_protocol"], controls]
+    protocol = (
+        f"The clean view of an image is encoded; told one of {results['mrr_bank']} colour jitters, the predictor "
+        "answers for all patches, and the jittered views are ranked by the distance of their representation to that. "
+        f"Mean of 1 / rank of the true one over {results['mrr_queries']} queries of each of {results['mrr_images']} "
+        "images; interval by bootstrap over images. Distance: L2 over all tokens."
+    )
+    controls = (
+        "Shuffled: told another view's action. Neutral: told of no change. No predictor: the source's representation "
+        "is the answer. The last two rank a bank once for all queries: with every action asked for they are at chance."
+    )
+    return [protocol, controls]

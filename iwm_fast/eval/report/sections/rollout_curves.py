@@ -1,0 +1,60 @@
+"""The roll-outs' section: the error over the horizon, beside copying the first frame."""
+
+from __future__ import annotations
+
+from iwm_fast.eval.report.charts import Line, lines
+from iwm_fast.eval.report.dates import Dated
+from iwm_fast.eval.report.drawing import Drawing, Figure, Headline, Results
+from iwm_fast.eval.report.page import Charts, Section, Table, number
+
+__all__ = ["RolloutDrawing"]
+
+
+class RolloutDrawing(Drawing):
+    """The error at each horizon, and that of the first frame's copy: the smaller the better."""
+
+    def figures(self, results: Results) -> list[Figure]:
+        """None: a roll-out has a figure per horizon, which are rows."""
+        del results
+        return []
+
+    def rows(self, results: Results) -> list[list[str]]:
+        """Two per horizon."""
+        rolled = results.get("rollout")
+        if rolled is None:
+            return []
+        rows: list[list[str]] = []
+        for place, horizon in enumerate(rolled["horizons"]):
+            for name, key in (("error", "model"), ("error of a copy", "copy")):
+                low, high = rolled[f"{key}_interval"][place]
+                shuffled = f"{rolled['shuffled'][place]:.4f}" if key == "model" else ""
+                cells = [f"{rolled[key][place]:.4f}", f"{low:.4f} – {high:.4f}", "", shuffled, "", ""]
+                rows.append([f"roll-out, {name}, {horizon} ahead", *cells])
+        return rows
+
+    def headline(self, name: str, results: Results) -> Headline:
+        """The error of the first step."""
+        rolled = results[name]
+        return Headline(rolled["model"][0], rolled["model_interval"][0])
+
+    def section(self, results: Results, said: Dated) -> Section | None:
+        """Curves with their bands, and a table."""
+        rolled = results.get("rollout")
+        if rolled is None:
+            return None
+        names = {"model": "world model", "shuffled": "shuffled actions", "copy": "copy of the first frame"}
+        drawn = [Line(name, rolled[key], rolled[f"{key}_interval"]) for key, name in names.items()]
+        chart = lines(
+            rolled["horizons"], drawn, name=f"rollout{said.end}", across="horizon, actions", label="mean square error"
+        )
+        rows = [[name, *(number(value) for value in rolled[key])] for key, name in names.items()]
+        protocol = (
+            f"From each of {rolled['starts']} frames the predictor's answer is fed back to it with the next action. "
+            "Error: mean square over tokens and channels of its difference to the target representation of the frame "
+            "that came. Bands: 95 % interval by bootstrap over roll-outs. Training asks for one step only."
+        )
+        return Section(
+            said.title("Roll-outs"),
+            [Charts([chart]), Table(["horizon", *map(str, rolled["horizons"])], rows)],
+            [protocol, *said.lines("rollout")],
+        )
