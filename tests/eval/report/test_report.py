@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import re
 from datetime import UTC, datetime
 from html.parser import HTMLParser
@@ -16,7 +17,10 @@ from iwm_fast.actions.transforms import ActionSpace
 from iwm_fast.config import PredictorConfig
 from iwm_fast.eval.evaluate import evaluate_model
 from iwm_fast.eval.report.charts import Bar, Line, Place, bars, curve, lines, places
+from iwm_fast.eval.report.example_page import ExampleCard
+from iwm_fast.eval.report.page import Charts, Fold, Picture, Table, block_html
 from iwm_fast.eval.report.report import read_metrics, write_report
+from iwm_fast.eval.report.slider_page import Control, Nearest, SliderCard
 from iwm_fast.eval.representation.view_pairs import left_out_line
 from iwm_fast.eval.splits import TensorSplit
 from iwm_fast.eval.world_model.examples import ranked_examples
@@ -130,6 +134,27 @@ def test_text_is_escaped_and_results_are_shown(tmp_path, results):
     assert f"Left out: {left_out_line(results['equivariance_left_out'])}." in words
     assert "2026-11-23 12:00 UTC" in words
     assert "min_context: 1" in words
+
+
+PICTURE = Picture("data:image/png;base64,AA==", EVIL, pixels=True, asked=True)
+BLOCKS = {
+    "table": Table([EVIL], [[EVIL]]),
+    "fold": Fold(EVIL, EVIL),
+    "beside charts": Charts([], beside=Table([EVIL], [])),
+    "example": ExampleCard(EVIL, EVIL, 2, [(EVIL, [PICTURE])]),
+    "sliders": SliderCard(
+        [Control(EVIL, EVIL, 2, 1, EVIL)], PICTURE, PICTURE, [Nearest(EVIL, EVIL, EVIL, [PICTURE])], 2, {EVIL: [EVIL]}
+    ),
+}
+
+
+@pytest.mark.parametrize("block", BLOCKS.values(), ids=BLOCKS)
+def test_no_block_takes_text_for_markup(block):
+    text = block_html(block)
+    assert "<script>alert" not in text
+    assert EVIL in walk(text).text
+    data = re.findall(r'<script type="application/json">(.*?)</script>', text)
+    assert [json.loads(part) for part in data] == ([{EVIL: [EVIL]}] if isinstance(block, SliderCard) else [])
 
 
 def test_pictures_are_those_of_the_example(tmp_path, results):
