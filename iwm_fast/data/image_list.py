@@ -16,7 +16,7 @@ from iwm_fast.data.decode.verdicts import VERDICT, Verdicts
 from iwm_fast.data.randomness import uniforms
 from iwm_fast.data.sources import PATIENCE, Labels, Patience, Source, Storage, open_source
 from iwm_fast.data.sources.left_out import some
-from iwm_fast.data.train_test import Layout, find_layout, refuse_masks, refuse_split_classes, splits_of_shards
+from iwm_fast.data.split_layout import Layout, find_layout, refuse_masks, refuse_split_classes, splits_of_shards
 from iwm_fast.errors import UserError
 from iwm_fast.notices import tell_once
 

@@ -21,7 +21,7 @@ from iwm_fast.data.sources import top_level
 from iwm_fast.data.sources.kinds import is_image
 from iwm_fast.data.sources.split_names import split_kind
 from iwm_fast.data.sources.storage import LocalStorage
-from iwm_fast.data.train_test import Layout, layout_of_folders
+from iwm_fast.data.split_layout import Layout, layout_of_folders
 from iwm_fast.errors import UserError
 
 __all__ = ["MaskedSet", "divide_masked", "is_masked", "read_mask", "split_masked"]

@@ -16,7 +16,7 @@ from iwm_fast.cost.conflicts import conflicts, require_a_step
 from iwm_fast.data.image_list import ImageSet, list_images
 from iwm_fast.data.loader import TrainingStream
 from iwm_fast.data.sources import Patience
-from iwm_fast.data.train_test import tell_of_splits
+from iwm_fast.data.split_layout import tell_of_splits
 from iwm_fast.data.triplet_stream import PairStream
 from iwm_fast.data.triplets import Triplets, resolve_triplets
 from iwm_fast.engine.build import require_machine, trained_model

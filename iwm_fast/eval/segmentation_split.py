@@ -13,7 +13,7 @@ from torch import Tensor
 
 from iwm_fast.config import Config
 from iwm_fast.data.segmentation import MaskedSet, divide_masked, read_mask
-from iwm_fast.data.train_test import Layout
+from iwm_fast.data.split_layout import Layout
 from iwm_fast.errors import UserError
 from iwm_fast.eval.splits import FileSplit, Labels
 from iwm_fast.eval.stats import evenly_spaced

@@ -17,7 +17,7 @@ from iwm_fast.config import Config, DataConfig
 from iwm_fast.data.eval_images import load_clean
 from iwm_fast.data.image_list import ImageSet, divide
 from iwm_fast.data.sources import Patience
-from iwm_fast.data.train_test import Layout
+from iwm_fast.data.split_layout import Layout
 from iwm_fast.errors import UserError
 from iwm_fast.eval.stats import evenly_spaced
 from iwm_fast.eval.unusable import LeftOut

@@ -26,7 +26,7 @@ from iwm_fast.data.sources.kinds import MANIFEST_FILE, is_manifest
 from iwm_fast.data.sources.manifest import BY_PILLOW, COLUMNS, Header
 from iwm_fast.data.sources.names import escape
 from iwm_fast.data.sources.s3 import is_address
-from iwm_fast.data.train_test import tell_of_splits
+from iwm_fast.data.split_layout import tell_of_splits
 from iwm_fast.data.workers import Span, in_order
 from iwm_fast.environment import usable_cores
 from iwm_fast.errors import UserError, because

@@ -31,7 +31,7 @@ from iwm_fast.data.sources.kinds import NAMELESS, is_member_image
 from iwm_fast.data.sources.names import escape
 from iwm_fast.data.sources.shard_index import INDEX_VERSION
 from iwm_fast.data.sources.webdataset import CLASSES_FILE
-from iwm_fast.data.train_test import tell_of_splits
+from iwm_fast.data.split_layout import tell_of_splits
 from iwm_fast.errors import UserError, because
 from iwm_fast.file_locks import hold
 from iwm_fast.outputs import require_folder

@@ -10,9 +10,9 @@ from made_images import encode, picture
 
 from iwm_fast.data.image_list import divide
 from iwm_fast.data.sources.split_names import split_kind
+from iwm_fast.data.split_layout import find_layout, splits_of_shards, tell_of_splits
 from iwm_fast.data.tools.index import write_index
 from iwm_fast.data.tools.shard import write_shards
-from iwm_fast.data.train_test import find_layout, splits_of_shards, tell_of_splits
 from iwm_fast.errors import UserError
 
 RAW = encode(picture(9, 7), "PNG")
