@@ -31,13 +31,13 @@ from iwm_fast.actions.transforms import ActionSpace
 from iwm_fast.config import Config, load_config
 from iwm_fast.config.load import find_config
 from iwm_fast.engine.distributed.ranks import Ranks, leave, start
+from iwm_fast.engine.micro_batch import Packer
 from iwm_fast.engine.schedules import Schedules
 from iwm_fast.measure.harness import MANY_STEPS, prepare_trainer
 from iwm_fast.measure.synthetic import BatchStream, synthetic_stream
 from iwm_fast.measure.timing import spread
 from iwm_fast.models.decay import decayed_parameters
 from iwm_fast.models.iwm import IWM
-from iwm_fast.models.packing import Segments
 from iwm_fast.outputs import require_result
 from iwm_fast.programs import run_program
 from iwm_fast.results import write_result
@@ -77,6 +77,7 @@ def _bare_side(config: Config, space: ActionSpace, stream: BatchStream, ranks: R
     assert model.target_encoder is not None
     average: list[torch.Tensor] = list(model.target_encoder.parameters())
     online: list[torch.Tensor] = list(model.encoder.parameters())
+    pack = Packer(config, stream.micro_batch, model.predicts, ranks.device, ranks.world)
     schedules, endless, count = Schedules(config.train, MANY_STEPS), iter(stream), itertools.count()
 
     def step() -> None:
@@ -85,15 +86,7 @@ def _bare_side(config: Config, space: ActionSpace, stream: BatchStream, ranks: R
             group["lr"] = schedules.lr(i)
         optimizer.param_groups[0]["weight_decay"] = schedules.weight_decay(i)
         optimizer.zero_grad()
-        patches, device = batch.patches, ranks.device
-        context, predicted = (torch.from_numpy(part).to(device) for part in (patches.context, patches.target))
-        output = trained(
-            batch.source.to(device), batch.target.to(device), batch.action.to(device),
-            context, Segments.from_lengths(patches.context_lengths, device),
-            predicted, Segments.from_lengths(patches.target_lengths, device),
-            ranks.world / (batch.global_target * model.encoder.width),
-        )  # fmt: skip
-        output.loss.backward()
+        trained(*pack(batch).arguments).loss.backward()
         optimizer.step()
         with torch.no_grad():
             torch._foreach_lerp_(average, online, 1.0 - schedules.ema(i))

@@ -74,6 +74,7 @@ class Parts(Spans):
                 self._watch(module, "forward", "bf16 weights")
             if isinstance(module, IWM):
                 self._watch(module, "forward", _REST)
+                self._watch(module.objective, "values", _LOSS)
                 self._watch_components(module)
 
     @contextlib.contextmanager
@@ -103,7 +104,7 @@ class Parts(Spans):
             return f"{self._span}/DeepSpeed" if _in_deepspeed(sys._getframe(1)) else None  # noqa: SLF001
         if self._span not in ("forward", "backward"):
             return self._span
-        return f"{self._span}/{_LOSS if operator.startswith('stopgrad_l2') else self._module_part()}"
+        return f"{self._span}/{self._module_part()}"
 
     def _module_part(self) -> str:
         if self._within:
@@ -133,8 +134,8 @@ class Parts(Spans):
                 if isinstance(module, PatchEmbedding):
                     self._watch(module, "forward", _EMBEDDING)
 
-    def _watch(self, module: nn.Module, method: str, part: str) -> None:
-        watched = getattr(module, method)
+    def _watch(self, owner: object, method: str, part: str) -> None:
+        watched = getattr(owner, method)
 
         def inside(*args: object, **kwargs: object) -> object:
             # Where encoder and target are one, what is not differentiated is the target.
@@ -147,7 +148,7 @@ class Parts(Spans):
                 self._within.pop()
                 self._mark()
 
-        setattr(module, method, inside)
+        setattr(owner, method, inside)
 
     def _mark(self) -> None:
         self._numbers.append(torch._C._autograd._get_sequence_nr())  # noqa: SLF001  (has no public name)
@@ -182,7 +183,7 @@ def _optimizer_part(operator: str, frame: FrameType) -> str:
         for part, words in _WORDS:
             if any(word in function.lower() for word in words):
                 return part
-        if file.endswith("engine/loop.py"):
+        if file.endswith("engine/step.py"):
             break
         if any(place in file for place in _OPTIMIZERS):
             return "AdamW"

@@ -1,6 +1,6 @@
 """Launches of a training step by part, counted without a GPU.
 
-The step is the training loop's own (`engine.loop.Trainer`), on one rank. Model, loss and their backward pass run on
+The step is the training loop's own (`engine.step.Trainer`), on one rank. Model, loss and their backward pass run on
 tensors without memory, in the configuration's sizes. DeepSpeed, the optimizer and the EMA run for real, on the CPU,
 over weights of those sizes with gradients of zero: 16 bytes a trained parameter and more are in memory. What they
 launch is what they dispatch there, by the chunks that CUDA's multi-tensor kernels take (`launch_rules`); Triton's

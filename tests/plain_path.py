@@ -150,7 +150,7 @@ class PlainModule(nn.Module):
 
     def forward(
         self, source: Tensor, target: Tensor, action: Tensor, context: Tensor, seen: Segments, predicted: Tensor,
-        asked: Segments, loss_scale: float,
+        asked: Segments, factors: tuple[float, ...],
     ) -> IWMOutput:  # fmt: skip
         lengths = [np.array(segments.lengths) for segments in (seen, asked)]
         patches = PatchSets(context.numpy(), lengths[0], predicted.numpy(), lengths[1])
@@ -158,7 +158,8 @@ class PlainModule(nn.Module):
         loss = self._plain[0](plain_batch(Batch(source, target, action, patches, ids, ids, seen.total, asked.total)))
         width = self.predictor.proj.out_features
         # The mean over this micro-batch, as the engine's share of the global one.
-        return IWMOutput(loss * (asked.total * width * loss_scale), asked.total, target.new_zeros(2, width).float())
+        loss = loss * (asked.total * width * factors[0])
+        return IWMOutput(loss, loss.detach(), asked.total, target.new_zeros(2, width).float())
 
 
 def _levels(images: Tensor) -> Tensor:

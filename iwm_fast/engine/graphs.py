@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -147,8 +147,8 @@ class GraphedStep(nn.Module):
         captured = self._graphs[key]
         torch._foreach_copy_(captured.inputs, _tensors(arguments), non_blocking=True)
         captured.replay()
-        loss = _Handed.apply(captured.found.loss, captured.gradients, *captured.parameters)
-        return Losses(loss, captured.found.target, captured.found.rows).output(asked.real)
+        found = captured.found.output(asked.real)
+        return replace(found, loss=_Handed.apply(found.loss, captured.gradients, *captured.parameters))
 
     def _capture(self, key: tuple[int, int], arguments: tuple[Any, ...]) -> _Captured:
         trained = [p for p in self.model.parameters() if p.requires_grad]
@@ -157,13 +157,14 @@ class GraphedStep(nn.Module):
         inputs = [tensor.clone() for tensor in _tensors(arguments)]
 
         def work() -> tuple[Losses, list[nn.Parameter]]:
-            *given, factor = _with_tensors(arguments, inputs)
+            given, factors = _with_tensors(arguments, inputs)
             found: Losses = self.model(*given, per_size=True)
-            # The factor of the loss differs between batches: it comes in as a gradient, in fp32.
-            made = torch.autograd.grad(found.loss, trained, factor, allow_unused=True)
+            # A term's factor differs between batches: it comes in as a gradient, in fp32.
+            made = torch.autograd.grad(found.terms, trained, factors, allow_unused=True)
             used = [(p, g) for p, g in zip(trained, made, strict=True) if g is not None]
             torch._foreach_copy_([self._gradients[p] for p, _ in used], [g for _, g in used])
-            return Losses(found.loss.detach() * factor, found.target, found.rows), [p for p, _ in used]
+            terms = tuple(term.detach() * factor for term, factor in zip(found.terms, factors, strict=True))
+            return Losses(terms, found.target, found.rows), [p for p, _ in used]
 
         try:
             (found, used), replay = self._recorder.record(work)
@@ -182,20 +183,20 @@ def _own(arguments: tuple[Any, ...]) -> list[Tensor]:
 
 
 def _tensors(arguments: tuple[Any, ...]) -> list[Tensor]:
-    """Every tensor of a call's arguments, each once; the loss's factor, the last argument, as one."""
+    """Every tensor of a call's arguments, each once; the terms' factors, the last argument, as one each."""
     found: dict[int, Tensor] = {}
     for tensor in _own(arguments):
         found.setdefault(id(tensor), tensor)
     device = next(iter(found.values())).device
-    # A fill, not a copy from the host.
-    return [*found.values(), torch.full((), arguments[-1], dtype=torch.float32, device=device)]
+    # Fills, not copies from the host.
+    return [*found.values(), *(torch.full((), factor, dtype=torch.float32, device=device) for factor in arguments[-1])]
 
 
-def _with_tensors(arguments: tuple[Any, ...], tensors: Sequence[Tensor]) -> list[Any]:
-    """The same call with other tensors, in the order of `_tensors`; the factor as a tensor."""
+def _with_tensors(arguments: tuple[Any, ...], tensors: Sequence[Tensor]) -> tuple[list[Any], Sequence[Tensor]]:
+    """The same call with other tensors, in the order of `_tensors`, and the factors as tensors."""
     own = _own(arguments)
     order = list(dict.fromkeys(id(tensor) for tensor in own))
-    other = dict(zip(order, tensors[:-1], strict=True))
+    other = dict(zip(order, tensors, strict=False))
     made: dict[int, Segments] = {}
     given: list[Any] = []
     for part, tensor in zip(arguments[:-1], own, strict=True):
@@ -204,4 +205,4 @@ def _with_tensors(arguments: tuple[Any, ...], tensors: Sequence[Tensor]) -> list
             given.append(made.setdefault(id(part), same))
         else:
             given.append(other[id(tensor)])
-    return [*given, tensors[-1]]
+    return given, tensors[len(order) :]

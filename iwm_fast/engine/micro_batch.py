@@ -10,6 +10,7 @@ import torch
 from iwm_fast.config import Config
 from iwm_fast.cost.rounding import rounding_of
 from iwm_fast.data.batch import Batch
+from iwm_fast.models.losses import GlobalBatch, objective_of
 from iwm_fast.models.packing import pack
 
 __all__ = ["Packed", "Packer"]
@@ -32,27 +33,28 @@ class Packer:
 
     def __init__(self, config: Config, micro_batch: int, predicts: str, device: torch.device, world: int) -> None:
         self._rounding = rounding_of(config, micro_batch)
-        self._width, self._world = config.model.encoder_shape.width, world
+        self.objective = objective_of(config.model)
+        self._images, self._width = config.train.global_batch, config.model.encoder_shape.width
+        self._world, self._micro_batches = world, config.train.global_batch // micro_batch
         self._predicts, self._device = predicts, device
         self.sizes: set[tuple[int, int]] = set()
 
     def __call__(self, batch: Batch) -> Packed:
-        """The batch's tensors on the device, its patches packed, and the factor of its loss.
-
-        The loss is this micro-batch's share of the mean over the global batch, whose tokens every rank knows, times the
-        ranks: DeepSpeed averages gradients over them.
-        """
+        """The batch's tensors on the device, its patches packed, and the factors of its loss's terms."""
         device, patches = self._device, batch.patches
         context, seen = self._pack(patches.context, patches.context_lengths)
         predicted, asked, tokens = context, seen, batch.global_context
         if self._predicts == "target":
             predicted, asked = self._pack(patches.target, patches.target_lengths)
             tokens = batch.global_target
+        whole = GlobalBatch(
+            self._world, self._micro_batches, self._images, batch.global_context, tokens, self._width
+        )  # fmt: skip
         self.sizes.add((seen.total, asked.total))
         padding = seen.total - seen.real + (asked.total - asked.real if asked is not seen else 0)
         arguments = (
             batch.source.to(device), batch.target.to(device), batch.action.to(device, non_blocking=True),
-            context, seen, predicted, asked, self._world / (tokens * self._width),
+            context, seen, predicted, asked, self.objective.factors(whole),
         )  # fmt: skip
         return Packed(arguments, padding)
 

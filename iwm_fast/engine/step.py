@@ -78,7 +78,7 @@ class Trainer:
             spans.note = lambda part: live.at(f"{part} of step {number}")
         lr, decay = self.schedules.lr(self.step), self.schedules.weight_decay(self.step)
         set_hyperparameters(self.zero.optimizer, lr, decay)
-        total = torch.zeros((), dtype=torch.float32, device=self.ranks.device)
+        totals = torch.zeros(len(self.packer.objective.terms), dtype=torch.float32, device=self.ranks.device)
         ids: list[int] = []
         epochs: list[int] = []
         for _ in range(self.stream.accumulation):
@@ -88,9 +88,9 @@ class Trainer:
                 epochs += batch.epochs.tolist()
             with spans("forward"), self._own.computing():
                 output = self._forward(batch)
-                total += output.loss.detach()
+                totals += output.terms
             with spans("backward"):
-                # The loss has its factor already, so that the gradient that comes in is 1: stopgrad_l2 wrote it so.
+                # The terms have their factors: the gradient that comes in is 1, and stopgrad_l2 wrote its own for that.
                 self.zero.engine.backward(output.loss, scale_wrt_gas=False)
             with spans("optimizer"):
                 self.zero.engine.step()
@@ -101,14 +101,14 @@ class Trainer:
             with spans("ema"):
                 self.average.update(self.schedules.ema(self.step - 1), unless=found_inf)
         logged = self.step % self.config.log.every_steps == 0 or self.step == 1 or self._last_step
-        loss = self._global_loss(total) if logged else None  # waits for the device: the step's work ends here
+        losses = self._global_losses(totals) if logged else None  # waits for the device: the step's work ends here
         now = time.perf_counter()
         self.counter.add(now - self._mark, spans.parts)
         self._mark = now
-        if loss is None:
+        if losses is None:
             return None
         self.settle()
-        record = self._record(loss, lr, decay, output.target_features)
+        record = self._record(losses, lr, decay, output.target_features)
         record["diagnostics_s"] = time.perf_counter() - now
         self.restart_clock()
         return record
@@ -134,21 +134,22 @@ class Trainer:
         self.counter.count(batch.patches.context_lengths, batch.patches.target_lengths, packed.padding)
         return self.zero.engine(*packed.arguments)
 
-    def _global_loss(self, total: Tensor) -> float:
-        """The mean over the global batch; all ranks call it."""
+    def _global_losses(self, totals: Tensor) -> list[float]:
+        """Each term over the global batch; all ranks call it."""
         if self.ranks.world > 1:
-            dist.all_reduce(total)
-            total = total / self.ranks.world
-        return float(total)
+            dist.all_reduce(totals)
+            totals = totals / self.ranks.world
+        values: list[float] = totals.tolist()
+        return values
 
-    def _record(self, loss: float, lr: float, decay: float, features: Tensor) -> dict[str, Any]:
+    def _record(self, losses: list[float], lr: float, decay: float, features: Tensor) -> dict[str, Any]:
         images = self.config.train.global_batch
         timing = self._timing(images)
         return {
             "step": self.step,
             "epoch": self.step * images / self.dataset_size,
             "samples_seen": self.step * images,
-            "loss": loss,
+            **self.packer.objective.logged(losses),
             "lr": lr,
             "weight_decay": decay,
             "ema_momentum": self.schedules.ema(self.step - 1) if self.average is not None else None,

@@ -1,8 +1,9 @@
-"""The image world model: context encoder, target encoder, conditioned predictor, and the loss that ties them."""
+"""The image world model: context encoder, target encoder, conditioned predictor."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from iwm_fast import kernels
 from iwm_fast.config.schema import ModelConfig
-from iwm_fast.models.blocks import NORM_EPS, Kept, layer_norm_rows, limit_workspace
+from iwm_fast.models.blocks import Kept, layer_norm_rows, limit_workspace
 from iwm_fast.models.cuda_stream import SideStream
 from iwm_fast.models.fp8 import products_in_fp8
+from iwm_fast.models.losses import ForwardPass, objective_of, together
 from iwm_fast.models.packing import Segments
 from iwm_fast.models.predictors import MlpPredictor, VitPredictor, predict_all
 from iwm_fast.models.vit import VisionTransformer
@@ -28,25 +29,27 @@ _RANK_ME_TOKENS = 2048
 class IWMOutput:
     """What one forward pass gives.
 
-    loss: fp32 scalar, loss_scale · Σ‖ẑ − z‖² over the predicted tokens.
+    loss: fp32 scalar, the sum of the objective's terms, each times its factor.
+    terms: fp32, detached, for the log: () of the only term, or (T,) of several. To be read before the next call.
     tokens: predicted tokens, on the host.
-    target_features: (T, D), detached: T ≤ 2048 of the target encoder's predicted tokens, before any normalisation for
+    target_features: (F, D), detached: F ≤ 2048 of the target encoder's predicted tokens, before any normalisation for
         the loss, evenly spread over them.
     """
 
     loss: Tensor
+    terms: Tensor
     tokens: int
     target_features: Tensor
 
 
 @dataclass(frozen=True, eq=False)
 class Losses:
-    """A batch's loss, and what the signs of collapse are read from.
+    """The terms of a batch's loss, each times its factor, and what the signs of collapse are read from.
 
     target: (M, D), detached, the target encoder's tokens; rows: int64 (Nt,), those that were predicted, or None: all.
     """
 
-    loss: Tensor
+    terms: tuple[Tensor, ...]
     target: Tensor
     rows: Tensor | None
 
@@ -57,7 +60,7 @@ class Losses:
             features = self.target[:predicted:every].clone()
         else:
             features = self.target.index_select(0, self.rows[:predicted:every])
-        return IWMOutput(self.loss, predicted, features)
+        return IWMOutput(*together(self.terms), predicted, features)
 
 
 class IWM(nn.Module):
@@ -65,8 +68,8 @@ class IWM(nn.Module):
 
     encoder: of the source. target_encoder: of the target, or None where the encoder itself is (model.target: shared).
     predictor: the world model. predicts: which patches it answers for, "target" (those of the target blocks) or
-    "context" (the source's own visible ones, the mlp predictor). target_stream: where `forward` computes the target,
-    the current stream until it is given another.
+    "context" (the source's own visible ones, the mlp predictor). objective: what is minimised. target_stream: where
+    `forward` computes the target, the current stream until it is given another.
 
     Weights begin the same for the same torch seed. They may be cast to bf16 as a whole: inputs follow, and
     normalisation statistics, softmax and loss stay in fp32. The target encoder is never differentiated; moving it
@@ -85,6 +88,7 @@ class IWM(nn.Module):
         self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False) if model.target == "ema" else None
         if self.target_encoder is not None and model.target_precision == "fp8":
             products_in_fp8(self.target_encoder)
+        self.objective = objective_of(model)
         self.target_stream = SideStream()
         self.predictor: VitPredictor | MlpPredictor
         self.predicts: Literal["target", "context"]
@@ -112,7 +116,7 @@ class IWM(nn.Module):
         context_segments: Segments,
         predicted: Tensor,
         predicted_segments: Segments,
-        loss_scale: float = 1.0,
+        loss_scale: float | Sequence[float] = 1.0,
         *,
         per_size: bool = False,
     ) -> IWMOutput | Losses:
@@ -126,8 +130,8 @@ class IWM(nn.Module):
             context_segments: of the Nc patches; may end with padding.
             predicted: int64 (Nt,), the target's patches to predict, packed; with the mlp predictor, the context's.
             predicted_segments: of the Nt patches, with as many segments of padding: their tokens have no loss.
-            loss_scale: what the summed loss is multiplied by; the division by N · D is the caller's, because N may be
-                of more than this batch.
+            loss_scale: what the objective's terms, sums over this batch, are multiplied by: one number for each term
+                (`Objective.factors`), or one for all.
             per_size: give `Losses`, before anything is read that differs between batches of the same sizes.
 
         Raises:
@@ -156,16 +160,10 @@ class IWM(nn.Module):
         else:
             prediction = self.predictor(z_x, context, context_segments, predicted, predicted_segments, action)
         self.target_stream.give(z_y)
-        loss = kernels.stopgrad_l2(
-            prediction,
-            z_y,
-            index=_with_loss(index, predicted_segments),
-            normalize_target=self.config.normalize_target,
-            reduction="sum",
-            scale=loss_scale,
-            eps=NORM_EPS,
-        )
-        found = Losses(loss, z_y, index)
+        rows = _with_loss(index, predicted_segments)
+        given = ForwardPass(z_x, context_segments, prediction, predicted_segments, z_y, rows)
+        factors = (loss_scale,) * len(self.objective.terms) if isinstance(loss_scale, int | float) else loss_scale
+        found = Losses(self.objective.values(given, factors), z_y, index)
         return found if per_size else found.output(predicted_segments.real)
 
     def encode(self, images: Tensor, which: Literal["target", "context"] = "context") -> Tensor:

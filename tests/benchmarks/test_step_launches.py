@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from second_term import WITH_VARIANCE
 
 from iwm_fast.benchmarks.launches import main
 from iwm_fast.benchmarks.presets import preset_config
@@ -12,6 +13,7 @@ from iwm_fast.benchmarks.step_launches import step_launches
 from iwm_fast.cost.layout import layout_of
 from iwm_fast.engine.distributed.ranks import start
 from iwm_fast.errors import UserError
+from iwm_fast.models import losses
 
 DEPTH, PREDICTOR_DEPTH = 12, 6  # of cpu-tiny
 SMALL = ("train.global_batch=8", "train.precision=bf16", "zero.stage=0")
@@ -161,3 +163,14 @@ def test_several_configurations_are_counted_in_one_call(tmp_path):
 def test_anything_but_one_configuration_is_refused(words):
     with pytest.raises(UserError):
         main([*words, "--json", "-"])
+
+
+def test_a_second_term_of_the_loss_counts_as_loss_and_one_costs_what_its_kernel_does(monkeypatch):
+    """Stop-gradient L2: the sums and their total, and its gradient for an incoming one, which is made."""
+    one = counted()
+    assert (one["forward/loss"], one["backward/loss"]) == (2, 2)
+    monkeypatch.setattr(losses, "TERMS", WITH_VARIANCE)
+    two = counted()
+    assert two["forward/loss"] > one["forward/loss"] + 5
+    assert two["backward/loss"] > one["backward/loss"] + 5
+    assert two["backward/context encoder/mlp"] == one["backward/context encoder/mlp"]

@@ -7,6 +7,8 @@ With ``record`` a rank also writes what it held and sent to OUT/NAME.RANK.json: 
 first checkpoint is about to be copied, and for each step the epochs and ids of its samples and its all-gathers of
 bytes, the form in which the target's copy travels.
 
+With ``variance`` the training has a second term, a statistic of all ranks' tokens.
+
 With ``fastest``, by rank the number of the candidate that is the fastest, block sizes are timed as on a GPU though
 Triton interprets the kernels, and a rank writes those that it used to OUT/NAME.choices.RANK.json.
 """
@@ -20,6 +22,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from second_term import WITH_VARIANCE
 from small_run import small_config
 
 from iwm_fast.engine import ema, pretrain
@@ -30,6 +33,9 @@ from iwm_fast.eval.online import OnlineEvaluator
 from iwm_fast.kernels import use_backend
 from iwm_fast.kernels._tuning import run_choices as _run_choices
 from iwm_fast.kernels._tuning.tuner import Tuner, key_of
+from iwm_fast.models import losses
+
+TERMS = losses.TERMS
 
 
 def fp32_storages():
@@ -131,6 +137,7 @@ for job in jobs:
     changes = json.loads(job)
     name, resume, record = changes.pop("name"), changes.pop("resume", "never"), changes.pop("record", False)
     fastest = changes.pop("fastest", None)
+    losses.TERMS = WITH_VARIANCE if changes.pop("variance", False) else TERMS
     config = small_config(Path(images), **changes)
     if fastest is not None:
         rank = int(os.environ["RANK"])

@@ -9,7 +9,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from second_term import WITH_VARIANCE
 from small_run import small_config
+from torch.utils._pytree import tree_leaves
 
 from iwm_fast.actions.external import space_of
 from iwm_fast.engine import build, zero
@@ -19,6 +21,11 @@ from iwm_fast.errors import UserError
 from iwm_fast.measure.harness import prepare_trainer
 from iwm_fast.measure.synthetic import synthetic_stream
 from iwm_fast.models import attention
+from iwm_fast.models import losses as losses_module
+
+
+def tensors_of(found):
+    return [t for t in tree_leaves(vars(found)) if t is not None]
 
 
 class Again:
@@ -26,12 +33,12 @@ class Again:
 
     def record(self, work):
         first = work()
-        tensors = [t for t in vars(first[0]).values() if t is not None]
+        tensors = tensors_of(first[0])
         for tensor in tensors:
             tensor.fill_(float("nan") if tensor.is_floating_point() else 0)
 
         def replay():
-            for old, new in zip(tensors, (t for t in vars(work()[0]).values() if t is not None), strict=True):
+            for old, new in zip(tensors, tensors_of(work()[0]), strict=True):
                 old.copy_(new)
 
         return first, replay
@@ -100,6 +107,15 @@ def test_replays_train_as_the_step_without_graphs_and_nothing_they_read_moves(wi
     assert places[-1][:weights] == places[0][:weights]
     for mine, other in zip(trainer.zero.module.parameters(), eager.zero.module.parameters(), strict=True):
         torch.testing.assert_close(mine, other, rtol=0, atol=5e-2 if bf16 else 2e-4)
+
+
+def test_replays_train_with_a_second_term_whose_factor_is_another(without_gpu, monkeypatch):
+    monkeypatch.setattr(losses_module, "TERMS", WITH_VARIANCE)
+    _, expected, _ = trained_for(9, graphs=False)
+    trainer, found, _ = trained_for(9, graphs=True)
+    assert found == pytest.approx(expected, rel=2e-5)
+    assert trainer.zero.graphed.captures
+    assert {"loss_prediction", "loss_variance"} <= trainer.train_step().keys()
 
 
 def test_without_gradients_or_inside_eager_the_model_computes_as_it_is(without_gpu):

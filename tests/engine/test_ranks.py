@@ -3,10 +3,12 @@
 import pytest
 import torch
 from launched import on_ranks
+from second_term import WITH_VARIANCE
 from small_run import losses, metrics, small_config, state
 
 from iwm_fast.engine import pretrain
 from iwm_fast.eval.online import OnlineEvaluator
+from iwm_fast.models import losses as losses_module
 
 pytestmark = pytest.mark.slow  # two ranks, a dozen trainings
 
@@ -35,6 +37,11 @@ def runs(tiny_images, tmp_path_factory):
     measured |= {"eval__bank": 16}
     pretrain(small_config(tiny_images, **measured), out / "one_measured", evaluator=OnlineEvaluator())
     jobs += [{"name": f"two_measured_{s}", "zero__stage": s, **measured} for s in (0, 2)]
+    short = {"train__steps": 6}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(losses_module, "TERMS", WITH_VARIANCE)
+        pretrain(small_config(tiny_images, **short), out / "one_variance")
+    jobs += [{"name": f"two_variance_{s}", "variance": True, "zero__stage": s, **short} for s in (0, 1, 2, 3)]
     on_ranks(2, tiny_images, out, jobs)
     for stage in (0, 1, 3):
         pretrain(small_config(tiny_images, zero__stage=0), out / f"two_then_one_{stage}", resume="auto")
@@ -46,6 +53,14 @@ def test_two_ranks_follow_one(runs, stage):
     assert losses(runs / f"two_{stage}") == pytest.approx(losses(runs / "one"), rel=1e-4)
     norms = [[r["grad_norm"] for r in metrics(runs / name)] for name in (f"two_{stage}", "one")]
     assert norms[0] == pytest.approx(norms[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_term_that_is_a_statistic_of_the_global_batch_is_the_same_on_two_ranks(runs, stage):
+    one, two = (metrics(runs / name) for name in ("one_variance", f"two_variance_{stage}"))
+    for key in ("loss", "loss_prediction", "loss_variance"):
+        assert [r[key] for r in two] == pytest.approx([r[key] for r in one], rel=1e-4)
+    assert [r["grad_norm"] for r in two] == pytest.approx([r["grad_norm"] for r in one], rel=1e-3)
 
 
 @pytest.mark.parametrize("stage", [1, 3])
