@@ -33,8 +33,7 @@ from iwm_fast.benchmarks.scaling import BATCHES, fit_line
 from iwm_fast.config import Config, load_config
 from iwm_fast.config.load import find_config
 from iwm_fast.cost.activations import KeptBytes, activations
-from iwm_fast.cost.layout import layout_of
-from iwm_fast.cost.memory import state_memory
+from iwm_fast.cost.memory import layout_of, state_memory
 from iwm_fast.cost.tokens import Tokens, tokens_of
 from iwm_fast.errors import UserError
 from iwm_fast.outputs import require_result

@@ -16,7 +16,7 @@ import torch
 from iwm_fast.actions.external import space_of
 from iwm_fast.config import Config
 from iwm_fast.cost.communication import step_collectives
-from iwm_fast.cost.layout import layout_of
+from iwm_fast.cost.memory import layout_of
 from iwm_fast.engine.distributed.ranks import leave, start
 from iwm_fast.log_filters import quiet_third_parties
 from iwm_fast.measure.collective_bytes import CollectiveCounter

@@ -12,7 +12,7 @@ from iwm_fast.actions.external import space_of
 from iwm_fast.actions.transforms import ActionSpace
 from iwm_fast.config import Config
 from iwm_fast.cost.flops import step_flops
-from iwm_fast.cost.rounding import padded_share
+from iwm_fast.cost.tokens import padded_share
 from iwm_fast.data.batch import Batch
 from iwm_fast.engine.distributed.ranks import Ranks
 from iwm_fast.engine.metrics.throughput import peak_flops

@@ -12,7 +12,7 @@ from iwm_fast.actions.transforms import ActionSpace
 from iwm_fast.benchmarks.adapters.inputs import Inputs, Shape, fingerprint
 from iwm_fast.config import Config
 from iwm_fast.cost.flops import step_flops
-from iwm_fast.cost.rounding import Rounding, rounding_of
+from iwm_fast.cost.tokens import Rounding, rounding_of
 from iwm_fast.data.batch import Batch
 from iwm_fast.engine.distributed.ranks import Ranks
 from iwm_fast.measure.flop_count import counted_flops

@@ -65,9 +65,8 @@ def plan(
 
     from iwm_fast.console import print_table
     from iwm_fast.cost import report as said
-    from iwm_fast.cost.devices import find_device
+    from iwm_fast.cost.devices import compute_rate, find_device, packaged_results
     from iwm_fast.cost.plan import Cluster
-    from iwm_fast.cost.rates import compute_rate, packaged_results
     from iwm_fast.cost.scaling import draw_scaling, scaling
 
     device = find_device(gpu)

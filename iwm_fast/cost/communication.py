@@ -1,4 +1,4 @@
-"""The collectives of one optimizer step, by ZeRO stage, and the bytes that a rank sends in them.
+"""The collectives of one optimizer step, by ZeRO stage: the bytes that a rank sends in them, and how long they take.
 
 What is listed here was counted on DeepSpeed 0.19.8 (`measure.collective_bytes`, tests/cost/test_counted.py), and is not
 what papers say of the stages: stages 1 and 2 all-reduce whole gradients (`use_multi_rank_bucket_allreduce`), where a
@@ -11,6 +11,8 @@ all gradients come at the end, with train.cuda_graph, none does (`step_time`).
 
 Bytes sent by a rank in a ring of W (Patarasuk and Yuan 2009, doi:10.1016/j.jpdc.2008.09.002), n bytes whole:
 all-reduce 2(W − 1)/W · n; reduce-scatter and all-gather (W − 1)/W · n.
+
+A fast link joins the GPUs of a host, a network the hosts (`Fabric`).
 """
 
 from __future__ import annotations
@@ -19,13 +21,16 @@ from dataclasses import dataclass
 from typing import Literal
 
 from iwm_fast.config import Config
-from iwm_fast.cost.buckets import BUCKET_BYTES, buckets_of
-from iwm_fast.cost.layout import Layout, stage_settings
+from iwm_fast.cost.memory import BUCKET_BYTES, Layout, buckets_of, stage_settings
 
-__all__ = ["Collective", "Kind", "ring_bytes", "step_collectives"]
+__all__ = ["Collective", "Fabric", "Kind", "Transfer", "ring_bytes", "step_collectives"]
 
 Kind = Literal["all_reduce", "reduce_scatter", "all_gather"]
 _FULL = 4  # bytes of fp32
+# Assumed, because nothing was measured: the share of a link's data-sheet rate that large messages reach, and the
+# seconds of one hop. They are printed with every plan.
+LINK_EFFICIENCY = 0.8
+LINK_HOP_S, NETWORK_HOP_S = 3e-6, 10e-6
 
 
 @dataclass(frozen=True)
@@ -102,3 +107,55 @@ def _stage_3(
             "gradients", "reduce_scatter", working * trained * accumulation, buckets * accumulation, "backward", last
         ),
     ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """A collective's bytes that one rank sends over each link, and its seconds: over both at once, plus the hops'."""
+
+    link_bytes: float
+    network_bytes: float
+    link_s: float
+    network_s: float
+    latency_s: float
+
+    @property
+    def seconds(self) -> float:
+        """The slower link decides: rings stream through both."""
+        return max(self.link_s, self.network_s) + self.latency_s
+
+
+@dataclass(frozen=True)
+class Fabric:
+    """nodes hosts of gpus_per_node GPUs; link and network: bytes a second of one GPU in one direction."""
+
+    nodes: int
+    gpus_per_node: int
+    link: float
+    network: float
+
+    @property
+    def world(self) -> int:
+        """Ranks, one a GPU."""
+        return self.nodes * self.gpus_per_node
+
+    def transfer(self, collective: Collective) -> Transfer:
+        """By rings through all GPUs, one for each GPU of a host, each entering and leaving a host once.
+
+        So of what a GPU sends, one part in gpus_per_node crosses the network and the rest stays within the host.
+        Hops: (W − 1) a round, of which (nodes − 1) over the network (as in NCCL's own cost model).
+        """
+        world = self.world
+        sent = ring_bytes(collective.kind, collective.size, world)
+        crossing = 0.0 if self.nodes == 1 else 1 / self.gpus_per_node
+        over_network = sent * crossing
+        over_link = sent - over_network
+        rounds = 2 if collective.kind == "all_reduce" else 1
+        hops = (self.nodes - 1) * NETWORK_HOP_S + (world - self.nodes) * LINK_HOP_S
+        return Transfer(
+            over_link,
+            over_network,
+            over_link / (self.link * LINK_EFFICIENCY),
+            over_network / (self.network * LINK_EFFICIENCY),
+            collective.calls * rounds * hops,
+        )

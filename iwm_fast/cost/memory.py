@@ -1,6 +1,11 @@
-"""Bytes of state a rank holds, by kind and ZeRO stage; tested against what DeepSpeed and the moving average allocate.
+"""The parameters of a run, how each ZeRO stage lays them out over the ranks, and the bytes of state that a rank holds.
 
-P trained parameters, E of the moving average, W ranks, e bytes of the working type (2 for bf16, 4 for fp32):
+Stages 1 and 2 flatten AdamW's two groups (decayed and not), pad each to a multiple of twice the ranks (DeepSpeed's
+alignment) and cut it evenly; stage 3 cuts every parameter evenly, padding its last part. The model is built on torch's
+meta device: no memory, no values.
+
+Bytes by kind and stage, which equal what DeepSpeed and the moving average allocate (tests/cost/test_counted.py). P
+trained parameters, E of the moving average, W ranks, e bytes of the working type (2 for bf16, 4 for fp32):
 
 | stage | parameters | gradients | optimizer | EMA |
 |---|---|---|---|---|
@@ -10,20 +15,126 @@ P trained parameters, E of the moving average, W ranks, e bytes of the working t
 | 3 | e(P + E)/W, and e(P + E) while the step runs | eP/W | 12P/W | 4E/W |
 
 The optimizer's are AdamW's two moments and, from stage 1 on, the fp32 master weights. Divided state is what the fullest
-rank holds, with DeepSpeed's padding (`layout`).
+rank holds, with DeepSpeed's padding.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from importlib import resources
+from typing import Any
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from iwm_fast.actions.external import action_dim
 from iwm_fast.config import Config
-from iwm_fast.cost.buckets import BUCKET_BYTES, buckets_of
-from iwm_fast.cost.layout import Layout, stage_settings
 
-__all__ = ["Memory", "state_memory"]
+__all__ = ["BUCKET_BYTES", "Layout", "Memory", "Parameter", "buckets_of", "layout_of", "stage_settings", "state_memory"]
 
+_ALIGNMENT = 2  # DeepSpeed's nccl_start_alignment_factor
 _FULL = 4  # bytes of fp32
+# Of one message at stage 0: long enough for a link's full rate, and a large model has dozens of them to hide.
+BUCKET_BYTES = 50_000_000
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter's name, number of elements, and whether weight decay applies to it (which chooses its group)."""
+
+    name: str
+    size: int
+    decayed: bool
+
+
+@dataclass(frozen=True)
+class Layout:
+    """trained: the parameters that the optimizer moves, in the model's order. target: the moving average's."""
+
+    trained: tuple[Parameter, ...]
+    target: tuple[Parameter, ...]
+
+    @property
+    def trained_size(self) -> int:
+        """Elements that the optimizer moves."""
+        return sum(p.size for p in self.trained)
+
+    @property
+    def target_size(self) -> int:
+        """Elements of the moving average; 0 with a shared target."""
+        return sum(p.size for p in self.target)
+
+    def groups(self) -> list[list[Parameter]]:
+        """The optimizer's groups that are not empty: decayed, then not."""
+        split = [[p for p in self.trained if p.decayed], [p for p in self.trained if not p.decayed]]
+        return [group for group in split if group]
+
+    def flat_sizes(self, world: int) -> list[int]:
+        """Elements of each flattened group with its padding (stages 1 and 2)."""
+        step = _ALIGNMENT * world
+        return [-(-sum(p.size for p in group) // step) * step for group in self.groups()]
+
+    def longest_share(self, world: int) -> int:
+        """The most elements of the encoder in any rank's part (stages 1 and 2): what it averages, and to which the
+        all-gather of the average is padded.
+        """
+        return int(self._encoder_shares(world).max()) if self.target else 0
+
+    def _encoder_shares(self, world: int) -> NDArray[np.float64]:
+        """Elements of the encoder in every rank's part, (W,): whole numbers, exact in float64.
+
+        How many of the encoder's elements lie before a place grows by 1 per element within its parameters and by 0
+        elsewhere, so that reading it off at the ranks' borders is linear interpolation.
+        """
+        shares = np.zeros(world)
+        for group, flat in zip(self.groups(), self.flat_sizes(world), strict=True):
+            sizes = np.array([p.size for p in group], np.float64)
+            own = sizes * [p.name.startswith("encoder.") for p in group]
+            borders = np.arange(world + 1) * (flat // world)
+            before = np.interp(borders, np.append(0, sizes.cumsum()), np.append(0, own.cumsum()))
+            shares += np.diff(before)
+        return shares
+
+    def divided(self, parameters: tuple[Parameter, ...], world: int) -> int:
+        """A rank's elements at stage 3, padding included."""
+        return sum(-(-p.size // world) for p in parameters)
+
+
+def layout_of(config: Config) -> Layout:
+    """The layout of a configuration's model, which is built on torch's meta device: no memory, no values."""
+    from iwm_fast.models.decay import decayed_parameters
+    from iwm_fast.models.iwm import IWM
+
+    actions = action_dim(config.actions)
+    with torch.device("meta"):
+        model = IWM(config.model, actions)
+    decays = decayed_parameters(model)
+    named = [(p.requires_grad, Parameter(name, p.numel(), decays[name])) for name, p in model.named_parameters()]
+    trained = tuple(p for trains, p in named if trains)
+    return Layout(trained, tuple(p for trains, p in named if not trains))
+
+
+def stage_settings(stage: int) -> dict[str, Any]:
+    """The packaged settings of a ZeRO stage (configs/deepspeed): bucket sizes and distances, in elements."""
+    base = resources.files("iwm_fast.configs").joinpath(f"deepspeed/zero{stage}.json")
+    settings: dict[str, Any] = json.loads(base.read_text())["zero_optimization"]
+    return settings
+
+
+def buckets_of(sizes: Sequence[int], most: int) -> list[list[int]]:
+    """Indices of `sizes` from the last to the first, in runs whose sum is at most `most`, or of one larger size."""
+    found: list[list[int]] = []
+    filled = 0
+    for i in reversed(range(len(sizes))):
+        if not found or filled + sizes[i] > most:
+            found.append([])
+            filled = 0
+        found[-1].append(i)
+        filled += sizes[i]
+    return found
 
 
 @dataclass(frozen=True)

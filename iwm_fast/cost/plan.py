@@ -11,15 +11,11 @@ from pydantic import ValidationError
 
 from iwm_fast.config import Config
 from iwm_fast.cost.activations import Activations, activations
-from iwm_fast.cost.communication import Collective, ring_bytes, step_collectives
-from iwm_fast.cost.devices import Device
-from iwm_fast.cost.layout import Layout, layout_of
-from iwm_fast.cost.memory import Memory, state_memory
-from iwm_fast.cost.network import Fabric
-from iwm_fast.cost.rates import Rate
-from iwm_fast.cost.rounding import expected_padding
+from iwm_fast.cost.communication import Collective, Fabric, ring_bytes, step_collectives
+from iwm_fast.cost.devices import Device, Rate
+from iwm_fast.cost.memory import Layout, Memory, layout_of, state_memory
 from iwm_fast.cost.step_time import StepTime, image_flops, step_time
-from iwm_fast.cost.tokens import Tokens
+from iwm_fast.cost.tokens import Tokens, expected_padding
 
 __all__ = ["WORTH", "Choice", "Cluster", "Planner", "Refused", "Stage", "best_of_each", "stage_record"]
 

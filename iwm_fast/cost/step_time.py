@@ -6,11 +6,10 @@ from dataclasses import dataclass
 
 from iwm_fast.actions.external import action_dim
 from iwm_fast.config import Config
-from iwm_fast.cost.communication import Collective
+from iwm_fast.cost.communication import Collective, Fabric
 from iwm_fast.cost.devices import Device
 from iwm_fast.cost.flops import StepFlops, step_flops
-from iwm_fast.cost.layout import Layout
-from iwm_fast.cost.network import Fabric
+from iwm_fast.cost.memory import Layout
 from iwm_fast.cost.tokens import Tokens
 
 __all__ = ["StepTime", "image_flops", "step_time"]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from iwm_fast.config import Config
-from iwm_fast.cost.rounding import rounding_of
+from iwm_fast.cost.tokens import rounding_of
 from iwm_fast.data.batch import Batch
 from iwm_fast.models.losses import GlobalBatch, objective_of
 from iwm_fast.models.packing import pack

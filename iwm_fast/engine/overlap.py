@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from iwm_fast.cost.buckets import buckets_of
+from iwm_fast.cost.memory import buckets_of
 
 __all__ = ["SummedGradients"]
 

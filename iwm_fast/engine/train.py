@@ -12,7 +12,7 @@ import torch
 from iwm_fast.actions.external import space_of
 from iwm_fast.config import Config
 from iwm_fast.config.batch import training_steps
-from iwm_fast.cost.conflicts import conflicts, require_a_step
+from iwm_fast.config.conflicts import conflicts, require_a_step
 from iwm_fast.data.image_list import ImageSet, list_images
 from iwm_fast.data.loader import TrainingStream
 from iwm_fast.data.sources import Patience

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from iwm_fast.config import Config
-from iwm_fast.cost.buckets import BUCKET_BYTES
+from iwm_fast.cost.memory import BUCKET_BYTES
 from iwm_fast.engine.bf16 import Bf16Compute
 from iwm_fast.engine.graphs import CudaRecorder, GraphedStep
 from iwm_fast.engine.optimizer import MOMENTS, FiniteAdamW, build_optimizer, ensure_state

@@ -8,7 +8,7 @@ import torch
 from iwm_fast.benchmarks.launch_counting import count_launches
 from iwm_fast.benchmarks.launch_rules import multi_tensor_launches
 from iwm_fast.benchmarks.presets import preset_config
-from iwm_fast.cost.layout import layout_of
+from iwm_fast.cost.memory import layout_of
 
 
 def launched(work):

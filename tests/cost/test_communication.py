@@ -6,12 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from iwm_fast.benchmarks.presets import preset_config
-from iwm_fast.cost.buckets import BUCKET_BYTES, buckets_of
-from iwm_fast.cost.communication import Collective, step_collectives
+from iwm_fast.cost.communication import Collective, Fabric, step_collectives
 from iwm_fast.cost.devices import DEVICES
-from iwm_fast.cost.layout import layout_of
-from iwm_fast.cost.memory import state_memory
-from iwm_fast.cost.network import Fabric
+from iwm_fast.cost.memory import BUCKET_BYTES, buckets_of, layout_of, state_memory
 from iwm_fast.cost.step_time import step_time
 from iwm_fast.cost.tokens import Tokens
 

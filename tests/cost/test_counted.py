@@ -11,8 +11,7 @@ from small_run import small_config
 
 from iwm_fast.config.batch import divide_batch
 from iwm_fast.cost.communication import ring_bytes, step_collectives
-from iwm_fast.cost.layout import layout_of
-from iwm_fast.cost.memory import state_memory
+from iwm_fast.cost.memory import layout_of, state_memory
 
 HERE = Path(__file__).parent
 SCALARS = 100  # bytes: the norm and the votes of a step, which the formula leaves out

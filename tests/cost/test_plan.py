@@ -8,11 +8,9 @@ import pytest
 from iwm_fast.cli.main import main
 from iwm_fast.cli.plan import planner_of
 from iwm_fast.config import load_config, packaged_config
-from iwm_fast.cost.communication import Collective, ring_bytes
-from iwm_fast.cost.devices import DEVICES, peak_of
-from iwm_fast.cost.network import LINK_EFFICIENCY, LINK_HOP_S, NETWORK_HOP_S, Fabric
+from iwm_fast.cost.communication import LINK_EFFICIENCY, LINK_HOP_S, NETWORK_HOP_S, Collective, Fabric, ring_bytes
+from iwm_fast.cost.devices import ASSUMED_MFU, DEVICES, Rate, compute_rate, peak_of
 from iwm_fast.cost.plan import Cluster
-from iwm_fast.cost.rates import ASSUMED_MFU, Rate, compute_rate
 from iwm_fast.cost.scaling import scaling
 from iwm_fast.cost.step_time import image_flops
 

@@ -13,8 +13,7 @@ from overlap_ranks import BUCKET, STEPS, WORLD, train
 from small_run import small_config
 from torch import nn
 
-from iwm_fast.cost.buckets import buckets_of
-from iwm_fast.cost.layout import layout_of
+from iwm_fast.cost.memory import buckets_of, layout_of
 from iwm_fast.engine.bf16 import Bf16Compute
 from iwm_fast.engine.distributed.ranks import start
 from iwm_fast.engine.overlap import SummedGradients

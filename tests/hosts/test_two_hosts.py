@@ -17,7 +17,7 @@ from small_run import BASE, metrics, small_config
 
 from iwm_fast.config.batch import divide_batch
 from iwm_fast.cost.communication import ring_bytes, step_collectives
-from iwm_fast.cost.layout import layout_of
+from iwm_fast.cost.memory import layout_of
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT = 15

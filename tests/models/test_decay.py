@@ -11,7 +11,7 @@ from torch import nn
 
 from iwm_fast.actions.external import action_dim
 from iwm_fast.config import Config, PredictorConfig
-from iwm_fast.cost.layout import layout_of
+from iwm_fast.cost.memory import layout_of
 from iwm_fast.engine.optimizer import parameter_groups
 from iwm_fast.eval.finetune.fitting import Plan, _groups
 from iwm_fast.eval.finetune.modes import MODES, reader_builder

@@ -3,7 +3,7 @@ from types import SimpleNamespace
 import pytest
 
 from iwm_fast.config import load_config, packaged_config
-from iwm_fast.cost.conflicts import conflicts, require_a_step
+from iwm_fast.config.conflicts import conflicts, require_a_step
 from iwm_fast.cost.report import ImageCount, warnings
 from iwm_fast.errors import UserError
 

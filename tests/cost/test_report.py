@@ -14,12 +14,10 @@ from iwm_fast.cli import plan as plan_command
 from iwm_fast.cli.plan import planner_of
 from iwm_fast.config import load_config, packaged_config
 from iwm_fast.config.batch import divide_batch
-from iwm_fast.cost.advice import duration, of_gpus
-from iwm_fast.cost.devices import DEVICES
-from iwm_fast.cost.layout import Layout, Parameter
+from iwm_fast.cost.devices import DEVICES, Rate, compute_rate
+from iwm_fast.cost.memory import Layout, Parameter
 from iwm_fast.cost.plan import FRAGMENTED, RESERVED, Cluster, Planner
-from iwm_fast.cost.rates import Rate, compute_rate
-from iwm_fast.cost.report import ImageCount, document, sentences
+from iwm_fast.cost.report import ImageCount, document, duration, of_gpus, sentences
 from iwm_fast.cost.step_time import image_flops
 from iwm_fast.cost.tokens import Tokens
 from iwm_fast.data.tools.index import write_index

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from iwm_fast.config import Config
-from iwm_fast.cost.rounding import Rounding, default_multiple, rounding_of
+from iwm_fast.cost.tokens import Rounding, default_multiple, rounding_of
 from iwm_fast.data.masks import MaskSampler
 
 
