@@ -1,4 +1,12 @@
-"""Measurements: in a checkout each module is a program, ``python -m benchmarks.NAME --help``; results/ has its files.
+"""Measurements: in a checkout each module here is a program, ``python -m benchmarks.NAME --help``.
+
+results/ has the files that they wrote, plots/ the programs that draw from these; the other folders are what programs
+are made of.
 
 Installed as ``iwm_fast.benchmarks``, which is the name that modules import each other by, so that each is loaded once.
 """
+
+from pathlib import Path
+
+# `python -m benchmarks.arms` and the like still run.
+__path__.append(str(Path(__file__).with_name("old_names")))

@@ -27,7 +27,7 @@ from iwm_fast.actions.transforms import ActionSpace
 from iwm_fast.benchmarks.adapters import ijepa
 from iwm_fast.benchmarks.adapters.ijepa import Checkout
 from iwm_fast.benchmarks.adapters.inputs import Inputs, Masks, Shape, draw_inputs
-from iwm_fast.benchmarks.kept_count import counted_activations
+from iwm_fast.benchmarks.counting.kept_count import counted_activations
 from iwm_fast.benchmarks.peers import COUNTED, TIMED
 from iwm_fast.benchmarks.scaling import BATCHES, fit_line
 from iwm_fast.config import Config, load_config

@@ -29,9 +29,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iwm_fast.benchmarks.attention_baselines import BACKEND_OF, CONTENDERS, Attend, by_formula
-from iwm_fast.benchmarks.attention_table import table_of, whole_table, write_table
-from iwm_fast.benchmarks.skipped import Skipped, in_a_line
+from iwm_fast.benchmarks.baselines.attention import BACKEND_OF, CONTENDERS, Attend, by_formula
+from iwm_fast.benchmarks.baselines.skipped import Skipped, in_a_line
+from iwm_fast.benchmarks.parts.attention_table import table_of, whole_table, write_table
 from iwm_fast.config import load_config, packaged_config
 from iwm_fast.cost.tokens import tokens_of
 from iwm_fast.errors import UserError

@@ -33,9 +33,9 @@ import torch
 from PIL import Image
 
 from iwm_fast.actions.transforms import ActionSpace, Views
-from iwm_fast.benchmarks.baselines import Skipped
-from iwm_fast.benchmarks.data_stages import stages
-from iwm_fast.benchmarks.view_baselines import Render, batches, pillow_views, torchvision_functions, torchvision_views
+from iwm_fast.benchmarks.baselines.kernels import Skipped
+from iwm_fast.benchmarks.baselines.views import Render, batches, pillow_views, torchvision_functions, torchvision_views
+from iwm_fast.benchmarks.parts.data_stages import stages
 from iwm_fast.config import ActionsConfig, Config, DataConfig, ModelConfig, TrainConfig
 from iwm_fast.data.image_list import list_images
 from iwm_fast.data.loader import SampleOrder, TrainingStream

@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from iwm_fast.benchmarks.baselines import CONTENDERS, Contender, reference
-from iwm_fast.benchmarks.kernel_cases import CASES, OPERATIONS, Case, at_most, inputs
-from iwm_fast.benchmarks.skipped import Skipped, in_a_line
+from iwm_fast.benchmarks.baselines.kernels import CONTENDERS, Contender, reference
+from iwm_fast.benchmarks.baselines.skipped import Skipped, in_a_line
+from iwm_fast.benchmarks.cases.kernel_cases import CASES, OPERATIONS, Case, at_most, inputs
 from iwm_fast.environment import environment
 from iwm_fast.measure.timing import ceilings, seconds, spread
 from iwm_fast.outputs import require_result

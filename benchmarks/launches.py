@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iwm_fast.benchmarks.launch_counting import Launched, count_launches
-from iwm_fast.benchmarks.presets import PRESETS, preset_config
+from iwm_fast.benchmarks.cases.presets import PRESETS, preset_config
+from iwm_fast.benchmarks.counting.launch_counting import Launched, count_launches
 from iwm_fast.config import Config
 from iwm_fast.config.load import find_config, load_config
 from iwm_fast.errors import UserError
@@ -87,7 +87,7 @@ def _chosen(words: Sequence[str]) -> list[tuple[str, Config]]:
 
 
 def _count_steps(chosen: Sequence[tuple[str, Config]], destination: str) -> None:
-    from iwm_fast.benchmarks.step_launches import step_launches
+    from iwm_fast.benchmarks.counting.step_launches import step_launches
     from iwm_fast.log_filters import quiet_third_parties
 
     quiet_third_parties()

@@ -37,7 +37,7 @@ import torch
 from iwm_fast.benchmarks.adapters import answers, timm_vit
 from iwm_fast.benchmarks.adapters.ijepa import Checkout
 from iwm_fast.benchmarks.adapters.inputs import Inputs, Shape, Side, SideMissing
-from iwm_fast.benchmarks.peer_rows import (
+from iwm_fast.benchmarks.adapters.peer_rows import (
     Peer,
     batches,
     counted_row,
@@ -47,7 +47,7 @@ from iwm_fast.benchmarks.peer_rows import (
     ratios,
     untimed_row,
 )
-from iwm_fast.benchmarks.skipped import in_a_line
+from iwm_fast.benchmarks.baselines.skipped import in_a_line
 from iwm_fast.engine.distributed.ranks import Ranks, start
 from iwm_fast.environment import usable_cores
 from iwm_fast.errors import UserError

@@ -20,7 +20,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from iwm_fast.benchmarks.report_sections import SECTIONS, counted
+from iwm_fast.benchmarks.parts.report_sections import SECTIONS, counted
 from iwm_fast.programs import run_program
 
 __all__ = ["RESULTS", "checksum", "page", "pictures", "write"]

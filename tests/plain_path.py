@@ -1,7 +1,7 @@
 """An Image World Model trained plainly, and iwm-fast's parts to put into it, each in its place.
 
-The plain training is `benchmarks.plain_step`: standard PyTorch modules over padded images, every patch embedded and
-then chosen, the target's whole forward pass and then its rows, a lerp of each weight, torch's AdamW.
+The plain training is `benchmarks.baselines.plain_step`: standard PyTorch modules over padded images, every patch
+embedded and then chosen, the target's whole forward pass and then its rows, a lerp of each weight, torch's AdamW.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from iwm_fast import kernels
 from iwm_fast.actions.transforms import ActionSpace
 from iwm_fast.benchmarks.adapters.inputs import normalised
 from iwm_fast.benchmarks.adapters.plain import plain_state
-from iwm_fast.benchmarks.plain_step import Block, Encoder, PlainBatch, PlainIWM, PlainShape, PlainStep, take
+from iwm_fast.benchmarks.baselines.plain_step import Block, Encoder, PlainBatch, PlainIWM, PlainShape, PlainStep, take
 from iwm_fast.config import Config
 from iwm_fast.data.batch import Batch
 from iwm_fast.data.masks import MaskSampler, PatchSets

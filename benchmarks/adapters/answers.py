@@ -12,7 +12,7 @@ from iwm_fast.benchmarks.adapters.inputs import Inputs, Masks, Shape, normalised
 from iwm_fast.benchmarks.adapters.ours import forward_backward
 from iwm_fast.benchmarks.adapters.plain import plain_batch, plain_shape, plain_state
 from iwm_fast.benchmarks.adapters.timm_vit import TimmJepa
-from iwm_fast.benchmarks.plain_step import PlainIWM
+from iwm_fast.benchmarks.baselines.plain_step import PlainIWM
 from iwm_fast.export.timm_names import from_timm
 from iwm_fast.models import IWM, Segments
 

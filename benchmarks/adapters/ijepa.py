@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from iwm_fast.benchmarks.adapters.inputs import Inputs, Masks, Shape, fingerprint, normalised
-from iwm_fast.benchmarks.kept_count import KeptCounter, follow_parts
+from iwm_fast.benchmarks.counting.kept_count import KeptCounter, follow_parts
 from iwm_fast.cost.activations import KeptBytes
 from iwm_fast.errors import UserError
 from iwm_fast.measure.autocast import CudaAutocast

@@ -1,4 +1,4 @@
-"""`benchmarks.plain_step` on given batches, eager or compiled, and its weights from iwm-fast's."""
+"""`benchmarks.baselines.plain_step` on given batches, eager or compiled, and its weights from iwm-fast's."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from iwm_fast.benchmarks.adapters.inputs import Inputs, Shape, fingerprint, normalised
-from iwm_fast.benchmarks.plain_step import PlainBatch, PlainIWM, PlainShape, PlainStep
+from iwm_fast.benchmarks.baselines.plain_step import PlainBatch, PlainIWM, PlainShape, PlainStep
 from iwm_fast.config.schema import ENCODERS
 from iwm_fast.measure.flop_count import counted_flops
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from iwm_fast.benchmarks.adapters.inputs import Inputs, Shape, SideMissing, fingerprint, normalised
-from iwm_fast.benchmarks.plain_step import positions, take
+from iwm_fast.benchmarks.baselines.plain_step import positions, take
 from iwm_fast.config.schema import ENCODERS
 from iwm_fast.measure.flop_count import counted_flops
 

@@ -41,7 +41,7 @@ def step(
     json: Json = None,
 ) -> None:
     """Time the training step as pretrain runs it, its loss checked against float64 before."""
-    from iwm_fast.benchmarks.presets import PRESETS, preset_config
+    from iwm_fast.benchmarks.cases.presets import PRESETS, preset_config
     from iwm_fast.benchmarks.step import measure_step
     from iwm_fast.config.load import find_config, load_config
 
@@ -92,7 +92,7 @@ def kernels(
     json: Json = None,
 ) -> None:
     """Time each kernel beside what would be called without it, answers checked against float64 before."""
-    from iwm_fast.benchmarks.kernel_cases import CASES
+    from iwm_fast.benchmarks.cases.kernel_cases import CASES
     from iwm_fast.benchmarks.kernels import measure
 
     ranks = only_rank(device, None)
@@ -132,7 +132,7 @@ def scaling(
     json: Json = None,
 ) -> None:
     """Time and memory by batch on one rank, as a line; then 1, 2 and 4 CPU ranks, weak and strong, bytes counted."""
-    from iwm_fast.benchmarks.presets import preset_config
+    from iwm_fast.benchmarks.cases.presets import preset_config
     from iwm_fast.benchmarks.scaling import BATCHES, measure_batches, measure_ranks
 
     words = {word.strip() for word in what.split(",")}

@@ -15,8 +15,8 @@ from torch import nn
 from iwm_fast.benchmarks.activations import compare_shape, count_batches, main
 from iwm_fast.benchmarks.adapters.ijepa import Checkout
 from iwm_fast.benchmarks.adapters.inputs import Shape
-from iwm_fast.benchmarks.kept_count import KeptCounter
-from iwm_fast.benchmarks.presets import preset_config
+from iwm_fast.benchmarks.cases.presets import preset_config
+from iwm_fast.benchmarks.counting.kept_count import KeptCounter
 from iwm_fast.measure.autocast import CudaAutocast
 
 RESULT = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "activations_cpu.json"

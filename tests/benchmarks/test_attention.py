@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 
 from iwm_fast import kernels
-from iwm_fast.benchmarks import attention, attention_table
+from iwm_fast.benchmarks import attention
 from iwm_fast.benchmarks.attention import CASES, Case, lengths_of, measure
-from iwm_fast.benchmarks.attention_baselines import BACKEND_OF, CONTENDERS, apart, exact
-from iwm_fast.benchmarks.attention_table import table_of, whole_table, write_table
+from iwm_fast.benchmarks.baselines.attention import BACKEND_OF, CONTENDERS, apart, exact
+from iwm_fast.benchmarks.parts import attention_table
+from iwm_fast.benchmarks.parts.attention_table import table_of, whole_table, write_table
 from iwm_fast.errors import UserError
 from iwm_fast.kernels._tuning import tuner as _tuning
 from iwm_fast.models import measured_attention

@@ -11,11 +11,12 @@ import reference_views as reference
 from made_images import write_images
 from PIL import Image
 
-from iwm_fast.benchmarks import data, view_baselines
-from iwm_fast.benchmarks.baselines import Skipped
+from iwm_fast.benchmarks import data
+from iwm_fast.benchmarks.baselines import views as view_baselines
+from iwm_fast.benchmarks.baselines.kernels import Skipped
+from iwm_fast.benchmarks.baselines.views import pillow_views, torchvision_functions, torchvision_views
 from iwm_fast.benchmarks.data import Job, measure
 from iwm_fast.benchmarks.plots.data import draw, table
-from iwm_fast.benchmarks.view_baselines import pillow_views, torchvision_functions, torchvision_views
 
 
 @pytest.fixture

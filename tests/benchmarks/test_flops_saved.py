@@ -9,8 +9,8 @@ import torch
 from small_run import small_config
 
 from iwm_fast.actions.external import action_dim
+from iwm_fast.benchmarks.baselines.plain_step import PlainBatch, PlainIWM, PlainShape
 from iwm_fast.benchmarks.flops_saved import count_savings
-from iwm_fast.benchmarks.plain_step import PlainBatch, PlainIWM, PlainShape
 from iwm_fast.measure.flop_count import counted_flops
 
 IMAGES = 128

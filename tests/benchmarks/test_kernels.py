@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from iwm_fast.benchmarks import kernels
-from iwm_fast.benchmarks.baselines import CONTENDERS, Contender
-from iwm_fast.benchmarks.kernel_cases import CASES, OPERATIONS, Case, at_most, inputs
+from iwm_fast.benchmarks.baselines.kernels import CONTENDERS, Contender
+from iwm_fast.benchmarks.cases.kernel_cases import CASES, OPERATIONS, Case, at_most, inputs
 from iwm_fast.benchmarks.kernels import kept_bytes
 from iwm_fast.benchmarks.plots.kernels import draw, table
 from iwm_fast.measure.timing import spread

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from iwm_fast.benchmarks.launch_counting import count_launches
+from iwm_fast.benchmarks.counting.launch_counting import count_launches
 from iwm_fast.benchmarks.launches import main, mlp_launches
 from iwm_fast.errors import UserError
 from iwm_fast.kernels import mlp_workspace, use_workspace

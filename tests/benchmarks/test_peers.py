@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 import torch
 
-from iwm_fast.benchmarks import peers, report_sections
+from iwm_fast.benchmarks import peers
 from iwm_fast.benchmarks.adapters import answers, ours, plain
 from iwm_fast.benchmarks.adapters.ijepa import Checkout, Ijepa
 from iwm_fast.benchmarks.adapters.inputs import Inputs, Shape, draw_inputs, draw_masks, fingerprint
-from iwm_fast.benchmarks.peer_rows import Peer, batches, counted_row
-from iwm_fast.benchmarks.peer_rows import peers as all_peers
+from iwm_fast.benchmarks.adapters.peer_rows import Peer, batches, counted_row
+from iwm_fast.benchmarks.adapters.peer_rows import peers as all_peers
+from iwm_fast.benchmarks.parts import report_sections
 from iwm_fast.config.schema import ENCODERS, EncoderShape
 from iwm_fast.errors import UserError
 
@@ -57,7 +58,7 @@ def test_the_plain_step_computes_what_iwm_fast_does():
 
 def test_a_network_that_is_not_ours_is_told_apart(monkeypatch):
     """Another epsilon of one side's normalisation is already above the tolerance: the check can fail."""
-    monkeypatch.setattr("iwm_fast.benchmarks.plain_step._EPS", 0.1)
+    monkeypatch.setattr("iwm_fast.benchmarks.baselines.plain_step._EPS", 0.1)
     assert answers.plain_difference(SHAPE, inputs()) > answers.TOLERANCE
 
 

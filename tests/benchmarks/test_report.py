@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from iwm_fast.benchmarks import report, report_sections
+from iwm_fast.benchmarks import report
+from iwm_fast.benchmarks.parts import report_sections
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 

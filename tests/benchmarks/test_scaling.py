@@ -13,7 +13,7 @@ from made_triplets import write_game
 from iwm_fast.actions.external import space_of
 from iwm_fast.actions.transforms import ActionSpace
 from iwm_fast.benchmarks import scaling, step
-from iwm_fast.benchmarks.presets import PRESETS, preset_config
+from iwm_fast.benchmarks.cases.presets import PRESETS, preset_config
 from iwm_fast.benchmarks.scaling import fit_line
 from iwm_fast.benchmarks.step import check_answer, row_of
 from iwm_fast.cli.main import main

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from iwm_fast.benchmarks.presets import preset_config
+from iwm_fast.benchmarks.cases.presets import preset_config
 from iwm_fast.cost.communication import Collective, Fabric, step_collectives
 from iwm_fast.cost.devices import DEVICES
 from iwm_fast.cost.memory import BUCKET_BYTES, buckets_of, layout_of, state_memory

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from small_run import small_config
 
-from iwm_fast.benchmarks.kept_count import counted_activations
+from iwm_fast.benchmarks.counting.kept_count import counted_activations
 from iwm_fast.cost.activations import activations
 from iwm_fast.cost.tokens import Tokens
 from iwm_fast.kernels import use_backend

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from iwm_fast.actions.external import space_of
-from iwm_fast.benchmarks.presets import preset_config
+from iwm_fast.benchmarks.cases.presets import preset_config
 from iwm_fast.engine import zero
 from iwm_fast.engine.distributed.ranks import start
 from iwm_fast.engine.step import Trainer

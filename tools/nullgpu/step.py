@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from iwm_fast.actions.transforms import ActionSpace
-from iwm_fast.benchmarks.presets import preset_config
+from iwm_fast.benchmarks.cases.presets import preset_config
 from iwm_fast.engine.distributed.ranks import start
 from iwm_fast.engine.step import Spans, Trainer
 from iwm_fast.environment import environment

@@ -7,9 +7,9 @@ import json
 import pytest
 from second_term import WITH_VARIANCE
 
+from iwm_fast.benchmarks.cases.presets import preset_config
+from iwm_fast.benchmarks.counting.step_launches import step_launches
 from iwm_fast.benchmarks.launches import main
-from iwm_fast.benchmarks.presets import preset_config
-from iwm_fast.benchmarks.step_launches import step_launches
 from iwm_fast.cost.memory import layout_of
 from iwm_fast.engine.distributed.ranks import start
 from iwm_fast.errors import UserError

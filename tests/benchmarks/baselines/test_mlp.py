@@ -15,11 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from iwm_fast.benchmarks import baselines, kernels, mlp_baselines
-from iwm_fast.benchmarks.baselines import CONTENDERS
-from iwm_fast.benchmarks.kernel_cases import Case, inputs
+from iwm_fast.benchmarks import kernels
+from iwm_fast.benchmarks.baselines import kernels as baselines
+from iwm_fast.benchmarks.baselines import mlp as mlp_baselines
+from iwm_fast.benchmarks.baselines.kernels import CONTENDERS
+from iwm_fast.benchmarks.baselines.skipped import Skipped
+from iwm_fast.benchmarks.cases.kernel_cases import Case, inputs
 from iwm_fast.benchmarks.kernels import errors
-from iwm_fast.benchmarks.skipped import Skipped
 
 ACTION = Case("conditioned_mlp", tokens=61, width=24, hidden=40, actions=3, images=4)
 PLAIN = Case("conditioned_mlp", tokens=61, width=24, hidden=40)

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from iwm_fast.actions.external import space_of
-from iwm_fast.benchmarks.launch_counting import Launches, counting
-from iwm_fast.benchmarks.launch_parts import Parts, Surrogate
+from iwm_fast.benchmarks.counting.launch_counting import Launches, counting
+from iwm_fast.benchmarks.counting.launch_parts import Parts, Surrogate
 from iwm_fast.config import Config
 from iwm_fast.data.loader import TrainingStream
 from iwm_fast.engine.bf16 import Bf16Compute

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from iwm_fast.benchmarks.launch_counting import count_launches
-from iwm_fast.benchmarks.launch_rules import multi_tensor_launches
-from iwm_fast.benchmarks.presets import preset_config
+from iwm_fast.benchmarks.cases.presets import preset_config
+from iwm_fast.benchmarks.counting.launch_counting import count_launches
+from iwm_fast.benchmarks.counting.launch_rules import multi_tensor_launches
 from iwm_fast.cost.memory import layout_of
 
 

@@ -1,6 +1,6 @@
 """`benchmarks.sweep` under its old name."""
 
-from iwm_fast.benchmarks._renamed import run_renamed
+from iwm_fast.benchmarks.old_names import run_renamed
 
 if __name__ == "__main__":
     run_renamed("arms", "sweep")

@@ -21,7 +21,7 @@ from PIL import Image, ImageFilter
 from torch.utils.data import DataLoader, Dataset
 
 from iwm_fast.actions.transforms import Jitter, Views, colour_matrix
-from iwm_fast.benchmarks.baselines import Skipped
+from iwm_fast.benchmarks.baselines.kernels import Skipped
 
 __all__ = ["Render", "batches", "pillow_views", "torchvision_functions", "torchvision_views"]
 

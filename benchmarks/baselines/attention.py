@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from iwm_fast.benchmarks.skipped import Skipped
+from iwm_fast.benchmarks.baselines.skipped import Skipped
 from iwm_fast.environment import installed_version
 from iwm_fast.models.attention import choose_backend, packed_qkv_attention, unavailable
 from iwm_fast.models.packing import Segments

@@ -21,11 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from iwm_fast.benchmarks.skipped import Skipped, in_a_line
+from iwm_fast.benchmarks.baselines.skipped import Skipped, in_a_line
 from iwm_fast.kernels.conditioned_mlp import conditioned_mlp_reference
 
 if TYPE_CHECKING:
-    from iwm_fast.benchmarks.kernel_cases import Case
+    from iwm_fast.benchmarks.cases.kernel_cases import Case
 
 __all__ = [
     "NOTES",

@@ -1,6 +1,6 @@
 """What the kernels are compared with: each contender's way to compute an operation, and why it cannot where it cannot.
 
-The conditioned MLP of other libraries stands in `mlp_baselines`. xformers' MLPs were removed but for SwiGLU.
+The conditioned MLP of other libraries: `benchmarks/baselines/mlp.py`. xformers' MLPs were removed but for SwiGLU.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch._dynamo import mark_static_address
 
-from iwm_fast.benchmarks import mlp_baselines
-from iwm_fast.benchmarks.mlp_baselines import needs_gpu, not_offered
-from iwm_fast.benchmarks.skipped import Skipped
+from iwm_fast.benchmarks.baselines import mlp
+from iwm_fast.benchmarks.baselines.mlp import needs_gpu, not_offered
+from iwm_fast.benchmarks.baselines.skipped import Skipped
 from iwm_fast.environment import installed_version
 from iwm_fast.kernels import (
     conditioned_mlp,
@@ -28,7 +28,7 @@ from iwm_fast.kernels import (
 )
 
 if TYPE_CHECKING:
-    from iwm_fast.benchmarks.kernel_cases import Case
+    from iwm_fast.benchmarks.cases.kernel_cases import Case
 
 __all__ = ["CONTENDERS", "Contender", "Skipped", "reference"]
 
@@ -125,12 +125,12 @@ def _torch(make: Callable[[str], Callable[..., Any]], **other: Any) -> Contender
 
 def _library(name: str, package: str, make: Callable[[str], Callable[..., Any]], **other: Any) -> Contender:
     defaults: dict[str, Any] = {"require": needs_gpu, "refusals": _their_refusals}
-    defaults["note"] = mlp_baselines.NOTES.get(name, "")
+    defaults["note"] = mlp.NOTES.get(name, "")
     return Contender(installed_version(package), make, **(defaults | other))
 
 
 def _quack_refusals() -> tuple[type[Exception], ...]:
-    return (*_REFUSALS, *mlp_baselines.cutlass_errors())
+    return (*_REFUSALS, *mlp.cutlass_errors())
 
 
 CONTENDERS = {
@@ -144,12 +144,12 @@ CONTENDERS = {
         note="its inputs lie where the graph finds them; the incoming gradient is copied",
     ),
     "quack": _library(
-        "quack", "quack-kernels", mlp_baselines.quack, require=mlp_baselines.quack_takes, gelu="gelu_tanh",
+        "quack", "quack-kernels", mlp.quack, require=mlp.quack_takes, gelu="gelu_tanh",
         one_size=True, refusals=_quack_refusals,
     ),
-    "liger": _library("liger", "liger-kernel", mlp_baselines.liger, one_size=True),
+    "liger": _library("liger", "liger-kernel", mlp.liger, one_size=True),
     "transformer engine": _library(
-        "transformer engine", "transformer-engine", mlp_baselines.transformer_engine, gelu="gelu_tanh", one_size=True
+        "transformer engine", "transformer-engine", mlp.transformer_engine, gelu="gelu_tanh", one_size=True
     ),
     "xformers": _library("xformers", "xformers", not_offered),
 }  # fmt: skip

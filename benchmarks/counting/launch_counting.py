@@ -19,7 +19,7 @@ from torch import Tensor
 from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from iwm_fast.benchmarks.launch_rules import operator_launches
+from iwm_fast.benchmarks.counting.launch_rules import operator_launches
 from iwm_fast.kernels._aot.launches import recording
 from iwm_fast.kernels._tuning.candidates import Choice, candidates_of, possible
 from iwm_fast.kernels._tuning.tuner import use_tuner

@@ -1,0 +1,1 @@
+"""What is counted without a GPU: launches of kernels, and what a forward pass keeps."""
