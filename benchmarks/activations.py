@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from iwm_fast.actions.transforms import ActionSpace
+from iwm_fast.actions.space import ActionSpace
 from iwm_fast.benchmarks.adapters import ijepa
 from iwm_fast.benchmarks.adapters.ijepa import Checkout
 from iwm_fast.benchmarks.adapters.inputs import Inputs, Masks, Shape, draw_inputs

@@ -32,7 +32,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from iwm_fast.actions.transforms import ActionSpace, Views
+from iwm_fast.actions.space import ActionSpace
+from iwm_fast.actions.transforms import Views
 from iwm_fast.benchmarks.baselines.kernels import Skipped
 from iwm_fast.benchmarks.baselines.views import Render, batches, pillow_views, torchvision_functions, torchvision_views
 from iwm_fast.benchmarks.parts.data_stages import stages

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from iwm_fast.actions.external import space_of
-from iwm_fast.actions.transforms import ActionSpace
+from iwm_fast.actions.space import ActionSpace
 from iwm_fast.config import Config, load_config
 from iwm_fast.config.load import find_config
 from iwm_fast.engine.distributed.ranks import Ranks, leave, start

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from iwm_fast.actions.external import space_of
-from iwm_fast.actions.transforms import ActionSpace
+from iwm_fast.actions.space import ActionSpace
 from iwm_fast.config import Config
 from iwm_fast.cost.flops import step_flops
 from iwm_fast.cost.tokens import padded_share

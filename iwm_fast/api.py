@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from iwm_fast.actions.external import ExternalSpace
-from iwm_fast.actions.transforms import ActionSpace
+from iwm_fast.actions.space import ActionSpace
 from iwm_fast.config import ActionsConfig
 from iwm_fast.data.image_list import ImageSet
 from iwm_fast.engine.checkpoint.load import EXPORT_FILE, default_device, load_export, load_model
@@ -239,8 +239,9 @@ class WorldModel:
 
     def _values(self, action: NDArray[np.float32]) -> dict[str, float]:
         values = {name: float(value[0]) for name, value in self.space.decode(action[None]).items()}
-        if values.get("blur_sigma", 0.0) > 0:  # of the two that say it, the number counts, as in `ActionSpace.vector`
-            values["blur"] = 1.0
+        for corruption in self.space.corruptions:  # of the two that say it, the number counts, as in `vector`
+            if corruption.strength is not None and corruption.done(values[corruption.strength]):
+                values[corruption.name] = 1.0
         return values
 
     def _answer(self, z: Tensor, action: Tensor) -> Tensor:

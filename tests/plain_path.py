@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from iwm_fast import kernels
-from iwm_fast.actions.transforms import ActionSpace
+from iwm_fast.actions.space import ActionSpace
 from iwm_fast.benchmarks.adapters.inputs import normalised
 from iwm_fast.benchmarks.adapters.plain import plain_state
 from iwm_fast.benchmarks.baselines.plain_step import Block, Encoder, PlainBatch, PlainIWM, PlainShape, PlainStep, take

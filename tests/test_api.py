@@ -19,7 +19,8 @@ from worlds import SIDE, pictures, tiny_config, tiny_model
 
 import iwm_fast
 from iwm_fast.actions.external import space_of
-from iwm_fast.actions.transforms import ActionSpace, Jitter
+from iwm_fast.actions.space import ActionSpace
+from iwm_fast.actions.transforms import Jitter
 from iwm_fast.api import WorldModel
 from iwm_fast.config import ActionsConfig
 from iwm_fast.config.external import ExternalActions

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from iwm_fast.actions.transforms import ActionSpace, Jitter
+from iwm_fast.actions.space import ActionSpace
+from iwm_fast.actions.transforms import Jitter
 from iwm_fast.config import ActionsConfig, Config, EncoderShape, EvalConfig, MasksConfig, ModelConfig, PredictorConfig
 from iwm_fast.eval.world_model.bank import jittered_views
 from iwm_fast.models.iwm import IWM

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from iwm_fast.actions.transforms import ActionSpace
+from iwm_fast.actions.space import ActionSpace
 from iwm_fast.benchmarks.adapters.inputs import Inputs, Shape, fingerprint
 from iwm_fast.config import Config
 from iwm_fast.cost.flops import step_flops

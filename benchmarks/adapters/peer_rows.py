@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from iwm_fast.actions.transforms import ActionSpace
+from iwm_fast.actions.space import ActionSpace
 from iwm_fast.benchmarks.adapters import answers, ijepa, ours, plain, timm_vit
 from iwm_fast.benchmarks.adapters.ijepa import Checkout
 from iwm_fast.benchmarks.adapters.inputs import Inputs, Masks, Shape, Side, draw_inputs, draw_masks

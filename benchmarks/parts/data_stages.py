@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from nvidia.dali import fn, pipeline_def, types
 
-from iwm_fast.actions.transforms import NO_SOLARIZE, Jitter, Views
+from iwm_fast.actions.transforms import Jitter, Views
 from iwm_fast.data.decode.encoded import Encoded, inspect
 from iwm_fast.data.views.graph import ViewGraph
 from iwm_fast.measure.timing import spread
@@ -60,13 +60,7 @@ def _plain(views: Views) -> Views:
 
 def _jittered(views: Views) -> Views:
     """Nothing done but geometry and jitter."""
-    count = len(views)
-    return replace(
-        views,
-        grayscale=np.zeros(count, bool),
-        blur_sigma=np.zeros(count, np.float32),
-        solarize_threshold=np.full(count, NO_SOLARIZE),
-    )
+    return views.uncorrupted()
 
 
 def _groups(job: Job, repeat: int) -> Iterator[tuple[list[Any], Views]]:

@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from iwm_fast.actions.transforms import ActionSpace, Views
+from iwm_fast.actions.space import ActionSpace
+from iwm_fast.actions.transforms import Views
+from iwm_fast.config.external import EXTERNAL
 from iwm_fast.config.schema import ActionsConfig, ExternalActions
 from iwm_fast.errors import UserError
 
@@ -27,7 +29,7 @@ class ExternalSpace(ActionSpace):
 
     def __init__(self, external: ExternalActions) -> None:
         self.external = external
-        self.groups = ("external",)
+        self.groups = EXTERNAL
         self.form = "external"
         self.components = ()
         self.slices = {name: slice(place, place + 1) for place, name in enumerate(external.names)}
@@ -77,7 +79,7 @@ class ExternalSpace(ActionSpace):
 
 def space_of(actions: ActionsConfig) -> ActionSpace:
     """The space that a configuration describes. UserError where external actions are not described yet."""
-    if actions.groups != ("external",):
+    if not actions.is_external:
         return ActionSpace(actions.groups, actions.form)
     if actions.external is None:
         raise UserError("actions.external is not set: a manifest of triplets (data.root) says what the actions are")
@@ -86,7 +88,7 @@ def space_of(actions: ActionsConfig) -> ActionSpace:
 
 def action_dim(actions: ActionsConfig) -> int:
     """Components of the vector. UserError for external actions that are not described: only a manifest says."""
-    if actions.groups != ("external",):
+    if not actions.is_external:
         return ActionSpace(actions.groups, actions.form).dim
     if actions.external is None:
         raise UserError("actions.external is not set: to plan, name the actions as docs/triplets.md describes them")

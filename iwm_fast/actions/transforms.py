@@ -1,31 +1,35 @@
-"""What a transformation is: the one place that knows its parameters, and how a predictor is told of them.
+"""What a transformation is: the one table of its parameters, and the columns in which they are kept.
 
-Legend: B images, A components of an action vector. `Views` is everything that was done to B images, in the operators'
-own units; an `ActionSpace` turns it into the vector a(x→y), float32 (B, A), which says how to get from the source x to
-the target y. `COMPONENTS` is the table of its parts, in their order. Whatever was not done counts as its neutral value
-and is encoded as 0, so the action of two equal clean views is the zero vector.
+Legend: B images. `COMPONENTS` is the table of what an action is made of, in its order; `CORRUPTIONS` says of each thing
+that is done to the source alone which column of `Views` holds it and how its components are read from there. `Views` is
+everything that was done to B images, in the operators' own units; `space.ActionSpace` turns it into the action vector.
+Whatever was not done counts as its neutral value and is encoded as 0.
 Sources: arXiv:2403.00504 section 4 (differences of jitter, indicators of destructive transformations); the colour
 transformation is DALI's `color_twist`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 __all__ = [
     "COMPONENTS",
+    "CORRUPTIONS",
+    "JITTER",
     "NO_SOLARIZE",
-    "ActionSpace",
     "Component",
+    "Corruption",
     "Geometry",
     "Jitter",
     "Views",
     "colour_matrix",
+    "component",
 ]
 
 Array = NDArray[Any]
@@ -76,15 +80,85 @@ COMPONENTS: tuple[Component, ...] = (
     Component("rotation_3", "geometric", "flag", 1.0, 0.0, "1: three quarter turns undo the source's"),
 )
 _TABLE = {component.name: component for component in COMPONENTS}
-_JITTER = ("brightness", "contrast", "saturation", "hue")
 
 
-def _take(record: Any, rows: Array) -> dict[str, Array]:
-    return {field.name: getattr(record, field.name)[rows] for field in fields(record)}
+def component(name: str) -> Component:
+    """The row of that name; KeyError where there is none."""
+    return _TABLE[name]
 
 
-def _join(records: list[Any]) -> dict[str, Array]:
-    return {field.name: np.concatenate([getattr(r, field.name) for r in records]) for field in fields(records[0])}
+@dataclass(frozen=True)
+class Corruption:
+    """Something done to the source alone, with the chance `actions.NAME_probability`.
+
+    The component called `name` is its flag. `column` is the column of `Views` that holds it, which is `none` where
+    nothing was done. Where it can be weak or strong, `column` is also the name of the component that says how much,
+    and of the configuration's key with the values drawn. Such a strength is told as it is, 0 being none; or, with
+    `top`, as its distance from that value, which is where it is weakest.
+    """
+
+    name: str
+    column: str
+    none: float
+    dtype: DTypeLike  # of the column
+    fed: DTypeLike  # of what DALI's operator is given
+    top: float | None = None
+    lowest: float = 0.0
+    highest: float = math.inf
+    rule: str = ""  # what a strength can be, for somebody who gives another
+    natural: tuple[float, ...] = ()  # ends of the encoded strength with nothing beyond them
+
+    @property
+    def strength(self) -> str | None:
+        """The component, and the key, that says how much; None where there is only the flag."""
+        return None if self.column == self.name else self.column
+
+    @property
+    def group(self) -> str:
+        """The group of the action that it belongs to."""
+        return _TABLE[self.name].group
+
+    def done(self, values: Any) -> Any:
+        """Where something was done, of values of the column."""
+        return values > self.none if self.top is None else values < self.none
+
+    def told(self, values: Any) -> Any:
+        """A strength as its component tells it, before the division by its range; the inverse of itself."""
+        return values if self.top is None else self.top - values
+
+    def encoded(self, values: Array) -> dict[str, Array]:
+        """The components (B,) of a column (B,), normalised."""
+        done = self.done(values)
+        flag = {self.name: done.astype(np.float64)}
+        if self.strength is None:
+            return flag
+        return flag | {self.strength: np.where(done, self.told(values) / _TABLE[self.strength].range, 0.0)}
+
+
+# In the order in which they are done, after the jitter.
+CORRUPTIONS: tuple[Corruption, ...] = (
+    Corruption("grayscale", "grayscale", none=0, dtype=bool, fed=bool),
+    Corruption(
+        "blur",
+        "blur_sigma",
+        none=0.0,
+        dtype=np.float32,
+        fed=np.float32,
+        rule="a sigma is 0 pixels (none) or more",
+        natural=(0.0,),
+    ),
+    Corruption(
+        "solarize",
+        "solarize_threshold",
+        none=NO_SOLARIZE,
+        dtype=np.int64,
+        fed=np.uint8,
+        top=255,
+        highest=NO_SOLARIZE,
+        rule=f"a threshold is a level from 0 to 255, or {NO_SOLARIZE} for none",
+        natural=(0.0, 1.0),
+    ),
+)
 
 
 def _require_shape(name: str, array: Array, shape: tuple[int, ...]) -> None:
@@ -93,7 +167,24 @@ def _require_shape(name: str, array: Array, shape: tuple[int, ...]) -> None:
 
 
 @dataclass(frozen=True, eq=False)
-class Jitter:
+class _Rows:
+    """Arrays with one row per view, by field, which are taken and concatenated together."""
+
+    def __len__(self) -> int:
+        return len(getattr(self, fields(self)[0].name))
+
+    def take(self, rows: Array) -> Self:
+        """The given rows (any NumPy index of one axis), so often as they are named."""
+        return replace(self, **{field.name: getattr(self, field.name)[rows] for field in fields(self)})
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[Self]) -> Self:
+        """One after the other, at least one."""
+        return cls(**{field.name: np.concatenate([getattr(p, field.name) for p in parts]) for field in fields(cls)})
+
+
+@dataclass(frozen=True, eq=False)
+class Jitter(_Rows):
     """Colour jitter of B views as `color_twist` takes it, float32 (B,): three factors (neutral 1), hue in degrees."""
 
     brightness: Array
@@ -103,24 +194,25 @@ class Jitter:
 
     def __post_init__(self) -> None:
         """Raise ValueError unless the four arrays are (B,)."""
-        for name in _JITTER:
-            _require_shape(name, getattr(self, name), (len(self.brightness),))
+        for name in JITTER:
+            _require_shape(name, getattr(self, name), (len(self),))
 
-    def __len__(self) -> int:
-        return len(self.brightness)
-
-    def take(self, rows: Array) -> Jitter:
-        """The jitter of the given rows (any NumPy index of one axis)."""
-        return Jitter(**_take(self, rows))
+    def changed(self) -> NDArray[np.bool_]:
+        """Which views (B,) have any."""
+        parts = [getattr(self, name) != _TABLE[name].neutral for name in JITTER]
+        return np.asarray(np.logical_or.reduce(parts), bool)
 
     @staticmethod
     def neutral(count: int) -> Jitter:
         """`count` views whose colours stay as they are."""
-        return Jitter(**{n: np.full(count, _TABLE[n].neutral, np.float32) for n in _JITTER})
+        return Jitter(**{n: np.full(count, _TABLE[n].neutral, np.float32) for n in JITTER})
+
+
+JITTER: tuple[str, ...] = tuple(field.name for field in fields(Jitter))
 
 
 @dataclass(frozen=True, eq=False)
-class Geometry:
+class Geometry(_Rows):
     """Which part of the upright image a view shows, and how: crop, then resize to a square, flip, rotation.
 
     crop: int64 (B, 4), x, y, width, height in pixels; flip: bool (B,), mirrored left to right; rotation: int64 (B,),
@@ -133,25 +225,23 @@ class Geometry:
 
     def __post_init__(self) -> None:
         """Raise ValueError unless the arrays are (B, 4), (B,) and (B,)."""
-        _require_shape("crop", self.crop, (len(self.crop), 4))
-        _require_shape("flip", self.flip, (len(self.crop),))
-        _require_shape("rotation", self.rotation, (len(self.crop),))
+        _require_shape("crop", self.crop, (len(self), 4))
+        _require_shape("flip", self.flip, (len(self),))
+        _require_shape("rotation", self.rotation, (len(self),))
 
-    def __len__(self) -> int:
-        return len(self.crop)
 
-    def take(self, rows: Array) -> Geometry:
-        """The geometry of the given rows."""
-        return Geometry(**_take(self, rows))
+_V = TypeVar("_V", bound="Views")
+_UNDONE: Any = None  # a column that is left out is that of views to which nothing was done
 
 
 @dataclass(frozen=True, eq=False)
-class Views:
+class Views(_Rows):
     """Everything that was done to B images to get their target and source views.
 
-    size: int64 (B, 2), width and height of the upright image in pixels. grayscale: bool (B,); blur_sigma: float32 (B,)
-    in pixels, 0 for none; solarize_threshold: int64 (B,), 256 for none: these three are done to the source only.
-    shared_geometry: both views start from one cropped image, and source_geometry is target_geometry.
+    size: int64 (B, 2), width and height of the upright image in pixels. shared_geometry: both views start from one
+    cropped image, and source_geometry is target_geometry. The columns of `CORRUPTIONS`, (B,), are of what was done to
+    the source alone; one that is left out (or None) says that nothing was. grayscale: bool; blur_sigma: float32, in
+    pixels, 0 for none; solarize_threshold: int64, 256 for none.
     """
 
     size: Array
@@ -159,223 +249,72 @@ class Views:
     source_geometry: Geometry
     target: Jitter
     source: Jitter
-    grayscale: Array
-    blur_sigma: Array
-    solarize_threshold: Array
     shared_geometry: bool
+    grayscale: Array = _UNDONE
+    blur_sigma: Array = _UNDONE
+    solarize_threshold: Array = _UNDONE
 
     def __post_init__(self) -> None:
         """Raise ValueError where a part is not of B rows, or the geometry is not shared though said to be."""
-        count = len(self.size)
+        count = len(self)
         _require_shape("size", self.size, (count, 2))
-        for name in ("grayscale", "blur_sigma", "solarize_threshold"):
-            _require_shape(name, getattr(self, name), (count,))
+        for corruption in CORRUPTIONS:
+            if getattr(self, corruption.column) is None:
+                undone = np.full(count, corruption.none, corruption.dtype)
+                object.__setattr__(self, corruption.column, undone)
+            _require_shape(corruption.column, getattr(self, corruption.column), (count,))
         for name in ("target_geometry", "source_geometry", "target", "source"):
             if len(getattr(self, name)) != count:
                 raise ValueError(f"{name} has {len(getattr(self, name))} rows; size has {count}")
         if self.shared_geometry and self.source_geometry is not self.target_geometry:
             raise ValueError("shared_geometry is True, so source_geometry must be the same object as target_geometry")
 
-    def __len__(self) -> int:
-        return len(self.size)
+    def take(self, rows: Array) -> Self:
+        """The given rows (any NumPy index of one axis), so often as they are named."""
 
-    def take(self, rows: Array) -> Views:
-        """The views of the given rows (any NumPy index of one axis)."""
-        target_geometry = self.target_geometry.take(rows)
-        return Views(
-            size=self.size[rows],
-            target_geometry=target_geometry,
-            source_geometry=target_geometry if self.shared_geometry else self.source_geometry.take(rows),
-            target=self.target.take(rows),
-            source=self.source.take(rows),
-            grayscale=self.grayscale[rows],
-            blur_sigma=self.blur_sigma[rows],
-            solarize_threshold=self.solarize_threshold[rows],
-            shared_geometry=self.shared_geometry,
-        )
+        def taken(name: str) -> Any:
+            column = getattr(self, name)
+            return column.take(rows) if isinstance(column, _Rows) else column[rows]
 
-    @staticmethod
-    def concatenate(parts: list[Views]) -> Views:
+        return _columnwise(self, taken)
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[Self]) -> Self:
         """One after the other, at least one; ValueError where some share their geometry and some do not."""
-        shared = {part.shared_geometry for part in parts}
-        if len(shared) != 1:
+        if len({part.shared_geometry for part in parts}) != 1:
             raise ValueError("parts must not be empty, and all or none of them must have shared_geometry")
-        geometry = Geometry(**_join([part.target_geometry for part in parts]))
-        return Views(
-            size=np.concatenate([part.size for part in parts]),
-            target_geometry=geometry,
-            source_geometry=geometry if shared == {True} else Geometry(**_join([p.source_geometry for p in parts])),
-            target=Jitter(**_join([part.target for part in parts])),
-            source=Jitter(**_join([part.source for part in parts])),
-            grayscale=np.concatenate([part.grayscale for part in parts]),
-            blur_sigma=np.concatenate([part.blur_sigma for part in parts]),
-            solarize_threshold=np.concatenate([part.solarize_threshold for part in parts]),
-            shared_geometry=shared == {True},
-        )
+
+        def joined(name: str) -> Any:
+            columns = [getattr(part, name) for part in parts]
+            return type(columns[0]).concatenate(columns) if isinstance(columns[0], _Rows) else np.concatenate(columns)
+
+        return _columnwise(parts[0], joined)
+
+    def uncorrupted(self) -> Self:
+        """The same geometry and jitter, and nothing done to the source alone."""
+        undone: dict[str, Any] = dict.fromkeys(corruption.column for corruption in CORRUPTIONS)
+        return replace(self, **undone)
+
+    def corrupted(self, corruption: Corruption, value: float) -> Self:
+        """The same views, with a value of that corruption's column for all of them."""
+        column: Any = np.full(len(self), value, corruption.dtype)
+        return replace(self, **{corruption.column: column})
 
     @staticmethod
     def neutral(size: Array, crop: Array) -> Views:
         """Clean views: size (B, 2), crop (B, 4), nothing else done; target and source are the same."""
         count = len(size)
         geometry = Geometry(np.asarray(crop, np.int64), np.zeros(count, bool), np.zeros(count, np.int64))
-        return Views(
-            size=np.asarray(size, np.int64),
-            target_geometry=geometry,
-            source_geometry=geometry,
-            target=Jitter.neutral(count),
-            source=Jitter.neutral(count),
-            grayscale=np.zeros(count, bool),
-            blur_sigma=np.zeros(count, np.float32),
-            solarize_threshold=np.full(count, NO_SOLARIZE, np.int64),
-            shared_geometry=True,
-        )
+        still = Jitter.neutral(count)
+        return Views(np.asarray(size, np.int64), geometry, geometry, still, still, shared_geometry=True)
 
 
-def _wrap(degrees: Floats) -> Floats:
-    """The same angle in (-180, 180]."""
-    return 180.0 - (180.0 - degrees) % 360.0
-
-
-class ActionSpace:
-    """The components a predictor is told, their order and their scale.
-
-    form "difference": jitter as target minus source (the paper's). form "absolute": each jitter component twice, the
-    source's and the target's own value, so that nothing about either view is left out.
-    """
-
-    def __init__(self, groups: tuple[str, ...] = ("photometric",), form: str = "difference") -> None:
-        """ValueError for a group or a form that does not exist."""
-        known = tuple(dict.fromkeys(component.group for component in COMPONENTS))
-        if not groups or set(groups) - set(known):
-            raise ValueError(f"groups is {groups}; it must name one or more of {known}")
-        if form not in ("difference", "absolute"):
-            raise ValueError(f"form is {form!r}; it must be 'difference' or 'absolute'")
-        self.groups = tuple(groups)
-        self.form = form
-        self.components = tuple(component for component in COMPONENTS if component.group in groups)
-        names: list[str] = []
-        self.slices: dict[str, slice] = {}
-        for component in self.components:
-            own = [component.name]
-            if form == "absolute" and component.name in _JITTER:
-                own = [f"source_{component.name}", f"target_{component.name}"]
-            self.slices[component.name] = slice(len(names), len(names) + len(own))
-            names += own
-        self.names: tuple[str, ...] = tuple(names)
-        self.dim = len(names)
-
-    def encode(self, views: Views) -> NDArray[np.float32]:
-        """The action a(x→y) of each pair of views: float32 (B, A), 0 where nothing was done."""
-        columns = self._jitter_columns(views.source, views.target)
-        if "photometric" in self.groups:
-            columns |= _destructive_columns(views)
-        if "geometric" in self.groups:
-            columns |= _geometric_columns(views.source_geometry, views.target_geometry)
-        return self._stack(columns, len(views))
-
-    def jitter_action(self, source: Jitter, target: Jitter) -> NDArray[np.float32]:
-        """The action of views that differ in their jitter only: float32 (B, A)."""
-        return self._stack(self._jitter_columns(source, target), len(source))
-
-    def decode(self, action: Array) -> dict[str, Array]:
-        """The inverse of `encode`: action (B, A) to physical values, float64 (B,), by component name.
-
-        Differences stay differences (brightness 0 means equal factors), absolute values come out as the operators used
-        them (source_brightness 1 is neutral), flags are bool, and solarize_threshold is int64 with 256 for none.
-        """
-        action = np.asarray(action, np.float64)
-        if action.ndim != 2 or action.shape[1] != self.dim:
-            raise ValueError(f"action has shape {action.shape}; it must be (B, {self.dim})")
-        values: dict[str, Array] = {}
-        for component in self.components:
-            own = self.slices[component.name]
-            for name, column in zip(self.names[own], action[:, own].T, strict=True):
-                differs = name in _JITTER
-                value = column * component.range + (0.0 if differs else component.neutral)
-                values[name] = column > 0.5 if component.unit == "flag" else value
-        if "photometric" in self.groups:
-            threshold = 255 - np.rint(values["solarize_threshold"]).astype(np.int64)
-            values["solarize_threshold"] = np.where(values["solarize"], threshold, NO_SOLARIZE)
-        return values
-
-    def vector(self, values: Mapping[str, float]) -> NDArray[np.float32]:
-        """One action from physical values by name, float32 (A,): `decode` gives them back; the rest is neutral.
-
-        A sigma or a threshold sets its flag too. ValueError for a name that is not in `names`.
-        """
-        unknown = sorted(set(values) - set(self.names))
-        if unknown:
-            raise ValueError(f"{unknown[0]!r} is no component of this action; there are {', '.join(self.names)}")
-        action = np.zeros(self.dim, np.float32)
-        for component in self.components:
-            own = self.slices[component.name]
-            for index, name in enumerate(self.names[own], own.start):
-                value = float(values.get(name, 0.0 if name in _JITTER else component.neutral))
-                offset = 0.0 if name in _JITTER else component.neutral
-                if name == "solarize_threshold":  # the table says so: told as its distance from the highest level
-                    value = 255.0 - value if name in values and value < NO_SOLARIZE else 0.0
-                action[index] = (value - offset) / component.range
-        if "blur_sigma" in values:
-            action[self.names.index("blur")] = values["blur_sigma"] > 0
-        if "solarize_threshold" in values:
-            action[self.names.index("solarize")] = values["solarize_threshold"] < NO_SOLARIZE
-        return action
-
-    def _jitter_columns(self, source: Jitter, target: Jitter) -> dict[str, Floats]:
-        columns: dict[str, Floats] = {}
-        for name in _JITTER if "photometric" in self.groups else ():
-            x, y = getattr(source, name).astype(np.float64), getattr(target, name).astype(np.float64)
-            neutral = _TABLE[name].neutral
-            pairs = {name: y - x} if self.form == "difference" else {f"source_{name}": x, f"target_{name}": y}
-            for key, value in pairs.items():
-                offset = value if self.form == "difference" else value - neutral
-                columns[key] = (_wrap(offset) if name == "hue" else offset) / _TABLE[name].range
-        return columns
-
-    def _stack(self, columns: dict[str, Floats], count: int) -> NDArray[np.float32]:
-        action = np.zeros((count, self.dim), np.float32)
-        for index, name in enumerate(self.names):
-            if name in columns:
-                action[:, index] = columns[name]
-        return action
-
-
-def _destructive_columns(views: Views) -> dict[str, Floats]:
-    """What was done to the source alone, normalised; float64 (B,) each."""
-    solarize = views.solarize_threshold < NO_SOLARIZE
-    depth = (255 - views.solarize_threshold) / _TABLE["solarize_threshold"].range
-    return {
-        "grayscale": views.grayscale.astype(np.float64),
-        "blur": (views.blur_sigma > 0).astype(np.float64),
-        "blur_sigma": views.blur_sigma / _TABLE["blur_sigma"].range,
-        "solarize": solarize.astype(np.float64),
-        "solarize_threshold": np.where(solarize, depth, 0.0),
-    }
-
-
-def _geometric_columns(source: Geometry, target: Geometry) -> dict[str, Floats]:
-    """Where x lies in the frame of y, normalised; float64 (B,) each.
-
-    Undo x's turn with the quarter turns of rotation_1..3 and mirror it if flip: that is x's box as y sees it (mirrored
-    where y is), with its centre crop_x widths and crop_y heights of y from y's centre and exp(crop_w), exp(crop_h)
-    times y's size.
-    """
-    if target.rotation.any():
-        raise ValueError("a target view is rotated; only sources are, the action is told in the target's frame")
-    x_size, y_size = source.crop[:, 2:].astype(np.float64), target.crop[:, 2:].astype(np.float64)
-    offset = (source.crop[:, :2] + x_size / 2 - target.crop[:, :2] - y_size / 2) / y_size
-    offset[:, 0] *= np.where(target.flip, -1.0, 1.0)
-    ratio = np.log(x_size / y_size)
-    undo = -source.rotation % 4
-    values = {
-        "crop_x": offset[:, 0],
-        "crop_y": offset[:, 1],
-        "crop_w": ratio[:, 0],
-        "crop_h": ratio[:, 1],
-        "flip": (source.flip != target.flip).astype(np.float64),
-    }
-    values |= {f"rotation_{turns}": (undo == turns).astype(np.float64) for turns in (1, 2, 3)}
-    return {name: value / _TABLE[name].range for name, value in values.items()}
+def _columnwise(views: _V, column: Callable[[str], Any]) -> _V:
+    """Views of the columns that `column` gives by their names; a shared geometry stays shared."""
+    made = {field.name: column(field.name) for field in fields(views) if field.name != "shared_geometry"}
+    if views.shared_geometry:
+        made["source_geometry"] = made["target_geometry"]
+    return replace(views, **made)
 
 
 def colour_matrix(jitter: Jitter) -> Floats:
@@ -385,7 +324,7 @@ def colour_matrix(jitter: Jitter) -> Floats:
     out = Q⁻¹ · R(h) · diag(1, s, s) · Q · (b·c) · in + 128·(1 - c)·b, Q the YIQ matrix. This is what DALI's
     `color_twist` computes (measured on 2.4: mean difference under 1e-4 of a level).
     """
-    b, c, s, hue = (getattr(jitter, name).astype(np.float64) for name in _JITTER)
+    b, c, s, hue = (getattr(jitter, name).astype(np.float64) for name in JITTER)
     cos, sin = s * np.cos(np.radians(hue)), s * np.sin(np.radians(hue))
     turn = np.zeros((len(jitter), 3, 3))  # R(h) · diag(1, s, s)
     turn[:, 0, 0] = 1.0

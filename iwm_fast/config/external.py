@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from iwm_fast.config.base import Names, Numbers, Section
 
-__all__ = ["STILL", "UNTOLD", "ExternalActions"]
+__all__ = ["EXTERNAL", "ExternalActions", "still"]
+
+# The groups of a configuration whose actions a manifest gives.
+EXTERNAL = ("external",)
+# What may be done to pairs of pictures though nobody is told of it: to both alike.
+_ALIKE = ("flip_probability", "rotation_probability")
 
 
 class ExternalActions(Section):
@@ -33,14 +39,10 @@ class ExternalActions(Section):
         return self
 
 
-# What is done to pairs of pictures unless a configuration says otherwise: nothing.
-STILL: dict[str, Any] = {
-    "jitter_probability": 0.0,
-    "grayscale_probability": 0.0,
-    "blur_probability": 0.0,
-    "solarize_probability": 0.0,
-    "rotation_probability": 0.0,
-    "crop_scale": (1.0, 1.0),
-    "flip_probability": 0.0,
-}
-UNTOLD = ("jitter_probability", "grayscale_probability", "blur_probability", "solarize_probability")
+def still(keys: Iterable[str]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """What is done to pairs of pictures unless a configuration says otherwise, nothing; and the chances that must be 0.
+
+    keys: of the section of actions.
+    """
+    chances = [key for key in keys if key.endswith("_probability")]
+    return {**dict.fromkeys(chances, 0.0), "crop_scale": (1.0, 1.0)}, tuple(k for k in chances if k not in _ALIKE)

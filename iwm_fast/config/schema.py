@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from iwm_fast.config.base import Place, Range, Section, pair
 from iwm_fast.config.encoders import ENCODERS, EncoderName, EncoderShape
-from iwm_fast.config.external import STILL, UNTOLD, ExternalActions
+from iwm_fast.config.external import EXTERNAL, ExternalActions, still
 
 __all__ = [
     "ENCODERS",
@@ -158,23 +158,34 @@ class ActionsConfig(Section):
         _require_ascending("blur_sigma", self.blur_sigma, 0.01, 20.0)
         _require_ascending("crop_scale", self.crop_scale, 0.01, 1.0)
         _require_ascending("crop_aspect", self.crop_aspect, 0.1, 10.0)
-        if self.groups not in (("photometric",), ("photometric", "geometric"), ("external",)):
+        if self.groups not in (("photometric",), ("photometric", "geometric"), EXTERNAL):
             raise ValueError(
                 f"groups is {list(self.groups)}; it must be [photometric], [photometric, geometric] or [external]"
             )
-        done = [name for name in UNTOLD if self.groups == ("external",) and getattr(self, name) > 0]
+        _, untold = still(type(self).model_fields)
+        done = [name for name in untold if self.is_external and getattr(self, name) > 0]
         if done:
             raise ValueError(f"{done[0]} is {getattr(self, done[0]):g}; it must be 0 where groups is [external]")
-        if self.external is not None and self.groups != ("external",):
+        if self.external is not None and not self.is_external:
             raise ValueError(f"external is given, so groups must be [external]; it is {list(self.groups)}")
         return self
 
     @model_validator(mode="before")
     @classmethod
     def _pairs_stay_as_they_are(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("groups") in (["external"], ("external",)):
-            return {**STILL, **values}
+        if isinstance(values, dict) and pair(values.get("groups")) == EXTERNAL:
+            return {**still(cls.model_fields)[0], **values}
         return values
+
+    @property
+    def is_external(self) -> bool:
+        """Whether the actions are somebody else's, of a manifest of triplets."""
+        return self.groups == EXTERNAL
+
+    @property
+    def geometric(self) -> bool:
+        """Whether the source has a geometry of its own, of which the predictor is told."""
+        return "geometric" in self.groups
 
 
 class ViewsConfig(Section):
@@ -397,7 +408,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        external = self.actions.groups == ("external",)
+        external = self.actions.is_external
         if self.masks.visible_blocks == self.masks.target_blocks and not external:
             raise ValueError(
                 f"masks.visible_blocks is {self.masks.visible_blocks}; it must be below masks.target_blocks, but for "

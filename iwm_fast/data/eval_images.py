@@ -78,6 +78,7 @@ def load_clean(
         dali_device(device),
         dali_threads(threads),
         geometric=False,
+        corruptions=(),
         max_pixels=max_pixels,
         hw_decoder_load=hw_decoder_load,
     )

@@ -18,7 +18,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from iwm_fast.actions.transforms import ActionSpace, Views
+from iwm_fast.actions.ranges import corruptions_drawn
+from iwm_fast.actions.space import ActionSpace
+from iwm_fast.actions.transforms import Views
 from iwm_fast.config.batch import divide_batch
 from iwm_fast.config.schema import Config
 from iwm_fast.data.bad_samples import BadSamples
@@ -113,7 +115,7 @@ class TrainingStream:
         self._config, self._space, self._rank, self._world, self._start = config, space, rank, world, start
         self._reader = self._reader_of(files, run_dir)
         self._order = SampleOrder(config.train.seed, len(files))
-        geometric = "geometric" in config.actions.groups
+        geometric = config.actions.geometric
         self._sources = config.views.sources_per_target
         self._masks = mask_sampler(config)
         self._graph = ViewGraph(
@@ -123,6 +125,7 @@ class TrainingStream:
             dali_threads(config.data.threads, world),
             geometric=geometric,
             sources=self._sources,
+            corruptions=[corruption.name for corruption in corruptions_drawn(config.actions)],
             max_pixels=config.data.max_pixels,
             bases=self._bases,
             hw_decoder_load=config.data.hw_decoder_load,

@@ -139,7 +139,7 @@ def mask_sampler(config: Config, seed: int | None = None) -> MaskSampler:
         config.masks,
         config.model.grid,
         config.train.seed if seed is None else seed,
-        exclude="geometric" not in config.actions.groups,
+        exclude=not config.actions.geometric,
         sources=config.views.sources_per_target,
     )
 

@@ -8,14 +8,14 @@ action is the manifest's.
 from __future__ import annotations
 
 from collections.abc import Sized
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from iwm_fast.actions.transforms import Geometry, Jitter, Views
+from iwm_fast.actions.transforms import Geometry, Views
 from iwm_fast.config.schema import ActionsConfig
 from iwm_fast.data.bad_samples import BadSamples
 from iwm_fast.data.decode.encoded import BadSample, Encoded
@@ -126,19 +126,8 @@ def pair_views(actions: ActionsConfig, seed: int, samples: Samples) -> Views:
     drawn = draw_views(actions, seed, samples.epochs, samples.ids, size).target_geometry
     if actions.crop_scale == (1.0, 1.0):  # the whole picture, whatever its aspect
         drawn = Geometry(np.concatenate([np.zeros_like(size), size], axis=1), drawn.flip, drawn.rotation)
-    geometry = Geometry(**{field.name: np.concatenate([getattr(drawn, field.name)] * 2) for field in fields(drawn)})
-    neutral = Views.neutral(samples.size, geometry.crop)
-    return Views(
-        size=neutral.size,
-        target_geometry=geometry,
-        source_geometry=geometry,
-        target=Jitter.neutral(2 * count),
-        source=Jitter.neutral(2 * count),
-        grayscale=neutral.grayscale,
-        blur_sigma=neutral.blur_sigma,
-        solarize_threshold=neutral.solarize_threshold,
-        shared_geometry=True,
-    )
+    geometry = Geometry.concatenate([drawn, drawn])
+    return replace(Views.neutral(samples.size, geometry.crop), target_geometry=geometry, source_geometry=geometry)
 
 
 class PairStream(TrainingStream):

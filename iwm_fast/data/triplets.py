@@ -73,7 +73,7 @@ def resolve_triplets(config: Config) -> tuple[Config, Triplets | None]:
 
     UserError where the configuration's groups and the data do not fit together.
     """
-    external = config.actions.groups == ("external",)
+    external = config.actions.is_external
     root = Path(config.data.root or "")
     manifest = find_manifest(root) if config.data.source != "folder" else None
     if manifest is None:

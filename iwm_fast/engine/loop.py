@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from iwm_fast.actions.external import space_of
-from iwm_fast.actions.transforms import ActionSpace
+from iwm_fast.actions.space import ActionSpace
 from iwm_fast.config import Config
 from iwm_fast.engine.checkpoint.fragments import fragments
 from iwm_fast.engine.checkpoint.writer import CheckpointWriter

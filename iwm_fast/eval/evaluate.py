@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from iwm_fast.actions.transforms import ActionSpace
+from iwm_fast.actions.space import ActionSpace
 from iwm_fast.config import Config
 from iwm_fast.console import Count
 from iwm_fast.eval.registry import measure, names, usual

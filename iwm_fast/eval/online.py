@@ -16,7 +16,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from iwm_fast.actions.transforms import ActionSpace
+from iwm_fast.actions.ranges import varying
+from iwm_fast.actions.space import ActionSpace
 from iwm_fast.config import Config
 from iwm_fast.engine.distributed.ranks import Ranks, gather
 from iwm_fast.engine.distributed.signals import Abandoned
@@ -27,7 +28,6 @@ from iwm_fast.eval.representation.knn import NEIGHBOURS, knn_classify
 from iwm_fast.eval.splits import FileSplit, cannot_classify, open_splits, require_same_classes
 from iwm_fast.eval.stats import evenly_spaced
 from iwm_fast.eval.unusable import LeftOut, left_out_lines
-from iwm_fast.eval.world_model.bank import varying
 from iwm_fast.eval.world_model.frames import open_triplets
 from iwm_fast.eval.world_model.mrr import MrrResult, mean_reciprocal_rank
 from iwm_fast.eval.world_model.triplets import monitor_triplets
@@ -49,7 +49,7 @@ class OnlineEvaluator:
     def unmeasured(self, config: Config) -> str | None:
         """Open what an evaluation opens; why a part of it will not be measured, or None."""
         root = config.eval.root or ""
-        if config.actions.groups == ("external",):
+        if config.actions.is_external:
             open_triplets(root, config)
             return None
         train, test = open_splits(root, config, limit=config.eval.images)
@@ -72,7 +72,7 @@ class OnlineEvaluator:
         abandonable: Callable[[], AbstractContextManager[None]],
     ) -> dict[str, Any] | None:
         """The figures with their chances: every rank measures its share of the images, or the first all of them."""
-        if config.actions.groups == ("external",):
+        if config.actions.is_external:
             return _of_triplets(model, config, space, ranks, abandonable)
         found: Share | str | None
         try:

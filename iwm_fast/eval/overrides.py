@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
+from iwm_fast.actions.transforms import JITTER
 from iwm_fast.config import Config
 from iwm_fast.config.schema_table import rows
 from iwm_fast.errors import UserError
 from iwm_fast.eval.registry import Kind, evaluations
-from iwm_fast.eval.world_model.bank import JITTER_COMPONENTS
 
 __all__ = ["check_overrides", "for_evaluation", "overridden"]
 
-_JITTER = tuple(f"actions.{name}" for name in ("strength", *JITTER_COMPONENTS))
+_JITTER = tuple(f"actions.{name}" for name in ("strength", *JITTER))
 _DECODING = ("device", "threads", "readers", "max_pixels", "max_bad_fraction", "wait_s", "hw_decoder_load")
 _DATA = tuple(f"data.{name}" for name in _DECODING)
 _STORES = ("data.store_timeout", "data.store_attempts")

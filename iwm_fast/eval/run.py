@@ -132,7 +132,7 @@ def evaluate_run(
 def _external(run: Path) -> bool:
     """Whether a run was trained on triplets; what is wrong with its folder is said when it is loaded."""
     file = run / "config.yaml"
-    return file.exists() and run_config(file).actions.groups == ("external",)
+    return file.exists() and run_config(file).actions.is_external
 
 
 def _check_images(images: int | None, overrides: Sequence[str], what: Sequence[str], *, external: bool) -> None:

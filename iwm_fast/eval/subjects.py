@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 
-from iwm_fast.actions.transforms import ActionSpace
+from iwm_fast.actions.ranges import varying
+from iwm_fast.actions.space import ActionSpace
 from iwm_fast.config import Config
 from iwm_fast.console import Count
 from iwm_fast.eval.registry import Need
 from iwm_fast.eval.representation.cache import FeatureCache, Features
 from iwm_fast.eval.representation.features import EncoderName, Kept, encoder_of, read_features
 from iwm_fast.eval.splits import Split, cannot_classify
-from iwm_fast.eval.world_model.bank import varying
 from iwm_fast.eval.world_model.examples import RankedExample
 from iwm_fast.eval.world_model.frames import FrameReader
 from iwm_fast.models.iwm import IWM

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from iwm_fast.actions.transforms import ActionSpace
+from iwm_fast.actions.space import ActionSpace
 from iwm_fast.config import Config
 from iwm_fast.data.image_list import list_images
 from iwm_fast.data.loader import TrainingStream
@@ -28,7 +28,7 @@ def described(config: Config, root: Path | None) -> tuple[Config, Triplets | Non
     Without `root` only the manifest's actions are read, from data.root, unless actions.external says them. UserError
     where nothing does, or where data and actions do not fit together.
     """
-    if root is None and (config.actions.groups != ("external",) or config.actions.external is not None):
+    if root is None and (not config.actions.is_external or config.actions.external is not None):
         return config, None
     data = config.data.model_copy(update={} if root is None else {"root": str(root)})
     found, triplets = resolve_triplets(config.model_copy(update={"data": data}))

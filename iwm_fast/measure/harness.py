@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import cast
 
-from iwm_fast.actions.transforms import ActionSpace
+from iwm_fast.actions.space import ActionSpace
 from iwm_fast.config import Config
 from iwm_fast.data.loader import TrainingStream
 from iwm_fast.engine.build import trained_model

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from iwm_fast.actions.transforms import ActionSpace
+from iwm_fast.actions.space import ActionSpace
 from iwm_fast.config import Config
 from iwm_fast.config.batch import divide_batch
 from iwm_fast.data.batch import Batch

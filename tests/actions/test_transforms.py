@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from iwm_fast.actions.transforms import COMPONENTS, NO_SOLARIZE, ActionSpace, Geometry, Jitter, Views, colour_matrix
+from iwm_fast.actions.ranges import jitter_range, varying
+from iwm_fast.actions.space import ActionSpace
+from iwm_fast.actions.transforms import (
+    COMPONENTS,
+    CORRUPTIONS,
+    JITTER,
+    NO_SOLARIZE,
+    Geometry,
+    Jitter,
+    Views,
+    colour_matrix,
+    component,
+)
+from iwm_fast.config import ActionsConfig
 
-JITTER = ("brightness", "contrast", "saturation", "hue")
 FORMS = ("difference", "absolute")
 GROUPS = (("photometric",), ("photometric", "geometric"))
 
@@ -313,3 +327,80 @@ def test_a_named_value_stands_alone_with_its_flag_and_an_unknown_one_is_refused(
     assert not space.vector({"solarize_threshold": NO_SOLARIZE}).any()
     with pytest.raises(ValueError, match="'brightnes' is no component of this action; there are brightness, "):
         space.vector({"brightnes": 0.2})
+
+
+def columns(views):
+    """Every array of the views, by field: (B, ...)."""
+    found = {}
+    for name, value in vars(views).items():
+        if isinstance(value, Jitter | Geometry):
+            found |= {f"{name}.{inner}": column for inner, column in vars(value).items()}
+        elif name != "shared_geometry":
+            found[name] = value
+    return found
+
+
+def many(seed, count=5, *, shared=False):
+    rng = np.random.default_rng(seed)
+
+    def jitter():
+        return Jitter(*rng.uniform(0, 2, (4, count)).astype(np.float32))
+
+    def geometry():
+        return Geometry(rng.integers(1, 50, (count, 4)), rng.uniform(size=count) < 0.5, rng.integers(0, 4, count))
+
+    target = geometry()
+    drawn = {c.column: rng.uniform(1, 50, count).astype(c.dtype) for c in CORRUPTIONS}
+    size = rng.integers(50, 99, (count, 2))
+    return Views(size, target, target if shared else geometry(), jitter(), jitter(), shared, **drawn)
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["own geometries", "one geometry"])
+def test_every_column_is_taken_repeated_and_concatenated(shared):
+    views, other = many(1, shared=shared), many(2, shared=shared)
+    rows = np.array([3, 0, 3, 3])
+    before, after = columns(views), columns(views.take(rows))
+    assert set(after) == set(before)
+    assert len(before) == 1 + 2 * 3 + 2 * len(JITTER) + len(CORRUPTIONS)
+    for name, column in before.items():
+        np.testing.assert_array_equal(after[name], column[rows])
+        assert after[name].dtype == column.dtype
+    both = Views.concatenate([views, other])
+    for name, column in columns(both).items():
+        np.testing.assert_array_equal(column, np.concatenate([before[name], columns(other)[name]]))
+    assert (both.source_geometry is both.target_geometry) == shared
+    with pytest.raises(ValueError, match="all or none"):
+        Views.concatenate([views, many(3, shared=not shared)])
+
+
+def test_columns_that_are_left_out_say_that_nothing_was_done_to_the_source():
+    bare = many(1).uncorrupted()
+    assert not ActionSpace().encode(bare)[:, 4:].any()
+    for corruption in CORRUPTIONS:
+        column = getattr(bare, corruption.column)
+        assert column.dtype == corruption.dtype
+        assert not corruption.done(column).any()
+        assert corruption.done(getattr(bare.corrupted(corruption, 1), corruption.column)).all()
+
+
+def test_the_tables_name_components_columns_and_keys_that_there_are():
+    names = {row.name for row in COMPONENTS}
+    assert tuple(row.name for row in COMPONENTS[: len(JITTER)]) == JITTER
+    columns = {field.name for field in dataclasses.fields(Views)}
+    for corruption in CORRUPTIONS:
+        assert corruption.name in names
+        assert corruption.column in columns
+        assert component(corruption.name).unit == "flag"
+        assert {f"{corruption.name}_probability"} <= set(ActionsConfig.model_fields)
+        if corruption.strength is not None:
+            assert corruption.strength in names
+            assert corruption.strength in ActionsConfig.model_fields
+
+
+def test_the_jitter_is_drawn_within_ranges_that_everybody_reads_alike():
+    actions = ActionsConfig(strength=2.0, brightness=0.7, hue=0.4)
+    assert jitter_range(actions, "brightness") == (0.0, 2.4)
+    assert jitter_range(actions, "contrast") == pytest.approx((0.2, 1.8))
+    assert jitter_range(actions, "hue") == (-180.0, 180.0)
+    assert varying(ActionsConfig(contrast=0.0)) == ["brightness", "saturation", "hue"]
+    assert varying(ActionsConfig(strength=0.0)) == []

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from made_triplets import write_game
 
 from iwm_fast.actions.external import space_of
-from iwm_fast.actions.transforms import ActionSpace
+from iwm_fast.actions.space import ActionSpace
 from iwm_fast.benchmarks import scaling, step
 from iwm_fast.benchmarks.cases.presets import PRESETS, preset_config
 from iwm_fast.benchmarks.scaling import fit_line

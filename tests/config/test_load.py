@@ -10,6 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import iwm_fast
+from iwm_fast.actions.transforms import CORRUPTIONS, JITTER
 from iwm_fast.config import Config, dump_config, load_config, packaged_config
 from iwm_fast.config.load import find_config, packaged_names
 from iwm_fast.config.schema_table import rows
@@ -425,5 +426,8 @@ def test_every_key_is_read_by_something():
             read |= {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)}
     # Read through properties of the schema: model.encoder as encoder_shape, model.predictor.heads as head_count.
     through = {"model.encoder": "encoder_shape", "model.predictor.heads": "head_count"}
+    # Of what is done to a view the tables name the keys, which `iwm_fast/actions/ranges.py` reads.
+    read |= {*JITTER, *(f"{corruption.name}_probability" for corruption in CORRUPTIONS)}
+    read |= {corruption.strength for corruption in CORRUPTIONS}
     keys = {row.key: through.get(row.key, row.key.rsplit(".", 1)[-1]) for row in rows()}
     assert [key for key, name in keys.items() if name not in read] == []

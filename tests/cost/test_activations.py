@@ -8,7 +8,7 @@ import pytest
 import torch
 from small_run import small_config
 
-from iwm_fast.actions.transforms import ActionSpace
+from iwm_fast.actions.space import ActionSpace
 from iwm_fast.benchmarks.counting.kept_count import KeptCounter, counted_activations
 from iwm_fast.cli.plan import planner_of
 from iwm_fast.config import Config

@@ -13,7 +13,7 @@ import torch
 from made_images import broken_tables, encode, picture, turned, write_images
 from small_run import small_config
 
-from iwm_fast.actions.transforms import ActionSpace
+from iwm_fast.actions.space import ActionSpace
 from iwm_fast.config.batch import divide_batch
 from iwm_fast.data import samples as samples_module
 from iwm_fast.data.image_list import list_images

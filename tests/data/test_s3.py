@@ -12,7 +12,7 @@ from made_sources import example, write_classes, write_records, write_tar
 from small_run import TINY_WORDS, small_config
 from store import FaultyStore, moto_server, upload
 
-from iwm_fast.actions.transforms import ActionSpace
+from iwm_fast.actions.space import ActionSpace
 from iwm_fast.data.decode.encoded import BadSample
 from iwm_fast.data.identity import difference, identity_of
 from iwm_fast.data.image_list import divide, list_images, split

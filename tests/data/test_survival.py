@@ -20,7 +20,8 @@ from made_sources import example, write_records
 from PIL import Image, ImageOps
 from small_run import TINY_WORDS, small_config
 
-from iwm_fast.actions.transforms import ActionSpace, Views
+from iwm_fast.actions.space import ActionSpace
+from iwm_fast.actions.transforms import Views
 from iwm_fast.data import samples as samples_module
 from iwm_fast.data.decode.encoded import BadSample, decode_upright, inspect
 from iwm_fast.data.eval_images import centred_square, load_clean

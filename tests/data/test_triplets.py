@@ -13,7 +13,7 @@ from made_triplets import HEADER, rows_of_manifest, write_game, write_lines
 from small_run import small_config
 
 from iwm_fast.actions.external import ExternalSpace, space_of
-from iwm_fast.actions.transforms import ActionSpace
+from iwm_fast.actions.space import ActionSpace
 from iwm_fast.config import ActionsConfig, ExternalActions
 from iwm_fast.data.triplets import find_manifest, read_triplets, resolve_triplets
 from iwm_fast.errors import UserError

@@ -9,7 +9,7 @@ import pytest
 from made_images import broken_tables, encode, picture, turned, write_images
 from small_run import small_config
 
-from iwm_fast.actions.transforms import ActionSpace
+from iwm_fast.actions.space import ActionSpace
 from iwm_fast.data.image_list import list_images
 from iwm_fast.data.loader import TrainingStream
 

@@ -8,7 +8,7 @@ import torch
 from launched import on_ranks
 from small_run import metrics, small_config, state
 
-from iwm_fast.actions.transforms import ActionSpace
+from iwm_fast.actions.space import ActionSpace
 from iwm_fast.models.iwm import IWM
 
 pytestmark = pytest.mark.slow  # two ranks at three stages

@@ -13,7 +13,7 @@ from made_images import write_images
 from poisoned import poison
 from small_run import losses, metrics, small_config, state
 
-from iwm_fast.actions.transforms import ActionSpace
+from iwm_fast.actions.space import ActionSpace
 from iwm_fast.data.image_list import list_images
 from iwm_fast.data.loader import SampleOrder, TrainingStream
 from iwm_fast.engine import pretrain

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from plain_path import PARTS, PlainModule, draw_batches, halved, plain_model, plain_training, run_config
 
-from iwm_fast.actions.transforms import ActionSpace
+from iwm_fast.actions.space import ActionSpace
 from iwm_fast.config import Config
 from iwm_fast.data.batch import Batch
 from iwm_fast.engine.distributed.ranks import start

@@ -4,7 +4,7 @@ import pytest
 import torch
 from small_run import small_config, state
 
-from iwm_fast.actions.transforms import ActionSpace
+from iwm_fast.actions.space import ActionSpace
 from iwm_fast.engine import pretrain, zero
 from iwm_fast.engine.distributed.ranks import start
 from iwm_fast.export.deepspeed_universal import export_universal

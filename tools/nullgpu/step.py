@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from iwm_fast.actions.transforms import ActionSpace
+from iwm_fast.actions.external import space_of
 from iwm_fast.benchmarks.cases.presets import preset_config
 from iwm_fast.engine.distributed.ranks import start
 from iwm_fast.engine.step import Spans, Trainer
@@ -36,7 +36,7 @@ def measure(preset: str, overrides: Sequence[str], steps: int = STEPS) -> dict[s
     """One row: every step's counts, the median of the last, the parts of one step, and where the host waits."""
     ranks = start()
     config = preset_config(preset, (*overrides, "log.every_steps=1000000"))
-    space = ActionSpace(config.actions.groups, config.actions.form)
+    space = space_of(config.actions)
     stream = synthetic_stream(config, space, ranks.device, steps=steps)
     trainer = prepare_trainer(config, space, stream, ranks)
     rows: list[dict[str, float]] = []

@@ -10,7 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from iwm_fast.actions.transforms import NO_SOLARIZE, ActionSpace, Geometry, Jitter, Views
+from iwm_fast.actions.external import space_of
+from iwm_fast.actions.ranges import corruptions_drawn
+from iwm_fast.actions.space import ActionSpace
+from iwm_fast.actions.transforms import JITTER, Corruption, Geometry, Jitter, Views, component
 from iwm_fast.config.schema import Config
 from iwm_fast.data.bad_samples import BadSamples
 from iwm_fast.data.image_list import list_images
@@ -37,13 +40,13 @@ def write_preview(config: Config, root: str | Path, out: Path, count: int, seed:
     factors as the operators used them. Of several sources the second is NNN_source_1.png and so on, and the object's
     more_sources describes them. UserError where `root` has no usable images or `out` cannot be written.
     """
-    if config.actions.groups == ("external",):
+    if config.actions.is_external:
         raise UserError(f"{root}: a preview shows what is done to images; to the pictures of triplets nothing is")
     require_folder(out)
     files = list_images(root, config.data.source)
     bad = BadSamples(len(files), config.data.max_bad_fraction)
     reader = SampleReader(FileStore(files, config.data.max_pixels), seed, bad)
-    geometric = "geometric" in config.actions.groups
+    geometric = config.actions.geometric
     sources = config.views.sources_per_target
     graph = ViewGraph(
         config.model.image,
@@ -52,10 +55,11 @@ def write_preview(config: Config, root: str | Path, out: Path, count: int, seed:
         dali_threads(config.data.threads),
         geometric=geometric,
         sources=sources,
+        corruptions=[corruption.name for corruption in corruptions_drawn(config.actions)],
         max_pixels=config.data.max_pixels,
     )
     masks = mask_sampler(config, seed)
-    space = ActionSpace(config.actions.groups, config.actions.form)
+    space = space_of(config.actions)
     order = SampleOrder(seed, len(files))
     records: list[dict[str, Any]] = []
     try:
@@ -142,9 +146,7 @@ def _sources(views: Views, patches: PatchSets, space: ActionSpace) -> list[dict[
             "source_geometry": None if views.shared_geometry else _geometry(views.source_geometry, row),
             "source": {
                 **_jitter(views.source, row),
-                "grayscale": bool(views.grayscale[row]),
-                "blur_sigma": float(views.blur_sigma[row]),
-                "solarize_threshold": _threshold(int(views.solarize_threshold[row])),
+                **{c.column: _column(c, getattr(views, c.column)[row]) for c in space.corruptions},
             },
             "action": [float(value) for value in actions[row]],
             "action_names": list(space.names),
@@ -164,13 +166,12 @@ def _geometry(geometry: Geometry, row: int) -> dict[str, Any]:
 
 
 def _jitter(jitter: Jitter, row: int) -> dict[str, float]:
-    return {
-        "brightness": float(jitter.brightness[row]),
-        "contrast": float(jitter.contrast[row]),
-        "saturation": float(jitter.saturation[row]),
-        "hue_degrees": float(jitter.hue[row]),
-    }
+    """By name, with the unit in it where it is no factor."""
+    values = {name: float(getattr(jitter, name)[row]) for name in JITTER}
+    units = {name: component(name).unit for name in JITTER}
+    return {name if units[name] == "factor" else f"{name}_{units[name]}": value for name, value in values.items()}
 
 
-def _threshold(threshold: int) -> int | None:
-    return None if threshold == NO_SOLARIZE else threshold
+def _column(corruption: Corruption, value: Any) -> Any:
+    """A number or a flag; None where nothing was done and the number that says so is no value of its own."""
+    return None if corruption.top is not None and not corruption.done(value) else value.item()

@@ -8,7 +8,9 @@ in tests. What each takes is in benchmarks/NOTES.md.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +20,7 @@ from torch.nn import functional
 
 from iwm_fast.actions.transforms import Jitter, colour_matrix
 
-__all__ = ["blur", "grayscale", "recolour", "recolour_matrices", "resize", "solarize"]
+__all__ = ["CORRUPT", "blur", "grayscale", "recolour", "recolour_matrices", "resize", "solarize"]
 
 Levels = NDArray[np.uint8]
 Floats = NDArray[np.float32]
@@ -171,3 +173,11 @@ def _bands(sigma: float, radius: int) -> tuple[Tensor, Tensor]:
         for channel in range(3):
             across[pixel : pixel + len(taps), channel, pixel, channel] = taps
     return torch.from_numpy(down), torch.from_numpy(across.reshape(-1, 3 * _TOGETHER))
+
+
+# By the name of the corruption: in place, with how strong it is (None where it has no strength).
+CORRUPT: dict[str, Callable[[Levels, Any], object]] = {
+    "grayscale": lambda image, _: grayscale(image, image),
+    "blur": lambda image, sigma: blur(image, sigma, image),
+    "solarize": solarize,
+}

@@ -20,7 +20,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from iwm_fast.data.views.cpu_operators import blur, grayscale, recolour, resize, solarize
+from iwm_fast.actions.transforms import CORRUPTIONS
+from iwm_fast.data.views.cpu_operators import CORRUPT, recolour, resize
 
 __all__ = ["CpuViews", "Rendering"]
 
@@ -160,11 +161,10 @@ def _jitter(image: Levels, inputs: Inputs, view: str, row: int, out: Levels) -> 
 
 
 def _destroy(image: Levels, inputs: Inputs, source: str, row: int, out: Levels) -> None:
-    """Jitter, grayscale, blur and solarize, each only where the sample has it."""
+    """Jitter and the corruptions in their order, each only where the sample has it."""
     _jitter(image, inputs, source, row, out)
-    if inputs[f"{source}_grayscale"][row]:
-        grayscale(out, out)
-    if inputs[f"{source}_blurred"][row]:
-        blur(out, inputs[f"{source}_blur_sigma"][row], out)
-    if inputs[f"{source}_solarized"][row]:
-        solarize(out, inputs[f"{source}_solarize_threshold"][row])
+    for corruption in CORRUPTIONS:
+        flags = inputs.get(f"{source}_{corruption.name}")
+        if flags is not None and flags[row]:
+            strength = inputs[f"{source}_{corruption.strength}"][row] if corruption.strength is not None else None
+            CORRUPT[corruption.name](out, strength)

@@ -10,7 +10,7 @@ That is the second line: most bad files are found by `encoded.inspect`, and thos
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iwm_fast.actions.transforms import Views
+from iwm_fast.actions.transforms import CORRUPTIONS, Views
 from iwm_fast.data.decode.encoded import BadSample, Encoded, reencode
 from iwm_fast.data.views.cpu_views import CpuViews, Rendering
 from iwm_fast.data.views.gpu_decoder import DecoderPath, gpu_decoder
@@ -30,6 +30,7 @@ __all__ = ["BadRows", "RenderedViews", "ViewGraph"]
 
 # DALI's errors come as these (a decoder's failure as RuntimeError); others are faults of this program.
 _DALI_ERRORS = (RuntimeError, ValueError, IndexError)
+_ALL = tuple(corruption.name for corruption in CORRUPTIONS)
 
 
 class BadRows(BadSample):
@@ -74,10 +75,11 @@ class ViewGraph:
 
     device: "cpu" or "gpu" (the GPU `device_id`, default torch's current one); threads: DALI's, on the CPU. geometric:
     the sources have geometries of their own. sources: K of an image; views then have B · K rows, an image's side by
-    side. dali_only: every operator is DALI's own on the CPU too, where `cpu_views` is faster: the graph that a GPU
-    runs. bases: whether what the jitters are applied to is handed out too. hw_decoder_load: data.hw_decoder_load, for a
-    GPU. `submit` starts the work, at most waiting on a CPU until the batch before is decoded; `collect` waits for the
-    oldest batch submitted. Not to be used from two threads at a time.
+    side. corruptions: names of what may be done to sources; of a GPU's graph each takes time even if nothing has it.
+    dali_only: every operator is DALI's own on the CPU too, where `cpu_views` is faster: the graph that a GPU runs.
+    bases: whether what the jitters are applied to is handed out too. hw_decoder_load: data.hw_decoder_load, for a GPU.
+    `submit` starts the work, at most waiting on a CPU until the batch before is decoded; `collect` waits for the oldest
+    batch submitted. Not to be used from two threads at a time.
     """
 
     def __init__(
@@ -89,6 +91,7 @@ class ViewGraph:
         *,
         geometric: bool,
         sources: int = 1,
+        corruptions: Iterable[str] = _ALL,
         max_pixels: int = 2**31 - 1,
         dali_only: bool = False,
         bases: bool = True,
@@ -99,6 +102,7 @@ class ViewGraph:
             raise ValueError(f"device is {device!r}; it must be 'cpu' or 'gpu'")
         self.size, self.batch, self.device, self.threads = size, batch, device, threads
         self.geometric, self.sources, self.max_pixels, self.bases = geometric, sources, max_pixels, bases
+        self.corruptions = frozenset(corruptions)
         self.hw_decoder_load = hw_decoder_load
         self.device_id = torch.cuda.current_device() if device == "gpu" and device_id is None else device_id
         self._path: DecoderPath = gpu_decoder(self.device_id).path if self.device_id is not None else "image_slice"
@@ -131,6 +135,9 @@ class ViewGraph:
             )
         if not self.geometric and not views.shared_geometry:
             raise ValueError("views with a geometry of the source's own need a ViewGraph with geometric=True")
+        for corruption in CORRUPTIONS:
+            if corruption.name not in self.corruptions and corruption.done(getattr(views, corruption.column)).any():
+                raise ValueError(f"views with {corruption.name} need a ViewGraph that has it among its corruptions")
         self._pending.append(_Pending(list(encoded), views))
         self._schedule(self._pending[-1])
         self._render_decoded()
@@ -183,6 +190,7 @@ class ViewGraph:
             self.threads,
             geometric=self.geometric,
             sources=self.sources,
+            corruptions=self.corruptions,
             hw_decoder_load=self.hw_decoder_load,
             device_id=self.device_id,
             path=self._path,
@@ -190,7 +198,12 @@ class ViewGraph:
 
     def _inputs(self, batch: _Pending) -> dict[str, Any]:
         return view_inputs(
-            batch.encoded, batch.views, geometric=self.geometric, sources=self.sources, dali_only=self.dali_only
+            batch.encoded,
+            batch.views,
+            geometric=self.geometric,
+            sources=self.sources,
+            corruptions=self.corruptions,
+            dali_only=self.dali_only,
         )
 
     def _schedule(self, batch: _Pending) -> None:

@@ -3,9 +3,9 @@
 One definition serves ``device="cpu"`` and ``device="gpu"`` (mixed decode: nvJPEG, then operators on the GPU); a CPU
 runs it in tests only, and elsewhere decodes with DALI and renders with `cpu_views`, to the same reference. Nothing
 is drawn here: every parameter arrives from the host through an external source, so what was done to an image is what
-the predictor is told. Operators that a sample does not need (blur, solarize, grayscale, a neutral jitter, a rotation)
-are kept off it by conditionals (an `if` statement on a batch is DALI's, sample by sample), which also makes a view
-without them bit-equal to its base.
+the predictor is told. Operators that a sample does not need (a corruption, a neutral jitter, a rotation) are kept off
+it by conditionals (an `if` statement on a batch is DALI's, sample by sample), which also makes a view without them
+bit-equal to its base.
 
 The order is DESIGN's. Flips and half of a rotation cost nothing: the resize reads its region of interest backwards
 (``roi_start > roi_end``), which leaves only a transpose to quarter turns. EXIF's orientation is one more of these.
@@ -14,12 +14,15 @@ The order is DESIGN's. Flips and half of a rotation cost nothing: the resize rea
 # ruff: noqa: SIM108  (DALI translates if statements, not conditional expressions)
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from typing import Any
 
+import numpy as np
 from nvidia.dali import fn, pipeline_def, types
 
+from iwm_fast.actions.transforms import CORRUPTIONS, JITTER, Corruption
 from iwm_fast.data.views.gpu_decoder import DecoderPath, decode_path
-from iwm_fast.data.views.view_inputs import JITTER, source_names
+from iwm_fast.data.views.view_inputs import source_names
 
 __all__ = ["build_decoder", "build_views"]
 
@@ -93,38 +96,48 @@ def _jitter(image: Any, view: str) -> Any:
     return out
 
 
-def _gray(image: Any) -> Any:
+def _gray(image: Any, _: None) -> Any:
     """Luma (.299, .587, .114) in all three channels."""
     luma = fn.color_space_conversion(image, image_type=types.RGB, output_type=types.GRAY)
     return fn.color_space_conversion(luma, image_type=types.GRAY, output_type=types.RGB)
 
 
+def _blurred(image: Any, sigma: Any) -> Any:
+    return fn.gaussian_blur(image, sigma=sigma)
+
+
 def _solarized(image: Any, threshold: Any) -> Any:
     """255 - v where v ≥ threshold: for uint8, v with all its bits turned."""
+    if image.device == "gpu":
+        threshold = threshold.gpu()
     return image ^ ((image >= threshold) * types.Constant(255, dtype=types.UINT8))
 
 
-def _destroy(image: Any, source: str, device: str) -> Any:
-    """Grayscale, blur and solarize, each only where the sample has it."""
-    grayscale = _scalars(f"{source}_grayscale", types.BOOL)
-    blurred = _scalars(f"{source}_blurred", types.BOOL)
-    solarized = _scalars(f"{source}_solarized", types.BOOL)
-    sigma = _scalars(f"{source}_blur_sigma")
-    threshold = _scalars(f"{source}_solarize_threshold", types.UINT8)
-    if device == "gpu":
-        threshold = threshold.gpu()
-    if grayscale:
-        toned = _gray(image)
+# By the name of the corruption; each takes the image and how strong it is.
+_OPERATORS: dict[str, Callable[[Any, Any], Any]] = {"grayscale": _gray, "blur": _blurred, "solarize": _solarized}
+_TYPES = {"float32": types.FLOAT, "uint8": types.UINT8, "int32": types.INT32}
+
+
+def _corrupt(image: Any, source: str, corruption: Corruption) -> Any:
+    """The corruption where the sample has it."""
+    done = _scalars(f"{source}_{corruption.name}", types.BOOL)
+    strength = None
+    if corruption.strength is not None:
+        strength = _scalars(f"{source}_{corruption.strength}", _TYPES[np.dtype(corruption.fed).name])
+    operator = _OPERATORS[corruption.name]
+    if done:
+        out = operator(image, strength)
     else:
-        toned = image
-    if blurred:
-        soft = fn.gaussian_blur(toned, sigma=sigma)
-    else:
-        soft = toned
-    if solarized:
-        out = _solarized(soft, threshold)
-    else:
-        out = soft
+        out = image
+    return out
+
+
+def _source(image: Any, source: str, corruptions: Collection[str]) -> Any:
+    """Jitter, then each corruption in its order."""
+    out = _jitter(image, source)
+    for corruption in CORRUPTIONS:
+        if corruption.name in corruptions:
+            out = _corrupt(out, source, corruption)
     return out
 
 
@@ -134,6 +147,7 @@ def _views(
     device: str,
     geometric: bool,
     sources: tuple[str, ...],
+    corruptions: Collection[str],
     hw_decoder_load: float,
     path: DecoderPath,
 ) -> tuple[Any, ...]:
@@ -145,7 +159,7 @@ def _views(
         base = _resize(decoded, "target", size)
         own = dict.fromkeys(sources, base)
     target = _jitter(base, "target")
-    made = [_destroy(_jitter(own[source], source), source, device) for source in sources]
+    made = [_source(own[source], source, corruptions) for source in sources]
     if geometric:
         return (target, base, *made, *own.values())
     return (target, base, *made)
@@ -164,19 +178,21 @@ def build_views(
     *,
     geometric: bool,
     sources: int,
+    corruptions: Collection[str],
     hw_decoder_load: float,
     device_id: int | None,
     path: DecoderPath = "image_slice",
 ) -> Any:
     """A built pipeline of (target, base, K sources[, K bases of them]), each (B, size, size, 3) uint8, B ≤ ``batch``.
 
-    sources: K. path: of DALI's decoders, as `gpu_decoder` found it.
+    sources: K. corruptions: names of those that a sample may have. path: of DALI's decoders, as `gpu_decoder` found it.
     """
     pipeline = _views(
         size,
         device,
         geometric,
         source_names(sources),
+        corruptions,
         hw_decoder_load,
         path,
         batch_size=batch,

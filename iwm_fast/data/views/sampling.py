@@ -8,10 +8,13 @@ centred fallback), the jitter's ranges are those of torchvision's `ColorJitter`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
-from iwm_fast.actions.transforms import NO_SOLARIZE, Geometry, Jitter, Views
+from iwm_fast.actions.ranges import jitter_range
+from iwm_fast.actions.transforms import CORRUPTIONS, JITTER, Geometry, Jitter, Views, component
 from iwm_fast.config.schema import ActionsConfig
 from iwm_fast.data.randomness import BANK, SOURCE_GEOMETRY, VIEWS, uniforms
 from iwm_fast.errors import UserError
@@ -45,42 +48,39 @@ def draw_views(actions: ActionsConfig, seed: int, epoch: Ints, sample: Ints, siz
     if size.ndim != 2 or size.shape[1] != 2 or (size < 1).any():
         raise ValueError(f"size has shape {size.shape}; it must be (B, 2), each width and height at least 1")
     draws = uniforms(seed, epoch, sample, VIEWS, _VIEWS + _SOURCE_DRAWS * (sources - 1))
-    geometric = "geometric" in actions.groups
     geometry = _geometry(actions, draws, size, rotate=False)
     target = _jitter(actions, draws[:, _TARGET:])
     parts = []
     for k in range(sources):
         own = draws[:, _SOURCE:] if k == 0 else draws[:, _VIEWS + _SOURCE_DRAWS * (k - 1) :]
         source_geometry = geometry
-        if geometric:
+        if actions.geometric:
             places = uniforms(seed, epoch, sample, SOURCE_GEOMETRY, _GEOMETRY, start=_GEOMETRY * k)
             source_geometry = _geometry(actions, places, size, rotate=True)
-        parts.append(_views(actions, size, (geometry, source_geometry), (target, _jitter(actions, own)), own))
+        jitter = _jitter(actions, own)
+        shared = source_geometry is geometry
+        parts.append(Views(size, geometry, source_geometry, target, jitter, shared, **_corrupted(actions, own)))
     if sources == 1:
         return parts[0]
     side_by_side = np.arange(len(size) * sources).reshape(sources, len(size)).T.reshape(-1)
     return Views.concatenate(parts).take(side_by_side)
 
 
-def _views(
-    actions: ActionsConfig, size: Ints, geometry: tuple[Geometry, Geometry], jitter: tuple[Jitter, Jitter], own: Floats
-) -> Views:
-    """Views of the target's and the source's geometry and jitter; own: (B, 9 or more), the source's draws."""
+def _corrupted(actions: ActionsConfig, own: Floats) -> dict[str, NDArray[Any]]:
+    """The columns of what is done to the source alone, from its draws (B, 9 or more)."""
     low, high = actions.blur_sigma
     sigma = np.maximum(low + (high - low) * own[:, _SIGMA], np.finfo(np.float32).tiny)
-    return Views(
-        size=size,
-        target_geometry=geometry[0],
-        source_geometry=geometry[1],
-        target=jitter[0],
-        source=jitter[1],
-        grayscale=own[:, _GRAYSCALE] < actions.grayscale_probability,
-        blur_sigma=np.where(own[:, _BLUR] < actions.blur_probability, sigma, 0.0).astype(np.float32),
-        solarize_threshold=np.where(
-            own[:, _SOLARIZE] < actions.solarize_probability, np.int64(actions.solarize_threshold), NO_SOLARIZE
-        ),
-        shared_geometry=geometry[0] is geometry[1],
-    )
+    drawn: dict[str, tuple[Floats, Any]] = {
+        "grayscale": (own[:, _GRAYSCALE], True),
+        "blur": (own[:, _BLUR], sigma),
+        "solarize": (own[:, _SOLARIZE], actions.solarize_threshold),
+    }
+    columns = {}
+    for corruption in CORRUPTIONS:
+        chance, strength = drawn[corruption.name]
+        done = chance < getattr(actions, f"{corruption.name}_probability")
+        columns[corruption.column] = np.where(done, strength, corruption.none).astype(corruption.dtype)
+    return columns
 
 
 def draw_bank(actions: ActionsConfig, seed: int, sample: int, count: int) -> Jitter:
@@ -88,19 +88,20 @@ def draw_bank(actions: ActionsConfig, seed: int, sample: int, count: int) -> Jit
 
     UserError where the strengths do not allow so many distinct ones (all are 0, say).
     """
-    rows = np.empty((count, 4), np.float32)
+    width = len(JITTER)
+    rows = np.empty((count, width), np.float32)
     missing = np.arange(count)
-    for start in range(0, 4 * count * _BANK_ROUNDS, 4 * count):
-        draws = uniforms(seed, 0, sample, BANK, 4 * count, start=start).reshape(count, 4)
+    for start in range(0, width * count * _BANK_ROUNDS, width * count):
+        draws = uniforms(seed, 0, sample, BANK, width * count, start=start).reshape(count, width)
         jitter = _factors(actions, draws[: len(missing)], np.ones(len(missing), bool))
-        rows[missing] = np.stack([jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue], axis=1)
+        rows[missing] = np.stack([getattr(jitter, name) for name in JITTER], axis=1)
         first = np.unique(rows, axis=0, return_index=True)[1]
         missing = np.setdiff1d(np.arange(count), first)
         if not len(missing):
             return Jitter(*np.ascontiguousarray(rows.T))
     raise UserError(
         f"actions: the jitter allows fewer than {count} distinct actions for a bank (strength {actions.strength:g}); "
-        "raise actions.strength, or one of actions.brightness, contrast, saturation, hue, above 0"
+        f"raise actions.strength, or one of actions.{', '.join(JITTER)}, above 0"
     )
 
 
@@ -111,13 +112,12 @@ def _jitter(actions: ActionsConfig, draws: Floats) -> Jitter:
 
 def _factors(actions: ActionsConfig, draws: Floats, applied: NDArray[np.bool_]) -> Jitter:
     """Factors and hue from draws (B, 4 or more), neutral where not applied."""
-    factors = []
-    for column, strength in enumerate((actions.brightness, actions.contrast, actions.saturation)):
-        low, high = max(0.0, 1.0 - strength * actions.strength), 1.0 + strength * actions.strength
-        factors.append(np.where(applied, low + (high - low) * draws[:, column], 1.0).astype(np.float32))
-    turns = min(actions.hue * actions.strength, 0.5)
-    hue = np.where(applied, 360.0 * turns * (2.0 * draws[:, 3] - 1.0), 0.0).astype(np.float32)
-    return Jitter(factors[0], factors[1], factors[2], hue)
+    values = []
+    for draw, name in zip(draws.T, JITTER, strict=False):
+        low, high = jitter_range(actions, name)
+        value = high * (2.0 * draw - 1.0) if low == -high else low + (high - low) * draw
+        values.append(np.where(applied, value, component(name).neutral).astype(np.float32))
+    return Jitter(*values)
 
 
 def _geometry(actions: ActionsConfig, draws: Floats, size: Ints, *, rotate: bool) -> Geometry:

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from iwm_fast.actions.transforms import Jitter, Views
+from iwm_fast.actions.transforms import CORRUPTIONS, JITTER, Jitter, Views
 from iwm_fast.data.decode.encoded import Encoded
 from iwm_fast.data.decode.exif import Placement, place
 from iwm_fast.data.views.cpu_operators import recolour_matrices
 
-__all__ = ["DECODED", "JITTER", "source_names", "view_inputs"]
+__all__ = ["DECODED", "source_names", "view_inputs"]
 
 # What a decoder is fed, by name.
 DECODED = ("encoded", "start", "shape")
-JITTER = ("brightness", "contrast", "saturation", "hue")
 
 
 def source_names(sources: int) -> tuple[str, ...]:
@@ -39,21 +38,23 @@ def _placement_inputs(placement: Placement, view: str) -> dict[str, Any]:
 
 
 def _jitter_inputs(jitter: Jitter, view: str, *, dali_only: bool) -> dict[str, Any]:
-    jittered = (jitter.brightness != 1) | (jitter.contrast != 1) | (jitter.saturation != 1) | (jitter.hue != 0)
-    inputs: dict[str, Any] = {f"{view}_jittered": jittered}
+    inputs: dict[str, Any] = {f"{view}_jittered": jitter.changed()}
     if not dali_only:
         return inputs | {f"{view}_matrix": recolour_matrices(jitter)}
     return inputs | {f"{view}_{name}": getattr(jitter, name).astype(np.float32) for name in JITTER}
 
 
-def _source_inputs(views: Views, source: str, *, dali_only: bool) -> dict[str, Any]:
-    return _jitter_inputs(views.source, source, dali_only=dali_only) | {
-        f"{source}_grayscale": views.grayscale.astype(bool),
-        f"{source}_blurred": views.blur_sigma > 0,
-        f"{source}_blur_sigma": views.blur_sigma.astype(np.float32),
-        f"{source}_solarized": views.solarize_threshold < 256,
-        f"{source}_solarize_threshold": np.minimum(views.solarize_threshold, 255).astype(np.uint8),
-    }
+def _source_inputs(views: Views, source: str, corruptions: Collection[str], *, dali_only: bool) -> dict[str, Any]:
+    """The jitter, and of each corruption whether a sample has it and, where it can be weak or strong, how much."""
+    inputs = _jitter_inputs(views.source, source, dali_only=dali_only)
+    for corruption in CORRUPTIONS:
+        if corruption.name not in corruptions:
+            continue
+        column = getattr(views, corruption.column)
+        done = inputs[f"{source}_{corruption.name}"] = np.asarray(corruption.done(column))
+        if corruption.strength is not None:
+            inputs[f"{source}_{corruption.strength}"] = np.where(done, column, 0).astype(corruption.fed)
+    return inputs
 
 
 def _box_inputs(box: NDArray[np.int64], view: str, region: NDArray[np.int32]) -> dict[str, Any]:
@@ -61,11 +62,18 @@ def _box_inputs(box: NDArray[np.int64], view: str, region: NDArray[np.int32]) ->
 
 
 def view_inputs(
-    encoded: Sequence[Encoded], views: Views, *, geometric: bool, sources: int, dali_only: bool
+    encoded: Sequence[Encoded],
+    views: Views,
+    *,
+    geometric: bool,
+    sources: int,
+    corruptions: Collection[str],
+    dali_only: bool,
 ) -> dict[str, Any]:
     """What the host feeds for B samples, by name: bytes, boxes, and every parameter of the views.
 
-    views: B · K rows, a sample's K sources side by side; dali_only: for `build_views`, not for `cpu_views`.
+    views: B · K rows, a sample's K sources side by side; corruptions: names of those that the graph does;
+    dali_only: for `build_views`, not for `cpu_views`.
     """
     rows = np.arange(0, len(views), sources)
     parts = {name: views.take(rows + k) for k, name in enumerate(source_names(sources))}
@@ -82,6 +90,6 @@ def view_inputs(
         if geometric:
             inputs |= _box_inputs(placement.box, name, region)
     for name, part in parts.items():
-        inputs |= _source_inputs(part, name, dali_only=dali_only)
+        inputs |= _source_inputs(part, name, corruptions, dali_only=dali_only)
     # DALI takes dense arrays only
     return {name: np.ascontiguousarray(value) if name != "encoded" else value for name, value in inputs.items()}

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from iwm_fast.actions.external import space_of
-from iwm_fast.actions.transforms import ActionSpace
+from iwm_fast.actions.space import ActionSpace
 from iwm_fast.config import ActionsConfig, Config, ModelConfig
 from iwm_fast.engine.checkpoint.format import Checkpoint
 from iwm_fast.engine.checkpoint.fragments import restore_module

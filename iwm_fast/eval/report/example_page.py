@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from iwm_fast.actions.transforms import JITTER, component
 from iwm_fast.eval.report.page import Picture
 from iwm_fast.eval.world_model.examples import RankedExample, RankedView
 
@@ -52,10 +53,11 @@ def _place(rank: float) -> str:
 
 def _told(action: Mapping[str, float]) -> str:
     """An action in words: jitter with its units, a choice by its name, other components with their values."""
-    if "brightness" in action:
-        words = (
-            f"brightness ×{action['brightness']:.2f}, contrast ×{action['contrast']:.2f}, "
-            f"saturation ×{action['saturation']:.2f}, hue {action['hue']:+.0f}°"
+    if tuple(action) == JITTER:
+        units = {name: component(name).unit for name in JITTER}
+        words = ", ".join(
+            f"{name} {value:+.0f}°" if units[name] == "degrees" else f"{name} ×{value:.2f}"
+            for name, value in action.items()
         )
     elif list(action.values()) == [1.0]:
         words = f"action {next(iter(action))}"

@@ -15,11 +15,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from iwm_fast.actions.transforms import ActionSpace, Component, Jitter
+from iwm_fast.actions.ranges import corruptions_drawn, varying
+from iwm_fast.actions.space import ActionSpace
+from iwm_fast.actions.transforms import CORRUPTIONS, JITTER, Component, Jitter
 from iwm_fast.config import ActionsConfig
 from iwm_fast.data.views.sampling import draw_bank, draw_views
-from iwm_fast.eval.world_model.bank import JITTER_COMPONENTS, jittered_views, varying
-from iwm_fast.eval.world_model.components import DESTRUCTIVE
+from iwm_fast.eval.world_model.bank import jittered_views
 from iwm_fast.eval.world_model.rendering import clean_views, render
 
 __all__ = ["FEWEST", "Pairs", "draw_pairs", "left_out", "left_out_line", "only_where"]
@@ -29,7 +30,7 @@ Floats = NDArray[np.float64]
 # With fewer, more than one resample in 20,000 has none of them and the ends of an interval mean nothing.
 FEWEST = 10
 # How strongly a thing was done says something only of the pairs to which it was done.
-_ONLY_WHERE = {"blur_sigma": "blur", "solarize_threshold": "solarize"}
+_ONLY_WHERE = {corruption.strength: corruption.name for corruption in CORRUPTIONS if corruption.strength}
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,11 +60,9 @@ def draw_pairs(images: Tensor, actions: ActionsConfig, *, first_sample: int = 0,
     drawn: list[Jitter] = []
     if varying(actions):
         drawn = [draw_bank(actions, seed, int(sample), 2) for sample in samples]
-        source, target = (
-            Jitter(**{n: np.stack([getattr(j, n)[i] for j in drawn]) for n in JITTER_COMPONENTS}) for i in (0, 1)
-        )
+        source, target = (Jitter.concatenate([jitter.take(np.array([i])) for jitter in drawn]) for i in (0, 1))
         views = dataclasses.replace(views, source=source, target=target)
-    if views.shared_geometry and not any(getattr(actions, f"{name}_probability") for name in DESTRUCTIVE):
+    if views.shared_geometry and not corruptions_drawn(actions):
         jitters = drawn or [Jitter.neutral(2)] * count
         both = torch.stack([jittered_views(image, jitter) for image, jitter in zip(images, jitters, strict=True)])
         first, second = both[:, 0], both[:, 1]
@@ -110,10 +109,10 @@ def left_out_line(reasons: Mapping[str, str]) -> str:
 
 def _still(actions: ActionsConfig, name: str) -> str | None:
     """The key that keeps a component neutral, or None."""
-    if name in JITTER_COMPONENTS:
+    if name in JITTER:
         keys = ["strength", name]
     else:
-        key = f"{name.partition('_')[0]}_probability"  # of blur and blur_sigma, rotation_1 to rotation_3
+        key = f"{_ONLY_WHERE.get(name, name.partition('_')[0])}_probability"  # rotation_1 to rotation_3 have one
         keys = [key] if hasattr(actions, key) else []
     return next((f"actions.{key} is 0" for key in keys if getattr(actions, key) == 0), None)
 

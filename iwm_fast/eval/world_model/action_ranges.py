@@ -15,7 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from iwm_fast.actions.external import ExternalSpace
-from iwm_fast.actions.transforms import COMPONENTS, NO_SOLARIZE, ActionSpace
+from iwm_fast.actions.ranges import corruptions_drawn, strength_range
+from iwm_fast.actions.space import ActionSpace
+from iwm_fast.actions.transforms import COMPONENTS, CORRUPTIONS
 from iwm_fast.config import ActionsConfig
 from iwm_fast.errors import UserError
 from iwm_fast.eval.world_model.infer_action import Bounds, jitter_bounds
@@ -54,18 +56,18 @@ def _external_box(space: ExternalSpace) -> Bounds:
 
 def _highest(actions: ActionsConfig) -> dict[str, float]:
     """The encoded value that each component reaches, the jitter's left out."""
-    blurred, solarized = float(actions.blur_probability > 0), float(actions.solarize_probability > 0)
     (scale_low, scale_high), (narrow, wide) = actions.crop_scale, actions.crop_aspect
     # Width and height are square roots of area times or over aspect.
     ratio = 0.5 * math.log(scale_high * wide / (scale_low * narrow))
     smallest = math.sqrt(scale_low * min(narrow, 1 / wide)) / 2
     turned = float(actions.rotation_probability > 0)
-    return {
-        "grayscale": float(actions.grayscale_probability > 0),
-        "blur": blurred,
-        "blur_sigma": blurred * actions.blur_sigma[1] / _COMPONENTS["blur_sigma"].range,
-        "solarize": solarized,
-        "solarize_threshold": solarized * (255 - actions.solarize_threshold) / 255,
+    reached: dict[str, float] = {}
+    for corruption in CORRUPTIONS:
+        drawn = corruption in corruptions_drawn(actions)
+        ends = np.array(strength_range(actions, corruption))
+        for name, value in corruption.encoded(ends).items():
+            reached[name] = float(value.max()) if drawn else 0.0
+    return reached | {
         "crop_x": 1 / smallest,
         "crop_y": 1 / smallest,
         "crop_w": ratio,
@@ -103,7 +105,8 @@ def at_bound(action: NDArray[np.float32], box: Bounds, space: ActionSpace) -> tu
 
     Not where the end is natural, with nothing beyond it: a flag's 0 and 1, a sigma of 0, the first and last levels.
     """
-    natural = {c.name: (0.0, 1.0) for c in space.components if c.unit in ("flag", "levels")} | {"blur_sigma": (0.0,)}
+    natural: dict[str, tuple[float, ...]] = {part.name: (0.0, 1.0) for part in space.components if part.unit == "flag"}
+    natural |= {c.strength: c.natural for c in space.corruptions if c.strength is not None}
     found = []
     for name, value, low, high in zip(space.names, action, *box, strict=True):
         near = [end for end in (low, high) if abs(value - end) <= _AT_END * (high - low)] if high > low else []
@@ -144,10 +147,9 @@ def _impossible(name: str, value: float, space: ActionSpace) -> str | None:
     component = _COMPONENTS.get(name)
     if component is not None and component.unit == "flag" and value not in (0.0, 1.0):
         return "a flag is 0 or 1"
-    if name == "blur_sigma" and value < 0:
-        return "a sigma is 0 pixels (none) or more"
-    if name == "solarize_threshold" and not 0 <= value <= NO_SOLARIZE:
-        return f"a threshold is a level from 0 to 255, or {NO_SOLARIZE} for none"
+    strengths = {corruption.strength: corruption for corruption in CORRUPTIONS}
+    if name in strengths and not strengths[name].lowest <= value <= strengths[name].highest:
+        return strengths[name].rule
     return None
 
 
@@ -163,10 +165,11 @@ def _require_together(values: Mapping[str, float], space: ActionSpace) -> None:
     turns = [name for name in ("rotation_1", "rotation_2", "rotation_3") if values.get(name)]
     if len(turns) > 1:
         raise UserError(f"action: {' and '.join(turns)} are both 1; a view is turned once")
-    for flag, number, none in (("blur", "blur_sigma", 0.0), ("solarize", "solarize_threshold", float(NO_SOLARIZE))):
-        if flag not in values:
+    for corruption in space.corruptions:
+        flag, number = corruption.name, corruption.strength
+        if number is None or flag not in values:
             continue
-        strong = values.get(number, none) != none
+        strong = values.get(number, corruption.none) != corruption.none
         if bool(values[flag]) != strong:
             why = f"give {number} too" if values[flag] else f"{number} is {values.get(number):g}"
             raise UserError(f"action: {flag} is {values[flag]:g}: {why}")

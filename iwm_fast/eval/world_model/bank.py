@@ -8,13 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from iwm_fast.actions.transforms import ActionSpace, Jitter, colour_matrix
+from iwm_fast.actions.space import ActionSpace
+from iwm_fast.actions.transforms import JITTER, Jitter, colour_matrix
 from iwm_fast.config import ActionsConfig
 from iwm_fast.data.views.sampling import draw_bank
 
-__all__ = ["JITTER_COMPONENTS", "Bank", "jittered_views", "make_bank", "varying"]
-
-JITTER_COMPONENTS = ("brightness", "contrast", "saturation", "hue")
+__all__ = ["Bank", "jittered_views", "make_bank"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,11 +34,6 @@ class Bank:
         return jittered_views(image, self.jitter) if self.pictures is None else self.pictures.to(image.device)
 
 
-def varying(actions: ActionsConfig) -> list[str]:
-    """The jitter components that the configuration lets vary; without one there is no bank."""
-    return [name for name in JITTER_COMPONENTS if actions.strength * getattr(actions, name) > 0]
-
-
 def make_bank(
     actions: ActionsConfig, space: ActionSpace, sample: int, count: int, *, seed: int = 0, vary: str | None = None
 ) -> Bank:
@@ -50,9 +44,9 @@ def make_bank(
     jitter = draw_bank(actions, seed, sample, count)
     neutral = Jitter.neutral(count)
     if vary is not None:
-        if vary not in JITTER_COMPONENTS:
-            raise ValueError(f"vary is {vary!r}; it must be one of {', '.join(JITTER_COMPONENTS)}, or None")
-        jitter = Jitter(**{name: getattr(jitter if name == vary else neutral, name) for name in JITTER_COMPONENTS})
+        if vary not in JITTER:
+            raise ValueError(f"vary is {vary!r}; it must be one of {', '.join(JITTER)}, or None")
+        jitter = Jitter(**{name: getattr(jitter if name == vary else neutral, name) for name in JITTER})
     return Bank(jitter, space.jitter_action(neutral, jitter))
 
 

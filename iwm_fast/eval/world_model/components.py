@@ -14,16 +14,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from iwm_fast.actions.transforms import NO_SOLARIZE, ActionSpace
+from iwm_fast.actions.ranges import corruptions_drawn, strength_range, varying
+from iwm_fast.actions.space import ActionSpace
+from iwm_fast.actions.transforms import CORRUPTIONS, JITTER, Corruption
 from iwm_fast.config import ActionsConfig
 from iwm_fast.data.views.sampling import draw_views
 from iwm_fast.errors import UserError
-from iwm_fast.eval.world_model.bank import JITTER_COMPONENTS, Bank, make_bank, varying
+from iwm_fast.eval.world_model.bank import Bank, make_bank
 from iwm_fast.eval.world_model.rendering import clean_views, render
 
 __all__ = ["DESTRUCTIVE", "GEOMETRIC", "component_bank", "components"]
 
-DESTRUCTIVE = ("grayscale", "blur", "solarize")
+DESTRUCTIVE = tuple(corruption.name for corruption in CORRUPTIONS)
 GEOMETRIC = ("flip", "rotation", "crop")
 
 
@@ -31,8 +33,8 @@ def components(actions: ActionsConfig) -> list[str]:
     """Those that the configuration trains with: a component that a model has never been told of is not asked for."""
     names = varying(actions)
     if names:  # the bank of a destroyed source is of jitters
-        names += [name for name in DESTRUCTIVE if getattr(actions, f"{name}_probability") > 0]
-    if "geometric" in actions.groups:
+        names += [corruption.name for corruption in corruptions_drawn(actions)]
+    if actions.geometric:
         names += [name for name in ("flip", "rotation") if getattr(actions, f"{name}_probability") > 0]
         names += ["crop"] if actions.crop_scale[0] < 1 else []
     return names
@@ -53,33 +55,29 @@ def component_bank(
     ``count``: items, but for flip (2) and rotation (4). ValueError for an unknown name, or one of the geometric group
     that the actions leave out.
     """
-    if vary is None or vary in JITTER_COMPONENTS:
+    if vary is None or vary in JITTER:
         return make_bank(actions, space, sample, count, seed=seed, vary=vary)
-    if vary in DESTRUCTIVE:
-        return _destroyed(actions, space, image, sample, count, seed, vary)
+    destructive = {corruption.name: corruption for corruption in space.corruptions}
+    if vary in destructive:
+        return _destroyed(actions, space, image, sample, count, seed, destructive[vary])
     if vary in GEOMETRIC and "geometric" in space.groups:
         return _moved(actions, space, image, sample, count, seed, vary)
-    known = (*JITTER_COMPONENTS, *DESTRUCTIVE, *(GEOMETRIC if "geometric" in space.groups else ()))
+    known = (*JITTER, *destructive, *(GEOMETRIC if "geometric" in space.groups else ()))
     raise ValueError(f"vary is {vary!r}; it must be one of {', '.join(known)}, or None")
 
 
 def _destroyed(
-    actions: ActionsConfig, space: ActionSpace, image: Tensor, sample: int, count: int, seed: int, what: str
+    actions: ActionsConfig, space: ActionSpace, image: Tensor, sample: int, count: int, seed: int, what: Corruption
 ) -> Bank:
     """The jittered bank, asked for from a source that has lost its colour, its detail, or the order of its levels."""
     bank = make_bank(actions, space, sample, count, seed=seed)
     side = image.shape[0]
     drawn = draw_views(actions, seed, np.zeros(1, np.int64), np.array([sample]), np.array([[side, side]]))
-    # Drawn as in training, but always applied: the midpoint where this sample's own draw is "no blur".
-    sigma = float(drawn.blur_sigma[0]) or sum(actions.blur_sigma) / 2
+    # Drawn as in training, but always applied: the midpoint where this sample's own draw is that nothing is done.
+    own = getattr(drawn, what.column)[0]
+    value = own if what.done(own) else sum(strength_range(actions, what)) / 2
     rows = np.zeros(count, np.int64)
-    clean = clean_views(side, 1)
-    destroyed = dataclasses.replace(
-        clean,
-        grayscale=np.array([what == "grayscale"]),
-        blur_sigma=np.array([sigma if what == "blur" else 0], np.float32),
-        solarize_threshold=np.array([actions.solarize_threshold if what == "solarize" else NO_SOLARIZE]),
-    )
+    destroyed = clean_views(side, 1).corrupted(what, value)
     told = dataclasses.replace(destroyed.take(rows), target=bank.jitter)
     return Bank(bank.jitter, space.encode(told), source=render(image[None], destroyed)[0][0])
 

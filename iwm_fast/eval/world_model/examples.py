@@ -8,10 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from iwm_fast.actions.transforms import ActionSpace
+from iwm_fast.actions.ranges import varying
+from iwm_fast.actions.space import ActionSpace
+from iwm_fast.actions.transforms import JITTER
 from iwm_fast.config import Config
 from iwm_fast.eval.representation.features import device_of, evaluating
-from iwm_fast.eval.world_model.bank import JITTER_COMPONENTS, jittered_views, make_bank, varying
+from iwm_fast.eval.world_model.bank import jittered_views, make_bank
 from iwm_fast.eval.world_model.mrr import bank_distances
 from iwm_fast.models.iwm import IWM
 
@@ -82,7 +84,7 @@ def ranked_examples(
                 RankedExample(
                     source=source.cpu().numpy(),
                     target=views[0],
-                    action={name: float(getattr(drawn.jitter, name)[0]) for name in JITTER_COMPONENTS},
+                    action={name: float(getattr(drawn.jitter, name)[0]) for name in JITTER},
                     bank=bank,
                     rank=float(ranks["model"][0]),
                     rank_shuffled=float(ranks["shuffled"][0]),

@@ -16,9 +16,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from iwm_fast.actions.transforms import ActionSpace, Jitter
+from iwm_fast.actions.ranges import jitter_range, varying
+from iwm_fast.actions.space import ActionSpace
+from iwm_fast.actions.transforms import JITTER, Jitter, component
 from iwm_fast.config import ActionsConfig
-from iwm_fast.eval.world_model.bank import JITTER_COMPONENTS, varying
 
 __all__ = ["Answer", "Bounds", "Found", "jitter_bounds", "search_action"]
 
@@ -45,7 +46,7 @@ def jitter_bounds(actions: ActionsConfig, space: ActionSpace) -> Bounds:
     Differences reach twice as far as one view's own strength, absolute values as far.
     """
     low, high = np.zeros(space.dim, np.float32), np.zeros(space.dim, np.float32)
-    ends = [_extreme(actions, sign) for sign in (-1.0, 1.0)]
+    ends = [_extreme(actions, end) for end in (0, 1)]
     names = varying(actions)
     for a in ends:
         for b in ends:
@@ -56,12 +57,16 @@ def jitter_bounds(actions: ActionsConfig, space: ActionSpace) -> Bounds:
     return low, high
 
 
-def _extreme(actions: ActionsConfig, sign: float) -> Jitter:
-    """The weakest or strongest jitter of all components at once, as ``data.views`` bounds them."""
-    values = [max(0.0, 1.0 + sign * getattr(actions, name) * actions.strength) for name in JITTER_COMPONENTS[:3]]
-    # Just under a quarter turn each way: a difference of half a turn or more would come out wrapped.
-    values.append(sign * min(360.0 * min(actions.hue * actions.strength, 0.5), 89.9))
-    return Jitter(*(np.array([value], np.float32) for value in values))
+def _extreme(actions: ActionsConfig, end: int) -> Jitter:
+    """The weakest (end 0) or strongest (1) jitter of all components at once."""
+    values = {}
+    for name in JITTER:
+        value = jitter_range(actions, name)[end]
+        if component(name).unit == "degrees":
+            # Just under a quarter turn each way: a difference of half a turn or more would come out wrapped.
+            value = max(-89.9, min(89.9, value))
+        values[name] = np.array([value], np.float32)
+    return Jitter(**values)
 
 
 def search_action(

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from iwm_fast.actions.transforms import ActionSpace
+from iwm_fast.actions.space import ActionSpace
 from iwm_fast.config import Config
 from iwm_fast.eval.reduced import reduced
 from iwm_fast.eval.representation.features import device_of, evaluating

@@ -12,11 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from iwm_fast.actions.transforms import COMPONENTS, ActionSpace, Jitter
+from iwm_fast.actions.ranges import jitter_range, varying
+from iwm_fast.actions.space import ActionSpace
+from iwm_fast.actions.transforms import JITTER, Jitter, component
 from iwm_fast.config import ActionsConfig, Config
 from iwm_fast.data.views.sampling import draw_bank
 from iwm_fast.eval.representation.features import device_of, evaluating
-from iwm_fast.eval.world_model.bank import JITTER_COMPONENTS, jittered_views, varying
+from iwm_fast.eval.world_model.bank import jittered_views
 from iwm_fast.eval.world_model.distances import between, points, ties
 from iwm_fast.eval.world_model.mrr import answers_to, bank_points, mean_ranks
 from iwm_fast.models.iwm import IWM
@@ -86,7 +88,7 @@ def sliding_examples(
     with evaluating(model):
         for sample, image in enumerate(images):
             filled = draw_bank(config.actions, seed, sample, max(bank - len(asked), 2))
-            jitter = _joined(asked, filled)
+            jitter = Jitter.concatenate([asked, filled])
             source = image.to(device_of(model))
             views = torch.cat([v.cpu() for v in jittered_views(source, jitter).split(chunk)])
             targets = bank_points(model, views.to(source.device), chunk)
@@ -111,12 +113,12 @@ class _Ranked:
 
 def _range(actions: ActionsConfig, name: str, stops: int) -> np.ndarray:
     """The values that one view's component takes, factors or degrees, float32 (stops,)."""
-    reach = getattr(actions, name) * actions.strength
-    if name == "hue":
-        return np.linspace(-360 * min(reach, 0.5), 360 * min(reach, 0.5), stops, dtype=np.float32)
+    low, high = jitter_range(actions, name)
+    if low == -high:
+        return np.linspace(low, high, stops, dtype=np.float32)
     half = stops // 2
-    below = np.linspace(max(0.0, 1.0 - reach), 1.0, half + 1)[:-1]
-    return np.concatenate([below, np.linspace(1.0, 1.0 + reach, half + 1)]).astype(np.float32)
+    below = np.linspace(low, 1.0, half + 1)[:-1]
+    return np.concatenate([below, np.linspace(1.0, high, half + 1)]).astype(np.float32)
 
 
 def _alone(told: dict[str, np.ndarray]) -> Jitter:
@@ -124,14 +126,7 @@ def _alone(told: dict[str, np.ndarray]) -> Jitter:
     rows: list[dict[str, float]] = [{}]
     for name, values in told.items():
         rows += [{name: value} for i, value in enumerate(values) if i != len(values) // 2]
-    neutral = Jitter.neutral(1)
-    return Jitter(
-        **{n: np.array([row.get(n, getattr(neutral, n)[0]) for row in rows], np.float32) for n in JITTER_COMPONENTS}
-    )
-
-
-def _joined(first: Jitter, second: Jitter) -> Jitter:
-    return Jitter(**{n: np.concatenate([getattr(first, n), getattr(second, n)]) for n in JITTER_COMPONENTS})
+    return Jitter(**{n: np.array([row.get(n, component(n).neutral) for row in rows], np.float32) for n in JITTER})
 
 
 def _example(
@@ -141,7 +136,6 @@ def _example(
     asked = np.arange(1 + sum(len(values) - 1 for values in told.values()))
     kept = np.unique(np.concatenate([asked, *(r.order.ravel() for r in ranked.values())]))
     where = {int(view): place for place, view in enumerate(kept)}
-    units = {component.name: component.unit for component in COMPONENTS}
 
     def stop(row: int, value: float) -> Stop:
         nearest = {name: tuple(where[int(view)] for view in r.order[row]) for name, r in ranked.items()}
@@ -152,6 +146,6 @@ def _example(
         middle = len(values) // 2
         rows = [*range(first, first + middle), 0, *range(first + middle, first + 2 * middle)]
         stops = tuple(stop(row, value) for row, value in zip(rows, values, strict=True))
-        sliders.append(Slider(name, units[name], middle, stops))
+        sliders.append(Slider(name, component(name).unit, middle, stops))
         first += 2 * middle
     return SlidingExample(source, views[kept], len(views), tuple(sliders))

@@ -10,7 +10,7 @@ import pytest
 from made_images import broken_tables, encode, picture, turned, write_images
 from small_run import small_config
 
-from iwm_fast.actions.transforms import ActionSpace
+from iwm_fast.actions.space import ActionSpace
 from iwm_fast.data import samples as samples_module
 from iwm_fast.data.decode.checkers import Checkers
 from iwm_fast.data.decode.encoded import BadSample

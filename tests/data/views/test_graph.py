@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_images import encode, picture, turned
 
-from iwm_fast.actions.transforms import Geometry, Jitter, Views
+from iwm_fast.actions.transforms import CORRUPTIONS, Geometry, Jitter, Views
 from iwm_fast.config.schema import ActionsConfig
 from iwm_fast.data.decode.encoded import Encoded, decode_upright, inspect, reencode
 from iwm_fast.data.views import graph as graph_module
@@ -372,14 +372,34 @@ def test_batches_of_a_wrong_size_are_refused(graph, encoded):
 @pytest.mark.parametrize("geometric", [False, True], ids=["one geometry", "own geometries"])
 def test_the_definition_for_a_gpu_is_one_that_dali_takes(geometric, path):
     """No GPU runs here, but DALI checks every operator's name, place and arguments when it reads the definition."""
+    sources, names = ("source0", "source1"), [corruption.name for corruption in CORRUPTIONS]
     definition = pipeline_module._views(
-        SIZE, "gpu", geometric, ("source0", "source1"), 0.5, path, batch_size=4, num_threads=1, device_id=None
+        SIZE, "gpu", geometric, sources, names, 0.5, path, batch_size=4, num_threads=1, device_id=None
     )
     serialized = definition.serialize()
     assert b"hw_decoder_load" in serialized
     assert b"ColorTwist" in serialized
     assert (b"ImageSlice" in serialized) is (path == "image_slice")
     assert b"PythonFunction" not in serialized
+
+
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+def test_the_definition_has_operators_for_what_is_done_to_sources_and_no_others(device):
+    definition = pipeline_module._views(
+        SIZE, device, False, ("source0",), ["blur"], 0.5, "image_slice", batch_size=4, num_threads=1, device_id=None
+    )
+    serialized = definition.serialize()
+    assert b"GaussianBlur" in serialized
+    assert b"ColorSpaceConversion" not in serialized
+
+
+def test_views_that_a_graph_has_no_operator_for_are_refused(encoded):
+    graph = ViewGraph(SIZE, COUNT, "cpu", 1, geometric=False, corruptions=["blur"])
+    views = draw(encoded, **NEUTRAL | {"blur_probability": 1.0})
+    assert len(graph.run(encoded, views).source) == COUNT
+    views.grayscale[3] = True
+    with pytest.raises(ValueError, match="views with grayscale need"):
+        graph.run(encoded, views)
 
 
 def test_an_unknown_device_is_refused():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 
 import numpy as np
@@ -9,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from iwm_fast.actions.transforms import NO_SOLARIZE, ActionSpace
+from iwm_fast.actions.space import ActionSpace
+from iwm_fast.actions.transforms import NO_SOLARIZE
 from iwm_fast.config.schema import ActionsConfig
 from iwm_fast.data.randomness import VIEWS, uniforms
 from iwm_fast.data.views.sampling import draw_bank, draw_views
@@ -277,3 +279,16 @@ def test_bank_of_one_component_stays_distinct_where_float32_leaves_few_values():
 def test_bank_without_any_strength_is_an_error_that_says_what_to_raise():
     with pytest.raises(UserError, match=r"raise actions\.strength"):
         draw_bank(ActionsConfig(strength=0.0), 0, 0, 256)
+
+
+def test_draws_are_the_bits_that_earlier_runs_had():
+    """Additions and products alone, so that every machine has these bits; a crop also takes logarithms and roots."""
+    config = ActionsConfig(groups=("photometric", "geometric"), strength=2.7, blur_sigma=(0.3, 1.1))
+    ids = np.arange(50)
+    views = draw_views(config, 5, ids * 0 + 2, ids, np.tile([90, 120], (50, 1)), sources=3)
+    parts = [getattr(jitter, name) for jitter in (views.target, views.source) for name in JITTER]
+    parts += [views.grayscale, views.blur_sigma, views.solarize_threshold]
+    parts += [views.target_geometry.flip, views.source_geometry.flip, views.source_geometry.rotation]
+    parts += [getattr(draw_bank(config, 3, 4, 9), name) for name in JITTER]
+    digest = hashlib.sha256(b"".join(np.ascontiguousarray(part).tobytes() for part in parts)).hexdigest()
+    assert digest[:16] == "16ebbae2b423dfeb"

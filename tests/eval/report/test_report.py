@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from worlds import RAW, Deaf, Oracle, pictures, tiny_config, tiny_model
 
-from iwm_fast.actions.transforms import ActionSpace
+from iwm_fast.actions.space import ActionSpace
 from iwm_fast.config import PredictorConfig
 from iwm_fast.eval.evaluate import evaluate_model
 from iwm_fast.eval.report.charts import Bar, Line, Place, bars, curve, lines, places

@@ -12,7 +12,7 @@ from sklearn.metrics import r2_score
 from torch import nn
 from worlds import pictures, tiny_config, tiny_model
 
-from iwm_fast.actions.transforms import ActionSpace
+from iwm_fast.actions.space import ActionSpace
 from iwm_fast.config import ActionsConfig
 from iwm_fast.data.views.sampling import draw_bank, draw_views
 from iwm_fast.errors import UserError

@@ -5,9 +5,10 @@ import pytest
 import torch
 from worlds import pictures
 
-from iwm_fast.actions.transforms import ActionSpace, colour_matrix
+from iwm_fast.actions.space import ActionSpace
+from iwm_fast.actions.transforms import JITTER, colour_matrix
 from iwm_fast.config import ActionsConfig
-from iwm_fast.eval.world_model.bank import JITTER_COMPONENTS, jittered_views, make_bank
+from iwm_fast.eval.world_model.bank import jittered_views, make_bank
 
 SPACE = ActionSpace()
 
@@ -32,7 +33,7 @@ def test_views_equal_those_of_dali():
 
     @dali.pipeline_def(batch_size=16, num_threads=1, device_id=None)
     def twist():
-        names = {n: fn.external_source(source=[list(getattr(jitter, n))], cycle=True) for n in JITTER_COMPONENTS}
+        names = {n: fn.external_source(source=[list(getattr(jitter, n))], cycle=True) for n in JITTER}
         picture = fn.external_source(source=[[image.numpy()] * 16], cycle=True, layout="HWC")
         return fn.color_twist(picture, **names)
 
@@ -52,11 +53,11 @@ def test_bank_depends_on_seed_and_sample_only_and_is_distinct():
     assert len(np.unique(one.actions, axis=0)) == 64
 
 
-@pytest.mark.parametrize("vary", JITTER_COMPONENTS)
+@pytest.mark.parametrize("vary", JITTER)
 def test_a_bank_of_one_component_leaves_the_others_neutral(vary):
     bank = make_bank(ActionsConfig(), SPACE, 0, 32, vary=vary)
     decoded = SPACE.decode(bank.actions)
-    for name in JITTER_COMPONENTS:
+    for name in JITTER:
         assert (len(np.unique(decoded[name])) == 32) == (name == vary)
         assert name == vary or not decoded[name].any()
 

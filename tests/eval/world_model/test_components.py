@@ -7,7 +7,7 @@ import torch
 from made_images import picture
 from worlds import Oracle, pictures, tiny_config, tiny_model
 
-from iwm_fast.actions.transforms import ActionSpace
+from iwm_fast.actions.space import ActionSpace
 from iwm_fast.config import ActionsConfig, Config
 from iwm_fast.errors import UserError
 from iwm_fast.eval.stats import chance_mrr

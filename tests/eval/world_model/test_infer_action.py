@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from iwm_fast.actions.transforms import ActionSpace
+from iwm_fast.actions.space import ActionSpace
 from iwm_fast.config import ActionsConfig
 from iwm_fast.data.views.sampling import draw_bank
 from iwm_fast.eval.world_model.infer_action import jitter_bounds, search_action

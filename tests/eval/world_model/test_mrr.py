@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from worlds import RAW, Collapsed, Deaf, Oracle, pictures, tiny_config, tiny_model
 
-from iwm_fast.actions.transforms import ActionSpace
+from iwm_fast.actions.space import ActionSpace
 from iwm_fast.config import PredictorConfig
 from iwm_fast.eval.stats import chance_mrr
 from iwm_fast.eval.world_model.bank import jittered_views, make_bank

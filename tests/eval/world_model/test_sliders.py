@@ -12,7 +12,8 @@ from browser import Page, find_chromium
 from PIL import Image
 from worlds import RAW, Deaf, Oracle, pictures, tiny_config, tiny_model
 
-from iwm_fast.actions.transforms import ActionSpace, Jitter
+from iwm_fast.actions.space import ActionSpace
+from iwm_fast.actions.transforms import Jitter
 from iwm_fast.config import ActionsConfig, Config
 from iwm_fast.eval.report.page import block_html
 from iwm_fast.eval.report.report import write_report

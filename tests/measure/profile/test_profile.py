@@ -8,7 +8,7 @@ import shlex
 import pytest
 import torch
 
-from iwm_fast.actions.transforms import ActionSpace
+from iwm_fast.actions.space import ActionSpace
 from iwm_fast.cli.main import main
 from iwm_fast.config import load_config, packaged_config
 from iwm_fast.cost.flops import step_flops
