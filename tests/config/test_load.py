@@ -421,7 +421,7 @@ def test_every_key_is_read_by_something():
     """A key that nothing reads is a promise that nothing keeps."""
     read = set()
     for path in (*PACKAGE.rglob("*.py"), *(PACKAGE / "kernels").rglob("*.py")):
-        if path.parent.name != "config":
+        if path.parent.name != "config" or path.name == "batch.py":  # which computes from a configuration
             tree = ast.parse(path.read_text(encoding="utf-8"))
             read |= {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)}
     # Read through properties of the schema: model.encoder as encoder_shape, model.predictor.heads as head_count.
