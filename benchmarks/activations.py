@@ -126,14 +126,7 @@ def count_batches(config: Config, sizes: Sequence[int] = BATCHES) -> dict[str, A
     drawn = tokens_of(config, images)
     rows: list[dict[str, Any]] = []
     for size in sizes:
-        kept = [
-            counted_activations(
-                config,
-                Tokens(drawn.context[first : first + size], drawn.predicted[first : first + size]),
-                "meta",
-            ).total
-            for first in range(0, images, size)
-        ]
+        kept = [counted_activations(config, drawn.part(first, size), "meta").total for first in range(0, images, size)]
         rows.append({"images": size, "kept_bytes": kept, "mean": float(np.mean(kept))})
     return {"rows": rows, **fit_line([r["images"] for r in rows], [r["mean"] for r in rows])}
 

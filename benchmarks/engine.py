@@ -131,7 +131,8 @@ def measure(config: Config, stages: list[int], repeats: int) -> list[dict[str, A
         ratios = [e / b for e, b in zip(samples["engine"], samples["bare"], strict=True)]
         rows.append(
             {
-                "ranks": ranks.world, "stage": stage, "batch": config.train.global_batch, "seconds": samples,
+                "ranks": ranks.world, "stage": stage, "batch": config.train.global_batch,
+                "sources_per_target": config.views.sources_per_target, "seconds": samples,
                 "overhead": median(samples["engine"]) / median(samples["bare"]) - 1, "ratio": spread(ratios),
             }
         )  # fmt: skip

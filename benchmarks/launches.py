@@ -24,6 +24,7 @@ from torch import Tensor
 
 from iwm_fast.benchmarks.cases.presets import PRESETS, preset_config
 from iwm_fast.benchmarks.counting.launch_counting import Launched, count_launches
+from iwm_fast.benchmarks.parts.report_sections import images_of
 from iwm_fast.config import Config
 from iwm_fast.config.load import find_config, load_config
 from iwm_fast.errors import UserError
@@ -95,13 +96,16 @@ def _count_steps(chosen: Sequence[tuple[str, Config]], destination: str) -> None
     found: list[dict[str, Any]] = []
     for name, config in chosen:
         rows = step_launches(config)
-        shape = {"config": name, "images": config.train.global_batch, "stage": config.zero.stage}
+        shape = {
+            "config": name, "images": config.train.global_batch, "sources_per_target": config.views.sources_per_target,
+            "stage": config.zero.stage,
+        }  # fmt: skip
         total = sum(row.triton + row.torch for row in rows)
         found.append(shape | {"rows": [asdict(row) for row in rows], "total": total})
 
     def show() -> None:
         for one in found:
-            print(f"{one['config']}, {one['images']} images, stage {one['stage']}")
+            print(f"{one['config']}, images: {images_of(one)}, stage {one['stage']}")
             print(f"{'part':36}{'Triton':>8}{'PyTorch':>9}")
             for row in one["rows"]:
                 print(f"{row['part']:36}{row['triton']:8}{row['torch']:9}")

@@ -71,10 +71,16 @@ def peers_summary(document: Mapping[str, Any], *, timed: bool = False) -> list[s
     return _table(("shape", "peer", "speed", "operations", "peak memory"), rows)
 
 
+def images_of(row: Mapping[str, Any]) -> str:
+    """A row's images, and the sources of each where there are several."""
+    sources = row.get("sources_per_target", 1)
+    return f"{row['images']} × {sources} sources" if sources > 1 else str(row["images"])
+
+
 def _steps(document: Mapping[str, Any]) -> list[str]:
     rows = [
         (
-            row["name"], str(row["images"]), row["precision"], f"{row['median_s'] * 1e3:.1f}",
+            row["name"], images_of(row), row["precision"], f"{row['median_s'] * 1e3:.1f}",
             f"{row['images_per_s']:.1f}", f"{row['operations_per_image'] / 1e9:.2f}", _number(row["mfu"], ".1%"),
         )
         for row in document["rows"]
@@ -100,7 +106,7 @@ def _scaling(document: Mapping[str, Any]) -> list[str]:
     if ranks:
         rows = [
             (
-                row["kind"], str(row["ranks"]), str(row["images"]), f"{row['median_s'] * 1e3:.1f}",
+                row["kind"], str(row["ranks"]), images_of(row), f"{row['median_s'] * 1e3:.1f}",
                 f"{row['efficiency']:.0%}", f"{sum(row['collectives_a_step']['payload_bytes'].values()):.0f}",
                 str(sum(row["expected_bytes"].values())), f"{row['collectives_a_step']['seconds'] * 1e3:.1f}",
             )

@@ -64,13 +64,14 @@ def step(
 
 
 def _print_steps(rows: list[dict[str, Any]]) -> None:
+    from iwm_fast.benchmarks.parts.report_sections import images_of
     from iwm_fast.console import print_table
 
     def cells(row: dict[str, Any]) -> tuple[str, ...]:
         low, high = row["median_interval_s"]
         return (
             row["name"],
-            str(row["images"]) + (f" × {row['sources_per_target']}" if row["sources_per_target"] > 1 else ""),
+            images_of(row),
             f"{row['median_s'] * 1e3:.1f} ms ({low * 1e3:.1f} – {high * 1e3:.1f})",
             f"{row['images_per_s']:.1f}",
             f"{row['operations_per_image'] / 1e9:.2f} GFLOP",
@@ -79,8 +80,7 @@ def _print_steps(rows: list[dict[str, Any]]) -> None:
             f"{row['step_peak_bytes'] / 2**20:.0f} MiB",
         )
 
-    sources = " × sources" if any(row["sources_per_target"] > 1 for row in rows) else ""
-    columns = ("", f"images{sources}", "step, median (99 %)", "images/s", "an image", "", "MFU", "memory of a step")
+    columns = ("", "images", "step, median (99 %)", "images/s", "an image", "", "MFU", "memory of a step")
     print_table("iwm-fast bench step", columns, [cells(row) for row in rows])
 
 

@@ -34,6 +34,11 @@ class Tokens:
         """B."""
         return len(self.context) // self.sources
 
+    def part(self, first: int, images: int) -> Tokens:
+        """Those of `images` images from `first` on."""
+        rows = slice(first * self.sources, (first + images) * self.sources)
+        return Tokens(self.context[rows], self.predicted[rows], self.sources)
+
     def tiled(self, images: int) -> Tokens:
         """As many images as asked for, these ones over and over."""
         rows = images * self.sources

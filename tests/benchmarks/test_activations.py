@@ -17,6 +17,8 @@ from iwm_fast.benchmarks.adapters.ijepa import Checkout
 from iwm_fast.benchmarks.adapters.inputs import Shape
 from iwm_fast.benchmarks.cases.presets import preset_config
 from iwm_fast.benchmarks.counting.kept_count import KeptCounter
+from iwm_fast.cost.activations import activations
+from iwm_fast.cost.tokens import tokens_of
 from iwm_fast.measure.autocast import CudaAutocast
 
 RESULT = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "activations_cpu.json"
@@ -58,11 +60,14 @@ def test_normalisation_softmax_and_loss_are_in_fp32():
         assert (F.gelu(x) + x).dtype == torch.bfloat16
 
 
-def test_batches_of_any_size_lie_on_a_line():
-    config = preset_config("cpu-micro", ("train.precision=bf16", "zero.stage=1"))
+@pytest.mark.parametrize("sources", [1, 3])
+def test_batches_of_any_size_lie_on_a_line(sources):
+    changes = ("train.precision=bf16", "zero.stage=1", f"views.sources_per_target={sources}")
+    config = preset_config("cpu-micro", changes)
     found = count_batches(config, sizes=(1, 4, 16))
     assert [len(row["kept_bytes"]) for row in found["rows"]] == [16, 4, 1]
     assert np.abs(found["residuals"]).max() < 0.01
+    assert found["rows"][-1]["mean"] == pytest.approx(activations(config, tokens_of(config, 16)).kept, rel=0.01)
 
 
 def test_a_folder_that_is_no_checkout_is_named(tmp_path, capsys):

@@ -52,6 +52,7 @@ def measure(preset: str, overrides: Sequence[str], steps: int = STEPS) -> dict[s
         "overrides": list(overrides),
         "stage": config.zero.stage,
         "images": config.train.global_batch,
+        "sources_per_target": config.views.sources_per_target,
         "step": steady,
         "steps": rows,
         "compiled": new,

@@ -149,10 +149,13 @@ def test_the_program_writes_each_part_and_the_total(tmp_path, capsys):
     assert str(document["total"]) in capsys.readouterr().out
 
 
-def test_several_configurations_are_counted_in_one_call(tmp_path):
-    main(["cpu-tiny", "cpu-micro", *SMALL, "--json", str(tmp_path / "found.json")])
+def test_several_configurations_are_counted_in_one_call(tmp_path, capsys):
+    words = (*SMALL, "views.sources_per_target=2")
+    main(["cpu-tiny", "cpu-micro", *words, "--json", str(tmp_path / "found.json")])
     found = json.loads((tmp_path / "found.json").read_text())["configs"]
     assert [one["config"] for one in found] == ["cpu-tiny", "cpu-micro"]
+    assert [(one["images"], one["sources_per_target"]) for one in found] == [(8, 2)] * 2
+    assert "cpu-micro, images: 8 × 2 sources, stage 0" in capsys.readouterr().out
     assert all(one["total"] == sum(row["triton"] + row["torch"] for row in one["rows"]) for one in found)
 
 
