@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from iwm_fast.data.decode.checkers import modules_path
+from iwm_fast.data.checkers import modules_path
 from iwm_fast.data.sources.kinds import MANIFEST_FILE
 from iwm_fast.data.tools.index import write_index
 from iwm_fast.measure.timing import spread

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from iwm_fast.data.bad_samples import BadSamples
-from iwm_fast.data.decode.checkers import Checkers
+from iwm_fast.data.checkers import Checkers
 from iwm_fast.data.decode.encoded import BadSample, Encoded, inspect, reencode
 from iwm_fast.data.decode.verdicts import PILLOW, PLAIN, UNKNOWN, verdict_of, verdict_on
 from iwm_fast.data.image_list import ImageSet

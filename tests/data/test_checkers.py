@@ -12,7 +12,7 @@ from small_run import small_config
 
 from iwm_fast.actions.space import ActionSpace
 from iwm_fast.data import samples as samples_module
-from iwm_fast.data.decode.checkers import Checkers
+from iwm_fast.data.checkers import Checkers
 from iwm_fast.data.decode.encoded import BadSample
 from iwm_fast.data.decode.verdicts import PILLOW, PLAIN, RULES, UNKNOWN
 from iwm_fast.data.image_list import list_images

@@ -53,7 +53,7 @@ class _Checker:
         self.queued: deque[Rows] = deque()
         handle = theirs.fileno()
         # -P: only this process's own path leads to modules, not the working folder
-        command = [sys.executable, "-P", "-m", "iwm_fast.data.decode.checkers", str(handle)]
+        command = [sys.executable, "-P", "-m", "iwm_fast.data.checkers", str(handle)]
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
