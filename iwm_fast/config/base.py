@@ -1,4 +1,4 @@
-"""What all sections of a configuration share, and the types of their lists."""
+"""What all sections of a configuration share, and the types of their values."""
 
 from __future__ import annotations
 
@@ -8,7 +8,20 @@ from typing import Annotated
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-__all__ = ["Names", "Numbers", "Place", "Range", "Section", "home_expanded", "pair"]
+__all__ = [
+    "Count",
+    "Names",
+    "NonNegative",
+    "Numbers",
+    "Place",
+    "Positive",
+    "Probability",
+    "Range",
+    "Section",
+    "home_expanded",
+    "pair",
+    "require_ascending",
+]
 
 
 class Section(BaseModel):
@@ -49,3 +62,13 @@ Range = Annotated[tuple[float, float], BeforeValidator(pair)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Numbers = Annotated[tuple[Finite, ...], BeforeValidator(pair)]
 Names = Annotated[tuple[str, ...], BeforeValidator(pair)]
+Probability = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+def require_ascending(name: str, pair: tuple[float, float], low: float, high: float) -> None:
+    """ValueError where a pair descends or leaves its range."""
+    if not low <= pair[0] <= pair[1] <= high:
+        raise ValueError(f"{name} is {list(pair)}; it must be ascending and within [{low:g}, {high:g}]")

@@ -1,0 +1,92 @@
+"""Keys of the networks."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from iwm_fast.config.base import (
+    Count,
+    Positive,
+    Section,
+)
+from iwm_fast.config.encoders import ENCODERS, EncoderName, EncoderShape
+
+__all__ = ["ModelConfig", "PredictorConfig"]
+
+Conditioning = Literal["none", "sequence", "feature", "block", "sequence+block", "feature+block"]
+
+
+class PredictorConfig(Section):
+    """The world model: from the source's tokens and an action to the target's tokens."""
+
+    kind: Literal["vit", "mlp"] = Field(
+        "vit", description="vit attends over context and mask tokens; mlp acts on each visible token alone"
+    )
+    depth: Count = Field(18, description="blocks (paper: 12 invariant, 18 equivariant)")
+    width: Count = Field(384, description="token width; a multiple of heads and of 4")
+    heads: Count | None = Field(None, description="attention heads; default: one per 32 of width (I-JEPA)")
+    mlp_ratio: Positive = Field(4.0, description="hidden width of each block's MLP over the predictor's width")
+    conditioning: Conditioning = Field(
+        "feature", description="where the action enters; block may be joined to the others with +"
+    )
+
+    @property
+    def head_count(self) -> int:
+        """Attention heads after the default is applied."""
+        return self.heads if self.heads is not None else max(1, self.width // 32)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.width % self.head_count or self.width % 4:
+            raise ValueError(f"width {self.width} must be a multiple of heads ({self.head_count}) and of 4")
+        if self.kind == "mlp" and self.conditioning not in ("none", "block"):
+            raise ValueError(f"kind mlp takes its action in its blocks: conditioning is {self.conditioning}, use block")
+        return self
+
+
+class ModelConfig(Section):
+    """The networks."""
+
+    encoder: EncoderName | EncoderShape = Field("vit_base", description="a name, or {depth, width, heads}")
+    patch: Count = Field(16, description="side of a patch, pixels; divides image")
+    image: Count = Field(224, description="side of the square views, pixels")
+    target: Literal["ema", "shared"] = Field("ema", description="target encoder: moving average, or the encoder itself")
+    target_precision: Literal["train", "fp8"] = Field(
+        "train", description="of the ema target's products in training: as train.precision, or fp8 (GPU 8.9 or later)"
+    )
+    normalize_target: bool = Field(True, description="layer-normalise target tokens without affine (I-JEPA)")
+    attention: Literal["auto", "xformers", "efficient", "sdpa", "cudnn", "varlen", "flash3", "flash_cute"] = Field(
+        "auto",
+        description="auto: on a GPU the fastest by the measurements that ship with the package, xformers where there "
+        "are none, on a CPU SDPA. efficient: PyTorch's memory-efficient one, on GPUs; sdpa and cudnn: PyTorch's, a "
+        "call per length; varlen: PyTorch's flash-attention over packed sequences (2.10 or later); flash3, flash_cute: "
+        "flash-attn 3 and its CuTe form, where installed. These last four compute bf16 and fp16; fp32, in evaluation, "
+        "is computed as auto",
+    )
+    mlp_workspace_mib: Annotated[int, Field(ge=1, le=2**20)] = Field(
+        1024,
+        description="on a GPU, MiB for the hidden activations of the MLP that runs, recomputed in the backward pass; "
+        "where they need more, its tokens are computed in chunks, which saves memory and takes more launches; 64 "
+        "tokens are computed at once in any case",
+    )
+    predictor: PredictorConfig = PredictorConfig()
+
+    @property
+    def encoder_shape(self) -> EncoderShape:
+        """Depth, width and heads of the encoder, whichever way it was named."""
+        return self.encoder if isinstance(self.encoder, EncoderShape) else ENCODERS[self.encoder]
+
+    @property
+    def grid(self) -> int:
+        """Patches along a side."""
+        return self.image // self.patch
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.image % self.patch:
+            raise ValueError(f"image {self.image} must be a multiple of patch {self.patch}")
+        if self.target_precision == "fp8" and self.target == "shared":
+            raise ValueError("target_precision is fp8, so target must be ema: a shared encoder has gradients")
+        return self
