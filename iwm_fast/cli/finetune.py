@@ -15,49 +15,66 @@ __all__ = ["app"]
 
 app = typer.Typer()
 
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="A folder that pretrain wrote.")]
+Data = Annotated[
+    list[str],
+    typer.Option(
+        "--data",
+        metavar="[NAME=]DIR",
+        help="Labelled images: train/ and test/ (or val/) with a folder a class, or with images/ and masks/. "
+        "Several times for multitask.",
+    ),
+]
+DataOverrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY.PATH=VALUE...", help="Of the section data, such as data.max_bad_fraction."),
+]
+Mode = Annotated[
+    str, typer.Option("--mode", help="What is trained: linear, attentive, predictor, end-to-end or multitask.")
+]
+Kind = Annotated[
+    str | None, typer.Option("--task", help="classification or segmentation; default: by the folders' layout.")
+]
+Init = Annotated[
+    str | None, typer.Option("--init", help="How the predictor begins: pretrained (default), or random to compare.")
+]
+Out = Annotated[
+    Path | None, typer.Option("--out", metavar="OUT", help="A folder that does not exist yet, for the weights.")
+]
+Epochs = Annotated[float, typer.Option("--epochs", min=0.01, help="Passes over the training images.")]
+Steps = Annotated[int | None, typer.Option("--steps", min=1, help="Steps, instead of passes.")]
+Rates = Annotated[
+    str | None,
+    typer.Option("--lr", help="Peak learning rate of the head; with commas between, several are tried at once."),
+]
+Batch = Annotated[int, typer.Option("--batch", min=2, help="Images a step.")]
+WeightDecay = Annotated[float, typer.Option("--weight-decay", min=0.0)]
+Limit = Annotated[int | None, typer.Option("--limit", min=2, help="At most so many training images.")]
+Seed = Annotated[int, typer.Option("--seed", min=0)]
+WhichCheckpoint = Annotated[str, typer.Option("--checkpoint", help="latest, step_000500, or a path to it.")]
+Cache = Annotated[
+    Path | None, typer.Option("--cache", metavar="DIR", help="Where features are kept; default: RUN/cache.")
+]
+
 
 @app.command(epilog="Example: iwm-fast finetune runs/a --mode predictor --data photos --out runs/a-photos")
 def finetune(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A folder that pretrain wrote.")],
-    data: Annotated[
-        list[str],
-        typer.Option(
-            "--data",
-            metavar="[NAME=]DIR",
-            help="Labelled images: train/ and test/ (or val/) with a folder a class, or with images/ and masks/. "
-            "Several times for multitask.",
-        ),
-    ],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="KEY.PATH=VALUE...", help="Of the section data, such as data.max_bad_fraction."),
-    ] = None,
-    mode: Annotated[
-        str, typer.Option("--mode", help="What is trained: linear, attentive, predictor, end-to-end or multitask.")
-    ] = "predictor",
-    task: Annotated[
-        str | None, typer.Option("--task", help="classification or segmentation; default: by the folders' layout.")
-    ] = None,
-    init: Annotated[
-        str | None, typer.Option("--init", help="How the predictor begins: pretrained (default), or random to compare.")
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", metavar="OUT", help="A folder that does not exist yet, for the weights.")
-    ] = None,
-    epochs: Annotated[float, typer.Option("--epochs", min=0.01, help="Passes over the training images.")] = 20.0,
-    steps: Annotated[int | None, typer.Option("--steps", min=1, help="Steps, instead of passes.")] = None,
-    lr: Annotated[
-        str | None,
-        typer.Option("--lr", help="Peak learning rate of the head; with commas between, several are tried at once."),
-    ] = None,
-    batch: Annotated[int, typer.Option("--batch", min=2, help="Images a step.")] = 128,
-    weight_decay: Annotated[float, typer.Option("--weight-decay", min=0.0)] = 0.01,
-    limit: Annotated[int | None, typer.Option("--limit", min=2, help="At most so many training images.")] = None,
-    seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
-    checkpoint: Annotated[str, typer.Option("--checkpoint", help="latest, step_000500, or a path to it.")] = "latest",
-    cache: Annotated[
-        Path | None, typer.Option("--cache", metavar="DIR", help="Where features are kept; default: RUN/cache.")
-    ] = None,
+    run: Run,
+    data: Data,
+    overrides: DataOverrides = None,
+    mode: Mode = "predictor",
+    task: Kind = None,
+    init: Init = None,
+    out: Out = None,
+    epochs: Epochs = 20.0,
+    steps: Steps = None,
+    lr: Rates = None,
+    batch: Batch = 128,
+    weight_decay: WeightDecay = 0.01,
+    limit: Limit = None,
+    seed: Seed = 0,
+    checkpoint: WhichCheckpoint = "latest",
+    cache: Cache = None,
     json: Json = None,
 ) -> None:
     """Train a head, the world model with a head, or all of the network, on labelled images, and measure it on others.
@@ -65,21 +82,15 @@ def finetune(
     A part that begins pretrained has a tenth of the learning rate. Without --out only the figures are kept.
     """
     rates = _rates(lr)
-    from iwm_fast.console import counting, print_table
+    from iwm_fast.console import counting
     from iwm_fast.environment import environment
-    from iwm_fast.eval.finetune.run import Request, finetune_lines, finetune_rows, finetune_run, named_folders
-
-    def show(results: dict[str, Any]) -> None:
-        title = f"iwm-fast finetune, {results['mode']}, {results['trained_parameters']:,} parameters trained"
-        print_table(title, ("", "measure", "value", "95 % interval", "chance"), finetune_rows(results))
-        for line in finetune_lines(results):
-            print(line)
+    from iwm_fast.eval.finetune.run import Request, finetune_run, named_folders
 
     def give(results: dict[str, Any]) -> None:
-        shown.close()  # the bars, so that the table stands alone
-        answer(json, "finetune", results, lambda: show(results))
+        progress.close()  # the bars, so that the table stands alone
+        answer(json, "finetune", results, lambda: _show(results))
 
-    with ExitStack() as shown:
+    with ExitStack() as progress:
         request = Request(
             mode=mode,  # type: ignore[arg-type]  # checked there, with the other options
             data=named_folders(data),
@@ -95,11 +106,21 @@ def finetune(
             checkpoint=checkpoint,
             cache=cache,
             overrides=overrides or (),
-            tell=shown.enter_context(counting()),
+            tell=progress.enter_context(counting()),
         )
         finetune_run(run, request, out, environment(), give)
     if out is not None and json != "-":
         print(f"weights: {out}")
+
+
+def _show(results: dict[str, Any]) -> None:
+    from iwm_fast.console import print_table
+    from iwm_fast.eval.finetune.run import finetune_lines, finetune_rows
+
+    title = f"iwm-fast finetune, {results['mode']}, {results['trained_parameters']:,} parameters trained"
+    print_table(title, ("", "measure", "value", "95 % interval", "chance"), finetune_rows(results))
+    for line in finetune_lines(results):
+        print(line)
 
 
 def _rates(text: str | None) -> tuple[float, ...]:

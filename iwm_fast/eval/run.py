@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from iwm_fast.actions.transforms import ActionSpace
+from iwm_fast.config import Config
 from iwm_fast.console import Count
 from iwm_fast.engine.checkpoint.load import default_device, find_checkpoint, load_model
 from iwm_fast.engine.checkpoint.paths import chosen_checkpoint
@@ -20,11 +23,12 @@ from iwm_fast.eval.report.report import read_metrics, write_report
 from iwm_fast.eval.representation.cache import FeatureCache
 from iwm_fast.eval.result_output import given, report_place
 from iwm_fast.eval.splits import open_splits, require_same_classes, splits_record
-from iwm_fast.eval.world_model.examples import ranked_examples
+from iwm_fast.eval.world_model.examples import RankedExample, ranked_examples
 from iwm_fast.eval.world_model.frames import find_triplets, open_triplets
 from iwm_fast.eval.world_model.sliders import SlidingExample, sliding_examples
 from iwm_fast.eval.world_model.triplets import evaluate_triplets
 from iwm_fast.file_names import printable
+from iwm_fast.models.iwm import IWM
 
 __all__ = ["evaluate_run"]
 
@@ -63,70 +67,98 @@ def evaluate_run(
     Raises UserError for an unknown ``what``, a folder that is no run, an override without a use here, and data that
     cannot be used, or of which more than ``data.max_bad_fraction`` cannot be decoded.
     """
-    unknown = [word for word in what or () if word not in names()]
-    if unknown or (what is not None and not what):
-        raise UserError(f"--what: {unknown[0] if unknown else 'empty'}: it is a list of {', '.join(names())}")
+    _check_what(what)
     chosen = chosen_checkpoint(run, checkpoint)
-    run, checkpoint = chosen.run, chosen.which
+    run = chosen.run
     external = _external(run)
     what = what or usual("triplets" if external else "images")
     check_overrides(overrides, command="evaluate", external=external, what=what)
     _check_images(images, overrides, what, external=external)
-    saved = find_checkpoint(run, checkpoint)
+    saved = find_checkpoint(run, chosen.which)
     page = report_place(run, needed=report)
     model, config, space, step = load_model(run, saved.name, overrides)
     config = for_evaluation(config, overrides)
-    model.to(default_device())
-    sliding: Sequence[SlidingExample] = []
+    subject = _Subject(model.to(default_device()), config, space, data, what, images, progress)
     if external:
-        manifest, unused = find_triplets(data)
-        results, shown = evaluate_triplets(
-            model, config, space, open_triplets(data, config),
-            what=what, bank=images, examples=_SHOWN_IMAGES, progress=progress,
-        )  # fmt: skip
-        rest = f"; not used: {', '.join(unused)}" if unused else ""
-        said = printable(f"{manifest} is tested on{rest}")
-        results["splits"] = {"test": str(manifest), "how": "manifest", "not_used": unused, "said": said}
+        measured = _measure_triplets(subject)
     else:
-        train, test = open_splits(data, config, source=config.data.source)
-        if "classes" in needed(what, "images"):
-            require_same_classes(train, test)
-        results = evaluate_model(
-            model,
-            config,
-            space,
-            train=train,
-            test=test,
-            what=what,
-            images=images,
-            components=components,
-            cache=FeatureCache(cache if cache is not None else run / "cache"),
-            progress=progress,
-        )
-        results |= splits_record(train, test)
-    answer = {**results, "step": step, "report": None if page is None else str(page)}
+        measured = _measure_images(subject, FeatureCache(cache if cache is not None else run / "cache"), components)
+    answer = {**measured.results, "step": step, "report": None if page is None else str(page)}
     with given(give, answer):
-        if page is None:
-            return answer
-        weights = weights_of(saved)
-        keep(run, divide(results, step=step, weights=weights, data=data))
-        if not external:
-            shown = ranked_examples(model, config, space, test.spread(_SHOWN_IMAGES), bank=config.eval.bank)
-            sliding = sliding_examples(model, config, space, test.spread(_SLIDING_IMAGES), bank=config.eval.bank)
-        write_report(
-            page,
-            config=config,
-            name=name or run.resolve().name,
-            step=step,
-            results=results,
-            measured=read(run),
-            subject=(weights, place_of(data)),
-            metrics=read_metrics(run / "metrics.jsonl"),
-            examples=shown,
-            sliding=sliding,
-            environment=recorded_environment(RunDirectory(run).environment_file),
-        )
+        if page is not None:
+            weights = weights_of(saved)
+            keep(run, divide(measured.results, step=step, weights=weights, data=data))
+            examples, sliding = measured.draw()
+            write_report(
+                page,
+                config=config,
+                name=name or run.resolve().name,
+                step=step,
+                results=measured.results,
+                measured=read(run),
+                subject=(weights, place_of(data)),
+                metrics=read_metrics(run / "metrics.jsonl"),
+                examples=examples,
+                sliding=sliding,
+                environment=recorded_environment(RunDirectory(run).environment_file),
+            )
     return answer
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """What is measured, and on what."""
+
+    model: IWM
+    config: Config
+    space: ActionSpace
+    data: str | Path
+    what: Sequence[str]
+    images: int | None
+    progress: Count | None
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """Results, and what draws the report's examples once the results are given."""
+
+    results: dict[str, Any]
+    draw: Callable[[], tuple[Sequence[RankedExample], Sequence[SlidingExample]]]
+
+
+def _measure_triplets(subject: _Subject) -> _Measured:
+    manifest, unused = find_triplets(subject.data)
+    results, examples = evaluate_triplets(
+        subject.model, subject.config, subject.space, open_triplets(subject.data, subject.config),
+        what=subject.what, bank=subject.images, examples=_SHOWN_IMAGES, progress=subject.progress,
+    )  # fmt: skip
+    rest = f"; not used: {', '.join(unused)}" if unused else ""
+    said = printable(f"{manifest} is tested on{rest}")
+    results["splits"] = {"test": str(manifest), "how": "manifest", "not_used": unused, "said": said}
+    return _Measured(results, lambda: (examples, []))
+
+
+def _measure_images(subject: _Subject, cache: FeatureCache, components: bool) -> _Measured:
+    model, config, space = subject.model, subject.config, subject.space
+    train, test = open_splits(subject.data, config, source=config.data.source)
+    if "classes" in needed(subject.what, "images"):
+        require_same_classes(train, test)
+    results = evaluate_model(
+        model, config, space, train=train, test=test, what=subject.what, images=subject.images, components=components,
+        cache=cache, progress=subject.progress,
+    )  # fmt: skip
+
+    def draw() -> tuple[Sequence[RankedExample], Sequence[SlidingExample]]:
+        ranked = ranked_examples(model, config, space, test.spread(_SHOWN_IMAGES), bank=config.eval.bank)
+        return ranked, sliding_examples(model, config, space, test.spread(_SLIDING_IMAGES), bank=config.eval.bank)
+
+    return _Measured(results | splits_record(train, test), draw)
+
+
+def _check_what(what: Sequence[str] | None) -> None:
+    unknown = [word for word in what or () if word not in names()]
+    if unknown or (what is not None and not what):
+        raise UserError(f"--what: {unknown[0] if unknown else 'empty'}: it is a list of {', '.join(names())}")
 
 
 def _external(run: Path) -> bool:
