@@ -23,104 +23,36 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
 from iwm_fast.actions.space import ActionSpace
-from iwm_fast.actions.transforms import Views
 from iwm_fast.benchmarks.baselines.kernels import Skipped
 from iwm_fast.benchmarks.baselines.views import Render, batches, pillow_views, torchvision_functions, torchvision_views
+from iwm_fast.benchmarks.parts.data_job import WARM_UP, Job
 from iwm_fast.benchmarks.parts.data_stages import stages
-from iwm_fast.config import ActionsConfig, Config, DataConfig, ModelConfig, TrainConfig
 from iwm_fast.data.image_list import list_images
-from iwm_fast.data.loader import SampleOrder, TrainingStream
+from iwm_fast.data.loader import TrainingStream
 from iwm_fast.data.sources.kinds import is_image
-from iwm_fast.data.tools.shard import write_shards
-from iwm_fast.data.views.sampling import draw_views
 from iwm_fast.environment import environment, installed_version, usable_cores
 from iwm_fast.measure.timing import spread
 from iwm_fast.outputs import require_result
 from iwm_fast.programs import run_program
 from iwm_fast.results import write_json
 
-__all__ = ["SCHEMA", "Job", "measure"]
+__all__ = ["SCHEMA", "measure"]
 
 SCHEMA = "iwm-fast-data/1"
 OURS, SHARDS, PILLOW, TORCHVISION = "iwm-fast", "iwm-fast shards", "pillow", "torchvision"
-# Batches that do not count, before the timed ones: as many as are prepared ahead, in the graph and behind it.
-_WARM_UP = 6
 # Mean absolute difference in levels, of 255: Pillow blurs with boxes, and where torchvision has another formula only
 # views without it are compared.
 _WRONG = 2.0
 _CHECKED = 48
-
-
-@dataclass(frozen=True)
-class Job:
-    """What every contender does: `count` timed batches of `batch` images, at `size` pixels a side.
-
-    root: a folder with as many files as a repeat needs, nothing else; shards: the same files as WebDataset shards.
-    sizes: int64 (files, 2), their widths and heights in the order of the files' names.
-    """
-
-    root: Path
-    shards: Path
-    sizes: np.ndarray
-    size: int = 224
-    batch: int = 64
-    count: int = 6
-    device: Literal["cpu", "gpu"] = "cpu"
-    seed: int = 0
-
-    @classmethod
-    def of(
-        cls,
-        given: Path,
-        out: Path,
-        *,
-        size: int = 224,
-        batch: int = 64,
-        count: int = 6,
-        device: Literal["cpu", "gpu"] = "cpu",
-    ) -> Job:
-        """Links to the images of the folder `given` in out/folder, each as often as it takes; out/shards of them."""
-        root, shards = out / "folder", out / "shards"
-        root.mkdir(parents=True)
-        files = sorted(file for file in given.iterdir() if is_image(file.name))
-        images, sizes = batch * (_WARM_UP + count), []
-        for number in range(images):
-            file = files[number % len(files)]
-            (root / f"{number:06d}{file.suffix}").symlink_to(file.absolute())
-            with Image.open(file) as image:
-                sizes.append(image.size)
-        write_shards(root, shards)
-        return cls(root, shards, np.array(sizes, np.int64), size, batch, count, device)
-
-    @property
-    def images(self) -> int:
-        """Images of one repeat, those that do not count included."""
-        return self.batch * (_WARM_UP + self.count)
-
-    def config(self, threads: int) -> Config:
-        """Ours."""
-        return Config(
-            model=ModelConfig(image=self.size),
-            data=DataConfig(device=self.device, threads=threads),
-            train=TrainConfig(seed=self.seed, global_batch=self.batch),
-        )
-
-    def drawn(self, repeat: int) -> tuple[list[Path], Views]:
-        """What `TrainingStream` makes in a repeat: files in its order, and their parameters."""
-        paths = sorted(self.root.iterdir())
-        ids, epochs = SampleOrder(self.seed, len(paths))(repeat * self.images, (repeat + 1) * self.images)
-        views = draw_views(ActionsConfig(), self.seed, epochs, ids, self.sizes[ids])
-        return [paths[i] for i in ids.tolist()], views
 
 
 def _ours(job: Job, root: Path, repeat: int, threads: int) -> contextlib.AbstractContextManager[Iterator[Any]]:
@@ -150,7 +82,7 @@ def _timed(job: Job, name: str, render: Render | None, repeat: int, cores: int) 
     else:
         made = _other(render, job, repeat, cores if cores > 1 else 0)
     with made as stream:
-        for _ in range(_WARM_UP):
+        for _ in range(WARM_UP):
             next(stream)
         wall, cpu = time.perf_counter(), time.process_time()
         for _ in range(job.count):

@@ -5,18 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from nvidia.dali import fn, pipeline_def, types
 
 from iwm_fast.actions.transforms import Jitter, Views
+from iwm_fast.benchmarks.parts.data_job import Job
 from iwm_fast.data.decode.encoded import Encoded, inspect
 from iwm_fast.data.views.graph import ViewGraph
 from iwm_fast.measure.timing import spread
-
-if TYPE_CHECKING:
-    from iwm_fast.benchmarks.data import Job
 
 __all__ = ["stages"]
 

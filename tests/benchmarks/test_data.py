@@ -15,7 +15,8 @@ from iwm_fast.benchmarks import data
 from iwm_fast.benchmarks.baselines import views as view_baselines
 from iwm_fast.benchmarks.baselines.kernels import Skipped
 from iwm_fast.benchmarks.baselines.views import pillow_views, torchvision_functions, torchvision_views
-from iwm_fast.benchmarks.data import Job, measure
+from iwm_fast.benchmarks.data import measure
+from iwm_fast.benchmarks.parts.data_job import Job
 from iwm_fast.benchmarks.plots.data import draw, table
 
 
