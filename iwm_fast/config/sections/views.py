@@ -1,0 +1,111 @@
+"""Keys of what is made of an image: views and the actions between them, and masks."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from iwm_fast.config.base import Count, NonNegative, Probability, Range, Section, pair, require_ascending
+from iwm_fast.config.external import EXTERNAL, ExternalActions, still
+
+__all__ = ["ActionsConfig", "MasksConfig", "ViewsConfig"]
+
+
+class ActionsConfig(Section):
+    """What is done to a view, how often and how strongly, and which of it the predictor is told."""
+
+    groups: Annotated[tuple[Literal["photometric", "geometric", "external"], ...], BeforeValidator(pair)] = Field(
+        ("photometric",),
+        description="photometric, or photometric and geometric; or external: the actions of a manifest of triplets, "
+        "and nothing else is done to the pictures unless crop_scale or flip_probability, for both alike, are given",
+    )
+    external: ExternalActions | None = Field(
+        None, description="what the external actions are; default: as the manifest says, and recorded here by the run"
+    )
+    strength: NonNegative = Field(1.0, description="multiplies the four jitter strengths; 2 strong, 3 very strong")
+    form: Literal["difference", "absolute"] = Field(
+        "difference", description="jitter told as target minus source (paper), or as both views' own values"
+    )
+    jitter_probability: Probability = Field(0.8, description="chance of colour jitter, for each view by itself")
+    brightness: NonNegative = Field(0.4, description="factor drawn from 1 ± this, clipped at 0")
+    contrast: NonNegative = Field(0.4, description="factor drawn from 1 ± this, clipped at 0")
+    saturation: NonNegative = Field(0.2, description="factor drawn from 1 ± this, clipped at 0")
+    hue: NonNegative = Field(0.1, description="in turns: 0.1 is ± 36 degrees of rotation in YIQ; at most half a turn")
+    grayscale_probability: Probability = Field(0.2, description="chance that the source loses its colour")
+    blur_probability: Probability = Field(0.2, description="chance that the source is blurred")
+    blur_sigma: Range = Field((0.1, 2.0), description="pixels, drawn uniformly")
+    solarize_probability: Probability = Field(0.1, description="chance that the source is solarized")
+    solarize_threshold: Annotated[int, Field(ge=0, le=255)] = Field(128, description="levels at or above are inverted")
+    crop_scale: Range = Field((0.3, 1.0), description="share of the image's area")
+    crop_aspect: Range = Field((0.75, 4 / 3), description="width over height, drawn log-uniformly")
+    flip_probability: Probability = Field(0.5, description="chance of a horizontal flip")
+    rotation_probability: Probability = Field(
+        0.75, description="geometric group only: chance of one, two or three quarter turns of the source"
+    )
+
+    @model_validator(mode="after")
+    def _ranges(self) -> Self:
+        require_ascending("blur_sigma", self.blur_sigma, 0.01, 20.0)
+        require_ascending("crop_scale", self.crop_scale, 0.01, 1.0)
+        require_ascending("crop_aspect", self.crop_aspect, 0.1, 10.0)
+        if self.groups not in (("photometric",), ("photometric", "geometric"), EXTERNAL):
+            raise ValueError(
+                f"groups is {list(self.groups)}; it must be [photometric], [photometric, geometric] or [external]"
+            )
+        _, untold = still(type(self).model_fields)
+        done = [name for name in untold if self.is_external and getattr(self, name) > 0]
+        if done:
+            raise ValueError(f"{done[0]} is {getattr(self, done[0]):g}; it must be 0 where groups is [external]")
+        if self.external is not None and not self.is_external:
+            raise ValueError(f"external is given, so groups must be [external]; it is {list(self.groups)}")
+        return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _pairs_stay_as_they_are(cls, values: Any) -> Any:
+        if isinstance(values, dict) and pair(values.get("groups")) == EXTERNAL:
+            return {**still(cls.model_fields)[0], **values}
+        return values
+
+    @property
+    def is_external(self) -> bool:
+        """Whether the actions are somebody else's, of a manifest of triplets."""
+        return self.groups == EXTERNAL
+
+    @property
+    def geometric(self) -> bool:
+        """Whether the source has a geometry of its own, of which the predictor is told."""
+        return "geometric" in self.groups
+
+
+class ViewsConfig(Section):
+    """How many views are made of an image."""
+
+    sources_per_target: Count = Field(
+        1, description="source views of one decoded image, each with its own action and mask, for one target (paper: 1)"
+    )
+
+
+class MasksConfig(Section):
+    """Multi-block masks (I-JEPA, section 3): what the encoder does not see and the predictor answers for."""
+
+    target_blocks: Count = Field(4, description="blocks an image; the predictor answers for their union")
+    visible_blocks: Annotated[int, Field(ge=0)] = Field(
+        0,
+        description="of the target blocks, those that the encoder sees all the same: there the predictor answers for "
+        "the action alone; below target_blocks, or all of them where the actions are external",
+    )
+    target_scale: Range = Field((0.15, 0.2), description="share of the patches in one target block")
+    target_aspect: Range = Field((0.75, 1.5), description="height over width of a target block")
+    context_scale: Range = Field((0.85, 1.0), description="share of the patches in the square context block")
+    min_context: Count = Field(10, description="fewest patches that the encoder sees; drawn again below it")
+
+    @model_validator(mode="after")
+    def _ranges(self) -> Self:
+        require_ascending("target_scale", self.target_scale, 0.001, 1.0)
+        require_ascending("target_aspect", self.target_aspect, 0.1, 10.0)
+        require_ascending("context_scale", self.context_scale, 0.001, 1.0)
+        if self.visible_blocks > self.target_blocks:
+            raise ValueError(f"visible_blocks is {self.visible_blocks}; it must not be above {self.target_blocks}")
+        return self
