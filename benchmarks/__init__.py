@@ -8,5 +8,5 @@ Installed as ``iwm_fast.benchmarks``, which is the name that modules import each
 
 from pathlib import Path
 
-# `python -m benchmarks.arms` and the like still run.
+# `python -m` runs programs by their old names too.
 __path__.append(str(Path(__file__).with_name("old_names")))

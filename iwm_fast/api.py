@@ -108,7 +108,7 @@ class WorldModel:
     def read(self, files: ImageSet | Sequence[str | os.PathLike[str]] | str | os.PathLike[str]) -> Tensor:
         """Image files as evaluation reads them: upright, the centred largest square, resized; uint8 (n, S, S, 3).
 
-        One file, several, or images of any source from `data.files.list_images`. UserError naming the first that is
+        One file, several, or images of any source from `image_list.list_images`. UserError naming the first that is
         missing, a folder, or cannot be decoded.
         """
         if isinstance(files, str | os.PathLike):

@@ -5,8 +5,8 @@
 The launchers run on tensors without memory while their launches are recorded, so what is compiled here is what they
 launch: the same types, strides and block sizes, each candidate of an architecture for that architecture. Exit code 1
 where a kernel spills registers or wants more shared memory than the chip gives a program. ``--bounds`` reads the
-machine code too, and prints how fast each kernel with a loop can be at most (`_bounds`), and how many instructions GELU
-takes per element; the rows of --json are these then, what each takes of the chip its "kernels".
+machine code too, and prints how fast each kernel with a loop can be at most (`bounds.py`), and how many instructions
+GELU takes per element; the rows of --json are these then, what each takes of the chip its "kernels".
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Every transformation of the views again, one image at a time, in NumPy and float64: what the DALI graph has to equal.
 
-Images are (h, w, 3) uint8 arrays. Formulas are written from DESIGN, not taken from the code under test. Each operator
-rounds and clips its result to levels once, as the graph does between operators.
+Images are (h, w, 3) uint8 arrays. Formulas are written from the papers and torchvision's, not taken from the code under
+test. Each operator rounds and clips its result to levels once, as the graph does between operators.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ def demo(
     progress: Count | None = None,
     give: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
-    """Run the demonstration in folder ``out`` and return the figures that DESIGN names, ready for JSON.
+    """Run the demonstration in folder ``out`` and return the figures that it shows, ready for JSON.
 
     ``give`` gets them as soon as they are measured, before the report is drawn.
     ``overrides``: of the packaged ``demo.yaml``. Raises UserError when ``out`` holds a run, or an override names data.

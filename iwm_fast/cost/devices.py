@@ -95,8 +95,8 @@ def packaged_results() -> Path:
 def compute_rate(device: Device, operations: float, results: Path, mfu: float | None, precision: str = "bf16") -> Rate:
     """The rate to plan with: `mfu` where it is given, else the newest result of this GPU, else the assumption.
 
-    A result is what `iwm-fast bench step --json` writes: `schema` iwm-fast-bench-step/…, that GPU in
-    `environment.gpus`, and `rows` with `name`, `mfu` and `operations_per_image`; of several rows the one nearest to
+    A result is what `iwm-fast bench step --json` writes: `schema` iwm-fast-bench-step/…, that GPU in `gpus` of its
+    `environment`, and `rows` with `name`, `mfu` and `operations_per_image`; of several rows the one nearest to
     `operations` an image. Results are shares of the bf16 rate, so that fp32 has the assumption. UserError where a file
     there cannot be read.
     """

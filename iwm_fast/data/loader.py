@@ -93,7 +93,7 @@ class TrainingStream:
     start: global samples already consumed. run_dir: where bad_samples.jsonl is written, if anywhere. accumulation:
     micro-batches of a rank in a global batch, each of micro_batch images. An error in the background thread (UserError
     where too many files are bad) is raised by the `next` of the batch that it struck, and by every one after it. Close
-    it, or use it as a context manager. `pairs.PairStream` is the one for triplets.
+    it, or use it as a context manager. `triplet_stream.PairStream` is the one for triplets.
     """
 
     files_a_sample = 1

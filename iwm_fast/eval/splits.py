@@ -275,7 +275,7 @@ def require_same_classes(train: FileSplit, test: FileSplit) -> None:
 def open_splits(
     root: str | Path, config: Config, *, limit: int | None = None, source: str = "auto"
 ) -> tuple[FileSplit, FileSplit]:
-    """Training and test images below ``root`` at the model's size, as ``data.files.divide`` divides them.
+    """Training and test images below ``root`` at the model's size, as ``image_list.divide`` divides them.
 
     ``limit``: at most so many files of each, spread evenly over the sorted files and so over the classes. ``source``: a
     value of data.source, of these images. UserError where ``root`` is missing, empty, without images or ambiguous.

@@ -1,7 +1,7 @@
 """The block sizes that each architecture starts from, in order of preference, before anything has been measured.
 
 They come from ahead-of-time compiles (`python -m iwm_fast.kernels.aot`): each fits the chip's shared memory and spills
-no register. Which is fastest is for `_tuning` to find out on the device.
+no register. Which is fastest is for `tuner.py` to find out on the device.
 """
 
 from __future__ import annotations

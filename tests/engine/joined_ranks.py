@@ -1,4 +1,4 @@
-"""Run by test_interconnect.py, one process a rank: the check of the interconnect alone, between ranks that misbehave.
+"""Run by test_links.py, one process a rank: the check of the interconnect alone, between ranks that misbehave.
 
 Argument: what the last rank does, "well", "slow" (its messages wait before they are sent), "hang" (its first one does
 not come). The first rank prints what was measured and what it warns of, as JSON.

@@ -117,7 +117,7 @@ def _masked(source: NDArray[np.uint8], patches: PatchSets, patch: int) -> NDArra
 
 
 def _records(names: list[str], views: Views, patches: PatchSets, space: ActionSpace) -> list[dict[str, Any]]:
-    """One object a sample, as DESIGN section 4 names its parts; views: of all the sources of the samples."""
+    """One object per sample: its sources, target, action and masks; views: of all the sources of the samples."""
     described = _sources(views, patches, space)
     count = len(views) // len(names)
     records = []

@@ -26,7 +26,7 @@ from iwm_fast.data.views.cpu_operators import CORRUPT, recolour, resize
 __all__ = ["CpuViews", "Rendering"]
 
 Levels = NDArray[np.uint8]
-Inputs = Mapping[str, Any]  # by name as `pipeline.view_inputs`; of each a list, a sample an item
+Inputs = Mapping[str, Any]  # by name as `view_inputs.view_inputs`; of each a list, a sample an item
 
 # Pieces of a batch for each thread: enough that none waits long for the last.
 _PIECES = 4
@@ -60,7 +60,7 @@ class CpuViews:
         self._pool = _pool(threads)
 
     def start(self, regions: Sequence[Tensor], inputs: Inputs) -> Rendering:
-        """Begin: regions: B decoded images, uint8 (h, w, 3); inputs: what `pipeline.view_inputs` made of the batch."""
+        """Begin: regions: B decoded images, uint8 (h, w, 3); inputs: what `view_inputs` made of the batch."""
         count, side = len(regions), self._size
         target = self._memory.take(count, side, side, 3)
         source = self._memory.take(count * len(self._sources), side, side, 3)

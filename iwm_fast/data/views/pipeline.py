@@ -7,7 +7,7 @@ the predictor is told. Operators that a sample does not need (a corruption, a ne
 it by conditionals (an `if` statement on a batch is DALI's, sample by sample), which also makes a view without them
 bit-equal to its base.
 
-The order is DESIGN's. Flips and half of a rotation cost nothing: the resize reads its region of interest backwards
+Flips and half of a rotation cost nothing: the resize reads its region of interest backwards
 (``roi_start > roi_end``), which leaves only a transpose to quarter turns. EXIF's orientation is one more of these.
 """
 

@@ -2,7 +2,7 @@
 
 Every draw is a function of (seed, epoch, sample id), so the same tensor goes to the operators and into the action.
 Each quantity has a fixed place in its stream: a probability that changes never moves another quantity's draw.
-Sources: RECIPE of arXiv:2403.00504; the crop is torchvision's `RandomResizedCrop.get_params` (ten attempts, then a
+Sources: the recipe of arXiv:2403.00504; the crop is torchvision's `RandomResizedCrop.get_params` (ten attempts, then a
 centred fallback), the jitter's ranges are those of torchvision's `ColorJitter`.
 """
 

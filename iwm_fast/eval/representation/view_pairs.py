@@ -37,7 +37,7 @@ _ONLY_WHERE = {corruption.strength: corruption.name for corruption in CORRUPTION
 class Pairs:
     """Two views of each image, uint8 (n, S, S, 3), source first, and what leads from it to the target.
 
-    action: float64 (n, K), normalised as `actions.COMPONENTS` says and of difference form, a column a name.
+    action: float64 (n, K), normalised as `transforms.COMPONENTS` says and of difference form, a column a name.
     """
 
     first: Tensor

@@ -32,7 +32,7 @@ def open_triplets(root: str | Path, config: Config) -> Triplets:
 def find_triplets(root: str | Path) -> tuple[Path, list[str]]:
     """(the manifest to test on, the manifests beside it that are not used).
 
-    The manifest itself, or that of the folder, or of its folder test/ (else val/, see `data.layout`), which comes
+    The manifest itself, or that of the folder, or of its folder test/ (else val/, see `data.split_layout`), which comes
     first.
     UserError where there is none, or two folders are equally good.
     """

@@ -10,7 +10,7 @@ Controls are ranked in the same pass. ``shuffled`` asks for the next query's act
 queries of an image, so with every action of the bank queried both are at chance exactly, unless there are ties.
 ``untrained_target`` ranks the answers among what the target encoder gave before training: they fit the encoder that
 they were trained for and no other.
-Source of the measure: arXiv:2403.00504, section 3; of its bank, distances and controls: ours (README, evaluation).
+Source of the measure: arXiv:2403.00504, section 3; of its bank, distances and controls: ours (docs/concepts.md).
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from iwm_fast.data.views.sampling import draw_views
 SIZE = 48
 COUNT = 12
 NO_LIMIT = 2**31 - 1
-# DESIGN allows 2 levels of mean absolute error; the graph rounds where the reference does, so far less is left.
+# Mean absolute error in levels. The graph rounds where the reference does, so far less than a level is left.
 EXACT = 0.02
 # The base is resized in float32 by DALI and float64 by the reference; a crop's chroma upsampling sees other neighbours.
 BASE = 0.5
