@@ -4,11 +4,11 @@ PYTHON ?= python
 .PHONY: test kernels lint format types demo clean
 
 test:
-	$(PYTHON) -m pytest -q
+	$(PYTHON) -m pytest -q -n auto
 
 # The kernels' tests in Triton's interpreter, then every kernel compiled for every architecture, with no GPU.
 kernels:
-	$(PYTHON) -m pytest -q tests/kernels
+	$(PYTHON) -m pytest -q -n auto tests/kernels
 	$(PYTHON) -m iwm_fast.kernels.aot
 
 lint: types

@@ -70,6 +70,7 @@ setup(
         # setuptools and wheel: a test builds the wheel and looks into it.
         "test": [
             "pytest>=8.3",
+            "pytest-xdist>=3.6,<4",
             "hypothesis>=6.115",
             "ruff>=0.8",
             "mypy>=1.13",

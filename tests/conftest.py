@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+from interpreter import Beside
 from PIL import Image
 
 from iwm_fast.log_filters import quiet_third_parties
@@ -21,51 +22,91 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 quiet_third_parties()
+# A shell has its background jobs ignore Ctrl-C, which they pass on to what they start: tests send it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # A first example pays for imports, and CI must say the same of the same commit each time.
 settings.register_profile("iwm", deadline=None, derandomize=bool(os.environ.get("CI")))
 settings.load_profile("iwm")
 
 
-# Minutes of one core: begun with the first test and waited for by the last, it takes the second one.
-_IN_INTERPRETER = "test_the_kernels_pass_their_tests_in_the_interpreter"
-_interpreter: list[subprocess.Popen[str]] = []
+_beside = Beside()
+_IN_INTERPRETER = "tests/kernels/test_interpreter.py::"
+# Under pytest-xdist files are taken up in this order, the others after these: a long one begun last leaves the other
+# workers idle. No order is wrong, and a file that is not named here loses seconds.
+_BEGUN_FIRST = ("tests/kernels/test_interpreter.py",)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put what has been begun beforehand last."""
-    items.sort(key=lambda item: item.name == _IN_INTERPRETER)
+def pytest_configure(config: pytest.Config) -> None:
+    """One thread a worker, and a process of its own where a test starts one: workers share the cores already."""
+    if config.getoption("numprocesses", None):
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """-n auto: as many as the process may use cores. The longest file bounds what more than eight could gain."""
+    return min(len(os.sched_getaffinity(0)), 8)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """Files stay whole, so that what a module's fixture makes is made once; the interpreter's parts are apart."""
+    if config.getoption("dist") != "load":  # another was asked for
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Files(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return nodeid if nodeid.startswith(_IN_INTERPRETER) else nodeid.partition("::")[0]
+
+    config.option.loadscopereorder = False  # as collected, not the files of most tests first
+    return Files(config, log)
+
+
+def _of_a_worker(config: pytest.Config) -> bool:
+    return hasattr(config, "workerinput")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Under pytest-xdist what is long comes first; in a single process what has been begun beforehand comes last."""
+    if not _of_a_worker(config):
+        items.sort(key=lambda item: item.nodeid.startswith(_IN_INTERPRETER))
+        return
+    places = {file: place for place, file in enumerate(_BEGUN_FIRST)}
+    items.sort(key=lambda item: places.get(item.nodeid.partition("::")[0], len(places)))
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Begin the kernels' tests, in a process of their own: the interpreter cannot share one with the compiler."""
-    if session.config.option.collectonly or all(item.name != _IN_INTERPRETER for item in session.items):
+    """Begin the kernels' tests beside those of this process, where no other worker could take them."""
+    if session.config.option.collectonly or _of_a_worker(session.config):
         return
-    # One thread: the interpreter works in Python and NumPy, and OpenMP's threads would only wait for it.
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-W", "ignore", "-p", "no:cacheprovider", "tests/triton"]
-    _interpreter.append(
-        subprocess.Popen(
-            command,
-            cwd=session.config.rootpath,
-            env=environment,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-    )
+    parts = [item.callspec.params["part"] for item in session.items if item.nodeid.startswith(_IN_INTERPRETER)]
+    _beside.begin(parts)
 
 
 def pytest_sessionfinish() -> None:
     """Nothing outlives a session that was broken off."""
-    for process in _interpreter:
-        process.kill()
+    _beside.end()
 
 
 @pytest.fixture
-def kernels_in_interpreter() -> tuple[int, str]:
-    """Exit code and output of tests/triton under TRITON_INTERPRET=1."""
-    said, _ = _interpreter[0].communicate()
-    return _interpreter[0].returncode, said
+def in_interpreter() -> Callable[[str], None]:
+    """Run a part of tests/triton under TRITON_INTERPRET=1, or wait for it where it has been begun."""
+    return _beside.wait
+
+
+@pytest.fixture
+def command(capfd: pytest.CaptureFixture[str]) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """The command line with these words, called in this process: a fresh one would import for seconds."""
+    from iwm_fast.cli.main import main
+
+    def run(*words: object) -> subprocess.CompletedProcess[str]:
+        capfd.readouterr()
+        code = main([str(word) for word in words])
+        return subprocess.CompletedProcess(words, code, *capfd.readouterr())
+
+    return run
 
 
 @pytest.fixture

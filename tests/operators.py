@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -81,3 +82,26 @@ def distances(found: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, f
         size = wanted.double().norm().cpu()
         result[name] = float(error / size) if size > 0 else float(error)
     return result
+
+
+def conditions(
+    given: dict[str, Any], exact: dict[str, Tensor], evaluate: Callable[[dict[str, Any]], dict[str, Tensor]]
+) -> dict[str, float]:
+    """How many times as far as the numbers given the results move, relative to their sizes; at least 1.
+
+    A result that nearly cancels (the gradient of one image's only action is one sum of both signs) moves by many times
+    the rounding of what it is made of, and no evaluation can do better. `given`, of fp32 or wider, is moved by 2⁻²⁴ of
+    each number at random, and `evaluate` works in float64.
+    """
+    generator, step, draws = torch.Generator().manual_seed(0), 2.0**-24, 4
+    squares = dict.fromkeys(exact, 0.0)
+    for _ in range(draws):
+        moved = cast(given, torch.float64, "cpu")
+        with torch.no_grad():
+            for value in moved.values():
+                if isinstance(value, Tensor) and value.is_floating_point():
+                    signs = 2 * torch.randint(0, 2, value.shape, generator=generator) - 1
+                    value.mul_(1 + step * signs)
+        for name, distance in distances(evaluate(moved), exact).items():
+            squares[name] += distance**2 / draws
+    return {name: max(1.0, math.sqrt(square) / step) for name, square in squares.items()}

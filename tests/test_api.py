@@ -430,7 +430,7 @@ def test_the_example_brightens_and_draws(run, tiny_images, tmp_path):
     script = Path(iwm_fast.__file__).parent.parent / "examples" / "brighten.py"
     words = [run, tiny_images, "--out", tmp_path / "b.png", "--count", "8", "--queries", "2"]
     done = subprocess.run(
-        [sys.executable, str(script), *map(str, words)], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, str(script), *map(str, words)], capture_output=True, text=True, timeout=600, check=False
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("of 24") == 2

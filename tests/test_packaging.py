@@ -75,7 +75,7 @@ def test_readme_begins_with_two_commands_of_one_line():
     blocks = re.findall(r"^```sh\n(.*?)^```", readme, re.DOTALL | re.MULTILINE)
     begin = "python3 -m venv .venv && .venv/bin/pip install "
     assert blocks[0] == f"{begin}. && .venv/bin/iwm-fast demo --out runs/demo\n"
-    assert blocks[1] == f"{begin}'.[test]' && .venv/bin/python -m pytest -q\n"
+    assert blocks[1] == f"{begin}'.[test]' && .venv/bin/python -m pytest -q -n auto\n"
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,7 @@ sys.exit(code)
 def start(tmp_path, redirection="", **environment):
     """(exit code, stdout, stderr) of a program that prints and then writes a file, which has to be there."""
     words = ["sh", "-c", f'exec "$0" -c "$1" "$2" {redirection}', sys.executable, PROGRAM, str(tmp_path / "out")]
-    done = subprocess.run(words, capture_output=True, env=os.environ | environment, timeout=60, check=False)
+    done = subprocess.run(words, capture_output=True, env=os.environ | environment, timeout=300, check=False)
     assert (tmp_path / "out").read_text() == "measured"
     return done.returncode, done.stdout.decode("utf-8"), done.stderr.decode("utf-8")
 
@@ -69,7 +69,7 @@ def test_a_reader_who_has_seen_enough_ends_nothing(redirection, tmp_path):
     reading, writing = os.pipe()
     os.close(reading)
     words = ["sh", "-c", f'exec "$0" -c "$1" "$2" {redirection}', sys.executable, PROGRAM, str(tmp_path / "out")]
-    done = subprocess.run(words, stdout=writing, stderr=subprocess.PIPE, timeout=60, check=False)
+    done = subprocess.run(words, stdout=writing, stderr=subprocess.PIPE, timeout=300, check=False)
     os.close(writing)
     assert (done.returncode, done.stderr) == (0, b"" if redirection else b"done\n")
     assert (tmp_path / "out").read_text() == "measured"

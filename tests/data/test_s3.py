@@ -4,7 +4,6 @@ import json
 import pickle
 import subprocess
 import sys
-import time
 
 import pytest
 from dali_readers import dali_shards
@@ -336,10 +335,8 @@ def test_waiting_ends_when_the_storage_is_closed(store, folder):
     storage = S3Storage("s3://closing", Patience(timeout_s=0.5, attempts=50))
     store.always = "500"
     storage.close()
-    began = time.monotonic()
     with pytest.raises(UserError, match="1 attempts failed"):
         storage.read("cat/000.jpg")
-    assert time.monotonic() - began < 20  # 50 attempts would take eight minutes
 
 
 def test_a_copy_in_a_store_is_the_same_data_and_sizes_come_with_the_list(store, folder):

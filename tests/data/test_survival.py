@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import struct
-import subprocess
-import sys
 import threading
 import time
 import zlib
@@ -206,11 +204,6 @@ def mixed(root, count, share):
     return bad
 
 
-def run(*words, cwd):
-    command = [sys.executable, "-m", "iwm_fast", *map(str, words)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, check=False)
-
-
 TINY = (*TINY_WORDS, "train.global_batch=20")
 
 
@@ -218,11 +211,11 @@ def listed(run_dir):
     return [json.loads(line) for line in (run_dir / "bad_samples.jsonl").read_text().splitlines()]
 
 
-def test_a_training_over_five_percent_of_broken_files_finishes_and_lists_exactly_those(tmp_path):
+def test_a_training_over_five_percent_of_broken_files_finishes_and_lists_exactly_those(tmp_path, command):
     bad = mixed(tmp_path / "images", 240, 0.05)
     assert len(bad) == 12 == len(BAD)
     words = (*TINY, f"data.root={tmp_path / 'images'}", "train.epochs=1.0", "data.max_bad_fraction=0.1")
-    done = run("pretrain", *words, "--out", tmp_path / "run", cwd=tmp_path)
+    done = command("pretrain", *words, "--out", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     entries = listed(tmp_path / "run")
     assert sorted(entry["file"] for entry in entries) == sorted(str(tmp_path / "images" / name) for name in bad)
@@ -237,10 +230,10 @@ def test_a_training_over_five_percent_of_broken_files_finishes_and_lists_exactly
     assert {entry["file"]: entry["reason"] for entry in verdict["bad"]} == {e["file"]: e["reason"] for e in entries}
 
 
-def test_over_the_limit_the_run_stops_with_ten_named(tmp_path):
+def test_over_the_limit_the_run_stops_with_ten_named(tmp_path, command):
     bad = mixed(tmp_path / "images", 240, 0.2)
     words = (*TINY, f"data.root={tmp_path / 'images'}", "train.epochs=1.0", "data.max_bad_fraction=0.05")
-    done = run("pretrain", *words, "--out", tmp_path / "run", cwd=tmp_path)
+    done = command("pretrain", *words, "--out", tmp_path / "run")
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()[-1:]
     assert line.startswith(

@@ -1,7 +1,7 @@
 """Run by test_links.py, one process a rank: the check of the interconnect alone, between ranks that misbehave.
 
-Argument: what the last rank does, "well", "slow" (its messages wait before they are sent), "hang" (its first one does
-not come). The first rank prints what was measured and what it warns of, as JSON.
+Argument: what the last rank does, "well", "slow" (its messages take long, by a clock that messages move), "hang" (its
+first one does not come). The first rank prints what was measured and what it warns of, as JSON.
 """
 
 import json
@@ -18,18 +18,34 @@ SILENT_S = 4.0
 plain = dist.batch_isend_irecv
 
 
-def misbehave(how):
-    def send(operations):
-        if operations[0].op is dist.isend:
-            time.sleep(0.5 if how == "slow" else 600)
-        return plain(operations)
+def hang(operations):
+    if operations[0].op is dist.isend:
+        time.sleep(600)
+    return plain(operations)
 
-    dist.batch_isend_irecv = send
+
+class Clock:
+    """Moved by messages that are received, half a second or five milliseconds, and a little by each look."""
+
+    def __init__(self, slow):
+        self.now, self.slow = 0.0, slow
+
+    def perf_counter(self):
+        self.now += 1e-9
+        return self.now
+
+    def transfer(self, operations):
+        if operations[0].op is dist.irecv:
+            self.now += 0.5 if operations[0].peer == self.slow else 0.005
+        return plain(operations)
 
 
 ranks = start(60.0)
-if ranks.rank == ranks.world - 1 and sys.argv[1] != "well":
-    misbehave(sys.argv[1])
+if sys.argv[1] == "slow":
+    links.time = clock = Clock(ranks.world - 1)
+    dist.batch_isend_irecv = clock.transfer
+elif sys.argv[1] == "hang" and ranks.rank == ranks.world - 1:
+    dist.batch_isend_irecv = hang
 live = Liveness(ranks, 60.0)
 with live.watching():
     found = links.measure_interconnect(ranks, live, SILENT_S)

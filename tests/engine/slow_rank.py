@@ -1,25 +1,28 @@
 """Run under torchrun by test_operations.py: a training whose second rank is slow, and whose first reads its own port.
 
+A rank's own time is read off a clock that its forward passes move: 100 s a pass, the second rank's 300.
+
 Arguments: images, RUN, the Prometheus port.
 """
 
 import sys
-import time
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
 from small_run import small_config
 
 from iwm_fast.engine import pretrain, step, train
+from iwm_fast.engine.distributed import stragglers
 from iwm_fast.engine.distributed.ranks import leave
 
 images, out, port = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+now = [0.0]
 
 
 class Slow(step.Trainer):
     def _forward(self, batch):
-        if self.ranks.rank == 1:
-            time.sleep(0.3)
+        now[0] += 300.0 if self.ranks.rank == 1 else 100.0
         return super()._forward(batch)
 
     def train_step(self):
@@ -31,5 +34,6 @@ class Slow(step.Trainer):
 
 
 train.Trainer = Slow
+stragglers.time = SimpleNamespace(perf_counter=lambda: now[0])
 pretrain(small_config(images, train__steps=6, zero__stage=2, log__prometheus_port=port), out)
 leave()

@@ -36,7 +36,7 @@ def slow_run(tiny_images, tmp_path_factory):
     command += [str(HERE / "slow_rank.py"), str(tiny_images), str(run), str(free_port())]
     paths = f"{HERE.parent}:{os.environ.get('PYTHONPATH', '')}"
     environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=240, check=False)
+    done = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-5000:]
     return run, done.stderr
 
@@ -47,12 +47,14 @@ def test_a_slow_rank_is_named_once_with_its_host(slow_run):
     named = [line for line in said.splitlines() if "keeps the others waiting" in line]
     assert len(named) == 1
     assert named[0].startswith("step 3: rank 1 on " + socket.gethostname())
+    assert "300 s a step" in named[0]
     for record in metrics(run):
         assert record["slowest_rank"] == 1
-        assert record["own_s_max"] > 0.3
-        assert record["own_s"] < record["own_s_max"]
-        assert record["step_s_max"] >= record["step_s"] > 0.3  # all ranks wait for the slow one
-        assert record["images_per_s"] == pytest.approx(8 / record["step_s"], rel=0.2)
+        assert record["own_s_max"] == 300.0
+        assert record["own_s"] == 200.0
+        assert record["step_s_max"] >= record["step_s"] > 0
+        # a mean over the ranks, whose own clocks may differ
+        assert record["images_per_s"] >= 8 / record["step_s_max"] * (1 - 1e-9)
 
 
 @pytest.mark.slow
@@ -109,7 +111,7 @@ def test_every_start_is_told_of_and_weights_and_biases_gets_the_records(tiny_ima
     starts = json.loads((run / "environment.json").read_text())["starts"]
     assert [(start["step"], start["interconnect"]) for start in starts] == [(0, None), (2, None)]  # alone
     expected = {record["step"]: record["loss"] for record in metrics(run)}
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 300
     while sent_losses(run) != expected and time.monotonic() < deadline:
         time.sleep(0.2)  # W&B's own process writes the file, a little after the run has finished
     assert sent_losses(run) == expected

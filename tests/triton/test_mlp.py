@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from operators import cast, distances, mlp_inputs, outcome
+from operators import cast, conditions, distances, mlp_inputs, outcome
 
 from iwm_fast.kernels import conditioned_mlp
 from iwm_fast.kernels._mlp.workspace import use_workspace
@@ -37,31 +37,39 @@ def upstream(case, seed=1):
 
 
 def compare(case, **options):
-    """Errors of the Triton backend and of the eager reference, both in the case's own type, against float64."""
+    """Errors of the Triton backend and of the eager reference, both in the case's own type, against float64; and how
+    many times its inputs' roundings each result moves by.
+    """
     weight = upstream(case).to(case["x"].dtype).double()
-    exact = outcome(cast(case, torch.float64, "cpu"), weight, backend="reference", **options)
+
+    def evaluate(given):
+        return outcome(given, weight, backend="reference", **options)
+
+    exact = evaluate(cast(case, torch.float64, "cpu"))
     ours = outcome(case, weight, backend="triton", **options)
     eager = outcome(case, weight, backend="reference", **options)
     assert all(g is not None and g.shape == exact[name].shape for name, g in ours.items())
-    return distances(ours, exact), distances(eager, exact)
+    return distances(ours, exact), distances(eager, exact), conditions(case, exact, evaluate)
 
 
 @settings(max_examples=15)
 @given(shape=SHAPES, scale=st.sampled_from([1e-4, 1.0, 1e3]), activation=st.sampled_from(["gelu", "gelu_tanh"]))
 def test_fp32_output_and_gradients_to_1e_5(shape, scale, activation, device):
-    """One rounding is 6e-8; a sum of 768 products in blocks leaves a few of them."""
-    ours, _ = compare(mlp_inputs(**shape, scale=scale, device=device), activation=activation)
-    assert max(ours.values()) <= 1e-5, ours
+    """One rounding is 6e-8; a sum of 768 products in blocks leaves a few of them, and cancelling makes them larger."""
+    ours, _, larger = compare(mlp_inputs(**shape, scale=scale, device=device), activation=activation)
+    for name, error in ours.items():
+        assert error <= 1e-5 * larger[name], (name, error, larger[name])
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @settings(max_examples=10)
 @given(shape=SHAPES, scale=st.sampled_from([1e-2, 1.0, 30.0]))
 def test_half_is_never_much_less_accurate_than_eager(dtype, shape, scale, device):
-    """At most 1.5 times eager's error; an error within one rounding of the result is right whatever eager's luck."""
-    ours, eager = compare(mlp_inputs(**shape, scale=scale, dtype=dtype, device=device))
+    """At most 1.5 times eager's error; what one rounding of all numbers may do is right whatever eager's luck."""
+    ours, eager, larger = compare(mlp_inputs(**shape, scale=scale, dtype=dtype, device=device))
     for name, error in ours.items():
-        assert error <= max(1.5 * eager[name], torch.finfo(dtype).eps / 2), (name, error, eager[name])
+        one = torch.finfo(dtype).eps / 2 * larger[name]
+        assert error <= max(1.5 * eager[name], one), (name, error, eager[name], larger[name])
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
@@ -69,7 +77,7 @@ def test_half_is_as_accurate_as_eager_in_the_median(dtype, device):
     ratios = []
     for seed, width in enumerate([192, 384, 768, 100, 192, 384]):
         case = mlp_inputs([29, 0, 41], width=width, hidden=130, seed=seed, dtype=dtype, device=device)
-        ours, eager = compare(case)
+        ours, eager, _ = compare(case)
         ratios += [ours[name] / eager[name] for name in ours]
     assert median(ratios) <= 1.1, median(ratios)
 
@@ -194,20 +202,33 @@ class Fixed:
 
 @pytest.mark.parametrize("choice", CHOICES.values(), ids=CHOICES.keys())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("actions", [3, None], ids=["action", "no action"])
-@pytest.mark.parametrize("norm", [True, False], ids=["norm", "no norm"])
+@pytest.mark.parametrize(
+    ("actions", "norm"),
+    [
+        pytest.param(3, True, id="both"),
+        pytest.param(None, False, id="neither"),
+        pytest.param(3, False, id="action", marks=pytest.mark.slow),
+        pytest.param(None, True, id="norm", marks=pytest.mark.slow),
+    ],
+)
 def test_every_implementation_gives_the_same(choice, dtype, actions, norm, device):
     case = mlp_inputs([33, 0, 18], width=104, hidden=72, actions=actions, norm=norm, dtype=dtype, device=device)
     with use_tuner(Fixed(choice)):
-        ours, eager = compare(case)
+        ours, eager, larger = compare(case)
     for name, error in ours.items():
-        limit = 1e-5 if dtype == torch.float32 else max(1.5 * eager[name], torch.finfo(dtype).eps / 2)
-        assert error <= limit, (name, error, eager[name])
+        one = torch.finfo(dtype).eps / 2 * larger[name]
+        limit = 1e-5 * larger[name] if dtype == torch.float32 else max(1.5 * eager[name], one)
+        assert error <= limit, (name, error, eager[name], larger[name])
 
 
-@pytest.mark.parametrize("fastest", ["narrow", "library"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("actions", [3, None], ids=["action", "no action"])
+@pytest.mark.parametrize(
+    ("actions", "dtype", "fastest"),
+    [
+        (3, torch.float32, "narrow"), (None, torch.float32, "library"),
+        (3, torch.bfloat16, "library"), (None, torch.bfloat16, "narrow"),
+    ],
+    ids=str,
+)  # fmt: skip
 def test_timing_the_kernels_of_a_chunked_call_leaves_its_gradients(
     actions, dtype, fastest, tmp_path, device, monkeypatch
 ):
@@ -250,7 +271,7 @@ def test_precision_of_fp32_products_is_what_torch_is_told(device):
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("high")
-        ours, _ = compare(case)
+        ours, _, _ = compare(case)
     finally:
         torch.set_float32_matmul_precision(before)
     assert max(ours.values()) <= 5e-3

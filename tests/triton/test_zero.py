@@ -13,8 +13,9 @@ def test_a_pretraining_follows_the_reference(stage, tiny_images, tmp_path):
     found = {}
     for backend in ("triton", "reference"):
         config = small_config(
-            tiny_images, train__steps=3, zero__stage=stage, model__predictor__conditioning="feature+block"
-        )
+            tiny_images, train__steps=2, train__global_batch=4, zero__stage=stage, model__encoder__depth=1,
+            model__predictor__depth=1, model__predictor__conditioning="feature+block",
+        )  # fmt: skip
         with use_backend(backend):
             pretrain(config, tmp_path / backend)
         found[backend] = losses(tmp_path / backend)

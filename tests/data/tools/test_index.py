@@ -203,7 +203,11 @@ def test_killed_at_any_moment_it_leaves_no_manifest_and_goes_on(tmp_path):
         "import time\n"
         "from iwm_fast.data.tools import index\n"
         "index._WORTH_PROCESSES, index._SPAN, row = 10, 10, index._row\n"
-        "index._row = lambda *given, **named: time.sleep(0.01) or row(*given, **named)\n"
+        "made = []\n"
+        "def late(*given, **named):\n"
+        "    made.append(time.sleep(0.1 if len(made) > 100 else 0.0))\n"
+        "    return row(*given, **named)\n"
+        "index._row = late\n"
         f"if __name__ == '__main__': index.write_index({str(images)!r}, processes=2)\n"
     )
     child = subprocess.Popen([sys.executable, script], start_new_session=True)
@@ -215,7 +219,7 @@ def test_killed_at_any_moment_it_leaves_no_manifest_and_goes_on(tmp_path):
     os.kill(child.pid, signal.SIGKILL)
     child.wait()
     assert not (images / NAME).exists()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while _in_session(child.pid) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not _in_session(child.pid)

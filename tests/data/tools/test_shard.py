@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import tarfile
 
 import pytest
@@ -136,10 +134,9 @@ def test_sizes_are_written_as_people_write_them():
             byte_count(wrong)
 
 
-def test_the_command_packs_and_says_so(folder, tmp_path):
+def test_the_command_packs_and_says_so(folder, tmp_path, command):
     words = ["data", "shard", folder, "--out", tmp_path / "out", "--shard-size", "30KB", "--json"]
-    command = [sys.executable, "-m", "iwm_fast", *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = command(*words)
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
     assert (said["schema"], said["samples"], said["classes"]) == ("iwm-fast-data-shard/1", 40, 2)
