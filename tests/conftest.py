@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -94,6 +95,14 @@ def pytest_sessionfinish() -> None:
 def in_interpreter() -> Callable[[str], None]:
     """Run a part of tests/triton under TRITON_INTERPRET=1, or wait for it where it has been begun."""
     return _beside.wait
+
+
+@pytest.fixture(scope="session")
+def plain() -> ModuleType:
+    """tests/plain_networks.py, which imports the models: only the tests of them and of their exports wait for it."""
+    import plain_networks
+
+    return plain_networks
 
 
 @pytest.fixture

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import numpy as np
-import pytest
 import torch
 from torch import Tensor
 
@@ -221,20 +219,3 @@ def exact_model(config: ModelConfig, action_dim: int, **options: bool) -> IWM:
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64), alpha=0.1)
     return model
-
-
-@pytest.fixture(scope="session")
-def plain() -> SimpleNamespace:
-    """The functions of this file, for tests that cannot import it."""
-    functions: dict[str, Callable[..., object]] = {
-        "vit": vit,
-        "attention": attention,
-        "predictor": predictor,
-        "as_timm": as_timm,
-        "iwm_loss": iwm_loss,
-        "draw_batch": draw_batch,
-        "exact_model": exact_model,
-        "position": position,
-        "pack": pack,
-    }
-    return SimpleNamespace(**functions)
