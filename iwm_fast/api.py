@@ -37,7 +37,7 @@ from iwm_fast.config import ActionsConfig
 from iwm_fast.data.image_list import ImageSet
 from iwm_fast.engine.checkpoint.load import EXPORT_FILE, default_device, load_export, load_model
 from iwm_fast.errors import UserError
-from iwm_fast.eval.representation.features import EncoderName, default_encoder
+from iwm_fast.eval.features import EncoderName, default_encoder
 from iwm_fast.eval.world_model.action_ranges import at_bound, checked_values, search_box, warn, warn_outside
 from iwm_fast.eval.world_model.distances import euclidean, unit_means
 from iwm_fast.eval.world_model.given_images import Images, as_pictures, read_files

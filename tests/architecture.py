@@ -63,7 +63,6 @@ LONGEST = 400  # lines of a module
 
 # Packages whose own packages still import each other, and why; circles that touch no other room.
 OPEN = {
-    "iwm_fast.eval": "an evaluation and the table that runs it are of one room, and all of them share features",
     "iwm_fast.kernels": "tuning makes the calls that it times, and operators ask it for block sizes",
 }
 

@@ -10,11 +10,11 @@ import torch
 from iwm_fast.actions.space import ActionSpace
 from iwm_fast.config import Config
 from iwm_fast.console import Count
+from iwm_fast.eval.feature_cache import FeatureCache
+from iwm_fast.eval.features import EncoderName, default_encoder, device_of
+from iwm_fast.eval.image_subject import ImageSubject
 from iwm_fast.eval.registry import measure, names, usual
-from iwm_fast.eval.representation.cache import FeatureCache
-from iwm_fast.eval.representation.features import EncoderName, default_encoder, device_of
 from iwm_fast.eval.splits import Split
-from iwm_fast.eval.subjects import ImageSubject
 from iwm_fast.models.iwm import IWM
 
 __all__ = ["evaluate_model", "untrained_model"]

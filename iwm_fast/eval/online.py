@@ -22,8 +22,8 @@ from iwm_fast.config import Config
 from iwm_fast.engine.distributed.ranks import Ranks, gather
 from iwm_fast.engine.distributed.signals import Abandoned
 from iwm_fast.errors import UserError
+from iwm_fast.eval.features import default_encoder, encoder_of, read_features
 from iwm_fast.eval.reduced import reduced, reduced_lines
-from iwm_fast.eval.representation.features import default_encoder, encoder_of, read_features
 from iwm_fast.eval.representation.knn import NEIGHBOURS, knn_classify
 from iwm_fast.eval.splits import FileSplit, cannot_classify, open_splits, require_same_classes
 from iwm_fast.eval.stats import evenly_spaced

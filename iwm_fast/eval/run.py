@@ -16,11 +16,11 @@ from iwm_fast.engine.provenance import recorded_environment
 from iwm_fast.engine.run_directory import RunDirectory, run_config
 from iwm_fast.errors import UserError
 from iwm_fast.eval.evaluate import evaluate_model
+from iwm_fast.eval.feature_cache import FeatureCache
 from iwm_fast.eval.measurements import divide, keep, place_of, read, weights_of
 from iwm_fast.eval.overrides import check_overrides, for_evaluation, overridden
 from iwm_fast.eval.registry import names, needed, usual
 from iwm_fast.eval.report.report import read_metrics, write_report
-from iwm_fast.eval.representation.cache import FeatureCache
 from iwm_fast.eval.result_output import given, report_place
 from iwm_fast.eval.splits import open_splits, require_same_classes, splits_record
 from iwm_fast.eval.world_model.examples import RankedExample, ranked_examples

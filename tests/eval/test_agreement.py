@@ -8,10 +8,10 @@ import torch
 from small_run import small_config
 
 from iwm_fast.data.tools.synth import draw_images
+from iwm_fast.eval.features import read_features
 from iwm_fast.eval.finetune.fitting import Plan, fit, measure
 from iwm_fast.eval.finetune.modes import reader_builder
 from iwm_fast.eval.finetune.tasks import Task
-from iwm_fast.eval.representation.features import read_features
 from iwm_fast.eval.representation.knn import knn_classify
 from iwm_fast.eval.representation.linear import linear_probe
 from iwm_fast.eval.splits import TensorSplit

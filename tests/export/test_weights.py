@@ -19,9 +19,9 @@ from iwm_fast.data.bad_samples import BadSamples
 from iwm_fast.engine import load_model, pretrain
 from iwm_fast.engine.checkpoint.shard_file import write_tensors
 from iwm_fast.errors import UserError
+from iwm_fast.eval.features import default_encoder
 from iwm_fast.eval.finetune.modes import reader_builder
 from iwm_fast.eval.finetune.saved import save_finetuned
-from iwm_fast.eval.representation.features import default_encoder
 from iwm_fast.export import onnx as onnx_export
 from iwm_fast.export import weights as export
 from iwm_fast.export.deepspeed_universal import export_universal

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from iwm_fast.errors import UserError
+from iwm_fast.eval.feature_cache import Features
+from iwm_fast.eval.features import device_of
 from iwm_fast.eval.finetune.scores import Scores, task_loss
 from iwm_fast.eval.finetune.tasks import Task, batches, in_order
-from iwm_fast.eval.representation.cache import Features
-from iwm_fast.eval.representation.features import device_of
 from iwm_fast.models.decay import decayed_parameters
 from iwm_fast.models.task_model import Reader
 

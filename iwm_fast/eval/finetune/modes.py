@@ -13,7 +13,7 @@ import copy
 from collections.abc import Callable, Mapping
 from typing import Literal, get_args
 
-from iwm_fast.eval.representation.features import EncoderName, Kept, encoder_of
+from iwm_fast.eval.features import EncoderName, Kept, encoder_of
 from iwm_fast.models.blocks import limit_workspace
 from iwm_fast.models.iwm import IWM
 from iwm_fast.models.task_model import HeadShape, Reader, build_head

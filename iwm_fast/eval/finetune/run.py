@@ -19,6 +19,8 @@ from iwm_fast.data.sources.s3 import is_address
 from iwm_fast.engine.checkpoint.load import default_device, load_model
 from iwm_fast.engine.checkpoint.paths import chosen_checkpoint
 from iwm_fast.errors import UserError
+from iwm_fast.eval.feature_cache import FeatureCache, Features
+from iwm_fast.eval.features import default_encoder, encoder_of, read_features
 from iwm_fast.eval.finetune.fitting import WARMUP, Fit, Plan, fit, measure
 from iwm_fast.eval.finetune.modes import (
     INITS,
@@ -37,8 +39,6 @@ from iwm_fast.eval.finetune.tasks import Task
 from iwm_fast.eval.footnotes import data_lines
 from iwm_fast.eval.overrides import check_overrides, for_evaluation
 from iwm_fast.eval.reduced import reduced
-from iwm_fast.eval.representation.cache import FeatureCache, Features
-from iwm_fast.eval.representation.features import default_encoder, encoder_of, read_features
 from iwm_fast.eval.result_output import given
 from iwm_fast.eval.segmentation_split import MaskedSplit, open_masked_splits
 from iwm_fast.eval.splits import FileSplit, Split, open_splits, require_same_classes, splits_record

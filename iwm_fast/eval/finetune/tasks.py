@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from iwm_fast.eval.representation.cache import Features
-from iwm_fast.eval.representation.linear import held_out_rows
+from iwm_fast.eval.feature_cache import Features
+from iwm_fast.eval.held_out import held_out_rows
 from iwm_fast.eval.stats import evenly_spaced
 from iwm_fast.models.task_model import HeadShape
 

@@ -25,13 +25,13 @@ from torch import Tensor
 
 from iwm_fast.config import ActionsConfig
 from iwm_fast.errors import UserError
-from iwm_fast.eval.representation.features import POOLING, EncoderName, pooled_features
+from iwm_fast.eval.features import POOLING, EncoderName, pooled_features
 from iwm_fast.eval.representation.view_pairs import draw_pairs, left_out, left_out_line, only_where
 from iwm_fast.eval.stats import Interval, bootstrap_rows
 from iwm_fast.models.iwm import IWM
 
 if TYPE_CHECKING:
-    from iwm_fast.eval.subjects import ImageSubject
+    from iwm_fast.eval.image_subject import ImageSubject
 
 __all__ = ["IMAGES", "Equivariance", "evaluate_equivariance", "measure_equivariance", "ridge_regression"]
 

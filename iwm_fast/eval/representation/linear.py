@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from iwm_fast.eval.held_out import held_out_rows
 from iwm_fast.eval.stats import Interval, bootstrap_interval
 
 __all__ = ["WEIGHT_DECAYS", "LinearResult", "linear_probe"]
@@ -22,7 +23,6 @@ __all__ = ["WEIGHT_DECAYS", "LinearResult", "linear_probe"]
 # Of the mean cross-entropy, on features of unit variance. The weak end is no luxury: an untrained network's 128
 # features lie so nearly in a space of few dimensions that its accuracy rose from 38 to 43 % between 1e-5 and 1e-8.
 WEIGHT_DECAYS = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
-HELD_OUT = 0.1
 _ITERATIONS = 100  # a decay; 10,000 x 128 of ten classes converged within 40
 _ROWS = 2**15  # rows at once, so that the logits of 1,000 classes take 128 MiB
 
@@ -117,17 +117,6 @@ def _hits(rows: Tensor, labels: Tensor, weight: Tensor, k: int) -> np.ndarray:
         for block, truth in zip(rows.split(_ROWS), labels.split(_ROWS), strict=True)
     ]
     return torch.cat(found).double().cpu().numpy()
-
-
-def held_out_rows(labels: np.ndarray, *, seed: int = 0) -> np.ndarray:
-    """A tenth of each class's rows, at least one of each class of two or more, always the same: bool (n,)."""
-    generator = np.random.default_rng(seed)
-    held = np.zeros(len(labels), dtype=bool)
-    for label in np.unique(labels):
-        rows = generator.permutation(np.flatnonzero(labels == label))
-        if len(rows) > 1:
-            held[rows[: max(1, round(HELD_OUT * len(rows)))]] = True
-    return held
 
 
 def linear_probe(

@@ -8,19 +8,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from iwm_fast.eval.feature_cache import Features
+from iwm_fast.eval.features import POOLING, EncoderName
 from iwm_fast.eval.finetune.fitting import WARMUP, Plan, fit, measure
 from iwm_fast.eval.finetune.modes import default_rates, reader_builder
 from iwm_fast.eval.finetune.tasks import Task
+from iwm_fast.eval.held_out import held_out_rows
 from iwm_fast.eval.reduced import reduced
-from iwm_fast.eval.representation.cache import Features
-from iwm_fast.eval.representation.features import POOLING, EncoderName
 from iwm_fast.eval.representation.knn import NEIGHBOURS, knn_classify
-from iwm_fast.eval.representation.linear import WEIGHT_DECAYS, held_out_rows, linear_probe
+from iwm_fast.eval.representation.linear import WEIGHT_DECAYS, linear_probe
 from iwm_fast.models.iwm import IWM
 from iwm_fast.models.task_model import HeadShape
 
 if TYPE_CHECKING:
-    from iwm_fast.eval.subjects import ImageSubject
+    from iwm_fast.eval.image_subject import ImageSubject
 
 __all__ = ["evaluate_attentive", "evaluate_knn", "evaluate_linear"]
 

@@ -12,7 +12,7 @@ from iwm_fast.actions.ranges import varying
 from iwm_fast.actions.space import ActionSpace
 from iwm_fast.actions.transforms import JITTER
 from iwm_fast.config import Config
-from iwm_fast.eval.representation.features import device_of, evaluating
+from iwm_fast.eval.features import device_of, evaluating
 from iwm_fast.eval.world_model.bank import jittered_views, make_bank
 from iwm_fast.eval.world_model.mrr import bank_distances
 from iwm_fast.models.iwm import IWM

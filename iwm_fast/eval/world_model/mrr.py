@@ -25,8 +25,8 @@ from torch import Tensor
 
 from iwm_fast.actions.space import ActionSpace
 from iwm_fast.config import Config
+from iwm_fast.eval.features import device_of, evaluating
 from iwm_fast.eval.reduced import reduced
-from iwm_fast.eval.representation.features import device_of, evaluating
 from iwm_fast.eval.stats import bootstrap_interval, chance_hit, chance_mrr, evenly_spaced
 from iwm_fast.eval.world_model.bank import Bank
 from iwm_fast.eval.world_model.components import GEOMETRIC, component_bank, components
@@ -35,7 +35,7 @@ from iwm_fast.models.blocks import layer_norm_rows
 from iwm_fast.models.iwm import IWM
 
 if TYPE_CHECKING:
-    from iwm_fast.eval.subjects import ImageSubject
+    from iwm_fast.eval.image_subject import ImageSubject
 
 __all__ = [
     "CONTROLS",

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from iwm_fast.data.randomness import permutation
 from iwm_fast.errors import UserError
-from iwm_fast.eval.representation.features import device_of, evaluating
+from iwm_fast.eval.features import device_of, evaluating
 from iwm_fast.eval.stats import bootstrap_interval
 from iwm_fast.eval.world_model.distances import DISTANCES, between, points, ties
 from iwm_fast.eval.world_model.frames import FrameReader

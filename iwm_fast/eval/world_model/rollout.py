@@ -18,13 +18,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from iwm_fast.data.triplets import Triplets
-from iwm_fast.eval.representation.features import device_of, evaluating
+from iwm_fast.eval.features import device_of, evaluating
 from iwm_fast.eval.stats import bootstrap_interval, evenly_spaced
 from iwm_fast.eval.world_model.frames import FrameReader
 from iwm_fast.models.iwm import IWM
 
 if TYPE_CHECKING:
-    from iwm_fast.eval.subjects import TripletSubject
+    from iwm_fast.eval.world_model.triplet_subject import TripletSubject
 
 __all__ = ["ROLLOUT_LINES", "chains", "evaluate_rollouts", "measure_rollouts", "rollout_errors"]
 

@@ -17,7 +17,7 @@ from iwm_fast.actions.space import ActionSpace
 from iwm_fast.actions.transforms import JITTER, Jitter, component
 from iwm_fast.config import ActionsConfig, Config
 from iwm_fast.data.views.sampling import draw_bank
-from iwm_fast.eval.representation.features import device_of, evaluating
+from iwm_fast.eval.features import device_of, evaluating
 from iwm_fast.eval.world_model.bank import jittered_views
 from iwm_fast.eval.world_model.distances import between, points, ties
 from iwm_fast.eval.world_model.mrr import answers_to, bank_points, mean_ranks

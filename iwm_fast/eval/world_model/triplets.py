@@ -15,10 +15,10 @@ from iwm_fast.console import Count
 from iwm_fast.data.triplets import Triplets
 from iwm_fast.eval.reduced import reduced
 from iwm_fast.eval.registry import measure, usual
-from iwm_fast.eval.subjects import TripletSubject
 from iwm_fast.eval.world_model.examples import RankedExample, first_ranked
 from iwm_fast.eval.world_model.frames import FrameReader, open_triplets
 from iwm_fast.eval.world_model.next_frames import NextFrames, draw_next_frames, rank_next_frames, summarise_next_frames
+from iwm_fast.eval.world_model.triplet_subject import TripletSubject
 from iwm_fast.models.iwm import IWM
 
 __all__ = ["evaluate_next_frames", "evaluate_triplets", "monitor_triplets"]

@@ -8,10 +8,10 @@ import torch
 from worlds import pictures, tiny_config, tiny_model
 
 from iwm_fast.errors import UserError
+from iwm_fast.eval.features import read_features
 from iwm_fast.eval.finetune.fitting import Plan, fit, measure
 from iwm_fast.eval.finetune.modes import kept_for, reader_builder
 from iwm_fast.eval.finetune.tasks import Task, batches
-from iwm_fast.eval.representation.features import read_features
 from iwm_fast.eval.splits import TensorSplit
 from iwm_fast.models.blocks import LimitedMlp
 from iwm_fast.models.iwm import IWM

@@ -5,8 +5,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from iwm_fast.eval.held_out import held_out_rows
 from iwm_fast.eval.representation import linear
-from iwm_fast.eval.representation.linear import held_out_rows, linear_probe
+from iwm_fast.eval.representation.linear import linear_probe
 
 
 def drawn(seed: int, train: int = 601, test: int = 307, width: int = 13, classes: int = 7, noise: float = 1.0):

@@ -15,9 +15,9 @@ from worlds import tiny_config, tiny_model
 
 from iwm_fast.config import Config, DataConfig
 from iwm_fast.errors import UserError
-from iwm_fast.eval.representation import cache as cache_module
-from iwm_fast.eval.representation.cache import FeatureCache
-from iwm_fast.eval.representation.features import read_features
+from iwm_fast.eval import feature_cache as cache_module
+from iwm_fast.eval.feature_cache import FeatureCache
+from iwm_fast.eval.features import read_features
 from iwm_fast.eval.splits import open_splits
 
 CPU = Config(**(dict(tiny_config()) | {"data": DataConfig(device="cpu", threads=1)}))

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from iwm_fast.config import ModelConfig
-from iwm_fast.eval.representation.cache import FeatureCache, Features, Room, weights_digest
+from iwm_fast.eval.feature_cache import FeatureCache, Features, Room, weights_digest
 from iwm_fast.eval.splits import Split
 from iwm_fast.models.iwm import IWM
 from iwm_fast.models.vit import VisionTransformer

@@ -4,7 +4,7 @@ import pytest
 import torch
 from worlds import pictures, tiny_config, tiny_model
 
-from iwm_fast.eval.representation.features import default_encoder, evaluating, pooled_features
+from iwm_fast.eval.features import default_encoder, evaluating, pooled_features
 
 
 @pytest.mark.parametrize("which", ["target", "context"])

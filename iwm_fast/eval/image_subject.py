@@ -1,30 +1,24 @@
-"""What evaluations measure: a model, the data, and what several of them share, read once."""
+"""What evaluations of images measure: a model, the data, and what several of them share, read once."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property, partial
 
 from iwm_fast.actions.ranges import varying
 from iwm_fast.actions.space import ActionSpace
 from iwm_fast.config import Config
 from iwm_fast.console import Count
+from iwm_fast.eval.feature_cache import FeatureCache, Features
+from iwm_fast.eval.features import EncoderName, Kept, encoder_of, read_features
 from iwm_fast.eval.registry import Need
-from iwm_fast.eval.representation.cache import FeatureCache, Features
-from iwm_fast.eval.representation.features import EncoderName, Kept, encoder_of, read_features
 from iwm_fast.eval.splits import Split, cannot_classify
-from iwm_fast.eval.world_model.examples import RankedExample
-from iwm_fast.eval.world_model.frames import FrameReader
 from iwm_fast.models.iwm import IWM
 
-__all__ = ["ImageSubject", "TripletSubject"]
+__all__ = ["ImageSubject"]
 
 _STILL = "the configuration has no colour jitter (actions.strength), so no distinct actions"
-
-
-def _told(progress: Count | None, what: str) -> Callable[[int, int], None] | None:
-    return None if progress is None else partial(progress, what)
 
 
 @dataclass
@@ -56,7 +50,7 @@ class ImageSubject:
 
     def tell(self, what: str) -> Callable[[int, int], None] | None:
         """What gets (done, of how many) of a part of the work."""
-        return _told(self.progress, what)
+        return None if self.progress is None else partial(self.progress, what)
 
     def missing(self, need: Need) -> str | None:
         """Why a need is not met, None where it is."""
@@ -91,29 +85,3 @@ class ImageSubject:
             for name, split in (("train", self.learned_from()), ("test", self.test))
         )
         return train, test
-
-
-@dataclass
-class TripletSubject:
-    """A model and triplets of frames.
-
-    bank: next frames that are ranked and queried, default ``eval.bank``. examples: how many of what was ranked are kept
-    for the report, in ``shown``.
-    """
-
-    model: IWM
-    config: Config
-    space: ActionSpace
-    reader: FrameReader
-    bank: int | None = None
-    examples: int = 0
-    progress: Count | None = None
-    shown: list[RankedExample] = field(default_factory=list)
-
-    def tell(self, what: str) -> Callable[[int, int], None] | None:
-        """What gets (done, of how many) of a part of the work."""
-        return _told(self.progress, what)
-
-    def missing(self, need: Need) -> str | None:
-        """Why a need is not met: triplets have neither classes nor a training part nor jitter."""
-        return f"triplets have no {need}"
