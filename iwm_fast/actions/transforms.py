@@ -106,6 +106,7 @@ class Corruption:
     lowest: float = 0.0
     highest: float = math.inf
     rule: str = ""  # what a strength can be, for somebody who gives another
+    slides: bool = False  # whether the report has a slider for the strength
     natural: tuple[float, ...] = ()  # ends of the encoded strength with nothing beyond them
 
     @property
@@ -295,8 +296,8 @@ class Views(_Rows):
         undone: dict[str, Any] = dict.fromkeys(corruption.column for corruption in CORRUPTIONS)
         return replace(self, **undone)
 
-    def corrupted(self, corruption: Corruption, value: float) -> Self:
-        """The same views, with a value of that corruption's column for all of them."""
+    def corrupted(self, corruption: Corruption, value: float | Array) -> Self:
+        """The same views, with that corruption's column of one value, or of (B,)."""
         column: Any = np.full(len(self), value, corruption.dtype)
         return replace(self, **{corruption.column: column})
 

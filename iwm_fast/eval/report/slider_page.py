@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from iwm_fast.eval.report.page import Picture, picture_source
-from iwm_fast.eval.world_model.sliders import Slider, SlidingExample
+from iwm_fast.eval.world_model.sliders import Slider, SlidingExample, Stop
 
 __all__ = ["SCRIPT", "SliderCard", "slider_card"]
 
@@ -78,33 +78,36 @@ def slider_card(example: SlidingExample, key: str) -> SliderCard:
     return SliderCard(
         controls=[_control(slider, f"{key}{slider.name}") for slider in example.sliders],
         source=source,
-        asked=picture(start.view, _said(first.unit, start.value)),
+        asked=picture(start.view, _said(first, start)),
         nearest=nearest,
         bank=example.bank,
         data={"pictures": pictures, "sliders": [_stops(slider) for slider in example.sliders]},
     )
 
 
-def _said(unit: str, value: float) -> str:
-    """A stop's value in words: a factor or an angle."""
-    return f"{value:+.0f}°".replace("-", "−").replace("+0°", "0°") if unit == "degrees" else f"×{value:.2f}"
+def _said(slider: Slider, stop: Stop) -> str:
+    """A stop's value in words: a factor, an angle, a strength with its unit."""
+    if slider.unit == "degrees":
+        return f"{stop.value:+.0f}°".replace("-", "−").replace("+0°", "0°")
+    if slider.unit == "factor":
+        return f"×{stop.value:.2f}"
+    return "none" if stop.value == slider.none else f"{stop.value:.3g} {slider.unit}"
 
 
 def _control(slider: Slider, key: str) -> Control:
-    said = _said(slider.unit, slider.stops[slider.neutral].value)
+    said = _said(slider, slider.stops[slider.neutral])
     return Control(key, slider.name, len(slider.stops) - 1, slider.neutral, said)
 
 
 def _stops(slider: Slider) -> dict[str, Any]:
-    return {
-        "neutral": slider.neutral,
-        "stops": [
-            {
-                "said": _said(slider.unit, stop.value),
-                "view": stop.view,
-                "nearest": stop.nearest,
-                "place": {distance: f"{place:g}" for distance, place in stop.place.items()},
-            }
-            for stop in slider.stops
-        ],
+    return {"neutral": slider.neutral, "stops": [_stop(slider, stop) for stop in slider.stops]}
+
+
+def _stop(slider: Slider, stop: Stop) -> dict[str, Any]:
+    said = {
+        "said": _said(slider, stop),
+        "view": stop.view,
+        "nearest": stop.nearest,
+        "place": {distance: f"{place:g}" for distance, place in stop.place.items()},
     }
+    return said if stop.source is None else said | {"source": stop.source}

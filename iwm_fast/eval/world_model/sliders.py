@@ -6,21 +6,23 @@ MRR has them; so at each stop the view that was asked for is among the others, a
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from iwm_fast.actions.ranges import jitter_range, varying
+from iwm_fast.actions.ranges import corruptions_drawn, jitter_range, strength_range, varying
 from iwm_fast.actions.space import ActionSpace
-from iwm_fast.actions.transforms import JITTER, Jitter, component
+from iwm_fast.actions.transforms import JITTER, Corruption, Jitter, Views, component
 from iwm_fast.config import ActionsConfig, Config
 from iwm_fast.data.views.sampling import draw_bank
 from iwm_fast.eval.features import device_of, evaluating
 from iwm_fast.eval.world_model.bank import jittered_views
 from iwm_fast.eval.world_model.distances import between, points, ties
 from iwm_fast.eval.world_model.mrr import answers_to, bank_points, mean_ranks
+from iwm_fast.eval.world_model.rendering import clean_views, render
 from iwm_fast.models.iwm import IWM
 
 __all__ = ["Slider", "SlidingExample", "Stop", "sliding_examples"]
@@ -28,26 +30,32 @@ __all__ = ["Slider", "SlidingExample", "Stop", "sliding_examples"]
 
 @dataclass(frozen=True)
 class Stop:
-    """A place of a slider: the target's factor or degrees, the view that this is, and the views nearest to the answer.
+    """A place of a slider: a physical value, the view that was asked for, and the views nearest to the answer.
 
     view, nearest: places in the example's pictures; place: mean rank of the view among the bank. The last two by
-    distance, "l2" over all tokens and "cosine" of the mean tokens.
+    distance, "l2" over all tokens and "cosine" of the mean tokens. source: a place too, of what the encoder saw where
+    that was not the clean image.
     """
 
     value: float
     view: int
     nearest: dict[str, tuple[int, ...]]
     place: dict[str, float]
+    source: int | None = None
 
 
 @dataclass(frozen=True)
 class Slider:
-    """A component of the jitter with its stops in ascending order; ``neutral`` is the stop where nothing is done."""
+    """A component with its stops; ``neutral`` is the number of the one where nothing is done.
+
+    Of the jitter in ascending order; of what is done to the source from ``none``, which stands for nothing, on.
+    """
 
     name: str
     unit: str
     neutral: int
     stops: tuple[Stop, ...]
+    none: float | None = None
 
 
 @dataclass(frozen=True)
@@ -74,8 +82,9 @@ def sliding_examples(
 ) -> list[SlidingExample]:
     """An example for each clean image (n, S, S, 3) uint8; none where the configuration has no jitter.
 
-    A slider goes over what one view's jitter can be, in an odd number of ``stops``, the neutral one in the middle.
-    The bank is larger than ``bank`` where the stops alone are more.
+    A slider goes over what one view's jitter can be, in an odd number of ``stops``, the neutral one in the middle; or
+    over how strongly the source was corrupted, and the clean view is asked for. The bank is larger than ``bank`` where
+    the stops alone are more.
     """
     names = varying(config.actions)
     if stops < 3 or stops % 2 == 0:
@@ -84,6 +93,8 @@ def sliding_examples(
         return []
     told = {name: _range(config.actions, name, stops) for name in names}
     asked = _alone(told)
+    strengths = _strengths(config.actions, stops)
+    truth = np.concatenate([np.arange(len(asked)), np.zeros(sum(map(len, strengths.values())), np.int64)])
     examples = []
     with evaluating(model):
         for sample, image in enumerate(images):
@@ -94,21 +105,51 @@ def sliding_examples(
             targets = bank_points(model, views.to(source.device), chunk)
             actions = torch.from_numpy(space.jitter_action(Jitter.neutral(len(asked)), asked)).to(source.device)
             z = model.encode(source[None], "context")
-            answers = points(torch.cat(list(answers_to(model, z, actions, chunk))))
+            sources, answered = _of_corrupted(model, space, image, strengths, chunk)
+            answers = points(torch.cat([*answers_to(model, z, actions, chunk), *answered]))
             near = ties(targets)
             ranked = {
-                name: _Ranked(far.cpu().numpy(), near[name], shown) for name, far in between(answers, targets).items()
+                name: _Ranked(far.cpu().numpy(), truth, near[name], shown)
+                for name, far in between(answers, targets).items()
             }
-            examples.append(_example(image.cpu().numpy(), views.numpy(), ranked, told))
+            examples.append(_example(image.cpu().numpy(), views.numpy(), sources, ranked, told, strengths))
     return examples
 
 
 class _Ranked:
-    """From distances (stops, bank), where row i asks for item i: the nearest items of each row, and its own's rank."""
+    """From distances (stops, bank), where row i asks for item truth[i]: each row's nearest items, its own's rank."""
 
-    def __init__(self, far: np.ndarray, tie: float, shown: int) -> None:
-        self.places = mean_ranks(far, np.arange(len(far)), tie)
+    def __init__(self, far: np.ndarray, truth: np.ndarray, tie: float, shown: int) -> None:
+        self.places = mean_ranks(far, truth, tie)
         self.order = np.argsort(far, axis=1, kind="stable")[:, :shown]
+
+
+def _strengths(actions: ActionsConfig, stops: int) -> dict[Corruption, list[float]]:
+    """How strongly sources are corrupted, from the weakest to the strongest that training drew."""
+    found = {}
+    for corruption in corruptions_drawn(actions):
+        if corruption.slides:
+            weakest, strongest = sorted(strength_range(actions, corruption), key=corruption.told)
+            values = np.linspace(weakest, strongest, stops - 1)
+            whole = np.rint(values) if np.issubdtype(corruption.dtype, np.integer) else values
+            found[corruption] = list(dict.fromkeys(whole.tolist()))
+    return found
+
+
+def _of_corrupted(
+    model: IWM, space: ActionSpace, image: Tensor, strengths: Mapping[Corruption, Sequence[float]], chunk: int
+) -> tuple[np.ndarray, list[Tensor]]:
+    """The corrupted sources (n, S, S, 3) of the clean image, and what the model answers to them."""
+    if not strengths:
+        return np.empty((0, *image.shape), np.uint8), []
+    side, device = image.shape[0], device_of(model)
+    views = Views.concatenate(
+        [clean_views(side, len(values)).corrupted(what, np.array(values)) for what, values in strengths.items()]
+    )
+    sources, _ = render(image[None], views)
+    parts = zip(sources.split(chunk), torch.from_numpy(space.encode(views)).split(chunk), strict=True)
+    answers = [model.predict(model.encode(part.to(device), "context"), rows.to(device)).float() for part, rows in parts]
+    return sources.numpy(), answers
 
 
 def _range(actions: ActionsConfig, name: str, stops: int) -> np.ndarray:
@@ -130,16 +171,23 @@ def _alone(told: dict[str, np.ndarray]) -> Jitter:
 
 
 def _example(
-    source: np.ndarray, views: np.ndarray, ranked: dict[str, _Ranked], told: dict[str, np.ndarray]
+    source: np.ndarray,
+    views: np.ndarray,
+    sources: np.ndarray,
+    ranked: dict[str, _Ranked],
+    told: dict[str, np.ndarray],
+    strengths: dict[Corruption, list[float]],
 ) -> SlidingExample:
-    """The stops of each slider; only pictures that a stop shows are kept."""
-    asked = np.arange(1 + sum(len(values) - 1 for values in told.values()))
-    kept = np.unique(np.concatenate([asked, *(r.order.ravel() for r in ranked.values())]))
+    """The stops of each slider; only pictures that a stop shows are kept, the corrupted sources last."""
+    count = 1 + sum(len(values) - 1 for values in told.values())
+    kept = np.unique(np.concatenate([np.arange(count), *(r.order.ravel() for r in ranked.values())]))
     where = {int(view): place for place, view in enumerate(kept)}
 
     def stop(row: int, value: float) -> Stop:
         nearest = {name: tuple(where[int(view)] for view in r.order[row]) for name, r in ranked.items()}
-        return Stop(float(value), where[row], nearest, {name: float(r.places[row]) for name, r in ranked.items()})
+        places = {name: float(r.places[row]) for name, r in ranked.items()}
+        seen = len(kept) + row - count if row >= count else None
+        return Stop(float(value), where[row if seen is None else 0], nearest, places, seen)
 
     sliders, first = [], 1
     for name, values in told.items():
@@ -148,4 +196,8 @@ def _example(
         stops = tuple(stop(row, value) for row, value in zip(rows, values, strict=True))
         sliders.append(Slider(name, component(name).unit, middle, stops))
         first += 2 * middle
-    return SlidingExample(source, views[kept], len(views), tuple(sliders))
+    for what, drawn in strengths.items():
+        stops = (stop(0, what.none), *(stop(row, value) for row, value in enumerate(drawn, start=first)))
+        sliders.append(Slider(what.column, component(what.column).unit, 0, stops, what.none))
+        first += len(drawn)
+    return SlidingExample(source, np.concatenate([views[kept], sources]), len(views), tuple(sliders))
