@@ -6,7 +6,10 @@ test. Each operator rounds and clips its result to levels once, as the graph doe
 
 from __future__ import annotations
 
+import io
+
 import numpy as np
+from PIL import Image
 
 from iwm_fast.actions.transforms import Geometry, Jitter, Views
 
@@ -45,6 +48,50 @@ def blur(image, sigma):
 
 def solarize(image, threshold):
     return np.where(image >= threshold, 255 - image, image).astype(np.uint8)
+
+
+def compress(image, quality):
+    """To a JPEG of that quality by libjpeg-turbo, chroma of half the resolution each way, and back."""
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "JPEG", quality=int(quality), subsampling="4:2:0")
+    return np.asarray(Image.open(file).convert("RGB"))
+
+
+# ISO/IEC 10918-1, tables K.1 and K.2.
+LUMA_STEPS = """
+16 11 10 16 24 40 51 61 12 12 14 19 26 58 60 55 14 13 16 24 40 57 69 56 14 17 22 29 51 87 80 62
+18 22 37 56 68 109 103 77 24 35 55 64 81 104 113 92 49 64 78 87 103 121 120 101 72 92 95 98 112 100 103 99"""
+CHROMA_STEPS = np.full((8, 8), 99)
+CHROMA_STEPS[:4, :4] = [[17, 18, 24, 47], [18, 21, 26, 66], [24, 26, 56, 99], [47, 66, 99, 99]]
+
+
+def _quantized(plane, steps, quality):
+    """A plane (h, w), both multiples of 8, after quantization of the DCT of its blocks."""
+    percent = 5000 // quality if quality < 50 else 200 - 2 * quality
+    steps = np.clip((steps * percent + 50) // 100, 1, 255)
+    k, n = np.mgrid[:8, :8]
+    dct = np.sqrt(np.where(k == 0, 1, 2) / 8) * np.cos((2 * n + 1) * k * np.pi / 16)
+    height, width = plane.shape
+    blocks = (plane - 128).reshape(height // 8, 8, width // 8, 8).transpose(0, 2, 1, 3)
+    blocks = dct.T @ (steps * np.round(dct @ blocks @ dct.T / steps)) @ dct
+    return levels(blocks.transpose(0, 2, 1, 3).reshape(height, width) + 128).astype(float)
+
+
+def compress_without_interpolation(image, quality):
+    """As `compress`, but as DALI does it on a GPU: chroma of the mean of four pixels, and the same for all four."""
+    height, width = image.shape[:2]
+    quality = int(quality)
+    padding = [(0, -height % 16), (0, -width % 16), (0, 0)]
+    pixels = np.pad(image, padding, mode="edge").astype(float)
+    rows, columns = pixels.shape[0] // 2, pixels.shape[1] // 2
+    mean = levels(pixels.reshape(rows, 2, columns, 2, 3).mean(axis=(1, 3)))
+    luma = levels(pixels @ [0.299, 0.587, 0.114]).astype(float)
+    blue = levels(mean @ [-0.16873589, -0.33126411, 0.5] + 128).astype(float)
+    red = levels(mean @ [0.5, -0.41868759, -0.08131241] + 128).astype(float)
+    luma = _quantized(luma, np.array(LUMA_STEPS.split(), int).reshape(8, 8), quality)
+    blue, red = (_quantized(plane, CHROMA_STEPS, quality).repeat(2, 0).repeat(2, 1) - 128 for plane in (blue, red))
+    colours = [luma + 1.402 * red, luma - 0.34413629 * blue - 0.71413629 * red, luma + 1.772 * blue]
+    return levels(np.stack(colours, axis=2))[:height, :width]
 
 
 def _weights(length, size):
@@ -88,6 +135,8 @@ def source(base, views: Views, row: int):
         out = blur(out, float(views.blur_sigma[row]))
     if views.solarize_threshold[row] < 256:
         out = solarize(out, views.solarize_threshold[row])
+    if views.compression_quality[row] <= 100:
+        out = compress(out, views.compression_quality[row])
     return out
 
 

@@ -203,7 +203,7 @@ def test_what_training_drew_gives_no_warning(world):
         still.vector({"grayscale": True})
 
 
-@pytest.mark.parametrize("groups", [("photometric",), ("photometric", "geometric")])
+@pytest.mark.parametrize("groups", [("photometric",), ("photometric", "geometric"), ("photometric", "compression")])
 @pytest.mark.parametrize("form", ["difference", "absolute"])
 def test_every_drawn_action_lies_in_the_box(groups, form):
     actions = ActionsConfig(groups=groups, form=form)
@@ -216,6 +216,26 @@ def test_every_drawn_action_lies_in_the_box(groups, form):
     assert (drawn <= high + 1e-4).all()
     reached = (drawn.max(axis=0) - drawn.min(axis=0)) / (high - low)
     assert reached.min() > 0.1  # the box is not so wide that nothing is outside of it
+
+
+def test_compression_is_named_by_its_quality():
+    """Its flag follows, an impossible quality is one line, one that training never drew is one warning."""
+    config = tiny_config()
+    actions = ActionsConfig(groups=("photometric", "compression"), compression_quality=(30, 90))
+    model, space = tiny_model(config.model_copy(update={"actions": actions}))
+    world = WorldModel(model, actions, space)
+    assert world.action_names[-2:] == ("compression", "compression_quality")
+    told = world.vector({"compression_quality": 30})
+    np.testing.assert_allclose(told[-2:], [1, 0.7])
+    assert world.predict(pictures(1), {"compression_quality": 30}).shape[0] == 1
+    assert not world.vector({"compression_quality": 101}).any()
+    with pytest.warns(UserWarning, match="compression_quality 12, not in 30 to 101 quality"):
+        world.vector({"compression_quality": 12})
+    for quality in (0, 102, -3):
+        with pytest.raises(UserError, match="a quality is from 1 to 100, or 101 for none"):
+            world.vector({"compression_quality": quality})
+    with pytest.raises(UserError, match="compression is 1: give compression_quality too"):
+        world.vector({"compression": 1})
 
 
 def external(kind, **numbers):

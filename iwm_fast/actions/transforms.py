@@ -22,6 +22,7 @@ __all__ = [
     "COMPONENTS",
     "CORRUPTIONS",
     "JITTER",
+    "NO_COMPRESSION",
     "NO_SOLARIZE",
     "Component",
     "Corruption",
@@ -37,6 +38,8 @@ Floats = NDArray[np.float64]
 
 # Levels are 0 to 255 and those at or above the threshold are inverted, so at 256 nothing happens.
 NO_SOLARIZE = 256
+# A JPEG's quality is 1 to 100; above them nothing happens.
+NO_COMPRESSION = 101
 _YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.321], [0.211, -0.523, 0.311]])
 _RGB = np.linalg.inv(_YIQ)
 
@@ -78,6 +81,15 @@ COMPONENTS: tuple[Component, ...] = (
     Component("rotation_1", "geometric", "flag", 1.0, 0.0, "1: a quarter turn, counter-clockwise, undoes the source's"),
     Component("rotation_2", "geometric", "flag", 1.0, 0.0, "1: two quarter turns undo the source's"),
     Component("rotation_3", "geometric", "flag", 1.0, 0.0, "1: three quarter turns undo the source's"),
+    Component("compression", "compression", "flag", 1.0, 0.0, "1: the source was compressed as JPEG"),
+    Component(
+        "compression_quality",
+        "compression",
+        "quality",
+        100.0,
+        0.0,
+        "100 - q where the source was compressed with JPEG quality q, 0 without; decoded to q",
+    ),
 )
 _TABLE = {component.name: component for component in COMPONENTS}
 
@@ -158,6 +170,19 @@ CORRUPTIONS: tuple[Corruption, ...] = (
         highest=NO_SOLARIZE,
         rule=f"a threshold is a level from 0 to 255, or {NO_SOLARIZE} for none",
         natural=(0.0, 1.0),
+    ),
+    Corruption(
+        "compression",
+        "compression_quality",
+        none=NO_COMPRESSION,
+        dtype=np.int64,
+        fed=np.int32,
+        top=100,
+        lowest=1,
+        highest=NO_COMPRESSION,
+        rule=f"a quality is from 1 to 100, or {NO_COMPRESSION} for none",
+        slides=True,
+        natural=(0.0, 0.99),
     ),
 )
 
@@ -242,7 +267,7 @@ class Views(_Rows):
     size: int64 (B, 2), width and height of the upright image in pixels. shared_geometry: both views start from one
     cropped image, and source_geometry is target_geometry. The columns of `CORRUPTIONS`, (B,), are of what was done to
     the source alone; one that is left out (or None) says that nothing was. grayscale: bool; blur_sigma: float32, in
-    pixels, 0 for none; solarize_threshold: int64, 256 for none.
+    pixels, 0 for none; solarize_threshold: int64, 256 for none; compression_quality: int64, 101 for none.
     """
 
     size: Array
@@ -254,6 +279,7 @@ class Views(_Rows):
     grayscale: Array = _UNDONE
     blur_sigma: Array = _UNDONE
     solarize_threshold: Array = _UNDONE
+    compression_quality: Array = _UNDONE
 
     def __post_init__(self) -> None:
         """Raise ValueError where a part is not of B rows, or the geometry is not shared though said to be."""

@@ -67,10 +67,10 @@ class Config(Section):
             raise ValueError("data.source is triplets, so actions.groups must be [external]")
         if self.data.source == "folder" and external:
             raise ValueError("actions.groups is [external], so data.source must be triplets or auto")
-        if self.model.predictor.kind == "mlp" and self.actions.groups != ("photometric",):
+        if self.model.predictor.kind == "mlp" and (self.actions.geometric or external):
             raise ValueError(
                 "model.predictor.kind mlp cannot look elsewhere than at a patch's own place: "
-                "actions.groups must be [photometric], or use kind vit"
+                "actions.groups must be [photometric] or [photometric, compression], or use kind vit"
             )
         if self.train.activation_checkpointing and self.train.precision == "bf16" and self.zero.stage == 0:
             raise ValueError(

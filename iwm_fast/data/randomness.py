@@ -15,7 +15,18 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["BANK", "MASKS", "ORDER", "REPLACEMENT", "SOURCE_GEOMETRY", "VIEWS", "permutation", "philox", "uniforms"]
+__all__ = [
+    "BANK",
+    "COMPRESSION",
+    "MASKS",
+    "ORDER",
+    "REPLACEMENT",
+    "SOURCE_GEOMETRY",
+    "VIEWS",
+    "permutation",
+    "philox",
+    "uniforms",
+]
 
 # Streams: one a purpose, so that more draws for one never move those of another. Numbers are part of a run's identity.
 VIEWS = 1
@@ -24,6 +35,7 @@ MASKS = 3
 ORDER = 4
 BANK = 5
 REPLACEMENT = 6
+COMPRESSION = 7
 
 _MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
 _WEYL = (np.uint64(0x9E3779B9), np.uint64(0xBB67AE85))

@@ -15,6 +15,7 @@ from iwm_fast.actions.transforms import (
     COMPONENTS,
     CORRUPTIONS,
     JITTER,
+    NO_COMPRESSION,
     NO_SOLARIZE,
     Geometry,
     Jitter,
@@ -25,7 +26,7 @@ from iwm_fast.actions.transforms import (
 from iwm_fast.config import ActionsConfig
 
 FORMS = ("difference", "absolute")
-GROUPS = (("photometric",), ("photometric", "geometric"))
+GROUPS = (("photometric",), ("photometric", "geometric"), ("photometric", "geometric", "compression"))
 
 factors = st.floats(0.0, 2.5, width=32)
 degrees = st.floats(-180.0, 180.0, width=32)
@@ -38,6 +39,7 @@ rows = st.tuples(
     st.booleans(),
     st.one_of(st.just(0.0), st.floats(2.0**-7, 20.0, width=32)),
     st.integers(0, NO_SOLARIZE),
+    st.integers(1, NO_COMPRESSION),
     geometries,
     geometries,
 )
@@ -54,7 +56,7 @@ def make_geometry(values, *, upright=False):
 
 
 def make_views(drawn):
-    target, source, grayscale, sigma, threshold, target_geometry, source_geometry = zip(*drawn, strict=True)
+    target, source, grayscale, sigma, threshold, quality, target_geometry, source_geometry = zip(*drawn, strict=True)
     return Views(
         size=np.full((len(drawn), 2), 800),
         target_geometry=make_geometry(target_geometry, upright=True),
@@ -64,6 +66,7 @@ def make_views(drawn):
         grayscale=np.array(grayscale),
         blur_sigma=np.array(sigma, np.float32),
         solarize_threshold=np.array(threshold),
+        compression_quality=np.array(quality),
         shared_geometry=False,
     )
 
@@ -94,6 +97,9 @@ def test_decode_inverts_encode(drawn, groups, form):
     np.testing.assert_allclose(decoded["blur_sigma"], views.blur_sigma, rtol=1e-6)
     np.testing.assert_array_equal(decoded["solarize"], views.solarize_threshold < NO_SOLARIZE)
     np.testing.assert_array_equal(decoded["solarize_threshold"], views.solarize_threshold)
+    if "compression" in groups:
+        np.testing.assert_array_equal(decoded["compression"], views.compression_quality < NO_COMPRESSION)
+        np.testing.assert_array_equal(decoded["compression_quality"], views.compression_quality)
     if "geometric" in groups:
         x, y = views.source_geometry.crop, views.target_geometry.crop
         np.testing.assert_allclose(np.exp(decoded["crop_w"]) * y[:, 2], x[:, 2], rtol=1e-5)
@@ -116,18 +122,18 @@ def test_equal_jitter_and_geometry_leave_only_what_was_destroyed(drawn):
     drawn = [(y, y, *rest, geometry, geometry) for y, _, *rest, geometry, _ in drawn]
     views = make_views(drawn)
     still = Views(**{**vars(views), "source_geometry": views.target_geometry, "shared_geometry": True})
-    space = ActionSpace(GROUPS[1])
+    space = ActionSpace(GROUPS[2])
     action = space.encode(still)
-    kept = [i for i, name in enumerate(space.names) if not name.startswith(("gray", "blur", "solarize"))]
+    kept = [i for i, name in enumerate(space.names) if not name.startswith(("gray", "blur", "solarize", "compression"))]
     assert not action[:, kept].any()
 
 
 def test_table_and_vector_have_the_documented_order_and_scale():
     names = ["brightness", "contrast", "saturation", "hue", "grayscale", "blur", "blur_sigma", "solarize"]
     names += ["solarize_threshold", "crop_x", "crop_y", "crop_w", "crop_h", "flip"]
-    names += ["rotation_1", "rotation_2", "rotation_3"]
+    names += ["rotation_1", "rotation_2", "rotation_3", "compression", "compression_quality"]
     assert [component.name for component in COMPONENTS] == names
-    space = ActionSpace(GROUPS[1])
+    space = ActionSpace(GROUPS[2])
     assert space.names == tuple(names)
     assert space.dim == len(names)
     assert [space.names[space.slices[name]] for name in names] == [(name,) for name in names]
@@ -137,10 +143,11 @@ def test_table_and_vector_have_the_documented_order_and_scale():
         True,
         2.0,
         0,
+        20,
         ((0, 0, 9, 9), False, 0),
         ((0, 0, 9, 9), True, 3),
     )
-    expected = [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 0, 0]
+    expected = [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 0, 0, 1, 0.8]
     np.testing.assert_allclose(space.encode(make_views([row]))[0], expected, atol=1e-6)
 
 
@@ -172,7 +179,7 @@ def test_jitter_action_is_the_action_of_views_with_nothing_else_done(drawn, form
     jittered = make_views(drawn)
     clean = Views.neutral(jittered.size, np.tile([0, 0, 9, 9], (len(drawn), 1)))
     only = Views(**{**vars(clean), "target": jittered.target, "source": jittered.source})
-    space = ActionSpace(GROUPS[1], form)
+    space = ActionSpace(GROUPS[2], form)
     np.testing.assert_array_equal(space.jitter_action(only.source, only.target), space.encode(only))
 
 
@@ -236,8 +243,8 @@ small_boxes = st.tuples(st.integers(0, 20), st.integers(0, 20), st.integers(1, 2
 def test_geometric_action_alone_maps_the_grid_of_x_to_the_grid_of_y(target, source):
     """Each pixel of x, carried over by nothing but the action, falls on y's pixel of the same place in the image."""
     clean = ((1, 1, 1, 0),) * 2
-    views = make_views([(*clean, False, 0.0, NO_SOLARIZE, target, source)])
-    space = ActionSpace(GROUPS[1])
+    views = make_views([(*clean, False, 0.0, NO_SOLARIZE, NO_COMPRESSION, target, source)])
+    space = ActionSpace(GROUPS[2])
     action = {name: value[0] for name, value in space.decode(space.encode(views)).items()}
     x, y = view_of_indices(source), view_of_indices(target)
     rows, columns = np.indices(x.shape)
@@ -256,11 +263,11 @@ def test_take_and_concatenate_are_inverse():
     generator = np.random.default_rng(0)
     box = ((1, 2, 3, 4), True, 0)
     drawn = [
-        (tuple(generator.uniform(size=4)), tuple(generator.uniform(size=4)), True, 1.0, 9 * row, box, box)
+        (tuple(generator.uniform(size=4)), tuple(generator.uniform(size=4)), True, 1.0, 9 * row, 20 * row + 1, box, box)
         for row in range(5)
     ]
     views = make_views(drawn)
-    space = ActionSpace(GROUPS[1])
+    space = ActionSpace(GROUPS[2])
     parts = [views.take(np.array([0, 1])), views.take(slice(2, 5))]
     np.testing.assert_array_equal(space.encode(Views.concatenate(parts)), space.encode(views))
     shared = Views.neutral(views.size, views.target_geometry.crop)
@@ -304,13 +311,13 @@ def test_inconsistent_views_are_refused():
     with pytest.raises(ValueError, match="blur_sigma"):
         Views(**{**vars(views), "blur_sigma": np.zeros(2)})
     with pytest.raises(ValueError, match="target view is rotated"):
-        ActionSpace(GROUPS[1]).encode(Views(**{**vars(views), "target_geometry": turned, "shared_geometry": False}))
+        ActionSpace(GROUPS[2]).encode(Views(**{**vars(views), "target_geometry": turned, "shared_geometry": False}))
 
 
 @given(st.lists(rows, min_size=1, max_size=1), st.sampled_from(FORMS))
 @settings(deadline=None)
 def test_a_vector_of_named_values_is_what_decode_names(drawn, form):
-    space = ActionSpace(GROUPS[1], form)
+    space = ActionSpace(GROUPS[2], form)
     action = space.encode(make_views(drawn))
     named = {name: float(value[0]) for name, value in space.decode(action).items()}
     np.testing.assert_allclose(space.vector(named), action[0], atol=1e-6)
@@ -325,6 +332,11 @@ def test_a_named_value_stands_alone_with_its_flag_and_an_unknown_one_is_refused(
     assert space.decode(space.vector({"blur_sigma": 1.5})[None])["blur"][0]
     assert space.decode(space.vector({"solarize_threshold": 0})[None])["solarize_threshold"][0] == 0
     assert not space.vector({"solarize_threshold": NO_SOLARIZE}).any()
+    compressing = ActionSpace(GROUPS[2])
+    told = compressing.decode(compressing.vector({"compression_quality": 100})[None])
+    assert told["compression"][0]
+    assert told["compression_quality"][0] == 100
+    assert not compressing.vector({"compression_quality": NO_COMPRESSION}).any()
     with pytest.raises(ValueError, match="'brightnes' is no component of this action; there are brightness, "):
         space.vector({"brightnes": 0.2})
 

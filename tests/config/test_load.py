@@ -251,7 +251,37 @@ MISTAKES = {
         "actions: {groups: [photometric, external]}",
         (
             "run.yaml:1: actions: groups is ['photometric', 'external']; it must be [photometric], "
-            "[photometric, geometric] or [external]"
+            "[photometric, geometric], [photometric, compression], [photometric, geometric, compression] "
+            "or [external]"
+        ),
+    ),
+    "compression alone": (
+        "actions: {groups: [compression]}",
+        (
+            "run.yaml:1: actions: groups is ['compression']; it must be [photometric], [photometric, geometric], "
+            "[photometric, compression], [photometric, geometric, compression] or [external]"
+        ),
+    ),
+    "compression of external actions": (
+        "actions:\n  groups: [external]\n  compression_probability: 0.5",
+        "run.yaml:1: actions: compression_probability is 0.5; it must be 0 where groups is [external]",
+    ),
+    "quality beyond a JPEG's": (
+        "actions: {compression_quality: [0, 95]}",
+        "run.yaml:1: actions: compression_quality is [0, 95]; it must be ascending and within [1, 100]",
+    ),
+    "qualities in the wrong order": (
+        "actions: {compression_quality: [90, 20]}",
+        "run.yaml:1: actions: compression_quality is [90, 20]; it must be ascending and within [1, 100]",
+    ),
+    "compression and geometry for a predictor of patches": (
+        (
+            "actions: {groups: [photometric, geometric, compression]}\n"
+            "model: {predictor: {kind: mlp, conditioning: block}}"
+        ),
+        (
+            "run.yaml: model.predictor.kind mlp cannot look elsewhere than at a patch's own place: actions.groups "
+            "must be [photometric] or [photometric, compression], or use kind vit"
         ),
     ),
     "external actions of images": (

@@ -1,8 +1,10 @@
 """The whole path on a GPU against the same path on the CPU."""
 
 import contextlib
+import dataclasses
 
 import pytest
+import reference_views
 import torch
 from small_run import losses, metrics, small_config
 
@@ -66,6 +68,20 @@ def test_gpu_and_cpu_draw_the_same_views(tiny_images):
     for view in ("source", "target"):
         difference = getattr(on["gpu"], view).cpu().float() - getattr(on["cpu"], view).float()
         assert difference.abs().mean() <= 2.0
+
+
+def test_a_gpu_compresses_as_the_formula_without_interpolation_of_chroma(tiny_images):
+    images = list_images(tiny_images)
+    encoded = [inspect(images.read(i), 10**8) for i in range(8)]
+    size = torch.tensor([(e.width, e.height) for e in encoded]).numpy()
+    ids = torch.arange(8).numpy()
+    quality = {"compression_probability": 1.0, "compression_quality": (1, 100)}
+    views = draw_views(ActionsConfig(groups=("photometric", "compression"), **quality), 0, ids * 0, ids, size)
+    graph = ViewGraph(40, 8, "gpu", 2, geometric=False, max_pixels=10**8)
+    plain = graph.run(encoded, dataclasses.replace(views, compression_quality=None)).source.cpu().numpy()
+    for row, made in enumerate(graph.run(encoded, views).source.cpu().numpy()):
+        expected = reference_views.compress_without_interpolation(plain[row], views.compression_quality[row])
+        assert reference_views.error(made, expected) <= 0.1
 
 
 @pytest.mark.parametrize("lengths", [(5, 17, 1, 33), (64,) * 3, (7, 0, 9)])

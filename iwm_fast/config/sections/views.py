@@ -12,13 +12,19 @@ from iwm_fast.config.external import EXTERNAL, ExternalActions, still
 __all__ = ["ActionsConfig", "MasksConfig", "ViewsConfig"]
 
 
+_Group = Literal["photometric", "geometric", "compression", "external"]
+_MORE = ((), ("geometric",), ("compression",), ("geometric", "compression"))
+_GROUPS = tuple(("photometric", *more) for more in _MORE)
+
+
 class ActionsConfig(Section):
     """What is done to a view, how often and how strongly, and which of it the predictor is told."""
 
-    groups: Annotated[tuple[Literal["photometric", "geometric", "external"], ...], BeforeValidator(pair)] = Field(
+    groups: Annotated[tuple[_Group, ...], BeforeValidator(pair)] = Field(
         ("photometric",),
-        description="photometric, or photometric and geometric; or external: the actions of a manifest of triplets, "
-        "and nothing else is done to the pictures unless crop_scale or flip_probability, for both alike, are given",
+        description="photometric, with geometric, compression or both after it; or external: the actions of a manifest "
+        "of triplets, and nothing else is done to the pictures unless crop_scale or flip_probability, for both alike, "
+        "are given",
     )
     external: ExternalActions | None = Field(
         None, description="what the external actions are; default: as the manifest says, and recorded here by the run"
@@ -37,6 +43,12 @@ class ActionsConfig(Section):
     blur_sigma: Range = Field((0.1, 2.0), description="pixels, drawn uniformly")
     solarize_probability: Probability = Field(0.1, description="chance that the source is solarized")
     solarize_threshold: Annotated[int, Field(ge=0, le=255)] = Field(128, description="levels at or above are inverted")
+    compression_probability: Probability = Field(
+        0.5, description="compression group only: chance that the source is compressed as JPEG"
+    )
+    compression_quality: Annotated[tuple[int, int], BeforeValidator(pair)] = Field(
+        (20, 95), description="compression group only: JPEG quality, whole numbers from 1 to 100, drawn uniformly"
+    )
     crop_scale: Range = Field((0.3, 1.0), description="share of the image's area")
     crop_aspect: Range = Field((0.75, 4 / 3), description="width over height, drawn log-uniformly")
     flip_probability: Probability = Field(0.5, description="chance of a horizontal flip")
@@ -47,12 +59,12 @@ class ActionsConfig(Section):
     @model_validator(mode="after")
     def _ranges(self) -> Self:
         require_ascending("blur_sigma", self.blur_sigma, 0.01, 20.0)
+        require_ascending("compression_quality", self.compression_quality, 1, 100)
         require_ascending("crop_scale", self.crop_scale, 0.01, 1.0)
         require_ascending("crop_aspect", self.crop_aspect, 0.1, 10.0)
-        if self.groups not in (("photometric",), ("photometric", "geometric"), EXTERNAL):
-            raise ValueError(
-                f"groups is {list(self.groups)}; it must be [photometric], [photometric, geometric] or [external]"
-            )
+        if self.groups not in (*_GROUPS, EXTERNAL):
+            known = ", ".join(f"[{', '.join(groups)}]" for groups in _GROUPS)
+            raise ValueError(f"groups is {list(self.groups)}; it must be {known} or [external]")
         _, untold = still(type(self).model_fields)
         done = [name for name in untold if self.is_external and getattr(self, name) > 0]
         if done:

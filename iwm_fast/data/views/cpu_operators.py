@@ -7,6 +7,7 @@ in tests. What each takes is in benchmarks/NOTES.md.
 
 from __future__ import annotations
 
+import io
 import threading
 from collections.abc import Callable
 from functools import lru_cache
@@ -15,12 +16,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
 from iwm_fast.actions.transforms import Jitter, colour_matrix
 
-__all__ = ["CORRUPT", "blur", "grayscale", "recolour", "recolour_matrices", "resize", "solarize"]
+__all__ = ["CORRUPT", "blur", "compress", "grayscale", "recolour", "recolour_matrices", "resize", "solarize"]
 
 Levels = NDArray[np.uint8]
 Floats = NDArray[np.float32]
@@ -175,9 +177,18 @@ def _bands(sigma: float, radius: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(down), torch.from_numpy(across.reshape(-1, 3 * _TOGETHER))
 
 
+def compress(image: Levels, quality: int) -> None:
+    """In place: to a JPEG of that quality, chroma of half the resolution each way, and back."""
+    with io.BytesIO() as file:
+        Image.fromarray(image).save(file, "JPEG", quality=quality, subsampling="4:2:0")
+        with Image.open(file, formats=["JPEG"]) as decoded:
+            image[:] = np.asarray(decoded)
+
+
 # By the name of the corruption: in place, with how strong it is (None where it has no strength).
 CORRUPT: dict[str, Callable[[Levels, Any], object]] = {
     "grayscale": lambda image, _: grayscale(image, image),
     "blur": lambda image, sigma: blur(image, sigma, image),
     "solarize": solarize,
+    "compression": compress,
 }

@@ -1,4 +1,4 @@
-"""The DALI definition of the two views: decode, crop, resize, flip, rotate, jitter, grayscale, blur, solarize.
+"""The DALI definition of the two views: decode, crop, resize, flip, rotate, jitter and what is done to sources.
 
 One definition serves ``device="cpu"`` and ``device="gpu"`` (mixed decode: nvJPEG, then operators on the GPU); a CPU
 runs it in tests only, and elsewhere decodes with DALI and renders with `cpu_views`, to the same reference. Nothing
@@ -113,8 +113,18 @@ def _solarized(image: Any, threshold: Any) -> Any:
     return image ^ ((image >= threshold) * types.Constant(255, dtype=types.UINT8))
 
 
+def _compressed(image: Any, quality: Any) -> Any:
+    """To JPEG and back, chroma of half the resolution; on a GPU chroma comes back without interpolation."""
+    return fn.jpeg_compression_distortion(image, quality=quality)
+
+
 # By the name of the corruption; each takes the image and how strong it is.
-_OPERATORS: dict[str, Callable[[Any, Any], Any]] = {"grayscale": _gray, "blur": _blurred, "solarize": _solarized}
+_OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
+    "grayscale": _gray,
+    "blur": _blurred,
+    "solarize": _solarized,
+    "compression": _compressed,
+}
 _TYPES = {"float32": types.FLOAT, "uint8": types.UINT8, "int32": types.INT32}
 
 

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from iwm_fast.actions.ranges import jitter_range
-from iwm_fast.actions.transforms import CORRUPTIONS, JITTER, Geometry, Jitter, Views, component
+from iwm_fast.actions.ranges import corruptions_drawn, jitter_range
+from iwm_fast.actions.transforms import JITTER, Geometry, Jitter, Views, component
 from iwm_fast.config.schema import ActionsConfig
-from iwm_fast.data.randomness import BANK, SOURCE_GEOMETRY, VIEWS, uniforms
+from iwm_fast.data.randomness import BANK, COMPRESSION, SOURCE_GEOMETRY, VIEWS, uniforms
 from iwm_fast.errors import UserError
 
 __all__ = ["draw_bank", "draw_views"]
@@ -50,6 +50,9 @@ def draw_views(actions: ActionsConfig, seed: int, epoch: Ints, sample: Ints, siz
     draws = uniforms(seed, epoch, sample, VIEWS, _VIEWS + _SOURCE_DRAWS * (sources - 1))
     geometry = _geometry(actions, draws, size, rotate=False)
     target = _jitter(actions, draws[:, _TARGET:])
+    compression = np.empty((len(size), 2 * sources))
+    if "compression" in actions.groups:
+        compression = uniforms(seed, epoch, sample, COMPRESSION, 2 * sources)
     parts = []
     for k in range(sources):
         own = draws[:, _SOURCE:] if k == 0 else draws[:, _VIEWS + _SOURCE_DRAWS * (k - 1) :]
@@ -59,24 +62,27 @@ def draw_views(actions: ActionsConfig, seed: int, epoch: Ints, sample: Ints, siz
             source_geometry = _geometry(actions, places, size, rotate=True)
         jitter = _jitter(actions, own)
         shared = source_geometry is geometry
-        parts.append(Views(size, geometry, source_geometry, target, jitter, shared, **_corrupted(actions, own)))
+        corrupted = _corrupted(actions, own, compression[:, 2 * k :])
+        parts.append(Views(size, geometry, source_geometry, target, jitter, shared, **corrupted))
     if sources == 1:
         return parts[0]
     side_by_side = np.arange(len(size) * sources).reshape(sources, len(size)).T.reshape(-1)
     return Views.concatenate(parts).take(side_by_side)
 
 
-def _corrupted(actions: ActionsConfig, own: Floats) -> dict[str, NDArray[Any]]:
-    """The columns of what is done to the source alone, from its draws (B, 9 or more)."""
+def _corrupted(actions: ActionsConfig, own: Floats, compression: Floats) -> dict[str, NDArray[Any]]:
+    """The columns of what is done to the source alone, from its draws (B, 9 or more) and its compression's (B, 2)."""
     low, high = actions.blur_sigma
     sigma = np.maximum(low + (high - low) * own[:, _SIGMA], np.finfo(np.float32).tiny)
+    lowest, highest = actions.compression_quality
     drawn: dict[str, tuple[Floats, Any]] = {
         "grayscale": (own[:, _GRAYSCALE], True),
         "blur": (own[:, _BLUR], sigma),
         "solarize": (own[:, _SOLARIZE], actions.solarize_threshold),
+        "compression": (compression[:, 0], np.floor(lowest + (highest + 1 - lowest) * compression[:, 1])),
     }
     columns = {}
-    for corruption in CORRUPTIONS:
+    for corruption in corruptions_drawn(actions):
         chance, strength = drawn[corruption.name]
         done = chance < getattr(actions, f"{corruption.name}_probability")
         columns[corruption.column] = np.where(done, strength, corruption.none).astype(corruption.dtype)

@@ -51,6 +51,8 @@ def again(base, values):
         out = reference.blur(out, values["blur_sigma"])
     if values.get("solarize_threshold") is not None:
         out = reference.solarize(out, values["solarize_threshold"])
+    if values.get("compression_quality") is not None:
+        out = reference.compress(out, values["compression_quality"])
     return out
 
 
@@ -61,7 +63,10 @@ def placed(params, geometry):
     return np.rot90(out[:, ::-1] if geometry["flip"] else out, geometry["rotation"])
 
 
-@pytest.mark.parametrize("groups", [["photometric"], ["photometric", "geometric"]], ids=["photometric", "geometric"])
+GROUPS = [["photometric"], ["photometric", "geometric"], ["photometric", "geometric", "compression"]]
+
+
+@pytest.mark.parametrize("groups", GROUPS, ids=lambda groups: groups[-1])
 def test_pictures_follow_from_the_written_parameters(folder, tmp_path, groups):
     config, params = preview(folder, tmp_path, groups)
     assert len(params) == COUNT
@@ -69,7 +74,7 @@ def test_pictures_follow_from_the_written_parameters(folder, tmp_path, groups):
         assert not one["file"].endswith("007.jpg")
         base = load(tmp_path, number, "base")
         assert reference.error(placed(one, one), base) <= 0.5
-        if len(groups) == 2:
+        if len(groups) >= 2:
             source_base = load(tmp_path, number, "source_base")
             assert reference.error(placed(one, one["source_geometry"]), source_base) <= 0.5
         else:
@@ -77,7 +82,9 @@ def test_pictures_follow_from_the_written_parameters(folder, tmp_path, groups):
             source_base = base
         source = load(tmp_path, number, "source")
         assert reference.error(again(base, one["target"]), load(tmp_path, number, "target")) <= 0.02
-        assert reference.error(again(source_base, one["source"]), source) <= 0.02
+        # A level that is rounded to the other side is spread over a block of the JPEG.
+        assert reference.error(again(source_base, one["source"]), source) <= (0.2 if "compression" in groups else 0.02)
+        assert ("compression_quality" in one["source"]) == ("compression" in groups)
         seen = np.zeros((4, 4, 1), bool)
         seen.reshape(-1)[one["context_patches"]] = True
         hidden = np.where(seen.repeat(8, axis=0).repeat(8, axis=1), source, 128)
@@ -128,3 +135,13 @@ def test_an_output_folder_that_cannot_be_made_is_one_line(folder, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         preview(folder, tmp_path / "file", ["photometric"])
+
+
+def test_compression_is_written_as_its_quality_or_null_and_told_as_its_distance_from_the_best(folder, tmp_path):
+    _, params = preview(folder, tmp_path, ["photometric", "compression"])
+    assert {one["source"]["compression_quality"] is None for one in params} == {True, False}
+    for one in params:
+        quality = one["source"]["compression_quality"]
+        told = dict(zip(one["action_names"], one["action"], strict=True))
+        assert told["compression"] == (quality is not None)
+        assert told["compression_quality"] == pytest.approx(0 if quality is None else (100 - quality) / 100)

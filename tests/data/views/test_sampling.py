@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 
@@ -11,13 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from iwm_fast.actions.space import ActionSpace
-from iwm_fast.actions.transforms import NO_SOLARIZE
+from iwm_fast.actions.transforms import CORRUPTIONS, NO_COMPRESSION, NO_SOLARIZE
 from iwm_fast.config.schema import ActionsConfig
 from iwm_fast.data.randomness import VIEWS, uniforms
 from iwm_fast.data.views.sampling import draw_bank, draw_views
 from iwm_fast.errors import UserError
 
 GEOMETRIC = ActionsConfig(groups=("photometric", "geometric"))
+COMPRESSED = ActionsConfig(groups=("photometric", "geometric", "compression"))
 JITTER = ("brightness", "contrast", "saturation", "hue")
 COUNT = 20_000
 
@@ -44,7 +46,7 @@ def assert_uniform(values, low, high):
 
 def columns(views):
     """Everything that was drawn, flattened: (B, many) float64."""
-    parts = [views.size, views.grayscale, views.blur_sigma, views.solarize_threshold]
+    parts = [views.size, *(getattr(views, corruption.column) for corruption in CORRUPTIONS)]
     parts += [getattr(j, name) for j in (views.target, views.source) for name in JITTER]
     parts += [
         getattr(g, n) for g in (views.target_geometry, views.source_geometry) for n in ("crop", "flip", "rotation")
@@ -61,15 +63,15 @@ def columns(views):
 def test_views_do_not_depend_on_the_batch(seed, samples, data):
     epoch, sample, *size = np.array(samples, np.int64).T
     size = np.stack(size, axis=1)
-    whole = columns(draw_views(GEOMETRIC, seed, epoch, sample, size))
+    whole = columns(draw_views(COMPRESSED, seed, epoch, sample, size))
     order = np.array(data.draw(st.permutations(range(len(samples)))))
     np.testing.assert_array_equal(
-        columns(draw_views(GEOMETRIC, seed, epoch[order], sample[order], size[order])), whole[order]
+        columns(draw_views(COMPRESSED, seed, epoch[order], sample[order], size[order])), whole[order]
     )
-    np.testing.assert_array_equal(columns(draw_views(GEOMETRIC, seed, epoch[-1:], sample[-1:], size[-1:])), whole[-1:])
+    np.testing.assert_array_equal(columns(draw_views(COMPRESSED, seed, epoch[-1:], sample[-1:], size[-1:])), whole[-1:])
 
 
-@pytest.mark.parametrize("config", [ActionsConfig(), GEOMETRIC], ids=["photometric", "geometric"])
+@pytest.mark.parametrize("config", [ActionsConfig(), GEOMETRIC, COMPRESSED], ids=lambda config: config.groups[-1])
 def test_every_source_of_a_sample_is_drawn_by_itself_for_one_target(config):
     """The first as if it were alone, the third whether or not a fourth follows; rows of a sample side by side."""
     ids = np.arange(40)
@@ -78,14 +80,14 @@ def test_every_source_of_a_sample_is_drawn_by_itself_for_one_target(config):
     np.testing.assert_array_equal(three[::3], one)
     np.testing.assert_array_equal(four.reshape(40, 4, -1)[:, :3].reshape(120, -1), three)
     views = draw_views(config, 3, ids * 0, ids, size, sources=3)
-    assert views.shared_geometry == (config is not GEOMETRIC)
+    assert views.shared_geometry != config.geometric
     for part in (views.target_geometry.crop, views.target_geometry.flip, views.target.hue):
         for k in (1, 2):
             np.testing.assert_array_equal(part[k::3], part[::3])
     hues = views.source.hue.reshape(40, 3)
     assert len({tuple(row) for row in hues.T}) == 3
     assert (hues[:, 1] != hues[:, 2]).sum() > 30
-    if config is GEOMETRIC:
+    if config.geometric:
         crops = views.source_geometry.crop.reshape(40, 3, 4)
         assert (crops[:, 0] != crops[:, 1]).any(axis=1).all()
 
@@ -292,3 +294,20 @@ def test_draws_are_the_bits_that_earlier_runs_had():
     parts += [getattr(draw_bank(config, 3, 4, 9), name) for name in JITTER]
     digest = hashlib.sha256(b"".join(np.ascontiguousarray(part).tobytes() for part in parts)).hexdigest()
     assert digest[:16] == "16ebbae2b423dfeb"
+
+
+def test_qualities_are_spread_over_the_configured_ones_as_often_as_configured():
+    views = draw(COMPRESSED.model_copy(update={"compression_probability": 0.3, "compression_quality": (30, 39)}))
+    done = views.compression_quality < NO_COMPRESSION
+    assert_share(done, 0.3)
+    for quality in range(30, 40):
+        assert_share(views.compression_quality[done] == quality, 0.1)
+    assert set(views.compression_quality.tolist()) == {*range(30, 40), NO_COMPRESSION}
+    assert abs(np.corrcoef(done, views.grayscale)[0, 1]) < 0.04
+
+
+def test_compression_moves_no_other_draw():
+    whole, plain = draw(COMPRESSED, 200), draw(GEOMETRIC, 200)
+    assert not (plain.compression_quality < NO_COMPRESSION).any()
+    assert (whole.compression_quality < NO_COMPRESSION).any()
+    np.testing.assert_array_equal(columns(dataclasses.replace(whole, compression_quality=None)), columns(plain))

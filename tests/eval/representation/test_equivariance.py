@@ -275,12 +275,13 @@ def test_sigma_is_asked_of_the_blurred_pairs_alone():
 
 
 def test_every_component_of_the_actions_is_measured_or_left_out_by_name():
-    actions = ActionsConfig(groups=("photometric", "geometric"), saturation=0.0, blur_probability=0.0)
+    groups = ("photometric", "geometric", "compression")
+    actions = ActionsConfig(groups=groups, saturation=0.0, blur_probability=0.0)
     found = measure(quarters, actions=actions, train=lit(120, 0), test=lit(90, 1))
     assert set(found.r2) | set(found.left_out) == set(ActionSpace(actions.groups).names)
     assert not set(found.r2) & set(found.left_out)
     assert all(np.isfinite([value, *found.r2_interval[name]]).all() for name, value in found.r2.items())
-    assert {"grayscale", "crop_w", "flip", "rotation_3"} <= set(found.r2)
+    assert {"grayscale", "crop_w", "flip", "rotation_3", "compression", "compression_quality"} <= set(found.r2)
     assert found.left_out["saturation"] == "actions.saturation is 0"
     assert found.left_out["blur"] == found.left_out["blur_sigma"] == "actions.blur_probability is 0"
     assert "the same in all" in found.left_out["solarize_threshold"]

@@ -14,7 +14,7 @@ from iwm_fast.eval.stats import chance_mrr
 from iwm_fast.eval.world_model.components import DESTRUCTIVE, component_bank, components
 from iwm_fast.eval.world_model.mrr import mean_reciprocal_rank
 
-ALL = ActionsConfig(groups=("photometric", "geometric"), crop_scale=(0.3, 1.0))
+ALL = ActionsConfig(groups=("photometric", "geometric", "compression"), crop_scale=(0.3, 1.0))
 SPACE = ActionSpace(ALL.groups)
 IMAGE = torch.from_numpy(picture(24, 24))
 
@@ -25,7 +25,7 @@ def bank(vary, count=16):
 
 def test_components_are_those_that_the_run_trains_with():
     jitter = ["brightness", "contrast", "saturation", "hue"]
-    assert components(ALL) == [*jitter, "grayscale", "blur", "solarize", "flip", "rotation", "crop"]
+    assert components(ALL) == [*jitter, "grayscale", "blur", "solarize", "compression", "flip", "rotation", "crop"]
     only = ActionsConfig(hue=0.0, blur_probability=0.0, grayscale_probability=0.0)
     assert components(only) == ["brightness", "contrast", "saturation", "solarize"]
     assert components(ActionsConfig(strength=0.0)) == []
@@ -42,6 +42,7 @@ def test_a_destroyed_source_is_what_training_would_have_made_of_it(what):
         "grayscale": lambda: reference_views.grayscale(image),
         "blur": lambda: reference_views.blur(image, float(told["blur_sigma"][0])),
         "solarize": lambda: reference_views.solarize(image, ALL.solarize_threshold),
+        "compression": lambda: reference_views.compress(image, told["compression_quality"][0]),
     }[what]()
     assert reference_views.error(made.source.numpy(), want) < 1
     assert reference_views.error(made.source.numpy(), image) > 3

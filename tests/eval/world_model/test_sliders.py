@@ -7,6 +7,7 @@ import re
 
 import numpy as np
 import pytest
+import reference_views
 import torch
 from browser import Page, find_chromium
 from PIL import Image
@@ -69,6 +70,29 @@ def test_stops_go_over_what_training_drew_with_neutral_in_the_middle(form):
         sliding_examples(model, config, space, pictures(1), stops=4)
     still = Config(model=config.model, actions=ActionsConfig(strength=0.0), masks=config.masks)
     assert sliding_examples(model, still, space, pictures(1)) == []
+
+
+def test_a_slider_of_compression_shows_the_source_and_asks_for_the_clean_view():
+    groups = ("photometric", "compression")
+    actions = ActionsConfig(groups=groups, compression_quality=(10, 80))
+    config = RAW.model_copy(update={"actions": actions})
+    image = pictures(1)
+    (example,) = sliding_examples(Deaf(ActionSpace(groups)), config, ActionSpace(groups), image, bank=64, stops=7)
+    slider = example.sliders[-1]
+    assert (slider.name, slider.unit, slider.neutral) == ("compression_quality", "quality", 0)
+    assert [stop.value for stop in slider.stops] == [101, 80, 66, 52, 38, 24, 10]
+    assert slider.stops[0].source is None
+    assert np.array_equal(example.pictures[slider.stops[0].view], image[0].numpy())
+    for stop in slider.stops[1:]:
+        assert stop.view == slider.stops[0].view
+        expected = reference_views.compress(image[0].numpy(), int(stop.value))
+        assert np.array_equal(example.pictures[stop.source], expected)
+    assert slider.stops[0].place["l2"] < 2
+    card = block_html(slider_card(example, "image0"))
+    data = json.loads(re.search(r'<script type="application/json">(.*)</script>', card).group(1))
+    said = [stop["said"] for stop in data["sliders"][-1]["stops"]]
+    assert said == ["none", *(f"{quality} quality" for quality in (80, 66, 52, 38, 24, 10))]
+    assert [("source" in stop) for stop in data["sliders"][-1]["stops"]] == [False] + [True] * 6
 
 
 def test_places_are_those_of_brute_force():
