@@ -7,10 +7,10 @@ PyTorch, work in any floating type up to float64 on any device, and define what 
 
 from __future__ import annotations
 
+from ._choices.run_choices import Adopted, RunChoices, read_adopted, run_choices
 from ._lib.backend import use_backend
 from ._lib.compiled import compiled_variants, triton_functions
 from ._mlp.workspace import mlp_workspace, use_workspace
-from ._tuning.run_choices import Adopted, RunChoices, read_adopted, run_choices
 from ._tuning.tuner import TUNED, TUNING_DIR_VARIABLE, bucket, device_name, shipped_attention, tuning_folder, use_tuner
 from .conditioned_mlp import (
     conditioned_mlp,

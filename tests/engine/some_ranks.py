@@ -31,7 +31,7 @@ from iwm_fast.engine.checkpoint import writer as checkpoint_writer
 from iwm_fast.engine.distributed.ranks import leave
 from iwm_fast.eval.online import OnlineEvaluator
 from iwm_fast.kernels import use_backend
-from iwm_fast.kernels._tuning import run_choices as _run_choices
+from iwm_fast.kernels._choices import run_choices as _run_choices
 from iwm_fast.kernels._tuning.tuner import Tuner, key_of
 from iwm_fast.models import losses
 

@@ -13,7 +13,7 @@ from iwm_fast.engine.distributed.ranks import Ranks
 from iwm_fast.engine.kernel_choices import KernelChoices, read_tables
 from iwm_fast.errors import UserError
 from iwm_fast.kernels import Adopted
-from iwm_fast.kernels._tuning import run_choices as _run_choices
+from iwm_fast.kernels._choices import run_choices as _run_choices
 from iwm_fast.kernels._tuning.candidates import LIBRARY, candidates_of
 from iwm_fast.kernels._tuning.tuner import Tuner
 

@@ -9,11 +9,11 @@ import torch
 import triton
 
 from iwm_fast.kernels._aot.launches import recording
+from iwm_fast.kernels._choices.made_calls import made_call
+from iwm_fast.kernels._choices.run_choices import Adopted, RunChoices, read_adopted
 from iwm_fast.kernels._mlp import passes
 from iwm_fast.kernels._tuning import tuner as _tuning
 from iwm_fast.kernels._tuning.candidates import LIBRARY, Choice, candidates_of
-from iwm_fast.kernels._tuning.made_calls import made_call
-from iwm_fast.kernels._tuning.run_choices import Adopted, RunChoices, read_adopted
 from iwm_fast.kernels._tuning.tuner import Tuner, key_of, use_tuner
 
 SIZES, ABOUT = (5000, 1536, 384), "tma row"
@@ -167,7 +167,7 @@ def test_without_memory_to_time_with_the_first_candidate_stays(ranks, monkeypatc
     def none(*_):
         raise torch.OutOfMemoryError("none left")
 
-    monkeypatch.setattr("iwm_fast.kernels._tuning.run_choices.made_call", none)
+    monkeypatch.setattr("iwm_fast.kernels._choices.run_choices.made_call", none)
     ask(ranks[0])
     with pytest.warns(RuntimeWarning, match="no memory for it"):
         meet(ranks, 2)

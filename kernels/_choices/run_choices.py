@@ -19,9 +19,10 @@ from typing import Any, TypeVar
 
 import torch
 
-from .candidates import Choice, read_choice
+from iwm_fast.kernels._tuning.candidates import Choice, read_choice
+from iwm_fast.kernels._tuning.tuner import FAILURES, Key, Tuner, device_tuner, key_of, nearest
+
 from .made_calls import made_call
-from .tuner import FAILURES, Key, Tuner, device_tuner, key_of, nearest
 
 __all__ = ["Adopted", "Noted", "RunChoices", "read_adopted", "run_choices"]
 

@@ -12,9 +12,8 @@ from iwm_fast.kernels._mlp.hidden_backward import hidden_backward
 from iwm_fast.kernels._mlp.linear import linear
 from iwm_fast.kernels._mlp.operands import Bias
 from iwm_fast.kernels._mlp.weight_grad import weight_grad_slices
-
-from .candidates import Choice
-from .tuner import Key, key_of, use_tuner
+from iwm_fast.kernels._tuning.candidates import Choice
+from iwm_fast.kernels._tuning.tuner import Key, key_of, use_tuner
 
 __all__ = ["made_call"]
 
