@@ -35,7 +35,17 @@ _beside = Beside()
 _IN_INTERPRETER = "tests/kernels/test_interpreter.py::"
 # Under pytest-xdist files are taken up in this order, the others after these: a long one begun last leaves the other
 # workers idle. No order is wrong, and a file that is not named here loses seconds.
-_BEGUN_FIRST = ("tests/kernels/test_interpreter.py",)
+_BEGUN_FIRST = (
+    "tests/kernels/test_interpreter.py",
+    "tests/faults/test_ranks_lost.py",
+    "tests/cost/test_counted.py",
+    "tests/data/test_s3.py",
+    "tests/cli/test_main.py",
+    "tests/engine/test_faults.py",
+    "tests/data/test_survival.py",
+    "tests/test_api.py",
+    "tests/test_without_dali.py",
+)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -31,7 +31,7 @@ from iwm_fast.measure.timing import Clocked
 SMALL = ("model.encoder={depth: 1, width: 32, heads: 2}", "model.predictor.depth=1", "model.predictor.width=32")
 
 
-@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize("stage", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_two_ranks_say_what_the_formula_says(stage):
     """Payload of the large collectives, exactly but for the few bytes of norms and flags."""
     config = preset_config("cpu-micro", (*SMALL, f"zero.stage={stage}", "train.global_batch=4"))

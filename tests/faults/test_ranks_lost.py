@@ -159,6 +159,7 @@ def test_a_stopped_first_rank_is_named_though_it_holds_the_rendezvous(config, st
     assert "rank 0, which holds the rendezvous at 127.0.0.1:" in said
 
 
+@pytest.mark.slow
 def test_three_kills_change_nothing(tmp_path):
     """The short form of the soak; benchmarks/results/soak_cpu.json has a hundred."""
     command = [sys.executable, str(SOAK), "--out", str(tmp_path / "soak"), "--kills", "3", "--steps", "12"]
