@@ -70,7 +70,8 @@ def _words(field: dict[str, Any]) -> tuple[str, str]:
     kind = field.get("type")
     if kind == "array":
         if "prefixItems" in field:
-            return "pair", f"a list of {len(field['prefixItems'])} numbers [first, last]"
+            whole = all(item.get("type") == "integer" for item in field["prefixItems"])
+            return "pair", f"a list of {len(field['prefixItems'])} {'whole ' if whole else ''}numbers [first, last]"
         return "list", f"a list of {_words(field['items'])[1].removeprefix('one of ')}"
     if kind in _NUMBERS:
         return _NUMBERS[kind], _bounds(field, f"a {_NUMBERS[kind]}")

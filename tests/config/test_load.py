@@ -270,6 +270,10 @@ MISTAKES = {
         "actions: {compression_quality: [0, 95]}",
         "run.yaml:1: actions: compression_quality is [0, 95]; it must be ascending and within [1, 100]",
     ),
+    "quality between two": (
+        "actions: {compression_quality: [20.5, 95]}",
+        "run.yaml:1: actions.compression_quality: found [20.5, 95]; allowed: a list of 2 whole numbers [first, last]",
+    ),
     "qualities in the wrong order": (
         "actions: {compression_quality: [90, 20]}",
         "run.yaml:1: actions: compression_quality is [90, 20]; it must be ascending and within [1, 100]",

@@ -72,12 +72,17 @@ def test_stops_go_over_what_training_drew_with_neutral_in_the_middle(form):
     assert sliding_examples(model, still, space, pictures(1)) == []
 
 
-def test_a_slider_of_compression_shows_the_source_and_asks_for_the_clean_view():
+def compressing(quality):
+    """A configuration that compresses sources, and its action space."""
     groups = ("photometric", "compression")
-    actions = ActionsConfig(groups=groups, compression_quality=(10, 80))
-    config = RAW.model_copy(update={"actions": actions})
+    actions = ActionsConfig(groups=groups, strength=0.5, compression_quality=quality)
+    return RAW.model_copy(update={"actions": actions}), ActionSpace(groups)
+
+
+def test_a_slider_of_compression_shows_the_source_and_asks_for_the_clean_view():
+    config, space = compressing((10, 80))
     image = pictures(1)
-    (example,) = sliding_examples(Deaf(ActionSpace(groups)), config, ActionSpace(groups), image, bank=64, stops=7)
+    (example,) = sliding_examples(Deaf(space), config, space, image, bank=64, stops=7)
     slider = example.sliders[-1]
     assert (slider.name, slider.unit, slider.neutral) == ("compression_quality", "quality", 0)
     assert [stop.value for stop in slider.stops] == [101, 80, 66, 52, 38, 24, 10]
@@ -173,6 +178,31 @@ def test_a_browser_moves_the_sliders_and_fetches_nothing(page, tmp_path, width, 
         assert browser.errors == []
         browser.screenshot(tmp_path / "shot.png")
     assert Image.open(tmp_path / "shot.png").size == (width, 900)
+
+
+@pytest.mark.skipif(find_chromium() is None, reason="no Chromium here (Debian's package chromium has it)")
+def test_a_browser_shows_the_corrupted_source_and_the_clean_one_again(tmp_path):
+    config, space = compressing((10, 80))
+    examples = sliding_examples(Deaf(space), config, space, pictures(1), bank=64, stops=7, shown=4)
+    path = tmp_path / "report.html"
+    write_report(
+        path, config=config, name="a", step=1, results={}, metrics=[], examples=[], sliding=examples, environment={}
+    )
+    source = "document.querySelector('.source img').src"
+    words = "[...document.querySelectorAll('.source figcaption, .asked figcaption')].map(e => e.textContent)"
+    with Page(tmp_path / "profile") as browser:
+        browser.open(path)
+        clean = browser.run(source)
+        browser.run(MOVE.format(card=0, slider=4, at=6))
+        compressed = browser.run(source)
+        assert compressed != clean
+        assert browser.run(words) == ["10 quality", "clean"]
+        browser.run(MOVE.format(card=0, slider=4, at=1))
+        assert browser.run(source) not in (clean, compressed)
+        browser.run(MOVE.format(card=0, slider=0, at=6))
+        assert browser.run(source) == clean
+        assert browser.run(words) == ["clean", "×1.20"]
+        assert browser.errors == []
 
 
 @pytest.mark.skipif(find_chromium() is None, reason="no Chromium here (Debian's package chromium has it)")
