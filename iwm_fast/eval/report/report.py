@@ -47,6 +47,11 @@ def _sliders(examples: Sequence[SlidingExample]) -> list[Section]:
         "representation, never a picture. Shown are the views of the bank that come nearest to it; the one that was "
         "asked for has a green frame. All answers were computed beforehand."
     )
+    if any(slider.none is not None for slider in examples[0].sliders):
+        said += (
+            " A slider of what was done to the source changes the source; the clean view is asked for then, and the "
+            "predictor is told what was done."
+        )
     cards = [slider_card(example, f"image{i}") for i, example in enumerate(examples)]
     return [Section("What one action does along its range", cards, [said])]
 

@@ -73,7 +73,7 @@ def draw_pairs(images: Tensor, actions: ActionsConfig, *, first_sample: int = 0,
 
 
 def only_where(action: Floats, names: Sequence[str], name: str) -> NDArray[np.bool_]:
-    """Which pairs (n,) component ``name`` is asked of: all; but sigma and threshold of those blurred or solarized.
+    """Which pairs (n,) component ``name`` is asked of: all; but a strength of those that have its flag.
 
     ``action`` and ``names``: of `Pairs`.
     """

@@ -81,7 +81,7 @@ def _notes(results: Results) -> list[str]:
         f"Two views of each of {pairs[0]} training and {pairs[1]} test images under the run's actions, jitter always "
         f"applied; pooled features of the {results['equivariance_encoder']} encoder. Equivariance: how much of what "
         "differs between the views a ridge regression tells from both features, R² on the test images, 0 for nothing. "
-        "Flags are regressed as 0 or 1; sigma and threshold are asked of the pairs blurred or solarized."
+        "Flags are regressed as 0 or 1; a strength (sigma, threshold, quality) is asked of pairs that have its flag."
     )
     invariance = (
         "Invariance: cosine of the two views' features on a scale where 1 is the same and 0 as far apart as two "
