@@ -50,7 +50,7 @@ def draw_views(actions: ActionsConfig, seed: int, epoch: Ints, sample: Ints, siz
     draws = uniforms(seed, epoch, sample, VIEWS, _VIEWS + _SOURCE_DRAWS * (sources - 1))
     geometry = _geometry(actions, draws, size, rotate=False)
     target = _jitter(actions, draws[:, _TARGET:])
-    compression = np.empty((len(size), 2 * sources))
+    compression = np.zeros((len(size), 2 * sources))
     if "compression" in actions.groups:
         compression = uniforms(seed, epoch, sample, COMPRESSION, 2 * sources)
     parts = []

@@ -311,3 +311,22 @@ def test_compression_moves_no_other_draw():
     assert not (plain.compression_quality < NO_COMPRESSION).any()
     assert (whole.compression_quality < NO_COMPRESSION).any()
     np.testing.assert_array_equal(columns(dataclasses.replace(whole, compression_quality=None)), columns(plain))
+
+
+@pytest.mark.parametrize("groups", [("photometric",), ("photometric", "geometric"), ("photometric", "compression")])
+@pytest.mark.parametrize("sources", [1, 3])
+def test_nothing_is_computed_from_memory_that_was_not_written(groups, sources, monkeypatch):
+    plain = np.empty
+
+    def written_over(*shape, **options):
+        made = plain(*shape, **options)
+        made.fill((np.iinfo if made.dtype.kind in "iu" else np.finfo)(made.dtype).max)
+        return made
+
+    size, ids = np.tile((320, 240), (50, 1)), np.arange(50)
+    found = draw_views(ActionsConfig(groups=groups), 3, ids * 0, ids, size, sources=sources)
+    monkeypatch.setattr(np, "empty", written_over)
+    with np.errstate(all="raise"):
+        again = draw_views(ActionsConfig(groups=groups), 3, ids * 0, ids, size, sources=sources)
+    for ours, theirs in zip(dataclasses.astuple(found), dataclasses.astuple(again), strict=True):
+        np.testing.assert_equal(ours, theirs)
