@@ -68,9 +68,7 @@ class ExternalSpace(ActionSpace):
         """One action from values by name, float32 (A,): the rest is neutral; a choice's value is 1. ValueError for
         a name that there is not.
         """
-        unknown = sorted(set(values) - set(self.names))
-        if unknown:
-            raise ValueError(f"{unknown[0]!r} is no component of this action; there are {', '.join(self.names)}")
+        self._require_known(values)
         if self.external.kind == "discrete":
             return np.array([float(values.get(name, 0.0)) for name in self.names], np.float32)
         given = [values.get(name, neutral) for name, neutral in zip(self.names, self.external.neutral, strict=True)]

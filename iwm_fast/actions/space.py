@@ -7,7 +7,7 @@ Sources: arXiv:2403.00504 section 4 (differences of jitter, indicators of destru
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -106,9 +106,7 @@ class ActionSpace:
 
         A strength (a sigma, a threshold) sets its flag too. ValueError for a name that is not in `names`.
         """
-        unknown = sorted(set(values) - set(self.names))
-        if unknown:
-            raise ValueError(f"{unknown[0]!r} is no component of this action; there are {', '.join(self.names)}")
+        self._require_known(values)
         given = {name: float(value) for name, value in values.items()}
         for corruption in self.corruptions:
             if corruption.strength in given:
@@ -123,6 +121,12 @@ class ActionSpace:
                 offset = _offset(name, part.neutral)
                 action[index] = (given.get(name, offset) - offset) / part.range
         return action
+
+    def _require_known(self, names: Iterable[str]) -> None:
+        """ValueError for a name that is not in `names`."""
+        unknown = sorted(set(names) - set(self.names))
+        if unknown:
+            raise ValueError(f"{unknown[0]!r} is no component of this action; there are {', '.join(self.names)}")
 
     def _jitter_columns(self, source: Jitter, target: Jitter) -> dict[str, Array]:
         columns: dict[str, Array] = {}

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -194,19 +194,33 @@ def _require_shape(name: str, array: Array, shape: tuple[int, ...]) -> None:
 
 @dataclass(frozen=True, eq=False)
 class _Rows:
-    """Arrays with one row per view, by field, which are taken and concatenated together."""
+    """Columns with one row per view, by field: arrays, or columns of columns, taken and concatenated together."""
 
     def __len__(self) -> int:
         return len(getattr(self, fields(self)[0].name))
 
     def take(self, rows: Array) -> Self:
         """The given rows (any NumPy index of one axis), so often as they are named."""
-        return replace(self, **{field.name: getattr(self, field.name)[rows] for field in fields(self)})
+
+        def taken(name: str) -> Any:
+            column = getattr(self, name)
+            return column.take(rows) if isinstance(column, _Rows) else column[rows]
+
+        return self._columnwise(taken)
 
     @classmethod
     def concatenate(cls, parts: Sequence[Self]) -> Self:
         """One after the other, at least one."""
-        return cls(**{field.name: np.concatenate([getattr(p, field.name) for p in parts]) for field in fields(cls)})
+
+        def joined(name: str) -> Any:
+            columns = [getattr(part, name) for part in parts]
+            return type(columns[0]).concatenate(columns) if isinstance(columns[0], _Rows) else np.concatenate(columns)
+
+        return parts[0]._columnwise(joined)  # noqa: SLF001  (its own class)
+
+    def _columnwise(self, column: Callable[[str], Any]) -> Self:
+        """The same with the columns that `column` gives by their names."""
+        return replace(self, **{field.name: column(field.name) for field in fields(self)})
 
 
 @dataclass(frozen=True, eq=False)
@@ -256,7 +270,6 @@ class Geometry(_Rows):
         _require_shape("rotation", self.rotation, (len(self),))
 
 
-_V = TypeVar("_V", bound="Views")
 _UNDONE: Any = None  # a column that is left out is that of views to which nothing was done
 
 
@@ -296,26 +309,19 @@ class Views(_Rows):
         if self.shared_geometry and self.source_geometry is not self.target_geometry:
             raise ValueError("shared_geometry is True, so source_geometry must be the same object as target_geometry")
 
-    def take(self, rows: Array) -> Self:
-        """The given rows (any NumPy index of one axis), so often as they are named."""
-
-        def taken(name: str) -> Any:
-            column = getattr(self, name)
-            return column.take(rows) if isinstance(column, _Rows) else column[rows]
-
-        return _columnwise(self, taken)
-
     @classmethod
     def concatenate(cls, parts: Sequence[Self]) -> Self:
         """One after the other, at least one; ValueError where some share their geometry and some do not."""
         if len({part.shared_geometry for part in parts}) != 1:
             raise ValueError("parts must not be empty, and all or none of them must have shared_geometry")
+        return super().concatenate(parts)
 
-        def joined(name: str) -> Any:
-            columns = [getattr(part, name) for part in parts]
-            return type(columns[0]).concatenate(columns) if isinstance(columns[0], _Rows) else np.concatenate(columns)
-
-        return _columnwise(parts[0], joined)
+    def _columnwise(self, column: Callable[[str], Any]) -> Self:
+        """A shared geometry stays shared."""
+        made = {field.name: column(field.name) for field in fields(self) if field.name != "shared_geometry"}
+        if self.shared_geometry:
+            made["source_geometry"] = made["target_geometry"]
+        return replace(self, **made)
 
     def uncorrupted(self) -> Self:
         """The same geometry and jitter, and nothing done to the source alone."""
@@ -334,14 +340,6 @@ class Views(_Rows):
         geometry = Geometry(np.asarray(crop, np.int64), np.zeros(count, bool), np.zeros(count, np.int64))
         still = Jitter.neutral(count)
         return Views(np.asarray(size, np.int64), geometry, geometry, still, still, shared_geometry=True)
-
-
-def _columnwise(views: _V, column: Callable[[str], Any]) -> _V:
-    """Views of the columns that `column` gives by their names; a shared geometry stays shared."""
-    made = {field.name: column(field.name) for field in fields(views) if field.name != "shared_geometry"}
-    if views.shared_geometry:
-        made["source_geometry"] = made["target_geometry"]
-    return replace(views, **made)
 
 
 def colour_matrix(jitter: Jitter) -> Floats:
