@@ -50,7 +50,7 @@ def draw_views(actions: ActionsConfig, seed: int, epoch: Ints, sample: Ints, siz
     draws = uniforms(seed, epoch, sample, VIEWS, _VIEWS + _SOURCE_DRAWS * (sources - 1))
     geometry = _geometry(actions, draws, size, rotate=False)
     target = _jitter(actions, draws[:, _TARGET:])
-    compression = np.zeros((len(size), 2 * sources))
+    compression = None
     if "compression" in actions.groups:
         compression = uniforms(seed, epoch, sample, COMPRESSION, 2 * sources)
     parts = []
@@ -62,7 +62,7 @@ def draw_views(actions: ActionsConfig, seed: int, epoch: Ints, sample: Ints, siz
             source_geometry = _geometry(actions, places, size, rotate=True)
         jitter = _jitter(actions, own)
         shared = source_geometry is geometry
-        corrupted = _corrupted(actions, own, compression[:, 2 * k :])
+        corrupted = _corrupted(actions, own, None if compression is None else compression[:, 2 * k :])
         parts.append(Views(size, geometry, source_geometry, target, jitter, shared, **corrupted))
     if sources == 1:
         return parts[0]
@@ -70,17 +70,21 @@ def draw_views(actions: ActionsConfig, seed: int, epoch: Ints, sample: Ints, siz
     return Views.concatenate(parts).take(side_by_side)
 
 
-def _corrupted(actions: ActionsConfig, own: Floats, compression: Floats) -> dict[str, NDArray[Any]]:
-    """The columns of what is done to the source alone, from its draws (B, 9 or more) and its compression's (B, 2)."""
+def _corrupted(actions: ActionsConfig, own: Floats, compression: Floats | None) -> dict[str, NDArray[Any]]:
+    """The columns of what is done to the source alone, from its draws (B, 9 or more).
+
+    ``compression``: (B, 2 or more), draws of its own, where it can be compressed.
+    """
     low, high = actions.blur_sigma
     sigma = np.maximum(low + (high - low) * own[:, _SIGMA], np.finfo(np.float32).tiny)
-    lowest, highest = actions.compression_quality
     drawn: dict[str, tuple[Floats, Any]] = {
         "grayscale": (own[:, _GRAYSCALE], True),
         "blur": (own[:, _BLUR], sigma),
         "solarize": (own[:, _SOLARIZE], actions.solarize_threshold),
-        "compression": (compression[:, 0], np.floor(lowest + (highest + 1 - lowest) * compression[:, 1])),
     }
+    if compression is not None:
+        lowest, highest = actions.compression_quality
+        drawn["compression"] = (compression[:, 0], np.floor(lowest + (highest + 1 - lowest) * compression[:, 1]))
     columns = {}
     for corruption in corruptions_drawn(actions):
         chance, strength = drawn[corruption.name]
