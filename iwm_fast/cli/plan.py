@@ -109,11 +109,10 @@ def planner_of(config: Config, images: int = 2048) -> Planner:
 
     With I-JEPA's masks the mean of 2,048 context lengths is known to about 0.3 %.
     """
-    from iwm_fast.config.batch import divide_batch
     from iwm_fast.cost.plan import Planner
     from iwm_fast.cost.tokens import tokens_of
 
-    return Planner(config, tokens_of(config, images), divide_batch)
+    return Planner(config, tokens_of(config, images))
 
 
 def _images_of(config: Config, given: int | None) -> tuple[Config, ImageCount]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from iwm_fast.config import Config
+from iwm_fast.config.batch import divide_batch
 from iwm_fast.cost.activations import Activations, activations
 from iwm_fast.cost.communication import Collective, Fabric, ring_bytes, step_collectives
 from iwm_fast.cost.devices import Device, Rate
@@ -24,8 +25,6 @@ RESERVED, FRAGMENTED = 3 * 10**9, 0.08
 # How much faster another stage must be planned before it is preferred: rates and overlap are assumed, and this is no
 # less than what they may be off by.
 WORTH = 0.05
-
-Divide = Callable[[int, int, int | None], tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -88,12 +87,11 @@ class Choice:
 class Planner:
     """Plans one configuration; what does not depend on the cluster is worked out once.
 
-    tokens: of enough of the run's images to stand for all. divide: the loader's rule, (global batch, ranks, ceiling) to
-    (micro-batch, accumulation).
+    tokens: of enough of the run's images to stand for all.
     """
 
-    def __init__(self, config: Config, tokens: Tokens, divide: Divide, layout: Layout | None = None) -> None:
-        self.config, self.tokens, self.divide = config, tokens, divide
+    def __init__(self, config: Config, tokens: Tokens, layout: Layout | None = None) -> None:
+        self.config, self.tokens = config, tokens
         self.layout = layout or layout_of(config)
 
     @property
@@ -126,13 +124,13 @@ class Planner:
     def with_batch(self, global_batch: int) -> Planner:
         """The same run with another global batch."""
         train = self.config.train.model_copy(update={"global_batch": global_batch})
-        return Planner(self.config.model_copy(update={"train": train}), self.tokens, self.divide, self.layout)
+        return Planner(self.config.model_copy(update={"train": train}), self.tokens, self.layout)
 
     def variants(self, cluster: Cluster) -> list[Stage]:
         """Every stage without and with recomputation that the configuration allows, each at the largest micro-batch
         that fits, whatever train.micro_batch is. UserError where the ranks cannot share the global batch.
         """
-        self.divide(self.config.train.global_batch, cluster.world, None)
+        divide_batch(self.config.train.global_batch, cluster.world, None)
         return [self._largest(config, cluster) for config in self.settings[0]]
 
     def stages(self, cluster: Cluster) -> list[Stage]:
@@ -145,7 +143,7 @@ class Planner:
     def configured(self, cluster: Cluster) -> Stage:
         """The configuration as it is, at the micro-batch that a training would use, whether that fits or not."""
         world, train = cluster.world, self.config.train
-        micro, accumulation = self.divide(train.global_batch, world, train.micro_batch)
+        micro, accumulation = divide_batch(train.global_batch, world, train.micro_batch)
         return self._at(self.config, cluster, micro, accumulation)
 
     def choose(self, stages: list[Stage], cluster: Cluster) -> Choice:
@@ -176,7 +174,7 @@ class Planner:
         state = state_memory(config, self.layout, cluster.world)
         ceiling: int | None = None
         while True:
-            micro, accumulation = self.divide(config.train.global_batch, cluster.world, ceiling)
+            micro, accumulation = divide_batch(config.train.global_batch, cluster.world, ceiling)
             if self._with_batch(config, state, micro).total <= cluster.usable or micro == 1:
                 return self._at(config, cluster, micro, accumulation)
             ceiling = micro - 1

@@ -13,7 +13,6 @@ from small_run import small_config
 from iwm_fast.cli import plan as plan_command
 from iwm_fast.cli.plan import planner_of
 from iwm_fast.config import load_config, packaged_config
-from iwm_fast.config.batch import divide_batch
 from iwm_fast.cost.devices import DEVICES, Rate, compute_rate
 from iwm_fast.cost.memory import Layout, Parameter
 from iwm_fast.cost.plan import FRAGMENTED, RESERVED, Cluster, Planner
@@ -38,7 +37,7 @@ def large():
 
 def changed(planner, *overrides):
     config = load_config(packaged_config("vit_large_p16_224.yaml"), overrides)
-    return Planner(config, planner.tokens, planner.divide, planner.layout)
+    return Planner(config, planner.tokens, planner.layout)
 
 
 def advice(planner, at=None, images=SET):
@@ -277,10 +276,8 @@ def test_a_source_more_is_a_row_more_of_tokens_and_pixels(tmp_path):
     """Memory by hand for four sources: pixels of one target and four sources, in each of the batches under way."""
     config = small_config(tmp_path, views={"sources_per_target": 4})
     tokens = Tokens(np.array([7] * 16), np.array([5] * 16), 4)
-    planner = Planner(config, tokens, divide_batch)
+    planner = Planner(config, tokens)
     stage = planner.configured(cluster(gpus=1))
-    one = Planner(
-        config.model_copy(update={"data": config.data.model_copy(update={"prefetch": 4})}), tokens, divide_batch
-    )
+    one = Planner(config.model_copy(update={"data": config.data.model_copy(update={"prefetch": 4})}), tokens)
     more = one.configured(cluster(gpus=1)).memory.workspace - stage.memory.workspace
     assert more == 8 * (1 + 4) * 3 * 32**2 * (4 - config.data.prefetch)
