@@ -72,16 +72,17 @@ class _Early:
         self._of: dict[Tensor, int] = {p: i for i, bucket in enumerate(self._buckets) for p in bucket}
         self._grads: dict[Tensor, Tensor] = {}
         self._left: list[int] = []
+        self._takers = {p: self._taker(p) for p in self._of}
 
     def copies(self, parameters: Sequence[Tensor]) -> list[Tensor]:
         """Copies in bf16, each with a hook that takes its gradient."""
         with torch.no_grad():
             found = _converted(list(parameters), torch.bfloat16)
         for parameter, copy in zip(parameters, found, strict=True):
-            copy.requires_grad_().register_post_accumulate_grad_hook(self._take(parameter))
+            copy.requires_grad_().register_post_accumulate_grad_hook(self._takers[parameter])
         return found
 
-    def _take(self, parameter: Tensor) -> Callable[[Tensor], None]:
+    def _taker(self, parameter: Tensor) -> Callable[[Tensor], None]:
         def take(copy: Tensor) -> None:
             if not self._left:  # the pass's first gradient
                 self._left = [len(bucket) for bucket in self._buckets]
