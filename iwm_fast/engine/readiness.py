@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 import socket
 import sys
@@ -13,6 +12,7 @@ from torch import nn
 from iwm_fast.config import Config
 from iwm_fast.engine.evaluator import Evaluator
 from iwm_fast.engine.metrics.prometheus import require_prometheus
+from iwm_fast.engine.metrics.wandb_logger import require_wandb
 from iwm_fast.engine.optimizer import MOMENTS
 from iwm_fast.engine.run_directory import RunDirectory
 from iwm_fast.errors import UserError
@@ -60,10 +60,8 @@ def require_room(model: nn.Module, checkpoints: Path) -> None:
 
 
 def _require_sinks(config: Config) -> None:
-    if config.log.wandb is not None and importlib.util.find_spec("wandb") is None:
-        raise UserError(
-            "log.wandb is set, but the package is not installed: pip install 'iwm-fast[wandb]', or unset log.wandb"
-        )
+    if config.log.wandb is not None:
+        require_wandb()
     if config.log.prometheus_port is not None:
         require_prometheus()
     if config.log.prometheus_port:

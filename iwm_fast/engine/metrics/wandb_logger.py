@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import uuid
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,15 @@ from typing import Any
 from iwm_fast.errors import UserError
 from iwm_fast.file_names import valid_unicode
 
-__all__ = ["WandbSink"]
+__all__ = ["WandbSink", "require_wandb"]
+
+
+def require_wandb() -> None:
+    """UserError where the package is not installed."""
+    if importlib.util.find_spec("wandb") is None:
+        raise UserError(
+            "log.wandb is set, but the package is not installed: pip install 'iwm-fast[wandb]', or unset log.wandb"
+        )
 
 
 class WandbSink:
@@ -19,12 +28,9 @@ class WandbSink:
     """
 
     def __init__(self, project: str, directory: Path, config: dict[str, Any]) -> None:
-        try:
-            import wandb
-        except ImportError as error:
-            raise UserError(
-                "log.wandb is set, but the package is not installed: pip install 'iwm-fast[wandb]', or unset log.wandb"
-            ) from error
+        require_wandb()
+        import wandb
+
         directory.mkdir(parents=True, exist_ok=True)
         remembered = directory / ".wandb_run"
         if not remembered.exists():
