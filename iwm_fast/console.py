@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -14,7 +15,7 @@ from rich.text import Text
 
 from iwm_fast.file_names import printable
 
-__all__ = ["Count", "counting", "print_table"]
+__all__ = ["Count", "counting", "part_of", "print_table"]
 
 Count = Callable[[str, int, int | None], None]  # what is being done, how much of it is done, of how much
 
@@ -38,6 +39,11 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]
     print(title)
     for line in lines:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def part_of(progress: Count | None, what: str) -> Callable[[int, int], None] | None:
+    """What gets (done, of how many) of one piece of the work, where somebody follows it."""
+    return None if progress is None else partial(progress, what)
 
 
 @contextmanager

@@ -88,8 +88,7 @@ def pretrain(
             chosen = decide(ranks, choose)
             require_shared(directory.path, ranks.peers, ranks.rank, lambda value: gather(value, ranks.world))
             live.at("listing of the data")
-            patience = Patience(config.data.store_timeout, config.data.store_attempts)
-            files = triplets or list_images(config.data.root or "", config.data.source, patience)
+            files = triplets or list_images(config.data.root or "", config.data.source, Patience.of(config.data))
             require_alike_lists(files, ranks)
             require_a_step(config, len(files))
             if triplets is None:

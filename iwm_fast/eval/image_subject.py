@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 
 from iwm_fast.actions.ranges import varying
 from iwm_fast.actions.space import ActionSpace
 from iwm_fast.config import Config
-from iwm_fast.console import Count
+from iwm_fast.console import Count, part_of
 from iwm_fast.eval.feature_cache import FeatureCache, Features
 from iwm_fast.eval.features import EncoderName, Kept, encoder_of, read_features
 from iwm_fast.eval.registry import Need
@@ -50,7 +50,7 @@ class ImageSubject:
 
     def tell(self, what: str) -> Callable[[int, int], None] | None:
         """What gets (done, of how many) of a part of the work."""
-        return None if self.progress is None else partial(self.progress, what)
+        return part_of(self.progress, what)
 
     def missing(self, need: Need) -> str | None:
         """Why a need is not met, None where it is."""

@@ -280,8 +280,7 @@ def open_splits(
     ``limit``: at most so many files of each, spread evenly over the sorted files and so over the classes. ``source``: a
     value of data.source, of these images. UserError where ``root`` is missing, empty, without images or ambiguous.
     """
-    patience = Patience(config.data.store_timeout, config.data.store_attempts)
-    *both, layout = divide(root, patience, source)
+    *both, layout = divide(root, Patience.of(config.data), source)
     train, test = (
         FileSplit(files, config.model.image, config.data, place=place, layout=layout)
         for files, place in zip(both, layout.places, strict=True)

@@ -46,8 +46,7 @@ def opened_stream(
     elif triplets is not None:
         stream = PairStream(config, triplets, space, rank=ranks.rank, world=ranks.world)
     else:
-        patience = Patience(config.data.store_timeout, config.data.store_attempts)
-        files = list_images(str(root), config.data.source, patience)
+        files = list_images(str(root), config.data.source, Patience.of(config.data))
         stream = TrainingStream(config, files, space, rank=ranks.rank, world=ranks.world)
     try:
         yield stream

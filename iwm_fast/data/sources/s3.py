@@ -21,6 +21,7 @@ from functools import cached_property, partial
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
+from iwm_fast.config.schema import DataConfig
 from iwm_fast.data.decode.encoded import BadSample
 from iwm_fast.data.sources.storage import DataGone
 from iwm_fast.errors import UserError
@@ -45,6 +46,11 @@ class Patience:
 
     timeout_s: float = 20.0
     attempts: int = 6
+
+    @classmethod
+    def of(cls, data: DataConfig) -> Patience:
+        """As ``data.store_timeout`` and ``data.store_attempts`` say."""
+        return cls(data.store_timeout, data.store_attempts)
 
 
 PATIENCE = Patience()

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 
 from iwm_fast.actions.space import ActionSpace
 from iwm_fast.config import Config
-from iwm_fast.console import Count
+from iwm_fast.console import Count, part_of
 from iwm_fast.eval.registry import Need
 from iwm_fast.eval.world_model.examples import RankedExample
 from iwm_fast.eval.world_model.frames import FrameReader
@@ -36,7 +35,7 @@ class TripletSubject:
 
     def tell(self, what: str) -> Callable[[int, int], None] | None:
         """What gets (done, of how many) of a part of the work."""
-        return None if self.progress is None else partial(self.progress, what)
+        return part_of(self.progress, what)
 
     def missing(self, need: Need) -> str | None:
         """Why a need is not met: triplets have neither classes nor a training part nor jitter."""
