@@ -25,6 +25,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import yaml
 
+from iwm_fast.benchmarks.plots import save
 from iwm_fast.benchmarks.sweep import interval, table, train_all
 from iwm_fast.config.load import find_config, load_config
 from iwm_fast.outputs import require_file, require_folder, require_result
@@ -120,8 +121,7 @@ def draw(arms: list[dict[str, Any]], picture: Path) -> None:
         axis.margins(x=0.22, y=0.1)
         axis.grid(alpha=0.3)
     figure.colorbar(shown, ax=axes, label="linear probe, % top-1", shrink=0.9)
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(picture, dpi=110)
+    save(figure, picture)
 
 
 def tables(arms: list[dict[str, Any]], held: dict[str, list[str]]) -> str:

@@ -1,1 +1,34 @@
-"""Pictures of what the benchmarks measured."""
+"""Pictures of what the benchmarks measured, and what their programs share."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from iwm_fast.outputs import require_file
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["result_and_picture", "save"]
+
+
+def result_and_picture(about: str | None) -> tuple[dict[str, Any], Path]:
+    """The result that the command line names, and where its picture goes, which can be written.
+
+    ``about``: the program's help.
+    """
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path)
+    parser.add_argument("picture", type=Path)
+    args = parser.parse_args()
+    require_file(args.picture, "picture")
+    return json.loads(args.results.read_text(encoding="utf-8")), args.picture
+
+
+def save(figure: Figure, picture: Path) -> None:
+    """Write a picture, with the folder that it lies in."""
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(picture, dpi=110)

@@ -8,8 +8,6 @@ stage, from the decoder's floor upwards.
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from iwm_fast.outputs import require_file
+from iwm_fast.benchmarks.plots import result_and_picture, save
 from iwm_fast.programs import run_program
 
 __all__ = ["draw", "table"]
@@ -66,21 +64,15 @@ def draw(document: dict[str, Any], picture: Path) -> None:
     right.set(xlabel="ms of a core an image", title="each stage with those before it")
     for axis in (left, right):
         axis.grid(alpha=0.3)
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(picture, dpi=110)
+    save(figure, picture)
     plt.close(figure)
 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path)
-    parser.add_argument("picture", type=Path)
-    args = parser.parse_args()
-    require_file(args.picture, "picture")
-    document = json.loads(args.results.read_text(encoding="utf-8"))
+    document, picture = result_and_picture(__doc__)
     print(table(document))
-    draw(document, args.picture)
+    draw(document, picture)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,6 @@ the limits that the same run measured.
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from iwm_fast.outputs import require_file
+from iwm_fast.benchmarks.plots import result_and_picture, save
 from iwm_fast.programs import run_program
 
 
@@ -73,20 +71,14 @@ def draw(document: dict[str, Any], picture: Path) -> None:
     )  # fmt: skip
     axis.grid(alpha=0.3, which="both")
     axis.legend(fontsize=8)
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(picture, dpi=110)
+    save(figure, picture)
 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path)
-    parser.add_argument("picture", type=Path)
-    args = parser.parse_args()
-    require_file(args.picture, "picture")
-    document = json.loads(args.results.read_text())
+    document, picture = result_and_picture(__doc__)
     print(table(document))
-    draw(document, args.picture)
+    draw(document, picture)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from iwm_fast.benchmarks.plots import save
 from iwm_fast.outputs import require_file
 from iwm_fast.programs import run_program
 
@@ -48,8 +49,7 @@ def main() -> None:
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
     axes[0, 0].legend(fontsize=8)
-    args.picture.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(args.picture, dpi=110)
+    save(figure, args.picture)
 
 
 if __name__ == "__main__":

@@ -7,17 +7,14 @@ Loss, RankMe and, where they were measured while training, MRR and k-NN over the
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
-from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from iwm_fast.outputs import require_file
+from iwm_fast.benchmarks.plots import result_and_picture, save
 from iwm_fast.programs import run_program
 
 CURVES = {"loss": "loss", "rank_me": "RankMe of the target", "mrr": "MRR", "knn": "k-NN accuracy"}
@@ -25,12 +22,8 @@ CURVES = {"loss": "loss", "rank_me": "RankMe of the target", "mrr": "MRR", "knn"
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path)
-    parser.add_argument("picture", type=Path)
-    args = parser.parse_args()
-    require_file(args.picture, "picture")
-    arms = json.loads(args.results.read_text())["arms"]
+    document, picture = result_and_picture(__doc__)
+    arms = document["arms"]
     shown = [key for key in CURVES if any(key in r for arm in arms for run in arm["runs"] for r in run["curve"])]
     figure, axes = plt.subplots(1, len(shown), figsize=(4.2 * len(shown), 3.2), layout="constrained")
     for axis, key in zip(axes, shown, strict=True):
@@ -44,8 +37,7 @@ def main() -> None:
         axis.grid(alpha=0.3)
     if len(arms) > 1:
         axes[0].legend(fontsize=8)
-    args.picture.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(args.picture, dpi=110)
+    save(figure, picture)
 
 
 if __name__ == "__main__":
