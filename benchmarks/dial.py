@@ -46,6 +46,13 @@ SHOWN = (
     "linear",
     "rank_me",
 )
+# Of the picture: a figure, its title, the control beside it and that control's name.
+PANELS = (
+    ("mrr", "MRR", "mrr_chance", "chance"),
+    ("equivariance", "equivariance, R² of the action", "equivariance_untrained", "untrained"),
+    ("invariance", "invariance", "invariance_untrained", "untrained"),
+    ("linear", "linear probe, accuracy", "linear_untrained", "untrained"),
+)
 MEASURED = ["--what", "mrr,linear,equivariance"]
 
 
@@ -91,36 +98,19 @@ def value(arm: dict[str, Any], name: str) -> float:
 
 
 def draw(arms: list[dict[str, Any]], picture: Path) -> None:
-    """The spectrum: a point an arm, invariance against R² and against MRR, coloured by the linear probe's accuracy."""
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
-    accuracy = [100 * value(arm, "linear") for arm in arms]
-    for axis, key, name in zip(axes, ("equivariance", "mrr"), ("R² of the action, mean", "MRR"), strict=True):
-        x, y = [value(arm, "invariance") for arm in arms], [value(arm, key) for arm in arms]
-        shown = axis.scatter(x, y, c=accuracy, cmap="viridis", s=60, zorder=3)
-        for arm, a, b in zip(arms, x, y, strict=True):
-            axis.annotate(arm["name"], (a, b), xytext=(5, 4), textcoords="offset points", fontsize=7)
-        if key == "equivariance":
-            axis.scatter(
-                value(arms[0], "invariance_untrained"),
-                value(arms[0], "equivariance_untrained"),
-                marker="x",
-                color="gray",
-            )
-            axis.annotate(
-                "untrained",
-                (value(arms[0], "invariance_untrained"), value(arms[0], "equivariance_untrained")),
-                xytext=(5, 4),
-                textcoords="offset points",
-                fontsize=7,
-                color="gray",
-            )
-        else:
-            axis.axhline(value(arms[0], "mrr_chance"), color="gray", ls="--", lw=1)
-        axis.set_xlabel("invariance (cosine under jitter, scaled)")
-        axis.set_ylabel(name)
-        axis.margins(x=0.22, y=0.1)
+    """A row per arm, a panel per figure: each seed, and the mean with its 95 % interval, beside chance or untrained."""
+    figure, axes = plt.subplots(1, len(PANELS), figsize=(13, 1.2 + 0.38 * len(arms)), sharey=True, layout="constrained")
+    for axis, (key, title, control, control_name) in zip(axes, PANELS, strict=True):
+        for row, arm in enumerate(arms):
+            seeds = [run["evaluation"][key] for run in arm["runs"]]
+            found = interval(seeds)
+            axis.plot(seeds, [row] * len(seeds), "o", color="C0", ms=4, alpha=0.35)
+            axis.errorbar(found["mean"], row, xerr=found["half_width"], fmt="o", color="C0", ms=6, capsize=3)
+        axis.axvline(value(arms[0], control), color="gray", ls="--", lw=1)
+        axis.set_title(f"{title}\n(dashed: {control_name})", fontsize=10)
         axis.grid(alpha=0.3)
-    figure.colorbar(shown, ax=axes, label="linear probe, % top-1", shrink=0.9)
+    axes[0].set_yticks(range(len(arms)), [arm["name"] for arm in arms])
+    axes[0].invert_yaxis()
     save(figure, picture)
 
 

@@ -89,21 +89,24 @@ def _draw(document: Mapping[str, Any], picture: Path, source: str) -> None:
             rows = counted(document)
             names = [row["name"] for row in rows]
             values = [1 / row["operations_ratio"] for row in rows]
-            axis.barh([n + 0.2 for n in range(len(names))], values, 0.4, label="operations: theirs over ours")
+            axis.barh([n + 0.2 for n in range(len(names))], values, 0.4, label="FLOPs")
             timed = [(n, row) for n, row in enumerate(rows) if row["speed_ratio"] is not None]
-            axis.barh([n - 0.2 for n, _ in timed], [row["speed_ratio"] for _, row in timed], 0.4, label="speed")
+            axis.barh([n - 0.2 for n, _ in timed], [row["speed_ratio"] for _, row in timed], 0.4, label="time")
             axis.axvline(1, color="black", lw=1)
             axis.set_yticks(range(len(names)), names, fontsize=7)
+            axis.set_xlabel("how many times more of it the baseline needs (above 1: iwm-fast needs less)")
             axis.legend(fontsize=8)
         else:
             rows = [row for row in document["rows"] if "memory_bytes" in row]
-            axis.plot([r["images"] for r in rows], [r["median_s"] for r in rows], "o", label="seconds")
+            axis.plot([r["images"] for r in rows], [r["median_s"] for r in rows], "o", label="measured")
             line = document.get("lines", {}).get("seconds")
             if line:
                 # By many points: on logarithmic axes a line with an intercept is a curve.
                 sizes = np.geomspace(rows[0]["images"], rows[-1]["images"])
-                axis.plot(sizes, line["intercept"] + line["slope"] * sizes, lw=1, label="the line")
-            axis.set(xlabel="images", ylabel="seconds a step", xscale="log", yscale="log")
+                axis.plot(
+                    sizes, line["intercept"] + line["slope"] * sizes, lw=1, label="fit: intercept + slope × images"
+                )
+            axis.set(xlabel="images", ylabel="seconds per step", xscale="log", yscale="log")
             axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
         figure.savefig(picture, metadata={"Date": None, "Source": source})

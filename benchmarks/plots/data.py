@@ -2,7 +2,7 @@
 
     python -m benchmarks.plots.data benchmarks/results/FILE.json docs/PICTURE.png
 
-Left, images a second of each contender, with the p20 and p80 of the repeats; right, a core's milliseconds an image by
+Left, images/s of each contender, with the p20 and p80 of the repeats; right, one core's milliseconds per image by
 stage, from the decoder's floor upwards.
 """
 
@@ -35,7 +35,11 @@ def table(document: dict[str, Any]) -> str:
             f"| {row['by']} | {'' if ratio is None else f'{ratio:.2f} ×'} |"
         )
     floor = next(stage["p50"] for stage in document["stages"] if "floor" in stage["stage"])
-    lines += ["", "| stage, with those before it | ms of a core an image (p20 – p80) | of the floor |", "|---|---|---|"]
+    lines += [
+        "",
+        "| stage, with those before it | ms of one core per image (p20 – p80) | of the floor |",
+        "|---|---|---|",
+    ]
     for stage in document["stages"]:
         low, middle, high = (1e3 * stage[key] for key in ("p20", "p50", "p80"))
         lines.append(f"| {stage['stage']} | {middle:.3f} ({low:.3f} – {high:.3f}) | {stage['p50'] / floor:.2f} |")
@@ -43,7 +47,7 @@ def table(document: dict[str, Any]) -> str:
 
 
 def draw(document: dict[str, Any], picture: Path) -> None:
-    """A bar a contender and number of cores; a bar a stage."""
+    """Draw a bar per contender and number of cores, and a bar per stage."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     cores = list(dict.fromkeys(row["cores"] for row in document["rows"]))
     names = list(dict.fromkeys(row["contender"] for row in document["rows"]))
@@ -53,15 +57,15 @@ def draw(document: dict[str, Any], picture: Path) -> None:
         middle = np.array([row["p50"] for row in rows])
         error = [middle - [row["p20"] for row in rows], np.array([row["p80"] for row in rows]) - middle]
         where = np.array([names.index(row["contender"]) for row in rows]) + place * width
-        label = f"{count} core{'s' if count > 1 else ''}, by {rows[0]['by']}"
+        label = f"{count} core{'s' if count > 1 else ''}, {'CPU' if rows[0]['by'] == 'cpu' else 'wall'} time"
         left.bar(where, middle, width, yerr=error, capsize=3, label=label)
-    left.set_xticks(np.arange(len(names)) + width * (len(cores) - 1) / 2, names)
-    left.set(ylabel="images a second", title=f"two views at {document['job']['size']}², {document['job']['device']}")
+    left.set_xticks(np.arange(len(names)) + width * (len(cores) - 1) / 2, [name.replace(" ", "\n") for name in names])
+    left.set(ylabel="images/s", title=f"two views at {document['job']['size']}², {document['job']['device']}")
     left.legend(fontsize=8)
     stages = document["stages"]
     right.barh([stage["stage"] for stage in stages], [1e3 * stage["p50"] for stage in stages], color="C2")
     right.invert_yaxis()
-    right.set(xlabel="ms of a core an image", title="each stage with those before it")
+    right.set(xlabel="ms of one core per image", title="each stage with those before it")
     for axis in (left, right):
         axis.grid(alpha=0.3)
     save(figure, picture)

@@ -2,8 +2,8 @@
 
     python -m benchmarks.plots.kernels benchmarks/results/FILE.json docs/PICTURE.png
 
-Operations a second over operations a byte (the fewest bytes that the work can move), both on logarithmic axes, under
-the limits that the same run measured.
+FLOP/s over FLOP per byte (the fewest bytes that the work can move), both on logarithmic axes, under the limits that
+the same run measured.
 """
 
 from __future__ import annotations
@@ -45,32 +45,45 @@ def table(document: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _name(case: dict[str, Any]) -> str:
+    """A case in a legend: operation, tokens × width (→ hidden), number of action components."""
+    hidden = f" → {case['hidden']}" if case["hidden"] else ""
+    actions = f", action of {case['actions']}" if case["actions"] else ""
+    return f"{case['operation']} {case['tokens']} × {case['width']}{hidden}{actions}"
+
+
 def draw(document: dict[str, Any], picture: Path) -> None:
-    """The roofline: a colour a contender, a circle a forward pass, a square one with gradients."""
+    """Draw the roofline: a colour per case, a shape per contender, filled for forward, hollow with gradients."""
     limits = document["ceilings"]
     top, slope = limits["matmul_flops_per_s"], limits["copy_bytes_per_s"]
     timed = [row for row in document["rows"] if "p50" in row]
-    figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
+    cases = list(dict.fromkeys(_name(row["case"]) for row in timed))
+    contenders = list(dict.fromkeys(row["contender"] for row in timed))
+    shapes = dict(zip(contenders, "os^Dv<>pPXh*", strict=False))
+    figure, axis = plt.subplots(figsize=(11, 5), layout="constrained")
     reach = np.geomspace(0.5, 4000, 200)
     axis.plot(reach, np.minimum(top, slope * reach), color="black", lw=1, label="measured limits")
-    names = list(dict.fromkeys(row["contender"] for row in timed))
     for row in timed:
-        name = row["contender"]
-        first = row is next(r for r in timed if r["contender"] == name)
+        colour = f"C{cases.index(_name(row['case']))}"
         axis.scatter(
             row["flops"] / row["bytes"],
             row["flops"] / row["p50"],
-            color=f"C{names.index(name)}",
-            marker="o" if row["passes"] == "forward" else "s",
-            s=24,
-            label=name if first else None,
+            edgecolors=colour,
+            facecolors=colour if row["passes"] == "forward" else "none",
+            marker=shapes[row["contender"]],
+            s=36,
+            zorder=3,
         )
+    for number, case in enumerate(cases):
+        axis.plot([], [], "s", color=f"C{number}", label=case)
+    for name in contenders:
+        axis.plot([], [], shapes[name], color="black", label=name)
+    axis.plot([], [], "o", color="black", markerfacecolor="none", label="hollow: forward + backward")
     axis.set(
-        xscale="log", yscale="log", xlabel="operations a byte of the fewest", ylabel="operations a second",
-        title=f"{document['device']}: circles forward, squares with gradients",
-    )  # fmt: skip
+        xscale="log", yscale="log", xlabel="FLOP per byte moved at least", ylabel="FLOP/s", title=document["device"]
+    )
     axis.grid(alpha=0.3, which="both")
-    axis.legend(fontsize=8)
+    figure.legend(loc="outside right center", fontsize=8)
     save(figure, picture)
 
 

@@ -2,12 +2,14 @@
 
     python -m benchmarks.plots.sweep benchmarks/results/FILE.json docs/PICTURE.png
 
-Loss, RankMe and, where they were measured while training, MRR and k-NN over the steps; a colour an arm, a line a seed.
+Loss, RankMe and, where they were measured while training, MRR and k-NN over the steps; a colour per arm, a line per
+seed, and as a dashed line chance or the untrained network, in the mean over all runs.
 """
 
 from __future__ import annotations
 
 import sys
+from statistics import mean
 
 import matplotlib
 
@@ -17,7 +19,13 @@ import matplotlib.pyplot as plt
 from iwm_fast.benchmarks.plots import result_and_picture, save
 from iwm_fast.programs import run_program
 
-CURVES = {"loss": "loss", "rank_me": "RankMe of the target", "mrr": "MRR", "knn": "k-NN accuracy"}
+# Each curve of the log: its title, and the control of its evaluation that stands as a dashed line, with its name.
+CURVES = {
+    "loss": ("loss", None),
+    "rank_me": ("RankMe of the target", None),
+    "mrr": ("MRR", ("mrr_chance", "chance")),
+    "knn": ("k-NN accuracy", ("knn_untrained", "untrained, whole test set")),
+}
 
 
 def main() -> None:
@@ -32,7 +40,14 @@ def main() -> None:
                 points = [(r["step"], r[key]) for r in run["curve"] if r.get(key) is not None]
                 label = arm["name"] if seed == 0 and len(arms) > 1 else None
                 axis.plot(*zip(*points, strict=True), color=f"C{number}", lw=1, alpha=0.8, label=label)
-        axis.set_title(CURVES[key], fontsize=10)
+        title, control = CURVES[key]
+        if control is not None:
+            name, said = control
+            values = [r["evaluation"][name] for arm in arms for r in arm["runs"] if name in r["evaluation"]]
+            if values:
+                axis.axhline(mean(values), color="gray", ls="--", lw=1, label=said)
+                axis.legend(fontsize=8)
+        axis.set_title(title, fontsize=10)
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
     if len(arms) > 1:

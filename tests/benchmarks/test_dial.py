@@ -33,7 +33,7 @@ def test_a_combination_that_several_grids_hold_is_trained_once():
 
 def test_measurements_are_tabulated_and_drawn_and_what_is_missing_is_left_out(tmp_path):
     arms, held = points("dial.yaml", ["difficulty"])
-    extra = ("mrr_chance", "invariance_untrained", "equivariance_untrained")
+    extra = ("mrr_chance", "invariance_untrained", "equivariance_untrained", "linear_untrained")
     for number, arm in enumerate(arms[:2]):
         arm["runs"] = [{"evaluation": dict.fromkeys((*SHOWN, *extra), 0.1 * (number + seed))} for seed in range(2)]
     text = tables(arms, held)
