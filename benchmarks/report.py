@@ -1,4 +1,4 @@
-"""docs/performance.md from what lies in results/: every number and picture in it comes from a file there.
+"""docs/reference/performance.md from what lies in results/: every number and picture in it comes from a file there.
 
     python -m benchmarks.report
 
@@ -29,8 +29,9 @@ _ROOT = Path(__file__).resolve().parent
 RESULTS = _ROOT / "results"
 _HEAD = """# Performance
 
-Written by `python -m benchmarks.report` from the files in [benchmarks/results](../benchmarks/results), which hold every
-repeat; nothing here is typed by hand. How to measure and how to read: [benchmarking.md](benchmarking.md).
+Written by `python -m benchmarks.report` from the files in [benchmarks/results](../../benchmarks/results), which hold
+every repeat; nothing here is typed by hand. How to measure and how to read:
+[benchmark and profile](../guides/benchmark_and_profile.md).
 """
 
 
@@ -48,7 +49,7 @@ def _made_with(file: str, document: Mapping[str, Any]) -> str:
     made = document["environment"]
     gpus = ", ".join(gpu["name"] for gpu in made["gpus"]) or "no GPU"
     return (
-        f"[{file}](../benchmarks/results/{file}): {made['cpu']}, {made['cores']} cores, {gpus}; "
+        f"[{file}](../../benchmarks/results/{file}): {made['cpu']}, {made['cores']} cores, {gpus}; "
         f"torch {made['packages']['torch']}, commit {(made['commit'] or 'unknown')[:12]}."
     )
 
@@ -113,7 +114,7 @@ def _draw(document: Mapping[str, Any], picture: Path, source: str) -> None:
         plt.close(figure)
 
 
-def write(results: Path = RESULTS, docs: Path = _ROOT.parent / "docs") -> None:
+def write(results: Path = RESULTS, docs: Path = _ROOT.parent / "docs" / "reference") -> None:
     """Write the page and its pictures."""
     (docs / "performance").mkdir(parents=True, exist_ok=True)
     for name, document in pictures(results).items():

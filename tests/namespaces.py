@@ -36,7 +36,7 @@ class Hosts:
             _ip("-n", space, "link", "set", device, "up")
             _ip("-n", space, "link", "set", "lo", "up")
             # A connection over a cut link fails after about ten seconds, not after a quarter of an hour: torchrun's own
-            # agent waits as long as the system does (docs/operations.md).
+            # agent waits as long as the system does (docs/guides/distributed.md).
             _ip("netns", "exec", space, "sysctl", "-q", "-w", "net.ipv4.tcp_retries2=5")
         return self
 

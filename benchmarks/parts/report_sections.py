@@ -1,4 +1,4 @@
-"""The sections of docs/performance.md: each kind of result as lines of Markdown."""
+"""The sections of docs/reference/performance.md: each kind of result as lines of Markdown."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def _savings(document: Mapping[str, Any]) -> list[str]:
     ]
     seeds = len(quality["arms"][0]["figures"]["mrr"]["seeds"])
     said_of = f"`{quality['config']}` with `{' '.join(quality['common'])}`, {seeds} seeds, means with 95 % intervals"
-    raw = f"([raw](../benchmarks/results/{quality['file']}))"
+    raw = f"([raw](../../benchmarks/results/{quality['file']}))"
     return [
         *lines,
         "",

@@ -89,5 +89,5 @@ def action_dim(actions: ActionsConfig) -> int:
     if not actions.is_external:
         return ActionSpace(actions.groups, actions.form).dim
     if actions.external is None:
-        raise UserError("actions.external is not set: to plan, name the actions as docs/triplets.md describes them")
+        raise UserError("actions.external is not set: name the actions as in docs/guides/triplets.md")
     return len(actions.external.names)

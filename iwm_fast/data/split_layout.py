@@ -2,7 +2,7 @@
 
 A name is a split's where it is one of these words, in any case, alone or followed by "set", "data", "images", "split"
 or a year (``Train``, ``test_set``, ``val2017``): train, training; test, testing; val, valid, validation, dev, eval. The
-rule, which docs/data.md repeats:
+rule, which docs/guides/data.md repeats:
 
 - one training folder and one for testing: these two. Where there is ``test`` as well as ``val``, ``test`` is tested on
   and ``val`` is not used.

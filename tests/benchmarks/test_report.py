@@ -1,4 +1,4 @@
-"""docs/performance.md is what benchmarks/results/ says, and its pictures are of the results that are there."""
+"""docs/reference/performance.md is what benchmarks/results/ says, and its pictures are of those results."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from iwm_fast.benchmarks import report
 from iwm_fast.benchmarks.parts import report_sections
 
-DOCS = Path(__file__).resolve().parents[2] / "docs"
+DOCS = Path(__file__).resolve().parents[2] / "docs" / "reference"
 
 
 def test_the_page_is_what_the_results_say():
@@ -53,5 +53,5 @@ def test_every_picture_that_the_page_names_is_there():
 @pytest.mark.parametrize(("file", "timed"), [("README.md", True), ("docs/results/speed.md", False)])
 def test_the_tables_of_the_step_beside_others_are_the_files(file, timed):
     document = json.loads((report.RESULTS / "peers_cpu.json").read_text(encoding="utf-8"))
-    text = (DOCS.parent / file).read_text(encoding="utf-8")
+    text = (DOCS.parents[1] / file).read_text(encoding="utf-8")
     assert "\n".join(report_sections.peers_summary(document, timed=timed)) in text

@@ -56,10 +56,10 @@ def test_every_kernel_of_an_architecture_compiles_without_a_spill(compiled):
     for cubin in cubins:  # what a profiler is told to look for is what the GPU's code is called
         assert re.findall(rb"\.text\.(\w+)", cubin.read_bytes())[0].decode() == cubin.name.partition(".")[0]
     assert kernels == set(TRITON_FUNCTIONS)
-    committed = (ROOT / "docs" / "kernels_sm_90.md").read_text()
+    committed = (ROOT / "docs" / "reference" / "kernels_sm_90.md").read_text()
     if f"Triton {document['triton']}," in committed:  # another version allots other registers
         page = (folder / "page.md").read_text()
-        assert page == committed, "docs/kernels_sm_90.md is old: its first lines say how to make it again"
+        assert page == committed, "docs/reference/kernels_sm_90.md is old: its first lines say how to make it again"
 
 
 # Role to (serial, overlapped): shares of the tensor cores' peak that the machine code has to allow.

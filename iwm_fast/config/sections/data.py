@@ -26,7 +26,7 @@ class DataConfig(Section):
     root: Place | None = Field(
         None,
         description="folder of images (sub-folders are classes), of .tar shards or of TFRecord files, the same as "
-        "s3://bucket/prefix, or a manifest of iwm-fast data index; or a manifest of triplets (docs/triplets.md)",
+        "s3://bucket/prefix, or a manifest of iwm-fast data index; or a manifest of triplets (docs/guides/triplets.md)",
     )
     device: Literal["auto", "cpu", "gpu"] = Field("auto", description="where DALI decodes and augments")
     threads: Annotated[int, Field(ge=1, le=256)] | None = Field(

@@ -49,7 +49,7 @@ class EvalConfig(Section):
 
     every_steps: Count | None = Field(None, description="k-NN and MRR every so many steps; default: never")
     root: Place | None = Field(
-        None, description="folder with train/ and test/ (or val/), or with a folder a class (docs/data.md)"
+        None, description="folder with train/ and test/ (or val/), or with a folder a class (docs/guides/data.md)"
     )
     images: Count = Field(2000, description="most images used for k-NN while training, of each split")
     mrr_images: Count = Field(32, description="images whose banks are ranked while training")

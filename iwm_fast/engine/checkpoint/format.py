@@ -2,8 +2,8 @@
 
 A checkpoint is a folder ``step_000123``: one safetensors file a rank with that rank's fragments of the fp32 weights,
 the optimizer's moments and the target's average; ``index.json`` with where each fragment belongs; ``manifest.json``
-with the size and SHA-256 of every file. ``latest`` beside the folders names the newest. docs/checkpoints.md describes
-all of it; ``checkpoint_writer`` writes it.
+with the size and SHA-256 of every file. ``latest`` beside the folders names the newest. docs/reference/checkpoints.md
+describes all of it; ``checkpoint_writer`` writes it.
 """
 
 from __future__ import annotations

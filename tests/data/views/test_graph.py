@@ -477,7 +477,7 @@ def test_emitted_parameters_recreate_the_views_of_photographs(component):
 @pytest.mark.skipif(not photos(), reason="no photographs: IWM_TEST_PHOTOS names no folder with JPEGs")
 @pytest.mark.parametrize(("quality", "share"), [(20, 0.0), (50, 0.0), (75, 0.05), (95, 0.1)])
 def test_a_gpus_compression_of_photographs_is_within_two_levels_of_pillows_but_for_some(quality, share):
-    """At 224 pixels, by the formula: docs/views.md has the distribution, which ``pytest -s`` prints."""
+    """At 224 pixels, by the formula: docs/reference/views.md has the distribution, which ``pytest -s`` prints."""
     errors = []
     for path in photos()[:60]:
         image = np.asarray(Image.open(path).convert("RGB").resize((224, 224), Image.Resampling.BILINEAR))
