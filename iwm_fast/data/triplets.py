@@ -1,7 +1,8 @@
 """Triplets from outside: pairs of pictures with the action that led from one to the other, listed in a manifest.
 
 The format stands in docs/guides/triplets.md: JSON Lines or Parquet, one triplet per row
-{source, target, action[, episode, step]}, and beside it, or in a first line, what the actions are. Whatever is wrong is told in one line with the file and line.
+{source, target, action[, episode, step]}, and beside it, or in a first line, what the actions are. Whatever is
+wrong is told in one line with the file and line.
 """
 
 from __future__ import annotations
