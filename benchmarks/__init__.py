@@ -1,12 +1,12 @@
-"""Measurements: in a checkout each module here is a program, ``python -m benchmarks.NAME --help``.
+"""Benchmarks. In a checkout each module here is a program: ``python -m benchmarks.NAME --help``.
 
-results/ has the files that they wrote, plots/ the programs that draw from these; the other folders are what programs
-are made of.
+results/ holds the JSON files that they wrote; plots/ the programs that draw these; the other folders the parts that the
+programs share.
 
-Installed as ``iwm_fast.benchmarks``, which is the name that modules import each other by, so that each is loaded once.
+Installed as ``iwm_fast.benchmarks``. Modules import each other by that name, so that each is loaded once.
 """
 
 from pathlib import Path
 
-# `python -m` runs programs by their old names too.
+# Programs also run by their old names.
 __path__.append(str(Path(__file__).with_name("old_names")))

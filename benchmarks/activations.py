@@ -1,15 +1,16 @@
-"""What a step keeps for its backward pass, by part, beside facebookresearch/ijepa's, and the batches that memory holds.
+"""Count the activations that a step saves for its backward pass, by part, against facebookresearch/ijepa, and estimate
+the largest batch that fits in memory.
 
     python -m benchmarks.activations --ijepa CHECKOUT --json FILE
 
-Nothing is computed: networks and batches are on PyTorch's meta device, and autograd's hooks see what is kept. Both
-sides are in bf16, ijepa under what CUDA's autocast does (`iwm_fast.measure.autocast`), and eager; both get ijepa's own
-masks, cut to the batch's shortest context, and no action.
+Nothing is computed: networks and batches are on PyTorch's meta device, and autograd's hooks see what is saved. Both
+implementations run eagerly in bf16, ijepa under CUDA's autocast rules (`iwm_fast.measure.autocast`), on ijepa's masks,
+cut to the batch's shortest context, and without an action.
 
-Counted: what autograd keeps from the forward pass to the backward pass, each storage once, and what lasts from step to
-step: weights, gradients, AdamW's moments, the moving average, and the rounded weights that autocast keeps in a step.
-Not counted, on either side: the batch's pixels, what the backward pass needs for moments, workspaces of libraries and
-collectives, and what the allocator cannot use. So a largest batch here is an upper bound.
+Counted: saved activations, each storage once, and what lasts from step to step: weights, gradients, AdamW's moments,
+the EMA, and the rounded weights that autocast caches within a step. Not counted, in either: the batch's pixels,
+temporary memory of the backward pass, workspaces of libraries and collectives, and the allocator's fragmentation. A
+largest batch here is therefore an upper bound.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def _half(inputs: Inputs, images: int) -> Inputs:
 
 
 def _ijepa(checkout: Checkout, shape: Shape, masks: Masks) -> dict[str, Any]:
-    """What is there whatever the batch is told from what each image adds by two batches."""
+    """Separate what each image adds from what every batch has, by counting two batch sizes."""
     drawn = draw_inputs(shape, masks, ActionSpace().dim, seed=0)
     whole = Inputs(drawn.source.to("meta"), drawn.target.to("meta"), drawn.action.to("meta"), masks)
     images = shape.batch // 2
@@ -86,13 +87,13 @@ def _ijepa(checkout: Checkout, shape: Shape, masks: Masks) -> dict[str, Any]:
         "per_image": sum(parts.values()),
         "parts_per_image": parts,
         "rounded_weights": all_of_it.total - shape.batch * sum(parts.values()),
-        # In fp32: weights, gradients and two moments; the moving average.
+        # In fp32: weights, gradients and two moments; the EMA.
         "state": 16 * trained + 4 * target,
     }
 
 
 def compare_shape(checkout: Checkout, shape: Shape, seed: int = 100) -> dict[str, Any]:
-    """A row: bytes an image by part of either side, state, and the largest batches."""
+    """Return one row: bytes per image by part of either implementation, state, and the largest batches."""
     shape = replace(shape, batch=_IMAGES)
     (masks,) = checkout.draw_masks(shape, 1, seed)
     mine, theirs = _ours(shape, masks), _ijepa(checkout, shape, masks)
@@ -117,10 +118,10 @@ def compare_shape(checkout: Checkout, shape: Shape, seed: int = 100) -> dict[str
 
 
 def count_batches(config: Config, sizes: Sequence[int] = BATCHES) -> dict[str, Any]:
-    """Counted bytes of batches of each size, and the line through them.
+    """Return the counted bytes of batches of each size, and the line fitted through them.
 
-    The same images, as many as the largest batch has, are divided into batches of each size: images differ in their
-    masks, and single ones would say how much.
+    The images of the largest batch are divided into batches of each size, because images differ in their masks and
+    single ones would add noise.
     """
     images = max(sizes)
     drawn = tokens_of(config, images)
@@ -134,10 +135,8 @@ def count_batches(config: Config, sizes: Sequence[int] = BATCHES) -> dict[str, A
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--ijepa", type=Path, required=True, metavar="CHECKOUT", help="a clone of facebookresearch/ijepa"
-    )
-    parser.add_argument("--json", required=True, metavar="FILE", help="- for standard output")
+    parser.add_argument("--ijepa", type=Path, required=True, metavar="CHECKOUT", help="clone of facebookresearch/ijepa")
+    parser.add_argument("--json", required=True, metavar="FILE", help="file to write; - for standard output")
     args = parser.parse_args(argv)
     require_result(args.json)
     try:
@@ -145,9 +144,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows = []
         for shape in (*COUNTED, *TIMED):
             rows.append(compare_shape(checkout, shape))
-            print(f"{shape.name}: kept × {rows[-1]['kept_ratio']:.3f}", file=sys.stderr, flush=True)
+            print(f"{shape.name}: saved activations × {rows[-1]['kept_ratio']:.3f}", file=sys.stderr, flush=True)
             if args.json != "-":
-                write_result(args.json, "activations", {"peer": "ijepa", "rows": rows})  # what is counted is kept
+                write_result(args.json, "activations", {"peer": "ijepa", "rows": rows})  # a stopped run keeps its rows
         config = load_config(find_config(_CONFIG), ["zero.stage=1", "train.precision=bf16"])
         body = {
             "peer": "ijepa",

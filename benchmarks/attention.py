@@ -1,18 +1,18 @@
-"""Attention over packed images at the step's own lengths: ours beside every other way that is installed.
+"""Time attention over packed images of a step's sequence lengths: iwm-fast's and every other installed implementation.
 
     python -m benchmarks.attention --json FILE [--device cuda|cpu] [--rounds 15] [--dtype bf16|fp32] [--only WORDS]
                                   [--table FILE]
 
-Lengths are those of the masks that training draws: the context encoder's, the target's, the predictor's. All compute
-the same from one packed tensor of q, k and v, (N, 3, heads, d), and give one gradient of it; for those that take images
-of one length at a time (on the CPU for all), in ascending order of length, as the model has them there. What a
-contender has to do to them first (padding, a nested tensor, a mask) or to its gradients last is its own time, what it
-can prepare from the lengths alone is not. Answers and gradients are compared with float64 one image at a time before
-anything is timed, and the contenders take turns.
+Sequence lengths come from the masks that training samples, for the context encoder, the target encoder and the
+predictor. Every implementation gets one packed tensor of q, k and v, (N, 3, heads, d), and returns its gradient. Those
+that need images bucketed by length (all of them on the CPU) get them in ascending order of length, as the model sorts
+them there. Padding, nested tensors and masks that an implementation builds from the tensor are part of its time; what
+it can prepare from the lengths alone is not. Outputs and gradients are compared with float64, one image at a time,
+before anything is timed. Implementations are timed in turn.
 
-`table` in the result has, of a GPU, what model.attention=auto reads, made of those rows that are a value of
-model.attention. --table writes it into a table of the form of kernels/tuned.json, in place of what stood there for
-these lengths.
+On a GPU, `table` in the result holds what model.attention=auto reads, from those rows that are a value of
+model.attention. --table writes it into a file of the form of kernels/tuned.json and replaces the entries for these
+lengths.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ from iwm_fast.results import write_result
 
 __all__ = ["CASES", "PARTS", "Case", "lengths_of", "main", "measure"]
 
-# ‖answer − float64‖ / ‖float64‖ above which a contender is not timed: some roundings of 2⁻⁸ and of 2⁻²³.
+# ‖output − float64‖ / ‖float64‖ above which an implementation is not timed: a few roundings of 2⁻⁸ and of 2⁻²³.
 _WRONG = {torch.bfloat16: 0.03, torch.float32: 1e-4}
 _SLOW_S, _SLOW_ROUNDS = 0.5, 3
 
 
 @dataclass(frozen=True)
 class Case:
-    """One network's attention: `part` of the step of a packaged configuration, for so many images."""
+    """Attention of one network: `part` of the step of a packaged configuration, for this number of images."""
 
     config: str
     part: str
@@ -61,7 +61,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """For tables."""
+        """The row's label in tables."""
         return f"{self.config} {self.part}, {self.images} images"
 
 
@@ -74,7 +74,7 @@ CASES = {
 
 
 def lengths_of(case: Case) -> tuple[list[int], int, int]:
-    """Tokens of each image, heads, and numbers a head."""
+    """Return the tokens of each image, the number of heads, and the head dimension."""
     config = load_config(packaged_config(case.config), [])
     encoder, predictor = config.model.encoder_shape, config.model.predictor
     if case.part == "target":
@@ -99,13 +99,13 @@ def _call(attend: Attend, given: Tensor, upstream: Tensor, backward: bool) -> li
 
 
 def _parts(found: list[Tensor]) -> list[Tensor]:
-    """The answer, and the gradients of q, k and v."""
+    """Split [output, gradient] into the output and the gradients of q, k and v."""
     return [found[0], *(part for grad in found[1:] for part in grad.unbind(1))]
 
 
 @dataclass(frozen=True)
 class _Given:
-    """What all contenders of one order of the images start from, and what is right."""
+    """Inputs of all implementations that take the images in one order, and the float64 result."""
 
     segments: Segments
     qkv: Tensor
@@ -126,7 +126,7 @@ class _Given:
 def measure(
     case: Case, device: torch.device, dtype: torch.dtype, rounds: int, say: Callable[[str], object]
 ) -> list[dict[str, Any]]:
-    """A row a contender and pass: forward, then forward with all gradients."""
+    """Return one row per implementation and pass: forward, then forward and backward."""
     lengths, heads, head = lengths_of(case)
     ascending = _Given.drawn(sorted(lengths), heads, head, device, dtype)
     as_drawn = ascending if device.type == "cpu" else _Given.drawn(lengths, heads, head, device, dtype)
@@ -158,20 +158,20 @@ def measure(
 
 
 def _right(row: dict[str, Any], make: Callable[[Segments], Attend], given: _Given, dtype: torch.dtype) -> Attend | None:
-    """The contender's call, where its answers are right; else None, and the row says why."""
+    """Return the implementation's call if its results are right; else None, with the reason in the row."""
     try:
         attend = make(given.segments)
         found = _call(attend, given.qkv, given.upstream, row["backward"])
     except Skipped as reason:
         row["skipped"] = str(reason)
         return None
-    except (RuntimeError, NotImplementedError, ValueError) as error:  # what a library says that it cannot do
+    except (RuntimeError, NotImplementedError, ValueError) as error:  # what libraries raise for unsupported inputs
         row["skipped"] = in_a_line(error)
         return None
     worst = max(_relative(f, w) for f, w in zip(_parts(found), given.wanted, strict=False))
     row["error"] = worst
     if not worst <= _WRONG[dtype]:
-        row["skipped"] = "its answers are wrong"
+        row["skipped"] = "wrong result"
         return None
     return attend
 
@@ -188,7 +188,7 @@ class _Timed:
 
 
 def _take_turns(timed: list[_Timed], device: torch.device, rounds: int) -> None:
-    """Time all in turn; the first round does not count, and who is hopelessly slow has three more only."""
+    """Time all in turn. The first round is a warm-up; very slow ones stop after three rounds."""
     for number in range(rounds + 1):
         for one in timed:
             seconds = one.row["seconds"]
@@ -201,7 +201,7 @@ def _take_turns(timed: list[_Timed], device: torch.device, rounds: int) -> None:
 
 
 def _line(row: dict[str, Any]) -> str:
-    what = f"{row['case']} {row['contender']}{', with gradients' if row['backward'] else ''}"
+    what = f"{row['case']} {row['contender']}{', forward + backward' if row['backward'] else ''}"
     if "skipped" in row:
         return f"{what}: skipped: {row['skipped']}"
     times = [f"{row[key] * 1e3:.3f}" for key in ("p50", "p20", "p80")]
@@ -211,12 +211,12 @@ def _line(row: dict[str, Any]) -> str:
 def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", required=True, help="file to write, or -")
+    parser.add_argument("--json", required=True, help="file to write; - for standard output")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16")
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--only", default="", metavar="WORDS", help="cases whose name has these words")
-    parser.add_argument("--table", type=Path, metavar="FILE", help="kernels/tuned.json: write what was measured there")
+    parser.add_argument("--only", default="", metavar="WORDS", help="time only cases whose name contains WORDS")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="write the measured choices into this tuned.json")
     args = parser.parse_args()
     require_result(args.json)
     if args.table:
@@ -224,7 +224,7 @@ def main() -> int:
     cases = [case for case in CASES[args.device] if args.only in case.name]
     if not cases:
         there = "; ".join(case.name for case in CASES[args.device])
-        raise UserError(f"--only: {args.only}: no such case; there are {there}")
+        raise UserError(f"--only {args.only}: no such case; choose from {there}")
     dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
     say = partial(print, file=sys.stderr if args.json == "-" else sys.stdout, flush=True)
     rows: list[dict[str, Any]] = []
@@ -234,7 +234,7 @@ def main() -> int:
         rows += measure(case, device, dtype, args.rounds, say)
         body["table"] = table_of(rows, device)
         if args.json != "-":
-            write_result(args.json, "attention", body)  # after each case: what is measured is kept
+            write_result(args.json, "attention", body)  # a stopped run keeps its rows
     if args.json == "-":
         write_result("-", "attention", body)
     if args.table:

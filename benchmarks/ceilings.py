@@ -1,8 +1,8 @@
-"""The machine's own limits: copy, matrix multiply, reads from L2, and the cost of a launch.
+"""Measure the machine's limits: copy and L2 bandwidth, matmul throughput, and the time of a launch.
 
     python -m benchmarks.ceilings --json FILE [--device cuda|cpu]
 
-Bytes of a copy are those read plus those written. Reads from L2 and the launch are measured on a GPU only.
+A copy counts bytes read plus bytes written. L2 reads and launches are measured on a GPU only.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _PASSES = 64
 
 @triton.jit
 def _read_kernel(x_ptr, out_ptr, BLOCKS, PASSES, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202 - Triton's
-    """Read BLOCKS blocks of fp32 PASSES times, each program from another one on; store their sum, so that it counts."""
+    """Read BLOCKS blocks of fp32 PASSES times, each program from another offset. Their stored sum keeps the reads."""
     i = tl.program_id(0)
     acc = tl.zeros((BLOCK,), tl.float32)
     for step in range(PASSES):
@@ -41,7 +41,7 @@ def _read_kernel(x_ptr, out_ptr, BLOCKS, PASSES, BLOCK: tl.constexpr):  # type: 
 
 
 def l2_read(device: torch.device) -> dict[str, Any]:
-    """Bytes a second read from L2, by a buffer of a quarter of it that every multiprocessor reads again and again."""
+    """Return bytes per second read from L2, with a buffer of a quarter of it that every multiprocessor rereads."""
     properties = torch.cuda.get_device_properties(device)
     blocks = properties.L2_cache_size // 4 // (4 * _BLOCK)
     programs = 4 * properties.multi_processor_count
@@ -53,13 +53,13 @@ def l2_read(device: torch.device) -> dict[str, Any]:
 
 
 def require_sums(out: torch.Tensor) -> None:
-    """RuntimeError unless each program has read its ones."""
+    """Raise RuntimeError unless every program read its ones."""
     if not torch.allclose(out, torch.full_like(out, float(_PASSES * _BLOCK))):
-        raise RuntimeError("the kernel that reads L2 did not read what is there")
+        raise RuntimeError("the kernel that reads L2 returned a wrong sum: discard this measurement")
 
 
 def launch_cost(device: torch.device) -> dict[str, Any]:
-    """Seconds of host time to launch one small kernel, and until the device has run it, over a full queue."""
+    """Return seconds to launch one small kernel, on the host and until the device has run it, with a full queue."""
     x = torch.zeros(1, device=device)
     host, whole = [], []
     for _ in range(5):
@@ -76,7 +76,7 @@ def launch_cost(device: torch.device) -> dict[str, Any]:
 def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", required=True, help="file to write, or -")
+    parser.add_argument("--json", required=True, help="file to write; - for standard output")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     require_result(args.json)
@@ -86,7 +86,7 @@ def main() -> int:
     for measure in measures:
         body |= measure(device)
         if args.json != "-":
-            write_result(args.json, "ceilings", body)  # after each: what is measured is kept
+            write_result(args.json, "ceilings", body)  # a stopped run keeps its rows
     if args.json == "-":
         write_result("-", "ceilings", body)
     else:

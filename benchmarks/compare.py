@@ -1,4 +1,4 @@
-"""Two results of the same benchmark: what became slower or faster by more than the noise explains."""
+"""Compare two results of one benchmark: which rows became slower or faster by more than the noise."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from iwm_fast.measure.stats import ratio_of
 
 __all__ = ["AT_LEAST", "Change", "compare", "compare_files"]
 
-# Smaller changes are not judged: clocks, page cache and placement in memory alone move a run by this share.
+# Smaller changes are not judged: clocks, page cache and memory placement alone move a run by this share.
 AT_LEAST = 0.03
-# What two results were made with, and where a difference explains a change.
+# Environment fields of a result; a difference in one can explain a change.
 _MADE_WITH = ("cpu", "cores", "gpus", "python", "packages", "commit")
 
 
 @dataclass(frozen=True)
 class Change:
-    """One row of both results: median time after over before, its 99 % interval, and the verdict."""
+    """One row that both results have: median time after over before, its 99 % interval, and the verdict."""
 
     name: str
     before_s: float
@@ -34,12 +34,12 @@ class Change:
 
 
 def compare_files(before: Path, after: Path, at_least: float = AT_LEAST) -> dict[str, Any]:
-    """`compare` of two JSON files. UserError where one is not a benchmark's result, or they are of different kinds."""
+    """`compare` two JSON files. Raise UserError if one is not a benchmark's result, or if their kinds differ."""
     return compare(_read(before), _read(after), at_least)
 
 
 def compare(before: Mapping[str, Any], after: Mapping[str, Any], at_least: float = AT_LEAST) -> dict[str, Any]:
-    """Rows of the same name, told apart by the ratio of their median seconds.
+    """Compare rows of the same name by the ratio of their median seconds.
 
     "slower": the whole 99 % interval is above 1 + `at_least`; "faster": below its inverse; else "same".
 
@@ -51,11 +51,14 @@ def compare(before: Mapping[str, Any], after: Mapping[str, Any], at_least: float
 
     """
     if before.get("schema") != after.get("schema"):
-        raise UserError(f"these are results of {before.get('schema')} and {after.get('schema')}: compare equal kinds")
+        raise UserError(
+            f"cannot compare a result of {before.get('schema')} with one of {after.get('schema')}: "
+            "give two results of the same benchmark"
+        )
     ours, theirs = _samples(before), _samples(after)
     common = [name for name in ours if name in theirs]
     if not common:
-        raise UserError("no row with times is in both results: compare runs of the same benchmark and preset")
+        raise UserError("the results have no timed row in common: compare runs of the same benchmark and preset")
     rows = [asdict(_change(name, ours[name], theirs[name], at_least)) for name in common]
     old, new = before.get("environment", {}), after.get("environment", {})
     return {
@@ -79,11 +82,11 @@ def _change(name: str, before: list[float], after: list[float], at_least: float)
 
 
 def _samples(document: Mapping[str, Any]) -> dict[str, list[float]]:
-    """Times by row. A row is called by its name, or by what tells it apart where it has none (kernels)."""
+    """Times by row name; rows without a name (kernels) are named by case, contender and pass."""
     found = {}
     for row in document.get("rows", []):
         seconds = row.get("seconds")
-        if isinstance(seconds, dict):  # of peers: our own side
+        if isinstance(seconds, dict):  # benchmarks.peers: iwm-fast's times
             seconds = seconds.get("ours")
         if isinstance(seconds, list) and seconds:
             name = row.get("name") or " ".join([*map(str, row["case"].values()), row["contender"], row["passes"]])
@@ -95,9 +98,9 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+        raise UserError(f"{path}: cannot be read: {error.strerror}; check the path") from error
     except ValueError as error:
-        raise UserError(f"{path}: not JSON: {error}; give a file that iwm-fast bench --json wrote") from error
+        raise UserError(f"{path}: not JSON: {error}; give a file written by iwm-fast bench --json") from error
     if not isinstance(document, dict) or "rows" not in document:
-        raise UserError(f"{path}: not a benchmark's result; give a file that iwm-fast bench --json wrote")
+        raise UserError(f"{path}: not a benchmark's result; give a file written by iwm-fast bench --json")
     return document

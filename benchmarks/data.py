@@ -1,17 +1,19 @@
-"""Images a second of the input path, of a core and of all cores, against torchvision and Pillow; and where time goes.
+"""Time the data pipeline in images per second, on one core and on all, against torchvision and Pillow, and by stage.
 
     python -m benchmarks.data --json FILE [--root FOLDER] [--short-side 256] [--repeats 7] [--batches 6] [--batch 64]
                               [--device cpu|gpu]
 
-Every contender makes the same two views of the same files with the same parameters; ours also checks each file's
-header, draws parameters and masks, and encodes actions. Ours reads the folder, and the same files from WebDataset
-shards. They take turns, repeat by repeat, in one run. Of a core: the
-process is held on one core, one thread each, and CPU seconds count, which other work on the machine moves little (wall
-seconds are kept too). Of all cores: DALI's threads against as many workers of PyTorch's DataLoader, by the clock. A
-folder of fewer images than are asked for is gone through several times, each time as if the files had not been seen.
-Without a folder 500 × 375 JPEGs are made; --short-side makes smaller ones of either. Every contender's pictures are
-compared before any is timed.
-`benchmarks.plots.data` draws the file that this writes.
+Every implementation makes the same two views of the same files from the same parameters. iwm-fast also checks each
+file's header, samples parameters and masks, and encodes actions; it reads the files both from the folder and from
+WebDataset shards. Implementations are timed in turn, repeat by repeat.
+
+One core: the process is pinned to one core, with one thread per library, and rates are per CPU second, which other load
+on the machine barely moves (wall-clock seconds are recorded too). All cores: DALI's threads against as many workers of
+PyTorch's DataLoader, per wall-clock second.
+
+A folder with too few images is read several times, each time as if its files were new. Without a folder, 500 × 375
+JPEGs are generated; --short-side scales either down. All views are compared before anything is timed.
+Plot the result with `benchmarks.plots.data`.
 """
 
 from __future__ import annotations
@@ -49,8 +51,8 @@ __all__ = ["SCHEMA", "measure"]
 
 SCHEMA = "iwm-fast-data/1"
 OURS, SHARDS, PILLOW, TORCHVISION = "iwm-fast", "iwm-fast shards", "pillow", "torchvision"
-# Mean absolute difference in levels, of 255: Pillow blurs with boxes, and where torchvision has another formula only
-# views without it are compared.
+# Mean absolute difference in levels, of 255. Pillow blurs with boxes; where torchvision's formula differs, views
+# without that transformation are compared.
 _WRONG = 2.0
 _CHECKED = 48
 
@@ -65,7 +67,7 @@ def _other(render: Render, job: Job, repeat: int, workers: int) -> contextlib.Ab
 
 
 def _contenders(say: Callable[[str], object]) -> dict[str, Render | None]:
-    """By name; None is ours."""
+    """Implementations by name; None is iwm-fast."""
     found: dict[str, Render | None] = {OURS: None, SHARDS: None, PILLOW: pillow_views}
     try:
         torchvision_functions()
@@ -76,7 +78,7 @@ def _contenders(say: Callable[[str], object]) -> dict[str, Render | None]:
 
 
 def _timed(job: Job, name: str, render: Render | None, repeat: int, cores: int) -> tuple[float, float]:
-    """Seconds by the clock and CPU seconds of this process for the timed batches."""
+    """Return wall-clock seconds and CPU seconds of this process for the timed batches."""
     if render is None:
         made = _ours(job, job.shards if name == SHARDS else job.root, repeat, cores)
     else:
@@ -93,7 +95,7 @@ def _timed(job: Job, name: str, render: Render | None, repeat: int, cores: int) 
 
 
 def errors(job: Job, contenders: dict[str, Render | None]) -> dict[str, float]:
-    """Mean absolute difference in levels between each contender's views and ours, on the first images of a repeat."""
+    """Mean absolute difference in levels from iwm-fast's views, by implementation, on a repeat's first images."""
     paths, views = job.drawn(0)
     with _ours(job, job.root, 0, 1) as stream:
         batch = next(iter(stream))
@@ -118,7 +120,7 @@ def errors(job: Job, contenders: dict[str, Render | None]) -> dict[str, float]:
 
 @contextlib.contextmanager
 def held(cores: set[int]) -> Iterator[None]:
-    """Keep the process, and what it starts, on these cores."""
+    """Pin the process and its children to these cores."""
     before, threads = os.sched_getaffinity(0), torch.get_num_threads()
     os.sched_setaffinity(0, cores)
     torch.set_num_threads(1)
@@ -130,12 +132,12 @@ def held(cores: set[int]) -> Iterator[None]:
 
 
 def measure(job: Job, repeats: int, say: Callable[[str], object]) -> dict[str, Any]:
-    """Rows, ratios and stages of the document that is written. RuntimeError where a contender's views are wrong."""
+    """Return the document's rows, ratios and stages. Raise RuntimeError if an implementation's views are wrong."""
     contenders = _contenders(say)
     wrong = errors(job, contenders)
-    say("difference from ours in levels: " + ", ".join(f"{name} {value:.2f}" for name, value in wrong.items()))
+    say("difference from iwm-fast in levels: " + ", ".join(f"{name} {value:.2f}" for name, value in wrong.items()))
     if wrong and max(wrong.values()) > _WRONG:
-        raise RuntimeError(f"the contenders do not make the same views: {wrong}; nothing was timed")
+        raise RuntimeError(f"the implementations make different views (levels: {wrong}); nothing was timed")
     every = sorted(os.sched_getaffinity(0))
     rows = []
     for cores in dict.fromkeys((1, len(every))):
@@ -168,7 +170,7 @@ def measure(job: Job, repeats: int, say: Callable[[str], object]) -> dict[str, A
 
 
 def _row(job: Job, name: str, cores: int, pairs: list[tuple[float, float]]) -> dict[str, Any]:
-    """cpu_seconds are of one process only, so they count where one core does all."""
+    """Rate by cpu_seconds, which are of one process only, where one core does all the work; else by wall clock."""
     images = job.batch * job.count
     seconds, cpu = zip(*pairs, strict=True)
     by = "cpu" if cores == 1 and job.device == "cpu" else "clock"
@@ -182,7 +184,7 @@ def _comparable(ours: dict[str, Any], row: dict[str, Any]) -> bool:
 
 
 def _ratio(ours: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
-    """Of the repeats side by side."""
+    """Ratios of paired repeats."""
     ratios = [mine / other for mine, other in zip(ours["images_per_s"], row["images_per_s"], strict=True)]
     return {"against": row["contender"], "cores": row["cores"], "by": row["by"], **spread(ratios)}
 
@@ -195,7 +197,7 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def _made(folder: Path, count: int = 64) -> None:
-    """500 × 375 JPEGs of quality 90: smooth colours, edges and grain."""
+    """Generate 500 × 375 JPEGs of quality 90 with smooth colours, edges and grain."""
     random = np.random.default_rng(0)
     y, x = np.mgrid[0:375, 0:500] / 500
     for number in range(count):
@@ -208,7 +210,7 @@ def _made(folder: Path, count: int = 64) -> None:
 
 
 def _smaller(given: Path, folder: Path, short_side: int) -> Path:
-    """JPEGs of quality 90 in `folder`, of the images in `given` with their shorter side scaled to `short_side`."""
+    """Save the images of `given` into `folder` as JPEGs of quality 90, their shorter side `short_side` pixels."""
     for file in sorted(file for file in given.iterdir() if is_image(file.name)):
         with Image.open(file) as opened:
             image = opened.convert("RGB")
@@ -222,10 +224,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--root", type=Path, help="folder of upright RGB images; default: made on the spot")
-    parser.add_argument("--short-side", type=int, help="pixels; default: the files as they are")
+    parser.add_argument("--root", type=Path, help="folder of upright RGB images; default: generate them")
+    parser.add_argument("--short-side", type=int, help="shorter side of the images, pixels; default: unchanged")
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--batches", type=int, default=6, help="timed batches of a repeat")
+    parser.add_argument("--batches", type=int, default=6, help="timed batches per repeat")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--device", choices=["cpu", "gpu"], default="gpu" if torch.cuda.is_available() else "cpu")

@@ -1,13 +1,13 @@
-r"""Turn the dial between invariant and equivariant: train a grid of predictors, measure each, tabulate and draw.
+r"""Train a grid of predictors between invariant and equivariant, evaluate each, tabulate and plot.
 
     python -m benchmarks.dial --data DIR --out RUNS --json FILE --picture PNG
     python -m benchmarks.dial --from FILE --picture PNG
 
-A grid is a file of configs/ablations (or a path): keys with the values that each takes; all combinations are trained.
-A combination that several grids hold is trained once; where a grid does not name a key, the configuration's value
-holds. All are measured alike, on banks and pairs of one strength, whatever strength they were trained with. Figures:
-MRR of the world model, R² of the action told from pairs of embeddings, invariance (cosine of a pair on the scale of
-other images), accuracy of the linear probe.
+A grid is a file of configs/ablations (or a path): configuration keys with the values of each. All combinations are
+trained, one that several grids contain only once; keys that a grid does not name have the configuration's value. All
+variants are evaluated on banks and pairs of one strength, whatever strength they were trained with. Reported: MRR of
+the world model, R² of the action regressed from pairs of embeddings, invariance (cosine of a pair, scaled by that of
+other images), and linear probe accuracy.
 """
 
 from __future__ import annotations
@@ -57,14 +57,14 @@ MEASURED = ["--what", "mrr,linear,equivariance"]
 
 
 def read_grid(name: str) -> list[dict[str, Any]]:
-    """The combinations of a grid, each key to value."""
+    """Return the combinations of a grid, each key to value."""
     path = Path(name) if Path(name).suffix else GRIDS / f"{name}.yaml"
     keys = yaml.safe_load(path.read_text(encoding="utf-8"))
     return [dict(zip(keys, values, strict=True)) for values in product(*keys.values())]
 
 
 def default_of(config: str, key: str) -> Any:
-    """What the configuration says of a key."""
+    """Return the configuration's value of a key."""
     node: Any = load_config(find_config(config)).model_dump(mode="json")
     for part in key.split("."):
         node = node[part]
@@ -72,12 +72,12 @@ def default_of(config: str, key: str) -> Any:
 
 
 def label(changes: dict[str, Any]) -> str:
-    """What is changed, in words short enough for a chart."""
+    """Name the changed keys and values, short enough for a chart."""
     return ", ".join(f"{key.rsplit('.', 1)[-1]} {value}" for key, value in changes.items()) or "as configured"
 
 
 def points(config: str, grids: list[str]) -> tuple[list[dict[str, Any]], dict[str, list[str]]]:
-    """The arms to train, and the names of those that each grid holds: equal ones are one arm."""
+    """Return the variants to train, each once, and the names of those that each grid contains."""
     arms: dict[str, dict[str, Any]] = {}
     held: dict[str, list[str]] = {}
     for grid in grids:
@@ -91,14 +91,14 @@ def points(config: str, grids: list[str]) -> tuple[list[dict[str, Any]], dict[st
 
 
 def value(arm: dict[str, Any], name: str) -> float:
-    """An arm's figure, in the mean over its seeds."""
+    """Return a variant's metric, the mean over its seeds."""
     mean = interval([run["evaluation"][name] for run in arm["runs"]])["mean"]
     assert mean is not None
     return mean
 
 
 def draw(arms: list[dict[str, Any]], picture: Path) -> None:
-    """A row per arm, a panel per figure: each seed, and the mean with its 95 % interval, beside chance or untrained."""
+    """Plot each seed, and the mean with its 95 % interval: a row per variant, a panel per metric, beside its control."""
     figure, axes = plt.subplots(1, len(PANELS), figsize=(13, 1.2 + 0.38 * len(arms)), sharey=True, layout="constrained")
     for axis, (key, title, control, control_name) in zip(axes, PANELS, strict=True):
         for row, arm in enumerate(arms):
@@ -115,7 +115,7 @@ def draw(arms: list[dict[str, Any]], picture: Path) -> None:
 
 
 def tables(arms: list[dict[str, Any]], held: dict[str, list[str]]) -> str:
-    """Markdown: a table a grid; arms that are not measured yet are left out."""
+    """Return Markdown, one table per grid; variants that are not evaluated yet are left out."""
     done = {arm["name"]: arm for arm in arms if arm["runs"]}
     parts = [f"{grid}\n\n{table([done[n] for n in names if n in done], SHOWN)}" for grid, names in held.items()]
     return "\n\n".join(parts)
@@ -127,12 +127,12 @@ def main() -> None:
     parser.add_argument("--config", default="dial.yaml")
     parser.add_argument("--grid", nargs="+", default=["conditioning", "difficulty", "capacity"])
     parser.add_argument("--data", type=Path)
-    parser.add_argument("--out", type=Path, help="folder for the runs")
+    parser.add_argument("--out", type=Path, help="write the runs here")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--picture", type=Path)
-    parser.add_argument("--from", dest="measured", type=Path, help="draw and tabulate a file, train nothing")
+    parser.add_argument("--from", dest="measured", type=Path, help="plot and tabulate this result; train nothing")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="for all points")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="override keys of all variants")
     parser.add_argument("--measure", nargs="+", default=["actions.strength=1"], metavar="KEY=VALUE")
     parser.add_argument("--jobs", type=int, default=1)
     args = parser.parse_args()
@@ -143,7 +143,7 @@ def main() -> None:
         arms, held = [arm for arm in found["arms"] if arm["runs"]], found["grids"]
     else:
         if not (args.data and args.out and args.json):
-            parser.error("--data, --out and --json are needed to train")
+            parser.error("give --data, --out and --json to train, or --from FILE to plot a result")
         require_result(args.json)
         require_folder(args.out)
         arms, held = points(args.config, args.grid)

@@ -1,10 +1,10 @@
-"""What the engine costs: its step against a bare PyTorch loop over the same model, batches and optimizer.
+"""Measure the engine's overhead: its step against a bare PyTorch loop over the same model, batches and optimizer.
 
     python -m benchmarks.engine --json FILE [--config vit_tiny_p4_32.yaml] [--batch 32] [--ranks 1 2] [--stages 0 1]
 
-The bare loop is forward, backward, fused AdamW and an in-place moving average; on several ranks torch's
-DistributedDataParallel. Both take the same batches from memory, in turn, so that only what is around the model differs.
-Before anything is timed, the weights after some steps have to agree.
+The bare loop is forward, backward, fused AdamW and an in-place EMA update, with torch's DistributedDataParallel on
+several ranks. Both take the same batches from memory, in turn, so only the code around the model differs. Nothing is
+timed before the weights agree after a few steps.
 """
 
 from __future__ import annotations
@@ -45,21 +45,21 @@ from iwm_fast.results import write_result
 __all__ = ["measure"]
 
 _CHECKED_STEPS = 3
-# Of the weights' norm: fp32 sums in another order, and AdamW's first steps, which have the same size whatever the
+# Of the weights' norm. fp32 sums in another order differ, and AdamW's first steps have the same size whatever the
 # gradient's.
 _AGREE = 1e-4
 
 
 @dataclass(frozen=True)
 class Side:
-    """A training: its step, and its fp32 weights by name and offset, as far as this rank holds them."""
+    """One training loop: its step, and its fp32 weights by name and offset, as far as this rank holds them."""
 
     step: Callable[[], object]
     weights: Callable[[], dict[tuple[str, int], Tensor]]
 
 
 def _engine_side(config: Config, space: ActionSpace, stream: BatchStream, ranks: Ranks) -> Side:
-    """The trainer's own step; it logs the first one only, as a run logs one of many."""
+    """The trainer's step; it logs the first step only, because a real run logs few."""
     trainer = prepare_trainer(config, space, stream, ranks)
     return Side(trainer.train_step, lambda: {(s.name, s.start): s.weight for s in trainer.zero.shards})
 
@@ -95,7 +95,7 @@ def _bare_side(config: Config, space: ActionSpace, stream: BatchStream, ranks: R
 
 
 def _require_agreement(engine: Side, bare: Side, stage: int) -> None:
-    """RuntimeError unless the engine's weights, of which a rank may hold parts, are those of the bare loop."""
+    """Raise RuntimeError unless the engine's weights, sharded or not, are those of the bare loop."""
     whole = {name: weight for (name, _), weight in bare.weights().items()}
     parts = [(w, whole[name][start : start + w.numel()]) for (name, start), w in engine.weights().items()]
     ours, theirs = (torch.cat(side) for side in zip(*parts, strict=True))
@@ -107,7 +107,7 @@ def _require_agreement(engine: Side, bare: Side, stage: int) -> None:
 
 
 def measure(config: Config, stages: list[int], repeats: int) -> list[dict[str, Any]]:
-    """One row a stage, on this process's rank: seconds of every step of either side, and the median ratio."""
+    """Return one row per ZeRO stage, on this rank: seconds of every step of both loops, and the median ratio."""
     ranks = start()
     space = space_of(config.actions)
     rows = []
@@ -140,7 +140,7 @@ def measure(config: Config, stages: list[int], repeats: int) -> list[dict[str, A
 
 
 def _launch(ranks: int, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Measure on `ranks` processes of this host, and take the first one's rows."""
+    """Measure on `ranks` processes of this host; return rank 0's rows."""
     with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder) / "rows.json"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
@@ -154,7 +154,7 @@ def _launch(ranks: int, args: argparse.Namespace) -> list[dict[str, Any]]:
 def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", help="file to write; without, rows are printed only")
+    parser.add_argument("--json", help="file to write; default: print the rows only")
     parser.add_argument("--config", default="vit_tiny_p4_32.yaml")
     parser.add_argument("--batch", type=int, default=32, help="global batch")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])

@@ -1,10 +1,10 @@
-r"""What a frozen run is worth to a head, to a new predictor and to its own: one table at one budget, over several runs.
+r"""Compare what can be trained on a frozen run: a head, a new predictor, or its own predictor, at one training budget.
 
     python -m benchmarks.finetune RUN... --data DIR --json FILE [--limit N] [--epochs E] [--batch B]
 
-Each RUN is one seed of the same training. Each cell is the command line a user would type; all learn
-from the same images for as many steps, and the heads choose among several learning rates. An arm's figure is
-the mean over the runs with a 95 % interval (Student's t). Cells that FILE already has are not computed again.
+Each RUN is one seed of the same training. Each cell of the table is one `iwm-fast finetune` command. All modes train on
+the same images for the same number of steps; heads choose among several learning rates. Reported is the mean over the
+runs with a 95 % interval (Student's t). Cells that FILE already has are not run again.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ ARMS: dict[str, list[str]] = {
 
 
 def measure(run: Path, words: list[str]) -> dict[str, Any]:
-    """One cell: the body of the command's answer."""
+    """Run one cell; return the body of the command's JSON."""
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "answer.json"
         command = [sys.executable, "-m", "iwm_fast", "finetune", str(run), *words, "--json", str(answer)]
@@ -45,7 +45,7 @@ def measure(run: Path, words: list[str]) -> dict[str, Any]:
 
 
 def table(arms: list[dict[str, Any]]) -> str:
-    """Markdown: an arm a row."""
+    """Return Markdown, one row per mode."""
     lines = ["| | trained parameters | top-1, mean ± 95 % interval | by seed |", "|---|---|---|---|"]
     for arm in arms:
         if not arm["runs"]:
@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
-    parser.add_argument("--limit", type=int, help="training images; default: all")
+    parser.add_argument("--limit", type=int, help="use this many training images; default: all")
     parser.add_argument("--epochs", type=float, default=2.0)
     parser.add_argument("--batch", type=int, default=64)
     args = parser.parse_args()
@@ -80,7 +80,7 @@ def main() -> None:
         for arm in result["arms"]:
             if before.get(arm["name"], {}).get("options") == arm["options"]:
                 arm["runs"] = before[arm["name"]]["runs"]
-    for place, run in enumerate(args.runs):  # runs outside, so that what is done first is a whole round of the arms
+    for place, run in enumerate(args.runs):  # runs outermost: a stopped benchmark has every mode of the first runs
         for arm in result["arms"]:
             if arm["name"] not in args.arms or any(done["run"] == run.name for done in arm["runs"]):
                 continue

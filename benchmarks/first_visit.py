@@ -1,12 +1,13 @@
-"""What the first visit of an image takes of the data thread: its own processor time, by who checks the image.
+"""Measure the data thread's CPU time per image on its first visit, by who checks the image.
 
     python -m benchmarks.first_visit --json FILE [--before CHECKOUT] [--root FOLDER] [--files 4096] [--rounds 5]
 
-The images of FOLDER, or made JPEGs of 100 KB with an EXIF block, are read once each, in batches of 64, by the reader
-that training uses: checked by the data thread, by two processes (data.checkers=2), by four threads (data.readers=4), or
-not at all, because a manifest of `iwm-fast data index --check` has the verdicts. A second visit checks nothing: it is
-reading alone, and the first less the second is the check. --before: the same by the code of another checkout, which has
-to know nothing of checkers. Every measurement is a process of its own; they take turns, round by round, in one run.
+Reads the images of FOLDER, or generated JPEGs of 100 KB with an EXIF block, once each in batches of 64 through
+training's reader. They are checked by the data thread, by two processes (data.checkers=2), by four threads
+(data.readers=4), or not at all, because a manifest of `iwm-fast data index --check` has the verdicts. A second visit
+checks nothing, so the difference of the two is the check. --before adds the same measurement with the code of another
+checkout, one without data.checkers. Every measurement is a process of its own; variants are timed in turn, round by
+round.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from iwm_fast.results import write_result
 __all__ = ["main", "measure"]
 
 BEFORE, OURS = "before, checked by the data thread", "checked by the data thread"
-# name: (keywords of FileStore, whether from the checked manifest)
+# name: (keyword arguments of FileStore, whether it reads the checked manifest)
 VARIANTS: dict[str, tuple[dict[str, int], bool]] = {
     OURS: ({}, False),
     "checked by 2 processes": ({"checkers": 2}, False),
@@ -45,9 +46,9 @@ VARIANTS: dict[str, tuple[dict[str, int], bool]] = {
     "checked by 2 processes, read by 4 threads": ({"checkers": 2, "readers": 4}, False),
     "verdicts from the manifest": ({}, True),
 }
-_WARM = 64  # images of a folder of their own, which load what the first images load
+_WARM = 64  # images of a separate folder, read first: they trigger lazy imports and allocations
 
-# Names that are in every version, so that this runs another checkout's code as well.
+# Names that every version has, so that another checkout's code runs too.
 _CHILD = """
 import json, sys, time
 import numpy as np
@@ -81,7 +82,7 @@ print(json.dumps(visit(root, keywords)))
 
 
 def _draw(folder: Path, count: int, first: int = 0) -> None:
-    """JPEGs of about 100 KB, 500 × 375 pixels; a sixteenth of them differ, the others are copies."""
+    """Write JPEGs of about 100 KB, 500 × 375 pixels; one in sixteen is unique, the others are copies."""
     folder.mkdir(parents=True)
     y, x = np.mgrid[0:375, 0:500]
     exif = Image.Exif()
@@ -99,7 +100,7 @@ def _draw(folder: Path, count: int, first: int = 0) -> None:
 
 
 def _visit(warm: Path, root: Path, keywords: dict[str, int], checkout: Path | None) -> list[list[float]]:
-    """Seconds per image of the first and of the second visit, each of the thread and of the process."""
+    """Return seconds per image of the first and of the second visit, each of the thread and of the process."""
     path = str(checkout.absolute()) if checkout else modules_path()
     done = subprocess.run(
         [sys.executable, "-P", "-c", _CHILD, str(warm), str(root), json.dumps(keywords)],
@@ -113,10 +114,10 @@ def _visit(warm: Path, root: Path, keywords: dict[str, int], checkout: Path | No
 
 
 def measure(root: Path | None, before: Path | None, files: int, rounds: int) -> list[dict[str, Any]]:
-    """Rows of {variant, thread_us, process_us, again_us (of each round), p20, p50, p80, check_us, ratio}.
+    """Return rows of {variant, thread_us, process_us, again_us (per round), p20, p50, p80, check_us, ratio}.
 
-    thread_us: of the first visit, the data thread's own; process_us: with all threads of its process. again_us: of the
-    second visit. check_us: the first less the second. ratio: p50 over that of the first row.
+    thread_us: CPU time of the data thread on the first visit; process_us: of all threads of its process; again_us: of
+    the data thread on the second visit. check_us: first minus second. ratio: p50 over the first row's.
     """
     with tempfile.TemporaryDirectory() as folder:
         warm = Path(folder, "warm")
@@ -147,10 +148,10 @@ def measure(root: Path | None, before: Path | None, files: int, rounds: int) -> 
 def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", default="-", help="file to write, or - (default)")
-    parser.add_argument("--before", type=Path, metavar="CHECKOUT", help="an older checkout to compare with")
-    parser.add_argument("--root", type=Path, help="a folder of images; default: made ones")
-    parser.add_argument("--files", type=int, default=4096, help="of the made ones; at least 2,048")
+    parser.add_argument("--json", default="-", help="file to write; - for standard output (default)")
+    parser.add_argument("--before", type=Path, metavar="CHECKOUT", help="compare with this older checkout")
+    parser.add_argument("--root", type=Path, help="folder of images; default: generate them")
+    parser.add_argument("--files", type=int, default=4096, help="generate this many images; at least 2,048")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     require_result(args.json)

@@ -1,11 +1,11 @@
-r"""What the step does not compute: operations an image with each saving taken back, and what the inexact ones cost.
+r"""Count the FLOPs that the step saves: per image, without each saving in turn, and what the inexact savings lose.
 
-    python -m benchmarks.flops_saved --json FILE [--configs vit_base_p16_224_equi.yaml ...] [--quality ARMS.json]
+    python -m benchmarks.flops_saved --json FILE [--configs vit_base_p16_224_equi.yaml ...] [--quality SWEEP.json]
 
-Counted from the masks that training draws (matrix products, forward and backward, as `iwm_fast.cost.flops`);
-nothing is timed. Most savings compute the same numbers in fewer operations, which tests/engine/test_plain_path.py holds
-them to. Those that do not, several sources of one target and the target in fp8, are trained beside the rest by
-`benchmarks.sweep`, whose file `--quality` adds.
+FLOPs of matmuls, forward and backward (`iwm_fast.cost.flops`), are counted for masks as training samples them; nothing
+is timed. Most savings compute the same numbers with fewer FLOPs, and tests/engine/test_plain_path.py asserts that. The
+inexact ones, several sources per target and the target in fp8, are trained as variants by `benchmarks.sweep`; add that
+file with `--quality`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ __all__ = ["SOURCES", "count_savings"]
 
 CONFIGS = ("vit_base_p16_224_equi.yaml", "vit_base_p16_224_inv.yaml", "vit_large_p16_224.yaml", "vit_tiny_p4_32.yaml")
 SOURCES = (2, 4)
-# Of 2,048 images, whose mean stands for all. A batch that pads does so to its longest, and 128 is a rank's usual share.
+# Images: the mean of 2,048 stands for all. A padded batch pads to its longest; 128 is a usual batch of a rank.
 _IMAGES, _PADDED_TOGETHER = 2048, 128
 FIGURES = ("mrr", "mrr_cosine", "knn", "linear", "loss_last", "rank_me")
 
@@ -41,12 +41,12 @@ Ints = NDArray[np.int64]
 
 
 def _with(config: Config, section: str, **changes: int) -> Config:
-    """The same configuration with other values in one section."""
+    """Return the configuration with other values in one section."""
     return config.model_copy(update={section: getattr(config, section).model_copy(update=changes)})
 
 
 def _padded(lengths: Ints) -> Ints:
-    """Every length raised to the longest of those that share its batch."""
+    """Raise every length to the longest in its batch."""
     batches = lengths.reshape(-1, _PADDED_TOGETHER)
     return np.repeat(batches.max(axis=1), _PADDED_TOGETHER)
 
@@ -56,10 +56,10 @@ def _predictor(flops: StepFlops) -> int:
 
 
 def count_savings(config: Config, images: int = _IMAGES) -> dict[str, Any]:
-    """Operations an image: as shipped, by part, without each exact saving, and with K sources of a target (a source).
+    """Return FLOPs per image: as shipped, by part, without each exact saving, and with K sources per target.
 
-    An image has as many sources as views.sources_per_target says, but for the last, which are counted by source.
-    `images` is a multiple of 128. ValueError for the mlp predictor, which answers for the patches that it is given.
+    An image has views.sources_per_target sources, except in the last, which are counted per source. `images` is a
+    multiple of 128. Raise ValueError for the mlp predictor, which predicts at the patches that it is given.
     """
     model, actions = config.model, action_dim(config.actions)
     if model.predictor.kind != "vit":
@@ -69,11 +69,11 @@ def count_savings(config: Config, images: int = _IMAGES) -> dict[str, Any]:
     shipped = step_flops(model, actions, context, target, drawn.sources)
 
     pixels = 3 * model.patch**2
-    hidden = int((model.grid**2 - context).sum())  # patches of the sources that the encoder does not see
+    hidden = int((model.grid**2 - context).sum())  # source patches that the encoder does not see
     # Forward, and the weight's gradient; pixels need none.
     embedded_all = 2 * 2 * hidden * pixels * model.encoder_shape.width
 
-    # One block's sizes do not depend on how many are drawn.
+    # One block's sizes do not depend on how many are sampled.
     one_block, asked_by_block = _with(config, "masks", target_blocks=1), 0
     for block in range(config.masks.target_blocks):
         alone = tokens_of(_with(one_block, "train", seed=config.train.seed + block + 1), images).predicted
@@ -83,7 +83,7 @@ def count_savings(config: Config, images: int = _IMAGES) -> dict[str, Any]:
     whole_target = step_flops(model, actions, context, everywhere, drawn.sources).target_forward
 
     width = model.predictor.width
-    # Of a token: the projection and the MLP.
+    # Per token: the projection and the MLP.
     after_attention = 2 * width * width + 4 * width * round(width * model.predictor.mlp_ratio)
     whole_predictor = 3 * int(context.sum()) * after_attention
 
@@ -112,7 +112,7 @@ def count_savings(config: Config, images: int = _IMAGES) -> dict[str, Any]:
 
 
 def _quality(arms_file: Path) -> dict[str, Any]:
-    """An arm's figures, a mean with its 95 % interval and each seed's, from a file of `benchmarks.sweep`."""
+    """Return each variant's metrics from a file of `benchmarks.sweep`: the mean, its 95 % interval, and each seed's."""
     document = json.loads(arms_file.read_text(encoding="utf-8"))
     arms = []
     for arm in document["arms"]:
@@ -125,9 +125,9 @@ def _quality(arms_file: Path) -> dict[str, Any]:
 def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", required=True, help="file to write, or -")
+    parser.add_argument("--json", required=True, help="file to write; - for standard output")
     parser.add_argument("--configs", nargs="+", default=list(CONFIGS))
-    parser.add_argument("--quality", type=Path, help="a file of benchmarks.sweep with the inexact savings as arms")
+    parser.add_argument("--quality", type=Path, help="result of benchmarks.sweep with the inexact savings as variants")
     args = parser.parse_args()
     require_result(args.json)
     rows = [{"config": name, **count_savings(load_config(find_config(name), []))} for name in args.configs]

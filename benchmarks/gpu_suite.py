@@ -1,14 +1,13 @@
-"""Build, check and time on one GPU all there is, and write JSON: the program to run where a GPU is at hand for
-minutes only.
+"""Build, test and time everything on one GPU within minutes, and write JSON.
 
     python -m benchmarks.gpu_suite --out OUT [--ijepa CHECKOUT] [--parts step kernels ...] [--dry]
 
-Each part is a program of its own, started in a process group of its own and ended at its limit. It writes its rows as
-they come, so that a part that is killed leaves those it had; ``OUT/PART.json`` holds them with its exit code and, where
-it did not end well, its last words. Nothing one part does costs the others anything but time. Together they take at
-most ``--budget`` seconds. ``OUT/results.tar.gz`` holds all of it, brought up to date after each part. Nothing is
-downloaded. ``--device cpu`` runs the same parts at toy size where there is no GPU, to see that they work; their numbers
-are of that CPU and say so. ``--dry`` prints the parts with their limits and the packages that they need.
+Each part is a program in a process group of its own, killed at its time limit. A part writes its rows as it measures
+them, so a killed part leaves those it had. ``OUT/PART.json`` holds its rows, its exit code and, if it failed, its last
+output. A failing part costs the others nothing but time. All parts together take at most ``--budget`` seconds.
+``OUT/results.tar.gz`` holds everything and is rewritten after each part. Nothing is downloaded. ``--device cpu`` runs
+the same parts at toy size without a GPU, as a check that they work; their results name that CPU. ``--dry`` prints the
+parts with their limits and the packages that they need.
 """
 
 from __future__ import annotations
@@ -41,19 +40,19 @@ __all__ = ["PARTS", "Part", "limit_of", "main"]
 SCHEMA = "iwm-fast-gpu-suite/2"
 _SETTINGS = ("train.compile=true", "train.target_stream=true", "model.attention=efficient")
 _BASE = ("vit_base_p16_224_equi.yaml", "train.global_batch=256", "train.micro_batch=256")
-# Baselines that try out many kernels before they run one.
+# Baselines that autotune over many kernels before they run one.
 _TUNED = ("compile max-autotune", "compile max-autotune, CUDA graphs", "quack")
 _TINY = ("vit_tiny_p4_32.yaml", "train.global_batch=16")
-# What comes back from a machine that is lent may be limited: larger traces are left out, and that is said.
+# A rented machine may limit what it returns: larger traces are left out, and the suite says so.
 _ARCHIVE_BYTES = 16 * 2**20
 _LEFT_OUT = (".jpg", ".jpeg", ".png", ".safetensors", ".tar.gz", ".cubin")
 
 
 @dataclass(frozen=True)
 class Part:
-    """A program: command(args, file) gives the words after ``python -m``; file is where it writes its JSON.
+    """One program: command(args, file) gives the words after ``python -m``; the program writes its JSON to file.
 
-    limit: seconds that it may take on a GPU. needs: packages without which it cannot run, beside torch and Triton.
+    limit: seconds on a GPU. needs: packages that it requires, beside torch and Triton.
     """
 
     limit: float
@@ -80,7 +79,7 @@ def _step(args: argparse.Namespace, file: Path) -> list[str]:
 
 
 def _attention(args: argparse.Namespace, file: Path) -> list[str]:
-    # On a CPU flex attention alone compiles for ten seconds a case and more.
+    # On a CPU, flex attention alone compiles for ten seconds per case and longer.
     small = ["--rounds", "1", "--dtype", "fp32", "--only", "vit_tiny_p4_32 context"]
     few = ["--rounds", "15"] if _on_gpu(args) else small
     return ["iwm_fast.benchmarks.attention", "--device", args.device, "--json", str(file), *few]
@@ -106,7 +105,7 @@ def _profile(args: argparse.Namespace, file: Path) -> list[str]:
 
 def _peers(args: argparse.Namespace, file: Path) -> list[str]:
     words = ["iwm_fast.benchmarks.peers", "--device", args.device, "--json", str(file), "--limit", "25"]
-    words += ["--until", f"{0.85 * args.limit:.0f}"]  # and the rest to start and end in
+    words += ["--until", f"{0.85 * args.limit:.0f}"]  # the rest is for imports and shutdown
     words += ["--ijepa", str(args.ijepa)] if args.ijepa else []
     if _on_gpu(args):
         return [*words, "--shape", "ViT-B/16 224 12x384", "ViT-L/16 224 12x384", "ViT-B/16 224 18x384"]
@@ -115,7 +114,7 @@ def _peers(args: argparse.Namespace, file: Path) -> list[str]:
 
 def _tests(args: argparse.Namespace, file: Path) -> list[str]:
     chosen = ["tests/gpu", "tests/triton"] if _on_gpu(args) else ["tests/gpu", "tests/triton", "-k", "opcheck"]
-    del file  # pytest's own words are kept, as every part's
+    del file  # pytest's output is recorded, as every part's
     return ["pytest", "-q", "-rs", "-W", "ignore", "-p", "no:cacheprovider", "--durations=10", *chosen]
 
 
@@ -126,33 +125,30 @@ def _train(args: argparse.Namespace, file: Path) -> list[str]:
 
 def _settings(args: argparse.Namespace, file: Path) -> list[str]:
     config, *common = _BASE if _on_gpu(args) else _TINY
-    settings = _SETTINGS if _on_gpu(args) else _SETTINGS[:1]  # the others are a GPU's
+    settings = _SETTINGS if _on_gpu(args) else _SETTINGS[:1]  # the others need a GPU
     words = ["iwm_fast.benchmarks.setting_gain", *settings, "--each", "--json", str(file), "--config", config]
     few = ["--batch", "256", "--repeats", "20"] if _on_gpu(args) else ["--batch", "16", "--repeats", "3"]
     return [*words, "--common", *common, *few, "--device", args.device]
 
 
-# Most valuable first: a run that is cut off has what it had measured. The limits of all but the last add up to nine
-# minutes.
+# Most valuable first: a suite that is cut off has those. The limits of all but the last add up to nine minutes.
 PARTS = {
-    "doctor": Part(30, _doctor, ("deepspeed", "xformers", "dali"), "what of the stack runs here"),
-    "ceilings": Part(20, _ceilings, (), "copy, matrix multiply, L2, launch"),
+    "doctor": Part(30, _doctor, ("deepspeed", "xformers", "dali"), "which parts of the stack run here"),
+    "ceilings": Part(20, _ceilings, (), "copy and L2 bandwidth, matmul throughput, launch time"),
     "step": Part(80, _step, what="the step of every preset on random pixels, checked against float64"),
-    "attention": Part(40, _attention, ("xformers",), "packed attention at the step's lengths, every way there is"),
-    "kernels": Part(80, _kernels, (), "every operator against its baselines, checked against float64"),
-    "profile": Part(40, _profile, what="where a step's time goes, with a trace"),
-    "peers": Part(110, _peers, what="the whole step beside ijepa's and a plain one"),
-    "tests": Part(60, _tests, what="tests/gpu, and the kernels' tests on the GPU"),
-    "train": Part(50, _train, ("deepspeed", "xformers", "dali"), "whole trainings from JPEG files"),
-    "settings": Part(
-        30, _settings, what="train.compile, train.target_stream and model.attention against the step without"
-    ),
-    "autotune": Part(300, _autotune, (), "the conditioned MLP by what tunes for minutes: max-autotune, QuACK"),
+    "attention": Part(40, _attention, ("xformers",), "packed attention at the step's sequence lengths"),
+    "kernels": Part(80, _kernels, (), "every kernel against its baselines, checked against float64"),
+    "profile": Part(40, _profile, what="time of a step by part, with a trace"),
+    "peers": Part(110, _peers, what="the whole step against ijepa and plain PyTorch"),
+    "tests": Part(60, _tests, what="tests/gpu and the kernels' tests on the GPU"),
+    "train": Part(50, _train, ("deepspeed", "xformers", "dali"), "training from JPEG files"),
+    "settings": Part(30, _settings, what="gain of train.compile, train.target_stream and model.attention"),
+    "autotune": Part(300, _autotune, (), "the conditioned MLP against max-autotune and QuACK, which tune for minutes"),
 }
 
 
 def limit_of(name: str, args: argparse.Namespace, left: float) -> float:
-    """Seconds for a part, of those that are left: at most its limit; the last one has what the others did not need."""
+    """Return a part's limit in seconds, at most the time left; the last part gets all the time left."""
     if name == args.parts[-1]:
         return left
     patience = args.patience or (1.0 if _on_gpu(args) else 2.0)
@@ -160,7 +156,7 @@ def limit_of(name: str, args: argparse.Namespace, left: float) -> float:
 
 
 def run_part(name: str, args: argparse.Namespace, left: float) -> str:
-    """Run a part for at most its limit, and what is left; how it went."""
+    """Run a part until its limit; return "done" or what went wrong."""
     part, file, log = PARTS[name], args.out / f".{name}.json", args.out / f"{name}.log"
     limit = limit_of(name, args, left)
     environment_ = os.environ | ({"TRITON_INTERPRET": "1"} if name == "tests" and not _on_gpu(args) else {})
@@ -172,13 +168,13 @@ def run_part(name: str, args: argparse.Namespace, left: float) -> str:
         try:
             code: int | None = process.wait(limit)
         except subprocess.TimeoutExpired:
-            code, error = None, f"ended after {limit:.0f} s, its limit"
+            code, error = None, f"killed at its limit, {limit:.0f} s"
         _end(process)
     result = _read(file)
     if code:
         lines = log.read_text(errors="replace").strip().splitlines()
         last = [line for line in lines if "warning" not in line.lower()][-1:]
-        ended = f"ended by signal {-code}" if code < 0 else f"exit code {code}"
+        ended = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
         error = f"{ended}: {' '.join(_broken(result) or last)}"
     file.unlink(missing_ok=True)
     document = {
@@ -194,13 +190,13 @@ def run_part(name: str, args: argparse.Namespace, left: float) -> str:
 
 
 def _broken(result: dict[str, Any]) -> list[str]:
-    """What doctor found not to work; its last words are of what does."""
+    """Return doctor's broken parts; the last lines of its output are about working ones."""
     return [f"{part['part']}: {part['reason']}." for part in result.get("parts", []) if part.get("broken")]
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End the part's whole process group, those that it started too."""
-    with contextlib.suppress(ProcessLookupError):  # all of it has ended
+    """Kill the part's process group, with all that it started."""
+    with contextlib.suppress(ProcessLookupError):  # the group has ended
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
@@ -214,7 +210,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def archive(out: Path) -> str:
-    """Pack what the parts wrote into OUT/results.tar.gz, smallest first; what did not fit, in one line."""
+    """Pack the parts' files into OUT/results.tar.gz, smallest first; return its size and what did not fit."""
     target, left_out = out / "results.tar.gz", []
     files = [p for p in out.rglob("*") if p.is_file() and "train" not in p.relative_to(out).parts[:1]]
     files = [p for p in files if not p.name.endswith(_LEFT_OUT) and not p.name.startswith(".")]
@@ -222,7 +218,7 @@ def archive(out: Path) -> str:
     with tarfile.open(fileobj=packed, mode="w:gz") as tar:
         for path in sorted(files, key=lambda p: p.stat().st_size):
             before = packed.tell()
-            if before + path.stat().st_size // 4 > _ARCHIVE_BYTES:  # traces shrink to a tenth
+            if before + path.stat().st_size // 4 > _ARCHIVE_BYTES:  # traces compress to a tenth
                 left_out.append(path.relative_to(out).as_posix())
                 continue
             tar.add(path, path.relative_to(out).as_posix())
@@ -235,7 +231,7 @@ def archive(out: Path) -> str:
 
 
 def _tuned(out: Path) -> None:
-    """What the tuner and the part attention found out, in the form of kernels/tuned.json, to be copied there."""
+    """Write the tuner's and the attention part's choices, in the form of kernels/tuned.json, to be copied there."""
     tables = {path.name.split("-triton-")[0]: _read(path) for path in (out / "tuning").glob("*.json")}
     attention = _read(out / "attention.json").get("result", {}).get("table", {})
     if tables or attention:
@@ -249,7 +245,7 @@ def _dry(args: argparse.Namespace) -> None:
         part = PARTS[name]
         total += part.limit
         print(f"{name:10} at most {part.limit:4.0f} s  needs {', '.join(part.needs) or '-':26} {part.what}")
-    print(f"together at most {total:.0f} s; the last part may take what the others leave of {args.budget:.0f} s")
+    print(f"together at most {total:.0f} s; the last part may use what the others leave of {args.budget:.0f} s")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -257,23 +253,23 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=[name for name in PARTS if name != "autotune"])
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--steps", type=int, default=60, help="of each training")
-    parser.add_argument("--budget", type=float, default=540.0, help="seconds that all parts together may take")
-    parser.add_argument("--patience", type=float, help="factor on each part's limit; without, 1 on a GPU, 2 on a CPU")
-    parser.add_argument("--ijepa", type=Path, help="a clone of facebookresearch/ijepa, for the part peers")
-    parser.add_argument("--dry", action="store_true", help="print the parts and their limits, and stop")
+    parser.add_argument("--steps", type=int, default=60, help="steps per training")
+    parser.add_argument("--budget", type=float, default=540.0, help="stop after this many seconds")
+    parser.add_argument("--patience", type=float, help="factor on each part's limit; default: 1 on a GPU, 2 on a CPU")
+    parser.add_argument("--ijepa", type=Path, help="clone of facebookresearch/ijepa, for the part peers")
+    parser.add_argument("--dry", action="store_true", help="print the parts and their limits; run nothing")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; 1 where a part did not end well."""
+    """Command line; return 1 if a part failed."""
     args = _parser().parse_args(argv)
     require_folder(args.out)
     if args.dry:
         _dry(args)
         return 0
     if args.device == "cuda" and not torch.cuda.is_available():
-        print("gpu_suite: torch sees no GPU; --device cpu shows that the program works", file=sys.stderr)
+        print("gpu_suite: torch sees no GPU; check the programs with --device cpu", file=sys.stderr)
         return 2
     args.out.mkdir(parents=True, exist_ok=True)
     os.environ[TUNING_DIR_VARIABLE] = str((args.out / "tuning").resolve())
@@ -281,7 +277,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in args.parts:
         left = args.budget - (time.monotonic() - begin)
         started = time.monotonic()
-        went[name] = run_part(name, args, left) if left > 0 else "not begun: no time was left"
+        went[name] = run_part(name, args, left) if left > 0 else "not started: no time was left"
         print(f"{name}: {went[name]} in {time.monotonic() - started:.0f} s", flush=True)
         _tuned(args.out)
         said = archive(args.out)

@@ -1,11 +1,10 @@
-"""How long a folder of many small files takes to index, and what its manifest saves at the start of a training.
+"""Time `iwm-fast data index` on many small files, and the start of a training with and without the manifest.
 
     python -m benchmarks.index --out SCRATCH --files 100000 --json FILE
 
-Draws the files below SCRATCH (JPEGs of 32 x 32 pixels in ten folders of classes), indexes them with the command that a
-user types, opens folder and manifest in turn, trains two steps from each, and removes them again. The page cache holds
-the files, which were just written; elapsed time on a machine with other work says more of that work, so the load beside
-is recorded.
+Generates the files in SCRATCH (JPEGs of 32 × 32 pixels in ten class folders), indexes them, opens folder and manifest,
+trains two steps from each, and removes everything. The files were just written, so they are in the page cache. Elapsed
+times include other load on the machine; the load average is recorded beside them.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ TINY = (
 
 
 def draw(root: Path, files: int) -> None:
-    """`files` different JPEGs, a thousand a folder."""
+    """Write `files` different JPEGs, a thousand per folder."""
     rng = np.random.default_rng(0)
     for number in range(files):
         folder = root / f"class{number // 1000 % 10}" / f"{number // 1000:05d}"
@@ -58,7 +57,7 @@ def draw(root: Path, files: int) -> None:
 
 
 def timed(work: Any) -> dict[str, float]:
-    """Medians of elapsed and of this process's own seconds."""
+    """Return the medians of elapsed seconds and of this process's CPU seconds."""
     elapsed, own = [], []
     for _ in range(REPEATS):
         began, began_own = time.perf_counter(), time.process_time()
@@ -69,7 +68,7 @@ def timed(work: Any) -> dict[str, float]:
 
 
 def command(*words: str) -> dict[str, float]:
-    """Elapsed and processor seconds of an iwm-fast command, its helping processes included."""
+    """Return elapsed and CPU seconds of an iwm-fast command, child processes included."""
     before = os.times()
     subprocess.run([sys.executable, "-m", "iwm_fast", *words], check=True)
     after = os.times()
@@ -78,16 +77,16 @@ def command(*words: str) -> dict[str, float]:
 
 
 def first_step(root: Path, run: Path) -> float:
-    """Seconds from the start of `pretrain` to the end of its first step."""
+    """Return seconds from the start of `pretrain` to the end of its first step."""
     shutil.rmtree(run, ignore_errors=True)
     command("pretrain", *TINY, "train.schedule_steps=2", f"data.root={root}", "--out", str(run))
     return float(json.loads((run / "metrics.jsonl").read_text().splitlines()[0])["first_step_after_s"])
 
 
 def main() -> None:
-    """Draw, index, open, train, remove, and write the figures."""
+    """Generate, index, open, train, remove, and write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, metavar="SCRATCH", help="A folder that does not exist yet.")
+    parser.add_argument("--out", type=Path, required=True, metavar="SCRATCH", help="folder to create")
     parser.add_argument("--files", type=int, default=100_000)
     parser.add_argument("--json", required=True, metavar="FILE")
     given = parser.parse_args()

@@ -1,14 +1,14 @@
-"""The kernels against what a user would otherwise call, by shape: time, share of the machine's limits, memory, error.
+"""Time the kernels against their baselines, by shape: milliseconds, share of the machine's limits, memory, error.
 
     python -m benchmarks.kernels --json FILE [--device cuda|cpu] [--repeats 30] [--only conditioned_mlp]
         [--contenders NAME ...] [--without NAME ...]
 
-Each contender computes the same operation from the same inputs, forward alone and, where the operation has gradients,
-forward with all of them. Inputs are random and rotated past the cache; the answers are compared with float64 before
-anything is timed, and a contender whose answers are wrong is not timed. Every contender has a row at every case, with
-its version and, where it is not timed, the reason; `contenders` in FILE says what of it is a library's and what is
-PyTorch's. Without a GPU the PyTorch contenders run at a small size, and the counts and floors are those of every size.
-`benchmarks.plots.kernels` draws the file that this writes.
+Each implementation computes the same operation from the same inputs, forward alone and, where the operation has
+gradients, forward and backward. Inputs are random and rotated so that they do not stay in cache. Results are compared
+with float64 before anything is timed; an implementation with wrong results is not timed. Every implementation has a row
+for every case, with its version and, if it is not timed, the reason; `contenders` in FILE notes which part of it is a
+library's and which is PyTorch's. Without a GPU the PyTorch baselines run at a small size; FLOPs, bytes and floors are
+those of the full sizes. Plot FILE with `benchmarks.plots.kernels`.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ from iwm_fast.results import write_json
 __all__ = ["measure"]
 
 SCHEMA = "iwm-fast-kernels/1"
-# Twice the L2 of the largest chip in use (B200, 126 MB) is walked through before an input comes round again.
+# Twice the L2 of the largest supported GPU (B200, 126 MB) is read before an input is used again.
 _ROTATED_BYTES = 256 * 2**20
-# Share of the exact result by which a bf16 answer may differ. A few roundings of 2⁻⁸ are 0.01, but eager PyTorch on a
-# CPU sums the normalisation's gradients in bf16 and is 0.05 off at 2,048 tokens.
+# Relative error allowed in bf16. A few roundings of 2⁻⁸ are 0.01, but eager PyTorch on a CPU sums LayerNorm's gradients
+# in bf16 and is 0.05 off at 2,048 tokens.
 _WRONG = 0.1
 _CHECKED_TOKENS = 2048
 _CPU_TOKENS = 4096
@@ -51,7 +51,7 @@ def _leaves(given: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def _upstream(case: Case, given: dict[str, Any]) -> tuple[Tensor, ...] | None:
-    """Incoming gradients of the results; None: 1, of a loss."""
+    """Upstream gradients of the outputs; None for a loss, whose gradient is 1."""
     if case.operation == "predictor_input":
         return (given["context"].new_empty(len(given["place"]), case.width).normal_(),)
     if "x" not in given:
@@ -60,7 +60,7 @@ def _upstream(case: Case, given: dict[str, Any]) -> tuple[Tensor, ...] | None:
 
 
 def _answers(run: Callable[..., Any], given: dict[str, Any], upstream: tuple[Tensor, ...] | None) -> dict[str, Tensor]:
-    """The results and the gradient of each leaf; of an operation in place, what became of its tensors."""
+    """Return the outputs and the gradient of each leaf; for an in-place operation, the updated tensors."""
     out = run(**given)
     if out is None:
         return {k: torch.cat([t.flatten() for t in v]) for k, v in given.items() if isinstance(v, list)}
@@ -72,7 +72,7 @@ def _answers(run: Callable[..., Any], given: dict[str, Any], upstream: tuple[Ten
 
 
 def _widened(value: Any) -> Any:
-    """The same in float64: tensors, as fresh leaves, lists of them, and a type asked for."""
+    """Return the same arguments in float64: tensors as new leaves, lists of tensors, and dtypes."""
     if isinstance(value, list):
         return [_widened(v) for v in value]
     if isinstance(value, torch.dtype):
@@ -83,9 +83,9 @@ def _widened(value: Any) -> Any:
 
 
 def errors(run: Callable[..., Any], contender: Contender, case: Case, device: torch.device) -> dict[str, float]:
-    """‖answer − float64‖ / ‖float64‖ of the result and of each gradient, at 2,048 tokens of the same widths.
+    """Return ‖result − float64‖ / ‖float64‖ of the output and of each gradient, at 2,048 tokens of the same widths.
 
-    What is compiled for one size is checked at that size: at another it would be other code, and compiled once more.
+    An implementation compiled for one size is checked at the timed size: another size would compile other code.
     """
     exact = reference(case.operation, contender.gelu)
     small = case if contender.one_size else at_most(case, _CHECKED_TOKENS, 16, 4096, 1)
@@ -100,7 +100,7 @@ def errors(run: Callable[..., Any], contender: Contender, case: Case, device: to
 
 
 def kept_bytes(run: Callable[..., Any], given: dict[str, Any]) -> int:
-    """Bytes that the forward pass keeps for the backward pass, the inputs themselves left out."""
+    """Return the bytes saved for the backward pass, without the inputs themselves."""
     own = {v.untyped_storage().data_ptr() for v in given.values() if isinstance(v, Tensor)}
     kept: dict[int, int] = {}
 
@@ -124,9 +124,9 @@ def measure(
     contenders: Sequence[str] | None = None,
     save: Callable[[dict[str, Any]], object] = lambda _document: None,
 ) -> dict[str, Any]:
-    """Every contender on every case: the document that is written. ``save`` gets it after each contender.
+    """Time every implementation on every case; return the document. ``save`` gets it after each implementation.
 
-    contenders: those that take part; the others' rows say that they were not asked for.
+    contenders: time only these; the rows of others say that they were not selected.
     """
     limits = ceilings(device)
     rows: list[dict[str, Any]] = []
@@ -140,7 +140,7 @@ def measure(
             case = at_most(asked, _CPU_TOKENS, 32, 8192, 1)
         one = inputs(case, device, torch.bfloat16)
         passes = (False, True) if _leaves(one) else (False,)
-        floors = "; with gradients ".join(_floor(asked, backward) for backward in passes)
+        floors = "; forward + backward ".join(_floor(asked, backward) for backward in passes)
         say(f"{asked.name}: {floors}" + ("" if case == asked else f"; timed as {case.name}"))
         size = sum(t.nbytes for t in tree_leaves(one) if isinstance(t, Tensor))
         copies = max(1, -(-_ROTATED_BYTES // size)) if device.type == "cuda" else 2
@@ -148,7 +148,7 @@ def measure(
         for name, contender in CONTENDERS.items():
             row = {"case": asdict(case), "contender": name, "version": contender.version}
             if contenders is not None and name not in contenders:
-                found = [row | {"skipped": "not asked for"}]
+                found = [row | {"skipped": "not selected"}]
             else:
                 found = _rows(row, contender, case, rotated, device, repeats, limits)
             rows += found
@@ -162,15 +162,15 @@ def _rows(
     row: dict[str, Any], contender: Contender, case: Case, rotated: list[dict[str, Any]], device: torch.device,
     repeats: int, limits: dict[str, Any],
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """A contender's rows at one case: one for each pass, or one with the reason why it is not timed."""
+    """Return an implementation's rows for one case: one per pass, or one with the reason why it is not timed."""
     rows = []
     try:
         try:
             run = contender.make(case.operation)
             contender.require(case, device)
             row["errors"] = errors(run, contender, case, device)
-            if not all(error <= _WRONG for error in row["errors"].values()):  # NaN is wrong too
-                return [row | {"skipped": "its answers are wrong"}]
+            if not all(error <= _WRONG for error in row["errors"].values()):  # also catches NaN
+                return [row | {"skipped": "wrong result"}]
             row["kept_bytes"] = kept_bytes(run, rotated[0])
             passes = (False, True) if _leaves(rotated[0]) else (False,)
             for backward in passes:
@@ -231,7 +231,7 @@ def _line(row: dict[str, Any]) -> str:
     return (
         f"{name:46} {row['passes']:17} {row['p50'] * 1e3:9.3f} ms ({row['p20'] * 1e3:.3f} – "
         f"{row['p80'] * 1e3:.3f})  matmul {row['share_of_matmul']:6.1%}  copy {row['share_of_copy']:6.1%}  "
-        f"kept {row['kept_bytes'] / 1e6:.0f} MB  error {max(row['errors'].values()):.1e}"
+        f"saved {row['kept_bytes'] / 1e6:.0f} MB  error {max(row['errors'].values()):.1e}"
     )
 
 

@@ -1,14 +1,14 @@
-"""Launches of a training step by part, or of one call of the conditioned MLP, counted without a GPU.
+"""Count the kernel launches of a training step by part, or of one call of the conditioned MLP, without a GPU.
 
     python -m benchmarks.launches CONFIG ... [KEY.PATH=VALUE ...] --json FILE
     python -m benchmarks.launches --mlp N,D,H,A --json FILE
 
-CONFIG: a preset of `iwm-fast bench step`, or a configuration; a step on one rank, as `step_launches` counts it.
-N tokens, D width, H hidden units, A action components (0: no action): forward and backward of one call, and the most
-bytes that it holds at once, its results included and its inputs not.
+CONFIG: a preset of `iwm-fast bench step`, or a configuration; counts one step on one rank (`step_launches`).
+N tokens, D width, H hidden units, A action components (0: no action): counts forward and backward of one call, and its
+peak bytes, outputs included and inputs not.
 
-Each launch of a Triton kernel is counted, and each that an operator of PyTorch makes on CUDA (`launch_rules`). Matmuls
-take the first candidate of sm_90.
+Counted are launches of Triton kernels and those of PyTorch's operators on CUDA (`launch_rules`). Matmuls use the first
+candidate of sm_90.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _IMAGES = 512
 def mlp_launches(
     tokens: int, width: int, hidden: int, actions: int, workspace: int | None = None
 ) -> dict[str, Launched]:
-    """Of one call in bf16 with normalisation and residual, and of its backward pass. `workspace`: the call's limit."""
+    """Count one call in bf16 with LayerNorm and residual, and its backward pass. `workspace`: its limit in bytes."""
 
     def empty(*shape: int, kind: torch.dtype = torch.bfloat16) -> Tensor:
         return torch.empty(*shape, dtype=kind, device="meta")
@@ -68,16 +68,16 @@ def _sizes(text: str) -> list[int]:
     except ValueError:
         sizes = []
     if len(sizes) != 4 or min(sizes[:3]) < 1 or sizes[3] < 0:
-        raise UserError(f"--mlp {text}: give four whole numbers N,D,H,A: at least 1, A at least 0")
+        raise UserError(f"--mlp {text}: give four integers N,D,H,A: N, D, H at least 1, A at least 0")
     return sizes
 
 
 def _chosen(words: Sequence[str]) -> list[tuple[str, Config]]:
-    """The configurations that are named; overrides hold for each of them."""
+    """Return the named configurations; overrides apply to all."""
     names = [word for word in words if "=" not in word]
     if not names:
         raise UserError(
-            f"{' '.join(words) or 'CONFIG'}: name configurations or presets ({', '.join(PRESETS)}), "
+            f"{' '.join(words) or 'CONFIG'}: no configuration; name configurations or presets ({', '.join(PRESETS)}), "
             "then KEY.PATH=VALUE, or give --mlp N,D,H,A"
         )
     overrides = tuple(word for word in words if "=" in word)
@@ -130,13 +130,13 @@ def main(words: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.launches", description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
-        "config", nargs="*", metavar="CONFIG", help="presets or configurations, then KEY.PATH=VALUE for all"
+        "config", nargs="*", metavar="CONFIG", help="presets or configurations, then KEY.PATH=VALUE overrides for all"
     )
     parser.add_argument("--mlp", metavar="N,D,H,A", help="tokens, width, hidden units, action components")
-    parser.add_argument("--json", required=True, help="file to write, or -")
+    parser.add_argument("--json", required=True, help="file to write; - for standard output")
     args = parser.parse_intermixed_args(words)
     if args.mlp is not None and args.config:
-        raise UserError(f"--mlp {args.mlp}: it stands instead of {args.config[0]}; give one of them")
+        raise UserError(f"--mlp {args.mlp}: cannot be given with {args.config[0]}; give one of them")
     require_result(args.json)
     if args.mlp is not None:
         _count_mlp(args.mlp, args.json)

@@ -1,18 +1,18 @@
-"""iwm-fast's training step beside others', on the same shapes, batches and masks, in turn in one process.
+"""Time iwm-fast's training step against baselines on the same shapes, batches and masks, in turn in one process.
 
     python -m benchmarks.peers --ijepa CHECKOUT --device cpu --json FILE
 
-CHECKOUT is a clone of github.com/facebookresearch/ijepa of your own; without it the others are compared, which are
-timm's parts in I-JEPA's step, and an Image World Model's step in plain PyTorch, eager and compiled.
+Baselines: facebookresearch/ijepa (CHECKOUT is your clone; left out without it), timm's parts in I-JEPA's step, and a
+reference implementation of an Image World Model's step in plain PyTorch, each eager and compiled.
 
-Before anything is timed, each peer's networks are shown to compute what iwm-fast's do with the same weights, and a peer
-whose answers differ is not timed. Rounds of one step of each side alternate their order; every step's time is kept.
-speed_ratio is the peer's median time over ours (above 1: iwm-fast is faster), operations_ratio our counted operations
-over the peer's (below 1: iwm-fast needs fewer), memory_ratio our peak memory above what was held before over the
-peer's, each side in a process of its own (on a GPU: by its allocator).
+Before anything is timed, each baseline's networks must compute what iwm-fast's do with the same weights; a baseline
+whose results differ is not timed. Each round is one step of each, in alternating order; every step's time is recorded.
+speed_ratio is the baseline's median time over iwm-fast's (above 1: iwm-fast is faster), operations_ratio iwm-fast's
+counted FLOPs over the baseline's (below 1: iwm-fast needs fewer), memory_ratio iwm-fast's peak memory over the
+baseline's, without what was allocated before, each in a process of its own (on a GPU: by its allocator).
 
-FILE has each row as soon as it is measured: the eager peers at every shape first, then the compiled ones, each beside
-iwm-fast in a process of its own. What --until leaves no time for, and what does not compile, is a row that says so.
+Rows are written to FILE as they are measured: eager baselines at every shape, then compiled ones, each against iwm-fast
+in a process of its own. A row that --until leaves no time for, or that does not compile, records the reason.
 """
 
 from __future__ import annotations
@@ -61,17 +61,17 @@ from iwm_fast.results import write_result
 __all__ = ["COUNTED", "TIMED", "Comparison", "compare", "main"]
 
 TIMED = (Shape("vit_tiny", 96, 8, 6, 192, 32), Shape("vit_tiny", 224, 16, 12, 384, 16))
-# Operations alone, on the meta device.
+# FLOPs only, on the meta device.
 COUNTED = (
     Shape("vit_base", 224, 16, 12, 384, 64),
     Shape("vit_base", 224, 16, 18, 384, 64),
     Shape("vit_large", 224, 16, 12, 384, 64),
 )
-# Timed where there is a GPU.
+# Timed on a GPU.
 ON_GPU = (Shape("vit_base", 224, 16, 12, 384, 128), Shape("vit_large", 224, 16, 12, 384, 64))
 _BATCHES = 2  # timed in turn
-_WARM_UP = {"cpu": 1, "cuda": 5}  # steps of each side
-_MEMORY_STEPS = 2  # the optimizer's state is there from the second on
+_WARM_UP = {"cpu": 1, "cuda": 5}  # steps of each
+_MEMORY_STEPS = 2  # the optimizer's state exists from the second step on
 _FEWEST_ROUNDS = 3
 _ERROR = re.compile(r"\w*(Error|Exception|Killed)\b.*:")
 
@@ -79,9 +79,9 @@ _ERROR = re.compile(r"\w*(Error|Exception|Killed)\b.*:")
 def time_in_turn(
     sides: dict[str, Side], device: torch.device, rounds: int, limit_s: float
 ) -> dict[str, list[Clocked]]:  # fmt: skip
-    """Each side's steps; a round is one step of each, and every other round goes the other way.
+    """Time the steps of all; a round is one step of each, in alternating order.
 
-    Three rounds, and no other begins after `limit_s` seconds.
+    At least three rounds; none starts after `limit_s` seconds.
     """
     taken: dict[str, list[Clocked]] = {name: [] for name in sides}
     end = time.monotonic() + limit_s
@@ -97,7 +97,7 @@ def time_in_turn(
 
 @dataclass
 class Comparison:
-    """Comparisons of one run; what several peers are compared with is measured alone once."""
+    """The comparisons of one run; what several baselines are compared with is measured alone once."""
 
     args: argparse.Namespace
     checkout: Checkout | None
@@ -107,16 +107,16 @@ class Comparison:
 
     @property
     def left(self) -> float:
-        """Seconds until nothing more may begin."""
+        """Seconds until nothing more may start."""
         return self.end - time.monotonic()
 
     def row(self, shape: Shape, name: str, peer: Peer) -> dict[str, Any]:
-        """Time a peer at a shape beside iwm-fast, in turn in this process."""
+        """Time a baseline at a shape against iwm-fast, in turn in this process."""
         row = counted_row(shape, name, peer, self.checkout)
         inputs = batches(shape, self.checkout, _BATCHES, seed=0)
         row["difference"] = peer.difference(shape, inputs[0])
-        if not row["difference"] <= answers.TOLERANCE:  # NaN is wrong too
-            return row | {"skipped": f"its answers are {row['difference']:.1e} away"}
+        if not row["difference"] <= answers.TOLERANCE:  # also catches NaN
+            return row | {"skipped": f"wrong result: {row['difference']:.1e} from iwm-fast's"}
         mine = f"iwm-fast {peer.ours}"
         sides: dict[str, Side] = {}
         memory = {side: self._begun(side, shape, inputs, sides, {name: peer}) for side in (mine, name)}
@@ -135,7 +135,7 @@ class Comparison:
     def _begun(
         self, name: str, shape: Shape, inputs: Sequence[Inputs], sides: dict[str, Side], chosen: Mapping[str, Peer]
     ) -> int:
-        """Put a side into ``sides``; its peak memory."""
+        """Build a step into ``sides``; return its peak memory in bytes."""
 
         def begin() -> None:
             sides[name] = make_side(name, shape, inputs, self.ranks, chosen)
@@ -145,7 +145,7 @@ class Comparison:
             for _ in range(_MEMORY_STEPS):
                 sides[name].step()
 
-        # A GPU's allocator tells one side's memory from another's; a resident set is the whole process's.
+        # A GPU's allocator separates the two; the resident set is the whole process's.
         if self.ranks.device.type == "cuda":
             import deepspeed  # noqa: F401  (what is imported is held before, on every side alike)
 
@@ -157,7 +157,7 @@ class Comparison:
         return self.alone[key]
 
     def _again(self, shape: Shape, *words: str) -> subprocess.CompletedProcess[str]:
-        """Start the program once more, for one shape in a process of its own, for as long as there is time."""
+        """Start this program again for one shape, in a process of its own, for as long as there is time."""
         command = [sys.executable, "-m", "iwm_fast.benchmarks.peers", "--shape", shape.name, *words]
         command += ["--device", self.args.device, "--threads", str(self.args.threads)]
         command += ["--ijepa", str(self.args.ijepa)] if self.args.ijepa else []
@@ -165,16 +165,16 @@ class Comparison:
         return subprocess.run(command, capture_output=True, text=True, check=False, timeout=left)
 
     def _alone(self, name: str, shape: Shape) -> int:
-        """Peak memory of a side, in a process of its own."""
+        """Return the peak memory of one step in a process of its own."""
         done = self._again(shape, "--alone", name, "--json", "-")
         if done.returncode:
             raise RuntimeError(f"{name} alone: exit code {done.returncode}: {done.stderr[-3000:]}")
         return int(json.loads(done.stdout.splitlines()[-1])["peak_bytes"])
 
     def apart(self, shape: Shape, name: str) -> dict[str, Any]:
-        """A peer's row from a process of its own: what is compiled may take longer than there is time for, or fail."""
+        """Return a baseline's row from a process of its own: compiling may exceed the time left, or fail."""
         row = untimed_row(shape, name)
-        gc.collect()  # engines of earlier rows hold themselves
+        gc.collect()  # engines of earlier rows are in reference cycles
         if self.ranks.device.type == "cuda":
             torch.cuda.empty_cache()
         args, begin = self.args, time.monotonic()
@@ -182,12 +182,12 @@ class Comparison:
             file = Path(folder) / "row.json"
             words = ["--peers", name, "--here", "--json", str(file), "--rounds", str(args.rounds)]
             try:
-                # Two seconds, to end by itself.
+                # Two seconds for the process to end by itself.
                 until = [] if math.isinf(self.left) else ["--until", f"{max(self.left - 2, 0):.0f}"]
                 done = self._again(shape, *words, "--limit", str(args.limit), *until)
             except subprocess.TimeoutExpired:
                 taken = time.monotonic() - begin
-                return row | {"skipped": f"not done after {taken:.0f} s; raise --until ({args.until:.0f})"}
+                return row | {"skipped": f"not finished after {taken:.0f} s; raise --until ({args.until:.0f})"}
             if done.returncode:
                 said = [text for text in done.stderr.splitlines() if _ERROR.search(text)] or done.stderr.splitlines()
                 return row | {"skipped": f"exit code {done.returncode}: {' '.join(said[-1:])[:300]}"}
@@ -213,38 +213,38 @@ def _measure_alone(name: str, shape: Shape, checkout: Checkout | None, ranks: Ra
 def compare(
     shapes: Sequence[Shape], timed: Collection[Shape], chosen: Mapping[str, Peer], comparison: Comparison
 ) -> Iterator[dict[str, Any]]:
-    """A row for each peer at each shape as it is there: operations alone of those that are not timed, the eager peers
-    first and then, each in a process of its own, the compiled ones.
+    """Yield a row for each baseline at each shape when it is measured: FLOPs of the untimed ones, then the eager
+    baselines, then the compiled ones, each in a process of its own.
     """
     in_turn = [(shape, name, peer) for shape in shapes for name, peer in chosen.items()]
     longest = 0.0
     for shape, name, peer in sorted(in_turn, key=lambda one: one[2].compiled):
         apart = peer.compiled and not comparison.args.here
         if shape not in timed:
-            if not peer.compiled:  # which does the operations of its eager form
+            if not peer.compiled:  # a compiled one has the FLOPs of its eager form
                 yield counted_row(shape, name, peer, comparison.checkout)
         elif comparison.left <= (0.0 if apart else 2 * longest):  # a larger shape takes longer
             left = f"{max(comparison.left, 0.0):.0f} s were left of --until {comparison.args.until:.0f}"
             took = f", and another took {longest:.0f} s" if longest else ""
-            yield untimed_row(shape, name) | {"skipped": f"not begun: {left}{took}"}
+            yield untimed_row(shape, name) | {"skipped": f"not started: {left}{took}"}
         elif apart:
             yield comparison.apart(shape, name)
         else:
             begin = time.monotonic()
             try:
                 row = comparison.row(shape, name, peer)
-            except (RuntimeError, UserError) as error:  # of memory, or of a loss that is not finite
+            except (RuntimeError, UserError) as error:  # out of memory, or a loss that is not finite
                 row = untimed_row(shape, name) | {"skipped": f"failed: {in_a_line(error, 300)}"}
             longest = max(longest, time.monotonic() - begin)
             yield row
 
 
 def _chosen(names: Sequence[str] | None, checkout: Checkout | None) -> tuple[dict[str, Peer], dict[str, str]]:
-    """The peers asked for that are there, and why others are not."""
+    """Return the selected baselines that are available, and why others are not."""
     there = peers(checkout)
     unknown = set(names or ()) - there.keys()
     if unknown:
-        raise UserError(f"--peers: {', '.join(sorted(unknown))}: not here; there are {', '.join(there)}")
+        raise UserError(f"--peers {', '.join(sorted(unknown))}: no such baseline; choose from {', '.join(there)}")
     chosen = {name: peer for name, peer in there.items() if not names or name in names}
     missing = {} if checkout or names else {"ijepa": "give --ijepa CHECKOUT"}
     if "timm" in chosen:
@@ -258,29 +258,29 @@ def _chosen(names: Sequence[str] | None, checkout: Checkout | None) -> tuple[dic
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ijepa", type=Path, metavar="CHECKOUT", help="a clone of facebookresearch/ijepa")
+    parser.add_argument("--ijepa", type=Path, metavar="CHECKOUT", help="clone of facebookresearch/ijepa")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", required=True, metavar="FILE", help="- for standard output")
-    parser.add_argument("--rounds", type=int, default=20, help="timed steps of each side")
-    parser.add_argument("--limit", type=float, default=600.0, help="seconds after which no round of a shape begins")
-    parser.add_argument("--until", type=float, default=math.inf, help="seconds after which no row begins")
-    parser.add_argument("--threads", type=int, default=usable_cores(), help="of each side, on a CPU")
-    parser.add_argument("--peers", nargs="+", metavar="NAME", help="default: all that are there")
-    parser.add_argument("--shape", nargs="+", metavar="NAME", help="in this order; default: all")
+    parser.add_argument("--json", required=True, metavar="FILE", help="file to write; - for standard output")
+    parser.add_argument("--rounds", type=int, default=20, help="timed steps of each implementation")
+    parser.add_argument("--limit", type=float, default=600.0, help="start no round of a shape after this many seconds")
+    parser.add_argument("--until", type=float, default=math.inf, help="start no row after this many seconds")
+    parser.add_argument("--threads", type=int, default=usable_cores(), help="threads on a CPU")
+    parser.add_argument("--peers", nargs="+", metavar="NAME", help="time these baselines; default: all available")
+    parser.add_argument("--shape", nargs="+", metavar="NAME", help="time these shapes, in this order; default: all")
     parser.add_argument("--alone", metavar="SIDE", help=argparse.SUPPRESS)
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; 1 where a side failed."""
+    """Command line; return 1 if a baseline failed."""
     begin = time.monotonic()
     args = _parser().parse_args(argv)
     require_result(args.json)
     if args.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     elif not torch.cuda.is_available():
-        print("peers: torch sees no GPU: use --device cpu", file=sys.stderr)
+        print("peers: torch sees no GPU; give --device cpu", file=sys.stderr)
         return 2
     quiet_third_parties()
     torch.set_num_threads(args.threads)
@@ -289,7 +289,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     there = {shape.name: shape for shape in (*COUNTED, *timed)}
     unknown = set(args.shape or ()) - there.keys()
     if unknown:
-        print(f"peers: --shape: {', '.join(sorted(unknown))}: there are {', '.join(there)}", file=sys.stderr)
+        names = f"{', '.join(sorted(unknown))}: no such shape; choose from {', '.join(there)}"
+        print(f"peers: --shape {names}", file=sys.stderr)
         return 2
     shapes = [there[name] for name in args.shape or there]
     rows: list[dict[str, Any]] = []
@@ -306,7 +307,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows.append(row)
             _say(line(row))
             if args.json != "-":
-                write_result(args.json, "peers", body)  # after each row: what is measured is kept
+                write_result(args.json, "peers", body)  # a stopped run keeps its rows
     except UserError as error:
         print(f"peers: {error}", file=sys.stderr)
         return 2

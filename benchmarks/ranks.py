@@ -1,6 +1,6 @@
-"""One rank of `bench scaling`, started by torchrun: it times the step and counts what the ranks say to each other.
+"""One rank of `bench scaling`, started by torchrun: time the step and count the communication.
 
-Started as ``torchrun --nproc_per_node 2 -m iwm_fast.benchmarks.ranks CONFIG.json OUT.json REPEATS``.
+Run ``torchrun --nproc_per_node 2 -m iwm_fast.benchmarks.ranks CONFIG.json OUT.json REPEATS``.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _WARM_UP = 2
 
 
 def main(config_file: Path, out: Path, repeats: int) -> None:
-    """Run, and let the first rank write its row."""
+    """Run; rank 0 writes the row."""
     quiet_third_parties()
     torch.set_num_threads(1)
     config = Config.model_validate(json.loads(config_file.read_text()))

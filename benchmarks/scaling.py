@@ -1,4 +1,4 @@
-"""How time, memory and communication grow: with the batch on one rank, and with the ranks on one machine."""
+"""Scaling of time, memory and communication, with the batch on one rank and with the ranks on one machine."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _LIMIT_S = 600.0
 
 
 def _with(config: Config, **train: Any) -> Config:
-    """A configuration with other keys of `train`, and no logged step among the timed ones."""
+    """Return a configuration with other keys of `train`, and with no logged step among the timed ones."""
     return config.model_copy(
         update={
             "train": config.train.model_copy(update=train),
@@ -40,9 +40,9 @@ def _with(config: Config, **train: Any) -> Config:
 
 
 def fit_line(x: Sequence[float], y: Sequence[float]) -> dict[str, Any]:
-    """Least squares of relative errors, y ≈ intercept + slope · x; residuals as shares of y.
+    """Fit y ≈ intercept + slope · x by least squares of relative errors; return both, and residuals as shares of y.
 
-    Weighted by 1 / y, because sizes differ five-hundredfold and the largest alone would decide an unweighted fit.
+    Weighted by 1 / y: sizes differ five-hundredfold, and the largest alone would decide an unweighted fit.
     """
     sizes, values = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
     design = np.stack([np.ones_like(sizes), sizes], axis=1) / values[:, None]
@@ -54,14 +54,14 @@ def fit_line(x: Sequence[float], y: Sequence[float]) -> dict[str, Any]:
 def measure_batches(
     config: Config, ranks: Ranks, *, sizes: Sequence[int] = BATCHES, repeats: int = 5, say: Callable[[str], object]
 ) -> dict[str, Any]:
-    """Time and memory of a step by images, each with the line through them.
+    """Return time and memory of a step by number of images, each with the line fitted through them.
 
-    Memory is what building and stepping needed above what was held before, weights and optimizer included: they are the
-    intercept.
+    Memory is the peak of building and stepping above what was allocated before. Weights and optimizer are included:
+    they are the intercept.
     """
     rows: list[dict[str, Any]] = []
     space = space_of(config.actions)
-    # What is loaded and allocated once in a process is no batch's.
+    # Excludes what a process loads and allocates once, whatever the batch.
     first = _with(config, global_batch=1)
     prepare_trainer(first, space, synthetic_stream(first, space, ranks.device, steps=1), ranks).train_step()
     for size in sizes:
@@ -102,9 +102,9 @@ def measure_ranks(
     config: Config, *, worlds: Sequence[int] = (1, 2, 4), kinds: Sequence[str] = ("weak", "strong"), repeats: int = 5,
     say: Callable[[str], object],
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Step time and communication with so many ranks of one thread each on this machine's CPU.
+    """Return step time and communication on this many ranks, with one thread each, on this machine's CPU.
 
-    Weak: each rank has the configuration's batch. Strong: all share the batch of the largest world.
+    Weak scaling: each rank has the configuration's batch. Strong: all worlds have the global batch of the largest.
     """
     rows = []
     batch = config.train.global_batch

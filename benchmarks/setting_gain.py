@@ -1,9 +1,9 @@
-"""What a setting gains: the training step under it against the same step without it, in turn.
+"""Measure what a setting gains: the training step with it against the same step without, in turn.
 
     python -m benchmarks.setting_gain train.compile=true --json FILE [--config vit_tiny_p4_32.yaml] [--threads 1]
 
-Both sides begin with the same weights and take the same batches of random pixels, each with masks of its own, so that
-no two have the same lengths. Their losses have to agree before anything is said of the time.
+Both start from the same weights and get the same batches of random pixels. Each batch has its own masks, so no two have
+the same lengths. Their losses must agree before a time is reported.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from iwm_fast.results import write_result
 
 __all__ = ["loss_difference", "measure_setting"]
 
-_SETTLED = 10  # steps after which nothing may be compiled any more
+_SETTLED = 10  # steps after which nothing may compile any more
 SIDES = ("without", "with")
 
 
 def measure_setting(configs: dict[str, Config], ranks: Ranks, repeats: int) -> dict[str, Any]:
-    """Seconds of each timed step of both sides, ratios of their medians, and the graphs compiled before and after.
+    """Return seconds of each timed step of both, ratios of their medians, and the graphs compiled before and after.
 
-    configs: "without" and "with". Raises RuntimeError where a logged loss differs by more than the precision explains.
+    configs: "without" and "with". Raise RuntimeError if a logged loss differs by more than the precision explains.
     """
     steps = _SETTLED + repeats
     space = space_of(configs["with"].actions)
@@ -62,7 +62,7 @@ def measure_setting(configs: dict[str, Config], ranks: Ranks, repeats: int) -> d
         without, under = records
         if without is not None and under is not None:
             difference = max(difference, loss_difference(without["loss"], under["loss"]))
-    # Rounding in other places is carried along by the optimizer: ten times what one step may lose.
+    # The optimizer carries rounding errors along: allow ten times the error of one step.
     if difference > 10 * TOLERANCE[configs["with"].train.precision]:
         raise RuntimeError(f"losses differ by up to {difference:.1e}: not timed")
     seconds = {side: [one.seconds for one in taken[side][_SETTLED:]] for side in SIDES}
@@ -85,7 +85,7 @@ def measure_setting(configs: dict[str, Config], ranks: Ranks, repeats: int) -> d
 
 
 def loss_difference(without: float, under: float) -> float:
-    """Of two losses, over the first; infinite where they cannot be compared."""
+    """Return the difference of two losses over the first; infinite if either is not finite."""
     return abs(under / without - 1) if math.isfinite(under) and math.isfinite(without) and without else math.inf
 
 
@@ -96,14 +96,14 @@ def _step(trainer: Trainer, records: list[dict[str, Any] | None]) -> None:
 def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("setting", nargs="+", help="key.path=value, of the side with it")
-    parser.add_argument("--each", action="store_true", help="measure each setting by itself, not all together")
-    parser.add_argument("--json", required=True, help="file to write, or -")
+    parser.add_argument("setting", nargs="+", help="key.path=value to measure")
+    parser.add_argument("--each", action="store_true", help="measure each setting alone, not all together")
+    parser.add_argument("--json", required=True, help="file to write; - for standard output")
     parser.add_argument("--config", default="vit_tiny_p4_32.yaml")
-    parser.add_argument("--common", nargs="*", default=[], help="key.path=value, of both sides")
+    parser.add_argument("--common", nargs="*", default=[], help="key.path=value for both")
     parser.add_argument("--batch", type=int, default=32, help="global batch")
-    parser.add_argument("--repeats", type=int, default=30, help="timed steps of each side")
-    parser.add_argument("--threads", type=int, help="of torch, on a CPU")
+    parser.add_argument("--repeats", type=int, default=30, help="timed steps of each")
+    parser.add_argument("--threads", type=int, help="torch threads, on a CPU")
     parser.add_argument("--device", choices=["cpu", "cuda"])
     args = parser.parse_args()
     require_result(args.json)
@@ -117,7 +117,7 @@ def main() -> int:
         about = {"config": args.config, "setting": setting, "common": common}
         rows.append({**about, **measure_setting(configs, ranks, args.repeats)})
         if args.json != "-":
-            write_result(args.json, "bench-settings", body)  # after each row: what is measured is kept
+            write_result(args.json, "bench-settings", body)  # a stopped run keeps its rows
             _print(rows[-1])
     if args.json == "-":
         write_result("-", "bench-settings", body)

@@ -1,4 +1,4 @@
-"""The training step: its time, memory and useful operations, after its answer was checked against float64."""
+"""Time, memory and FLOPs of the training step, whose loss is first checked against float64."""
 
 from __future__ import annotations
 
@@ -27,34 +27,34 @@ from iwm_fast.models import IWM, Segments
 
 __all__ = ["TOLERANCE", "WrongAnswerError", "check_answer", "measure_step", "row_of"]
 
-# ‖working − float64‖ / ‖float64‖ of the loss: fp32 sums lose 1e-6, bf16 rounds each of some dozen layers by 2⁻⁸.
+# ‖loss − float64‖ / ‖float64‖: fp32 sums lose 1e-6; bf16 rounds each of some dozen layers by 2⁻⁸.
 TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2}
 _CHECKED_IMAGES = 2
 
 
 class WrongAnswerError(RuntimeError):
-    """A step whose loss is not what float64 gives: it is not timed."""
+    """The step's loss is not float64's: it is not timed."""
 
 
 def check_answer(trainer: Trainer, config: Config, batch: Batch, space: ActionSpace) -> float:
-    """Relative error of the loss of two images against float64 in plain PyTorch on the CPU, with the same weights.
+    """Return the loss's relative error on two images, against plain PyTorch in float64 on the CPU.
 
-    Before the first step, when both have the weights of the seed. Raises WrongAnswerError above `TOLERANCE`.
+    Call before the first step, when both have the same weights. Raise WrongAnswerError above `TOLERANCE`.
     """
     torch.manual_seed(config.train.seed)
     exact = IWM(config.model, space.dim).double()
     with torch.no_grad():
         wanted = float(_loss(exact, batch, torch.device("cpu"), trainer.predicts))
-    with torch.set_grad_enabled(config.train.compile):  # compiled code for training is other code than for looking
+    with torch.set_grad_enabled(config.train.compile):  # without gradients other code would be compiled
         found = float(_loss(trainer.zero.engine.module, batch, trainer.ranks.device, trainer.predicts).detach())
     error = abs(found - wanted) / abs(wanted)
     if not error <= TOLERANCE[config.train.precision]:
-        raise WrongAnswerError(f"the loss is {found} where float64 gives {wanted}: not timed")
+        raise WrongAnswerError(f"the loss is {found}, float64 gives {wanted}: not timed")
     return error
 
 
 def _loss(model: Any, batch: Batch, device: torch.device, predicts: str) -> torch.Tensor:
-    """Of the batch's first images with all their sources, summed."""
+    """Sum the loss over the batch's first images with all their sources."""
     patches, few = batch.patches, slice(0, _CHECKED_IMAGES * (len(batch.source) // len(batch.target)))
     context = torch.from_numpy(patches.context[: patches.context_lengths[few].sum()]).to(device)
     seen = Segments.from_lengths(patches.context_lengths[few], device)
@@ -71,7 +71,7 @@ def measure_step(
     name: str, config: Config, ranks: Ranks, *, root: Path | None = None, repeats: int = 30, warm_up: int = 3,
     say: Callable[[str], object] = print,
 ) -> dict[str, Any]:  # fmt: skip
-    """One row: every repeat's seconds, their median, images a second, operations, memory, and the check's error."""
+    """Return one row: every repeat's seconds, their median, images per second, FLOPs, memory, and the loss's error."""
     quiet = config.model_copy(update={"log": config.log.model_copy(update={"every_steps": 10**9})})
     quiet, triplets = described(quiet, root)
     if root is None and config.data.root is not None:
@@ -95,9 +95,9 @@ def measure_step(
 def row_of(
     name: str, config: Config, space: ActionSpace, taken: list[Clocked], device: torch.device
 ) -> dict[str, Any]:  # fmt: skip
-    """What the times say of a configuration: per second, per operation, and per share of a known peak.
+    """Return a configuration's rates: images and FLOPs per second, and the share of a known peak.
 
-    An image is a decoded one: it has one target, and sources_per_target sources.
+    Images are decoded images: each has one target and sources_per_target sources.
     """
     middle, images = median_of([one.seconds for one in taken]), config.train.global_batch
     sources = config.views.sources_per_target

@@ -5,9 +5,8 @@ r"""Train several variants of a configuration at the same budget on several seed
         --arm feature model.predictor.conditioning=feature \\
         --set train.steps=600
 
-DIR holds train/ and test/ with a folder a class, or with triplets. Each training and each evaluation is the command
-line a user would type, in a process of its own. An arm's figures are means over the seeds with a 95 % interval
-(Student's t).
+DIR holds train/ and test/, each with one folder per class, or with triplets. Each training and evaluation is an
+`iwm-fast` command in a process of its own. Reported are means over the seeds with a 95 % interval (Student's t).
 """
 
 from __future__ import annotations
@@ -51,22 +50,23 @@ SHOWN = (
 
 
 def interval(values: list[float]) -> dict[str, float | None]:
-    """Mean and half-width of the 95 % interval; None for one value alone."""
+    """Return the mean and the half-width of its 95 % interval; None for a single value."""
     half = T95[len(values) - 1] * stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
     return {"mean": mean(values), "half_width": half}
 
 
 def children_cpu() -> float:
-    """Seconds of processor time that the processes started here and ended have taken."""
+    """Return CPU seconds of all child processes that have ended."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
 
 def run_one(config: str, data: Path, run: Path, seed: int, overrides: list[str], measure: list[str]) -> dict[str, Any]:
-    """Train and evaluate once; returns the evaluation, the curve, and the training's seconds by the clock and of the
-    processor (of all jobs that ended meanwhile, so of this one where it is alone).
+    """Train and evaluate once; return the evaluation, the curve, and the training's wall-clock and CPU seconds.
 
-    ``measure``: further words of the evaluation's command line.
+    CPU seconds include every job that ended meanwhile, so they are this training's only if it ran alone.
+
+    ``measure``: further arguments of `iwm-fast evaluate`.
     """
     shutil.rmtree(run, ignore_errors=True)
     iwm = [sys.executable, "-m", "iwm_fast"]
@@ -79,7 +79,7 @@ def run_one(config: str, data: Path, run: Path, seed: int, overrides: list[str],
     curve = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     logged = [r for r in curve if "loss" in r]
     evaluation = json.loads(answer.read_text())
-    del evaluation["report"]  # a path of this machine
+    del evaluation["report"]  # a path on this machine
     evaluation |= {"loss_last": logged[-1]["loss"], "rank_me": logged[-1]["rank_me"]}
     return {
         "seed": seed,
@@ -92,14 +92,14 @@ def run_one(config: str, data: Path, run: Path, seed: int, overrides: list[str],
 
 
 def public(words: list[str]) -> list[str]:
-    """The command without the folders of the machine it ran on: an absolute path becomes its last part."""
+    """Return the command without this machine's folders: an absolute path becomes its last part."""
     return [Path(word).name if word.startswith("/") else word for word in words]
 
 
 def table(arms: list[dict[str, Any]], shown: Sequence[str] = SHOWN) -> str:
-    """Markdown: an arm a row, mean ± half-width of the interval a column."""
+    """Return Markdown: one row per variant, mean ± half-width of the interval per column."""
     names = [n for n in shown if all(n in run["evaluation"] for arm in arms for run in arm["runs"])]
-    lines = ["| arm | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    lines = ["| variant | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     for arm in arms:
         cells = []
         for name in names:
@@ -111,16 +111,16 @@ def table(arms: list[dict[str, Any]], shown: Sequence[str] = SHOWN) -> str:
 
 
 def adopt(arms: list[dict[str, Any]], json_file: Path, setting: dict[str, Any]) -> None:
-    """Take over the runs that a stopped measurement of the same setting left in its file.
+    """Reuse the runs that a stopped sweep with the same setting left in its file.
 
-    Raises SystemExit where the file is of another setting: its numbers would stand beside others that they do not fit.
+    Raise SystemExit if the file has another setting: its results would not be comparable.
     """
     if not json_file.exists():
         return
     found = json.loads(json_file.read_text())
     for key, value in setting.items():
         if found.get(key) != value:
-            raise SystemExit(f"{json_file}: measured with {key} {found.get(key)!r}, now {value!r}; name another file")
+            raise SystemExit(f"{json_file}: measured with {key} {found.get(key)!r}, not {value!r}; give another file")
     runs = {(arm["name"], tuple(arm["overrides"])): arm["runs"] for arm in found["arms"]}
     for arm in arms:
         arm["runs"] = runs.get((arm["name"], tuple(arm["overrides"])), [])
@@ -139,11 +139,11 @@ def train_all(
     jobs: int = 1,
     about: dict[str, Any] | None = None,
 ) -> None:
-    """Train and evaluate each arm (name, overrides, runs: []) on each seed, and write ``json_file`` after each.
+    """Train and evaluate each variant (name, overrides, runs: []) on each seed, and write ``json_file`` after each.
 
-    Started again with the same file, it goes on with what is missing there.
+    Resume by giving the same file: only missing runs are trained.
 
-    ``common``: overrides for all arms. ``about``: what stands in the file beside the arms.
+    ``common``: overrides for all variants. ``about``: further fields of the file.
     """
     lock = threading.Lock()
     setting = {"config": Path(config).name, "common": common, "measure": measure}
@@ -152,14 +152,14 @@ def train_all(
     def job(arm: dict[str, Any], seed: int) -> None:
         run = out / f"{arm['name']}_{seed}".replace(" ", "_")
         done = run_one(config, data, run, seed, [*common, *arm["overrides"]], measure)
-        with lock:  # after each, so that a stopped measurement has what it has measured, and goes on from there
+        with lock:  # after each, so that a stopped sweep resumes with all that it has measured
             arm["runs"].append(done)
             arm["runs"].sort(key=lambda run: run["seed"])
             result = {"schema": SCHEMA, "environment": environment(), "command": public(sys.argv[1:])} | setting
             write_json(json_file, result | (about or {}) | {"arms": arms}, indent=None)
 
     with ThreadPoolExecutor(jobs) as pool:
-        # Seeds outside, so that what is done first is a whole round of the arms.
+        # Seeds outermost: a stopped sweep has every variant of the first seeds.
         missing = [(arm, seed) for seed in seeds for arm in arms if seed not in {run["seed"] for run in arm["runs"]}]
         for future in [pool.submit(job, arm, seed) for arm, seed in missing]:
             future.result()
@@ -170,13 +170,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config")
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True, help="folder for the runs")
+    parser.add_argument("--out", type=Path, required=True, help="write the runs here")
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--arm", action="append", nargs="+", required=True, metavar="NAME [KEY=VALUE ...]")
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="for all arms")
+    parser.add_argument(
+        "--arm", action="append", nargs="+", required=True, metavar="NAME [KEY=VALUE ...]",
+        help="add a variant: its name and overrides; repeat for each",
+    )  # fmt: skip
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="override keys of all variants")
     parser.add_argument("--what", default="mrr,knn,linear")
-    parser.add_argument("--jobs", type=int, default=1, help="trainings at a time; give each OMP_NUM_THREADS threads")
+    parser.add_argument("--jobs", type=int, default=1, help="parallel trainings; give each OMP_NUM_THREADS threads")
     args = parser.parse_args()
     require_result(args.json)
     require_folder(args.out)

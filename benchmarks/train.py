@@ -1,9 +1,9 @@
-"""The whole path from JPEG files, by the command line: medians over the steps after warm-up, and every logged step.
+"""Train from JPEG files with `iwm-fast pretrain`; report medians over the steps after warm-up, and every logged step.
 
     python -m benchmarks.train --json FILE --scratch DIR [--device cuda|cpu] [--steps 60] [--limit SECONDS]
 
-A few JPEGs are generated and copied under other names: what a decoder does to a file does not depend on the others.
-Each row is written as its training ends. `--limit`: seconds of each training.
+A few JPEGs are generated and copied under other names: decoding one file does not depend on the others. Each row is
+written when its training ends.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from iwm_fast.results import write_result
 
 __all__ = ["TRAINED", "train"]
 
-# Configurations trained, with what makes them fit a measurement of a minute.
+# Configurations, with overrides that fit each into a minute.
 TRAINED = {
     "cuda": {
         "vit_small_p16_224.yaml": ["train.global_batch=512", "train.micro_batch=512"],
@@ -35,7 +35,7 @@ TRAINED = {
     },
     "cpu": {"vit_tiny_p4_32.yaml": ["train.global_batch=16"]},
 }
-# Steps before the first that counts: allocation, autotuning, the decoder's own warm-up.
+# Steps not counted: allocation, autotuning, the decoder's warm-up.
 _WARM_UP, _EVERY = 20, 10
 _GENERATED = 64
 _SIZES = {"cuda": (2048, 500), "cpu": (64, 64)}
@@ -43,7 +43,7 @@ _MEDIANS = ("images_per_s", "step_s", "data_wait_s", "overhead_s", "mfu", "memor
 
 
 def images(folder: Path, count: int, side: int) -> Path:
-    """A folder of `count` JPEGs of `side` × `side`, 64 of them generated and the others copies."""
+    """Return a folder of `count` JPEGs of `side` × `side` pixels; 64 are generated, the others copies."""
     root = folder / "train"
     if root.is_dir():
         return root
@@ -58,7 +58,7 @@ def images(folder: Path, count: int, side: int) -> Path:
 def train(
     config: str, overrides: list[str], root: Path, out: Path, device: str, steps: int, limit: float
 ) -> dict[str, Any]:
-    """One row; `error` in it where the training failed or did not end in time, with the steps that it logged."""
+    """Return one row; if the training failed or exceeded its limit, `error` says so, beside the steps it logged."""
     command = [sys.executable, "-m", "iwm_fast", "pretrain", config, *overrides, f"data.root={root}"]
     command += [f"train.steps={steps}", "train.epochs=1000", f"log.every_steps={_EVERY}", "log.tensorboard=false"]
     command += [f"checkpoint.every_steps={steps}", f"data.device={'gpu' if device == 'cuda' else 'cpu'}"]
@@ -68,12 +68,12 @@ def train(
         if done.returncode:
             row["error"] = f"exit code {done.returncode}: {done.stderr[-4000:]}"
     except subprocess.TimeoutExpired:
-        row["error"] = f"not done within {limit:.0f} s"
+        row["error"] = f"not finished within {limit:.0f} s"
     return row | summary(out / "metrics.jsonl")
 
 
 def summary(metrics: Path) -> dict[str, Any]:
-    """Medians of the logged steps after warm-up, and all of them."""
+    """Return medians of the logged steps after warm-up, and all of the steps."""
     if not metrics.is_file():
         return {"records": []}
     records = [json.loads(line) for line in metrics.read_text().splitlines()]
@@ -87,12 +87,12 @@ def summary(metrics: Path) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Command line; 1 where a training failed."""
+    """Command line; return 1 if a training failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", required=True, help="file to write, or -")
-    parser.add_argument("--scratch", type=Path, required=True, help="folder for images and runs")
+    parser.add_argument("--json", required=True, help="file to write; - for standard output")
+    parser.add_argument("--scratch", type=Path, required=True, help="write images and runs here")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--steps", type=int, default=60, help="of each training")
+    parser.add_argument("--steps", type=int, default=60, help="steps per training")
     parser.add_argument("--limit", type=float, default=600.0)
     args = parser.parse_args()
     require_result(args.json)
@@ -104,7 +104,7 @@ def main() -> int:
         rows.append(train(config, overrides, root, out, args.device, args.steps, args.limit))
         print(f"{config}: {rows[-1].get('error') or rows[-1]['images_per_s']}", file=sys.stderr, flush=True)
         if args.json != "-":
-            write_result(args.json, "train", {"device": args.device, "rows": rows})  # what is measured is kept
+            write_result(args.json, "train", {"device": args.device, "rows": rows})  # a stopped run keeps its rows
     if args.json == "-":
         write_result("-", "train", {"device": args.device, "rows": rows})
     return int(any("error" in row for row in rows))

@@ -1,1 +1,1 @@
-"""Training steps to compare: each module takes one project's own parts through one step on the batches it is given."""
+"""Training steps to compare: each module runs one project's step, from its own parts, on given batches."""

@@ -1,4 +1,4 @@
-"""That two sides compute the same: a peer's weights in iwm-fast's networks, and how far the results are apart."""
+"""Check that a baseline computes what iwm-fast does: load its weights into iwm-fast's networks and compare results."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from iwm_fast.models import IWM, Segments
 
 __all__ = ["TOLERANCE", "ijepa_difference", "plain_difference", "timm_difference"]
 
-# ‖theirs − ours‖ / ‖ours‖ in fp32. Summing in another order gives 1e-6; another epsilon, activation or position 1e-3.
+# ‖theirs − ours‖ / ‖ours‖ in fp32. Another order of sums gives 1e-6; another epsilon, activation or position 1e-3.
 TOLERANCE = 1e-4
 
 
 def _few(inputs: Inputs, blocks: int) -> Inputs:
-    """Two images and some of the blocks: a dense predictor that is asked for one block is asked for its union."""
+    """Two images and some of the blocks. A dense predictor predicts block by block, so one block is its own union."""
     masks = inputs.masks
     return Inputs(
         inputs.source[:2], inputs.target[:2], inputs.action[:2],
@@ -39,7 +39,7 @@ def _difference(theirs: Tensor, ours: Tensor) -> float:
 def _ours(
     shape: Shape, inputs: Inputs, encoder: Mapping[str, Tensor], predictor: Mapping[str, Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Encoded context and predicted block, packed, of an unconditioned iwm-fast with these weights."""
+    """Return encoded context and predicted block, packed, of an unconditioned iwm-fast model with these weights."""
     model = IWM(shape.config("none", bf16=False).model, inputs.action.shape[1])
     model.encoder.load_state_dict(from_timm(encoder))
     model.predictor.load_state_dict(from_timm(predictor))
@@ -52,7 +52,7 @@ def _ours(
 
 @torch.no_grad()
 def ijepa_difference(checkout: Checkout, shape: Shape, inputs: Inputs) -> float:
-    """Of its encoder on masked images and of its predictor on one block, the larger difference."""
+    """Return the larger difference of its encoder on masked images and its predictor on one block."""
     few = _few(inputs, 1)
     encoder, predictor = checkout.networks(shape, torch.device("cpu"))
     state = {name.removeprefix("predictor_"): value for name, value in predictor.state_dict().items()}
@@ -61,13 +61,13 @@ def ijepa_difference(checkout: Checkout, shape: Shape, inputs: Inputs) -> float:
     ours = _ours(shape, few, encoder.state_dict(), state)
     context, blocks = [torch.from_numpy(few.masks.context)], [torch.from_numpy(few.masks.blocks[0])]
     z = encoder(normalised(few.target), context)
-    # Its predictor adds positions into what it is given.
+    # Its predictor adds positions to its input in place.
     return max(_difference(z, ours[0]), _difference(predictor(z.clone(), context, blocks), ours[1]))
 
 
 @torch.no_grad()
 def timm_difference(shape: Shape, inputs: Inputs) -> float:
-    """As `ijepa_difference`, of timm's parts."""
+    """`ijepa_difference` for timm's parts."""
     few, model = _few(inputs, 1), TimmJepa(shape)
     own = ("encoder.", "target.", "position")
     state = {name: value for name, value in model.state_dict().items() if not name.startswith(own)}
@@ -78,7 +78,7 @@ def timm_difference(shape: Shape, inputs: Inputs) -> float:
 
 
 def plain_difference(shape: Shape, inputs: Inputs) -> float:
-    """Of the plain step's loss and of its gradient of the encoder's patch embedding, the larger difference."""
+    """Return the larger difference of the plain step's loss and its gradient of the encoder's patch embedding."""
     few, device = _few(inputs, len(inputs.masks.blocks)), torch.device("cpu")
     ours = IWM(shape.config("feature", bf16=False).model, inputs.action.shape[1])
     plain = PlainIWM(plain_shape(shape, inputs.action.shape[1]))

@@ -1,8 +1,8 @@
-"""facebookresearch/ijepa from a checkout of the user's: its classes, masks, optimizer and schedules, its step's order.
+"""Run facebookresearch/ijepa's training step from the user's checkout, with its own parts.
 
-Its training step is a closure inside its `main` and cannot be called; what it does, in its order, is done here with its
-own functions: schedules, target's forward and normalisation, masked context's forward, a prediction for each block,
-smooth L1, backward, optimizer, gradient statistics, moving average, and the loss read back.
+Its step is a closure inside its `main` and cannot be called. This module calls the same functions in the same order:
+schedules, target forward and normalisation, masked context forward, one prediction per block, smooth L1, backward,
+optimizer, gradient statistics, EMA update, and reading the loss back.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ from iwm_fast.measure.flop_count import counted_flops
 
 __all__ = ["Checkout", "Ijepa"]
 
-# Of its published configurations (configs/in1k_*.yaml).
+# From its published configurations (configs/in1k_*.yaml).
 _MASKS = {
     "pred_mask_scale": (0.15, 0.2), "enc_mask_scale": (0.85, 1.0), "aspect_ratio": (0.75, 1.5), "nenc": 1, "npred": 4,
     "allow_overlap": False, "min_keep": 10,
 }  # fmt: skip
-_EPOCH = 1000  # iterations of an epoch, which only its schedules read
+_EPOCH = 1000  # iterations per epoch; only its schedules read it
 
 
 class Checkout:
-    """Its modules, imported from a folder; `version` is the commit, or a hash of its sources where there is none."""
+    """Its modules, imported from a folder; `version` is the commit, or a hash of the sources outside git."""
 
     def __init__(self, folder: Path) -> None:
         if not (folder / "src" / "models" / "vision_transformer.py").is_file():
-            raise UserError(f"{folder}: not a checkout of facebookresearch/ijepa; it has no src/models")
+            raise UserError(f"{folder}: not a checkout of facebookresearch/ijepa: src/models is missing; give a clone")
         self.version = _version(folder)
         sys.path.insert(0, str(folder.resolve()))
         try:
@@ -58,7 +58,7 @@ class Checkout:
         logging.getLogger().setLevel(logging.WARNING)  # it sets INFO and prints whole models
 
     def draw_masks(self, shape: Shape, count: int, seed: int) -> list[Masks]:
-        """`count` batches of its sampler, as its collator cuts them, with the lengths that it had drawn."""
+        """Return `count` batches of its sampler, as its collator cuts them, with the lengths before the cut."""
         torch.manual_seed(seed)
         collator = self.parts["multiblock"].MaskCollator(input_size=shape.image, patch_size=shape.patch, **_MASKS)
         drawn: list[int] = []
@@ -79,7 +79,7 @@ class Checkout:
         return batches
 
     def networks(self, shape: Shape, device: torch.device) -> tuple[nn.Module, nn.Module]:
-        """Its encoder and predictor, initialised by its own function."""
+        """Return its encoder and predictor, initialised by its own function."""
         encoder, predictor = self.parts["helper"].init_model(
             device=device, patch_size=shape.patch, model_name=shape.encoder, crop_size=shape.image,
             pred_depth=shape.predictor_depth, pred_emb_dim=shape.predictor_width,
@@ -98,7 +98,7 @@ def _version(folder: Path) -> str:
 
 
 class Ijepa:
-    """Its step on given batches; with `compiled`, its three networks under torch.compile."""
+    """Its step on given batches; with `compiled`, its three networks are compiled by torch.compile."""
 
     def __init__(
         self, checkout: Checkout, shape: Shape, inputs: Sequence[Inputs], device: torch.device, *,
@@ -122,7 +122,7 @@ class Ijepa:
         self._next = 0
 
     def step(self) -> float:
-        """One step, in its order."""
+        """Run one step, in its order; return the loss."""
         batch = self._batches[self._next]
         self._next = (self._next + 1) % len(self._batches)
         self._lr.step()
@@ -145,7 +145,7 @@ class Ijepa:
         return float(loss.detach())
 
     def loss(self, images: Tensor, context: list[Tensor], blocks: list[Tensor]) -> Tensor:
-        """Its loss of normalised images (B, 3, S, S)."""
+        """Return its loss of normalised images (B, 3, S, S)."""
         encoder, predictor, target = self._run
         with torch.no_grad():
             h = target(images)
@@ -155,7 +155,7 @@ class Ijepa:
         return F.smooth_l1_loss(predictor(encoder(images, context), context, blocks), h)
 
     def saw(self) -> list[str]:
-        """Fingerprints of the batches' masks."""
+        """Return fingerprints of the batches' masks."""
         return [
             fingerprint(list(context[0].cpu().numpy()), list(torch.cat(blocks, dim=1).cpu().numpy()))
             for _, context, blocks in self._batches
@@ -168,16 +168,16 @@ def _batch(inputs: Inputs, device: torch.device) -> tuple[Tensor, list[Tensor], 
 
 
 def operations(checkout: Checkout, shape: Shape, inputs: Sequence[Inputs]) -> list[int]:
-    """Operations of its step on each of `inputs`, which are on the meta device."""
+    """Return the FLOPs of its step on each of `inputs`, which are on the meta device."""
     device = torch.device("meta")
     side = Ijepa(checkout, shape, inputs, device)
     return [counted_flops(lambda one=one: side.loss(*_batch(one, device)).backward()) for one in inputs]  # type: ignore[misc]
 
 
 def kept(checkout: Checkout, shape: Shape, inputs: Inputs) -> tuple[KeptBytes, nn.Module, nn.Module]:
-    """What its step keeps for its backward pass of inputs on the meta device, under CUDA's autocast to bf16.
+    """Return its saved activations on the meta device, under CUDA's autocast to bf16, and its networks.
 
-    By the parts of iwm-fast's own; with its encoder and predictor.
+    Bytes are by iwm-fast's parts; the networks are its encoder and predictor.
     """
     device = torch.device("meta")
     side = Ijepa(checkout, shape, [inputs], device)

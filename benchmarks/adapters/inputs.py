@@ -1,4 +1,4 @@
-"""What all sides of a comparison are given: shapes, batches, masks, and how it is shown that they saw the same."""
+"""Inputs of all implementations in a comparison (shapes, batches, masks), and the check that they got the same."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ Ints = NDArray[np.int64]
 
 
 class SideMissing(Exception):  # noqa: N818  (a reason, not an error)
-    """Why a side cannot take part."""
+    """The reason why an implementation is not available."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """One comparison: encoder by name, image and patch in pixels, predictor's depth and width, images a batch."""
+    """One comparison: encoder by name, image and patch in pixels, predictor's depth and width, images per batch."""
 
     encoder: str
     image: int
@@ -39,7 +39,7 @@ class Shape:
 
     @property
     def name(self) -> str:
-        """For tables and files."""
+        """The shape's label in tables and files."""
         model = {"vit_tiny": "ViT-Ti", "vit_base": "ViT-B", "vit_large": "ViT-L", "vit_micro": "ViT-micro"}
         return f"{model[self.encoder]}/{self.patch} {self.image} {self.predictor_depth}x{self.predictor_width}"
 
@@ -50,11 +50,11 @@ class Shape:
 
     @property
     def heads(self) -> int:
-        """Of the encoder, and of the predictor, as I-JEPA has it."""
+        """Heads of the encoder, and of the predictor, as in I-JEPA."""
         return ENCODERS[self.encoder].heads
 
     def config(self, conditioning: str, *, bf16: bool) -> Config:
-        """The run that trains this shape with iwm-fast."""
+        """Return the iwm-fast configuration that trains this shape."""
         predictor: dict[str, Any] = {
             "depth": self.predictor_depth, "width": self.predictor_width, "heads": self.heads,
             "conditioning": conditioning,
@@ -75,7 +75,7 @@ class Shape:
 class Masks:
     """Masks of B images: context int64 (B, Nc), blocks (K, B, Np), patch numbers ascending within a row.
 
-    drawn: (B,), patches that each image's context had before all were cut to the batch's shortest.
+    drawn: (B,), context patches of each image before all are cut to the batch's shortest.
     """
 
     context: Ints
@@ -83,11 +83,11 @@ class Masks:
     drawn: Ints
 
     def unions(self) -> list[Ints]:
-        """The distinct patches of an image's blocks, ascending, an array an image."""
+        """Return the distinct patches of each image's blocks, ascending, one array per image."""
         return [np.unique(self.blocks[:, i]) for i in range(self.blocks.shape[1])]
 
     def patch_sets(self) -> PatchSets:
-        """Packed, as iwm-fast's data part gives them."""
+        """Return them packed, as iwm-fast's data pipeline does."""
         unions = self.unions()
         lengths = np.full(len(self.context), self.context.shape[1], dtype=np.int64)
         asked = np.array([len(union) for union in unions], dtype=np.int64)
@@ -105,20 +105,20 @@ class Inputs:
 
 
 class Side(Protocol):
-    """One way to train: `step` takes one optimizer step on the next of its batches and returns the loss."""
+    """One training step: `step` runs the optimizer on the next of its batches and returns the loss."""
 
     name: str
     version: str
 
     def step(self) -> float:
-        """One step; the device may still be at work on it only as far as its own code leaves it so."""
+        """Run one step. The device may still be working when it returns, if the project's own code allows that."""
 
     def saw(self) -> list[str]:
-        """`fingerprint` of each batch, from the very tensors that `step` uses."""
+        """Return `fingerprint` of each batch, from the tensors that `step` uses."""
 
 
 def fingerprint(contexts: Sequence[Ints], targets: Sequence[Ints]) -> str:
-    """SHA-256 of which patches each image shows and which are asked of it, whatever their order or repetition."""
+    """Return SHA-256 of each image's context and predicted patches, independent of order and repetition."""
     digest = hashlib.sha256()
     for context, target in zip(contexts, targets, strict=True):
         for rows in (context, target):
@@ -128,15 +128,15 @@ def fingerprint(contexts: Sequence[Ints], targets: Sequence[Ints]) -> str:
 
 
 def normalised(images: Tensor) -> Tensor:
-    """uint8 (B, S, S, 3) to float (B, 3, S, S), as torchvision's transforms hand images to a model."""
+    """Convert uint8 (B, S, S, 3) to float (B, 3, S, S), normalised as by torchvision's transforms."""
     mean, std = (torch.tensor(v, device=images.device)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
     return ((images.permute(0, 3, 1, 2) / 255 - mean) / std).contiguous()
 
 
 def draw_masks(shape: Shape, generator: np.random.Generator) -> Masks:
-    """Masks in I-JEPA's scheme: one block size a batch, contexts cut to the batch's shortest, at least ten patches.
+    """Sample masks like I-JEPA: one block size per batch, contexts cut to the batch's shortest, at least ten patches.
 
-    For comparisons without a checkout of ijepa, whose own sampler is used otherwise.
+    For comparisons without a checkout of ijepa; with one, its own sampler is used.
     """
     grid, count = shape.grid, 4
 
@@ -166,7 +166,7 @@ def draw_masks(shape: Shape, generator: np.random.Generator) -> Masks:
 
 
 def draw_inputs(shape: Shape, masks: Masks, actions: int, seed: int) -> Inputs:
-    """Random pixels and actions for given masks."""
+    """Return random pixels and actions for given masks."""
     generator = torch.Generator().manual_seed(seed)
     pixels = (shape.batch, shape.image, shape.image, 3)
     source, target = (torch.randint(0, 256, pixels, dtype=torch.uint8, generator=generator) for _ in range(2))

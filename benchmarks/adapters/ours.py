@@ -1,4 +1,4 @@
-"""iwm-fast's own step: the engine's loop, with DeepSpeed, optimizer, finite check and moving average."""
+"""Run iwm-fast's own step: the engine's loop with DeepSpeed, optimizer, finite check and EMA."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ class Ours:
         self.trainer = prepare_trainer(config, ActionSpace(), BatchStream(self._batches), ranks)
 
     def step(self) -> float:
-        """One step. Its loss is read where it is logged, in the first step; nan otherwise, as in training."""
+        """Run one step. Return its loss where it is logged, in the first step; else nan, as in training."""
         record = self.trainer.train_step()
         return record["loss"] if record else float("nan")
 
     def saw(self) -> list[str]:
-        """Fingerprints of the batches' masks."""
+        """Return fingerprints of the batches' masks."""
         return [
             fingerprint(
                 np.split(b.patches.context, np.cumsum(b.patches.context_lengths)[:-1]),
@@ -66,7 +66,7 @@ def _shaped(config: Config, *, static: bool) -> Config:
 
 
 def forward_backward(model: IWM, inputs: Inputs, rounding: Rounding | None = None) -> torch.Tensor:
-    """The loss of a batch, the mean over its predicted tokens, with gradients; on the inputs' device."""
+    """Return a batch's loss, the mean over its predicted tokens, with gradients; on the inputs' device."""
     patches, device = inputs.masks.patch_sets(), inputs.source.device
     parts: list[Any] = []
     for rows, lengths in ((patches.context, patches.context_lengths), (patches.target, patches.target_lengths)):
@@ -79,7 +79,7 @@ def forward_backward(model: IWM, inputs: Inputs, rounding: Rounding | None = Non
 
 
 def padded_operations(shape: Shape, inputs: Sequence[Inputs], conditioning: str) -> list[int]:
-    """Operations of a step with static shapes on each of `inputs`, those of padding among them, as torch counts."""
+    """Return the FLOPs of a step with static shapes on each of `inputs`, padding included, as torch counts them."""
     config = _shaped(shape.config(conditioning, bf16=False), static=True)
     with torch.device("meta"):
         model = IWM(config.model, inputs[0].action.shape[1])
@@ -88,7 +88,7 @@ def padded_operations(shape: Shape, inputs: Sequence[Inputs], conditioning: str)
 
 
 def padding_difference(shape: Shape, inputs: Inputs, conditioning: str) -> float:
-    """How far the loss with static shapes is from that without, of the same weights in fp32."""
+    """Return the difference of the loss with static shapes from that without, with the same weights in fp32."""
     config = _shaped(shape.config(conditioning, bf16=False), static=True)
     torch.manual_seed(0)
     model = IWM(config.model, inputs.action.shape[1])
@@ -97,7 +97,7 @@ def padding_difference(shape: Shape, inputs: Inputs, conditioning: str) -> float
 
 
 def operations(shape: Shape, inputs: Sequence[Inputs], conditioning: str) -> list[tuple[int, int]]:
-    """Operations of a step on each of `inputs`, on the meta device: (torch's count, iwm-fast's formula)."""
+    """Return the FLOPs of a step on each of `inputs`, on the meta device: (torch's count, iwm-fast's formula)."""
     config = shape.config(conditioning, bf16=False)
     actions = inputs[0].action.shape[1]
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""The peers that `benchmarks.peers` compares with, their operations, and the rows that it writes."""
+"""The baselines of `benchmarks.peers`, their FLOPs, and the rows of its result."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from iwm_fast.measure.timing import Clocked
 
 __all__ = ["Peer", "batches", "counted_row", "line", "make_side", "peers", "ratios", "untimed_row"]
 
-_COUNTED_BATCHES = 2  # draws of masks that operations are the mean of
+_COUNTED_BATCHES = 2  # batches of masks over which FLOPs are averaged
 
 
 @dataclass(frozen=True)
 class Peer:
-    """How a peer is made, counted and checked, and which of iwm-fast's conditionings it is compared with.
+    """How a baseline is built, counted and checked, and the conditioning of iwm-fast it is compared with.
 
-    compiled: torch.compile takes minutes for its step.
+    compiled: its step goes through torch.compile, which takes minutes.
     """
 
     ours: str
@@ -37,7 +37,7 @@ class Peer:
 
 
 def peers(checkout: Checkout | None) -> dict[str, Peer]:
-    """All that can be compared with, by name."""
+    """Return all available baselines by name."""
 
     def own_ijepa(compiled: bool) -> Peer:
         assert checkout is not None
@@ -65,7 +65,7 @@ def peers(checkout: Checkout | None) -> dict[str, Peer]:
 
 
 def _own_static(conditioning: str) -> Peer:
-    """iwm-fast's own step with train.static_shapes, beside the one without."""
+    """iwm-fast's own step with train.static_shapes, compared with the one without."""
     return Peer(
         conditioning,
         lambda shape, inputs, device: ours.Ours(
@@ -77,7 +77,7 @@ def _own_static(conditioning: str) -> Peer:
 
 
 def batches(shape: Shape, checkout: Checkout | None, count: int, seed: int) -> list[Inputs]:
-    """Batches with ijepa's own masks where there is a checkout of it, else with masks in its scheme."""
+    """Return batches with masks from ijepa's sampler, or from a like one without a checkout."""
     generator = np.random.default_rng(seed)
     masks: list[Masks] = (
         checkout.draw_masks(shape, count, seed)
@@ -92,14 +92,14 @@ def _on_meta(inputs: Inputs) -> Inputs:
 
 
 def make_side(name: str, shape: Shape, inputs: Sequence[Inputs], ranks: Ranks, chosen: Mapping[str, Peer]) -> Side:
-    """iwm-fast with a conditioning ("iwm-fast none"), or a peer."""
+    """Build iwm-fast's step with a conditioning ("iwm-fast none"), or a baseline's."""
     if name.startswith("iwm-fast "):
         return ours.Ours(shape, inputs, ranks, name.removeprefix("iwm-fast "))
     return chosen[name].make(shape, inputs, ranks.device)
 
 
 def _tokens(inputs: Sequence[Inputs]) -> dict[str, float]:
-    """Means over images: context drawn, kept after the cut to the shortest, asked for, and asked with repeats."""
+    """Means over images: context patches before and after the cut, predicted patches without and with repeats."""
     masks = [one.masks for one in inputs]
     return {
         "context_drawn": float(np.mean([m.drawn.mean() for m in masks])),
@@ -110,13 +110,13 @@ def _tokens(inputs: Sequence[Inputs]) -> dict[str, float]:
 
 
 def untimed_row(shape: Shape, name: str) -> dict[str, Any]:
-    """What every row has, of a peer that is not timed."""
+    """Return the fields that every row has, for a baseline that is not timed."""
     row = {"name": f"{shape.name} {name}", "peer": name, "shape": shape.name}
     return row | {"speed_ratio": None, "memory_ratio": None}
 
 
 def counted_row(shape: Shape, name: str, peer: Peer, checkout: Checkout | None) -> dict[str, Any]:
-    """A row with the operations per image of both, the mean over several draws of masks; nothing is timed."""
+    """Return a row with the FLOPs per image of both, the mean over several batches of masks; nothing is timed."""
     inputs = [_on_meta(one) for one in batches(shape, checkout, _COUNTED_BATCHES, seed=100)]
     pairs = ours.operations(shape, inputs, peer.ours)
     mine, formula = (sum(pair[i] for pair in pairs) / len(pairs) / shape.batch for i in range(2))
@@ -131,7 +131,7 @@ def counted_row(shape: Shape, name: str, peer: Peer, checkout: Checkout | None) 
 
 
 def ratios(mine: list[Clocked], peer: list[Clocked]) -> dict[str, Any]:
-    """Speeds with intervals, and all that they come from."""
+    """Return speed ratios with intervals, and the measurements behind them."""
     wall = [[one.seconds for one in side] for side in (mine, peer)]
     busy = [[one.cpu_seconds for one in side] for side in (mine, peer)]
     speed = ratio_of(wall[1], wall[0], paired=True)
@@ -146,7 +146,7 @@ def ratios(mine: list[Clocked], peer: list[Clocked]) -> dict[str, Any]:
 
 
 def line(row: Mapping[str, Any]) -> str:
-    """For a person."""
+    """Return the row as one printed line."""
     text = f"{row['name']:34}"
     if "operations_ratio" in row:
         text += f" operations × {row['operations_ratio']:.3f}"

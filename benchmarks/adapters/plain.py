@@ -1,4 +1,4 @@
-"""`benchmarks.baselines.plain_step` on given batches, eager or compiled, and its weights from iwm-fast's."""
+"""Run `benchmarks.baselines.plain_step` on given batches, eager or compiled, with weights from iwm-fast."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from iwm_fast.measure.flop_count import counted_flops
 
 __all__ = ["Plain", "operations", "plain_batch", "plain_shape", "plain_state"]
 
-# Names of a block: iwm-fast's to the plain module's.
+# Names within a block: iwm-fast's to the plain module's.
 _BLOCK = {
     "attn.qkv": "qkv", "attn.proj": "proj", "mlp.norm_weight": "norm2.weight", "mlp.norm_bias": "norm2.bias",
     "mlp.w_in": "fc1.weight", "mlp.b_in": "fc1.bias", "mlp.w_out": "fc2.weight", "mlp.b_out": "fc2.bias",
@@ -26,7 +26,7 @@ _BLOCK = {
 
 
 class Plain:
-    """The plain step on given batches."""
+    """The plain PyTorch step on given batches."""
 
     version = str(torch.__version__)
 
@@ -38,18 +38,18 @@ class Plain:
         self._next = 0
 
     def step(self) -> float:
-        """One step."""
+        """Run one step; return the loss."""
         batch = self._batches[self._next]
         self._next = (self._next + 1) % len(self._batches)
         return self._step(batch)
 
     def saw(self) -> list[str]:
-        """Fingerprints of the batches' masks."""
+        """Return fingerprints of the batches' masks."""
         return [fingerprint(_unpadded(b.context, b.seen), _unpadded(b.predicted, b.asked)) for b in self._batches]
 
 
 def plain_shape(shape: Shape, actions: int) -> PlainShape:
-    """The plain module's sizes."""
+    """Return the plain module's sizes."""
     size = ENCODERS[shape.encoder]
     return PlainShape(
         shape.image, shape.patch, size.depth, size.width, size.heads, shape.predictor_depth, shape.predictor_width,
@@ -58,7 +58,7 @@ def plain_shape(shape: Shape, actions: int) -> PlainShape:
 
 
 def plain_batch(inputs: Inputs, device: torch.device) -> PlainBatch:
-    """Dense rows, padded to the longest."""
+    """Return dense rows, padded to the longest."""
     context, seen = _padded(list(inputs.masks.context), device)
     predicted, asked = _padded(inputs.masks.unions(), device)
     source, target = (normalised(v.to(device)) for v in (inputs.source, inputs.target))
@@ -74,12 +74,12 @@ def _padded(rows: Sequence[np.ndarray], device: torch.device) -> tuple[Tensor, T
 
 
 def _unpadded(rows: Tensor, real: Tensor) -> list[np.ndarray]:
-    # Brought to the host whole: on the device each row's length would be a wait for it.
+    # Copied to the host whole: reading each row's length on the device would synchronise per row.
     return [row[kept] for row, kept in zip(rows.cpu().numpy(), real.cpu().numpy(), strict=True)]
 
 
 def plain_state(ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state of a `PlainIWM` from that of an `IWM` with `feature` conditioning."""
+    """Convert the state dict of an `IWM` with `feature` conditioning into that of a `PlainIWM`."""
     state = {}
     for name, value in ours.items():
         if name == "predictor.feature.w_action":
@@ -94,7 +94,7 @@ def plain_state(ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def operations(shape: Shape, inputs: Sequence[Inputs]) -> list[int]:
-    """Operations of the step on each of `inputs`, which are on the meta device, padding included: it is computed."""
+    """Return the step's FLOPs on each of `inputs`, on the meta device, padding included: it is computed."""
     device = torch.device("meta")
     with device:
         model = PlainIWM(plain_shape(shape, inputs[0].action.shape[1]))

@@ -1,7 +1,7 @@
-"""I-JEPA's step from timm's parts, as lightly composes it: timm's encoder and blocks with their fused attention.
+"""Run I-JEPA's step built from timm's parts, as lightly composes it: timm's encoder and blocks with fused attention.
 
-Masks are dropped after the patch embedding, the predictor runs once for each block with the context repeated, and the
-optimizer is PyTorch's fused AdamW: what a user of timm or lightly trains with today.
+The encoder drops masked patches after the patch embedding; the predictor runs once per block with the context repeated;
+the optimizer is PyTorch's fused AdamW. This is what a user of timm or lightly trains with today.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = ["TimmJepa", "TimmStep", "import_timm", "operations"]
 
 
 def import_timm() -> Any:
-    """The module of vision transformers of timm. SideMissing where it is not installed or does not load."""
+    """Return timm's vision transformer module. Raise SideMissing if it is not installed or does not import."""
     try:
         return importlib.import_module("timm.models.vision_transformer")
     except ImportError as error:
@@ -33,8 +33,8 @@ def import_timm() -> Any:
     except RuntimeError as error:
         if "torchvision::" not in str(error):
             raise
-    # torchvision's wheel is built for CUDA and its library does not load beside the CPU's torch; all that timm needs of
-    # it is Python, which only wants its operators to have been declared.
+    # torchvision's wheel is built for CUDA, and its library does not load beside the CPU's torch. What timm needs of it
+    # is Python, which only requires its operators to be declared.
     for name in ("nms", "qnms"):
         torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     try:
@@ -44,7 +44,7 @@ def import_timm() -> Any:
 
 
 class TimmJepa(nn.Module):
-    """Encoder, moving average and predictor; `forward` is the loss."""
+    """Encoder, EMA target and predictor; `forward` returns the loss."""
 
     position: Tensor
 
@@ -83,7 +83,7 @@ class TimmJepa(nn.Module):
         return out
 
     def forward(self, images: Tensor, context: Tensor, blocks: Tensor) -> Tensor:
-        """Smooth L1 to the normalised target, over all blocks."""
+        """Return the smooth L1 loss against the normalised target, over all blocks."""
         with torch.no_grad():
             h = self.target.forward_features(images)
             h = F.layer_norm(h, (h.size(-1),))
@@ -92,7 +92,7 @@ class TimmJepa(nn.Module):
 
 
 class TimmStep:
-    """Its step on given batches."""
+    """timm's step on given batches."""
 
     name = "timm"
 
@@ -106,7 +106,7 @@ class TimmStep:
         self._next = 0
 
     def step(self) -> float:
-        """One step."""
+        """Run one step; return the loss."""
         batch = self._batches[self._next]
         self._next = (self._next + 1) % len(self._batches)
         device = batch[0].device.type
@@ -123,7 +123,7 @@ class TimmStep:
         return float(loss.detach())
 
     def saw(self) -> list[str]:
-        """Fingerprints of the batches' masks."""
+        """Return fingerprints of the batches' masks."""
         return [
             fingerprint(list(context.cpu().numpy()), list(torch.cat(list(blocks), dim=1).cpu().numpy()))
             for _, context, blocks in self._batches
@@ -136,7 +136,7 @@ def _batch(inputs: Inputs, device: torch.device) -> tuple[Tensor, Tensor, Tensor
 
 
 def operations(shape: Shape, inputs: Sequence[Inputs]) -> list[int]:
-    """Operations of the step on each of `inputs`, which are on the meta device."""
+    """Return the step's FLOPs on each of `inputs`, which are on the meta device."""
     device = torch.device("meta")
     with device:
         model = TimmJepa(shape)

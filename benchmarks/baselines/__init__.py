@@ -1,1 +1,1 @@
-"""What the kernels, the views and the step are compared with."""
+"""Baselines of the kernels, the views and the step."""

@@ -1,6 +1,6 @@
-"""Ways to compute attention over packed images: ours, those that are values of model.attention, and others.
+"""Implementations of attention over packed images: iwm-fast's, the other values of model.attention, and others.
 
-Each is made for the segments of a batch, and raises `Skipped` where it cannot run.
+Each is made for the segments of a batch, and raises `Skipped` if it cannot run.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Apart = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def exact(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...]) -> Tensor:
-    """softmax(q kᵀ / √d) v of each image by itself, by its formula."""
+    """Return softmax(q kᵀ / √d) v of each image by itself, computed by its formula."""
     outs = []
     for one_q, one_k, one_v in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True):
         scores = torch.einsum("qhd,khd->hqk", one_q, one_k) / q.shape[-1] ** 0.5
@@ -34,7 +34,7 @@ def exact(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...]) -> Tensor:
 
 
 def apart(make: Callable[[Segments], Apart]) -> Callable[[Segments], Attend]:
-    """A contender that takes q, k and v by themselves."""
+    """Adapt an implementation that takes q, k and v separately."""
 
     def made(segments: Segments) -> Attend:
         attend = make(segments)
@@ -59,12 +59,12 @@ def _ours(segments: Segments) -> Attend:
 
 
 def _named(backend: str) -> Callable[[Segments], Attend]:
-    """A value of model.attention."""
+    """Return a value of model.attention."""
 
     def make(segments: Segments) -> Attend:
         reason = unavailable(backend, segments.device.type)
         if segments.device.type != "cuda":
-            raise Skipped("needs a GPU" if reason else "what iwm-fast takes on a CPU")
+            raise Skipped("needs a GPU" if reason else "iwm-fast's own choice on a CPU")
         if reason:
             raise Skipped(reason)
         return lambda qkv: packed_qkv_attention(qkv, segments, backend)
@@ -84,10 +84,10 @@ def _by_image(segments: Segments) -> Apart:
 
 
 def _padded(segments: Segments) -> Apart:
-    """Dense to the longest image, with a mask of the keys."""
+    """Dense attention, padded to the longest image, with a key mask."""
     images, longest = len(segments.lengths), max(segments.lengths)
     real = torch.arange(longest) < torch.tensor(segments.lengths)[:, None]
-    places = real.flatten().nonzero()[:, 0].to(segments.device)  # found on the host, which knows the lengths
+    places = real.flatten().nonzero()[:, 0].to(segments.device)  # on the host, which has the lengths: no sync
     real = real.to(segments.device)
 
     def dense(x: Tensor) -> Tensor:
@@ -166,7 +166,7 @@ CONTENDERS: dict[str, tuple[Callable[[Segments], Attend], str | None]] = {
     "flash-attn 3": (_named("flash3"), installed_version("flash-attn-3")),
     "flash-attn CuTe": (_named("flash_cute"), installed_version("flash-attn-4")),
 }
-# Those that are values of model.attention.
+# Those that are a value of model.attention.
 BACKEND_OF = {
     "flash varlen": "varlen",
     "cudnn by length": "cudnn",

@@ -1,6 +1,6 @@
-"""What the kernels are compared with: each contender's way to compute an operation, and why it cannot where it cannot.
+"""Implementations that the kernels are compared with: how each computes an operation, and why it cannot if it cannot.
 
-The conditioned MLP of other libraries: `benchmarks/baselines/mlp.py`. xformers' MLPs were removed but for SwiGLU.
+Other libraries' conditioned MLP is in `benchmarks/baselines/mlp.py`. xformers removed its MLPs except SwiGLU.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def _nothing(case: Case, device: torch.device) -> None:
     """No requirement."""
 
 
-# What libraries and compilers say that they cannot do.
+# What libraries and compilers raise for unsupported inputs.
 _REFUSALS = (
     RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError, AssertionError, LookupError, OSError,
     ImportError,
@@ -50,12 +50,12 @@ def _their_refusals() -> tuple[type[Exception], ...]:
 
 @dataclass(frozen=True)
 class Contender:
-    """make: the function for an operation; it gives None where it works in place. require: raises `Skipped` where it
-    cannot do a case on a device.
+    """make: returns the function for an operation, whose result is None if it works in place. require: raises `Skipped`
+    if the implementation does not support a case on a device.
 
-    note: what it is, where its name does not say that. gelu: the form that it computes. one_size: its code is for one
-    size, so that what is checked has to have the size that is timed. settles: calls with the same tensors until it runs
-    what is timed. graphs: holds its memory between calls. refusals: exceptions that are a reason, not a fault of ours.
+    note: what it is, if its name does not say so. gelu: which GELU it computes. one_size: its code is compiled for one
+    size, so the checked size must be the timed one. settles: calls with the same tensors before its steady state.
+    graphs: holds memory between calls. refusals: exceptions that mean unsupported, not a bug of the benchmark.
     """
 
     version: str | None
@@ -89,7 +89,7 @@ def _ours(backend: str, **other: Any) -> Callable[[str], Callable[..., Any]]:
 
 
 def reference(operation: str, gelu: str = "gelu") -> Callable[..., Any]:
-    """The operation in plain PyTorch; gelu: the form of the MLP's."""
+    """Return the operation in plain PyTorch; gelu: the MLP's GELU."""
     other = {"activation": gelu} if operation == "conditioned_mlp" else {}
     return _ours("reference", **other)(operation)
 
@@ -104,9 +104,9 @@ def _compiled(mode: str) -> Callable[[str], Callable[..., Any]]:
 
 
 def _graphed(operation: str) -> Callable[..., Any]:
-    """torch.compile under CUDA graphs, which find their inputs where they lie: in training nothing copies them."""
+    """torch.compile with CUDA graphs whose inputs keep their addresses: in training nothing copies them."""
     if operation == "ema_update":
-        raise Skipped("writes into its inputs, for which torch.compile takes no CUDA graph")
+        raise Skipped("writes into its inputs: torch.compile takes no CUDA graph for it")
     compiled = _compiled("max-autotune")(operation)
 
     def run(**given: Any) -> Any:
@@ -138,10 +138,10 @@ CONTENDERS = {
     "eager": Contender(torch.__version__, _ours("reference")),
     "compile": _torch(_compiled("default")),
     "compile max-autotune": _torch(_compiled("max-autotune-no-cudagraphs"), require=needs_gpu),
-    # Warms up, records, replays.
+    # Three calls: warm up, record, replay.
     "compile max-autotune, CUDA graphs": _torch(
         _graphed, require=needs_gpu, settles=3, graphs=True,
-        note="its inputs lie where the graph finds them; the incoming gradient is copied",
+        note="inputs keep their addresses; the upstream gradient is copied",
     ),
     "quack": _library(
         "quack", "quack-kernels", mlp.quack, require=mlp.quack_takes, gelu="gelu_tanh",

@@ -1,13 +1,13 @@
-"""The conditioned MLP with other libraries: QuACK, Liger-Kernel and Transformer Engine.
+"""The conditioned MLP with QuACK, Liger-Kernel and Transformer Engine.
 
-None of them offers all of LayerNorm, action, GELU, biases and residual. What a library lacks is PyTorch's, compiled;
-`NOTES` says what that is. QuACK and Transformer Engine compute GELU's tanh form, and are held to that.
+None of them has LayerNorm, action, GELU, biases and residual together. PyTorch, compiled, does the missing parts;
+`NOTES` lists them. QuACK and Transformer Engine compute GELU's tanh form and are checked against that.
 
-- QuACK: `MLP(recompute=True)`. It drops biases in that path and has no normalisation, so action and first bias become
-  columns of its input beside the normalised tokens, as its matmul is a multiple of eight deep anyhow.
-- Liger-Kernel: LayerNorm. Its MLPs (SwiGLU, GEGLU, tiled) have a gate, its activations too.
-- Transformer Engine: `LayerNormMLP`; it normalises all that goes into its first matmul, so that an action has to come
-  between `LayerNormLinear` and `Linear`.
+- QuACK: `MLP(recompute=True)`. That path drops biases and has no normalisation, so the action and the first bias become
+  columns of its input beside the normalised tokens; its GEMM's K is a multiple of eight anyhow.
+- Liger-Kernel: LayerNorm. Its MLPs (SwiGLU, GEGLU, tiled) and its activations are gated.
+- Transformer Engine: `LayerNormMLP`. It normalises all inputs of its first GEMM, so an action is added between
+  `LayerNormLinear` and `Linear`.
 """
 
 from __future__ import annotations
@@ -47,31 +47,31 @@ NOTES = {
     "LayerNormLinear and Linear, and action and GELU between them by torch.compile",
 }  # fmt: skip
 _EPS = 1e-6
-_ALIGNED = 8  # numbers of bf16 in 16 bytes, which QuACK's copies take at a time
+_ALIGNED = 8  # bf16 elements in 16 bytes, the vector width of QuACK's copies
 _HOPPER = (9, 0)
 
 Made = Callable[..., Tensor]
 
 
 def imported(module: str, package: str) -> Any:
-    """A library's module; Skipped says how to install it, or why it does not import."""
+    """Import a library's module. Skipped says how to install it, or why it does not import."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name is not None and f"{module}.".startswith(f"{error.name}."):
             raise Skipped(f"not installed (pip install {package})") from error
         raise Skipped(f"does not import: {error}") from error
-    except (ImportError, OSError, RuntimeError, AttributeError) as error:  # a CUDA library that is not there
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:  # a missing CUDA library
         raise Skipped(f"does not import: {in_a_line(error)}") from error
 
 
 def not_offered(_: str) -> Made:
-    """Of a library that has nothing like it."""
+    """For a library without this operation."""
     raise Skipped("does not offer the operation")
 
 
 def needs_gpu(_: Case, device: torch.device) -> None:
-    """Skipped on a CPU."""
+    """Raise Skipped on a CPU."""
     if device.type != "cuda":
         raise Skipped("needs a GPU")
 
@@ -82,7 +82,7 @@ def _only_mlp(operation: str) -> None:
 
 
 def _image_of_token(cu_seqlens: Tensor, tokens: int) -> Tensor:
-    # The known size spares the device a synchronisation with the host.
+    # The known size avoids a device synchronisation.
     return torch.repeat_interleave(cu_seqlens.long().diff(), output_size=tokens)
 
 
@@ -90,7 +90,7 @@ def columns(
     x: Tensor, w_in: Tensor, b_in: Tensor, norm_weight: Tensor, norm_bias: Tensor, action: Tensor | None = None,
     w_action: Tensor | None = None, cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(N, K) and (H, K) whose product is the hidden before GELU: normalised tokens, action, and ones for the bias.
+    """Return (N, K) and (H, K) whose matmul is the hidden before GELU: normalised tokens, action, ones for the bias.
 
     K is a multiple of eight.
     """
@@ -122,7 +122,7 @@ def quack(operation: str) -> Made:
         tokens, weight = before(x, w_in, b_in, **rest)
         sizes = (tokens.shape[1], w_in.shape[0], w_out.shape[0])
         if sizes not in modules:
-            # No memory for weights: each call brings its own.
+            # Built on the meta device: each call passes its own weights.
             modules[sizes] = library.MLP(
                 *sizes, activation="gelu_tanh_approx", device="meta", dtype=x.dtype, recompute=True
             )
@@ -134,17 +134,17 @@ def quack(operation: str) -> Made:
 
 
 def quack_takes(case: Case, device: torch.device) -> None:
-    """Skipped where its kernels would not run: it falls back to PyTorch without a word."""
+    """Raise Skipped where its kernels would not run: it falls back to PyTorch silently."""
     needs_gpu(case, device)
     major, minor = torch.cuda.get_device_capability(device)
     if (major, minor) < _HOPPER:
         raise Skipped(f"needs sm_90 or newer; this is sm_{major}{minor}")
     if case.width % _ALIGNED or case.hidden % _ALIGNED:
-        raise Skipped(f"widths {case.width} and {case.hidden} are no multiples of {_ALIGNED}")
+        raise Skipped(f"widths {case.width} and {case.hidden} are not multiples of {_ALIGNED}")
 
 
 def cutlass_errors() -> tuple[type[Exception], ...]:
-    """What QuACK's compiler raises, which is no RuntimeError; nothing before it is imported."""
+    """Return the exceptions of QuACK's compiler, which are no RuntimeError; none before it is imported."""
     common = sys.modules.get("cutlass.base_dsl.common")
     return () if common is None else (common.DSLBaseError,)
 
@@ -154,7 +154,7 @@ def _after_norm(x: Tensor, normed: Tensor, given: dict[str, Any]) -> Tensor:
 
 
 def liger(operation: str) -> Made:
-    """Liger's LayerNorm before PyTorch's MLP."""
+    """Liger's LayerNorm, then PyTorch's MLP."""
     _only_mlp(operation)
     library = imported("liger_kernel.transformers.functional", "liger-kernel")
     torch.compiler.reset()
@@ -173,7 +173,7 @@ def _activated(hidden: Tensor, action: Tensor, w_action: Tensor, cu_seqlens: Ten
 
 
 def transformer_engine(operation: str) -> Made:
-    """LayerNormMLP, or its two halves around what an action needs."""
+    """LayerNormMLP, or its two halves with the action between them."""
     _only_mlp(operation)
     te = imported("transformer_engine.pytorch", "'transformer-engine[pytorch]'")
     torch.compiler.reset()

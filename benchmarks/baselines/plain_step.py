@@ -1,7 +1,7 @@
-"""One training step of an Image World Model as anyone would write it in PyTorch: what iwm-fast is measured against.
+"""Reference implementation of an Image World Model's training step in plain PyTorch: the baseline of the whole step.
 
 Dense batches, padded to the longest image and masked; standard modules and optimizer; nothing of `iwm_fast` is used.
-The same function as `iwm_fast.models.IWM` with `feature` conditioning, which a test holds it to.
+A test asserts that it computes the same function as `iwm_fast.models.IWM` with `feature` conditioning.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from torch import Tensor, nn
 __all__ = ["PlainBatch", "PlainIWM", "PlainShape", "PlainStep"]
 
 _EPS = 1e-6
-# Inductor's analysis of coalescing is not made for dynamic shapes (its configuration says so), and torch 2.11 to 2.14
+# Inductor's coalescing analysis does not support dynamic shapes (its configuration says so), and torch 2.11 to 2.14
 # fail in it (pytorch/pytorch#197077).
 _INDUCTOR: dict[str, str | int | bool | Callable[..., object]] = {"triton.coalesce_tiling_analysis": False}
 
 
 @dataclass(frozen=True)
 class PlainShape:
-    """Sizes of the networks; the predictor has the encoder's heads."""
+    """Sizes of the networks; the predictor has as many heads as the encoder."""
 
     image: int
     patch: int
@@ -44,10 +44,10 @@ class PlainShape:
 
 @dataclass(frozen=True, eq=False)
 class PlainBatch:
-    """B images; rows of patch numbers padded to the longest, with True where there is a patch.
+    """B images; rows of patch numbers padded to the longest, and bool masks that are True for real patches.
 
     source, target: float (B, 3, S, S), normalised. action: (B, A). context, predicted: int64 (B, Nc), (B, Nt);
-    seen, asked: bool, alike.
+    seen, asked: the bool masks of context and of predicted.
     """
 
     source: Tensor
@@ -60,7 +60,7 @@ class PlainBatch:
 
 
 def positions(width: int, grid: int) -> Tensor:
-    """(1, L, D): sines and cosines of the column in the first half of the width, of the row in the second."""
+    """Return (1, L, D): sines and cosines of the column in the first half of the width, of the row in the second."""
     frequency = 10000 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     angle = torch.arange(grid, dtype=torch.float64)[:, None] * frequency
     line = torch.cat([angle.sin(), angle.cos()], dim=1)  # (G, D / 2)
@@ -69,7 +69,7 @@ def positions(width: int, grid: int) -> Tensor:
 
 
 def take(tokens: Tensor, rows: Tensor) -> Tensor:
-    """(B, L, D) and int64 (B, N) to (B, N, D)."""
+    """Gather rows: (B, L, D) and int64 (B, N) to (B, N, D)."""
     return torch.gather(tokens, 1, rows[:, :, None].expand(-1, -1, tokens.shape[2]))
 
 
@@ -87,24 +87,24 @@ class Block(nn.Module):
         self.fc2 = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor, real: Tensor | None) -> Tensor:
-        """(B, N, D) to the same; no token looks at one that `real`, bool (B, N), denies."""
+        """(B, N, D) to the same; tokens attend only where `real`, bool (B, N), is True."""
         return self.feed(x + self.attend(self.norm1(x), real))
 
     def attend(self, x: Tensor, real: Tensor | None) -> Tensor:
-        """Attention of normalised tokens."""
+        """Attention over normalised tokens."""
         q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         mask = None if real is None else real[:, None, None, :]
         out: Tensor = self.proj(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
         return out
 
     def feed(self, x: Tensor) -> Tensor:
-        """The residual MLP."""
+        """Add the MLP's output to the residual stream."""
         out: Tensor = x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
         return out
 
 
 class Encoder(nn.Module):
-    """Vision transformer of the visible patches; masking after the patch embedding."""
+    """Vision transformer over the visible patches; masks apply after the patch embedding."""
 
     pos_embed: Tensor
 
@@ -116,7 +116,7 @@ class Encoder(nn.Module):
         self.norm = nn.LayerNorm(shape.width, eps=_EPS)
 
     def forward(self, images: Tensor, rows: Tensor | None = None, real: Tensor | None = None) -> Tensor:
-        """(B, 3, S, S) and int64 (B, N) to (B, N, D); without rows, all patches."""
+        """(B, 3, S, S) and int64 (B, N) to (B, N, D); all patches without rows."""
         x = self.embed(images, rows)
         for block in self.blocks:
             x = block(x, real)
@@ -124,13 +124,13 @@ class Encoder(nn.Module):
         return out
 
     def embed(self, images: Tensor, rows: Tensor | None) -> Tensor:
-        """Tokens of all patches with their positions; then of those rows."""
+        """Embed all patches with their positions; then select those rows."""
         x: Tensor = self.patch_embed(images).flatten(2).transpose(1, 2) + self.pos_embed
         return x if rows is None else take(x, rows)
 
 
 class Predictor(nn.Module):
-    """Context tokens and mask tokens in one sequence; the action is concatenated to each mask token and mixed in."""
+    """Context and mask tokens in one sequence; the action is concatenated to each mask token and mixed in by an MLP."""
 
     pos_embed: Tensor
 
@@ -166,7 +166,7 @@ class Predictor(nn.Module):
 
 
 class PlainIWM(nn.Module):
-    """Context encoder, its moving average, predictor and loss."""
+    """Context encoder, its EMA, predictor and loss."""
 
     def __init__(self, shape: PlainShape) -> None:
         super().__init__()
@@ -179,7 +179,7 @@ class PlainIWM(nn.Module):
         self.target = copy.deepcopy(self.encoder).requires_grad_(False)
 
     def forward(self, batch: PlainBatch) -> Tensor:
-        """The mean squared distance over all predicted tokens."""
+        """Return the mean squared distance over all predicted tokens."""
         wanted = self.wanted(batch)
         z = self.encoder(batch.source, batch.context, batch.seen)
         difference = (self.predictor(z, batch) - wanted).float().square().mean(2)
@@ -188,13 +188,13 @@ class PlainIWM(nn.Module):
 
     @torch.no_grad()
     def wanted(self, batch: PlainBatch) -> Tensor:
-        """(B, Nt, De): the target's whole forward pass, normalised, then what is asked for."""
+        """Return (B, Nt, De): all patches encoded by the target, normalised, then the predicted ones selected."""
         target = self.target(batch.target)
         return take(F.layer_norm(target, target.shape[2:], eps=_EPS), batch.predicted)
 
 
 class PlainStep:
-    """AdamW with decay on matrices, cosine schedules, and the target's moving average."""
+    """AdamW with weight decay on matrices, cosine schedules, and the EMA of the target."""
 
     def __init__(self, model: PlainIWM, *, compiled: bool = False) -> None:
         self.model = model
@@ -208,7 +208,7 @@ class PlainStep:
         self.done = 0
 
     def __call__(self, batch: PlainBatch) -> float:
-        """One step; its loss."""
+        """Run one step; return its loss."""
         for group in self.optimizer.param_groups:
             group["lr"] = 5e-4 * (1 + math.cos(math.pi * self.done / 1_000_000))
         device = batch.source.device.type
@@ -223,6 +223,6 @@ class PlainStep:
 
     @torch.no_grad()
     def average(self) -> None:
-        """Move the target towards the encoder."""
+        """Update the EMA."""
         for average, weight in zip(self.model.target.parameters(), self.model.encoder.parameters(), strict=True):
             average.lerp_(weight, 0.004)

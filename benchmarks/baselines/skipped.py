@@ -1,4 +1,4 @@
-"""Why something that is compared with cannot take part, and how a failure is said in a row."""
+"""Why a baseline is not timed, and how a row records a failure."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ __all__ = ["Skipped", "in_a_line"]
 
 
 class Skipped(Exception):  # noqa: N818  (a reason, not an error)
-    """Why a contender cannot take part."""
+    """The reason why an implementation is not timed."""
 
 
 def in_a_line(error: BaseException, most: int = 200) -> str:
-    """An error's kind and its first line, of which `most` characters."""
+    """Return an error's type and its first line, cut to `most` characters."""
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:most]}"

@@ -1,8 +1,8 @@
-"""Two other ways to make the views that the data path makes, image by image, from the very same drawn parameters.
+"""Make the data pipeline's views with Pillow or torchvision, image by image, from the same sampled parameters.
 
-`pillow`: Pillow's own operations, the jitter as one matrix (`Image.convert`). `torchvision`: its v2 functions on Pillow
-images, the four parts of the jitter one after the other. Both read the file anew and check nothing but what decoding
-does; neither draws parameters or masks while it is timed. `batches` puts either behind PyTorch's DataLoader.
+`pillow`: Pillow's own operations, with the jitter as one matrix (`Image.convert`). `torchvision`: its v2 functions on
+Pillow images, with the jitter's four parts in sequence. Both read the file each time and check only what decoding
+checks; sampling of parameters and masks is not timed. `batches` runs either behind PyTorch's DataLoader.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _jittered(jitter: Jitter, row: int) -> bool:
 
 
 def pillow_views(path: Path, views: Views, row: int, size: int) -> Pair:
-    """Source and target, uint8 (S, S, 3) each, of row `row` of `views`."""
+    """Return source and target, uint8 (S, S, 3) each, for row `row` of `views`."""
     with Image.open(path) as file:
         image = file.convert("RGB")
     x, y, width, height = views.target_geometry.crop[row].tolist()
@@ -60,10 +60,10 @@ def _pillow_jitter(image: Image.Image, jitter: Jitter, row: int) -> Image.Image:
 
 @cache
 def torchvision_functions() -> Any:
-    """torchvision.transforms.v2.functional; `Skipped` where it is not installed.
+    """Return torchvision.transforms.v2.functional; raise `Skipped` if it is not installed.
 
-    Beside a torch that its compiled part was not built for, torchvision stops at the declaration of the operators of
-    that part. The transforms do without them, so their declarations are passed over.
+    With a torch that its compiled library was not built for, torchvision fails when it declares that library's
+    operators. The transforms do not use them, so their declarations are skipped.
     """
     declare = torch.library.register_fake
 
@@ -77,14 +77,14 @@ def torchvision_functions() -> Any:
         return importlib.import_module("torchvision.transforms.v2.functional")
     except ModuleNotFoundError as missing:
         raise Skipped(
-            "torchvision is not installed; pip install --no-deps 'torchvision==0.28.0' (beside torch 2.13)"
+            "torchvision is not installed; run pip install --no-deps 'torchvision==0.28.0' (for torch 2.13)"
         ) from missing
     finally:
         torch.library.register_fake = declare
 
 
 def torchvision_views(path: Path, views: Views, row: int, size: int) -> Pair:
-    """As `pillow_views`, by torchvision's functions (its contrast and hue are other formulas)."""
+    """`pillow_views` with torchvision's functions; its contrast and hue have other formulas."""
     functions = torchvision_functions()
     with Image.open(path) as file:
         image = file.convert("RGB")
@@ -114,7 +114,7 @@ def _torchvision_jitter(functions: Any, image: Image.Image, jitter: Jitter, row:
 
 
 class _Rendered(Dataset[Pair]):
-    """Item i is row i of `views`, of `paths[i]`."""
+    """Dataset whose item i is row i of `views`, from `paths[i]`."""
 
     def __init__(self, render: Render, paths: list[Path], views: Views, size: int) -> None:
         self.render, self.paths, self.views, self.size = render, paths, views, size
@@ -124,14 +124,14 @@ class _Rendered(Dataset[Pair]):
 
     def __getitem__(self, item: int) -> Pair:
         source, target = self.render(self.paths[item], self.views, item, self.size)
-        return source.copy(), target.copy()  # Pillow's memory is read-only, which PyTorch warns of
+        return source.copy(), target.copy()  # Pillow's memory is read-only, and PyTorch warns of that
 
 
 def batches(
     render: Render, paths: list[Path], views: Views, size: int, batch: int, workers: int
 ) -> Iterator[list[torch.Tensor]]:
-    """Sources and targets, uint8 (B, S, S, 3), by PyTorch's DataLoader; workers: 0 for this process itself."""
-    # spawned workers would import all anew for every repeat; forked ones begin with what is here
+    """Yield sources and targets, uint8 (B, S, S, 3), from PyTorch's DataLoader; workers=0 loads in this process."""
+    # Spawned workers would import everything again for every repeat; forked ones inherit it.
     context = "fork" if workers else None
     return iter(
         DataLoader(

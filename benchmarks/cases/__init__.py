@@ -1,1 +1,1 @@
-"""What is measured, by name: sizes of kernels, and configurations of the step."""
+"""Named benchmark cases: sizes of kernels, and configurations of the step."""

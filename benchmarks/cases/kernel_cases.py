@@ -1,4 +1,4 @@
-"""The sizes at which the kernels are compared: what training runs, with random inputs and the fewest bytes of each."""
+"""Sizes at which the kernels are timed, taken from training; random inputs and the minimum bytes of each."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ _POSITIONS = 196
 
 @dataclass(frozen=True)
 class Case:
-    """One operation at one size. hidden and actions concern the MLP; rows, the table of targets, the loss.
+    """One operation at one size. hidden and actions are the MLP's; rows is the loss's table of targets.
 
-    The average is of the tensors of so many transformer blocks. The tokens of `patchify` are patches, `width` numbers
-    each, of images `side` pixels wide; as many tokens as there are patches are all of them, without an index.
+    ema_update updates the tensors of `blocks` transformer blocks. For patchify, tokens are patches of `width` elements,
+    of images `side` pixels wide; if they are all patches, there is no index.
 
-    rows besides: what is added to the residual stream before its normalisation, all or none; the mask tokens of the
-    predictor's input, whose `tokens` are the context's.
+    rows also means: for residual_norm, the branch added to the residual stream before LayerNorm (all rows or 0); for
+    predictor_input, the mask tokens, whose `tokens` are the context's.
     """
 
     operation: str
@@ -58,7 +58,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """For tables."""
+        """The case's label in tables."""
         if self.operation == "ema_update":
             return f"{self.operation} of {self.blocks} blocks D={self.width} H={self.hidden}"
         tails = {
@@ -73,7 +73,7 @@ class Case:
 
     @property
     def patch(self) -> int:
-        """Side of a patch, pixels."""
+        """Patch size in pixels."""
         return math.isqrt(self.width // 3)
 
     @property
@@ -83,13 +83,13 @@ class Case:
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:
-        """Of the tensors that are averaged: attention's two layers, the MLP's two, and two normalisations a block."""
+        """Shapes of the EMA's tensors: per block two attention layers, two MLP layers and two LayerNorms."""
         d, h = self.width, self.hidden
         block = [(3 * d, d), (3 * d,), (d, d), (d,), (h, d), (h,), (d, h), (d,), *[(d,)] * 4]
         return block * self.blocks
 
     def counts(self, backward: bool) -> dict[str, int]:
-        """Useful operations and fewest bytes, of the forward pass or of both."""
+        """Return FLOPs and minimum bytes of the forward pass, or of forward and backward."""
         if self.operation == "stopgrad_l2":
             return {
                 "flops": stopgrad_l2_flops(self.tokens, self.width, normalize_target=True),
@@ -137,20 +137,20 @@ CASES = [
     Case("stopgrad_l2", 100_352, 1024, rows=200_704),
     Case("ema_update", 0, 768, 3072, blocks=12),  # ViT-B
     Case("ema_update", 0, 1024, 4096, blocks=24),  # ViT-L
-    Case("patchify", 50_176, 768, images=1024, side=224),  # a source's visible quarter
-    Case("patchify", 200_704, 768, images=1024, side=224),  # a target's patches, all
-    Case("residual_norm", 100_352, 384),  # the predictor's blocks, and what they would be with the branch apart
+    Case("patchify", 50_176, 768, images=1024, side=224),  # a quarter of the patches: a source's context
+    Case("patchify", 200_704, 768, images=1024, side=224),  # all patches: a target
+    Case("residual_norm", 100_352, 384),  # the predictor's blocks; below, with the branch not yet added
     Case("residual_norm", 100_352, 384, rows=100_352),
     Case("residual_norm", 50_176, 768),
     Case("residual_norm", 50_176, 768, rows=50_176),
     Case("predictor_input", 30_720, 384, images=512, rows=69_632),
-    Case("e4m3_rows", 50_176, 768),  # of a target in fp8: what a block's first products take, and the MLP's hidden
+    Case("e4m3_rows", 50_176, 768),  # a target in fp8: inputs of a block's first GEMMs, and the MLP's hidden
     Case("e4m3_rows", 50_176, 3072),
 ]
 
 
 def inputs(case: Case, device: torch.device, dtype: torch.dtype, seed: int = 0) -> dict[str, Any]:
-    """Fresh leaves; weights of sizes that keep activations about 1."""
+    """Return new leaf tensors; weights are scaled so that activations stay near 1."""
     generator = torch.Generator(device).manual_seed(seed)
 
     def draw(*shape: int, size: float = 1.0, leaf: bool = True) -> Tensor:
@@ -163,7 +163,7 @@ def inputs(case: Case, device: torch.device, dtype: torch.dtype, seed: int = 0) 
             [torch.randn(*shape, generator=generator, device=device) for shape in case.shapes] for _ in range(2)
         )
         copies = [torch.zeros_like(average, dtype=dtype) for average in averages]
-        # Half way, so that one who does nothing is wrong; a training's 0.996 takes as long.
+        # At a momentum of 0.5 a kernel that does nothing is wrong; training's 0.996 takes as long.
         return {"averages": averages, "weights": weights, "momentum": 0.5, "copies": copies}
     if case.operation == "patchify":
         shape, every = (case.images, case.side, case.side, 3), case.patches // max(case.images, 1)
@@ -210,11 +210,11 @@ def inputs(case: Case, device: torch.device, dtype: torch.dtype, seed: int = 0) 
 
 
 def at_most(case: Case, tokens: int, images: int, rows: int, blocks: int) -> Case:
-    """The same widths with fewer of what there may be many of."""
+    """Return the case with the same widths and at most these sizes."""
     fewer = replace(
         case, tokens=min(case.tokens, tokens), images=min(case.images, images), rows=min(case.rows, rows),
         blocks=min(case.blocks, blocks),
     )  # fmt: skip
-    # All patches stay all patches, of as many whole images.
+    # A case of all patches stays one, over fewer whole images.
     everything = case.operation == "patchify" and case.tokens == case.patches
     return replace(fewer, tokens=fewer.patches) if everything else fewer

@@ -1,4 +1,4 @@
-"""What `iwm-fast bench step` measures by name: a packaged configuration, and what makes it fit the device."""
+"""Presets of `iwm-fast bench step`: a packaged configuration with overrides that fit the device."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["PRESETS", "Preset", "preset_config"]
 
 @dataclass(frozen=True)
 class Preset:
-    """A packaged configuration, its overrides, and the device it is for."""
+    """A packaged configuration, its overrides, and its device."""
 
     config: str
     overrides: tuple[str, ...]
@@ -35,8 +35,8 @@ PRESETS = {
 
 
 def preset_config(name: str, overrides: tuple[str, ...] = ()) -> Config:
-    """The configuration of a preset with more overrides. UserError for a name that is none."""
+    """Return the configuration of a preset with further overrides. Raise UserError for an unknown name."""
     if name not in PRESETS:
-        raise UserError(f"{name}: no such preset; there are {', '.join(PRESETS)}")
+        raise UserError(f"{name}: no such preset; choose from {', '.join(PRESETS)}")
     preset = PRESETS[name]
     return load_config(packaged_config(preset.config), [*preset.overrides, *overrides])

@@ -1,1 +1,1 @@
-"""What is counted without a GPU: launches of kernels, and what a forward pass keeps."""
+"""Counts that need no GPU: kernel launches, and saved activations."""

@@ -1,8 +1,8 @@
-"""What a forward pass really keeps for its backward pass, seen by autograd's own hooks.
+"""Count the activations that a forward pass saves for its backward pass, with autograd's own hooks.
 
-Every storage counts once, whole, where it is kept first: a view keeps all that lies behind it. Weights and buffers do
-not count, nor what is allocated and freed within the pass, nor what the backward pass itself needs. Works on the
-meta device too, where nothing is computed or allocated.
+Every storage counts once, whole, for the part that saves it first: a view keeps its whole storage alive. Weights and
+buffers do not count, nor temporaries of the forward pass, nor memory of the backward pass. Works on the meta device
+too, where nothing is computed or allocated.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ __all__ = ["KeptCounter", "counted_activations", "follow_parts"]
 
 
 class KeptCounter:
-    """Counts what is kept while `counting`; `part` is the name under which it is, and may change meanwhile."""
+    """Counts saved tensors while `counting`, under the name `part`, which may change meanwhile."""
 
     def __init__(self, *owners: nn.Module) -> None:
-        """`owners`: whose parameters and buffers do not count."""
+        """`owners`: modules whose parameters and buffers do not count."""
         own = (t for module in owners for t in [*module.parameters(), *module.buffers()])
         self._own = {StorageWeakRef(t.untyped_storage()) for t in own}
         self._seen: dict[StorageWeakRef, tuple[str, torch.UntypedStorage]] = {}
@@ -39,17 +39,17 @@ class KeptCounter:
         storage = tensor.untyped_storage()
         key = StorageWeakRef(storage)
         if key not in self._own:
-            self._seen.setdefault(key, (self.part, storage))  # held, so that no address is used twice
+            self._seen.setdefault(key, (self.part, storage))  # keeps the storage, so its address is not reused
         return tensor
 
     @contextlib.contextmanager
     def counting(self) -> Iterator[None]:
-        """Count all that autograd saves inside."""
+        """Count everything that autograd saves inside."""
         with torch.autograd.graph.saved_tensors_hooks(self.keep, lambda tensor: tensor):
             yield
 
     def keep_held(self, result: Tensor) -> None:
-        """Count the tensors that the nodes of a result's graph hold beside those that autograd saved for them."""
+        """Count the tensors that a result's graph nodes hold outside autograd's saved tensors."""
         waiting: list[Any] = [result.grad_fn]
         done: set[Any] = set()
         while waiting:
@@ -64,7 +64,7 @@ class KeptCounter:
 
     @property
     def bytes(self) -> dict[str, int]:
-        """By part."""
+        """Bytes by part."""
         found: dict[str, int] = {}
         for part, storage in self._seen.values():
             found[part] = found.get(part, 0) + storage.nbytes()
@@ -74,10 +74,10 @@ class KeptCounter:
 def follow_parts(
     counter: KeptCounter, encoder: nn.Module, predictor: nn.Module, embed: nn.Module, norm: nn.Module
 ) -> None:
-    """Name parts as `KeptBytes` does, by hooks: a part ends where the next begins.
+    """Set the part by forward hooks, with the names of `KeptBytes`: a part ends where the next begins.
 
-    `embed` and `norm` are the predictor's first layer of the context, and the normalisation at its end. A target
-    encoder, which keeps nothing, may run at any time.
+    `embed` and `norm` are the predictor's first layer over the context, and its last LayerNorm. A target encoder, which
+    saves nothing, may run at any time.
     """
 
     def then(part: str) -> Callable[..., None]:
@@ -96,10 +96,10 @@ def follow_parts(
 
 
 def counted_activations(config: Config, tokens: Tokens, device: str = "cpu") -> KeptBytes:
-    """Run a forward pass on images of zeros with these token counts, and count by part.
+    """Run a forward pass on zero images with these token counts; return saved bytes by part.
 
-    On the CPU in fp32, with whichever kernels are in use. On the meta device in the configuration's precision, as on a
-    GPU, and nothing is computed; images there are in the order of their contexts, which only the CPU would sort.
+    On the CPU in fp32, with the kernels in use. On the meta device in the configuration's precision, as on a GPU, and
+    nothing is computed; images stay in the order of their contexts, which only the CPU would sort.
     """
     from iwm_fast.models import IWM, Segments
 
@@ -124,9 +124,10 @@ def counted_activations(config: Config, tokens: Tokens, device: str = "cpu") -> 
 
 @contextlib.contextmanager
 def _as_on_a_gpu() -> Iterator[None]:
-    """Our kernels, and attention in one call.
+    """Use the Triton operators, and attention in one call.
 
-    xformers' operator needs a GPU. PyTorch's own of the same algorithm keeps the same: q, k, v, result, log-sum-exp.
+    xformers' operator needs a GPU. PyTorch's operator of the same algorithm saves the same tensors: q, k, v, output and
+    log-sum-exp.
     """
     from iwm_fast.kernels import use_backend
     from iwm_fast.models import Segments, attention

@@ -1,8 +1,8 @@
-"""Launches and memory of a piece of work, counted without a GPU.
+"""Count launches and memory of a function without a GPU.
 
-Each launch of a Triton kernel is recorded by its launcher, and each operator of PyTorch counts the kernels that it
-launches on CUDA (`launch_rules`). The project's own operators run their launchers, whatever device the tensors are on.
-Matmuls take the first candidate of sm_90.
+Triton kernels are recorded by their launchers; each PyTorch operator counts the kernels that it launches on CUDA
+(`launch_rules`). The project's own operators run their launchers on tensors of any device. Matmuls use the first
+candidate of sm_90.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _OURS = "iwm_fast"
 
 @dataclass(frozen=True)
 class Launched:
-    """Launches of a piece of work: Triton's kernels and PyTorch's. peak_bytes: the most it holds at once."""
+    """Launches of Triton's and PyTorch's kernels. peak_bytes: the maximum of bytes allocated at once."""
 
     triton: int
     torch: int
@@ -41,7 +41,7 @@ class Launched:
 
 
 class _First:
-    """In the tuner's place: the first candidate."""
+    """Replaces the tuner: always the first candidate."""
 
     def run(
         self, product: str, dtype: torch.dtype, _: tuple[int, int, int], call: Callable[[Choice], Any], about: str
@@ -51,9 +51,9 @@ class _First:
 
 
 class Launches(TorchDispatchMode):
-    """Counts launches inside, by the part that ``part_of`` names, and bytes that are allocated inside and still held.
+    """Counts launches inside, by the part that ``part_of`` returns, and the bytes allocated inside and not yet freed.
 
-    part_of: of what is being launched, the name of the operator, or of the Triton kernel outside one of ours; None: not
+    part_of: maps the name of the operator, or of a Triton kernel launched outside one of ours, to its part; None: not
     counted.
     """
 
@@ -64,10 +64,10 @@ class Launches(TorchDispatchMode):
         self.triton: Counter[str] = Counter()
         self.kernels: Counter[str] = Counter()
         self.held = self.peak = 0
-        self._operator = ""  # of ours, while it runs
+        self._operator = ""  # our operator that is running
 
     def add_torch(self, name: str, launches: int) -> None:
-        """Count launches of PyTorch or of a library that it calls."""
+        """Count launches of PyTorch or of a library."""
         part = self.part_of(self._operator or name) if launches else None
         if part is not None:
             self.torch[part] += launches
@@ -93,7 +93,7 @@ class Launches(TorchDispatchMode):
         return out
 
     def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What an operator of ours does on a GPU; torch itself asks for shapes only where tensors have no memory."""
+        """Run one of our operators as on a GPU; on meta tensors torch itself would only infer shapes."""
         operator = OPDEFS[func._schema.name]._init_fn  # noqa: SLF001  (has no public name)
         before, self._operator = self._operator, func.overloadpacket.__name__
         try:
@@ -115,13 +115,13 @@ class Launches(TorchDispatchMode):
 
 @contextlib.contextmanager
 def counting(launches: Launches) -> Iterator[None]:
-    """Count what is launched inside; Triton's kernels are not run."""
+    """Count launches inside; Triton's kernels do not run."""
     with recording(lambda kernel, _: launches.add_triton(kernel.__name__)), use_tuner(_First()), launches:
         yield
 
 
 def count_launches(work: Callable[[], object]) -> Launched:
-    """Count what `work` launches; its tensors are on the meta device."""
+    """Count the launches of `work`, whose tensors are on the meta device."""
     launches = Launches()
     with counting(launches):
         work()

@@ -1,4 +1,4 @@
-"""Which part of a training step a launch belongs to: of the spans that the loop names, and of the model's modules."""
+"""Attribute a launch to a part of the training step, by the loop's spans and the model's modules."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _KINDS: tuple[tuple[type[nn.Module] | tuple[type[nn.Module], ...], str], ...] = 
     ((Norm, StreamNorm), "norms"),
     ((Block, VisionTransformer), _REST),
 )
-# Functions of the optimizer's step, from the innermost: the first that says one of the words.
+# Words in function names of the optimizer's step, searched from the innermost frame.
 _WORDS = (
     ("finite check", ("overflow", "finite", "inf_or_nan", "nan_or_inf", "invalid")),
     ("gradient norm", ("norm", "clip")),
@@ -42,7 +42,7 @@ _OPTIMIZERS = ("torch/optim/", "engine/optimizer.py")
 
 
 class Surrogate(torch.autograd.Function):
-    """A loss of parameters whose gradients are zeros: in the model's place where only their number and sizes matter."""
+    """A loss of parameters with zero gradients: replaces the model where only the parameters' shapes matter."""
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, *parameters: torch.Tensor) -> torch.Tensor:
@@ -57,18 +57,18 @@ class Surrogate(torch.autograd.Function):
 
 
 class Parts(Spans):
-    """The loop's spans, which know the part of what is launched now.
+    """The loop's spans, which also know the current part.
 
-    In the forward pass that is the innermost watched module's; in the backward pass, that of the module in which the
-    running node of the graph was made, or of the module that is being recomputed.
+    In the forward pass, the part is the innermost watched module's. In the backward pass, it is that of the module
+    that made the running graph node, or of the module that is being recomputed.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self._span = "step"
         self._within: list[str] = []
-        self._real = False  # DeepSpeed runs, with a surrogate of the model
-        self._numbers, self._made = [-1], [_REST]  # nodes from this number on were made in this part
+        self._real = False  # whether DeepSpeed runs, with a surrogate of the model
+        self._numbers, self._made = [-1], [_REST]  # graph nodes from this number on belong to this part
         for module in model.modules():
             if isinstance(module, Bf16Compute):
                 self._watch(module, "forward", "bf16 weights")
@@ -79,7 +79,7 @@ class Parts(Spans):
 
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        """Count what is launched inside as this part's of the loop."""
+        """Attribute launches inside to this part of the loop."""
         before, self._span = self._span, name
         try:
             with super().__call__(name):
@@ -89,7 +89,7 @@ class Parts(Spans):
 
     @contextlib.contextmanager
     def real(self) -> Iterator[None]:
-        """Inside DeepSpeed runs for its own work alone: nothing of the surrogate counts."""
+        """Inside, DeepSpeed runs for its own launches only: the surrogate's do not count."""
         self._real = True
         try:
             yield
@@ -97,7 +97,7 @@ class Parts(Spans):
             self._real = False
 
     def part_of(self, operator: str) -> str | None:
-        """The part of what an operator or a kernel of that name launches now, or None."""
+        """Return the part of what an operator or kernel of that name launches now; None: not counted."""
         if self._span == "optimizer":
             return f"optimizer/{_optimizer_part(operator, sys._getframe(1))}"  # noqa: SLF001  (inspect reads files)
         if self._real:
@@ -111,7 +111,7 @@ class Parts(Spans):
             return self._within[-1]
         node = cast(Node | None, torch._C._current_autograd_node())  # noqa: SLF001  (has no public name)
         if node is None:
-            return _LOSS if self._span == "backward" else _REST  # the gradient of the loss itself
+            return _LOSS if self._span == "backward" else _REST  # the loss's own gradient
         if node.name().endswith("AccumulateGrad"):
             return "gradients"
         return self._made[bisect_right(self._numbers, node._sequence_nr()) - 1]  # noqa: SLF001  (as above)
@@ -129,7 +129,7 @@ class Parts(Spans):
                 if kind is not None:
                     self._watch(module, "forward", f"{component}/{kind}")
                 if isinstance(module, Attention):
-                    for linear in (module.qkv, module.proj):  # the block calls them
+                    for linear in (module.qkv, module.proj):  # the block calls these, not the attention module
                         self._watch(linear, "forward", f"{component}/{kind}")
                 if isinstance(module, PatchEmbedding):
                     self._watch(module, "forward", _EMBEDDING)
@@ -138,7 +138,7 @@ class Parts(Spans):
         watched = getattr(owner, method)
 
         def inside(*args: object, **kwargs: object) -> object:
-            # Where encoder and target are one, what is not differentiated is the target.
+            # If encoder and target share weights, the pass without gradients is the target's.
             shared = part.startswith("context encoder") and not torch.is_grad_enabled()
             self._within.append(part.replace("context", "target") if shared else part)
             self._mark()
@@ -156,18 +156,18 @@ class Parts(Spans):
 
 
 def _frames(frame: FrameType | None) -> Iterator[tuple[str, str]]:
-    """File and function of each caller, the innermost first."""
+    """Yield file and function of each caller, innermost first."""
     while frame is not None:
         yield frame.f_code.co_filename, frame.f_code.co_name
         frame = frame.f_back
 
 
 def _in_deepspeed(frame: FrameType) -> bool:
-    """Whether DeepSpeed's own code asks, and not the surrogate or autograd."""
+    """Return whether DeepSpeed's own code made this call, not the surrogate or autograd."""
     for file, function in _frames(frame):
         if file == __file__ and function in ("forward", "backward"):
             return False
-        if function in ("_engine_run_backward", "_make_grads"):  # the gradient of the loss counts with the model's
+        if function in ("_engine_run_backward", "_make_grads"):  # the loss's gradient counts with the model's
             return False
         if "/deepspeed/" in file:
             return True
@@ -175,7 +175,7 @@ def _in_deepspeed(frame: FrameType) -> bool:
 
 
 def _optimizer_part(operator: str, frame: FrameType) -> str:
-    """Of the optimizer's step, by the operator's name and the functions that lead to it."""
+    """Return the part within the optimizer's step, by the operator's name and the calling functions."""
     if operator in _COMPARISONS:
         return "finite check"
     deepspeed = False

@@ -1,15 +1,15 @@
-"""How many kernels an operator of PyTorch launches on CUDA, told by its arguments.
+"""Number of kernels that a PyTorch operator launches on CUDA, from its arguments.
 
-Almost every operator that is no view and no allocation launches one. The others, of ATen's CUDA sources (2.7 to 2.13):
+Views and allocations launch none, other operators one. The exceptions, from ATen's CUDA sources (2.7 to 2.13):
 
-- A copy between dense tensors of one type and one layout is a memory copy and launches none; one from the host neither.
-- ``cat`` and ``stack`` take 128 tensors a launch.
-- ``_foreach_*`` and ``_fused_*`` cut tensors into chunks of 65,536 elements and take as many tensors (fewer the more
-  lists there are) and at most 320 chunks a launch (ATen/native/cuda/MultiTensorApply.cuh). ``_foreach_norm`` clears its
-  partial results first and adds them afterwards.
-- A call of cuBLAS counts as one.
+- A copy between dense tensors of the same dtype and layout is a memcpy and launches none; nor does one from the host.
+- ``cat`` and ``stack`` take 128 tensors per launch.
+- ``_foreach_*`` and ``_fused_*`` cut tensors into chunks of 65,536 elements. A launch takes a limited number of tensors
+  (fewer with more lists) and at most 320 chunks (ATen/native/cuda/MultiTensorApply.cuh). ``_foreach_norm`` first clears
+  its partial results and adds them up at the end.
+- A cuBLAS call counts as one.
 
-`tools/nullgpu` counts the launches themselves, and a test compares both.
+`tools/nullgpu` counts real launches, and a test compares the two.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ __all__ = ["multi_tensor_launches", "operator_launches"]
 
 _ALLOCATIONS = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "empty_permuted")
 _COPIES = ("clone", "_to_copy", "copy_")
-# Bookkeeping of the host, and reads of one value, which are copies.
+# Host bookkeeping, and reads of one value, which are copies.
 _NONE = ("_local_scalar_dense", "_unsafe_view", "resize_", "set_", "record_stream")
 _SEVERAL = {"repeat_interleave": 3, "native_layer_norm_backward": 2, "isinf": 2}
-# In half precision, and in fp32, where parts of the gradients are made in tensors of their own.
+# In half precision; in fp32, where parts of the gradients get tensors of their own.
 _EFFICIENT_BACKWARD = (2, 5)
 _JOINED = 128
-# Tensors whose norms one launch adds up (400 before CUDA 13, 3,200 since).
+# Tensors whose norms one launch sums (400 before CUDA 13, 3,200 since).
 _NORMS = 400
 _CHUNK, _MOST_CHUNKS = 65_536, 320
-# Tensors of a launch by the number of lists; the first where each tensor has a scalar of its own.
+# Tensors per launch by number of lists; the first if each tensor has its own scalar.
 _MOST_TENSORS = (110, 64, 48, 36, 30)
 _MOST_WITH_SCALARS = 96
 
 
 def operator_launches(func: Any, args: Sequence[Any], out: Any) -> int:
-    """Launches of one call that the dispatcher made: the operator, its arguments, and what it returned."""
+    """Return the launches of one dispatched call: the operator, its arguments, and its output."""
     name: str = func.overloadpacket.__name__
     if func.namespace not in ("aten", "prims") or name in _ALLOCATIONS or name in _NONE or _is_view(func):
         return 0
@@ -60,9 +60,9 @@ def operator_launches(func: Any, args: Sequence[Any], out: Any) -> int:
 
 
 def multi_tensor_launches(elements: Sequence[int], lists: int, *, scalars: bool = False) -> int:
-    """Launches of ATen's ``multi_tensor_apply`` over tensors of so many elements, in 1 to 5 lists of them.
+    """Return the launches of ATen's ``multi_tensor_apply`` over tensors of these sizes, in 1 to 5 lists.
 
-    ``scalars``: each tensor has a scalar of its own.
+    ``scalars``: each tensor has its own scalar.
     """
     most = _MOST_WITH_SCALARS if scalars and lists == 1 else _MOST_TENSORS[lists - 1]
     launches = tensors = blocks = 0
@@ -78,7 +78,7 @@ def multi_tensor_launches(elements: Sequence[int], lists: int, *, scalars: bool 
 
 
 def _of_lists(name: str, args: Sequence[Any], out: Any) -> int:
-    """Of ``_foreach_*`` and ``_fused_*``, whose last list holds counts of steps and is not chunked."""
+    """Launches of ``_foreach_*`` and ``_fused_*``, whose last list is the step counts and is not chunked."""
     given = [a for a in args if isinstance(a, list | tuple) and a and isinstance(a[0], Tensor)]
     sizes = [t.numel() for t in given[0]] if given else []
     if name == "_foreach_norm":
@@ -104,7 +104,7 @@ def _is_memory_copy(source: Tensor, made: Tensor) -> bool:
 
 
 def _is_dense(x: Tensor) -> bool:
-    """Whether the elements lie in one piece, each once, in any order of the dimensions."""
+    """Return whether the elements fill one block of memory without gaps or overlaps, in any order of dimensions."""
     expected = 1
     for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
         if size != 1:

@@ -1,13 +1,13 @@
-"""Launches of a training step by part, counted without a GPU.
+"""Count the launches of a training step by part, without a GPU.
 
 The step is the training loop's own (`engine.step.Trainer`), on one rank. Model, loss and their backward pass run on
-tensors without memory, in the configuration's sizes. DeepSpeed, the optimizer and the EMA run for real, on the CPU,
-over weights of those sizes with gradients of zero: 16 bytes a trained parameter and more are in memory. What they
-launch is what they dispatch there, by the chunks that CUDA's multi-tensor kernels take (`launch_rules`); Triton's
+meta tensors of the configuration's sizes. DeepSpeed, the optimizer and the EMA really run, on the CPU, over weights of
+those sizes with zero gradients, which needs 16 bytes per trained parameter and more. Their launches follow from the
+operators that they dispatch there, with the chunk sizes of CUDA's multi-tensor kernels (`launch_rules`); Triton's
 kernels are recorded.
 
-Attention counts as FlashAttention, which xformers calls in half precision, by what the null GPU counts. Copies and
-collectives do not count. A call of cuBLAS counts as one launch of PyTorch.
+Attention counts as the FlashAttention that xformers calls in half precision, with the launches that the null GPU
+counts. Copies and collectives do not count. A cuBLAS call counts as one launch of PyTorch.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from iwm_fast.models.iwm import IWM
 
 __all__ = ["PartLaunches", "step_launches"]
 
-# Kernels of one call: forward; backward, with the zeros for its random state.
+# Kernels per call: forward; backward, which also zeroes its random state.
 _ATTENTION, _ATTENTION_BACKWARD = 1, 4
 _ATTENTIONS = ("auto", "xformers", "efficient")
 _META = torch.device("meta")
@@ -48,7 +48,7 @@ _META = torch.device("meta")
 
 @dataclass(frozen=True)
 class PartLaunches:
-    """Launches of one part of a step: of Triton's kernels, and of PyTorch's and the libraries that it calls."""
+    """Launches of one part of a step: of Triton's kernels, and of PyTorch's and its libraries'."""
 
     part: str
     triton: int
@@ -56,10 +56,10 @@ class PartLaunches:
 
 
 def step_launches(config: Config, *, optimizer: bool = True) -> list[PartLaunches]:
-    """Count a step's launches by part, in the order of the first launch of each.
+    """Count a step's launches by part, in the order of each part's first launch.
 
-    ``optimizer``: with DeepSpeed, the optimizer and the EMA; without, the model alone, which takes no memory. The first
-    needs the process group of one rank. UserError for what is not counted.
+    ``optimizer``: include DeepSpeed, the optimizer and the EMA, which needs a process group of one rank; without, count
+    the model alone, which allocates nothing. Raise UserError for configurations that cannot be counted.
     """
     _require_counted(config)
     quiet, _ = described(config, None)
@@ -82,7 +82,7 @@ def _order(part: str) -> tuple[int, str]:
 
 
 def _require_counted(config: Config) -> None:
-    """Raise UserError where a step launches what cannot be counted here."""
+    """Raise UserError if a step launches what cannot be counted here."""
     attention = config.model.attention
     for found, instead in (
         (config.zero.stage == 3 and "zero.stage=3", "zero.stage=0, 1 or 2: gathers of layers are not counted"),
@@ -133,9 +133,9 @@ def _real(config: Config, actions: int, micro_batch: int, accumulation: int) -> 
 
 
 class _Engine:
-    """In the places of `ZeroEngine` and of DeepSpeed's engine: the model without memory, then DeepSpeed's own work.
+    """Stands in for `ZeroEngine` and DeepSpeed's engine: runs the model on meta tensors, then DeepSpeed's own work.
 
-    What else the loop asks of a `ZeroEngine`, the real one answers.
+    Everything else that the loop reads from a `ZeroEngine` comes from the real one.
     """
 
     def __init__(self, network: nn.Module, zero: ZeroEngine | None, parts: Parts) -> None:
@@ -153,7 +153,7 @@ class _Engine:
         return self.network(*inputs)
 
     def backward(self, loss: Tensor, **options: Any) -> None:
-        """Differentiate the model, then let DeepSpeed gather gradients as large."""
+        """Differentiate the model, then give DeepSpeed gradients of the same shapes."""
         loss.backward()
         if self.zero is not None:
             with self.parts.real():
@@ -161,37 +161,37 @@ class _Engine:
             self._let_go(self.zero)
 
     def step(self) -> None:
-        """DeepSpeed's step, at the end of a global batch the optimizer's."""
+        """Run DeepSpeed's step; at the end of a global batch, the optimizer's."""
         if self.zero is not None:
             self.zero.engine.step()
             self._let_go(self.zero)
 
     def _let_go(self, zero: ZeroEngine) -> None:
-        """Drop the gradients that DeepSpeed has taken from the real model: what is left is added to."""
+        """Drop the gradients that DeepSpeed has copied from the real model; the next would be added to them."""
         for parameter, real in zip(self.network.parameters(), zero.module.parameters(), strict=True):
             if real.grad is None:
                 parameter.grad = None
 
 
 class _NoOptimizer:
-    """What the loop asks where no step is made."""
+    """Answers the loop where no optimizer step is counted."""
 
     param_groups: Iterable[dict[str, Any]] = ()
     found_inf = torch.zeros(())
 
 
 class _Attention(torch.autograd.Function):
-    """Counts what xformers' operator launches; the tensors have no memory."""
+    """Counts the launches of xformers' operator; the tensors are on the meta device."""
 
     @staticmethod
     def forward(ctx: Any, launches: Launches, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """As large as v."""
+        """Return a tensor like v."""
         ctx.launches, ctx.like = launches, (q, k, v)
         launches.add_torch("attention", _ATTENTION)
         return torch.empty(v.shape, dtype=v.dtype, device=v.device)
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
-        """As large as q, k and v."""
+        """Return tensors like q, k and v."""
         ctx.launches.add_torch("attention", _ATTENTION_BACKWARD)
         return (None, *(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in ctx.like))

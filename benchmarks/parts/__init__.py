@@ -1,1 +1,1 @@
-"""What programs beside this folder are made of, where one file would be too long."""
+"""Parts of the programs beside this folder."""

@@ -1,4 +1,4 @@
-"""What was measured of packed attention, in the form that model.attention=auto reads."""
+"""Measurements of packed attention in the form that model.attention=auto reads."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["table_of", "whole_table", "write_table"]
 
 
 def table_of(rows: Sequence[dict[str, Any]], device: torch.device) -> dict[str, Any]:
-    """{GPU: {key: entry}} of the rows of `benchmarks.attention`. Empty for a CPU, where nothing is chosen."""
+    """Return {GPU: {key: entry}} from rows of `benchmarks.attention`. Empty for a CPU, where nothing is chosen."""
     if device.type != "cuda":
         return {}
     seconds: dict[str, dict[str, float]] = {}
@@ -31,20 +31,20 @@ def table_of(rows: Sequence[dict[str, Any]], device: torch.device) -> dict[str, 
 
 
 def whole_table(file: Path) -> dict[str, Any]:
-    """A file of the form of kernels/tuned.json. UserError where it is none."""
+    """Read a file of the form of kernels/tuned.json. Raise UserError if it is none."""
     try:
         whole = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"{file}: cannot be read: {because(error, 'name kernels/tuned.json with --table')}") from error
+        raise UserError(f"{file}: cannot be read: {because(error, 'give kernels/tuned.json to --table')}") from error
     except ValueError as error:
-        raise UserError(f"{file}: not JSON ({error}); name kernels/tuned.json with --table") from error
+        raise UserError(f"{file}: not JSON ({error}); give kernels/tuned.json to --table") from error
     if not isinstance(whole, dict) or not isinstance(whole.get("devices"), dict):
-        raise UserError(f"{file}: no table of measurements; name kernels/tuned.json with --table")
+        raise UserError(f"{file}: not a table of measurements; give kernels/tuned.json to --table")
     return whole
 
 
 def write_table(file: Path, table: dict[str, Any]) -> None:
-    """Put entries, {GPU: {key: entry}}, in place of those with the same keys. UserError where it cannot be written."""
+    """Write entries, {GPU: {key: entry}}, over those with the same keys. Raise UserError if that fails."""
     whole = whole_table(file)
     known = whole.setdefault("attention", {})
     for name, entries in table.items():

@@ -1,4 +1,4 @@
-"""What every baseline of `benchmarks.data` does: which images, how many batches, and what is drawn for them."""
+"""The work that all implementations of `benchmarks.data` do: images, batches, and their sampled parameters."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from iwm_fast.data.views.sampling import draw_views
 
 __all__ = ["WARM_UP", "Job"]
 
-# Batches that do not count, before the timed ones: as many as are prepared ahead, in the graph and behind it.
+# Untimed batches before the timed ones: as many as are prefetched inside and behind the graph.
 WARM_UP = 6
 
 
 @dataclass(frozen=True)
 class Job:
-    """What every contender does: `count` timed batches of `batch` images, at `size` pixels a side.
+    """The work of one repeat: `count` timed batches of `batch` images, at `size` × `size` pixels.
 
-    root: a folder with as many files as a repeat needs, nothing else; shards: the same files as WebDataset shards.
-    sizes: int64 (files, 2), their widths and heights in the order of the files' names.
+    root: a folder with exactly as many files as a repeat needs; shards: the same files as WebDataset shards.
+    sizes: int64 (files, 2), widths and heights in the order of the file names.
     """
 
     root: Path
@@ -50,7 +50,7 @@ class Job:
         count: int = 6,
         device: Literal["cpu", "gpu"] = "cpu",
     ) -> Job:
-        """Links to the images of the folder `given` in out/folder, each as often as it takes; out/shards of them."""
+        """Link the images of folder `given` into out/folder, repeated as needed; pack them into out/shards."""
         root, shards = out / "folder", out / "shards"
         root.mkdir(parents=True)
         files = sorted(file for file in given.iterdir() if is_image(file.name))
@@ -65,7 +65,7 @@ class Job:
 
     @property
     def images(self) -> int:
-        """Images of one repeat, those that do not count included."""
+        """Images of one repeat, warm-up included."""
         return self.batch * (WARM_UP + self.count)
 
     def config(self, threads: int) -> Config:
@@ -77,7 +77,7 @@ class Job:
         )
 
     def drawn(self, repeat: int) -> tuple[list[Path], Views]:
-        """What `TrainingStream` makes in a repeat: files in its order, and their parameters."""
+        """Return what `TrainingStream` makes in a repeat: files in its order, and their parameters."""
         paths = sorted(self.root.iterdir())
         ids, epochs = SampleOrder(self.seed, len(paths))(repeat * self.images, (repeat + 1) * self.images)
         views = draw_views(ActionsConfig(), self.seed, epochs, ids, self.sizes[ids])

@@ -1,4 +1,4 @@
-"""Where the time of the two views goes: CPU seconds an image of a core, each stage with all that come before it."""
+"""CPU seconds per image and core of making two views, by stage; each stage includes those before it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _decoder(cropped: bool, device: str) -> Any:
 
 
 class _Decoding:
-    """DALI's decoder by itself: the floor of all that decodes with it."""
+    """DALI's decoder alone: the floor of every pipeline that decodes with it."""
 
     def __init__(self, job: Job, *, cropped: bool) -> None:
         self.cropped = cropped
@@ -51,18 +51,18 @@ class _Decoding:
 
 
 def _plain(views: Views) -> Views:
-    """Nothing done to the colours."""
+    """Views without colour changes."""
     count = len(views)
     return replace(_jittered(views), target=Jitter.neutral(count), source=Jitter.neutral(count))
 
 
 def _jittered(views: Views) -> Views:
-    """Nothing done but geometry and jitter."""
+    """Views with geometry and jitter only."""
     return views.uncorrupted()
 
 
 def _groups(job: Job, repeat: int) -> Iterator[tuple[list[Any], Views]]:
-    """The paths and parameters of each batch of a repeat."""
+    """Yield the paths and parameters of each batch of a repeat."""
     paths, views = job.drawn(repeat)
     for first in range(0, job.batch * job.count, job.batch):
         rows = np.arange(first, first + job.batch)
@@ -70,7 +70,7 @@ def _groups(job: Job, repeat: int) -> Iterator[tuple[list[Any], Views]]:
 
 
 def stages(job: Job, repeats: int) -> list[dict[str, Any]]:
-    """Rows of {stage, seconds an image of each repeat, p20, p50, p80}, taking turns within each repeat."""
+    """Return rows of {stage, seconds per image of each repeat, p20, p50, p80}; stages take turns within a repeat."""
     limit = 2**31 - 1
     graph = ViewGraph(job.size, job.batch, job.device, 1, geometric=False, bases=False)  # as in training
     whole, cropped = _Decoding(job, cropped=False), _Decoding(job, cropped=True)
@@ -84,7 +84,7 @@ def stages(job: Job, repeats: int) -> list[dict[str, Any]]:
         "+ grayscale, blur, solarize": lambda _, encoded, views: graph.run(encoded, views),
     }
     taken: dict[str, list[float]] = {name: [] for name in steps}
-    for repeat in range(-1, repeats):  # the first does not count
+    for repeat in range(-1, repeats):  # the first is a warm-up
         groups = [
             (paths, [inspect(p.read_bytes(), limit) for p in paths], v) for paths, v in _groups(job, max(repeat, 0))
         ]

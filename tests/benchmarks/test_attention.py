@@ -54,7 +54,7 @@ def test_who_is_wrong_is_not_timed(monkeypatch):
         (name, name == "unscaled") for name in wrong for _ in (False, True)
     ]
     assert all(len(row["seconds"]) == 2 and row["error"] < 1e-6 for row in rows if "skipped" not in row)
-    assert said[-1] == "vit_tiny_p4_32 predictor, 4 images unscaled, with gradients: skipped: its answers are wrong"
+    assert said[-1] == "vit_tiny_p4_32 predictor, 4 images unscaled, forward + backward: skipped: wrong result"
 
 
 def test_a_gpu_is_asked_for_where_one_is_needed(monkeypatch):
@@ -62,7 +62,7 @@ def test_a_gpu_is_asked_for_where_one_is_needed(monkeypatch):
     monkeypatch.setattr(attention, "CONTENDERS", named)
     rows = measure(FEW, torch.device("cpu"), torch.bfloat16, 1, lambda _: None)
     assert {row["skipped"] for row in rows if row["backend"] != "sdpa"} == {"needs a GPU"}
-    assert {row["skipped"] for row in rows if row["backend"] == "sdpa"} == {"what iwm-fast takes on a CPU"}
+    assert {row["skipped"] for row in rows if row["backend"] == "sdpa"} == {"iwm-fast's own choice on a CPU"}
     assert [row["backend"] for row in rows[::2]] == list(BACKEND_OF.values())
     assert sorted(BACKEND_OF.values()) == sorted(BACKENDS)
 
@@ -75,7 +75,7 @@ def test_cases_are_chosen_by_words_of_their_names(monkeypatch, tmp_path):
     assert attention.main() == 0
     assert [row["case"] for row in json.loads(file.read_text())["rows"]] == ["vit_tiny_p4_32 context, 128 images"]
     monkeypatch.setattr(attention.sys, "argv", [*words, "p16"])
-    with pytest.raises(UserError, match="--only: p16: no such case; there are vit_tiny_p8_96 context, 32 images; "):
+    with pytest.raises(UserError, match="--only p16: no such case; choose from vit_tiny_p8_96 context, 32 images; "):
         attention.main()
 
 
@@ -119,7 +119,7 @@ def test_a_table_that_is_none_is_refused_before_anything_is_measured(tmp_path, m
         file.write_text(text)
     monkeypatch.setattr(attention.sys, "argv", ["attention", "--json", str(tmp_path / "a.json"), "--table", str(file)])
     monkeypatch.setattr(attention, "measure", lambda *_: pytest.fail("measured"))
-    with pytest.raises(UserError, match=r"tuned\.json: .*kernels/tuned\.json with --table"):
+    with pytest.raises(UserError, match=r"tuned\.json: .*kernels/tuned\.json to --table"):
         attention.main()
 
 

@@ -65,9 +65,9 @@ def test_exit_codes_and_table(tmp_path, capsys):
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path, capsys):
-    with pytest.raises(UserError, match="compare equal kinds"):
+    with pytest.raises(UserError, match="give two results of the same benchmark"):
         compare(document([1.0]), document([1.0], kind="iwm-fast-kernels/1"))
-    with pytest.raises(UserError, match="no row with times"):
+    with pytest.raises(UserError, match="no timed row in common"):
         compare(document([1.0]), document([1.0], name="other"))
     (tmp_path / "bad.json").write_text("[1]")
     assert main(["bench", "compare", str(tmp_path / "bad.json"), str(tmp_path / "none.json")]) == 2

@@ -56,8 +56,8 @@ def _alive(pid: int) -> bool:
 @pytest.mark.parametrize(
     ("how", "said"),
     [
-        ("hang", "ended after 4 s, its limit"),
-        ("crash", "ended by signal 11"),
+        ("hang", "killed at its limit, 4 s"),
+        ("crash", "killed by signal 11"),
         ("fail", "exit code 1: no such operator"),
     ],
 )
@@ -96,9 +96,9 @@ def test_what_is_too_large_for_the_archive_is_named(parts, tmp_path, monkeypatch
 
 def test_nothing_begins_after_its_time(parts, tmp_path, capfd):
     assert gpu_suite.main([*parts(step="hang", doctor="well"), "--budget", "0.5"]) == 1
-    assert "ended after 0 s" in json.loads((tmp_path / "out/step.json").read_text())["error"]
+    assert "killed at its limit, 0 s" in json.loads((tmp_path / "out/step.json").read_text())["error"]
     assert not (tmp_path / "out/doctor.json").exists()
-    assert "doctor: not begun" in capfd.readouterr().out
+    assert "doctor: not started" in capfd.readouterr().out
 
 
 def test_the_most_valuable_part_comes_first_and_all_but_the_last_fit_into_a_run(capsys, tmp_path):
@@ -107,7 +107,7 @@ def test_the_most_valuable_part_comes_first_and_all_but_the_last_fit_into_a_run(
     assert gpu_suite.main(["--out", str(tmp_path), "--dry"]) == 0
     said = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in said[:-1]] == order
-    assert said[-1] == "together at most 540 s; the last part may take what the others leave of 540 s"
+    assert said[-1] == "together at most 540 s; the last part may use what the others leave of 540 s"
 
 
 @pytest.mark.parametrize(

@@ -186,7 +186,7 @@ def test_what_there_is_no_time_for_is_a_row_that_says_so():
     chosen = {"a compile": peer(compiled=True), "a": peer()}
     found = list(peers.compare([SHAPE], [SHAPE], chosen, comparison(until=0)))
     assert [row["peer"] for row in found] == ["a", "a compile"]
-    assert {row["skipped"] for row in found} == {"not begun: 0 s were left of --until 0"}
+    assert {row["skipped"] for row in found} == {"not started: 0 s were left of --until 0"}
 
 
 def test_no_row_begins_in_less_time_than_another_took(monkeypatch):
@@ -203,13 +203,13 @@ def test_no_row_begins_in_less_time_than_another_took(monkeypatch):
     chosen = {"a": peer(), "b": peer(), "c compile": peer(compiled=True)}
     first, second, third = peers.compare([SHAPE], [SHAPE], chosen, comparison(until=70))
     assert first == {"seconds": 40}
-    assert second["skipped"] == "not begun: 30 s were left of --until 70, and another took 40 s"
+    assert second["skipped"] == "not started: 30 s were left of --until 70, and another took 40 s"
     assert third == {"apart": True}
 
 
 def test_a_peer_whose_answers_differ_has_a_row_and_is_not_timed():
     row = comparison().row(SHAPE, "a", peer(difference=float("nan")))
-    assert row["skipped"] == "its answers are nan away"
+    assert row["skipped"] == "wrong result: nan from iwm-fast's"
     assert row["operations_ratio"] > 0
     assert "seconds" not in row
 
@@ -228,7 +228,7 @@ def _too_long(*_, timeout, **__):
     ("run", "said"),
     [
         (_failing, "exit code 1: torch._inductor.exc.InductorError: AssertionError: "),
-        (_too_long, "not done after 0 s; raise --until (60)"),
+        (_too_long, "not finished after 0 s; raise --until (60)"),
     ],
 )
 def test_a_compiled_peer_that_fails_or_takes_too_long_costs_its_own_row_alone(monkeypatch, run, said):

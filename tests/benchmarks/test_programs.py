@@ -90,9 +90,7 @@ def test_an_old_name_runs_the_program_and_says_its_new_one(name, monkeypatch, ca
     assert ended.value.code == 0
     assert "usage:" in shown.out.lower()
     (line,) = shown.err.splitlines()
-    new = re.fullmatch(
-        rf"benchmarks\.{name} is benchmarks\.([\w.]+) now; the old name goes with the next release", line
-    )
+    new = re.fullmatch(rf"benchmarks\.{name} is now benchmarks\.([\w.]+); the next release removes the old name", line)
     assert new is not None
     assert new[1] in PROGRAMS
 

@@ -163,7 +163,7 @@ def test_every_preset_is_a_configuration(name):
 
 
 def test_an_unknown_preset_is_named():
-    with pytest.raises(UserError, match="no such preset; there are cpu-micro"):
+    with pytest.raises(UserError, match="no such preset; choose from cpu-micro"):
         preset_config("cpu-none")
 
 

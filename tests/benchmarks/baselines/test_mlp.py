@@ -171,7 +171,7 @@ def test_who_is_not_asked_for_has_a_row_too(eagerly):
     found = rows(contenders=["eager"])
     assert {row["contender"] for row in found.values() if "p50" in row} == {"eager"}
     others = {row["contender"]: row.get("skipped") for (_, name), row in found.items() if name != "eager"}
-    assert others == dict.fromkeys(CONTENDERS.keys() - {"eager"}, "not asked for")
+    assert others == dict.fromkeys(CONTENDERS.keys() - {"eager"}, "not selected")
 
 
 class Wrong(QuackMLP):
@@ -194,7 +194,7 @@ class Changed:
 @pytest.mark.parametrize(
     ("mlp", "said"),
     [
-        (Wrong, "its answers are wrong"),
+        (Wrong, "wrong result"),
         (Refusing, "failed: NotImplementedError: no kernel for this device"),
         (Changed, "failed: TypeError: "),
     ],
@@ -214,7 +214,7 @@ def test_a_library_that_is_wrong_or_fails_costs_its_own_row_alone(monkeypatch, e
     ("capability", "case", "said"),
     [
         ((8, 0), ACTION, "needs sm_90 or newer; this is sm_80"),
-        ((9, 0), Case("conditioned_mlp", tokens=8, width=20, hidden=40), "widths 20 and 40 are no multiples of 8"),
+        ((9, 0), Case("conditioned_mlp", tokens=8, width=20, hidden=40), "widths 20 and 40 are not multiples of 8"),
         ((9, 0), ACTION, None),
         ((12, 0), ACTION, None),
     ],
