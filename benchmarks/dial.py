@@ -46,7 +46,7 @@ SHOWN = (
     "linear",
     "rank_me",
 )
-# Of the picture: a figure, its title, the control beside it and that control's name.
+# A panel: metric, title, control, and the control's name.
 PANELS = (
     ("mrr", "MRR", "mrr_chance", "chance"),
     ("equivariance", "equivariance, R² of the action", "equivariance_untrained", "untrained"),
@@ -98,7 +98,7 @@ def value(arm: dict[str, Any], name: str) -> float:
 
 
 def draw(arms: list[dict[str, Any]], picture: Path) -> None:
-    """Plot each seed, and the mean with its 95 % interval: a row per variant, a panel per metric, beside its control."""
+    """Plot each seed, and the mean with its 95 % interval: a row per variant, a panel per metric."""
     figure, axes = plt.subplots(1, len(PANELS), figsize=(13, 1.2 + 0.38 * len(arms)), sharey=True, layout="constrained")
     for axis, (key, title, control, control_name) in zip(axes, PANELS, strict=True):
         for row, arm in enumerate(arms):

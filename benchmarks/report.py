@@ -1,8 +1,8 @@
-"""docs/reference/performance.md from what lies in results/: every number and picture in it comes from a file there.
+"""Write docs/reference/performance.md from results/: every number and picture comes from a file there.
 
     python -m benchmarks.report
 
-Run it after results change; a test fails when the page is not what this would write.
+Run it after results change; a test fails if the page is out of date.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ RESULTS = _ROOT / "results"
 _HEAD = """# Performance
 
 Written by `python -m benchmarks.report` from the files in [benchmarks/results](../../benchmarks/results), which hold
-every repeat; nothing here is typed by hand. How to measure and how to read:
+every repeat. How to measure and how to read:
 [benchmark and profile](../guides/benchmark_and_profile.md).
 """
 
 
 def _documents(results: Path) -> dict[str, dict[str, Any]]:
-    """Results of the kinds that have a section here, by file name."""
+    """Return the results of kinds that have a section, by file name."""
     found = {}
     for path in sorted(results.glob("*.json")):
         document = json.loads(path.read_text(encoding="utf-8"))
@@ -55,7 +55,7 @@ def _made_with(file: str, document: Mapping[str, Any]) -> str:
 
 
 def page(results: Path = RESULTS) -> str:
-    """The Markdown."""
+    """Return the page as Markdown."""
     lines = [_HEAD]
     drawn = pictures(results)
     for kind, (title, section) in SECTIONS.items():
@@ -70,7 +70,7 @@ def page(results: Path = RESULTS) -> str:
 
 
 def pictures(results: Path = RESULTS) -> dict[str, dict[str, Any]]:
-    """Documents that have a picture, by the picture's file name."""
+    """Return the documents that have a picture, by the picture's file name."""
     return {
         f"{file.removesuffix('.json')}.svg": document
         for file, document in _documents(results).items()
@@ -79,7 +79,7 @@ def pictures(results: Path = RESULTS) -> dict[str, dict[str, Any]]:
 
 
 def checksum(file: Path) -> str:
-    """Of a result; a picture carries that of the result that it draws."""
+    """Return a result's SHA-256, which its picture carries."""
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 

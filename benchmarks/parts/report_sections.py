@@ -18,7 +18,7 @@ def _number(value: float | None, form: str) -> str:
 
 
 def counted(document: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Rows of peers with operations; others say only why nothing of them was measured."""
+    """Return the rows of baselines that have FLOPs; the others only say why nothing was measured."""
     return [row for row in document["rows"] if "operations_ratio" in row]
 
 
@@ -36,15 +36,15 @@ def _peers(document: Mapping[str, Any]) -> list[str]:
             )
         )  # fmt: skip
     columns = (
-        "shape", "peer", "speed (99 %)", "speed by CPU time", "operations", "ours, GFLOP an image", "peer's",
-        "peak memory", "rounds",
+        "shape", "baseline", "speed (99 %)", "speed by CPU time", "FLOPs", "iwm-fast, GFLOP/image",
+        "baseline, GFLOP/image", "peak memory", "rounds",
     )  # fmt: skip
     during = [row["load_average"] for row in document["rows"] if "load_average" in row]
     loads = [load[when][0] for load in during for when in ("before", "after")]
     busy = f" The machine's load average was {min(loads):.0f} to {max(loads):.0f}." if loads else ""
     return [
-        "Speed is the peer's median time over ours (above 1: iwm-fast is faster); operations and memory are ours over",
-        "the peer's (below 1: iwm-fast needs less). Equal masks, sides in turn in one process,",
+        "Speed is the baseline's median time over iwm-fast's (above 1: iwm-fast is faster). FLOPs and peak memory are",
+        "iwm-fast's over the baseline's (below 1: iwm-fast needs less). Equal masks, in turn in one process,",
         f"{document['threads']} thread(s) on {document['device']}.{busy}",
         "",
         *_table(columns, rows),
@@ -59,7 +59,7 @@ def _without(document: Mapping[str, Any]) -> list[str]:
 
 
 def peers_summary(document: Mapping[str, Any], *, timed: bool = False) -> list[str]:
-    """The short table of docs/results/speed.md; with ``timed`` README.md's, of the rows that have a time."""
+    """Return the short table of docs/results/speed.md; with ``timed``, only the timed rows, as in README.md."""
     rows = []
     for row in counted(document):
         if timed and row["speed_ratio"] is None:
@@ -68,11 +68,11 @@ def peers_summary(document: Mapping[str, Any], *, timed: bool = False) -> list[s
         speed = "–" if low is None else f"{row['speed_ratio']:.2f} ({low:.2f} – {high:.2f})"
         ratios = (f"{row['operations_ratio']:.3f}", _number(row["memory_ratio"], ".2f"))
         rows.append((row["shape"], row["peer"], speed, *ratios))
-    return _table(("shape", "peer", "speed", "operations", "peak memory"), rows)
+    return _table(("shape", "baseline", "speed", "FLOPs", "peak memory"), rows)
 
 
 def images_of(row: Mapping[str, Any]) -> str:
-    """A row's images, and the sources of each where there are several."""
+    """Return a row's images, with the sources of each if there are several."""
     sources = row.get("sources_per_target", 1)
     return f"{row['images']} × {sources} sources" if sources > 1 else str(row["images"])
 
@@ -85,7 +85,7 @@ def _steps(document: Mapping[str, Any]) -> list[str]:
         )
         for row in document["rows"]
     ]  # fmt: skip
-    return _table(("step", "images", "precision", "ms", "images/s", "GFLOP an image", "MFU"), rows)
+    return _table(("step", "images", "precision", "ms", "images/s", "GFLOP/image", "MFU"), rows)
 
 
 def _kernels(document: Mapping[str, Any]) -> list[str]:
@@ -97,7 +97,7 @@ def _kernels(document: Mapping[str, Any]) -> list[str]:
         for row in document["rows"]
         if "p50" in row
     ]  # fmt: skip
-    return _table(("case", "contender", "passes", "ms", "of the matrix rate", "of the copy"), rows)
+    return _table(("case", "implementation", "passes", "ms", "of matmul rate", "of copy rate"), rows)
 
 
 def _scaling(document: Mapping[str, Any]) -> list[str]:
@@ -119,15 +119,15 @@ def _scaling(document: Mapping[str, Any]) -> list[str]:
             "ms",
             "efficiency",
             "bytes counted",
-            "by the formula",
+            "bytes by formula",
             "ms in collectives",
         )
         cores = document["environment"]["cores"]
-        lines += [f"Ranks of one thread each on {cores} cores; more ranks than cores share them.", ""]
+        lines += [f"Each rank has one thread, on {cores} cores; more ranks than cores share them.", ""]
         lines += [*_table(columns, rows), ""]
     for what, line in document.get("lines", {}).items():
         lines.append(
-            f"- {what} of a step by images: {line['intercept']:.4g} + {line['slope']:.4g} an image, residuals "
+            f"- {what} per step: {line['intercept']:.4g} + {line['slope']:.4g} per image; residuals "
             f"{', '.join(f'{r:+.1%}' for r in line['residuals'])}"
         )
     return lines
@@ -136,17 +136,17 @@ def _scaling(document: Mapping[str, Any]) -> list[str]:
 def _savings(document: Mapping[str, Any]) -> list[str]:
     rows = document["rows"]
     said = [
-        ("as shipped, GFLOP an image", [f"{row['shipped'] / 1e9:.2f}" for row in rows]),
-        ("of it the target's forward", [f"{row['target_forward'] / row['shipped']:.1%}" for row in rows]),
+        ("as shipped, GFLOP/image", [f"{row['shipped'] / 1e9:.2f}" for row in rows]),
+        ("share of the target's forward", [f"{row['target_forward'] / row['shipped']:.1%}" for row in rows]),
     ]
     for name in rows[0]["without"]:
         said += [(name, [f"{row['without'][name] / row['shipped'] - 1:+.1%}" for row in rows])]
     for sources in rows[0]["sources_per_target"]:
         shares = [f"{row['sources_per_target'][sources] / row['shipped'] - 1:+.1%}" for row in rows]
-        said += [(f"a source, where a target has {sources}", shares)]
+        said += [(f"per source, {sources} sources per target", shares)]
     lines = [
-        "Operations where one saving is taken back (the numbers computed stay the same), and of a source where several",
-        "share a target (they do not), beside what is shipped.",
+        "FLOPs without one saving, relative to the step as shipped; the result stays the same. The last rows are FLOPs",
+        "per source if several sources share a target, which changes the result.",
         "",
         *_table(("", *(row["config"].removesuffix(".yaml") for row in rows)), [(name, *cells) for name, cells in said]),
     ]
@@ -164,9 +164,9 @@ def _savings(document: Mapping[str, Any]) -> list[str]:
     return [
         *lines,
         "",
-        f"What those cost that change the numbers: {said_of}, as many steps and sources a step for all {raw}:",
+        f"Accuracy with the savings that change the result: {said_of}, equal steps and sources per step {raw}:",
         "",
-        *_table(("arm", "MRR", "MRR, cosine", "k-NN", "linear probe", "loss", "RankMe"), cells),
+        *_table(("variant", "MRR", "MRR, cosine", "k-NN", "linear probe", "loss", "RankMe"), cells),
     ]
 
 
@@ -179,9 +179,9 @@ def _attention(document: Mapping[str, Any]) -> list[str]:
     rows = [(*names, both[False], both[True]) for names, both in cells.items() if both[False] != "needs a GPU"]
     measured = f"{document['rows'][0]['dtype']}, {document['threads']} thread(s) on {document['device']}"
     return [
-        f"Milliseconds, and in brackets over ours (above 1: ours is faster); {measured}.",
+        f"Milliseconds, with the ratio to iwm-fast's in brackets (above 1: iwm-fast is faster); {measured}.",
         "",
-        *_table(("attention", "by", "forward", "with gradients"), rows),
+        *_table(("attention", "implementation", "forward", "forward + backward"), rows),
     ]
 
 
@@ -208,35 +208,36 @@ def _activations(document: Mapping[str, Any]) -> list[str]:
             parts.append((row["name"], side, *(f"{size / 1e6:.3f}" for size in kept.values())))
     first, batches = document["rows"][0], document["batches"]
     columns = (
-        "shape", "tokens, context + predicted", "ours, MB an image", "peer's", "ratio", "state, GB: ours", "peer's",
+        "shape", "tokens, context + predicted", "iwm-fast, MB/image", "baseline, MB/image", "ratio",
+        "state, GB: iwm-fast", "state, GB: baseline",
         *(f"largest batch in {size}" for size in first["largest_batch"]),
     )  # fmt: skip
     names = [part.replace("_", " ") for part in first["ours"]["parts_per_image"]]
     sizes = [row["images"] for row in batches["rows"]]
     worst = max(abs(residual) for residual in batches["residuals"])
     return [
-        "What autograd keeps from the forward to the backward pass, in bf16, counted on the meta device: ours and",
-        f"{document['peer']}'s, both eager, on the peer's masks. State: weights, gradients, moments, moving average,",
-        "and the weights that autocast rounds. Not counted: pixels, what the backward pass needs for moments,",
-        "workspaces, what the allocator loses; so the batches are upper bounds on both sides.",
+        f"Saved activations in bf16, counted on the meta device: iwm-fast and the baseline {document['peer']}, both",
+        "eager, on the baseline's masks. State: weights, gradients, optimizer moments, EMA, and the weights that",
+        "autocast rounds. Not counted: pixels, temporary memory of the backward pass, workspaces, fragmentation. The",
+        "largest batch is therefore an upper bound for both.",
         "",
         *_table(columns, rows),
         "",
-        "By part, MB an image. The MLPs' hidden is in none of ours: the kernels compute it again.",
+        "By part, MB per image. iwm-fast never saves the MLPs' hidden activations: the kernels recompute them.",
         "",
         *_table(("shape", "", *names), parts),
         "",
-        f"{batches['config']}, batches of {sizes[0]} to {sizes[-1]} out of the same images with the training's masks:",
-        f"{batches['slope'] / 1e6:.3f} MB an image, no size more than {worst:.2%} off the line.",
+        f"{batches['config']}, batches of {sizes[0]} to {sizes[-1]} of the same images with the training's masks:",
+        f"{batches['slope'] / 1e6:.3f} MB per image; the largest residual is {worst:.2%}.",
     ]
 
 
 SECTIONS = {
-    "iwm-fast-peers/1": ("The step beside others'", _peers),
-    "iwm-fast-savings/1": ("Operations that are not spent", _savings),
-    "iwm-fast-attention/1": ("Attention at the step's own lengths", _attention),
-    "iwm-fast-activations/1": ("What a step keeps", _activations),
-    "iwm-fast-bench-step/1": ("The step", _steps),
+    "iwm-fast-peers/1": ("Training step against baselines", _peers),
+    "iwm-fast-savings/1": ("FLOPs saved", _savings),
+    "iwm-fast-attention/1": ("Packed attention at the step's sequence lengths", _attention),
+    "iwm-fast-activations/1": ("Saved activations", _activations),
+    "iwm-fast-bench-step/1": ("Training step", _steps),
     "iwm-fast-kernels/1": ("Kernels", _kernels),
     "iwm-fast-bench-scaling/1": ("Scaling", _scaling),
 }

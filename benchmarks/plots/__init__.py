@@ -1,4 +1,4 @@
-"""Pictures of what the benchmarks measured, and what their programs share."""
+"""Plots of benchmark results, and the parts that the programs share."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["result_and_picture", "save"]
 
 
 def result_and_picture(about: str | None) -> tuple[dict[str, Any], Path]:
-    """The result that the command line names, and where its picture goes, which can be written.
+    """Parse the command line; return the result that it names, and the picture's path, checked to be writable.
 
     ``about``: the program's help.
     """
@@ -29,6 +29,6 @@ def result_and_picture(about: str | None) -> tuple[dict[str, Any], Path]:
 
 
 def save(figure: Figure, picture: Path) -> None:
-    """Write a picture, with the folder that it lies in."""
+    """Write a picture, and create its folder."""
     picture.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(picture, dpi=110)

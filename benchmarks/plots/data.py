@@ -1,8 +1,8 @@
-"""Draw a file that benchmarks.data wrote, and print its tables.
+"""Plot a result of benchmarks.data, and print its tables.
 
     python -m benchmarks.plots.data benchmarks/results/FILE.json docs/PICTURE.png
 
-Left, images/s of each contender, with the p20 and p80 of the repeats; right, one core's milliseconds per image by
+Left: images/s of each implementation, with p20 and p80 of the repeats. Right: milliseconds of one core per image by
 stage, from the decoder's floor upwards.
 """
 
@@ -25,9 +25,9 @@ __all__ = ["draw", "table"]
 
 
 def table(document: dict[str, Any]) -> str:
-    """Markdown: the contenders, then the stages."""
+    """Return Markdown: the implementations, then the stages."""
     ratios = {(ratio["against"], ratio["cores"]): ratio["p50"] for ratio in document["ratios"]}
-    lines = ["| contender | cores | images/s (p20 – p80) | by | ours is |", "|---|---|---|---|---|"]
+    lines = ["| implementation | cores | images/s (p20 – p80) | by | iwm-fast is |", "|---|---|---|---|---|"]
     for row in document["rows"]:
         ratio = ratios.get((row["contender"], row["cores"]))
         lines.append(
@@ -37,7 +37,7 @@ def table(document: dict[str, Any]) -> str:
     floor = next(stage["p50"] for stage in document["stages"] if "floor" in stage["stage"])
     lines += [
         "",
-        "| stage, with those before it | ms of one core per image (p20 – p80) | of the floor |",
+        "| stage, cumulative | ms of one core per image (p20 – p80) | × floor |",
         "|---|---|---|",
     ]
     for stage in document["stages"]:
@@ -47,7 +47,7 @@ def table(document: dict[str, Any]) -> str:
 
 
 def draw(document: dict[str, Any], picture: Path) -> None:
-    """Draw a bar per contender and number of cores, and a bar per stage."""
+    """Plot a bar per implementation and number of cores, and a bar per stage."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     cores = list(dict.fromkeys(row["cores"] for row in document["rows"]))
     names = list(dict.fromkeys(row["contender"] for row in document["rows"]))

@@ -1,9 +1,9 @@
-"""Draw the roofline of a file that benchmarks.kernels wrote, and print its table.
+"""Plot the roofline of a result of benchmarks.kernels, and print its table.
 
     python -m benchmarks.plots.kernels benchmarks/results/FILE.json docs/PICTURE.png
 
-FLOP/s over FLOP per byte (the fewest bytes that the work can move), both on logarithmic axes, under the limits that
-the same run measured.
+FLOP/s over FLOP per byte (of the minimum bytes moved), both on logarithmic axes, under the limits that the same run
+measured.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from iwm_fast.programs import run_program
 
 
 def table(document: dict[str, Any]) -> str:
-    """Markdown, a line each row: time and its ratio to eager's of the same case and pass, or why it is not timed."""
+    """Return Markdown, a line per row: time and speedup over eager in the same case and pass, or the reason why not."""
     timed = [row for row in document["rows"] if "p50" in row]
     eager = {(str(r["case"]), r["passes"]): r["p50"] for r in timed if r["contender"] == "eager"}
-    lines = ["| operation | N | D | H | A | pass | contender | ms (p20 – p80) | × eager | of matmul | of copy |"]
+    lines = ["| operation | N | D | H | A | pass | implementation | ms (p20 – p80) | × eager | of matmul | of copy |"]
     lines.append("|---" * 11 + "|")
     for row in document["rows"]:
         if "skipped" in row:
@@ -46,14 +46,14 @@ def table(document: dict[str, Any]) -> str:
 
 
 def _name(case: dict[str, Any]) -> str:
-    """A case in a legend: operation, tokens × width (→ hidden), number of action components."""
+    """Name a case in the legend: operation, tokens × width (→ hidden), number of action components."""
     hidden = f" → {case['hidden']}" if case["hidden"] else ""
     actions = f", action of {case['actions']}" if case["actions"] else ""
     return f"{case['operation']} {case['tokens']} × {case['width']}{hidden}{actions}"
 
 
 def draw(document: dict[str, Any], picture: Path) -> None:
-    """Draw the roofline: a colour per case, a shape per contender, filled for forward, hollow with gradients."""
+    """Plot the roofline: a colour per case, a marker per implementation, filled for forward, hollow for both passes."""
     limits = document["ceilings"]
     top, slope = limits["matmul_flops_per_s"], limits["copy_bytes_per_s"]
     timed = [row for row in document["rows"] if "p50" in row]

@@ -1,9 +1,9 @@
-"""Draw the roll-outs of files that benchmarks.sweep wrote on triplets.
+"""Plot the roll-outs in results of benchmarks.sweep on triplets.
 
     python -m benchmarks.plots.rollouts docs/PICTURE.png NAME=benchmarks/results/FILE.json [NAME=FILE ...]
 
-A panel a file: the error over the horizon, a line a seed with its 95 % interval by bootstrap over roll-outs, told the
-true actions, told another roll-out's, and of a copy of the first frame.
+One panel per file: the error over the horizon given the true actions, given another roll-out's actions, and of a copy
+of the first frame; one line per seed, with its 95 % bootstrap interval over roll-outs.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def main() -> None:
                 axis.plot(rolled["horizons"], rolled[key], color=f"C{number}", lw=1.2, marker="o", ms=3, label=shown)
         axis.set_title(f"{name}, {len(runs)} seed{'s' if len(runs) > 1 else ''}", fontsize=10)
         axis.set_xlabel("horizon, actions")
-        axis.set_ylabel("mean square error")
+        axis.set_ylabel("mean squared error")
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
     axes[0, 0].legend(fontsize=8)

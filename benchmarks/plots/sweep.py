@@ -1,9 +1,9 @@
-"""Draw the curves of a file that benchmarks.sweep wrote.
+"""Plot the curves of a result of benchmarks.sweep.
 
     python -m benchmarks.plots.sweep benchmarks/results/FILE.json docs/PICTURE.png
 
-Loss, RankMe and, where they were measured while training, MRR and k-NN over the steps; a colour per arm, a line per
-seed, and as a dashed line chance or the untrained network, in the mean over all runs.
+Loss, RankMe and, if measured during training, MRR and k-NN over the steps: one colour per variant, one line per seed.
+The dashed line is chance or the untrained network, the mean over all runs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import matplotlib.pyplot as plt
 from iwm_fast.benchmarks.plots import result_and_picture, save
 from iwm_fast.programs import run_program
 
-# Each curve of the log: its title, and the control of its evaluation that stands as a dashed line, with its name.
+# Curve: its title, and the control that is drawn as a dashed line, with its name.
 CURVES = {
     "loss": ("loss", None),
     "rank_me": ("RankMe of the target", None),
