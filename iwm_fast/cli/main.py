@@ -212,6 +212,7 @@ def show_config(
     from dataclasses import asdict
 
     from iwm_fast.config import dump_config, load_config
+    from iwm_fast.config.batch import known_in_steps
     from iwm_fast.config.load import find_config, packaged_names
     from iwm_fast.config.schema_table import rows
 
@@ -229,9 +230,12 @@ def show_config(
     if config is None:
         raise UserError(f"config: name a YAML file, or one of {', '.join(packaged_names())}; --schema lists the keys")
     loaded = load_config(find_config(config), overrides or [])
+    in_steps = known_in_steps(loaded)
     if json is None:
         print(dump_config(loaded), end="")
-    answer(json, "config", {"config": loaded.model_dump(mode="json")})
+        for line in in_steps:
+            print(f"# {line}")
+    answer(json, "config", {"config": loaded.model_dump(mode="json"), "in_steps": in_steps})
 
 
 @app.command(epilog="Example: iwm-fast doctor")

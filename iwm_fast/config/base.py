@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-from typing import Annotated
+from typing import Annotated, ClassVar, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 __all__ = [
     "Count",
@@ -25,9 +25,23 @@ __all__ = [
 
 
 class Section(BaseModel):
-    """What all sections share: immutable, no unknown key, no silent conversion of a string to a number."""
+    """What all sections share: immutable, no unknown key, no silent conversion of a string to a number.
+
+    ``alternatives``: groups of keys that say one thing in several units; at most one of a group may differ from its
+    default.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    alternatives: ClassVar[tuple[tuple[str, ...], ...]] = ()
+
+    @model_validator(mode="after")
+    def _one_of_each_group(self) -> Self:
+        for group in self.alternatives:
+            given = [name for name in group if getattr(self, name) != type(self).model_fields[name].default]
+            if len(given) > 1:
+                found = ", ".join(f"{name} is {getattr(self, name):g}" for name in given)
+                raise ValueError(f"{found}; give only one of {', '.join(group)}")
+        return self
 
 
 def pair(value: object) -> object:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 
 from iwm_fast.config import Config
-from iwm_fast.config.batch import training_steps
+from iwm_fast.config.batch import in_steps, training_steps, warmup_steps
 from iwm_fast.errors import UserError
 
 __all__ = ["conflicts", "length_conflicts", "require_a_step"]
@@ -46,7 +46,7 @@ def _batch(config: Config, images: int) -> Iterator[str]:
 
 
 def _warmup(config: Config, images: int) -> Iterator[str]:
-    warmup, total = config.train.warmup, training_steps(config, images)
+    warmup, total = warmup_steps(config, images), training_steps(config, images)
     if 2 * warmup <= total:
         return
     what = (
@@ -54,9 +54,15 @@ def _warmup(config: Config, images: int) -> Iterator[str]:
         if warmup >= total
         else "the learning rate rises for more than half of it"
     )
+    key, instead = "warmup", f"train.warmup to about {total // 10:,}"
+    if config.train.warmup_epochs is not None:
+        key = f"warmup_epochs {config.train.warmup_epochs:g}"
+        instead = f"train.warmup_epochs to about {total / 10 * config.train.global_batch / images:.2g}"
+    elif config.train.warmup_ratio is not None:
+        key, instead = f"warmup_ratio {config.train.warmup_ratio:g}", "train.warmup_ratio to about 0.1"
     yield (
-        f"train.warmup is {warmup:,} steps and the training {total:,}: {what}; "
-        f"set train.warmup to about {total // 10:,}, or train longer (train.epochs)"
+        f"train.{key} is {warmup:,} steps and the training {total:,}: {what}; "
+        f"set {instead}, or train longer (train.epochs)"
     )
 
 
@@ -71,7 +77,8 @@ def _length(config: Config, images: int) -> Iterator[str]:
             f"set train.schedule_steps={train.steps}, or train.steps={total}"
         )
         return
-    warming = f", within the warm-up of {train.warmup:,}" if train.steps < train.warmup < total else ""
+    warmup = warmup_steps(config, images)
+    warming = f", within the warm-up of {warmup:,}" if train.steps < warmup < total else ""
     yield (
         f"train.steps ends this start at step {train.steps:,} of the schedules' {total:,}{warming}; "
         f"for a whole training of that length set train.schedule_steps={train.steps}"
@@ -81,12 +88,15 @@ def _length(config: Config, images: int) -> Iterator[str]:
 def _never(config: Config, images: int) -> Iterator[str]:
     """What is due at steps that do not come."""
     stop = config.train.steps or training_steps(config, images)
-    every, keep = config.checkpoint.every_steps, config.checkpoint.keep_every
-    never = []
-    if config.eval.every_steps is not None and config.eval.every_steps > stop:
-        never.append(f"no evaluation (eval.every_steps {config.eval.every_steps:,})")
+    never: list[str] = []
+    counted = in_steps(config, images)
+    every, keep = counted.checkpoint.every_steps, config.checkpoint.keep_every
+    measured = counted.eval.every_steps
+    if measured is not None and measured > stop:
+        never.append(f"no evaluation ({_interval('eval', config.eval.every_epochs, measured)})")
     if every > stop:
-        never.append(f"one checkpoint only, at its end (checkpoint.every_steps {every:,})")
+        said = _interval("checkpoint", config.checkpoint.every_epochs, every)
+        never.append(f"one checkpoint only, at its end ({said})")
     elif keep is not None and math.lcm(every, keep) > stop:
         never.append(
             f"no checkpoint that is kept for good (checkpoint.keep_every {keep:,}, every_steps {every:,}: both meet at "
@@ -94,3 +104,10 @@ def _never(config: Config, images: int) -> Iterator[str]:
         )
     if never:
         yield f"the training ends at step {stop:,}, so there is {' and '.join(never)}"
+
+
+def _interval(section: str, epochs: float | None, steps: int) -> str:
+    """An interval as it was given."""
+    if epochs is None:
+        return f"{section}.every_steps {steps:,}"
+    return f"{section}.every_epochs {epochs:g}: {steps:,} steps"

@@ -40,9 +40,12 @@ train.lr_final | over the peak
     min_lr final_lr end_lr eta_min lr_min lr_end lrf minimum_lr
 train.lr_batch |
     base_batch_size lr_base_size reference_batch_size lr_reference_batch auto_scale_lr
-train.warmup | in steps
-    warmup_steps num_warmup_steps warmup_iters warmup_iterations warmup_epochs warmup_ratio lr_warmup_steps
-    n_warmup warmup_t warm_up
+train.warmup | in steps; train.warmup_epochs and train.warmup_ratio are the same in other units
+    warmup_steps num_warmup_steps warmup_iters warmup_iterations lr_warmup_steps n_warmup warmup_t warm_up
+train.warmup_epochs |
+    warmup_epochs warmup_epoch num_warmup_epochs warmup_ep
+train.warmup_ratio | of the schedules' steps
+    warmup_ratio warmup_fraction warmup_frac warmup_percent warmup_proportion pct_start
 train.epochs --epochs |
     epoch max_epochs num_epochs n_epochs num_train_epochs total_epochs nb_epochs ep
 train.schedule_steps --steps | train.steps ends this start earlier
@@ -83,7 +86,9 @@ eval.root |
     validation_dir validation_data val
 eval.every_steps |
     eval_every eval_steps eval_interval eval_freq eval_period val_interval val_every val_freq val_check_interval
-    check_val_every_n_epoch evaluation_interval
+    evaluation_interval
+eval.every_epochs |
+    check_val_every_n_epoch eval_every_epochs eval_epochs val_epochs eval_every_epoch val_every_epochs
 data.threads --threads | data.readers are files read at a time
     workers num_workers n_workers nworkers dataloader_num_workers num_data_workers dali_threads cpu_workers
     num_threads n_threads j num_cpus data_workers loader_workers
@@ -129,8 +134,9 @@ log.every_steps |
     disp_freq interval every freq frequency period
 checkpoint.every_steps |
     save_every save_interval save_steps save_freq save_period save_every_n_steps ckpt_every ckpt_interval
-    ckpt_freq checkpoint_every checkpoint_interval checkpoint_freq checkpoint_steps save_epoch_freq saveckp_freq
-    every_n_train_steps
+    ckpt_freq checkpoint_every checkpoint_interval checkpoint_freq checkpoint_steps every_n_train_steps
+checkpoint.every_epochs |
+    save_epoch_freq saveckp_freq save_every_epochs every_n_epochs save_epochs checkpoint_epochs save_every_epoch
 checkpoint.keep_last | checkpoint.keep_every for some that are never removed
     save_total_limit save_top_k keep max_checkpoints max_keep max_to_keep keep_checkpoints num_checkpoints
     checkpoints_total_limit keep_last_n

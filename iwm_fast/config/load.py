@@ -74,6 +74,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     overridden: set[Keys] = set()
     for text in overrides:
         overridden.add(_override(values, text))
+    _drop_replaced(values, overridden)
     try:
         return Config.model_validate(values)
     except ValidationError as error:
@@ -136,6 +137,17 @@ def _override(values: dict[str, Any], text: str) -> Keys:
         below = below[part]
     below[keys[-1]] = _given(key, value)
     return keys
+
+
+def _drop_replaced(values: dict[str, Any], overridden: set[Keys]) -> None:
+    """Take away what the file says in another unit of a key that an override gives: train.warmup beside
+    train.warmup_epochs.
+    """
+    for name, field in Config.model_fields.items():
+        for group in getattr(field.annotation, "alternatives", ()):
+            given = {key for key in group if (name, key) in overridden and values[name][key] is not None}
+            for key in set(group) - {key for section, key in overridden if section == name} if given else ():
+                values[name].pop(key, None)
 
 
 def _given(key: str, value: str) -> Any:

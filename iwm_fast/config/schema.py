@@ -98,8 +98,10 @@ class Config(Section):
                 f"data.wait_s is {self.data.wait_s:g}; it must be below train.rank_timeout_s "
                 f"({self.train.rank_timeout_s:g}), or a rank that waits for its data counts as hung"
             )
-        if self.eval.every_steps is not None and self.eval.root is None:
-            raise ValueError("eval.every_steps is set and eval.root is not; name the folder to evaluate on")
+        if self.eval.interval_key is not None and self.eval.root is None:
+            raise ValueError(
+                f"eval.{self.eval.interval_key} is set and eval.root is not; name the folder to evaluate on"
+            )
         patches = self.model.grid**2
         if self.masks.min_context >= patches:
             raise ValueError(f"masks.min_context is {self.masks.min_context}; a view has only {patches} patches")

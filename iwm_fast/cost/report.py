@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from iwm_fast.config import Config
-from iwm_fast.config.batch import training_steps
+from iwm_fast.config.batch import said_in_steps, training_steps, warmup_steps
 from iwm_fast.config.conflicts import length_conflicts
 from iwm_fast.cost import communication, plan, step_time
 from iwm_fast.cost.plan import WORTH, Choice, Cluster, Planner, Refused, Stage, best_of_each, stage_record
@@ -67,6 +67,8 @@ def document(planner: Planner, cluster: Cluster, images: ImageCount) -> dict[str
         "images_origin": images.origin,
         "steps": steps,
         "schedule_steps": schedule,
+        "warmup_steps": warmup_steps(config, images.count),
+        "in_steps": said_in_steps(config, images.count),
         "hours": None,
         "gpu_hours": None,
     }
@@ -228,7 +230,7 @@ def sentences(record: dict[str, Any], points: dict[str, list[Point]] | None) -> 
     for kind, label in (("strong", "same global batch"), ("weak", "same batch a GPU")) if points else ():
         last = [p for p in (points or {})[kind] if p.images_per_s is not None][-1:]
         said += [f"{label}, {p.gpus} GPUs: {p.images_per_s:,.0f} images/s, stage {p.stage}" for p in last]
-    return [*said, *record["assumptions"]]
+    return [*said, *record["in_steps"], *record["assumptions"]]
 
 
 def _advice(record: dict[str, Any]) -> list[str]:

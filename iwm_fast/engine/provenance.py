@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from iwm_fast.config import Config
+from iwm_fast.config.batch import in_steps, training_steps
 from iwm_fast.engine.distributed.links import Interconnect
 from iwm_fast.engine.distributed.ranks import Ranks
 from iwm_fast.environment import environment
@@ -18,11 +19,15 @@ from iwm_fast.errors import UserError, because
 __all__ = ["describe_run", "recorded_environment"]
 
 
-def describe_run(file: Path, config: Config, ranks: Ranks, step: int, measured: Interconnect | None) -> dict[str, Any]:
+def describe_run(
+    file: Path, config: Config, ranks: Ranks, step: int, measured: Interconnect | None, images: int
+) -> dict[str, Any]:
     """The document to write to ``file``: what this start runs with, and the starts that the file already tells of.
 
-    step: steps done when this start begins. measured: what the ranks' connections gave, None for a rank alone.
+    step: steps done when this start begins. measured: what the ranks' connections gave, None for a rank alone. images:
+    of the data; what is configured in epochs or ratios is recorded in steps under ``steps``.
     """
+    counted, total = in_steps(config, images), training_steps(config, images)
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     start = {
         "started": started,
@@ -30,6 +35,14 @@ def describe_run(file: Path, config: Config, ranks: Ranks, step: int, measured: 
         "launcher": ranks.launcher,
         "world": ranks.world,
         "step": step,
+        "images": images,
+        "steps": {
+            "train.schedule_steps": total,
+            "train.steps": config.train.steps or total,
+            "train.warmup": counted.train.warmup,
+            "checkpoint.every_steps": counted.checkpoint.every_steps,
+            "eval.every_steps": counted.eval.every_steps,
+        },
         "zero_stage": config.zero.stage,
         "ranks": [asdict(peer) for peer in ranks.peers],
         "interconnect": measured.document() if measured else None,

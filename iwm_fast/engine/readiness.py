@@ -36,7 +36,7 @@ def require_ready(config: Config, directory: RunDirectory, evaluator: Evaluator 
         if why is not None:
             raise UserError(f"{folder}: cannot be written: {why}; mend the folder, or choose another --out")
     _require_sinks(config)
-    if config.eval.every_steps is None or evaluator is None:
+    if config.eval.interval_key is None or evaluator is None:
         return
     try:
         left_out = evaluator.unmeasured(config)

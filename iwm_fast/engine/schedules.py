@@ -19,7 +19,7 @@ def _cosine(first: float, last: float, progress: float) -> float:
 @dataclass(frozen=True)
 class Schedules:
     """The three schedules of I-JEPA (src/utils/schedulers.py): ``step`` counts from 0, ``total`` is their length in
-    steps.
+    steps. ``train.warmup`` counts, not warm-up in other units: `config.batch.in_steps` makes steps of them.
     """
 
     train: TrainConfig

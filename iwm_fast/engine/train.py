@@ -11,7 +11,7 @@ import torch
 
 from iwm_fast.actions.external import space_of
 from iwm_fast.config import Config
-from iwm_fast.config.batch import training_steps
+from iwm_fast.config.batch import in_steps, said_in_steps, training_steps
 from iwm_fast.config.conflicts import conflicts, require_a_step
 from iwm_fast.data.image_list import ImageSet, list_images
 from iwm_fast.data.loader import TrainingStream
@@ -61,8 +61,9 @@ def pretrain(
     `iwm_fast.eval.online.OnlineEvaluator`. ``alone``: as the only rank, whatever launcher the environment tells of.
     Raises UserError for whatever the user can mend, and Interrupted after a Ctrl-C that left a checkpoint.
     """
-    if config.eval.every_steps is not None and evaluator is None:
-        raise ValueError(f"eval.every_steps is {config.eval.every_steps} and evaluator is None: give one, or unset it")
+    asked = config.eval.interval_key
+    if asked is not None and evaluator is None:
+        raise ValueError(f"eval.{asked} is {getattr(config.eval, asked)} and evaluator is None: give one, or unset it")
     with StopRequest() as stop:
         ranks = start(config.train.rank_timeout_s, alone=alone)
         if "OMP_NUM_THREADS" not in os.environ and ranks.device.type == "cpu":
@@ -120,7 +121,7 @@ def _begin(
             point_latest(directory.checkpoints, chosen.resolve().name)  # killed before its next one, auto takes this
     clear_leftovers(directory.checkpoints)
     directory.drop_metrics_after(step)
-    directory.begin(config, describe_run(directory.environment_file, config, ranks, step, measured))
+    directory.begin(config, describe_run(directory.environment_file, config, ranks, step, measured, len(files)))
 
 
 def _train(
@@ -135,6 +136,7 @@ def _train(
     evaluator: Evaluator | None,
 ) -> None:
     live.at("making of the model")
+    given, config = config, in_steps(config, len(files))
     space = space_of(config.actions)
     model = trained_model(config, space.dim, ranks.device)
     decide(ranks, lambda: require_room(model, directory.checkpoints))
@@ -173,13 +175,16 @@ def _train(
         choices = KernelChoices(ranks, file, decide(ranks, lambda: read_tables(file, chosen)))
         run = Run(config, directory, ranks, zero, average, trainer, writer, live, stop_at, identity, choices, evaluator)
         with TrainingProgress(stop_at, done, shown=ranks.first) as progress:
-            _announce(run, files, saved, progress)
+            _announce(run, given, files, saved, progress)
             # Only from here on is there a state to save: a start that is told to stop just ends.
             with stop.held(progress.say), Upkeep() as upkeep, live.watching(), use_tuner(choices.choices):
                 train(run, space, progress, stop, upkeep)
 
 
-def _announce(run: Run, files: ImageSet | Triplets, saved: Checkpoint | None, progress: TrainingProgress) -> None:
+def _announce(
+    run: Run, given: Config, files: ImageSet | Triplets, saved: Checkpoint | None, progress: TrainingProgress
+) -> None:
+    """``given``: the configuration before what is in epochs was counted in steps; notes name its keys."""
     config = run.config
     attention = describe_attention(config.model.attention, run.ranks.device)
     in_fp8 = ", target in fp8" if config.model.target_precision == "fp8" else ""
@@ -191,7 +196,9 @@ def _announce(run: Run, files: ImageSet | Triplets, saved: Checkpoint | None, pr
         f"global batch {config.train.global_batch} = "
         f"{run.ranks.world} × {run.trainer.stream.accumulation} × {run.trainer.stream.micro_batch}"
     )
-    for line in conflicts(config, len(files)):
+    for line in said_in_steps(given, len(files)):
+        progress.say(line)
+    for line in conflicts(given, len(files)):
         progress.say(f"note: {line}")
     if saved and saved.index.get("images", len(files)) != len(files):
         progress.say(

@@ -22,6 +22,7 @@ _WHY = {
     "data.root": "the images that a run was trained on; --data names those of this measurement",
     "data.prefetch": "of training only",
     "eval.every_steps": "of evaluation while training",
+    "eval.every_epochs": "of evaluation while training",
     "eval.root": "of evaluation while training; --data names the images of this measurement",
     "eval.images": "of evaluation while training; all images are read here, and --images says how many MRR ranks",
 }

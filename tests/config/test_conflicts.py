@@ -9,7 +9,13 @@ from iwm_fast.errors import UserError
 
 
 def config(*overrides):
-    words = ("train.epochs=10", "train.global_batch=32", "train.warmup=0", "checkpoint.every_steps=50", *overrides)
+    usual = {"train.epochs": "10", "train.global_batch": "32"}
+    given = " ".join(overrides)
+    if "train.warmup_" not in given:
+        usual["train.warmup"] = "0"
+    if "checkpoint.every_epochs" not in given:
+        usual["checkpoint.every_steps"] = "50"
+    words = (*(f"{key}={value}" for key, value in usual.items()), *overrides)
     return load_config(packaged_config("vit_tiny_p4_32.yaml"), words)
 
 
@@ -27,6 +33,18 @@ LINES = {
     "train.warmup=25022": (
         "train.warmup is 25,022 steps and the training 100: the learning rate never reaches its peak; set train.warmup "
         "to about 10, or train longer (train.epochs)"
+    ),
+    "train.warmup_epochs=8": (
+        "train.warmup_epochs 8 is 80 steps and the training 100: the learning rate rises for more than half of it; set "
+        "train.warmup_epochs to about 1, or train longer (train.epochs)"
+    ),
+    "train.warmup_ratio=1": (
+        "train.warmup_ratio 1 is 100 steps and the training 100: the learning rate never reaches its peak; set "
+        "train.warmup_ratio to about 0.1, or train longer (train.epochs)"
+    ),
+    "checkpoint.every_epochs=11 eval.root=x eval.every_epochs=20": (
+        "the training ends at step 100, so there is no evaluation (eval.every_epochs 20: 200 steps) and one checkpoint "
+        "only, at its end (checkpoint.every_epochs 11: 110 steps)"
     ),
     "train.warmup=100": "train.warmup is 100 steps and the training 100: the learning rate never",
     "train.warmup=51": "train.warmup is 51 steps and the training 100: the learning rate rises for more",

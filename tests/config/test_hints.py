@@ -52,7 +52,10 @@ WORDS = {
     "wandb_project": "log.wandb",
     "random_seed": "train.seed",
     "deepspeed": "zero.stage",
-    "warmup_epochs": "train.warmup",
+    "warmup_epochs": "train.warmup_epochs",
+    "warmup_steps": "train.warmup",
+    "pct_start": "train.warmup_ratio",
+    "check_val_every_n_epoch": "eval.every_epochs",
 }
 
 

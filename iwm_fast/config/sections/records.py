@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
 from iwm_fast.config.base import (
     Count,
     Place,
+    Positive,
     Probability,
     Section,
 )
@@ -37,7 +38,12 @@ class LogConfig(Section):
 class CheckpointConfig(Section):
     """When the state is written, and how much of it is kept."""
 
+    alternatives: ClassVar = (("every_steps", "every_epochs"),)
+
     every_steps: Count = Field(1000, description="a checkpoint every so many steps, and at the end")
+    every_epochs: Positive | None = Field(
+        None, description="a checkpoint every so many passes over the data, instead of every_steps; default: none"
+    )
     keep_last: Count = Field(3, description="checkpoints kept; older ones are removed")
     keep_every: Count | None = Field(
         None, description="checkpoints whose step is a multiple of this are never removed; default: none"
@@ -47,7 +53,12 @@ class CheckpointConfig(Section):
 class EvalConfig(Section):
     """Evaluation while training."""
 
+    alternatives: ClassVar = (("every_steps", "every_epochs"),)
+
     every_steps: Count | None = Field(None, description="k-NN and MRR every so many steps; default: never")
+    every_epochs: Positive | None = Field(
+        None, description="k-NN and MRR every so many passes over the data, instead of every_steps; default: none"
+    )
     root: Place | None = Field(
         None, description="folder with train/ and test/ (or val/), or with a folder a class (docs/guides/data.md)"
     )
@@ -57,3 +68,8 @@ class EvalConfig(Section):
         256, description="actions, and so transformed targets, in a bank; of triplets: next frames"
     )
     horizon: Count = Field(8, description="steps of a roll-out, on triplets")
+
+    @property
+    def interval_key(self) -> str | None:
+        """The key that asks for evaluation while training, None where none does."""
+        return next((name for name in ("every_steps", "every_epochs") if getattr(self, name) is not None), None)

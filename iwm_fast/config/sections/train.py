@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -10,6 +10,7 @@ from iwm_fast.config.base import (
     Count,
     NonNegative,
     Positive,
+    Probability,
     Range,
     Section,
     require_ascending,
@@ -20,6 +21,8 @@ __all__ = ["TrainConfig", "ZeroConfig"]
 
 class TrainConfig(Section):
     """Optimisation."""
+
+    alternatives: ClassVar = (("warmup", "warmup_epochs", "warmup_ratio"),)
 
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="of weights, order, parameters and masks")
     epochs: Positive = Field(300.0, description="length of the training in passes over the data")
@@ -37,6 +40,12 @@ class TrainConfig(Section):
     lr_final: NonNegative = Field(1e-3, description="learning rate at the end, over the peak (I-JEPA: 1e-6 / 1e-3)")
     weight_decay: Range = Field((0.04, 0.4), description="cosine from first to last; not for biases, norms and tokens")
     warmup: Annotated[int, Field(ge=0)] = Field(0, description="steps of linear warm-up of the learning rate")
+    warmup_epochs: NonNegative | None = Field(
+        None, description="warm-up in passes over the data, instead of warmup; default: none"
+    )
+    warmup_ratio: Probability | None = Field(
+        None, description="warm-up as a fraction of the schedules' steps, instead of warmup; default: none"
+    )
     ema: Range = Field((0.996, 1.0), description="momentum of the target encoder, cosine from first to last")
     betas: Range = Field((0.9, 0.999), description="AdamW's decay rates of the moments")
     clip: NonNegative = Field(0.0, description="global gradient norm above which gradients are scaled down; 0: never")
