@@ -159,19 +159,10 @@ def places(points: Sequence[Place], *, name: str, x_label: str, y_label: str) ->
         colour = _COLOURS[0] if number == 0 else _COLOURS[-1]
         axes.plot(point.x_interval, [point.y, point.y], color=colour, linewidth=1.4)
         axes.plot([point.x, point.x], point.y_interval, color=colour, linewidth=1.4)
-        axes.plot(point.x, point.y, marker="o", color=colour, markersize=7 if number == 0 else 5)
-        right = point.x > 0.7
-        axes.annotate(
-            point.name,
-            (point.x, point.y),
-            xytext=(-6 if right else 6, 6),
-            textcoords="offset points",
-            ha="right" if right else "left",
-            color=_INK,
-            fontsize=9,
-        )
+        axes.plot(point.x, point.y, "o", color=colour, markersize=7 if number == 0 else 5, label=point.name)
     axes.set_xlim(min(0.0, *(point.x for point in points)), 1)
     axes.set_ylim(0, 1)
     axes.set_xlabel(x_label, color=_INK)
     axes.set_ylabel(y_label, color=_INK)
+    axes.legend(frameon=False, labelcolor=_INK, fontsize=9)  # names beside points that lie close would overprint
     return _svg(figure, name, f"{y_label} against {x_label}")

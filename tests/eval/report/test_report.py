@@ -10,6 +10,7 @@ from xml.etree import ElementTree as ET
 
 import numpy as np
 import pytest
+from browser import Page, find_chromium
 from PIL import Image
 from worlds import RAW, Deaf, Oracle, pictures, tiny_config, tiny_model
 
@@ -172,7 +173,7 @@ def test_pictures_are_those_of_the_example(tmp_path, results):
 def test_each_component_has_its_bank_and_chance_in_the_report(results, tmp_path):
     text = page(tmp_path / "r.html", {**results, "attentive": 0.625, "attentive_interval": [0.6, 0.65]})
     assert results["components"].keys() >= {"brightness", "hue", "blur"}
-    rows = dict(re.findall(r"<tr><td>([^<]*)</td><td>([^<]*)</td>", text))
+    rows = dict(re.findall(r"<tr><td>([^<]*)</td><td[^>]*>([^<]*)</td>", text))
     for name, part in results["components"].items():
         assert rows[name] == f"{part['mrr']:.3f}"
     assert rows["attentive probe top-1"] == "62.5 %"
@@ -236,3 +237,22 @@ def test_metrics_of_a_killed_run_are_read_up_to_the_torn_line(tmp_path):
     file.write_text('{"step": 1}\n{"step": 2}\n{"step"')
     assert [r["step"] for r in read_metrics(file)] == [1, 2]
     assert read_metrics(tmp_path / "none.jsonl") == []
+
+
+# Text of cells that stick out of the screen, and of cells that no column's name stands before.
+HIDDEN = """[...document.querySelectorAll("td")].filter(cell => cell.textContent
+  && (cell.getBoundingClientRect().left < 0 || cell.getBoundingClientRect().right > innerWidth
+    || cell.scrollWidth > cell.clientWidth)).map(cell => cell.textContent)"""
+UNNAMED = """[...document.querySelectorAll("td:not(:first-child)")].filter(cell => cell.textContent
+  && getComputedStyle(cell, "::before").content === "none").map(cell => cell.textContent)"""
+
+
+@pytest.mark.skipif(find_chromium() is None, reason="no Chromium here (Debian's package chromium has it)")
+def test_a_phone_shows_every_column_with_its_name(results, tmp_path):
+    page(tmp_path / "r.html", results)
+    with Page(tmp_path / "profile", 360, 900) as browser:
+        browser.open(tmp_path / "r.html")
+        assert browser.run("document.querySelectorAll('td').length") > 50
+        assert browser.run(HIDDEN) == []
+        assert browser.run(UNNAMED) == []
+        assert browser.run("document.documentElement.scrollWidth") == 360
