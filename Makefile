@@ -1,7 +1,7 @@
 # The tools of the environment that is active; PYTHON=.venv/bin/python for another.
 PYTHON ?= python
 
-.PHONY: test kernels lint format types demo clean
+.PHONY: test kernels lint format types demo docs clean
 
 test:
 	$(PYTHON) -m pytest -q -n auto
@@ -25,5 +25,10 @@ format:
 demo:
 	$(PYTHON) -m iwm_fast demo --out runs/demo
 
+# The generated pages of docs/reference/, and the site in site/ (pip install '.[docs]').
+docs:
+	$(PYTHON) -m tools.documentation
+	$(PYTHON) -m mkdocs build --strict
+
 clean:
-	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

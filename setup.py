@@ -99,6 +99,8 @@ setup(
         "bench": ["psutil>=6", "timm>=1.0.9,<2"],
         "games": ["gymnasium>=1.1,<2", "pygame>=2.6"],
         "parquet": ["pyarrow>=18"],
+        # The site of docs/: mkdocs build --strict.
+        "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.5,<10"],
     },
     classifiers=[
         "Development Status :: 3 - Alpha",

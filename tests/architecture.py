@@ -47,7 +47,7 @@ GROUND_OF: dict[str, tuple[str, ...]] = {"kernels": (), "config": ("errors",)}
 FACES: dict[str, tuple[str, ...]] = {
     "__init__": ("api", "errors", "parent_process", "version"),
     "__main__": ("cli",),
-    "tools": tuple(room for room in ROOMS if room != "cli") + GROUND,
+    "tools": ("__init__", *ROOMS, *GROUND),  # the page of the command line is made from it
     "examples": ("__init__", *(room for room in ROOMS if room != "cli")),
     "setup": (),
 }

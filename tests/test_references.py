@@ -13,8 +13,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import yaml
 
-from iwm_fast.config import Config
+from iwm_fast.config.schema_table import rows, section_keys
+from tools.documentation.hooks import github_anchor
 
 ROOT = Path(__file__).resolve().parent.parent
 MAPPED = ("kernels", "configs", "benchmarks")
@@ -22,7 +24,7 @@ ENDINGS = "py|md|yaml|json|toml|png|svg|sbatch|cpp"
 
 PLACEHOLDERS = ("FILE", "NAME", "NEW", "PICTURE")
 # Endings of files that runs, data and exports have; after these, the packages' names up to 0.1.0.
-DATA = "jpg json jsonl md npy parquet pickle png pt py safetensors toml txt yaml"
+DATA = "jpg json jsonl md npy parquet pickle png pt py safetensors toml txt yaml yml"
 # What libraries, their documentation and machine code name so, and a variable of the documentation's examples.
 ELSEWHERE = ("cvt", "decoders", "tf", "world")
 OF_DATA = "images masks photos test train val"
@@ -138,13 +140,7 @@ def names_something(dotted):
 
 def is_key(dotted):
     """Whether it is a key of the configuration, or a section."""
-    model = Config
-    for part in dotted.split("."):
-        fields = getattr(model, "model_fields", {})
-        if part not in fields:
-            return False
-        model = fields[part].annotation
-    return True
+    return dotted in section_keys() or any(row.key == dotted for row in rows())
 
 
 @cache
@@ -241,8 +237,8 @@ def anchors(page):
         fenced ^= line.startswith("```")
         heading = None if fenced else re.match(r"#+ (.*)", line)
         if heading:
-            words = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading[1]).strip().lower()
-            found.add(re.sub(r"[^\w\- ]", "", words).replace(" ", "-"))
+            words = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading[1])
+            found.add(github_anchor(words))
     return found
 
 
@@ -258,6 +254,22 @@ def test_links_lead_somewhere(page):
         if file not in FILES | FOLDERS or (anchor and anchor not in anchors(file)):
             broken.append("".join(target))
     assert not broken
+
+
+def pages_of(navigation):
+    """The pages of the site's navigation, in its order."""
+    for entry in navigation:
+        below = next(iter(entry.values())) if isinstance(entry, dict) else entry
+        yield from pages_of(below) if isinstance(below, list) else [below]
+
+
+def test_every_page_is_in_the_navigation_once():
+    text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    navigation = yaml.safe_load(text[text.index("\nnav:") :])["nav"]
+    listed = [f"docs/{page}" for page in pages_of(navigation)]
+    assert sorted(listed) == [page for page in PAGES if page.startswith("docs/")], (
+        "give each page its place in mkdocs.yml"
+    )
 
 
 def test_headings_that_code_names_exist():
