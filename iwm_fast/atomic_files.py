@@ -6,13 +6,13 @@ import errno
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from iwm_fast.outputs import is_special
+from iwm_fast.outputs import is_special, writing
 
-__all__ = ["sync", "sync_open", "whole_folder", "write_whole", "write_whole_text"]
+__all__ = ["new_file", "sync", "sync_open", "whole_folder", "write_whole", "write_whole_text"]
 
 # What a file system answers that has no such call: CIFS and some FUSE for folders. A full or failing disk is none of
 # them.
@@ -69,6 +69,46 @@ def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
 def write_whole_text(path: Path, text: str) -> None:
     """The same of a text, in UTF-8; bytes of file names that are no UTF-8 (``surrogateescape``) stay as they are."""
     write_whole(path, lambda file: file.write(text.encode(errors="surrogateescape")))
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to be written that takes the name `path` when the block ends well and goes away when it does not.
+
+    Its folder is made. UserError where `path` cannot be written, or is there by then: another process's file stays. A
+    pipe or a device is written to as it is.
+    """
+    with writing(path):
+        special = is_special(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path if special else path.with_name(f".{path.name}.{os.getpid()}.partial")
+        file = partial.open("wb")
+    try:
+        yield file
+        with writing(path):
+            file.flush()
+            if special:
+                return
+            sync_open(file.fileno())
+            _take_name(partial, path)
+            sync(path.parent)
+    finally:
+        with suppress(OSError):  # of a full disk, whose error has been raised
+            file.close()
+        if not special:
+            partial.unlink(missing_ok=True)
+
+
+def _take_name(partial: Path, path: Path) -> None:
+    """Give a file its name. FileExistsError where something has it."""
+    try:
+        os.link(partial, path)  # which, unlike a rename, replaces nothing
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links
+        if os.path.lexists(path):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
+        partial.replace(path)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ __all__ = [
     "is_special",
     "require_file",
     "require_folder",
+    "require_new_file",
     "require_new_folder",
     "require_result",
     "unwritable",
@@ -44,6 +45,13 @@ def require_file(path: Path, option: str) -> None:
         why = unwritable(final.parent, f".{final.name}.probing")  # as long a name as the partial file's
     if why is not None:
         raise UserError(f"{option}: {path}: cannot be written: {why}; name another file")
+
+
+def require_new_file(path: Path, option: str = "--out") -> None:
+    """UserError where `path` is there already, or could not be written. A pipe or a device such as /dev/null may be."""
+    if os.path.lexists(path) and not is_special(path) and not path.is_dir():
+        raise UserError(f"{path}: exists already; choose another {option}")
+    require_file(path, option)
 
 
 def require_new_folder(out: Path, option: str = "--out") -> None:

@@ -15,6 +15,7 @@ import typer
 
 from iwm_fast.cli import bench, data, finetune
 from iwm_fast.cli.arguments import check_options, prepare
+from iwm_fast.cli.embed import embed
 from iwm_fast.cli.options import CONFIG_HELP, Json, Overrides, answer
 from iwm_fast.cli.plan import plan
 from iwm_fast.cli.pretrain import pretrain
@@ -46,6 +47,7 @@ app = typer.Typer(
 )
 app.add_typer(data.app, name="data")
 app.command(epilog="Example: iwm-fast plan vit_large_p16_224.yaml --nodes 4 --gpus-per-node 8 --gpu h200")(plan)
+app.command(epilog="Example: iwm-fast embed runs/a photos --out features.parquet")(embed)
 app.add_typer(finetune.app)
 app.add_typer(bench.app, name="bench")
 app.command(epilog="Example: iwm-fast profile vit_tiny_p8_96.yaml train.global_batch=32 --out prof")(profile)

@@ -36,8 +36,8 @@ def overridden(words: Sequence[str]) -> set[str]:
 def check_overrides(words: Sequence[str], *, command: str, external: bool = False, what: Collection[str] = ()) -> None:
     """UserError for the first override that this measurement would not use.
 
-    ``command``: evaluate or finetune; ``external``: of a run on triplets; ``what``: that is measured. A key that no
-    configuration has is left to the configuration, which names the nearest.
+    ``command``: evaluate, finetune or embed; ``external``: of a run on triplets; ``what``: that is measured. A key that
+    no configuration has is left to the configuration, which names the nearest.
     """
     allowed, why = _allowed(command, external, what)
     for word in words:
@@ -66,7 +66,7 @@ def for_evaluation(config: Config, words: Sequence[str]) -> Config:
 
 def _allowed(command: str, external: bool, what: Collection[str]) -> tuple[tuple[str, ...], dict[str, str]]:
     """The keys that are used, and why others are not."""
-    if command == "finetune":
+    if command in ("finetune", "embed"):
         return _IMAGES, {}
     if external:
         why = {

@@ -27,6 +27,7 @@ COMMANDS = [
     ["pretrain"],
     ["evaluate"],
     ["export"],
+    ["embed"],
     ["finetune"],
     ["config"],
     ["doctor"],

@@ -24,15 +24,36 @@ from iwm_fast.errors import UserError, because
 from iwm_fast.file_names import utf8_name
 from iwm_fast.models.iwm import IWM
 
-__all__ = ["EXPORT_FILE", "EXPORT_SCHEMA", "default_device", "find_checkpoint", "load_export", "load_model"]
+__all__ = [
+    "EXPORT_FILE",
+    "EXPORT_SCHEMA",
+    "FINETUNED_FILE",
+    "default_device",
+    "find_checkpoint",
+    "is_export",
+    "is_finetuned",
+    "load_export",
+    "load_model",
+]
 
 EXPORT_FILE = "config.json"
 EXPORT_SCHEMA = "iwm-fast-export/1"
+FINETUNED_FILE = "finetune.json"
 
 
 def default_device() -> torch.device:
     """Where a loaded model answers unless told otherwise: the GPU where there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def is_export(folder: Path) -> bool:
+    """Whether ``iwm-fast export`` wrote the folder, and not ``pretrain``."""
+    return (folder / EXPORT_FILE).exists() and not (folder / "config.yaml").exists()
+
+
+def is_finetuned(folder: Path) -> bool:
+    """Whether ``iwm-fast finetune`` wrote the folder, and not ``pretrain``."""
+    return (folder / FINETUNED_FILE).exists() and not (folder / "config.yaml").exists()
 
 
 def find_checkpoint(run: Path, which: str = "latest") -> Path:
@@ -44,6 +65,8 @@ def find_checkpoint(run: Path, which: str = "latest") -> Path:
     if not (found.run / "config.yaml").exists():
         if (run / EXPORT_FILE).exists():
             raise UserError(f"{run}: an export, which iwm_fast.load reads; name the run that it was exported from")
+        if is_finetuned(run):
+            raise UserError(f"{run}: a finetuned result, which iwm_fast.load reads; name the run that it was made from")
         raise UserError(f"{run}: not a run (no config.yaml); name a folder that iwm-fast pretrain wrote")
     return whole_checkpoint(found)
 
