@@ -1,11 +1,17 @@
 """A trained world model to work with from Python: encode, predict, rank, and find the action between two images.
 
+A finetuned result opens likewise, and classifies or segments (`FinetunedModel`).
+
     world = iwm_fast.load("runs/a")
     features = world.encode("cat.jpg")
     pictures = world.read(["cat.jpg", "dog.jpg"])
     brighter = world.predict(pictures, {"brightness": 0.3})
     nearest = world.rank(pictures, {"brightness": 0.3}, bank).order[:, 0]
     world.infer(pictures[0], other).values["brightness"]
+
+    finetuned = iwm_fast.load("runs/a-photos")
+    finetuned.classify(["cat.jpg", "dog.jpg"]).names
+    finetuned.segment("street.jpg")
 
 Shapes: B images of S × S pixels, L patches each, D numbers a token, A components of an action, N items of a bank.
 
@@ -24,7 +30,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -35,19 +41,32 @@ from iwm_fast.actions.external import ExternalSpace
 from iwm_fast.actions.space import ActionSpace
 from iwm_fast.config import ActionsConfig
 from iwm_fast.data.image_list import ImageSet
-from iwm_fast.engine.checkpoint.load import EXPORT_FILE, default_device, load_export, load_model
+from iwm_fast.engine.checkpoint.load import default_device, is_export, is_finetuned, load_export, load_model
 from iwm_fast.errors import UserError
 from iwm_fast.eval.features import EncoderName, default_encoder
+from iwm_fast.eval.finetune.finetuned_model import Classified, FinetunedModel, MissingMethodError, open_finetuned
 from iwm_fast.eval.world_model.action_ranges import at_bound, checked_values, search_box, warn, warn_outside
 from iwm_fast.eval.world_model.distances import euclidean, unit_means
 from iwm_fast.eval.world_model.given_images import Images, as_pictures, read_files
 from iwm_fast.eval.world_model.infer_action import search_action
 from iwm_fast.models.iwm import IWM
 
-__all__ = ["Action", "Images", "Inferred", "Ranking", "WorldModel", "load_world"]
+__all__ = [
+    "Action",
+    "Classified",
+    "FinetunedModel",
+    "Images",
+    "Inferred",
+    "Ranking",
+    "WorldModel",
+    "load_world",
+    "open_model",
+]
 
 # Physical values by name (what is not named is neutral; of jitter, target minus source), or vectors (A,) or (B, A).
 Action = Mapping[str, float] | Sequence[Mapping[str, float]] | np.ndarray | Tensor | Sequence[float]
+
+_OF_CLASSES = ("class_names", "classify", "logits", "segment", "tasks")
 
 
 @dataclass(frozen=True)
@@ -89,6 +108,14 @@ class WorldModel:
         self.space = space
         self.step = step
         self._chunk = chunk
+
+    if not TYPE_CHECKING:  # a checker is to know that there are no such attributes
+
+        def __getattr__(self, name: str) -> Any:
+            """What a `FinetunedModel` has and this has not, in one line."""
+            if name in _OF_CLASSES:
+                raise MissingMethodError(f"{name}: not a finetuned result, so without classes; use iwm-fast finetune")
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     @property
     def image_size(self) -> int:
@@ -260,9 +287,8 @@ def load_world(path: Path, *, checkpoint: str = "latest", device: str | torch.de
     ``checkpoint``: of a run, latest or a name such as step_000500. ``device``: default the GPU where there is one.
     """
     place = default_device() if device is None else _device(device)
-    if not isinstance(checkpoint, str):
-        raise UserError(f"checkpoint is {checkpoint!r}: it is latest, or a name such as step_000500")
-    if (path / EXPORT_FILE).exists() and not (path / "config.yaml").exists():
+    _check(checkpoint)
+    if is_export(path):
         if checkpoint != "latest":
             raise UserError(f"{path}: an export, which holds one checkpoint; leave out {checkpoint}")
         model, actions, space, step = load_export(path)
@@ -270,6 +296,23 @@ def load_world(path: Path, *, checkpoint: str = "latest", device: str | torch.de
         model, config, space, step = load_model(path, checkpoint)
         actions = config.actions
     return WorldModel(model.to(place), actions, space, step=step)
+
+
+def open_model(
+    path: Path, *, checkpoint: str = "latest", device: str | torch.device | None = None
+) -> WorldModel | FinetunedModel:
+    """What a folder holds: a finetuned result, or else as `load_world`."""
+    if not is_finetuned(path):
+        return load_world(path, checkpoint=checkpoint, device=device)
+    _check(checkpoint)
+    if checkpoint != "latest":
+        raise UserError(f"{path}: a finetuned result, which holds one state; leave out {checkpoint}")
+    return open_finetuned(path, default_device() if device is None else _device(device))
+
+
+def _check(checkpoint: object) -> None:
+    if not isinstance(checkpoint, str):
+        raise UserError(f"checkpoint is {checkpoint!r}: it is latest, or a name such as step_000500")
 
 
 def _device(name: str | torch.device) -> torch.device:

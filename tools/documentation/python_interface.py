@@ -53,20 +53,33 @@ def page() -> str:
     """The Markdown."""
     lines = ["# Python", "", GENERATED, "", _code(from_docstring(api.__doc__)), "", "## iwm_fast.load", ""]
     lines += _entry("iwm_fast.load", iwm_fast.load)
-    lines += ["## WorldModel", "", from_docstring(api.WorldModel.__doc__), ""]
-    for name, member in vars(api.WorldModel).items():
-        if name.startswith("_"):
-            continue
-        lines += [f"### {name}", ""]
-        if isinstance(member, property):
-            assert member.fget is not None
-            kind = inspect.signature(member.fget).return_annotation
-            lines += ["```python", f"world.{name} -> {kind}", "```", "", from_docstring(member.fget.__doc__), ""]
-        else:
-            lines += _entry(f"world.{name}", inspect.unwrap(member))
+    lines += _class("world", api.WorldModel)
     for kind in (api.Ranking, api.Inferred):
-        lines += [f"## {kind.__name__}", "", "```python"]
-        lines += [f"{name}: {annotation}" for name, annotation in kind.__annotations__.items()]
-        lines += ["```", "", from_docstring(kind.__doc__), ""]
+        lines += _answer(kind)
+    lines += [*_class("finetuned", api.FinetunedModel), *_answer(api.Classified)]
     lines += ["## iwm_fast.errors.UserError", "", from_docstring(UserError.__doc__)]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _class(called: str, kind: type) -> list[str]:
+    """A class and its public members; ``called``: an object of it in the examples."""
+    lines = [f"## {kind.__name__}", "", from_docstring(kind.__doc__), ""]
+    for name, member in vars(kind).items():
+        if name.startswith("_"):
+            continue
+        # The second class with a method of one name gets headings of its own: links to the first stay.
+        lines += [f"### {name}" if kind is api.WorldModel else f"### {called}.{name}", ""]
+        if isinstance(member, property):
+            assert member.fget is not None
+            returned = inspect.signature(member.fget).return_annotation
+            lines += ["```python", f"{called}.{name} -> {returned}", "```", "", from_docstring(member.fget.__doc__), ""]
+        else:
+            lines += _entry(f"{called}.{name}", inspect.unwrap(member))
+    return lines
+
+
+def _answer(kind: type) -> list[str]:
+    """A class of fields."""
+    lines = [f"## {kind.__name__}", "", "```python"]
+    lines += [f"{name}: {annotation}" for name, annotation in kind.__annotations__.items()]
+    return [*lines, "```", "", from_docstring(kind.__doc__), ""]

@@ -3,9 +3,21 @@
 ``run`` is not imported here: it brings the loading of checkpoints, which fitting can do without.
 """
 
+from iwm_fast.eval.finetune.finetuned_model import Classified, FinetunedModel
 from iwm_fast.eval.finetune.fitting import Fit, Plan, fit, measure
 from iwm_fast.eval.finetune.modes import MODES
 from iwm_fast.eval.finetune.saved import Finetuned, load_finetuned
 from iwm_fast.eval.finetune.tasks import Task
 
-__all__ = ["MODES", "Finetuned", "Fit", "Plan", "Task", "fit", "load_finetuned", "measure"]
+__all__ = [
+    "MODES",
+    "Classified",
+    "Finetuned",
+    "FinetunedModel",
+    "Fit",
+    "Plan",
+    "Task",
+    "fit",
+    "load_finetuned",
+    "measure",
+]

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from iwm_fast.atomic_files import whole_folder, write_whole_text
 from iwm_fast.config import ModelConfig
-from iwm_fast.engine.checkpoint.shard_file import write_tensors
+from iwm_fast.engine.checkpoint.load import FINETUNED_FILE
+from iwm_fast.engine.checkpoint.shard_file import file_sum, write_tensors
 from iwm_fast.errors import UserError
-from iwm_fast.eval.finetune.modes import Mode, reader_builder
+from iwm_fast.eval.finetune.modes import MODES, Mode, reader_builder
 from iwm_fast.file_names import utf8_name
 from iwm_fast.models.iwm import IWM
 from iwm_fast.models.task_model import HeadShape, Reader
@@ -26,15 +27,20 @@ from iwm_fast.outputs import require_new_folder
 __all__ = ["Finetuned", "load_finetuned", "require_absent", "save_finetuned"]
 
 SCHEMA = "iwm-fast-finetuned/1"
-_WEIGHTS, _RECORD = "reader.safetensors", "finetune.json"
+_WEIGHTS, _RECORD = "reader.safetensors", FINETUNED_FILE
 
 
 @dataclass(frozen=True, eq=False)
 class Finetuned:
-    """A reader with what its answers mean: names of the classes of each task (numbers where each pixel has one)."""
+    """A reader with what its answers mean: names of the classes of each task (numbers where each pixel has one).
+
+    dense: of each task, whether each pixel has a class. results: what was measured, as the command gave it.
+    """
 
     reader: Reader
+    mode: Mode
     classes: dict[str, tuple[str, ...]]
+    dense: dict[str, bool]
     results: dict[str, Any]
 
     def __call__(self, images: Tensor, task: str | None = None) -> Tensor:
@@ -78,18 +84,20 @@ def save_finetuned(
     state = own | {f"encoder.{name}": tensor for name, tensor in reader.encoder.state_dict().items()}
     try:
         with whole_folder(out) as partial:
-            write_tensors(partial / _WEIGHTS, state)
+            record["weights"] = write_tensors(partial / _WEIGHTS, state)
             write_whole_text(partial / _RECORD, json.dumps(record, indent=1) + "\n")
     except (OSError, SafetensorError) as error:
         raise UserError(f"{out}: cannot be written: {error}; choose another --out") from error
 
 
 def load_finetuned(out: Path) -> Finetuned:
-    """What `save_finetuned` wrote, on the CPU and in evaluation mode. UserError where it is not whole."""
+    """What `save_finetuned` wrote, on the CPU and in evaluation mode. UserError where it is not whole, or where its
+    weights are not those that were written.
+    """
+    record = _record(out)
+    if record.get("mode") not in MODES:
+        raise _damaged(out, ValueError(f"its mode is {record.get('mode')!r}"))
     try:
-        record = json.loads((out / _RECORD).read_text(encoding="utf-8"))
-        if record.get("schema") != SCHEMA:
-            raise UserError(f"{out / _RECORD}: schema is {record.get('schema')!r}; this version reads {SCHEMA!r}")
         tasks = record["tasks"]
         shapes = {name: HeadShape(task["classes"], task["dense"]) for name, task in tasks.items()}
         model = IWM(ModelConfig.model_validate(record["model"]), record["action_dim"])
@@ -101,11 +109,34 @@ def load_finetuned(out: Path) -> Finetuned:
         }
         reader.encoder.load_state_dict(encoder)
         missing, unexpected = reader.load_state_dict(state, strict=False)
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        line = " ".join(str(error).split())
-        raise UserError(f"{out}: not a whole folder of iwm-fast finetune ({line}); finetune again") from error
+        written = record.get("weights")  # of results of earlier versions None
+        if written is not None and file_sum(out / _WEIGHTS) != written:
+            raise UserError(f"{out / _WEIGHTS}: has changed since {_RECORD} was written beside it; finetune again")
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise _damaged(out, error) from error
     missing = [name for name in missing if not name.startswith("trained_encoder.")]
     if missing or unexpected:
         raise UserError(f"{out / _WEIGHTS}: {(missing + unexpected)[0]} is missing or unknown; finetune again")
     classes = {name: tuple(task["names"]) for name, task in tasks.items()}
-    return Finetuned(reader.eval(), classes, record["results"])
+    dense = {name: shape.dense for name, shape in shapes.items()}
+    return Finetuned(reader.eval(), record["mode"], classes, dense, record.get("results", {}))
+
+
+def _record(out: Path) -> dict[str, Any]:
+    """What stands in the JSON. UserError where it is none, or another version's."""
+    path = out / _RECORD
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{out}: not a finetuned result (no {_RECORD}); name a folder of iwm-fast finetune") from error
+    except (OSError, ValueError) as error:
+        raise _damaged(out, error) from error
+    found = record.get("schema") if isinstance(record, dict) else None
+    if found != SCHEMA:
+        raise UserError(f"{path}: schema is {found!r}; this version reads {SCHEMA!r}")
+    return dict(record)
+
+
+def _damaged(out: Path, error: Exception) -> UserError:
+    line = " ".join(str(error).split())
+    return UserError(f"{out}: not a whole folder of iwm-fast finetune ({line:.200}); finetune again")
