@@ -4,9 +4,12 @@ import errno
 import importlib.util
 import json
 import os
+import re
+import shutil
 import stat
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,6 +25,7 @@ from iwm_fast.errors import UserError
 from iwm_fast.eval.features import default_encoder
 from iwm_fast.eval.finetune.modes import reader_builder
 from iwm_fast.eval.finetune.saved import save_finetuned
+from iwm_fast.eval.world_model.given_images import read_files
 from iwm_fast.export import onnx as onnx_export
 from iwm_fast.export import weights as export
 from iwm_fast.export.deepspeed_universal import export_universal
@@ -214,8 +218,8 @@ def test_without_the_packages_onnx_names_what_to_install(run, tmp_path, monkeypa
     assert list(tmp_path.iterdir()) == []
 
 
-TIMM = """
-import importlib.util, json, re, sys
+TORCHVISION = """
+import importlib.util, re, sys
 from pathlib import Path
 import torch
 
@@ -231,6 +235,11 @@ except RuntimeError:
     for name in set(re.findall(r'register_meta\\("(\\w+)"\\)|torchvision::(\\w+)', text)):
         torch.library.define(f"torchvision::{name[0] or name[1]}", "(Tensor x) -> Tensor")
 
+"""
+TIMM = (
+    TORCHVISION
+    + """
+import json
 from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
 
@@ -248,6 +257,7 @@ for path in folder.glob("*_timm.safetensors"):
         found[path.name + " pooled"] = network((images - mean) / std)
 save_file({name: value.contiguous() for name, value in found.items()}, sys.argv[3])
 """
+)
 
 
 def test_timm_s_vision_transformer_gives_the_same_features(run, tmp_path):
@@ -273,6 +283,58 @@ def test_timm_s_vision_transformer_gives_the_same_features(run, tmp_path):
         pooled = want.mean(dim=1)  # as evaluation pools, and config.json says
         torch.testing.assert_close(found[f"{name}_timm.safetensors pooled"], pooled, rtol=0, atol=1e-5)
     assert (model.encode(images, "target") - model.encode(images, "context")).abs().max() > 1e-3
+
+
+def guide(first_line):
+    """The block of Python of docs/guides/export.md that begins so."""
+    text = (Path(__file__).parents[2] / "docs" / "guides" / "export.md").read_text(encoding="utf-8")
+    return next(block for block in re.findall(r"(?ms)^```python\n(.*?)^```", text) if first_line in block)
+
+
+def test_the_guide_s_encoder_in_plain_pytorch_gives_the_same_tokens(run, tiny_images, tmp_path, monkeypatch):
+    export_run(run, tmp_path / "weights" / "a")
+    shutil.copy(tiny_images / "warm" / "000.jpg", tmp_path / "cat.jpg")
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(guide("def encode(images)"), names)
+    model, *_ = load_model(run)
+    pixels = read_files([tmp_path / "cat.jpg"], 32)
+    mean, std = (torch.tensor(names["cfg"][key]).view(1, 3, 1, 1) for key in ("mean", "std"))
+    seen = (names["read"]("cat.jpg") * std + mean) * 255
+    torch.testing.assert_close(seen, pixels.permute(0, 3, 1, 2).float(), rtol=0, atol=2.01)  # rounded twice in both
+    with torch.no_grad():
+        tokens = names["encode"]((pixels.permute(0, 3, 1, 2) / 255 - mean) / std)
+        torch.testing.assert_close(tokens, model.encode(pixels, "target"), rtol=0, atol=1e-5)
+    assert names["features"].shape == (1, 32)
+
+
+@pytest.mark.slow
+def test_the_guide_s_timm_and_onnx_give_the_same_tokens(run, tmp_path):
+    export_run(run, tmp_path / "weights" / "a", onnx=True)
+    model, *_ = load_model(run)
+    pixels = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    action = torch.full((2, model.action_dim), 0.2)
+    save_file({"pixels": pixels, "action": action}, tmp_path / "in.safetensors")
+    program = [
+        TORCHVISION,
+        guide("timm.create_model"),
+        'given = load_file("in.safetensors")',
+        "pixels, action = given['pixels'].numpy(), given['action'].numpy()",
+        guide("import onnxruntime"),
+        'mean, std = (torch.tensor(cfg[key]).view(1, 3, 1, 1) for key in ("mean", "std"))',
+        "with torch.no_grad():",
+        '    timm_s = network.forward_features((given["pixels"].permute(0, 3, 1, 2) / 255 - mean) / std)',
+        "from safetensors.torch import save_file",
+        'found = {"timm": timm_s.contiguous(), "onnx": torch.from_numpy(tokens), "told": torch.from_numpy(predicted)}',
+        'save_file(found, "out.safetensors")',
+    ]
+    (tmp_path / "program.py").write_text("\n".join(program))
+    subprocess.run([sys.executable, "program.py"], cwd=tmp_path, check=True, timeout=300)
+    found = load_file(tmp_path / "out.safetensors")
+    with torch.no_grad():
+        target, told = model.encode(pixels, "target"), model.predict(model.encode(pixels, "context"), action)
+    for name, want in {"timm": target, "onnx": target, "told": told}.items():
+        torch.testing.assert_close(found[name], want, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("write", [export_run, export_universal])
