@@ -24,7 +24,7 @@ ENDINGS = "py|md|yaml|json|toml|png|svg|sbatch|cpp"
 
 PLACEHOLDERS = ("FILE", "NAME", "NEW", "PICTURE")
 # Endings of files that runs, data and exports have; after these, the packages' names up to 0.1.0.
-DATA = "jpg json jsonl md npy parquet pickle png pt py safetensors toml txt yaml yml"
+DATA = "jpg json jsonl md npy onnx parquet pickle png pt py safetensors toml txt yaml yml"
 # What libraries, their documentation and machine code name so, and a variable of the documentation's examples.
 ELSEWHERE = ("cvt", "decoders", "tf", "world")
 OF_DATA = "images masks photos test train val"
