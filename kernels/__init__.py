@@ -1,8 +1,8 @@
-"""Operators of iwm-fast, each behind one public function. Imports torch, triton and numpy only.
+"""Operators of iwm-fast, one public function each. Imports torch, triton and numpy only.
 
-Shape suffixes: N tokens of all images packed one after another, B images, D token width, H hidden width, A action
-components, Do output width, M rows of a table of targets, P side of a patch. Reference implementations are plain
-PyTorch, work in any floating type up to float64 on any device, and define what the other backends have to give.
+Shape suffixes: N packed tokens of all images, B images, D token width, H hidden width, A action components, Do output
+width, M rows of a table of targets, P patch size. Reference implementations are plain PyTorch, work in every floating
+dtype up to float64 on every device, and define the correct result of the other backends.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .predictor_input import (
 from .residual_norm import residual_norm, residual_norm_bytes, residual_norm_flops, residual_norm_reference
 from .stopgrad_l2 import stopgrad_l2, stopgrad_l2_bytes, stopgrad_l2_flops, stopgrad_l2_reference
 
-# What a profiler of the GPU sees: the compiled functions bear these names.
+# Names of the compiled functions in a GPU profile.
 TRITON_FUNCTIONS = tuple(sorted(triton_functions()))
 
 __all__ = [

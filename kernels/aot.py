@@ -1,12 +1,12 @@
-"""Compile every kernel for every architecture without a GPU, and say what each takes of the chip.
+"""Compile every kernel for every architecture without a GPU, and report its registers, shared memory and spills.
 
     python -m iwm_fast.kernels.aot [--json FILE] [--markdown FILE] [--keep DIR] [--arch sm_90 ...] [--bounds]
 
-The launchers run on tensors without memory while their launches are recorded, so what is compiled here is what they
-launch: the same types, strides and block sizes, each candidate of an architecture for that architecture. Exit code 1
-where a kernel spills registers or wants more shared memory than the chip gives a program. ``--bounds`` reads the
-machine code too, and prints how fast each kernel with a loop can be at most (`bounds.py`), and how many instructions
-GELU takes per element; the rows of --json are these then, what each takes of the chip its "kernels".
+The launchers run on meta tensors while their launches are recorded, so the compiled code is what they launch: the same
+dtypes, strides and block sizes, with every candidate of each architecture. Exit code 1 if a kernel spills registers or
+needs more shared memory than the chip has per program. ``--bounds`` also reads the machine code, and prints each
+kernel's upper bounds of speed (`bounds.py`) and GELU's instructions per element; --json then has these as rows, and the
+resources as "kernels".
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ from ._tuning.candidates import ARCHITECTURES, SHARED_LIMIT
 __all__ = ["Report", "compile_launch", "gelu_counts", "main"]
 
 SCHEMA = "iwm-fast-aot/1"
-# Registers and threads of a multiprocessor (CUDA programming guide, technical specifications), all three alike.
+# Registers and threads per multiprocessor (CUDA programming guide, technical specifications), the same on all three.
 _REGISTERS, _THREADS = 65536, 2048
-# Of the kernels that show what an activation takes; elements: for each thread.
+# Threads of the probe kernels, and elements per thread.
 _PROBE_THREADS, _PROBE_ELEMENTS = 128, 8
 _MATRIX = re.compile(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)\b")
 
@@ -53,9 +53,9 @@ class _Count(NamedTuple):
 
 
 def compile_launch(launch: Launch, arch: str, keep: Path | None = None, *, bounds: bool = False) -> Report:
-    """Compile for `arch` ("sm_90") and read what the assembler says; `keep`: a folder for the cubin.
+    """Compile for `arch` ("sm_90") and return the assembler's report; `keep`: a folder for the cubin.
 
-    bounds: read the machine code too.
+    bounds: also read the machine code.
     """
     types, constants, attributes = signature(launch, arch)
     source = ASTSource(fn=launch.kernel, signature=types, constexprs=constants, attrs=attributes)
@@ -94,7 +94,7 @@ def compile_launch(launch: Launch, arch: str, keep: Path | None = None, *, bound
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
-    """Registers, and bytes of local memory, a thread: cuobjdump's reading of a cubin."""
+    """Return registers, and bytes of local memory, per thread, from cuobjdump."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -102,15 +102,15 @@ def _resources(cubin: bytes) -> tuple[int, int]:
         said = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
     found = re.search(r"REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", said.stdout)
     if found is None:
-        raise RuntimeError(f"cuobjdump did not say what the kernel takes: {said.stdout[:500]}")
+        raise RuntimeError(f"cuobjdump printed no resource usage: {said.stdout[:500]}")
     registers, stack, local = map(int, found.groups())
     return registers, max(stack, local)
 
 
 def gelu_counts(arch: str) -> list[Bound]:
-    """Instructions per element of GELU, and of GELU with its slope, as results in half precision get them.
+    """Return instructions per element of GELU, and of GELU with its derivative, for half-precision results.
 
-    Of a kernel that reads and writes each fp32 number once, with the activation and without: the difference.
+    The difference between an elementwise fp32 kernel with the activation and one without.
     """
     rows = []
     for role, probe, pointers in (("gelu", gelu_probe, 2), ("gelu_and_slope", gelu_and_slope_probe, 4)):
@@ -153,17 +153,17 @@ def _write(path: Path, text: str) -> None:
 def main(words: list[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m iwm_fast.kernels.aot", description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, help="write the rows here")
-    parser.add_argument("--markdown", type=Path, help="write them as a page here")
-    parser.add_argument("--keep", type=Path, help="write the cubins into this folder")
-    parser.add_argument("--bounds", action="store_true", help="read the machine code, and say how fast it can be")
+    parser.add_argument("--json", type=Path, help="write the rows to this file")
+    parser.add_argument("--markdown", type=Path, help="write the rows to this file as a page")
+    parser.add_argument("--keep", type=Path, help="write the cubins to this folder")
+    parser.add_argument("--bounds", action="store_true", help="read the machine code and report upper bounds of speed")
     parser.add_argument("--arch", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
     args = parser.parse_args(words)
     if INTERPRETED.value:
-        print("aot: TRITON_INTERPRET=1 is set; compiling needs a process without it", file=sys.stderr)
+        print("aot: TRITON_INTERPRET=1 is set; unset it to compile", file=sys.stderr)
         return 2
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a terminal without × is no reason to lose the rows
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that cannot print × must not lose the rows
             stream.reconfigure(errors="backslashreplace")
     for path in filter(None, (args.json, args.markdown, args.keep and args.keep / "cubins")):
         try:
@@ -171,7 +171,7 @@ def main(words: list[str] | None = None) -> int:
             with tempfile.TemporaryFile(dir=path.parent):
                 pass
         except OSError as error:
-            print(f"aot: {path.parent}: cannot be written: {error.strerror}; name another folder", file=sys.stderr)
+            print(f"aot: {path.parent}: cannot be written: {error.strerror}; give another folder", file=sys.stderr)
             return 2
     reports = []
     for report in _rows(args.arch, args.keep, bounds=args.bounds):

@@ -1,19 +1,19 @@
-"""The MLP half of a transformer block, told of a transformation: normalisation, two products, action, GELU, residual.
+"""The MLP half of a transformer block, conditioned on an action: LayerNorm, two matmuls, action, GELU, residual.
 
     out = [x +] w_out · gelu( w_in · [LN](x) + w_action · action[image of token] + b_in ) + b_out
 
 x (N, D) holds the tokens of B images one after another, image i in rows cu_seqlens[i] to cu_seqlens[i + 1].
 
-Fused (Triton): the action's part is one more step in the depth of the first matmul, up to 16 components in half
-precision; otherwise it is a bias of its image, computed once per image (B, H). b_in and GELU are in that matmul's
-epilogue, b_out and the residual in the second's. [x; action] is never concatenated, and an action never broadcast to
-tokens in memory. Left to the library: the (B, H) bias, and any matmul for which a measurement prefers it. Recomputed
-in the backward pass: normalisation and hidden activations, of all tokens at once while they fit into the workspace
-(`workspace`, 1 GiB), else in chunks of tokens. Statistics and accumulators are fp32.
+Fused (Triton): the action is one more iteration over the depth of the first matmul, for up to 16 components in half
+precision; otherwise it is a bias per image, computed once (B, H). b_in and GELU are in that matmul's epilogue, b_out
+and the residual in the second's. [x; action] is never concatenated, and an action never broadcast to tokens in memory.
+Left to the library: the (B, H) bias, and any matmul for which it measures faster. Recomputed in the backward pass:
+LayerNorm and hidden activations, of all tokens at once if they fit into the workspace (`workspace`, 1 GiB), else in
+chunks of tokens. Statistics and accumulators are fp32.
 
-Reference (plain PyTorch, below): its products are the library's, and it keeps the hidden for the backward pass.
+Reference (plain PyTorch, below): the library's matmuls; saves the hidden activations for the backward pass.
 
-Operations and bytes: `conditioned_mlp_flops`, `conditioned_mlp_bytes`.
+FLOPs and bytes: `conditioned_mlp_flops`, `conditioned_mlp_bytes`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from ._mlp.workspace import limited
 
 __all__ = ["conditioned_mlp", "conditioned_mlp_bytes", "conditioned_mlp_flops", "conditioned_mlp_reference"]
 
-ACTIVATIONS = {"gelu": "none", "gelu_tanh": "tanh"}  # to PyTorch's name of the approximation
+ACTIVATIONS = {"gelu": "none", "gelu_tanh": "tanh"}  # to F.gelu's name of the approximation
 
 
 def conditioned_mlp_flops(
@@ -48,9 +48,9 @@ def conditioned_mlp_flops(
     backward: bool = False,
     action_grad: bool = False,
 ) -> int:
-    """Operations of the products (a multiply-add is two), forward, or backward without recomputation.
+    """Return FLOPs of the matmuls (a multiply-add is two), forward, or backward without recomputation.
 
-    `action_grad` counts the gradient to the action too, which training never needs.
+    `action_grad` includes the gradient of the action, which training does not need.
     """
     token = 2 * tokens * hidden * (width + out)
     action = 2 * images * hidden * actions
@@ -70,10 +70,10 @@ def conditioned_mlp_bytes(
     element: int = 2,
     backward: bool = False,
 ) -> int:
-    """Fewest bytes moved: every input read once and every result written once, the hidden staying on chip.
+    """Return minimum bytes moved: every input read once and every result written once, the hidden staying on chip.
 
-    The backward pass reads x, the incoming gradient and the weights, and writes the gradients of x and of the weights.
-    `element` is the bytes of one number.
+    The backward pass reads x, the upstream gradient and the weights, and writes the gradients of x and of the weights.
+    `element`: bytes per element.
     """
     weights = hidden * (width + out + actions) + hidden + out + 2 * width + images * actions
     if not backward:
@@ -97,16 +97,16 @@ def conditioned_mlp_reference(
     eps: float = 1e-6,
     activation: str = "gelu",
 ) -> Tensor:
-    """What `conditioned_mlp` computes, in PyTorch's operators and differentiated by them. Arguments are not checked."""
+    """Compute `conditioned_mlp` with PyTorch's operators and autograd. Arguments are not checked."""
     normed = x if norm_weight is None else F.layer_norm(x, (x.shape[1],), norm_weight, norm_bias, eps)
     if action is None or w_action is None or cu_seqlens is None:
         hidden = backward_without_autocast(F.linear(normed, w_in, b_in))
     else:
         bias = backward_without_autocast(F.linear(action, w_action, b_in))  # (B, H)
         lengths = cu_seqlens.long().diff()
-        # The known size of the result spares the device a synchronisation with the host.
+        # The known size avoids a device synchronisation.
         image = torch.repeat_interleave(lengths, output_size=x.shape[0])  # (N,)
-        # addmm adds the bias inside the product: one pass less over (N, H) than adding it afterwards.
+        # addmm adds the bias inside the matmul, and saves one read and write of (N, H).
         hidden = backward_without_autocast(torch.addmm(bias.index_select(0, image), normed, w_in.t()))
     active = F.gelu(hidden, approximate=ACTIVATIONS[activation])
     out = backward_without_autocast(F.linear(active, w_out, b_out))
@@ -132,7 +132,7 @@ def _backward_operator(
     w_action: Tensor | None, cu_seqlens: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None,
     residual: bool, eps: float, activation: str, workspace: int, weights: bool,
 ) -> list[Tensor]:  # fmt: skip
-    """The gradients of the inputs that have one, in the inputs' order; without `weights`, that of x alone."""
+    """Return the gradients of differentiable inputs, in the inputs' order; without `weights`, that of x alone."""
     with launching(x):
         found = passes.backward(
             grad, x, w_in, b_in, w_out, b_out, action, w_action, cu_seqlens, norm_weight, norm_bias, residual, eps,
@@ -153,11 +153,11 @@ def _(grad: Tensor, *inputs: Any) -> list[Tensor]:
 
 
 def _differentiable(tensors: tuple[Tensor | None, ...]) -> list[Tensor]:
-    """The given ones of the operator's ten tensors, cu_seqlens left out."""
+    """Return the given ones of the operator's ten tensors, without cu_seqlens."""
     return [t for i, t in enumerate(tensors) if t is not None and i != _CU_SEQLENS]
 
 
-_CU_SEQLENS = 7  # place among the operator's tensors
+_CU_SEQLENS = 7  # index among the operator's tensors
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -192,11 +192,11 @@ def _forward_flops(x: Any, w_in: Any, b_in: Any, w_out: Any, b_out: Any, action:
 def _backward_flops(
     grad: Any, x: Any, w_in: Any, b_in: Any, w_out: Any, b_out: Any, action: Any, *rest: Any, **_: Any
 ) -> int:
-    """Useful operations: what is computed again is not counted, as is the custom of MFU."""
+    """Return useful FLOPs: recomputation is not counted, as usual for MFU."""
     sizes = _sizes(x, w_in, w_out, action)
     if rest[-1]:
         return conditioned_mlp_flops(**sizes, backward=True)
-    return conditioned_mlp_flops(**(sizes | {"images": 0}))  # x's two products are as large as the forward pass's
+    return conditioned_mlp_flops(**(sizes | {"images": 0}))  # x's two matmuls are as large as the forward pass's
 
 
 def conditioned_mlp(
@@ -217,36 +217,36 @@ def conditioned_mlp(
     backend: str = "auto",
     workspace: int | None = None,
 ) -> Tensor:
-    """[x +] w_out · gelu(w_in · [LN](x) + w_action · action[image of token] + b_in) + b_out.
+    """Return [x +] w_out · gelu(w_in · [LN](x) + w_action · action[image of token] + b_in) + b_out.
 
     Args:
-        x: (N, D), any floating type; N may be 0.
-        w_in: (H, D), of x's type, as are all the following but cu_seqlens.
+        x: (N, D), any floating dtype; N may be 0.
+        w_in: (H, D), of x's dtype, as all of the following except cu_seqlens.
         b_in: (H,).
         w_out: (Do, H).
         b_out: (Do,).
-        action: (B, A), one row an image; needs w_action and cu_seqlens.
+        action: (B, A), one row per image; needs w_action and cu_seqlens.
         w_action: (H, A).
-        cu_seqlens: (B + 1,) int32 that begins at 0, never falls and ends at N. The values are looked at on the CPU
-            only: on another device that would wait for it.
-        norm_weight: (D,), for a layer normalisation of x before the first product; needs norm_bias.
+        cu_seqlens: (B + 1,) int32, from 0 to N, not decreasing. Values are checked on the CPU only: on another device
+            that would synchronise.
+        norm_weight: (D,), for a LayerNorm of x before the first matmul; needs norm_bias.
         norm_bias: (D,).
         residual: add x to the result; needs Do = D.
         eps: added to the variance.
-        activation: "gelu", the exact one, or "gelu_tanh".
+        activation: "gelu" (exact), or "gelu_tanh".
         backend: "triton", "reference", or "auto": Triton on CUDA for fp32, fp16 and bf16, else the reference.
-        workspace: bytes that Triton's hidden activations may take, forward or backward, before the tokens are taken in
-            chunks; None: `use_workspace`'s, or 1 GiB.
+        workspace: bytes for Triton's hidden activations, forward or backward; larger ones are processed in chunks of
+            tokens. None: `use_workspace`'s, or 1 GiB.
 
-    Under autocast all floating arguments are taken to its type first, float64 aside, and nothing else changes:
-    statistics and sums stay fp32, and the backward pass runs without autocast wherever it is called. The result can be
-    differentiated once; the Triton backend has no second derivative.
+    Under autocast all floating arguments are cast to its dtype first, except float64; statistics and sums stay fp32,
+    and the backward pass runs without autocast wherever it is called. The result is differentiable once; the Triton
+    backend has no second derivative.
 
     Returns:
-        (N, Do) of x's type, or of autocast's.
+        (N, Do) of x's dtype, or of autocast's.
 
     Raises:
-        ValueError: an argument is of the wrong shape, type or device; its name comes first.
+        ValueError: an argument has a wrong shape, dtype or device; the message begins with its name.
 
     """
     check_eps(eps)
@@ -263,7 +263,7 @@ def conditioned_mlp(
     check_weights(x, w_in, b_in, w_out, b_out, residual=residual)
     check_action(x, w_in, action, w_action, cu_seqlens)
     check_norm(x, norm_weight, norm_bias)
-    # Without a hidden unit, a column or a result there is nothing to launch, and a sum of nothing still has its biases.
+    # Without hidden units, columns or outputs there is nothing to launch, but the biases are still added.
     if resolve_backend(backend, "x", x) == "triton" and w_in.numel() and w_out.numel():
         return torch.ops.iwm_fast.conditioned_mlp(
             x, w_in, b_in, w_out, b_out, action, w_action, cu_seqlens, norm_weight, norm_bias, residual, eps,
@@ -305,7 +305,7 @@ def check_weights(x: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, b_out: T
 def check_action(
     x: Tensor, w_in: Tensor, action: Tensor | None, w_action: Tensor | None, cu_seqlens: Tensor | None
 ) -> None:
-    """Raise ValueError unless the three arguments of the action come together and fit x and w_in."""
+    """Raise ValueError unless the action's three arguments are given together and fit x and w_in."""
     if action is None:
         for name, given in (("w_action", w_action), ("cu_seqlens", cu_seqlens)):
             if given is not None:
@@ -320,16 +320,16 @@ def check_action(
     check_like("action", action, "x", x)
     check_like("w_action", w_action, "x", x)
     check_like("cu_seqlens", cu_seqlens, "x", x, dtype=torch.int32)
-    # Values are not looked at while a graph is traced: there are none.
+    # While a graph is traced there are no values to check.
     if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
         bounds = cu_seqlens.tolist()
         rising = all(a <= b for a, b in pairwise(bounds))
         if bounds[0] != 0 or bounds[-1] != x.shape[0] or not rising:
-            raise ValueError(f"cu_seqlens must begin at 0, never fall and end at N = {x.shape[0]}; found {bounds[:8]}")
+            raise ValueError(f"cu_seqlens must run from 0 to N = {x.shape[0]} without decreasing; found {bounds[:8]}")
 
 
 def check_norm(x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None) -> None:
-    """Raise ValueError unless both affine parameters of the normalisation are there and fit x, or neither is."""
+    """Raise ValueError unless both affine parameters of the LayerNorm are given and fit x, or neither is."""
     if (norm_weight is None) != (norm_bias is None):
         missing = "norm_weight" if norm_weight is None else "norm_bias"
         raise ValueError(f"{missing} is missing; give norm_weight and norm_bias, or neither")

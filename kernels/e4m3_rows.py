@@ -1,17 +1,17 @@
-"""Rows of numbers as e4m3 with a scale for each: the factors of products in fp8, out of one pass.
+"""Rows quantised to e4m3 with one scale each, as operands of fp8 matmuls, in one kernel.
 
     scale[n] = the least 2ᵏ with max |v[n]| ≤ 448 · 2ᵏ,  code[n] = v[n] / scale[n] to the nearest e4m3, v = [gelu](x)
 
-x (N, D); code (N, D) float8_e4m3fn, 1 sign, 4 exponent and 3 mantissa bits, largest 448 (Micikevicius et al.,
-arXiv:2209.05433); scale (N, 1) fp32. A power of two, so that scaling rounds nothing, and half precision with 8 bits of
-exponent holds code · scale exactly. e4m3 has no infinity: what is not finite is NaN. There is no gradient.
+x (N, D); code (N, D) float8_e4m3fn, 1 sign, 4 exponent and 3 mantissa bits, largest value 448 (Micikevicius et al.,
+arXiv:2209.05433); scale (N, 1) fp32. Scales are powers of two, so scaling rounds nothing, and bf16 holds code · scale
+exactly. e4m3 has no infinity: values that are not finite become NaN. There is no gradient.
 
-Fused (Triton): activation, its rounding to x's type, the largest number of the row, scaling and rounding: a number is
-read once and its code written once, 3 bytes a number in bf16. The products are the library's.
+Fused (Triton): activation, rounding to x's dtype, the row's maximum, scaling and rounding. Each element is read once
+and its code written once, 3 bytes per element in bf16. The matmuls are the library's.
 
-Reference (plain PyTorch, below): 13 bytes a number in bf16, 17 with GELU.
+Reference (plain PyTorch, below): 13 bytes per element in bf16, 17 with GELU.
 
-Operations and bytes: `e4m3_rows_flops`, `e4m3_rows_bytes`.
+FLOPs and bytes: `e4m3_rows_flops`, `e4m3_rows_bytes`.
 """
 
 from __future__ import annotations
@@ -34,27 +34,27 @@ __all__ = ["e4m3_rows", "e4m3_rows_bytes", "e4m3_rows_flops", "e4m3_rows_referen
 
 _TYPE = torch.float8_e4m3fn
 _LARGEST = 448.0
-_LEAST = 2.0**-126  # fp32's least normal number: a row of zeros needs a scale whose reciprocal exists
+_LEAST = 2.0**-126  # fp32's smallest normal number: a row of zeros needs a scale whose reciprocal exists
 
 
 def e4m3_rows_flops(rows: int, width: int) -> int:
-    """Operations: a comparison and a product for each number; the activation is not counted."""
+    """Return FLOPs: a comparison and a multiplication per element; the activation is not counted."""
     return 2 * rows * width
 
 
 def e4m3_rows_bytes(rows: int, width: int, *, element: int = 2) -> int:
-    """Fewest bytes moved: each number read once, its code and each row's scale written once."""
+    """Return minimum bytes moved: each element read once, its code and each row's scale written once."""
     return rows * (width * (element + 1) + 4)
 
 
 def e4m3_rows_reference(x: Tensor, *, activation: str = "none") -> tuple[Tensor, Tensor]:
-    """What `e4m3_rows` computes, in PyTorch's own operators. Arguments are not checked."""
+    """Compute `e4m3_rows` with PyTorch's operators. Arguments are not checked."""
     values = F.gelu(x) if activation == "gelu" else x
     largest = values.abs().amax(1, keepdim=True).float()
     fraction, exponent = torch.frexp(largest.clamp(min=_LARGEST * _LEAST))  # 448 is 0.875 · 2⁹
     scale = torch.exp2(exponent - 9 + (fraction > 0.875))
-    # PyTorch's conversion on the CPU turns infinity into 448; a factor that is NaN hides nothing. bf16 holds the
-    # reciprocals of all scales, fp16 does not.
+    # PyTorch's conversion on the CPU turns infinity into 448; a NaN factor prevents that. bf16 holds the reciprocals of
+    # all scales, fp16 does not.
     inverse = (scale.reciprocal() + 0 * largest).to(torch.promote_types(x.dtype, torch.bfloat16))
     return (values * inverse).to(_TYPE).contiguous(), scale
 
@@ -68,7 +68,7 @@ def e4m3_kernel(
     HAS_GELU: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """code uint8 (N, D) of v / scale, v = [gelu](x), and scale fp32 (N,), the least 2ᵏ with max |v| ≤ 448 · 2ᵏ."""
+    """Write code uint8 (N, D) of v / scale, v = [gelu](x); scale fp32 (N,), the least 2ᵏ with max |v| ≤ 448 · 2ᵏ."""
     o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     o_d = tl.arange(0, BLOCK_D)
     m_n = o_n < N
@@ -92,7 +92,7 @@ def e4m3_kernel(
     for part in tl.static_range(PARTS):
         o = part * BLOCK_D + o_d
         value = values[part]
-        # The conversion would make 448 of an infinity.
+        # The conversion would turn infinity into 448.
         value = tl.where(tl.abs(value) < float("inf"), value * inverse, float("nan"))
         p_code = code_ptr + rows * stride_cn + o[None, :]
         tl.store(p_code, to_e4m3(value), mask=m_n[:, None] & (o < D)[None, :])
@@ -114,7 +114,7 @@ def launch_e4m3(x: Tensor, activation: str, codes: Tensor, scale: Tensor) -> Non
 
 @torch.library.custom_op("iwm_fast::e4m3_rows", mutates_args=())
 def _operator(x: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    """Codes uint8 (N, D) and scale fp32 (N, 1)."""
+    """Return codes uint8 (N, D) and scale fp32 (N, 1)."""
     codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
     scale = torch.empty(x.shape[0], 1, dtype=torch.float32, device=x.device)
     if x.numel():
@@ -134,31 +134,31 @@ def _count(x: Any, *_: Any, **__: Any) -> int:
 
 
 def e4m3_rows(x: Tensor, *, activation: str = "none", backend: str = "auto") -> tuple[Tensor, Tensor]:
-    """The rows of x, or of gelu(x), as e4m3 with a scale for each.
+    """Quantise the rows of x, or of gelu(x), to e4m3 with one scale each.
 
     Args:
-        x: (N, D), any floating type; N may be 0.
-        activation: "none", or "gelu", the exact one, rounded to x's type.
+        x: (N, D), any floating dtype; N may be 0.
+        activation: "none", or "gelu" (exact), rounded to x's dtype.
         backend: "triton", "reference", or "auto": Triton on CUDA for fp32, fp16 and bf16, else the reference. Triton
-            compiles it for GPUs that have the type, from capability 8.9 on.
+            needs a GPU with the type: capability 8.9 or newer.
 
-    Autocast changes nothing: x is read in its own type.
+    Autocast has no effect: x is read in its own dtype.
 
     Returns:
-        Codes (N, D), float8_e4m3fn, and scale (N, 1), fp32. A number that is not finite has the code of NaN, and its
-        row no other number that counts. GELU in half precision may differ by one rounding between backends.
+        Codes (N, D), float8_e4m3fn, and scale (N, 1), fp32. A value that is not finite becomes NaN, and the rest of its
+        row is then meaningless. GELU in half precision may differ by one rounding between backends.
 
     Raises:
-        ValueError: an argument does not fit, or a gradient would have to flow.
+        ValueError: an argument does not fit, or x requires a gradient.
 
     """
     check_floating("x", x, 2)
     if not x.shape[1]:
-        raise ValueError("x has no columns; its rows need at least one number")
+        raise ValueError("x has no columns; its rows need at least one element")
     if activation not in ("none", "gelu"):
         raise ValueError(f"activation is {activation!r}; it must be none or gelu")
     if torch.is_grad_enabled() and x.requires_grad:
-        raise ValueError("x requires a gradient, and rounding has none: call under torch.no_grad()")
+        raise ValueError("x requires a gradient, and quantisation has none: call under torch.no_grad()")
     if resolve_backend(backend, "x", x) == "reference":
         with without_autocast(x):
             return e4m3_rows_reference(x, activation=activation)

@@ -1,19 +1,19 @@
-"""The moving average of many tensors, and the rounded copies that are read in its place, in one pass.
+"""EMA update of many tensors, and of their rounded copies, in one kernel.
 
     average ← average + (1 − momentum) · (weight − average);   copy ← average
 
-averages, weights and copies: as many tensors each, of any shapes, element by element. All arithmetic is fp32, by the
-two forms of `torch.lerp`.
+averages, weights and copies: equally many tensors, of any shapes, elementwise. Arithmetic is fp32, with the two forms
+of `torch.lerp`.
 
-Fused (Triton): one launch for all tensors, whose addresses stand in a table on the device that is made once for the
-same tensors. The average is read once and written once, the weight read once, the copy written once: 14 bytes an
-element with a copy in half precision, where a lerp and then a copy move 18. A compiler may contract a product and a
-sum, so the average lies within one rounding of the product, 2⁻²⁴ · (1 − momentum) · |weight − average|, and one of
-the result of what `torch._foreach_lerp_` gives.
+Fused (Triton): one launch for all tensors, whose addresses are in a table on the device, built once for the same
+tensors. It reads average and weight once and writes average and copy once: 14 bytes per element with a half-precision
+copy, where a lerp followed by a copy moves 18. The compiler may contract a multiply and an add, so the average differs
+from `torch._foreach_lerp_` by at most one rounding of the product, 2⁻²⁴ · (1 − momentum) · |weight − average|, and one
+of the result.
 
 Reference (plain PyTorch, below): `torch._foreach_lerp_`, then `torch._foreach_copy_`.
 
-Operations and bytes: `ema_update_flops`, `ema_update_bytes`.
+FLOPs and bytes: `ema_update_flops`, `ema_update_bytes`.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ from ._lib.rows import launching
 
 __all__ = ["ema_update", "ema_update_bytes", "ema_update_flops", "ema_update_reference"]
 
-# Elements of one program: four loads of 16 bytes a lane, of average and of weight each.
+# Elements per program: four 16-byte loads per lane, of average and of weight each.
 _BLOCK = 2048
 
 
 def ema_update_flops(elements: int) -> int:
-    """Operations: difference, product, sum."""
+    """Return FLOPs: difference, multiplication, sum."""
     return 3 * elements
 
 
 def ema_update_bytes(elements: int, *, copy: int = 2) -> int:
-    """Fewest bytes moved: fp32 average and weight read once, the average and the copy written once.
+    """Return minimum bytes moved: fp32 average and weight read once, average and copy written once.
 
-    `copy` is the bytes of one number of a copy, 0 without copies.
+    `copy`: bytes per element of a copy, 0 without copies.
     """
     return elements * (12 + copy)
 
@@ -57,8 +57,8 @@ def ema_update_reference(
     averages: Sequence[Tensor], weights: Sequence[Tensor], momentum: float, copies: Sequence[Tensor] | None = None,
     unless: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """What `ema_update` computes, in PyTorch's own operators. Arguments are not checked."""
-    if not averages:  # torch refuses empty lists
+    """Compute `ema_update` with PyTorch's operators. Arguments are not checked."""
+    if not averages:  # torch rejects empty lists
         return
     if unless is None:
         torch._foreach_lerp_(list(averages), list(weights), 1.0 - momentum)
@@ -78,11 +78,11 @@ def average_kernel(
     HAS_COPY: tl.constexpr, HAS_UNLESS: tl.constexpr, ALIGNED: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """average += step · (weight − average), fp32, and copy = average; a row of the table a program.
+    """Update average += step · (weight − average), fp32, and copy = average; one table row per program.
 
-    table int64 (programs, 4): where its part of average, of weight and of copy begins, in elements from the pointers,
-    which are of the first tensor of many, and the elements that are left there. ALIGNED: all of that divides by 4.
-    HAS_UNLESS: step is 0 where the one fp32 at unless_ptr is not.
+    table int64 (programs, 4): offsets of its part of average, weight and copy, in elements from the pointers, which are
+    those of the first tensor; and the elements left there. ALIGNED: all of these are multiples of 4. HAS_UNLESS: step
+    is 0 if the fp32 at unless_ptr is not 0.
     """
     p_row = table_ptr + tl.program_id(0).to(tl.int64) * 4
     average = tl.load(p_row)
@@ -98,7 +98,7 @@ def average_kernel(
     new = tl.load(weight_ptr + weight + o_n, mask=m_n, other=0.0)
     if HAS_UNLESS:
         step = tl.where(tl.load(unless_ptr) == 0.0, step, 0.0)
-    # torch.lerp's two forms: each is exact at its own end.
+    # torch.lerp's two forms: each is exact at its end.
     value = tl.where(step < 0.5, old + step * (new - old), new - (new - old) * (1.0 - step))
     tl.store(average_ptr + average + o_n, value, mask=m_n)
     if HAS_COPY:
@@ -111,7 +111,7 @@ def average_kernel(
 def launch_average(
     averages: list[Tensor], weights: list[Tensor], copies: list[Tensor], step: float, unless: Tensor | None = None
 ) -> None:
-    """Launch `average_kernel` once for all tensors; step is 1 − momentum, no copies are an empty list."""
+    """Launch `average_kernel` once for all tensors; step is 1 − momentum; without copies the list is empty."""
     lengths = tuple(t.numel() for t in averages)
     if not any(lengths):
         return
@@ -127,20 +127,20 @@ def launch_average(
 
 
 def _offsets(tensors: list[Tensor]) -> tuple[int, ...]:
-    """Where each tensor begins, in elements from the first."""
+    """Return each tensor's offset in elements from the first."""
     if not tensors:
         return ()
     first, size = tensors[0].data_ptr(), tensors[0].element_size()
     return tuple((t.data_ptr() - first) // size for t in tensors)
 
 
-# Keyed by the addresses themselves, so that no other tensors can be taken for these. A run has one set of them.
+# Keyed by addresses, so that no other tensors match. A run has one set of them.
 @lru_cache(maxsize=8)
 def _table(
     lengths: tuple[int, ...], averages: tuple[int, ...], weights: tuple[int, ...], copies: tuple[int, ...],
     device: torch.device,
 ) -> tuple[Tensor, bool]:  # fmt: skip
-    """The table of `average_kernel`, and whether all of it divides by 4."""
+    """Return the table of `average_kernel`, and whether all of it is a multiple of 4."""
     elements = np.array(lengths)
     programs = -(-elements // _BLOCK)
     tensor = np.repeat(np.arange(len(elements)), programs)
@@ -154,7 +154,7 @@ def _table(
 def _operator(
     averages: list[Tensor], weights: list[Tensor], copies: list[Tensor], step: float, unless: Tensor | None = None
 ) -> None:
-    """Move the averages by `step` towards the weights and write them into the copies, if there are any."""
+    """Move the averages by `step` towards the weights and write them to the copies, if any."""
     launch_average(averages, weights, copies, step, unless)
 
 
@@ -173,22 +173,22 @@ def ema_update(
     unless: Tensor | None = None,
     backend: str = "auto",
 ) -> None:
-    """Move averages towards weights, in place, and write what they become into copies.
+    """Update averages towards weights in place, and write the result to copies.
 
     Args:
-        averages: float32 (or float64, then on the reference), each contiguous, all on one device; may be none at all.
-            No two share memory, with each other or with another's weight or copy. No graph is recorded, whichever
-            tensors require gradients.
-        weights: as many, each of its average's elements, type and device, contiguous.
-        momentum: 0 to 1; what the average keeps of itself.
-        copies: as many, or None or none at all; of one floating type, of the averages' elements and device, contiguous.
-            Rounded to nearest.
-        unless: one float32 on the averages' device, or None; where it is not 0 the averages stay, and are copied.
-            The host does not read it.
+        averages: float32 (or float64, then on the reference), contiguous, all on one device; may be empty. None shares
+            memory with another, or with another's weight or copy. Nothing is recorded for autograd, even if tensors
+            require gradients.
+        weights: one per average, with its number of elements, dtype and device, contiguous.
+        momentum: 0 to 1, the weight of the old average.
+        copies: one per average, or None, or empty; all of one floating dtype, with the averages' elements and device,
+            contiguous. Rounded to nearest.
+        unless: one float32 on the averages' device, or None. If it is not 0, the averages stay unchanged and are
+            copied. The host does not read it.
         backend: "auto" (Triton for float32 on CUDA), "reference" or "triton".
 
     Raises:
-        ValueError: an argument does not fit, or Triton is asked for and cannot do it.
+        ValueError: an argument does not fit, or "triton" is given and cannot run.
 
     """
     if not 0 <= momentum <= 1:
@@ -201,7 +201,7 @@ def ema_update(
         return
     dtype = averages[0].dtype
     if dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"averages[0] is {dtype}; an average in less than torch.float32 would not move")
+        raise ValueError(f"averages[0] is {dtype}; averages need torch.float32 or wider: in less they would not move")
     _check("averages", averages, averages, dtype)
     _check("weights", weights, averages, dtype)
     if copies:
@@ -223,7 +223,7 @@ def ema_update(
 
 
 def _check(name: str, tensors: Sequence[Tensor], averages: Sequence[Tensor], dtype: torch.dtype) -> None:
-    """Require tensors of one type, on one device, in one piece each, with as many elements as the averages."""
+    """Require contiguous tensors of one dtype, on one device, with as many elements as the averages."""
     device = averages[0].device
     for i, (tensor, average) in enumerate(zip(tensors, averages, strict=True)):
         if tensor.dtype != dtype or tensor.device != device:
@@ -238,26 +238,28 @@ def _check(name: str, tensors: Sequence[Tensor], averages: Sequence[Tensor], dty
 
 
 def _check_apart(averages: Sequence[Tensor], weights: Sequence[Tensor], copies: Sequence[Tensor]) -> None:
-    """Require that what is written shares no memory with another tensor: programs run in any order."""
+    """Require that written tensors share no memory with others: programs run in any order."""
     if averages[0].device.type == "meta" or torch.compiler.is_compiling():
         return
     shared = _sharing(*(tuple((t.data_ptr(), t.nbytes) for t in tensors) for tensors in (averages, weights, copies)))
     if shared is not None:
-        raise ValueError(f"{shared[0]} shares memory with {shared[1]}; what is written may be part of no other tensor")
+        raise ValueError(
+            f"{shared[0]} shares memory with {shared[1]}; a tensor that is written needs memory of its own"
+        )
 
 
-# Keyed by the addresses themselves, as `_table` is: the same tensors are looked at once.
+# Keyed by addresses, as `_table` is: the same tensors are checked once.
 @lru_cache(maxsize=8)
 def _sharing(*lists: tuple[tuple[int, int], ...]) -> tuple[str, str] | None:
-    """Names of two tensors that share bytes of which one is written; an average may be its own weight or copy."""
+    """Return the names of two tensors that share bytes, one of them written; an average may be its weight or copy."""
     names = ("averages", "weights", "copies")
-    spans: dict[tuple[int, int, int], tuple[str, bool]] = {}  # (first byte, end, place) to a name, and if it is written
+    spans: dict[tuple[int, int, int], tuple[str, bool]] = {}  # (first byte, end, index) to (name, whether written)
     for name, tensors in zip(names, lists, strict=True):
         for i, (first, size) in enumerate(tensors):
             if size:
                 key = (first, first + size, i)
                 spans[key] = (f"{name}[{i}]", name != "weights" or (key in spans and spans[key][1]))
-    read, written = (0, ""), (0, "")  # the furthest end so far of any tensor, and of any that is written
+    read, written = (0, ""), (0, "")  # the furthest end so far of any tensor, and of a written one
     for (first, end, _), (name, is_written) in sorted(spans.items()):
         before = read if is_written else written
         if first < before[0]:

@@ -1,18 +1,18 @@
-"""The wanted patches of uint8 images, normalised, as the packed rows of the patch embedding's product.
+"""Selected patches of uint8 images, normalised, as packed rows for the patch embedding's matmul.
 
     out[n, p] = level[n, p] · scale[p] + shift[p]
 
 images (B, S, S, 3) uint8; patches and image_of_token (N,) int64 or None: all patches; scale and shift (P · P · 3,) for
-a patch of P × P pixels; out (N, P · P · 3). A row holds its pixels as they lie in the image: line by line, channel
-last. All arithmetic is fp32, or float64 for results of that type.
+a patch of P × P pixels; out (N, P · P · 3). A row holds its pixels in image order: line by line, channel last.
+Arithmetic is fp32, or float64 for float64 results.
 
-Fused (Triton): cutting, gathering, the cast of levels, the affine map and the rounding: a wanted level is read once and
-its number written once, 3 bytes a level in half precision, and hidden patches are not read. The product with the
+Fused (Triton): cutting, gathering, conversion of levels, affine map and rounding. Each selected level is read once and
+its result written once, 3 bytes per level in half precision; other patches are not read. The matmul with the
 embedding's weight is the library's. There is no gradient: images, scale and shift are constants.
 
-Reference (plain PyTorch, below): gathers the levels, then normalises them: 21 bytes a level by four operators.
+Reference (plain PyTorch, below): gathers the levels, then normalises them: 21 bytes per level in four operators.
 
-Operations and bytes: `patchify_flops`, `patchify_bytes`.
+FLOPs and bytes: `patchify_flops`, `patchify_bytes`.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ __all__ = ["patchify", "patchify_bytes", "patchify_flops", "patchify_reference"]
 
 
 def patchify_flops(tokens: int, patch: int) -> int:
-    """Operations: a product and a sum for each level."""
+    """Return FLOPs: a multiplication and an addition per level."""
     return 2 * tokens * 3 * patch * patch
 
 
 def patchify_bytes(tokens: int, patch: int, *, element: int = 2, indexed: bool = True) -> int:
-    """Fewest bytes moved: each wanted level read once, each number written once, and the two indices of each patch.
+    """Return minimum bytes moved: each level read once, each result written once, and two indices per patch.
 
-    `element` is the bytes of one number of the result.
+    `element`: bytes per element of the result.
     """
     return tokens * (3 * patch * patch * (1 + element) + (16 if indexed else 0))
 
@@ -56,14 +56,14 @@ def patchify_reference(
     patches: Tensor | None = None,
     image_of_token: Tensor | None = None,
 ) -> Tensor:
-    """What `patchify` computes, in PyTorch's own operators. Arguments are not checked."""
+    """Compute `patchify` with PyTorch's operators. Arguments are not checked."""
     exact = torch.promote_types(dtype, torch.float32)
     levels = _gather(images, patch, patches, image_of_token)
     return torch.addcmul(shift.to(exact), levels.to(exact), scale.to(exact)).to(dtype)
 
 
 def _gather(images: Tensor, patch: int, patches: Tensor | None, image_of_token: Tensor | None) -> Tensor:
-    """The levels of the wanted patches, uint8 (N, P · P · 3)."""
+    """Return the levels of the selected patches, uint8 (N, P · P · 3)."""
     batch, side = images.shape[:2]
     grid = side // patch
     strips = images.reshape(batch, grid, patch, grid, patch * 3)
@@ -90,8 +90,8 @@ def patchify_kernel(
 ):  # fmt: skip
     """out[n] = level · scale + shift over the PATCH · PATCH · 3 levels of patch patches[n] of images[image[n]].
 
-    images uint8 (B, GRID · PATCH, GRID · PATCH, 3), a line of pixels in one piece. Without an index all patches of all
-    images, in their order. A patch that does not exist counts as NaN.
+    images uint8 (B, GRID · PATCH, GRID · PATCH, 3), with contiguous pixel lines. Without an index: all patches of all
+    images, in order. A patch out of range counts as NaN.
     """
     LINE: tl.constexpr = PATCH * 3
     o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -111,7 +111,7 @@ def patchify_kernel(
         m_d = o < PATCH * LINE
         p_levels = images_ptr + first[:, None] + ((o // LINE) * stride_xy + o % LINE)[None, :]
         level = tl.load(p_levels, mask=m_x[:, None] & m_d[None, :], other=0).to(tl.float32)  # (BLOCK_N, BLOCK_D)
-        # Each row loads them for itself: shared out, they would pass through shared memory.
+        # Each row loads them itself: shared between rows, they would go through shared memory.
         scale = tl.load(scale_ptr + 0 * rows[:, None] + o[None, :], mask=m_d[None, :], other=0.0).to(tl.float32)
         shift = tl.load(shift_ptr + 0 * rows[:, None] + o[None, :], mask=m_d[None, :], other=0.0).to(tl.float32)
         value = tl.where(m_x[:, None], level * scale + shift, float("nan"))
@@ -149,7 +149,7 @@ def _operator(
     images: Tensor, patches: Tensor | None, image_of_token: Tensor | None, scale: Tensor, shift: Tensor, patch: int,
     dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """The packed rows (N, P · P · 3) of `dtype`."""
+    """Return the packed rows (N, P · P · 3) in `dtype`."""
     out = torch.empty(_tokens(images, patch, patches), 3 * patch * patch, dtype=dtype, device=images.device)
     if out.numel():
         launch_patchify(images, patches, image_of_token, scale, shift, patch, out)
@@ -180,26 +180,26 @@ def patchify(
     image_of_token: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Cut patches out of uint8 images and map their levels to numbers.
+    """Cut patches out of uint8 images and normalise their levels.
 
     Args:
         images: uint8 (B, S, S, 3); S is a multiple of `patch`.
-        patch: P, the side of a patch in pixels.
-        scale: (P · P · 3,), what each level of a patch is multiplied by; floating, a constant.
-        shift: (P · P · 3,), what is added then.
-        dtype: of the result. The arithmetic is fp32, or float64 for that.
-        patches: int64 (N,), row-major number of each wanted patch in its image; None: all of them, N = B · (S / P)².
-        image_of_token: int64 (N,), the image of each wanted patch; comes with `patches`.
+        patch: P, the patch size in pixels.
+        scale: (P · P · 3,), multiplies each level of a patch; floating, a constant.
+        shift: (P · P · 3,), is added to it.
+        dtype: of the result. Arithmetic is fp32, or float64 for a float64 result.
+        patches: int64 (N,), row-major index of each selected patch in its image; None: all of them, N = B · (S / P)².
+        image_of_token: int64 (N,), the image of each selected patch; required with `patches`.
         backend: "auto" (Triton on CUDA for fp32, fp16 and bf16), "reference" or "triton".
 
-    Autocast changes nothing: `dtype` says the result's type.
+    Autocast has no effect: `dtype` is the result's.
 
     Returns:
-        (N, P · P · 3), rows of pixels as they lie in the image. On CUDA a patch that no image has is NaN.
+        (N, P · P · 3), rows of pixels in image order. On CUDA a patch out of range is NaN.
 
     Raises:
-        ValueError: an argument does not fit, or Triton is asked for and cannot do it; on the CPU also a patch that no
-            image has.
+        ValueError: an argument does not fit, or "triton" is given and cannot run; on the CPU also for a patch out of
+            range.
 
     """
     _check_images(images, patch)

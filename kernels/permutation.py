@@ -1,4 +1,4 @@
-"""Permutations of packed rows that only read by index, both ways: on a CPU writing so takes 3 to 5 times as long."""
+"""Permute packed rows by reads only, forward and backward: on a CPU, writing by index takes 3 to 5 times as long."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ __all__ = ["invert", "take_rows"]
 
 
 def invert(permutation: Tensor) -> Tensor:
-    """The inverse of a permutation, int64 (N,): where each row went."""
+    """Return the inverse of a permutation, int64 (N,)."""
     inverse = torch.empty_like(permutation)
     inverse[permutation] = torch.arange(permutation.numel(), device=permutation.device)
     return inverse
 
 
 class _TakeRows(torch.autograd.Function):
-    """A permutation of rows whose gradient is the inverse permutation: reads, where index_select would add."""
+    """Row permutation whose gradient is the inverse permutation: it reads, where index_select would add."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, order: Tensor, rank: Tensor) -> Tensor:
@@ -32,5 +32,5 @@ class _TakeRows(torch.autograd.Function):
 
 
 def take_rows(x: Tensor, order: Tensor, rank: Tensor) -> Tensor:
-    """x[order] for a permutation of all rows of x; `rank` is its inverse."""
+    """Return x[order] for a permutation of all rows of x; `rank` is its inverse."""
     return _TakeRows.apply(x, order, rank)

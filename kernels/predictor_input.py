@@ -1,20 +1,20 @@
-"""The predictor's packed tokens, each written once to its place: no part is added to or joined in memory before.
+"""The predictor's packed tokens, each written once to its position: no sum or concatenation in memory before.
 
     out[place[v]] = context[v] + position[context_patches[v]]            v < Nc
                     mask_token + position[predicted_patches[v − Nc]]     Nc ≤ v < Nc + Nt, with a mask token
-                    rows[v − Nc − Nt]                                    after them, as they are
+                    rows[v − Nc − Nt]                                    after them, unchanged
 
-context (Nc, D); position (L, D), a table that is not differentiated; mask_token (D,) with predicted_patches int64
-(Nt,), or neither; rows (No, D) or None: tokens that have their positions, or none; place int64 (N,), a permutation of
-the N = Nc + Nt + No tokens. Sums are fp32, rounded once to context's type.
+context (Nc, D); position (L, D), a table without gradient; mask_token (D,) with predicted_patches int64 (Nt,), or
+neither; rows (No, D) or None: tokens that already have positions, or need none; place int64 (N,), a permutation of the
+N = Nc + Nt + No tokens. Sums are fp32, rounded once to context's dtype.
 
-Fused (Triton): both additions, the gathers of positions, the concatenation and the permutation. Backward, one pass
-reads the gradient by `place` and writes that of context and rows; the mask token's is summed beside it, in fp32 and two
-ordered stages: equal inputs give equal bits.
+Fused (Triton): both additions, the gathers of positions, the concatenation and the permutation. The backward pass reads
+the gradient by `place` once and writes those of context and rows; it sums the mask token's at the same time, in fp32
+and two ordered stages: equal inputs give equal bits.
 
-Reference (plain PyTorch, below): gathers, additions, a concatenation and its rows put in place.
+Reference (plain PyTorch, below): gathers, additions, a concatenation and a permutation.
 
-Operations and bytes: `predictor_input_flops`, `predictor_input_bytes`.
+FLOPs and bytes: `predictor_input_flops`, `predictor_input_bytes`.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ _BLOCK_N = 16
 
 
 def predictor_input_flops(context: int, masked: int, width: int, *, backward: bool = False) -> int:
-    """Operations: an addition for each number of the context and of the mask tokens; backward, of the latter's sum."""
+    """Return FLOPs: an addition per element of context and mask tokens; backward, per element of the latter's sum."""
     return (masked if backward else context + masked) * width
 
 
 def predictor_input_bytes(
     context: int, masked: int, rows: int, width: int, *, backward: bool = False, element: int = 2
 ) -> int:
-    """Fewest bytes moved by one pass: each row read and written once; a mask token's is only written, or only read.
+    """Return minimum bytes moved by one pass: each row read and written once; mask tokens only written, or only read.
 
-    The table of positions, read by all, stays in L2 and is not counted; the indices are.
+    The table of positions stays in L2 and is not counted; the indices are.
     """
     moved = (2 * (context + rows) + masked) * width * element
     indices = (context + masked + rows) * _INDEX + (0 if backward else (context + masked) * _INDEX)
@@ -67,7 +67,7 @@ def predictor_input_reference(
     predicted_patches: Tensor | None = None,
     rows: Tensor | None = None,
 ) -> Tensor:
-    """What `predictor_input` computes, in PyTorch's own operators. Arguments are not checked."""
+    """Compute `predictor_input` with PyTorch's operators. Arguments are not checked."""
     parts = [context + position.index_select(0, context_patches)]
     if mask_token is not None and predicted_patches is not None:
         parts.append(mask_tokens(mask_token, position, predicted_patches))
@@ -77,10 +77,10 @@ def predictor_input_reference(
 
 
 def mask_tokens(mask_token: Tensor, position: Tensor, patches: Tensor) -> Tensor:
-    """The mask token (D,) with its position (L, D), which gets no gradient, at each of the patches int64 (N,): (N, D).
+    """Return the mask token (D,) plus its position (L, D), without gradient, at each of the patches int64 (N,): (N, D).
 
-    Added after the gather, because the token's gradient is then an ordered sum of all rows, in fp32 or better. Were a
-    sum gathered, its gradient would be added by atomics, row by row, in the tokens' type.
+    The addition follows the gather, so that the token's gradient is an ordered sum over all rows, in fp32 or better. If
+    a sum were gathered, its gradient would be added by atomics, row by row, in the tokens' dtype.
     """
     return position.detach().index_select(0, patches) + mask_token
 
@@ -96,9 +96,9 @@ def assemble_kernel(
     HAS_MASK: tl.constexpr, HAS_ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """out[place[v]] (N, D): context[v] with its position to CONTEXT, the mask token with its to PLACED, then rows.
+    """out[place[v]] (N, D): up to CONTEXT context[v], up to PLACED the mask token, each plus its position; then rows.
 
-    A position (L, D) that does not exist counts as NaN; a token whose place does not exist is not written.
+    A position (L, D) out of range counts as NaN; a token whose place is out of range is not written.
     """
     o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -137,14 +137,14 @@ def assemble_backward_kernel(
     HAS_MASK: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dcontext and drows, which are dout (N, D) at their tokens' places; sums fp32 (programs, D) of the mask tokens'.
+    """Write dcontext and drows, which are dout (N, D) at their places; sums fp32 (programs, D) of the mask tokens'.
 
     A program takes ROWS tokens, a multiple of BLOCK_N, in their order.
     """
     i = tl.program_id(0)
     o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     m_d = o_d < D
-    acc = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)  # a sum for each of the block's rows, added after the loop
+    acc = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)  # one sum per row of the block, added up after the loop
     for first in range(i * ROWS, min(i * ROWS + ROWS, N), BLOCK_N):
         o_n = first + tl.arange(0, BLOCK_N)
         tokens = o_n.to(tl.int64)
@@ -188,7 +188,7 @@ def launch_assembly(
 def launch_assembly_backward(
     grad: Tensor, place: Tensor, dcontext: Tensor, drows: Tensor, masked: int
 ) -> Tensor | None:
-    """Launch `assemble_backward_kernel`, which writes dcontext and drows; the mask token's gradient, fp32 (D,)."""
+    """Launch `assemble_backward_kernel`: write dcontext and drows, return the mask token's gradient, fp32 (D,)."""
     grad = rows_together(grad)
     count, width = grad.shape
     block_d = _columns(width)
@@ -219,7 +219,7 @@ def _operator(
     context: Tensor, context_patches: Tensor, position: Tensor, place: Tensor, mask_token: Tensor | None,
     predicted_patches: Tensor | None, rows: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """The packed tokens, (N, D)."""
+    """Return the packed tokens, (N, D)."""
     out = torch.empty(place.shape[0], context.shape[1], dtype=context.dtype, device=context.device)
     if out.numel():
         launch_assembly(context, context_patches, position, place, mask_token, predicted_patches, rows, out)
@@ -233,7 +233,7 @@ def _(context: Tensor, context_patches: Tensor, position: Tensor, place: Tensor,
 
 @torch.library.custom_op("iwm_fast::predictor_input_backward", mutates_args=())
 def _backward_operator(grad: Tensor, place: Tensor, context: int, masked: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of context (Nc, D), of the mask token (D,), and of rows (No, D)."""
+    """Return the gradients of context (Nc, D), of the mask token (D,), and of rows (No, D)."""
     width = grad.shape[1]
     dcontext = torch.empty(context, width, dtype=grad.dtype, device=grad.device)
     drows = torch.empty(grad.shape[0] - context - masked, width, dtype=grad.dtype, device=grad.device)
@@ -287,29 +287,29 @@ def predictor_input(
     rows: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """The predictor's packed tokens: the context's with their positions, mask tokens with theirs, other rows as given.
+    """Return the predictor's packed tokens: context and mask tokens plus positions, other rows as given.
 
     Args:
-        context: (Nc, D), any floating type.
+        context: (Nc, D), any floating dtype.
         context_patches: int64 (Nc,), the row of `position` for each.
-        position: (L, D) of context's type; gets no gradient.
-        place: int64 (N,), the row in the result of each token: of the context's, then of the mask tokens, then of
-            `rows`. Every row of the result once.
-        mask_token: (D,) of context's type; needs predicted_patches.
+        position: (L, D) of context's dtype; gets no gradient.
+        place: int64 (N,), the row in the result of each token: first of the context, then of the mask tokens, then of
+            `rows`. A permutation.
+        mask_token: (D,) of context's dtype; needs predicted_patches.
         predicted_patches: int64 (Nt,), the row of `position` for each mask token.
-        rows: (No, D) of context's type.
+        rows: (No, D) of context's dtype.
         backend: "triton", "reference", or "auto": Triton on CUDA for fp32, fp16 and bf16, else the reference.
 
-    Values of the three index tensors are looked at on the CPU only: elsewhere that would wait for the device. There a
-    row of positions that does not exist counts as NaN, and a token whose place does not exist is not written.
+    Values of the three index tensors are checked on the CPU only: elsewhere that would synchronise. On a GPU a row of
+    positions out of range counts as NaN, and a token whose place is out of range is not written.
 
-    Under autocast the floating arguments are taken to its type first, float64 aside; nothing else changes.
+    Under autocast the floating arguments are cast to its dtype first, except float64.
 
     Returns:
-        (N, D) of context's type, or of autocast's; N = Nc + Nt + No.
+        (N, D) of context's dtype, or of autocast's; N = Nc + Nt + No.
 
     Raises:
-        ValueError: an argument is of the wrong shape, type, value or device; its name comes first.
+        ValueError: an argument has a wrong shape, dtype, value or device; the message begins with its name.
 
     """
     check_floating("context", context, 2)

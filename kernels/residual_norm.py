@@ -1,20 +1,20 @@
-"""The residual stream and its layer normalisation, out of one pass and differentiated in one.
+"""The residual stream and its LayerNorm, fused forward and backward.
 
     s = x + branch, or x itself without a branch
     n = LN(s) · weight + bias
 
-x, branch (N, D); weight, bias (D,). Statistics and sums are fp32 for half inputs; s is rounded to their type before it
-is normalised.
+x, branch (N, D); weight, bias (D,). Statistics and sums are fp32 for half-precision inputs; s is rounded to their dtype
+before it is normalised.
 
-Fused (Triton): forward, the sum and its normalisation from one read of both. Backward, both gradients meet in one
-pass: that of n goes through the normalisation, that of s is added before the one rounding, and the gradients of weight
-and bias are summed beside it in two ordered stages: equal inputs give equal bits. Mean and deviation are taken again
-from s. Without a branch nothing is added or copied: x goes on as it is, and what is saved is the pass in which
-automatic differentiation would add up x's two gradients, and the second read for the gradients of weight and bias.
+Fused (Triton): forward, sum and LayerNorm with one read of both. Backward, one kernel takes both gradients: that of n
+goes through the LayerNorm, that of s is added before the only rounding; the gradients of weight and bias are summed at
+the same time in two ordered stages: equal inputs give equal bits. Mean and std are recomputed from s. Without a branch
+nothing is added or copied forward: x is returned as it is. Saved are the kernel in which autograd would add x's two
+gradients, and a second read for the gradients of weight and bias.
 
 Reference (plain PyTorch, below): the addition and `layer_norm`.
 
-Operations and bytes: `residual_norm_flops`, `residual_norm_bytes`.
+FLOPs and bytes: `residual_norm_flops`, `residual_norm_bytes`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ __all__ = ["residual_norm", "residual_norm_bytes", "residual_norm_flops", "resid
 
 
 def residual_norm_flops(tokens: int, width: int, *, branch: bool = True, backward: bool = False) -> int:
-    """Operations of one pass, of the backward pass those that a forward pass has not done: one an element each.
+    """Return FLOPs of one pass, one per element and operation; the backward pass without recomputation.
 
     Forward: mean, centring, square, variance, scaling, weight, bias, and the branch's addition. Backward: weight; means
     of g and g · x̂ (3); the gradients of weight (2) and bias; dx of them (4), and the addition of s's.
@@ -49,9 +49,9 @@ def residual_norm_flops(tokens: int, width: int, *, branch: bool = True, backwar
 def residual_norm_bytes(
     tokens: int, width: int, *, branch: bool = True, backward: bool = False, element: int = 2
 ) -> int:
-    """Fewest bytes moved by one pass: forward x and the branch read, s and n written, or x read and n written.
+    """Return minimum bytes moved by one pass: forward x and branch read, s and n written; or x read and n written.
 
-    Backward: both gradients and s read, one written; weight read, and its gradient and the bias's written.
+    Backward: both gradients and s read, one written; weight read, its gradient and bias's written.
     """
     if backward:
         return element * (4 * tokens * width + 3 * width)
@@ -61,14 +61,14 @@ def residual_norm_bytes(
 def residual_norm_reference(
     x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, *, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor]:
-    """What `residual_norm` computes, in PyTorch's own operators. Arguments are not checked."""
+    """Compute `residual_norm` with PyTorch's operators. Arguments are not checked."""
     total = x if branch is None else x + branch
     return total, F.layer_norm(total, (total.shape[1],), weight, bias, eps)
 
 
 @torch.library.custom_op("iwm_fast::residual_norm", mutates_args=())
 def _operator(x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """s (N, D), or (0, D) without a branch, and n (N, D)."""
+    """Return s (N, D), or (0, D) without a branch, and n (N, D)."""
     total = torch.empty(x.shape[0] if branch is not None else 0, x.shape[1], dtype=x.dtype, device=x.device)
     if not x.numel():
         return total, torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -89,7 +89,7 @@ def _(x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, eps: float
 def _backward_operator(
     dnormed: Tensor, dtotal: Tensor | None, total: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of s (N, D), and of weight and bias (2, D), for those of n and, where there is one, of s."""
+    """Return the gradients of s (N, D), and of weight and bias (2, D), given those of n and, if any, of s."""
     grad = torch.empty(total.shape, dtype=total.dtype, device=total.device)
     if not total.numel():
         return grad, weight.new_zeros(2, weight.shape[0])
@@ -115,7 +115,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _gradients(ctx: Any, dtotal: Tensor | None, dnormed: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Of x, branch, weight, bias and eps. Only s used: its gradient passes as it is."""
+    """Return gradients of x, branch, weight, bias and eps. If only s is used, its gradient passes unchanged."""
     grad, dweight, dbias = dtotal, None, None
     if dnormed is not None:
         grad, sums = torch.ops.iwm_fast.residual_norm_backward(dnormed, dtotal, *ctx.saved_tensors, ctx.eps)
@@ -124,7 +124,7 @@ def _gradients(ctx: Any, dtotal: Tensor | None, dnormed: Tensor | None) -> tuple
 
 
 def _differentiate(ctx: Any, dtotal: Tensor | None, dnormed: Tensor | None) -> tuple[Tensor | None, ...]:
-    # Without a branch the first result has no rows, and nobody's gradient.
+    # Without a branch the first result has no rows and needs no gradient.
     return _gradients(ctx, dtotal if ctx.has_branch else None, dnormed)
 
 
@@ -132,7 +132,7 @@ _operator.register_autograd(_differentiate, setup_context=_keep)
 
 
 class _Beside(torch.autograd.Function):
-    """x and n, for an operator may not return its input: x's two gradients then meet in `_gradients`."""
+    """Return x and n from one node, which adds x's two gradients; an operator may not return its input."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, branch: None, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -158,26 +158,25 @@ def _backward_flops(dnormed: Any, *_: Any, **__: Any) -> int:
 def residual_norm(
     x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, *, eps: float = 1e-6, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
-    """The residual stream s = x + branch, and LN(s) · weight + bias.
+    """Return the residual stream s = x + branch, and LN(s) · weight + bias.
 
     Args:
-        x: (N, D), any floating type; N may be 0.
-        branch: (N, D) of x's type, what a block adds to the stream; or None: s is x, to go on with in x's place, so
-            that its gradient meets the normalisation's in one pass.
-        weight: (D,) of x's type.
-        bias: (D,) of x's type.
+        x: (N, D), any floating dtype; N may be 0.
+        branch: (N, D) of x's dtype, what a block adds to the stream; or None: s is x. Use s in x's place, so that its
+            gradient meets the LayerNorm's in one kernel.
+        weight: (D,) of x's dtype.
+        bias: (D,) of x's dtype.
         eps: added to the variance.
         backend: "triton", "reference", or "auto": Triton on CUDA for fp32, fp16 and bf16, else the reference.
 
-    Under autocast all arguments are taken to its type first, float64 aside, and nothing else changes: statistics and
-    sums stay fp32. The result can be
-    differentiated once; the Triton backend has no second derivative.
+    Under autocast all arguments are cast to its dtype first, except float64; statistics and sums stay fp32. The result
+    is differentiable once; the Triton backend has no second derivative.
 
     Returns:
-        s and its normalisation, (N, D) each, of x's type, or of autocast's.
+        s and its LayerNorm, (N, D) each, of x's dtype, or of autocast's.
 
     Raises:
-        ValueError: an argument is of the wrong shape, type or device; its name comes first.
+        ValueError: an argument has a wrong shape, dtype or device; the message begins with its name.
 
     """
     check_eps(eps)

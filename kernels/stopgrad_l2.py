@@ -1,21 +1,21 @@
-"""Squared L2 distance to a target that is never differentiated, with the target's rows gathered and normalised.
+"""Squared L2 distance to a target without gradient, whose rows are gathered and layer-normalised.
 
     loss = scale · Σ_n ‖ pred[n] − [LN](target[index[n]]) ‖²
 
-pred (N, D); target (M, D); index (N,) int64 or None; a row n with index[n] = -1 has no target and is left out of the
-sum, its gradient is 0. All arithmetic is fp32 for half inputs.
+pred (N, D); target (M, D); index (N,) int64 or None. A row n with index[n] = -1 has no target: it is left out of the
+sum and its gradient is 0. Arithmetic is fp32 for half-precision inputs.
 
-Fused (Triton): gather, normalisation, difference, square and sum, and, where pred wants one, the gradient
-2 · scale · (pred − target), all from one read of pred and of its target rows. The sum is taken in two ordered stages:
-equal inputs give equal bits. The gradient is written for an incoming gradient of 1, which is what the backward pass
-then gets: it costs nothing more. For any other (a loss scale, say) it is made again from pred and target, because a
-gradient that has been rounded to half cannot be scaled without rounding it twice, or losing it in fp16's subnormals. A
-compiled graph makes it in its backward pass only.
+Fused (Triton): gather, normalisation, difference, square and sum, and, if pred requires one, the gradient
+2 · scale · (pred − target), from one read of pred and of its target rows. The sum has two ordered stages: equal inputs
+give equal bits. The gradient is written for an upstream gradient of 1, which is what the backward pass gets, so that
+pass is free. For any other upstream gradient (a loss scale, say) it is recomputed from pred and target: a gradient
+already rounded to half cannot be scaled without rounding twice or underflowing in fp16. A compiled graph computes it in
+the backward pass only.
 
-Reference (plain PyTorch, below): keeps the fp32 difference for the backward pass, and nothing where no gradient is
-asked for.
+Reference (plain PyTorch, below): saves the fp32 difference for the backward pass, and nothing if no gradient is
+required.
 
-Operations and bytes: `stopgrad_l2_flops`, `stopgrad_l2_bytes`.
+FLOPs and bytes: `stopgrad_l2_flops`, `stopgrad_l2_bytes`.
 """
 
 from __future__ import annotations
@@ -38,25 +38,25 @@ from ._lib.rows import launching, rows_in_warps, rows_together
 __all__ = ["stopgrad_l2", "stopgrad_l2_bytes", "stopgrad_l2_flops", "stopgrad_l2_reference"]
 
 _REDUCTIONS = ("mean", "token_mean", "sum")
-# Programs of a launch that may find nothing to do: about four for each multiprocessor of a large GPU.
+# Programs of a launch that may find nothing to do: about four per multiprocessor of a large GPU.
 _FEW_PROGRAMS = 512
 
 
 def stopgrad_l2_flops(tokens: int, width: int, *, normalize_target: bool = False) -> int:
-    """Operations, gradient included: difference, square, sum and scaling; the normalisation's five more."""
+    """Return FLOPs, gradient included: difference, square, sum and scaling; five more for the normalisation."""
     return tokens * width * (9 if normalize_target else 4)
 
 
 def stopgrad_l2_bytes(tokens: int, width: int, *, element: int = 2, indexed: bool = True, gradient: bool = True) -> int:
-    """Fewest bytes moved: pred and its target rows read once, the gradient written once.
+    """Return minimum bytes moved: pred and its target rows read once, the gradient written once.
 
-    `element` is the bytes of one number.
+    `element`: bytes per element.
     """
     return tokens * (width * element * (3 if gradient else 2) + (8 if indexed else 0))
 
 
 def _difference(pred: Tensor, target: Tensor, index: Tensor | None, normalize_target: bool, eps: float) -> Tensor:
-    """Compute pred − [LN](target[index]), (N, D), in fp32 or better."""
+    """Return pred − [LN](target[index]), (N, D), in fp32 or better."""
     exact = torch.promote_types(pred.dtype, torch.float32)
     absent = _without_target(index)
     if absent is not None and index is not None:
@@ -70,14 +70,14 @@ def _difference(pred: Tensor, target: Tensor, index: Tensor | None, normalize_ta
 
 
 def _without_target(index: Tensor | None) -> Tensor | None:
-    """bool (N, 1): the rows that have no target; None where that can be seen, without waiting, to be no row."""
+    """Return bool (N, 1), True where a row has no target; None if values on the CPU show that all rows have one."""
     if index is None or (looked_at(index) and int(index.numpy().min()) >= 0):
         return None
     return (index == -1)[:, None]
 
 
 class _StopGradL2(torch.autograd.Function):
-    """Sum of squares with the gradient's numerator kept; gradient to `pred` alone."""
+    """Sum of squares that saves the gradient's numerator; the gradient goes to `pred` only."""
 
     @staticmethod
     def forward(
@@ -92,12 +92,12 @@ class _StopGradL2(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (difference,) = ctx.saved_tensors
-        # The incoming gradient may be a loss scale: it is applied before the cast, or small gradients vanish in half.
+        # The upstream gradient may be a loss scale: multiply before the cast, or small gradients underflow in half.
         return (difference * (grads[0] * (2 * ctx.scale))).to(ctx.dtype), None, None, None, None, None
 
 
 def _factor(pred: Tensor, reduction: str, scale: float) -> float:
-    """The factor of Σ‖·‖² that reduction and scale mean; of an empty sum, any finite number."""
+    """Return the factor of Σ‖·‖² for reduction and scale; any finite number for an empty sum."""
     if reduction == "sum":
         return scale
     return scale / max(pred.shape[0] if reduction == "token_mean" else pred.numel(), 1)
@@ -113,7 +113,7 @@ def stopgrad_l2_reference(
     scale: float = 1.0,
     eps: float = 1e-6,
 ) -> Tensor:
-    """What `stopgrad_l2` computes, in PyTorch's own operators. Arguments are not checked."""
+    """Compute `stopgrad_l2` with PyTorch's operators. Arguments are not checked."""
     factor = _factor(pred, reduction, scale)
     target = target.detach()
     if pred.requires_grad and torch.is_grad_enabled():
@@ -132,10 +132,11 @@ def distance_kernel(
     HAS_INCOMING: tl.constexpr, SKIP_ONE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Sums (programs,) fp32: Σ‖pred − [LN](target[index])‖² of ROWS rows each; grad (N, D): 2 · scale · difference.
+    """Write sums (programs,) fp32: Σ‖pred − [LN](target[index])‖² of ROWS rows each; and grad (N, D).
 
-    ROWS is a multiple of BLOCK_N. incoming (1,) fp32 multiplies the gradient; with SKIP_ONE an incoming 1 leaves grad
-    as it is. A row of target that does not exist counts as NaN; index -1 asks for none: no distance, a gradient of 0.
+    grad is 2 · scale · difference. ROWS is a multiple of BLOCK_N. incoming (1,) fp32 multiplies the gradient; with
+    SKIP_ONE an incoming 1 leaves grad unchanged. A target row out of range counts as NaN. Index -1: no distance, and a
+    gradient of 0.
     """
     i = tl.program_id(0)
     factor = 2.0 * scale
@@ -157,7 +158,7 @@ def distance_kernel(
             wanted = tl.load(index_ptr + o_n, mask=m_n, other=0)
             m_l = m_n & (wanted != -1)
         m_t = m_n & (wanted >= 0) & (wanted < M)
-        # All of a row is asked for before any of its gradient is written.
+        # Issue all loads of a row before any store of its gradient.
         targets = ()
         preds = ()
         for part in tl.static_range(PARTS):
@@ -190,7 +191,7 @@ def distance_kernel(
 @triton.jit(do_not_specialize=["COUNT"])
 @no_type_check
 def total_kernel(sums_ptr, out_ptr, COUNT, scale, BLOCK: tl.constexpr):
-    """out (1,) = scale · Σ sums fp32 (COUNT,), in fp64 and in a fixed order; one program."""
+    """Write out (1,) = scale · Σ sums fp32 (COUNT,), in fp64 and in a fixed order; one program."""
     acc = tl.zeros((BLOCK,), tl.float64)
     for first in range(0, COUNT, BLOCK):
         o = first + tl.arange(0, BLOCK)
@@ -202,11 +203,11 @@ def launch_distance(
     pred: Tensor, target: Tensor, index: Tensor | None, normalize: bool, scale: float, eps: float, *,
     sums: Tensor | None = None, grad: Tensor | None = None, incoming: Tensor | None = None, skip_one: bool = False,
 ) -> None:  # fmt: skip
-    """Launch `distance_kernel` for what is wanted: `sums`, `grad` or both."""
+    """Launch `distance_kernel`, writing `sums`, `grad` or both."""
     rows, width = pred.shape
     pred, target = rows_together(pred), rows_together(target)
     block_n, block_d, parts, warps = rows_in_warps(width, pred.element_size())
-    # Where there may be nothing to do, few programs find that out; else a program for each block of rows.
+    # A launch that may have nothing to do uses few programs; others use one per block of rows.
     depth = block_n * (triton.cdiv(triton.cdiv(rows, block_n), _FEW_PROGRAMS) if skip_one else 1)
     with launching(pred):
         distance_kernel[(triton.cdiv(rows, depth),)](
@@ -231,7 +232,7 @@ def launch_total(sums: Tensor, scale: float, out: Tensor) -> None:
 def _operator(
     pred: Tensor, target: Tensor, index: Tensor | None, normalize: bool, scale: float, eps: float, with_grad: bool
 ) -> tuple[Tensor, Tensor]:
-    """The loss, fp32, and its gradient (N, D), or (0, D) unless it is asked for."""
+    """Return the loss, fp32, and its gradient (N, D), or (0, D) if none is required."""
     grad = torch.empty(pred.shape[0] if with_grad else 0, pred.shape[1], dtype=pred.dtype, device=pred.device)
     if not pred.numel():
         return pred.new_zeros((), dtype=torch.float32), grad
@@ -255,7 +256,7 @@ def _(
 def _backward_operator(
     incoming: Tensor, pred: Tensor, target: Tensor, index: Tensor | None, normalize: bool, scale: float, eps: float
 ) -> Tensor:
-    """The loss's gradient times `incoming`, (N, D), from pred and target."""
+    """Return the loss's gradient times `incoming`, (N, D), from pred and target."""
     grad = torch.empty(pred.shape, dtype=pred.dtype, device=pred.device)
     if grad.numel():
         factor = incoming.float().reshape(1)
@@ -273,7 +274,7 @@ def _scale_operator(
     grad: Tensor, incoming: Tensor, pred: Tensor, target: Tensor, index: Tensor | None, normalize: bool, scale: float,
     eps: float,
 ) -> None:  # fmt: skip
-    """Turn `grad` (N, D), the loss's gradient, into that times `incoming`; where incoming is 1 it stays untouched."""
+    """Multiply `grad` (N, D), the loss's gradient, by `incoming`; an incoming 1 leaves it untouched."""
     if grad.numel():
         factor = incoming.float().reshape(1)
         launch_distance(pred, target, index, normalize, scale, eps, grad=grad, incoming=factor, skip_one=True)
@@ -284,7 +285,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(pred, target, index)
-    # Not a saved tensor: it is handed over by the first backward pass, and a second one makes its own.
+    # Not a saved tensor: the first backward pass returns it, and a second one computes its own.
     ctx.grad = output[1] if with_grad else None
 
 
@@ -294,7 +295,7 @@ def _differentiate(ctx: Any, incoming: Tensor | None, _: None) -> tuple[Tensor |
         return (None, *nothing)
     saved = (*ctx.saved_tensors, *ctx.options)
     grad, ctx.grad = ctx.grad, None
-    # A graph that is being traced may not write into what its forward pass returned: there it is made anew too.
+    # A traced graph may not write into what its forward pass returned: recompute there too.
     if grad is None or type(incoming) is not Tensor:
         return (torch.ops.iwm_fast.stopgrad_l2_backward(incoming, *saved), *nothing)
     torch.ops.iwm_fast.stopgrad_l2_scale_(grad, incoming, *saved)
@@ -320,30 +321,29 @@ def stopgrad_l2(
     eps: float = 1e-6,
     backend: str = "auto",
 ) -> Tensor:
-    """Σ‖pred − [LN](target[index])‖², reduced; the gradient goes to `pred` only, whatever `target` requires.
+    """Return Σ‖pred − [LN](target[index])‖², reduced; the gradient goes to `pred` only, even if `target` requires one.
 
     Args:
-        pred: (N, D), any floating type; N may be 0, which gives 0.
-        target: (M, D), of pred's type.
-        index: (N,) int64, the row of `target` for each prediction; None: N = M. -1, with reduction "sum" alone: this
-            prediction has no target; it adds nothing and its gradient is 0. Rows out of range, and -1 with another
-            reduction, are found on the CPU only (elsewhere that would wait for the device).
-        normalize_target: layer-normalise each target row, without affine.
+        pred: (N, D), any floating dtype; N may be 0, which gives 0.
+        target: (M, D), of pred's dtype.
+        index: (N,) int64, the row of `target` for each prediction; None: N = M. -1, with reduction "sum" only: no
+            target for this prediction, which adds nothing and gets a gradient of 0. Values out of range, and -1 with
+            another reduction, are checked on the CPU only (elsewhere that would synchronise).
+        normalize_target: layer-normalise each target row, without affine parameters.
         reduction: "mean" over N · D, "token_mean" over N, or "sum".
-        scale: multiplies the loss. What is known before the backward pass belongs here, where it costs nothing, and not
-            into a product with the loss afterwards.
+        scale: multiplies the loss. Pass factors known before the backward pass here, where they are free, instead of
+            multiplying the loss.
         eps: added to the variance of the normalisation.
         backend: "triton", "reference", or "auto": Triton on CUDA for fp32, fp16 and bf16, else the reference.
 
-    Under autocast, which gives products in half and normalisations in fp32, pred and target may be of two types: both
-    are then taken to the wider one. Nothing else changes: the arithmetic is fp32 as ever. The result can be
-    differentiated once.
+    Under autocast, which gives matmuls in half and normalisations in fp32, pred and target may have two dtypes: both
+    are cast to the wider one. Arithmetic is fp32 regardless. The result is differentiable once.
 
     Returns:
         A scalar, fp32 (float64 for float64 predictions).
 
     Raises:
-        ValueError: an argument is of the wrong shape, type or device; its name comes first.
+        ValueError: an argument has a wrong shape, dtype or device; the message begins with its name.
 
     """
     check_eps(eps)

@@ -1,1 +1,1 @@
-"""What `python -m iwm_fast.kernels.aot` is made of."""
+"""Parts of `python -m iwm_fast.kernels.aot`."""

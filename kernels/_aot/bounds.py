@@ -1,17 +1,16 @@
-"""How fast a compiled kernel can be at most, from its machine code: issue slots, tensor cores, waves, bytes from L2.
+"""Upper bounds of a compiled kernel's speed, from its machine code: issue slots, tensor cores, waves, L2 bandwidth.
 
-Of one tile on one SM, in cycles, with one instruction a cycle and scheduler (four of them) and 4,096 operations of the
-tensor cores a cycle:
+For one tile on one SM, in cycles, with one instruction per cycle and scheduler (four of them) and 4,096 tensor core
+operations per cycle:
 
     T   tensor cores        2 · block_n · block_m · depth / 4096
-    I   the main loop       warps / 4 · instructions of a turn · turns
-    E   what is outside     warps / 4 · instructions of a tile that are not in it
-    serial      T / (max(T, I) + E)       the epilogue of a tile waits for its loop, and the next loop for it
+    I   the main loop       warps / 4 · instructions per iteration · iterations
+    E   outside the loop    warps / 4 · instructions of a tile outside the loop
+    serial      T / (max(T, I) + E)       a tile's epilogue waits for its loop, and the next loop for the epilogue
     overlapped  T / max(T, I + E)         the epilogue runs beside another tile's loop
 
-The second is a bound only where that can be: where two programs fit an SM, or where one program walks over the tiles
-and has asked for the next tile's operands before the epilogue. The bound by L2 is apart: the share of peak at which the
-operands' bytes arrive at the rates of L2_RATES.
+Overlap is possible only if two programs fit on an SM, or if a persistent program issues the next tile's loads before
+the epilogue. The L2 bound is separate: the share of peak if operands arrive at the rates of L2_RATES.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from .sass import Code
 
 __all__ = ["L2_RATES", "Bound", "bounds_of", "matrix_bound", "role_of"]
 
-# Bytes a second from L2 to all SMs, not measured yet; and the clock at which it would be reached.
+# Assumed bytes per second from L2 to all SMs, not measured yet; and the clock that goes with them.
 L2_RATES = (5.5e12, 7e12)
 _FLOPS_A_CYCLE = {"sm_80": 2048, "sm_90": 4096, "sm_100": 8192}
 _CLOCK = 1.755e9
@@ -38,7 +37,7 @@ _MULTIPLIES = ("hidden", "project", "dx", "hidden_backward", "weight_grad")
 
 @dataclass(frozen=True)
 class Bound:
-    """What `python -m iwm_fast.kernels.aot --bounds` prints of a kernel and a configuration."""
+    """One row of `python -m iwm_fast.kernels.aot --bounds`: a kernel and a configuration."""
 
     kernel: str
     role: str
@@ -49,7 +48,7 @@ class Bound:
     loop_instructions: int
     outside_instructions: int
     loop_barriers: int
-    # Of the loop and around it.
+    # In the loop and around it.
     barriers: int
     registers: int
     spill_bytes: int
@@ -61,24 +60,24 @@ class Bound:
     serial: float | None = None
     overlapped: float | None = None
     l2_bytes_per_token: float | None = None
-    # Share of peak at each of L2_RATES, were bytes from L2 all that takes time.
+    # Share of peak at each of L2_RATES, if L2 were the only limit.
     by_l2: tuple[float, ...] | None = None
     last_wave: float | None = None
-    # Partial sums of a weight gradient, written and read, a token.
+    # Partial sums of a weight gradient, written and read, per token.
     partial_bytes_per_token: float | None = None
-    # What an activation adds to a kernel that reads and writes each number once.
+    # Instructions that an activation adds to an elementwise kernel.
     instructions_per_element: float | None = None
 
     @property
     def limit(self) -> float | None:
-        """The least of the bounds, a share of peak: by issue slots and tensor cores, and by L2 at its higher rate."""
+        """Return the least bound as a share of peak: issue slots and tensor cores, and L2 at its higher rate."""
         if self.serial is None or self.by_l2 is None:
             return None
         return min(self.serial if self.overlapped is None else self.overlapped, self.by_l2[-1])
 
 
 def role_of(launch: Launch) -> str:
-    """What a kernel is launched for: hidden, project, dx, hidden_backward, weight_grad, norm_backward, ..."""
+    """Return a kernel's role: hidden, project, dx, hidden_backward, weight_grad, norm_backward, ..."""
     name, given = launch.kernel.__name__.removesuffix("_kernel"), launch.arguments
     if name != "linear":
         return name
@@ -88,7 +87,7 @@ def role_of(launch: Launch) -> str:
 
 
 def bounds_of(launch: Launch, arch: str, code: Code, *, registers: int, spill_bytes: int, programs: int) -> list[Bound]:
-    """The bounds of a compiled launch, for each of its shapes where it multiplies; none for a kernel without a loop."""
+    """Return the bounds of a compiled launch, one per shape if it is a matmul; none for a kernel without a loop."""
     role = role_of(launch)
     multiplies = role in _MULTIPLIES
     loop = code.loop(matrix=multiplies)
@@ -110,7 +109,7 @@ def bounds_of(launch: Launch, arch: str, code: Code, *, registers: int, spill_by
 
 
 def matrix_bound(role: str, shape: str, about: dict[str, Any]) -> dict[str, Any]:
-    """What can be said of a multiply of a shape: cycles, bounds, bytes, waves; `about`: `Bound`'s other fields."""
+    """Return what is known of a matmul of a shape: cycles, bounds, bytes, waves; `about`: `Bound`'s other fields."""
     width, hidden, _ = SHAPES[shape]
     arch, config, tokens = about["arch"], about["config"], TOKENS[shape]
     n, m, k = config["BLOCK_N"], config["BLOCK_M"], config["BLOCK_K"]
@@ -131,9 +130,9 @@ def matrix_bound(role: str, shape: str, about: dict[str, Any]) -> dict[str, Any]
         across = triton.cdiv(columns, m)
         tiles = triton.cdiv(tokens, n) * across
         traffic, useful = copies * _ELEMENT * depth * (across + columns / n), copies * 2 * columns * depth
-    seconds = useful / (peak * processors * _CLOCK)  # of a token, at peak
+    seconds = useful / (peak * processors * _CLOCK)  # per token, at peak
     tensor = copies * 2 * n * m * depth / peak
-    # Both multiplies of the hidden layer's backward pass run one after the other, or in one loop of twice the work.
+    # The hidden layer's two matmuls in the backward pass run one after the other, or in one loop of twice the work.
     turns = depth / k * (1 if config["TMA"] else copies)
     loop, outside = (config["num_warps"] / 4 * about[key] for key in ("loop_instructions", "outside_instructions"))
     loop *= turns

@@ -1,4 +1,4 @@
-"""What the operators launch, recorded without a GPU: the launchers run on tensors without memory."""
+"""Record the operators' launches without a GPU, by running the launchers on meta tensors."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ __all__ = [
 ]
 
 Signature = tuple[dict[str, str], dict[tuple[int, ...], Any], dict[tuple[int, ...], Any]]
-# Width, hidden units and actions of what the configurations train: predictors' blocks with and without actions, the
-# mask tokens' mixer (no normalisation, no residual), ViT-B's blocks.
+# Width, hidden width and actions that the configurations train: predictor blocks with and without actions, the mask
+# tokens' mixer (no normalisation, no residual), ViT-B's blocks.
 SHAPES = {
     "block 384": (384, 1536, 16),
     "block 192": (192, 768, 16),
@@ -50,18 +50,18 @@ SHAPES = {
 }
 # Tokens of a step at those sizes: 512 images of 196 tokens, and 256.
 TOKENS = {"block 384": 100_352, "block 192": 100_352, "mixer 384": 100_352, "encoder 768": 50_176}
-# Sides of the patches that the configurations cut, and of ViT-H's.
+# Patch sizes of the configurations, and of ViT-H.
 PATCHES = (4, 8, 14, 16)
-# Widths and hidden widths of target encoders, ViT-B to ViT-H: factors in fp8, on the architectures that have it.
+# Widths and hidden widths of target encoders, ViT-B to ViT-H: operands in fp8, on architectures that have it.
 E4M3_WIDTHS = (768, 1280, 3072, 5120)
 _HAS_E4M3 = 89
 
 
 @dataclass(frozen=True, eq=False)
 class Launch:
-    """A launch as the launchers made it: the kernel, its arguments by name, its options, and what it belongs to.
+    """One launch: the kernel, its arguments by name, its options, and the work that it belongs to.
 
-    shapes: `shape`, and those whose launch is compiled to the same code.
+    shapes: `shape`, and those whose launch compiles to the same code.
     """
 
     kernel: JITFunction
@@ -72,7 +72,7 @@ class Launch:
 
 
 class _EveryCandidate:
-    """In the tuner's place: launches all of an architecture's candidates one after another, a library's kernels too."""
+    """Replaces the tuner: launches all candidates of an architecture in turn, the library's kernels too."""
 
     def __init__(self, arch: str) -> None:
         self.arch = arch
@@ -84,7 +84,7 @@ class _EveryCandidate:
 
 @contextmanager
 def recording(record: Callable[[JITFunction, dict[str, Any]], None]) -> Iterator[None]:
-    """Give each launch of a Triton kernel, with its arguments and options by name, to `record` instead of a device."""
+    """Pass each launch of a Triton kernel, with arguments and options by name, to `record` instead of a device."""
 
     def run(kernel: JITFunction, *_: Any, grid: Any, warmup: bool, **given: Any) -> None:
         record(kernel, given)
@@ -99,7 +99,7 @@ def recording(record: Callable[[JITFunction, dict[str, Any]], None]) -> Iterator
 
 
 def record_launches(arch: str, dtype: torch.dtype = torch.bfloat16) -> list[Launch]:
-    """Every launch of all operators, forward and backward, at the sizes of SHAPES and PATCHES, distinct ones once."""
+    """Return every distinct launch of all operators, forward and backward, at the sizes of SHAPES and PATCHES."""
     found: dict[str, Launch] = {}
 
     def record(kernel: JITFunction, given: dict[str, Any]) -> None:
@@ -117,7 +117,7 @@ def record_launches(arch: str, dtype: torch.dtype = torch.bfloat16) -> list[Laun
 
 
 def _works(arch: str, dtype: torch.dtype) -> dict[str, Callable[[], None]]:
-    """What launches, by the name that reports give it. All on tensors without memory."""
+    """Return the functions that launch, by the name that reports give them; all on meta tensors."""
     works: dict[str, Callable[[], None]] = {
         name: partial(_launch_block, *sizes, dtype) for name, sizes in SHAPES.items()
     }
@@ -155,7 +155,7 @@ def _launch_average(elements: int, dtype: torch.dtype) -> None:
 
 
 def _launch_block(width: int, hidden: int, actions: int, dtype: torch.dtype) -> None:
-    """The MLP and the loss; 63 tokens, so that no kernel may count on a round number."""
+    """Launch the MLP and the loss, with 63 tokens, so that no kernel may rely on a round number."""
     empty = partial(_empty, kind=dtype)
     images = 3
     action = (empty(images, actions), empty(hidden, actions)) if actions else (None, None)
@@ -165,7 +165,7 @@ def _launch_block(width: int, hidden: int, actions: int, dtype: torch.dtype) -> 
         empty(hidden, width), empty(hidden), empty(width, hidden), empty(width),
         *action, cu_seqlens, *norm, norm[0] is not None, 1e-6, "gelu",
     )  # fmt: skip
-    for tokens, workspace in ((63, workspace_bytes()), (150, 1)):  # whole, and in chunks of which the last is shorter
+    for tokens, workspace in ((63, workspace_bytes()), (150, 1)):  # whole, and in chunks with a shorter last one
         forward: tuple[Any, ...] = (empty(tokens, width), *weights, workspace)
         passes.forward(*forward)
         backward: tuple[Any, ...] = (empty(tokens, width), *forward, True)
@@ -182,7 +182,7 @@ def _launch_block(width: int, hidden: int, actions: int, dtype: torch.dtype) -> 
 
 
 def _launch_stream(width: int, dtype: torch.dtype) -> None:
-    """What runs around a block and before the first: the residual stream's normalisation, the predictor's input."""
+    """Launch what runs around a block and before the first: the residual stream's LayerNorm, the predictor's input."""
     empty = partial(_empty, kind=dtype)
     x, row, patches = empty(63, width), empty(width), _empty(63, kind=torch.int64)
     for branch in (None, x):
@@ -196,10 +196,10 @@ def _launch_stream(width: int, dtype: torch.dtype) -> None:
 
 
 def specialise(kernel: JITFunction, given: dict[str, Any], arch: str) -> list[tuple[str, Any]]:
-    """What a kernel is compiled for when it is launched with arguments and options by name, as Triton's launcher says.
+    """Return how Triton's launcher specialises a kernel for arguments and options by name.
 
-    Of each argument its type, with its value where that is a constant, else with what is known of it ("D": it divides
-    by 16).
+    For each argument: its type, with its value if it is a constant, else with what is known of it ("D": a multiple of
+    16).
     """
     return _binder(kernel, arch)(**given)[1]
 
@@ -211,7 +211,7 @@ def _binder(kernel: JITFunction, arch: str) -> Callable[..., Any]:
 
 
 def signature(launch: Launch, arch: str) -> Signature:
-    """Types by name, constants and attributes by place, specialised as Triton's launcher does."""
+    """Return types by name, constants and attributes by position, specialised as by Triton's launcher."""
     types: dict[str, str] = {}
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], Any] = {}

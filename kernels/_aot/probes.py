@@ -1,4 +1,4 @@
-"""Tiny kernels that are compiled and never launched: what GELU takes of the machine code is read off them."""
+"""Tiny kernels that are compiled and never launched, to count GELU's instructions in the machine code."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["gelu_and_slope_probe", "gelu_probe"]
 @triton.jit
 @no_type_check
 def gelu_probe(u_ptr, out_ptr, KIND: tl.constexpr, BLOCK: tl.constexpr):
-    """out = gelu(u), or u where KIND is "none"."""
+    """out = gelu(u), or u if KIND is "none"."""
     o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     u = tl.load(u_ptr + o).to(tl.float32)
     if KIND != "none":
@@ -26,7 +26,7 @@ def gelu_probe(u_ptr, out_ptr, KIND: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit
 @no_type_check
 def gelu_and_slope_probe(u_ptr, d_ptr, out_ptr, dout_ptr, KIND: tl.constexpr, BLOCK: tl.constexpr):
-    """out = gelu(u) and dout = d · gelu'(u), or u and d · u where KIND is "none"."""
+    """out = gelu(u) and dout = d · gelu'(u), or u and d · u if KIND is "none"."""
     o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     u = tl.load(u_ptr + o).to(tl.float32)
     d = tl.load(d_ptr + o).to(tl.float32)

@@ -1,4 +1,4 @@
-"""What a compiled kernel takes of the chip, and how fast it can be at most: as values, as lines, as a page."""
+"""Resources of a compiled kernel and upper bounds of its speed: as values, as lines, as a page."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _BLOCKS = ("BLOCK_N", "BLOCK_M", "BLOCK_K")
 
 @dataclass(frozen=True)
 class Report:
-    """What a compiled kernel takes. spill_bytes: of local memory a thread. programs: that fit on a multiprocessor."""
+    """Resources of a compiled kernel. spill_bytes: local memory per thread. programs: per multiprocessor."""
 
     kernel: str
     arch: str
@@ -34,18 +34,18 @@ class Report:
 
     @property
     def fault(self) -> str | None:
-        """Why this may not ship, or None."""
+        """Return why the kernel may not ship, or None."""
         if self.spill_bytes:
-            return f"spills {self.spill_bytes} bytes a thread"
+            return f"spills {self.spill_bytes} bytes per thread"
         if self.kernel in _MULTIPLIES and not self.matrix_instructions:
             return "has no matrix instruction"
         if self.shared_bytes > SHARED_LIMIT[self.arch]:
-            return f"wants {self.shared_bytes} bytes of shared memory; {self.arch} has {SHARED_LIMIT[self.arch]}"
+            return f"needs {self.shared_bytes} bytes of shared memory; {self.arch} has {SHARED_LIMIT[self.arch]}"
         return None
 
 
 def bound_line(bound: Bound) -> str:
-    """The bounds of a kernel with what they come from."""
+    """Return a kernel's bounds, and what they are computed from, as one line."""
     c = bound.config
     blocks = "x".join(str(v) for k, v in c.items() if k in _BLOCKS)
     text = (
@@ -64,14 +64,14 @@ def bound_line(bound: Bound) -> str:
     )
     if bound.l2_bytes_per_token is not None and bound.by_l2 is not None:
         shares = ", ".join(f"{share:.0%}" for share in bound.by_l2)
-        text += f"  L2 {bound.l2_bytes_per_token / 1e3:.1f} KB a token ({shares})"
+        text += f"  L2 {bound.l2_bytes_per_token / 1e3:.1f} KB/token ({shares})"
     if bound.partial_bytes_per_token is not None:
-        text += f"  partial sums {bound.partial_bytes_per_token / 1e3:.1f} KB a token"
+        text += f"  partial sums {bound.partial_bytes_per_token / 1e3:.1f} KB/token"
     return text
 
 
 def report_line(report: Report) -> str:
-    """What a kernel takes, on a line."""
+    """Return a kernel's resources as one line."""
     config = report.config
     blocks = "x".join(str(v) for k, v in config.items() if k.startswith("BLOCK_"))
     tail = f"parts {config['PARTS']}" if "PARTS" in config else f"stages {config.get('num_stages', '-')}"
@@ -90,12 +90,12 @@ _COLUMNS = (
 
 
 def page(reports: list[Report]) -> str:
-    """The rows as a page."""
+    """Return the rows as a Markdown page."""
     bounds = [row for report in reports for row in report.bounds if row.limit is not None]
     words = f"--arch {' '.join(sorted({r.arch for r in reports}))}{' --bounds' if bounds else ''}"
     command = f"python -m iwm_fast.kernels.aot {words} --markdown FILE"
     lines = [
-        "# What the kernels take of the chip",
+        "# Resources of the kernels",
         "",
         f"Compiled ahead of time with Triton {triton.__version__}, no GPU, by",
         f"`{command}`.",
@@ -103,7 +103,7 @@ def page(reports: list[Report]) -> str:
         *(_bounds_section(bounds) if bounds else []),
         "## Registers, shared memory, instructions",
         "",
-        "Programs: that fit on an SM at once, an estimate from registers, threads and shared memory.",
+        "Programs: how many fit on an SM at once, estimated from registers, threads and shared memory.",
         "",
         "| " + " | ".join(_COLUMNS) + " |",
         "|---" * len(_COLUMNS) + "|",
@@ -127,14 +127,14 @@ _BOUND_COLUMNS = (
 
 
 def _bounds_section(bounds: list[Bound]) -> list[str]:
-    """How fast the multiplies can be at most, as a table."""
+    """Return the upper bounds of the matmuls' speed as a table."""
     lines = [
-        "## How fast they can be at most",
+        "## Upper bounds of speed",
         "",
         "Counted in the machine code, not measured. Cycles per tile on one SM: T of the tensor cores, I of the main",
-        "loop's instructions, E of those outside it. Shares of the tensor cores' peak: serial, T / (max(T, I) + E);",
-        "overlapped, T / max(T, I + E), where the epilogue of one tile can run beside the loop of another. The rate of",
-        "L2 has not been measured: both are assumed.",
+        "loop's instructions, E of the others. Shares of the tensor cores' peak: serial, T / (max(T, I) + E);",
+        "overlapped, T / max(T, I + E), if the epilogue of one tile can run beside the loop of another. L2",
+        "bandwidth has not been measured: both rates are assumed.",
         "",
         "| " + " | ".join(_BOUND_COLUMNS) + " |",
         "|---" * len(_BOUND_COLUMNS) + "|",

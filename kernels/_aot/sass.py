@@ -1,4 +1,4 @@
-"""The machine code of a cubin, read with Triton's disassembler: blocks, the main loop, what is in and around it."""
+"""Parse a cubin's machine code, as printed by Triton's disassembler: basic blocks and the main loop."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ _LABEL = re.compile(r"^\s*(\.L\w*):")
 _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(.*?);")
 _JUMP = re.compile(r"\b(BRA|EXIT|RET|BRX|JMP)\b")
 _ALWAYS = re.compile(r"^(EXIT|RET\S*|JMP|BRA(?:\.(?!DIV|CONV)\S+)*)\s*(?:`\(|$)")
-# A loop around the tiles holds an epilogue beside the loop over the depth: half as long again as that.
+# A loop over tiles has an epilogue beside the loop over the depth: half as long again as that.
 _PERSISTENT = 1.5
 
 
 @dataclass(frozen=True)
 class Loop:
-    """The loop with the most matrix instructions for each of its instructions.
+    """The loop with the most matrix instructions per instruction.
 
-    instructions, matrix, barriers: of one turn. outside: instructions of a tile that are not in it. persistent: whether
-    one program walks over the tiles, so that the loop lies in another.
+    instructions, matrix, barriers: per iteration. outside: a tile's instructions outside the loop. persistent: whether
+    one program iterates over tiles, so that this loop is nested in another.
     """
 
     instructions: int
@@ -43,14 +43,14 @@ class Loop:
 
 @dataclass(frozen=True)
 class Code:
-    """blocks: instructions that run one after another; follows: for each, the blocks that may come next."""
+    """blocks: basic blocks of instructions; follows: for each, the blocks that may come next."""
 
     blocks: tuple[tuple[str, ...], ...]
     follows: tuple[tuple[int, ...], ...]
 
     @staticmethod
     def parse(text: str) -> Code:
-        """Read what nvdisasm -c prints of one function."""
+        """Parse the output of nvdisasm -c for one function."""
         labels: dict[str, int] = {}
         blocks: list[list[str]] = [[]]
         for line in text.splitlines():
@@ -75,21 +75,21 @@ class Code:
 
     @cached_property
     def total(self) -> int:
-        """Instructions that do something."""
+        """Return the number of instructions without no-ops."""
         return sum(map(_working, self.blocks))
 
     @property
     def matrix_shapes(self) -> dict[str, int]:
-        """How often each shape of wgmma stands in the code."""
+        """Return the count of each shape of wgmma in the code."""
         return dict(Counter(found[1] for block in self.blocks for i in block for found in _SHAPE.finditer(i)))
 
     @property
     def barriers(self) -> int:
-        """Places at which the warps of a program wait for one another."""
+        """Return the number of barriers between the warps of a program."""
         return sum(_plain(instruction).startswith("BAR.") for block in self.blocks for instruction in block)
 
     def loop(self, *, matrix: bool = True) -> Loop | None:
-        """The main loop: of matrix instructions, or the longest where not `matrix`; None where there is none."""
+        """Return the main loop: of matrix instructions, or the longest if not `matrix`; None without loops."""
         best: tuple[float, tuple[int, ...], set[int]] | None = None
         for part in _circles(self.follows):
             for block in part:
@@ -114,7 +114,7 @@ class Code:
         )
 
     def _shortest_turn(self, start: int, part: set[int]) -> tuple[int, ...]:
-        """The blocks of the shortest way from a block back to it."""
+        """Return the blocks of the shortest path from a block back to it."""
         best, before = {start: 0}, dict[int, int]()
         heap = [(0, start)]
         while heap:
@@ -131,11 +131,11 @@ class Code:
                 if after in part and farther < best.get(after, farther + 1):
                     best[after], before[after] = farther, here
                     heapq.heappush(heap, (farther, after))
-        raise RuntimeError("a block of a circle does not lead back to itself")
+        raise RuntimeError("a block of a cycle has no path back to itself")
 
 
 def disassemble(cubin: bytes) -> Code:
-    """The code of a cubin that holds one function."""
+    """Return the code of a cubin that holds one function."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -145,7 +145,7 @@ def disassemble(cubin: bytes) -> Code:
 
 
 def _plain(instruction: str) -> str:
-    """Without its predicate."""
+    """Return an instruction without its predicate."""
     return instruction.split(maxsplit=1)[-1] if instruction.startswith("@") else instruction
 
 
@@ -158,7 +158,7 @@ def _count(block: tuple[str, ...], pattern: re.Pattern[str]) -> int:
 
 
 def _circles(follows: tuple[tuple[int, ...], ...]) -> Iterator[set[int]]:
-    """Strongly connected parts that a program can go round in (Tarjan's algorithm, without recursion)."""
+    """Yield strongly connected components that contain a cycle (Tarjan's algorithm, without recursion)."""
     order: dict[int, int] = {}
     low: dict[int, int] = {}
     open_, inside = list[int](), set[int]()

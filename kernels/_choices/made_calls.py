@@ -1,4 +1,4 @@
-"""Calls of the products on made-up operands, by a tuner's key: to time a choice where no batch is at hand."""
+"""Matmul calls on random operands, from a tuner's key: to time a choice without a batch at hand."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from iwm_fast.kernels._tuning.tuner import Key, key_of, use_tuner
 
 __all__ = ["made_call"]
 
-# Tokens of an image and components of an action where a key does not say how many: they hardly change the time.
+# Tokens per image and action components where a key does not say: they hardly change the time.
 _IMAGE, _ACTIONS = 196, 16
 
 
 class _Grabbed:
-    """In the tuner's place: keeps the call that a product would make."""
+    """Replaces the tuner: keeps the call that a matmul would make."""
 
     key: Key
     call: Callable[[Choice], Any]
@@ -34,7 +34,7 @@ class _Grabbed:
 
 
 def made_call(key: Key, rows: int, device: torch.device) -> Callable[[Choice], object] | None:
-    """The product of a key with so many rows, its operands normal numbers; None where no operands give that key."""
+    """Return a key's matmul call with this many rows and normally distributed operands; None if none give that key."""
     for apart in (0, 1):
         grabbed = _Grabbed()
         with use_tuner(grabbed):
@@ -45,24 +45,24 @@ def made_call(key: Key, rows: int, device: torch.device) -> Callable[[Choice], o
 
 
 class _Operands:
-    """apart: columns between one row of the tokens and the next, so that no descriptor can point at them."""
+    """apart: extra columns between one token row and the next, so that no descriptor can address them."""
 
     def __init__(self, rows: int, apart: int, dtype: torch.dtype, device: torch.device) -> None:
         self.rows, self.apart, self.dtype, self.device = rows, apart, dtype, device
-        # Its own, so that the training's random numbers stay where they are. Zeros would be multiplied faster.
+        # A generator of its own leaves the training's random state alone. Zeros would be multiplied faster.
         self.random = None if device.type == "meta" else torch.Generator(device).manual_seed(0)
 
     def some(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Normal numbers."""
+        """Return normally distributed values."""
         made = torch.empty(*shape, dtype=dtype or self.dtype, device=self.device)
         return made if self.random is None else made.normal_(generator=self.random)
 
     def tokens(self, width: int) -> Tensor:
-        """Rows of numbers (rows, width)."""
+        """Return token rows (rows, width)."""
         return self.some(self.rows, width + self.apart)[:, :width]
 
     def bias(self, kind: str, columns: int) -> Bias | None:
-        """A bias of a kind, as `Bias.kind` says it; None for "plain"."""
+        """Return a bias of a kind, as in `Bias.kind`; None for "plain"."""
         if kind == "plain":
             return None
         if kind == "row":
@@ -75,9 +75,9 @@ class _Operands:
 
 
 def _begin(key: Key, operands: _Operands) -> None:
-    """Call the product of a key."""
+    """Call a key's matmul."""
     some, columns, depth = operands.some, key.columns, key.depth
-    if key.product == "weight_grad":  # its sizes are (rows, P, Q)
+    if key.product == "weight_grad":  # sizes are (rows, P, Q)
         summed = "bias" in key.about.split()
         weight_grad_slices(operands.tokens(columns), some(operands.rows, depth), bias=summed)
         return
@@ -89,7 +89,7 @@ def _begin(key: Key, operands: _Operands) -> None:
             x, some(columns, depth), bias, some(operands.rows, depth), some(depth, columns), "gelu"
         )  # fmt: skip
         return
-    # Without a bias it is a gradient's product, whose weight is transposed, and which is summed on in fp32.
+    # Without a bias it is a gradient's matmul, with a transposed weight and an fp32 result that is accumulated.
     weight = some(columns, depth) if bias is not None else some(depth, columns).t()
     out = torch.empty(
         operands.rows, columns, dtype=torch.float32 if key.product == "plain" else x.dtype, device=x.device

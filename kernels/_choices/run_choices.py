@@ -1,12 +1,12 @@
-"""The choices of a training run: one table for all ranks, and the same again where the run resumes.
+"""A training run's block sizes: one table for all ranks, which a resumed run reuses.
 
-Two timings of one product may give two answers, and every block size adds in an order of its own. Nothing is timed
-within a step, where ranks wait for each other: a product that the table lacks is computed as what ships with the
-package says, else as the table says of the nearest number of rows, else with the architecture's first candidate, and
-then noted. So the first steps find what the run needs, and a later one that meets a new number of rows finds nothing.
-Between steps, where all ranks meet, the first one times what any of them noted (`answer`), and
-from the next step on all of them use its answers (`adopt`). The table says from which step on each choice holds, so
-that a step that is made again, after a resume from before it, is computed as it was.
+Two timings of one matmul may disagree, and every block size sums in another order. Nothing is timed within a step,
+where ranks wait for each other. A matmul that the table lacks uses the choice that ships with the package, else the
+table's choice at the nearest number of rows, else the architecture's first candidate, and is noted. So the first steps
+find what the run needs, and a later step with a new number of rows times nothing. Between steps, where all ranks meet,
+rank 0 times what any of them noted (`answer`), and from the next step on all of them use its answers (`adopt`). The
+table records the step from which each choice holds, so that a step that is repeated after a resume is computed as
+before.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Adopted:
-    """A choice, and the first step that is computed with it."""
+    """A choice, and the first step that uses it."""
 
     choice: Choice
     from_step: int = 0
 
     def document(self) -> dict[str, Any]:
-        """For a file; `read_adopted` reads it."""
+        """Return it as JSON values; `read_adopted` reads them."""
         return {"choice": asdict(self.choice), "from_step": self.from_step}
 
 
 def read_adopted(entry: Any) -> Adopted | None:
-    """What `Adopted.document` gave, or an entry of `tuned.json`, which holds from the start; else None."""
+    """Read what `Adopted.document` returned, or an entry of `tuned.json`, which holds from step 0; else return None."""
     choice = read_choice(entry)
     step = entry.get("from_step", 0) if choice else None
     return Adopted(choice, step) if choice and type(step) is int and step >= 0 else None
@@ -50,43 +50,43 @@ def read_adopted(entry: Any) -> Adopted | None:
 
 @dataclass
 class Noted:
-    """A product that the table has no choice for. rows: of a call; element: bytes of one number."""
+    """A matmul without a choice in the table. rows: of a call; element: bytes per element."""
 
     rows: int
     element: int
-    failed: dict[Choice, str] = field(default_factory=dict)  # why
+    failed: dict[Choice, str] = field(default_factory=dict)  # to the reason
 
 
 class RunChoices:
-    """In the place of a device's tuner while a run trains (`use_tuner`). table: the run's choices, by key.
+    """Replaces a device's tuner while a run trains (`use_tuner`). table: the run's choices, by key.
 
-    A choice of the table comes before all others. One that cannot be made on this device is named once and replaced.
+    The table's choice takes precedence. One that this device cannot run is replaced, with one warning.
     """
 
     def __init__(self, tuner: Tuner, device: torch.device, table: Mapping[str, Adopted]) -> None:
         self.device, self.table = device, dict(table)
         self._tuner, self._step = tuner, 0
-        self._now: dict[Key, Choice] = {}  # what the step at hand uses
+        self._now: dict[Key, Choice] = {}  # choices of the current step
         self._noted: dict[Key, Noted] = {}
         self._changes_at = self._next_change()
 
     @property
     def name(self) -> str:
-        """The kind of device, by which tables are kept apart."""
+        """The kind of device; each kind has its own table."""
         return self._tuner.name
 
     @property
     def timed(self) -> bool:
-        """Whether choices are timed on this kind of device: in the interpreter, on a CPU, the first is taken."""
+        """Whether choices are timed on this kind of device; the interpreter on a CPU takes the first."""
         return self._tuner.architecture != "interpreter"
 
     @property
     def lacking(self) -> bool:
-        """Whether a product was noted since `take_noted`."""
+        """Whether a matmul was noted since `take_noted`."""
         return bool(self._noted)
 
     def begin(self, step: int) -> None:
-        """Say which step is made next, counted from 1."""
+        """Set the number of the next step, counted from 1."""
         self._step = step
         if step >= self._changes_at:
             self._now.clear()
@@ -95,7 +95,7 @@ class RunChoices:
     def run(
         self, product: str, dtype: torch.dtype, sizes: tuple[int, int, int], call: Callable[[Choice], T], about: str
     ) -> T:
-        """`call` with the run's choice, or with the next that works."""
+        """Run `call` with the run's choice, or with the next that works."""
         key = key_of(product, dtype, sizes, about)
         while True:
             choice = self._now.get(key) or self._look_up(key, dtype.itemsize, sizes[0])
@@ -110,12 +110,12 @@ class RunChoices:
                     self.table.pop(str(key), None)
 
     def take_noted(self) -> dict[Key, Noted]:
-        """What this rank lacks, for `answer` on the first rank."""
+        """Return what this rank lacks, for `answer` on rank 0."""
         noted, self._noted = self._noted, {}
         return noted
 
     def answer(self, noted: Iterable[Mapping[Key, Noted]], step: int) -> dict[str, Adopted]:
-        """Choices for what the ranks noted, each key once, timed on this device; they hold from `step` on."""
+        """Time choices for what the ranks noted, each key once, on this device; they hold from `step` on."""
         found: dict[str, Adopted] = {}
         lacking: dict[Key, Noted] = {}
         for one in noted:
@@ -131,7 +131,7 @@ class RunChoices:
         return found
 
     def adopt(self, found: Mapping[str, Adopted]) -> None:
-        """Take answers into the table; every rank takes the same before the same step."""
+        """Add answers to the table; every rank adds the same before the same step."""
         self.table.update(found)
         self._changes_at = self._next_change()
 
@@ -140,7 +140,7 @@ class RunChoices:
         adopted = self.table.get(str(key))
         if adopted is not None and adopted.choice not in left:
             warnings.warn(
-                f"{key}: the run's {adopted.choice} cannot be made on {self.name}: another one is found",
+                f"{key}: {self.name} cannot run this run's {adopted.choice}: another one is chosen",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -150,14 +150,14 @@ class RunChoices:
         if choice is None:
             near = nearest(key, lambda other: self._held(other, left))
             choice = self._tuner.shipped(key, left) or near or left[0]
-            # Of other numbers of rows it was timed at the start: no later step makes every rank wait for that again.
+            # Timed at the start for other numbers of rows: no later step makes every rank wait for that again.
             if adopted is None and near is None and self.timed:
                 self._note(key, rows, element)
         self._now[key] = choice
         return choice
 
     def _held(self, key: Key, left: Sequence[Choice]) -> Choice | None:
-        """What the table has for a key at this step, where it is among those that are left."""
+        """Return the table's choice for a key at this step, if it is among those left."""
         adopted = self.table.get(str(key))
         held = adopted is not None and adopted.from_step <= self._step and adopted.choice in left
         return adopted.choice if adopted is not None and held else None
@@ -172,7 +172,7 @@ class RunChoices:
             return Adopted(self._tuner.choose(key, lack.element, call) if call else left[0], step)
         except torch.OutOfMemoryError:
             warnings.warn(
-                f"{key}: not timed, there is no memory for it beside the training: {left[0]} is used",
+                f"{key}: not timed, no memory is left beside the training: using {left[0]}",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -183,6 +183,6 @@ class RunChoices:
 
 
 def run_choices(device: torch.device, tables: Mapping[str, Mapping[str, Adopted]]) -> RunChoices:
-    """The choices of a run on a device; tables: those that the run has, by kind of device."""
+    """Return a run's choices on a device; tables: those that the run has, by kind of device."""
     tuner = device_tuner(device)
     return RunChoices(tuner, device, tables.get(tuner.name, {}))

@@ -1,1 +1,1 @@
-"""What several operators share."""
+"""Code shared by several operators."""

@@ -1,4 +1,4 @@
-"""Which backend answers a call, decided here and nowhere else."""
+"""The backend of a call; only this module decides it."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ __all__ = [
 BACKENDS = ("auto", "reference", "triton")
 _TYPES = (torch.float32, torch.float16, torch.bfloat16)
 _INTERPRETED = bool(INTERPRETED.value)
-# What "auto" means. A plain global: torch.compile reads it while tracing, and cannot read a context variable.
+# Meaning of "auto". A plain global, because torch.compile reads it while tracing and cannot read a context variable.
 _auto = "auto"
-_recorded = False  # launches are recorded and none is made, so a tensor of any device will do
+_recorded = False  # whether launches are recorded instead of made; then tensors of any device will do
 
 
 @contextlib.contextmanager
 def recorded_launches() -> Iterator[None]:
-    """Let Triton be asked for on any device inside, where launches are recorded instead of made."""
+    """Allow Triton on any device inside, where launches are recorded instead of made."""
     global _recorded  # noqa: PLW0603  (as above)
     before, _recorded = _recorded, True
     try:
@@ -43,13 +43,13 @@ def recorded_launches() -> Iterator[None]:
 
 
 def launches_recorded() -> bool:
-    """Whether a GPU's launches are recorded: then what differs by device is what a GPU does."""
+    """Return whether a GPU's launches are recorded: code that depends on the device must then do as on a GPU."""
     return _recorded
 
 
 @contextlib.contextmanager
 def use_backend(backend: str) -> Iterator[None]:
-    """What ``backend="auto"`` means inside: for tests and measurements that compare backends through whole models."""
+    """Set the meaning of ``backend="auto"`` inside, to test or time a whole model on one backend."""
     global _auto  # noqa: PLW0603  (as above)
     _require_known(backend)
     before, _auto = _auto, backend
@@ -60,11 +60,11 @@ def use_backend(backend: str) -> Iterator[None]:
 
 
 def resolve_backend(backend: str, name: str, x: Tensor, dtype: torch.dtype | None = None) -> str:
-    """Choose "triton" or "reference" for a call whose first argument is `x`, called `name` in errors.
+    """Return "triton" or "reference" for a call whose first argument is `x`, called `name` in errors.
 
-    "auto": Triton for fp32, fp16 and bf16 on CUDA, else the reference. `dtype`: the call's argument of that name, where
-    it and not the type of `x` says in what is computed. Raises ValueError for an unknown backend, and where Triton is
-    asked for by name and cannot do it.
+    "auto": Triton for fp32, fp16 and bf16 on CUDA, else the reference. `dtype`: the call's argument of that name, if it
+    decides the precision instead of `x`. Raise ValueError for an unknown backend, and if "triton" is given and cannot
+    run.
     """
     _require_known(backend)
     if backend == "auto":
@@ -76,8 +76,8 @@ def resolve_backend(backend: str, name: str, x: Tensor, dtype: torch.dtype | Non
         return backend
     if computed not in _TYPES:
         raise ValueError(
-            f'{name if dtype is None else "dtype"} is {computed}; backend "triton" takes torch.float32, torch.float16 '
-            'and torch.bfloat16: use backend="reference"'
+            f'{name if dtype is None else "dtype"} is {computed}; backend "triton" needs torch.float32, torch.float16 '
+            'or torch.bfloat16: use backend="reference"'
         )
     if not x.is_cuda and not _INTERPRETED and not _recorded and x.device.type != "meta":
         raise ValueError(
@@ -88,7 +88,7 @@ def resolve_backend(backend: str, name: str, x: Tensor, dtype: torch.dtype | Non
 
 
 def autocast_type(x: Tensor) -> torch.dtype | None:
-    """The type that autocast asks of a product on x's device, or None where it is off or x is float64."""
+    """Return autocast's dtype for matmuls on x's device, or None if autocast is off or x is float64."""
     kind = x.device.type
     if x.dtype == torch.float64 or kind == "meta" or not torch.is_autocast_enabled(kind):
         return None
@@ -96,7 +96,7 @@ def autocast_type(x: Tensor) -> torch.dtype | None:
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[object]:
-    """Autocast off for x's device: inside an operator each type is as written, and only its arguments were cast."""
+    """Disable autocast on x's device: inside an operator dtypes are explicit, and only its arguments were cast."""
     kind = x.device.type
     if kind == "meta" or not torch.is_autocast_enabled(kind):
         return nullcontext()
@@ -104,12 +104,12 @@ def without_autocast(x: Tensor) -> AbstractContextManager[object]:
 
 
 def backward_without_autocast(out: Tensor) -> Tensor:
-    """`out` itself, whose own node in the graph will run with autocast off, wherever `backward` is called.
+    """Return `out`, with autocast off for its graph node's backward pass, wherever `backward` is called.
 
-    PyTorch runs a matrix product's backward pass under the autocast of the caller of `backward`, which takes fp32
-    gradients to half. Hooks before and after a node run beside it, in its thread.
+    PyTorch runs a matmul's backward pass under the autocast of whoever calls `backward`, which casts fp32 gradients to
+    half. Hooks before and after the node run in its thread.
     """
-    if torch.compiler.is_compiling():  # a compiled graph has its types already
+    if torch.compiler.is_compiling():  # dtypes are fixed in a compiled graph
         return out
     node, kind = out.grad_fn, out.device.type
     if node is None or kind == "meta":

@@ -1,4 +1,4 @@
-"""Checks of arguments that the operators share. Each failure is a ValueError that begins with the argument's name."""
+"""Argument checks that the operators share. Each raises a ValueError that begins with the argument's name."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["check_eps", "check_floating", "check_index", "check_like", "check_sh
 
 
 def check_floating(name: str, tensor: Tensor, dimensions: int) -> None:
-    """Require a floating tensor of so many dimensions."""
+    """Require a floating tensor with this number of dimensions."""
     if tensor.dim() != dimensions:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must have {dimensions} dimension(s)")
     if not tensor.is_floating_point():
@@ -17,13 +17,13 @@ def check_floating(name: str, tensor: Tensor, dimensions: int) -> None:
 
 
 def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], meaning: str) -> None:
-    """Require an exact shape; `meaning` is that shape in letters."""
+    """Require an exact shape; `meaning` names its dimensions."""
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be {meaning} = {shape}")
 
 
 def check_like(name: str, tensor: Tensor, other_name: str, other: Tensor, *, dtype: torch.dtype | None = None) -> None:
-    """Require the device of `other`, and its dtype (or the one given)."""
+    """Require the device of `other`, and its dtype (or the given one)."""
     if tensor.device != other.device:
         raise ValueError(f"{name} is on {tensor.device}; it must be on {other_name}'s device, {other.device}")
     required = other.dtype if dtype is None else dtype
@@ -33,7 +33,7 @@ def check_like(name: str, tensor: Tensor, other_name: str, other: Tensor, *, dty
 
 
 def check_eps(eps: float) -> None:
-    """Require a number that keeps a square root away from zero."""
+    """Require a positive number."""
     if not eps > 0:
         raise ValueError(f"eps is {eps}; it must be above 0")
 
@@ -41,7 +41,7 @@ def check_eps(eps: float) -> None:
 def check_index(
     name: str, index: Tensor, count: int, meaning: str, table_name: str, table: Tensor, rows: int, lowest: int = 0
 ) -> None:
-    """Require int64 (count,) on the device of `table`, on the CPU with values of its `rows` rows, or of `lowest`."""
+    """Require int64 (count,) on the device of `table`; on the CPU also values from `lowest` to `rows` − 1."""
     check_shape(name, index, (count,), meaning)
     check_like(name, index, table_name, table, dtype=torch.int64)
     if looked_at(index):
@@ -54,8 +54,8 @@ def check_index(
 
 
 def looked_at(index: Tensor) -> bool:
-    """Whether there are values that can be looked at without waiting for a device: not while a graph is traced.
+    """Return whether values can be read without a device synchronisation; not while a graph is traced.
 
-    NumPy reads them where they lie: a step's waits are counted by torch's operators.
+    NumPy reads them in place, because torch's operators are counted as synchronisations of a step.
     """
     return index.device.type == "cpu" and index.numel() > 0 and not torch.compiler.is_compiling()

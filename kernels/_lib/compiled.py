@@ -1,4 +1,4 @@
-"""The Triton kernels of this package, and how many of them this process has compiled or loaded."""
+"""The package's Triton kernels, and how many variants of them this process has compiled or loaded."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ _PACKAGE = __name__.rsplit(".", 2)[0]
 
 
 def _functions() -> dict[str, Any]:
-    """Triton's functions in the modules of this package that are imported, by name."""
+    """Return Triton functions in the imported modules of this package, by name."""
     modules = [module for name, module in sys.modules.items() if name.startswith(f"{_PACKAGE}.")]
     return {name: f for module in modules for name, f in vars(module).items() if isinstance(f, KernelInterface)}
 
 
 def triton_functions() -> dict[str, Any]:
-    """The kernels that operators launch, by name: the functions that are called `…_kernel`."""
+    """Return the kernels that operators launch, by name: functions named `…_kernel`."""
     return {name: function for name, function in _functions().items() if name.endswith("_kernel")}
 
 
 def compiled_variants() -> int:
-    """Kernels of this package that the process holds, each for one kind of arguments.
+    """Return the number of compiled kernel variants that the process holds; 0 in Triton's interpreter.
 
-    Whether a measurement, or a training, has settled. 0 in Triton's interpreter.
+    Constant from one step to the next: a measurement or a training has warmed up.
     """
     kernels = [kernel for kernel in _functions().values() if isinstance(kernel, JITFunction)]
     return sum(len(caches[0]) for kernel in kernels for caches in kernel.device_caches.values())

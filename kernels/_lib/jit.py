@@ -1,15 +1,15 @@
-"""Triton functions that the kernels share, and the one place that knows Triton's interpreter.
+"""Triton functions that several kernels share, and everything that is specific to Triton's interpreter.
 
-With TRITON_INTERPRET=1 kernels run on the CPU, in NumPy, where bf16 is stored as 16-bit integers: a product or a sum of
-them multiplies and adds the raw bits, and a conversion from fp32 cuts instead of rounding (Triton 3.6 to 3.8). So every
-value is taken to fp32 right after its load, products go through `dot`, and results are rounded by `to_type`.
+With TRITON_INTERPRET=1 kernels run on the CPU in NumPy, where bf16 is stored as 16-bit integers: arithmetic on it would
+use the raw bits, and a conversion from fp32 truncates instead of rounding (Triton 3.6 to 3.8). So every value is
+converted to fp32 right after its load, matmuls go through `dot`, and results are rounded by `to_type`.
 
-Triton compiles a kernel anew where an integer is 1 or divides by 16 or a pointer by 16, and another of its arguments
-did not. What differs from step to step, numbers of rows, tokens, images and programs, and the pointers to indices,
-which begin anywhere in a packed upload, is excepted by `do_not_specialize`: no vector load depends on it. Widths,
-strides and the other pointers are specialised: loads of 16 bytes depend on them.
+Triton compiles a kernel again when an integer is 1 or a multiple of 16, or a pointer is 16-byte aligned, and it was not
+before. `do_not_specialize` excludes what changes from step to step (numbers of rows, tokens, images and programs, and
+pointers to indices, which start anywhere in a packed upload): no vector load depends on these. Widths, strides and the
+other pointers are specialised, because 16-byte loads depend on them.
 
-Vocabulary of the kernels: i_ a program's number, o_ offsets, m_ masks, p_ pointers, b_ blocks of values.
+Naming: i_ program ids, o_ offsets, m_ masks, p_ pointers, b_ blocks of values.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 @triton.jit
 @no_type_check
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a · b with an fp32 accumulator; PRECISION concerns fp32 operands only ("ieee" or "tf32")."""
+    """Return acc + a · b with an fp32 accumulator. PRECISION applies to fp32 operands ("ieee" or "tf32")."""
     if INTERPRETED:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
@@ -37,14 +37,14 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 @triton.jit
 @no_type_check
 def ones(ROWS: tl.constexpr, COLUMNS: tl.constexpr, DTYPE: tl.constexpr):
-    """A block of ones, to be an operand of `dot`."""
+    """Return a block of ones, as an operand of `dot`."""
     return tl.full((ROWS, COLUMNS), 1.0, tl.float32 if INTERPRETED else DTYPE)
 
 
 @triton.jit
 @no_type_check
 def to_type(x, DTYPE: tl.constexpr):
-    """fp32 to DTYPE, rounded to nearest even everywhere."""
+    """Convert fp32 to DTYPE, rounding to nearest even on the GPU and in the interpreter."""
     if INTERPRETED and tl.bfloat16 == DTYPE:
         bits = x.to(tl.uint32, bitcast=True)
         even = (bits >> 16) & 1
@@ -56,12 +56,12 @@ def to_type(x, DTYPE: tl.constexpr):
 @triton.jit
 @no_type_check
 def to_e4m3(x):
-    """fp32 of at most 448 to the bits of the nearest e4m3, uint8; NaN is 0x7F, its sign free."""
-    if INTERPRETED:  # which cuts, as for bf16
+    """Convert fp32 of at most 448 to the bits of the nearest e4m3, uint8; NaN becomes 0x7F or 0xFF."""
+    if INTERPRETED:  # which truncates, as for bf16
         bits = x.to(tl.uint32, bitcast=True)
         size = bits & 0x7FFFFFFF
-        # From 2⁻⁶ on the exponent is less by 120, and 20 of the 23 bits of the mantissa are rounded away; below, where
-        # steps are 2⁻⁹, as are those of fp32 at 2¹⁴, the sum with that is rounded to them.
+        # From 2⁻⁶ up, the exponent bias is 120 less, and 20 of the 23 mantissa bits are rounded away. Below, steps are
+        # 2⁻⁹, as fp32's are at 2¹⁴: adding 2¹⁴ rounds to them.
         normal = ((size + 0x7FFFF + ((size >> 20) & 1)) >> 20) - (120 << 3)
         small = (tl.abs(x) + 16384.0).to(tl.uint32, bitcast=True) - 0x46800000
         code = tl.where(size < 0x3C800000, small, tl.minimum(normal, 0x7E))
@@ -75,7 +75,7 @@ def to_e4m3(x):
 @triton.jit
 @no_type_check
 def _rcp(x):
-    """1 / x, to one unit in the last place: one instruction, where a division takes ten."""
+    """Return 1 / x to one unit in the last place: one instruction, where a division takes ten."""
     if INTERPRETED:
         value = 1.0 / x
     else:
@@ -88,7 +88,7 @@ def _rcp(x):
 @triton.jit
 @no_type_check
 def _exp2(x):
-    """2 to the x, to two units in the last place: one instruction, where a result below 2⁻¹²⁶ may become 0."""
+    """Return 2 to the x to two units in the last place: one instruction; results below 2⁻¹²⁶ may become 0."""
     if INTERPRETED:
         value = tl.exp2(x)
     else:
@@ -101,7 +101,7 @@ def _exp2(x):
 @triton.jit
 @no_type_check
 def _tanh(x):
-    """tanh to 2⁻¹¹: one instruction, for results that are rounded to bf16."""
+    """Return tanh to 2⁻¹¹: one instruction, for results that are rounded to bf16."""
     if INTERPRETED:
         value = 2.0 * tl.sigmoid(2.0 * x) - 1.0
     else:
@@ -114,10 +114,10 @@ def _tanh(x):
 @triton.jit
 @no_type_check
 def _upper_tail(u):
-    """|u|, 1 − Φ(|u|) and exp(−u² / 2), fp32; NaN stays, and |u| ends at 2¹⁴, so that infinity does not become NaN.
+    """Return |u|, 1 − Φ(|u|) and exp(−u² / 2), fp32. NaN stays NaN; |u| is clamped to 2¹⁴, so infinity gives no NaN.
 
     Abramowitz and Stegun, Handbook of Mathematical Functions, 7.1.26, with t = 1 / (1 + p |u| / √2), p = 0.3275911, and
-    the coefficients halved: its error of 1.5e-7 is a thousandth of what rounding to half precision loses.
+    halved coefficients: its error of 1.5e-7 is a thousandth of the rounding error of half precision.
     """
     size = tl.minimum(tl.abs(u), 16384.0, propagate_nan=tl.PropagateNan.ALL)
     t = _rcp(size * 0.2316418882663604 + 1.0)
@@ -132,16 +132,16 @@ def _upper_tail(u):
 @triton.jit
 @no_type_check
 def gelu(u, KIND: tl.constexpr):
-    """GELU of fp32 values.
+    """Return GELU of fp32 values.
 
-    KIND: "erf", u · Φ(u) exactly; "rational", the same for results in half precision; "tanh", Hendrycks and Gimpel's
-    form, written with a sigmoid; "tanh_approx", the same for results in bf16.
+    KIND: "erf", u · Φ(u) exactly; "rational", its approximation for half-precision results; "tanh", Hendrycks and
+    Gimpel's form, written with a sigmoid; "tanh_approx", its approximation for bf16 results.
     """
     if KIND == "erf":
         value = 0.5 * u * (1.0 + tl.erf(u * 0.7071067811865476))
     elif KIND == "rational":
         size, tail, _ = _upper_tail(u)
-        value = tl.maximum(u, 0.0) - size * tail  # u − u · tail above 0, u · tail below
+        value = tl.maximum(u, 0.0) - size * tail  # u − u · tail above 0, u · tail below it
     elif KIND == "tanh":
         value = u * tl.sigmoid(1.5957691216057308 * (u + 0.044715 * u * u * u))  # 2 · √(2/π)
     else:
@@ -153,12 +153,12 @@ def gelu(u, KIND: tl.constexpr):
 @triton.jit
 @no_type_check
 def gelu_and_slope(u, KIND: tl.constexpr):
-    """GELU of fp32 values, as `gelu` computes it, and its derivative."""
+    """Return GELU of fp32 values, as `gelu` computes it, and its derivative."""
     if KIND == "rational":
         _, tail, density = _upper_tail(u)
         phi = tl.where(u >= 0.0, 1.0 - tail, tail)
         value = u * phi
-        slope = phi + u * density * 0.3989422804014327  # 1 / √(2π); NaN at infinity, so that no gradient hides it
+        slope = phi + u * density * 0.3989422804014327  # 1 / √(2π); NaN at infinity, so that gradients show it
     elif KIND == "erf":
         phi = 0.5 * (1.0 + tl.erf(u * 0.7071067811865476))
         value = u * phi
@@ -175,7 +175,7 @@ def gelu_and_slope(u, KIND: tl.constexpr):
 @triton.jit
 @no_type_check
 def place_of_program(i, ROWS, COLS, GROUP: tl.constexpr):
-    """(row, column) of program i in a grid of ROWS × COLS blocks, GROUP rows at a time down each column.
+    """Return (row, column) of program i in a grid of ROWS × COLS blocks, GROUP rows at a time down each column.
 
     Programs that run together then share rows of one operand and columns of the other in L2.
     """

@@ -1,7 +1,7 @@
-"""The layer normalisation of rows of tokens, by Triton kernels: LN of x, of x + branch, and backward.
+"""LayerNorm of rows of tokens, by Triton kernels: LN of x, of x + branch, and the backward pass.
 
-A row is held whole, in PARTS pieces of BLOCK_D, so each number is read once. The backward pass has the row at hand and
-takes its mean and deviation again: kept, they would be 16 bytes a row to write and read.
+A row is held whole, in PARTS pieces of BLOCK_D, so each element is read once. The backward pass reads the row anyway
+and recomputes its mean and std: saved, they would be 16 bytes per row to write and read.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ __all__ = ["norm_backward", "norm_backward_kernel", "norm_kernel", "normalise", 
 @triton.jit
 @no_type_check
 def row_statistics(values, D, eps, BLOCK_D: tl.constexpr, PARTS: tl.constexpr):
-    """Mean and 1 / deviation of each row, (BLOCK_N,), of its pieces (BLOCK_N, BLOCK_D), zero past D."""
-    # Pieces are added first, so that lanes meet once for all of them.
+    """Return mean and 1 / std of each row, (BLOCK_N,), from its pieces (BLOCK_N, BLOCK_D), zero past D."""
+    # Add pieces first, so that lanes synchronise once for all of them.
     total = values[0]
     for part in tl.static_range(1, PARTS):
         total += values[part]
@@ -46,9 +46,9 @@ def norm_kernel(
     HAS_BRANCH: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """x (N, D) to LN(x) · weight + bias (N, D); with a branch (N, D), to total = x + branch and the LN of that.
+    """Map x (N, D) to LN(x) · weight + bias (N, D); with a branch (N, D), to total = x + branch and the LN of that.
 
-    What is normalised is the total as it is stored, so that the backward pass finds the same numbers.
+    The total is normalised as it is stored, rounded, so that the backward pass recomputes from the same values.
     """
     o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     o_d = tl.arange(0, BLOCK_D)
@@ -69,7 +69,7 @@ def norm_kernel(
     for part in tl.static_range(PARTS):
         o = part * BLOCK_D + o_d
         m = m_n[:, None] & (o < D)[None, :]
-        # Each row loads them for itself: shared out, they would pass through shared memory.
+        # Each row loads the weights itself: shared between rows, they would go through shared memory.
         weight = tl.load(weight_ptr + 0 * rows + o[None, :], mask=m, other=0.0).to(tl.float32)
         bias = tl.load(bias_ptr + 0 * rows + o[None, :], mask=m, other=0.0).to(tl.float32)
         value = (values[part] - mean[:, None]) * rstd[:, None] * weight + bias
@@ -87,13 +87,14 @@ def norm_backward_kernel(
     HAS_RESIDUAL: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """dx (N, D) of dnormed (N, D), plus the residual's gradient; sums fp32 (programs, 2, D): parts of those of weight
-    and bias, to be added.
+    """Write dx (N, D) from dnormed (N, D), plus the residual's gradient; and partial sums of weight's and bias's
+    gradients, fp32 (programs, 2, D).
 
-    A program takes ROWS rows, a multiple of BLOCK_N, in their order. Each of its BLOCK_N rows has sums of its own,
-    added after the loop: where a warp holds a row whole, nothing in the loop waits for another warp.
+    A program takes ROWS rows, a multiple of BLOCK_N, in their order. Each of its BLOCK_N rows has its own sums, added
+    up after the loop: if a warp holds a row whole, nothing in the loop waits for another warp.
 
-    dx = rstd · (g − mean(g) − x̂ · mean(g · x̂)) with g = dnormed · weight (Ba et al., arXiv:1607.06450, differentiated).
+    dx = rstd · (g − mean(g) − x̂ · mean(g · x̂)) with g = dnormed · weight (Ba et al., arXiv:1607.06450,
+    differentiated).
     """
     i = tl.program_id(0)
     o_d = tl.arange(0, BLOCK_D)
@@ -125,7 +126,7 @@ def norm_backward_kernel(
             hat = tl.where(m, (values[part] - mean[:, None]) * rstd[:, None], 0.0)
             more_dweights = more_dweights + (dweights[part] + grad * hat,)
             more_dbiases = more_dbiases + (dbiases[part] + grad,)
-            # Each row loads the weight for itself: shared out, it would pass through shared memory.
+            # Each row loads the weight itself: shared between rows, it would go through shared memory.
             g = grad * tl.load(weight_ptr + 0 * rows + o[None, :], mask=m, other=0.0).to(tl.float32)
             sum_g += g
             sum_gx += g * hat
@@ -151,7 +152,7 @@ def norm_backward_kernel(
 def normalise(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, branch: Tensor | None = None, total: Tensor | None = None
 ) -> Tensor:
-    """LN(x) (N, D) of x's type, or LN(x + branch), that sum then written to `total` (N, D)."""
+    """Return LN(x) (N, D) in x's dtype; or LN(x + branch), with the sum written to `total` (N, D)."""
     rows, width = x.shape
     out = torch.empty(rows, width, dtype=x.dtype, device=x.device)
     block_n, block_d, parts, warps = rows_in_warps(width, x.element_size())
@@ -170,9 +171,9 @@ def normalise(
 def norm_backward(
     dnormed: Tensor, x: Tensor, weight: Tensor, residual: Tensor | None, dx: Tensor, eps: float
 ) -> Tensor:
-    """Write LN's gradient, plus `residual`, to dx (N, D), and return parts of those of weight and bias.
+    """Write LN's gradient, plus `residual`, to dx (N, D); return partial sums of weight's and bias's gradients.
 
-    They are fp32 (programs, 2, D), to be added by `add_slices`.
+    They are fp32 (programs, 2, D), for `add_slices`.
     """
     rows, width = x.shape
     block_n, block_d, parts, warps = rows_in_warps(width, x.element_size())

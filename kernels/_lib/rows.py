@@ -1,7 +1,7 @@
-"""How kernels walk over the rows of a tensor: strides that they take, blocks, and the rows of a program.
+"""How kernels iterate over the rows of a tensor: strides, block sizes, and rows per program.
 
-Where a row is held whole, it is in PARTS pieces of BLOCK_D, so that a width that is no power of two wastes no lanes
-(384 is 3 × 128) and each number is read once.
+A kernel that holds a whole row splits it into PARTS pieces of BLOCK_D, so that a width that is not a power of two
+wastes no lanes (384 is 3 × 128) and each element is read once.
 """
 
 from __future__ import annotations
@@ -25,29 +25,30 @@ __all__ = [
     "rows_together",
 ]
 
-# Most programs that sum rows beside other work. Each writes a row of sums, which a second stage reads: at 50,176 rows
-# 4 % of the bytes of LN's backward pass, where a program for every four rows of 384 would move half as many again.
+# Most programs that also sum over rows. Each writes a row of sums, which a second stage reads: at 50,176 rows 4 % of
+# the bytes of LayerNorm's backward pass; one program per four rows of 384 would move half as many bytes again.
 SUM_PROGRAMS = 1024
-# Values a program of a row kernel holds: 4 warps with 64 registers of them a lane. More spills.
+# Values that a program of a row kernel holds: 4 warps with 64 registers per lane. More of them spill.
 _HELD = 4 * 32 * 64
 
 _WARPS = 4
-# Most values of a row a lane, by their bytes, where a warp holds it whole beside two sums for each: more spills.
+# Values of a row per lane, by element size, if a warp holds the row whole beside two sums per value. More of them
+# spill.
 _WARP_HELD = {2: 40, 4: 32}
 
 
 @contextmanager
 def launching(x: Tensor) -> Iterator[None]:
-    """What an operator runs in: the device of `x`, whichever is the current one, and autocast off."""
+    """Enter the device of `x`, whichever is current, and disable autocast."""
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext(), without_autocast(x):
         yield
 
 
 def rows_together(x: Tensor) -> Tensor:
-    """`x` (N, D) or (D,), or a copy of it, with each row in one piece: how kernels read all but weights.
+    """Return `x` (N, D) or (D,), or a copy, with contiguous rows: the layout that kernels read, except for weights.
 
-    A single row gets the stride that more rows would have: as a view's it may be anything, and Triton would compile
-    for it.
+    A single row gets the stride that several rows would have. A view's stride may be anything, and Triton would compile
+    a variant for it.
     """
     x = x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
     if x.dim() == 2 and x.shape[0] == 1 and x.stride() != (x.shape[1], 1):
@@ -56,7 +57,7 @@ def rows_together(x: Tensor) -> Tensor:
 
 
 def pieces(width: int) -> tuple[int, int]:
-    """(BLOCK_D, PARTS) that cover a row with the fewest idle lanes: 384 is 3 × 128, 768 is 3 × 256."""
+    """Return (BLOCK_D, PARTS) that cover a row with the fewest idle lanes: 384 is 3 × 128, 768 is 3 × 256."""
     whole = triton.next_power_of_2(width)
     for parts in (1, 3, 5, 7):
         block = max(16, triton.next_power_of_2(triton.cdiv(width, parts)))
@@ -66,19 +67,19 @@ def pieces(width: int) -> tuple[int, int]:
 
 
 def rows_a_program(width: int, copies: int) -> int:
-    """Rows that a row kernel holds at once, with so many values for each number of a row."""
+    """Return the rows that a row kernel holds at once, with `copies` values per element of a row."""
     return max(1, min(16, _HELD // (copies * triton.next_power_of_2(width))))
 
 
 def rows_in_warps(width: int, element: int) -> tuple[int, int, int, int]:
-    """(BLOCK_N, BLOCK_D, PARTS, warps) of a kernel that holds rows with sums of their columns beside them.
+    """Return (BLOCK_N, BLOCK_D, PARTS, warps) of a kernel that holds rows, and sums of their columns beside them.
 
-    A warp holds whole rows, in pieces of 16 bytes a lane, so that no sum over a row waits for another warp. Wider rows
-    than its registers take are spread over more warps, one row a program.
+    A warp holds whole rows, in pieces of 16 bytes per lane, so that no sum over a row waits for another warp. Rows
+    wider than a warp's registers are spread over several warps, one row per program.
     """
     lane, held = 16 // element, _WARP_HELD[element]
     sizes = [32 * lane >> shift for shift in range(3)]
-    if width % 16:  # no load of 16 bytes to be had
+    if width % 16:  # 16-byte loads are impossible
         sizes = [max(sizes[-1], min(sizes[0], triton.next_power_of_2(width)))]
     block_d = min(sizes, key=lambda size: triton.cdiv(width, size) * size)
     parts = triton.cdiv(width, block_d)
@@ -89,5 +90,5 @@ def rows_in_warps(width: int, element: int) -> tuple[int, int, int, int]:
 
 
 def rows_a_sum(rows: int, block_n: int) -> int:
-    """Rows that a program sums beside other work, a multiple of block_n, so that there are few programs."""
+    """Return the rows that one program sums beside its other work: a multiple of block_n that keeps programs few."""
     return block_n * triton.cdiv(triton.cdiv(rows, block_n), SUM_PROGRAMS)

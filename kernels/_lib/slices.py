@@ -1,4 +1,4 @@
-"""Σ of partial sums in their order: the second stage of each reduction, so that the same inputs give the same bits."""
+"""Sums of partial sums in a fixed order, the second stage of each reduction: equal inputs give equal bits."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def add_slices_kernel(
 
 
 def add_slices(slices: Tensor, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
-    """Σ of fp32 slices (S, ...) in their order, rounded once to `dtype`: (...).
+    """Return Σ of fp32 slices (S, ...) in their order, rounded once to `dtype`: (...).
 
     into: fp32 (...), contiguous, the sum's first term; it is overwritten with the sum and returned.
     """
@@ -53,14 +53,14 @@ def add_slices(slices: Tensor, dtype: torch.dtype, into: Tensor | None = None) -
 
 
 def add_pairs(slices: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The same of slices (S, 2, D), as two tensors (D,)."""
+    """`add_slices` of slices (S, 2, D), returned as two tensors (D,)."""
     first, second = (torch.empty(slices.shape[2], dtype=dtype, device=slices.device) for _ in range(2))
     _add_slices(slices, first, second)
     return first, second
 
 
 def add_gradients(slices: Tensor, weight: Tensor, *, bias: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """The same of slices (S, P · Q [+ P]), as tensors like weight (P, Q) and bias (P,)."""
+    """`add_slices` of slices (S, P · Q [+ P]), returned as tensors like weight (P, Q) and bias (P,)."""
     dweight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
     dbias = None if bias is None else torch.empty(bias.shape, dtype=bias.dtype, device=bias.device)
     _add_slices(slices, dweight, dbias)

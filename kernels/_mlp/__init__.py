@@ -1,1 +1,1 @@
-"""The conditioned MLP on Triton's kernels: forward, backward, and the sums of the weights' gradients."""
+"""The conditioned MLP's Triton kernels: forward, backward, and sums of the weights' gradients."""

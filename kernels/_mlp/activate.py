@@ -1,4 +1,4 @@
-"""The bias and the activation beside a library's matrix multiply, in place, and the gradient through them."""
+"""Bias and activation in place after a library's matmul, and the gradient through them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def activate_kernel(
     PER_IMAGE: tl.constexpr, HAS_GRADIENT: tl.constexpr, ACTIVATION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """u (N, M) becomes act(v) with v = u + bias[image], and d, if given and laid out as u, d · act'(v).
+    """u (N, M) becomes act(v) with v = u + bias[image]; d, if given and with u's layout, becomes d · act'(v).
 
     bias fp32 (images, M) or (M,).
     """
@@ -49,7 +49,7 @@ def activate_kernel(
 
 
 def activate(u: Tensor, d: Tensor | None, bias: Bias, activation: str) -> None:
-    """Turn u (N, M) into act(u + bias), and d (N, M) into the gradient through it, in place."""
+    """Replace u (N, M) by act(u + bias), and d (N, M) by the gradient through it."""
     assert d is None or d.stride() == u.stride()
     bias = _without_action(bias)
     rows, columns = u.shape
@@ -63,7 +63,7 @@ def activate(u: Tensor, d: Tensor | None, bias: Bias, activation: str) -> None:
 
 
 def _without_action(bias: Bias) -> Bias:
-    """The same bias with the action's part in it, fp32 (images, M)."""
+    """Return the bias with the action's part added, fp32 (images, M)."""
     if bias.action is None or bias.w_action is None:
         return bias
     return Bias(image_bias(bias.row, bias.action, bias.w_action), bias.image)

@@ -1,4 +1,4 @@
-"""Both matrix multiplies of the MLP's hidden layer in the backward pass, and the activation's slope between them."""
+"""Both matmuls of the MLP's hidden layer in the backward pass, and the activation's derivative between them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _finish_hidden(
     TMA: tl.constexpr, PER_IMAGE: tl.constexpr, ACTIVATION: tl.constexpr, DTYPE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """hidden_backward_kernel's epilogue of a piece of a tile."""
+    """Epilogue of hidden_backward_kernel for a piece of a tile."""
     u += bias_of_tile(bias_ptr, image_ptr, n0, h0, N, H, stride_bi, PER_IMAGE, BLOCK_N, BLOCK_M)
     active, slope = gelu_and_slope(u, ACTIVATION)
     store_tile(hidden, active, n0, h0, N, H, stride_hn, TMA, DTYPE, BLOCK_N, BLOCK_M)
@@ -59,7 +59,7 @@ def _hidden_backward_tile(
     n0, h0 = i_n * BLOCK_N, i_h * BLOCK_M
     u = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     d = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    if TMA:  # one loop for both, whose operands past D or Do are zeros
+    if TMA:  # one loop for both, with operands that are zero past D or Do
         for k in range(0, tl.maximum(D, DO), BLOCK_K):
             u = dot(x.load([n0, k]), w_in.load([h0, k]).T, u, PRECISION)
             d = dot(dout.load([n0, k]), w_out.load([k, h0]), d, PRECISION)
@@ -107,9 +107,9 @@ def hidden_backward_kernel(
     ACTIVATION: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, PIECES: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_A: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """hidden = act(u) and dhidden = (dout · w_out) ∘ act'(u), of u = x · w_inᵀ + bias + action · w_actionᵀ, (N, H).
+    """hidden = act(u) and dhidden = (dout · w_out) ∘ act'(u), with u = x · w_inᵀ + bias + action · w_actionᵀ, (N, H).
 
-    x (N, D), w_in (H, D), dout (N, Do), w_out (Do, H) by its transpose's strides. u is recomputed: it was not saved.
+    x (N, D), w_in (H, D), dout (N, Do), w_out (Do, H) by its transpose's strides. u is recomputed.
     """
     rows, columns = tl.cdiv(N, BLOCK_N), tl.cdiv(H, BLOCK_M)
     if PERSISTENT:
@@ -134,7 +134,7 @@ def hidden_backward_kernel(
 def hidden_backward(
     x: Tensor, w_in: Tensor, bias: Bias, dout: Tensor, w_out: Tensor, activation: str
 ) -> tuple[Tensor, Tensor]:
-    """act(u) and (dout · w_out) ∘ act'(u), of u = x · w_inᵀ + bias, both (N, H) of x's type.
+    """Return act(u) and (dout · w_out) ∘ act'(u), with u = x · w_inᵀ + bias, both (N, H) of x's dtype.
 
     x (N, D), w_in (H, D), dout (N, Do), w_out (Do, H).
     """

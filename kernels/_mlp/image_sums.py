@@ -1,6 +1,6 @@
-"""Sums over rows: of each image's rows, of columns, and the gradients of the action that made the images' biases.
+"""Sums over rows: per image, per column, and the gradients of the action behind the images' biases.
 
-All in fp32 and in a fixed order: the same inputs give the same bits.
+All in fp32 and in a fixed order: equal inputs give equal bits.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ __all__ = [
     "segment_sums",
 ]
 
-# Fewest rows that a program sums of a column.
+# Fewest rows of a column that one program sums.
 _SUM_ROWS = 256
 
 
 @triton.jit(do_not_specialize=["N", "cu_seqlens_ptr"])
 @no_type_check
 def image_kernel(cu_seqlens_ptr, image_ptr, N, BLOCK: tl.constexpr):
-    """image (N,) = i for cu_seqlens[i] ≤ n < cu_seqlens[i + 1], int32; a program per image."""
+    """image (N,) = i for cu_seqlens[i] ≤ n < cu_seqlens[i + 1], int32; one program per image."""
     i = tl.program_id(0)
     first = tl.maximum(tl.load(cu_seqlens_ptr + i), 0)
-    last = tl.minimum(tl.load(cu_seqlens_ptr + i + 1), N)  # wrong bounds write nothing beside it
+    last = tl.minimum(tl.load(cu_seqlens_ptr + i + 1), N)  # wrong bounds write nothing outside
     for n in range(first, last, BLOCK):
         o_n = n + tl.arange(0, BLOCK)
         tl.store(image_ptr + o_n, tl.zeros((BLOCK,), tl.int32) + i, mask=o_n < last)
@@ -85,7 +85,7 @@ def action_weight_grad_kernel(
     stride_ai,
     BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_A: tl.constexpr,
 ):  # fmt: skip
-    """dw (H, A) = dbiasᵀ · action and db (H,) = Σ dbias over the images, of dbias fp32 (B, H); sums in their order."""
+    """dw (H, A) = dbiasᵀ · action and db (H,) = Σ dbias over images, from dbias fp32 (B, H); sums in a fixed order."""
     o_h = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
     o_a = tl.arange(0, BLOCK_A)
     m_h = o_h < H
@@ -112,7 +112,7 @@ def action_grad_kernel(
     stride_wh,
     BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_A: tl.constexpr,
 ):  # fmt: skip
-    """daction (B, A) = dbias · w_action, of dbias fp32 (B, H) and w_action (H, A); sums in their order."""
+    """daction (B, A) = dbias · w_action, from dbias fp32 (B, H) and w_action (H, A); sums in a fixed order."""
     o_b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     o_a = tl.arange(0, BLOCK_A)
     m_b, m_a = o_b < B, o_a < A
@@ -129,7 +129,7 @@ def action_grad_kernel(
 
 
 def image_of_rows(rows: int, cu_seqlens: Tensor) -> Tensor:
-    """The image of each of `rows` rows, int32 (N,), of its bounds int32 (B + 1,)."""
+    """Return the image of each of `rows` rows, int32 (N,), from their bounds int32 (B + 1,)."""
     image = torch.empty(rows, dtype=torch.int32, device=cu_seqlens.device)
     if rows:
         image_kernel[(len(cu_seqlens) - 1,)](
@@ -139,15 +139,15 @@ def image_of_rows(rows: int, cu_seqlens: Tensor) -> Tensor:
 
 
 def segment_sums(x: Tensor, bounds: Tensor, first: int, out: Tensor, *, accumulate: bool) -> None:
-    """Put into fp32 out (segments, M), or add, the sum of x's rows (N, M) of each segment.
+    """Write, or add, the sum of each segment's rows of x (N, M) to fp32 out (segments, M).
 
-    bounds: int32 (segments + 1,), of rows of which x's first is number `first`.
+    bounds: int32 (segments + 1,), row numbers; x's first row is number `first`.
     """
     _segment_sums(x, bounds, first, 0, out, accumulate=accumulate)
 
 
 def column_sums(x: Tensor) -> Tensor:
-    """Parts of the sum of x's rows (N, M), fp32 (programs, M), to be added by `add_slices`."""
+    """Return partial sums of x's rows (N, M), fp32 (programs, M), for `add_slices`."""
     rows = max(1, x.shape[0])
     depth = _SUM_ROWS * triton.cdiv(triton.cdiv(rows, _SUM_ROWS), SUM_PROGRAMS)
     out = torch.empty(triton.cdiv(rows, depth), x.shape[1], dtype=torch.float32, device=x.device)
@@ -168,7 +168,7 @@ def _segment_sums(x: Tensor, bounds: Tensor | None, first: int, depth: int, out:
 
 
 def action_gradients(dbias: Tensor, action: Tensor, w_action: Tensor, b_in: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of action (B, A), w_action (H, A) and b_in (H,), in their types, of dbias fp32 (B, H)."""
+    """Return gradients of action (B, A), w_action (H, A) and b_in (H,), in their dtypes, from dbias fp32 (B, H)."""
     images, units = dbias.shape
     actions = action.shape[1]
     db = torch.empty(units, dtype=b_in.dtype, device=b_in.device)

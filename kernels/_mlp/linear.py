@@ -1,4 +1,4 @@
-"""out = [residual +] act( x · wᵀ + bias + action[image of row] · w_actionᵀ ), by Triton or by cuBLAS where it wins."""
+"""out = [residual +] act( x · wᵀ + bias + action[image of row] · w_actionᵀ ), by Triton, or by cuBLAS if faster."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _finish(
     TMA: tl.constexpr, HAS_BIAS: tl.constexpr, PER_IMAGE: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     ACTIVATION: tl.constexpr, DTYPE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """The epilogue of a piece of a tile: bias, activation, residual, store."""
+    """Epilogue of a piece of a tile: bias, activation, residual, store."""
     if HAS_BIAS:
         acc += bias_of_tile(bias_ptr, image_ptr, n0, m0, N, M, stride_bi, PER_IMAGE, BLOCK_N, BLOCK_M)
     if ACTIVATION != "none":
@@ -139,7 +139,7 @@ def linear(
 ) -> Tensor:  # fmt: skip
     """Write out (N, M) = [residual +] act( x · wᵀ + bias ) and return it; x (N, K), w (M, K) of any strides."""
     along = w.stride(1) == 1
-    stored = w if along else w.t()  # as its rows lie in memory
+    stored = w if along else w.t()  # with contiguous rows
     product = "hidden" if activation is not None else "plain" if bias is None and residual is None else "project"
     layout = layout_of(x, stored, residual, out)
 

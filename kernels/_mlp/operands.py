@@ -1,8 +1,7 @@
-"""What the launchers of the MLP's matrix multiplies say of their operands: bias, descriptors, grid, precision.
+"""Operands of the MLP's matmul launchers: bias, descriptors, grid, precision.
 
-All tensors are of one device. Rows lie in one piece each (`rows_together`). Nothing that these launchers call allocates
-more than it returns, but for the slices of a weight gradient. Every reduction is in a fixed order: the same inputs give
-the same bits.
+All tensors are on one device, with contiguous rows (`rows_together`). These launchers allocate only what they return,
+and the slices of a weight gradient. Every reduction has a fixed order: equal inputs give equal bits.
 """
 
 from __future__ import annotations
@@ -33,18 +32,18 @@ __all__ = [
     "takes_action",
 ]
 
-# Programs that run side by side share this many rows of blocks in L2 (Triton's matrix-product tutorial, 6 to 8).
+# Programs that run at the same time share this many rows of blocks in L2 (Triton's matmul tutorial, 6 to 8).
 GROUP = 8
-# The depth of the multiply that adds an action: one instruction of the tensor cores.
+# Depth of the matmul that adds an action: one tensor core instruction.
 BLOCK_A = 16
 TRITON_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
 @dataclass(frozen=True)
 class Bias:
-    """What is added to a row beside the multiply: `row` (M,) of any floating type or, with image, fp32 (images, M).
+    """A term added to each row in the matmul: `row` (M,) of any floating dtype or, with image, fp32 (images, M).
 
-    image: int32 (N,), each row's image. action (images, A) and w_action (M, A): their product is added too.
+    image: int32 (N,), each row's image. action (images, A) and w_action (M, A): their matmul is added too.
     """
 
     row: Tensor
@@ -54,23 +53,23 @@ class Bias:
 
     @property
     def kind(self) -> str:
-        """For the tuner's key."""
+        """Return its name in the tuner's key."""
         if self.action is not None:
             return "action"
         return "row" if self.image is None else "image"
 
     def rows(self, part: slice) -> Bias:
-        """The same for some of the rows."""
+        """Return the bias of some of the rows."""
         return Bias(self.row, None if self.image is None else self.image[part], self.action, self.w_action)
 
 
 def takes_action(action: Tensor) -> bool:
-    """Whether the kernels multiply the action themselves: at most 16 components, in half precision."""
+    """Return whether the kernels multiply the action themselves: at most 16 components, in half precision."""
     return action.shape[1] <= BLOCK_A and action.element_size() == 2
 
 
 def activation_kind(activation: str | None, dtype: torch.dtype) -> str:
-    """The kernels' name for an activation whose results are of a type: one that loses nothing there."""
+    """Return the kernels' name of an activation for results of a dtype: an approximation if that loses nothing."""
     if activation is None:
         return "none"
     if activation == "gelu":
@@ -79,20 +78,20 @@ def activation_kind(activation: str | None, dtype: torch.dtype) -> str:
 
 
 def precision() -> str:
-    """How fp32 operands are multiplied: what torch.set_float32_matmul_precision says."""
+    """Return how fp32 operands are multiplied, from torch.set_float32_matmul_precision."""
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 @cache
 def processors(device: torch.device) -> int:
-    """SMs; without memory, where launches are recorded, an H100's or H200's, and few in the interpreter."""
+    """Return the SMs; while launches are recorded an H100's or H200's, and few in the interpreter."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count
     return PROCESSORS["sm_90"] if device.type == "meta" else 2
 
 
 def describable(*tensors: Tensor | None) -> bool:
-    """Whether tensor descriptors can point at all of the matrices: rows apart, each start at a multiple of 16 bytes."""
+    """Return whether tensor descriptors can address all matrices: rows and addresses are multiples of 16 bytes."""
     return all(
         t is None
         or (
@@ -118,5 +117,5 @@ def grid_of(device: torch.device, tiles: int, *, persistent: bool) -> int:
 
 
 def image_bias(b_in: Tensor, action: Tensor, w_action: Tensor) -> Tensor:
-    """b_in + action · w_actionᵀ, fp32 (images, M)."""
+    """Return b_in + action · w_actionᵀ, fp32 (images, M)."""
     return torch.addmm(b_in.float(), action.float(), w_action.float().t())

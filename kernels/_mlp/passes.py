@@ -1,7 +1,7 @@
-"""The conditioned MLP on Triton's kernels, forward and backward.
+"""The conditioned MLP's forward and backward pass, on Triton's kernels.
 
-The (N, H) hidden activations are not saved: the backward pass recomputes them. Where a pass's own would take more than
-`workspace` bytes, the tokens are taken in chunks, and gradients of weights and of the images' biases summed over them.
+The (N, H) hidden activations are not saved: the backward pass recomputes them. If they would exceed `workspace` bytes,
+tokens are processed in chunks, and the gradients of weights and of the images' biases are summed over the chunks.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = ["Gradients", "backward", "forward"]
 
 @dataclass(frozen=True)
 class Gradients:
-    """Of every input of the operator that wants one, in the inputs' types; None where there was no such input."""
+    """Gradients of the operator's inputs that require one, in the inputs' dtypes; None for absent inputs."""
 
     x: Tensor
     w_in: Tensor | None = None
@@ -48,7 +48,7 @@ def _chunks(x: Tensor, units: int, copies: int, workspace: int) -> Iterator[slic
 
 
 def _bias(tokens: int, b_in: Tensor, action: Tensor | None, w_action: Tensor | None, cu_seqlens: Tensor | None) -> Bias:
-    """What is added to the first multiply; the action's part by the kernel itself where it can, else per image."""
+    """Return what is added to the first matmul: the action, if the kernel can multiply it; else a bias per image."""
     b_in = rows_together(b_in)
     if action is None or w_action is None or cu_seqlens is None:
         return Bias(b_in)
@@ -68,7 +68,7 @@ def _affine(weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]
 
 
 def _weights(w_in: Tensor, w_out: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights whose rows lie in one piece; those of a transposed view do not."""
+    """Return the weights with contiguous rows; a transposed view's are copied."""
     return rows_together(w_in), rows_together(w_out)
 
 
@@ -77,7 +77,7 @@ def forward(
     w_action: Tensor | None, cu_seqlens: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None,
     residual: bool, eps: float, activation: str, workspace: int,
 ) -> Tensor:  # fmt: skip
-    """The operator's value, (N, Do)."""
+    """Return the operator's output, (N, Do)."""
     x, cu_seqlens = rows_together(x), _together(cu_seqlens)
     out = torch.empty(x.shape[0], w_out.shape[0], dtype=x.dtype, device=x.device)
     if not out.numel():
@@ -92,7 +92,7 @@ def forward(
         hidden = torch.empty(tokens.shape[0], w_in.shape[0], dtype=x.dtype, device=x.device)
         linear(normed, w_in, bias.rows(rows), hidden, activation=activation)
         linear(hidden, w_out, out_bias, out[rows], residual=tokens if residual else None)
-        del normed, hidden  # before the next chunk's
+        del normed, hidden  # free them before the next chunk
     return out
 
 
@@ -101,7 +101,7 @@ def backward(
     w_action: Tensor | None, cu_seqlens: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None,
     residual: bool, eps: float, activation: str, workspace: int, weights: bool,
 ) -> Gradients:  # fmt: skip
-    """Every gradient for the incoming one, grad (N, Do); without `weights`, that of x alone."""
+    """Return every gradient, given the upstream one, grad (N, Do); without `weights`, that of x alone."""
     x, grad, cu_seqlens = rows_together(x), rows_together(grad), _together(cu_seqlens)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if not x.shape[0]:
@@ -142,13 +142,13 @@ def backward(
 
 
 class _Sums:
-    """Parts of the gradients of the weights, fp32, from chunk to chunk."""
+    """Partial gradients of the weights, fp32, accumulated over chunks."""
 
     def __init__(self, x: Tensor, w_in: Tensor, cu_seqlens: Tensor | None, *, chunked: bool) -> None:
         self.bounds, self.chunked = cu_seqlens, chunked
-        # fp32 operands are rounded to TF32 where tensor cores add their columns up, so those are added apart.
+        # Tensor cores would round fp32 operands to TF32 in the column sums, so those are summed separately.
         self.beside = x.element_size() == 2
-        self.w_in: Tensor | None = None  # (S, ...): one chunk's slices, or of several their sum
+        self.w_in: Tensor | None = None  # (S, ...): one chunk's slices, or the sum of several chunks
         self.w_out: Tensor | None = None
         self.image_bias: Tensor | None = None  # (images, H)
         if cu_seqlens is not None:
@@ -159,11 +159,11 @@ class _Sums:
         self.norm: list[Tensor] = []
 
     def add(self, rows: slice, normed: Tensor, hidden: Tensor, dhidden: Tensor, dout: Tensor) -> None:
-        """Add a chunk's."""
+        """Add a chunk's gradients."""
         per_image = self.bounds is not None
         w_out = weight_grad_slices(dout, hidden, bias=self.beside)
         self.w_out = self._with(w_out, self.w_out)
-        del w_out  # before the next slices
+        del w_out  # free it before the next slices
         w_in = weight_grad_slices(dhidden, normed, bias=self.beside and not per_image)
         self.w_in = self._with(w_in, self.w_in)
         if not self.beside:
@@ -174,23 +174,23 @@ class _Sums:
             self.b_in.append(self.parts(column_sums(dhidden)))
 
     def _with(self, slices: Tensor, before: Tensor | None) -> Tensor:
-        """A weight's slices of one chunk, or their sum with that of the chunks before, (1, ...).
+        """Return a weight's slices of one chunk, or their sum with those of earlier chunks, (1, ...).
 
-        Not in the kernel that makes the slices: the tuner calls that many times to time it.
+        Not in the kernel that writes the slices: the tuner calls that many times to time it.
         """
         if not self.chunked:
             return slices
         return add_slices(slices, torch.float32, None if before is None else before[0])[None]
 
     def parts(self, slices: Tensor) -> Tensor:
-        """A chunk's part of a sum: its slices, or their sum where other chunks follow and all would be much."""
+        """Return a chunk's part of a sum: its slices, or, if more chunks follow, their sum, which takes less memory."""
         return add_slices(slices, torch.float32)[None] if self.chunked else slices
 
     def gradients(
         self, dx: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, b_out: Tensor, action: Tensor | None,
         w_action: Tensor | None, norm_weight: Tensor | None,
     ) -> Gradients:  # fmt: skip
-        """All of them, rounded once."""
+        """Return all gradients, rounded once."""
         assert self.w_in is not None
         assert self.w_out is not None
         daction = dw_action = None

@@ -1,12 +1,12 @@
-"""What the MLP's matrix multiplies do with a tile: multiply, add an action, add a bias, store.
+"""Building blocks of the MLP's matmul kernels: multiply, add an action, add a bias, store.
 
-Each kernel exists in two forms, by the constants TMA and PERSISTENT: operands by pointers, a tile a program, so that
-two programs of an SM overlap the epilogue of one with the loop of the other; or by tensor descriptors (sm_90 and
-later), one program an SM that walks over the tiles, whose next operands are on their way while it computes an epilogue.
+Each kernel has two forms, by the constants TMA and PERSISTENT. Without: operands by pointers, one tile per program, and
+two programs on an SM overlap the epilogue of one with the loop of the other. With: operands by tensor descriptors
+(sm_90 and later), one program per SM that iterates over tiles and loads the next operands while it computes an
+epilogue.
 
-Accumulators are fp32, offsets of rows 64 bits wide, and each ragged store masked. Ragged loads of rows and columns are
-clamped instead: what they read again is not stored. A row of x lies in one piece (its last stride is 1); weights may
-lie either way round.
+Accumulators are fp32, row offsets 64-bit, and each ragged store is masked. Ragged loads of rows and columns are clamped
+instead: the repeated values are not stored. Rows of x are contiguous (last stride 1); weights may have either layout.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ def add_product(
     ALONG_K: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """acc + x[n0 :] · w[m0 :]ᵀ over all K, by pointers: (BLOCK_N, BLOCK_M). ALONG_K: w lies along K, else along M.
+    """Return acc + x[n0 :] · w[m0 :]ᵀ over all K, by pointers: (BLOCK_N, BLOCK_M). ALONG_K: w is contiguous along K.
 
-    Only offsets that memory does not lie along are clamped: clamped ones are not known to be neighbours.
+    Only offsets along the strided dimension are clamped: the compiler cannot see that clamped offsets are contiguous.
     """
     o_n = tl.minimum(n0 + tl.arange(0, BLOCK_N), N - 1).to(tl.int64)
     o_m = m0 + tl.arange(0, BLOCK_M)
@@ -63,7 +63,7 @@ def add_action(
     acc, action_ptr, w_action_ptr, image_ptr, n0, m0, N, M, A, stride_ai, stride_wam,
     PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_A: tl.constexpr,
 ):  # fmt: skip
-    """acc + action[image of row] · w_actionᵀ, one step of BLOCK_A in the depth: (BLOCK_N, BLOCK_M)."""
+    """Return acc + action[image of row] · w_actionᵀ, one iteration of depth BLOCK_A: (BLOCK_N, BLOCK_M)."""
     o_n = tl.minimum(n0 + tl.arange(0, BLOCK_N), N - 1)
     o_m = tl.minimum(m0 + tl.arange(0, BLOCK_M), M - 1)
     o_a = tl.arange(0, BLOCK_A)
@@ -79,7 +79,7 @@ def bias_of_tile(
     bias_ptr, image_ptr, n0, m0, N, M, stride_bi,
     PER_IMAGE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """fp32 bias of each row's image: (BLOCK_N, BLOCK_M), or (1, BLOCK_M) where all rows share one."""
+    """Return the fp32 bias of each row's image: (BLOCK_N, BLOCK_M), or (1, BLOCK_M) if all rows share one."""
     o_m = tl.minimum(m0 + tl.arange(0, BLOCK_M), M - 1)
     if PER_IMAGE:
         o_n = tl.minimum(n0 + tl.arange(0, BLOCK_N), N - 1)
@@ -96,7 +96,7 @@ def store_tile(
     out, value, n0, m0, N, M, stride_on,
     TMA: tl.constexpr, DTYPE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """out[n0 :, m0 :] = value, (BLOCK_N, BLOCK_M), where there is such an element."""
+    """Store value (BLOCK_N, BLOCK_M) to out[n0 :, m0 :] within its bounds."""
     if TMA:
         out.store([n0, m0], to_type(value, DTYPE))
     else:

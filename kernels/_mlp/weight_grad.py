@@ -1,4 +1,4 @@
-"""Gradients of the MLP's weights: aᵀ · b over slices of the rows, one slice a program, to be added in their order."""
+"""Gradients of the MLP's weights: aᵀ · b over slices of the rows, one slice per program, then added in their order."""
 
 from __future__ import annotations
 
@@ -59,11 +59,10 @@ def weight_grad_kernel(
     TMA: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """out[s] (P, Q) = a[rows of slice s]ᵀ · b[rows of slice s]; a (N, P), b (N, Q), ROWS rows a slice.
+    """out[s] (P, Q) = a[rows of slice s]ᵀ · b[rows of slice s]; a (N, P), b (N, Q), ROWS rows per slice.
 
-    With a bias out[s] goes on with P numbers, the sums of a's columns: of operands in half precision, since the tensor
-    cores multiply by ones. ROWS is a multiple of BLOCK_K. BLOCK_N × BLOCK_M is the block of the result, BLOCK_K the
-    rows taken at a time.
+    With a bias, out[s] has P more elements, the sums of a's columns, in half precision only: tensor cores multiply by
+    ones. ROWS is a multiple of BLOCK_K. BLOCK_N × BLOCK_M is the tile of the result, BLOCK_K the rows per iteration.
     """
     i_p, i_q = place_of_program(tl.program_id(0), tl.cdiv(P, BLOCK_N), tl.cdiv(Q, BLOCK_M), GROUP)
     i_slice = tl.program_id(1)
@@ -92,9 +91,9 @@ def weight_grad_kernel(
 
 
 def weight_grad_slices(a: Tensor, b: Tensor, *, bias: bool = False) -> Tensor:
-    """Parts of aᵀ · b, fp32 (S, P · Q), to be added by `add_gradients`, for a (N, P) and b (N, Q): a slice each.
+    """Return slices of aᵀ · b, fp32 (S, P · Q), for `add_gradients`, with a (N, P) and b (N, Q).
 
-    bias: parts of the sums of a's columns too, behind the others: (S, P · Q + P). Of operands in half precision.
+    bias: append slices of the sums of a's columns: (S, P · Q + P). Half-precision operands only.
     """
     rows, p, q = a.shape[0], a.shape[1], b.shape[1]
     length = p * q + (p if bias else 0)

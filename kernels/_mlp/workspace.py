@@ -1,4 +1,4 @@
-"""How much memory the MLP's hidden activations may take while a call runs, and what a call takes beside its results."""
+"""Memory limit of the MLP's hidden activations during a call, and the temporary memory of a call."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ __all__ = ["chunk_rows", "limited", "mlp_workspace", "use_workspace", "workspace
 
 _workspace = 2**30
 _SMALLEST_CHUNK = 64
-# What a plan counts with: the slices of weight gradients on an H100 or H200.
+# Plans assume the weight gradients' slices of an H100 or H200.
 _ARCHITECTURE = "sm_90"
 
 
 def workspace_bytes() -> int:
-    """Bytes that the hidden activations of a call may take that sets no limit itself (1 GiB unless set)."""
+    """Return the bytes for hidden activations of calls that set no limit themselves (1 GiB unless set)."""
     return _workspace
 
 
 @contextlib.contextmanager
 def use_workspace(size: int) -> Iterator[None]:
-    """Set `workspace_bytes` inside, for the process. A call's backward pass has the limit of its forward pass."""
+    """Set `workspace_bytes` inside, for the process. A call's backward pass has its forward pass's limit."""
     global _workspace  # noqa: PLW0603 - of the process
     before, _workspace = _workspace, limited(size)
     try:
@@ -32,7 +32,7 @@ def use_workspace(size: int) -> Iterator[None]:
 
 
 def limited(workspace: int | None) -> int:
-    """Bytes of the limit that a call was given; None: `workspace_bytes`. ValueError below 1."""
+    """Return a call's limit in bytes; None: `workspace_bytes`. Raise ValueError below 1."""
     size = workspace_bytes() if workspace is None else workspace
     if size < 1:
         raise ValueError(f"workspace is {size} bytes; it must be at least 1")
@@ -40,9 +40,9 @@ def limited(workspace: int | None) -> int:
 
 
 def chunk_rows(rows: int, units: int, element: int, copies: int, workspace: int) -> int:
-    """Rows of one chunk: all where `copies` tensors (N, H) fit into `workspace` bytes, else a power of two that does.
+    """Return rows per chunk: all if `copies` tensors (N, H) fit into `workspace` bytes, else a power of two that fits.
 
-    At least 64 rows, or all where there are fewer, even where these need more.
+    At least 64 rows, or all if there are fewer, even if these need more.
     """
     most = workspace // max(1, units * element * copies)
     if rows <= most:
@@ -61,11 +61,11 @@ def mlp_workspace(
     image: bool = False,
     workspace: int | None = None,
 ) -> int:
-    """Most bytes that one call of the MLP holds at once beside its inputs and results.
+    """Return the peak bytes of one call of the MLP beside its inputs and results.
 
     Forward: the normalised input and the hidden activations (chunk, H). Backward: these, their gradient, and both
-    weight gradients' slices in fp32; of several chunks, both sums and the slices of one. `image`: the image of each
-    token, int32, where an action is given. `workspace`: the call's limit for the hidden activations, in bytes; None:
+    weight gradients' slices in fp32; with several chunks, both sums and the slices of one. `image`: the image of each
+    token, int32, if an action is given. `workspace`: the call's limit for the hidden activations, in bytes; None:
     `use_workspace`'s, or 1 GiB.
     """
     copies = 2 if backward else 1

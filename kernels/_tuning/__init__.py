@@ -1,1 +1,1 @@
-"""Which implementation and which block sizes a matrix multiply uses."""
+"""The choice of implementation and block sizes for each matmul."""

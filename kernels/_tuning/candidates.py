@@ -1,7 +1,7 @@
-"""The block sizes that each architecture starts from, in order of preference, before anything has been measured.
+"""Block sizes to start from on each architecture, in order of preference, before anything is measured.
 
-They come from ahead-of-time compiles (`python -m iwm_fast.kernels.aot`): each fits the chip's shared memory and spills
-no register. Which is fastest is for `tuner.py` to find out on the device.
+They come from ahead-of-time compilation (`python -m iwm_fast.kernels.aot`): each fits the chip's shared memory and
+spills no register. `tuner.py` finds the fastest on the device.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ __all__ = [
 class Choice:
     """An implementation: "triton" or "tma" with its block sizes, or "library" (cuBLAS) with none.
 
-    block_n × block_m is the block of the result that a program makes at a time, block_k the depth that it takes at a
-    time. "triton": a block a program, operands by pointers. "tma": one program an SM walks over the blocks, operands by
-    tensor descriptors, the epilogue in so many pieces.
+    block_n × block_m is the tile of the result that a program computes, block_k the depth per iteration. "triton": one
+    tile per program, operands by pointers. "tma": one persistent program per SM iterates over tiles, operands by tensor
+    descriptors, the epilogue in `pieces` pieces.
     """
 
     by: str
@@ -41,11 +41,11 @@ class Choice:
     pieces: int = 1
 
     def shared_bytes(self, element: int, operands: int = 1) -> int:
-        """Shared memory of the operands' blocks in flight: what a pipelined multiply needs at least."""
+        """Return the shared memory of the operands' blocks in flight, the minimum of a pipelined matmul."""
         return operands * element * self.stages * self.block_k * (self.block_n + self.block_m)
 
 
-# Bytes that one program may have (CUDA programming guide, technical specifications): A100, H100 and H200, B200.
+# Shared memory per program in bytes (CUDA programming guide, technical specifications): A100, H100 and H200, B200.
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
 ARCHITECTURES = tuple(SHARED_LIMIT)
 # SMs of A100, H100 or H200, B200.
@@ -61,7 +61,7 @@ def _tma(*sizes: int) -> Choice:
     return Choice("tma", *sizes)
 
 
-# product -> architecture -> (block_n, block_m, block_k, warps, stages[, pieces]) ..., the best bound first
+# matmul -> architecture -> (block_n, block_m, block_k, warps, stages[, pieces]) ..., the best bound first
 # (`python -m iwm_fast.kernels.aot --bounds`).
 _BLOCKS: dict[str, dict[str, list[Choice]]] = {
     # act( x · wᵀ + bias + action[image] · w_actionᵀ )
@@ -94,15 +94,15 @@ _BLOCKS: dict[str, dict[str, list[Choice]]] = {
     },
 }
 PRODUCTS = tuple(_BLOCKS)
-# Most slices of a weight gradient's rows: partial sums are written and read once each. A result of six blocks, as of
+# Most slices of a weight gradient's rows: each partial sum is written and read once. A result of six blocks, such as
 # 768 × 192, needs 20 to fill the last wave of 132 SMs.
 _MOST_SLICES = 32
-# The interpreter multiplies in NumPy, where a block costs as much as its Python: large blocks, and no pipeline.
+# The interpreter multiplies in NumPy and pays Python's overhead per block: large blocks, and no pipeline.
 _INTERPRETER = (_triton(64, 128, 128, 4, 1), _tma(64, 128, 128, 4, 1, 2))
 
 
 def candidates_of(architecture: str, product: str) -> list[Choice]:
-    """Candidates for a product; an architecture without a list of its own takes the newest older one's."""
+    """Return the candidates for a matmul; an architecture without its own list uses the newest older one's."""
     if architecture == "interpreter":
         return [*_INTERPRETER, LIBRARY]
     number = int(architecture.removeprefix("sm_"))
@@ -111,9 +111,9 @@ def candidates_of(architecture: str, product: str) -> list[Choice]:
 
 
 def possible(choice: Choice, architecture: str, element: int, about: str) -> bool:
-    """Whether a choice can be made for operands of `element` bytes; `about` is the tuner's: "tma ..." or "any ...".
+    """Return whether a choice works for operands of `element` bytes; `about` is the tuner's: "tma ..." or "any ...".
 
-    Descriptors need operands that they can point at, in half precision: the blocks are chosen for it.
+    Descriptors need operands that they can address, in half precision, for which the blocks are chosen.
     From sm_100 on, Triton (3.6 to 3.7) fails to compile a persistent kernel that adds an action's matmul to another.
     """
     if choice.by != "tma":
@@ -124,7 +124,7 @@ def possible(choice: Choice, architecture: str, element: int, about: str) -> boo
 
 
 def read_choice(entry: Any) -> Choice | None:
-    """The choice of an entry of a table of choices; None where the entry is of another kind."""
+    """Read a table's entry; return None if it has another form."""
     found = entry.get("choice") if isinstance(entry, dict) else None
     if not isinstance(found, dict) or not found.keys() <= {field.name for field in fields(Choice)}:
         return None
@@ -134,9 +134,9 @@ def read_choice(entry: Any) -> Choice | None:
 
 
 def slices_of(blocks: int, most: int, processors: int) -> int:
-    """The fewest slices of the rows whose programs fill the last wave to nine tenths, or as well as can be.
+    """Return the fewest row slices whose programs fill the last wave to 90 %, or else as well as possible.
 
-    blocks: of the result, a program each for every slice. most: slices that the rows can be cut into.
+    blocks: tiles of the result, one program each per slice. most: the maximum number of slices.
     """
 
     def filled(slices: int) -> float:

@@ -1,9 +1,8 @@
-"""Seconds that a GPU takes for a call, without the time that the host takes to launch it.
+"""GPU time of a call, without the host's launch time.
 
-Events around a call measure the host where it launches more slowly than the GPU computes: the GPU waits for the next
-launch between the two. So the GPU is given something to wait with first, a kernel that spins, and is still spinning
-when the call and both events are in its queue. Whether it was is asked each time; where it was not, the call is made
-again behind a spin of twice the length.
+If the host launches more slowly than the GPU computes, events around a call measure the host: the GPU waits between
+them for the next launch. So a spin kernel occupies the GPU until the call and both events are in its queue. Each
+measurement checks that the spin lasted long enough; if not, the call is repeated behind a spin of twice the length.
 """
 
 from __future__ import annotations
@@ -15,47 +14,48 @@ import torch
 
 __all__ = ["Event", "GpuQueue", "gpu_seconds"]
 
-# Of a spin, in seconds: the first, a few launches long, and the longest. What needs more waits for the GPU itself.
+# Spin lengths in seconds: the first, a few launches long, and the longest. Calls that need longer synchronise
+# themselves.
 _FIRST_SPIN, _LONGEST_SPIN = 1e-4, 0.2
-# Cycles a second, at least: no GPU's clock is much faster.
+# A lower bound of clock cycles per second that no GPU exceeds by much.
 _CLOCK = 2e9
 
 
 class Event(Protocol):
-    """A place in a GPU's queue, as `torch.cuda.Event` is one."""
+    """A marker in a GPU's queue, like `torch.cuda.Event`."""
 
     def record(self) -> None:
-        """Put it at the end of the queue."""
+        """Append it to the queue."""
 
     def query(self) -> bool:
-        """Whether the GPU has passed it."""
+        """Return whether the GPU has passed it."""
 
     def synchronize(self) -> None:
         """Wait until the GPU has passed it."""
 
     def elapsed_time(self, end: Any, /) -> float:
-        """Milliseconds from here to `end` on the GPU."""
+        """Return milliseconds from here to `end` on the GPU."""
 
 
 class GpuQueue:
     """The current stream of the current CUDA device."""
 
     def event(self) -> Event:
-        """A new one, with a time."""
+        """Return a new timed event."""
         return torch.cuda.Event(enable_timing=True)
 
     def spin(self, seconds: float) -> None:
-        """Let the GPU do nothing for about so long, from when it comes to it."""
+        """Keep the GPU busy for about this long, from when it reaches the spin."""
         torch.cuda._sleep(int(seconds * _CLOCK))  # noqa: SLF001  (torch's own tests fill the queue with it)
 
 
 def gpu_seconds(
     call: Callable[[int], object], repeats: int, warm_up: int, queue: GpuQueue | None = None
 ) -> list[float]:
-    """Seconds of each of `repeats` calls on the GPU, after `warm_up` that do not count.
+    """Return the GPU seconds of each of `repeats` calls, after `warm_up` calls.
 
-    `call` gets a running number from 0, to rotate inputs. A call that itself waits for the GPU, or launches more than
-    fits into the queue, cannot be kept apart from its host: it is timed with it.
+    `call` gets a running number from 0, to rotate inputs. A call that synchronises, or launches more than fits into the
+    queue, cannot be separated from its host: its host time is included.
     """
     queue = queue or GpuQueue()
     found: list[float] = []

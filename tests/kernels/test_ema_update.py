@@ -86,7 +86,7 @@ REFUSED = {
     "triton in float64": (
         {name: [tensor(4, dtype=torch.float64) for _ in range(2)] for name in ("averages", "weights")}
         | {"backend": "triton"},
-        r"averages\[0\] is torch.float64; backend .triton. takes",
+        r"averages\[0\] is torch.float64; backend .triton. needs",
     ),
 }
 
@@ -108,7 +108,7 @@ SHARED = {
     ),
     "another's weight": (
         {"averages": [WHOLE[:4], tensor(4)], "weights": [tensor(4), WHOLE[:4]]},
-        r"shares memory with .*\[.\]; what is written",
+        r"shares memory with .*\[.\]; a tensor that is written",
     ),
     "copies": ({"copies": [WHOLE[:4], WHOLE[3:7]]}, r"copies\[1\] shares memory with copies\[0\]"),
     "copy of another average": (

@@ -95,7 +95,7 @@ REFUSED = {
         "image_of_token is not empty; images has no rows",
     ),
     "no such image": ({"patches": index(0, 3), "image_of_token": index(-1, 1)}, "image_of_token spans -1 to 1"),
-    "triton in float64": ({"backend": "triton"}, "dtype is torch.float64; backend .triton. takes"),
+    "triton in float64": ({"backend": "triton"}, "dtype is torch.float64; backend .triton. needs"),
     "triton on the CPU": ({"backend": "triton", "dtype": torch.float32}, "images is on cpu; backend .triton. needs"),
 }
 

@@ -70,7 +70,7 @@ REFUSED = {
     "place": ({"place": torch.arange(5)}, "place has shape"),
     "place range": ({"place": torch.tensor([0, 1, 2, 3, 4, 6])}, "place spans 0 to 6"),
     "place twice": ({"place": torch.tensor([0, 1, 2, 3, 4, 4])}, "place names a row twice"),
-    "triton in float64": ({"backend": "triton"}, "context is torch.float64; backend .triton. takes"),
+    "triton in float64": ({"backend": "triton"}, "context is torch.float64; backend .triton. needs"),
 }
 
 

@@ -64,7 +64,7 @@ REFUSED = {
     "weight": ({"weight": torch.zeros(2, dtype=torch.float64)}, "weight has shape"),
     "bias": ({"bias": torch.zeros(3)}, "bias is torch.float32"),
     "eps": ({"eps": 0.0}, "eps is 0.0"),
-    "triton in float64": ({"backend": "triton"}, "x is torch.float64; backend .triton. takes"),
+    "triton in float64": ({"backend": "triton"}, "x is torch.float64; backend .triton. needs"),
 }
 
 

@@ -134,7 +134,7 @@ REFUSED = {
     "index negative": ({"index": torch.tensor([0, -1, 2, 0])}, "index spans -1 to 2"),
     "reduction": ({"reduction": "max"}, "reduction is 'max'"),
     "eps": ({"eps": -1.0}, "eps is -1.0"),
-    "triton in float64": ({"backend": "triton"}, "pred is torch.float64; backend .triton. takes"),
+    "triton in float64": ({"backend": "triton"}, "pred is torch.float64; backend .triton. needs"),
 }
 
 

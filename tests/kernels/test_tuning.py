@@ -125,7 +125,7 @@ def test_a_candidate_that_fails_is_named_once_and_the_next_is_taken(when, error,
             raise error
         return choice
 
-    with pytest.warns(RuntimeWarning, match="left out") as warned:
+    with pytest.warns(RuntimeWarning, match="excluded") as warned:
         assert ask(tuner, call=call) == second
     assert ask(tuner, call=call) == second
     assert len(warned) == 1
@@ -140,7 +140,7 @@ def test_other_errors_are_not_swallowed(tmp_path):
         ask(make(tmp_path)[0], call=call)
 
 
-@pytest.mark.filterwarnings("ignore:.*left out")
+@pytest.mark.filterwarnings("ignore:.*excluded")
 def test_when_nothing_works_the_error_says_what_to_do(tmp_path):
     def call(_):
         raise FAILURES[0]
@@ -179,7 +179,7 @@ def test_a_full_disk_is_said_and_each_process_finds_out_by_itself(tmp_path, monk
 
     monkeypatch.setattr(_tuning.Path, "write_text", full)
     tuner, timed = make(tmp_path)
-    with pytest.warns(RuntimeWarning, match="not kept: No space left on device"):
+    with pytest.warns(RuntimeWarning, match="not stored: No space left on device"):
         ask(tuner)
     assert timed
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
@@ -296,7 +296,7 @@ def test_a_candidate_that_fails_while_a_graph_is_captured_is_not_tried_again(tmp
             raise FAILURES[0]
         return choice
 
-    with pytest.warns(RuntimeWarning, match="left out"):
+    with pytest.warns(RuntimeWarning, match="excluded"):
         assert ask(tuner, call=call) == second
 
 
