@@ -84,7 +84,6 @@ NOT_YET = frozenset(
         "iwm_fast/eval/splits.py",
         "iwm_fast/eval/world_model/next_frames.py",
         "iwm_fast/export/weights.py",
-        "kernels/_aot/report.py",
     }
 )
 
