@@ -35,7 +35,6 @@ NOT_YET = frozenset(
         "CONTRIBUTING.md",
         "descriptions of the configuration",
         "docs/guides/benchmark_and_profile.md",
-        "docs/guides/data.md",
         "docs/guides/distributed.md",
         "docs/guides/gpu.md",
         "docs/guides/triplets.md",
