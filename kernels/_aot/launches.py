@@ -25,6 +25,7 @@ from iwm_fast.kernels.e4m3_rows import launch_e4m3
 from iwm_fast.kernels.ema_update import launch_average
 from iwm_fast.kernels.patchify import launch_patchify
 from iwm_fast.kernels.predictor_input import launch_assembly, launch_assembly_backward
+from iwm_fast.kernels.sigreg import launch_sigreg_sums, launch_sigreg_sums_backward
 from iwm_fast.kernels.stopgrad_l2 import launch_distance, launch_total
 
 __all__ = [
@@ -54,6 +55,8 @@ TOKENS = {"block 384": 100_352, "block 192": 100_352, "mixer 384": 100_352, "enc
 PATCHES = (4, 8, 14, 16)
 # Widths and hidden widths of target encoders, ViT-B to ViT-H: operands in fp8, on architectures that have it.
 E4M3_WIDTHS = (768, 1280, 3072, 5120)
+# Knots of SIGReg but 0: the default's, and as many as its registers take.
+SIGREG_KNOTS = (8, 16)
 _HAS_E4M3 = 89
 
 
@@ -124,6 +127,7 @@ def _works(arch: str, dtype: torch.dtype) -> dict[str, Callable[[], None]]:
     works |= {f"patches of {patch}": partial(_launch_patches, patch, dtype) for patch in PATCHES}
     if int(arch.removeprefix("sm_")) >= _HAS_E4M3:
         works |= {f"rows of {width} in e4m3": partial(_launch_e4m3, width, dtype) for width in E4M3_WIDTHS}
+    works |= {f"{knots} knots": partial(_launch_sigreg, knots) for knots in SIGREG_KNOTS}
     return works | {
         "average by 4": partial(_launch_average, 64, dtype),
         "average by 1": partial(_launch_average, 63, dtype),
@@ -145,6 +149,13 @@ def _launch_e4m3(width: int, dtype: torch.dtype) -> None:
     codes, scale = _empty(63, width, kind=torch.uint8), _empty(63, 1, kind=torch.float32)
     for activation in ("none", "gelu"):
         launch_e4m3(_empty(63, width, kind=dtype), activation, codes, scale)
+
+
+def _launch_sigreg(knots: int) -> None:
+    p, grad_sums = _empty(63, 512, kind=torch.float32), _empty(2, knots, 512, kind=torch.float32)
+    for rows in (None, _empty(1, kind=torch.int64)):
+        launch_sigreg_sums(p, rows, 0.375, knots)
+        launch_sigreg_sums_backward(p, rows, grad_sums, 0.375, _empty(63, 512, kind=torch.float32))
 
 
 def _launch_average(elements: int, dtype: torch.dtype) -> None:

@@ -1,0 +1,77 @@
+"""The sums of SIGReg against float64 evaluations of every sine and cosine."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from iwm_fast.kernels import sigreg_sums, sigreg_sums_bytes, sigreg_sums_flops
+
+
+def drawn(rows: int, directions: int, seed: int, size: float = 1.0) -> Tensor:
+    return size * torch.randn(rows, directions, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def plain(p: Tensor, spacing: float, knots: int, rows: int) -> Tensor:
+    """Every sine and cosine by itself."""
+    t = spacing * torch.arange(1, knots + 1, dtype=p.dtype)
+    angles = t[:, None, None] * p[:rows]
+    return torch.stack((angles.cos().sum(1), angles.sin().sum(1)))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    rows=st.integers(0, 40), directions=st.integers(1, 9), knots=st.integers(1, 17), padding=st.integers(0, 5),
+    spacing=st.sampled_from([0.1, 0.375, 3.0]), size=st.sampled_from([1e-3, 1.0, 30.0]), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_value_and_gradient(
+    rows: int, directions: int, knots: int, padding: int, spacing: float, size: float, seed: int
+) -> None:
+    ours = drawn(rows + padding, directions, seed, size).requires_grad_()
+    theirs = ours.detach().clone().requires_grad_()
+    count = torch.tensor([rows]) if padding else None
+    incoming = drawn(2 * knots, directions, seed + 1).view(2, knots, directions)
+    found, expected = sigreg_sums(ours, spacing=spacing, knots=knots, rows=count), plain(theirs, spacing, knots, rows)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    found.backward(incoming)
+    expected.backward(incoming)
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-10, atol=1e-10)
+
+
+def test_its_gradient_is_that_of_finite_differences() -> None:
+    p = drawn(5, 3, 0).requires_grad_()
+    torch.autograd.gradcheck(lambda x: sigreg_sums(x, spacing=0.375, knots=4, rows=torch.tensor([4])), p)
+
+
+def test_fp32_is_exact_to_1e_5_of_the_largest_sum() -> None:
+    p = drawn(1024, 16, 0)
+    found = sigreg_sums(p.float(), spacing=0.375, knots=8).double()
+    expected = plain(p.float().double(), 0.375, 8, 1024)
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_counts_of_operations_and_bytes() -> None:
+    assert sigreg_sums_bytes(100, 32, 8) == 4 * (100 * 32 + 2 * 8 * 32)
+    assert sigreg_sums_bytes(100, 32, 8, backward=True) == 4 * (2 * 100 * 32 + 2 * 8 * 32)
+    assert sigreg_sums_flops(100, 32, 8) == 100 * 32 * (2 + 8 * 8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "begins"),
+    [
+        ({"p": torch.zeros(3)}, "p has shape"),
+        ({"p": torch.zeros(3, 2, dtype=torch.bfloat16)}, "p is torch.bfloat16; it must be torch.float32"),
+        ({"spacing": 0.0}, "spacing is 0.0"),
+        ({"knots": 0}, "knots is 0"),
+        ({"rows": torch.tensor([1, 2])}, "rows has shape"),
+        ({"rows": torch.tensor([1.0])}, "rows is torch.float32"),
+        ({"backend": "cuda"}, "backend"),
+    ],
+)
+def test_a_wrong_argument_is_named(changes: dict[str, object], begins: str) -> None:
+    given = {"p": torch.zeros(3, 2), "spacing": 0.375, "knots": 2} | changes
+    with pytest.raises(ValueError, match=begins):
+        sigreg_sums(given.pop("p"), **given)  # type: ignore[arg-type]
