@@ -86,7 +86,7 @@ def _bare_side(config: Config, space: ActionSpace, stream: BatchStream, ranks: R
             group["lr"] = schedules.lr(i)
         optimizer.param_groups[0]["weight_decay"] = schedules.weight_decay(i)
         optimizer.zero_grad()
-        trained(*pack(batch).arguments).loss.backward()
+        trained(*pack(batch, i).arguments).loss.backward()
         optimizer.step()
         with torch.no_grad():
             torch._foreach_lerp_(average, online, 1.0 - schedules.ema(i))

@@ -3,32 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from iwm_fast.models import losses
 from iwm_fast.models.losses import ForwardPass, GlobalBatch
-
-
-class _SumOverRanks(torch.autograd.Function):
-    @staticmethod
-    def forward(_: Any, x: Tensor) -> Tensor:
-        return _summed(x)
-
-    @staticmethod
-    def backward(_: Any, *grads: Tensor) -> Tensor:
-        return _summed(grads[0])
-
-
-def _summed(x: Tensor) -> Tensor:
-    x = x.clone()
-    if dist.is_initialized():
-        dist.all_reduce(x)
-    return x
 
 
 @dataclass(frozen=True)
@@ -46,7 +27,7 @@ class Variance:
         real = (segments.image_of_token < segments.images)[:, None]
         x = found.context.float() * real
         moments = torch.cat([x.sum(dim=0), x.square().sum(dim=0), real.sum().float()[None]])
-        total, squares, count = _SumOverRanks.apply(moments).split([x.shape[1], x.shape[1], 1])
+        total, squares, count = found.sum_over_ranks(moments).split([x.shape[1], x.shape[1], 1])
         variance = squares / count - (total / count).square()
         return factor * F.relu(2 - (variance + 1e-4).sqrt()).mean()
 

@@ -9,6 +9,7 @@ import torch
 
 from iwm_fast.config import Config
 from iwm_fast.engine.determinism import require_deterministic
+from iwm_fast.engine.distributed.sums import sum_over_ranks
 from iwm_fast.engine.graphs import require_graphs
 from iwm_fast.errors import UserError
 from iwm_fast.models.attention import require_attention
@@ -43,6 +44,7 @@ def trained_model(config: Config, action_dim: int, device: torch.device) -> IWM:
     require_machine(config, device)
     torch.manual_seed(config.train.seed)
     model = IWM(config.model, action_dim, activation_checkpointing=config.train.activation_checkpointing).to(device)
+    model.sum_over_ranks = sum_over_ranks
     if config.train.compile:
         compile_regions(model)
     if config.train.target_stream:

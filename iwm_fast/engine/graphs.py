@@ -178,8 +178,9 @@ class GraphedStep(nn.Module):
 
 
 def _own(arguments: tuple[Any, ...]) -> list[Tensor]:
-    """The tensor of each argument but the last, of segments their bounds."""
-    return [part.cu_seqlens if isinstance(part, Segments) else part for part in arguments[:-1]]
+    """The tensor of each argument but the factors, of segments their bounds; then the terms' random numbers."""
+    *given, sampled, _ = arguments
+    return [*(part.cu_seqlens if isinstance(part, Segments) else part for part in given), *sampled]
 
 
 def _tensors(arguments: tuple[Any, ...]) -> list[Tensor]:
@@ -199,10 +200,12 @@ def _with_tensors(arguments: tuple[Any, ...], tensors: Sequence[Tensor]) -> tupl
     other = dict(zip(order, tensors, strict=False))
     made: dict[int, Segments] = {}
     given: list[Any] = []
-    for part, tensor in zip(arguments[:-1], own, strict=True):
+    *parts, sampled, _ = arguments
+    for part, tensor in zip(parts, own, strict=False):
         if isinstance(part, Segments):
             same = Segments(part.lengths, other[id(tensor)], part.padding, part.ceiling)
             given.append(made.setdefault(id(part), same))
         else:
             given.append(other[id(tensor)])
+    given.append(tuple(other[id(tensor)] for tensor in sampled))
     return given, tensors[len(order) :]

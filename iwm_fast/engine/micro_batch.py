@@ -39,8 +39,11 @@ class Packer:
         self._predicts, self._device = predicts, device
         self.sizes: set[tuple[int, int]] = set()
 
-    def __call__(self, batch: Batch) -> Packed:
-        """The batch's tensors on the device, its patches packed, and the factors of its loss's terms."""
+    def __call__(self, batch: Batch, step: int) -> Packed:
+        """Return the batch's tensors on the device, its patches packed, and the factors of its loss's terms.
+
+        step: counted from 0; the terms' random numbers are its own.
+        """
         device, patches = self._device, batch.patches
         context, seen = self._pack(patches.context, patches.context_lengths)
         predicted, asked, tokens = context, seen, batch.global_context
@@ -54,7 +57,7 @@ class Packer:
         padding = seen.total - seen.real + (asked.total - asked.real if asked is not seen else 0)
         arguments = (
             batch.source.to(device), batch.target.to(device), batch.action.to(device, non_blocking=True),
-            context, seen, predicted, asked, self.objective.factors(whole),
+            context, seen, predicted, asked, self.objective.sample(step, device), self.objective.factors(whole),
         )  # fmt: skip
         return Packed(arguments, padding)
 

@@ -130,7 +130,7 @@ class Trainer:
 
     def _forward(self, batch: Batch) -> Any:
         """The model's output for a micro-batch."""
-        packed = self.packer(batch)
+        packed = self.packer(batch, self.step)
         self.counter.count(batch.patches.context_lengths, batch.patches.target_lengths, packed.padding)
         return self.zero.engine(*packed.arguments)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -69,7 +69,8 @@ class IWM(nn.Module):
     encoder: of the source. target_encoder: of the target, or None where the encoder itself is (model.target: shared).
     predictor: the world model. predicts: which patches it answers for, "target" (those of the target blocks) or
     "context" (the source's own visible ones, the mlp predictor). objective: what is minimised. target_stream: where
-    `forward` computes the target, the current stream until it is given another.
+    `forward` computes the target, the current stream until it is given another. sum_over_ranks: how terms sum a
+    statistic over all ranks, with gradient; the identity until it is given another.
 
     Weights begin the same for the same torch seed. They may be cast to bf16 as a whole: inputs follow, and
     normalisation statistics, softmax and loss stay in fp32. The target encoder is never differentiated; moving it
@@ -90,6 +91,7 @@ class IWM(nn.Module):
             products_in_fp8(self.target_encoder)
         self.objective = objective_of(model)
         self.target_stream = SideStream()
+        self.sum_over_ranks: Callable[[Tensor], Tensor] = _alone
         self.predictor: VitPredictor | MlpPredictor
         self.predicts: Literal["target", "context"]
         if predictor.kind == "mlp":
@@ -116,6 +118,7 @@ class IWM(nn.Module):
         context_segments: Segments,
         predicted: Tensor,
         predicted_segments: Segments,
+        sampled: Sequence[Tensor] = (),
         loss_scale: float | Sequence[float] = 1.0,
         *,
         per_size: bool = False,
@@ -130,6 +133,7 @@ class IWM(nn.Module):
             context_segments: of the Nc patches; may end with padding.
             predicted: int64 (Nt,), the target's patches to predict, packed; with the mlp predictor, the context's.
             predicted_segments: of the Nt patches, with as many segments of padding: their tokens have no loss.
+            sampled: random numbers of the step, a tensor for each of the objective's random terms (`Objective.sample`).
             loss_scale: what the objective's terms, sums over this batch, are multiplied by: one number for each term
                 (`Objective.factors`), or one for all.
             per_size: give `Losses`, before anything is read that differs between batches of the same sizes.
@@ -161,7 +165,11 @@ class IWM(nn.Module):
             prediction = self.predictor(z_x, context, context_segments, predicted, predicted_segments, action)
         self.target_stream.give(z_y)
         rows = _with_loss(index, predicted_segments)
-        given = ForwardPass(z_x, context_segments, prediction, predicted_segments, z_y, rows)
+        names = [term.name for term in self.objective.random_terms]
+        given = ForwardPass(
+            z_x, context, context_segments, prediction, predicted_segments, z_y, rows,
+            dict(zip(names, sampled, strict=True)), self.sum_over_ranks,
+        )  # fmt: skip
         factors = (loss_scale,) * len(self.objective.terms) if isinstance(loss_scale, int | float) else loss_scale
         found = Losses(self.objective.values(given, factors), z_y, index)
         return found if per_size else found.output(predicted_segments.real)
@@ -223,6 +231,11 @@ class IWM(nn.Module):
                 f"predicted_segments have {segments.padding} segments of padding and context_segments {seen.padding}; "
                 "they must have as many"
             )
+
+
+def _alone(x: Tensor) -> Tensor:
+    """Return the sum over the only rank."""
+    return x
 
 
 def _with_loss(index: Tensor | None, predicted: Segments) -> Tensor | None:

@@ -8,8 +8,11 @@ and the loss is the sum over the terms. What a term is divided by makes it a mea
 
 - a sum over tokens: their number in the global batch, which every rank knows before it computes;
 - a statistic of all ranks' tokens together, equal on every rank: `GlobalBatch.micro_batches`. Its moments are reduced
-  by an all-reduce whose backward pass all-reduces the gradients; then DeepSpeed's mean over the ranks is the gradient
-  of that statistic. Of several accumulated micro-batches it is the mean of theirs.
+  by `ForwardPass.sum_over_ranks`, whose backward pass sums the gradients; then DeepSpeed's mean over the ranks is the
+  gradient of that statistic. Of several accumulated micro-batches it would be the mean of theirs.
+
+A term that needs random numbers is a `RandomTerm`: they are sampled for each step, outside a CUDA graph, and come in
+with the batch.
 
 To add a term, write an object as `LatentDistance` in a module of its own, append to `TERMS` the function that gives it
 for a configuration that asks for it, and add the key to `ModelConfig`. The log, accumulation, ranks, CUDA graphs and
@@ -18,9 +21,9 @@ launch counts take it from there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -30,7 +33,17 @@ from iwm_fast.config.schema import ModelConfig
 from iwm_fast.models.blocks import NORM_EPS
 from iwm_fast.models.packing import Segments
 
-__all__ = ["TERMS", "ForwardPass", "GlobalBatch", "LatentDistance", "Objective", "Term", "objective_of", "together"]
+__all__ = [
+    "TERMS",
+    "ForwardPass",
+    "GlobalBatch",
+    "LatentDistance",
+    "Objective",
+    "RandomTerm",
+    "Term",
+    "objective_of",
+    "together",
+]
 
 
 @dataclass(frozen=True)
@@ -55,14 +68,19 @@ class ForwardPass:
     context: (Nc, D), the encoder's tokens of the sources' visible patches. prediction: (Nt, D), the predictor's.
     target: (M, D), the target encoder's, without gradient. rows: int64 (Nt,), the target's row of each prediction, -1
     for padding; None: each its own. Tokens of padding lie in `context` too: those of segments beyond `images`.
+    context_patches: int64 (Nc,), the patch of each context token. sampled: the numbers of each `RandomTerm`, by its
+    name. sum_over_ranks: a tensor's sum over all ranks, with gradient.
     """
 
     context: Tensor
+    context_patches: Tensor
     context_segments: Segments
     prediction: Tensor
     predicted_segments: Segments
     target: Tensor
     rows: Tensor | None
+    sampled: Mapping[str, Tensor]
+    sum_over_ranks: Callable[[Tensor], Tensor]
 
 
 class Term(Protocol):
@@ -84,6 +102,14 @@ class Term(Protocol):
 
         Nothing may depend on lengths on the host, nor wait for the device: a CUDA graph is captured of it.
         """
+
+
+@runtime_checkable
+class RandomTerm(Term, Protocol):
+    """A term that computes with random numbers, others in each step."""
+
+    def sample(self, step: int, device: torch.device) -> Tensor:
+        """Return the numbers of a step, counted from 0: the same on all ranks and after a resume."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +153,15 @@ class Objective:
         DeepSpeed averages gradients over the ranks, and the log averages losses.
         """
         return tuple(term.weight * batch.ranks / term.divisor(batch) for term in self.terms)
+
+    @property
+    def random_terms(self) -> tuple[RandomTerm, ...]:
+        """Those of the terms that compute with random numbers."""
+        return tuple(term for term in self.terms if isinstance(term, RandomTerm))
+
+    def sample(self, step: int, device: torch.device) -> tuple[Tensor, ...]:
+        """Return the random numbers of a step, a tensor for each of `random_terms`."""
+        return tuple(term.sample(step, device) for term in self.random_terms)
 
     def values(self, found: ForwardPass, factors: Sequence[float]) -> tuple[Tensor, ...]:
         """Every term of a micro-batch times its factor."""

@@ -56,7 +56,7 @@ def test_an_entry_in_the_table_is_trained_with_and_logged(
     micro_batches = trainer.stream.accumulation
     variance = torch.zeros(())
     for _ in range(micro_batches):
-        *given, factors = trainer.packer(next(batches)).arguments
+        *given, factors = trainer.packer(next(batches), 0).arguments
         source, context, seen = given[0], given[3], given[4]
         std = (model.encoder(source, context, seen)[: seen.real].var(dim=0, correction=0) + 1e-4).sqrt()
         share = 8.0 * (2 - std).clamp_min(0).mean() / micro_batches
