@@ -32,7 +32,6 @@ CODE = ("iwm_fast", "kernels", "benchmarks", "examples")
 
 NOT_YET = frozenset(
     {
-        "CONTRIBUTING.md",
         "descriptions of the configuration",
         "docs/guides/benchmark_and_profile.md",
         "docs/guides/distributed.md",

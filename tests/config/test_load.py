@@ -68,7 +68,7 @@ def test_packaged_configuration_begins_with_what_it_is_for(name):
     head = packaged_config(name).read_text(encoding="utf-8").splitlines()[:6]
     assert head[0].startswith("# ")
     assert any("Machine:" in line for line in head)
-    assert any("Figures:" in line for line in head)
+    assert any("Values:" in line for line in head)
 
 
 @pytest.mark.parametrize("stage", range(4))
