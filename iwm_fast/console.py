@@ -3,42 +3,105 @@
 from __future__ import annotations
 
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import zip_longest
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from rich.table import Table
 from rich.text import Text
 
 from iwm_fast.file_names import printable
 
-__all__ = ["Count", "counting", "part_of", "print_table"]
+__all__ = ["PIPED_WIDTH", "Count", "counting", "part_of", "print_lines", "print_table"]
 
 Count = Callable[[str, int, int | None], None]  # what is being done, how much of it is done, of how much
 
 # Without a terminal a line appears at most this often for one piece of work.
 _PLAIN_EVERY_S = 10.0
+PIPED_WIDTH = 100
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Print a table of texts to standard output: drawn on a terminal, one unwrapped line a row elsewhere."""
+    """Print a table of texts to standard output, as wide as the terminal, or `PIPED_WIDTH` elsewhere.
+
+    What is wider is wrapped at spaces; a word, a path say, stays whole even where it is wider than that.
+    """
     kept = [tuple(map(printable, row)) for row in rows]
-    if sys.stdout.isatty():
-        table = Table(title=title, title_justify="left")
-        for column in columns:
-            table.add_column(column, overflow="fold")
-        for row in kept:
-            table.add_row(*(Text(cell) for cell in row))
-        Console(highlight=False).print(table)
-        return
     lines = [tuple(columns), *kept] if any(columns) else kept
-    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))] if lines else []
-    print(title)
+    terminal = sys.stdout.isatty()
+    texts = _laid_out(lines, _width())
+    if not terminal:
+        print("\n".join([title, *texts]))
+        return
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(Text(title, "bold italic"))
+    header = len(_cells(lines[0], _column_widths(lines, _width())[0])) if any(columns) else 0
+    for number, text in enumerate(texts):
+        console.print(Text(text, "bold" if number < header else ""))
+
+
+def print_lines(lines: Iterable[str], first: str = "", further: str = "    ") -> None:
+    """Print sentences to standard output, each wrapped at the width of a table; `first` begins a sentence, `further`
+    its other lines.
+    """
     for line in lines:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+        print("\n".join(_wrapped(printable(line), _width(), first, further)))
+
+
+def _width() -> int:
+    return Console().width if sys.stdout.isatty() else PIPED_WIDTH
+
+
+def _laid_out(lines: Sequence[Sequence[str]], width: int) -> list[str]:
+    if not lines:
+        return []
+    widths, gap = _column_widths(lines, width)
+    found = []
+    for line in lines:
+        for parts in _cells(line, widths):
+            padded = (part + " " * (size - cell_len(part)) for part, size in zip(parts, widths, strict=True))
+            found.append(gap.join(padded).rstrip())
+    return found
+
+
+def _column_widths(lines: Sequence[Sequence[str]], width: int) -> tuple[list[int], str]:
+    """(width of each column, what stands between two): the widest columns are narrowed first, none below a word."""
+    columns = list(zip(*lines, strict=True))
+    widths = [max(map(cell_len, column)) for column in columns]
+    least = [max(cell_len(word) for cell in column for word in cell.split(" ")) for column in columns]
+    between = len(least) - 1
+    gap = " " if sum(least) + between <= width < sum(least) + 2 * between else "  "
+    room = width - len(gap) * between
+    while sum(widths) > room:
+        wider = [(size, column) for column, size in enumerate(widths) if size > least[column]]
+        if not wider:
+            break
+        widths[max(wider)[1]] -= 1
+    return widths, gap
+
+
+def _cells(line: Sequence[str], widths: Sequence[int]) -> list[tuple[str, ...]]:
+    """A row as rows of what fits."""
+    parts = [_wrapped(cell, size) for cell, size in zip(line, widths, strict=True)]
+    return list(zip_longest(*parts, fillvalue=""))
+
+
+def _wrapped(text: str, width: int, first: str = "", further: str = "") -> list[str]:
+    if cell_len(first + text) <= width:
+        return [first + text]
+    return textwrap.wrap(
+        text,
+        width,
+        initial_indent=first,
+        subsequent_indent=further,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def part_of(progress: Count | None, what: str) -> Callable[[int, int], None] | None:

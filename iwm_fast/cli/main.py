@@ -15,8 +15,9 @@ import typer
 
 from iwm_fast.cli import bench, data, finetune
 from iwm_fast.cli.arguments import check_options, prepare
+from iwm_fast.cli.config import show_config
 from iwm_fast.cli.embed import embed
-from iwm_fast.cli.options import CONFIG_HELP, Json, Overrides, answer
+from iwm_fast.cli.options import Json, Overrides, answer
 from iwm_fast.cli.plan import plan
 from iwm_fast.cli.pretrain import pretrain
 from iwm_fast.cli.profile import profile
@@ -199,45 +200,9 @@ def export(
         print(path)
 
 
-@app.command(
+app.command(
     "config", epilog="Example: iwm-fast config vit_tiny_p4_32.yaml train.lr=5e-4    or: iwm-fast config --schema"
-)
-def show_config(
-    config: Annotated[str | None, typer.Argument(metavar="CONFIG", help=CONFIG_HELP)] = None,
-    overrides: Overrides = None,
-    schema: Annotated[
-        bool, typer.Option("--schema", help="List every key: type, default, allowed values, meaning.")
-    ] = False,
-    json: Json = None,
-) -> None:
-    """Print a configuration as it would be used, every key with its value."""
-    from dataclasses import asdict
-
-    from iwm_fast.config import dump_config, load_config
-    from iwm_fast.config.batch import known_in_steps
-    from iwm_fast.config.load import find_config, packaged_names
-    from iwm_fast.config.schema_table import rows
-
-    if schema:
-        if json is None:
-            from iwm_fast.console import print_table
-
-            print_table(
-                "configuration",
-                ("key", "type", "default", "allowed", "meaning"),
-                [list(asdict(r).values()) for r in rows()],
-            )
-        answer(json, "config-schema", {"keys": [asdict(row) for row in rows()]})
-        return
-    if config is None:
-        raise UserError(f"config: name a YAML file, or one of {', '.join(packaged_names())}; --schema lists the keys")
-    loaded = load_config(find_config(config), overrides or [])
-    in_steps = known_in_steps(loaded)
-    if json is None:
-        print(dump_config(loaded), end="")
-        for line in in_steps:
-            print(f"# {line}")
-    answer(json, "config", {"config": loaded.model_dump(mode="json"), "in_steps": in_steps})
+)(show_config)
 
 
 @app.command(epilog="Example: iwm-fast doctor")

@@ -63,7 +63,7 @@ def plan(
     loaded, counted = _images_of(load_config(find_config(config), overrides or []), images)
     from dataclasses import asdict
 
-    from iwm_fast.console import print_table
+    from iwm_fast.console import print_lines, print_table
     from iwm_fast.cost import report as said
     from iwm_fast.cost.devices import compute_rate, find_device, packaged_results
     from iwm_fast.cost.plan import Cluster
@@ -83,19 +83,23 @@ def plan(
 
     def show() -> None:
         columns = (
-            "stage", "recompute", "micro-batch", "GB a GPU", "forward ms", "backward ms", "optimizer ms",
-            "messages ms (not hidden)", f"{device.link_name} / network ms", "data ms", "step ms", "images/s",
+            "ZeRO", "recompute", "micro batch", "GB per GPU", "forward", "backward", "optimizer",
+            "messages not hidden", *(["data"] if data_rate else []), "step", "images/s",
         )  # fmt: skip
         rows = said.stage_rows(record["variants"], loaded.train.global_batch, record["recommended"])
-        print_table("planned step", columns, rows)
+        print_table("planned step, ms (* recommended)", columns, rows)
         print_table(
-            "GB of a GPU by kind",
-            ("stage", "recompute", "parameters", "gradients", "optimizer", "EMA", "activations", "workspace"),
+            "messages between GPUs per step, ms",
+            ("ZeRO", "recompute", "all", "not hidden", device.link_name, "network"),
+            said.message_rows(record["variants"]),
+        )
+        print_table(
+            "GB per GPU by kind",
+            ("ZeRO", "recompute", "parameters", "gradients", "optimizer", "EMA", "activations", "workspace"),
             said.memory_rows(record["variants"]),
         )
-        print_table("not recommended", ("stage", "recompute", "why"), said.left_out_rows(record))
-        for line in said.sentences(record, points):
-            print(line)
+        print_table("not recommended", ("ZeRO", "recompute", "why"), said.left_out_rows(record))
+        print_lines(said.sentences(record, points))
 
     answer(json, "plan", record, show)
     if plot and points:

@@ -14,7 +14,17 @@ from iwm_fast.cost.plan import WORTH, Choice, Cluster, Planner, Refused, Stage, 
 from iwm_fast.cost.scaling import Point
 from iwm_fast.cost.step_time import StepTime, image_flops
 
-__all__ = ["ImageCount", "document", "duration", "left_out_rows", "memory_rows", "of_gpus", "sentences", "stage_rows"]
+__all__ = [
+    "ImageCount",
+    "document",
+    "duration",
+    "left_out_rows",
+    "memory_rows",
+    "message_rows",
+    "of_gpus",
+    "sentences",
+    "stage_rows",
+]
 
 
 @dataclass(frozen=True)
@@ -162,7 +172,9 @@ def assumptions(cluster: Cluster, config: Config, images: ImageCount) -> list[st
 def stage_rows(
     variants: Sequence[dict[str, Any]], global_batch: int, recommended: dict[str, Any]
 ) -> list[tuple[str, ...]]:
-    """A row per variant: recomputation, micro-batch, memory, milliseconds, messages, images/s; * is recommended."""
+    """A row per variant: recomputation, micro-batch, memory, milliseconds (of the data where their rate is given),
+    images/s; * is recommended.
+    """
     return [
         (
             f"{s['stage']}{' *' if _is_recommended(s, recommended) else ''}",
@@ -170,11 +182,22 @@ def stage_rows(
             _batch(s),
             _shown(s["memory_bytes"]["total"] / 1e9, 1),
             *(_shown(s["step_s"][part] * 1e3, 1) for part in ("forward", "backward", "optimizer")),
-            f"{_shown(s['step_s']['communication'] * 1e3, 1)} ({_shown(s['step_s']['exposed'] * 1e3, 1)})",
-            f"{_shown(s['step_s']['link'] * 1e3, 1)} / {_shown(s['step_s']['network'] * 1e3, 1)}",
-            "–" if s["step_s"]["data"] is None else _shown(s["step_s"]["data"] * 1e3, 1),
+            _shown(s["step_s"]["exposed"] * 1e3, 1),
+            *([] if s["step_s"]["data"] is None else [_shown(s["step_s"]["data"] * 1e3, 1)]),
             _shown(s["step_s"]["total"] * 1e3, 1),
             f"{global_batch / s['step_s']['total']:,.0f}",
+        )
+        for s in variants
+    ]
+
+
+def message_rows(variants: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """A row per variant: milliseconds of a step's messages, those that nothing hides, and by what carries them."""
+    return [
+        (
+            str(s["stage"]),
+            "yes" if s["activation_checkpointing"] else "no",
+            *(_shown(s["step_s"][part] * 1e3, 1) for part in ("communication", "exposed", "link", "network")),
         )
         for s in variants
     ]
