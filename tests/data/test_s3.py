@@ -17,6 +17,8 @@ from iwm_fast.data.identity import difference, identity_of
 from iwm_fast.data.image_list import divide, list_images, split
 from iwm_fast.data.loader import TrainingStream
 from iwm_fast.data.sources import Patience
+from iwm_fast.data.sources.left_out import SKIPPED
+from iwm_fast.data.sources.opening import SYSTEM
 from iwm_fast.data.sources.s3 import S3Storage
 from iwm_fast.data.tools.index import write_index
 from iwm_fast.data.tools.shard import write_shards
@@ -128,10 +130,14 @@ def test_more_objects_than_a_page_are_listed(store, tmp_path, monkeypatch):
         client.put_object(Bucket="many", Key=f"set/{number}.jpg", Body=b"x")
     for odd in ("set/.hidden.jpg", "set/.cache/1.jpg", "set/folder.jpg/", "other/1.jpg"):
         client.put_object(Bucket="many", Key=odd, Body=b"")
+    for odd in ("set/a.heic", "set/b.heic", "set/c.txt", "set/@eaDir/1.jpg", "set/@eaDir/2.jpg", "set/Thumbs.db"):
+        client.put_object(Bucket="many", Key=odd, Body=b"")
     store.requests.clear()
     images = list_images("s3://many/set/")
+    assert images.source.left_out.counts == {SYSTEM: 1, SKIPPED: 3}
+    assert images.source.left_out.types == {SKIPPED: {".heic": 2, ".txt": 1}}
     assert [images.name(i) for i in range(len(images))] == [f"s3://many/set/{number}.jpg" for number in range(10)]
-    assert sum("continuation-token" in path for _, path, _ in store.requests) == 4
+    assert sum("continuation-token" in path for _, path, _ in store.requests) == 6  # 20 objects
 
 
 @pytest.mark.parametrize("fault", ["500", "503", "close", "cut", "stall"])

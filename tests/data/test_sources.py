@@ -21,6 +21,7 @@ from made_sources import write_tar as tar
 from iwm_fast.data.decode.encoded import BadSample
 from iwm_fast.data.image_list import list_images, split
 from iwm_fast.data.sources import storage
+from iwm_fast.data.sources.left_out import SKIPPED
 from iwm_fast.data.sources.names import Names, escape, unescape
 from iwm_fast.data.sources.opening import REPEATED, open_source
 from iwm_fast.data.sources.storage import DataGone, LocalStorage
@@ -29,6 +30,7 @@ from iwm_fast.data.tools.shard import write_shards
 from iwm_fast.errors import UserError
 
 IMAGE = encode(picture(40, 30))
+READ = ".bmp, .jfif, .jpe, .jpeg, .jpg, .pgm, .png, .ppm, .tif, .tiff, .webp"
 
 
 def contents(images):
@@ -355,6 +357,54 @@ def test_what_this_process_cannot_do_is_no_bad_sample(tmp_path, monkeypatch, num
     monkeypatch.setattr(os, "open", refuse)
     with pytest.raises(UserError, match=f"cannot be read: {os.strerror(number)}"):
         images.read(0)
+
+
+OTHERS = ("cat/a.heic", "cat/b.HEIC", "dog/c.gif", "notes.txt", "README", "set.tar.gz", ".hidden.txt", "cat/Thumbs.db",
+          "desktop.ini", "cat/1.jpg~", "lost+found/x.txt")  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ["folder", "shards", "tfrecord"])
+def test_files_of_other_types_are_counted_by_type_in_one_line(form, folder, tmp_path, capsys):
+    if form == "folder":
+        root = folder
+    elif form == "shards":
+        root = tmp_path / "packed"
+        write_shards(folder, root, shard_bytes=20_000)
+    else:
+        root = as_records(folder, tmp_path / "packed", index=True)
+    list_images(root)
+    assert capsys.readouterr().err == ""  # an index, shards.json and the classes belong to their shards
+    for name in OTHERS:
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_text("x")
+    images = list_images(root)
+    list_images(root)
+    packed = [] if form == "folder" else [".tar.gz"]
+    expected = {".heic": 2, ".gif": 1, ".tar.gz": 1, ".txt": 1, "without extension": 1}
+    expected = {kind: count for kind, count in expected.items() if kind not in packed}
+    (row,) = (row for row in images.source.left_out.rows() if row["reason"] == SKIPPED)
+    assert row["types"] == expected
+    lines = [line for line in capsys.readouterr().err.splitlines() if "skipped" in line]
+    shown = ", ".join(f"{count} {kind}" for kind, count in expected.items())
+    assert lines == [f"{root}: skipped {row['count']} files: {shown} (read: {READ})"]
+
+
+def test_members_without_an_image_are_counted_by_type(tmp_path, capsys):
+    members = [("a.jpg", IMAGE), ("a.txt", b"caption"), ("b.heic", b"x"), ("c.heic", b"x"), ("d.cls", b"1")]
+    images = list_images(tar(tmp_path / "s.tar", members))
+    (row,) = images.source.left_out.rows()
+    assert row["types"] == {".heic": 2, ".cls": 1}
+    said = "3 member(s) of a key without an image: 2 .heic, 1 .cls (s.tar:b.heic, s.tar:c.heic, s.tar:d.cls)"
+    assert capsys.readouterr().err == f"{tmp_path}/s.tar: left out: {said}\n"
+
+
+def test_a_folder_without_an_image_says_what_is_there(tmp_path):
+    for number in range(9):
+        (tmp_path / f"{number}.x{number}").write_text("x")
+    (tmp_path / "a.heic").write_text("x")
+    (tmp_path / "b.heic").write_text("x")
+    with pytest.raises(UserError, match=r"holds 11 files \(2 \.heic, 1 \.x0, .*, 4 of 4 other types\), none of"):
+        list_images(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["lost+found", "System Volume Information", "$RECYCLE.BIN", "@eaDir", ".Trash-1000"])

@@ -132,7 +132,7 @@ def test_what_is_no_sample_is_counted_in_one_line(tmp_path, capfd):
         "1 member(s) that a later one of the same name replaces (s.tar:a.jpg)",
         "1 sparse member(s)",
         "3 link(s) to what their shard does not hold (s.tar:gone.jpg, s.tar:away.jpg, s.tar:round.jpg)",
-        "1 member(s) of a key without an image (s.tar:README.md)",
+        "1 member(s) of a key without an image: 1 .md (s.tar:README.md)",
         "1 further image(s) of a key that has a plain one (s.tar:b.mask.png)",
     ):
         assert words in said

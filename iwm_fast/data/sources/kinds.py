@@ -8,24 +8,28 @@ __all__ = [
     "EXTENSIONS",
     "MANIFEST_FILE",
     "NAMELESS",
+    "SHARDS_FILE",
     "is_image",
     "is_manifest",
     "is_member_image",
     "is_packed",
     "is_records",
     "is_shard",
-    "is_unread",
+    "is_system",
     "record_index_names",
+    "type_of",
 ]
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff"})
 MANIFEST_FILE = "iwm-fast-manifest.tsv"
+SHARDS_FILE = "shards.json"  # beside shards: what is in them
 NAMELESS = "image"  # a shard's extension of an image that had no name before, a TFRecord's
 
 # TensorFlow's own scripts name files train-00000-of-01024, or x.tfrecord-00000-of-00010
 _RECORDS = re.compile(r"\.tfrecords?$|-\d{5}-of-\d{5}$", re.IGNORECASE)
-# Pictures of other formats, and packed sets: somebody who has them beside images takes them for images.
-_UNREAD = re.compile(r"\.(gif|heic|heif|avif|jxl|jp2|j2k|svg|ico|tga|exr|dng|cr2|nef|arw)$", re.IGNORECASE)
+# What systems and editors write beside people's files; hidden files are not listed at all.
+_SYSTEM = re.compile(r"(^|/)(thumbs\.db|ehthumbs(_vista)?\.db|desktop\.ini|icon\r|[^/]*~)$", re.IGNORECASE)
+_ENDING = re.compile(r"\.[A-Za-z0-9_]{1,12}$")
 _PACKED = re.compile(
     r"\.(tgz|txz|tbz2?|tzst|zip|7z|rar)$|(\.tar|\.tfrecords?|-of-\d{5})\.(gz|bz2|xz|zstd?|lz4|br)$", re.IGNORECASE
 )
@@ -52,9 +56,17 @@ def is_records(name: str) -> bool:
     return _RECORDS.search(name) is not None
 
 
-def is_unread(name: str) -> bool:
-    """A picture's, of a format that is not read."""
-    return _UNREAD.search(name) is not None
+def is_system(name: str) -> bool:
+    """A file's that nobody put among the images: thumbnails, a folder's settings, an editor's copy."""
+    return _SYSTEM.search(name) is not None
+
+
+def type_of(name: str) -> str:
+    """What a name ends in, in small letters (.heic, .tar.gz), or "without extension"."""
+    last = name.rsplit("/", 1)[-1].rsplit(":", 1)[-1]
+    packed = _PACKED.search(last)
+    found = packed or _ENDING.search(last[1:])
+    return found[0].lower() if found else "without extension"
 
 
 def is_packed(name: str) -> bool:

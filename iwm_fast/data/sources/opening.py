@@ -12,14 +12,16 @@ from iwm_fast.data.sources.folder import FolderSource
 from iwm_fast.data.sources.kinds import (
     EXTENSIONS,
     MANIFEST_FILE,
+    SHARDS_FILE,
     is_image,
     is_manifest,
     is_packed,
     is_records,
     is_shard,
-    is_unread,
+    is_system,
     record_index_names,
 )
+from iwm_fast.data.sources.left_out import SKIPPED, LeftOut
 from iwm_fast.data.sources.s3 import PATIENCE, Patience, S3Storage, is_address
 from iwm_fast.data.sources.shard_index import index_names
 from iwm_fast.data.sources.storage import LocalStorage, Storage
@@ -32,7 +34,6 @@ __all__ = ["open_source", "top_level"]
 SYSTEM = "folder(s) of the system"
 REPEATED = "other name(s), by links, of folders that are listed already"
 PACKED = "compressed archive(s), which allow no random access: decompress them"
-UNREAD = "image(s) of a format that is not read"
 BROKEN = "link(s) that lead nowhere"
 
 _KINDS: dict[str, tuple[Callable[[str], bool], str]] = {
@@ -56,8 +57,9 @@ def open_source(
     left out is said in one line on standard error, and is in the source's `left_out`.
     """
     source = _open(root, kind, patience, listed_anew=listed_anew)
-    if source.left_out.counts:
-        tell_once(f"{root}: left out: {source.left_out.line()}")
+    for line in (source.left_out.skipped_line(), source.left_out.line()):
+        if line:
+            tell_once(f"{root}: {line if line.startswith('skipped') else f'left out: {line}'}")
     return source
 
 
@@ -86,16 +88,27 @@ def _open(root: str | Path, kind: str, patience: Patience, *, listed_anew: bool)
 
 
 def _count_others(source: Source, names: list[str]) -> None:
-    """What lies beside the images and looks as if it were to be among them; a text, say, does not."""
+    """What lies beside the images and is not read, but for what systems write there."""
     source.left_out.add(SYSTEM, *source.storage.system_folders)
     source.left_out.add(REPEATED, *source.storage.repeated_folders)
     if source.kind != "folder":
         source.left_out.add(PACKED, *filter(is_packed, names))
-    source.left_out.add(UNREAD, *filter(is_unread, names))
     links = (
         name for name in names if "." not in name.rpartition("/")[2] and Path(source.storage.shown(name)).is_symlink()
     )
-    source.left_out.add(BROKEN, *(name for name in links if not source.storage.has(name)))
+    broken = {name for name in links if not source.storage.has(name)}
+    source.left_out.add(BROKEN, *sorted(broken))
+    source.left_out.add_by_type(SKIPPED, *(name for name in _unread(source.kind, names) if name not in broken))
+
+
+def _unread(kind: str, names: list[str]) -> list[str]:
+    """Files that a source of this kind does not read and nothing else speaks of."""
+    wanted = _KINDS[kind][0]
+    companions = {MANIFEST_FILE, SHARDS_FILE}
+    if kind != "folder":
+        companions.update(beside for name in names if wanted(name) for beside in _companions(name))
+        companions.update(name for name in names if is_packed(name) or name.rsplit("/", 1)[-1] == CLASSES_FILE)
+    return [name for name in names if not wanted(name) and name not in companions and not is_system(name)]
 
 
 def top_level(root: str | Path, patience: Patience = PATIENCE) -> tuple[list[str], list[str]]:
@@ -182,8 +195,11 @@ def _chosen(kind: str, names: list[str], storage: Storage) -> str:
             f"{len(packed)} are compressed ({packed[0]}), which allows no random access: decompress them"
         )
     if names:
+        found = LeftOut()
+        found.add_by_type(SKIPPED, *names)
         raise UserError(
-            f"{storage.root} holds {len(names)} files, none of them an image by its extension ({known}), "
+            f"{storage.root} holds {len(names)} files ({found.types_line(SKIPPED)}), none of them an image by its "
+            f"extension ({known}), "
             "a .tar shard or a .tfrecord file; give a folder of images"
         )
     raise UserError(f"{storage.root} is empty; give a folder of images ({known})")

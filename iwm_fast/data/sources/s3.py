@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 
 from iwm_fast.config.schema import DataConfig
 from iwm_fast.data.decode.encoded import BadSample
-from iwm_fast.data.sources.storage import DataGone
+from iwm_fast.data.sources.storage import SYSTEM_FOLDERS, DataGone
 from iwm_fast.errors import UserError
 
 __all__ = ["PATIENCE", "Patience", "S3Storage", "is_address"]
@@ -69,7 +69,7 @@ class S3Storage:
     """
 
     readers = _READERS
-    system_folders: tuple[str, ...] = ()  # a store has none
+    system_folders: tuple[str, ...] = ()  # copied there with what lies beside them
     repeated_folders: tuple[str, ...] = ()  # nor links
 
     def __init__(self, root: str, patience: Patience = PATIENCE) -> None:
@@ -98,7 +98,10 @@ class S3Storage:
 
     def names(self) -> list[str]:
         """Keys below the prefix, without it, sorted."""
-        return sorted(key for key, _ in self._listed())
+        found = sorted(key for key, _ in self._listed(with_system=True))
+        of_system = {key: folder for key in found if (folder := _system_folder(key)) is not None}
+        self.system_folders = tuple(sorted(set(of_system.values())))
+        return [key for key in found if key not in of_system]
 
     def sizes(self, names: Sequence[str]) -> list[int]:
         """From the list of objects, a thousand at a time, instead of a request for each."""
@@ -106,14 +109,16 @@ class S3Storage:
         found = {key: size for key, size in self._listed() if key in wanted}
         return [found.get(name, -1) for name in names]
 
-    def _listed(self) -> Iterator[tuple[str, int]]:
-        """Name and size of each object below the prefix."""
+    def _listed(self, *, with_system: bool = False) -> Iterator[tuple[str, int]]:
+        """Name and size of each object below the prefix, without hidden ones and those of SYSTEM_FOLDERS."""
         more: dict[str, str] = {}
         while True:
             page = self._ask(self.root, partial(self._list, **more))
             for entry in page.get("Contents", ()):
                 key = entry["Key"][len(self._prefix) :]
                 if key and not key.endswith("/") and not _hidden(key):
+                    if not with_system and _system_folder(key) is not None:
+                        continue
                     yield key, int(entry.get("Size", -1))
             if not page.get("IsTruncated"):
                 return
@@ -242,6 +247,13 @@ def _seen(names: list[str]) -> list[str]:
 
 def _hidden(key: str) -> bool:
     return key.startswith(".") or "/." in key
+
+
+def _system_folder(key: str) -> str | None:
+    """The folder of a system that an object lies in, if it does."""
+    parts = key.split("/")[:-1]
+    at = next((at for at, part in enumerate(parts) if part in SYSTEM_FOLDERS), None)
+    return None if at is None else "/".join(parts[: at + 1])
 
 
 def _libraries() -> tuple[Any, Any]:

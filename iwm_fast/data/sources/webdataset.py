@@ -239,7 +239,7 @@ def _samples(found: list[Member], shard: str, left_out: LeftOut) -> list[_Sample
             images = seen
         plain = [member for member in images if member.name.rfind(".") == len(key)]
         if not images:
-            left_out.add(NO_IMAGE, *(f"{shard}:{member.name}" for member in group))
+            left_out.add_by_type(NO_IMAGE, *(f"{shard}:{member.name}" for member in group))
         if plain and len(plain) < len(images):
             left_out.add(
                 FURTHER, *(f"{shard}:{member.name}" for member in images if member.name.rfind(".") != len(key))

@@ -55,8 +55,9 @@ def write_index(
 ) -> dict[str, Any]:
     """Read every image below `root` once and write its manifest to `out`, default `root`/iwm-fast-manifest.tsv.
 
-    Returns {manifest, source, samples, bytes, classes, unreadable, resumed}: unreadable are the samples without a
-    readable header (they are in the manifest, with 0 × 0 pixels), resumed the rows kept of a start that was killed.
+    Returns {manifest, source, samples, bytes, classes, left_out, unreadable, resumed}: unreadable are the samples
+    without a readable header (they are in the manifest, with 0 × 0 pixels), resumed the rows kept of a start that was
+    killed.
     check: write a verdict on each image too, as a training finds it; adds checked, {plain, pillow, bad}: files that
     DALI decodes as they are, that Pillow decodes, that nobody does (or that have more than `MAX_PIXELS`).
     UserError as `list_images`, and where `out` cannot be written or another start is writing it.
@@ -96,6 +97,7 @@ def write_index(
         "source": images.describe(),
         "classes": len(classes),
         "resumed": len(kept),
+        "left_out": images.left_out.rows(),
         **totals,
         **({"checked": checked} if check else {}),
     }

@@ -27,7 +27,7 @@ from iwm_fast.atomic_files import write_whole, write_whole_text
 from iwm_fast.data.decode.encoded import BadSample
 from iwm_fast.data.sources import Source, open_source
 from iwm_fast.data.sources.base import UNLABELLED
-from iwm_fast.data.sources.kinds import NAMELESS, is_member_image
+from iwm_fast.data.sources.kinds import NAMELESS, SHARDS_FILE, is_member_image
 from iwm_fast.data.sources.names import escape
 from iwm_fast.data.sources.shard_index import INDEX_VERSION
 from iwm_fast.data.sources.webdataset import CLASSES_FILE
@@ -39,7 +39,6 @@ from iwm_fast.outputs import require_folder
 __all__ = ["SHARD_BYTES", "write_shards"]
 
 SHARD_BYTES = 256 * 2**20
-_SHARDS_FILE = "shards.json"
 _PLAN_FILE = ".plan"
 _BLOCK = tarfile.BLOCKSIZE
 _LONGEST_NAME = 100  # of a tar header's own field: longer names need extended headers, which wds2idx counts wrongly
@@ -73,8 +72,8 @@ def write_shards(
     """Pack every image below `root` into out/shard-NNNNNN.tar of about `shard_bytes`, each with its shard-NNNNNN.idx.
 
     Files are packed as they are, whether they decode or not. Each shard appears whole or not at all, its index after
-    it, and `shards.json`, which says what is there, last. Returns {out, shards, samples, bytes, classes, resumed}:
-    resumed are the shards of an earlier start that were kept. UserError as `list_images`; where `out` holds something
+    it, and `shards.json`, which says what is there, last. Returns {out, shards, samples, bytes, classes, resumed,
+    left_out}: resumed are the shards of an earlier start that were kept. UserError as `list_images`; where `out` holds something
     else or is being written by another start; and for a file that cannot be read, or changed its length meanwhile.
     """
     require_folder(out)
@@ -102,10 +101,10 @@ def write_shards(
             total = sum(sample.size for sample in samples)
             answer = {"shards": len(shards), "samples": len(samples), "bytes": total, "classes": len(classes)}
             text = json.dumps({"schema": "iwm-fast-shards/1", **answer, "plan": plan}, indent=1) + "\n"
-            write_whole_text(out / _SHARDS_FILE, text)
+            write_whole_text(out / SHARDS_FILE, text)
     except OSError as error:
         raise UserError(f"{out}: cannot be written: {because(error, 'choose another --out')}") from error
-    return {"out": str(out.absolute()), **answer, "resumed": kept}
+    return {"out": str(out.absolute()), **answer, "resumed": kept, "left_out": images.left_out.rows()}
 
 
 def _samples(images: Source, labels: list[int] | None, progress: Progress | None) -> Iterator[_Sample]:

@@ -46,6 +46,7 @@ def test_a_row_says_what_pillow_says_of_the_upright_image(tmp_path):
         "bytes": sum(map(len, made.values())),
         "unreadable": 1,
         "resumed": 0,
+        "left_out": [],
     }
     written = rows(tmp_path / NAME)
     assert [row["path"] for row in written] == sorted(made)
