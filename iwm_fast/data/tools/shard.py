@@ -73,8 +73,9 @@ def write_shards(
 
     Files are packed as they are, whether they decode or not. Each shard appears whole or not at all, its index after
     it, and `shards.json`, which says what is there, last. Returns {out, shards, samples, bytes, classes, resumed,
-    left_out}: resumed are the shards of an earlier start that were kept. UserError as `list_images`; where `out` holds something
-    else or is being written by another start; and for a file that cannot be read, or changed its length meanwhile.
+    left_out}: resumed are the shards of an earlier start that were kept. UserError as `list_images`; where `out` holds
+    something else or is being written by another start; and for a file that cannot be read, or changed its length
+    meanwhile.
     """
     require_folder(out)
     images = open_source(root, source)
