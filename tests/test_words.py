@@ -32,7 +32,6 @@ CODE = ("iwm_fast", "kernels", "benchmarks", "examples")
 
 NOT_YET = frozenset(
     {
-        "descriptions of the configuration",
         "docs/guides/benchmark_and_profile.md",
         "docs/guides/distributed.md",
         "docs/guides/gpu.md",
@@ -40,7 +39,6 @@ NOT_YET = frozenset(
         "docs/quickstart.md",
         "docs/reference/checkpoints.md",
         "docs/reference/command_line.md",
-        "docs/reference/configuration.md",
         "docs/reference/kernels.md",
         "docs/reference/python.md",
         "docs/reference/views.md",
@@ -54,14 +52,6 @@ NOT_YET = frozenset(
         "iwm_fast/cli/demo.py",
         "iwm_fast/cli/finetune.py",
         "iwm_fast/cli/plan.py",
-        "iwm_fast/config/conflicts.py",
-        "iwm_fast/config/external.py",
-        "iwm_fast/config/hints.py",
-        "iwm_fast/config/schema.py",
-        "iwm_fast/config/sections/data.py",
-        "iwm_fast/config/sections/records.py",
-        "iwm_fast/config/sections/train.py",
-        "iwm_fast/config/sections/views.py",
         "iwm_fast/cost/report.py",
         "iwm_fast/data/sources/s3.py",
         "iwm_fast/data/triplet_manifest.py",

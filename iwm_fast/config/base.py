@@ -1,4 +1,4 @@
-"""What all sections of a configuration share, and the types of their values."""
+"""The base class of all sections of a configuration, and the types of their values."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ __all__ = [
 
 
 class Section(BaseModel):
-    """What all sections share: immutable, no unknown key, no silent conversion of a string to a number.
+    """Base of all sections: immutable, rejects unknown keys, converts no string to a number.
 
-    ``alternatives``: groups of keys that say one thing in several units; at most one of a group may differ from its
+    ``alternatives``: groups of keys that set one quantity in several units; at most one of a group may differ from its
     default.
     """
 
@@ -45,7 +45,7 @@ class Section(BaseModel):
 
 
 def pair(value: object) -> object:
-    """YAML has lists only; a pair is kept as a tuple so that a configuration stays hashable and immutable."""
+    """Return a list as a tuple, which keeps a configuration hashable and immutable; anything else as it is."""
     return tuple(value) if isinstance(value, list) else value
 
 
@@ -53,21 +53,21 @@ _HOME = re.compile(r"~[\w.-]*(/|$)")
 
 
 def home_expanded(text: str) -> str:
-    """A path with ``~`` or ``~name`` at its beginning replaced by that home; a shell does so before a word only.
+    """Return a path with a leading ``~`` or ``~name`` expanded, which a shell does not do after ``key=``.
 
-    ValueError where the home is not known; a folder that is really called ``~`` is ``./~``.
+    Raises ValueError where the home is unknown. Write ``./~`` for a folder of that name.
     """
     if not _HOME.match(text):
         return text
     expanded = os.path.expanduser(text)  # noqa: PTH111  (an address keeps its slashes)
     if expanded == text:
-        raise ValueError(f"{text}: whose home this is, is not known; write the whole path (./{text} for a folder here)")
+        raise ValueError(f"{text}: unknown home; write the whole path (./{text} for a folder of that name)")
     return expanded
 
 
 def _place(value: object) -> object:
     if value == "":
-        raise ValueError("an empty text; give a path, or null")
+        raise ValueError("empty; give a path, or null")
     return home_expanded(value) if isinstance(value, str) else value
 
 
@@ -83,6 +83,6 @@ Count = Annotated[int, Field(ge=1)]
 
 
 def require_ascending(name: str, pair: tuple[float, float], low: float, high: float) -> None:
-    """ValueError where a pair descends or leaves its range."""
+    """Raise ValueError where a pair descends or leaves [low, high]."""
     if not low <= pair[0] <= pair[1] <= high:
         raise ValueError(f"{name} is {list(pair)}; it must be ascending and within [{low:g}, {high:g}]")

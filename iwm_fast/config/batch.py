@@ -1,4 +1,4 @@
-"""The arithmetic of a batch: how it is divided, and how many of them a training has."""
+"""Arithmetic of batches and steps: micro-batch, accumulation, length of the schedules, warm-up."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ __all__ = ["divide_batch", "in_steps", "known_in_steps", "said_in_steps", "train
 
 
 def divide_batch(global_batch: int, world: int, ceiling: int | None) -> tuple[int, int]:
-    """(micro-batch, accumulation): the largest divisor of a rank's share that is not above `ceiling`.
+    """Return (micro-batch, accumulation); the micro-batch is the largest divisor of a rank's share up to `ceiling`.
 
-    UserError where `world` does not divide the global batch.
+    Raises UserError where `world` does not divide the global batch.
     """
     if global_batch % world:
         raise UserError(
-            f"train.global_batch is {global_batch}, which {world} ranks cannot share evenly; "
+            f"train.global_batch is {global_batch}, which does not divide evenly over {world} ranks; "
             f"make it a multiple of {world}, or change the number of ranks"
         )
     share = global_batch // world
@@ -24,14 +24,14 @@ def divide_batch(global_batch: int, world: int, ceiling: int | None) -> tuple[in
 
 
 def training_steps(config: Config, images: int) -> int:
-    """Length of the schedules in steps: ``train.schedule_steps``, or ``train.epochs`` passes over ``images``."""
+    """Return the length of the schedules in steps: ``train.schedule_steps``, or ``train.epochs`` over ``images``."""
     if config.train.schedule_steps is not None:
         return config.train.schedule_steps
     return max(1, round(config.train.epochs * images / config.train.global_batch))
 
 
 def warmup_steps(config: Config, images: int) -> int:
-    """Steps of warm-up: ``train.warmup``, or what ``train.warmup_epochs`` or ``train.warmup_ratio`` come to."""
+    """Return the steps of warm-up: ``train.warmup``, or ``train.warmup_epochs`` or ``train.warmup_ratio`` in steps."""
     train = config.train
     if train.warmup_epochs is not None:
         return round(train.warmup_epochs * images / train.global_batch)
@@ -41,9 +41,9 @@ def warmup_steps(config: Config, images: int) -> int:
 
 
 def in_steps(config: Config, images: int) -> Config:
-    """The configuration with what is given in passes over ``images`` images, or as a share of the training, in steps.
+    """Return the configuration with epochs of ``images`` images and ratios replaced by steps.
 
-    Its ``train.epochs`` stays: `training_steps` reads it.
+    ``train.epochs`` stays, because `training_steps` reads it.
     """
     changed = {"train": {"warmup": warmup_steps(config, images), "warmup_epochs": None, "warmup_ratio": None}}
     for name in ("checkpoint", "eval"):
@@ -56,7 +56,7 @@ def in_steps(config: Config, images: int) -> Config:
 
 
 def said_in_steps(config: Config, images: int) -> list[str]:
-    """A line for each key that is given in another unit than steps: how many steps it comes to."""
+    """Return a line per key that is set in epochs or as a ratio, with its number of steps."""
     now, total = in_steps(config, images), training_steps(config, images)
     said = []
     for key in ("warmup_epochs", "warmup_ratio"):
@@ -74,12 +74,13 @@ def said_in_steps(config: Config, images: int) -> list[str]:
 
 
 def known_in_steps(config: Config) -> list[str]:
-    """The same lines where the number of images is not known: that of a ratio of ``train.schedule_steps``, and for
-    epochs where the steps are said.
+    """Return the lines of `said_in_steps` where the number of images is unknown.
+
+    A ratio of ``train.schedule_steps`` is known all the same; for epochs the line says where to find the steps.
     """
     by_ratio = config.train.warmup_ratio is not None and config.train.schedule_steps is not None
     keys = [line.rpartition(" is ")[0] for line in said_in_steps(config, 0)]
     known = said_in_steps(config, 0)[:1] if by_ratio else []
     return known + [
-        f"{key}: counted in steps once the images are; iwm-fast plan CONFIG says how many" for key in keys[len(known) :]
+        f"{key}: depends on the number of images; iwm-fast plan CONFIG prints the steps" for key in keys[len(known) :]
     ]

@@ -1,4 +1,4 @@
-"""Settings that contradict each other, which shows only once the number of images is known."""
+"""Settings that contradict each other for the number of images at hand."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from iwm_fast.errors import UserError
 
 __all__ = ["conflicts", "length_conflicts", "require_a_step"]
 
-# A start that ends before this share of the schedules is told where it ends; one near their end has nearly all of them.
+# A run that stops after this share of its schedules has nearly all of them, and is not warned about.
 _NEARLY_WHOLE = 0.9
 
 
 def require_a_step(config: Config, images: int) -> None:
-    """Raise UserError where ``train.epochs`` passes over the images are no step, and nothing else says how many."""
+    """Raise UserError where ``train.epochs`` comes to less than half a step and no number of steps is set."""
     train = config.train
     steps = train.epochs * images / train.global_batch
     if train.schedule_steps is None and train.steps is None and steps < 0.5:
         raise UserError(
-            f"train.epochs is {train.epochs:g} and train.global_batch {train.global_batch}: {images} images make "
-            f"{steps:.2g} of a step; lower train.global_batch, raise train.epochs, or set train.schedule_steps"
+            f"train.epochs is {train.epochs:g} and train.global_batch {train.global_batch}: {images} images are "
+            f"{steps:.2g} steps; lower train.global_batch, raise train.epochs, or set train.schedule_steps"
         )
 
 
 def conflicts(config: Config, images: int) -> list[str]:
-    """A line for each group of settings that may not be meant so; none where all go together."""
+    """Return one warning per group of settings that contradict each other; empty where all agree."""
     return [*_batch(config, images), *length_conflicts(config, images)]
 
 
 def length_conflicts(config: Config, images: int) -> list[str]:
-    """Those of them that concern the training's length."""
+    """Return those warnings that concern the length of training."""
     return [*_warmup(config, images), *_length(config, images), *_never(config, images)]
 
 
@@ -40,7 +40,7 @@ def _batch(config: Config, images: int) -> Iterator[str]:
     batch = config.train.global_batch
     if batch > images:
         yield (
-            f"train.global_batch is {batch:,} and there are {images:,} images: a step sees images more than once; "
+            f"train.global_batch is {batch:,} and there are {images:,} images: a step repeats images; "
             f"lower it to {images:,} or fewer"
         )
 
@@ -50,9 +50,9 @@ def _warmup(config: Config, images: int) -> Iterator[str]:
     if 2 * warmup <= total:
         return
     what = (
-        "the learning rate never reaches its peak"
+        "the learning rate does not reach its peak"
         if warmup >= total
-        else "the learning rate rises for more than half of it"
+        else "the learning rate rises for more than half of the training"
     )
     key, instead = "warmup", f"train.warmup to about {total // 10:,}"
     if config.train.warmup_epochs is not None:
@@ -72,7 +72,7 @@ def _length(config: Config, images: int) -> Iterator[str]:
         return
     if train.steps > total:
         yield (
-            f"train.steps is {train.steps:,} and the schedules end at step {total:,}: from there on the learning rate "
+            f"train.steps is {train.steps:,} and the schedules end at step {total:,}: after it the learning rate "
             f"stays at {train.lr_final:g} of its peak and train.ema at {train.ema[1]:g}; "
             f"set train.schedule_steps={train.steps}, or train.steps={total}"
         )
@@ -80,13 +80,13 @@ def _length(config: Config, images: int) -> Iterator[str]:
     warmup = warmup_steps(config, images)
     warming = f", within the warm-up of {warmup:,}" if train.steps < warmup < total else ""
     yield (
-        f"train.steps ends this start at step {train.steps:,} of the schedules' {total:,}{warming}; "
-        f"for a whole training of that length set train.schedule_steps={train.steps}"
+        f"train.steps stops training at step {train.steps:,} of the schedules' {total:,}{warming}; "
+        f"for schedules of that length set train.schedule_steps={train.steps}"
     )
 
 
 def _never(config: Config, images: int) -> Iterator[str]:
-    """What is due at steps that do not come."""
+    """Warn of checkpoints and evaluations that are due after the last step."""
     stop = config.train.steps or training_steps(config, images)
     never: list[str] = []
     counted = in_steps(config, images)
@@ -99,15 +99,15 @@ def _never(config: Config, images: int) -> Iterator[str]:
         never.append(f"one checkpoint only, at its end ({said})")
     elif keep is not None and math.lcm(every, keep) > stop:
         never.append(
-            f"no checkpoint that is kept for good (checkpoint.keep_every {keep:,}, every_steps {every:,}: both meet at "
-            f"step {math.lcm(every, keep):,})"
+            f"no checkpoint that is never removed (checkpoint.keep_every {keep:,} and every_steps {every:,} first "
+            f"coincide at step {math.lcm(every, keep):,})"
         )
     if never:
         yield f"the training ends at step {stop:,}, so there is {' and '.join(never)}"
 
 
 def _interval(section: str, epochs: float | None, steps: int) -> str:
-    """An interval as it was given."""
+    """An interval in the unit in which it was set."""
     if epochs is None:
         return f"{section}.every_steps {steps:,}"
     return f"{section}.every_epochs {epochs:g}: {steps:,} steps"

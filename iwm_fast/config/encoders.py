@@ -1,4 +1,4 @@
-"""The encoders that have a name, and what any encoder's size is made of."""
+"""The sizes of encoders, and the names of the usual ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Somebody else's actions as keys of a configuration."""
+"""Keys of external actions: recorded ones, of games or robots."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from iwm_fast.config.base import Names, Numbers, Section
 
 __all__ = ["EXTERNAL", "ExternalActions", "still"]
 
-# The groups of a configuration whose actions a manifest gives.
+# The value of actions.groups for the actions of a manifest.
 EXTERNAL = ("external",)
-# What may be done to pairs of pictures though nobody is told of it: to both alike.
+# Augmentations that are allowed on triplets, because they act on both images alike and so are no part of the action.
 _ALIKE = ("flip_probability", "rotation_probability")
 
 
 class ExternalActions(Section):
-    """Somebody else's actions, as a manifest of triplets describes them; a run records them here."""
+    """External actions as a manifest of triplets describes them; a run records them here."""
 
-    kind: Literal["continuous", "discrete"] = Field(description="a number a component, or one choice of several")
-    names: Names = Field(description="of the components, or of the choices")
-    low: Numbers = Field((), description="least value of each component; continuous only")
-    high: Numbers = Field((), description="greatest value of each component; continuous only")
-    neutral: Numbers = Field((), description="value told as 0, within low and high; continuous only")
+    kind: Literal["continuous", "discrete"] = Field(description="one number per component, or one choice of several")
+    names: Names = Field(description="names of the components, or of the choices")
+    low: Numbers = Field((), description="lowest value of each component; continuous only")
+    high: Numbers = Field((), description="highest value of each component; continuous only")
+    neutral: Numbers = Field((), description="value that is encoded as 0, within low and high; continuous only")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -40,9 +40,10 @@ class ExternalActions(Section):
 
 
 def still(keys: Iterable[str]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """What is done to pairs of pictures unless a configuration says otherwise, nothing; and the chances that must be 0.
+    """Return (defaults, must_be_zero) of the section ``actions`` for triplets, which are not augmented by default.
 
-    keys: of the section of actions.
+    keys: the section's keys. defaults: every probability 0 and the whole image as crop; must_be_zero: the probabilities
+    that stay 0.
     """
     chances = [key for key in keys if key.endswith("_probability")]
     return {**dict.fromkeys(chances, 0.0), "crop_scale": (1.0, 1.0)}, tuple(k for k in chances if k not in _ALIKE)

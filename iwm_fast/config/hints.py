@@ -1,4 +1,4 @@
-"""What other frameworks call our keys and options: whoever writes their word is told ours."""
+"""Other frameworks' names for our keys and options, so that an error can suggest ours."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ __all__ = ["Hint", "canonical", "hint_of"]
 
 @dataclass(frozen=True)
 class Hint:
-    """Ours for a word of others. keys: of the configuration; options: of the command line; the likeliest first.
+    """Our keys of the configuration and options of the command line for another framework's name, likeliest first.
 
-    note: what else there is to know, without a full stop.
+    note: one remark, without a full stop.
     """
 
     keys: tuple[str, ...] = ()
@@ -19,13 +19,13 @@ class Hint:
     note: str = ""
 
 
-_LAUNCHER = "ranks are started by a launcher: torchrun --nproc_per_node N -m iwm_fast pretrain ..., deepspeed or srun"
-# Ours (keys, then options) and a note; below, indented, their words.
+_LAUNCHER = "start ranks with a launcher: torchrun --nproc_per_node N -m iwm_fast pretrain ..., deepspeed or srun"
+# Our keys, then options, and a note; below, indented, the other names.
 _TABLE = f"""
 train.global_batch --batch |
     batch bs batch_size batch_sz global_batch_size total_batch_size train_batch_size effective_batch_size
     mini_batch_size minibatch n_batch
-train.micro_batch | train.global_batch is that of all ranks
+train.micro_batch | train.global_batch counts all ranks
     per_device_batch_size per_device_train_batch_size per_gpu_batch_size per_gpu_train_batch_size
     batch_size_per_gpu batch_size_per_device batch_per_gpu micro_batch_size micro_bs
     train_micro_batch_size_per_gpu local_batch_size device_batch_size samples_per_gpu
@@ -40,7 +40,7 @@ train.lr_final | over the peak
     min_lr final_lr end_lr eta_min lr_min lr_end lrf minimum_lr
 train.lr_batch |
     base_batch_size lr_base_size reference_batch_size lr_reference_batch auto_scale_lr
-train.warmup | in steps; train.warmup_epochs and train.warmup_ratio are the same in other units
+train.warmup | in steps; or train.warmup_epochs, train.warmup_ratio
     warmup_steps num_warmup_steps warmup_iters warmup_iterations lr_warmup_steps n_warmup warmup_t warm_up
 train.warmup_epochs |
     warmup_epochs warmup_epoch num_warmup_epochs warmup_ep
@@ -48,7 +48,7 @@ train.warmup_ratio | of the schedules' steps
     warmup_ratio warmup_fraction warmup_frac warmup_percent warmup_proportion pct_start
 train.epochs --epochs |
     epoch max_epochs num_epochs n_epochs num_train_epochs total_epochs nb_epochs ep
-train.schedule_steps --steps | train.steps ends this start earlier
+train.schedule_steps --steps | train.steps stops training earlier
     max_steps num_steps n_steps total_steps iterations num_iterations max_iterations iters max_iter max_iters
     num_iters total_iters training_steps train_steps num_train_steps max_train_steps train_iters
 train.weight_decay --weight-decay |
@@ -89,7 +89,7 @@ eval.every_steps |
     evaluation_interval
 eval.every_epochs |
     check_val_every_n_epoch eval_every_epochs eval_epochs val_epochs eval_every_epoch val_every_epochs
-data.threads --threads | data.readers are files read at a time
+data.threads --threads | data.readers is the number of files read concurrently
     workers num_workers n_workers nworkers dataloader_num_workers num_data_workers dali_threads cpu_workers
     num_threads n_threads j num_cpus data_workers loader_workers
 data.readers |
@@ -137,7 +137,7 @@ checkpoint.every_steps |
     ckpt_freq checkpoint_every checkpoint_interval checkpoint_freq checkpoint_steps every_n_train_steps
 checkpoint.every_epochs |
     save_epoch_freq saveckp_freq save_every_epochs every_n_epochs save_epochs checkpoint_epochs save_every_epoch
-checkpoint.keep_last | checkpoint.keep_every for some that are never removed
+checkpoint.keep_last | checkpoint.keep_every keeps some forever
     save_total_limit save_top_k keep max_checkpoints max_keep max_to_keep keep_checkpoints num_checkpoints
     checkpoints_total_limit keep_last_n
 log.wandb | the project's name
@@ -169,17 +169,17 @@ actions.blur_probability |
     distributed multi_gpu
 --nodes | {_LAUNCHER}
     num_nodes nnodes n_nodes nodes hosts num_hosts
---device | a GPU is taken where there is one; CUDA_VISIBLE_DEVICES chooses which
+--device | training uses the GPU if there is one; CUDA_VISIBLE_DEVICES selects it
     device accelerator cuda use_cuda no_cuda cpu use_gpu
-| the learning rate is warmed up and falls as a cosine (train.warmup, train.lr_final)
+| the schedule is linear warm-up, then cosine decay (train.warmup, train.lr_final)
     scheduler lr_scheduler sched lr_schedule lr_decay scheduler_type decay_lr
-| the configuration is the first word, without an option
+| give the configuration as the first argument, without an option
     config cfg config_file config_name config_path fname
 """
 
 
 def canonical(name: str) -> str:
-    """A word without its section, dashes and underscores, in small letters: --Batch-Size and x.batch_size are one."""
+    """Return a name in lower case without its section, dashes and underscores: "batchsize" for --Batch-Size."""
     return name.rsplit(".", 1)[-1].replace("-", "").replace("_", "").lower()
 
 
@@ -195,7 +195,7 @@ def _read(table: str) -> dict[str, Hint]:
             continue
         for name in line.split():
             if found.setdefault(canonical(name), hint) is not hint:
-                raise ValueError(f"{name} stands twice in the table")
+                raise ValueError(f"{name} is in the table twice")
     return found
 
 
@@ -203,5 +203,5 @@ _HINTS = _read(_TABLE)
 
 
 def hint_of(name: str) -> Hint | None:
-    """Ours for a key or an option (with or without dashes) of others; None where it is not known."""
+    """Return our names for another framework's key or option (dashes optional), or None where it is unknown."""
     return _HINTS.get(canonical(name))

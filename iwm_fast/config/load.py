@@ -1,6 +1,6 @@
 """From a YAML file and ``key.path=value`` overrides to a validated :class:`Config`, and back to YAML.
 
-Whatever is wrong is told in one line: the file and line or "command line", the key, what was found, what is allowed.
+An error is one line: the file and line or "command line", the key, what was found, what is allowed.
 """
 
 from __future__ import annotations
@@ -26,49 +26,45 @@ _COMMAND_LINE = "command line"
 
 
 def _packaged_folder() -> Path:
-    """The configurations that come with the package.
-
-    Installed they lie inside it; in a checkout a relative link leads to the root's ``configs/``, and where the file
-    system has no links the folder is found beside the package.
-    """
+    """The folder of packaged configurations: in the package, or beside it in a checkout without symbolic links."""
     package = Path(__file__).resolve().parent.parent
     inside = package / "configs"
     return inside if inside.is_dir() else package.parent / "configs"
 
 
 def packaged_names() -> list[str]:
-    """The file names of the packaged configurations, sorted."""
+    """Return the file names of the packaged configurations, sorted."""
     return sorted(path.name for path in _packaged_folder().glob("*.yaml"))
 
 
 def packaged_config(name: str) -> Path:
-    """The file of a packaged configuration: ``demo``, ``demo.yaml`` or ``deepspeed/zero1.json``.
+    """Return the path of a packaged configuration: ``demo``, ``demo.yaml`` or ``deepspeed/zero1.json``.
 
-    Raises UserError naming those that exist when there is none of that name.
+    Raises UserError, which lists the packaged ones, where there is none of that name.
     """
     file = name if name.endswith((".yaml", ".json")) else f"{name}.yaml"
     path = _packaged_folder() / file
     if not path.is_file():
-        raise UserError(f"{name}: no such configuration; packaged ones are {', '.join(packaged_names())}")
+        raise UserError(f"{name}: no such configuration; name a file or one of {', '.join(packaged_names())}")
     return path
 
 
 def find_config(name: str) -> Path:
-    """A file of that path, else the packaged configuration of that name (``configs/`` before it may stand or not)."""
+    """Return the file of that path, else the packaged configuration of that name, with or without ``configs/``."""
     path = Path(name)
     if path.exists():
         return path
     bare = name.removeprefix("./").removeprefix("configs/")
     if "/" in bare:
-        raise UserError(f"{name}: no such file; packaged configurations are {', '.join(packaged_names())}")
+        raise UserError(f"{name}: no such file; name another, or one of {', '.join(packaged_names())}")
     return packaged_config(bare)
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """The configuration in ``path`` with ``key.path=value`` overrides applied in order.
+    """Return the configuration in ``path`` with ``key.path=value`` overrides applied in order.
 
-    Raises UserError, one line, for a file that cannot be read, malformed YAML, a duplicate or unknown key, a value of
-    the wrong type or range, and keys that contradict each other.
+    Raises UserError for a file that cannot be read, malformed YAML, a duplicate or unknown key, a value of the wrong
+    type or range, and keys that contradict each other.
     """
     values, lines = _read(path)
     overridden: set[Keys] = set()
@@ -87,12 +83,12 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def dump_config(config: Config) -> str:
-    """YAML text of the whole configuration; :func:`load_config` reads it back equal."""
+    """Return the whole configuration as YAML, which :func:`load_config` reads back equal."""
     return yaml_text.dump(config.model_dump(mode="json"))
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[Keys, int]]:
-    """The mapping in a YAML file, sections left empty being empty mappings, and the lines of its keys."""
+    """Return (values, line of each key) of a YAML file; an empty section is an empty mapping."""
     try:
         text = path.read_text(encoding="utf-8-sig")  # some editors put a byte order mark first
     except OSError as error:
@@ -111,7 +107,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[Keys, int]]:
 
 
 def _fill_empty_sections(values: dict[str, Any], keys: Keys) -> None:
-    """A section whose keys are all commented out is null in YAML; here it is a section without keys."""
+    """Replace null sections, whose keys are all commented out, by empty mappings."""
     for key, value in values.items():
         if value is None and ".".join((*keys, key)) in section_keys():
             values[key] = {}
@@ -120,13 +116,13 @@ def _fill_empty_sections(values: dict[str, Any], keys: Keys) -> None:
 
 
 def _override(values: dict[str, Any], text: str) -> Keys:
-    """Apply one ``key.path=value`` to ``values`` in place; the keys that it set."""
+    """Apply one ``key.path=value`` to ``values`` in place; return the key."""
     key, equals, value = text.partition("=")
     key = key.strip()
     if not equals or not key or not all(key.split(".")):
-        raise UserError(f"{_COMMAND_LINE}: {_shown(text)}: an override is written key.path=value, as train.lr=1e-3")
+        raise UserError(f"{_COMMAND_LINE}: {_shown(text)}: not an override; write key.path=value, as train.lr=1e-3")
     if key in section_keys():
-        raise UserError(f"{_COMMAND_LINE}: {key}: a section; override its keys one by one, as {_first_key(key)}=...")
+        raise UserError(f"{_COMMAND_LINE}: {key}: a section; override one key at a time, as {_first_key(key)}=...")
     keys = tuple(key.split("."))
     if not any(row.key == key for row in rows()):
         raise UserError(f"{_COMMAND_LINE}: {key}: {_unknown(keys)}")
@@ -140,9 +136,7 @@ def _override(values: dict[str, Any], text: str) -> Keys:
 
 
 def _drop_replaced(values: dict[str, Any], overridden: set[Keys]) -> None:
-    """Take away what the file says in another unit of a key that an override gives: train.warmup beside
-    train.warmup_epochs.
-    """
+    """Drop the file's value in another unit of a key that an override sets: train.warmup for train.warmup_epochs."""
     for name, field in Config.model_fields.items():
         for group in getattr(field.annotation, "alternatives", ()):
             given = {key for key in group if (name, key) in overridden and values[name][key] is not None}
@@ -151,12 +145,12 @@ def _drop_replaced(values: dict[str, Any], overridden: set[Keys]) -> None:
 
 
 def _given(key: str, value: str) -> Any:
-    """What stands after ``key=``: of a key that holds text the text as it is, of another as YAML writes it."""
+    """The value after ``key=``: as it is for a key that holds text, else parsed as YAML."""
     if key not in text_keys():
         return yaml_text.parse_value(value, f"{_COMMAND_LINE}: {key}")
     nullable = text_keys()[key]
     if not value:
-        raise UserError(f"{_COMMAND_LINE}: {key}: nothing stands after =; give text{', or null' if nullable else ''}")
+        raise UserError(f"{_COMMAND_LINE}: {key}: empty; give a value after ={', or null' if nullable else ''}")
     return None if nullable and value == "null" else value
 
 
@@ -165,7 +159,7 @@ def _first_key(section: str) -> str:
 
 
 def _where(path: str, keys: Keys, lines: dict[Keys, int], overridden: set[Keys]) -> str:
-    """The file and line, or the command line, that a problem at ``keys`` comes from; both for keys that contradict."""
+    """The file and line, or the command line, that ``keys`` come from; both for a contradiction between them."""
     if any(keys[: len(o)] == o for o in overridden):
         return _COMMAND_LINE
     here = next((lines[keys[:n]] for n in range(len(keys), 0, -1) if keys[:n] in lines), None)
@@ -174,14 +168,14 @@ def _where(path: str, keys: Keys, lines: dict[Keys, int], overridden: set[Keys])
 
 
 def _problems(error: ValidationError, values: dict[str, Any]) -> list[tuple[Keys, str]]:
-    """(keys, message) of each problem that pydantic found, unknown keys first: they often explain the rest."""
+    """(keys, message) of each problem that pydantic found; unknown keys come first, because they often cause others."""
     found: list[tuple[bool, Keys, str]] = []
     for problem in error.errors(include_url=False):
         # Pydantic puts a union's alternatives (an encoder's name or its shape) into the location; keys have no "[".
         location = tuple(part for part in problem["loc"] if not (isinstance(part, str) and "[" in part))
         kind, in_union = problem["type"], len(location) < len(problem["loc"])
         if in_union and (kind == "model_type" or (kind == "literal_error" and isinstance(problem["input"], dict))):
-            continue  # the alternative that was not meant
+            continue  # the other alternative
         keys = tuple(str(part) for part in location)
         in_list = bool(location) and isinstance(location[-1], int)
         if in_list:
@@ -198,10 +192,10 @@ def _problems(error: ValidationError, values: dict[str, Any]) -> list[tuple[Keys
 
 
 def _unknown(keys: Keys) -> str:
-    """Name the key that is meant by an unknown one: what other frameworks call so, a sibling, its name elsewhere."""
+    """Suggest a key for an unknown one: by another framework's name, a similar sibling, or the same name elsewhere."""
     known = sorted({row.key for row in rows()} | section_keys())
     if ".".join(keys) in known:
-        return f"a key with dots is for the command line; in a file write {_nested(keys)}"
+        return f"dotted keys are for the command line; in a file write {_nested(keys)}"
     prefix = ".".join((*keys[:-1], ""))
     siblings = {
         key.removeprefix(prefix): key for key in known if key.startswith(prefix) and "." not in key[len(prefix) :]
@@ -214,18 +208,18 @@ def _unknown(keys: Keys) -> str:
     near += difflib.get_close_matches(".".join(keys), same_name, n=1, cutoff=0.0)
     near += difflib.get_close_matches(".".join(keys), known, n=1)
     return (
-        f"unknown key; did you mean {near[0]}?" if near else f"unknown key; known here: {', '.join(siblings) or 'none'}"
+        f"unknown key; did you mean {near[0]}?" if near else f"unknown key; choose from {', '.join(siblings) or 'none'}"
     )
 
 
 def _nested(keys: Keys) -> str:
-    """A dotted key as a file nests it."""
+    """A dotted key as nested YAML."""
     *sections, key = ".".join(keys).split(".")
     return "".join(f"{section}: {{" for section in sections) + f"{key}: ..." + "}" * len(sections)
 
 
 def _hinted(hint: Hint, siblings: dict[str, str]) -> str:
-    """What to write instead; of keys of one name in several sections, the one beside the unknown key."""
+    """The suggestion of a hint; among keys of one name, the sibling of the unknown key."""
     note = f" ({hint.note})" if hint.note else ""
     for key in hint.keys:
         beside = siblings.get(key.rsplit(".", 1)[-1])
@@ -233,7 +227,7 @@ def _hinted(hint: Hint, siblings: dict[str, str]) -> str:
             return f"did you mean {beside}?"
     if hint.keys:
         return f"did you mean {hint.keys[0]}?{note}"
-    return hint.note or f"it is an option of the command line: {' or '.join(hint.options)}"
+    return hint.note or f"use the option {' or '.join(hint.options)} of the command line"
 
 
 def _value_at(values: Any, keys: Keys) -> Any:
@@ -243,6 +237,6 @@ def _value_at(values: Any, keys: Keys) -> Any:
 
 
 def _shown(value: Any) -> str:
-    """A value as an error shows it: JSON, so that text and numbers look different, on one line, not too long."""
+    """A value as JSON, which tells text from numbers, cut to 80 characters."""
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 80 else f"{text[:77]}..."

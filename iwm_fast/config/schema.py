@@ -1,8 +1,8 @@
-"""A configuration, whole: its sections and the checks across them.
+"""The whole configuration: its sections and the checks across them.
 
-Every key, with its type, unit, allowed range and meaning, stands in its section (`sections`) and nowhere else.
-The models are frozen and refuse unknown keys. Checks across fields stand in the model that holds both fields. Sources
-of defaults: the paper (arXiv:2403.00504) and, where it is silent, I-JEPA's published ViT configurations.
+A key's type, unit, allowed range and meaning are written once, in its section (`sections`). The models are frozen and
+reject unknown keys. A check across fields belongs to the model that holds both. Defaults come from the paper
+(arXiv:2403.00504), else from I-JEPA's published ViT configurations.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ __all__ = [
 
 
 class Config(Section):
-    """A run, whole."""
+    """The configuration of a run."""
 
     model: ModelConfig = ModelConfig()
     actions: ActionsConfig = ActionsConfig()
@@ -58,49 +58,51 @@ class Config(Section):
         external = self.actions.is_external
         if self.masks.visible_blocks == self.masks.target_blocks and not external:
             raise ValueError(
-                f"masks.visible_blocks is {self.masks.visible_blocks}; it must be below masks.target_blocks, but for "
-                "external actions"
+                f"masks.visible_blocks is {self.masks.visible_blocks}; it must be below masks.target_blocks, unless "
+                "actions.groups is [external]"
             )
         if self.views.sources_per_target > 1 and external:
-            raise ValueError("views.sources_per_target must be 1 where actions.groups is [external]: a triplet has one")
+            raise ValueError(
+                "views.sources_per_target must be 1 where actions.groups is [external]: a triplet has one source"
+            )
         if self.data.source == "triplets" and not external:
             raise ValueError("data.source is triplets, so actions.groups must be [external]")
         if self.data.source == "folder" and external:
             raise ValueError("actions.groups is [external], so data.source must be triplets or auto")
         if self.model.predictor.kind == "mlp" and (self.actions.geometric or external):
             raise ValueError(
-                "model.predictor.kind mlp cannot look elsewhere than at a patch's own place: "
+                "model.predictor.kind mlp sees one patch at a time and cannot move content between patches: "
                 "actions.groups must be [photometric] or [photometric, compression], or use kind vit"
             )
         if self.train.activation_checkpointing and self.train.precision == "bf16" and self.zero.stage == 0:
             raise ValueError(
                 "train.activation_checkpointing in bf16 needs zero.stage 1, 2 or 3: stage 0 rounds its fp32 "
-                "weights for the forward pass only, and recomputation would read them unrounded"
+                "weights to bf16 in the forward pass only, and recomputation would read the fp32 ones"
             )
         if self.train.cuda_graph and self.model.attention in ("sdpa", "cudnn"):
             raise ValueError(
-                f"train.cuda_graph needs packed attention: model.attention {self.model.attention} takes images of one "
-                "length at a time, with other kernels for every batch; use auto"
+                f"train.cuda_graph needs packed attention: model.attention {self.model.attention} launches one kernel "
+                "per sequence length, so every batch launches others; use auto"
             )
         for key in ("compile", "target_stream", "cuda_graph"):
             if getattr(self.train, key) and self.zero.stage == 3:
                 raise ValueError(
-                    f"train.{key} needs zero.stage 0, 1 or 2: stage 3 gathers parameters as each module's forward "
-                    "begins, one module at a time"
+                    f"train.{key} needs zero.stage 0, 1 or 2: stage 3 all-gathers the parameters of one module at a "
+                    "time, when its forward pass begins"
                 )
         if self.train.optimizer == "lamb" and self.zero.stage:
             raise ValueError(
-                f"train.optimizer lamb scales by norms of whole tensors, which zero.stage {self.zero.stage} divides; "
-                "use zero.stage 0, or adamw"
+                f"train.optimizer lamb needs the norms of whole tensors, which zero.stage {self.zero.stage} shards "
+                "over ranks; use zero.stage 0, or adamw"
             )
         if self.data.wait_s >= self.train.rank_timeout_s:
             raise ValueError(
                 f"data.wait_s is {self.data.wait_s:g}; it must be below train.rank_timeout_s "
-                f"({self.train.rank_timeout_s:g}), or a rank that waits for its data counts as hung"
+                f"({self.train.rank_timeout_s:g}), or a rank that waits for data counts as hung"
             )
         if self.eval.interval_key is not None and self.eval.root is None:
             raise ValueError(
-                f"eval.{self.eval.interval_key} is set and eval.root is not; name the folder to evaluate on"
+                f"eval.{self.eval.interval_key} is set and eval.root is not; set eval.root to the images to evaluate on"
             )
         patches = self.model.grid**2
         if self.masks.min_context >= patches:

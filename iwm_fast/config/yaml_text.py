@@ -1,7 +1,7 @@
-"""YAML as configurations use it: YAML 1.2's plain scalars, no duplicate keys, and the line on which each key stands.
+"""YAML with version 1.2's plain scalars, no duplicate keys, and the line of each key.
 
-PyYAML follows YAML 1.1, where ``1e-3`` is a string, ``on`` is true, ``1:30`` is ninety and ``017`` is fifteen. Here a
-number is what a reader takes for one, and what :func:`dump` writes, :func:`parse` reads back equal.
+PyYAML follows YAML 1.1, where ``1e-3`` is a string, ``on`` is true, ``1:30`` is ninety and ``017`` is fifteen.
+:func:`parse` reads what :func:`dump` writes back equal.
 """
 
 from __future__ import annotations
@@ -72,9 +72,9 @@ for _kind, _pattern, _first in _PLAIN_SCALARS:
 def _convert(loader: _Loader, node: yaml.Node, keys: Keys, lines: dict[Keys, int], name: str, texts: Set[Keys]) -> Any:
     """A node's plain value; notes the line of every key below it in ``lines``."""
     if len(keys) > _MAX_DEPTH:
-        raise UserError(f"{name}:{node.start_mark.line + 1}: nested more than {_MAX_DEPTH} levels deep")
+        raise UserError(f"{name}:{node.start_mark.line + 1}: nested more than {_MAX_DEPTH} levels deep; flatten it")
     if not isinstance(node, yaml.ScalarNode) and node.tag not in _PLAIN_COLLECTIONS:
-        raise UserError(f"{name}:{node.start_mark.line + 1}: the tag {node.tag} has no meaning in a configuration")
+        raise UserError(f"{name}:{node.start_mark.line + 1}: unknown tag {node.tag}; remove it")
     if isinstance(node, yaml.SequenceNode):
         return [_convert(loader, item, (*keys, str(i)), lines, name, texts) for i, item in enumerate(node.value)]
     if not isinstance(node, yaml.MappingNode):
@@ -85,7 +85,7 @@ def _convert(loader: _Loader, node: yaml.Node, keys: Keys, lines: dict[Keys, int
         line = key_node.start_mark.line + 1
         key = key_node.value
         if not isinstance(key_node, yaml.ScalarNode):
-            raise UserError(f"{name}:{line}: a key must be plain text, found a list or mapping")
+            raise UserError(f"{name}:{line}: the key is a list or mapping; write it as plain text")
         if key in values:
             first = lines[(*keys, key)]
             raise UserError(f"{name}:{line}: {'.'.join((*keys, key))}: given twice, first on line {first}; keep one")
@@ -97,11 +97,11 @@ def _convert(loader: _Loader, node: yaml.Node, keys: Keys, lines: dict[Keys, int
 def parse(
     text: str, name: str, *, numbered: bool = True, texts: Set[Keys] = frozenset()
 ) -> tuple[Any, dict[Keys, int]]:
-    """The plain value of a YAML document, and the line of each of its keys.
+    """Return (value, line of each key) of a YAML document.
 
-    ``name`` is the file as errors call it, followed by the line where ``numbered``. ``texts``: keys whose scalars are
-    text as it is written, also where they look like a number or a flag; null stays null. A malformed text, a duplicate
-    key or a tag of other software is a UserError.
+    ``name``: the file in errors, followed by the line where ``numbered``. ``texts``: keys whose scalars stay text even
+    where they look like a number or a flag; null stays null. Raises UserError for malformed text, a duplicate key or an
+    unknown tag.
     """
     try:
         loader = _Loader(text)
@@ -120,10 +120,10 @@ def parse(
 
 
 def parse_value(text: str, name: str) -> Any:
-    """The plain value of one scalar, list or mapping, as it stands after ``=`` on the command line.
+    """Return the value of one scalar, list or mapping after ``=`` on the command line.
 
-    What begins with a bracket, a brace or a quote is YAML; a number, a flag or null is what it looks like; all else is
-    text, whole: on a command line ``#``, ``: ``, ``!`` and ``*`` mean nothing.
+    Text that begins with a bracket, a brace or a quote is YAML; a number, a flag or null is itself. All else stays text
+    with its ``#``, ``: ``, ``!`` and ``*``.
     """
     bare = text.strip()
     if bare.startswith(("[", "{", "'", '"')) or any(pattern.match(bare) for pattern in _SCALARS):
@@ -132,5 +132,5 @@ def parse_value(text: str, name: str) -> Any:
 
 
 def dump(values: dict[str, Any]) -> str:
-    """YAML text in the mapping's own order, short lists on one line."""
+    """Return YAML text in the mapping's own order, short lists on one line."""
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, default_flow_style=None, allow_unicode=True, width=110)

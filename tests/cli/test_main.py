@@ -87,7 +87,7 @@ WRONG = {
     "missing option": (["pretrain", "demo.yaml"], "Missing option '--out'. See iwm-fast pretrain --help."),
     "unknown key": (["config", "demo", "train.lrr=1"], "command line: train.lrr: unknown key; did you mean train.lr?"),
     "wrong range": (["config", "demo", "train.lr=-1"], "command line: train.lr: found -1; allowed: a number above 0"),
-    "no such file": (["config", "no/such.yaml"], "no/such.yaml: no such file; packaged configurations are "),
+    "no such file": (["config", "no/such.yaml"], "no/such.yaml: no such file; name another, or one of "),
     "no configuration": (["config"], "config: name a YAML file, or one of demo.yaml, "),
     "unknown measure": (
         ["evaluate", "nowhere", "--data", "x", "--what", "mrr,bleu"],

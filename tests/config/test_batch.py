@@ -38,7 +38,7 @@ def test_warm_up_comes_to_steps_and_an_override_replaces_the_unit_of_the_file(wo
         (("train.warmup_ratio=0.1", "train.warmup_epochs=2"), "warmup_epochs is 2, warmup_ratio is 0.1; give only one"),
         (("checkpoint.every_steps=5", "checkpoint.every_epochs=2"), "every_steps is 5, every_epochs is 2; give only"),
         (("eval.root=x", "eval.every_steps=5", "eval.every_epochs=2"), "every_steps is 5, every_epochs is 2; give"),
-        (("eval.every_epochs=2",), "eval.every_epochs is set and eval.root is not; name the folder"),
+        (("eval.every_epochs=2",), "eval.every_epochs is set and eval.root is not; set eval.root"),
     ],
 )
 def test_one_thing_in_two_units_is_refused(words, message):
@@ -77,4 +77,4 @@ def test_a_configuration_says_its_steps_where_no_image_is_counted():
         "train.warmup_ratio 0.1 is 5 of 50 steps"
     ]
     (line,) = known_in_steps(config("train.warmup_epochs=2"))
-    assert line.startswith("train.warmup_epochs 2: counted in steps once the images are")
+    assert line.startswith("train.warmup_epochs 2: depends on the number of images; ")

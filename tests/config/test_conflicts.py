@@ -31,38 +31,37 @@ def test_settings_that_go_together_are_not_spoken_of():
 # Of 320 images, unless a number stands before: 100 steps.
 LINES = {
     "train.warmup=25022": (
-        "train.warmup is 25,022 steps and the training 100: the learning rate never reaches its peak; set train.warmup "
-        "to about 10, or train longer (train.epochs)"
+        "train.warmup is 25,022 steps and the training 100: the learning rate does not reach its peak; set "
+        "train.warmup to about 10, or train longer (train.epochs)"
     ),
     "train.warmup_epochs=8": (
-        "train.warmup_epochs 8 is 80 steps and the training 100: the learning rate rises for more than half of it; set "
-        "train.warmup_epochs to about 1, or train longer (train.epochs)"
+        "train.warmup_epochs 8 is 80 steps and the training 100: the learning rate rises for more than half of the "
+        "training; set train.warmup_epochs to about 1, or train longer (train.epochs)"
     ),
     "train.warmup_ratio=1": (
-        "train.warmup_ratio 1 is 100 steps and the training 100: the learning rate never reaches its peak; set "
+        "train.warmup_ratio 1 is 100 steps and the training 100: the learning rate does not reach its peak; set "
         "train.warmup_ratio to about 0.1, or train longer (train.epochs)"
     ),
     "checkpoint.every_epochs=11 eval.root=x eval.every_epochs=20": (
         "the training ends at step 100, so there is no evaluation (eval.every_epochs 20: 200 steps) and one checkpoint "
         "only, at its end (checkpoint.every_epochs 11: 110 steps)"
     ),
-    "train.warmup=100": "train.warmup is 100 steps and the training 100: the learning rate never",
+    "train.warmup=100": "train.warmup is 100 steps and the training 100: the learning rate does not reach",
     "train.warmup=51": "train.warmup is 51 steps and the training 100: the learning rate rises for more",
-    "train.schedule_steps=60 train.warmup=60": "train.warmup is 60 steps and the training 60: the learning rate never",
+    "train.schedule_steps=60 train.warmup=60": "train.warmup is 60 steps and the training 60: the learning rate",
     "train.steps=150 train.ema=[0.9,1.0]": (
-        "train.steps is 150 and the schedules end at step 100: from there on the learning rate stays at 0.001 of its "
+        "train.steps is 150 and the schedules end at step 100: after it the learning rate stays at 0.001 of its "
         "peak and train.ema at 1; set train.schedule_steps=150, or train.steps=100"
     ),
     "train.steps=50 train.schedule_steps=5000": (
-        "train.steps ends this start at step 50 of the schedules' 5,000; for a whole training of that length set "
+        "train.steps stops training at step 50 of the schedules' 5,000; for schedules of that length set "
         "train.schedule_steps=50"
     ),
     "train.steps=50 train.warmup=50 train.schedule_steps=5000 train.warmup=60": (
-        "train.steps ends this start at step 50 of the schedules' 5,000, within the warm-up of 60; for a whole"
+        "train.steps stops training at step 50 of the schedules' 5,000, within the warm-up of 60; for schedules"
     ),
     "train.global_batch=321": (
-        "train.global_batch is 321 and there are 320 images: a step sees images more than once; "
-        "lower it to 320 or fewer"
+        "train.global_batch is 321 and there are 320 images: a step repeats images; lower it to 320 or fewer"
     ),
     "eval.root=x eval.every_steps=101": (
         "the training ends at step 100, so there is no evaluation (eval.every_steps 101)"
@@ -75,12 +74,12 @@ LINES = {
         "its end (checkpoint.every_steps 1,000)"
     ),
     "checkpoint.every_steps=20 checkpoint.keep_every=30 train.schedule_steps=50": (
-        "the training ends at step 50, so there is no checkpoint that is kept for good (checkpoint.keep_every 30, "
-        "every_steps 20: both meet at step 60)"
+        "the training ends at step 50, so there is no checkpoint that is never removed (checkpoint.keep_every 30 and "
+        "every_steps 20 first coincide at step 60)"
     ),
     "checkpoint.keep_every=1000": (
-        "the training ends at step 100, so there is no checkpoint that is kept for good (checkpoint.keep_every 1,000, "
-        "every_steps 50: both meet at step 1,000)"
+        "the training ends at step 100, so there is no checkpoint that is never removed (checkpoint.keep_every 1,000 "
+        "and every_steps 50 first coincide at step 1,000)"
     ),
 }
 
@@ -98,7 +97,7 @@ def test_what_may_not_be_meant_gets_one_line_with_what_to_set(words):
     ids=["few passes", "large batch", "one image"],
 )
 def test_less_than_a_step_is_refused(words, images):
-    with pytest.raises(UserError, match=r"images make 0\.\d+ of a step; lower train\.global_batch"):
+    with pytest.raises(UserError, match=r"images are 0\.\d+ steps; lower train\.global_batch"):
         require_a_step(config(*words), images)
     require_a_step(config(*words, "train.steps=1"), images)
     require_a_step(config(*words, "train.schedule_steps=1"), images)

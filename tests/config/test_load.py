@@ -284,8 +284,8 @@ MISTAKES = {
             "model: {predictor: {kind: mlp, conditioning: block}}"
         ),
         (
-            "run.yaml: model.predictor.kind mlp cannot look elsewhere than at a patch's own place: actions.groups "
-            "must be [photometric] or [photometric, compression], or use kind vit"
+            "run.yaml: model.predictor.kind mlp sees one patch at a time and cannot move content between patches: "
+            "actions.groups must be [photometric] or [photometric, compression], or use kind vit"
         ),
     ),
     "external actions of images": (
@@ -298,11 +298,14 @@ MISTAKES = {
     ),
     "all blocks visible of images": (
         "masks: {target_blocks: 3, visible_blocks: 3}",
-        "run.yaml: masks.visible_blocks is 3; it must be below masks.target_blocks, but for external actions",
+        (
+            "run.yaml: masks.visible_blocks is 3; it must be below masks.target_blocks, unless actions.groups is "
+            "[external]"
+        ),
     ),
     "several sources of triplets": (
         "actions: {groups: [external]}\nviews: {sources_per_target: 2}",
-        "run.yaml: views.sources_per_target must be 1 where actions.groups is [external]: a triplet has one",
+        "run.yaml: views.sources_per_target must be 1 where actions.groups is [external]: a triplet has one source",
     ),
     "triplets without their actions": (
         "data: {source: triplets}",
@@ -311,15 +314,15 @@ MISTAKES = {
     "compiled at stage 3": (
         "train: {compile: true}\nzero: {stage: 3}",
         (
-            "run.yaml: train.compile needs zero.stage 0, 1 or 2: stage 3 gathers parameters as each module's forward "
-            "begins, one module at a time"
+            "run.yaml: train.compile needs zero.stage 0, 1 or 2: stage 3 all-gathers the parameters of one module at a "
+            "time, when its forward pass begins"
         ),
     ),
     "two streams at stage 3": (
         "train: {target_stream: true}\nzero: {stage: 3}",
         (
-            "run.yaml: train.target_stream needs zero.stage 0, 1 or 2: stage 3 gathers parameters as each module's "
-            "forward begins, one module at a time"
+            "run.yaml: train.target_stream needs zero.stage 0, 1 or 2: stage 3 all-gathers the parameters of one "
+            "module at a time, when its forward pass begins"
         ),
     ),
     "multiple without static shapes": (
@@ -328,7 +331,7 @@ MISTAKES = {
     ),
     "graphs of varying shapes": (
         "train: {cuda_graph: true}",
-        "run.yaml:1: train: cuda_graph needs static_shapes: true, since a graph is of one size",
+        "run.yaml:1: train: cuda_graph needs static_shapes: true, because a graph has fixed shapes",
     ),
     "graphs of two streams": (
         "train: {cuda_graph: true, static_shapes: true, target_stream: true}",
@@ -337,15 +340,15 @@ MISTAKES = {
     "graphs at stage 3": (
         "train: {cuda_graph: true, static_shapes: true}\nzero: {stage: 3}",
         (
-            "run.yaml: train.cuda_graph needs zero.stage 0, 1 or 2: stage 3 gathers parameters as each module's "
-            "forward begins, one module at a time"
+            "run.yaml: train.cuda_graph needs zero.stage 0, 1 or 2: stage 3 all-gathers the parameters of one module "
+            "at a time, when its forward pass begins"
         ),
     ),
     "graphs of images of one length": (
         "train: {cuda_graph: true, static_shapes: true}\nmodel: {attention: sdpa}",
         (
-            "run.yaml: train.cuda_graph needs packed attention: model.attention sdpa takes images of one "
-            "length at a time, with other kernels for every batch; use auto"
+            "run.yaml: train.cuda_graph needs packed attention: model.attention sdpa launches one kernel per "
+            "sequence length, so every batch launches others; use auto"
         ),
     ),
     "scalar for section": ("train: 3", "run.yaml:1: train: found 3; allowed: a section (a mapping of keys)"),
@@ -353,16 +356,16 @@ MISTAKES = {
         "model: {encoder: {depth: 2, width: 8}}",
         "run.yaml:1: model.encoder.heads: missing; give a whole number of at least 1",
     ),
-    "empty path": ("data: {root: ''}", "run.yaml:1: data.root: an empty text; give a path, or null"),
+    "empty path": ("data: {root: ''}", "run.yaml:1: data.root: empty; give a path, or null"),
     "list for text": ("data: {root: [a]}", 'run.yaml:1: data.root: found ["a"]; allowed: text, or null'),
     "dotted key": (
         "train.lr: 1e-3",
-        "run.yaml:1: train.lr: a key with dots is for the command line; in a file write train: {lr: ...}",
+        "run.yaml:1: train.lr: dotted keys are for the command line; in a file write train: {lr: ...}",
     ),
     "dotted key below a section": (
         "model:\n  predictor.depth: 2",
         (
-            "run.yaml:2: model.predictor.depth: a key with dots is for the command line; "
+            "run.yaml:2: model.predictor.depth: dotted keys are for the command line; "
             "in a file write model: {predictor: {depth: ...}}"
         ),
     ),
@@ -375,10 +378,10 @@ MISTAKES = {
     "malformed": ("train:\n  lr: [1", "run.yaml:2: not valid YAML: expected ',' or ']', but got '<stream end>'"),
     "tab": ("train:\n\tlr: 1", "run.yaml:2: not valid YAML: found character '\\t' that cannot start any token"),
     "list": ("- 1", "run.yaml: holds [1]; a configuration is a mapping of " + ", ".join(Config.model_fields)),
-    "self-reference": ("train: &a\n  lr: *a", "run.yaml:1: nested more than 16 levels deep"),
+    "self-reference": ("train: &a\n  lr: *a", "run.yaml:1: nested more than 16 levels deep; flatten it"),
     "object": (
         "train: !!python/object:os.system {}",
-        "run.yaml:1: the tag tag:yaml.org,2002:python/object:os.system has no meaning in a configuration",
+        "run.yaml:1: unknown tag tag:yaml.org,2002:python/object:os.system; remove it",
     ),
     "fp8 where the target has gradients": (
         "model:\n  target: shared\n  target_precision: fp8",
@@ -394,20 +397,20 @@ def test_a_mistake_in_a_file_gets_one_line_with_file_line_key_and_what_is_allowe
 
 
 OVERRIDE_MISTAKES = {
-    "data.root=": "command line: data.root: nothing stands after =; give text, or null",
-    "log.prometheus_host=": "command line: log.prometheus_host: nothing stands after =; give text",
+    "data.root=": "command line: data.root: empty; give a value after =, or null",
+    "log.prometheus_host=": "command line: log.prometheus_host: empty; give a value after =",
     "data.root=~nobody-of-that-name/x": (
-        "command line: data.root: ~nobody-of-that-name/x: whose home this is, is not known; write the whole path "
-        "(./~nobody-of-that-name/x for a folder here)"
+        "command line: data.root: ~nobody-of-that-name/x: unknown home; write the whole path "
+        "(./~nobody-of-that-name/x for a folder of that name)"
     ),
     "train.batch_size=3": "command line: train.batch_size: unknown key; did you mean train.global_batch?",
     "model.predictor.embed_dim=3": (
         "command line: model.predictor.embed_dim: unknown key; did you mean model.predictor.width?"
     ),
     "checkpoint.interval=3": "command line: checkpoint.interval: unknown key; did you mean checkpoint.every_steps?",
-    "output_dir=x": "command line: output_dir: unknown key; it is an option of the command line: --out",
+    "output_dir=x": "command line: output_dir: unknown key; use the option --out of the command line",
     "train.gpus=8": (
-        "command line: train.gpus: unknown key; ranks are started by a launcher: torchrun --nproc_per_node N -m "
+        "command line: train.gpus: unknown key; start ranks with a launcher: torchrun --nproc_per_node N -m "
         "iwm_fast pretrain ..., deepspeed or srun"
     ),
     "train.lr=1e-3 # faster": 'command line: train.lr: found "1e-3 # faster"; allowed: a number above 0',
@@ -419,8 +422,8 @@ OVERRIDE_MISTAKES = {
     "train.image=32": "command line: train.image: unknown key; did you mean model.image?",
     "train.lr=fast": 'command line: train.lr: found "fast"; allowed: a number above 0',
     "train.lr={1": "command line: train.lr: not valid YAML: expected ',' or '}', but got '<stream end>'",
-    "train.lr": 'command line: "train.lr": an override is written key.path=value, as train.lr=1e-3',
-    "train=3": "command line: train: a section; override its keys one by one, as train.seed=...",
+    "train.lr": 'command line: "train.lr": not an override; write key.path=value, as train.lr=1e-3',
+    "train=3": "command line: train: a section; override one key at a time, as train.seed=...",
     "model.patch=7": "run.yaml:1 and command line: model: image 32 must be a multiple of patch 7",
 }
 
@@ -443,7 +446,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
 
 
 def test_an_unknown_packaged_name_lists_those_that_exist():
-    with pytest.raises(UserError, match=r"^vit_tiny\.yaml: no such configuration; packaged ones are demo\.yaml, "):
+    with pytest.raises(UserError, match=r"^vit_tiny\.yaml: no such configuration; name a file or one of demo\.yaml, "):
         find_config("vit_tiny.yaml")
 
 

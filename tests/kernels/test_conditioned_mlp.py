@@ -140,8 +140,14 @@ REFUSED = {
     "w_action alone": ({"action": None, "cu_seqlens": None}, "w_action is given without action"),
     "cu_seqlens length": ({"cu_seqlens": torch.zeros(5, dtype=torch.int32)}, "cu_seqlens has shape"),
     "cu_seqlens type": ({"cu_seqlens": torch.tensor([0, 3, 4, 11])}, "cu_seqlens is torch.int64"),
-    "cu_seqlens end": ({"cu_seqlens": torch.tensor([0, 3, 4, 10], dtype=torch.int32)}, "cu_seqlens must run from 0 to N"),
-    "cu_seqlens falls": ({"cu_seqlens": torch.tensor([0, 5, 4, 11], dtype=torch.int32)}, "cu_seqlens must run from 0 to N"),
+    "cu_seqlens end": (
+        {"cu_seqlens": torch.tensor([0, 3, 4, 10], dtype=torch.int32)},
+        "cu_seqlens must run from 0 to N",
+    ),
+    "cu_seqlens falls": (
+        {"cu_seqlens": torch.tensor([0, 5, 4, 11], dtype=torch.int32)},
+        "cu_seqlens must run from 0 to N",
+    ),
     "norm_bias": ({"norm_bias": None}, "norm_bias is missing"),
     "norm_weight": ({"norm_weight": torch.zeros(8, dtype=torch.float64)}, "norm_weight has shape"),
     "eps": ({"eps": 0.0}, "eps is 0.0"),

@@ -21,41 +21,41 @@ class DataConfig(Section):
     """Where images come from and how they are decoded."""
 
     source: Literal["auto", "folder", "webdataset", "tfrecord", "triplets"] = Field(
-        "auto", description="auto: chosen by what lies under root, which the training says"
+        "auto", description="format of the images under root; auto detects it, and the run prints what it found"
     )
     root: Place | None = Field(
         None,
-        description="folder of images (sub-folders are classes), of .tar shards or of TFRecord files, the same as "
-        "s3://bucket/prefix, or a manifest of iwm-fast data index; or a manifest of triplets (docs/guides/triplets.md)",
+        description="folder of images (sub-folders are classes), of .tar shards or of TFRecord files, on disk or as "
+        "s3://bucket/prefix; a manifest of iwm-fast data index; or a manifest of triplets (docs/guides/triplets.md)",
     )
     device: Literal["auto", "cpu", "gpu"] = Field("auto", description="where DALI decodes and augments")
     threads: Annotated[int, Field(ge=1, le=256)] | None = Field(
         None, description="DALI's CPU threads; default: cores divided by the ranks of this host"
     )
     readers: Annotated[int, Field(ge=1, le=256)] | None = Field(
-        None, description="files read at a time by a rank; default: 1 from disk, 16 from a store"
+        None, description="files that a rank reads concurrently; default: 1 from disk, 16 from an object store"
     )
     checkers: Annotated[int, Field(ge=0, le=64)] | None = Field(
         None,
-        description="processes of a rank that check images for damage ahead of their first use, of files on disk; 0: "
-        "the thread that reads them does; default: on a GPU an eighth of the rank's cores, 2 at most, on a CPU 0. None "
-        "are started for a set with under 2,000 unchecked images (iwm-fast data index --check checks them beforehand)",
+        description="processes per rank that check image files on disk for damage before their first use; 0: the "
+        "reading thread checks them; default: on a GPU an eighth of the rank's cores, at most 2, on a CPU 0. None "
+        "start for fewer than 2,000 unchecked images (iwm-fast data index --check checks them beforehand)",
     )
     store_timeout: Annotated[float, Field(ge=0.1, le=600)] = Field(
-        20.0, description="seconds without a byte from a store (s3://) after which a request is made again"
+        20.0, description="seconds without a byte from an object store (s3://) before a request is retried"
     )
-    store_attempts: Count = Field(6, description="times that a request to a store is made before the run stops")
+    store_attempts: Count = Field(6, description="attempts per request to an object store before the run stops")
     hw_decoder_load: Probability = Field(
         0.65,
-        description="on a GPU with a JPEG engine (A100, H100 and later), the share of JPEGs given to it, the rest to "
-        "nvJPEG's kernels; the best value depends on the GPU and on data.threads",
+        description="share of JPEGs that the GPU's JPEG engine decodes (A100, H100 and later); nvJPEG's kernels decode "
+        "the rest; the best value depends on the GPU and on data.threads",
     )
     prefetch: Count = Field(3, description="batches prepared ahead")
     max_bad_fraction: Probability = Field(
         0.01,
-        description="share of samples that may fail before the run stops, in training; of each split, in evaluation",
+        description="share of bad samples above which training stops; in evaluation, of each split",
     )
     wait_s: NonNegative = Field(
-        300.0, description="seconds to wait for a data folder that is gone to come back; 0: the run stops at once"
+        300.0, description="seconds to wait for a data folder that has disappeared; 0: stop at once"
     )
-    max_pixels: Count = Field(178_956_970, description="larger images are refused as decompression bombs (Pillow)")
+    max_pixels: Count = Field(178_956_970, description="refuse larger images as decompression bombs (Pillow)")

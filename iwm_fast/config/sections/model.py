@@ -19,17 +19,18 @@ Conditioning = Literal["none", "sequence", "feature", "block", "sequence+block",
 
 
 class PredictorConfig(Section):
-    """The world model: from the source's tokens and an action to the target's tokens."""
+    """The world model: it predicts the target's tokens from the source's tokens and the action."""
 
     kind: Literal["vit", "mlp"] = Field(
-        "vit", description="vit attends over context and mask tokens; mlp acts on each visible token alone"
+        "vit", description="vit attends over context and mask tokens; mlp maps each visible token by itself"
     )
     depth: Count = Field(18, description="blocks (paper: 12 invariant, 18 equivariant)")
     width: Count = Field(384, description="token width; a multiple of heads and of 4")
     heads: Count | None = Field(None, description="attention heads; default: one per 32 of width (I-JEPA)")
     mlp_ratio: Positive = Field(4.0, description="hidden width of each block's MLP over the predictor's width")
     conditioning: Conditioning = Field(
-        "feature", description="where the action enters; block may be joined to the others with +"
+        "feature",
+        description="where the action enters: as a token, in the features, or in every block; + combines two",
     )
 
     @property
@@ -52,30 +53,32 @@ class ModelConfig(Section):
     encoder: EncoderName | EncoderShape = Field("vit_base", description="a name, or {depth, width, heads}")
     patch: Count = Field(16, description="side of a patch, pixels; divides image")
     image: Count = Field(224, description="side of the square views, pixels")
-    target: Literal["ema", "shared"] = Field("ema", description="target encoder: moving average, or the encoder itself")
+    target: Literal["ema", "shared"] = Field(
+        "ema", description="target encoder: EMA of the encoder, or the encoder itself"
+    )
     target_precision: Literal["train", "fp8"] = Field(
-        "train", description="of the ema target's products in training: as train.precision, or fp8 (GPU 8.9 or later)"
+        "train", description="of the EMA target's matmuls in training: train.precision, or fp8 (GPU 8.9 or later)"
     )
     normalize_target: bool = Field(True, description="layer-normalise target tokens without affine (I-JEPA)")
     attention: Literal["auto", "xformers", "efficient", "sdpa", "cudnn", "varlen", "flash3", "flash_cute"] = Field(
         "auto",
-        description="auto: on a GPU the fastest by the measurements that ship with the package, xformers where there "
-        "are none, on a CPU SDPA. efficient: PyTorch's memory-efficient one, on GPUs; sdpa and cudnn: PyTorch's, a "
-        "call per length; varlen: PyTorch's flash-attention over packed sequences (2.10 or later); flash3, flash_cute: "
-        "flash-attn 3 and its CuTe form, where installed. These last four compute bf16 and fp16; fp32, in evaluation, "
-        "is computed as auto",
+        description="auto: on a GPU the fastest one in the measurements that ship with the package, xformers without "
+        "measurements; on a CPU SDPA. efficient: PyTorch's memory-efficient attention, on GPUs; sdpa and cudnn: "
+        "PyTorch's, one call per length; varlen: PyTorch's flash-attention over packed sequences (2.10 or later); "
+        "flash3, flash_cute: flash-attn 3 and its CuTe version, where installed. The last four compute bf16 and fp16; "
+        "evaluation in fp32 then uses auto",
     )
     mlp_workspace_mib: Annotated[int, Field(ge=1, le=2**20)] = Field(
         1024,
-        description="on a GPU, MiB for the hidden activations of the MLP that runs, recomputed in the backward pass; "
-        "where they need more, its tokens are computed in chunks, which saves memory and takes more launches; 64 "
-        "tokens are computed at once in any case",
+        description="on a GPU, MiB for the hidden activations of one MLP, which the backward pass recomputes; beyond "
+        "that the MLP runs in chunks of tokens, which saves memory and launches more kernels; a chunk has at least 64 "
+        "tokens",
     )
     predictor: PredictorConfig = PredictorConfig()
 
     @property
     def encoder_shape(self) -> EncoderShape:
-        """Depth, width and heads of the encoder, whichever way it was named."""
+        """Depth, width and heads of the encoder, given by name or by its shape."""
         return self.encoder if isinstance(self.encoder, EncoderShape) else ENCODERS[self.encoder]
 
     @property

@@ -1,4 +1,4 @@
-"""Keys of what a training writes and measures besides: metrics, checkpoints, evaluation."""
+"""Keys of logging, checkpoints and evaluation."""
 
 from __future__ import annotations
 
@@ -18,17 +18,19 @@ __all__ = ["CheckpointConfig", "EvalConfig", "LogConfig"]
 
 
 class LogConfig(Section):
-    """What is written while training."""
+    """What training logs, and how often."""
 
-    every_steps: Count = Field(10, description="a line of metrics every so many steps")
+    every_steps: Count = Field(10, description="steps between lines of metrics")
     tensorboard: bool = Field(True, description="also write RUN/tensorboard")
-    wandb: str | None = Field(None, description="also log to this project of Weights & Biases; default: none")
+    wandb: str | None = Field(None, description="also log to this Weights & Biases project; default: none")
     prometheus_port: Annotated[int, Field(ge=0, le=65535)] | None = Field(
-        None, description="also serve the newest record to Prometheus under this port, 0 a free one; default: none"
+        None, description="also serve the newest metrics to Prometheus on this port; 0: a free port; default: none"
     )
-    prometheus_host: str = Field("127.0.0.1", description="address that the port is opened on; default: this host only")
+    prometheus_host: str = Field(
+        "127.0.0.1", description="address to listen on for Prometheus; default: this host only"
+    )
     straggler_ratio: Annotated[float, Field(gt=1.0)] = Field(
-        1.25, description="a rank is named whose own time stays above this ratio of the median of the others'"
+        1.25, description="name a rank whose own time stays above this multiple of the other ranks' median"
     )
     rank_me_floor: Probability = Field(
         0.05, description="warn of collapse when RankMe of the target falls under this share of the width"
@@ -36,17 +38,17 @@ class LogConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """When the state is written, and how much of it is kept."""
+    """When checkpoints are written, and which are kept."""
 
     alternatives: ClassVar = (("every_steps", "every_epochs"),)
 
-    every_steps: Count = Field(1000, description="a checkpoint every so many steps, and at the end")
+    every_steps: Count = Field(1000, description="steps between checkpoints; one is also written at the end")
     every_epochs: Positive | None = Field(
-        None, description="a checkpoint every so many passes over the data, instead of every_steps; default: none"
+        None, description="epochs between checkpoints, instead of every_steps; default: none"
     )
-    keep_last: Count = Field(3, description="checkpoints kept; older ones are removed")
+    keep_last: Count = Field(3, description="newest checkpoints to keep; older ones are removed")
     keep_every: Count | None = Field(
-        None, description="checkpoints whose step is a multiple of this are never removed; default: none"
+        None, description="never remove a checkpoint whose step is a multiple of this; default: none"
     )
 
 
@@ -55,21 +57,22 @@ class EvalConfig(Section):
 
     alternatives: ClassVar = (("every_steps", "every_epochs"),)
 
-    every_steps: Count | None = Field(None, description="k-NN and MRR every so many steps; default: never")
+    every_steps: Count | None = Field(None, description="steps between evaluations (k-NN and MRR); default: never")
     every_epochs: Positive | None = Field(
-        None, description="k-NN and MRR every so many passes over the data, instead of every_steps; default: none"
+        None, description="epochs between evaluations, instead of every_steps; default: none"
     )
     root: Place | None = Field(
-        None, description="folder with train/ and test/ (or val/), or with a folder a class (docs/guides/data.md)"
+        None,
+        description="images to evaluate on: train/ and test/ (or val/), or one folder per class (docs/guides/data.md)",
     )
-    images: Count = Field(2000, description="most images used for k-NN while training, of each split")
-    mrr_images: Count = Field(32, description="images whose banks are ranked while training")
+    images: Count = Field(2000, description="most images of each split for k-NN while training")
+    mrr_images: Count = Field(32, description="query images of MRR while training")
     bank: Annotated[int, Field(ge=2)] = Field(
-        256, description="actions, and so transformed targets, in a bank; of triplets: next frames"
+        256, description="candidates in a bank of MRR: transformed targets, one per action; of triplets: next frames"
     )
-    horizon: Count = Field(8, description="steps of a roll-out, on triplets")
+    horizon: Count = Field(8, description="steps of a rollout, on triplets")
 
     @property
     def interval_key(self) -> str | None:
-        """The key that asks for evaluation while training, None where none does."""
+        """The key that turns on evaluation while training, or None."""
         return next((name for name in ("every_steps", "every_epochs") if getattr(self, name) is not None), None)

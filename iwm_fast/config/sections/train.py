@@ -1,4 +1,4 @@
-"""Keys of the optimisation, and of what is divided over the ranks."""
+"""Keys of optimisation, and of what ZeRO shards over the ranks."""
 
 from __future__ import annotations
 
@@ -24,19 +24,21 @@ class TrainConfig(Section):
 
     alternatives: ClassVar = (("warmup", "warmup_epochs", "warmup_ratio"),)
 
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="of weights, order, parameters and masks")
-    epochs: Positive = Field(300.0, description="length of the training in passes over the data")
-    steps: Count | None = Field(None, description="where this start ends; default: the whole training")
-    schedule_steps: Count | None = Field(None, description="length of the schedules; default: the whole training")
-    global_batch: Count = Field(2048, description="images a step over all ranks and accumulated micro-batches")
-    micro_batch: Count | None = Field(None, description="ceiling of the images a rank computes at once; default: none")
-    precision: Literal["fp32", "bf16"] = Field("bf16", description="of the computation; master weights are always fp32")
-    optimizer: Literal["adamw", "lamb"] = Field(
-        "adamw", description="lamb: each tensor's step is scaled by its norm, for large batches; at zero.stage 0"
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
+        0, description="seed of weights, data order, augmentations and masks"
     )
-    lr: Positive = Field(1e-3, description="peak learning rate at a global batch of lr_batch")
-    lr_batch: Count | None = Field(None, description="lr is scaled by global_batch / lr_batch; default: not scaled")
-    lr_start: NonNegative = Field(0.2, description="learning rate before warm-up, over the peak (I-JEPA: 2e-4 / 1e-3)")
+    epochs: Positive = Field(300.0, description="length of training in passes over the data")
+    steps: Count | None = Field(None, description="stop after this step; default: at the end of the schedules")
+    schedule_steps: Count | None = Field(None, description="length of the schedules in steps; default: from epochs")
+    global_batch: Count = Field(2048, description="images per step, over all ranks and accumulated micro-batches")
+    micro_batch: Count | None = Field(None, description="most images per forward pass of a rank; default: no limit")
+    precision: Literal["fp32", "bf16"] = Field("bf16", description="of activations; master weights are always fp32")
+    optimizer: Literal["adamw", "lamb"] = Field(
+        "adamw", description="lamb scales each tensor's update by its norm, for large batches; needs zero.stage 0"
+    )
+    lr: Positive = Field(1e-3, description="peak learning rate, at a global batch of lr_batch")
+    lr_batch: Count | None = Field(None, description="scale lr by global_batch / lr_batch; default: no scaling")
+    lr_start: NonNegative = Field(0.2, description="learning rate at step 0, over the peak (I-JEPA: 2e-4 / 1e-3)")
     lr_final: NonNegative = Field(1e-3, description="learning rate at the end, over the peak (I-JEPA: 1e-6 / 1e-3)")
     weight_decay: Range = Field((0.04, 0.4), description="cosine from first to last; not for biases, norms and tokens")
     warmup: Annotated[int, Field(ge=0)] = Field(0, description="steps of linear warm-up of the learning rate")
@@ -47,45 +49,46 @@ class TrainConfig(Section):
         None, description="warm-up as a fraction of the schedules' steps, instead of warmup; default: none"
     )
     ema: Range = Field((0.996, 1.0), description="momentum of the target encoder, cosine from first to last")
-    betas: Range = Field((0.9, 0.999), description="AdamW's decay rates of the moments")
-    clip: NonNegative = Field(0.0, description="global gradient norm above which gradients are scaled down; 0: never")
+    betas: Range = Field((0.9, 0.999), description="AdamW's decay rates of its two moments")
+    clip: NonNegative = Field(0.0, description="clip gradients to this global norm; 0: never")
     activation_checkpointing: bool = Field(False, description="recompute blocks in the backward pass to save memory")
     compile: bool = Field(
         False,
-        description="compile what lies between the attentions (torch.compile), when it first runs: seconds to minutes "
-        "a start; batches of other lengths need no more; on a CPU it needs a C++ compiler; not with zero.stage 3",
+        description="compile the code between attention calls with torch.compile, which takes seconds to minutes at "
+        "the first step; new lengths do not recompile; a CPU needs a C++ compiler; not with zero.stage 3",
     )
     deterministic: bool = Field(
         False,
-        description="on a GPU, only operators that give the same bits on every run (attention's backward pass among "
-        "them; slower); on a CPU all do anyway. Not with model.attention cudnn",
+        description="on a GPU, use only operators that give the same bits in every run (slower, above all attention's "
+        "backward pass); a CPU always does. Not with model.attention cudnn",
     )
     target_stream: bool = Field(
         False,
-        description="on a GPU, compute the target on a CUDA stream of its own, beside the context; not with "
+        description="on a GPU, compute the target on its own CUDA stream, concurrently with the context; not with "
         "zero.stage 3",
     )
     static_shapes: bool = Field(
         False,
-        description="round a micro-batch's tokens up to a multiple (static_multiple) by padding without loss or "
-        "gradient, so that a run meets few sizes",
+        description="pad a micro-batch's tokens to a multiple of static_multiple, so that shapes recur; padding has no "
+        "loss and no gradient",
     )
     static_multiple: Count | None = Field(
         None,
-        description="with static_shapes: tokens; default: the power of two at or below 1/48 of a micro-batch's patches",
+        description="with static_shapes: tokens; default: the largest power of two up to 1/48 of a micro-batch's "
+        "patches",
     )
     cuda_graph: bool = Field(
         False,
         description="on a GPU, with static_shapes: capture a micro-batch's forward and backward pass as one CUDA graph "
-        "for each size that comes again; not with target_stream, nor with zero.stage 3",
+        "per recurring size; not with target_stream or zero.stage 3",
     )
     max_skipped: Annotated[int, Field(ge=0)] = Field(
         10,
-        description="steps in a row with a non-finite loss or gradient that are skipped before the run stops; "
-        "looked at when a step is logged or a checkpoint is written",
+        description="consecutive steps with a non-finite loss or gradient to skip before the run stops; checked when a "
+        "step is logged or a checkpoint is written",
     )
     rank_timeout_s: Annotated[float, Field(ge=1.0)] = Field(
-        600.0, description="seconds without progress after which a rank counts as hung, and every rank ends"
+        600.0, description="seconds without progress after which a rank counts as hung and all ranks stop"
     )
 
     @model_validator(mode="after")
@@ -98,15 +101,15 @@ class TrainConfig(Section):
         if self.static_multiple is not None and not self.static_shapes:
             raise ValueError(f"static_multiple is {self.static_multiple}, which needs static_shapes: true")
         if self.cuda_graph and not self.static_shapes:
-            raise ValueError("cuda_graph needs static_shapes: true, since a graph is of one size")
+            raise ValueError("cuda_graph needs static_shapes: true, because a graph has fixed shapes")
         if self.cuda_graph and self.target_stream:
             raise ValueError("cuda_graph and target_stream exclude each other: a graph is captured on one stream")
         return self
 
 
 class ZeroConfig(Section):
-    """What DeepSpeed divides over the ranks: 0 nothing, 1 optimizer, 2 and gradients, 3 and parameters."""
+    """What DeepSpeed's ZeRO shards over the ranks."""
 
     stage: Literal[0, 1, 2, 3] = Field(
-        1, description="0 nothing is divided, 1 optimizer, 2 and gradients, 3 and parameters"
+        1, description="what to shard over ranks: 0 nothing, 1 optimizer state, 2 also gradients, 3 also parameters"
     )

@@ -1,4 +1,4 @@
-"""Keys of what is made of an image: views and the actions between them, and masks."""
+"""Keys of views, of the actions between them, and of masks."""
 
 from __future__ import annotations
 
@@ -18,42 +18,44 @@ _GROUPS = tuple(("photometric", *more) for more in _MORE)
 
 
 class ActionsConfig(Section):
-    """What is done to a view, how often and how strongly, and which of it the predictor is told."""
+    """Augmentations, their probability and strength, and which of them the predictor is conditioned on."""
 
     groups: Annotated[tuple[_Group, ...], BeforeValidator(pair)] = Field(
         ("photometric",),
-        description="photometric, with geometric, compression or both after it; or external: the actions of a manifest "
-        "of triplets, and nothing else is done to the pictures unless crop_scale or flip_probability, for both alike, "
-        "are given",
+        description="photometric, optionally followed by geometric, compression or both; or external: the actions of a "
+        "manifest of triplets, whose images are not augmented unless crop_scale or flip_probability is set, which then "
+        "act on both images alike",
     )
     external: ExternalActions | None = Field(
-        None, description="what the external actions are; default: as the manifest says, and recorded here by the run"
+        None, description="the external actions; default: those of the manifest, which the run records here"
     )
-    strength: NonNegative = Field(1.0, description="multiplies the four jitter strengths; 2 strong, 3 very strong")
+    strength: NonNegative = Field(1.0, description="factor on the four jitter strengths; 2 is strong, 3 very strong")
     form: Literal["difference", "absolute"] = Field(
-        "difference", description="jitter told as target minus source (paper), or as both views' own values"
+        "difference", description="encode jitter as target minus source (paper), or as the values of both views"
     )
-    jitter_probability: Probability = Field(0.8, description="chance of colour jitter, for each view by itself")
-    brightness: NonNegative = Field(0.4, description="factor drawn from 1 ± this, clipped at 0")
-    contrast: NonNegative = Field(0.4, description="factor drawn from 1 ± this, clipped at 0")
-    saturation: NonNegative = Field(0.2, description="factor drawn from 1 ± this, clipped at 0")
-    hue: NonNegative = Field(0.1, description="in turns: 0.1 is ± 36 degrees of rotation in YIQ; at most half a turn")
-    grayscale_probability: Probability = Field(0.2, description="chance that the source loses its colour")
-    blur_probability: Probability = Field(0.2, description="chance that the source is blurred")
-    blur_sigma: Range = Field((0.1, 2.0), description="pixels, drawn uniformly")
-    solarize_probability: Probability = Field(0.1, description="chance that the source is solarized")
-    solarize_threshold: Annotated[int, Field(ge=0, le=255)] = Field(128, description="levels at or above are inverted")
+    jitter_probability: Probability = Field(
+        0.8, description="probability of colour jitter, for each view independently"
+    )
+    brightness: NonNegative = Field(0.4, description="factor uniform in 1 ± this, clipped at 0")
+    contrast: NonNegative = Field(0.4, description="factor uniform in 1 ± this, clipped at 0")
+    saturation: NonNegative = Field(0.2, description="factor uniform in 1 ± this, clipped at 0")
+    hue: NonNegative = Field(0.1, description="in turns: 0.1 rotates by up to ± 36 degrees in YIQ; at most half a turn")
+    grayscale_probability: Probability = Field(0.2, description="probability that the source becomes grayscale")
+    blur_probability: Probability = Field(0.2, description="probability of a Gaussian blur of the source")
+    blur_sigma: Range = Field((0.1, 2.0), description="sigma in pixels, uniform")
+    solarize_probability: Probability = Field(0.1, description="probability that the source is solarized")
+    solarize_threshold: Annotated[int, Field(ge=0, le=255)] = Field(128, description="invert levels at or above this")
     compression_probability: Probability = Field(
-        0.5, description="compression group only: chance that the source is compressed as JPEG"
+        0.5, description="compression group only: probability that the source is compressed as JPEG"
     )
     compression_quality: Annotated[tuple[int, int], BeforeValidator(pair)] = Field(
-        (20, 95), description="compression group only: JPEG quality, whole numbers from 1 to 100, drawn uniformly"
+        (20, 95), description="compression group only: JPEG quality, whole numbers from 1 to 100, uniform"
     )
     crop_scale: Range = Field((0.3, 1.0), description="share of the image's area")
-    crop_aspect: Range = Field((0.75, 4 / 3), description="width over height, drawn log-uniformly")
-    flip_probability: Probability = Field(0.5, description="chance of a horizontal flip")
+    crop_aspect: Range = Field((0.75, 4 / 3), description="width over height, log-uniform")
+    flip_probability: Probability = Field(0.5, description="probability of a horizontal flip")
     rotation_probability: Probability = Field(
-        0.75, description="geometric group only: chance of one, two or three quarter turns of the source"
+        0.75, description="geometric group only: probability of one, two or three quarter turns of the source"
     )
 
     @model_validator(mode="after")
@@ -82,36 +84,36 @@ class ActionsConfig(Section):
 
     @property
     def is_external(self) -> bool:
-        """Whether the actions are somebody else's, of a manifest of triplets."""
+        """Whether the actions come from a manifest of triplets."""
         return self.groups == EXTERNAL
 
     @property
     def geometric(self) -> bool:
-        """Whether the source has a geometry of its own, of which the predictor is told."""
+        """Whether the source has a geometry of its own, which the predictor is conditioned on."""
         return "geometric" in self.groups
 
 
 class ViewsConfig(Section):
-    """How many views are made of an image."""
+    """How many views an image gives."""
 
     sources_per_target: Count = Field(
-        1, description="source views of one decoded image, each with its own action and mask, for one target (paper: 1)"
+        1, description="source views per target, of one decoded image, each with its own action and mask (paper: 1)"
     )
 
 
 class MasksConfig(Section):
-    """Multi-block masks (I-JEPA, section 3): what the encoder does not see and the predictor answers for."""
+    """Multi-block masks (I-JEPA, section 3): the patches that the encoder does not see and the predictor predicts."""
 
-    target_blocks: Count = Field(4, description="blocks an image; the predictor answers for their union")
+    target_blocks: Count = Field(4, description="target blocks per image; the predictor predicts their union")
     visible_blocks: Annotated[int, Field(ge=0)] = Field(
         0,
-        description="of the target blocks, those that the encoder sees all the same: there the predictor answers for "
-        "the action alone; below target_blocks, or all of them where the actions are external",
+        description="target blocks that the encoder still sees, where only the action's effect remains to predict; "
+        "fewer than target_blocks, or all of them with external actions",
     )
     target_scale: Range = Field((0.15, 0.2), description="share of the patches in one target block")
     target_aspect: Range = Field((0.75, 1.5), description="height over width of a target block")
     context_scale: Range = Field((0.85, 1.0), description="share of the patches in the square context block")
-    min_context: Count = Field(10, description="fewest patches that the encoder sees; drawn again below it")
+    min_context: Count = Field(10, description="fewest patches that the encoder sees; masks with fewer are resampled")
 
     @model_validator(mode="after")
     def _ranges(self) -> Self:
