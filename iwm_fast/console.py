@@ -7,12 +7,13 @@ import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import partial
 from itertools import zip_longest
 
 from rich.cells import cell_len
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from iwm_fast.file_names import printable
@@ -111,12 +112,15 @@ def part_of(progress: Count | None, what: str) -> Callable[[int, int], None] | N
 
 @contextmanager
 def counting() -> Iterator[Count]:
-    """A callback for work that is counted: a bar a piece of work on a terminal, a line now and then elsewhere."""
+    """A callback for work that is counted: a bar per piece of work on a terminal, a line now and then elsewhere, with
+    the time left.
+    """
     console = Console(file=sys.stderr)
     if not console.is_terminal:
         yield _plain_lines()
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    left = TimeRemainingColumn(elapsed_when_finished=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), left)
     with Progress(*columns, console=console) as progress:
         tasks = {}
 
@@ -130,13 +134,19 @@ def counting() -> Iterator[Count]:
 
 
 def _plain_lines() -> Count:
+    first: dict[str, tuple[float, int]] = {}
     last: dict[str, float] = {}
 
     def count(text: str, done: int, total: int | None) -> None:
         name = printable(text)
         now = time.monotonic()
+        began, had = first.setdefault(name, (now, done))
         if done == total or now - last.setdefault(name, now) >= _PLAIN_EVERY_S:
             last[name] = now
-            print(f"{name}: {done}" + ("" if total is None else f" of {total}"), file=sys.stderr, flush=True)
+            of = "" if total is None else f" of {total}"
+            if total is not None and had < done < total:
+                seconds = (now - began) / (done - had) * (total - done)
+                of += f", {timedelta(seconds=round(seconds))} left"
+            print(f"{name}: {done}{of}", file=sys.stderr, flush=True)
 
     return count

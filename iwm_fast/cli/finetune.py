@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
@@ -79,12 +80,16 @@ def finetune(
 ) -> None:
     """Train a head, the world model with a head, or all of the network, on labelled images, and measure it on others.
 
-    A part that begins pretrained has a tenth of the learning rate. Without --out only the figures are kept.
+    A part that begins pretrained has a tenth of the learning rate. Loss and test score are printed as it learns, and
+    are in the JSON. --out also writes OUT/report/index.html with their curves, and iwm_fast.load(OUT) classifies or
+    segments; without it only the figures are kept.
     """
     rates = _rates(lr)
     from iwm_fast.console import counting
     from iwm_fast.environment import environment
     from iwm_fast.eval.finetune.run import Request, finetune_run, named_folders
+    from iwm_fast.eval.finetune.saved import REPORT
+    from iwm_fast.eval.report.finetune_page import finetune_page
 
     def give(results: dict[str, Any]) -> None:
         progress.close()  # the bars, so that the table stands alone
@@ -107,18 +112,19 @@ def finetune(
             cache=cache,
             overrides=overrides or (),
             tell=progress.enter_context(counting()),
+            say=lambda line: print(line, file=sys.stderr, flush=True),
         )
-        finetune_run(run, request, out, environment(), give)
+        finetune_run(run, request, out, environment(), give, finetune_page)
     if out is not None and json != "-":
-        print(f"weights: {out}")
+        print(f"weights: {out}\nreport: {out / REPORT}")
 
 
 def _show(results: dict[str, Any]) -> None:
     from iwm_fast.console import print_table
-    from iwm_fast.eval.finetune.run import finetune_lines, finetune_rows
+    from iwm_fast.eval.finetune.result_rows import HEAD, finetune_lines, finetune_rows
 
     title = f"iwm-fast finetune, {results['mode']}, {results['trained_parameters']:,} parameters trained"
-    print_table(title, ("", "measure", "value", "95 % interval", "chance"), finetune_rows(results))
+    print_table(title, HEAD, finetune_rows(results))
     for line in finetune_lines(results):
         print(line)
 

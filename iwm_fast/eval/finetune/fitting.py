@@ -1,29 +1,33 @@
 """Fit readers to tasks: one pass over the features trains a reader for each learning rate, and the best one is kept.
 
 AdamW, linear warm-up over the first twentieth of the steps, then cosine to 0. The learning rate is chosen by the images
-held out; the test images are looked at once, at the end, by the caller.
+held out. Some test images are scored while a reader learns, for a curve to look at: nothing is chosen by them.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from iwm_fast.errors import UserError
 from iwm_fast.eval.feature_cache import Features
-from iwm_fast.eval.features import device_of
+from iwm_fast.eval.features import device_of, evaluating
 from iwm_fast.eval.finetune.scores import Scores, task_loss
 from iwm_fast.eval.finetune.tasks import Task, batches, in_order
+from iwm_fast.eval.stats import evenly_spaced
 from iwm_fast.models.decay import decayed_parameters
 from iwm_fast.models.task_model import Reader
 
-__all__ = ["Fit", "Plan", "fit", "measure", "seeded"]
+__all__ = ["Fit", "Plan", "Point", "fit", "measure", "seeded"]
 
 WARMUP = 0.05
+# Of a curve: at most so many points, each of at most so many test images, and no more than a tenth of the training's
+# work (a training step is three passes forward) on all of them.
+_POINTS, _CURVE_IMAGES, _FEWEST_IMAGES, _CURVE_SHARE = 20, 1024, 64, 0.3
 
 
 @dataclass(frozen=True)
@@ -42,13 +46,30 @@ class Plan:
     seed: int = 0
 
 
+@dataclass(frozen=True)
+class Point:
+    """Of a curve, after ``step`` steps. loss: the mean of the training loss since the point before; test: the main
+    figure of some test images (`Scores.main`, the mean over tasks), None where it was not measured.
+    """
+
+    step: int
+    loss: float
+    test: float | None
+
+
 @dataclass(frozen=True, eq=False)
 class Fit:
-    """The reader that did best on the images held out, its learning rate, and what each rate scored there."""
+    """The reader that did best on the images held out, its learning rate, and what each rate scored there.
+
+    curve: of that reader; its last point, whose test score all test images are to give, has none. curve_images: test
+    images of the other points, by task.
+    """
 
     reader: Reader
     rate: float
     held_out: dict[float, float]
+    curve: tuple[Point, ...] = ()
+    curve_images: dict[str, int] = field(default_factory=dict)
 
 
 def seeded(build: Callable[[], Reader], seed: int) -> Reader:
@@ -63,10 +84,12 @@ def fit(
     tasks: Sequence[Task],
     plan: Plan,
     progress: Callable[[int, int], None] | None = None,
+    say: Callable[[Point], None] | None = None,
 ) -> Fit:
     """Train a reader from ``build`` for each of ``plan.rates`` on the tasks' training rows, all from the same seed.
 
-    A step takes a batch of each task and the mean of their losses. UserError where no rate keeps its loss finite.
+    A step takes a batch of each task and the mean of their losses. ``say`` gets each point of the curve but the last,
+    of the rate whose loss is lowest there. UserError where no rate keeps its loss finite.
     """
     readers = [seeded(build, plan.seed).train() for _ in plan.rates]
     device = device_of(readers[0].encoder)
@@ -76,6 +99,7 @@ def fit(
     optimizer = torch.optim.AdamW(groups, lr=0.0)
     streams = [_augmented(batches(task, plan.batch, plan.seed), plan) for task in tasks]
     last = torch.zeros(len(readers))
+    curve = _Curve(readers, tasks, plan)
     for step in range(plan.steps):
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * _factor(step, plan.steps)
@@ -89,6 +113,9 @@ def fit(
                 losses[place] += loss.detach()
         optimizer.step()
         last = losses
+        point = curve.after(step + 1, losses)
+        if point is not None and say is not None:
+            say(point)
         if progress is not None:
             progress(step + 1, plan.steps)
     if not torch.isfinite(last).any():
@@ -100,7 +127,65 @@ def fit(
         for reader, loss in zip(readers, last, strict=True)
     ]
     best = max(range(len(readers)), key=lambda place: scores[place])
-    return Fit(readers[best].eval(), plan.rates[best], dict(zip(plan.rates, scores, strict=True)))
+    return Fit(
+        readers[best].eval(),
+        plan.rates[best],
+        dict(zip(plan.rates, scores, strict=True)),
+        tuple(points[best] for points in curve.points),
+        curve.images,
+    )
+
+
+class _Curve:
+    """Points of all readers, once per pass over the training images where there are few passes."""
+
+    def __init__(self, readers: Sequence[Reader], tasks: Sequence[Task], plan: Plan) -> None:
+        self._readers, self._tasks = readers, tasks
+        passes = plan.steps * plan.batch / max(int((~task.held).sum()) for task in tasks)
+        self._marks = _marks(plan.steps, passes)
+        budget = max(_FEWEST_IMAGES, int(_CURVE_SHARE * plan.steps * plan.batch / len(self._marks)))
+        self._rows = [evenly_spaced(min(budget, _CURVE_IMAGES), len(task.test)) for task in tasks]
+        self._sum, self._since = torch.zeros(len(readers)), 0
+        self.images = {task.name: len(rows) for task, rows in zip(tasks, self._rows, strict=True)}
+        self.points: list[list[Point]] = []
+
+    def after(self, step: int, losses: Tensor) -> Point | None:
+        """Take the readers' losses of a step; a point is due at some, and all but the last have a test score."""
+        self._sum = self._sum.to(losses) + losses
+        self._since += 1
+        if step not in self._marks:
+            return None
+        means = [loss / self._since for loss in self._sum.tolist()]  # the only wait for the device
+        self._sum, self._since = torch.zeros_like(self._sum), 0
+        if step == max(self._marks):
+            self.points.append([Point(step, loss, None) for loss in means])
+            return None
+        self.points.append([Point(step, loss, test) for loss, test in zip(means, self._tests(), strict=True)])
+        return min(self.points[-1], key=lambda point: point.loss if math.isfinite(point.loss) else math.inf)
+
+    def _tests(self) -> list[float]:
+        """Of each reader, on the rows of all tasks, which are read once."""
+        totals = [0.0] * len(self._readers)
+        for task, rows in zip(self._tasks, self._rows, strict=True):
+            scores = [Scores(task.shape.classes, dense=task.shape.dense) for _ in self._readers]
+            with evaluating(*self._readers):
+                for inputs, labels in in_order(task.test, rows):
+                    for reader, score in zip(self._readers, scores, strict=True):
+                        device = device_of(reader.encoder)
+                        score.add(reader(inputs.to(device), task.name), labels.to(device))
+            totals = [total + score.main() / len(self._tasks) for total, score in zip(totals, scores, strict=True)]
+        return totals
+
+
+def _marks(steps: int, passes: float) -> frozenset[int]:
+    """The steps after which a point of the curve is due, the last step among them: after each pass, of many passes
+    after each few of them, of few several times a pass.
+    """
+    count = min(_POINTS, max(1, round(passes)))
+    while count < _POINTS // 4:
+        count *= 2
+    count = min(count, steps)
+    return frozenset(round(steps * (place + 1) / count) for place in range(count))
 
 
 def measure(reader: Reader, task: Task, features: Features, *, held: bool = False) -> Scores:

@@ -21,7 +21,7 @@ from iwm_fast.engine.checkpoint.paths import chosen_checkpoint
 from iwm_fast.errors import UserError
 from iwm_fast.eval.feature_cache import FeatureCache, Features
 from iwm_fast.eval.features import default_encoder, encoder_of, read_features
-from iwm_fast.eval.finetune.fitting import WARMUP, Fit, Plan, fit, measure
+from iwm_fast.eval.finetune.fitting import WARMUP, Fit, Plan, Point, fit, measure
 from iwm_fast.eval.finetune.modes import (
     INITS,
     MODES,
@@ -33,10 +33,10 @@ from iwm_fast.eval.finetune.modes import (
     kept_for,
     reader_builder,
 )
+from iwm_fast.eval.finetune.result_rows import main_figure, percent
 from iwm_fast.eval.finetune.saved import require_absent, save_finetuned
 from iwm_fast.eval.finetune.scores import IGNORED
 from iwm_fast.eval.finetune.tasks import Task
-from iwm_fast.eval.footnotes import data_lines
 from iwm_fast.eval.overrides import check_overrides, for_evaluation
 from iwm_fast.eval.reduced import reduced
 from iwm_fast.eval.result_output import given
@@ -47,16 +47,18 @@ from iwm_fast.models.iwm import IWM
 from iwm_fast.models.predictors import VitPredictor
 from iwm_fast.models.task_model import HeadShape
 
-__all__ = ["KINDS", "Request", "finetune_lines", "finetune_rows", "finetune_run", "named_folders"]
+__all__ = ["KINDS", "Request", "finetune_run", "named_folders"]
 
 KINDS = ("classification", "segmentation")
+Draw = Callable[[str, Mapping[str, Any], Mapping[str, Any]], str]  # name, results and environment to a page
 
 
 @dataclass(frozen=True)
 class Request:
     """What is asked for. data: folders of images by task name; kind: of task, default by the layout; how long
     (``steps``, or ``epochs`` passes over the largest task's training images); learning rates, default the mode's;
-    ``overrides``: ``key.path=value`` of the section data.
+    ``overrides``: ``key.path=value`` of the section data. ``tell`` follows the work, ``say`` gets lines with loss and
+    test score.
     """
 
     mode: Mode
@@ -74,6 +76,7 @@ class Request:
     cache: Path | None = None
     overrides: Sequence[str] = ()
     tell: Count | None = field(default=None, compare=False)
+    say: Callable[[str], None] | None = field(default=None, compare=False)
 
     def check(self) -> None:
         """Raise UserError for what does not go together."""
@@ -132,14 +135,17 @@ def finetune_run(
     out: Path | None = None,
     environment: Mapping[str, Any] | None = None,
     give: Callable[[dict[str, Any]], None] | None = None,
+    draw: Draw | None = None,
 ) -> dict[str, Any]:
     """Fit ``request`` on a run's checkpoint and measure it.
 
     ``out``: a new folder for the result, in which ``environment`` says what it was made with. ``give`` gets the answer
-    as soon as it is measured, before weights are written.
+    as soon as it is measured, before weights are written. ``draw`` makes the page in ``out``
+    (`report.finetune_page.finetune_page`); without it there is none.
 
     Returns top1, top5 or miou with intervals (of several tasks under ``tasks``, and their mean), chance, the rate that
-    the held-out images chose, and the protocol. Raises UserError for whatever the user can mend.
+    the held-out images chose, the protocol, and under ``curve`` training loss and test score while it learned. Raises
+    UserError for whatever the user can mend.
     """
     request.check()
     if out is not None:
@@ -159,14 +165,18 @@ def finetune_run(
     plan = _plan(request, init, tasks)
     tell = None if request.tell is None else partial(request.tell, f"finetune, {request.mode}")
     began = time.perf_counter()
-    found = fit(reader_builder(model, request.mode, init, shapes, default_encoder(config.model)), tasks, plan, tell)
+    build = reader_builder(model, request.mode, init, shapes, default_encoder(config.model))
+    found = fit(build, tasks, plan, tell, None if request.say is None else partial(_say, request, plan, tasks))
     seconds = time.perf_counter() - began
+    scores = _scores(found, named, plan)
+    protocol = _protocol(found, plan, tasks, config, request, seconds)
     results = {
         "mode": request.mode,
         "init": init if has_predictor(request.mode) else None,
         "step": step,
-        **_scores(found, named, plan),
-        **_protocol(found, plan, tasks, config, request, seconds),
+        **scores,
+        **protocol,
+        **_curve(found, protocol["epochs"], main_figure(scores)),
     }
     if out is None:
         with given(give, results):
@@ -182,6 +192,7 @@ def finetune_run(
             classes=classes,
             results=results,
             environment=environment or {},
+            page=None if draw is None else draw(out.name, results, environment or {}),
         )
     return {**results, "out": str(out)}
 
@@ -306,6 +317,31 @@ def _scores(found: Fit, named: Mapping[str, _Named], plan: Plan) -> dict[str, An
     return {"mean": float(np.mean(main)), "tasks": by_task}
 
 
+def _say(request: Request, plan: Plan, tasks: Sequence[Task], point: Point) -> None:
+    """Pass on a line for a point of the curve."""
+    assert request.say is not None
+    kind = "mean score" if len(tasks) > 1 else "mIoU" if tasks[0].shape.dense else "top-1"
+    request.say(
+        f"finetune, {request.mode}: step {point.step} of {plan.steps}: loss {point.loss:.4f}, test {kind} "
+        f"{percent(point.test or 0.0)}"
+    )
+
+
+def _curve(found: Fit, epochs: float, final: float) -> dict[str, Any]:
+    """For JSON: loss and test score while the chosen reader learned. The last score is that of all test images."""
+    steps = found.curve[-1].step
+    points = [
+        {
+            "step": point.step,
+            "epoch": epochs * point.step / steps,
+            "loss": point.loss,
+            "test": final if point is found.curve[-1] else point.test,
+        }
+        for point in found.curve
+    ]
+    return {"curve": points, "curve_test_images": found.curve_images}
+
+
 def _protocol(
     found: Fit, plan: Plan, tasks: Sequence[Task], config: Config, request: Request, seconds: float
 ) -> dict[str, Any]:
@@ -332,25 +368,3 @@ def _protocol(
             + (", half of them mirrored" if plan.flip else " without augmentation")
         ),
     }
-
-
-def finetune_lines(results: Mapping[str, Any]) -> list[str]:
-    """What is said under the table: of each task's images, with its name before it where there are several."""
-    if "tasks" not in results:
-        return data_lines(results)
-    return [f"{printable(name)}: {line}" for name, scores in results["tasks"].items() for line in data_lines(scores)]
-
-
-def finetune_rows(results: Mapping[str, Any]) -> list[list[str]]:
-    """Rows for a terminal: task, measure, value, 95 % interval, chance."""
-    rows = []
-    for name, scores in results.get("tasks", {"": results}).items():
-        for key, title in (("top1", "top-1"), ("top5", "top-5"), ("miou", "mIoU")):
-            if scores.get(key) is None:
-                continue
-            low, high = scores[f"{key}_interval"]
-            chance = f"{scores['chance']:.4f}" if key == "top1" else ""
-            rows.append([name, title, f"{scores[key]:.4f}", f"{low:.4f} – {high:.4f}", chance])
-    if "mean" in results:
-        rows.append(["mean", "", f"{results['mean']:.4f}", "", ""])
-    return rows

@@ -1,4 +1,4 @@
-"""A finetuned reader on disk: ``reader.safetensors`` with all that it needs to answer, and ``finetune.json``."""
+"""A finetuned reader on disk: ``reader.safetensors``, all that it needs to answer, ``finetune.json``, and a page."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ from iwm_fast.models.iwm import IWM
 from iwm_fast.models.task_model import HeadShape, Reader
 from iwm_fast.outputs import require_new_folder
 
-__all__ = ["Finetuned", "load_finetuned", "require_absent", "save_finetuned"]
+__all__ = ["REPORT", "Finetuned", "load_finetuned", "require_absent", "save_finetuned"]
 
 SCHEMA = "iwm-fast-finetuned/1"
 _WEIGHTS, _RECORD = "reader.safetensors", FINETUNED_FILE
+REPORT = "report/index.html"
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,8 +66,9 @@ def save_finetuned(
     classes: Mapping[str, tuple[str, ...]],
     results: Mapping[str, Any],
     environment: Mapping[str, Any],
+    page: str | None = None,
 ) -> None:
-    """Write folder ``out``, whole or not at all; ``environment``: what it was made with.
+    """Write folder ``out``, whole or not at all; ``environment``: what it was made with; ``page``: its report.
 
     UserError where it exists or cannot be written.
     """
@@ -86,6 +88,9 @@ def save_finetuned(
         with whole_folder(out) as partial:
             record["weights"] = write_tensors(partial / _WEIGHTS, state)
             write_whole_text(partial / _RECORD, json.dumps(record, indent=1) + "\n")
+            if page is not None:
+                (partial / REPORT).parent.mkdir()
+                write_whole_text(partial / REPORT, page)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{out}: cannot be written: {error}; choose another --out") from error
 

@@ -1,0 +1,60 @@
+"""The page of a finetuning: its scores, and its curves of loss and score."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from iwm_fast.eval.finetune.result_rows import HEAD, finetune_lines, finetune_rows
+from iwm_fast.eval.report.charts import curve
+from iwm_fast.eval.report.page import Charts, Fold, Section, Table, document, facts, percent
+from iwm_fast.file_names import printable
+
+__all__ = ["finetune_page"]
+
+
+def finetune_page(name: str, results: Mapping[str, Any], environment: Mapping[str, Any]) -> str:
+    """One HTML page that needs nothing else. ``results``: as `finetune_run` gives them."""
+    when = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    lead = f"finetuned from step {results['step']} · {results['mode']} · {when}"
+    learned = f"{results['trained_parameters']:,} parameters trained in {results['seconds']:.0f} s"
+    tried = [
+        [
+            rate,
+            percent(score) if score >= 0 else "the loss was not finite",
+            "chosen" if rate == f"{results['lr']:g}" else "",
+        ]
+        for rate, score in results["lr_tried"].items()
+    ]
+    said = {key: value for key, value in results.items() if key not in ("curve", "protocol")}
+    sections = [
+        Section("Scores on the test images", [Table(HEAD, finetune_rows(results))]),
+        *_curves(results),
+        Section(
+            "Learning rates tried",
+            [Table(("peak learning rate of the head", "score on the images held out", ""), tried)],
+            [results["protocol"]],
+        ),
+        Section("How it was made", [Fold("Figures", facts(said)), Fold("Environment", facts(environment))]),
+    ]
+    notes = [learned, *map(printable, finetune_lines(results))]
+    return document(f"{printable(name)}, finetuned", printable(name), lead, notes, sections)
+
+
+def _curves(results: Mapping[str, Any]) -> list[Section]:
+    points: Sequence[Mapping[str, Any]] = results["curve"]
+    shown = [{**point, "test": 100 * point["test"]} for point in points if point["test"] is not None]
+    title = "mean score" if "mean" in results else "top-1" if "top1" in results else "mIoU"
+    chance = 100 * results["chance"] if "chance" in results else None
+    charts = [
+        curve(points, {"loss": "loss"}, name="loss", label="training loss"),
+        curve(shown, {"test": f"test {title}"}, name="score", label=f"test {title}, %", chance=chance),
+    ]
+    images = ", ".join(f"{count}" for count in results["curve_test_images"].values())
+    note = (
+        f"{results['epochs']:.3g} passes over the training images. The loss is the mean since the point before. Test "
+        f"scores before the end are of at most {images} images spread evenly, the last one of all; nothing is chosen "
+        "by them."
+    )
+    return [Section("While it learned", [Charts([chart for chart in charts if chart is not None])], [note])]
