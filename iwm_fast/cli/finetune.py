@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
@@ -89,7 +90,6 @@ def finetune(
     from iwm_fast.environment import environment
     from iwm_fast.eval.finetune.run import Request, finetune_run, named_folders
     from iwm_fast.eval.finetune.saved import REPORT
-    from iwm_fast.eval.report.finetune_page import finetune_page
 
     def give(results: dict[str, Any]) -> None:
         progress.close()  # the bars, so that the table stands alone
@@ -114,7 +114,7 @@ def finetune(
             tell=progress.enter_context(counting()),
             say=lambda line: print(line, file=sys.stderr, flush=True),
         )
-        finetune_run(run, request, out, environment(), give, finetune_page)
+        finetune_run(run, request, out, environment(), give, _page)
     if out is not None and json != "-":
         print(f"weights: {out}\nreport: {out / REPORT}")
 
@@ -127,6 +127,12 @@ def _show(results: dict[str, Any]) -> None:
     print_table(title, HEAD, finetune_rows(results))
     for line in finetune_lines(results):
         print(line)
+
+
+def _page(name: str, results: Mapping[str, Any], environment: Mapping[str, Any]) -> str:
+    from iwm_fast.eval.report.finetune_page import finetune_page  # which loads Matplotlib
+
+    return finetune_page(name, results, environment)
 
 
 def _rates(text: str | None) -> tuple[float, ...]:

@@ -9,6 +9,7 @@ from worlds import pictures, tiny_config, tiny_model
 
 from iwm_fast.errors import UserError
 from iwm_fast.eval.features import read_features
+from iwm_fast.eval.finetune import fitting
 from iwm_fast.eval.finetune.fitting import Plan, fit, measure
 from iwm_fast.eval.finetune.modes import kept_for, reader_builder
 from iwm_fast.eval.finetune.tasks import Task, batches
@@ -148,3 +149,55 @@ def test_a_loss_that_is_not_finite_is_said_and_a_finite_rate_beside_it_is_used()
 def test_too_few_images_are_refused():
     with pytest.raises(ValueError, match="few has 2 training images; a tenth of them is held out"):
         task("linear", 2, "few")
+
+
+def test_the_curve_has_a_point_per_pass_and_changes_nothing_that_is_learned(monkeypatch):
+    one = task("end-to-end")
+    plan = Plan(rates=(3e-3, 1e-5), steps=18, batch=12, flip=True)  # 36 images to learn from: 3 steps per pass
+    said = []
+    found = fit(builder("end-to-end", [one]), [one], plan, say=said.append)
+    assert [point.step for point in found.curve] == [3, 6, 9, 12, 15, 18]
+    assert found.rate == 3e-3
+    assert found.curve[-1].loss < found.curve[0].loss
+    assert all(0 <= point.test <= 1 for point in found.curve[:-1])
+    assert found.curve[-1].test is None
+    assert said == list(found.curve[:-1])  # this rate's loss is the lowest at each
+    assert found.curve_images == {"light": 40}
+    monkeypatch.setattr(fitting._Curve, "_tests", lambda self: [0.0] * len(self._readers))
+    unseen = fit(builder("end-to-end", [one]), [one], plan)
+    assert [point.loss for point in unseen.curve] == [point.loss for point in found.curve]
+    for name, value in unseen.reader.state_dict().items():
+        assert torch.equal(value, found.reader.state_dict()[name]), name
+
+
+def test_the_curves_last_score_before_the_end_is_of_the_reader_as_it_was():
+    """A fit that is broken off after as many steps, with the same schedule, scores what the point says."""
+    one = task("linear")
+    build = builder("linear", [one])
+    seen = []
+    plan = Plan(rates=(1e-2,), steps=15, batch=12)
+
+    def watched():
+        reader = build()
+        seen.append(reader)
+        return reader
+
+    scores = []
+    fit(watched, [one], plan, say=lambda point: scores.append((point.test, measure(seen[0], one, one.test).main())))
+    assert len(scores) == 4
+    assert all(told == measured for told, measured in scores)
+
+
+@pytest.mark.parametrize(
+    ("steps", "passes", "points"), [(40, 20.0, 20), (4000, 1000.0, 20), (100, 1.0, 8), (3, 0.5, 3), (1, 9.0, 1)]
+)
+def test_a_curve_has_few_points_and_ends_at_the_last_step(steps, passes, points):
+    marks = fitting._marks(steps, passes)
+    assert (len(marks), max(marks)) == (points, steps)
+    assert min(marks) >= 1
+
+
+def test_a_curve_scores_a_bounded_number_of_test_images():
+    one = task("linear", count=200)
+    found = fit(builder("linear", [one]), [one], Plan(rates=(1e-3,), steps=10, batch=20))
+    assert found.curve_images == {"light": 64}

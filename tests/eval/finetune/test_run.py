@@ -53,7 +53,20 @@ def test_a_mode_learns_answers_in_json_and_keeps_what_answers_again(run, tiny_im
     words = ["--mode", mode, "--data", tiny_images, "--steps", 30, "--batch", 8, "--lr", "3e-3"]
     assert finetune(run, *words, "--out", tmp_path / "kept", "--json", tmp_path / "a.json") == 0
     found = answered(tmp_path / "a.json")
-    assert "top-1" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert "top-1" in shown.out
+    curve = found["curve"]
+    assert curve[-1]["test"] == found["top1"]
+    assert (curve[-1]["step"], curve[-1]["epoch"]) == (30, found["epochs"])
+    assert curve[-1]["loss"] < curve[0]["loss"]
+    assert found["curve_test_images"] == {tiny_images.name: 5}
+    point = curve[1]
+    line = f"finetune, {mode}: step {point['step']} of 30: loss {point['loss']:.4f}, test top-1 {point['test']:.1%}"
+    assert line.removesuffix("%") in shown.err
+    assert f"report: {tmp_path / 'kept' / 'report' / 'index.html'}" in shown.out
+    page = (tmp_path / "kept" / "report" / "index.html").read_text()
+    assert page.count("<svg") == 2
+    assert f"{100 * found['top1']:.1f} %" in page
     assert (found["mode"], found["steps"], found["batch"], found["lr"]) == (mode, 30, 8, 3e-3)
     assert found["top1"] >= 0.8  # blue and orange, of five test images
     assert found["top1_interval"][0] <= found["top1"] <= found["top1_interval"][1]
@@ -108,6 +121,9 @@ def test_one_predictor_learns_classes_and_segments_together(run, tiny_images, se
     assert set(found["tasks"]) == {"colours", "train"}
     colours, drawn = found["tasks"]["colours"], found["tasks"]["train"]
     assert found["mean"] == pytest.approx((colours["top1"] + drawn["miou"]) / 2)
+    assert found["curve"][-1]["test"] == found["mean"]
+    page = (tmp_path / "kept" / "report" / "index.html").read_text()
+    assert all(f"{name}: {measure}" in page for name, measure in (("colours", "top-1"), ("train", "mIoU")))
     assert colours["top1"] >= 0.8
     kept = load_finetuned(tmp_path / "kept")
     assert kept(torch.zeros(2, 32, 32, 3, dtype=torch.uint8), "train").shape == (2, 3, 4, 4)
