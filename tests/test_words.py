@@ -33,9 +33,7 @@ CODE = ("iwm_fast", "kernels", "benchmarks", "examples")
 NOT_YET = frozenset(
     {
         "docs/guides/benchmark_and_profile.md",
-        "docs/guides/distributed.md",
         "docs/guides/gpu.md",
-        "docs/guides/triplets.md",
         "docs/quickstart.md",
         "docs/reference/checkpoints.md",
         "docs/reference/command_line.md",
