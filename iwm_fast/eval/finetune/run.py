@@ -141,7 +141,7 @@ def finetune_run(
 
     ``out``: a new folder for the result, in which ``environment`` says what it was made with. ``give`` gets the answer
     as soon as it is measured, before weights are written. ``draw`` makes the page in ``out``
-    (`report.finetune_page.finetune_page`); without it there is none.
+    (`eval.report.finetune_page`); without it there is none.
 
     Returns top1, top5 or miou with intervals (of several tasks under ``tasks``, and their mean), chance, the rate that
     the held-out images chose, the protocol, and under ``curve`` training loss and test score while it learned. Raises
