@@ -273,12 +273,12 @@ _operator.register_autograd(_differentiate, setup_context=_save)
 
 @register_flop_formula(torch.ops.iwm_fast.sigreg_sums)
 def _count(p: Any, rows: Any, spacing: float, knots: int, **__: Any) -> int:
-    return sigreg_sums_flops(*p, knots=knots)
+    return sigreg_sums_flops(p[0], p[1], knots)
 
 
 @register_flop_formula(torch.ops.iwm_fast.sigreg_sums_backward)
 def _count_backward(incoming: Any, p: Any, *_: Any, **__: Any) -> int:
-    return sigreg_sums_flops(*p, knots=incoming[1], backward=True)
+    return sigreg_sums_flops(p[0], p[1], incoming[1], backward=True)
 
 
 def sigreg_sums(p: Tensor, *, spacing: float, knots: int, rows: Tensor | None = None, backend: str = "auto") -> Tensor:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from iwm_fast.models import losses
+from iwm_fast.models import objective
 from iwm_fast.models.losses import ForwardPass, GlobalBatch
 
 
@@ -32,4 +32,4 @@ class Variance:
         return factor * F.relu(2 - (variance + 1e-4).sqrt()).mean()
 
 
-WITH_VARIANCE = (*losses.TERMS, lambda _: Variance())
+WITH_VARIANCE = (*objective.TERMS, lambda _: Variance())

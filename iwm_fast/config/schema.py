@@ -105,6 +105,18 @@ class Config(Section):
                 f"eval.{self.eval.interval_key} is set and eval.root is not; set eval.root to the images to evaluate on"
             )
         patches = self.model.grid**2
+        _require_statistics(self.model, self.train.global_batch, self.masks.min_context)
         if self.masks.min_context >= patches:
             raise ValueError(f"masks.min_context is {self.masks.min_context}; a view has only {patches} patches")
         return self
+
+
+def _require_statistics(model: ModelConfig, images: int, tokens: int) -> None:
+    """ValueError where the regulariser would be a statistic of a single row. tokens: fewest of an image."""
+    options = model.regularizer
+    rows = images * (tokens if options.on == "tokens" else 1)
+    if options.kind != "none" and rows < 2:
+        raise ValueError(
+            f"model.regularizer.kind {options.kind} is a statistic of all {options.on} of a step, and there may be one "
+            "alone: raise train.global_batch"
+        )

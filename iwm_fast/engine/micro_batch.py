@@ -10,7 +10,9 @@ import torch
 from iwm_fast.config import Config
 from iwm_fast.cost.tokens import rounding_of
 from iwm_fast.data.batch import Batch
-from iwm_fast.models.losses import GlobalBatch, objective_of
+from iwm_fast.errors import UserError
+from iwm_fast.models.losses import GlobalBatch
+from iwm_fast.models.objective import objective_of
 from iwm_fast.models.packing import pack
 
 __all__ = ["Packed", "Packer"]
@@ -33,10 +35,11 @@ class Packer:
 
     def __init__(self, config: Config, micro_batch: int, predicts: str, device: torch.device, world: int) -> None:
         self._rounding = rounding_of(config, micro_batch)
+        _require_whole_statistics(config, micro_batch, world)
         self.objective = objective_of(config.model)
         self._images, self._width = config.train.global_batch, config.model.encoder_shape.width
         self._world, self._micro_batches = world, config.train.global_batch // micro_batch
-        self._predicts, self._device = predicts, device
+        self._predicts, self._device, self._seed = predicts, device, config.train.seed
         self.sizes: set[tuple[int, int]] = set()
 
     def __call__(self, batch: Batch, step: int) -> Packed:
@@ -57,7 +60,8 @@ class Packer:
         padding = seen.total - seen.real + (asked.total - asked.real if asked is not seen else 0)
         arguments = (
             batch.source.to(device), batch.target.to(device), batch.action.to(device, non_blocking=True),
-            context, seen, predicted, asked, self.objective.sample(step, device), self.objective.factors(whole),
+            context, seen, predicted, asked,
+            self.objective.sample(self._seed, step, device), self.objective.factors(whole),
         )  # fmt: skip
         return Packed(arguments, padding)
 
@@ -66,3 +70,14 @@ class Packer:
             return pack(patches, lengths, self._device)
         padding = self._rounding.padding(len(patches))
         return pack(patches, lengths, self._device, padding, self._rounding.longest)
+
+
+def _require_whole_statistics(config: Config, micro_batch: int, world: int) -> None:
+    """Raise UserError where a statistic of the global batch would be made of parts of a rank's share."""
+    kind, share = config.model.regularizer.kind, config.train.global_batch // world
+    if kind != "none" and micro_batch != share:
+        raise UserError(
+            f"model.regularizer.kind {kind} is a statistic of the whole global batch, and a rank computes its {share} "
+            f"images in {share // micro_batch} micro-batches of {micro_batch}: set train.micro_batch={share}, use more "
+            "ranks, or lower train.global_batch"
+        )

@@ -15,7 +15,8 @@ from iwm_fast.config.schema import ModelConfig
 from iwm_fast.models.blocks import Kept, layer_norm_rows, limit_workspace
 from iwm_fast.models.cuda_stream import SideStream
 from iwm_fast.models.fp8 import products_in_fp8
-from iwm_fast.models.losses import ForwardPass, objective_of, together
+from iwm_fast.models.losses import ForwardPass
+from iwm_fast.models.objective import objective_of, together
 from iwm_fast.models.packing import Segments
 from iwm_fast.models.predictors import MlpPredictor, VitPredictor, predict_all
 from iwm_fast.models.vit import VisionTransformer

@@ -1,4 +1,4 @@
-"""What a training minimises: named terms, each with its formula, its weight, and what its sum is divided by.
+"""Terms of the loss: each with its formula, its weight, and what its sum is divided by.
 
 A term is computed per micro-batch, on each rank for itself. Over a global batch its value is
 
@@ -14,14 +14,14 @@ and the loss is the sum over the terms. What a term is divided by makes it a mea
 A term that needs random numbers is a `RandomTerm`: they are sampled for each step, outside a CUDA graph, and come in
 with the batch.
 
-To add a term, write an object as `LatentDistance` in a module of its own, append to `TERMS` the function that gives it
-for a configuration that asks for it, and add the key to `ModelConfig`. The log, accumulation, ranks, CUDA graphs and
-launch counts take it from there.
+To add a term, write an object as `LatentDistance` in a module of its own, append to `TERMS` of `objective` the function
+that gives it for a configuration that asks for it, and add the key to `ModelConfig`. The log, accumulation, ranks, CUDA
+graphs and launch counts take it from there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -29,21 +29,10 @@ import torch
 from torch import Tensor
 
 from iwm_fast import kernels
-from iwm_fast.config.schema import ModelConfig
 from iwm_fast.models.blocks import NORM_EPS
 from iwm_fast.models.packing import Segments
 
-__all__ = [
-    "TERMS",
-    "ForwardPass",
-    "GlobalBatch",
-    "LatentDistance",
-    "Objective",
-    "RandomTerm",
-    "Term",
-    "objective_of",
-    "together",
-]
+__all__ = ["ForwardPass", "GlobalBatch", "LatentDistance", "RandomTerm", "Term"]
 
 
 @dataclass(frozen=True)
@@ -108,8 +97,8 @@ class Term(Protocol):
 class RandomTerm(Term, Protocol):
     """A term that computes with random numbers, others in each step."""
 
-    def sample(self, step: int, device: torch.device) -> Tensor:
-        """Return the numbers of a step, counted from 0: the same on all ranks and after a resume."""
+    def sample(self, seed: int, step: int, device: torch.device) -> Tensor:
+        """Return the numbers of a step, counted from 0, of a training's seed: the same on all ranks."""
 
 
 @dataclass(frozen=True)
@@ -135,53 +124,3 @@ class LatentDistance:
             scale=factor,
             eps=NORM_EPS,
         )
-
-
-# What each configuration minimises: a function gives its term, or None where the configuration does not ask for it.
-TERMS: tuple[Callable[[ModelConfig], Term | None], ...] = (lambda model: LatentDistance(model.normalize_target),)
-
-
-class Objective:
-    """The terms of a training, in the order of `TERMS`."""
-
-    def __init__(self, terms: Sequence[Term]) -> None:
-        self.terms = tuple(terms)
-
-    def factors(self, batch: GlobalBatch) -> tuple[float, ...]:
-        """What each term of a micro-batch is multiplied by: its share of the global batch's value, times the ranks.
-
-        DeepSpeed averages gradients over the ranks, and the log averages losses.
-        """
-        return tuple(term.weight * batch.ranks / term.divisor(batch) for term in self.terms)
-
-    @property
-    def random_terms(self) -> tuple[RandomTerm, ...]:
-        """Those of the terms that compute with random numbers."""
-        return tuple(term for term in self.terms if isinstance(term, RandomTerm))
-
-    def sample(self, step: int, device: torch.device) -> tuple[Tensor, ...]:
-        """Return the random numbers of a step, a tensor for each of `random_terms`."""
-        return tuple(term.sample(step, device) for term in self.random_terms)
-
-    def values(self, found: ForwardPass, factors: Sequence[float]) -> tuple[Tensor, ...]:
-        """Every term of a micro-batch times its factor."""
-        return tuple(term(found, factor) for term, factor in zip(self.terms, factors, strict=True))
-
-    def logged(self, values: Sequence[float]) -> dict[str, float]:
-        """The record's keys: ``loss``, and each term as ``loss_NAME`` where there are several."""
-        parts = {f"loss_{term.name}": value for term, value in zip(self.terms, values, strict=True)}
-        return {"loss": float(sum(values)), **(parts if len(parts) > 1 else {})}
-
-
-def objective_of(model: ModelConfig) -> Objective:
-    """What a training of this configuration minimises."""
-    terms = (term(model) for term in TERMS)
-    return Objective([term for term in terms if term is not None])
-
-
-def together(values: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """(loss, terms for the log): the sum of the terms, and each of them detached: () of one, (T,) of several."""
-    if len(values) == 1:
-        return values[0], values[0].detach()
-    stacked = torch.stack(tuple(values))
-    return stacked.sum(), stacked.detach()

@@ -33,9 +33,9 @@ from iwm_fast.eval.online import OnlineEvaluator
 from iwm_fast.kernels import use_backend
 from iwm_fast.kernels._choices import run_choices as _run_choices
 from iwm_fast.kernels._tuning.tuner import Tuner, key_of
-from iwm_fast.models import losses
+from iwm_fast.models import objective
 
-TERMS = losses.TERMS
+TERMS = objective.TERMS
 
 
 def fp32_storages():
@@ -137,7 +137,7 @@ for job in jobs:
     changes = json.loads(job)
     name, resume, record = changes.pop("name"), changes.pop("resume", "never"), changes.pop("record", False)
     fastest = changes.pop("fastest", None)
-    losses.TERMS = WITH_VARIANCE if changes.pop("variance", False) else TERMS
+    objective.TERMS = WITH_VARIANCE if changes.pop("variance", False) else TERMS
     config = small_config(Path(images), **changes)
     if fastest is not None:
         rank = int(os.environ["RANK"])

@@ -20,8 +20,7 @@ from iwm_fast.engine.graphs import require_graphs
 from iwm_fast.errors import UserError
 from iwm_fast.measure.harness import prepare_trainer
 from iwm_fast.measure.synthetic import synthetic_stream
-from iwm_fast.models import attention
-from iwm_fast.models import losses as losses_module
+from iwm_fast.models import attention, objective
 
 
 def tensors_of(found):
@@ -110,7 +109,7 @@ def test_replays_train_as_the_step_without_graphs_and_nothing_they_read_moves(wi
 
 
 def test_replays_train_with_a_second_term_whose_factor_is_another(without_gpu, monkeypatch):
-    monkeypatch.setattr(losses_module, "TERMS", WITH_VARIANCE)
+    monkeypatch.setattr(objective, "TERMS", WITH_VARIANCE)
     _, expected, _ = trained_for(9, graphs=False)
     trainer, found, _ = trained_for(9, graphs=True)
     assert found == pytest.approx(expected, rel=2e-5)

@@ -8,10 +8,15 @@ from small_run import losses, metrics, small_config, state
 
 from iwm_fast.engine import pretrain
 from iwm_fast.eval.online import OnlineEvaluator
-from iwm_fast.models import losses as losses_module
+from iwm_fast.models import objective
 
 pytestmark = pytest.mark.slow  # two ranks, a dozen trainings
 
+REGULARIZED = {
+    "model__target": "shared",
+    "model__regularizer__center": "position",
+    "model__regularizer__mean_weight": 0.5,
+}
 # More than half of the weights: the second rank's slice has nothing of the encoder.
 WIDE_PREDICTOR = {"model__predictor__width": 64, "train__steps": 5}
 
@@ -39,9 +44,13 @@ def runs(tiny_images, tmp_path_factory):
     jobs += [{"name": f"two_measured_{s}", "zero__stage": s, **measured} for s in (0, 2)]
     short = {"train__steps": 6}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(losses_module, "TERMS", WITH_VARIANCE)
+        patch.setattr(objective, "TERMS", WITH_VARIANCE)
         pretrain(small_config(tiny_images, **short), out / "one_variance")
     jobs += [{"name": f"two_variance_{s}", "variance": True, "zero__stage": s, **short} for s in (0, 1, 2, 3)]
+    for kind in ("sigreg", "vicreg"):
+        regularized = REGULARIZED | {"model__regularizer__kind": kind} | short
+        pretrain(small_config(tiny_images, **regularized), out / f"one_{kind}")
+        jobs += [{"name": f"two_{kind}_{s}", "zero__stage": s, **regularized} for s in range(4)]
     on_ranks(2, tiny_images, out, jobs)
     for stage in (0, 1, 3):
         pretrain(small_config(tiny_images, zero__stage=0), out / f"two_then_one_{stage}", resume="auto")
@@ -59,6 +68,15 @@ def test_two_ranks_follow_one(runs, stage):
 def test_a_term_that_is_a_statistic_of_the_global_batch_is_the_same_on_two_ranks(runs, stage):
     one, two = (metrics(runs / name) for name in ("one_variance", f"two_variance_{stage}"))
     for key in ("loss", "loss_prediction", "loss_variance"):
+        assert [r[key] for r in two] == pytest.approx([r[key] for r in one], rel=1e-4)
+    assert [r["grad_norm"] for r in two] == pytest.approx([r["grad_norm"] for r in one], rel=1e-3)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("kind", ["sigreg", "vicreg"])
+def test_a_regulariser_is_the_same_on_two_ranks(runs, kind, stage):
+    one, two = (metrics(runs / name) for name in (f"one_{kind}", f"two_{kind}_{stage}"))
+    for key in ("loss", "loss_prediction", f"loss_{kind}"):
         assert [r[key] for r in two] == pytest.approx([r[key] for r in one], rel=1e-4)
     assert [r["grad_norm"] for r in two] == pytest.approx([r["grad_norm"] for r in one], rel=1e-3)
 

@@ -3,7 +3,8 @@
 import shutil
 
 import pytest
-from small_run import losses, metrics, small_config
+import torch
+from small_run import losses, metrics, small_config, state
 
 from iwm_fast.cli.main import main
 from iwm_fast.config import Config
@@ -210,3 +211,23 @@ def test_settings_that_cannot_be_compared_are_said(copy, run, capfd):
     config = small_config(run.parent / "here/images", train__steps=2)
     assert resuming.choose_checkpoint(config, RunDirectory(copy), "auto").name == "step_000002"
     assert "config.yaml: is missing, so the settings are those given" in capfd.readouterr().err
+
+
+def test_a_training_with_a_regulariser_resumes_bit_for_bit(tiny_images, tmp_path):
+    """Its directions are of the seed and the step, so nothing of it is in a checkpoint."""
+    kind = {"model__regularizer__kind": "sigreg", "model__target": "shared"}
+    pretrain(small_config(tiny_images, train__steps=4, **kind), tmp_path / "straight")
+    pretrain(small_config(tiny_images, train__steps=2, **kind), tmp_path / "halves")
+    pretrain(small_config(tiny_images, train__steps=4, **kind), tmp_path / "halves", "auto")
+    assert losses(tmp_path / "halves") == losses(tmp_path / "straight")
+    found, expected = state(tmp_path / "halves", 4), state(tmp_path / "straight", 4)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2])
+def test_a_regulariser_over_accumulated_micro_batches_is_refused_in_one_line(tiny_images, tmp_path, micro_batch):
+    changes = {"model__regularizer__kind": "sigreg", "train__micro_batch": micro_batch}
+    with pytest.raises(UserError, match=rf"micro-batches of {micro_batch}: set train.micro_batch=") as caught:
+        pretrain(small_config(tiny_images, train__steps=1, **changes), tmp_path / "run")
+    assert "\n" not in str(caught.value)

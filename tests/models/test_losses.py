@@ -15,8 +15,9 @@ from iwm_fast.engine.distributed.ranks import start
 from iwm_fast.engine.step import Trainer
 from iwm_fast.measure.harness import prepare_trainer
 from iwm_fast.measure.synthetic import synthetic_stream
-from iwm_fast.models import losses
-from iwm_fast.models.losses import GlobalBatch, LatentDistance, Objective, objective_of
+from iwm_fast.models import objective
+from iwm_fast.models.losses import GlobalBatch, LatentDistance
+from iwm_fast.models.objective import Objective, objective_of
 
 BATCH = GlobalBatch(ranks=3, micro_batches=6, images=30, context=700, predicted=110, width=7)
 
@@ -50,7 +51,7 @@ def test_an_entry_in_the_table_is_trained_with_and_logged(
 ) -> None:
     """Against the term written out, of the weights before the step; the gradient is that of the sum."""
     alone = trainer_of(**changes).train_step()
-    monkeypatch.setattr(losses, "TERMS", WITH_VARIANCE)
+    monkeypatch.setattr(objective, "TERMS", WITH_VARIANCE)
     trainer = trainer_of(**changes)
     model, batches = copy.deepcopy(trainer.zero.module), iter(trainer.stream)
     micro_batches = trainer.stream.accumulation

@@ -8,12 +8,13 @@ from pydantic import Field, model_validator
 
 from iwm_fast.config.base import (
     Count,
+    NonNegative,
     Positive,
     Section,
 )
 from iwm_fast.config.encoders import ENCODERS, EncoderName, EncoderShape
 
-__all__ = ["ModelConfig", "PredictorConfig"]
+__all__ = ["ModelConfig", "PredictorConfig", "RegularizerConfig"]
 
 Conditioning = Literal["none", "sequence", "feature", "block", "sequence+block", "feature+block"]
 
@@ -47,6 +48,28 @@ class PredictorConfig(Section):
         return self
 
 
+class RegularizerConfig(Section):
+    """What keeps the encoder's representation from collapsing: a statistic of the global batch, in the loss."""
+
+    kind: Literal["none", "sigreg", "vicreg"] = Field(
+        "none",
+        description="sigreg: distance to a standard Gaussian (LeJEPA, arXiv:2511.08544); vicreg: std of 1 and no "
+        "covariance (arXiv:2105.04906)",
+    )
+    weight: Positive = Field(20.0, description="in the loss, where the world model's own term has 1")
+    directions: Count = Field(256, description="sigreg: random directions per step")
+    knots: Annotated[int, Field(ge=2, le=17)] = Field(
+        9, description="sigreg: points of the characteristic function, equally spaced on [0, 3]"
+    )
+    on: Literal["tokens", "pooled"] = Field(
+        "tokens", description="visible tokens of the source, or their mean per image"
+    )
+    center: Literal["none", "position"] = Field(
+        "none", description="position: take off the batch's mean at each patch's position first"
+    )
+    mean_weight: NonNegative = Field(0.0, description="of ‖mean‖² / width beside it, within weight")
+
+
 class ModelConfig(Section):
     """The networks."""
 
@@ -75,6 +98,7 @@ class ModelConfig(Section):
         "tokens",
     )
     predictor: PredictorConfig = PredictorConfig()
+    regularizer: RegularizerConfig = RegularizerConfig()
 
     @property
     def encoder_shape(self) -> EncoderShape:

@@ -13,7 +13,7 @@ from iwm_fast.benchmarks.launches import main
 from iwm_fast.cost.memory import layout_of
 from iwm_fast.engine.distributed.ranks import start
 from iwm_fast.errors import UserError
-from iwm_fast.models import losses
+from iwm_fast.models import objective
 
 DEPTH, PREDICTOR_DEPTH = 12, 6  # of cpu-tiny
 SMALL = ("train.global_batch=8", "train.precision=bf16", "zero.stage=0")
@@ -172,7 +172,7 @@ def test_a_second_term_of_the_loss_counts_as_loss_and_one_costs_what_its_kernel_
     """Stop-gradient L2: the sums and their total, and its gradient for an incoming one, which is made."""
     one = counted()
     assert (one["forward/loss"], one["backward/loss"]) == (2, 2)
-    monkeypatch.setattr(losses, "TERMS", WITH_VARIANCE)
+    monkeypatch.setattr(objective, "TERMS", WITH_VARIANCE)
     two = counted()
     assert two["forward/loss"] > one["forward/loss"] + 5
     assert two["backward/loss"] > one["backward/loss"] + 5
