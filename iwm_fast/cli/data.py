@@ -70,15 +70,18 @@ def preview(
     count: Annotated[int, typer.Option("--count", min=1, help="Images.")] = 8,
     seed: Annotated[int | None, typer.Option("--seed", min=0, help="Default: train.seed of the configuration.")] = None,
 ) -> None:
-    """Write the views, masks and parameters of some images as training would draw them."""
+    """Write the views, masks and parameters of some images as training generates them, and one sheet that shows them
+    side by side: OUT/contact_sheet.png.
+    """
     from iwm_fast.config.load import find_config, load_config
 
     name, overrides = config_and_overrides(words or [], "vit_base_p16_224_equi.yaml")
     config = load_config(find_config(name), overrides)
     from iwm_fast.data.tools.preview import write_preview
 
-    write_preview(config, root, out, count, config.train.seed if seed is None else seed)
-    print(f"{out}: {count} images drawn, parameters in {out / 'params.json'}")
+    sheet, shown = write_preview(config, root, out, count, config.train.seed if seed is None else seed)
+    print(f"{out}: views of {count} images, parameters in {out / 'params.json'}")
+    print(f"{sheet}: {'all of them' if shown == count else f'the first {shown}'} side by side")
 
 
 @app.command(epilog="Example: iwm-fast data record Pendulum-v1 --out pendulum --frames 4000 --repeat 3 --motion")

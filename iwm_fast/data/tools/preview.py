@@ -20,6 +20,7 @@ from iwm_fast.data.image_list import list_images
 from iwm_fast.data.loader import SampleOrder
 from iwm_fast.data.masks import PatchSets, mask_sampler
 from iwm_fast.data.samples import FileStore, SampleReader, Samples
+from iwm_fast.data.tools.contact_sheet import write_contact_sheet
 from iwm_fast.data.views.devices import dali_device, dali_threads
 from iwm_fast.data.views.graph import BadRows, RenderedViews, ViewGraph
 from iwm_fast.data.views.sampling import draw_views
@@ -32,13 +33,14 @@ _AT_ONCE = 16
 _HIDDEN = 128  # the level that stands for a patch the encoder does not see
 
 
-def write_preview(config: Config, root: str | Path, out: Path, count: int, seed: int) -> None:
+def write_preview(config: Config, root: str | Path, out: Path, count: int, seed: int) -> tuple[Path, int]:
     """Write the first `count` samples of a training on `root` with this configuration and seed to the folder `out`.
 
     NNN_base.png (the target's crop: decoded, resized, flipped), NNN_target.png, NNN_source.png, NNN_masked.png (what
     the encoder sees of the source); with the geometric group NNN_source_base.png; and params.json, an object a sample,
     factors as the operators used them. Of several sources the second is NNN_source_1.png and so on, and the object's
-    more_sources describes them. UserError where `root` has no usable images or `out` cannot be written.
+    more_sources describes them. contact_sheet.png shows the first of them side by side; returns its path and how many
+    images are on it. UserError where `root` has no usable images or `out` cannot be written.
     """
     if config.actions.is_external:
         raise UserError(f"{root}: a preview shows what is done to images; to the pictures of triplets nothing is")
@@ -71,6 +73,7 @@ def write_preview(config: Config, root: str | Path, out: Path, count: int, seed:
             _write_pictures(out, first, rendered, patches, config.model.patch, geometric=geometric)
             records += _records([files.name(file) for file in samples.files.tolist()], views, patches, space)
         (out / "params.json").write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
+        return write_contact_sheet(out, records, geometric=geometric)
     except OSError as error:
         raise UserError(f"{out}: cannot be written: {because(error, 'choose another --out')}") from error
     finally:

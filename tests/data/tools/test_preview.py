@@ -10,6 +10,7 @@ from PIL import Image
 from small_run import small_config
 
 from iwm_fast.data.decode.encoded import decode_upright
+from iwm_fast.data.tools import contact_sheet
 from iwm_fast.data.tools.preview import write_preview
 from iwm_fast.errors import UserError
 
@@ -145,3 +146,31 @@ def test_compression_is_written_as_its_quality_or_null_and_told_as_its_distance_
         told = dict(zip(one["action_names"], one["action"], strict=True))
         assert told["compression"] == (quality is not None)
         assert told["compression_quality"] == pytest.approx(0 if quality is None else (100 - quality) / 100)
+
+
+@pytest.mark.parametrize(("groups", "sources", "names"), [
+    (["photometric"], 1, ["base", "source", "masked", "target"]),
+    (["photometric", "geometric"], 2, ["base", "source_base", "source", "masked", "target"]),
+])  # fmt: skip
+def test_the_sheet_shows_every_picture_of_a_row_and_its_parameters(
+    folder, tmp_path, monkeypatch, groups, sources, names
+):
+    monkeypatch.setattr(contact_sheet, "ROWS", 5)
+    _, params = preview(folder, tmp_path, groups, sources=sources)
+    sheet = np.asarray(Image.open(tmp_path / contact_sheet.FILE).convert("RGB"))
+    side, gap = contact_sheet._SIDE, contact_sheet._GAP
+    top = 2 * contact_sheet._LINE
+    for row in range(5):
+        number, k = divmod(row, sources)
+        for place, name in enumerate(names):
+            left = gap + place * (side + gap)
+            shown = sheet[top : top + side, left : left + side]
+            picture = load(tmp_path, number, name if not k or name in ("base", "target") else f"{name}_{k}")
+            assert (shown[3::6, 3::6] == picture).all()  # 32 pixels on 192
+        lines = contact_sheet._lines(params[number], [params[number], *params[number].get("more_sources", [])][k], k)
+        assert lines[1].startswith("brightness  ")
+        text = sheet[top : top + 17 * len(lines), gap + len(names) * (side + gap) :]
+        assert (text.min(axis=(1, 2)) < 100).sum() > 5 * len(lines)  # ink on every line
+        assert (text[:, -8:] == 255).all()  # and none is cut off
+        top += max(side, 17 * len(lines)) + gap
+    assert sheet.shape[0] == top
