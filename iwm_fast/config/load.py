@@ -139,9 +139,10 @@ def _drop_replaced(values: dict[str, Any], overridden: set[Keys]) -> None:
     """Drop the file's value in another unit of a key that an override sets: train.warmup for train.warmup_epochs."""
     for name, field in Config.model_fields.items():
         for group in getattr(field.annotation, "alternatives", ()):
-            given = {key for key in group if (name, key) in overridden and values[name][key] is not None}
-            for key in set(group) - {key for section, key in overridden if section == name} if given else ():
-                values[name].pop(key, None)
+            said = [key for key in group if (name, key) in overridden]
+            if any(values[name][key] is not None for key in said):
+                for key in set(group) - set(said):
+                    values[name].pop(key, None)
 
 
 def _given(key: str, value: str) -> Any:

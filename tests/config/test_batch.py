@@ -24,6 +24,7 @@ def config(*overrides):
         (("train.warmup_ratio=0",), 0),
         (("train.warmup_epochs=2", "train.warmup_epochs=null"), 100),
         (("train.warmup=0", "train.warmup_epochs=1"), 10),
+        (("model.predictor.depth=2", "train.warmup_epochs=1"), 10),
     ],
 )
 def test_warm_up_comes_to_steps_and_an_override_replaces_the_unit_of_the_file(words, steps):
