@@ -11,7 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iwm_fast.kernels import conditioned_mlp, e4m3_rows, patchify, predictor_input, residual_norm, stopgrad_l2
+from iwm_fast.kernels import (
+    conditioned_mlp,
+    e4m3_rows,
+    patchify,
+    predictor_input,
+    residual_norm,
+    sigreg_sums,
+    stopgrad_l2,
+)
 from iwm_fast.kernels.permutation import take_rows
 
 __all__ = ["CASES", "CAST", "VIEWS", "Case", "check_autocast", "check_compiled_autocast", "check_layout", "outcome"]
@@ -142,6 +150,10 @@ def _e4m3(x: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
     return codes.view(torch.uint8), scale
 
 
+def _sigreg(p: Tensor, **options: Any) -> Tensor:
+    return sigreg_sums(p.to(torch.promote_types(p.dtype, torch.float32)), spacing=0.375, knots=3, **options)
+
+
 def _rows(x: Tensor, order: Tensor, rank: Tensor, backend: str) -> Tensor:
     del backend  # it has one
     return take_rows(x, order, rank)
@@ -166,6 +178,7 @@ CASES = {
     "predictor_input": partial(_input, masked=True),
     "predictor_input without mask tokens": partial(_input, masked=False),
     "e4m3_rows": lambda: Case(_e4m3, {"x": _values(6, 5, seed=0)}),
+    "sigreg_sums": lambda: Case(_sigreg, {"p": _values(6, 5, seed=0), "rows": torch.tensor([4])}, ("rows",)),
     "take_rows": _permuted,
 }
 # Those that take their floating arguments to autocast's type; the others compute as without it.

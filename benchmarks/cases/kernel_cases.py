@@ -22,6 +22,8 @@ from iwm_fast.kernels import (
     predictor_input_flops,
     residual_norm_bytes,
     residual_norm_flops,
+    sigreg_sums_bytes,
+    sigreg_sums_flops,
     stopgrad_l2_bytes,
     stopgrad_l2_flops,
 )
@@ -30,6 +32,7 @@ __all__ = ["CASES", "OPERATIONS", "Case", "at_most", "inputs"]
 
 OPERATIONS = (
     "conditioned_mlp", "stopgrad_l2", "ema_update", "patchify", "residual_norm", "predictor_input", "e4m3_rows",
+    "sigreg_sums",
 )  # fmt: skip
 ELEMENT = 2  # bytes of bf16
 _POSITIONS = 196
@@ -43,7 +46,8 @@ class Case:
     of images `side` pixels wide; if they are all patches, there is no index.
 
     rows also means: for residual_norm, the branch added to the residual stream before LayerNorm (all rows or 0); for
-    predictor_input, the mask tokens, whose `tokens` are the context's.
+    predictor_input, the mask tokens, whose `tokens` are the context's. For sigreg_sums, width is the directions and
+    hidden the knots.
     """
 
     operation: str
@@ -66,6 +70,7 @@ class Case:
             "stopgrad_l2": f" of {self.rows}",
             "residual_norm": " with a branch" if self.rows else "",
             "e4m3_rows": "",
+            "sigreg_sums": f" directions, {self.hidden} knots",
             "predictor_input": f" and {self.rows} mask tokens",
             "patchify": f" of {self.images} images of {self.side}²",
         }
@@ -112,6 +117,12 @@ class Case:
                 "flops": sum(residual_norm_flops(n, d, branch=branch, backward=b) for b in passes),
                 "bytes": sum(residual_norm_bytes(n, d, branch=branch, backward=b, element=ELEMENT) for b in passes),
             }
+        if self.operation == "sigreg_sums":
+            sizes = (self.tokens, self.width, self.hidden)
+            return {
+                "flops": sum(sigreg_sums_flops(*sizes, backward=b) for b in passes),
+                "bytes": sum(sigreg_sums_bytes(*sizes, backward=b) for b in passes),
+            }
         if self.operation == "predictor_input":
             n, m, d = self.tokens, self.rows, self.width
             return {
@@ -146,6 +157,7 @@ CASES = [
     Case("predictor_input", 30_720, 384, images=512, rows=69_632),
     Case("e4m3_rows", 50_176, 768),  # a target in fp8: inputs of a block's first GEMMs, and the MLP's hidden
     Case("e4m3_rows", 50_176, 3072),
+    Case("sigreg_sums", 25_088, 512, 8),  # ViT-B: half of the patches of 256 images
 ]
 
 
@@ -180,8 +192,11 @@ def inputs(case: Case, device: torch.device, dtype: torch.dtype, seed: int = 0) 
     if case.operation == "residual_norm":
         branch = draw(n, d) if case.rows else None
         return {"x": draw(n, d), "branch": branch, "weight": draw(d), "bias": draw(d, size=0.1)}
-    if case.operation == "e4m3_rows":
-        return {"x": draw(n, d, leaf=False)}
+    if case.operation in ("e4m3_rows", "sigreg_sums"):
+        if case.operation == "e4m3_rows":
+            return {"x": draw(n, d, leaf=False)}
+        p = torch.randn(n, d, generator=generator, device=device, requires_grad=True)  # fp32, whatever others are in
+        return {"p": p, "spacing": 3 / h, "knots": h}
     if case.operation == "predictor_input":
         patches = torch.randint(0, _POSITIONS, (n + case.rows,), generator=generator, device=device)
         images_of = [torch.arange(count, device=device) * case.images // count for count in (n, case.rows)]
