@@ -118,10 +118,10 @@ class Case:
                 "bytes": sum(residual_norm_bytes(n, d, branch=branch, backward=b, element=ELEMENT) for b in passes),
             }
         if self.operation == "sigreg_sums":
-            sizes = (self.tokens, self.width, self.hidden)
+            n, k, j = self.tokens, self.width, self.hidden
             return {
-                "flops": sum(sigreg_sums_flops(*sizes, backward=b) for b in passes),
-                "bytes": sum(sigreg_sums_bytes(*sizes, backward=b) for b in passes),
+                "flops": sum(sigreg_sums_flops(n, k, j, backward=b) for b in passes),
+                "bytes": sum(sigreg_sums_bytes(n, k, j, backward=b) for b in passes),
             }
         if self.operation == "predictor_input":
             n, m, d = self.tokens, self.rows, self.width
@@ -193,10 +193,10 @@ def inputs(case: Case, device: torch.device, dtype: torch.dtype, seed: int = 0) 
         branch = draw(n, d) if case.rows else None
         return {"x": draw(n, d), "branch": branch, "weight": draw(d), "bias": draw(d, size=0.1)}
     if case.operation in ("e4m3_rows", "sigreg_sums"):
-        if case.operation == "e4m3_rows":
-            return {"x": draw(n, d, leaf=False)}
-        p = torch.randn(n, d, generator=generator, device=device, requires_grad=True)  # fp32, whatever others are in
-        return {"p": p, "spacing": 3 / h, "knots": h}
+        rows = torch.randn(n, d, generator=generator, device=device)
+        # SIGReg's are in fp32, whatever the others are in.
+        projected = {"p": rows.requires_grad_(), "spacing": 3 / max(h, 1), "knots": h}
+        return {"x": rows.detach().to(dtype)} if case.operation == "e4m3_rows" else projected
     if case.operation == "predictor_input":
         patches = torch.randint(0, _POSITIONS, (n + case.rows,), generator=generator, device=device)
         images_of = [torch.arange(count, device=device) * case.images // count for count in (n, case.rows)]
