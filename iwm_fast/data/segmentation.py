@@ -92,7 +92,7 @@ def _with_lone_masks(layout: Layout, *sets: MaskedSet) -> Layout:
     lone = []
     for pairs in sets:
         folder = Path(pairs.images.source.storage.root).parent / _MASKS
-        known = set(pairs.masks)
+        known = {mask.absolute() for mask in pairs.masks}  # as the storage's root is
         count = sum((folder / name) not in known for name in LocalStorage(folder).names() if is_image(name))
         if count:
             lone.append(f"{count} masks of {folder} without an image")

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -140,13 +142,16 @@ def test_the_splits_of_masked_images_are_recognised(tmp_path, train, test, insid
     assert (layout.train, layout.test) == (f"{place}/{train}", f"{place}/{test}")
 
 
-def test_ambiguous_splits_and_masks_without_an_image_are_said(tmp_path):
+def test_ambiguous_splits_and_masks_without_an_image_are_said(tmp_path, monkeypatch):
     masked(tmp_path, "train", "abc")
     with pytest.raises(UserError, match=r"images holds train/ and no test/ or val/"):
         divide_masked(tmp_path)
     masked(tmp_path, "val", "de")
     (tmp_path / "images" / "val" / "d.png").unlink()
-    assert divide_masked(tmp_path)[2].unused == (f"1 masks of {tmp_path}/masks without an image",)
+    said = (f"1 masks of {tmp_path}/masks without an image",)
+    assert divide_masked(tmp_path)[2].unused == said
+    monkeypatch.chdir(tmp_path.parent)
+    assert divide_masked(Path(tmp_path.name))[2].unused == said
     masked(tmp_path, "Val", "f")
     with pytest.raises(UserError, match="images holds Val/ and val/"):
         divide_masked(tmp_path)
