@@ -4,8 +4,8 @@ import stat
 
 import pytest
 
-from iwm_fast.atomic_files import sync, whole_folder, write_whole_text
-from iwm_fast.errors import because
+from iwm_fast.atomic_files import new_file, sync, whole_folder, write_whole_text
+from iwm_fast.errors import UserError, because
 
 
 def failing(monkeypatch, number, *, folders):
@@ -65,3 +65,28 @@ CAUSES = {
 def test_a_cause_has_its_own_advice(name):
     number = getattr(errno, name)
     assert because(OSError(number, os.strerror(number))) == CAUSES[name]
+
+
+def test_a_new_file_appears_whole_or_not_at_all_and_replaces_nothing(tmp_path):
+    with new_file(tmp_path / "deep" / "a") as file:
+        file.write(b"whole")
+        assert not (tmp_path / "deep" / "a").exists()
+    assert (tmp_path / "deep" / "a").read_bytes() == b"whole"
+    with pytest.raises(TypeError), new_file(tmp_path / "b") as file:
+        file.write("no bytes")
+    with pytest.raises(UserError, match="File exists"), new_file(tmp_path / "c"):
+        (tmp_path / "c").write_bytes(b"first")
+    assert (tmp_path / "c").read_bytes() == b"first"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "deep"]
+
+
+def test_a_new_file_takes_its_name_where_there_are_no_hard_links(tmp_path, monkeypatch):
+    def refused(*_names):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refused)
+    with new_file(tmp_path / "a") as file:
+        file.write(b"whole")
+    assert (tmp_path / "a").read_bytes() == b"whole"
+    with pytest.raises(UserError, match="File exists"), new_file(tmp_path / "a"):
+        pass

@@ -9,11 +9,14 @@ import sys
 import numpy as np
 import pytest
 import torch
+from made_sources import example, write_records
 from PIL import Image
 from small_run import small_config
+from store import moto_server, upload
 from torch.testing import assert_close
 
 import iwm_fast
+from iwm_fast.data.image_list import list_images
 from iwm_fast.data.tools.index import write_index
 from iwm_fast.data.tools.shard import write_shards
 from iwm_fast.engine import pretrain
@@ -89,19 +92,50 @@ def test_both_formats_hold_the_same(run, tiny_images, tmp_path, command, pool):
     assert (answer["schema"], answer["images"], answer["pool"]) == ("iwm-fast-embed/1", 24, pool)
 
 
-@pytest.mark.parametrize("kind", ["shards", "manifest"])
+def require_same(run, tiny_images, path, classes=("cold", "warm")):
+    arrays, _ = npz(path)
+    wanted = iwm_fast.load(run).encode(sorted(tiny_images.rglob("*.jpg"))).mean(1)
+    assert_close(torch.from_numpy(arrays["feature"]), wanted, **TOLERANCE)
+    assert arrays["classes"][arrays["label"]].tolist() == [classes[0]] * 12 + [classes[1]] * 12
+
+
+@pytest.mark.parametrize("kind", ["shards", "manifest", "tfrecord"])
 def test_other_sources_give_the_same_features(run, tiny_images, tmp_path, command, kind):
     place = tmp_path / "packed"
     if kind == "shards":
         write_shards(tiny_images, place, shard_bytes=20_000)
+    elif kind == "tfrecord":
+        place.mkdir()
+        images = list_images(tiny_images)
+        payloads = [example(images.read(i), int(images.labels[i])) for i in range(len(images))]
+        write_records(place / "a.tfrecord", payloads)
     else:
         place = tmp_path / "m.tsv"
         write_index(tiny_images, place)
     assert command("embed", run, place, "--out", tmp_path / "f.npz").returncode == 0
-    arrays, _ = npz(tmp_path / "f.npz")
-    wanted = iwm_fast.load(run).encode(sorted(tiny_images.rglob("*.jpg"))).mean(1)
-    assert_close(torch.from_numpy(arrays["feature"]), wanted, **TOLERANCE)
-    assert arrays["classes"][arrays["label"]].tolist() == ["cold"] * 12 + ["warm"] * 12
+    require_same(run, tiny_images, tmp_path / "f.npz", ("0", "1") if kind == "tfrecord" else ("cold", "warm"))
+
+
+@pytest.mark.slow
+def test_an_object_store_gives_the_same_features(run, tiny_images, tmp_path, command, monkeypatch):
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    with moto_server() as port:
+        url = f"http://127.0.0.1:{port}"
+        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+        upload(url, tiny_images, "bucket", "photos/")
+        assert command("embed", run, "s3://bucket/photos", "--out", tmp_path / "f.npz").returncode == 0
+    require_same(run, tiny_images, tmp_path / "f.npz")
+
+
+def test_after_ctrl_c_there_is_no_file(run, tiny_images, tmp_path, command, monkeypatch):
+    def interrupted(self, rows):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(feature_files._Parquet, "add", interrupted)
+    assert command("embed", run, tiny_images, "--out", tmp_path / "f.parquet").returncode == 130
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_folders_of_splits_are_a_column_and_classes_lie_below_them(run, tiny_images, tmp_path, command):
@@ -237,3 +271,11 @@ def test_a_file_that_appears_meanwhile_is_not_replaced(run, tiny_images, tmp_pat
     )
     assert out.read_text() == "another's"
     assert [path.name for path in tmp_path.iterdir()] == ["f.npz"]
+
+
+@pytest.mark.parametrize("end", ["parquet", "npz"])
+def test_a_full_disk_is_one_line(run, tiny_images, tmp_path, command, end):
+    out = tmp_path / f"f.{end}"
+    out.symlink_to("/dev/full")
+    line = refused(command("embed", run, tiny_images, "--out", out))
+    assert line == f"{out}: cannot be written: No space left on device; choose another --out, or free space there"

@@ -51,10 +51,11 @@ def _curves(results: Mapping[str, Any]) -> list[Section]:
         curve(points, {"loss": "loss"}, name="loss", label="training loss"),
         curve(shown, {"test": f"test {title}"}, name="score", label=f"test {title}, %", chance=chance),
     ]
-    images = ", ".join(f"{count}" for count in results["curve_test_images"].values())
+    counts = results["curve_test_images"]
+    several = len(counts) > 1
+    images = " and ".join(f"{count} of {printable(name)}" if several else f"{count}" for name, count in counts.items())
     note = (
-        f"{results['epochs']:.3g} passes over the training images. The loss is the mean since the point before. Test "
-        f"scores before the end are of at most {images} images spread evenly, the last one of all; nothing is chosen "
-        "by them."
+        f"{results['epochs']:.3g} passes over the training images. The loss is the mean since the point before. Until "
+        f"the last point, which is of all test images, the score is of {images} spread evenly; nothing is chosen by it."
     )
     return [Section("While it learned", [Charts([chart for chart in charts if chart is not None])], [note])]
