@@ -19,16 +19,16 @@ __all__ = ["BORN", "__version__", "load"]
 def load(
     run_or_export: str | PathLike[str], *, checkpoint: str = "latest", device: str | None = None
 ) -> WorldModel | FinetunedModel:
-    """A trained world model to work with: `encode`, `predict`, `rank`, `infer` (`iwm_fast.api.WorldModel`).
+    """Load a trained world model (`iwm_fast.api.WorldModel`): `encode`, `predict`, `rank`, `infer`.
 
-    Of a finetuned result: `encode`, `classify`, `segment` (`iwm_fast.api.FinetunedModel`).
+    A finetuned result has `encode`, `classify`, `segment` (`iwm_fast.api.FinetunedModel`).
 
     Images are paths, PIL images, uint8 arrays or tensors (S, S, 3), or lists of these; actions are physical values by
-    name, or vectors; answers are float32 tensors. An action outside of what training drew gives a warning.
+    name, or vectors; results are float32 tensors. An action outside of what training sampled gives a warning.
 
-    ``run_or_export``: a folder that ``iwm-fast pretrain``, ``iwm-fast export`` or ``iwm-fast finetune`` wrote.
-    ``checkpoint``: of a run, latest or a name such as step_000500. ``device``: "cpu", "cuda", "cuda:1"; default the GPU
-    where there is one. Raises `iwm_fast.errors.UserError`, one line, where the folder is none of these, or damaged.
+    ``run_or_export``: a folder of ``iwm-fast pretrain``, ``iwm-fast export`` or ``iwm-fast finetune``. ``checkpoint``:
+    of a run, latest or a name such as step_000500. ``device``: "cpu", "cuda", "cuda:1"; default: the GPU if there is
+    one. Raises `iwm_fast.errors.UserError` where the folder is none of these, or damaged.
     """
     from pathlib import Path
 
@@ -38,6 +38,6 @@ def load(
         raise UserError(
             f"run_or_export is {run_or_export!r}: give the folder of a run, an export or a finetuned result"
         )
-    from iwm_fast.api import open_model  # torch and DALI are loaded when a model is, not with the package
+    from iwm_fast.api import open_model  # keeps `import iwm_fast` free of torch and DALI
 
     return open_model(Path(run_or_export), checkpoint=checkpoint, device=device)

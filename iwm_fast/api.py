@@ -1,6 +1,6 @@
-"""A trained world model to work with from Python: encode, predict, rank, and find the action between two images.
+"""Work with a trained world model from Python: encode, predict, rank, and infer the action between two images.
 
-A finetuned result opens likewise, and classifies or segments (`FinetunedModel`).
+A finetuned result opens the same way, and classifies or segments (`FinetunedModel`).
 
     world = iwm_fast.load("runs/a")
     features = world.encode("cat.jpg")
@@ -13,15 +13,16 @@ A finetuned result opens likewise, and classifies or segments (`FinetunedModel`)
     finetuned.classify(["cat.jpg", "dog.jpg"]).names
     finetuned.segment("street.jpg")
 
-Shapes: B images of S × S pixels, L patches each, D numbers a token, A components of an action, N items of a bank.
+Shapes: B images of S × S pixels, L patches per image, D channels per token, A components of an action, N items of a
+bank.
 
 Images are paths, PIL images, uint8 arrays or tensors (S, S, 3) with channels last, batches (B, S, S, 3), or lists of
-these. Files and PIL images of another size are cropped to the centred square and resized, as evaluation does; arrays
-and tensors are taken as they are.
+these. Files and PIL images are cropped to the centred square and resized, as in evaluation; arrays and tensors are used
+as they are.
 
-Actions are physical values by name, one mapping for all images or a list with one for each, or vectors (A,) or (B, A).
-What training never drew is answered with a `UserWarning`, because the prediction extrapolates; what no action can be
-(an unknown name, a flag of 0.5, a number that is not finite) is refused. Mistakes raise `iwm_fast.errors.UserError`.
+Actions are physical values by name, one mapping for all images or a list with one per image, or vectors (A,) or (B, A).
+A value that training never sampled gives a `UserWarning`, because the prediction extrapolates; an invalid one (an
+unknown name, a flag of 0.5, a number that is not finite) raises `iwm_fast.errors.UserError`.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ __all__ = [
     "open_model",
 ]
 
-# Physical values by name (what is not named is neutral; of jitter, target minus source), or vectors (A,) or (B, A).
+# Physical values by name (a missing name is neutral; jitter is target minus source), or vectors (A,) or (B, A).
 Action = Mapping[str, float] | Sequence[Mapping[str, float]] | np.ndarray | Tensor | Sequence[float]
 
 _OF_CLASSES = ("class_names", "classify", "logits", "segment", "tasks")
@@ -71,7 +72,7 @@ _OF_CLASSES = ("class_names", "classify", "logits", "segment", "tasks")
 
 @dataclass(frozen=True)
 class Ranking:
-    """order: int64 (B, N), places in the bank, nearest first; distances: float64 (B, N), of each item of the bank."""
+    """order: int64 (B, N), indices into the bank, nearest first; distances: float64 (B, N), to each of its items."""
 
     order: NDArray[np.int64]
     distances: NDArray[np.float64]
@@ -79,11 +80,11 @@ class Ranking:
 
 @dataclass(frozen=True)
 class Inferred:
-    """The action that explains a target best: as a vector (A,) float32 and as physical values by name.
+    """The action that best explains a target: a vector (A,) float32, and physical values by name.
 
-    distance: L2 over all tokens from the prediction under that action to the target; distance_neutral: the same for the
-    prediction of no change. at_bound: the components that the search left at an end of what it was allowed, so that the
-    true action may lie beyond it; an end that is natural (a flag's 0 and 1, a sigma of 0) does not count.
+    distance: L2 over all tokens from the prediction under that action to the target; distance_neutral: the same under
+    the neutral action. at_bound: components where the search stopped at a bound, so that the true action may lie beyond
+    it; natural bounds (a flag's 0 and 1, a sigma of 0) do not count.
     """
 
     action: NDArray[np.float32]
@@ -94,15 +95,15 @@ class Inferred:
 
 
 class WorldModel:
-    """A trained model with its vocabulary of actions. All methods leave it as it is and keep no gradients.
+    """A trained model with its action space. No method changes its state or records gradients.
 
-    What is asked of it wrongly (a size, a name) raises UserError, in one line.
+    Invalid arguments raise UserError.
     """
 
     def __init__(
         self, model: IWM, actions: ActionsConfig, space: ActionSpace, *, step: int = 0, chunk: int = 64
     ) -> None:
-        """``chunk``: images that go through a network at once."""
+        """``chunk``: images per forward pass."""
         self.model = model.eval()
         self.actions = actions
         self.space = space
@@ -112,14 +113,14 @@ class WorldModel:
     if not TYPE_CHECKING:  # a checker is to know that there are no such attributes
 
         def __getattr__(self, name: str) -> Any:
-            """What a `FinetunedModel` has and this has not, in one line."""
+            """Name the `FinetunedModel` for its attributes, which this class lacks."""
             if name in _OF_CLASSES:
                 raise MissingMethodError(f"{name}: not a finetuned result, so without classes; use iwm-fast finetune")
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     @property
     def image_size(self) -> int:
-        """S, the side of its images in pixels."""
+        """S, the side of the model's images in pixels."""
         return self.model.config.image
 
     @property
@@ -129,14 +130,14 @@ class WorldModel:
 
     @property
     def device(self) -> torch.device:
-        """Where it computes, and where its tensors lie."""
+        """The device of the model and of what its methods return."""
         return next(self.model.parameters()).device
 
     def read(self, files: ImageSet | Sequence[str | os.PathLike[str]] | str | os.PathLike[str]) -> Tensor:
-        """Image files as evaluation reads them: upright, the centred largest square, resized; uint8 (n, S, S, 3).
+        """Return image files as uint8 (n, S, S, 3): upright, cropped to the centred square, resized, as in evaluation.
 
-        One file, several, or images of any source from `image_list.list_images`. UserError naming the first that is
-        missing, a folder, or cannot be decoded.
+        ``files``: one path, several, or images of any source from `image_list.list_images`. Raises UserError with the
+        first that is missing, a folder, or cannot be decoded.
         """
         if isinstance(files, str | os.PathLike):
             files = [files]
@@ -146,33 +147,34 @@ class WorldModel:
 
     @torch.no_grad()
     def encode(self, images: Images, which: EncoderName | None = None) -> Tensor:
-        """Tokens (B, L, D) float32 of all patches, on the model's device; their mean over L is what k-NN reads.
+        """Return the tokens of all patches, (B, L, D) float32 on the model's device; k-NN reads their mean over L.
 
-        ``which``: the "context" encoder, which the predictor reads, or the "target" encoder, whose features serve other
-        tasks best; default: the target's where it is a moving average of its own.
+        ``which``: the "context" encoder, which feeds the predictor, or the "target" encoder, whose features serve other
+        tasks best; default: the target encoder where it is an EMA.
         """
         chosen = default_encoder(self.model.config) if which is None else which
         if chosen not in ("target", "context"):
-            raise UserError(f"which is {which!r}: it is target or context")
+            raise UserError(f"which is {which!r}: give target or context")
         return self._through(lambda part: self.model.encode(part, chosen), self._pictures(images))
 
     @torch.no_grad()
     def targets(self, images: Images) -> Tensor:
-        """What predictions are compared with, (B, L, D) float32: target tokens, normalised as in training."""
+        """Return the target tokens that predictions are compared with, (B, L, D) float32, normalised as in training."""
         return self._through(self.model.targets, self._pictures(images))
 
     @torch.no_grad()
     def predict(self, images: Images, action: Action) -> Tensor:
-        """The representation (B, L, D) float32 that the images would have after the action: compare with `targets`.
+        """Return the predicted representation of the images after the action, (B, L, D) float32; compare it with
+        `targets`.
 
-        One action for all images, or one per image. Warns where the action lies outside of what training drew.
+        ``action``: one for all images, or one per image. Warns where it lies outside of what training sampled.
         """
         pictures = self._pictures(images)
         rows = self.vector(action)
         if rows.ndim == 1:
             rows = np.tile(rows, (len(pictures), 1))
         if len(rows) != len(pictures):
-            raise UserError(f"action has {len(rows)} rows for {len(pictures)} images: give one action, or one an image")
+            raise UserError(f"action has {len(rows)} rows for {len(pictures)} images: give one, or one per image")
         actions = torch.from_numpy(rows).to(self.device)
         parts = zip(pictures.split(self._chunk), actions.split(self._chunk), strict=True)
         return torch.cat([self._answer(self.model.encode(part.to(self.device)), row) for part, row in parts])
@@ -181,24 +183,22 @@ class WorldModel:
     def rank(
         self, images: Images, action: Action, bank: Images | Tensor, *, distance: Literal["l2", "cosine"] = "l2"
     ) -> Ranking:
-        """The bank by its nearness to what the action makes of each image.
+        """Return the bank in order of distance to the prediction for each image.
 
-        ``bank``: images, or their `targets` (N, L, D), computed once for many questions. ``distance``: L2 over all
-        tokens, or cosine of the mean tokens (as the chord of unit vectors, which orders alike).
+        ``bank``: images, or their `targets` (N, L, D), which can be computed once for many queries. ``distance``: L2
+        over all tokens, or cosine of the mean tokens (as the chord between unit vectors, which gives the same order).
         """
         if distance not in ("l2", "cosine"):
-            raise UserError(f"distance is {distance!r}: it is l2 or cosine")
+            raise UserError(f"distance is {distance!r}: give l2 or cosine")
         if isinstance(bank, np.ndarray) and bank.dtype.kind == "f":
             bank = torch.from_numpy(bank)
         known = isinstance(bank, Tensor) and bank.is_floating_point()
         items = bank.to(self.device).float() if known and isinstance(bank, Tensor) else self.targets(bank)
         asked = self.predict(images, action)
         if items.ndim != 3 or items.shape[1:] != asked.shape[1:] or not len(items):
-            raise UserError(
-                f"bank is {tuple(items.shape)}: its items are targets of shape {tuple(asked.shape[1:])}, one or more"
-            )
+            raise UserError(f"bank is {tuple(items.shape)}: give one or more targets of shape {tuple(asked.shape[1:])}")
         if not bool(items.isfinite().all()):
-            raise UserError("bank has numbers that are not finite; its items are what targets gives")
+            raise UserError("bank has numbers that are not finite; give images, or what targets returns")
         pairs = (asked.flatten(1), items.flatten(1)) if distance == "l2" else (unit_means(asked), unit_means(items))
         distances = euclidean(*pairs).cpu().numpy()
         return Ranking(np.argsort(distances, axis=1, kind="stable"), distances)
@@ -207,12 +207,12 @@ class WorldModel:
     def infer(
         self, source: Images, target: Images, *, bounds: Mapping[str, tuple[float, float]] | None = None
     ) -> Inferred:
-        """The action that explains one target image from one source image, by search through the predictor.
+        """Search for the action that leads from one source image to one target image, through the predictor.
 
-        ``bounds``: the components that are searched with their lowest and highest physical values; the others stay
-        neutral. Default: the colour jitter that training drew, as far as two of its views can be apart; of external
-        actions, what the manifest declares, or every choice. ``at_bound`` of the answer names the components that the
-        search left at an end, and a warning says so.
+        ``bounds``: components to search, with their lowest and highest physical value; the others stay neutral.
+        Default: the range of colour jitter in training, as far as two views can differ; for external actions the
+        manifest's range, or every choice. Warns where the search stops at a bound, and lists those components in
+        ``at_bound``.
         """
         pair = [self._pictures(source), self._pictures(target)]
         if any(len(one) != 1 for one in pair):
@@ -227,7 +227,7 @@ class WorldModel:
         unmoved = float((neutral - wanted).double().norm())
         if isinstance(self.space, ExternalSpace) and self.space.external.kind == "discrete":
             if bounds is not None:
-                raise UserError("bounds: the actions are choices, and all of them are tried; leave bounds out")
+                raise UserError("bounds: discrete actions have none, infer tries every choice; leave bounds out")
             choices = torch.eye(self.space.dim, device=self.device)
             far = (answer(choices) - wanted).double().flatten(1).norm(dim=1)
             best = int(far.argmin())
@@ -237,13 +237,13 @@ class WorldModel:
         found = search_action(answer, wanted, box)
         stuck = at_bound(found.action, box, self.space)
         if stuck:
-            warn(f"infer ended at the end of what was searched in {', '.join(stuck)}: the action may lie beyond it")
+            warn(f"infer stopped at a bound of {', '.join(stuck)}: the action may lie beyond it")
         return Inferred(found.action, self._values(found.action), found.distance, unmoved, stuck)
 
     def vector(self, action: Action) -> NDArray[np.float32]:
-        """An action as the predictor is given it: float32 (A,) of named values, (A,) or (B, A) of vectors.
+        """Return an action as the predictor's input: float32 (A,) from named values, (A,) or (B, A) from vectors.
 
-        UserError for a name, a value or a number of values that no action has; warns outside of what training drew.
+        Raises UserError for an invalid name, value or length; warns outside of what training sampled.
         """
         rows = self._rows(action)
         warn_outside(rows.reshape(-1, self.space.dim), self.actions, self.space)
@@ -255,7 +255,7 @@ class WorldModel:
         if isinstance(action, list | tuple) and action and all(isinstance(one, Mapping) for one in action):
             return np.stack([self._rows(one) for one in action])
         names = ", ".join(self.action_names)
-        wanted = f"it has {self.space.dim} numbers ({names}), or is named values"
+        wanted = f"give {self.space.dim} numbers ({names}), or values by name"
         try:
             rows = np.asarray(action.detach().cpu() if isinstance(action, Tensor) else action, np.float32)
         except (TypeError, ValueError) as error:
@@ -266,7 +266,7 @@ class WorldModel:
 
     def _values(self, action: NDArray[np.float32]) -> dict[str, float]:
         values = {name: float(value[0]) for name, value in self.space.decode(action[None]).items()}
-        for corruption in self.space.corruptions:  # of the two that say it, the number counts, as in `vector`
+        for corruption in self.space.corruptions:  # a strength also sets its flag, as in `vector`
             if corruption.strength is not None and corruption.done(values[corruption.strength]):
                 values[corruption.name] = 1.0
         return values
@@ -282,9 +282,9 @@ class WorldModel:
 
 
 def load_world(path: Path, *, checkpoint: str = "latest", device: str | torch.device | None = None) -> WorldModel:
-    """The world model of a run's folder or of an export. UserError where it is neither, or damaged.
+    """Load the world model of a run or an export. Raises UserError where the folder is neither, or damaged.
 
-    ``checkpoint``: of a run, latest or a name such as step_000500. ``device``: default the GPU where there is one.
+    ``checkpoint``: of a run, latest or a name such as step_000500. ``device``: default: the GPU if there is one.
     """
     place = default_device() if device is None else _device(device)
     _check(checkpoint)
@@ -301,7 +301,7 @@ def load_world(path: Path, *, checkpoint: str = "latest", device: str | torch.de
 def open_model(
     path: Path, *, checkpoint: str = "latest", device: str | torch.device | None = None
 ) -> WorldModel | FinetunedModel:
-    """What a folder holds: a finetuned result, or else as `load_world`."""
+    """Load a finetuned result, or else as `load_world`."""
     if not is_finetuned(path):
         return load_world(path, checkpoint=checkpoint, device=device)
     _check(checkpoint)
@@ -312,15 +312,15 @@ def open_model(
 
 def _check(checkpoint: object) -> None:
     if not isinstance(checkpoint, str):
-        raise UserError(f"checkpoint is {checkpoint!r}: it is latest, or a name such as step_000500")
+        raise UserError(f"checkpoint is {checkpoint!r}: give latest, or a name such as step_000500")
 
 
 def _device(name: str | torch.device) -> torch.device:
-    """UserError where torch has no such device, or sees none here."""
+    """Return the device. Raises UserError where torch has no such device here."""
     try:
         device = torch.device(name)
     except (RuntimeError, TypeError) as error:
-        raise UserError(f"device is {name!r}: it is cpu, cuda, or cuda:1 and so on") from error
+        raise UserError(f"device is {name!r}: give cpu, cuda, or cuda:N") from error
     count = torch.cuda.device_count()
     if device.type not in ("cpu", "cuda") or (device.type == "cuda" and (device.index or 0) >= count):
         raise UserError(f"device is {str(name)!r}: torch sees {count} GPU(s) here; iwm-fast doctor says more")

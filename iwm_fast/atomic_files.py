@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all."""
+"""Write files and folders that appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from iwm_fast.outputs import is_special, writing
 
 __all__ = ["new_file", "sync", "sync_open", "whole_folder", "write_whole", "write_whole_text"]
 
-# What a file system answers that has no such call: CIFS and some FUSE for folders. A full or failing disk is none of
-# them.
+# Errors of file systems without fsync on this kind of file: CIFS, and some FUSE for folders. A full or failing disk
+# gives others.
 _CANNOT_SYNC = frozenset({errno.EINVAL, errno.EBADF, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EISDIR})
-# A folder that may be written to and not listed cannot be opened to be synced.
+# A folder that can be written to but not listed cannot be opened for fsync.
 _CANNOT_OPEN = _CANNOT_SYNC | {errno.EACCES, errno.EPERM}
 
 
 def sync_open(handle: int) -> None:
-    """Wait until what was written to an open file is on the disk, where its file system can say so."""
+    """Flush an open file to the disk, where its file system can."""
     try:
         os.fsync(handle)
     except OSError as error:
@@ -31,7 +31,7 @@ def sync_open(handle: int) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on the disk, where its file system can say so."""
+    """Flush a file, or a folder's entries, to the disk, where its file system can."""
     try:
         handle = os.open(path, os.O_RDONLY)
     except OSError as error:
@@ -45,9 +45,9 @@ def sync(path: Path) -> None:
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """What `write` puts into the file that it is given becomes `path`, once it is on the disk.
+    """Write `path` by `write(file)`; it takes its name once its bytes are on the disk.
 
-    A link keeps pointing at its file, which is replaced; a pipe or a device such as /dev/null is written to as it is.
+    A link keeps pointing at its file, which is replaced; a pipe or a device such as /dev/null is written to directly.
     """
     if is_special(path):
         with path.open("wb") as file:
@@ -62,21 +62,21 @@ def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
             sync_open(file.fileno())
         partial.replace(path)
     finally:
-        partial.unlink(missing_ok=True)  # of a full disk, what was written has to go
+        partial.unlink(missing_ok=True)  # frees a full disk
     sync(path.parent)
 
 
 def write_whole_text(path: Path, text: str) -> None:
-    """The same of a text, in UTF-8; bytes of file names that are no UTF-8 (``surrogateescape``) stay as they are."""
+    """Write text as `write_whole` does, in UTF-8; bytes of file names that are not UTF-8 survive."""
     write_whole(path, lambda file: file.write(text.encode(errors="surrogateescape")))
 
 
 @contextmanager
 def new_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to be written that takes the name `path` when the block ends well and goes away when it does not.
+    """Open a new file that takes the name `path` when the block succeeds, and is removed when it fails.
 
-    Its folder is made. UserError where `path` cannot be written, or is there by then: another process's file stays. A
-    pipe or a device is written to as it is.
+    Makes its folder. Raises UserError where `path` cannot be written or exists by then: another process's file stays. A
+    pipe or a device is written to directly.
     """
     with writing(path):
         special = is_special(path)
@@ -93,16 +93,16 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
             _take_name(partial, path)
             sync(path.parent)
     finally:
-        with suppress(OSError):  # of a full disk, whose error has been raised
+        with suppress(OSError):  # a full disk's error is raised already
             file.close()
         if not special:
             partial.unlink(missing_ok=True)
 
 
 def _take_name(partial: Path, path: Path) -> None:
-    """Give a file its name. FileExistsError where something has it."""
+    """Name the file. Raises FileExistsError where the name is taken."""
     try:
-        os.link(partial, path)  # which, unlike a rename, replaces nothing
+        os.link(partial, path)  # unlike a rename, replaces nothing
     except FileExistsError:
         raise
     except OSError:  # a file system without hard links
@@ -113,9 +113,9 @@ def _take_name(partial: Path, path: Path) -> None:
 
 @contextmanager
 def whole_folder(out: Path) -> Iterator[Path]:
-    """A folder beside `out`, to be filled, that takes its name when the block ends well and goes away when it does not.
+    """Yield a folder beside `out` that takes its name when the block succeeds, and is removed when it fails.
 
-    OSError where `out` is there by then and not empty.
+    Raises OSError where `out` exists by then and is not empty.
     """
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
     shutil.rmtree(partial, ignore_errors=True)

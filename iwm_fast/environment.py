@@ -1,6 +1,6 @@
-"""What a result was made with: versions, hardware and the commit. Nothing here names a host, a user or a path.
+"""The environment of a result: versions, hardware and the commit, without names of hosts, users or paths.
 
-The cores are those that defaults are counted from.
+Defaults count cores with `usable_cores`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ PACKAGES = (
 
 
 def installed_version(package: str) -> str | None:
-    """The version of an installed distribution, or None."""
+    """Return the version of an installed distribution, or None."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -40,7 +40,7 @@ def installed_version(package: str) -> str | None:
 
 
 def cpu_name() -> str:
-    """The processor's name as Linux gives it, else the machine's architecture."""
+    """Return the processor's name from Linux, else the machine's architecture."""
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             name, _, value = line.partition(":")
@@ -52,7 +52,7 @@ def cpu_name() -> str:
 
 
 def usable_cores() -> int:
-    """Cores this process may run on, which in a container or a batch job can be fewer than the machine has."""
+    """Return the cores that this process may use; a container or a batch job can have fewer than the machine."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -62,12 +62,12 @@ def _git(folder: Path, *arguments: str) -> str | None:
             ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10, check=True
         )
     except (OSError, subprocess.SubprocessError):
-        return None  # no git, or not a repository that it is willing to read
+        return None  # no git, or a repository that git does not trust
     return done.stdout.strip()
 
 
 def _commit() -> str | None:
-    """The commit of the checkout this package runs from, ``-modified`` added when tracked files differ from it."""
+    """The commit of the checkout that the package runs from, with ``-modified`` where tracked files differ."""
     root = Path(__file__).resolve().parents[1]
     if not (root / ".git").exists():
         return None
@@ -87,7 +87,7 @@ def _gpus() -> tuple[dict[str, Any], ...]:
 
 
 def environment() -> dict[str, Any]:
-    """JSON values: versions, platform, CPU, cores, GPUs, CUDA and the commit (None where there is none)."""
+    """Return JSON values: versions, platform, CPU, cores, GPUs, CUDA and the commit (None without a checkout)."""
     import torch
 
     return {

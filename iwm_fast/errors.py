@@ -1,6 +1,4 @@
-"""The one exception that means "the user can mend this": the command line prints it as a single line and exits with
-2.
-"""
+"""Errors that the user can fix: the command line prints them as one line and exits with 2."""
 
 from __future__ import annotations
 
@@ -8,7 +6,7 @@ import errno
 
 __all__ = ["Interrupted", "UserError", "because"]
 
-# What to do about a failed write, by its cause; a code that is not here has its own text and no advice.
+# What to do about a failed write, by its cause; other codes get the system's text alone.
 _ADVICE = {
     errno.ENOSPC: "free space there",
     errno.EDQUOT: "free space there, or have the quota raised",
@@ -27,17 +25,17 @@ _ADVICE = {
 
 
 class UserError(Exception):
-    """A mistake or a circumstance that the user can mend: one line that says what, where and what to do."""
+    """An error that the user can fix, as one line: what is wrong, where, what to do."""
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C was obeyed: what there was to save is saved, and the user has been told where."""
+    """A Ctrl-C after which the state is saved, and the user has been told where."""
 
 
 def because(error: OSError, otherwise: str = "") -> str:
-    """Why a file could not be read or written, and what to do: "No space left on device; free space there".
+    """Return why a file operation failed and what to do: "No space left on device; free space there".
 
-    otherwise: what to do whatever the cause is; it comes first.
+    otherwise: advice for any cause, put first.
     """
     advice = [words for words in (otherwise, _ADVICE.get(error.errno or 0)) if words]
     reason = error.strerror or str(error)

@@ -1,4 +1,4 @@
-"""Locks on files: held by one process at a time, where the file system has them at all."""
+"""Locks on files: one process at a time holds one, on file systems that have locks."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from iwm_fast.notices import tell_once
 
 __all__ = ["hold"]
 
-# What a file system without locks answers (Lustre mounted without -o flock, some FUSE, CIFS and NFS servers). A lock
-# that another process holds is none of them.
+# Errors of file systems without locks (Lustre without -o flock, some FUSE, CIFS and NFS servers). A lock that another
+# process holds gives others.
 _NO_LOCKS = frozenset(
     {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL, errno.EPERM, errno.ENOTTY, errno.EBADF}
 )
 
 
 def hold(file: IO[Any], of: str) -> bool:
-    """Lock a file that is open for writing until it is closed; whether it is locked now.
+    """Lock a file that is open for writing until it is closed; return whether it is locked.
 
-    False where the file system has no locks, which is said once for ``of``. Raises BlockingIOError where another
-    process holds the lock, OSError where the disk or its server fails.
+    False on a file system without locks, with a notice that names ``of``. Raises BlockingIOError where another process
+    holds the lock, OSError where the disk or its server fails.
     """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -31,7 +31,7 @@ def hold(file: IO[Any], of: str) -> bool:
         if error.errno not in _NO_LOCKS:
             raise
         tell_once(
-            f"{of}: its file system has no locks ({error.strerror}), so two jobs that write there are not told apart; "
+            f"{of}: its file system has no locks ({error.strerror}), so nothing stops two jobs from writing there; "
             "start one at a time"
         )
         return False

@@ -1,4 +1,4 @@
-"""Names that a file system or a label allows and that not every terminal, table, text or library takes."""
+"""Make text from file names and labels fit for terminals, tables, UTF-8 and libraries."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 def printable(text: str) -> str:
-    r"""The text on one line, without control characters: a line break becomes ``\n``, an escape ``\x1b``.
+    r"""Return text on one line without control characters: a line break becomes ``\n``, an escape ``\x1b``.
 
-    A byte of a file's name that is not UTF-8 (in Python a lone surrogate) becomes ``\xe9``. Other text stays as it is.
+    A byte of a file's name that is not UTF-8 (a lone surrogate in Python) becomes ``\xe9``. Other text is unchanged.
     """
     return text if text.isprintable() else "".join(c if c.isprintable() else _escaped(c) for c in text)
 
@@ -29,16 +29,16 @@ def _escaped(character: str) -> str:
 
 
 def valid_unicode(text: str) -> str:
-    r"""The text in valid Unicode: a byte 0xXX of a file name that is no UTF-8 (``surrogateescape``) is ``\udcXX``."""
+    r"""Return valid Unicode: a byte 0xXX of a file name that is not UTF-8 (``surrogateescape``) becomes ``\udcXX``."""
     return _SURROGATES.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 @contextmanager
 def utf8_name(path: Path) -> Iterator[str]:
-    """A name of ``path`` in UTF-8, which safetensors, TensorBoard and onnxruntime need.
+    """Yield a UTF-8 name of ``path``, which safetensors, TensorBoard and onnxruntime need.
 
-    It is its own name, or where its folder's is not UTF-8, one by way of an open descriptor. ``path``'s folder has to
-    be there; the name is good inside the block.
+    Its own name, or where its folder's name is not UTF-8, one through an open descriptor. ``path``'s folder must exist;
+    the name is valid inside the block.
     """
     name = str(path)
     if valid_unicode(name) == name:

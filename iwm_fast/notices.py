@@ -1,4 +1,4 @@
-"""Lines on standard error that a job prints once, however many of its ranks and readers meet their cause."""
+"""Notices on standard error that a job prints once, however many ranks and readers meet their cause."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _telling = threading.Lock()
 
 
 def tell_once(line: str) -> None:
-    """Print a line to standard error, once in a process, and by the first rank of several alone."""
+    """Print a line to standard error, once per process and on the first rank only."""
     rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
     with _telling:
         if rank != "0" or line in _told:

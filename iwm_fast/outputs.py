@@ -1,4 +1,4 @@
-"""Whether an output could be written, asked before the work whose answer it is to take."""
+"""Check that an output can be written before computing it."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ __all__ = [
     "writing",
 ]
 
-_PROBE = bytes(4096)  # a block: a full disk still takes empty files
+_PROBE = bytes(4096)  # one block: a full disk still takes empty files
 
 
 def require_result(destination: str | Path, option: str = "--json") -> None:
-    """UserError where a result could not be written to a file, or to standard output for ``-``."""
+    """Raise UserError where a result cannot be written to a file, or to standard output for ``-``."""
     if str(destination) == "-":
         if output_closed():
             raise UserError(f"{option}: standard output is closed; name a file")
@@ -35,7 +35,7 @@ def require_result(destination: str | Path, option: str = "--json") -> None:
 
 
 def require_file(path: Path, option: str) -> None:
-    """UserError where a file could not be written to `path`, whose folder may be missing; ``option``: what named it."""
+    """Raise UserError where `path` cannot be written; its folder may be missing. ``option``: what named it."""
     if path.is_dir():
         raise UserError(f"{option}: {path}: is a folder; name a file")
     if is_special(path):
@@ -48,14 +48,14 @@ def require_file(path: Path, option: str) -> None:
 
 
 def require_new_file(path: Path, option: str = "--out") -> None:
-    """UserError where `path` is there already, or could not be written. A pipe or a device such as /dev/null may be."""
+    """Raise UserError where `path` exists or cannot be written. A pipe or a device such as /dev/null is allowed."""
     if os.path.lexists(path) and not is_special(path) and not path.is_dir():
         raise UserError(f"{path}: exists already; choose another {option}")
     require_file(path, option)
 
 
 def require_new_folder(out: Path, option: str = "--out") -> None:
-    """UserError where `out` is there already, or could not be made; its parents may be missing."""
+    """Raise UserError where `out` exists or cannot be made; its parents may be missing."""
     if os.path.lexists(out):
         raise UserError(f"{out}: exists already; choose another {option}")
     why = unwritable(out.parent, f".{out.name}.{os.getpid()}.partial")
@@ -64,7 +64,7 @@ def require_new_folder(out: Path, option: str = "--out") -> None:
 
 
 def require_folder(out: Path, option: str = "--out") -> None:
-    """UserError where files could not be written into `out`, which may be missing."""
+    """Raise UserError where `out` cannot hold new files; it may be missing."""
     why = unwritable(out)
     if why is not None:
         raise UserError(f"{out}: cannot be written: {why}; choose another {option}")
@@ -72,7 +72,7 @@ def require_folder(out: Path, option: str = "--out") -> None:
 
 @contextmanager
 def writing(out: Path) -> Iterator[None]:
-    """Around the writing of a folder: what the disk cannot take is a UserError that names it."""
+    """Turn an OSError while writing `out` into a UserError that names it."""
     try:
         yield
     except OSError as error:
@@ -80,10 +80,10 @@ def writing(out: Path) -> Iterator[None]:
 
 
 def unwritable(folder: Path, name: str = "") -> str | None:
-    """Why a file could not be written into `folder`, whose missing parents are to be made; None where it could.
+    """Return why a file cannot be written into `folder`, whose parents may be missing, or None.
 
-    It is tried, because permissions do not tell of a full disk, a read-only one, or another user's network folder.
-    ``name``: of the file, where its length matters.
+    Writes one to find out, because permissions do not show a full disk, a read-only one, or another user's network
+    folder. ``name``: the file's, where its length matters.
     """
     place = folder.absolute()
     try:
@@ -105,6 +105,6 @@ def unwritable(folder: Path, name: str = "") -> str | None:
 
 
 def is_special(path: Path) -> bool:
-    """Whether `path` is a pipe, a device, or another name of a file that this process has open."""
+    """Return whether `path` is a pipe, a device, or a file that this process has open."""
     target = str(path.readlink() if path.is_symlink() else path)
     return target.startswith(("/proc/", "/dev/fd/")) or (path.exists() and not path.is_file())

@@ -1,6 +1,6 @@
-"""The process and its parent, as they were when the package was first imported.
+"""The process and its parent at the first import of the package.
 
-The package imports this module before anything else: during the long imports a launcher may already end.
+The package imports this module first: the launcher may exit during the long imports.
 """
 
 from __future__ import annotations

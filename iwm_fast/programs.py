@@ -1,4 +1,4 @@
-"""What every program of the package does around its work: streams, one line for an error, and the exit code."""
+"""The frame of every program of the package: streams, one line per error, and the exit code."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from iwm_fast.streams import open_streams, output_failure
 __all__ = ["CtrlC", "one_line", "run_program"]
 
 _INTERRUPTED = 128 + signal.SIGINT
-# After Ctrl-C: what threads of libraries get to end by themselves.
+# After Ctrl-C: seconds for threads of libraries to end.
 _GRACE_S = 2.0
 
 
 class CtrlC(Exception):  # noqa: N818  (a circumstance)
-    """A KeyboardInterrupt, which is its cause, on its way through a parser that would swallow it."""
+    """A KeyboardInterrupt (its cause) on its way through a parser that would swallow it."""
 
 
 def run_program(
@@ -36,11 +36,11 @@ def run_program(
     mendable: tuple[type[Exception], ...] = (UserError, OSError),
     ends_process: bool = False,
 ) -> int:
-    """Run ``work`` and return the exit code: its own where it is a number, else 0; 2 and one line for an error that the
-    user can mend; 130, with a line, after Ctrl-C.
+    """Run ``work`` and return the exit code: its own number, else 0; 2 after an error that the user can fix; 130 after
+    Ctrl-C. The last two print one line.
 
-    ``debug``: such an error is raised instead. ``describe``: its line; "" for one that has been said already.
-    ``ends_process``: the process ends with it; after Ctrl-C it does so soon, whatever threads of libraries do.
+    ``debug``: raise such an error instead. ``describe``: returns its line, "" where it has been printed.
+    ``ends_process``: the process ends with the program, soon after Ctrl-C whatever threads of libraries do.
     """
     open_streams()
     if ends_process:
@@ -76,8 +76,8 @@ def _require_current_folder() -> None:
 
 
 def _end_in_imports(name: str) -> None:
-    """Let Ctrl-C end the process at once where modules are being imported: libraries swallow its exception there, go on
-    with what is half imported, and fail elsewhere or never.
+    """Exit at once on Ctrl-C during imports: libraries swallow its exception there, continue half imported, and fail
+    elsewhere or never.
     """
     if threading.current_thread() is not threading.main_thread():
         return
@@ -99,7 +99,7 @@ def _end_in_imports(name: str) -> None:
 
 
 def _end_soon() -> None:
-    """End the process though a thread of a library goes on, and at once when Ctrl-C is pressed again."""
+    """End the process while threads of libraries still run; at once when Ctrl-C is pressed again."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def end() -> None:
@@ -110,7 +110,7 @@ def _end_soon() -> None:
 
 
 def one_line(error: Exception) -> str:
-    """What an error says, without line breaks."""
+    """Return an error's text without line breaks."""
     if isinstance(error, OSError) and error.filename and error.strerror:
         text = f"{_name(error.filename)}: {because(error)}"
     else:

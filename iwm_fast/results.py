@@ -1,4 +1,4 @@
-"""Results as JSON documents: every one says what it is (``schema``) and what it was made with (``environment``)."""
+"""Results as JSON documents with a ``schema`` and the ``environment`` that made them."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ __all__ = ["give_result", "json_text", "write_json", "write_result"]
 def give_result(
     destination: str | None, kind: str, body: Mapping[str, Any], show: Callable[[], None] | None = None
 ) -> None:
-    """Write a result as `write_result` does, or nowhere (None), and then ``show`` it to a person.
+    """Write a result as `write_result` does, or nowhere (None), then ``show`` it to a person.
 
-    ``show`` prints tables; not called for ``-``. The file comes first, and what it cannot take is no reason not to
-    show: the UserError is raised at the end.
+    ``show`` prints tables; it is not called for ``-``. A file that cannot be written does not prevent it: the UserError
+    comes after.
     """
     failure = None
     if destination is not None:
@@ -44,10 +44,10 @@ def write_result(destination: str | Path, kind: str, body: Mapping[str, Any]) ->
 
 
 def write_json(destination: str | Path, document: Mapping[str, Any], indent: int | None = 2) -> None:
-    """Write a document to a file (its folder is made), or to stdout for ``-``.
+    """Write a document to a file, whose folder is made, or to standard output for ``-``.
 
-    The file appears whole or not at all. Where it cannot be written, the document is printed on standard output, so
-    that nothing measured is lost, and UserError is raised.
+    The file appears whole or not at all. Where it cannot be written, the document goes to standard output, so that no
+    measurement is lost, and UserError is raised.
     """
     text = json_text(document, indent)
     if str(destination) == "-":
@@ -65,16 +65,16 @@ def write_json(destination: str | Path, document: Mapping[str, Any], indent: int
 
 
 def json_text(document: Mapping[str, Any], indent: int | None = 2) -> str:
-    r"""A document as text in valid UTF-8.
+    r"""Return a document as JSON in valid UTF-8.
 
-    Numbers that are not finite become null: JSON has no NaN. A byte 0xXX of a file name that is no UTF-8 is
-    ``\udcXX``, which Python's json reads as the same name (``os.fsencode`` gives its bytes).
+    Non-finite numbers become null, because JSON has no NaN. A byte 0xXX of a file name that is not UTF-8 is ``\udcXX``,
+    which Python's json reads as the same name (``os.fsencode`` gives its bytes).
     """
     return valid_unicode(json.dumps(_finite(document), indent=indent, ensure_ascii=False, allow_nan=False)) + "\n"
 
 
 def _print(text: str) -> str:
-    """Print JSON, in a form that is JSON in the stream's encoding too, where there is somebody to read it; where."""
+    """Print JSON that is valid in the stream's encoding; return which stream took it."""
     stream, place = (sys.stderr, "standard error") if output_closed() else (sys.stdout, "standard output")
     try:
         text.encode(stream.encoding or "ascii", "strict")

@@ -1,7 +1,7 @@
-"""The standard streams of a program, fit for every terminal, pipe and file, and for none.
+"""Standard streams that survive every terminal, pipe and file.
 
-A character that the terminal cannot show, and a byte of a file name that is no UTF-8, are written in ASCII. A reader
-that has gone away, a full disk or a closed stream never ends the work: what was measured is worth more than a line.
+A character that the terminal cannot show, and a byte of a file name that is not UTF-8, are written in ASCII. A closed
+reader, a full disk or a closed stream never stops the work: measurements matter more than a line of output.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from iwm_fast.errors import UserError
 __all__ = ["open_streams", "output_closed", "output_failure"]
 
 _ERRORS = "iwm_fast_shown"
-# What our texts hold beyond ASCII, for terminals that are told to show ASCII or one code page alone.
+# Our non-ASCII characters, for terminals with ASCII or one code page.
 _PLAIN = {
     "–": "-", "—": "-", "−": "-", "±": "+/-", "×": "x", "·": ".", "…": "...", "→": "->", "°": " degrees", "²": "^2",
     "█": "#", "≤": "<=", "≥": ">=", "≈": "~", "∞": "inf",
@@ -33,7 +33,7 @@ def _replaced(error: UnicodeError) -> tuple[str, int]:
 
 
 def _in_ascii(character: str) -> str:
-    if "\udc80" <= character <= "\udcff":  # surrogateescape's range: a byte that is no UTF-8
+    if "\udc80" <= character <= "\udcff":  # surrogateescape's range: a byte that is not UTF-8
         return f"\\x{ord(character) - 0xDC00:02x}"
     return _PLAIN.get(character) or character.encode("ascii", "backslashreplace").decode()
 
@@ -42,7 +42,7 @@ codecs.register_error(_ERRORS, _replaced)
 
 
 class _Output(io.RawIOBase):
-    """A file descriptor whose writing never raises: once it has failed, the rest goes to ``instead``, or nowhere."""
+    """A file descriptor whose writes never raise: after a failure, the rest goes to ``instead``, or nowhere."""
 
     def __init__(self, descriptor: int, instead: int | None) -> None:
         self._descriptor, self._instead = descriptor, instead
@@ -64,11 +64,11 @@ class _Output(io.RawIOBase):
         while view and not self._gone:
             try:
                 view = view[os.write(self._descriptor, view) :]
-            except BlockingIOError:  # somebody has set the pipe so; print has no notion of it
+            except BlockingIOError:  # another process made the pipe non-blocking, which print does not handle
                 select.select([], [self._descriptor], [])
             except OSError as error:
                 self._gone = True
-                # Whoever closes a pipe has read enough. Anything else is a loss, and is said at the end.
+                # A closed pipe is no loss: its reader has read enough. Any other failure is reported at the end.
                 self.failure = None if error.errno == errno.EPIPE else error
         if view and self.failure is not None and self._instead is not None:
             _write_all(self._instead, view)
@@ -80,7 +80,7 @@ def _write_all(descriptor: int, view: memoryview) -> None:
         while view:
             view = view[os.write(descriptor, view) :]
     except OSError:
-        return  # there is nobody left to tell
+        return  # no stream is left to report on
 
 
 class _Stream(io.TextIOWrapper):
@@ -100,7 +100,7 @@ class _Stream(io.TextIOWrapper):
 def open_streams() -> None:
     """Set up sys.stdout and sys.stderr; call it first in a program. A second call changes nothing.
 
-    Streams that were put in their place, by a test or a notebook, keep their files and only learn to write any text.
+    Streams that a test or a notebook has replaced keep their files, and only gain the ability to write any text.
     """
     _fill_descriptors()
     for name, descriptor, instead in (("stdout", 1, 2), ("stderr", 2, None)):
@@ -117,19 +117,19 @@ def open_streams() -> None:
 
 
 def output_closed() -> bool:
-    """Whether nobody can read standard output, because it was closed when the program began."""
+    """Return whether standard output was closed when the program began."""
     return sys.stdout is None or bool(getattr(sys.stdout, "was_closed", False))
 
 
 def output_failure() -> UserError | None:
-    """Write what is buffered; the error where some of it could not be written to standard output."""
+    """Flush both streams; return the error where standard output lost some text."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, _Stream):
             stream.flush()
     failure = sys.stdout.output.failure if isinstance(sys.stdout, _Stream) else None
     if failure is None:
         return None
-    return UserError(f"standard output: {failure.strerror}; what it could not take went to standard error")
+    return UserError(f"standard output: {failure.strerror}; the rest went to standard error")
 
 
 def _descriptor_of(stream: Any) -> int | None:
@@ -140,7 +140,7 @@ def _descriptor_of(stream: Any) -> int | None:
 
 
 def _fill_descriptors() -> None:
-    """Open the null device in place of a closed descriptor 0, 1 or 2, which the next open file would get as its own."""
+    """Open the null device for a closed descriptor 0, 1 or 2, which the next file would get otherwise."""
     for descriptor in range(3):
         try:
             os.fstat(descriptor)

@@ -277,7 +277,7 @@ def test_choices_are_one_of_them_and_all_are_tried():
     found = world.infer(source, target)
     assert found.distance == pytest.approx(min(far))
     assert found.values == {n: float(i == int(np.argmin(far))) for i, n in enumerate(world.action_names)}
-    with pytest.raises(UserError, match="all of them are tried; leave bounds out"):
+    with pytest.raises(UserError, match="infer tries every choice; leave bounds out"):
         world.infer(source, target, bounds={"left": (0, 1)})
 
 
@@ -299,7 +299,7 @@ def test_infer_says_where_it_was_stopped(learned):
     image = pictures(1, seed=10_000)[0]
     one = Jitter.neutral(1)
     view = jittered_views(image, Jitter(one.brightness + np.float32(0.35), one.contrast, one.saturation, one.hue))
-    with pytest.warns(UserWarning, match="infer ended at the end of what was searched in brightness") as said:
+    with pytest.warns(UserWarning, match="infer stopped at a bound of brightness") as said:
         found = learned.infer(image, view, bounds={"brightness": (-0.1, 0.1)})
     assert len(said) == 1
     assert found.at_bound == ("brightness",)
@@ -314,11 +314,11 @@ MISTAKES = {
     "floats": (lambda w: w.encode(torch.zeros(SIDE, SIDE, 3)), "images are float32"),
     "no image": (lambda w: w.encode([]), "images: there is none"),
     "empty batch": (lambda w: w.encode(pictures(1)[:0]), "images: there is none"),
-    "encoder": (lambda w: w.encode(pictures(1), "teacher"), "which is 'teacher': it is target or context"),
+    "encoder": (lambda w: w.encode(pictures(1), "teacher"), "which is 'teacher': give target or context"),
     "name": (lambda w: w.predict(pictures(1), {"brightnes": 1.0}), "action: 'brightnes' is no component"),
-    "length": (lambda w: w.predict(pictures(1), [1.0, 2.0]), r"action is \(2,\): it has 9 numbers \(brightness, "),
+    "length": (lambda w: w.predict(pictures(1), [1.0, 2.0]), r"action is \(2,\): give 9 numbers \(brightness, "),
     "rows": (lambda w: w.predict(pictures(3), np.zeros((2, 9))), "action has 2 rows for 3 images"),
-    "bank": (lambda w: w.rank(pictures(1), {}, torch.zeros(4, 5)), r"bank is \(4, 5\): its items are targets"),
+    "bank": (lambda w: w.rank(pictures(1), {}, torch.zeros(4, 5)), r"bank is \(4, 5\): give one or more targets"),
     "distance": (lambda w: w.rank(pictures(1), {}, pictures(2), distance="l1"), "distance is 'l1'"),
     "floats 0 to 1": (lambda w: w.encode(np.full((SIDE, SIDE, 3), 0.5)), r"these are 0 to 1: give \(255 \* x\)"),
     "normalised": (lambda w: w.encode(torch.randn(SIDE, SIDE, 3)), "are no levels: give 0 to 255 as uint8, before any"),
@@ -355,19 +355,19 @@ MISTAKES = {
     ),
     "flag alone": (lambda w: w.predict(pictures(1), {"blur": 1}), "blur is 1: give blur_sigma too"),
     "flag against": (lambda w: w.predict(pictures(1), {"blur": 0, "blur_sigma": 1}), "blur is 0: blur_sigma is 1"),
-    "words": (lambda w: w.predict(pictures(1), "brighter"), "action is 'brighter': it has 9 numbers"),
-    "none": (lambda w: w.predict(pictures(1), None), "it has 9 numbers"),
+    "words": (lambda w: w.predict(pictures(1), "brighter"), "action is 'brighter': give 9 numbers"),
+    "none": (lambda w: w.predict(pictures(1), None), "give 9 numbers"),
     "many named": (lambda w: w.predict(pictures(3), [{"hue": 1}] * 2), "action has 2 rows for 3 images"),
-    "empty bank": (lambda w: w.rank(pictures(1), {}, torch.zeros(0, 4, 16)), "bank is .*, one or more"),
+    "empty bank": (lambda w: w.rank(pictures(1), {}, torch.zeros(0, 4, 16)), "bank is .*: give one or more"),
     "broken bank": (lambda w: w.rank(pictures(1), {}, torch.full((2, 4, 16), np.nan)), "bank has numbers that are not"),
     "no bounds": (lambda w: w.infer(pictures(1), pictures(1), bounds={}), "bounds: give the components to search"),
     "reversed": (lambda w: w.infer(pictures(1), pictures(1), bounds={"hue": (9, -9)}), "give the lowest first"),
     "no pair": (lambda w: w.infer(pictures(1), pictures(1), bounds={"hue": 3}), r"bounds of hue are 3: give \(lowest"),
     "nan bounds": (lambda w: w.infer(pictures(1), pictures(1), bounds={"hue": (np.nan, 1)}), "hue is nan"),
     "no folder": (lambda _: iwm_fast.load(None), "run_or_export is None: give the folder"),
-    "device": (lambda _: iwm_fast.load(".", device="gpu"), "device is 'gpu': it is cpu, cuda"),
+    "device": (lambda _: iwm_fast.load(".", device="gpu"), "device is 'gpu': give cpu, cuda"),
     "other device": (lambda _: iwm_fast.load(".", device="cuda:99"), r"device is 'cuda:99': torch sees \d+ GPU"),
-    "checkpoint": (lambda _: iwm_fast.load(".", checkpoint=3), "checkpoint is 3: it is latest, or a name"),
+    "checkpoint": (lambda _: iwm_fast.load(".", checkpoint=3), "checkpoint is 3: give latest, or a name"),
     "pair": (lambda w: w.infer(pictures(2), pictures(1)), "source and target are 2 and 1 images"),
     "bounds": (lambda w: w.infer(pictures(1), pictures(1), bounds={"zoom": (0, 1)}), "action: 'zoom' is no component"),
 }
@@ -462,7 +462,7 @@ def learned():
     return taught()
 
 
-@pytest.mark.filterwarnings("ignore:infer ended at the end")  # a tiny model takes one component for another
+@pytest.mark.filterwarnings("ignore:infer stopped at a bound")  # a tiny model takes one component for another
 def test_the_action_that_a_trained_model_infers_follows_the_truth(learned):
     world = learned
     drawn = np.random.default_rng(5).uniform(-0.35, 0.35, 16)

@@ -60,7 +60,7 @@ def test_what_a_full_disk_cannot_take_goes_to_standard_error_with_a_line_and_exi
     assert sorted(err.splitlines()) == [
         "0.5 ± 0.1 – 2 × ☃ \\xe9",
         "done",
-        "program: standard output: No space left on device; what it could not take went to standard error",
+        "program: standard output: No space left on device; the rest went to standard error",
     ]
 
 

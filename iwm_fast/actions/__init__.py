@@ -1,4 +1,4 @@
-"""What an action is: transformations of an image, or what somebody else recorded."""
+"""Actions: transformations of an image, or recorded ones."""
 
 from iwm_fast.actions.space import ActionSpace as ActionSpace
 from iwm_fast.actions.transforms import *  # noqa: F403

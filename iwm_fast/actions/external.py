@@ -1,8 +1,8 @@
-"""Somebody else's actions as the vector that a predictor is told: a controller's input, not a transformation.
+"""External actions as the vector that conditions the predictor: a controller's input, not a transformation.
 
-Legend: n actions, C components (continuous), A components of the vector. Continuous: A = C, each value with its neutral
-one taken off, divided by the larger of its distances to `low` and `high`; so the vector lies in [-1, 1] and neutral is
-0. Discrete: one-hot, A choices; all zeros is no choice, which no manifest can hold and controls ask for.
+Legend: n actions, C components (continuous), A components of the vector. Continuous: A = C, each value minus its
+neutral one, divided by the larger of its distances to `low` and `high`; the vector lies in [-1, 1] and neutral is 0.
+Discrete: one-hot over A choices; all zeros is no choice, which no manifest holds and controls use.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Array = NDArray[Any]
 
 
 class ExternalSpace(ActionSpace):
-    """The vector of external actions: names, dimension and scale, as a run records them."""
+    """The space of external actions: names, dimension and scale, as a run records them."""
 
     def __init__(self, external: ExternalActions) -> None:
         self.external = external
@@ -40,11 +40,13 @@ class ExternalSpace(ActionSpace):
         self._reach = np.where(reach > 0, reach, 1.0)
 
     def encode(self, views: Views) -> NDArray[np.float32]:
-        """Views have no external action: ValueError. `encode_values` takes what a manifest holds."""
+        """Raise ValueError: views have no external action; use `encode_values`."""
         raise ValueError(f"{len(views)} views have no external action; encode_values takes a manifest's values")
 
     def encode_values(self, values: Array) -> NDArray[np.float32]:
-        """float32 (n, A) of what a manifest holds: float64 (n, C), or int64 (n,) choices. ValueError otherwise."""
+        """Return float32 (n, A) from a manifest's values: float64 (n, C), or int64 (n,) choices. Raises ValueError
+        otherwise.
+        """
         values = np.asarray(values)
         if self.external.kind == "discrete":
             if values.ndim != 1 or ((values < 0) | (values >= self.dim)).any():
@@ -55,7 +57,7 @@ class ExternalSpace(ActionSpace):
         return np.asarray((values - self._neutral) / self._reach, np.float32)
 
     def decode(self, action: Array) -> dict[str, Array]:
-        """The inverse: action (n, A) to values by name, float64 (n,); of discrete actions a flag a choice, bool."""
+        """Return values by name, float64 (n,), of actions (n, A); for discrete actions one bool per choice."""
         action = np.asarray(action, np.float64)
         if action.ndim != 2 or action.shape[1] != self.dim:
             raise ValueError(f"action has shape {action.shape}; it must be (n, {self.dim})")
@@ -65,8 +67,9 @@ class ExternalSpace(ActionSpace):
         return {name: values[:, place] for place, name in enumerate(self.names)}
 
     def vector(self, values: Mapping[str, float]) -> NDArray[np.float32]:
-        """One action from values by name, float32 (A,): the rest is neutral; a choice's value is 1. ValueError for
-        a name that there is not.
+        """Return one action float32 (A,) from values by name; the rest is neutral, and a choice has the value 1.
+
+        Raises ValueError for an unknown name.
         """
         self._require_known(values)
         if self.external.kind == "discrete":
@@ -76,16 +79,18 @@ class ExternalSpace(ActionSpace):
 
 
 def space_of(actions: ActionsConfig) -> ActionSpace:
-    """The space that a configuration describes. UserError where external actions are not described yet."""
+    """Return the action space of a configuration. Raises UserError where external actions are not described."""
     if not actions.is_external:
         return ActionSpace(actions.groups, actions.form)
     if actions.external is None:
-        raise UserError("actions.external is not set: a manifest of triplets (data.root) says what the actions are")
+        raise UserError(
+            "actions.external is not set: set data.root to a manifest of triplets, which describes the actions"
+        )
     return ExternalSpace(actions.external)
 
 
 def action_dim(actions: ActionsConfig) -> int:
-    """Components of the vector. UserError for external actions that are not described: only a manifest says."""
+    """Return the components of the vector. Raises UserError where external actions are not described."""
     if not actions.is_external:
         return ActionSpace(actions.groups, actions.form).dim
     if actions.external is None:

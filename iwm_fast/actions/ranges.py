@@ -1,4 +1,4 @@
-"""What a configuration draws of the table: which jitter varies, what is done to sources, and within which values."""
+"""What a configuration samples of the action table: which jitter, which corruptions, in which ranges."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ __all__ = ["corruptions_drawn", "jitter_range", "strength_range", "varying"]
 
 
 def varying(actions: ActionsConfig) -> list[str]:
-    """The jitter components that the configuration lets vary; without one there is no bank."""
+    """Return the jitter components that vary; without one there is no bank."""
     return [name for name in JITTER if actions.strength * getattr(actions, name) > 0]
 
 
 def jitter_range(actions: ActionsConfig, name: str) -> tuple[float, float]:
-    """The lowest and highest value of one view's jitter component: factors from 0 on, or at most half a turn each way.
+    """Return the lowest and highest value of one view's jitter component: a factor, or degrees up to half a turn.
 
-    As torchvision's `ColorJitter`, with a factor's reach, or the hue's in turns, times `actions.strength`.
+    As torchvision's `ColorJitter`, with the factor's or hue's range times `actions.strength`.
     """
     reach = getattr(actions, name) * actions.strength
     if component(name).unit == "degrees":
@@ -26,7 +26,7 @@ def jitter_range(actions: ActionsConfig, name: str) -> tuple[float, float]:
 
 
 def corruptions_drawn(actions: ActionsConfig) -> list[Corruption]:
-    """What is done to sources with a chance above 0."""
+    """Return the corruptions of sources with a probability above 0."""
     return [
         corruption
         for corruption in CORRUPTIONS
@@ -35,7 +35,7 @@ def corruptions_drawn(actions: ActionsConfig) -> list[Corruption]:
 
 
 def strength_range(actions: ActionsConfig, corruption: Corruption) -> tuple[float, float]:
-    """The values of the column that are drawn where it is done: both 1 for one that is only done or not."""
+    """Return the range of a corruption's column where it is applied; (1, 1) for one without a strength."""
     if corruption.strength is None:
         return 1.0, 1.0
     drawn = getattr(actions, corruption.strength)

@@ -1,8 +1,8 @@
-"""The vector that says what was done to two views: names, order, scale, and both ways between it and physical values.
+"""The action vector: names, order and scale of its components, to and from physical values.
 
-Legend: B images, A components of an action vector. a(x→y), float32 (B, A), says how to get from the source x to the
-target y. The action of two equal clean views is the zero vector.
-Sources: arXiv:2403.00504 section 4 (differences of jitter, indicators of destructive transformations).
+Legend: B images, A components of an action vector. a(x→y), float32 (B, A), leads from the source x to the target y. The
+action between two equal clean views is zero. Source: arXiv:2403.00504, section 4 (differences of jitter, indicators of
+destructive transformations).
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ def _wrap(degrees: Floats) -> Floats:
 
 
 class ActionSpace:
-    """The components a predictor is told, their order and their scale.
+    """The components that condition a predictor, their order and their scale.
 
-    form "difference": jitter as target minus source (the paper's). form "absolute": each jitter component twice, the
-    source's and the target's own value, so that nothing about either view is left out.
+    form "difference": jitter as target minus source (the paper's). form "absolute": each jitter component twice, of the
+    source and of the target.
     """
 
     def __init__(self, groups: tuple[str, ...] = ("photometric",), form: str = "difference") -> None:
-        """ValueError for a group or a form that does not exist."""
+        """Raise ValueError for an unknown group or form."""
         known = tuple(dict.fromkeys(component.group for component in COMPONENTS))
         if not groups or set(groups) - set(known):
             raise ValueError(f"groups is {groups}; it must name one or more of {known}")
@@ -63,11 +63,11 @@ class ActionSpace:
 
     @property
     def corruptions(self) -> tuple[Corruption, ...]:
-        """What is told of the things done to the source alone."""
+        """The corruptions that are part of the action."""
         return tuple(corruption for corruption in CORRUPTIONS if corruption.group in self.groups)
 
     def encode(self, views: Views) -> NDArray[np.float32]:
-        """The action a(x→y) of each pair of views: float32 (B, A), 0 where nothing was done."""
+        """Return the action a(x→y) of each pair of views: float32 (B, A), 0 where nothing was applied."""
         columns = self._jitter_columns(views.source, views.target)
         for corruption in self.corruptions:
             columns |= corruption.encoded(getattr(views, corruption.column))
@@ -76,15 +76,15 @@ class ActionSpace:
         return self._stack(columns, len(views))
 
     def jitter_action(self, source: Jitter, target: Jitter) -> NDArray[np.float32]:
-        """The action of views that differ in their jitter only: float32 (B, A)."""
+        """Return the action of views that differ in jitter only: float32 (B, A)."""
         return self._stack(self._jitter_columns(source, target), len(source))
 
     def decode(self, action: Array) -> dict[str, Array]:
-        """The inverse of `encode`: action (B, A) to physical values, float64 (B,), by component name.
+        """Invert `encode`: return physical values, float64 (B,), by component name from an action (B, A).
 
-        Differences stay differences (brightness 0 means equal factors), absolute values come out as the operators used
-        them (source_brightness 1 is neutral), flags are bool, and a strength that is told as a distance is the int64
-        that its operator takes, such as a solarize_threshold with 256 for none.
+        Differences stay differences (brightness 0 means equal factors), absolute values are the operators'
+        (source_brightness 1 is neutral), flags are bool, and a strength that is encoded as a distance is the operator's
+        int64, such as a solarize_threshold with 256 for none.
         """
         action = np.asarray(action, np.float64)
         if action.ndim != 2 or action.shape[1] != self.dim:
@@ -102,9 +102,9 @@ class ActionSpace:
         return values
 
     def vector(self, values: Mapping[str, float]) -> NDArray[np.float32]:
-        """One action from physical values by name, float32 (A,): `decode` gives them back; the rest is neutral.
+        """Return one action float32 (A,) from physical values by name; the rest is neutral. `decode` inverts it.
 
-        A strength (a sigma, a threshold) sets its flag too. ValueError for a name that is not in `names`.
+        A strength (a sigma, a threshold) sets its flag too. Raises ValueError for a name that is not in `names`.
         """
         self._require_known(values)
         given = {name: float(value) for name, value in values.items()}
@@ -123,7 +123,7 @@ class ActionSpace:
         return action
 
     def _require_known(self, names: Iterable[str]) -> None:
-        """ValueError for a name that is not in `names`."""
+        """Raise ValueError for a name that is not in `names`."""
         unknown = sorted(set(names) - set(self.names))
         if unknown:
             raise ValueError(f"{unknown[0]!r} is no component of this action; there are {', '.join(self.names)}")
@@ -148,19 +148,19 @@ class ActionSpace:
 
 
 def _offset(name: str, neutral: float) -> float:
-    """What is told as 0: of a difference of jitter no difference, of all else the neutral value."""
+    """The value that is encoded as 0: no difference for a difference of jitter, else the neutral value."""
     return 0.0 if name in JITTER else neutral
 
 
 def _geometric_columns(source: Geometry, target: Geometry) -> dict[str, Array]:
     """Where x lies in the frame of y, normalised; float64 (B,) each.
 
-    Undo x's turn with the quarter turns of rotation_1..3 and mirror it if flip: that is x's box as y sees it (mirrored
+    Undo x's turn by the quarter turns of rotation_1..3 and mirror it if flip: that is x's box as y sees it (mirrored
     where y is), with its centre crop_x widths and crop_y heights of y from y's centre and exp(crop_w), exp(crop_h)
     times y's size.
     """
     if target.rotation.any():
-        raise ValueError("a target view is rotated; only sources are, the action is told in the target's frame")
+        raise ValueError("a target view is rotated; rotate sources only, the action is in the target's frame")
     x_size, y_size = source.crop[:, 2:].astype(np.float64), target.crop[:, 2:].astype(np.float64)
     offset = (source.crop[:, :2] + x_size / 2 - target.crop[:, :2] - y_size / 2) / y_size
     offset[:, 0] *= np.where(target.flip, -1.0, 1.0)

@@ -1,11 +1,10 @@
-"""What a transformation is: the one table of its parameters, and the columns in which they are kept.
+"""Transformations: the table of their parameters, and the columns that hold them.
 
-Legend: B images. `COMPONENTS` is the table of what an action is made of, in its order; `CORRUPTIONS` says of each thing
-that is done to the source alone which column of `Views` holds it and how its components are read from there. `Views` is
-everything that was done to B images, in the operators' own units; `space.ActionSpace` turns it into the action vector.
-Whatever was not done counts as its neutral value and is encoded as 0.
-Sources: arXiv:2403.00504 section 4 (differences of jitter, indicators of destructive transformations); the colour
-transformation is DALI's `color_twist`.
+Legend: B images. `COMPONENTS` lists the components of an action in order; `CORRUPTIONS` gives for each corruption of
+the source the column of `Views` that holds it, and its components. `Views` holds everything applied to B images in the
+operators' own units; `space.ActionSpace` turns it into the action vector. What was not applied has its neutral value,
+encoded as 0. Sources: arXiv:2403.00504, section 4 (differences of jitter, indicators of destructive transformations);
+the colour transformation is DALI's `color_twist`.
 """
 
 from __future__ import annotations
@@ -36,9 +35,9 @@ __all__ = [
 Array = NDArray[Any]
 Floats = NDArray[np.float64]
 
-# Levels are 0 to 255 and those at or above the threshold are inverted, so at 256 nothing happens.
+# Levels from the threshold up are inverted; they end at 255, so 256 changes nothing.
 NO_SOLARIZE = 256
-# A JPEG's quality is 1 to 100; above them nothing happens.
+# A JPEG's quality is 1 to 100; above it nothing is applied.
 NO_COMPRESSION = 101
 _YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.321], [0.211, -0.523, 0.311]])
 _RGB = np.linalg.inv(_YIQ)
@@ -46,7 +45,7 @@ _RGB = np.linalg.inv(_YIQ)
 
 @dataclass(frozen=True)
 class Component:
-    """One number of an action vector: the physical value, its neutral value taken off, divided by `range`."""
+    """One component of an action vector: the physical value minus its neutral value, divided by `range`."""
 
     name: str
     group: str
@@ -95,52 +94,52 @@ _TABLE = {component.name: component for component in COMPONENTS}
 
 
 def component(name: str) -> Component:
-    """The row of that name; KeyError where there is none."""
+    """Return the component of that name; KeyError where there is none."""
     return _TABLE[name]
 
 
 @dataclass(frozen=True)
 class Corruption:
-    """Something done to the source alone, with the chance `actions.NAME_probability`.
+    """A transformation of the source alone, with probability `actions.NAME_probability`.
 
-    The component called `name` is its flag. `column` is the column of `Views` that holds it, which is `none` where
-    nothing was done. Where it can be weak or strong, `column` is also the name of the component that says how much,
-    and of the configuration's key with the values drawn. Such a strength is told as it is, 0 being none; or, with
-    `top`, as its distance from that value, which is where it is weakest.
+    The component called `name` is its flag. `column` is its column of `Views`, which holds `none` where it is not
+    applied. Where it has a strength, `column` is also the name of the strength's component and of the configuration's
+    key for its range. The strength is encoded as it is, 0 being none; or, with `top`, as its distance from that weakest
+    value.
     """
 
     name: str
     column: str
     none: float
     dtype: DTypeLike  # of the column
-    fed: DTypeLike  # of what DALI's operator is given
+    fed: DTypeLike  # of the DALI operator's input
     top: float | None = None
     lowest: float = 0.0
     highest: float = math.inf
-    rule: str = ""  # what a strength can be, for somebody who gives another
-    slides: bool = False  # whether the report has a slider for the strength
+    rule: str = ""  # what a strength can be, for errors
+    slides: bool = False  # whether the report has a slider for it
     natural: tuple[float, ...] = ()  # ends of the encoded strength with nothing beyond them
 
     @property
     def strength(self) -> str | None:
-        """The component, and the key, that says how much; None where there is only the flag."""
+        """The component and key of the strength; None where there is only the flag."""
         return None if self.column == self.name else self.column
 
     @property
     def group(self) -> str:
-        """The group of the action that it belongs to."""
+        """The group of actions that it belongs to."""
         return _TABLE[self.name].group
 
     def done(self, values: Any) -> Any:
-        """Where something was done, of values of the column."""
+        """Return where it is applied, from values of the column."""
         return values > self.none if self.top is None else values < self.none
 
     def told(self, values: Any) -> Any:
-        """A strength as its component tells it, before the division by its range; the inverse of itself."""
+        """Return a strength as its component encodes it, before the division by its range; its own inverse."""
         return values if self.top is None else self.top - values
 
     def encoded(self, values: Array) -> dict[str, Array]:
-        """The components (B,) of a column (B,), normalised."""
+        """Return the normalised components (B,) of a column (B,)."""
         done = self.done(values)
         flag = {self.name: done.astype(np.float64)}
         if self.strength is None:
@@ -148,7 +147,7 @@ class Corruption:
         return flag | {self.strength: np.where(done, self.told(values) / _TABLE[self.strength].range, 0.0)}
 
 
-# In the order in which they are done, after the jitter.
+# In the order of application, after the jitter.
 CORRUPTIONS: tuple[Corruption, ...] = (
     Corruption("grayscale", "grayscale", none=0, dtype=bool, fed=bool),
     Corruption(
@@ -194,13 +193,13 @@ def _require_shape(name: str, array: Array, shape: tuple[int, ...]) -> None:
 
 @dataclass(frozen=True, eq=False)
 class _Rows:
-    """Columns with one row per view, by field: arrays, or columns of columns, taken and concatenated together."""
+    """Columns with one row per view, arrays or nested columns, which are indexed and concatenated together."""
 
     def __len__(self) -> int:
         return len(getattr(self, fields(self)[0].name))
 
     def take(self, rows: Array) -> Self:
-        """The given rows (any NumPy index of one axis), so often as they are named."""
+        """Return the given rows, by any NumPy index of one axis."""
 
         def taken(name: str) -> Any:
             column = getattr(self, name)
@@ -210,7 +209,7 @@ class _Rows:
 
     @classmethod
     def concatenate(cls, parts: Sequence[Self]) -> Self:
-        """One after the other, at least one."""
+        """Concatenate one or more."""
 
         def joined(name: str) -> Any:
             columns = [getattr(part, name) for part in parts]
@@ -219,13 +218,13 @@ class _Rows:
         return parts[0]._columnwise(joined)  # noqa: SLF001  (its own class)
 
     def _columnwise(self, column: Callable[[str], Any]) -> Self:
-        """The same with the columns that `column` gives by their names."""
+        """A copy with the columns that `column(name)` returns."""
         return replace(self, **{field.name: column(field.name) for field in fields(self)})
 
 
 @dataclass(frozen=True, eq=False)
 class Jitter(_Rows):
-    """Colour jitter of B views as `color_twist` takes it, float32 (B,): three factors (neutral 1), hue in degrees."""
+    """Colour jitter of B views as inputs of `color_twist`, float32 (B,): three factors (neutral 1), hue in degrees."""
 
     brightness: Array
     contrast: Array
@@ -238,13 +237,13 @@ class Jitter(_Rows):
             _require_shape(name, getattr(self, name), (len(self),))
 
     def changed(self) -> NDArray[np.bool_]:
-        """Which views (B,) have any."""
+        """Return which views have any, bool (B,)."""
         parts = [getattr(self, name) != _TABLE[name].neutral for name in JITTER]
         return np.asarray(np.logical_or.reduce(parts), bool)
 
     @staticmethod
     def neutral(count: int) -> Jitter:
-        """`count` views whose colours stay as they are."""
+        """Return the jitter of `count` unchanged views."""
         return Jitter(**{n: np.full(count, _TABLE[n].neutral, np.float32) for n in JITTER})
 
 
@@ -253,10 +252,10 @@ JITTER: tuple[str, ...] = tuple(field.name for field in fields(Jitter))
 
 @dataclass(frozen=True, eq=False)
 class Geometry(_Rows):
-    """Which part of the upright image a view shows, and how: crop, then resize to a square, flip, rotation.
+    """The part of the upright image that a view shows: crop, then resize to a square, flip, rotation.
 
     crop: int64 (B, 4), x, y, width, height in pixels; flip: bool (B,), mirrored left to right; rotation: int64 (B,),
-    quarter turns counter-clockwise, 0 to 3, made after the flip.
+    quarter turns counter-clockwise, 0 to 3, after the flip.
     """
 
     crop: Array
@@ -270,17 +269,17 @@ class Geometry(_Rows):
         _require_shape("rotation", self.rotation, (len(self),))
 
 
-_UNDONE: Any = None  # a column that is left out is that of views to which nothing was done
+_UNDONE: Any = None  # a missing column means: not applied
 
 
 @dataclass(frozen=True, eq=False)
 class Views(_Rows):
-    """Everything that was done to B images to get their target and source views.
+    """Everything applied to B images to make their target and source views.
 
     size: int64 (B, 2), width and height of the upright image in pixels. shared_geometry: both views start from one
-    cropped image, and source_geometry is target_geometry. The columns of `CORRUPTIONS`, (B,), are of what was done to
-    the source alone; one that is left out (or None) says that nothing was. grayscale: bool; blur_sigma: float32, in
-    pixels, 0 for none; solarize_threshold: int64, 256 for none; compression_quality: int64, 101 for none.
+    cropped image, and source_geometry is target_geometry. The columns of `CORRUPTIONS`, (B,), concern the source alone;
+    a missing one (or None) means: not applied. grayscale: bool; blur_sigma: float32, in pixels, 0 for none;
+    solarize_threshold: int64, 256 for none; compression_quality: int64, 101 for none.
     """
 
     size: Array
@@ -295,7 +294,7 @@ class Views(_Rows):
     compression_quality: Array = _UNDONE
 
     def __post_init__(self) -> None:
-        """Raise ValueError where a part is not of B rows, or the geometry is not shared though said to be."""
+        """Raise ValueError where a part does not have B rows, or shared_geometry is wrong."""
         count = len(self)
         _require_shape("size", self.size, (count, 2))
         for corruption in CORRUPTIONS:
@@ -311,7 +310,7 @@ class Views(_Rows):
 
     @classmethod
     def concatenate(cls, parts: Sequence[Self]) -> Self:
-        """One after the other, at least one; ValueError where some share their geometry and some do not."""
+        """Concatenate one or more; ValueError where some share their geometry and some do not."""
         if len({part.shared_geometry for part in parts}) != 1:
             raise ValueError("parts must not be empty, and all or none of them must have shared_geometry")
         return super().concatenate(parts)
@@ -324,18 +323,18 @@ class Views(_Rows):
         return replace(self, **made)
 
     def uncorrupted(self) -> Self:
-        """The same geometry and jitter, and nothing done to the source alone."""
+        """Return the same geometry and jitter without corruptions."""
         undone: dict[str, Any] = dict.fromkeys(corruption.column for corruption in CORRUPTIONS)
         return replace(self, **undone)
 
     def corrupted(self, corruption: Corruption, value: float | Array) -> Self:
-        """The same views, with that corruption's column of one value, or of (B,)."""
+        """Return the same views with one corruption's column set to a value, or to values (B,)."""
         column: Any = np.full(len(self), value, corruption.dtype)
         return replace(self, **{corruption.column: column})
 
     @staticmethod
     def neutral(size: Array, crop: Array) -> Views:
-        """Clean views: size (B, 2), crop (B, 4), nothing else done; target and source are the same."""
+        """Return clean views: size (B, 2), crop (B, 4), nothing else applied; target and source are the same."""
         count = len(size)
         geometry = Geometry(np.asarray(crop, np.int64), np.zeros(count, bool), np.zeros(count, np.int64))
         still = Jitter.neutral(count)
@@ -343,11 +342,11 @@ class Views(_Rows):
 
 
 def colour_matrix(jitter: Jitter) -> Floats:
-    """The affine map of colour that the jitter is: float64 (B, 3, 4), for RGB levels 0 to 255.
+    """Return the affine colour map of the jitter: float64 (B, 3, 4), for RGB levels 0 to 255.
 
-    out = M[:, :, :3] @ rgb + M[:, :, 3], rounded and clipped once, with b, c, s the factors and h the hue angle:
-    out = Q⁻¹ · R(h) · diag(1, s, s) · Q · (b·c) · in + 128·(1 - c)·b, Q the YIQ matrix. This is what DALI's
-    `color_twist` computes (measured on 2.4: mean difference under 1e-4 of a level).
+    out = M[:, :, :3] @ rgb + M[:, :, 3], rounded and clipped once, with b, c, s the factors and h the hue angle: out =
+    Q⁻¹ · R(h) · diag(1, s, s) · Q · (b·c) · in + 128·(1 - c)·b, Q the YIQ matrix. This is what DALI's `color_twist`
+    computes (measured on 2.4: mean difference under 1e-4 of a level).
     """
     b, c, s, hue = (getattr(jitter, name).astype(np.float64) for name in JITTER)
     cos, sin = s * np.cos(np.radians(hue)), s * np.sin(np.radians(hue))

@@ -96,8 +96,8 @@ class Checkers:
         except OSError as error:
             self.close()
             raise UserError(
-                f"a process that checks images cannot be started ({error.strerror or error}); set data.checkers=0, and "
-                "the training checks them itself"
+                f"a process that checks images cannot be started ({error.strerror or error}); set data.checkers=0 to "
+                "check them in the training process"
             ) from error
         self._alive = list(self._all)
 

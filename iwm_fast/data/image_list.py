@@ -160,7 +160,7 @@ def divide(root: str | Path, patience: Patience = PATIENCE, source: str = "auto"
         return (*_both_with_labels(train, test, layout), layout)
     images = list_images(root, source, patience)
     if len(images) < 2:
-        raise UserError(f"{root} holds one image only; give at least two, to learn from and to test on")
+        raise UserError(f"{root} holds one image only; give at least two, to train on and to test on")
     by_name = _by_shard_names(images, layout)
     if by_name is not None:
         return by_name
@@ -175,7 +175,7 @@ def _both_with_labels(train: ImageSet, test: ImageSet, layout: Layout) -> tuple[
     """The images without those that have no label, where some have one. UserError where none is left of a split."""
     whose = [f"{place}: of its images" for place in layout.places]
     if not layout.given:
-        whose = [f"{layout.root}: of the images to {what}" for what in ("learn from", "test on")]
+        whose = [f"{layout.root}: of the images to {what}" for what in ("train on", "test on")]
     learned, tested = (_with_labels(images, what) for images, what in zip((train, test), whose, strict=True))
     return learned, tested
 

@@ -80,7 +80,7 @@ def divide_masked(root: Path) -> tuple[MaskedSet, MaskedSet, Layout]:
         train, test = (pairs.take(np.flatnonzero(top == Path(part).name)) for part in layout.places)
     else:
         if len(pairs) < 2:
-            raise UserError(f"{root} holds one image only; give at least two, to learn from and to test on")
+            raise UserError(f"{root} holds one image only; give at least two, to train on and to test on")
         tested = test_rows(len(pairs))
         layout = Layout(place, place, place, "sample ids")
         train, test = pairs.take(np.flatnonzero(~tested)), pairs.take(np.flatnonzero(tested))

@@ -70,7 +70,7 @@ class Layout:
         """The splits as errors call them: learned from, tested on."""
         if self.given:
             return self.train, self.test
-        return f"{self.root}, what is learned from", f"{self.root}, what is tested on"
+        return f"{self.root}, training images", f"{self.root}, test images"
 
     def record(self) -> dict[str, Any]:
         """For JSON; ``said``: the same as `line`."""
@@ -82,11 +82,11 @@ class Layout:
         rest = f"; not used: {', '.join(self.unused)}" if self.unused else ""
         if not self.given:
             return printable(
-                f"{self.root}: no train/ and test/ in it, so a fixed fifth of its images, by sample id, is tested on "
-                f"and the others are learned from{rest}"
+                f"{self.root}: no train/ and test/ in it, so a fixed fifth of its images, by sample id, is the test "
+                f"set and the rest the training set{rest}"
             )
-        same = "; they are one folder, by a link: all that is tested on was learned from" if self.same else ""
-        return printable(f"{self.train} is learned from, {self.test} is tested on{same}{rest}")
+        same = "; they are one folder, by a link: every test image is a training image" if self.same else ""
+        return printable(f"train on {self.train}, test on {self.test}{same}{rest}")
 
 
 def find_layout(root: str | Path, patience: Patience = PATIENCE) -> Layout:

@@ -155,7 +155,7 @@ def _objects(manifest: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 except (ValueError, RecursionError) as error:
                     raise UserError(f"{manifest}:{number}: not JSON: {error}") from error
                 if not isinstance(row, dict):
-                    raise UserError(f"{manifest}:{number}: found {text.strip()[:60]}; allowed: an object a line")
+                    raise UserError(f"{manifest}:{number}: found {text.strip()[:60]}; allowed: one object per line")
                 yield number, row
     except OSError as error:
         raise UserError(f"{manifest}: cannot be read: {error.strerror}") from error

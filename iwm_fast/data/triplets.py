@@ -101,7 +101,7 @@ def read_triplets(manifest: Path, known: ExternalActions | None = None) -> Tripl
     """
     header, rows = header_of(manifest), list(lines_of(manifest))
     if not rows:
-        raise UserError(f"{manifest}: holds no triplet; give one a line: {{source, target, action}}")
+        raise UserError(f"{manifest}: holds no triplet; give one per line: {{source, target, action}}")
     for line in rows:
         _check_keys(line, rows[0])
     places: dict[str, int] = {}

@@ -65,7 +65,7 @@ def _answer(connection: Connection) -> Any:
         answer = connection.recv()
     except (EOFError, ConnectionError) as error:
         raise UserError(
-            "a helping process died (memory that ran out is the usual cause); start the command again, it goes on"
+            "a worker process died, usually because memory ran out; run the command again, it resumes"
         ) from error
     if isinstance(answer, Exception):
         raise answer

@@ -43,8 +43,8 @@ def require_graphs(config: Config, device: torch.device) -> None:
     backend = resolve_backend(config.model.attention, device.type)
     if backend in GROUPED:
         raise UserError(
-            f"train.cuda_graph needs packed attention, and this machine has {backend}, which takes images of one "
-            "length at a time: set it to false"
+            f"train.cuda_graph needs packed attention, and this machine has {backend}, which launches one kernel per "
+            "sequence length: set it to false"
         )
 
 

@@ -34,8 +34,8 @@ class KernelChoices:
             return None
         others = f", only of {', '.join(sorted(self._tables))}" if self._tables else ""
         return (
-            f"{self._file}: no block sizes of {self.choices.name}{others}: they are found anew, and results equal "
-            "those of the run before to rounding"
+            f"{self._file}: no block sizes of {self.choices.name}{others}: they are tuned again, and results "
+            "equal those of the run before up to rounding"
         )
 
     def meet(self, step: int) -> None:
@@ -71,14 +71,14 @@ def read_tables(file: Path, checkpoint: Path | None) -> Tables:
     except (ValueError, RecursionError):
         document = None
     if not isinstance(document, dict) or document.get("schema") != SCHEMA:
-        _say(source, f"is damaged or of another kind{_aside(file, source)}: block sizes are found anew")
+        _say(source, f"is damaged or of another kind{_aside(file, source)}: block sizes are tuned again")
         return {}
     tables, damaged = _tables(document.get("devices"))
     if damaged:
         kept = _aside(file, source)
         if source == file:
             _write(file, tables)
-        _say(source, f"{damaged} damaged entries are left out{kept}: their block sizes are found anew")
+        _say(source, f"{damaged} damaged entries are left out{kept}: their block sizes are tuned again")
     return tables
 
 

@@ -130,7 +130,9 @@ def _evaluated(
         _save(run, log)
         run.writer.wait()
         name = run.directory.checkpoints / f"step_{step:06d}"
-        raise UserError(f"evaluation after step {step}: {error} ({name} is written; --resume auto goes on)") from error
+        raise UserError(
+            f"evaluation after step {step}: {error} ({name} is written; resume with --resume auto)"
+        ) from error
     return (record or {"step": step}) | found if found else record
 
 
@@ -160,7 +162,7 @@ def _say_stopped(run: Run, asked: Asked, progress: TrainingProgress, *, made_ste
     if step == 0:
         progress.say(f"{word} before the first step: there is nothing to save")
         return
-    held = f"checkpoint {run.directory.checkpoints / f'step_{step:06d}'}" if made_steps else "no step was made"
+    held = f"checkpoint {run.directory.checkpoints / f'step_{step:06d}'}" if made_steps else "no step was taken"
     progress.say(f"{word} after step {step}, {held}; resume with: iwm-fast pretrain --out {out} --resume auto")
 
 
@@ -171,8 +173,8 @@ def _open_log(run: Run) -> MetricsLog:
 
 def _named(slow: dict[str, Any], step: int, ranks: Ranks) -> str:
     return (
-        f"step {step}: {ranks.peers[slow['rank']].name} keeps the others waiting: {slow['own_s']:.3g} s a step for its "
-        f"own data and forward pass, the others {slow['others_s']:.3g} s"
+        f"step {step}: {ranks.peers[slow['rank']].name} keeps the others waiting: {slow['own_s']:.3g} s per step for "
+        f"its own data and forward pass, the others {slow['others_s']:.3g} s"
     )
 
 

@@ -45,7 +45,7 @@ class SummedGradients:
             return
         missing = self._missing[self._of[parameter]]
         if parameter not in missing:
-            raise RuntimeError("a gradient came twice before the sums were waited for")
+            raise RuntimeError("a gradient came twice before its all-reduce was waited for")
         missing.remove(parameter)
         while len(self._sent) < len(self.buckets) and not self._missing[len(self._sent)]:
             self._send()

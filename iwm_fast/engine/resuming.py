@@ -88,7 +88,9 @@ def choose_checkpoint(config: Config, directory: RunDirectory, resume: str) -> P
     if directory.config_file.exists():
         directory.require_same(config)
     elif _of_run(wanted, directory):
-        _tell(f"{directory.config_file}: is missing, so the settings are those given, not compared with the run's")
+        _tell(
+            f"{directory.config_file}: is missing, so the given settings are used without comparing them with the run's"
+        )
     return chosen
 
 

@@ -157,7 +157,7 @@ class RunDirectory:
                 with self.metrics_before.open("ab") as file:
                     file.write(lines)
                 print(
-                    f"{self.checkpoints}: no checkpoint to resume from, so the run begins again; its metrics until now "
+                    f"{self.checkpoints}: no checkpoint to resume from, so the run starts over; its metrics until now "
                     f"are in {self.metrics_before.name}",
                     file=sys.stderr,
                     flush=True,
@@ -173,7 +173,7 @@ def run_config(file: Path, overrides: Sequence[str] = ()) -> Config:
     """
     if file.is_file() and not file.read_bytes().strip(b" \0\r\n"):
         raise UserError(
-            f"{file}: is empty, so nobody can tell what the run's settings are: restore it, or remove it and resume "
+            f"{file}: is empty, so the run's settings are unknown: restore it, or remove it and resume "
             "with the CONFIG that it was trained with"
         )
     return load_config(file, overrides)

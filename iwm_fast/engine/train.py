@@ -203,7 +203,7 @@ def _announce(
     if saved and saved.index.get("images", len(files)) != len(files):
         progress.say(
             f"the data have {len(files)} images now and had {saved.index['images']} when the checkpoint was written: "
-            "what is left of the order is another one (iwm-fast data index keeps the list as it is)"
+            "the remaining samples come in another order (iwm-fast data index fixes the list)"
         )
     elif saved and run.identity and (change := run.identity.change_since(saved)):
         progress.say(f"the data changed since the checkpoint was written: {change}")
@@ -212,4 +212,4 @@ def _announce(
     if news := run.choices.news(run.trainer.step):
         progress.say(news)
     if run.trainer.step >= run.stop_at:
-        progress.say(f"nothing to do: {run.trainer.step} steps are done; raise train.steps to go on")
+        progress.say(f"nothing to do: {run.trainer.step} steps are done; raise train.steps to train further")

@@ -59,7 +59,7 @@ def export_run(run: Path, out: Path, which: str = "latest", *, onnx: bool = Fals
         "model": config.model.model_dump(mode="json"),
         "actions": {**config.actions.model_dump(mode="json"), "names": list(space.names)},
         "timm": timm_arguments(config.model),
-        "input": "RGB in [0, 1], normalised with ImageNet's mean and standard deviation",
+        "input": "RGB in [0, 1], normalised with ImageNet's mean and std",
         "evaluated_encoder": "target" if model.target_encoder is not None else "context",
     }
     with writing(out), whole_folder(out) as partial:

@@ -1,7 +1,7 @@
-"""Networks: ViT encoder over packed visible patches, predictors, and the IWM module that ties them to target and loss.
+"""Networks: the ViT encoder over packed visible patches, predictors, and the IWM module with target and loss.
 
-Shapes: B images, L patches of a whole image, N packed tokens, D (De, Dp) token width (of encoder, of predictor),
-A action components, S side of an image in pixels.
+Shapes: B images, L patches of a whole image, N packed tokens, D (De, Dp) token width (of encoder, of predictor), A
+action components, S side of an image in pixels.
 """
 
 from __future__ import annotations

@@ -1,18 +1,17 @@
-"""Self-attention within each image of a packed batch: which library computes it is decided here and nowhere else.
+"""Self-attention within each image of a packed batch; this module alone decides which library computes it.
 
-On a GPU, xformers' `memory_efficient_attention` with a block-diagonal mask, or what a measurement that ships with the
-package found faster there for such lengths (`measured_attention`, written by `benchmarks.attention`).
+On a GPU: xformers' `memory_efficient_attention` with a block-diagonal mask, or the backend that shipped measurements
+found faster there for such lengths (`measured_attention`, written by `benchmarks.attention`).
 
-xformers' is FlashAttention in half precision. Its gradients of q, k and v are three tensors, which the backward pass of
-their split copies into one: 12 bytes moved for each number of q in bf16. "efficient" is PyTorch's own memory-efficient
-attention (CUTLASS), which writes all three into one tensor; in fp32 xformers takes the same kernels, so there it stands
-in for xformers.
+xformers uses FlashAttention in half precision. Its gradients of q, k and v are three tensors, which the backward pass
+of their split copies into one: 12 bytes moved per element of q in bf16. "efficient" is PyTorch's own memory-efficient
+attention (CUTLASS), which writes all three into one tensor; in fp32 xformers runs the same kernels, so "efficient"
+replaces it there.
 
-On the CPU, where xformers has no operator, PyTorch's SDPA, one dense call for all images of the same length: at 128
+On the CPU, where xformers has no operator: PyTorch's SDPA, one dense call for all images of the same length. At 128
 images, 4 heads of 32, contexts of 15–35 and predictor sequences of 35–60 tokens, forward and backward on two cores take
-6.5 and 14 ms so, 8 and 16 ms padded with a mask, and no operation is spent on padding. In bf16 it is computed in fp32:
-PyTorch's CPU kernel for halves takes 1.3 to 9 times as long, forward and backward, as fp32 with the conversions (heads
-of 32 and 64, 34 to 196 tokens).
+6.5 and 14 ms, against 8 and 16 ms padded with a mask. bf16 is computed in fp32: PyTorch's CPU kernel for half precision
+takes 1.3 to 9 times as long as fp32 with the conversions (heads of 32 and 64, 34 to 196 tokens).
 """
 
 from __future__ import annotations
@@ -48,18 +47,18 @@ __all__ = [
 ]
 
 BACKENDS = ("xformers", "efficient", "sdpa", "cudnn", *OPERATORS)
-# One dense call for each length: who sorts images by length once saves moving tokens at every call.
+# One dense call per length: callers sort images by length once, which saves moving tokens at every call.
 GROUPED = frozenset({"sdpa", "cudnn"})
-# Written for two bytes: what is fp32 (an evaluation, say) is computed as "auto" would.
+# Backends for half precision only; fp32 (an evaluation, say) uses "auto" instead.
 _IN_HALVES = frozenset({"cudnn", *OPERATORS})
 
-# In xformers' place, from q, k and v (1, N, heads, d) to what it gives.
+# Replaces xformers: a function of q, k and v (1, N, heads, d).
 _library: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
 
 
 @contextlib.contextmanager
 def use_library(attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Iterator[None]:
-    """Let ``attend`` stand in for xformers inside, on every device: launches are counted and nothing is computed."""
+    """Replace xformers by ``attend`` inside, on every device, to count launches without computing."""
     global _library  # noqa: PLW0603  (for all threads: autograd has its own)
     before, _library = _library, attend
     resolve_backend.cache_clear()
@@ -72,7 +71,7 @@ def use_library(attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Iterator[
 
 @cache
 def _xformers() -> Any | None:
-    """The operators of xformers, or None where it is not installed. Imported when first needed: it takes a second."""
+    """Operators of xformers, or None where it is not installed. Imported when first needed, which takes a second."""
     try:
         import xformers.ops
     except ImportError:
@@ -81,7 +80,7 @@ def _xformers() -> Any | None:
 
 
 def unavailable(backend: str, device: str) -> str | None:
-    """Why one of BACKENDS cannot run on a device's type, after "which"; None where it can."""
+    """Return why one of BACKENDS cannot run on a device's type, to follow "which"; None where it can."""
     if backend == "sdpa":
         return None
     if backend in OPERATORS:
@@ -97,14 +96,14 @@ def unavailable(backend: str, device: str) -> str | None:
 
 @cache
 def resolve_backend(requested: str, device: str) -> str:
-    """The attention that runs on a device where nothing was measured: one of BACKENDS.
+    """Return the backend for a device without measurements: one of BACKENDS.
 
     Args:
         requested: "auto" or one of BACKENDS, the config's model.attention.
         device: a device's type, "cpu" or "cuda".
 
     Raises:
-        UserError: it was asked for by name and cannot run.
+        UserError: a backend given by name cannot run.
         ValueError: an unknown name.
 
     """
@@ -122,7 +121,7 @@ def resolve_backend(requested: str, device: str) -> str:
 
 
 def require_attention(requested: str, device: str, precision: str) -> None:
-    """Raise UserError where training cannot use what was asked for by name. precision: fp32 or bf16."""
+    """Raise UserError where training cannot use the requested backend. precision: fp32 or bf16."""
     backend = resolve_backend(requested, device)
     if backend in _IN_HALVES and precision == "fp32":
         raise UserError(
@@ -132,13 +131,13 @@ def require_attention(requested: str, device: str, precision: str) -> None:
 
 
 def describe_attention(requested: str, device: torch.device) -> str:
-    """For a log: what computes attention, and by what right."""
+    """Return the backend for a log, and whether measurements chose it."""
     usual = resolve_backend(requested, device.type)
     if requested != "auto" or device.type != "cuda":
         return usual
     chosen = measured_backends(device)
     if not chosen:
-        return f"{usual} (nothing was measured on this GPU)"
+        return f"{usual} (no measurements of this GPU)"
     return f"{usual}, or by measurements of this GPU {' or '.join(chosen)}"
 
 
@@ -175,16 +174,16 @@ def choose_backend(
     if requested != "auto" or _library is not None:
         return usual
     if torch.are_deterministic_algorithms_enabled():
-        return "efficient"  # which is, where asked; what was measured need not be
+        return "efficient"  # deterministic in this mode; a measured backend may not be
     found = measured_choice(device, segments, heads, head, dtype, gradients=gradients)
     if found in GROUPED and segments.padding:
-        return usual  # static shapes: another batch has other groups
+        return usual  # with static shapes another batch has other groups
     return found if found in BACKENDS and unavailable(found, device.type) is None else usual
 
 
 def packed_qkv_attention(qkv: Tensor, segments: Segments, backend: str) -> Tensor:
     """`packed_attention` of q, k and v = qkv[:, 0], qkv[:, 1] and qkv[:, 2], of qkv (N, 3, heads, d): (N, heads, d)."""
-    if backend == "xformers" and qkv.dtype == torch.float32:  # whose operator for it this is
+    if backend == "xformers" and qkv.dtype == torch.float32:  # xformers' own operator for fp32
         backend = "efficient"
     if backend == "efficient" and segments.total and torch.is_grad_enabled() and qkv.requires_grad:
         _check_segments(qkv, segments)
@@ -195,7 +194,7 @@ def packed_qkv_attention(qkv: Tensor, segments: Segments, backend: str) -> Tenso
 
 
 def packed_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, backend: str) -> Tensor:
-    """softmax(q kᵀ / √d) v of each image for itself.
+    """Return softmax(q kᵀ / √d) v within each image.
 
     Args:
         q: (N, heads, d), packed; the three may be views of one tensor.
@@ -205,10 +204,10 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, backen
         backend: one of BACKENDS, from `choose_backend`.
 
     Returns:
-        (N, heads, d). The softmax is computed in fp32 by all backends.
+        (N, heads, d). All backends compute the softmax in fp32.
 
     Raises:
-        ValueError: the segments do not add up to N (xformers would accept that in silence), or an unknown backend.
+        ValueError: the segments do not add up to N (xformers would accept that silently), or an unknown backend.
 
     """
     _check_segments(q, segments)
@@ -246,13 +245,14 @@ def _xformers_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> 
         raise ValueError("backend is xformers, which is not installed")
     parts, named = (q[None], k[None], v[None]), {}
     if torch.are_deterministic_algorithms_enabled():
-        # Its flash-attention has no deterministic backward pass, and cannot be continued by another operator's.
+        # xformers' flash-attention has no deterministic backward pass, and no other operator can continue its forward
+        # pass.
         named["op"] = ops.fmha.cutlass.FwOp, ops.fmha.cutlass.BwOp
     return ops.memory_efficient_attention(*parts, attn_bias=segments.block_diagonal_mask, **named)[0]
 
 
 def _efficient_forward(q: Tensor, k: Tensor, v: Tensor, segments: Segments, *, for_backward: bool) -> tuple[Any, ...]:
-    """The operator's results: (1, N, heads, d), log-sum-exp (images, heads, ·), and what dropout would have needed."""
+    """The operator's results: (1, N, heads, d), log-sum-exp (images, heads, ·), and the state of dropout."""
     bounds, longest = segments.filled_bounds, segments.longest
     found: tuple[Any, ...] = torch.ops.aten._efficient_attention_forward(  # noqa: SLF001
         q[None], k[None], v[None], None, bounds, bounds, longest, longest, 0.0, 0, for_backward
@@ -261,9 +261,9 @@ def _efficient_forward(q: Tensor, k: Tensor, v: Tensor, segments: Segments, *, f
 
 
 class _Efficient(torch.autograd.Function):
-    """PyTorch's memory-efficient attention of a packed qkv, whose gradient its backward kernel writes whole.
+    """PyTorch's memory-efficient attention of a packed qkv, whose backward kernel writes one gradient tensor.
 
-    Autograd's own rule for that operator asks it for three tensors.
+    Autograd's own rule for that operator makes it write three.
     """
 
     @staticmethod
@@ -288,7 +288,7 @@ class _Efficient(torch.autograd.Function):
 
 
 def _whole(dq: Tensor, dk: Tensor, dv: Tensor) -> Tensor:
-    """The (N, 3, heads, d) tensor that the three are the parts of."""
+    """The (N, 3, heads, d) tensor that the three are views of."""
     step = dk.storage_offset() - dq.storage_offset()
     assert step == dq.shape[1] * dq.shape[2]
     assert dv.storage_offset() - dk.storage_offset() == step
@@ -298,12 +298,12 @@ def _whole(dq: Tensor, dk: Tensor, dv: Tensor) -> Tensor:
 
 
 def _grouped_sdpa(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
-    """One dense call for each run of images of the same length."""
+    """One dense call per run of images of the same length."""
     return _grouped(q, k, v, segments, F.scaled_dot_product_attention)
 
 
 def _grouped_cudnn(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
-    """The same by cuDNN; images of one token, which it does not take, by PyTorch's own choice."""
+    """The same by cuDNN; PyTorch's default computes images of one token, which cuDNN rejects."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if q.shape[2] == 1:
@@ -326,7 +326,7 @@ def _grouped(q: Tensor, k: Tensor, v: Tensor, segments: Segments, attend: Callab
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over packed tokens; qkv and proj as in timm, applied by the block that has it."""
+    """Multi-head self-attention over packed tokens; the block applies qkv and proj, named as in timm."""
 
     def __init__(self, width: int, heads: int, attention: str = "auto") -> None:
         super().__init__()
@@ -336,13 +336,14 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, qkv: Tensor, segments: Segments) -> Tensor:
-        """(N, 3 · D) packed, what `qkv` gives, → (N, D), what `proj` takes."""
+        """Map qkv (N, 3 · D), packed, to the input of `proj` (N, D)."""
         backend = self._backend(qkv, segments)
         return packed_qkv_attention(qkv.unflatten(1, (3, self.heads, -1)), segments, backend).flatten(1)
 
     def wants_groups(self, segments: Segments) -> bool:
-        """Whether it takes images of one length at a time, so that sorting these before the first block saves time."""
-        # Not self.qkv.weight: at ZeRO stage 3 DeepSpeed gathers what is read by name, and ranks ask at different times.
+        """Return whether attention runs one call per length, so that sorting images by length first saves time."""
+        # Not self.qkv.weight: at ZeRO stage 3 DeepSpeed gathers what is read by name, and ranks read at different
+        # times.
         return self._backend(next(self.qkv.parameters()), segments) in GROUPED
 
     def _backend(self, like: Tensor, segments: Segments) -> str:

@@ -1,11 +1,11 @@
-"""Packed attention of libraries that may be installed: each with why it cannot run here, and how it is called.
+"""Packed attention of optional libraries: why each cannot run here, and how to call it.
 
-All take q, k and v (N, heads, d), packed, and `Segments`, and return (N, heads, d). Images without a token have no
-segment. `attention` chooses among them, and has xformers and PyTorch's SDPA itself.
+All take packed q, k and v (N, heads, d) and `Segments`, and return (N, heads, d). Images without a token have no
+segment. `attention` chooses among them, and calls xformers and PyTorch's SDPA itself.
 
-Backward passes, by what the libraries' sources say: flash-attention sums the queries' gradients with atomics, in an
-order that changes from run to run, unless asked for another one that does not, at some cost of time and memory.
-PyTorch's own takes `torch.use_deterministic_algorithms` for being asked; the packages have an argument.
+Backward passes, according to the libraries' sources: flash-attention sums the gradient of q with atomics, in an order
+that changes between runs; a deterministic mode costs some time and memory. PyTorch's version reads
+`torch.use_deterministic_algorithms`; the packages have an argument.
 """
 
 from __future__ import annotations
@@ -30,8 +30,7 @@ HALVES = (torch.bfloat16, torch.float16)
 class Operator:
     """A library's packed attention, in bf16 and fp16 on a GPU.
 
-    module: that it is imported from. name: of the function there. where: what has it, for a person. since: the compute
-    capability of a GPU that it begins with.
+    module, name: of the function. where: the library's name for people. since: the lowest compute capability.
     """
 
     module: str
@@ -41,7 +40,7 @@ class Operator:
     call: Callable[[Any, Tensor, Tensor, Tensor, Tensor, int], Any]
 
     def missing(self, device: str) -> str | None:
-        """Why it cannot run on a device's type, after "which"; None where it can."""
+        """Return why it cannot run on a device's type, to follow "which"; None where it can."""
         if device != "cuda":
             return f"has no operator for {device}"
         if library(self.module, self.name) is None:
@@ -53,7 +52,7 @@ class Operator:
         return None
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
-        """softmax(q kᵀ / √d) v of each image for itself."""
+        """Return softmax(q kᵀ / √d) v within each image."""
         function = library(self.module, self.name)
         if function is None:
             raise ValueError(f"{self.where} is not installed")
@@ -64,7 +63,7 @@ class Operator:
 
 @cache
 def library(module: str, name: str) -> Callable[..., Any] | None:
-    """A library's function, or None where it is not installed, or another version is."""
+    """Return a library's function, or None where it is not installed or has another version."""
     try:
         return getattr(import_module(module), name, None)
     except ImportError:

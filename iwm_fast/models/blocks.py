@@ -1,8 +1,8 @@
-"""Transformer blocks over packed tokens, and how their weights begin.
+"""Transformer blocks over packed tokens, and their initialisation.
 
-A module that hands its weights to an operator of `iwm_fast.kernels` owns them as direct parameters, because ZeRO stage
-3 gathers the parameters of the module whose forward is running and of no other. So a block's second normalisation and
-both linear layers live in `ConditionedMlp` under the operator's names; `export_names` maps them to timm's.
+A module that passes its weights to an operator of `iwm_fast.kernels` owns them as direct parameters, because ZeRO stage
+3 gathers only the parameters of the module whose forward is running. So a block's second normalisation and both linear
+layers live in `ConditionedMlp` under the operator's names; `export_names` maps them to timm's.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ NORM_EPS = 1e-6
 
 
 class Norm(nn.LayerNorm):
-    """Layer normalisation with fp32 statistics whatever the tokens' type (PyTorch's own does so) and this eps."""
+    """Layer normalisation with fp32 statistics for any token type (as PyTorch's), and this eps."""
 
     def __init__(self, width: int) -> None:
         super().__init__(width, eps=NORM_EPS)
 
 
 class StreamNorm(nn.Module):
-    """The residual stream, to go on with, and its normalisation: in the backward pass their gradients meet in one."""
+    """Return (x, LN(x)), whose backward pass adds both gradients in one kernel."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class StreamNorm(nn.Module):
 
 
 class LimitedMlp(nn.Module):
-    """One that calls `conditioned_mlp`. workspace: its limit in bytes, None for that of the process."""
+    """A module that calls `conditioned_mlp`. workspace: its limit in bytes, None for the process's."""
 
     workspace: int | None = None
 
@@ -71,7 +71,7 @@ def limit_workspace(module: nn.Module, size: int) -> None:
 
 
 class ConditionedMlp(LimitedMlp):
-    """x + MLP(LN(x)), with the action as a bias of its image where `actions` is above 0: one operator."""
+    """x + MLP(LN(x)) in one operator, with the action as a bias per image where `actions` is above 0."""
 
     def __init__(self, width: int, hidden: int, actions: int = 0) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class ConditionedMlp(LimitedMlp):
         self.b_in = nn.Parameter(torch.zeros(hidden))
         self.w_out = nn.Parameter(torch.empty(width, hidden))
         self.b_out = nn.Parameter(torch.zeros(width))
-        # Zero at first: training starts from the unconditioned network and no action disturbs it.
+        # Zero at first: training starts from the unconditioned network.
         self.w_action = nn.Parameter(torch.zeros(hidden, actions)) if actions else None
         nn.init.xavier_uniform_(self.w_in)
         nn.init.xavier_uniform_(self.w_out)
@@ -111,10 +111,10 @@ class ConditionedMlp(LimitedMlp):
 
 @dataclass(frozen=True, eq=False)
 class Kept:
-    """The tokens to go on with after a last attention, where nobody reads the others.
+    """The tokens that the last block computes after its attention; nothing reads the others.
 
-    rows: int64 (Nk,), in the block's tokens, in any order; segments: of the Nk; action: (B, A), of the same images, or
-    None where the block is told none.
+    rows: int64 (Nk,), of the block's tokens, in any order; segments: of the Nk; action: (B, A), of the same images, or
+    None where the block is not conditioned on it.
     """
 
     rows: Tensor
@@ -148,14 +148,16 @@ class Block(nn.Module):
         return self.after(x, mixed, kept.segments.cu_seqlens, kept.action, kept.rows)
 
     def before(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """What comes before the attention: x (N, D), to go on with, and its queries, keys and values (N, 3 · D)."""
+        """Return (x, qkv): the residual stream (N, D), and queries, keys and values (N, 3 · D) for the attention."""
         x, normed = self.norm1(x)
         return x, self.attn.qkv(normed)
 
     def after(
         self, x: Tensor, mixed: Tensor, cu_seqlens: Tensor, action: Tensor | None, rows: Tensor | None = None
     ) -> Tensor:
-        """What comes after it, for the tokens int64 (Nk,) that `rows` names and cu_seqlens divides; None: for all."""
+        """Return the block's output after the attention, for the tokens `rows`, int64 (Nk,), in segments cu_seqlens;
+        None: for all.
+        """
         if rows is not None:
             x, mixed = x.index_select(0, rows), mixed.index_select(0, rows)
         return self.mlp(x + self.attn.proj(mixed), cu_seqlens, action)
@@ -170,10 +172,10 @@ def run_blocks(
     kept: Kept | None = None,
     recompute: bool = False,
 ) -> Tensor:
-    """Take x through all blocks; with `recompute` only each block's input is kept for the backward pass.
+    """Apply all blocks to x; with `recompute` only each block's input is saved for the backward pass.
 
-    segments: as the blocks take them, `Segments`, or cu_seqlens where they are `ConditionedMlp`. `kept` is for the last
-    block, which has to be a `Block`.
+    segments: as the blocks take them, `Segments`, or cu_seqlens for `ConditionedMlp`. `kept` is for the last block,
+    which must be a `Block`.
     """
     last = len(blocks) - 1
     for i, block in enumerate(blocks):
@@ -186,16 +188,16 @@ def run_blocks(
 
 
 def wants_groups(blocks: nn.ModuleList, segments: Segments) -> bool:
-    """Whether the blocks' attention, alike in all of them, takes images of one length at a time, as the CPU's does."""
+    """Return whether the blocks' attention runs one call per length, as the CPU's does; all blocks agree."""
     first = next((block for block in blocks if isinstance(block, Block)), None)
     return first is not None and first.attn.wants_groups(segments)
 
 
 def initialise_linear(linear: nn.Linear) -> None:
-    """Xavier's uniform and no bias, as MAE.
+    """Initialise with Xavier's uniform and no bias, as MAE.
 
-    I-JEPA's fixed deviation of 0.02 is about the same at ViT-B's width. At widths of 100 to 200 and small patches it is
-    a third of it or less: tokens then carry their position and little of the image, and the target hardly leaves that.
+    I-JEPA's fixed std of 0.02 is about the same at ViT-B's width. At widths of 100 to 200 and small patches it is a
+    third of it or less: tokens then hold their position and little of the image, and the target hardly leaves that.
     """
     nn.init.xavier_uniform_(linear.weight)
     nn.init.zeros_(linear.bias)
@@ -203,7 +205,7 @@ def initialise_linear(linear: nn.Linear) -> None:
 
 @torch.no_grad()
 def rescale_blocks(blocks: nn.ModuleList) -> None:
-    """Divide the weights that write to the residual stream by √(2 · layer), layers counted from 1, as I-JEPA."""
+    """Divide the weights that write to the residual stream by √(2 · layer), counted from 1, as I-JEPA."""
     for layer, block in enumerate(blocks, start=1):
         factor = math.sqrt(2.0 * layer)
         if isinstance(block, Block):

@@ -1,9 +1,9 @@
-"""The networks' parts that know no lengths, as compiled code: what lies before and after an attention, and both ends.
+"""Compile the parts of the networks that do not depend on lengths: before and after each attention, and both ends.
 
-A region takes and gives tensors only. Their first dimension, which counts tokens or images, is marked dynamic and
-every other is a constant, so a batch of other lengths runs the code that is there. The attention between the regions,
-which is divided by lengths, stays outside. A module's parameters are inputs to its region: all blocks of one shape
-share its code, whatever the depth. Nothing is wrapped, so parameters keep their names.
+A region takes and returns tensors only. Their first dimension, tokens or images, is marked dynamic and every other is
+constant, so new lengths run the existing code. Attention, which depends on lengths, stays outside. A module's
+parameters are inputs of its region: all blocks of one shape share code at any depth. Nothing is wrapped, so parameters
+keep their names.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ __all__ = ["compilations", "compile_regions"]
 
 
 def compile_regions(model: IWM) -> None:
-    """Let the model's regions run as compiled code, made when each first runs: seconds to minutes, once a start.
+    """Compile the model's regions when each first runs, which takes seconds to minutes per launch.
 
-    The answers are those of the same operators, rounded in other places. torch keeps code on disk for the next start.
+    Results are those of the same operators with other rounding. torch caches code on disk for the next launch.
     """
-    # Code belongs to a method, and torch allows eight kinds of it: those of another configuration are let go.
+    # A method holds its compiled code, and torch allows eight versions: those of another configuration are dropped.
     torch.compiler.reset()
     for module, name, packed in _regions(model):
         setattr(module, name, _region(module, name, packed))
 
 
 def compilations() -> int:
-    """Graphs that torch has compiled in this process."""
+    """Return the number of graphs that torch has compiled in this process."""
     from torch._dynamo.utils import counters
 
     return counters["stats"]["unique_graphs"]
 
 
 def _regions(model: IWM) -> Iterator[tuple[nn.Module, str, tuple[int, ...]]]:
-    """Each region: a module, the name of its method, and which of the arguments are packed tokens'."""
+    """(module, method name, which arguments hold packed tokens) of each region."""
     for module in model.modules():
         if isinstance(module, Block):
             yield module, "before", (0,)
@@ -51,13 +51,13 @@ def _regions(model: IWM) -> Iterator[tuple[nn.Module, str, tuple[int, ...]]]:
             yield module, "embed", (1,)
         elif isinstance(module, VitPredictor | MlpPredictor):
             yield module, "finish", (0,)
-    if isinstance(model.predictor, MlpPredictor):  # another's `ConditionedMlp` is a part of its block's region
+    if isinstance(model.predictor, MlpPredictor):  # a `ConditionedMlp` in a block is part of the block's region
         yield from ((block, "forward", (0,)) for block in model.predictor.blocks)
 
 
 @cache
 def _compiled(method: Callable[..., Any]) -> Callable[..., Any]:
-    # dynamic=True would make the widths variable too wherever a weight is no Parameter, as under `Bf16Compute`.
+    # dynamic=True would also make the widths dynamic wherever a weight is no Parameter, as under `Bf16Compute`.
     return torch.compile(method, fullgraph=True, dynamic=False)
 
 
@@ -69,7 +69,7 @@ def _region(module: nn.Module, name: str, packed: tuple[int, ...]) -> Callable[.
         for tensor in arguments:
             if tensor is not None:
                 torch._dynamo.maybe_mark_dynamic(tensor, 0)  # noqa: SLF001  (the documented name)
-        # torch makes code of its own for dimensions of 0 and of 1, whatever is asked: not for as little work as that.
+        # torch specialises on dimensions of 0 and 1 in any case; such small inputs are not worth a compilation.
         few = any(
             len(tensor) < 2 for tensor in (arguments[i] for i in packed if i < len(arguments)) if tensor is not None
         )

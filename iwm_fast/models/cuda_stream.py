@@ -1,4 +1,4 @@
-"""A CUDA stream beside the current one, for work that needs nothing of what the current one does meanwhile."""
+"""A CUDA stream beside the current one, for independent work."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ __all__ = ["SideStream"]
 
 
 class SideStream:
-    """`follow`, then work on both streams, then `give` what was made: none of it makes the host wait.
+    """`follow`, work on both streams, then `give` the result; the host never waits.
 
-    Without a device there is no second stream, and the work is done in the order in which it is written.
+    Without a device there is no second stream, and work runs in program order.
 
-    What the work reads has to be held until `give`: its memory comes from the current stream, which uses it again only
-    after what it is given later, and so after the work.
+    Hold the inputs of the work until `give`: their memory belongs to the current stream, which reuses it only for work
+    submitted later, which then waits for `give`.
     """
 
     def __init__(self, device: torch.device | None = None) -> None:
@@ -26,13 +26,13 @@ class SideStream:
         self._stream = None if device is None else torch.cuda.Stream(device)
 
     def follow(self) -> None:
-        """Let the work begin after all that the current stream has been given until now."""
+        """Make the side stream wait for everything submitted to the current stream so far."""
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
 
     @contextlib.contextmanager
     def working(self) -> Iterator[None]:
-        """The work inside goes to the side stream, also that of hooks which it calls."""
+        """Submit the work inside to the side stream, including that of hooks."""
         if self._stream is None:
             yield
             return
@@ -40,7 +40,7 @@ class SideStream:
             yield
 
     def give(self, made: Tensor) -> None:
-        """Let the current stream wait for the work, and keep its result's memory until that stream has read it."""
+        """Make the current stream wait for the work, and keep the result's memory until it has been read."""
         if self._stream is not None:
             current = torch.cuda.current_stream(self._stream.device)
             current.wait_stream(self._stream)

@@ -1,8 +1,8 @@
-"""Which parameters weight decay applies to: one rule for pretraining, finetuning and the model of its cost.
+"""Weight decay per parameter: one rule for pretraining, finetuning and the cost model.
 
-By what a parameter is, not by its shape: a bias may have two dimensions (`ActionTokens`), and ZeRO's stage 3 flattens
-all of them. Decayed are the weights of linear maps. Not decayed are biases, normalisations' scales and shifts, and
-what stands in for a token (mask and task tokens, an attentive head's query), as in MAE and I-JEPA.
+The rule goes by a parameter's role, not its shape: a bias may have two dimensions (`ActionTokens`), and ZeRO stage 3
+flattens all of them. Weights of linear maps decay. Biases, scales and shifts of normalisations, and learned tokens
+(mask and task tokens, an attentive head's query) do not, as in MAE and I-JEPA.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ __all__ = ["DECAYED", "UNDECAYED", "decayed_parameters"]
 
 DECAYED = frozenset({"weight", "w_in", "w_out", "w_action"})
 UNDECAYED = frozenset({"bias", "b_in", "b_out", "norm_weight", "norm_bias", "mask_token", "query"})
-# Modules of which nothing is decayed: normalisations, and `Reader.task_tokens`.
+# Modules without decay: normalisations, and `Reader.task_tokens`.
 _WHOLLY_UNDECAYED = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, _NormBase, StreamNorm, nn.ParameterDict, nn.ParameterList)
 
 
 def decayed_parameters(model: nn.Module) -> dict[str, bool]:
-    """Whether weight decay applies, for each parameter by its name, in the order of ``named_parameters``.
+    """Return whether weight decay applies to each parameter, by name, in the order of ``named_parameters``.
 
     Raises:
-        ValueError: a parameter of another name than this module knows: it has to be put on one of the two lists.
+        ValueError: an unknown parameter; add its name to one of the two lists.
 
     """
     modules = dict(model.named_modules())

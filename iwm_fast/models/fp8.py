@@ -1,14 +1,15 @@
-"""The target encoder's linear products in fp8, while it trains: they get no gradient, so nothing else needs them finer.
+"""Linear layers of the target encoder in fp8 while training: it has no gradient, so lower precision affects nothing
+else.
 
-Both factors are rounded to e4m3, each row with a power of two for its scale (`kernels.e4m3_rows`); sums are fp32.
+Both factors are rounded to e4m3, with a power of two as scale of each row (`kernels.e4m3_rows`); sums are fp32.
 
-On CUDA the product is `torch._scaled_mm`'s, up to twice as fast as in bf16; elsewhere the same numbers are multiplied
-in the tokens' own type, which proves the arithmetic and measures what it costs in quality, and is slower than without.
-What stays as it was: patch embedding, normalisations, attention's softmax, the residual stream, and the weights, which
-are rounded anew in each forward pass: average, checkpoints and exports know nothing of fp8. The MLP is no longer one
-operator: its hidden passes through memory twice, before GELU in the tokens' type and after it in e4m3.
+On CUDA the matmul is `torch._scaled_mm`, up to twice as fast as bf16; elsewhere the same numbers are multiplied in the
+tokens' type, which is slower but measures the accuracy of fp8. Unchanged: patch embedding, normalisations, attention's
+softmax, the residual stream, and the weights, which are rounded in each forward pass: EMA, checkpoints and exports hold
+no fp8. The MLP is no longer one operator: its hidden activations pass through memory twice, before GELU in the tokens'
+type and after it in e4m3.
 
-In evaluation mode the encoder computes as any other: fp8 is how a training makes its targets, and no part of a model.
+In evaluation mode the encoder computes in its own type: fp8 is part of training, not of the model.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ from iwm_fast.models.vit import VisionTransformer
 
 __all__ = ["fp8_linear", "products_in_fp8", "require_fp8", "scaled_product"]
 
-_CAPABILITY = (8, 9)  # of the first GPUs that multiply fp8: Ada, then Hopper
-_MULTIPLE = 16  # bytes that a row of _scaled_mm's factors and of its result must be a multiple of
+_CAPABILITY = (8, 9)  # Ada, then Hopper: the first GPUs with fp8
+_MULTIPLE = 16  # _scaled_mm needs rows of a multiple of this many bytes
 
 
 def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor, activation: str = "none") -> Tensor:
-    """Multiply [gelu](x) · weightᵀ + bias with both factors rounded to e4m3 by row.
+    """Return [gelu](x) · weightᵀ + bias with both factors rounded to e4m3 by row.
 
     A row of x with a NaN or an infinity gives NaN, as does such a row of the weight in its column of the result.
 
@@ -42,14 +43,14 @@ def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor, activation: str = "none"
         activation: "none", or "gelu", of x before it is rounded.
 
     Returns:
-        (N, M) of x's type; on CUDA rounded to bf16 first, the only type that `torch._scaled_mm` gives there for scales
-        by row. On CUDA a product with K or M no multiple of 16, which it does not do, is one of x's type.
+        (N, M) of x's type; on CUDA rounded to bf16 first, the only output type of `torch._scaled_mm` with row-wise scales.
+        On CUDA, a matmul with K or M no multiple of 16 runs in x's type instead.
 
     Raises:
         ValueError: a gradient would have to flow through it.
 
     """
-    on_gpu = x.is_cuda or x.is_meta  # a tensor without memory counts what a GPU launches
+    on_gpu = x.is_cuda or x.is_meta  # a tensor without memory counts GPU launches
     if on_gpu and (not len(x) or weight.shape[0] % _MULTIPLE or weight.shape[1] % _MULTIPLE):
         return F.linear(F.gelu(x) if activation == "gelu" else x, weight, bias)
     left, right = kernels.e4m3_rows(x, activation=activation), kernels.e4m3_rows(weight)
@@ -61,27 +62,27 @@ def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor, activation: str = "none"
 def scaled_product(left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor], bias: Tensor) -> Tensor:
     """Multiply (N, K) by (M, K) transposed, codes with their scales, and add bias (M,): (N, M) in bf16."""
     (x, x_scale), (weight, weight_scale) = left, right
-    # Not the fast accumulation: Hopper's keeps 14 bits of a sum, and what is wanted is fp32's.
+    # Not the fast accumulation: Hopper's keeps 14 bits of a sum, and fp32 is required.
     return torch._scaled_mm(  # noqa: SLF001  (PyTorch has no public name for it)
         x, weight.t(), x_scale, weight_scale.t(), bias=bias.to(torch.bfloat16), out_dtype=torch.bfloat16
     )
 
 
 def _numbers(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """The factor itself, (N, K) of a type that holds it exactly."""
-    # By a table: PyTorch's conversion from e4m3 on the CPU takes 2 to 7 times as long.
+    """The factor itself, (N, K), in a type that holds it exactly."""
+    # By a table: PyTorch's CPU conversion from e4m3 takes 2 to 7 times as long.
     values = _values(dtype).to(codes.device).index_select(0, codes.view(torch.uint8).flatten().int())
     return values.view_as(codes).mul_(scale.to(dtype))
 
 
 @cache
 def _values(dtype: torch.dtype) -> Tensor:
-    """(256,): the number of each e4m3 code."""
+    """(256,): the value of each e4m3 code."""
     return torch.arange(256, dtype=torch.uint8, device="cpu").view(torch.float8_e4m3fn).to(dtype)
 
 
 class Fp8Linear(nn.Linear):
-    """A linear layer whose product is in fp8 in training mode."""
+    """A linear layer whose matmul is in fp8 in training mode."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (nn.Linear's name)
         """Map (N, K) to (N, M)."""
@@ -89,7 +90,7 @@ class Fp8Linear(nn.Linear):
 
 
 class Fp8Mlp(ConditionedMlp):
-    """An encoder block's MLP, which no action reaches, with both products in fp8 in training mode."""
+    """An encoder block's unconditioned MLP, with both matmuls in fp8 in training mode."""
 
     def forward(self, x: Tensor, cu_seqlens: Tensor, action: Tensor | None = None) -> Tensor:
         """Map x (N, D) to (N, D)."""
@@ -101,10 +102,10 @@ class Fp8Mlp(ConditionedMlp):
 
 
 def products_in_fp8(encoder: VisionTransformer) -> None:
-    """Have the encoder's blocks multiply in fp8 in training mode. Parameters and their names stay."""
+    """Switch the encoder's blocks to fp8 in training mode. Parameters and their names stay."""
     for block in encoder.blocks:
         assert isinstance(block, Block)
-        # Another class and nothing else: a module made anew would draw weights, and so change those drawn after it.
+        # Change the class only: a new module would sample weights and shift the random numbers of later ones.
         block.attn.qkv.__class__ = block.attn.proj.__class__ = Fp8Linear
         block.mlp.__class__ = Fp8Mlp
 

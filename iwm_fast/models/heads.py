@@ -1,4 +1,4 @@
-"""What reads a task's answer off tokens: linear and attentive heads, for an image as a whole and for each patch.
+"""Task heads on tokens: linear and attentive, for a whole image and for each patch.
 
 Shapes as in the package: B images, L patches, D token width; C classes, G patches along a side (L = G · G).
 """
@@ -17,12 +17,12 @@ __all__ = ["AttentiveHead", "AttentivePool", "DenseHead", "LinearHead"]
 
 
 class AttentivePool(nn.Module):
-    """A learned query looks at all tokens of an image: pre-norm cross-attention, then an MLP, both residual.
+    """A learned query attends to all tokens of an image: pre-norm cross-attention, then an MLP, both residual.
 
-    The form of V-JEPA's attentive probe (facebookresearch/jepa, ``AttentivePooler`` with one query and a complete
-    block, after CAE and AIM). With one query for all images the key and value projections need not touch each token:
-    qᵀ(W_k x) = (W_kᵀ q)ᵀ x and Σ aᵢ W_v xᵢ = W_v Σ aᵢ xᵢ, which takes 2 · heads · D products a token where the plain
-    form takes 2 · D². A bias of the keys would add the same number to all tokens of a head, so there is none.
+    V-JEPA's attentive probe (facebookresearch/jepa, ``AttentivePooler`` with one query and a complete block, after CAE
+    and AIM). With one query for all images the key and value projections need not touch each token: qᵀ(W_k x) = (W_kᵀ
+    q)ᵀ x and Σ aᵢ W_v xᵢ = W_v Σ aᵢ xᵢ, 2 · heads · D multiplications per token instead of 2 · D². A bias of the keys
+    would add the same number to all tokens of a head, so there is none.
     """
 
     def __init__(self, width: int, heads: int, mlp_ratio: float = 4.0) -> None:
@@ -43,7 +43,7 @@ class AttentivePool(nn.Module):
         nn.init.xavier_uniform_(self.k.weight)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """(B, L, D) → (B, D)."""
+        """Map (B, L, D) to (B, D)."""
         x = self.norm(tokens)
         query = self.q(self.query).unflatten(0, (self.heads, -1))  # (H, d)
         asked = torch.einsum("hd,hdw->hw", query, self.k.weight.unflatten(0, (self.heads, -1)))  # (H, D)
@@ -56,7 +56,7 @@ class AttentivePool(nn.Module):
 
 
 class AttentiveHead(nn.Module):
-    """Classes of an image from an `AttentivePool` of its tokens and a linear layer."""
+    """Classify an image by an `AttentivePool` of its tokens and a linear layer."""
 
     def __init__(self, width: int, heads: int, classes: int) -> None:
         super().__init__()
@@ -65,13 +65,13 @@ class AttentiveHead(nn.Module):
         _begin(self.out)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """(B, L, D) → logits (B, C)."""
+        """Map (B, L, D) to logits (B, C)."""
         return self.out(self.pool(tokens))
 
 
 class LinearHead(nn.Module):
-    """Classes of an image from its mean token, standardised by the batch's statistics (MAE's and I-JEPA's linear probe:
-    batch normalisation without affine before the linear layer).
+    """Classify an image by its mean token, standardised by batch statistics, as MAE's and I-JEPA's linear probe: batch
+    normalisation without affine, then a linear layer.
     """
 
     def __init__(self, width: int, classes: int) -> None:
@@ -81,14 +81,14 @@ class LinearHead(nn.Module):
         _begin(self.out)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """(B, L, D) → logits (B, C)."""
+        """Map (B, L, D) to logits (B, C)."""
         return self.out(self.norm(tokens.mean(dim=1)))
 
 
 class DenseHead(nn.Module):
-    """Classes of each patch: a linear layer after batch normalisation without affine, as DINOv2's segmentation probe.
+    """Classify each patch by a linear layer after batch normalisation without affine, as DINOv2's segmentation probe.
 
-    ``heads`` above 0 puts a transformer block before it, in which each patch looks at all others: the attentive form.
+    ``heads`` above 0 adds a transformer block before it, in which patches attend to each other: the attentive form.
     """
 
     def __init__(self, width: int, heads: int, classes: int) -> None:
@@ -99,7 +99,7 @@ class DenseHead(nn.Module):
         _begin(self.out)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """(B, L, D) → logits (B, C, G, G)."""
+        """Map (B, L, D) to logits (B, C, G, G)."""
         images, patches, _ = tokens.shape
         grid = math.isqrt(patches)
         x = tokens.flatten(0, 1)
@@ -110,6 +110,8 @@ class DenseHead(nn.Module):
 
 
 def _begin(linear: nn.Linear) -> None:
-    """Small weights and no bias: the first answers are near to the same for all classes (MAE's linear probe)."""
+    """Initialise with small weights and no bias: the first logits are nearly equal for all classes (MAE's
+    linear probe).
+    """
     nn.init.trunc_normal_(linear.weight, std=0.01)
     nn.init.zeros_(linear.bias)

@@ -28,13 +28,12 @@ _RANK_ME_TOKENS = 2048
 
 @dataclass(frozen=True, eq=False)
 class IWMOutput:
-    """What one forward pass gives.
+    """The result of one forward pass.
 
-    loss: fp32 scalar, the sum of the objective's terms, each times its factor.
-    terms: fp32, detached, for the log: () of the only term, or (T,) of several. To be read before the next call.
-    tokens: predicted tokens, on the host.
-    target_features: (F, D), detached: F ≤ 2048 of the target encoder's predicted tokens, before any normalisation for
-        the loss, evenly spread over them.
+    loss: fp32 scalar, the sum of the objective's terms times their factors. terms: fp32, detached, for the log: () of
+    the only term, or (T,) of several; read them before the next call. tokens: number of predicted tokens, on the host.
+    target_features: (F, D), detached: F ≤ 2048 of the target encoder's predicted tokens, evenly spaced, before any
+    normalisation for the loss.
     """
 
     loss: Tensor
@@ -45,9 +44,9 @@ class IWMOutput:
 
 @dataclass(frozen=True, eq=False)
 class Losses:
-    """The terms of a batch's loss, each times its factor, and what the signs of collapse are read from.
+    """The terms of a batch's loss times their factors, and the input of the collapse metrics.
 
-    target: (M, D), detached, the target encoder's tokens; rows: int64 (Nt,), those that were predicted, or None: all.
+    target: (M, D), detached, the target encoder's tokens; rows: int64 (Nt,), the predicted ones, or None: all.
     """
 
     terms: tuple[Tensor, ...]
@@ -55,7 +54,7 @@ class Losses:
     rows: Tensor | None
 
     def output(self, predicted: int) -> IWMOutput:
-        """Of a batch in which the first `predicted` of the predictions are no padding."""
+        """Return the output of a batch whose first `predicted` predictions are no padding."""
         every = max(1, -(-predicted // _RANK_ME_TOKENS))
         if self.rows is None:
             features = self.target[:predicted:every].clone()
@@ -67,16 +66,16 @@ class Losses:
 class IWM(nn.Module):
     """An image world model.
 
-    encoder: of the source. target_encoder: of the target, or None where the encoder itself is (model.target: shared).
-    predictor: the world model. predicts: which patches it answers for, "target" (those of the target blocks) or
-    "context" (the source's own visible ones, the mlp predictor). objective: what is minimised. target_stream: where
-    `forward` computes the target, the current stream until it is given another. sum_over_ranks: how terms sum a
-    statistic over all ranks, with gradient; the identity until it is given another.
+    encoder: of the source. target_encoder: of the target, or None where the encoder itself encodes it (model.target:
+    shared). predictor: the world model. predicts: the patches it predicts, "target" (those of the target blocks) or
+    "context" (the source's own visible ones, the mlp predictor). objective: the loss. target_stream: where `forward`
+    computes the target; by default the current stream. sum_over_ranks: sums a statistic of a term over all ranks, with
+    gradient; by default the identity.
 
-    Weights begin the same for the same torch seed. They may be cast to bf16 as a whole: inputs follow, and
-    normalisation statistics, softmax and loss stay in fp32. The target encoder is never differentiated; moving it
-    towards the encoder is the caller's work. With model.target_precision: fp8 its products are in fp8 in training mode;
-    in evaluation mode it is read in the model's own type, whatever made the targets of the training.
+    The same torch seed gives the same initial weights. They may be cast to bf16 as a whole: inputs follow, and
+    normalisation statistics, softmax and loss stay in fp32. The target encoder is never differentiated; the caller
+    updates its EMA. With model.target_precision: fp8 its matmuls are in fp8 in training mode; in evaluation mode it
+    computes in the model's own type.
     """
 
     def __init__(self, model: ModelConfig, action_dim: int, *, activation_checkpointing: bool = False) -> None:
@@ -107,7 +106,7 @@ class IWM(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type that the weights are in, and so the activations."""
+        """The dtype of weights and activations."""
         return self.predictor.proj.weight.dtype
 
     def forward(
@@ -124,23 +123,23 @@ class IWM(nn.Module):
         *,
         per_size: bool = False,
     ) -> IWMOutput | Losses:
-        """The loss of a batch of B images with K sources each.
+        """Return the loss of a batch of B images with K sources each.
 
         Args:
-            source: uint8 (B · K, S, S, 3), the views x; those of an image side by side.
-            target: uint8 (B, S, S, 3), the view y; encoded once, whatever K.
+            source: uint8 (B · K, S, S, 3), the views x; those of an image are adjacent.
+            target: uint8 (B, S, S, 3), the view y; encoded once for all K.
             action: (B · K, A), from source to target.
             context: int64 (Nc,), the source's visible patches, packed.
             context_segments: of the Nc patches; may end with padding.
             predicted: int64 (Nt,), the target's patches to predict, packed; with the mlp predictor, the context's.
-            predicted_segments: of the Nt patches, with as many segments of padding: their tokens have no loss.
-            sampled: random numbers of the step, a tensor for each of the objective's random terms (`Objective.sample`).
-            loss_scale: what the objective's terms, sums over this batch, are multiplied by: one number for each term
+            predicted_segments: of the Nt patches, with as many segments of padding, whose tokens have no loss.
+            sampled: random numbers of the step, one tensor per random term of the objective (`Objective.sample`).
+            loss_scale: factor of the objective's terms, which are sums over this batch: one number per term
                 (`Objective.factors`), or one for all.
-            per_size: give `Losses`, before anything is read that differs between batches of the same sizes.
+            per_size: return `Losses`, before anything is read that differs between batches of the same sizes.
 
         Raises:
-            ValueError: shapes do not fit together, or other patches than the context's are asked of the mlp predictor.
+            ValueError: shapes do not match, or the mlp predictor gets other patches than the context's.
 
         """
         self._check(source, target, action, context_segments, predicted, predicted_segments)
@@ -148,19 +147,21 @@ class IWM(nn.Module):
         wanted = predicted_segments.pixels_of_token // sources * self.encoder.patches + predicted
         self.target_stream.follow()
         z_x = self.encoder(source, context, context_segments)
-        # The target second, so that what refreshes it has the time of the first.
+        # The target second, so that its refresh overlaps with the context.
         with self.target_stream.working():
             if sources == 1:
-                # In the target's last block only what is predicted goes on after the attention.
+                # The last block of the target encoder computes only the predicted tokens after its attention.
                 z_y, index = self._encode_target(target, Kept(wanted, predicted_segments)), None
             else:
-                z_y, index = self._encode_target(target), wanted  # most patches are asked for, many more than once
+                z_y, index = self._encode_target(target), wanted  # most patches are predicted, many more than once
         action = action.to(self.dtype)
         if padding:
             action = F.pad(action, (0, 0, 0, padding))
         if isinstance(self.predictor, MlpPredictor):
             if predicted_segments.lengths != context_segments.lengths:
-                raise ValueError("predicted must be the context's own patches: the mlp predictor cannot look elsewhere")
+                raise ValueError(
+                    "predicted must be the context's own patches: the mlp predictor maps each patch by itself"
+                )
             prediction = self.predictor(z_x, context_segments, action)
         else:
             prediction = self.predictor(z_x, context, context_segments, predicted, predicted_segments, action)
@@ -176,7 +177,7 @@ class IWM(nn.Module):
         return found if per_size else found.output(predicted_segments.real)
 
     def encode(self, images: Tensor, which: Literal["target", "context"] = "context") -> Tensor:
-        """(B, L, D): all patches of uint8 (B, S, S, 3) through the context or the target encoder."""
+        """Return the tokens of all patches of uint8 (B, S, S, 3): (B, L, D), by the context or the target encoder."""
         if which not in ("target", "context"):
             raise ValueError(f"which is {which!r}; it must be target or context")
         if which == "target":
@@ -184,7 +185,7 @@ class IWM(nn.Module):
         return self.encoder(images).unflatten(0, (len(images), -1))
 
     def targets(self, images: Tensor) -> Tensor:
-        """(B, L, D): what the predictor is asked for, layer-normalised where the config says so (then fp32)."""
+        """Return the prediction targets (B, L, D), layer-normalised where configured (then fp32)."""
         z = self.encode(images, "target")
         return layer_norm_rows(z) if self.config.normalize_target else z
 
@@ -240,7 +241,7 @@ def _alone(x: Tensor) -> Tensor:
 
 
 def _with_loss(index: Tensor | None, predicted: Segments) -> Tensor | None:
-    """The row of the target of each prediction, -1 for padding; None: each its own."""
+    """The target's row of each prediction, -1 for padding; None: each its own."""
     if not predicted.padding:
         return index
     rows = torch.arange(predicted.total, device=predicted.device) if index is None else index

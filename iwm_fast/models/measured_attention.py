@@ -1,8 +1,8 @@
-"""Which attention was measured as the fastest on a GPU, for batches alike: the table that ships with the package.
+"""The fastest attention measured on a GPU for similar batches, from the table that ships with the package.
 
-An entry is about a GPU by its name, a type, the heads and their size, whether all images have as many tokens, the mean
-length's bucket, and whether there is a backward pass. It says nothing of batches of less than half the tokens that were
-measured (a GPU that is not full ranks them otherwise), nor of another minor version of torch.
+An entry holds for a GPU by name, a dtype, the heads and their size, equal or varying lengths, the mean length's bucket,
+and with or without a backward pass. It does not hold for batches below half the measured tokens (a GPU that is not full
+ranks backends otherwise), nor for another minor version of torch.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from iwm_fast.models.packing import Segments
 
 __all__ = ["MARGIN", "attention_key", "measured_backends", "measured_choice", "table_entry", "torch_minor"]
 
-# xformers unless another one takes less than this share of its time: below that, repeats differ as much.
+# xformers unless another backend takes less than this share of its time: repeats differ by as much.
 MARGIN = 0.98
 
 
 def attention_key(segments: Segments, heads: int, head: int, dtype: torch.dtype, *, gradients: bool) -> str:
-    """What an entry is found by, within those of a GPU."""
+    """Return the key of an entry within those of a GPU."""
     mean = -(-segments.total // max(1, segments.filled))
     lengths = "equal" if segments.equal else "ragged"
     passes = "gradients" if gradients else "forward"
@@ -31,12 +31,12 @@ def attention_key(segments: Segments, heads: int, head: int, dtype: torch.dtype,
 
 
 def torch_minor() -> str:
-    """Of the installed torch: 2.11, say."""
+    """Return the minor version of the installed torch, such as 2.11."""
     return ".".join(torch.__version__.split("+")[0].split(".")[:2])
 
 
 def table_entry(seconds: Mapping[str, float], tokens: int) -> dict[str, Any]:
-    """An entry from medians by backend, at least one: {choice, tokens, torch, seconds}."""
+    """Return an entry from medians by backend, at least one: {choice, tokens, torch, seconds}."""
     best = min(seconds, key=lambda name: seconds[name])
     usual = seconds.get("xformers")
     choice = best if usual is None or seconds[best] < MARGIN * usual else "xformers"
@@ -46,7 +46,7 @@ def table_entry(seconds: Mapping[str, float], tokens: int) -> dict[str, Any]:
 def measured_choice(
     device: torch.device, segments: Segments, heads: int, head: int, dtype: torch.dtype, *, gradients: bool
 ) -> str | None:
-    """The backend that a measurement chose for such batches on this GPU; None where there is none."""
+    """Return the measured backend for such batches on this GPU, or None."""
     table = _table(device)
     if not table:
         return None
@@ -57,7 +57,7 @@ def measured_choice(
 
 
 def measured_backends(device: torch.device) -> list[str]:
-    """What the table's entries for this GPU and torch choose, each once."""
+    """Return the backends of the table for this GPU and torch, each once."""
     return sorted({str(entry["choice"]) for entry in _table(device).values() if entry["torch"] == torch_minor()})
 
 

@@ -1,10 +1,10 @@
-"""Packed batches: the tokens of B images lie one after another in one (N, D) tensor; `Segments` says where each ends.
+"""Packed batches: the tokens of B images lie one after another in one (N, D) tensor; `Segments` holds their bounds.
 
-Lengths are known on the host (masks are drawn there), so nothing here waits for a device. Everything derived is made
-once a batch, on first use, and kept.
+Lengths are known on the host (masks are sampled there), so nothing here waits for a device. Derived tensors are
+computed once per batch, on first use, and cached.
 
 Static shapes: segments of padding may follow those of the images, so that N is the same for many batches. They belong
-to no image, see nobody, and their tokens have no loss, so every gradient through them is 0.
+to no image, nothing attends to them, and their tokens have no loss, so every gradient through them is 0.
 """
 
 from __future__ import annotations
@@ -25,12 +25,11 @@ __all__ = ["Segments", "SortedSegments", "interleave", "pack", "to_device"]
 
 @dataclass(frozen=True, eq=False)
 class Segments:
-    """Where each image's tokens lie among N packed tokens.
+    """The bounds of each image's tokens among N packed tokens.
 
-    lengths: tokens of each of the B images, on the host; may hold zeros. Then those of the segments of padding.
-    cu_seqlens: int32 (B + padding + 1,), their running sum from 0, on the device.
-    padding: how many segments of padding there are.
-    ceiling: what no length exceeds, in this batch or in another of the same N; None: only these lengths are known.
+    lengths: tokens of each of the B images, on the host, zeros allowed; then those of the segments of padding.
+    cu_seqlens: int32 (B + padding + 1,), their running sum from 0, on the device. padding: the number of segments of
+    padding. ceiling: an upper bound of the lengths of all batches of the same N; None: only these lengths are known.
     """
 
     lengths: tuple[int, ...]
@@ -46,7 +45,7 @@ class Segments:
         padding: int = 0,
         ceiling: int | None = None,
     ) -> Segments:
-        """Segments of so many tokens each, the last `padding` of them of no image."""
+        """Return segments of these lengths, the last `padding` of them padding."""
         host = np.asarray(lengths, dtype=np.int64)
         if host.ndim != 1 or (host < 0).any():
             raise ValueError(f"lengths must be one row of numbers of tokens, none negative; found shape {host.shape}")
@@ -55,17 +54,17 @@ class Segments:
 
     @staticmethod
     def uniform(images: int, length: int, device: torch.device | str = "cpu") -> Segments:
-        """Segments of `images` images that all have `length` tokens, made once for each such batch."""
+        """Return segments of `images` images of `length` tokens each, cached."""
         return _uniform(images, length, torch.device(device))
 
     @property
     def device(self) -> torch.device:
-        """Where the index tensors live."""
+        """The device of the index tensors."""
         return self.cu_seqlens.device
 
     @cached_property
     def equal(self) -> bool:
-        """Whether all images have as many tokens."""
+        """Whether all images have the same number of tokens."""
         return len(set(self.lengths)) < 2
 
     @cached_property
@@ -75,7 +74,7 @@ class Segments:
 
     @cached_property
     def filled(self) -> int:
-        """Segments with a token: each block's attention asks."""
+        """The number of segments with a token, which each block's attention needs."""
         return sum(1 for n in self.lengths if n)
 
     @property
@@ -85,7 +84,7 @@ class Segments:
 
     @property
     def real(self) -> int:
-        """The tokens of images, which come before those of the padding."""
+        """The tokens of images, which precede those of padding."""
         return sum(self.lengths[: self.images])
 
     @cached_property
@@ -96,7 +95,7 @@ class Segments:
 
     @property
     def longest(self) -> int:
-        """What kernels of attention are launched for: the ceiling, or the longest of these lengths."""
+        """The longest length that attention kernels are launched for: the ceiling, or the longest here."""
         return max(self.lengths) if self.ceiling is None else self.ceiling
 
     @cached_property
@@ -113,7 +112,7 @@ class Segments:
 
     @cached_property
     def pixels_of_token(self) -> Tensor:
-        """int64 (N,): the image whose pixels each token is made of: its own, or for padding the last one."""
+        """int64 (N,): the image whose pixels make each token: its own, or for padding the last one."""
         return self.image_of_token.clamp(max=self.images - 1) if self.padding else self.image_of_token
 
     @cached_property
@@ -148,8 +147,8 @@ class Segments:
     def block_diagonal_mask(self) -> Any:
         """The mask of these segments for xformers. Images without a token have no block.
 
-        With a ceiling, kernels are launched for that, and the bounds are read where they lie: both are the same for
-        every batch of these sizes, as a CUDA graph needs.
+        With a ceiling, kernels are launched for that and read the bounds in place: both are the same for every batch of
+        these sizes, as a CUDA graph needs.
         """
         from xformers.ops.fmha.attn_bias import BlockDiagonalMask, _SeqLenInfo
 
@@ -164,10 +163,9 @@ class Segments:
 
 @dataclass(frozen=True, eq=False)
 class SortedSegments:
-    """Segments in ascending order of length, and the way there and back.
+    """Segments in ascending order of length, with the permutation and its inverse.
 
-    image_order: int64 (B,), which image stands at each place; token_order: int64 (N,), which token;
-    token_rank: its inverse, the place of each token.
+    image_order: int64 (B,), the image at each place; token_order: int64 (N,), the token; token_rank: its inverse.
     """
 
     segments: Segments
@@ -176,13 +174,13 @@ class SortedSegments:
     token_rank: Tensor
 
 
-@cache  # for good: a CUDA graph reads them where they lie
+@cache  # cached forever: a CUDA graph reads them in place
 def _uniform(images: int, length: int, device: torch.device) -> Segments:
     return Segments.from_lengths((length,) * images, device, ceiling=length)
 
 
 def to_device(array: np.ndarray, device: torch.device | str) -> Tensor:
-    """A host array on the device; nothing waits for the copy."""
+    """Copy a host array to the device without waiting."""
     tensor = torch.from_numpy(np.ascontiguousarray(array))
     if torch.device(device).type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
@@ -196,20 +194,21 @@ def pack(
     padding: Sequence[int] | np.ndarray = (),
     ceiling: int | None = None,
 ) -> tuple[Tensor, Segments]:
-    """Patch numbers int64 (N,) and their segments on the device, from those of images and their lengths on the host.
+    """Return patches int64 (N,) and their segments on the device, from images' patches and lengths on the host.
 
-    padding: lengths of the segments of padding that follow, whose patches count from 0. ceiling: as `Segments` has it.
+    padding: lengths of the segments of padding that follow, whose patches count from 0. ceiling: as in `Segments`.
     """
     segments = Segments.from_lengths(np.concatenate([lengths, padding]).astype(np.int64), device, len(padding), ceiling)
     return to_device(np.concatenate([patches, *(np.arange(n) for n in padding)]).astype(np.int64), device), segments
 
 
 def interleave(parts: Sequence[Segments]) -> tuple[Segments, list[Tensor]]:
-    """Join several packed sets image by image: each image's tokens of the first part, then of the second, and so on.
+    """Concatenate several packed sets image by image: each image's tokens of the first part, then of the second, and so
+    on.
 
-    Returns the joined segments and, for each part, int64 (N_part,): the row in the joined set of each of its tokens.
+    Returns the segments and, for each part, int64 (N_part,): the row of each of its tokens in the result.
     """
-    # From the bounds on the device: nothing is copied there, and a CUDA graph can read other batches' bounds.
+    # From the bounds on the device: no copy, and a CUDA graph can read other batches' bounds.
     bounds = torch.stack([part.cu_seqlens for part in parts]).long()  # (parts, B + 1)
     lengths = tuple(sum(of_image) for of_image in zip(*(part.lengths for part in parts), strict=True))
     ceilings = [part.ceiling for part in parts]
@@ -219,7 +218,7 @@ def interleave(parts: Sequence[Segments]) -> tuple[Segments, list[Tensor]]:
         parts[0].padding,
         None if None in ceilings else sum(n for n in ceilings if n is not None),
     )
-    # A token of part p goes behind all of the images before, and behind its own image's tokens of earlier parts.
+    # A token of part p follows all earlier images, and its own image's tokens of earlier parts.
     before = bounds[:, :-1].sum(dim=0) - bounds[:, :-1] + bounds.diff(dim=1).cumsum(dim=0) - bounds.diff(dim=1)
     return joined, [
         torch.arange(part.total, device=part.device) + shift[part.image_of_token]

@@ -9,9 +9,9 @@ __all__ = ["sincos_positions"]
 
 
 def sincos_positions(width: int, grid: int) -> Tensor:
-    """fp32 (grid · grid, width): one row a patch, row-major.
+    """Return fp32 (grid · grid, width): one row per patch, row-major.
 
-    The first half of the width tells the column, the second the row; each half is [sin, cos] of the coordinate times
+    The first half of the width encodes the column, the second the row; each half is [sin, cos] of the coordinate times
     10000^(−2k/half), as in MAE and I-JEPA.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The world models: from the source's tokens and the action to what the target's tokens should be."""
+"""World models: predict the target's tokens from the source's tokens and the action."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ __all__ = ["ActionTokens", "FeatureMixer", "MlpPredictor", "VitPredictor", "pred
 
 
 class FeatureMixer(LimitedMlp):
-    """`feature` conditioning: a three-layer MLP of [mask token; action], W·[m; a] computed as W_m·m + W_a·a.
+    """`feature` conditioning: a three-layer MLP of [mask token; action], with W·[m; a] computed as W_m·m + W_a·a.
 
-    The layers keep their input's variance at the start (deviation 1/√fan-in): at the blocks' 0.02 three of them would
-    shrink the positions, which the mask tokens live by, a thousandfold.
+    The layers preserve their input's variance at initialisation (std 1/√fan-in): at the blocks' 0.02, three of them
+    would shrink the positions, which mask tokens need, a thousandfold.
     """
 
     def __init__(self, width: int, actions: int) -> None:
@@ -67,13 +67,13 @@ class FeatureMixer(LimitedMlp):
 
 
 class ActionTokens(nn.Module):
-    """`sequence` conditioning: each component of the action becomes a token through its own linear layer."""
+    """`sequence` conditioning: one token per component of the action, each through its own linear layer."""
 
     def __init__(self, width: int, actions: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(actions, width))
         self.bias = nn.Parameter(torch.empty(actions, width))
-        # As nn.Linear with one input begins: the components have to be told apart from the first step on.
+        # Initialised as nn.Linear with one input: the components must differ from the first step on.
         nn.init.uniform_(self.weight, -1.0, 1.0)
         nn.init.uniform_(self.bias, -1.0, 1.0)
 
@@ -83,7 +83,7 @@ class ActionTokens(nn.Module):
 
 
 class VitPredictor(nn.Module):
-    """Transformer over each image's context tokens and one mask token for each patch to predict."""
+    """Transformer over each image's context tokens and one mask token per patch to predict."""
 
     pos_embed: Tensor
 
@@ -127,16 +127,16 @@ class VitPredictor(nn.Module):
         action: Tensor,
         extra: Tensor | None = None,
     ) -> Tensor:
-        """Predict the target's tokens.
+        """Return the predicted tokens of the target.
 
         Args:
             z: (Nc, De), the source's encoded patches, packed.
-            context: int64 (Nc,), their patch numbers on the source's grid.
+            context: int64 (Nc,), their patches on the source's grid.
             context_segments: of the Nc tokens.
-            predicted: int64 (Nt,), the patch numbers to predict, on the target's grid.
+            predicted: int64 (Nt,), the patches to predict, on the target's grid.
             predicted_segments: of the Nt tokens.
             action: (B, A), from the source to the target.
-            extra: (Dp,), a token of the predictor's width that all others of each image see as well: a task's, say.
+            extra: (Dp,), one more token per image that all others attend to: a task's, say.
 
         Returns:
             (Nt, De), packed in the order of `predicted`.
@@ -156,7 +156,7 @@ class VitPredictor(nn.Module):
             parts.append(Segments.uniform(len(action), 1, z.device))
         joined, places = interleave(parts)
         place, ordered_action = torch.cat(places), action
-        # Where attention takes images of one length at a time: joined in that order, nothing moves in the blocks.
+        # For attention with one call per length: concatenated in that order, blocks move no tokens.
         if not joined.is_sorted and wants_groups(self.blocks, joined):
             by_length = joined.by_length
             place = by_length.token_rank[place]
@@ -181,12 +181,12 @@ class VitPredictor(nn.Module):
         return self.finish(x)
 
     def finish(self, x: Tensor) -> Tensor:
-        """From the blocks' (Nt, Dp) to the target's width."""
+        """Map the blocks' (Nt, Dp) to the target's width."""
         return self.proj(self.norm(x))
 
 
 class MlpPredictor(nn.Module):
-    """Residual MLP blocks that act on each visible token alone, told the action in every block.
+    """Residual MLP blocks on each visible token alone, conditioned on the action in every block.
 
     It predicts the target at the source's own visible patches.
     """
@@ -217,16 +217,16 @@ class MlpPredictor(nn.Module):
         return self.finish(run_blocks(blocks, x, segments.cu_seqlens, action, recompute=self.activation_checkpointing))
 
     def finish(self, x: Tensor) -> Tensor:
-        """From the blocks' (N, Dp) to the target's width."""
+        """Map the blocks' (N, Dp) to the target's width."""
         return self.proj(self.norm(x))
 
 
 def predict_all(
     predictor: VitPredictor | MlpPredictor, z: Tensor, action: Tensor, extra: Tensor | None = None
 ) -> Tensor:
-    """All patches of the target from all patches of the source: z (B, L, De), action (B, A) → (B, L, De).
+    """Predict all patches of the target from all patches of the source: z (B, L, De), action (B, A) → (B, L, De).
 
-    ``extra``: see `VitPredictor.forward`; ValueError with the mlp predictor, whose tokens do not see each other.
+    ``extra``: see `VitPredictor.forward`; ValueError with the mlp predictor, whose tokens do not attend to each other.
     """
     images, patches = z.shape[:2]
     packed = z.flatten(0, 1)

@@ -1,4 +1,4 @@
-"""An encoder put to use: its tokens, or what the world model makes of them, read by a head for each task."""
+"""An encoder, optionally with the world model, and one head per task."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ HeadKind = Literal["linear", "attentive"]
 
 @dataclass(frozen=True)
 class HeadShape:
-    """What a head answers: ``classes`` of an image, or of each patch (``dense``)."""
+    """The output of a head: ``classes`` of an image, or of each patch (``dense``)."""
 
     classes: int
     dense: bool
 
 
 def build_head(kind: HeadKind, shape: HeadShape, width: int, heads: int) -> nn.Module:
-    """A fresh head for tokens of ``width``; ``heads``: of its attention, where it has one."""
+    """Return a new head for tokens of ``width``; ``heads``: of its attention, where it has one."""
     if shape.dense:
         return DenseHead(width, heads if kind == "attentive" else 0, shape.classes)
     return AttentiveHead(width, heads, shape.classes) if kind == "attentive" else LinearHead(width, shape.classes)
 
 
 class Reader(nn.Module):
-    """Encoder, then the world model told of no change (where there is one), then the head of the task.
+    """The encoder, then the world model under the neutral action (where there is one), then the task's head.
 
-    The encoder is held but not registered while it is frozen: several readers share one then, and it is not among
-    ``parameters`` or in ``state_dict``.
+    A frozen encoder is not registered: several readers share it, and it is not among ``parameters`` or in
+    ``state_dict``.
 
-    ``task_tokens``: a learned token a task, of the predictor's width, that it sees beside
-    the image (multitask; arXiv:2403.00504, section 5.3).
+    ``task_tokens``: one learned token per task, of the predictor's width, that the predictor sees beside the image
+    (multitask; arXiv:2403.00504, section 5.3).
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Reader(nn.Module):
         # In a tuple, so that it is no sub-module.
         self._frozen: tuple[VisionTransformer, ...] = () if train_encoder else (encoder,)
         self.predictor = predictor
-        # By number: a task may have any name, and torch's dictionaries refuse some.
+        # By index: a task may have any name, and torch's dictionaries reject some.
         self.places = {name: str(place) for place, name in enumerate(heads)}
         self.heads = nn.ModuleDict({self.places[name]: head for name, head in heads.items()})
         self.action_dim = action_dim
@@ -75,9 +75,9 @@ class Reader(nn.Module):
         return self._frozen[0] if self.trained_encoder is None else self.trained_encoder
 
     def forward(self, inputs: Tensor, task: str) -> Tensor:
-        """Logits of ``task`` (B, C), or (B, C, G, G) where it is dense.
+        """Return the logits of ``task``, (B, C), or (B, C, G, G) where it is dense.
 
-        ``inputs``: uint8 images (B, S, S, 3), or the encoder's tokens (B, L, D) of them.
+        ``inputs``: uint8 images (B, S, S, 3), or their tokens (B, L, D) from the encoder.
         """
         if inputs.dtype == torch.uint8:
             with torch.set_grad_enabled(torch.is_grad_enabled() and self.trained_encoder is not None):

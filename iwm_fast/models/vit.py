@@ -1,4 +1,6 @@
-"""The encoder: a vision transformer over the visible patches of each image. No class token; fixed sin-cos positions."""
+"""The encoder: a vision transformer over the visible patches of each image, with fixed sin-cos positions and no class
+token.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,7 @@ class PatchProjection(nn.Module):
 
 
 class PatchEmbedding(nn.Module):
-    """uint8 images → tokens of the wanted patches; ImageNet's mean and deviation are taken out in fp32 first."""
+    """Embed patches of uint8 images as tokens; subtracts ImageNet's mean and divides by its std in fp32 first."""
 
     scale: Tensor
     shift: Tensor
@@ -51,7 +53,7 @@ class PatchEmbedding(nn.Module):
     def forward(self, images: Tensor, patches: Tensor | None = None, image_of_token: Tensor | None = None) -> Tensor:
         """Embed patches of uint8 images (B, S, S, 3) as (N, D) of the weights' type.
 
-        `patches` and `image_of_token`, int64 (N,), say which, as `kernels.patchify`; without them all, N = B · L.
+        `patches` and `image_of_token`, int64 (N,), select them, as in `kernels.patchify`; without them all, N = B · L.
         """
         dtype = self.proj.weight.dtype
         return self.proj(
@@ -62,7 +64,7 @@ class PatchEmbedding(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """Encoder of the visible patches of uint8 images; parameter names follow timm but for the blocks' MLPs."""
+    """Encoder of the visible patches of uint8 images; parameter names follow timm except for the blocks' MLPs."""
 
     pos_embed: Tensor
 
@@ -101,20 +103,19 @@ class VisionTransformer(nn.Module):
         segments: Segments | None = None,
         kept: Kept | None = None,
     ) -> Tensor:
-        """Encode the visible patches.
+        """Return the tokens of the visible patches.
 
         Args:
             images: uint8 (B, S, S, 3).
-            patches: int64 (N,), row-major numbers of the visible patches of each image, packed; None: all.
+            patches: int64 (N,), row-major indices of the visible patches of each image, packed; None: all.
             segments: of the N patches; needed with `patches`, not without.
-            kept: without `patches`: the tokens, in rows of (B · L), that somebody reads. The others end with the last
-                attention.
+            kept: without `patches`: the tokens to return, as rows of (B · L). The others end with the last attention.
 
         Returns:
             (N, D), packed in the order of `patches`, or the kept (Nk, D).
 
         Raises:
-            ValueError: the images' shape or type is not the model's, or patches and segments do not belong together.
+            ValueError: the images' shape or type is not the model's, or patches and segments do not match.
 
         """
         self._check(images, patches, segments)
@@ -122,7 +123,7 @@ class VisionTransformer(nn.Module):
             everything = Segments.uniform(len(images), self.patches, images.device)
             return self._encode(self.embed(images), everything, kept)
         image = segments.pixels_of_token
-        # Where attention takes images of one length at a time: sorted once here, nothing moves in the blocks.
+        # For attention with one call per length: sorted once here, blocks move no tokens.
         resort = not segments.is_sorted and wants_groups(self.blocks, segments)
         if resort:
             by_length = segments.by_length
@@ -132,7 +133,9 @@ class VisionTransformer(nn.Module):
         return self._encode(self.embed(images, patches, image), segments)
 
     def embed(self, images: Tensor, patches: Tensor | None = None, image: Tensor | None = None) -> Tensor:
-        """Tokens (N, D) with their positions, of all patches or of those that int64 (N,) patches and image name."""
+        """Return tokens (N, D) with their positions, of all patches or of those that int64 (N,) patches and
+        image select.
+        """
         tokens = self.patch_embed(images, patches, image)
         positions = self.pos_embed.to(tokens.dtype)
         if patches is None:

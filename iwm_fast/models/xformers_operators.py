@@ -1,4 +1,4 @@
-"""Which of its operators xformers takes for packed attention: a name on a log says which flash-attention it is."""
+"""The operators that xformers chooses for packed attention, for logs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["dispatched"]
 
 
 def dispatched(device: torch.device, head: int = 64, dtype: torch.dtype = torch.bfloat16) -> str:
-    """The operators that xformers would choose, forward and backward, and why its flash-attention 3 is none of them."""
+    """Return xformers' forward and backward operators, and why flash-attention 3 is not among them."""
     from xformers.ops import fmha
     from xformers.ops.fmha import dispatch
     from xformers.ops.fmha.attn_bias import BlockDiagonalMask

@@ -153,7 +153,7 @@ def test_the_largest_divisor_under_the_ceiling_is_the_micro_batch():
     assert divide_batch(96, 2, 47) == (24, 2)
     assert divide_batch(96, 2, 1000) == (48, 1)
     assert divide_batch(7, 1, 3) == (1, 7)
-    with pytest.raises(UserError, match="global_batch is 8, which 3 ranks"):
+    with pytest.raises(UserError, match="global_batch is 8, which does not divide evenly over 3 ranks"):
         divide_batch(8, 3, None)
 
 

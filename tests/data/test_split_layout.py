@@ -133,8 +133,8 @@ def test_a_split_that_is_a_link_to_the_other_is_said(tmp_path):
     (tmp_path / "val").symlink_to("train")
     layout = find_layout(tmp_path)
     assert layout.line() == (
-        f"{tmp_path}/train is learned from, {tmp_path}/val is tested on; they are one folder, by a link: all that is "
-        "tested on was learned from"
+        f"train on {tmp_path}/train, test on {tmp_path}/val; they are one folder, by a link: every test image is a "
+        "training image"
     )
     make(tmp_path / "other", *classes_of("train", "val"))
     assert "; " not in find_layout(tmp_path / "other").line()

@@ -95,10 +95,10 @@ def test_parquet_without_pyarrow_is_one_line_that_says_what_to_install(tmp_path,
 
 
 MISTAKES = {
-    "no line": ([], "m.jsonl: holds no triplet; give one a line: {source, target, action}"),
-    "header alone": ([HEADER], "m.jsonl: holds no triplet; give one a line: {source, target, action}"),
+    "no line": ([], "m.jsonl: holds no triplet; give one per line: {source, target, action}"),
+    "header alone": ([HEADER], "m.jsonl: holds no triplet; give one per line: {source, target, action}"),
     "not JSON": ([ROW, "{"], "m.jsonl:2: not JSON: Expecting property name enclosed in double quotes: line 2 column 1"),
-    "no object": ([ROW, "[1]"], "m.jsonl:2: found [1]; allowed: an object a line"),
+    "no object": ([ROW, "[1]"], "m.jsonl:2: found [1]; allowed: one object per line"),
     "unknown key": (
         [ROW, {**ROW, "reward": 1}],
         "m.jsonl:2: unknown key 'reward'; allowed: source, target, action, episode, step",

@@ -27,5 +27,5 @@ def test_helpers_answer_in_order_and_pass_errors_on(processes):
 
 
 def test_a_helper_that_dies_is_one_line():
-    with pytest.raises(UserError, match="a helping process died"):
+    with pytest.raises(UserError, match="a worker process died"):
         list(in_order(_double, 100, [(0, 3), (-1, 3), (3, 6)], 2))

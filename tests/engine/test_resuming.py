@@ -210,7 +210,7 @@ def test_settings_that_cannot_be_compared_are_said(copy, run, capfd):
     (copy / "config.yaml").unlink()
     config = small_config(run.parent / "here/images", train__steps=2)
     assert resuming.choose_checkpoint(config, RunDirectory(copy), "auto").name == "step_000002"
-    assert "config.yaml: is missing, so the settings are those given" in capfd.readouterr().err
+    assert "config.yaml: is missing, so the given settings are used" in capfd.readouterr().err
 
 
 def test_a_training_with_a_regulariser_resumes_bit_for_bit(tiny_images, tmp_path):

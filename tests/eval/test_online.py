@@ -102,7 +102,7 @@ def test_what_the_ranks_left_out_is_counted_together(folder, tmp_path):
         assert (joined["eval_left_out_train"], joined["eval_left_out_test"]) == (2, 1)
         assert set(join_left_out(shares)["test"].reasons) == {f"{root}/{bad[2]}"}
     assert shares[0].said == (
-        f"{root}/train is learned from, {root}/test is tested on",
+        f"train on {root}/train, test on {root}/test",
         "knn_k: 8 instead of 20: there are 8 training images",
     )
     for share in shares:  # of no rank's own images more than one is bad

@@ -329,7 +329,7 @@ def entry(choice: str, tokens: int = 300, **other: object) -> dict[str, object]:
 @pytest.mark.parametrize("name", ["xformers", "efficient", "sdpa", "cudnn", "varlen", "flash_cute"])
 def test_auto_takes_what_was_measured_for_such_a_batch_on_this_gpu(on_a_gpu: Callable[..., None], name: str) -> None:
     assert chosen() == "xformers"
-    assert describe_attention("auto", GPU) == "xformers (nothing was measured on this GPU)"
+    assert describe_attention("auto", GPU) == "xformers (no measurements of this GPU)"
     on_a_gpu(entry(name))
     assert chosen() == name
     assert describe_attention("auto", GPU) == f"xformers, or by measurements of this GPU {name}"

@@ -319,5 +319,5 @@ def test_wrong_arguments_say_what_is_wrong(plain: SimpleNamespace) -> None:
     with pytest.raises(ValueError, match="1 segments of padding and context_segments 0"):
         model(source, target, action, context, contexts, more, mores)
     mlp = plain.exact_model(configure("block", kind="mlp"), ACTIONS)
-    with pytest.raises(ValueError, match="cannot look elsewhere"):
+    with pytest.raises(ValueError, match="maps each patch by itself"):
         mlp(source, target, action, context, contexts, predicted[:3], Segments.from_lengths([1, 2]))

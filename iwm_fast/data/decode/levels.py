@@ -52,9 +52,9 @@ def refusal(image: Image.Image) -> str | None:
     """Why an opened image cannot become 8-bit RGB, by its header alone; None where it can."""
     signed = _SIGNED in np.atleast_1d(_tag(image, _SAMPLE_FORMAT, 1))
     if signed or (image.mode in _SIXTEEN_BITS and image.format not in _UNSIGNED):
-        return f"its pixels are signed integers, of which nothing says what is black; {_REMEDY}"
+        return f"its pixels are signed integers, whose black level is unknown; {_REMEDY}"
     if image.mode == "I" and image.format not in _SIXTEEN_IN_THIRTY_TWO:
-        return f"its pixels are 32-bit integers, of which nothing says what is white; {_REMEDY}"
+        return f"its pixels are 32-bit integers, whose white level is unknown; {_REMEDY}"
     return None
 
 

@@ -75,7 +75,7 @@ class S3Storage:
     def __init__(self, root: str, patience: Patience = PATIENCE) -> None:
         match = _ADDRESS.fullmatch(root)
         if match is None:  # not repeated: somebody may have written a secret into it
-            raise UserError("this address of a store is not of the form s3://bucket/prefix; check data.root")
+            raise UserError("this address of an object store is not of the form s3://bucket/prefix; check data.root")
         self._bucket = match[1]
         self._prefix = (match[2] or "").strip("/")
         self._prefix += "/" if self._prefix else ""
@@ -214,7 +214,7 @@ class S3Storage:
                 break
         raise UserError(
             f"{what}: cannot be read, {attempt} attempts failed, the last with: {said}; check the store"
-            f"{_endpoint()} and go on with --resume auto"
+            f"{_endpoint()} and resume with --resume auto"
         )
 
     def _refusal(self, what: str, error: Any) -> str:

@@ -192,7 +192,7 @@ def _beside(out: Path) -> Iterator[BinaryIO]:
         try:
             hold(file, str(out))
         except BlockingIOError as error:
-            raise UserError(f"{out}: another start is writing it; wait for it") from error
+            raise UserError(f"{out}: another process is writing it; wait for it") from error
         yield file
         file.flush()
         sync_open(file.fileno())

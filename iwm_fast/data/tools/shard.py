@@ -175,7 +175,7 @@ def _held(out: Path, plan: str) -> Iterator[None]:
         try:
             hold(file, str(out))
         except BlockingIOError as error:
-            raise UserError(f"{out}: another start is packing into it; wait for it") from error
+            raise UserError(f"{out}: another process is packing into it; wait for it") from error
         file.seek(0)
         before = file.read().strip()
         others = any(path.name != _PLAN_FILE for path in out.iterdir())

@@ -143,7 +143,7 @@ def _engine_use() -> int | None:
 
 def _engine_said(percent: int | None) -> str:
     if percent is None:
-        return "whether its JPEG engine is used is not told by this driver"
+        return "this driver does not report whether its JPEG engine is used"
     return f"JPEG engine up to {percent} % busy" if percent else "its JPEG engine stays idle: nvJPEG's kernels decode"
 
 

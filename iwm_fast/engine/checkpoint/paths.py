@@ -78,7 +78,7 @@ def whole_checkpoint(found: Named, say: Callable[[str], None] = lambda _line: No
     root = found.run / "checkpoints"
     newest_one, passed = newest(root)
     for line in passed:
-        say(f"passed over a damaged checkpoint: {line}")
+        say(f"skipped a damaged checkpoint: {line}")
     if newest_one is None:
         raise UserError(
             f"{root}: no whole checkpoint is left ({passed[0]}); restore one"

@@ -145,7 +145,7 @@ class StopRequest:
         """The main thread waits inside a library and cannot be told."""
         if sys.stderr.isatty():
             sys.stderr.write(_SHOW_CURSOR)
-        lost = "; what came after the last checkpoint is lost, resume with --resume auto" if self._held else ""
+        lost = "; steps after the last checkpoint are lost, resume with --resume auto" if self._held else ""
         print(f"iwm-fast: interrupted{lost}", file=sys.stderr, flush=True)
         os._exit(INTERRUPTED)
 
@@ -171,7 +171,7 @@ def end_with_parent(poll_s: float = 0.5) -> None:
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(poll_s)
-        print("the launcher is gone; this rank ends", file=sys.stderr, flush=True)
+        print("the launcher has exited; this rank stops", file=sys.stderr, flush=True)
         os._exit(1)
 
     threading.Thread(target=watch, name="launcher-watch", daemon=True).start()

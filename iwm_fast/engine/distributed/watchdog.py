@@ -29,7 +29,7 @@ __all__ = ["Liveness"]
 _START_S = 600.0
 # A store that takes longer to answer is stopped. Short: a launcher that is cut off ends its ranks after half a minute.
 _ANSWER_S = 5.0
-_ADVICE = "look at that rank's host and its own last lines, then go on with --resume auto"
+_ADVICE = "check that rank's host and the last lines of its log, then resume with --resume auto"
 
 
 class Liveness:
@@ -139,7 +139,7 @@ class Liveness:
         """The main thread waits inside a library and cannot be told: end the process."""
         if not self._telling.acquire(blocking=False):
             return  # a connection has failed just now, and the main thread looks for the reason itself
-        self._tell(self._lost() or f"no rank moves any more, all are in {self._where}")
+        self._tell(self._lost() or f"no rank makes progress, all are in {self._where}")
 
     def _tell(self, lost: str) -> NoReturn:
         """Say it before anything else, and end: a launcher that lost the same host does not wait for long."""

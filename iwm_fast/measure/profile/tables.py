@@ -82,8 +82,8 @@ def markdown(document: Mapping[str, Any]) -> str:
     lines += [f"| {name} | {s * 1e3:.3f} | {s / step:.1%} |" for name, s in document["parts_s"].items()]
     lines += [f"| all parts | {document['parts_sum_s'] * 1e3:.3f} | {document['parts_sum_s'] / step:.1%} |", ""]
     lines += [
-        "Of the roofline: the time that the limits measured in the same run allow, over the time taken, call by call;",
-        "– where nothing is moved or multiplied, or where the limits were beaten and so are none (data in a cache).",
+        "Of the roofline: the time at the limits measured in the same run, over the time measured, per call;",
+        "– where a call moves and computes nothing, or beats the limits (data in a cache).",
         "",
     ]
     lines += ["| module | calls | forward, ms | backward, ms | GFLOP | MB | of the roofline | MFU |", "|---" * 8 + "|"]

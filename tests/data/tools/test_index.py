@@ -244,7 +244,7 @@ def _in_session(session):
 
 def test_two_starts_do_not_write_one_manifest(tmp_path):
     write_classes(tmp_path, 3)
-    with index_module._beside(tmp_path / NAME), pytest.raises(UserError, match="another start is writing it"):
+    with index_module._beside(tmp_path / NAME), pytest.raises(UserError, match="another process is writing it"):
         write_index(tmp_path)
 
 
