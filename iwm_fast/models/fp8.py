@@ -43,8 +43,8 @@ def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor, activation: str = "none"
         activation: "none", or "gelu", of x before it is rounded.
 
     Returns:
-        (N, M) of x's type; on CUDA rounded to bf16 first, the only output type of `torch._scaled_mm` with row-wise scales.
-        On CUDA, a matmul with K or M no multiple of 16 runs in x's type instead.
+        (N, M) of x's type; on CUDA rounded to bf16 first, the only output type of `torch._scaled_mm` with row-wise
+        scales. On CUDA, a matmul with K or M no multiple of 16 runs in x's type instead.
 
     Raises:
         ValueError: a gradient would have to flow through it.
