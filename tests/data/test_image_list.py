@@ -58,7 +58,7 @@ def test_folders_without_images_are_refused_in_one_line(tmp_path):
     with pytest.raises(UserError, match="is empty"):
         list_images(tmp_path)
     touch(tmp_path, "a.txt", "b/c.txt")
-    with pytest.raises(UserError, match=r"2 files, none of them an image") as caught:
+    with pytest.raises(UserError, match=r"2 files \(2 \.txt\), none of them an image") as caught:
         list_images(tmp_path)
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="not a folder"):
