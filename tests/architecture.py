@@ -1,7 +1,7 @@
-"""The house: which room of the tree may import which, as a table, and what finds a module that departs from it.
+"""The layers: which package may import which, as a table, and checks that find violations.
 
-Everything is read from the modules' syntax trees; nothing is imported. A room is a package below ``iwm_fast``, or a
-module there; ``kernels``, ``configs`` and ``benchmarks`` lie at the root and are imported as ``iwm_fast.kernels`` ....
+Checks read the modules' syntax trees and import nothing. A room is a package below ``iwm_fast``, or a module there;
+``kernels``, ``configs`` and ``benchmarks`` are at the root and are imported as ``iwm_fast.kernels`` ....
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from pathlib import PurePosixPath
 PACKAGE = "iwm_fast"
 AT_THE_ROOT = ("kernels", "configs", "benchmarks")
 
-# What every room but kernels may import: modules that import the standard library, rich, NumPy and each other.
+# What every room except kernels may import: modules that import the standard library, rich, NumPy and each other.
 GROUND = (
     "atomic_files", "console", "environment", "errors", "file_locks", "file_names", "log_filters", "notices", "outputs",
     "parent_process", "programs", "results", "streams", "version",
 )  # fmt: skip
 
-# A room, and the rooms that it may import. Arrows run down, so a room stands below all that it imports.
+# A room, and the rooms that it may import: those further down.
 ROOMS: dict[str, tuple[str, ...]] = {
     "kernels": (),
     "config": (),
@@ -41,18 +41,18 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "kernels",
     ),
 }  # fmt: skip
-# Of the ground, where a room may not import all of it.
+# Of the ground, for rooms that may not import all of it.
 GROUND_OF: dict[str, tuple[str, ...]] = {"kernels": (), "config": ("errors",)}
-# Beside the rooms: the package's face, its program, what builds and what shows it.
+# Beside the rooms: the package's __init__, its entry points, and tools.
 FACES: dict[str, tuple[str, ...]] = {
     "__init__": ("api", "errors", "parent_process", "version"),
     "__main__": ("cli",),
-    "tools": ("__init__", *ROOMS, *GROUND),  # the page of the command line is made from it
+    "tools": ("__init__", *ROOMS, *GROUND),  # generates the page of the command line
     "examples": ("__init__", *(room for room in ROOMS if room != "cli")),
     "setup": (),
 }
 
-# Libraries that may be imported at module level, beside the standard library; what is not named here may import any.
+# Libraries that may be imported at module level, beside the standard library; rooms not named here may import any.
 LIBRARIES: dict[str, tuple[str, ...]] = {
     "iwm_fast.kernels": ("torch", "triton", "numpy"),
     "iwm_fast.actions.transforms": ("numpy",),
@@ -66,7 +66,7 @@ LONGEST = 400  # lines of a module
 class Import:
     """One name that a module imports: a module, or a name of a package's ``__init__``.
 
-    late: in a function, or for type checkers only, so not while the module is imported.
+    late: imported in a function, or for type checkers only, so not at import time.
     """
 
     line: int
@@ -76,7 +76,7 @@ class Import:
 
 @dataclass(frozen=True)
 class Module:
-    """A file as the checks see it."""
+    """A file as the checks read it."""
 
     file: str
     name: str
@@ -85,7 +85,7 @@ class Module:
 
     @property
     def room(self) -> str:
-        """The room that it is in, or the face that it is."""
+        """The room that contains it, or its name in `FACES`."""
         parts = self.name.split(".")
         if parts[0] != PACKAGE:
             return parts[0]
@@ -93,7 +93,7 @@ class Module:
 
 
 def read_house(sources: Mapping[str, str]) -> list[Module]:
-    """The modules of a tree, from their texts by file."""
+    """Return the modules of a tree, from their texts by file."""
     names = {file: _module_name(file) for file in sources}
     known = set(names.values())
     return [
@@ -132,7 +132,7 @@ def _imports(tree: ast.Module, file: str, name: str, known: set[str]) -> Iterato
 
 
 def _room_of(name: str) -> str | None:
-    """The room of an imported module, ``__init__`` for the package itself; None for what is not ours."""
+    """Return the room of an imported module, ``__init__`` for the package itself; None for foreign ones."""
     parts = name.split(".")
     if parts[0] in ("tools", "examples"):
         return parts[0]
@@ -144,7 +144,7 @@ def _room_of(name: str) -> str | None:
 
 
 def crossed_borders(house: list[Module]) -> list[str]:
-    """Imports against the arrows, and rooms that no table knows."""
+    """Return imports against the layers, and rooms that no table has."""
     faults = []
     for module in house:
         room = module.room
@@ -171,7 +171,7 @@ def crossed_borders(house: list[Module]) -> list[str]:
 
 
 def foreign_libraries(house: list[Module]) -> list[str]:
-    """Libraries imported at module level where `LIBRARIES` does not allow them."""
+    """Return libraries imported at module level that `LIBRARIES` does not allow."""
     faults = []
     for module in house:
         owner = next((k for k in LIBRARIES if module.name == k or module.name.startswith(f"{k}.")), None)
@@ -188,7 +188,7 @@ def foreign_libraries(house: list[Module]) -> list[str]:
 
 
 def long_modules(house: list[Module]) -> list[str]:
-    """Modules of more than `LONGEST` lines."""
+    """Return modules of more than `LONGEST` lines."""
     return [
         f"{module.file}:{module.lines}: a module has at most {LONGEST} lines; look for the second job in it"
         for module in house
@@ -197,9 +197,9 @@ def long_modules(house: list[Module]) -> list[str]:
 
 
 def package_circles(house: list[Module]) -> list[str]:
-    """Circles between packages, or a package and modules beside it, whenever their imports happen."""
+    """Return cycles between packages, or between a package and modules beside it, late imports included."""
     known = {module.name for module in house}
-    # For each package, the arrows between what lies in it; "" is what lies at the root.
+    # For each package, the imports between its parts; "" is the package itself.
     arrows: dict[str, dict[str, dict[str, str]]] = {}
     for module in house:
         for one in module.imports:
@@ -216,16 +216,16 @@ def package_circles(house: list[Module]) -> list[str]:
 
 
 def _parted(ours: str, theirs: str) -> tuple[list[str], str, str]:
-    """The package that two modules lie in, and the parts of their names below it, "" where one is the package."""
+    """Return the package that contains two modules, and their names below it, "" if one is the package."""
     a, b = ours.split("."), theirs.split(".")
     above = [x for x, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False))]
     return above, *(".".join(name[len(above) : len(above) + 1]) for name in (a, b))
 
 
 def module_circles(house: list[Module]) -> list[str]:
-    """Circles between modules at import time.
+    """Return cycles between modules at import time.
 
-    That a package's ``__init__`` runs before its modules makes no arrow here, but importing a name from it does.
+    That a package's ``__init__`` runs before its modules does not count, but importing a name from it does.
     """
     known = {module.name for module in house}
     arrows: dict[str, dict[str, str]] = {}
@@ -237,7 +237,7 @@ def module_circles(house: list[Module]) -> list[str]:
 
 
 def _circles(arrows: Mapping[str, Mapping[str, str]], nodes: Iterable[str]) -> list[str]:
-    """Circles, one at least through each of the nodes that is in any: their arrows, and where each stands."""
+    """Return cycles, at least one through each node that is in any: their edges, and where each is."""
     found = {}
     for node in nodes:
         paths, ahead = {node: [node]}, [node]

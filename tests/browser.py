@@ -1,4 +1,4 @@
-"""Headless Chromium through its debugging pipe: open a page, work it, and see what it shows and fetches."""
+"""Headless Chromium through its debugging pipe: open a page, interact, and read what it shows and fetches."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ PATIENCE_S = 90
 
 
 def find_chromium() -> str | None:
-    """The program, named by IWM_FAST_CHROMIUM or found on the path; None where there is none."""
+    """Return the program, from IWM_FAST_CHROMIUM or the path; None if there is none."""
     return os.environ.get("IWM_FAST_CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
 
 
 class Page:
-    """One tab. Use it in a `with`; `fetched` holds every address that was asked for, `errors` what went wrong."""
+    """One tab. Use it in a `with`; `fetched` has every requested address, `errors` what went wrong."""
 
     def __init__(self, profile: Path, width: int = 1100, height: int = 1600, *, dark: bool = False) -> None:
         program = find_chromium()
@@ -32,7 +32,7 @@ class Page:
         down, self._write = os.pipe()
         self._read, up = os.pipe()
         options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--remote-debugging-pipe"]
-        # The pipe's ends are expected as descriptors 3 and 4.
+        # Chromium expects the pipe's ends as descriptors 3 and 4.
         shell = f'exec 3<&{down} 4>&{up}; exec "$0" "$@"'
         self._process = subprocess.Popen(
             ["bash", "-c", shell, program, *options, f"--user-data-dir={profile}", "about:blank"],
@@ -71,20 +71,20 @@ class Page:
         os.close(self._read)
 
     def open(self, path: Path) -> None:
-        """Load a file and wait until it is whole."""
+        """Load a file and wait until it is complete."""
         self._loaded = False
         self._ask("Page.navigate", url=path.resolve().as_uri())
         while not self._loaded:
             self._heed(self._next())
 
     def run(self, script: str) -> Any:
-        """The value of an expression in the page."""
+        """Return the value of an expression in the page."""
         answer = self._ask("Runtime.evaluate", expression=script, returnByValue=True)
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
 
     def screenshot(self, path: Path) -> None:
-        """What the page shows, as a PNG."""
+        """Return what the page shows, as a PNG."""
         path.write_bytes(base64.b64decode(self._ask("Page.captureScreenshot")["data"]))
 
     def _ask(self, method: str, **parameters: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What every test shares: the settings of libraries before they are imported, and a few small images."""
+"""Shared by all tests: settings of libraries before they are imported, and a few small images."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 quiet_third_parties()
-# A shell has its background jobs ignore Ctrl-C, which they pass on to what they start: tests send it.
+# A shell makes its background jobs ignore Ctrl-C, and their children inherit that: tests send it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
-# A first example pays for imports, and CI must say the same of the same commit each time.
+# The first example includes imports, and CI must give the same result for the same commit.
 settings.register_profile("iwm", deadline=None, derandomize=bool(os.environ.get("CI")))
 settings.load_profile("iwm")
 
 
 _beside = Beside()
 _IN_INTERPRETER = "tests/kernels/test_interpreter.py::"
-# Under pytest-xdist files are taken up in this order, the others after these: a long one begun last leaves the other
-# workers idle. No order is wrong, and a file that is not named here loses seconds.
+# Under pytest-xdist these files start first, in this order: a long one that starts last leaves other workers idle. Any
+# order is correct, and a missing file only loses seconds.
 _BEGUN_FIRST = (
     "tests/kernels/test_interpreter.py",
     "tests/faults/test_ranks_lost.py",
@@ -49,21 +49,21 @@ _BEGUN_FIRST = (
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """One thread a worker, and a process of its own where a test starts one: workers share the cores already."""
+    """Set one thread per worker, and per process that a test starts: workers share the cores already."""
     if config.getoption("numprocesses", None):
         os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """-n auto: as many as the process may use cores. The longest file bounds what more than eight could gain."""
+    """-n auto: one worker per usable core, at most eight; the longest file bounds the gain of more."""
     return min(len(os.sched_getaffinity(0)), 8)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
-    """Files stay whole, so that what a module's fixture makes is made once; the interpreter's parts are apart."""
-    if config.getoption("dist") != "load":  # another was asked for
+    """Keep files whole, so that module fixtures run once; the interpreter's parts are split."""
+    if config.getoption("dist") != "load":  # the user chose another
         return None
     from xdist.scheduler import LoadScopeScheduling
 
@@ -80,7 +80,7 @@ def _of_a_worker(config: pytest.Config) -> bool:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Under pytest-xdist what is long comes first; in a single process what has been begun beforehand comes last."""
+    """Under pytest-xdist long tests come first; in a single process those that run in the background come last."""
     if not _of_a_worker(config):
         items.sort(key=lambda item: item.nodeid.startswith(_IN_INTERPRETER))
         return
@@ -89,7 +89,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Begin the kernels' tests beside those of this process, where no other worker could take them."""
+    """In a single process, start the kernels' tests in the background."""
     if session.config.option.collectonly or _of_a_worker(session.config):
         return
     parts = [item.callspec.params["part"] for item in session.items if item.nodeid.startswith(_IN_INTERPRETER)]
@@ -97,19 +97,19 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 
 def pytest_sessionfinish() -> None:
-    """Nothing outlives a session that was broken off."""
+    """Stop everything that an interrupted session started."""
     _beside.end()
 
 
 @pytest.fixture
 def in_interpreter() -> Callable[[str], None]:
-    """Run a part of tests/triton under TRITON_INTERPRET=1, or wait for it where it has been begun."""
+    """Run a part of tests/triton under TRITON_INTERPRET=1, or wait for it if it was started."""
     return _beside.wait
 
 
 @pytest.fixture(scope="session")
 def plain() -> ModuleType:
-    """tests/plain_networks.py, which imports the models: only the tests of them and of their exports wait for it."""
+    """Return tests/plain_networks.py, which imports the models: only tests of models and exports need it."""
     import plain_networks
 
     return plain_networks
@@ -117,7 +117,7 @@ def plain() -> ModuleType:
 
 @pytest.fixture
 def command(capfd: pytest.CaptureFixture[str]) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """The command line with these words, called in this process: a fresh one would import for seconds."""
+    """Run the command line with these words in this process: a new one would import for seconds."""
     from iwm_fast.cli.main import main
 
     def run(*words: object) -> subprocess.CompletedProcess[str]:
@@ -130,14 +130,14 @@ def command(capfd: pytest.CaptureFixture[str]) -> Callable[..., subprocess.Compl
 
 @pytest.fixture
 def torchs_own_linear(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch's linear layer in its place, where an engine of stage 3 has left DeepSpeed's own."""
+    """Restore torch's linear layer after an engine of stage 3 replaced it by DeepSpeed's."""
     monkeypatch.setattr(torch.nn.functional, "linear", torch._C._nn.linear)
 
 
 @pytest.fixture
 def regions_as_traced(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Compiled regions are the graphs of both passes with their guards, run as they are: inductor takes a minute more,
-    and tests/engine/test_compiled.py trains with it.
+    """Run compiled regions as the traced graphs of both passes with their guards: inductor takes a minute more, and
+    tests/engine/test_compiled.py trains with it.
     """
     from iwm_fast.models import compiled_regions
 
@@ -149,7 +149,7 @@ def regions_as_traced(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tiny_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of two classes of twelve JPEGs each: gradients of two colours with noise, sides of 40 to 63 pixels."""
+    """Write a folder of two classes of twelve JPEGs each: noisy gradients of two colours, sides of 40 to 63 pixels."""
     root = tmp_path_factory.mktemp("tiny_images")
     random = np.random.default_rng(0)
     for label, colour in (("cold", (40, 90, 220)), ("warm", (230, 120, 30))):

@@ -1,4 +1,4 @@
-"""What DALI's own readers take from shards and TFRecord files, as the independent reference of ours."""
+"""DALI's own readers of shards and TFRecord files, as the independent reference of ours."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from nvidia.dali import tfrecord as tfrec
 
 
 def dali_shards(shards, indexes, extensions):
-    """[(image, label)] as DALI's webdataset reader gives them."""
+    """Return [(image, label)] from DALI's webdataset reader."""
 
     @pipeline_def(batch_size=1, num_threads=1, device_id=None)
     def read():
@@ -17,7 +17,7 @@ def dali_shards(shards, indexes, extensions):
 
 
 def dali_records(files, indexes):
-    """[(image, label)] as DALI's TFRecord reader gives them."""
+    """Return [(image, label)] from DALI's TFRecord reader."""
     features = {
         "image/encoded": tfrec.FixedLenFeature((), tfrec.string, ""),
         "image/class/label": tfrec.FixedLenFeature([1], tfrec.int64, -1),

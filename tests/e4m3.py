@@ -1,4 +1,4 @@
-"""Rounding to e4m3 by a table in NumPy, and rows of numbers to be rounded."""
+"""Rounding to e4m3 by a table in NumPy, and rows of values to round."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
-# Every e4m3 number from 0 to 448 in the order of its code: below 2⁻⁶ steps of 2⁻⁹, above eight to a power of two.
+# Every e4m3 value from 0 to 448 in the order of its code: below 2⁻⁶ steps of 2⁻⁹, above eight per power of two.
 MAGNITUDES = np.array([m * 2.0**-9 if e == 0 else (8 + m) * 2.0 ** (e - 10) for e in range(16) for m in range(8)][:127])
 
 
 def e4m3(x: Floats) -> Floats:
-    """The nearest e4m3 number of |x| ≤ 448, of two as near the one whose code is even."""
+    """Return the nearest e4m3 value of |x| ≤ 448; of two equally near, the one with an even code."""
     above = np.searchsorted(MAGNITUDES, np.abs(x)).clip(1, 126)
     low, high = MAGNITUDES[above - 1], MAGNITUDES[above]
     up = np.abs(x) - low > high - np.abs(x)
@@ -24,7 +24,7 @@ def e4m3(x: Floats) -> Floats:
 
 
 def rounded(x: Floats) -> Floats:
-    """Each row as e4m3 holds it, with the least power of two that takes its largest number to 448 or less."""
+    """Return each row rounded to e4m3, scaled by the least power of two that takes its maximum to 448 or less."""
     rows = []
     for row in x:
         fraction, exponent = math.frexp(np.abs(row).max() / 448)
@@ -34,7 +34,7 @@ def rounded(x: Floats) -> Floats:
 
 
 def draw(rows: int, columns: int, seed: int, sizes: float, dtype: torch.dtype) -> torch.Tensor:
-    """Normal numbers whose rows differ in size by up to 10 to ± `sizes`, some of them far smaller than their row."""
+    """Return normal values whose rows differ in scale by up to 10 to ± `sizes`, some far smaller than their row."""
     generator = torch.Generator().manual_seed(seed)
     size = 10 ** (sizes * (2 * torch.rand(rows, 1, generator=generator) - 1))
     uneven = 10 ** (-6 * torch.rand(rows, columns, generator=generator) ** 4)

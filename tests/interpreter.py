@@ -1,8 +1,8 @@
-"""tests/triton in Triton's interpreter: minutes of one core, in processes of their own.
+"""Run tests/triton in Triton's interpreter: minutes of one core, in processes of their own.
 
-The interpreter and the compiler cannot share a process. The files are run in parts, so that several cores may share
-them: under pytest-xdist each part is a test like others, begun first; in a single process all are begun with the first
-test, one after the other beside it, and waited for by the last ones.
+The interpreter and the compiler cannot share a process. The files run in parts, so that several cores may share them.
+Under pytest-xdist each part is a test like others, and starts first. In a single process all parts start with the first
+test, run in sequence in the background, and the last tests wait for them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 __all__ = ["PARTS", "Beside"]
 
 FOLDER = Path(__file__).parent / "triton"
-# About equally long, the longest first. What is named in none belongs to the last.
+# About equally long, the longest first. Files named in none belong to the last.
 _NAMED = {
     "the MLP": ("test_mlp.py", "test_sums.py"),
     "operators": ("test_operators.py", "test_loss.py", "test_zero.py"),
@@ -28,7 +28,7 @@ PARTS = _NAMED | {"the others": tuple(sorted(_OTHERS))}
 
 
 class Beside:
-    """Parts that are run one after another, by a thread, while the caller does something else."""
+    """Runs parts in sequence in a thread, while the caller does something else."""
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1)
@@ -38,18 +38,18 @@ class Beside:
         self._starting = threading.Lock()
 
     def begin(self, parts: list[str]) -> None:
-        """Begin the parts that are not yet."""
+        """Start the parts that have not started."""
         for part in parts:
             if part not in self._begun:
                 self._begun[part] = self._thread.submit(self._run, part)
 
     def wait(self, part: str) -> None:
-        """AssertionError with what was said, when a test of the part failed or none was run."""
+        """Raise AssertionError with the output if a test of the part failed or none ran."""
         self.begin([part])
         self._begun[part].result()
 
     def end(self) -> None:
-        """Nothing outlives a session that was broken off."""
+        """Stop what an interrupted session started."""
         with self._starting:
             self._ended = True
             if self._process is not None:

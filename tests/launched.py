@@ -1,4 +1,4 @@
-"""Starts some_ranks.py on some ranks of this machine."""
+"""Start some_ranks.py on several ranks of this machine."""
 
 import json
 import os
@@ -10,7 +10,7 @@ SCRIPT = Path(__file__).parent / "engine" / "some_ranks.py"
 
 
 def on_ranks(world, images, out, jobs, **variables):
-    """Run the jobs one after the other under torchrun; AssertionError with what was said when that fails.
+    """Run the jobs in sequence under torchrun; raise AssertionError with the output if that fails.
 
     variables: of the environment.
     """

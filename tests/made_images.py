@@ -14,7 +14,7 @@ ORIENTATION = 0x0112
 
 
 def picture(width, height, seed=0):
-    """Smooth waves in three channels with a bright box and a little grain: (height, width, 3) uint8."""
+    """Return smooth waves in three channels with a bright box and a little grain: (height, width, 3) uint8."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[0:height, 0:width] / max(width, height)
     waves = [np.sin(rng.uniform(3, 12) * (x * np.cos(a) + y * np.sin(a)) + a) for a in rng.uniform(0, 6, 3)]
@@ -24,7 +24,7 @@ def picture(width, height, seed=0):
 
 
 def encode(image, kind="JPEG", **options):
-    """The file's bytes; image: an array or a Pillow image."""
+    """Return the file's bytes; image: an array or a Pillow image."""
     image = image if isinstance(image, Image.Image) else Image.fromarray(image)
     buffer = io.BytesIO()
     if kind == "JPEG":
@@ -34,14 +34,14 @@ def encode(image, kind="JPEG", **options):
 
 
 def turned(image, orientation, kind="JPEG"):
-    """A file whose EXIF block says `orientation`."""
+    """Return a file with this EXIF `orientation`."""
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
     return encode(image, kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {}))
 
 
 def write_images(folder: Path, count, *, size=(40, 30), first=0):
-    """`count` JPEGs NNN.jpg of slightly different sizes; returns their paths."""
+    """Write `count` JPEGs NNN.jpg of slightly different sizes; return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for number in range(first, first + count):
@@ -52,18 +52,18 @@ def write_images(folder: Path, count, *, size=(40, 30), first=0):
 
 
 def broken_tables(raw):
-    """A JPEG whose header is in order and whose Huffman tables are not: only a decoder notices."""
+    """Return a JPEG with a correct header and broken Huffman tables: only a decoder notices."""
     at = raw.index(b"\xff\xc4") + 5
     return raw[:at] + b"\xff" * 16 + raw[at + 16 :]
 
 
 def png_chunk(kind, body=b""):
-    """A chunk with its length and checksum."""
+    """Return a chunk with its length and checksum."""
     return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
 
 def png(levels, depth, colour, *before):
-    """A PNG of `levels` (h, w) or (h, w, channels) in `depth` bits; colour: PNG's type; chunks before the pixels."""
+    """Return a PNG of `levels` (h, w) or (h, w, channels) in `depth` bits; colour: its type; chunks: before pixels."""
     levels = np.asarray(levels).reshape(len(levels), -1)
     rows = [np.packbits(_bits(row, depth)).tobytes() for row in levels]
     channels = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour]
@@ -74,7 +74,7 @@ def png(levels, depth, colour, *before):
 
 
 def tiff(values, bits, photometric, *, sample_format=1, order="<", extra=()):
-    """An uncompressed TIFF of `values` (h, w) or (h, w, channels), in their own dtype or as integers of odd `bits`."""
+    """Return an uncompressed TIFF of `values` (h, w) or (h, w, channels), in their dtype or as integers of `bits`."""
     height, width = values.shape[:2]
     channels = 1 if values.ndim == 2 else values.shape[2]
     if bits % 8:
@@ -99,5 +99,5 @@ def tiff(values, bits, photometric, *, sample_format=1, order="<", extra=()):
 
 
 def _bits(row, depth):
-    """The bits of integers, the highest first."""
+    """Return the bits of integers, the highest first."""
     return (np.asarray(row, np.int64)[:, None] >> np.arange(depth - 1, -1, -1)) & 1

@@ -12,7 +12,7 @@ from made_images import encode, picture
 
 
 def write_classes(root: Path, count=12, classes=("cat", "dog"), *, first=0):
-    """`count` JPEGs of slightly different sizes, in a folder a class; returns their bytes by path below the root."""
+    """Write `count` JPEGs of slightly different sizes, one folder per class; return their bytes by relative path."""
     made = {}
     for number in range(first, first + count):
         name = f"{classes[number % len(classes)]}/{number:03d}.jpg"
@@ -35,7 +35,7 @@ def _field(number, data):
 
 
 def example(image, label=None):
-    """A serialized tf.train.Example, byte by byte from the wire format."""
+    """Return a serialized tf.train.Example, byte by byte from the wire format."""
     features = {"image/encoded": _field(1, _field(1, image)), "image/format": _field(1, _field(1, b"JPEG"))}
     if label is not None:
         features["image/class/label"] = _field(3, _field(1, _varint(label)))
@@ -49,7 +49,7 @@ def _masked(data):
 
 
 def write_records(path: Path, payloads, *, index=False):
-    """A TFRecord file of the payloads; index: with the file that DALI's tfrecord2idx writes. Returns the offsets."""
+    """Write a TFRecord file of the payloads; index: also DALI's tfrecord2idx file. Return the offsets."""
     offsets, lines = [], []
     with path.open("wb") as file:
         for payload in payloads:
@@ -63,7 +63,7 @@ def write_records(path: Path, payloads, *, index=False):
 
 
 def write_tar(path: Path, members, **options):
-    """A tar file of (name, bytes) or of (tarfile.TarInfo, bytes), as tarfile writes it."""
+    """Write a tar file of (name, bytes) or of (tarfile.TarInfo, bytes), as tarfile writes it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w", **options) as archive:
         for name, data in members:
@@ -75,7 +75,7 @@ def write_tar(path: Path, members, **options):
 
 
 def entry(name, kind, link=""):
-    """A member of a tar file that is no regular file: a link, a folder, a device."""
+    """Return a tar member that is not a regular file: a link, a folder, a device."""
     made = tarfile.TarInfo(name)
     made.type, made.linkname = kind, link
     return made, b""

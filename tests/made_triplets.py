@@ -28,7 +28,7 @@ def write_frames(folder: Path, count: int, *, size=(32, 32)) -> list[str]:
 
 
 def write_game(folder: Path, episodes: int = 4, steps: int = 6, *, size=(32, 32), discrete: bool = False) -> Path:
-    """`episodes` of `steps` triplets each in folder/manifest.jsonl, with a header; frames of an episode follow."""
+    """Write `episodes` of `steps` triplets each to folder/manifest.jsonl, with a header; an episode's frames follow."""
     frames = write_frames(folder / "frames", episodes * (steps + 1), size=size)
     draw = np.random.default_rng(5)
     rows = []

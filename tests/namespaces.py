@@ -1,4 +1,4 @@
-"""Two hosts of one machine: network namespaces joined by a virtual link, each with a host name of its own.
+"""Two hosts on one machine: network namespaces joined by a virtual link, each with its own host name.
 
 Needs root and iproute2. Nothing outside the two namespaces is touched.
 """
@@ -45,7 +45,7 @@ class Hosts:
             subprocess.run(["ip", "netns", "del", space], check=False, capture_output=True)
 
     def start(self, host: int, command: Sequence[str], environment: dict[str, str], log: int) -> subprocess.Popen[str]:
-        """A process on a host, in a session of its own, with its output in `log`."""
+        """Start a process on a host, in a session of its own, with its output in `log`."""
         named = ["unshare", "--uts", "sh", "-c", f'hostname {self.names[host]} && exec "$@"', "host", *command]
         return subprocess.Popen(
             ["ip", "netns", "exec", self._spaces[host], *named],
@@ -57,7 +57,7 @@ class Hosts:
         )
 
     def cut(self) -> None:
-        """Take the link down: packets vanish, and nobody is told."""
+        """Take the link down: packets vanish without an error."""
         _ip("-n", self._spaces[0], "link", "set", self.devices[0], "down")
 
     def mend(self) -> None:
@@ -65,12 +65,12 @@ class Hosts:
         _ip("-n", self._spaces[0], "link", "set", self.devices[0], "up")
 
     def slow(self, host: int, megabits: int) -> None:
-        """What the host sends goes over the link at this rate from now on; what it receives comes as fast as before."""
+        """Limit the rate at which the host sends from now on; what it receives stays as fast."""
         shaped = ["root", "tbf", "rate", f"{megabits}mbit", "burst", "128kb", "latency", "200ms"]
         _ip("netns", "exec", self._spaces[host], "tc", "qdisc", "add", "dev", self.devices[host], *shaped)
 
     def sent_bytes(self, host: int) -> int:
-        """Bytes that a host has sent over the link so far."""
+        """Return the bytes that a host has sent over the link so far."""
         where = f"/sys/class/net/{self.devices[host]}/statistics/tx_bytes"
         shown = subprocess.run(
             ["ip", "netns", "exec", self._spaces[host], "cat", where], check=True, capture_output=True, text=True

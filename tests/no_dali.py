@@ -1,4 +1,4 @@
-"""An interpreter beside which everything is installed but DALI: as where its wheel was never brought."""
+"""A Python environment with everything installed except DALI."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ _ROOT = Path(__file__).resolve().parents[1]
 
 
 def python_without_dali(folder: Path) -> Path:
-    """Make an environment in `folder` of links to the packages of this one; its interpreter.
+    """Make an environment in `folder` of links to this one's packages; return its interpreter.
 
-    `nvidia` is a namespace of several wheels' folders: of it, too, DALI's alone is missing, and so is its metadata.
+    `nvidia` is a namespace of several wheels' folders: only DALI's part of it, and its metadata, are missing.
     """
     venv.create(folder, symlinks=True, with_pip=False)
     site = next(folder.glob("lib/python*/site-packages"))

@@ -1,4 +1,4 @@
-"""Every operator with small inputs, the layouts that each argument has to stand, and what autocast may change."""
+"""Every operator with small inputs, the layouts that each argument must support, and the effects of autocast."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__ = ["CASES", "CAST", "VIEWS", "Case", "check_autocast", "check_compiled_a
 
 @dataclass(frozen=True)
 class Case:
-    """An operator's call, its tensors by name, and those whose values have to differ: they are never expanded."""
+    """An operator's call, its tensors by name, and those whose values must differ: they are never expanded."""
 
     call: Callable[..., Any]
     tensors: dict[str, Tensor]
@@ -35,7 +35,7 @@ class Case:
 
 
 def _surrounded(shape: torch.Size, like: Tensor) -> Tensor:
-    """A larger tensor of what no result may show: NaN, or the largest integer."""
+    """Return a larger tensor around it of values that no result may contain: NaN, or the largest integer."""
     worst = float("nan") if like.is_floating_point() else torch.iinfo(like.dtype).max
     return torch.full(shape, worst, dtype=like.dtype, device=like.device)
 
@@ -59,7 +59,7 @@ def _transposed(t: Tensor) -> Tensor:
 
 
 def _turned(t: Tensor) -> Tensor:
-    """Its last dimension outermost in memory: channels first for images."""
+    """Return it with its last dimension outermost in memory: channels first for images."""
     return t.movedim(-1, 0).contiguous().movedim(0, -1)
 
 
@@ -72,7 +72,7 @@ def _negated(t: Tensor) -> Tensor:
     return torch._neg_view(-t) if t.is_floating_point() else t
 
 
-# Expanding changes the values to those of one row or column: what is compared are views and copies of the same values.
+# Expanding copies one row or column: compared are views and copies of the same values.
 VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
     "strided": _strided,
     "sliced": _sliced,
@@ -181,7 +181,7 @@ CASES = {
     "sigreg_sums": lambda: Case(_sigreg, {"p": _values(6, 5, seed=0), "rows": torch.tensor([4])}, ("rows",)),
     "take_rows": _permuted,
 }
-# Those that take their floating arguments to autocast's type; the others compute as without it.
+# Operators that cast their floating arguments to autocast's dtype; the others compute as without it.
 CAST = ("conditioned_mlp", "residual_norm", "predictor_input")
 _UNTOUCHED = {"target", "position", "images", "scale", "shift"}  # get no gradient whatever they require
 
@@ -195,9 +195,9 @@ def outcome(
     backward: Callable[[], AbstractContextManager[Any]] = nullcontext,
     **options: Any,
 ) -> dict[str, Tensor]:
-    """Results and gradients by name; the incoming gradients lie in memory as `incoming` lays them.
+    """Return results and gradients by name; `incoming` lays out the upstream gradients in memory.
 
-    forward, backward: what the two passes run in.
+    forward, backward: contexts of the two passes.
     """
     leaves = {name: t.detach().requires_grad_() if t.is_floating_point() else t for name, t in tensors.items()}
     with forward():
@@ -217,9 +217,9 @@ def outcome(
 
 
 def check_layout(case: Case, view: str, turned: Collection[str], dtype: torch.dtype, device: str, backend: str) -> None:
-    """Require of views what the same values give in one piece; `turned`: arguments, and "incoming" for gradients.
+    """Require equal results for views and for contiguous copies; `turned`: arguments, and "incoming" for gradients.
 
-    Sums of the same numbers in the same order: only a library's product may choose another, which fp32 shows in its
+    Sums of the same values in the same order: only a library's matmul may choose another order, which fp32 shows in its
     last bits and bf16 after a rounding.
     """
     given = {k: t.to(device, dtype if t.is_floating_point() else t.dtype) for k, t in case.tensors.items()}
@@ -235,9 +235,9 @@ def check_layout(case: Case, view: str, turned: Collection[str], dtype: torch.dt
 
 
 def check_autocast(name: str, device: str, backend: str) -> None:
-    """Require the documented rule, bit for bit: arguments cast before, and no trace of autocast in either pass.
+    """Require the documented rule, bit for bit: arguments cast before, and no effect of autocast in either pass.
 
-    The last is where PyTorch's own operators differ: their backward passes run under the autocast of `backward`.
+    PyTorch's own operators differ in the latter: their backward passes run under the autocast of `backward`.
     """
     case = CASES[name]()
     tensors = {k: t.to(device, torch.float32 if t.is_floating_point() else t.dtype) for k, t in case.tensors.items()}
@@ -264,9 +264,9 @@ def check_autocast(name: str, device: str, backend: str) -> None:
 
 
 def check_compiled_autocast(name: str, device: str, backend: str) -> None:
-    """Require of a compiled graph, called under autocast, what eager gives.
+    """Require that a compiled graph, called under autocast, gives eager's result.
 
-    With Triton's operators also of its backward pass: of PyTorch's own it ends with an error about types.
+    With Triton's operators also in the backward pass: PyTorch's own ends with an error about dtypes.
     """
     case = CASES[name]()
     tensors = {k: t.to(device, torch.float32 if t.is_floating_point() else t.dtype) for k, t in case.tensors.items()}

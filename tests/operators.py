@@ -1,4 +1,4 @@
-"""Inputs for the kernels' operators, and how far two evaluations of them lie from a float64 one."""
+"""Inputs for the kernels' operators, and distances of two evaluations from a float64 one."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def mlp_inputs(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
 ) -> dict[str, Any]:
-    """Arguments of `conditioned_mlp`: tokens of size `scale`, weights that keep sizes about alike, fresh leaves."""
+    """Return arguments of `conditioned_mlp`: tokens of size `scale`, weights that preserve it, new leaves."""
     generator = torch.Generator().manual_seed(seed)
     out = width if residual or out is None else out
 
@@ -54,7 +54,7 @@ def mlp_inputs(
 
 
 def cast(given: dict[str, Any], dtype: torch.dtype, device: str | None = None) -> dict[str, Any]:
-    """The same numbers in another type: new leaves."""
+    """Return the same values in another dtype: new leaves."""
     return {
         key: value.detach().to(device or value.device, dtype).requires_grad_()
         if isinstance(value, Tensor) and value.is_floating_point()
@@ -66,7 +66,7 @@ def cast(given: dict[str, Any], dtype: torch.dtype, device: str | None = None) -
 
 
 def outcome(given: dict[str, Any], upstream: Tensor, run: Callable[..., Tensor] = conditioned_mlp, **options: Any):
-    """Name to tensor: the result, and the gradient of each differentiable argument for an incoming `upstream`."""
+    """Return by name the result, and the gradient of each differentiable argument given `upstream`."""
     leaves = {key: value for key, value in given.items() if isinstance(value, Tensor) and value.requires_grad}
     out = run(**given, **options)
     weight = upstream.to(out.device, out.dtype)
@@ -75,7 +75,7 @@ def outcome(given: dict[str, Any], upstream: Tensor, run: Callable[..., Tensor] 
 
 
 def distances(found: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
-    """‖found − exact‖ over ‖exact‖ of each tensor, or the norm itself where the exact one is zero."""
+    """Return ‖found − exact‖ / ‖exact‖ of each tensor, or the norm itself if the exact one is zero."""
     result = {}
     for name, wanted in exact.items():
         error = (found[name].double().cpu() - wanted.double().cpu()).norm()
@@ -87,11 +87,11 @@ def distances(found: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, f
 def conditions(
     given: dict[str, Any], exact: dict[str, Tensor], evaluate: Callable[[dict[str, Any]], dict[str, Tensor]]
 ) -> dict[str, float]:
-    """How many times as far as the numbers given the results move, relative to their sizes; at least 1.
+    """Return condition numbers: how far results move, relative to their size, if inputs do; at least 1.
 
     A result that nearly cancels (the gradient of one image's only action is one sum of both signs) moves by many times
-    the rounding of what it is made of, and no evaluation can do better. `given`, of fp32 or wider, is moved by 2⁻²⁴ of
-    each number at random, and `evaluate` works in float64.
+    the rounding of its terms, and no evaluation can do better. `given`, of fp32 or wider, is changed by 2⁻²⁴ of each
+    value at random, and `evaluate` works in float64.
     """
     generator, step, draws = torch.Generator().manual_seed(0), 2.0**-24, 4
     squares = dict.fromkeys(exact, 0.0)

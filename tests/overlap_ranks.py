@@ -1,11 +1,11 @@
-"""Run under torchrun by test_overlap.py: trains a small model with small buckets of gradients, several times.
+"""Run under torchrun by test_overlap.py: train a small model with small gradient buckets, several times.
 
 Arguments: out, then one JSON object of changes to the small configuration, with its run's name, for each training. A
-rank writes OUT/NAME.RANK.pt: its weights, and of each step the norm of its gradient and which came first, "sent" (a
-bucket) or "first layer" (the backward pass reaches it).
+rank writes OUT/NAME.RANK.pt: its weights, and for each step its gradient norm and the order of "sent" (a bucket) and
+"first layer" (the backward pass reaches it).
 
-With ``graphs`` forward and backward are replayed, by a stand-in for CUDA's graphs; with ``late`` the gradients of bf16
-come by one conversion at the end.
+With ``graphs`` forward and backward are replayed, by a stand-in for CUDA's graphs; with ``late`` bf16 gradients come by
+one conversion at the end.
 """
 
 import json
@@ -25,12 +25,12 @@ from iwm_fast.measure.synthetic import BatchStream, synthetic_stream
 from iwm_fast.models import attention
 
 WORLD = 2
-BUCKET = 6_000  # elements: the model has a dozen times as many
+BUCKET = 6_000  # elements: a twelfth of the model
 STEPS = 9
 
 
 def stream_of(config, space, rank):
-    """A rank's batches; without a rank those of all, as one process's micro-batches."""
+    """Return a rank's batches; without a rank those of all, as one process's micro-batches."""
     parts = [
         synthetic_stream(config, space, torch.device("cpu"), rank=r, world=WORLD, steps=3)
         for r in (range(WORLD) if rank is None else [rank])
@@ -40,7 +40,7 @@ def stream_of(config, space, rank):
 
 
 def train(ranks, **changes):
-    """Weights by name after some steps; of each step its events and the norm of its gradient."""
+    """Return weights by name after some steps; and each step's events and gradient norm."""
     config = small_config("unread", **changes)
     space = space_of(config.actions)
     stream = stream_of(config, space, ranks.rank if ranks.world > 1 else None)
@@ -71,7 +71,7 @@ def train(ranks, **changes):
 
 
 def prepare(*, graphs, late):
-    """Small buckets, and what a GPU would do."""
+    """Set small buckets, and what a GPU would do."""
     plain = zero.deepspeed_config
 
     def with_small_buckets(*args):

@@ -1,4 +1,4 @@
-"""A second, plain implementation: float64, one image at a time, einsum and loops, from timm's parameter names."""
+"""A second, plain implementation: float64, image by image, einsum and loops, from timm's parameter names."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def gelu(x: Tensor) -> Tensor:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """(n, heads, d) of one image."""
+    """Attention of one image, (n, heads, d)."""
     scores = torch.einsum("nhd,mhd->hnm", q, k) / math.sqrt(q.shape[-1])
     weights = torch.exp(scores - scores.amax(-1, keepdim=True))
     return torch.einsum("hnm,mhd->nhd", weights / weights.sum(-1, keepdim=True), v)
 
 
 def block(x: Tensor, state: State, name: str, heads: int, action: Tensor | None = None) -> Tensor:
-    """A pre-norm block of timm's names, of one image; "mlp.w_action" takes the action in."""
+    """A pre-norm block with timm's names, for one image; "mlp.w_action" conditions it on the action."""
     y = norm(x, state[name + "norm1.weight"], state[name + "norm1.bias"])
     q, k, v = linear(y, state, name + "attn.qkv").reshape(len(x), 3, heads, -1).unbind(1)
     x = x + linear(attention(q, k, v).reshape(len(x), -1), state, name + "attn.proj")
@@ -58,7 +58,7 @@ def depth_of(state: State) -> int:
 
 
 def position(width: int, column: int, row: int) -> Tensor:
-    """Sines and cosines of one patch, one frequency after another."""
+    """Return sines and cosines of one patch, one frequency after another."""
     quarter = width // 4
     values = [
         f(place / 10000 ** (i / quarter))
@@ -91,7 +91,7 @@ def vit(state: State, image: Tensor, heads: int, patches: list[int]) -> Tensor:
 def predictor(
     state: State, z: Tensor, context: list[int], predicted: list[int], action: Tensor, heads: int, grid: int
 ) -> Tensor:
-    """One image's prediction; the conditioning is read off the parameters that are there."""
+    """Return one image's prediction; the conditioning follows from the parameters that exist."""
     width = state["mask_token"].shape[0]
     places = [position(width, p % grid, p // grid) for p in range(grid * grid)]
     tokens = [row + places[p] for row, p in zip(linear(z, state, "embed"), context, strict=True)]
@@ -124,7 +124,7 @@ def mlp_predictor(state: State, z: Tensor, action: Tensor) -> Tensor:
 
 
 def as_timm(state: State, prefix: str) -> dict[str, Tensor]:
-    """A predictor's parameters with its blocks under timm's names. An mlp predictor's blocks are MLPs alone."""
+    """Return a predictor's parameters with its blocks under timm's names. An mlp predictor's blocks are MLPs alone."""
     names = {"norm_weight": "norm2.weight", "norm_bias": "norm2.bias", "w_in": "mlp.fc1.weight", "b_in": "mlp.fc1.bias"}
     names |= {"w_out": "mlp.fc2.weight", "b_out": "mlp.fc2.bias", "w_action": "mlp.w_action"}
     renamed = {}
@@ -139,7 +139,7 @@ def as_timm(state: State, prefix: str) -> dict[str, Tensor]:
 
 
 def iwm_loss(model: IWM, state: State, batch: Batch) -> Tensor:
-    """Σ‖prediction − target‖², image by image; gradients flow to `state`'s tensors but through no target."""
+    """Return Σ‖prediction − target‖², image by image; gradients flow to `state`'s tensors but through no target."""
     config = model.config
     heads, grid = config.encoder_shape.heads, config.grid
     encoder = to_timm({k.removeprefix("encoder."): v for k, v in state.items() if k.startswith("encoder.")}, grid)
@@ -167,7 +167,7 @@ def iwm_loss(model: IWM, state: State, batch: Batch) -> Tensor:
 
 @dataclass
 class Batch:
-    """A batch as lists of patch numbers an image, and packed as the model takes it."""
+    """A batch as lists of patch numbers per image, and packed for the model."""
 
     source: Tensor
     target: Tensor
@@ -194,7 +194,7 @@ def pack(patches: list[list[int]]) -> tuple[Tensor, Segments]:
 
 
 def draw_batch(config: ModelConfig, action_dim: int, context: list[int], predicted: list[int], seed: int = 0) -> Batch:
-    """Random images, actions and disjoint patches of the given counts."""
+    """Return random images, actions and disjoint patches of the given counts."""
     rng = np.random.default_rng(seed)
     images, patches = len(context), config.grid**2
     orders = [rng.permutation(patches).tolist() for _ in range(images)]
@@ -208,9 +208,9 @@ def draw_batch(config: ModelConfig, action_dim: int, context: list[int], predict
 
 
 def exact_model(config: ModelConfig, action_dim: int, **options: bool) -> IWM:
-    """A float64 model in which every parameter matters: none is left at zero or one, and scales are of size 1.
+    """Return a float64 model in which every parameter matters: none is zero or one, and scales are of size 1.
 
-    Buffers made in fp32 (positions, mean, deviation) keep its rounding.
+    Buffers made in fp32 (positions, mean, std) keep its rounding.
     """
     torch.manual_seed(0)
     model = IWM(config, action_dim, **options).double()

@@ -1,7 +1,7 @@
-"""An Image World Model trained plainly, and iwm-fast's parts to put into it, each in its place.
+"""A plain reference training of an Image World Model, and iwm-fast's parts to substitute into it, one at a time.
 
-The plain training is `benchmarks.baselines.plain_step`: standard PyTorch modules over padded images, every patch
-embedded and then chosen, the target's whole forward pass and then its rows, a lerp of each weight, torch's AdamW.
+The reference is `benchmarks.baselines.plain_step`: standard PyTorch modules over padded images, every patch embedded
+and then selected, the target's whole forward pass and then its rows, a lerp per weight, torch's AdamW.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ __all__ = [
 
 IMAGES = 8
 
-# What of the plain training gives way to what: an object, the name of its method, and the function in its place.
+# What a part replaces in the reference: an object, the name of its method, and the function in its place.
 Replacements = Iterator[tuple[object, str, Callable[..., Any]]]
 
 
 def run_config(**changes: object) -> Config:
-    """A run with the constants that `PlainStep` has, on 8 x 8 patches; all else as shipped."""
+    """Return a run's configuration with the constants of `PlainStep`, on 8 x 8 patches; everything else as shipped."""
     network = {"depth": 2, "width": 32, "heads": 2}
     constants: dict[str, object] = {
         "model__encoder": network, "model__predictor": {**network, "conditioning": "feature"},
@@ -61,7 +61,7 @@ def run_config(**changes: object) -> Config:
 
 
 def draw_batches(config: Config, count: int, sources: int = 1) -> list[Batch]:
-    """Batches of noise with the masks that a training would draw."""
+    """Return batches of noise with masks as in training."""
     sampler = MaskSampler(config.masks, config.model.grid, config.train.seed, sources=sources)
     generator = torch.Generator().manual_seed(1)
     images, side = IMAGES // sources, config.model.image
@@ -79,7 +79,7 @@ def draw_batches(config: Config, count: int, sources: int = 1) -> list[Batch]:
 
 
 def halved(batch: Batch) -> list[Batch]:
-    """The same global batch as two micro-batches."""
+    """Split the global batch into two micro-batches."""
     middle, found = len(batch) // 2, []
     for half in (slice(0, middle), slice(middle, None)):
         context, target = (_rows(batch.patches, which)[half] for which in ("context", "target"))
@@ -98,7 +98,7 @@ def _rows(patches: PatchSets, which: str) -> list[np.ndarray]:
 
 
 def plain_batch(batch: Batch) -> PlainBatch:
-    """Padded, in floats; a target of several sources is there once for each."""
+    """Return a padded float batch; a target of several sources occurs once per source."""
     dense = []
     for which in ("context", "target"):
         rows = [torch.from_numpy(row) for row in _rows(batch.patches, which)]
@@ -108,7 +108,7 @@ def plain_batch(batch: Batch) -> PlainBatch:
 
 
 def plain_model(config: Config) -> PlainIWM:
-    """The plain network with the weights that a run of this configuration begins with."""
+    """Return the plain network with the initial weights of this configuration."""
     torch.manual_seed(config.train.seed)
     actions = ActionSpace().dim
     ours, encoder, predictor = IWM(config.model, actions), config.model.encoder_shape, config.model.predictor
@@ -123,7 +123,7 @@ def plain_model(config: Config) -> PlainIWM:
 
 
 def plain_training(config: Config, batches: Sequence[Batch], steps: int, part: str | None = None) -> list[float]:
-    """Losses of plain steps, with one of `PARTS` in its place."""
+    """Return losses of plain steps, with one of `PARTS` substituted."""
     step = PlainStep(plain_model(config))
     replacements = list(PARTS[part](step)) if part is not None else []
     used: set[int] = set()
@@ -140,13 +140,13 @@ def plain_training(config: Config, batches: Sequence[Batch], steps: int, part: s
 
 
 class PlainModule(nn.Module):
-    """The plain network under the names and arguments that the engine knows."""
+    """The plain network with the names and arguments that the engine uses."""
 
     def __init__(self, model: PlainIWM) -> None:
         super().__init__()
         self.encoder, self.target_encoder, self.predictor = model.encoder, model.target, model.predictor
         self.predicts = "target"
-        self._plain = [model]  # not a child: its parameters have names already
+        self._plain = [model]  # not a child module: its parameters have names already
 
     def forward(
         self, source: Tensor, target: Tensor, action: Tensor, context: Tensor, seen: Segments, predicted: Tensor,
@@ -163,13 +163,13 @@ class PlainModule(nn.Module):
 
 
 def _levels(images: Tensor) -> Tensor:
-    """The uint8 pixels that `normalised` images come from."""
+    """Return the uint8 pixels behind `normalised` images."""
     mean, std = torch.tensor(IMAGENET_MEAN)[:, None, None], torch.tensor(IMAGENET_STD)[:, None, None]
     return ((images * std + mean) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
 def _share(ours: nn.Module, plain: nn.Module) -> None:
-    """Let one of our modules have the plain one's own parameters."""
+    """Make one of our modules share the plain one's parameters."""
     theirs = dict(plain.named_parameters())
     for name, parameter in list(ours.named_parameters()):
         owner, _, leaf = name.rpartition(".")
@@ -193,7 +193,7 @@ def _embedding(encoder: Encoder) -> PatchEmbedding:
 
 
 def patchify(step: PlainStep) -> Replacements:
-    """All patches, cut and normalised by our operator, embedded, and then chosen."""
+    """Cut and normalise all patches with our operator, embed, then select."""
     for encoder in _encoders(step):
 
         def embed(images: Tensor, rows: Tensor | None, encoder: Encoder, ours: nn.Module) -> Tensor:
@@ -204,7 +204,7 @@ def patchify(step: PlainStep) -> Replacements:
 
 
 def visible_patches(step: PlainStep) -> Replacements:
-    """Patches that are not visible are dropped before the embedding."""
+    """Drop invisible patches before the embedding."""
     encoder, ours = step.model.encoder, _embedding(step.model.encoder)
 
     def embed(images: Tensor, rows: Tensor) -> Tensor:
@@ -216,7 +216,7 @@ def visible_patches(step: PlainStep) -> Replacements:
 
 
 def packed_lengths(step: PlainStep) -> Replacements:
-    """Attention of packed tokens, one call for all images of a length."""
+    """Packed attention, one call for all images of a length."""
     for block in _blocks(step):
 
         def attend(x: Tensor, real: Tensor | None, block: Block = block) -> Tensor:
@@ -229,7 +229,7 @@ def packed_lengths(step: PlainStep) -> Replacements:
 
 
 def _last_block(block: Block) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """Our block, in which only some tokens go on after the attention: (B, N, D) and two bool (B, N) to packed ones."""
+    """Our block whose last layers compute only some tokens: (B, N, D) and two bool (B, N) to packed ones."""
     ours = packed.Block(block.norm1.normalized_shape[0], block.heads, 4.0, "sdpa")
     _share(ours, block)
 
@@ -242,7 +242,7 @@ def _last_block(block: Block) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
 
 
 def target_where_predicted(step: PlainStep) -> Replacements:
-    """The target's last block ends with the attention where nothing is predicted."""
+    """The target's last block computes only the predicted tokens after its attention."""
     encoder = step.model.target
     last = _last_block(encoder.blocks[-1])
 
@@ -261,7 +261,7 @@ def target_where_predicted(step: PlainStep) -> Replacements:
 
 
 def one_target_for_two_sources(step: PlainStep) -> Replacements:
-    """Where two sources answer for one target, it is encoded once."""
+    """Encode a target once for its two sources."""
     model = step.model
 
     @torch.no_grad()
@@ -273,7 +273,7 @@ def one_target_for_two_sources(step: PlainStep) -> Replacements:
 
 
 def predictor_where_predicted(step: PlainStep) -> Replacements:
-    """The predictor's last block ends with the attention for the context's tokens."""
+    """The predictor's last block computes only the mask tokens after its attention."""
     predictor = step.model.predictor
     last = _last_block(predictor.blocks[-1])
 
@@ -288,7 +288,7 @@ def predictor_where_predicted(step: PlainStep) -> Replacements:
 
 
 def residual_norm(step: PlainStep) -> Replacements:
-    """The stream and its normalisation come from one operator, and its gradients meet there."""
+    """One operator gives the residual stream and its LayerNorm, and adds their gradients."""
     for block in _blocks(step):
 
         def forward(x: Tensor, real: Tensor | None, block: Block = block) -> Tensor:
@@ -300,7 +300,7 @@ def residual_norm(step: PlainStep) -> Replacements:
 
 
 def conditioned_mlp(step: PlainStep) -> Replacements:
-    """Normalisation, MLP and residual are one operator; so is the mask tokens' MLP with the action as a bias."""
+    """LayerNorm, MLP and residual are one operator; so is the mask tokens' MLP with the action as a bias."""
     for block in _blocks(step):
 
         def feed(x: Tensor, block: Block = block) -> Tensor:
@@ -325,7 +325,7 @@ def conditioned_mlp(step: PlainStep) -> Replacements:
 
 
 def predictor_input(step: PlainStep) -> Replacements:
-    """The predictor's tokens are written once, each where it stands."""
+    """Write the predictor's tokens once, each to its place."""
     predictor = step.model.predictor
 
     def tokens(z: Tensor, batch: PlainBatch) -> Tensor:
@@ -342,7 +342,7 @@ def predictor_input(step: PlainStep) -> Replacements:
 
 
 def stopgrad_l2(step: PlainStep) -> Replacements:
-    """The loss takes the target's rows by number, normalises them and writes the gradient."""
+    """The loss gathers the target's rows, normalises them and writes the gradient."""
     model = step.model
 
     def forward(batch: PlainBatch) -> Tensor:
@@ -358,13 +358,13 @@ def stopgrad_l2(step: PlainStep) -> Replacements:
 
 
 def ema_update(step: PlainStep) -> Replacements:
-    """The average of all weights moves in one call."""
+    """Update the EMA of all weights in one call."""
     encoder, target = ([p.data for p in network.parameters()] for network in _encoders(step))
     yield step, "average", lambda: kernels.ema_update(target, encoder, 0.996)
 
 
 class _Called(nn.Module):
-    """A plain block under the arguments of ours, its mask in the place of segments."""
+    """A plain block with our block's arguments, its mask in place of segments."""
 
     def __init__(self, block: Block) -> None:
         super().__init__()
@@ -375,7 +375,7 @@ class _Called(nn.Module):
 
 
 def checkpointing(step: PlainStep) -> Replacements:
-    """Each block is computed again in the backward pass."""
+    """Recompute each block in the backward pass."""
     for block in _blocks(step):
 
         def forward(x: Tensor, real: Tensor | None, alone: nn.ModuleList) -> Tensor:

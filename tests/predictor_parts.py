@@ -1,4 +1,4 @@
-"""The parts of a predictor's input, of any sizes."""
+"""Parts of a predictor's input, of any sizes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def parts(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
 ) -> dict[str, Tensor]:
-    """Arguments of `predictor_input`: so many tokens of each part, in places that are a random permutation."""
+    """Return arguments of `predictor_input` with this many tokens of each part, and a random permutation as places."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:

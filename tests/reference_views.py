@@ -1,4 +1,4 @@
-"""Every transformation of the views again, one image at a time, in NumPy and float64: what the DALI graph has to equal.
+"""Every transformation of the views, image by image, in NumPy and float64: the reference of the DALI graph.
 
 Images are (h, w, 3) uint8 arrays. Formulas are written from the papers and torchvision's, not taken from the code under
 test. Each operator rounds and clips its result to levels once, as the graph does between operators.
@@ -51,7 +51,7 @@ def solarize(image, threshold):
 
 
 def compress(image, quality):
-    """To a JPEG of that quality by libjpeg-turbo, chroma of half the resolution each way, and back."""
+    """Compress to a JPEG of that quality by libjpeg-turbo, with chroma at half resolution, and decode."""
     file = io.BytesIO()
     Image.fromarray(image).save(file, "JPEG", quality=int(quality), subsampling="4:2:0")
     return np.asarray(Image.open(file).convert("RGB"))
@@ -66,7 +66,7 @@ CHROMA_STEPS[:4, :4] = [[17, 18, 24, 47], [18, 21, 26, 66], [24, 26, 56, 99], [4
 
 
 def _quantized(plane, steps, quality):
-    """A plane (h, w), both multiples of 8, after quantization of the DCT of its blocks."""
+    """Return a plane (h, w), both multiples of 8, after quantization of its blocks' DCT."""
     percent = 5000 // quality if quality < 50 else 200 - 2 * quality
     steps = np.clip((steps * percent + 50) // 100, 1, 255)
     k, n = np.mgrid[:8, :8]
@@ -78,7 +78,7 @@ def _quantized(plane, steps, quality):
 
 
 def compress_without_interpolation(image, quality):
-    """As `compress`, but as DALI does it on a GPU: chroma of the mean of four pixels, and the same for all four."""
+    """`compress` as DALI does it on a GPU: chroma is the mean of four pixels, and the same for all four."""
     height, width = image.shape[:2]
     quality = int(quality)
     padding = [(0, -height % 16), (0, -width % 16), (0, 0)]
@@ -95,8 +95,8 @@ def compress_without_interpolation(image, quality):
 
 
 def _weights(length, size):
-    """(size, length): the antialiased linear filter, a triangle as wide as an output pixel, or an input pixel if
-    wider."""
+    """Return (size, length): the antialiased linear filter, a triangle as wide as an output pixel, or an input pixel
+    if that is wider."""
     scale = length / size
     support = max(scale, 1.0)
     centre = (np.arange(size) + 0.5) * scale

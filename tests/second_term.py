@@ -1,4 +1,4 @@
-"""A term beside the world model's own, of the kind that is planned: a statistic of the tokens of all ranks together."""
+"""A second term of the loss: a statistic of the tokens of all ranks together."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run small enough for tests, and ways to compare two of them."""
+"""A run small enough for tests, and functions to compare two of them."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ BASE = {
     "checkpoint": {"every_steps": 1000, "keep_last": 3},
 }
 
-# The smallest run as words of the command line, for tests that start it as a user would.
+# The smallest run as arguments of the command line.
 TINY_WORDS = (*TINY, "data.threads=1")
 
 
 def small_config(root: Path, **changes: object) -> Config:
-    """``changes`` by dotted key with __ for the dot: ``train__steps=5``."""
+    """Return the small configuration with ``changes`` by dotted key with __ for the dot: ``train__steps=5``."""
     tree = json.loads(json.dumps(BASE))
     tree["data"]["root"] = str(root)
     for key, value in changes.items():
@@ -61,6 +61,6 @@ def losses(run: Path) -> list[float]:
 
 
 def state(run: Path, step: int) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint, whole."""
+    """Return every tensor of a checkpoint, whole."""
     saved = Checkpoint(run / "checkpoints" / f"step_{step:06d}")
     return {key: saved.full(*key.split("/", 1)) for key in saved.shapes}

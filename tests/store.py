@@ -1,4 +1,4 @@
-"""An S3-compatible store on the loopback (moto's server in a process of its own), and a proxy that makes it fail."""
+"""An S3-compatible object store on the loopback (moto's server in its own process), and a proxy that injects faults."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _free_port():
 
 @contextmanager
 def moto_server():
-    """The store's port."""
+    """Yield the object store's port."""
     port = _free_port()
     server = subprocess.Popen(
         [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
@@ -48,10 +48,10 @@ def moto_server():
 
 
 class FaultyStore:
-    """Passes requests on to the store, but for those that meet a fault: one is taken from `faults` for each.
+    """Passes requests to the object store, except those that meet a fault: each takes one from `faults`.
 
-    Faults: "500", "503", "403"; "close" (no answer), "cut" (half of the body), "stall" (until `release`). always: a
-    fault that every request meets. Kept: (method, path, range) of all requests, and how many were underway at once.
+    Faults: "500", "503", "403"; "close" (no response), "cut" (half of the body), "stall" (until `release`). always: a
+    fault for every request. Records (method, path, range) of all requests, and the maximum of concurrent ones.
     """
 
     def __init__(self, port):
@@ -134,7 +134,7 @@ class FaultyStore:
 
 
 def upload(url, folder: Path, bucket, prefix=""):
-    """Every file below the folder as an object."""
+    """Upload every file below the folder as an object."""
     client = boto3.client("s3", endpoint_url=url, region_name="us-east-1")
     if bucket not in {entry["Name"] for entry in client.list_buckets()["Buckets"]}:
         client.create_bucket(Bucket=bucket)

@@ -1,4 +1,4 @@
-"""The world model as a user holds it: what it answers is what the networks compute, and mistakes are one line."""
+"""`iwm_fast.load`: results are what the networks compute, and mistakes are one line."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_a_run_and_its_export_are_the_same_world(run, exported, tiny_images):
         assert torch.equal(of_run.encode(images, which), of_export.encode(images, which))
 
 
-def test_answers_are_those_of_the_networks(run, tiny_images):
+def test_results_are_those_of_the_networks(run, tiny_images):
     world = iwm_fast.load(run)
     model, config, space, _ = load_model(run)
     images = world.read(sorted(tiny_images.rglob("*.jpg"))[:4])
@@ -81,7 +81,7 @@ def test_answers_are_those_of_the_networks(run, tiny_images):
     with torch.no_grad():
         z = model.encode(images)
         assert torch.equal(world.encode(images, "context"), z)
-        assert torch.equal(world.encode(images), model.encode(images, "target"))  # the moving average by default
+        assert torch.equal(world.encode(images), model.encode(images, "target"))  # the EMA by default
         assert torch.equal(world.targets(images), model.targets(images))
         predicted = model.predict(z, torch.from_numpy(bank.actions))
         torch.testing.assert_close(world.predict(images, bank.actions), predicted)
@@ -110,7 +110,7 @@ def test_pictures_are_taken_in_any_form(world):
 
 
 def test_a_picture_of_pillows_is_what_its_file_would_be(world, tmp_path):
-    """16 bits keep their contrast, EXIF turns the picture, and what has no known range is refused."""
+    """16 bits keep their contrast, EXIF turns the picture, and an unknown range is refused."""
     array = pictures(1).numpy()[0]
     deep = Image.fromarray(array[..., 0].astype(np.uint16) * 257)
     assert torch.equal(world.encode(deep), world.encode(np.repeat(array[..., :1], 3, axis=2)))
@@ -172,7 +172,7 @@ OUTSIDE = {
 
 @pytest.mark.parametrize("case", OUTSIDE)
 @pytest.mark.parametrize("method", ["vector", "predict", "rank"])
-def test_an_action_that_training_never_drew_is_answered_with_one_warning(world, case, method):
+def test_an_action_that_training_never_sampled_gives_one_warning(world, case, method):
     action, said = OUTSIDE[case]
     calls = {"vector": (), "predict": (pictures(1),), "rank": (pictures(1),)}
     more = (pictures(2),) if method == "rank" else ()
@@ -183,7 +183,7 @@ def test_an_action_that_training_never_drew_is_answered_with_one_warning(world, 
 
 
 def test_what_training_drew_gives_no_warning(world):
-    """The ends of every component, whole banks, and what the configuration switched off is said never to vary."""
+    """The ends of every component, whole banks, and constants for what the configuration disabled."""
     bank = make_bank(world.actions, world.space, 0, 64)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -205,7 +205,7 @@ def test_what_training_drew_gives_no_warning(world):
 
 @pytest.mark.parametrize("groups", [("photometric",), ("photometric", "geometric"), ("photometric", "compression")])
 @pytest.mark.parametrize("form", ["difference", "absolute"])
-def test_every_drawn_action_lies_in_the_box(groups, form):
+def test_every_sampled_action_lies_in_the_box(groups, form):
     actions = ActionsConfig(groups=groups, form=form)
     space = ActionSpace(groups, form)
     rows = np.arange(2000)
@@ -215,11 +215,11 @@ def test_every_drawn_action_lies_in_the_box(groups, form):
     assert (drawn >= low - 1e-4).all()
     assert (drawn <= high + 1e-4).all()
     reached = (drawn.max(axis=0) - drawn.min(axis=0)) / (high - low)
-    assert reached.min() > 0.1  # the box is not so wide that nothing is outside of it
+    assert reached.min() > 0.1  # the box is not so wide that everything is inside
 
 
 def test_compression_is_named_by_its_quality():
-    """Its flag follows, an impossible quality is one line, one that training never drew is one warning."""
+    """Its flag follows, an impossible quality is one line, one outside training's range is one warning."""
     config = tiny_config()
     actions = ActionsConfig(groups=("photometric", "compression"), compression_quality=(30, 90))
     model, space = tiny_model(config.model_copy(update={"actions": actions}))
@@ -266,7 +266,7 @@ def test_external_actions_have_their_manifest_s_range():
 
 
 def test_choices_are_one_of_them_and_all_are_tried():
-    """What a choice predicts is explained by that choice, each in turn."""
+    """The inferred choice for each choice's prediction is that choice."""
     world = external("discrete", names=("left", "stay", "right"))
     with pytest.raises(UserError, match="left and right are both chosen"):
         world.predict(pictures(1), {"left": 1, "right": 1})
@@ -427,7 +427,7 @@ def test_a_folder_that_is_neither_run_nor_export_is_one_line(tmp_path, exported)
 
 
 def taught(steps=250, images=24):
-    """A tiny model that has learned jitter: clean sources, all patches seen and asked for, a fixed random target."""
+    """Return a tiny model that has learned jitter: clean sources, all patches seen and predicted, a random target."""
     config = tiny_config()
     space = ActionSpace()
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""The tree keeps to the house in `architecture`, and the checks find what departs from it."""
+"""The tree follows the layers in `architecture`, and the checks find violations."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="module")
 def house():
-    """Every module of the checkout but the tests, new ones that are not committed yet included."""
+    """Return every module of the checkout except tests, new ones that are not committed yet included."""
     if not (ROOT / ".git").exists():
         pytest.skip("not a checkout")
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", "*.py"]
@@ -36,7 +36,7 @@ def house():
 
 
 @pytest.mark.parametrize("check", [crossed_borders, package_circles, module_circles, foreign_libraries, long_modules])
-def test_the_tree_keeps_to_the_house(check, house):
+def test_the_tree_follows_the_layers(check, house):
     faults = check(house)
     assert not faults, "\n".join(faults)
 
@@ -144,7 +144,7 @@ def test_a_long_module_is_named_with_its_lines():
     ]
 
 
-# As engine and eval were, one of them in a function, and as sources and decode were, a floor below.
+# As engine and eval once were, one of them in a function, and as sources and decode were, one level below.
 PACKAGES = {
     "rooms": (
         {

@@ -9,7 +9,7 @@ from iwm_fast.errors import UserError, because
 
 
 def failing(monkeypatch, number, *, folders):
-    """fsync of folders, or of files, fails; and, where it is a permission, opening them does."""
+    """Make fsync of folders, or of files, fail; for a permission error, opening them too."""
     real_fsync, real_open = os.fsync, os.open
 
     def fsync(handle):

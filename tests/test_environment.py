@@ -1,4 +1,4 @@
-"""What a result says it was made with."""
+"""The environment recorded in a result."""
 
 import subprocess
 from pathlib import Path

@@ -16,7 +16,7 @@ from iwm_fast.file_locks import hold
 
 @pytest.fixture
 def refusing(monkeypatch):
-    """Lets every lock fail with an error number."""
+    """Make every lock fail with an error number."""
 
     def refuse(number):
         def flock(*_):

@@ -1,4 +1,4 @@
-"""Names of files and classes on terminals, in tables, in JSON and for libraries that know UTF-8 alone."""
+"""Names of files and classes on terminals, in tables, in JSON and for libraries that accept UTF-8 only."""
 
 from __future__ import annotations
 

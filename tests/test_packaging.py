@@ -1,4 +1,4 @@
-"""The package: versions it asks for, and that the wheel holds every file of the tree exactly once."""
+"""The package: its required versions, and that the wheel holds every file of the tree exactly once."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 ROOT = Path(__file__).resolve().parent.parent
-# What ran together (the CPU column is what CI installs), and the next release of each, which did not.
+# Versions that ran together (the CPU column is what CI installs), and the next release of each, untested.
 BOUNDS = {
     "torch": (">=2.11,<2.14", ["2.11.0", "2.12.0", "2.13.0"], ["2.10.0", "2.14.0"]),
     "triton": (">=3.6,<3.8", ["3.6.0", "3.7.0", "3.7.1"], ["3.5.1", "3.8.0", "3.9.0"]),
@@ -25,7 +25,7 @@ BOUNDS = {
     "deepspeed": (">=0.19.8,<0.20", ["0.19.8"], ["0.19.7", "0.20.0"]),
     "nvidia-dali-cuda130": (">=2.4,<2.5", ["2.4.0"], ["2.3.0", "2.5.0"]),
 }
-# What the report's page is made of, beside its code.
+# Files of the report's page, beside its code.
 TEMPLATES = {
     f"iwm_fast/eval/report/templates/{path.name}"
     for path in (ROOT / "iwm_fast" / "eval" / "report" / "templates").iterdir()
@@ -33,7 +33,7 @@ TEMPLATES = {
 
 
 def keyword(name: str) -> object:
-    """A literal argument of setup() in setup.py."""
+    """Return a literal argument of setup() in setup.py."""
     tree = ast.parse((ROOT / "setup.py").read_text(encoding="utf-8"))
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "setup"]
     return next(ast.literal_eval(k.value) for k in calls[0].keywords if k.arg == name)
@@ -65,13 +65,13 @@ def test_the_links_of_the_checkout_are_relative(name):
 
 
 def test_benchmarks_have_one_name():
-    """Imported as `benchmarks` too, a module would be there twice, and one's classes would not be the other's."""
+    """Imported as `benchmarks` too, a module would exist twice, and one's classes would not be the other's."""
     other = re.compile(r"^\s*(from|import) benchmarks\b", re.MULTILINE)
     assert [path.name for path in _sources(ROOT / "benchmarks") if other.search(path.read_text(encoding="utf-8"))] == []
 
 
 def test_readme_begins_with_two_commands_of_one_line():
-    """The first sets up and runs the demonstration, the second sets up and passes the tests."""
+    """The first sets up and runs the demonstration, the second sets up and runs the tests."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```sh\n(.*?)^```", readme, re.DOTALL | re.MULTILINE)
     begin = "python3 -m venv .venv && .venv/bin/pip install "
@@ -81,7 +81,7 @@ def test_readme_begins_with_two_commands_of_one_line():
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory) -> Path:
-    """A copy of what packages are built from, so that the checkout stays clean."""
+    """Return a copy of what packages are built from, so that the checkout stays clean."""
     tree = tmp_path_factory.mktemp("tree")
     for folder in ("iwm_fast", "kernels", "configs", "benchmarks"):
         shutil.copytree(ROOT / folder, tree / folder, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
@@ -92,7 +92,7 @@ def tree(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel(tree, tmp_path_factory) -> Path:
-    """Built without the network."""
+    """Build the wheel without the network."""
     out = tmp_path_factory.mktemp("wheel")
     command = [
         sys.executable,
@@ -137,7 +137,7 @@ def test_sdist_holds_what_the_report_is_made_of(tree, tmp_path):
 
 
 def _sources(folder: Path) -> list[Path]:
-    """Python files below a folder, links not followed."""
+    """Return Python files below a folder, links not followed."""
     return [p for p in folder.rglob("*.py") if not any(parent.is_symlink() for parent in p.parents)]
 
 

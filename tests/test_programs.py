@@ -1,4 +1,4 @@
-"""What every program does around its work, tried in processes of their own."""
+"""What every program does around its work, in processes of their own."""
 
 import os
 import subprocess
@@ -16,7 +16,7 @@ def work():
 
 sys.exit(run_program("program", work, ends_process=True))
 """
-# As libraries do with modules that they could do without.
+# As libraries do with optional imports.
 SWALLOWS = """
 import os, signal, time
 try:

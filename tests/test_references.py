@@ -1,6 +1,6 @@
-"""What prose refers to exists: files, modules and their names, tests, links and the headings that they lead to.
+"""Files, modules, names, tests, links and headings that prose refers to exist.
 
-Prose is Markdown, and in code the docstrings and comments. CHANGELOG.md tells of the past and is left out.
+Prose is Markdown, and in code the docstrings and comments. CHANGELOG.md is about the past and is left out.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ MAPPED = ("kernels", "configs", "benchmarks")
 ENDINGS = "py|md|yaml|json|toml|png|svg|sbatch|cpp"
 
 PLACEHOLDERS = ("FILE", "NAME", "NEW", "PICTURE")
-# Endings of files that runs, data and exports have; after these, the packages' names up to 0.1.0.
+# Endings of files in runs, data and exports; then the packages' names up to 0.1.0.
 DATA = "jpg json jsonl md npy onnx parquet pickle png pt py safetensors toml txt yaml yml"
-# What libraries, their documentation and machine code name so, and a variable of the documentation's examples.
+# Names in libraries, their documentation and machine code, and a variable of the documentation's examples.
 ELSEWHERE = ("cvt", "decoders", "tf", "world")
 OF_DATA = "images masks photos test train val"
 RETIRED = ("arms", "commands", "planning", "profiling", "savings", "settings")
 
 
 def tracked():
-    """Files of the checkout, those too that git does not know yet; the links in iwm_fast/ left out."""
+    """Return the checkout's files, untracked ones included, without the links in iwm_fast/."""
     words = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     names = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
     return [name for name in names if not (ROOT / name).is_symlink() and (ROOT / name).is_file()]
@@ -50,13 +50,13 @@ PROSE = PAGES + CODE + OTHERS
 
 @cache
 def tree(name):
-    """The syntax tree of a file."""
+    """Return the syntax tree of a file."""
     return ast.parse((ROOT / name).read_text(encoding="utf-8"))
 
 
 @cache
 def prose(name):
-    """The lines of prose of a file, as (line number, text)."""
+    """Return the lines of prose of a file, as (line number, text)."""
     text = (ROOT / name).read_text(encoding="utf-8")
     if name in PAGES:
         return list(enumerate(text.splitlines(), 1))
@@ -79,7 +79,7 @@ def prose(name):
 
 
 def matches(pattern, names):
-    """(place, match) of a pattern in the prose of files."""
+    """Yield (place, match) of a pattern in the prose of files."""
     for name in names:
         for number, line in prose(name):
             for match in re.finditer(pattern, line):
@@ -87,12 +87,12 @@ def matches(pattern, names):
 
 
 def linked(path):
-    """Where a path through one of the links in iwm_fast/ leads to."""
+    """Resolve a path through one of the links in iwm_fast/."""
     return re.sub(rf"^iwm_fast/(?=(?:{'|'.join(MAPPED)})/)", "", path)
 
 
 def file_of_module(dotted):
-    """The file of a module or package by its dotted name, or None. Mapped folders go by both of their names."""
+    """Return the file of a module or package by its dotted name, or None. Mapped folders have two names."""
     parts = dotted.split(".")
     if parts[0] == "iwm_fast" and parts[1:2] and parts[1] in MAPPED:
         parts = parts[1:]
@@ -102,7 +102,7 @@ def file_of_module(dotted):
 
 @cache
 def names_in(file):
-    """What a module's top level and its classes define, "Class.attribute" for these."""
+    """Return what a module's top level and its classes define, "Class.attribute" for these."""
 
     def defined(body):
         for node in body:
@@ -127,7 +127,7 @@ def names_in(file):
 
 
 def names_something(dotted):
-    """Whether a dotted name is a module, or a module and what is defined there."""
+    """Return whether a dotted name is a module, or a module and what is defined there."""
     parts = dotted.split(".")
     if linked("/".join(parts) + "/").rstrip("/") in FOLDERS:
         return True
@@ -139,13 +139,13 @@ def names_something(dotted):
 
 
 def is_key(dotted):
-    """Whether it is a key of the configuration, or a section."""
+    """Return whether it is a key of the configuration, or a section."""
     return dotted in section_keys() or any(row.key == dotted for row in rows())
 
 
 @cache
 def identifiers(file):
-    """Names that the code of a file has of its own: variables, arguments, keywords, imports."""
+    """Return names in the code of a file: variables, arguments, keywords, imports."""
     found = set()
     for node in ast.walk(tree(file)):
         if isinstance(node, ast.Name):
@@ -158,7 +158,7 @@ def identifiers(file):
 
 
 def is_known(dotted, file):
-    """Whether a dotted name in backticks in a file is ours, a key, a file's, a library's, or one of the file's code."""
+    """Return whether a dotted name in backticks is ours, a key, a file's, a library's, or one of the file's code."""
     head, _, rest = dotted.partition(".")
     if dotted.rpartition(".")[2] in DATA.split() or head in ELSEWHERE or is_key(dotted) or "NAME" in rest:
         return True
@@ -176,7 +176,7 @@ def is_known(dotted, file):
 
 
 def test_files_that_are_named_exist():
-    """By the path from the root, or in backticks by the end of it: `engine/step.py`. FILE stands for any."""
+    """By path from the root, or in backticks by its end: `engine/step.py`. FILE stands for any."""
     tops = "|".join(map(re.escape, TOP))
     missing = [
         f"{place}: {found[1]}"
@@ -231,7 +231,7 @@ def test_tests_that_are_named_exist():
 
 
 def anchors(page):
-    """The anchors that GitHub gives a page's headings."""
+    """Return the anchors that GitHub gives a page's headings."""
     found, fenced = set(), False
     for line in (ROOT / page).read_text(encoding="utf-8").splitlines():
         fenced ^= line.startswith("```")
@@ -257,7 +257,7 @@ def test_links_lead_somewhere(page):
 
 
 def pages_of(navigation):
-    """The pages of the site's navigation, in its order."""
+    """Return the pages of the site's navigation, in order."""
     for entry in navigation:
         below = next(iter(entry.values())) if isinstance(entry, dict) else entry
         yield from pages_of(below) if isinstance(below, list) else [below]
@@ -279,7 +279,7 @@ def test_headings_that_code_names_exist():
 
 
 def test_what_does_not_exist_is_seen():
-    """The checks above would pass where nothing is found."""
+    """The checks above would pass if they found nothing."""
     assert names_something("iwm_fast.engine.step.Trainer")
     assert not names_something("iwm_fast.planning.plan")
     assert not names_something("iwm_fast.engine.step.Nobody")

@@ -1,4 +1,4 @@
-"""Answers as JSON: asked for before the work whether they can be written, and never lost when they cannot."""
+"""Results as JSON: whether they can be written is checked before the work, and they are never lost if they cannot."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Standard streams of every kind: no text, terminal, pipe or closed stream may cost what a program has measured."""
+"""Standard streams of every kind: no text, terminal, pipe or closed stream may lose a program's results."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ sys.exit(code)
 
 
 def start(tmp_path, redirection="", **environment):
-    """(exit code, stdout, stderr) of a program that prints and then writes a file, which has to be there."""
+    """Return (exit code, stdout, stderr) of a program that prints and then writes a file, which must exist."""
     words = ["sh", "-c", f'exec "$0" -c "$1" "$2" {redirection}', sys.executable, PROGRAM, str(tmp_path / "out")]
     done = subprocess.run(words, capture_output=True, env=os.environ | environment, timeout=300, check=False)
     assert (tmp_path / "out").read_text() == "measured"

@@ -1,4 +1,4 @@
-"""Parts that read no images run where DALI is missing; where images are read, that is said in one line."""
+"""Parts that read no images run without DALI; parts that read images say so in one line."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from small_run import TINY_WORDS
 
 from iwm_fast.benchmarks.gpu_suite import PARTS
 
-# As where it is not installed: an import of it raises ImportError.
+# As if not installed: importing it raises ImportError.
 _MISSING = (
     "import sys; sys.modules['nvidia.dali'] = None; from iwm_fast.cli.main import main; sys.exit(main(sys.argv[1:]))"
 )
@@ -41,20 +41,20 @@ def test_a_training_says_what_is_missing(tiny_images, tmp_path):
 
 @pytest.fixture(scope="module")
 def missing(tmp_path_factory):
-    """An interpreter that has all packages but DALI; what it starts has as many."""
+    """An interpreter with all packages except DALI, inherited by what it starts."""
     return python_without_dali(tmp_path_factory.mktemp("without_dali"))
 
 
 def _suite(python: Path, out: Path, *parts: str) -> subprocess.CompletedProcess[str]:
     words = ["--device", "cpu", "--out", str(out), "--parts", *parts, "--patience", "6", "--budget", "1800"]
-    # Only its own packages: no path of this process may lead to DALI.
+    # Its own packages only: no path of this process may lead to DALI.
     own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     command = [str(python), "-W", "ignore", "-m", "iwm_fast.benchmarks.gpu_suite", *words]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=1800, env=own)
 
 
 def test_the_interpreter_has_everything_but_dali(missing):
-    """As where the wheel was never installed: the name is unknown, and so is the distribution."""
+    """As if never installed: the name is unknown, and so is the distribution."""
     script = """
 import importlib.metadata, importlib.util, torch, numpy
 print(importlib.util.find_spec("nvidia.dali") if importlib.util.find_spec("nvidia") else None)
@@ -77,7 +77,7 @@ def test_a_part_of_the_gpu_suite_that_needs_no_dali_runs_to_its_end(missing, tmp
 
 
 @pytest.mark.slow
-def test_the_gpu_suite_says_what_is_missing_where_it_is_needed_and_goes_on(missing, tmp_path):
+def test_the_gpu_suite_says_what_is_missing_where_it_is_needed_and_continues(missing, tmp_path):
     done = _suite(missing, tmp_path, "doctor", "train", "ceilings")
     assert done.returncode == 1
     doctor, train, ceilings, archive = done.stdout.splitlines()

@@ -1,4 +1,4 @@
-"""Stand-ins for a model whose mean reciprocal rank is known, and tiny real ones."""
+"""Stand-ins for a model with known mean reciprocal rank, and tiny real ones."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SIDE = 8
 
 
 def tiny_config(**model) -> Config:
-    """Four patches of 4 × 4, two blocks of width 16, banks of 16."""
+    """Return a configuration of four patches of 4 × 4, two blocks of width 16, banks of 16."""
     shape = {"encoder": EncoderShape(depth=2, width=16, heads=2), "patch": 4, "image": SIDE}
     predictor = PredictorConfig(depth=1, width=16, heads=2)
     return Config(
@@ -26,7 +26,7 @@ def tiny_config(**model) -> Config:
 
 
 def tiny_model(config: Config, seed: int = 0) -> tuple[IWM, ActionSpace]:
-    """A real model with weights moved off their initial values, zero-initialised ones included."""
+    """Return a real model with weights moved off their initial values, zero-initialised ones included."""
     space = ActionSpace(config.actions.groups, config.actions.form)
     torch.manual_seed(seed)
     model = IWM(config.model, space.dim)
@@ -37,13 +37,13 @@ def tiny_model(config: Config, seed: int = 0) -> tuple[IWM, ActionSpace]:
 
 
 def pictures(count: int, seed: int = 0, side: int = SIDE) -> torch.Tensor:
-    """Clean images of random colours, away from black and white so that few levels are clipped."""
+    """Return clean images of random colours, away from black and white so that few levels are clipped."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(60, 180, (count, side, side, 3), generator=generator, dtype=torch.uint8)
 
 
 class Pixels(nn.Module):
-    """A token is a pixel; who inherits says what comes of an action."""
+    """A token is a pixel; subclasses decide the effect of an action."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class Pixels(nn.Module):
 
 
 class Oracle(Pixels):
-    """The prediction is the view that the action leads to, to the last level."""
+    """Predicts the view that the action leads to, exactly."""
 
     def __init__(self, space: ActionSpace) -> None:
         super().__init__()
@@ -72,14 +72,14 @@ class Oracle(Pixels):
 
 
 class Deaf(Oracle):
-    """Answers with the source, whatever it is told."""
+    """Predicts the source, whatever the action."""
 
     def predict(self, z, action):  # noqa: ARG002  (the model's signature)
         return z
 
 
 class Collapsed(Oracle):
-    """All images have one representation; the prediction depends on the action, and rounding on the row."""
+    """All images have one representation; the prediction depends on the action, and its rounding on the row."""
 
     def encode(self, images, which="context"):  # noqa: ARG002  (the model's signature)
         generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""The vocabulary of transformations: what is encoded comes back, and nothing done is zero."""
+"""Encoding of transformations: decode inverts encode, and no change is zero."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_neutral_views_are_the_zero_vector(groups, form):
 
 @given(st.lists(rows, min_size=1, max_size=3))
 @settings(deadline=None)
-def test_equal_jitter_and_geometry_leave_only_what_was_destroyed(drawn):
+def test_equal_jitter_and_geometry_leave_only_the_corruptions(drawn):
     drawn = [(y, y, *rest, geometry, geometry) for y, _, *rest, geometry, _ in drawn]
     views = make_views(drawn)
     still = Views(**{**vars(views), "source_geometry": views.target_geometry, "shared_geometry": True})
@@ -151,7 +151,7 @@ def test_table_and_vector_have_the_documented_order_and_scale():
     np.testing.assert_allclose(space.encode(make_views([row]))[0], expected, atol=1e-6)
 
 
-def test_absolute_form_tells_both_views():
+def test_absolute_form_encodes_both_views():
     space = ActionSpace(form="absolute")
     assert space.names[:4] == ("source_brightness", "target_brightness", "source_contrast", "target_contrast")
     assert space.dim == 13
@@ -184,7 +184,7 @@ def test_jitter_action_is_the_action_of_views_with_nothing_else_done(drawn, form
 
 
 def reference_colour(rgb, brightness, contrast, saturation, hue):
-    """The jitter one step after the other in YIQ, float64; rgb (P, 3)."""
+    """Return the jitter applied step by step in YIQ, float64; rgb (P, 3)."""
     y, i, q = (
         rgb @ np.array(weights) for weights in ([0.299, 0.587, 0.114], [0.596, -0.274, -0.321], [0.211, -0.523, 0.311])
     )
@@ -213,7 +213,7 @@ def test_colour_matrix_of_the_neutral_jitter_is_the_identity():
 
 
 def view_of_indices(geometry):
-    """Brute force: each pixel of the view holds the number of the image's cell it shows (crop, flip, turns)."""
+    """Brute force: each pixel of the view holds the number of the image's cell that it shows (crop, flip, turns)."""
     (x, y, w, h), flip, turns = geometry
     index = np.arange(40 * 40).reshape(40, 40)
     crop = index[y : y + h, x : x + w]
@@ -221,10 +221,10 @@ def view_of_indices(geometry):
 
 
 def place_in_target(action, rows, columns, height, width):
-    """Where pixel centres of x (of x's own size) lie in y's frame, as shares of y's width and height, by the action."""
+    """Return where pixel centres of x lie in y's frame, as shares of y's width and height, computed from the action."""
     turns = sum(k * action[f"rotation_{k}"] for k in (1, 2, 3))
     u, v = (columns + 0.5) / width, (rows + 0.5) / height
-    for _ in range(int(turns)):  # a counter-clockwise quarter turn: what was right comes to be on top
+    for _ in range(int(turns)):  # a counter-clockwise quarter turn moves the right side to the top
         u, v = v, 1.0 - u
     u = 1.0 - u if action["flip"] else u
     u = 0.5 + action["crop_x"] + (u - 0.5) * np.exp(action["crop_w"])
@@ -241,7 +241,7 @@ small_boxes = st.tuples(st.integers(0, 20), st.integers(0, 20), st.integers(1, 2
 )
 @settings(deadline=None)
 def test_geometric_action_alone_maps_the_grid_of_x_to_the_grid_of_y(target, source):
-    """Each pixel of x, carried over by nothing but the action, falls on y's pixel of the same place in the image."""
+    """Each pixel of x, moved by the action alone, falls on y's pixel of the same place in the image."""
     clean = ((1, 1, 1, 0),) * 2
     views = make_views([(*clean, False, 0.0, NO_SOLARIZE, NO_COMPRESSION, target, source)])
     space = ActionSpace(GROUPS[2])
@@ -250,7 +250,7 @@ def test_geometric_action_alone_maps_the_grid_of_x_to_the_grid_of_y(target, sour
     rows, columns = np.indices(x.shape)
     u, v = place_in_target(action, rows, columns, *x.shape)
     column, row = u * y.shape[1] - 0.5, v * y.shape[0] - 0.5
-    # The places are whole pixels but for float32 in the action: shares of up to 20 of a box of up to 20 pixels.
+    # Places are whole pixels, except for float32 in the action: shares of up to 20 of a box of up to 20 pixels.
     assert np.abs(column - np.rint(column)).max() < 1e-3
     assert np.abs(row - np.rint(row)).max() < 1e-3
     column, row = np.rint(column).astype(int), np.rint(row).astype(int)
@@ -342,7 +342,7 @@ def test_a_named_value_stands_alone_with_its_flag_and_an_unknown_one_is_refused(
 
 
 def columns(views):
-    """Every array of the views, by field: (B, ...)."""
+    """Return every array of the views, by field: (B, ...)."""
     found = {}
     for name, value in vars(views).items():
         if isinstance(value, Jitter | Geometry):
@@ -409,7 +409,7 @@ def test_the_tables_name_components_columns_and_keys_that_there_are():
             assert corruption.strength in ActionsConfig.model_fields
 
 
-def test_the_jitter_is_drawn_within_ranges_that_everybody_reads_alike():
+def test_the_jitter_is_sampled_within_ranges_that_everybody_reads_alike():
     actions = ActionsConfig(strength=2.0, brightness=0.7, hue=0.4)
     assert jitter_range(actions, "brightness") == (0.0, 2.4)
     assert jitter_range(actions, "contrast") == pytest.approx((0.2, 1.8))

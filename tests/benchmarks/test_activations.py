@@ -1,4 +1,4 @@
-"""Kept bytes beside a peer's: autocast as a GPU has it, a peer's block by hand, and what the committed file says."""
+"""Saved activations of a baseline: GPU autocast, a block computed by hand, and the committed file."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("torchs_own_linear")
 
 
 class Products(nn.Module):
-    """Operators that the autocasts of a CPU and of a GPU treat alike."""
+    """Operators that autocast treats alike on a CPU and on a GPU."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Products(nn.Module):
         return (x + self.outer(F.gelu(self.inner(y))), y @ y.transpose(1, 2))
 
 
-def test_products_keep_what_they_do_under_torchs_own_autocast():
+def test_matmuls_save_what_they_do_under_torchs_own_autocast():
     found = {}
     for device, autocast in (("cpu", torch.autocast("cpu", torch.bfloat16)), ("meta", CudaAutocast())):
         with torch.device(device):
@@ -53,7 +53,7 @@ def test_products_keep_what_they_do_under_torchs_own_autocast():
 
 
 def test_normalisation_softmax_and_loss_are_in_fp32():
-    """Of torch's lists for CUDA; a CPU's own autocast leaves the first two in bf16."""
+    """From torch's lists for CUDA; a CPU's own autocast leaves the first two in bf16."""
     x = torch.zeros(3, 8, dtype=torch.bfloat16, device="meta")
     with torch.device("meta"), CudaAutocast():
         assert nn.LayerNorm(8)(x).dtype == x.softmax(dim=-1).dtype == F.smooth_l1_loss(x, x).dtype == torch.float32
@@ -77,10 +77,10 @@ def test_a_folder_that_is_no_checkout_is_named(tmp_path, capsys):
 
 @pytest.mark.skipif(not CHECKOUT, reason="set IWM_FAST_IJEPA to a clone of facebookresearch/ijepa")
 def test_an_ijepa_encoder_by_hand():
-    """In eager autocast, bytes of a token of width D and H heads among N: both normalisations' inputs in fp32, 8 D, and
-    results in bf16, 4 D; q, k, v copied for the products, 6 D; softmax in fp32 and rounded, 6 H N; what the projection
-    and the second layer take, 2 D and 8 D; the hidden before GELU, 8 D; statistics, 16. Once, the patches' numbers,
-    repeated over the width as int64, and all patches before they are chosen, in fp32.
+    """In eager autocast, bytes per token of width D and H heads among N tokens: both LayerNorm inputs in fp32, 8 D, and
+    outputs in bf16, 4 D; q, k, v copied for the matmuls, 6 D; softmax in fp32 and rounded, 6 H N; inputs of projection
+    and second layer, 2 D and 8 D; the hidden before GELU, 8 D; statistics, 16. Once: the patches' indices, repeated
+    over the width as int64, and all patches before selection, in fp32.
     """
     shape = Shape("vit_tiny", 96, 8, 2, 192, 64)
     row = compare_shape(Checkout(Path(CHECKOUT)), shape)

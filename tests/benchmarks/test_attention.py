@@ -1,4 +1,4 @@
-"""The attention benchmark: its exact answer, and that it times nobody whose answers are wrong."""
+"""The attention benchmark: its float64 result, and that implementations with wrong results are not timed."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def test_lengths_are_the_steps_own():
     assert lengths_of(CASES["cuda"][0])[1:] == (12, 64)
 
 
-def test_who_is_wrong_is_not_timed(monkeypatch):
-    """A contender without the softmax's scale beside ours."""
+def test_a_wrong_implementation_is_not_timed(monkeypatch):
+    """An implementation without the softmax's scale, beside iwm-fast's."""
 
     def unscaled(segments):
         return lambda q, k, v: exact(q * q.shape[-1] ** 0.5, k, v, segments.lengths)
@@ -57,7 +57,7 @@ def test_who_is_wrong_is_not_timed(monkeypatch):
     assert said[-1] == "vit_tiny_p4_32 predictor, 4 images unscaled, forward + backward: skipped: wrong result"
 
 
-def test_a_gpu_is_asked_for_where_one_is_needed(monkeypatch):
+def test_an_implementation_that_needs_a_gpu_says_so(monkeypatch):
     named = {name: CONTENDERS[name] for name in BACKEND_OF}
     monkeypatch.setattr(attention, "CONTENDERS", named)
     rows = measure(FEW, torch.device("cpu"), torch.bfloat16, 1, lambda _: None)

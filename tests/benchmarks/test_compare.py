@@ -1,4 +1,4 @@
-"""`bench compare`: a planted slowdown is found, noise alone is not, and what cannot be compared is refused."""
+"""`bench compare`: finds a planted slowdown, not noise alone, and refuses results that cannot be compared."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from iwm_fast.measure.timing import clocked
 
 
 def noisy(seed, count=60, slowdown=1.0):
-    """Times of a shared machine: neighbours alike (autocorrelation 0.5), 4 % wide, one in twenty much later."""
+    """Times of a shared machine: correlated neighbours (autocorrelation 0.5), 4 % wide, one in twenty much later."""
     generator = np.random.default_rng(seed)
     drift = np.zeros(count)
     for i in range(1, count):
@@ -46,7 +46,7 @@ def test_the_same_twice_passes(seed):
 
 
 def test_false_alarms_are_rare_over_many_pairs():
-    """The 99 % interval alone would alarm in one of 200 comparisons of equals, the least change makes it fewer."""
+    """The 99 % interval alone would alarm in one of 200 equal pairs; the minimum change makes it fewer."""
     alarms = [
         compare(document(noisy(s)), document(noisy(5000 + s)))["rows"][0]["verdict"] == "slower" for s in range(100)
     ]
@@ -105,7 +105,7 @@ def test_intervals_cover_the_truth_and_pairing_takes_common_noise_out():
 
 @pytest.mark.skipif("IWM_FAST_REAL_TIMING" not in os.environ, reason="set IWM_FAST_REAL_TIMING=1: takes a minute")
 def test_on_this_machine():
-    """Ten times: two series of the same work and one of a tenth more, taken in turn, are told apart by CPU time."""
+    """Ten times: two series of the same work and one of 10 % more, taken in turn, are separated by CPU time."""
     x = torch.randn(96, 96)
 
     def work(products):

@@ -1,4 +1,4 @@
-"""The data path's benchmark: who is compared with whom, and that other views than ours are never timed."""
+"""The data pipeline's benchmark: what is compared with what, and that wrong views are never timed."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_views_that_differ_from_ours_are_not_timed(job, monkeypatch):
 
 
 def test_pillows_views_follow_from_the_parameters(job):
-    """Pillow's blur is made of boxes, so blurred rows may differ by more."""
+    """Pillow's blur uses boxes, so blurred rows may differ by more."""
     paths, views = job.drawn(1)
     for row in range(8):
         base = reference.place(np.asarray(Image.open(paths[row])), views.target_geometry, row, 64)

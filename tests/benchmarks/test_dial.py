@@ -1,4 +1,4 @@
-"""The dial's grids, and what is made of its measurements."""
+"""The dial's grids, and tables and plots of its results."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_a_combination_that_several_grids_hold_is_trained_once():
     assert named["conditioning none"] == ["model.predictor.conditioning=none"]
 
 
-def test_measurements_are_tabulated_and_drawn_and_what_is_missing_is_left_out(tmp_path):
+def test_results_are_tabulated_and_plotted_and_missing_ones_left_out(tmp_path):
     arms, held = points("dial.yaml", ["difficulty"])
     extra = ("mrr_chance", "invariance_untrained", "equivariance_untrained", "linear_untrained")
     for number, arm in enumerate(arms[:2]):
@@ -44,7 +44,7 @@ def test_measurements_are_tabulated_and_drawn_and_what_is_missing_is_left_out(tm
     assert Image.open(tmp_path / "dial.png").size[0] > 800
 
 
-def test_a_stopped_measurement_is_taken_over_and_one_of_another_setting_is_refused(tmp_path):
+def test_a_stopped_sweep_is_reused_and_one_of_another_setting_is_refused(tmp_path):
     file, setting = tmp_path / "dial.json", {"config": "dial.yaml", "common": ["a=1"], "measure": []}
     arms, _ = points("dial.yaml", ["difficulty"])
     arms[0]["runs"] = [{"seed": 0}]

@@ -1,4 +1,4 @@
-"""The engine beside a bare loop: both train the same weights, whatever the batch is made of."""
+"""The engine against a bare loop: both train the same weights, however the batch is composed."""
 
 from __future__ import annotations
 

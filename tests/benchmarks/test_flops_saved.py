@@ -1,4 +1,4 @@
-"""What the step does not compute, against a step that computes all of it."""
+"""FLOPs that the step saves, against a step that computes everything."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ IMAGES = 128
 
 
 def _config(**changes):
-    """One target block of 2 × 2 in a grid of 4 × 4, the rest seen: every image has as many tokens."""
+    """One target block of 2 × 2 in a grid of 4 × 4, the rest visible: every image has the same number of tokens."""
     masks = {"masks__target_blocks": 1, "masks__target_scale": [0.25, 0.25], "masks__target_aspect": [1.0, 1.0]}
     return small_config(Path("unused"), **{**masks, "masks__context_scale": [1.0, 1.0], **changes})
 
 
-def test_with_every_saving_taken_back_it_is_the_plain_step():
+def test_without_any_saving_it_is_the_plain_step():
     """The plain step embeds all patches, runs both last blocks whole, and mixes the action into every mask token."""
     config = _config()
     found = count_savings(config, IMAGES)
@@ -36,7 +36,7 @@ def test_with_every_saving_taken_back_it_is_the_plain_step():
         )
     plain = counted_flops(lambda: model(batch).backward())
     taken_back = sum(operations - found["shipped"] for operations in found["without"].values())
-    # Beside the mask token the plain mixer has the action in every token, and forms that input's gradient too.
+    # The plain mixer has the action in every token, not per image, and computes that input's gradient too.
     mixer = 3 * 2 * 4 * actions * width - 2 * 2 * actions * width
     assert found["shipped"] + taken_back + mixer == plain
 
@@ -48,7 +48,7 @@ def test_equal_images_need_no_padding_and_one_block_no_second_question():
 
 
 def test_sources_share_the_target():
-    """K sources of an image: one target, whole, and K of everything else."""
+    """K sources per image: one whole target, and everything else K times."""
     found = count_savings(_config(), IMAGES)
     whole = found["without"]["the target's last block whole"] - found["shipped"]
     rest = found["context"] + found["predictor"]

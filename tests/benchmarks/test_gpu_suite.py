@@ -1,4 +1,4 @@
-"""The suite for a GPU that is lent for minutes: what one part does wrong costs the others nothing, and time is held."""
+"""The GPU suite: a failing part costs the others nothing, and time limits hold."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 from iwm_fast.benchmarks import gpu_suite
 from iwm_fast.benchmarks.gpu_suite import PARTS, Part
 
-# Writes a row, says something, starts a process of its own, and then does as it is told.
+# Writes a row, prints something, starts a child process, and then behaves as its argument says.
 _PROGRAM = """
 import json, os, signal, subprocess, sys, time
 file, how = sys.argv[1:]
@@ -30,7 +30,7 @@ if how == "fail": sys.exit("no such operator")
 
 @pytest.fixture
 def parts(monkeypatch, tmp_path):
-    """Put programs that end as told in the place of the suite's."""
+    """Replace the suite's programs by ones that end in a given way."""
     (tmp_path / "told_part.py").write_text(_PROGRAM)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
 
@@ -46,7 +46,7 @@ def parts(monkeypatch, tmp_path):
 
 
 def _alive(pid: int) -> bool:
-    """Whether a process runs; one that has ended and waits to be looked at does not."""
+    """Return whether a process runs; a zombie does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:
@@ -120,7 +120,7 @@ def test_a_part_has_its_limit_and_the_last_one_what_is_left(name, device, left, 
 
 
 class ParsedError(Exception):
-    """The words of a command line were understood."""
+    """The command line was parsed."""
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -149,8 +149,8 @@ def test_what_tunes_for_minutes_has_a_part_of_its_own(tmp_path):
     assert words["autotune"][-5:] == ["--contenders", "iwm-fast triton", *slow]
 
 
-def test_the_peers_end_before_they_are_ended(parts, tmp_path, monkeypatch):
-    """What is compiled is given up in time for a row that says so."""
+def test_the_baselines_end_before_they_are_killed(parts, tmp_path, monkeypatch):
+    """A compile is given up early enough to write a row that says so."""
     words = parts(peers="well")
     started = []
     command = PARTS["peers"].command

@@ -1,4 +1,4 @@
-"""The kernels' benchmark: what it counts, what it compares, and that a wrong answer is never timed."""
+"""The kernels' benchmark: its counts, its comparisons, and that wrong results are never timed."""
 
 import json
 from dataclasses import asdict
@@ -27,7 +27,7 @@ IN_E4M3 = Case("e4m3_rows", tokens=40, width=24)
 
 @pytest.fixture
 def few(monkeypatch):
-    """Contenders without torch.compile, which takes its time; ceilings of a small machine."""
+    """Implementations without torch.compile, which is slow; ceilings of a small machine."""
     chosen = {name: CONTENDERS[name] for name in ("iwm-fast triton", "eager", "liger")}
     monkeypatch.setattr(kernels, "CONTENDERS", chosen)
     monkeypatch.setattr(kernels, "ceilings", lambda _: {"matmul_flops_per_s": 1e12, "copy_bytes_per_s": 1e10})
@@ -72,8 +72,8 @@ def test_what_has_no_gradient_is_timed_forward_alone(few, case):
     assert rows[1]["kept_bytes"] == 0
     answers = {"ema_update": {"averages", "weights", "copies"}, "patchify": {"out"}, "e4m3_rows": {"out", "out 1"}}
     assert rows[1]["errors"].keys() == answers[case.operation]
-    # fp32 throughout, but for the bf16 that is written: half of its step is 2⁻⁹. A bf16 rounding of GELU may turn one
-    # to e4m3, whose steps are up to 2⁻³, or a scale.
+    # fp32 throughout, except for the bf16 output: half of its step is 2⁻⁹. A bf16 rounding of GELU may change one to
+    # e4m3, whose steps are up to 2⁻³, or a scale.
     assert 0 < max(rows[1]["errors"].values()) < (0.1 if case is IN_E4M3 else 2**-8)
 
 
@@ -85,7 +85,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("case", "answer"), WRONG.values(), ids=WRONG.keys())
-def test_wrong_answers_of_what_has_no_gradient_are_not_timed(few, case, answer):
+def test_wrong_results_of_what_has_no_gradient_are_not_timed(few, case, answer):
     few["wrong"] = Contender("1", lambda _: lambda **_: answer)
     rows = [row for row in run([case])["rows"] if row["contender"] == "wrong"]
     assert [row["skipped"] for row in rows] == ["wrong result"]
@@ -105,7 +105,7 @@ def test_every_operation_has_cases():
     assert {case.operation for case in CASES} == set(OPERATIONS)
 
 
-def test_wrong_answers_are_not_timed(few):
+def test_wrong_results_are_not_timed(few):
     few["fast and wrong"] = Contender("1", lambda _: lambda pred, **_: pred.float().square().mean())
     rows = [row for row in run([LOSS])["rows"] if row["contender"] == "fast and wrong"]
     assert [row["skipped"] for row in rows] == ["wrong result"]
@@ -129,9 +129,9 @@ def test_counts_by_hand():
     assert MLP.counts(backward=True)["flops"] == forward + backward
 
 
-def test_kept_bytes_are_those_of_the_graph_alone():
+def test_saved_bytes_are_those_of_the_graph_alone():
     x = torch.randn(10, 8, requires_grad=True)
-    assert kept_bytes(lambda x: x.exp(), {"x": x}) == 10 * 8 * 4  # its result
+    assert kept_bytes(lambda x: x.exp(), {"x": x}) == 10 * 8 * 4  # its output
     assert kept_bytes(lambda x: x * x, {"x": x}) == 0  # the input itself
 
 

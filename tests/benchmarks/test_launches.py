@@ -1,4 +1,4 @@
-"""Launches of one call of the MLP, and the memory that it holds, counted without a GPU."""
+"""Launches of one call of the MLP, and its memory, counted without a GPU."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_chunks_multiply_launches_and_bound_memory():
 @pytest.mark.parametrize("actions", [0, ACTIONS])
 @pytest.mark.parametrize("limit", [2**30, 2**27, 2**26], ids=["whole", "in chunks", "in more"])
 def test_memory_is_what_the_plan_counts(limit, actions):
-    """Beside the result, which is the caller's, and a row of fp32 sums for each image; the rest is less than 2 %."""
+    """Without the result, which is the caller's, and a row of fp32 sums per image; the rest is less than 2 %."""
     result, per_image = ROWS * WIDTH * 2, 512 * HIDDEN * 4 if actions else 0
     for name, launched in mlp_launches(ROWS, WIDTH, HIDDEN, actions, limit).items():
         backward = name == "backward"

@@ -1,4 +1,4 @@
-"""The peers: that all sides compute the same from the same masks, and that what is counted is right."""
+"""The baselines of the step: all compute the same from the same masks, and the counts are right."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def test_the_plain_step_computes_what_iwm_fast_does():
     assert answers.plain_difference(SHAPE, inputs()) < 1e-5
 
 
-def test_a_network_that_is_not_ours_is_told_apart(monkeypatch):
-    """Another epsilon of one side's normalisation is already above the tolerance: the check can fail."""
+def test_a_network_that_differs_is_detected(monkeypatch):
+    """Another LayerNorm epsilon in one network already exceeds the tolerance: the check can fail."""
     monkeypatch.setattr("iwm_fast.benchmarks.baselines.plain_step._EPS", 0.1)
     assert answers.plain_difference(SHAPE, inputs()) > answers.TOLERANCE
 
@@ -69,7 +69,7 @@ def test_fingerprints_tell_patches_and_nothing_else():
     assert fingerprint(a, b) != fingerprint(b, a)
 
 
-def test_both_sides_report_the_masks_that_they_were_given():
+def test_both_steps_report_the_masks_that_they_were_given():
     one = inputs()
     expected = fingerprint(list(one.masks.context), one.masks.unions())
     assert plain.Plain(SHAPE, [one], torch.device("cpu")).saw() == [expected]
@@ -86,7 +86,7 @@ def products(tokens, width, dense):
 
 
 def test_the_plain_steps_operations_by_hand():
-    """Each image is computed at the longest's length: padding is work too."""
+    """Every image is computed at the longest's length: padding is work too."""
     one = inputs()
     context, asked = one.masks.context.shape[1], max(len(u) for u in one.masks.unions())
     images, width, patches = SHAPE.batch, 64, 36
@@ -159,7 +159,7 @@ def peer(compiled=False, difference=0.0):
     return Peer(own.ours, own.make, own.operations, lambda *_: difference, compiled)
 
 
-def test_our_own_step_with_static_shapes_is_a_peer_with_the_same_loss_and_more_operations():
+def test_our_own_step_with_static_shapes_is_a_baseline_with_the_same_loss_and_more_flops():
     inputs = batches(SHAPE, None, 1, 0)
     static = all_peers(None)["static shapes"]
     assert static.difference(SHAPE, inputs[0]) < 1e-6
@@ -169,7 +169,7 @@ def test_our_own_step_with_static_shapes_is_a_peer_with_the_same_loss_and_more_o
     assert np.isfinite(side.step())
 
 
-def test_eager_peers_come_first_and_the_compiled_ones_each_in_a_process_of_their_own(monkeypatch):
+def test_eager_baselines_come_first_and_the_compiled_ones_each_in_a_process_of_their_own(monkeypatch):
     monkeypatch.setattr(peers.Comparison, "row", lambda _, shape, name, __: {"here": (shape.name, name)})
     monkeypatch.setattr(peers.Comparison, "apart", lambda _, shape, name: {"apart": (shape.name, name)})
     other = Shape("vit_micro", 96, 8, 2, 64, 3)
@@ -190,7 +190,7 @@ def test_what_there_is_no_time_for_is_a_row_that_says_so():
 
 
 def test_no_row_begins_in_less_time_than_another_took(monkeypatch):
-    """A larger shape takes longer than a smaller one: it would be cut off with all that comes after it."""
+    """A larger shape takes longer than a smaller one: it would be cut off, with everything after it."""
     now = [100.0]
     monkeypatch.setattr(peers.time, "monotonic", lambda: now[0])
 
@@ -207,7 +207,7 @@ def test_no_row_begins_in_less_time_than_another_took(monkeypatch):
     assert third == {"apart": True}
 
 
-def test_a_peer_whose_answers_differ_has_a_row_and_is_not_timed():
+def test_a_baseline_whose_results_differ_has_a_row_and_is_not_timed():
     row = comparison().row(SHAPE, "a", peer(difference=float("nan")))
     assert row["skipped"] == "wrong result: nan from iwm-fast's"
     assert row["operations_ratio"] > 0
@@ -231,7 +231,7 @@ def _too_long(*_, timeout, **__):
         (_too_long, "not finished after 0 s; raise --until (60)"),
     ],
 )
-def test_a_compiled_peer_that_fails_or_takes_too_long_costs_its_own_row_alone(monkeypatch, run, said):
+def test_a_compiled_baseline_that_fails_or_takes_too_long_loses_its_own_row_only(monkeypatch, run, said):
     monkeypatch.setattr(subprocess, "run", run)
     row = comparison(until=60).apart(SHAPE, "plain compile")
     assert row["skipped"] == said
@@ -241,7 +241,7 @@ def test_a_compiled_peer_that_fails_or_takes_too_long_costs_its_own_row_alone(mo
 
 
 def test_a_process_of_its_own_gives_its_row_back(monkeypatch):
-    """It is this program with the peer and the shape alone, told to measure here and until when."""
+    """The same program with one baseline and one shape, told to measure in its own process and until when."""
 
     def run(command, **_):
         assert command[:3] == [sys.executable, "-m", "iwm_fast.benchmarks.peers"]
@@ -270,7 +270,7 @@ def test_each_row_is_written_before_the_next_is_measured(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("error", [UserError("loss not finite"), torch.OutOfMemoryError("no memory\nof 3")])
-def test_a_side_that_fails_costs_its_own_row_alone(monkeypatch, tmp_path, error):
+def test_a_baseline_that_fails_loses_its_own_row_only(monkeypatch, tmp_path, error):
     done = {"name": "a", "peer": "plain", "shape": "b", "speed_ratio": None}
 
     def row(_, shape, *__):

@@ -1,4 +1,4 @@
-"""What every measuring program does before and around its work: outputs are asked for first, streams are set up."""
+"""What every benchmark program does around its work: it checks outputs first and sets up its streams."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TEXTS = {
 }
 RENAMED = {name.removeprefix("old_names.") for name in TEXTS if re.fullmatch(r"old_names\.(?!__init__)\w+", name)}
 PROGRAMS = sorted(name for name, text in TEXTS.items() if '"__main__":' in text and not name.startswith("old_names."))
-# An output below a file, and what else the program needs to come so far.
+# An output path below a file, and the arguments that the program needs to get there.
 BAD = "file/out.json"
 WORDS = {
     "activations": ["--ijepa", "no_checkout", "--json", BAD],
@@ -51,7 +51,7 @@ WORDS = {
     "train, scratch": ["--scratch", "file/scratch", "--json", "ok.json"],
     "setting_gain": ["train.compile=true", "--json", BAD],
 }
-INNER = {"ranks", "report"}  # one is started by bench scaling, one writes into the tree
+INNER = {"ranks", "report"}  # one is started by bench scaling, the other writes into the tree
 
 
 def test_at_the_top_lie_programs_and_what_the_command_bench_runs():

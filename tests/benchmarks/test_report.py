@@ -1,4 +1,4 @@
-"""docs/reference/performance.md is what benchmarks/results/ says, and its pictures are of those results."""
+"""docs/reference/performance.md is up to date with benchmarks/results/, and so are its pictures."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_each_picture_is_of_its_result():
 
 
 def test_a_changed_result_changes_the_page(tmp_path):
-    """No number of the page stands in the program."""
+    """The program contains no number of the page."""
     results = tmp_path / "results"
     results.mkdir()
     environment = {"cpu": "c", "cores": 1, "gpus": [], "packages": {"torch": "2"}, "commit": None}
@@ -51,7 +51,7 @@ def test_every_picture_that_the_page_names_is_there():
 
 
 @pytest.mark.parametrize(("file", "timed"), [("README.md", True), ("docs/results/speed.md", False)])
-def test_the_tables_of_the_step_beside_others_are_the_files(file, timed):
+def test_the_tables_of_the_step_against_baselines_are_the_files(file, timed):
     document = json.loads((report.RESULTS / "peers_cpu.json").read_text(encoding="utf-8"))
     text = (DOCS.parents[1] / file).read_text(encoding="utf-8")
     assert "\n".join(report_sections.peers_summary(document, timed=timed)) in text

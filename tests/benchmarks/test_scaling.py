@@ -1,4 +1,4 @@
-"""Scaling and the step's benchmark: counted bytes, fitted lines, and an answer that is wrong stops the measurement."""
+"""Scaling and the step's benchmark: counted bytes, fitted lines, and a wrong loss stops the measurement."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SMALL = ("model.encoder={depth: 1, width: 32, heads: 2}", "model.predictor.depth
 
 @pytest.mark.parametrize("stage", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_two_ranks_say_what_the_formula_says(stage):
-    """Payload of the large collectives, exactly but for the few bytes of norms and flags."""
+    """Payload of the large collectives, exact except for a few bytes of norms and flags."""
     config = preset_config("cpu-micro", (*SMALL, f"zero.stage={stage}", "train.global_batch=4"))
     rows = scaling.measure_ranks(config, worlds=(2,), kinds=("weak",), repeats=2, say=lambda _: None)
     for row in rows:
@@ -73,13 +73,13 @@ def test_collectives_are_timed_once_and_the_functions_put_back():
 def test_peak_memory_is_that_of_the_work():
     size = 64 * 2**20
     cpu = torch.device("cpu")
-    for _ in range(2):  # what the first has freed is not the second's
+    for _ in range(2):  # memory that the first has freed is not the second's
         assert size * 0.9 < peak_of(lambda: torch.ones(size, dtype=torch.uint8), cpu) < size * 1.5
     assert peak_of(lambda: None, cpu) < size / 4
 
 
 def test_a_share_of_the_batch_is_each_ranks_own():
-    """Two ranks together see the images that one sees, and know the whole batch's tokens."""
+    """Two ranks together process the images of one, and know the whole batch's tokens."""
     config, space = preset_config("cpu-micro", ("train.global_batch=6",)), ActionSpace()
     whole = next(iter(synthetic_stream(config, space, torch.device("cpu"))))
     halves = [next(iter(synthetic_stream(config, space, torch.device("cpu"), rank=r, world=2))) for r in range(2)]
@@ -88,7 +88,7 @@ def test_a_share_of_the_batch_is_each_ranks_own():
     assert {half.global_target for half in halves} == {whole.global_target} == {len(whole.patches.target)}
 
 
-def test_the_step_is_timed_after_its_answer_was_checked(tmp_path, capsys):
+def test_the_step_is_timed_after_its_loss_was_checked(tmp_path, capsys):
     file = tmp_path / "step.json"
     words = ["bench", "step", "--preset", "cpu-micro", *SMALL, "train.global_batch=4", "--repeats", "3"]
     assert main([*words, "--threads", "1", "--device", "cpu", "--json", str(file)]) == 0
@@ -105,7 +105,7 @@ def test_the_step_is_timed_after_its_answer_was_checked(tmp_path, capsys):
 @pytest.mark.parametrize("sources", [1, 3])
 @pytest.mark.parametrize("predictor", ["vit", "mlp"])
 def test_all_sources_of_a_target_are_timed_and_counted(sources, predictor):
-    """The operations that torch counts in the step that was timed, of images each with one target and K sources."""
+    """Equal to the FLOPs that torch counts in the timed step, of images each with one target and K sources."""
     changes = [f"views.sources_per_target={sources}", f"model.predictor.kind={predictor}", "train.global_batch=4"]
     config = preset_config("cpu-micro", (*SMALL, *changes, "model.predictor.conditioning=block"))
     ranks, space = start(), space_of(config.actions)
@@ -139,7 +139,7 @@ MANIFEST = {"kind": "continuous", "names": ["push"], "low": [-1.0], "high": [1.0
 
 
 def test_external_actions_are_what_the_configuration_says(tmp_path):
-    """Random pixels need the actions' names only; without them, the error that a training gives."""
+    """Random pixels need only the actions' names; without them, the same error as in training."""
     external = preset_config("cpu-micro", (*SMALL, "actions.groups=[external]"))
     with pytest.raises(UserError, match="this is no manifest of triplets"):
         described(external, None)
@@ -150,7 +150,7 @@ def test_external_actions_are_what_the_configuration_says(tmp_path):
     assert batch.action.shape == (len(batch), 1)
 
 
-def test_a_wrong_answer_is_not_timed(monkeypatch):
+def test_a_wrong_loss_is_not_timed(monkeypatch):
     config = preset_config("cpu-micro", (*SMALL, "train.global_batch=4"))
     monkeypatch.setattr(step, "TOLERANCE", {"fp32": 1e-12})
     with pytest.raises(step.WrongAnswerError, match="not timed"):

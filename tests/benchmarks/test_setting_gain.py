@@ -1,4 +1,4 @@
-"""What a setting gains is said only where both sides compute the same."""
+"""A setting's gain is reported only if both steps compute the same."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ def sides(**changes):
     return {"without": plain, "with": small_config(Path("unused"), log__every_steps=10, **changes)}
 
 
-def test_both_sides_are_timed_in_turn_after_the_tenth_step():
+def test_both_settings_are_timed_in_turn_after_the_tenth_step():
     row = measure_setting(sides(train__activation_checkpointing=True), start(), repeats=3)
     assert row["loss_difference"] < 1e-5
     assert {side: len(times) for side, times in row["seconds"].items()} == {"without": 3, "with": 3}

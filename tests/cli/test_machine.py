@@ -1,4 +1,4 @@
-"""What the doctor says of the machine, on machines that lack something."""
+"""The doctor's report on machines that lack something."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_few_open_files_are_named_with_what_to_do():
 
 
 @pytest.mark.parametrize(("ranks", "short"), [(1, False), (10**9, True)], ids=["one rank", "more than fit"])
-def test_shared_memory_is_asked_for_where_ranks_share_a_host(tmp_path, ranks, short):
+def test_shared_memory_is_checked_if_ranks_share_a_host(tmp_path, ranks, short):
     found = machine._shared_memory(tmp_path, ranks, on_gpu=True)
     assert found.broken is short
     assert ("--shm-size" in found.reason) is short

@@ -1,4 +1,4 @@
-"""The command line: help, JSON, and that whatever the user can mend is one line on stderr with exit code 2."""
+"""The command line: help, JSON, and that errors of the user are one line on stderr with exit code 2."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ COMMANDS = [
 
 
 def run(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """The command in a process of its own."""
+    """Run the command in a process of its own."""
     command = [sys.executable, "-m", "iwm_fast", *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600, check=False)
 
 
 def refused(done: subprocess.CompletedProcess[str]) -> str:
-    """The one line of a command that the user can mend."""
+    """Return the one line of a command that the user can fix."""
     assert done.returncode == 2, done.stderr
     assert done.stdout == ""
     assert "Traceback" not in done.stderr
@@ -155,7 +155,7 @@ def test_no_folder_named_is_refused(tmp_path, command):
 
 
 def test_a_run_goes_through_all_commands(tiny_images, tmp_path, command):
-    """Pretrain as a user would call it, in a process; then resume, refuse another architecture, evaluate, export."""
+    """Pretrain in a process; then resume, refuse another architecture, evaluate, export."""
     out = tmp_path / "run"
     words = [
         *TINY_WORDS,
@@ -291,7 +291,7 @@ def test_arguments_are_prepared_for_the_parser(name, monkeypatch):
     assert prepare(before) == (after, debug)
 
 
-# What people write who come from elsewhere, and the end of the line that they get.
+# Options and keys of other frameworks, and the end of the line that answers them.
 FROM_ELSEWHERE = {
     "pretrain demo.yaml --batch-size 32": "write train.global_batch=32",
     "pretrain demo.yaml --batch_size=32 --out r": "write train.global_batch=32",
@@ -366,7 +366,7 @@ def test_json_before_an_override_prints_and_applies_it(tmp_path, monkeypatch, ca
 
 
 def test_a_result_does_not_replace_a_configuration(tmp_path, monkeypatch, capsys):
-    """After --json a configuration's name is taken for the file."""
+    """After --json a configuration's name is read as the file."""
     monkeypatch.chdir(tmp_path)
     Path("big.yaml").write_text("train: {seed: 7}")
     assert main(["config", "--json", "big.yaml", "demo"]) == 2

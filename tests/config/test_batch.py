@@ -8,7 +8,7 @@ IMAGES = 320
 
 
 def config(*overrides):
-    """10 passes over 320 images in batches of 32 are 100 steps; the file's own warm-up is 100 steps."""
+    """10 epochs of 320 images in batches of 32 are 100 steps; the file's own warm-up is 100 steps."""
     return load_config(packaged_config("vit_tiny_p4_32.yaml"), ("train.epochs=10", "train.global_batch=32", *overrides))
 
 

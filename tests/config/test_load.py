@@ -1,4 +1,4 @@
-"""Configurations: what they load to, that they survive being written, and the one line that each mistake gets."""
+"""Configurations: loading, a round trip through a file, and the one-line error of each mistake."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ NAMES = [
 
 @pytest.fixture
 def file(tmp_path):
-    """Writes a configuration and returns its path."""
+    """Return a function that writes a configuration and returns its path."""
 
     def write(text: str) -> Path:
         path = tmp_path / "run.yaml"
@@ -44,7 +44,7 @@ def file(tmp_path):
 
 
 def problem(path: Path, *overrides: str) -> str:
-    """The one line that loading gives, without the folder."""
+    """Return the one line that loading raises, without the folder."""
     with pytest.raises(UserError) as caught:
         load_config(path, overrides)
     line = str(caught.value)
@@ -175,7 +175,7 @@ def test_a_name_of_a_project_is_no_path(file, monkeypatch):
     assert load_config(file(""), ["log.wandb=~/x"]).log.wandb == "~/x"
 
 
-def test_pairs_stay_as_they_are_unless_a_crop_or_a_flip_is_asked_for(file):
+def test_pairs_stay_unchanged_unless_a_crop_or_a_flip_is_configured(file):
     still = load_config(file("actions: {groups: [external]}")).actions
     assert (still.crop_scale, still.flip_probability, still.jitter_probability) == ((1.0, 1.0), 0.0, 0.0)
     asked = load_config(file("actions: {groups: [external], crop_scale: [0.5, 1.0]}")).actions
@@ -455,15 +455,15 @@ def test_every_key_says_what_it_means():
 
 
 def test_every_key_is_read_by_something():
-    """A key that nothing reads is a promise that nothing keeps."""
+    """A key that nothing reads has no effect."""
     read = set()
     for path in (*PACKAGE.rglob("*.py"), *(PACKAGE / "kernels").rglob("*.py")):
-        if path.parent.name != "config" or path.name == "batch.py":  # which computes from a configuration
+        if path.parent.name != "config" or path.name == "batch.py":  # batch.py computes from a configuration
             tree = ast.parse(path.read_text(encoding="utf-8"))
             read |= {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)}
     # Read through properties of the schema: model.encoder as encoder_shape, model.predictor.heads as head_count.
     through = {"model.encoder": "encoder_shape", "model.predictor.heads": "head_count"}
-    # Of what is done to a view the tables name the keys, which `iwm_fast/actions/ranges.py` reads.
+    # The tables name the keys of transformations, which `iwm_fast/actions/ranges.py` reads.
     read |= {*JITTER, *(f"{corruption.name}_probability" for corruption in CORRUPTIONS)}
     read |= {corruption.strength for corruption in CORRUPTIONS}
     keys = {row.key: through.get(row.key, row.key.rsplit(".", 1)[-1]) for row in rows()}

@@ -1,7 +1,7 @@
-"""Run under torchrun by test_counted.py: trains with each configuration and notes what a settled step moved and held.
+"""Run under torchrun by test_counted.py: train each configuration and record a warmed-up step's bytes sent and held.
 
-Arguments: images, out, then one JSON object of changes to the small configuration for each train. The first rank
-writes OUT/counted.json.
+Arguments: images, out, then one JSON object of changes to the small configuration for each training. Rank 0 writes
+OUT/counted.json.
 """
 
 import json
@@ -17,11 +17,11 @@ from iwm_fast.engine import step as loop
 from iwm_fast.engine.distributed.ranks import leave
 from iwm_fast.measure.collective_bytes import CollectiveCounter
 
-SETTLED = 3  # DeepSpeed's stage 3 learns the order of the modules in its first step, and gathers by it from the next
+SETTLED = 3  # DeepSpeed's stage 3 records the order of the modules in its first step, and gathers by it from the next
 
 
 def held(*values) -> int:
-    """Bytes of all memory behind the tensors in `values`, each storage once."""
+    """Return the bytes of all storages behind the tensors in `values`, each once."""
     tensors = [t for t in tree_leaves(values) if isinstance(t, torch.Tensor)]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
@@ -52,7 +52,7 @@ def gradients(trainer) -> int:
 
 
 class Watched(loop.Trainer):
-    """Notes the collectives of every step, and after every backward pass the gradients, by step."""
+    """Records the collectives of every step and, after every backward pass, the gradients, by step."""
 
     notes: list
 

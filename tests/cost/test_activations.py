@@ -1,4 +1,4 @@
-"""Kept activations against what autograd keeps, and the token counts they are worked out from."""
+"""The plan's saved activations against autograd's, and the token counts they are computed from."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -29,14 +29,14 @@ CASES = {
 
 
 def assert_parts_agree(counted: KeptBytes, expected: KeptBytes, **beside: int) -> None:
-    """Equal to the byte, but for what some parts may keep `beside`."""
+    """Equal to the byte, except for what some parts may save `beside`."""
     for part, size in asdict(expected).items():
         assert size <= getattr(counted, part) <= size + beside.get(part, 0), part
     assert counted.total == pytest.approx(expected.total, rel=5e-3)
 
 
 def rounded_sums(config: Config, tokens: Tokens) -> tuple[int, int]:
-    """Bytes of log-sum-exps that attention makes room for beyond the tokens: 32 at a time, for the longest image."""
+    """Return bytes of log-sum-exps beyond the tokens: attention allocates multiples of 32, for the longest image."""
 
     def beyond(lengths: np.ndarray, heads: int, depth: int) -> int:
         return depth * heads * 4 * (len(lengths) * -(-int(lengths.max()) // 32) * 32 - int(lengths.sum()))
@@ -49,20 +49,20 @@ def rounded_sums(config: Config, tokens: Tokens) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_each_part_of_the_plain_operators_keeps_what_the_formula_says(case):
-    """One length for all images: with several, the CPU's attention keeps its result by length and joined."""
+def test_each_part_of_the_plain_operators_saves_what_the_formula_says(case):
+    """One length for all images: with several, the CPU's attention saves its result by length and concatenated."""
     config = small_config(Path("unused"), **CASES[case])
     tokens = Tokens(np.array([7] * 16), np.array([7 if case == "mlp" else 5] * 16), config.views.sources_per_target)
     expected = activations(config, tokens, hidden_kept=True).parts
-    # Actions, and which image each token is of that is told one.
+    # Actions, and the image of each token that is conditioned on one.
     few = 16 * int(tokens.context.sum() + tokens.predicted.sum())
     assert_parts_agree(counted_activations(config, tokens), expected, predictor_input=few, predictor_blocks=few)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("case", CASES)
-def test_each_part_of_the_kernels_keeps_what_the_formula_says(case, precision):
-    """ViT-B's widths and the training's own masks, on the meta device."""
+def test_each_part_of_the_kernels_saves_what_the_formula_says(case, precision):
+    """ViT-B's widths and masks as in training, on the meta device."""
     shape = {
         "model__image": 224, "model__patch": 16, "model__encoder": {"depth": 2, "width": 768, "heads": 12},
         "model__predictor": {"depth": 2, "width": 384, "heads": 12, "conditioning": "feature"}, "zero__stage": 1,
@@ -75,8 +75,8 @@ def test_each_part_of_the_kernels_keeps_what_the_formula_says(case, precision):
     assert_parts_agree(counted_activations(config, tokens, "meta"), activations(config, tokens).parts, **beside)
 
 
-def test_the_hidden_of_no_mlp_is_kept():
-    """Twice the hidden changes nothing with the kernels, in any part, and does with the plain operators."""
+def test_the_hidden_of_no_mlp_is_saved():
+    """Doubling the hidden changes no part with the kernels, and does with the plain operators."""
     changes = [{}, {"model__encoder__mlp_ratio": 8.0, "model__predictor__mlp_ratio": 8.0}]
     configs = [small_config(Path("unused"), **one) for one in changes]
     tokens = planner_of(configs[0], 8).tokens

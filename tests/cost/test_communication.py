@@ -1,4 +1,4 @@
-"""The plan's messages: how many, and what of them the backward pass hides; buckets are their definition."""
+"""The plan's messages: how many, and which of them the backward pass hides."""
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ def test_buckets_hold_every_size_once_from_the_last_and_are_as_full_as_they_may(
 
 @pytest.fixture(scope="module")
 def base():
-    """ViT-B of 256 images by ZeRO stage 0, and its layout."""
+    """ViT-B with 256 images at ZeRO stage 0, and its layout."""
     config = preset_config("gpu-base", ("zero.stage=0", "train.global_batch=256"))
     return config, layout_of(config)
 
@@ -81,7 +81,7 @@ def test_buckets_cost_one_at_stage_0_and_three_of_deepspeeds_at_stage_1(base):
     largest = 4 * max(sum(sizes[i] for i in bucket) for bucket in buckets_of(sizes, BUCKET_BYTES // 4))
     assert state_memory(config, layout, 8).workspace == state_memory(fp32, layout, 8).workspace == largest
     assert largest <= BUCKET_BYTES
-    # Alone nothing is sent; bf16 gradients are all there when they are converted.
+    # A single rank sends nothing; bf16 gradients are complete when they are converted.
     assert state_memory(fp32, layout, 1).workspace == 0
     assert state_memory(config, layout, 1).workspace == 2 * layout.trained_size
     share = 4 * sum(layout.flat_sizes(8)) // 8

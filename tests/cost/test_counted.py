@@ -14,13 +14,13 @@ from iwm_fast.cost.communication import ring_bytes, step_collectives
 from iwm_fast.cost.memory import layout_of, state_memory
 
 HERE = Path(__file__).parent
-SCALARS = 100  # bytes: the norm and the votes of a step, which the formula leaves out
-# Sizes that no number of ranks divides, so that every padding is there: width 36 with 3 heads, 7 hidden a width.
+SCALARS = 100  # bytes: a step's norm and votes, which the formula leaves out
+# Sizes that no number of ranks divides, so that every padding occurs: width 36 with 3 heads, MLP ratio 7.
 ODD = {
     "model__encoder": {"depth": 2, "width": 36, "heads": 3, "mlp_ratio": 1.75},
     "train__global_batch": 12,
     "train__steps": 4,
-    "log__every_steps": 2,  # the third step, which is looked at, is none that gathers what is logged
+    "log__every_steps": 2,  # so that the third step, the measured one, gathers nothing for logging
     "checkpoint__every_steps": 1000,
 }
 SHAPES = [(stage, "bf16", 2) for stage in range(4)] + [(1, "fp32", None), (3, "fp32", None)]
@@ -35,7 +35,7 @@ MORE = pytest.mark.skipif(not os.environ.get("IWM_TEST_MORE_RANKS"), reason="set
     scope="module", params=[2, pytest.param(3, marks=MORE), pytest.param(4, marks=MORE)], ids="{} ranks".format
 )
 def counted(request, tiny_images, tmp_path_factory):
-    """(ranks, what each case's ranks counted)."""
+    """(ranks, counts of each case's ranks)."""
     world, out = request.param, tmp_path_factory.mktemp("counted")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)]
     command += [str(HERE / "counted_ranks.py"), str(tiny_images), str(out), *(json.dumps(ODD | c) for c in CASES)]
@@ -72,7 +72,7 @@ def test_memory_of_a_rank_is_the_formula(counted, case):
     plan = state_memory(config, layout, world)
     held = {key: max(note["memory"][key] for note in notes[case]) for key in ("online", "target", "optimizer", "ema")}
     if stage == 0:
-        # The average is what the target reads: one memory. Rounded copies live inside the step only.
+        # The target reads the EMA itself: one memory. Rounded copies exist inside the step only.
         assert held["target"] == held["ema"] == plan.ema
         rounded = 2 * (layout.trained_size + layout.target_size) if config.train.precision == "bf16" else 0
         assert held["online"] + rounded == plan.parameters
@@ -82,7 +82,7 @@ def test_memory_of_a_rank_is_the_formula(counted, case):
     assert held["optimizer"] == plan.optimizer
     gradients = max(note["gradients"] for note in notes[case])
     if stage == 2:
-        # DeepSpeed keeps a parameter's gradient whole on each rank that has a part of it.
+        # DeepSpeed holds a parameter's gradient whole on each rank that has a part of it.
         largest = max(p.size for p in layout.trained)
         element = 2 if config.train.precision == "bf16" else 4
         slack = 2 * element * largest * len(layout.groups())
@@ -90,4 +90,4 @@ def test_memory_of_a_rank_is_the_formula(counted, case):
     elif stage != 1:
         assert gradients == plan.gradients
     elif config.train.micro_batch:
-        assert gradients == plan.gradients  # seen whole only while micro-batches add up
+        assert gradients == plan.gradients  # whole only while micro-batches accumulate

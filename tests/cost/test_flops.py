@@ -1,4 +1,4 @@
-"""The count of operations against torch's own counter and against a count by hand."""
+"""The FLOP count against torch's own counter and against a count by hand."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def configure(kind: str, conditioning: str) -> ModelConfig:
 
 @pytest.mark.parametrize(("kind", "conditioning"), CASES, ids=[f"{k} {c}" for k, c in CASES])
 def test_equals_what_torch_counts(kind: str, conditioning: str) -> None:
-    """Attention as plain products (torch counts none in the CPU's fused one), on packed, ragged lengths.
+    """Attention as plain matmuls (torch counts none in the CPU's fused one), on packed, ragged lengths.
 
-    The forward count is exact part by part. In the backward pass torch's count may differ only in the attention, which
-    is not among its products of known gradient size: here it is, as matmuls, so the whole is exact too.
+    The forward count is exact part by part. In the backward pass torch's count may differ only in attention, whose
+    gradients it does not know; here attention is matmuls, so the whole is exact too.
     """
     config = configure(kind, conditioning)
     model = IWM(config, ACTIONS)
@@ -78,7 +78,7 @@ def test_a_target_of_several_sources_is_counted_once(kind: str, conditioning: st
 
 
 def test_by_hand() -> None:
-    """One image of 9 patches, 4 seen and 2 asked for; widths 16 and 12, one block each."""
+    """One image of 9 patches, 4 visible and 2 predicted; widths 16 and 12, one block each."""
     config = ModelConfig(
         encoder=EncoderShape(depth=1, width=16, heads=2),
         patch=4,
@@ -97,13 +97,13 @@ def test_by_hand() -> None:
     action = 2 * 12 * ACTIONS
     inner = 2 * 4 * 16 * 12  # into the predictor's width
     inner += 3 * 2 * 2 * 12 * 12  # the mask tokens' three layers
-    inner += (6 * 6 + 2 * 2) * 12 * 12 + 4 * 6 * 6 * 12  # attention over 6 tokens, of which 2 go on
-    inner += 2 * 16 * 12 * 12  # MLP of the two that are asked for
-    inner += 2 * 2 * 12 * 16  # out of it
+    inner += (6 * 6 + 2 * 2) * 12 * 12 + 4 * 6 * 6 * 12  # attention over 6 tokens, and the projection of 2
+    inner += 2 * 16 * 12 * 12  # MLP of the two predicted tokens
+    inner += 2 * 2 * 12 * 16  # back to the encoder's width
     assert (count.predictor_forward, count.predictor_backward) == (inner + action, 2 * inner + action)
 
 
-def test_an_image_more_costs_its_own_and_packing_nothing() -> None:
+def test_another_image_adds_its_own_flops_and_packing_none() -> None:
     config = configure("vit", "feature")
     one, other = step_flops(config, ACTIONS, [4], [3]), step_flops(config, ACTIONS, [7], [1])
     assert step_flops(config, ACTIONS, [4, 7], [3, 1]).total == one.total + other.total

@@ -1,4 +1,4 @@
-"""The plan as a user asks for it: what it says, what it refuses, and that it follows from its parts."""
+"""The plan as a user sees it: its output, its errors, and that it follows from its parts."""
 
 import json
 from dataclasses import replace
@@ -68,7 +68,7 @@ def test_a_mistake_is_one_line(arguments, words, tmp_path, capsys):
 
 
 def test_sources_share_the_target_s_operations():
-    """Four sources of an image: its target's forward pass once, and four times about all the rest."""
+    """Four sources per image: the target's forward pass once, and almost everything else four times."""
     config = load_config(packaged_config("vit_base_p16_224_equi.yaml"), [])
     views = config.views.model_copy(update={"sources_per_target": 4})
     one, four = planner_of(config), planner_of(config.model_copy(update={"views": views}))
@@ -78,11 +78,11 @@ def test_sources_share_the_target_s_operations():
     assert four.operations == pytest.approx(target + 4 * rest, rel=5e-3)
     stages = [planner.stages(cluster())[1] for planner in (one, four)]
     kept = [stage.memory.activations / stage.micro_batch for stage in stages]
-    assert 3.9 < kept[1] / kept[0] < 4.2  # the target's tokens are kept whole, not four times what is asked of them
+    assert 3.9 < kept[1] / kept[0] < 4.2  # the target's tokens are saved once, not four times
 
 
 def test_of_the_stages_that_are_near_the_fastest_the_largest_batch_is_recommended(large):
-    """Then the configured stage. With room for everything that is stage 2, and nothing is recomputed."""
+    """Ties go to the configured stage. With room for everything that is stage 2, without recomputation."""
     roomy = cluster()
     chosen = large.choose(large.stages(roomy), roomy).stage
     assert (chosen.stage, chosen.recompute) == (large.config.zero.stage, False) == (2, False)
@@ -116,7 +116,7 @@ def test_where_nothing_fits_it_says_so(large):
 
 
 def test_a_measured_step_replaces_the_assumption(tmp_path):
-    """The row nearest in operations an image stands for the plan's model."""
+    """The row with the nearest FLOPs per image stands for the plan's model."""
     assumed = Rate(ASSUMED_MFU, "assumed", f"no measured step of a H200 in {tmp_path.name}/")
     assert compute_rate(DEVICES["h200"], 1e11, tmp_path, None) == assumed
     sizes = {"gpu-small": (3e10, 0.41), "gpu-base": (1.2e11, 0.52), "gpu-large": (4e11, 0.6)}
@@ -132,7 +132,7 @@ def test_a_measured_step_replaces_the_assumption(tmp_path):
 
 
 def test_rings_cross_a_host_s_border_once_for_each_of_its_gpus():
-    """The bytes over all links are the ring's; by hand for two hosts of four."""
+    """The bytes over all links are the ring's; counted by hand for two hosts of four GPUs."""
     fabric = Fabric(2, 4, 400e9, 50e9)
     moved = fabric.transfer(Collective("gradients", "all_reduce", 800, 3))
     assert moved.link_bytes + moved.network_bytes == ring_bytes("all_reduce", 800, 8) == 1400
@@ -163,7 +163,7 @@ def test_every_gpu_has_a_source_and_torch_s_names_are_known():
 
 
 def test_static_shapes_cost_their_padding_and_graphs_their_gradients_but_no_launches(large):
-    """At one micro-batch: 2.1 % more tokens, in time less, since the target has none; then a copy of bf16 gradients."""
+    """At one micro-batch: 2.1 % more tokens, less time, since the target has no padding; plus a copy of gradients."""
     words = ["train.micro_batch=128", "train.static_shapes=true"]
     plain, static, graph = (
         planner_of(load_config(packaged_config("vit_large_p16_224.yaml"), words[:n] + more)).configured(cluster())

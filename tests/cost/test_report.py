@@ -1,4 +1,4 @@
-"""What a plan says to change: found by search over micro-batch, recomputation and stage, and counted by hand here."""
+"""What a plan recommends to change: found by search over micro-batch, recomputation and stage; checked by hand."""
 
 import shlex
 from dataclasses import replace
@@ -46,7 +46,7 @@ def advice(planner, at=None, images=SET):
 
 
 def test_the_shipped_recomputation_is_counted_and_taken_away(large):
-    """Eight H200: the forward passes that recomputation repeats, by hand, are the hours that the change gains."""
+    """Eight H200: the time saved is that of the forward passes that recomputation repeats, by hand."""
     record, said = advice(large)
     recommended, configured = record["recommended"], record["configured"]
     assert (configured["stage"], configured["activation_checkpointing"], configured["micro_batch"]) == (2, True, 128)
@@ -69,7 +69,7 @@ def test_the_shipped_recomputation_is_counted_and_taken_away(large):
 
 @pytest.mark.parametrize(("gpu", "memory"), [("h200", 141), ("a100-40gb", 40), ("h100", 12)])
 def test_each_variant_has_the_largest_micro_batch_that_fits(large, gpu, memory):
-    """Every divisor of a GPU's share tried in turn, as a configuration that asks for it."""
+    """Every divisor of a GPU's share tried in turn, as a configuration."""
     at = cluster(gpus=2, device=replace(DEVICES[gpu], memory=memory * 10**9))
     divisors = [d for d in range(1, 1025) if 1024 % d == 0]
     variants = large.variants(at)
@@ -86,7 +86,7 @@ def test_each_variant_has_the_largest_micro_batch_that_fits(large, gpu, memory):
 
 
 def test_the_change_pasted_behind_the_configuration_leaves_nothing_to_change(large):
-    """The same hours and memory as were promised, at every kind of machine."""
+    """The same hours and memory as promised, for every kind of machine."""
     for at in (cluster(), cluster(4), cluster(gpus=1, gpu="a100-40gb"), cluster(4, 1, "l40s")):
         record, _ = advice(large, at)
         again, said = advice(changed(large, *shlex.split(record["recommended"]["change"])), at)
@@ -97,7 +97,7 @@ def test_the_change_pasted_behind_the_configuration_leaves_nothing_to_change(lar
 
 
 def test_a_configuration_that_does_not_fit_is_said_not_to(large):
-    """A ceiling that is too high is changed; its time is no gain, because the run would never begin."""
+    """A micro-batch that is too large is changed; the time is no gain, because the run could not start."""
     at = cluster(gpus=1, device=replace(DEVICES["h100"], memory=40 * 10**9))
     record, said = advice(changed(large, "train.activation_checkpointing=false", "train.micro_batch=2048"), at)
     assert not record["configured"]["fits"]
@@ -109,7 +109,7 @@ def test_a_configuration_that_does_not_fit_is_said_not_to(large):
 
 
 def test_recomputation_is_recommended_where_nothing_else_fits(large):
-    """Memory between what one image needs with recomputation and without, at the stage that divides most."""
+    """Memory between what one image needs with recomputation and without, at the stage that shards most."""
     at = cluster(gpus=2, device=replace(DEVICES["h100"], memory=10**9))
     needed = {v.recompute: v.memory.total for v in large.variants(at) if v.stage == 3}
     assert needed[True] < needed[False] == min(v.memory.total for v in large.variants(at) if not v.recompute)
@@ -150,7 +150,7 @@ LEFT_OUT = {
 
 @pytest.mark.parametrize("case", LEFT_OUT)
 def test_every_stage_that_is_left_out_has_its_reason(large, case):
-    """Of eight: the recommended one, and seven with a reason each. Nothing that is refused is planned."""
+    """Of eight variants: the recommended one, and seven with a reason each. Refused ones are not planned."""
     overrides, stage, recompute, why = LEFT_OUT[case]
     record, _ = advice(changed(large, *overrides))
     own = {(e["stage"], e["activation_checkpointing"]): e["why"] for e in record["left_out"]}
@@ -207,7 +207,7 @@ def test_gpu_hours_are_never_zero(gpu_hours, said):
 
 
 def test_a_plan_of_one_gpu_and_a_short_run_shows_no_zeros():
-    """No link to wait for, milliseconds per step, seconds in all: each is shown as what it is, and noted."""
+    """No links, milliseconds per step, seconds in all: each is shown in a fitting unit, and noted."""
     planner = planner_of(load_config(packaged_config("vit_tiny_p4_32.yaml"), []), 64)
     record, said = advice(planner, cluster(gpus=1), ImageCount(100, "given", "--images"))
     assert all(v["sent_bytes"] == 0 for v in record["variants"])
@@ -220,7 +220,7 @@ def test_a_plan_of_one_gpu_and_a_short_run_shows_no_zeros():
 
 
 def test_images_are_counted_where_the_data_are_here_and_said_to_be_assumed_where_not(large, tmp_path):
-    """A folder, a manifest of it, --images over both; data that are not here are noted, above the recommendation."""
+    """A folder, a manifest of it, --images before both; missing data are noted above the recommendation."""
     write_images(tmp_path / "set", 5)
     write_index(tmp_path / "set", tmp_path / "m.tsv")
     for root, given, images, origin in (
@@ -246,7 +246,7 @@ def test_data_that_a_training_would_refuse_are_refused(large, tmp_path):
 
 
 def test_the_actions_of_triplets_are_those_of_their_manifest(tmp_path):
-    """Nothing of them has to be written into the configuration where the manifest is on this machine."""
+    """The configuration need not name them if the manifest is on this machine."""
     write_game(tmp_path / "game")
     config = load_config(packaged_config("game.yaml"), [f"data.root={tmp_path / 'game'}"])
     resolved, images = plan_command._images_of(config, None)
@@ -255,7 +255,7 @@ def test_the_actions_of_triplets_are_those_of_their_manifest(tmp_path):
 
 
 def test_the_longest_share_of_the_encoder_is_that_of_elements_dealt_one_by_one():
-    """Three ranks cut two groups of odd lengths: each element's owner by hand."""
+    """Three ranks split two groups of odd lengths: each element's owner by hand."""
     parameters = (
         Parameter("encoder.a", 17, decayed=True), Parameter("predictor.b", 5, decayed=True),
         Parameter("encoder.c", 11, decayed=True), Parameter("encoder.d", 3, decayed=False),
@@ -273,7 +273,7 @@ def test_the_longest_share_of_the_encoder_is_that_of_elements_dealt_one_by_one()
 
 
 def test_a_source_more_is_a_row_more_of_tokens_and_pixels(tmp_path):
-    """Memory by hand for four sources: pixels of one target and four sources, in each of the batches under way."""
+    """Memory by hand for four sources: pixels of one target and four sources, in each prefetched batch."""
     config = small_config(tmp_path, views={"sources_per_target": 4})
     tokens = Tokens(np.array([7] * 16), np.array([5] * 16), 4)
     planner = Planner(config, tokens)

@@ -1,4 +1,4 @@
-"""How token counts are rounded up, by counting over masks that training would sample."""
+"""Rounding up of token counts, over masks as training samples them."""
 
 from __future__ import annotations
 

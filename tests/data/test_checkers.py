@@ -1,4 +1,4 @@
-"""Who checks an image changes nothing of the batches: the data thread, processes beside it, or the manifest."""
+"""Batches do not depend on who checks the images: the data thread, other processes, or the manifest."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _small_sets_are_worth_checkers(monkeypatch):
 
 
 def drawn(root, batches=12, **changes):
-    """Everything of the first batches, and what was written of bad samples."""
+    """Return everything in the first batches, and the records of bad samples."""
     run_dir = changes.pop("run_dir", None)
     config = small_config(root, data__max_bad_fraction=0.5, **changes)
     rows = []
@@ -91,7 +91,7 @@ def test_batches_by_verdicts_of_the_manifest_are_the_same(folder, manifest, alon
 
 
 def counted(monkeypatch):
-    """Files that this process looks into."""
+    """Count the files that this process inspects."""
     looked = []
     inspect = samples_module.inspect
     monkeypatch.setattr(samples_module, "inspect", lambda raw, limit: looked.append(len(raw)) or inspect(raw, limit))
@@ -106,14 +106,14 @@ def test_the_data_thread_looks_only_into_files_that_may_be_bad(folder, manifest,
     store.ask(everything.tolist())
     assert opened(store) == [4, 5, 18, 21]
     store.close()
-    assert looked == [60, 4]  # cut GIF and text; the empty file is found on reading, the cut JPEG is left to Pillow
+    assert looked == [60, 4]  # cut GIF and text; reading finds the empty file, and Pillow decides on the cut JPEG
     looked.clear()
     assert opened(FileStore(list_images(manifest), LIMIT)) == [4, 5, 18, 21]
-    assert len(looked) == 3  # indexing had Pillow decode the cut JPEG as well
+    assert len(looked) == 3  # for the index Pillow decoded the cut JPEG as well
 
 
 def opened(store):
-    """All files in turn; the numbers of the bad ones."""
+    """Read all files in turn; return the numbers of the bad ones."""
     bad = []
     for file in range(len(store.images)):
         try:
@@ -191,12 +191,12 @@ def test_a_checker_that_dies_is_said_once_and_its_files_are_checked_here(folder,
     assert said.count("1 go on, results stay the same") == said.count("checks the images itself") == 1
 
 
-def test_more_than_a_socket_holds_is_asked_for_at_once(folder):
+def test_more_than_a_socket_holds_is_requested_at_once(folder):
     source = list_images(folder).source
     checkers = Checkers(source, LIMIT, 1)
     rows = np.arange(FILES).repeat(1)
     try:
-        for _ in range(3):  # asked twice is answered once
+        for _ in range(3):  # repeated requests have one reply
             checkers.ask(rows)
         found = np.concatenate([rows for rows, _ in checkers.answers(rows)])
         assert sorted(found.tolist()) == rows.tolist()

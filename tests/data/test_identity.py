@@ -1,4 +1,4 @@
-"""A data set is its list of names and sizes: where it lies, and by what it is listed, makes no difference."""
+"""A data set is its list of names and sizes: its location, and what lists it, make no difference."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One image without a label costs that label alone, whatever the images lie in."""
+"""An image without a label loses only its own label, whatever kind of source it is in."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ def test_classes_without_an_image_stay_in_a_manifest_of_shards(tmp_path):
 
 
 def of_folder(top, classes=("cat", "dog")):
-    """Members as a tar of the folder `top` has them."""
+    """Return members as in a tar of the folder `top`."""
     return [(f"{top}/{name}/{number}.jpg", IMAGE) for name in classes for number in range(2)]
 
 
@@ -231,7 +231,7 @@ def test_one_number_is_one_class_however_it_is_written(tmp_path, kind, texts):
 
 
 def several(images, labels):
-    """An Example with several images and labels."""
+    """Return an Example with several images and labels."""
     message = message_class()()
     message.features.feature["image/encoded"].bytes_list.value.extend(images)
     message.features.feature["image/class/label"].int64_list.value.extend(labels)

@@ -48,7 +48,7 @@ def stream_of(root, *, world=1, rank=0, start=0, run_dir=None, **changes):
 
 
 def take(root, count, **options):
-    """The first `count` global batches of a stream, or of one stream a rank: every tensor in the global order."""
+    """Return the first `count` global batches of a stream, or of one stream per rank, in the global order."""
     world = options.get("world", 1)
     streams = [stream_of(root, rank=rank, **options) for rank in range(world)]
     rows = []
@@ -105,7 +105,7 @@ def test_content_does_not_depend_on_how_the_batch_is_divided(folder, reference_r
 
 @pytest.mark.parametrize("options", [{}, {"world": 2, "train__micro_batch": 2}], ids=["alone", "2 ranks in pairs"])
 def test_sources_side_by_side_begin_with_the_only_one(folder, reference_rows, options):
-    """Two sources of one target: the first is the one that a run with one source sees, in pixels, action and masks."""
+    """Two sources of one target: the first equals a single source's pixels, action and masks."""
     rows = take(folder, BATCHES, views__sources_per_target=2, **options)
     firsts, seconds = rows[::2], rows[1::2]
     for mine, second, alone in zip(firsts, seconds, reference_rows, strict=True):
@@ -119,7 +119,7 @@ def test_sources_side_by_side_begin_with_the_only_one(folder, reference_rows, op
         assert {row["global"] for row in batch} == {tokens}
 
 
-def test_a_stream_goes_on_from_any_position(folder, reference_rows):
+def test_a_stream_resumes_from_any_position(folder, reference_rows):
     assert take(folder, 2, start=8 * 4) == reference_rows[8 * 4 :]
 
 
@@ -134,7 +134,7 @@ def test_a_batch_may_span_many_epochs_of_a_small_set(tmp_path):
     write_images(tmp_path, 3)
     rows = take(tmp_path, 2)
     assert [row["epoch"] for row in rows] == [p // 3 for p in range(16)]
-    assert len({row["source"] for row in rows}) > 10  # other parameters each epoch
+    assert len({row["source"] for row in rows}) > 10  # each epoch samples other parameters
 
 
 def test_shapes_types_and_geometry(folder):
@@ -169,7 +169,7 @@ def test_order_is_by_position_whatever_was_asked_before():
 
 @pytest.fixture
 def damaged_folder(tmp_path):
-    """Of 30 files, one that its header gives away, one that only decoding does, and one that DALI alone cannot do."""
+    """30 files, one bad by its header, one found bad by decoding, and one that DALI alone cannot decode."""
     root = tmp_path / "images"
     write_images(root, 30)
     raw = (root / "004.jpg").read_bytes()
@@ -261,7 +261,7 @@ def test_a_file_that_changed_is_looked_at_again(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from Linux's /proc")
 def test_memory_does_not_grow_over_fifty_epochs_of_a_small_set(folder):
-    """Keeping what an epoch hands out, 22 pairs of 12 kB views, would show as 26 MB."""
+    """If an epoch's output were kept, 22 pairs of 12 kB views, it would show as 26 MB."""
 
     def resident():
         gc.collect()
@@ -287,7 +287,7 @@ def test_closing_ends_the_thread_and_the_stream(folder):
         next(stream)
 
 
-def test_an_error_in_the_thread_is_raised_where_the_batch_is_asked_for(folder, monkeypatch):
+def test_an_error_in_the_thread_is_raised_where_the_batch_is_requested(folder, monkeypatch):
     def fail(*_):
         raise OSError("the disk went away")
 

@@ -1,4 +1,4 @@
-"""Masks: every patch is seen and predicted as often as it should be, sets are disjoint, and sampling always ends."""
+"""Masks: every patch is visible and predicted as often as expected, sets are disjoint, and sampling always ends."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ configs = st.builds(
 @given(configs, st.integers(4, 9), st.booleans(), st.integers(0, 2**64 - 1))
 @settings(deadline=None)
 def test_any_configuration_ends_with_sound_sets(config, grid, exclude, seed):
-    """Also where no draw can leave enough context: targets that cover the grid, contexts of one patch."""
+    """Even if no sample leaves enough context: targets that cover the grid, contexts of one patch."""
     sets = draw(MaskSampler(config, grid, seed, exclude=exclude), 6)
     assert len(sets) == 6
     for flat, lengths in ((sets.context, sets.context_lengths), (sets.target, sets.target_lengths)):
@@ -71,7 +71,7 @@ def test_any_configuration_ends_with_sound_sets(config, grid, exclude, seed):
 )
 @settings(deadline=None, max_examples=50)
 def test_masks_do_not_depend_on_the_batch(seed, samples, data):
-    """On a 4 × 4 grid most rows need further attempts, and those must not depend on their neighbours either."""
+    """On a 4 × 4 grid most rows need further attempts, which must not depend on their neighbours either."""
     epoch, sample = np.array(samples, np.int64).T
     sampler = MaskSampler(MasksConfig(min_context=8), 4, seed)
     whole = sampler.draw(epoch, sample)
@@ -95,7 +95,7 @@ def test_masks_differ_by_seed_epoch_and_sample():
 
 
 def brute_force_cover(config, grid, count, *, steps=60):
-    """Chance of each patch to be in one block, and to be in the context square: sums over sizes, then all placements.
+    """Probability of each patch to be in one block, and in the context square: sums over sizes, then all placements.
 
     The uniform scale and aspect are integrated on a fine lattice of midpoints; rows of the grid are counted by loops.
     """
@@ -127,8 +127,8 @@ def brute_force_cover(config, grid, count, *, steps=60):
 def test_every_patch_is_target_and_context_as_often_as_expected(grid, count):
     """Blocks are independent, so P(target) = 1 - (1 - P(block))^K and P(context) = P(square) · (1 - P(target)).
 
-    min_context is 1 here, so that (almost) nothing is drawn again and the expectation is exact. I-JEPA's own sampler
-    fails this: its last row and column have chance 0.
+    min_context is 1 here, so that (almost) nothing is resampled and the expectation is exact. I-JEPA's own sampler
+    fails this: its last row and column have probability 0.
     """
     config = MasksConfig(min_context=1)
     sets = draw(MaskSampler(config, grid, 11), count)
@@ -139,7 +139,7 @@ def test_every_patch_is_target_and_context_as_often_as_expected(grid, count):
     ):
         found = one_hot(flat, lengths, grid**2).mean(axis=0)
         assert found.min() > 0
-        # Five deviations of a binomial mean, and the lattice's own error.
+        # Five std of a binomial mean, and the lattice's own error.
         bound = 5 * np.sqrt(expected * (1 - expected) / count) + 0.003
         np.testing.assert_array_less(np.abs(found - expected), bound)
 
@@ -184,7 +184,7 @@ def test_images_of_a_batch_have_sizes_of_their_own():
 
 
 @pytest.mark.parametrize("exclude", [True, False])
-def test_totals_are_the_lengths_of_what_is_drawn(exclude):
+def test_totals_are_the_lengths_of_what_is_sampled(exclude):
     sampler = MaskSampler(MasksConfig(), 6, 9, exclude=exclude)
     epoch, sample = np.repeat([0, 1], 50), np.arange(100)
     sets = sampler.draw(epoch, sample)
@@ -192,7 +192,7 @@ def test_totals_are_the_lengths_of_what_is_drawn(exclude):
 
 
 def test_every_source_of_a_sample_has_masks_of_its_own():
-    """The first as if it were alone; rows of a sample side by side; no redraw reaches into another's draws."""
+    """The first as if it were alone; a sample's rows are neighbours; resampling one does not change another."""
     config = MasksConfig(min_context=14)
     epoch, sample = np.zeros(300, np.int64), np.arange(300)
     alone = MaskSampler(config, 6, 0).draw(epoch, sample)
@@ -207,8 +207,8 @@ def test_every_source_of_a_sample_has_masks_of_its_own():
     assert len(distinct) > 280
 
 
-def test_too_small_contexts_are_drawn_again_before_the_fallback(monkeypatch):
-    """Redrawing touches the rows that failed and no other, and the fallback alone would be right as well."""
+def test_too_small_contexts_are_resampled_before_the_fallback(monkeypatch):
+    """Resampling changes the failed rows and no others, and the fallback alone would be right as well."""
     sampler = MaskSampler(MasksConfig(min_context=14), 6, 0)
     monkeypatch.setattr(module, "_ATTEMPTS", 1)
     fallen_back = draw(sampler, 2_000)
@@ -221,7 +221,7 @@ def test_too_small_contexts_are_drawn_again_before_the_fallback(monkeypatch):
         assert sets.context_lengths.min() == 14
         target = one_hot(sets.target, sets.target_lengths, 36)
         np.testing.assert_array_equal(target[~failed], blocks.any(axis=1)[~failed])
-    # The fallback keeps the first draw's targets or drops blocks of them; a second draw has targets of its own.
+    # The fallback keeps the first sample's targets or drops blocks of them; a second sample has its own targets.
     assert not (one_hot(fallen_back.target, fallen_back.target_lengths, 36) & ~blocks.any(axis=1)).any()
     own = one_hot(redrawn.target, redrawn.target_lengths, 36)[failed]
     assert (own & ~blocks.any(axis=1)[failed]).any(axis=1).mean() > 0.9
@@ -235,7 +235,7 @@ def test_targets_that_cover_the_grid_are_dropped_and_trimmed_until_a_context_is_
     large = MasksConfig(target_scale=(0.56, 0.57), target_aspect=(1.0, 1.0), context_scale=(0.06, 0.07), min_context=7)
     sets = draw(MaskSampler(large, 4, 0), 50)
     np.testing.assert_array_equal(sets.context_lengths + sets.target_lengths, 16)
-    # The 3 × 3 block that was drawn first is kept whole; a second one elsewhere would leave fewer than 7 patches.
+    # The 3 × 3 block that was sampled first stays whole; a second one elsewhere would leave fewer than 7 patches.
     assert set(sets.target_lengths.tolist()) == {9}
 
 
@@ -252,7 +252,7 @@ def test_min_context_that_leaves_nothing_to_predict_is_refused():
 
 @given(st.integers(0, 2**63 - 1))
 def test_visible_blocks_are_seen_and_predicted(seed):
-    """With a context of the whole grid, what is not seen is exactly what the hidden blocks cover."""
+    """With a context of the whole grid, what is not visible is exactly what the hidden blocks cover."""
     config = MasksConfig(
         target_blocks=6, visible_blocks=2, target_scale=(0.0625, 0.0625), target_aspect=(1, 1), context_scale=(1, 1)
     )

@@ -1,4 +1,4 @@
-"""Philox against the known answers of Random123, and what makes draws usable: invariance, independence, uniformity."""
+"""Philox against Random123's known answers, and properties of the samples: invariance, independence, uniformity."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_philox_gives_the_known_answers_of_random123(counter, key, expected):
 
 
 def python_uniforms(seed, epoch, sample, stream, count):
-    """The documented construction, in Python's own integers."""
+    """Compute the documented construction with Python's own integers."""
 
     def block(c, k):
         c, k = list(c), list(k)
@@ -60,7 +60,7 @@ def test_vectorised_draws_equal_the_scalar_construction(seed, epoch, sample, str
 
 @given(seeds, st.lists(st.tuples(ids, ids), min_size=1, max_size=8), st.data())
 @settings(deadline=None, max_examples=50)
-def test_draws_do_not_depend_on_the_batch_or_on_how_many_are_asked_for(seed, samples, data):
+def test_draws_do_not_depend_on_the_batch_or_on_their_number(seed, samples, data):
     epoch, sample = np.array(samples, np.int64).T
     whole = uniforms(seed, epoch, sample, 1, 7)
     order = np.array(data.draw(st.permutations(range(len(samples)))))
@@ -93,7 +93,7 @@ def test_draws_are_uniform_and_uncorrelated():
         assert columns.max() < 1
         counts = np.histogram(columns, bins=64, range=(0, 1))[0]
         expected = columns.size / 64
-        # χ² with 63 degrees of freedom: mean 63, deviation 11.2; five deviations.
+        # χ² with 63 degrees of freedom: mean 63, std 11.2; five of them.
         assert ((counts - expected) ** 2 / expected).sum() < 63 + 5 * 11.3
         correlation = np.corrcoef(columns.T) - np.eye(4)
         assert np.abs(correlation).max() < 5 / np.sqrt(n)
@@ -112,7 +112,7 @@ def test_permutation_differs_by_seed_and_epoch_and_is_unbiased():
     assert len(set(orders)) == len(orders)
     first = np.array([permutation(7, epoch, 5) for epoch in range(4000)])
     for place in first.T:
-        # Binomial (4000, 1/5): deviation 25; five of them.
+        # Binomial (4000, 1/5): std 25; five of them.
         assert np.abs(np.bincount(place, minlength=5) - 800).max() < 127
 
 

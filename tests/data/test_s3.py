@@ -78,7 +78,7 @@ def packed(kind, folder, out):
 
 
 @pytest.mark.parametrize("kind", ["folder", "shards", "shards without index", "tfrecord", "manifest"])
-def test_a_store_holds_what_a_disk_holds(kind, store, folder, tmp_path):
+def test_an_object_store_holds_what_a_disk_holds(kind, store, folder, tmp_path):
     local = packed(kind, folder, tmp_path / "packed")
     bucket = f"same-{kind.replace(' ', '-')}"
     upload(store.direct, local, bucket, "deep/er/")
@@ -91,7 +91,7 @@ def test_a_store_holds_what_a_disk_holds(kind, store, folder, tmp_path):
     assert SECRET.encode() not in pickle.dumps(there)
 
 
-def test_the_splits_of_a_store_are_recognised(store, folder, tmp_path):
+def test_the_splits_of_an_object_store_are_recognised(store, folder, tmp_path):
     for part in ("Train", "val"):
         upload(store.direct, folder, "layout", f"set/{part}/")
         upload(store.direct, folder, "lonely", f"set/{part}/{part}/")
@@ -110,7 +110,7 @@ def test_members_of_shards_are_read_by_range(store, folder, tmp_path):
     ((_, path, asked),) = store.requests
     assert path == "/ranges/shard-000000.tar"
     first, last = map(int, asked.removeprefix("bytes=").split("-"))
-    assert last - first + 1 == 512 + len(raw)  # with its header, which has to be what the index says
+    assert last - first + 1 == 512 + len(raw)  # with its header, which must match the index
 
 
 def test_one_shard_can_be_named(store, folder, tmp_path):
@@ -122,7 +122,7 @@ def test_one_shard_can_be_named(store, folder, tmp_path):
 
 
 def test_more_objects_than_a_page_are_listed(store, tmp_path, monkeypatch):
-    """Pages of 3 here, of 1,000 elsewhere; what is hidden or a folder's own mark is left out."""
+    """Pages of 3 here, of 1,000 elsewhere; hidden objects and folder markers are left out."""
     listing = S3Storage._list
     monkeypatch.setattr(S3Storage, "_list", lambda *name, **more: listing(*name, **{"MaxKeys": 3, **more}))
     client = upload(store.direct, tmp_path, "many")
@@ -171,7 +171,7 @@ def test_a_fault_that_stays_is_an_error_that_names_the_object(fault, said, store
     assert SECRET not in str(caught.value)
 
 
-def test_a_store_that_is_not_there_is_named(store, monkeypatch):
+def test_a_missing_object_store_is_named(store, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://user:pass@127.0.0.1:9")
     with pytest.raises(UserError, match=r"3 attempts failed, .* at 127\.0\.0\.1:9 ") as caught:
         list_images("s3://nowhere/images", patience=SHORT)
@@ -236,7 +236,7 @@ def rows(root, world, **changes):
     return found
 
 
-def test_training_sees_the_same_samples_from_disk_shards_and_store_on_any_world_size(store, folder, tmp_path):
+def test_training_sees_the_same_samples_from_disk_shards_and_object_store_on_any_world_size(store, folder, tmp_path):
     expected = rows(folder, 1)
     shards = packed("shards", folder, tmp_path / "packed")
     records = packed("tfrecord", folder, tmp_path / "records")
@@ -256,7 +256,7 @@ def test_files_of_a_batch_are_read_several_at_a_time(store, folder):
     assert store.most == 1
 
 
-def test_evaluation_reads_train_and_test_from_a_store(store, folder, tmp_path):
+def test_evaluation_reads_train_and_test_from_an_object_store(store, folder, tmp_path):
     write_classes(tmp_path / "test", 5, first=50)
     upload(store.direct, folder, "splits", "set/train/")
     upload(store.direct, tmp_path / "test", "splits", "set/test/")
@@ -272,7 +272,7 @@ def test_evaluation_reads_train_and_test_from_a_store(store, folder, tmp_path):
     assert [len(part) for part in split("s3://splits/packed")] == [13, 13]
 
 
-def test_a_store_can_be_indexed_verified_and_packed(store, folder, tmp_path):
+def test_an_object_store_can_be_indexed_verified_and_packed(store, folder, tmp_path):
     upload(store.direct, folder, "indexed", "x/")
     with pytest.raises(UserError, match="name the manifest's file on this machine with --out"):
         write_index("s3://indexed/x")
@@ -290,8 +290,8 @@ def test_a_store_can_be_indexed_verified_and_packed(store, folder, tmp_path):
         assert path.read_bytes() == (tmp_path / "there" / path.name).read_bytes()
 
 
-def test_dalis_own_reader_takes_the_same_bytes_from_the_store(store, folder, tmp_path, monkeypatch):
-    """DALI's readers speak to stores themselves; what they lack is an order by number and a way around bad files.
+def test_dalis_own_reader_reads_the_same_bytes_from_the_object_store(store, folder, tmp_path, monkeypatch):
+    """DALI's readers access object stores themselves; they lack an order by number and handling of bad files.
 
     Not through the proxy, a thread of this process: DALI holds Python's lock while it opens the shards.
     """
@@ -345,7 +345,7 @@ def test_waiting_ends_when_the_storage_is_closed(store, folder):
         storage.read("cat/000.jpg")
 
 
-def test_a_copy_in_a_store_is_the_same_data_and_sizes_come_with_the_list(store, folder):
+def test_a_copy_in_an_object_store_is_the_same_data_and_sizes_come_with_the_list(store, folder):
     upload(store.url, folder, "moved", "train/")
     here = identity_of(list_images(folder))
     images = list_images("s3://moved/train/")
@@ -357,8 +357,8 @@ def test_a_copy_in_a_store_is_the_same_data_and_sizes_come_with_the_list(store, 
     assert difference(identity_of(list_images(folder)), here, images).startswith("13 samples, ")
 
 
-def test_no_shard_of_a_store_is_read_by_anothers_index(store, tmp_path):
-    """wds2idx's one name for shards with dots, in a store that tells no times."""
+def test_no_shard_of_an_object_store_is_read_by_anothers_index(store, tmp_path):
+    """wds2idx's one name for shards with dots, in an object store without modification times."""
     wds2idx = pytest.importorskip("wds2idx")
     for number in range(2):
         shard = write_tar(tmp_path / f"train.{number}.tar", [(f"{n}.ppm", b"%d" % n * 900) for n in range(number, 9)])
@@ -370,4 +370,4 @@ def test_no_shard_of_a_store_is_read_by_anothers_index(store, tmp_path):
     assert list(images.source.left_out.counts.values()) == [1]
     store.requests.clear()
     list_images("s3://indexes/train.1.tar")
-    assert len(store.requests) <= 12  # what there is, the index, the shard's length and its headers in three places
+    assert len(store.requests) <= 12  # the listing, the index, the shard's length and its headers in three places

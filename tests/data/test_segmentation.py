@@ -16,7 +16,7 @@ from iwm_fast.errors import UserError
 
 
 def blocks(width, height):
-    """A mask of large rectangles of four classes, and an image that shows each class in its own gray."""
+    """Return a mask of large rectangles of four classes, and an image that shows each class in its own gray."""
     y, x = np.mgrid[0:height, 0:width]
     mask = (2 * (y > 0.4 * height) + (x > 0.6 * width)).astype(np.uint8)
     return mask, np.repeat((60 * mask)[..., None], 3, axis=2)
@@ -25,7 +25,7 @@ def blocks(width, height):
 @pytest.mark.parametrize(("width", "height"), [(64, 64), (90, 50), (41, 77), (20, 20)])
 @pytest.mark.parametrize("orientation", [1, 6])
 def test_mask_and_clean_view_show_the_same_part(tmp_path, width, height, orientation):
-    """The image is seen upright, in its largest centred square; the mask is stored upright."""
+    """The image is upright, cropped to its largest centred square; the mask is stored upright."""
     mask, image = blocks(width, height)
     stored = image if orientation == 1 else np.rot90(image)  # 6: turned clockwise when shown
     (tmp_path / "seen").mkdir()
@@ -35,7 +35,7 @@ def test_mask_and_clean_view_show_the_same_part(tmp_path, width, height, orienta
     seen = np.rint(view / 60)
     found = read_mask(tmp_path / "m.png", 32, tmp_path / "seen" / "a.png")
     assert found.shape == (32, 32)
-    assert (found == seen).mean() > 0.9  # but for the pixels that the resampling mixes at the borders
+    assert (found == seen).mean() > 0.9  # except for pixels that resampling mixes at borders
     inner = np.abs(view / 60 - seen) < 1e-6
     edges = np.zeros_like(inner)
     edges[1:] |= found[1:] != found[:-1]
@@ -94,8 +94,8 @@ def test_what_is_no_mask_is_refused(tmp_path, raw, reason):
         read_mask(tmp_path / "m.png", 32, tmp_path / "a.png")
 
 
-def test_drawn_masks_lie_on_the_shapes(tmp_path):
-    """Inside and outside of a mask the colours differ; the classes go around in their order."""
+def test_generated_masks_lie_on_the_shapes(tmp_path):
+    """Colours differ inside and outside of a mask; classes take turns in their order."""
     draw_dataset(tmp_path / "s", classes=3, train=12, test=4, size=32, segments=True)
     assert is_masked(tmp_path / "s")
     train, test = split_masked(tmp_path / "s")
@@ -120,7 +120,7 @@ def test_a_folder_without_train_and_test_is_split_as_images_are(tmp_path):
 
 
 def masked(root, folder, names):
-    """Small images and masks below ``root``, as images/FOLDER/NAME and masks/FOLDER/NAME."""
+    """Write small images and masks below ``root``, as images/FOLDER/NAME and masks/FOLDER/NAME."""
     for kind, mode in (("images", "RGB"), ("masks", "L")):
         (root / kind / folder).mkdir(parents=True, exist_ok=True)
         for name in names:

@@ -1,4 +1,4 @@
-"""An index is believed only where it fits the file that it lies beside; no sample is ever read by another's."""
+"""An index is used only if it matches the file beside it; no sample is ever read by another's."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ wds2idx = pytest.importorskip("wds2idx")
 
 
 def block(number):
-    """Images of one length, so that only names and bytes tell shards apart."""
+    """Return images of one length, so that only names and bytes distinguish shards."""
     return encode(picture(16, 16, number), "PPM")
 
 
@@ -35,13 +35,13 @@ def contents(images):
 
 
 def newer(path):
-    """As if it had been written a minute after all else."""
+    """Make it look a minute newer than everything else."""
     when = path.stat().st_mtime_ns + 60_000_000_000
     os.utime(path, ns=(when, when))
 
 
 def walked(path, tmp_path):
-    """What the shard holds, without an index."""
+    """Return what the shard holds, read without an index."""
     bare = tmp_path / "bare" / path.name
     bare.parent.mkdir()
     shutil.copyfile(path, bare)
@@ -79,7 +79,7 @@ def test_an_index_of_its_own_goes_before_a_shared_one(tmp_path):
     assert not images.source.left_out.counts
 
 
-EXCHANGED = {"two exchanged": 2}  # the others are seen where the index is compared
+EXCHANGED = {"two exchanged": 2}  # the others are found when the index is compared
 OLDER = {
     "other images": members(100),
     "one more": members(0, 10),
@@ -96,7 +96,7 @@ OLDER = {
 @pytest.mark.parametrize("shard", OLDER)
 @pytest.mark.parametrize("times", ["older", "as new"])
 def test_an_index_of_an_older_shard_gives_no_wrong_bytes(shard, times, tmp_path):
-    """Older than its shard, it is compared member by member; else in a few places, and at each read."""
+    """If older than its shard, it is compared member by member; else in a few places, and at each read."""
     path = write_tar(tmp_path / "s.tar", members(0))
     write_index(path)
     write_tar(path, OLDER[shard])
@@ -166,7 +166,7 @@ def test_a_shard_that_lost_its_end_is_not_read_by_its_index(tmp_path):
     newer(tmp_path / "s.idx")
     images = list_images(tmp_path)
     assert len(images) == 5
-    assert sorted(images.source.left_out.counts.values()) == [1, 1]  # the index, and the end that is not there
+    assert sorted(images.source.left_out.counts.values()) == [1, 1]  # the index, and the missing end
 
 
 @pytest.mark.parametrize("names", [["a b.ppm", "c.ppm"], ["a 1 2 3.ppm"], ["größe.ppm"], ["x" * 120 + ".ppm", "b.ppm"]])
@@ -225,7 +225,7 @@ def test_an_index_of_records_that_does_not_fit_is_not_used(what, tmp_path):
 
 
 def test_an_index_of_records_of_another_file_is_not_used(tmp_path):
-    """a.tfrecord and a.tfrecords share a.idx; of an index as long as the file, the records tell."""
+    """a.tfrecord and a.tfrecords share a.idx; if the index fits the file's length, the records decide."""
     sizes = [len(block(0)), len(block(0)) + 50]
     for name, order in (("a.tfrecord", sizes), ("a.tfrecords", sizes[::-1])):
         payloads = [example(b"x" * size, 1) for size in order * 4]

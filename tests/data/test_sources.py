@@ -38,7 +38,7 @@ def contents(images):
 
 
 def as_records(root, out, *, files=2, index=False):
-    """The images of a folder of classes as TFRecord files, in their order; labels from 1 as ImageNet has them."""
+    """Return the images of a class folder as TFRecord files, in their order; labels from 1 as in ImageNet."""
     out.mkdir()
     images = list_images(root)
     payloads = [example(images.read(i), int(images.labels[i]) + 1) for i in range(len(images))]
@@ -57,7 +57,7 @@ def folder(tmp_path):
 
 @pytest.fixture(params=["shards", "shards without index", "tfrecord", "tfrecord with index", "manifest of shards"])
 def packed(request, folder, tmp_path):
-    """The images of `folder` in another form, in the same order."""
+    """Return the images of `folder` in another form, in the same order."""
     out = tmp_path / "packed"
     if request.param.startswith("tfrecord"):
         return as_records(folder, out, index="with" in request.param)
@@ -132,13 +132,13 @@ def test_dali_reads_tfrecords_as_we_do(folder, tmp_path):
 
 @pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT], ids=["pax", "gnu"])
 def test_a_walk_finds_what_dalis_index_says(form, tmp_path, monkeypatch):
-    """Hidden members, folders, long names, samples of several members; wds2idx has its say where it can count."""
+    """Hidden members, folders, long names, samples of several members; compared with wds2idx where it can count."""
     wds2idx = pytest.importorskip("wds2idx")
     members = [("a/1.jpg", IMAGE), ("a/1.cls", b"3"), ("a/.x.jpg", b"no"), ("b.json", b"{}"), ("b.png", IMAGE[:-1])]
     path = tar(tmp_path / "s.tar", [*members, ("c.seg.png", b"0"), ("c.jpg", IMAGE)], format=form)
     walked = list_images(tmp_path)
     names = [walked.name(i).split(":")[1] for i in range(len(walked))]
-    assert names == ["a/1.jpg", "b.png", "c.jpg"]  # the picture of its key's own name, not the mask before it
+    assert names == ["a/1.jpg", "b.png", "c.jpg"]  # the picture with its key's name, not the mask before it
     with wds2idx.IndexCreator(str(path), str(tmp_path / "s.idx"), verbose=False) as creator:
         creator.create_index()
     indexed = list_images(tmp_path)
@@ -238,7 +238,7 @@ def test_what_cannot_be_opened_is_one_line_that_names_it(what, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_the_source_asked_for_is_taken_among_several(tmp_path):
+def test_the_requested_source_is_taken_among_several(tmp_path):
     tar(tmp_path / "a.tar", [("x.jpg", IMAGE)])
     (tmp_path / "b.jpg").write_bytes(IMAGE)
     write_records(tmp_path / "c.tfrecord", [example(IMAGE)])
@@ -271,7 +271,7 @@ def test_files_that_cannot_be_read_say_why(tmp_path):
 
 
 def test_a_file_that_may_not_be_read_is_a_bad_sample():
-    root = os.geteuid() == 0  # to whom nothing is forbidden
+    root = os.geteuid() == 0  # root may read everything
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "secret.jpg"
         path.write_bytes(IMAGE)
@@ -316,7 +316,7 @@ def test_a_class_folder_that_was_removed_costs_its_own_images_only(tmp_path, lef
 
 
 def test_a_class_folder_on_a_disk_of_its_own_that_goes_away_is_waited_for(tmp_path):
-    """A link to another disk that leads nowhere, as a mount that dropped, comes back."""
+    """A link to another disk that is broken, as after a lost mount, comes back."""
     write_classes(tmp_path / "root", 4)
     lost = tmp_path / "root" / "cat"
     lost.rename(tmp_path / "other disk")
@@ -328,7 +328,7 @@ def test_a_class_folder_on_a_disk_of_its_own_that_goes_away_is_waited_for(tmp_pa
 
 
 def test_a_class_folder_that_is_a_mount_is_waited_for_when_it_drops(tmp_path, monkeypatch):
-    """What a mount leaves behind is an empty folder, as somebody does who clears one."""
+    """A lost mount leaves an empty folder, as does a user who empties one."""
     write_classes(tmp_path, 4)
     mount = str(tmp_path / "cat")
     real = os.stat

@@ -1,4 +1,4 @@
-"""Which folders, shards and manifests are a split, and what is refused instead of guessed."""
+"""Which folders, shards and manifests are a split, and what is refused rather than guessed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RAW = encode(picture(9, 7), "PNG")
 
 
 def make(root: Path, *folders: str, count: int = 2) -> Path:
-    """Images below each of the folders."""
+    """Write images below each of the folders."""
     for folder in folders:
         (root / folder).mkdir(parents=True)
         for number in range(count):

@@ -1,4 +1,4 @@
-"""Whole trainings over what real data sets contain, and that verify and training say the same of every file."""
+"""Whole trainings over the contents of real data sets, with the same result for every file from verify and training."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def png_chunk(kind, body=b""):
 
 
 def bomb():
-    """A PNG of 300 bytes that claims 400 megapixels."""
+    """Return a PNG of 300 bytes that claims 400 megapixels."""
     header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", 20000, 20000, 8, 2, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + header + png_chunk(b"IDAT", zlib.compress(bytes(100))) + png_chunk(b"IEND")
 
@@ -114,7 +114,7 @@ def test_the_good_are_pillows_upright_rgb_and_the_bad_are_named_with_a_reason(tm
 
 
 def _upright(path):
-    """Pillow's, with no help of ours; but of 16 bits the high byte, where Pillow would clip them to white."""
+    """Return Pillow's result without our code, but the high byte of 16 bits, which Pillow would clip to white."""
     image = ImageOps.exif_transpose(Image.open(path))
     if image.mode == "I;16":
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
@@ -138,9 +138,9 @@ def test_verify_says_the_same_of_every_kind_of_source(tmp_path):
 
 
 def test_damaged_files_get_pillows_verdict_from_the_pipeline():
-    """Differential: cut, spliced, flipped and marker-ridden files; the pipeline refuses what Pillow refuses, no other.
+    """Differential: cut, spliced, flipped and marker-ridden files; the pipeline refuses exactly what Pillow refuses.
 
-    Before markers within a scan were looked for, one of seven of the damaged files differed.
+    Without the check for markers within a scan, one in seven of the damaged files differed.
     """
     rng = np.random.default_rng(5)
     bases = [
@@ -189,7 +189,7 @@ def _pipeline_decodes(graph, raw):
 
 
 def mixed(root, count, share):
-    """`count` files, of which every 1 / share-th is one of the bad kinds; returns the names of these."""
+    """Write `count` files, one in 1 / share of which is bad; return the names of the bad ones."""
     root.mkdir()
     bad = []
     for number in range(count):

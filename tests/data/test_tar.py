@@ -1,4 +1,4 @@
-"""Tar files as people make them: each holds what the folder holds that it was made of, or says what it does not."""
+"""Tar files as people make them: each holds the same as its folder, or says what it lacks."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def left_out(images):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Classes with names of all sorts, hidden files, links within."""
+    """Write classes with names of all kinds, hidden files, links within."""
     root = tmp_path / "images"
     names = [
         "cat/1.jpg",
@@ -121,7 +121,7 @@ def test_what_is_no_sample_is_counted_in_one_line(tmp_path, capfd):
     images = list_images(write_tar(tmp_path / "s.tar", members, format=tarfile.PAX_FORMAT))
     names = [images.source.name(i) for i in range(len(images))]
     assert names == ["s.tar:a.jpg", "s.tar:b.jpg", "s.tar:empty.jpg"]
-    assert [images.read(0), images.read(1)] == [C, B]  # the later of two of one name, as tar has it
+    assert [images.read(0), images.read(1)] == [C, B]  # the later of two of one name, as in tar
     with pytest.raises(BadSample, match="the member is empty"):
         images.read(2)
     assert sorted(left_out(images).values()) == [1, 1, 1, 1, 3]
@@ -155,7 +155,7 @@ JOINED = {
 
 
 @pytest.mark.parametrize("how", JOINED)
-def test_archives_that_were_joined_are_read_to_the_end(how, tmp_path):
+def test_concatenated_archives_are_read_to_the_end(how, tmp_path):
     a, b = (
         write_tar(tmp_path / name, members).read_bytes()
         for name, members in (("a", [("1.jpg", A), ("2.jpg", B)]), ("b", [("3.jpg", C), ("1.jpg", B)]))
@@ -258,7 +258,7 @@ def test_json_that_is_no_label_leaves_the_folders(text, tmp_path):
 
 
 def test_lists_of_classes_of_every_kind(tmp_path):
-    """With a byte order mark, ends of line of Windows, two lines alike, and one list for each folder of shards."""
+    """With a byte order mark, Windows line ends, two equal lines, and one list per folder of shards."""
     members = [("1.jpg", A), ("1.cls", b"2"), ("2.jpg", B), ("2.cls", b"0"), ("3.jpg", C), ("3.cls", b"ox")]
     write_tar(tmp_path / "a" / "s.tar", members)
     (tmp_path / "a" / "classes.txt").write_bytes("\ufeffcrane\r\nox\r\ncrane\r\n".encode())

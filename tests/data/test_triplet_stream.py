@@ -1,4 +1,4 @@
-"""The stream of triplets: whose pictures and action a sample has, in which order, and what it survives."""
+"""The stream of triplets: each sample's pictures and action, their order, and bad pictures."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def stream_of(root, *, world=1, rank=0, start=0, run_dir=None, **changes):
 
 
 def take(root, count, **options):
-    """The first global batches of a stream, or of one a rank: (id, epoch, source, target, action, patches) a row."""
+    """Return the first global batches of a stream, or of one per rank: (id, epoch, source, target, action, patches)."""
     streams = [stream_of(root, rank=rank, **options) for rank in range(options.get("world", 1))]
     rows = []
     for _ in range(count):
@@ -65,7 +65,7 @@ def reference(manifest):
 
 
 def test_a_sample_is_its_triplet_s_two_pictures_untouched_and_its_action(manifest, reference):
-    """Pictures of the model's own size go through DALI's decode and resize to the last level."""
+    """Pictures of the model's own size pass DALI's decode and resize unchanged."""
     rows = rows_of_manifest(manifest)
     for sample, _, source, target, action, _ in reference:
         row = rows[sample]
@@ -88,12 +88,12 @@ def test_content_does_not_depend_on_how_the_batch_is_divided(manifest, reference
     assert same(take(manifest, BATCHES, **options), reference)
 
 
-def test_a_stream_goes_on_from_any_position(manifest, reference):
+def test_a_stream_resumes_from_any_position(manifest, reference):
     assert same(take(manifest, 1, start=8 * 3), reference[8 * 3 :])
 
 
 def test_a_crop_and_a_flip_are_the_same_for_both_pictures(tmp_path):
-    """Source and target are one file here, so that whatever differs was done to one of them alone."""
+    """Source and target are one file here, so any difference was done to one of them only."""
     for number in range(8):
         (tmp_path / f"{number}.png").write_bytes(encode(picture(48, 40, number), "PNG"))
     rows = [{"source": f"{n}.png", "target": f"{n}.png", "action": 0} for n in range(8)]
@@ -121,7 +121,7 @@ def test_a_wide_picture_is_squeezed_whole(tmp_path):
 
 @pytest.fixture
 def damaged(tmp_path):
-    """Frame 3 gives itself away by its header; frame 9 is a JPEG that only decoding finds bad; 20 has another size."""
+    """Frame 3 is bad by its header; frame 9 is a JPEG that only decoding finds bad; 20 has another size."""
     manifest = write_game(tmp_path / "game")
     frames = manifest.parent / "frames"
     (frames / "003.png").write_bytes(b"")
@@ -146,7 +146,7 @@ def test_triplets_with_a_bad_picture_are_replaced_alike_on_any_division_and_list
     wanted = rows_of_manifest(damaged)
     good = [r for r in wanted if not any(n in r["source"] + r["target"] for n in ("003", "009", "020"))]
     told = {tuple(np.float32(np.array(r["action"]) / [2, 4]).tolist()): r for r in good}
-    for _, _, source, target, action, _ in rows:  # whatever stands for a sample is one whole good triplet
+    for _, _, source, target, action, _ in rows:  # whatever replaces a sample is one whole good triplet
         row = told[action]
         np.testing.assert_array_equal(source, np.asarray(Image.open(damaged.parent / row["source"])))
         np.testing.assert_array_equal(target, np.asarray(Image.open(damaged.parent / row["target"])))

@@ -1,4 +1,4 @@
-"""Manifests of triplets: what they are read as, and the one line that each mistake gets."""
+"""Manifests of triplets: how they are read, and the one-line error of each mistake."""
 
 from __future__ import annotations
 
@@ -192,7 +192,7 @@ def test_what_a_run_was_trained_on_is_what_another_manifest_has_to_be(tmp_path):
     known = read_triplets(write_lines(tmp_path / "a.jsonl", HEADER, ROW)).actions
     beyond = read_triplets(write_lines(tmp_path / "b.jsonl", {**ROW, "action": [5, 8]}), known)
     assert beyond.actions == known
-    assert beyond.vectors().tolist() == [[2.5, 2]]  # encoded on the run's scale, not on its own
+    assert beyond.vectors().tolist() == [[2.5, 2]]  # encoded on the run's scale, not on the manifest's
     for row, why in (
         (CHOICE, "its actions are discrete, and the run was trained on continuous ones"),
         ({**ROW, "action": [1, 2, 3]}, r"its actions have 3 components, and the run was trained on 2 \(push, turn\)"),
@@ -235,13 +235,13 @@ def test_continuous_values_lie_within_one_of_neutral_and_decode_to_themselves(ra
     assert not space.encode_values(np.array([neutral])).any()
     decoded = space.decode(encoded)
     for place, name in enumerate(names):
-        # float32 keeps 2**-24 of a value of at most one, times the range
+        # float32 has 2**-24 of a value of at most one, times the range
         assert decoded[name][0] == pytest.approx(values[0, place], abs=2.0**-23 * max(high[place] - low[place], 1e-9))
     named = {name: float(values[0, place]) for place, name in enumerate(names)}
     np.testing.assert_array_equal(space.vector(named), encoded[0])
 
 
-def test_choices_are_told_one_hot_and_no_choice_is_zero():
+def test_choices_are_encoded_one_hot_and_no_choice_is_zero():
     space = space_of(
         ActionsConfig(groups=("external",), external=ExternalActions(kind="discrete", names=("left", "right")))
     )

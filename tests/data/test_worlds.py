@@ -1,4 +1,4 @@
-"""An epoch is the same samples, parameters and pixels on any number of ranks; any stop can go on on another number."""
+"""An epoch has the same samples, parameters and pixels on any number of ranks; a run resumes on another number."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BATCH = 8  # divides an epoch, and so do 4 and 20; 16 does not
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Plain files, one that EXIF turns, and one that is replaced once it is decoded."""
+    """Write plain files, one that EXIF turns, and one that is replaced once it is decoded."""
     root = tmp_path_factory.mktemp("worlds")
     write_images(root, FILES)
     (root / "005.jpg").write_bytes(turned(picture(44, 31), 6))
@@ -33,7 +33,7 @@ def digest(*tensors):
 
 
 def consume(root, positions, *, batch=BATCH, world=1, **changes):
-    """What ranks see of the positions (start, stop) in the global order: (epoch, id, parameters, pixels) each."""
+    """Return what ranks see of positions (start, stop) in the global order: (epoch, id, parameters, pixels) each."""
     start, stop = positions
     config = small_config(root, train__global_batch=batch, data__max_bad_fraction=0.1, **changes)
     space = ActionSpace(config.actions.groups)
@@ -78,8 +78,8 @@ def test_samples_parameters_and_pixels_of_an_epoch_are_the_same(folder, whole, o
 
 
 @pytest.mark.parametrize("worlds", [(1, 2), (2, 4), (4, 1)], ids=lambda worlds: f"{worlds[0]} to {worlds[1]}")
-def test_a_run_stopped_at_37_percent_goes_on_on_another_number_of_ranks(folder, whole, worlds):
-    """Nothing twice, nothing missing, nothing changed; the stop falls on the last step before 37 % of all samples."""
+def test_a_run_stopped_at_37_percent_resumes_on_another_number_of_ranks(folder, whole, worlds):
+    """Nothing twice, nothing missing, nothing changed; the stop is at the last step before 37 % of all samples."""
     stop = int(0.37 * len(whole)) // BATCH * BATCH
     assert 0 < stop < FILES
     before = consume(folder, (0, stop), world=worlds[0])

@@ -1,7 +1,7 @@
-"""Run by test_links.py, one process a rank: the check of the interconnect alone, between ranks that misbehave.
+"""Run by test_links.py, one process per rank: the check of the interconnect alone, with ranks that misbehave.
 
-Argument: what the last rank does, "well", "slow" (its messages take long, by a clock that messages move), "hang" (its
-first one does not come). The first rank prints what was measured and what it warns of, as JSON.
+Argument: the last rank's behaviour, "well", "slow" (its messages take long, by a clock that messages advance), "hang"
+(its first one never comes). Rank 0 prints the measurements and warnings as JSON.
 """
 
 import json
@@ -25,7 +25,7 @@ def hang(operations):
 
 
 class Clock:
-    """Moved by messages that are received, half a second or five milliseconds, and a little by each look."""
+    """Advanced by half a second or five milliseconds per received message, and a little by each reading."""
 
     def __init__(self, slow):
         self.now, self.slow = 0.0, slow

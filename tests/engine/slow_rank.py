@@ -1,6 +1,6 @@
 """Run under torchrun by test_operations.py: a training whose second rank is slow, and whose first reads its own port.
 
-A rank's own time is read off a clock that its forward passes move: 100 s a pass, the second rank's 300.
+A rank's own time comes from a clock that its forward passes advance: 100 s per pass, 300 s on the second rank.
 
 Arguments: images, RUN, the Prometheus port.
 """

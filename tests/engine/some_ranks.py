@@ -1,16 +1,16 @@
-"""Run under torchrun by the tests: several trainings one after the other on the same ranks, which saves the imports.
+"""Run under torchrun by the tests: several trainings in sequence on the same ranks, which saves the imports.
 
 Arguments: images, out, then one JSON object of changes to the small configuration, with its run's name, for each
 training.
 
-With ``record`` a rank also writes what it held and sent to OUT/NAME.RANK.json: the bytes of fp32 in memory when the
-first checkpoint is about to be copied, and for each step the epochs and ids of its samples and its all-gathers of
-bytes, the form in which the target's copy travels.
+With ``record`` a rank also writes what it held and sent to OUT/NAME.RANK.json: the bytes of fp32 in memory just before
+the first checkpoint is copied, and for each step the epochs and ids of its samples and its all-gathers of bytes, which
+carry the target's copy.
 
 With ``variance`` the training has a second term, a statistic of all ranks' tokens.
 
-With ``fastest``, by rank the number of the candidate that is the fastest, block sizes are timed as on a GPU though
-Triton interprets the kernels, and a rank writes those that it used to OUT/NAME.choices.RANK.json.
+With ``fastest`` (by rank, the number of the fastest candidate) block sizes are timed as on a GPU, though Triton
+interprets the kernels, and a rank writes those that it used to OUT/NAME.choices.RANK.json.
 """
 
 import gc
@@ -39,8 +39,8 @@ TERMS = objective.TERMS
 
 
 def fp32_storages():
-    """Distinct fp32 memory that any tensor of this process reaches, by address."""
-    gc.unfreeze()  # a training freezes what was alive when it began, which then is in no list
+    """Return distinct fp32 memory that any tensor of this process reaches, by address."""
+    gc.unfreeze()  # a training freezes what existed when it began, and no list of gc's has that
     gc.collect()
     storages = {}
     for thing in gc.get_objects():
@@ -55,7 +55,7 @@ class Record:
 
     def __init__(self):
         self.held, self.steps = None, []
-        self._before = fp32_storages()  # of the trainings before this one; held, so that no address is used again
+        self._before = fp32_storages()  # of earlier trainings; referenced, so that no address is reused
         self._plain = (checkpoint_writer.CheckpointWriter.save, loop.Trainer.train_step, dist.all_gather_into_tensor)
         self._samples, self._gathers = [], []
 
@@ -98,7 +98,7 @@ class Record:
 
 
 class MadeClock:
-    """A device where the candidate of a number takes the least time, whatever it is timed with."""
+    """A device on which the candidate of a given number is the fastest, whatever is timed."""
 
     def __init__(self, fastest, folder):
         self._tuner = Tuner("A_GPU", "sm_90", 10**9, folder, lambda _: self._seconds.pop(0))

@@ -1,4 +1,4 @@
-"""The target's moving average on two ranks: fp32 and divided, sent once a step beside the work, exact."""
+"""The target's EMA on two ranks: fp32 and sharded, sent once per step beside other work, exact."""
 
 import json
 import math
@@ -19,7 +19,7 @@ CHANGES = {"train__precision": "bf16", "train__steps": STEPS, "checkpoint__every
 
 @pytest.fixture(scope="module")
 def runs(tiny_images, tmp_path_factory):
-    """Stages 1 to 3 under bf16 with a moving average at momentum 0.9999, and with none."""
+    """Stages 1 to 3 under bf16, with an EMA at momentum 0.9999 and without one."""
     out = tmp_path_factory.mktemp("average")
     jobs = [
         {
@@ -45,14 +45,14 @@ def recorded(runs, name):
 
 
 def begun(tiny_images):
-    """The model with which every one of these runs begins."""
+    """Return the initial model of all of these runs."""
     config = small_config(tiny_images)
     torch.manual_seed(config.train.seed)
     return IWM(config.model, ActionSpace(config.actions.groups, config.actions.form).dim)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_the_average_equals_a_float64_one_to_a_millionth_and_moves(stage, runs, tiny_images):
+def test_the_ema_equals_a_float64_one_to_a_millionth_and_moves(stage, runs, tiny_images):
     start = dict(begun(tiny_images).encoder.named_parameters())
     steps = [state(runs / f"ema_{stage}", step) for step in range(1, STEPS + 1)]
     momenta = [record["ema_momentum"] for record in metrics(runs / f"ema_{stage}")]
@@ -71,14 +71,14 @@ def test_the_average_equals_a_float64_one_to_a_millionth_and_moves(stage, runs, 
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_no_rank_holds_more_of_the_fp32_average_than_its_share(stage, runs, tiny_images):
-    """What a rank holds in fp32 with a moving average, less what it holds without one."""
+def test_no_rank_holds_more_of_the_fp32_ema_than_its_share(stage, runs, tiny_images):
+    """A rank's fp32 memory with an EMA, minus that without one."""
     parameters = [p.numel() for p in begun(tiny_images).encoder.parameters()]
     for rank, (with_ema, without) in enumerate(
         zip(recorded(runs, f"ema_{stage}"), recorded(runs, f"shared_{stage}"), strict=True)
     ):
         average = with_ema["fp32_bytes"] - without["fp32_bytes"]
-        # Stage 3 divides each parameter and pads it; stages 1 and 2 cut the flattened groups, not the encoder, in half.
+        # Stage 3 shards and pads each parameter; stages 1 and 2 halve the flattened groups, not the encoder.
         share = 4 * sum(math.ceil(n / 2) for n in parameters) if stage == 3 else 4 * sum(parameters)
         slack = 4096  # scalars and buffers of the loop
         assert average <= share + slack, (rank, average, share)
@@ -88,7 +88,7 @@ def test_no_rank_holds_more_of_the_fp32_average_than_its_share(stage, runs, tiny
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_one_all_gather_a_step_is_under_way_when_the_step_is_done(stage, runs, tiny_images):
+def test_one_all_gather_per_step_is_under_way_when_the_step_ends(stage, runs, tiny_images):
     encoder = sum(p.numel() for p in begun(tiny_images).encoder.parameters())
     sent = [[step["gathers"] for step in rank["steps"]] for rank in recorded(runs, f"ema_{stage}")]
     assert sent[0] == sent[1]
@@ -98,5 +98,5 @@ def test_one_all_gather_a_step_is_under_way_when_the_step_is_done(stage, runs, t
     assert 2 * encoder / 2 <= sent[0][0][0] <= 2 * encoder
 
 
-def test_stage_3_sends_nothing_of_its_own_for_the_average(runs):
+def test_stage_3_sends_nothing_extra_for_the_ema(runs):
     assert all(step["gathers"] == [] for rank in recorded(runs, "ema_3") for step in rank["steps"])

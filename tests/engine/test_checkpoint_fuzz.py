@@ -1,4 +1,4 @@
-"""Two hundred damaged checkpoints and more: each is detected and named, or gives exactly what was written."""
+"""More than two hundred damaged checkpoints: each is detected and named, or gives exactly what was written."""
 
 import hashlib
 import json
@@ -23,7 +23,7 @@ SEEDS = 20
 
 
 class Trap:
-    """Its unpickling leaves a mark."""
+    """Unpickling it leaves a mark."""
 
     def __init__(self, mark):
         self.mark = mark
@@ -33,7 +33,7 @@ class Trap:
 
 
 def fragments(model, rank, shift):
-    """Half of every tensor for each of two ranks: weights, both moments, averages."""
+    """Return half of every tensor for each of two ranks: weights, both moments, EMAs."""
     for name, parameter in model.named_parameters():
         target = name.startswith("target_encoder.")
         for kind in ("ema",) if target else ("weight", "exp_avg", "exp_avg_sq"):
@@ -45,7 +45,7 @@ def fragments(model, rank, shift):
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """Two checkpoints of two ranks each, the model they fit, and the newer one's tensors."""
+    """Write two checkpoints of two ranks each; return them, their model, and the newer one's tensors."""
     root = tmp_path_factory.mktemp("whole")
     model, _ = tiny_model(tiny_config())
     for step in (1, 2):
@@ -61,7 +61,7 @@ def written(tmp_path_factory):
 
 
 def everything(path, model):
-    """What a resume would read, through the functions that it uses."""
+    """Read what a resume would read, through the functions that it uses."""
     saved = Checkpoint(path)
     restore_module(model, saved)
     return {key: saved.full(*key.split("/", 1)) for key in sorted(saved.shapes)} | {"updates": saved.updates}
@@ -78,7 +78,7 @@ def shards(path):
 
 
 def resum(path):
-    """Make the sums fit again, as one who wants to be believed would."""
+    """Recompute the checksums, as an attacker would."""
     manifest = json.loads((path / "manifest.json").read_text())
     for file in manifest["files"]:
         if (path / file).exists():
@@ -114,7 +114,7 @@ def empty(path, draw):
 
 
 def swap(path, draw):
-    """The two ranks' shards, or a shard and that of another step; half of the time the sums are made to fit."""
+    """Swap the two ranks' shards, or a shard and that of another step; half of the time with matching checksums."""
     one = draw.choice(shards(path))
     other = draw.choice([s for s in (*shards(path), path.parent / "step_000001" / one.name) if s != one])
     content = one.read_bytes()
@@ -126,7 +126,7 @@ def swap(path, draw):
 
 
 def edit_index(path, draw):
-    """One structural change of the index; the sums fit."""
+    """Make one structural change to the index, with matching checksums."""
     index = json.loads((path / "index.json").read_text())
     pieces = index["fragments"]
     at, other = draw.sample(range(len(pieces)), 2)
@@ -173,7 +173,7 @@ def edit_manifest(path, draw):
 
 
 def replace_json(path, draw):
-    """Something that is JSON, or nearly, and no checkpoint's; half of the time the sums fit."""
+    """Write JSON, or nearly, that no checkpoint has; half of the time with matching checksums."""
     text = draw.choice(["", "null", "[]", "{}", "[" * 100_000, "\ufeff{}", '{"format": 1e999}', "\udce9"])
     (path / draw.choice(["index.json", "manifest.json"])).write_text(text, errors="surrogateescape")
     if draw.random() < 0.5:
@@ -184,7 +184,7 @@ def replace_json(path, draw):
 
 
 def rename(path, draw):
-    """The older checkpoint under the newer one's name."""
+    """Give the older checkpoint the newer one's name."""
     shutil.rmtree(path)
     shutil.copytree(path.parent / "step_000001", path)
 
@@ -229,7 +229,7 @@ def test_a_planted_pickle_is_named_and_never_run(place, summed, written, tmp_pat
     found, passed = checkpoint.newest(root)
     assert found == root / "step_000001"
     assert place in passed[0]
-    if place != "manifest.json":  # which only says whether the rest may be read
+    if place != "manifest.json":  # the manifest only decides whether the rest may be read
         with pytest.raises(UserError):
             everything(root / "step_000002", tiny_model(tiny_config())[0])
     assert not mark.exists()

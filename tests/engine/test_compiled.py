@@ -1,4 +1,4 @@
-"""Training with compiled regions, and what a configuration may not ask of a start."""
+"""Training with compiled regions, and settings that cannot be combined with them."""
 
 import shutil
 
@@ -26,17 +26,17 @@ def test_losses_are_the_plain_ones_and_no_batch_after_the_tenth_compiles(tiny_im
         graphs.append(compilations())
         return record
 
-    # 64 patches, so that hardly two batches have as many tokens in all.
+    # 64 patches, so that hardly two batches have the same number of tokens.
     steps = {"train__steps": 52, "train__epochs": 20.0, "train__schedule_steps": 52, "model__patch": 4}
     pretrain(small_config(tiny_images, **steps), tmp_path / "plain")
     monkeypatch.setattr(loop.Trainer, "_forward", seen)
     monkeypatch.setattr(loop.Trainer, "train_step", step)
     before = compilations()
     pretrain(small_config(tiny_images, **steps, train__compile=True), tmp_path / "compiled")
-    # fp32 differs in its last bits from the first step on, and AdamW carries that along.
+    # fp32 differs in its last bits from the first step, and AdamW carries that along.
     assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), rel=1e-4)
     assert len(set(lengths)) >= 40
-    # Encoder and predictor are of one width here and share code.
+    # Encoder and predictor have one width here and share code.
     assert graphs[9] - before == 9
     assert graphs[-1] == graphs[9]
 

@@ -1,4 +1,4 @@
-"""train.deterministic asks for operators whose results stay the same, for as long as the training lasts."""
+"""train.deterministic selects operators whose results repeat, while the training lasts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def asked():
 
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("device", [CPU, GPU], ids=str)
-def test_a_gpu_is_asked_for_it_within_the_training_alone(monkeypatch, deterministic, device):
+def test_determinism_is_enabled_on_a_gpu_during_the_training_only(monkeypatch, deterministic, device):
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     config = small_config("images", train__deterministic=deterministic)
     before, on = asked(), deterministic and device == GPU

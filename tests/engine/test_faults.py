@@ -1,4 +1,4 @@
-"""What a run does when a gradient is not finite, the disk is full, or its data goes away."""
+"""A run when a gradient is not finite, the disk is full, or its data goes away."""
 
 import contextlib
 import json
@@ -26,7 +26,7 @@ from iwm_fast.errors import UserError
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_a_step_with_nan_gradients_changes_nothing_and_the_run_goes_on(
+def test_a_step_with_nan_gradients_changes_nothing_and_the_run_continues(
     stage, precision, tiny_images, tmp_path, monkeypatch
 ):
     poison(monkeypatch, {3, 4})
@@ -71,7 +71,7 @@ def test_too_many_skipped_steps_end_the_run_with_a_dump_of_their_samples(tiny_im
 
 @pytest.fixture
 def little_disk(tmp_path):
-    """A file system of two megabytes; a checkpoint of the small run takes a third of that."""
+    """Mount a file system of two megabytes; a checkpoint of the small run takes a third of that."""
     folder = tmp_path / "disk"
     folder.mkdir()
     made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], capture_output=True, check=False)
@@ -93,7 +93,7 @@ def test_a_full_disk_ends_the_run_in_one_line_and_leaves_whole_checkpoints_only(
     assert not list(run.glob("checkpoints/.step_*"))
     whole = checkpoint.newest(run / "checkpoints")[0]
     assert whole == checkpoints[-1]
-    moved = tmp_path / "elsewhere"  # where there is room, it goes on as if nothing had been
+    moved = tmp_path / "elsewhere"  # with room, it resumes as if nothing had happened
     shutil.copytree(run, moved)
     pretrain(small_config(tiny_images, **every), moved, resume="auto")
     pretrain(small_config(tiny_images, **every), tmp_path / "straight")
@@ -150,7 +150,7 @@ def test_a_data_folder_that_stays_away_is_named_after_the_wait(how, tmp_path, mo
     looks = []
 
     def look():
-        """A clock that moves by a tenth of a second at each look."""
+        """A clock that advances by a tenth of a second at each reading."""
         looks.append(None)
         return len(looks) / 10
 
@@ -160,7 +160,7 @@ def test_a_data_folder_that_stays_away_is_named_after_the_wait(how, tmp_path, mo
         pytest.raises(UserError, match=rf"{root}.* within 0.4 s"),
     ):
         next(stream)
-    assert len(looks) == 5  # when the wait began, and after each time that the file was not there
+    assert len(looks) == 5  # when the wait began, and after each time that the file was missing
 
 
 def test_one_missing_file_is_a_bad_sample_without_a_wait(tmp_path, capfd):

@@ -13,7 +13,7 @@ from iwm_fast.engine.checkpoint import format as checkpoint
 from iwm_fast.engine.optimizer import MOMENTS, FiniteAdamW, FiniteLamb
 from iwm_fast.errors import UserError
 
-SIZES = [(3,), (7, 5), (131, 513), (1,)]  # the third is summed in rows of 1024 and a rest
+SIZES = [(3,), (7, 5), (131, 513), (1,)]  # the third is summed in rows of 1024 and a remainder
 
 
 def made(kind, **options):
@@ -111,7 +111,9 @@ def test_a_first_step_that_is_not_finite_moves_nothing(kind):
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_skipped_steps_are_told_at_the_next_logged_one_and_change_nothing(stage, tiny_images, tmp_path, monkeypatch):
+def test_skipped_steps_are_reported_at_the_next_logged_one_and_change_nothing(
+    stage, tiny_images, tmp_path, monkeypatch
+):
     changes = {"zero__stage": stage, "train__precision": "bf16", "train__micro_batch": 4, "train__steps": 6,
                "checkpoint__every_steps": 1, "checkpoint__keep_last": 9, "train__clip": 1.0}  # fmt: skip
     poison(monkeypatch, {4, 5}, float("inf"))

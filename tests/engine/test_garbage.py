@@ -1,4 +1,4 @@
-"""Garbage is collected at the chosen steps, and only there."""
+"""Garbage is collected at the chosen steps only."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from iwm_fast.engine.garbage import EVERY_STEPS, Upkeep
 
 
 class Knot:
-    """Only a collection can free it."""
+    """A reference cycle: only a collection can free it."""
 
     def __init__(self) -> None:
         self.itself = self

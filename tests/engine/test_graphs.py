@@ -1,7 +1,7 @@
 """A captured step on the CPU: a recorder that runs the work again stands in for CUDA's graphs.
 
-What is shown: that a replay's losses and weights are those of the step without graphs, at each stage; that it reads no
-length on the host (attention here is divided by the bounds on the device alone); and that nothing it reads moves.
+Asserted: a replay's losses and weights are those of the step without graphs, at each stage; it reads no length on the
+host (attention here uses the bounds on the device only); and nothing it reads moves in memory.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def tensors_of(found):
 
 
 class Again:
-    """Runs the work at each replay and writes where its first results lie; until then they are NaN, as on a GPU."""
+    """Runs the work at each replay and writes to its first results; until then they are NaN, as on a GPU."""
 
     def record(self, work):
         first = work()
@@ -44,7 +44,7 @@ class Again:
 
 
 def by_bounds(qkv, segments, backend):
-    """Attention that knows of the segments what lies on the device."""
+    """Attention that reads only the segments' device tensors."""
     bounds = segments.cu_seqlens.long()
     image = torch.repeat_interleave(bounds.diff(), output_size=qkv.shape[0])
     q, k, v = (part.transpose(0, 1) for part in qkv.unbind(1))
@@ -94,7 +94,7 @@ QUICK = ("stage 1, sources", "bf16")
     ],
 )
 def test_replays_train_as_the_step_without_graphs_and_nothing_they_read_moves(without_gpu, changes):
-    """The loss's factor is applied in another place, so gradients differ in their last bit: bf16's is 2⁻⁸."""
+    """The loss's factor is applied elsewhere, so gradients differ in their last bit: bf16's is 2⁻⁸."""
     bf16 = "train__precision" in changes
     eager, expected, _ = trained_for(9, graphs=False, **changes)
     trainer, found, places = trained_for(9, graphs=True, **changes)
@@ -139,7 +139,7 @@ def test_a_step_that_cannot_be_captured_ends_with_one_line(without_gpu, monkeypa
         trained_for(9, graphs=True)
 
 
-def test_the_machine_is_asked_before_anything_is_built(monkeypatch):
+def test_the_machine_is_checked_before_anything_is_built(monkeypatch):
     config = small_config("unread", train__static_shapes=True, train__cuda_graph=True)
     with pytest.raises(UserError, match=r"^train.cuda_graph needs a GPU; this rank computes on cpu: set it to false$"):
         require_graphs(config, torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""RUN/kernel_choices.json: one table of block sizes for all ranks, and the same again on resume."""
+"""RUN/kernel_choices.json: one table of block sizes for all ranks, reused on resume."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SAVED = {"A_GPU": {KEY: Adopted(LIBRARY, 4)}, "OTHER": {KEY: Adopted(ORDER[1])}}
 
 @pytest.fixture
 def device(monkeypatch, tmp_path):
-    """A kind of device on which the last candidate that is tried is the fastest."""
+    """A kind of device on which the last candidate is the fastest."""
     seconds = iter(range(1000, 0, -1))
     tuner = Tuner("A_GPU", "sm_90", 10**9, tmp_path / "machine", lambda _: float(next(seconds)))
     monkeypatch.setattr(_run_choices, "device_tuner", lambda _: tuner)
@@ -37,7 +37,7 @@ def ask(choices, step):
 
 
 def saved_file(folder):
-    """A run's file with SAVED in it."""
+    """Write a run's file with SAVED in it."""
     file = folder / "kernel_choices.json"
     devices = {name: {key: a.document() for key, a in table.items()} for name, table in SAVED.items()}
     file.write_text(json.dumps({"schema": "iwm-fast-kernel-choices/1", "devices": devices}))
@@ -79,7 +79,7 @@ def test_on_resume_a_line_says_that_nothing_of_this_device_is_saved(tmp_path):
     ):
         choices = KernelChoices(ALONE, file, tables)
         assert words in choices.news(3)
-        assert choices.news(0) is None  # a run that begins
+        assert choices.news(0) is None  # a new run
     assert KernelChoices(ALONE, file, SAVED).news(3) is None
 
 
@@ -128,7 +128,7 @@ def test_a_run_that_starts_from_another_one_s_checkpoint_takes_its_choices(tmp_p
     other.write_text("{")
     assert read_tables(own, checkpoint) == {}
     assert f"{other}: is damaged or of another kind: block sizes" in capsys.readouterr().err
-    assert other.read_text() == "{"  # another run's stays as it is
+    assert other.read_text() == "{"  # another run's file stays unchanged
     assert list(tmp_path.glob("*.json")) == []
     saved_file(tmp_path)
     assert read_tables(own, checkpoint) == SAVED
@@ -144,7 +144,7 @@ def test_a_file_that_cannot_be_written_is_said_in_one_line(tmp_path):
 
 @pytest.mark.slow  # Triton's interpreter on two ranks
 def test_two_ranks_that_time_differently_train_alike_and_again_after_a_resume(tiny_images, tmp_path):
-    """On devices where another candidate is the fastest on each rank and at each start."""
+    """On devices where another candidate is the fastest on each rank and at each launch."""
     jobs = [
         {"name": "whole", "train__steps": 4, "fastest": [1, 2]},
         {"name": "halves", "train__steps": 2, "fastest": [1, 2]},

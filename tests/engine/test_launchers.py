@@ -1,4 +1,4 @@
-"""The command line under the launchers that users have, and what a scheduler's signal does to it."""
+"""The command line under users' launchers, and its reaction to a scheduler's signal."""
 
 import os
 import signal
@@ -79,7 +79,7 @@ def test_sigterm_writes_a_checkpoint_and_ends_with_zero(config, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_ctrl_c_writes_a_checkpoint_under_every_launcher(launcher, config, tmp_path):
-    """As a terminal sends it: to the launcher and to those of its processes that are in its group."""
+    """As a terminal sends it: to the launcher and to its processes in the same group."""
     run = tmp_path / "run"
     command = [*LAUNCHERS[launcher], "pretrain", str(config), "train.schedule_steps=100000", "--out", str(run)]
     job = subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True, start_new_session=True)
@@ -99,7 +99,7 @@ def test_ctrl_c_writes_a_checkpoint_under_every_launcher(launcher, config, tmp_p
 
 
 @pytest.mark.slow
-def test_a_second_start_on_the_same_run_is_refused_in_one_line(config, tmp_path):
+def test_a_second_launch_on_the_same_run_is_refused_in_one_line(config, tmp_path):
     command = [*LAUNCHERS["alone"], "pretrain", str(config), "train.steps=1", "--out", str(tmp_path / "run")]
     assert subprocess.run(command, env=environment(), capture_output=True, timeout=600, check=False).returncode == 0
     again = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=600, check=False)

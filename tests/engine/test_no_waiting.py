@@ -1,4 +1,4 @@
-"""Where a step makes the host wait for the device: reading a number of a tensor is a wait on a GPU."""
+"""Host synchronisations of a step: reading a tensor's value waits for a GPU."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ WAITS = {
 
 
 class Waits(TorchDispatchMode):
-    """Counts the waits by the part of the step they are in."""
+    """Counts synchronisations by the part of the step."""
 
     def __init__(self):
         super().__init__()
@@ -40,7 +40,7 @@ class Waits(TorchDispatchMode):
 
 
 def waits_of_a_step(folder, out, monkeypatch, **changes):
-    """Of the fourth and fifth step, by part: they are not logged, and DeepSpeed has traced stage 3 by then."""
+    """Return those of the fourth and fifth step, by part: they are not logged, and DeepSpeed has traced stage 3."""
     watched = []
     train_step = loop.Trainer.train_step
 
@@ -77,8 +77,8 @@ def test_a_step_at_stages_1_and_2_never_waits(tiny_images, tmp_path, monkeypatch
     assert waits_of_a_step(tiny_images, tmp_path / "run", monkeypatch, **changes) == [{}] * 2
 
 
-def test_forward_backward_and_the_average_never_wait_at_stage_3(tiny_images, tmp_path, monkeypatch):
-    """What waits in the optimizer there is DeepSpeed's: its norm, and under bf16 its look for what is not finite."""
+def test_forward_backward_and_the_ema_never_wait_at_stage_3(tiny_images, tmp_path, monkeypatch):
+    """The synchronisations in the optimizer there are DeepSpeed's: its norm, and under bf16 its finite check."""
     changes = {"zero__stage": 3, "train__precision": "bf16"}
     for found in waits_of_a_step(tiny_images, tmp_path / "run", monkeypatch, **changes):
         assert set(found) <= {"optimizer"}

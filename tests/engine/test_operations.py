@@ -1,4 +1,4 @@
-"""What a run tells those who look after it: sums over ranks, stragglers, Prometheus, Weights & Biases, its origin."""
+"""Monitoring of a run: sums over ranks, stragglers, Prometheus, Weights & Biases, the recorded environment."""
 
 import json
 import os
@@ -30,7 +30,7 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def slow_run(tiny_images, tmp_path_factory):
-    """(the run's folder, what was said): two ranks, the second slow."""
+    """Return (the run's folder, its output): two ranks, the second slow."""
     run = tmp_path_factory.mktemp("slow") / "run"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += [str(HERE / "slow_rank.py"), str(tiny_images), str(run), str(free_port())]
@@ -85,11 +85,11 @@ def test_the_environment_says_how_to_repeat_the_run(slow_run):
 
 
 def log_entries(content: bytes):
-    """The entries of a log of LevelDB's format, which W&B's files are, behind seven bytes of its own."""
+    """Return the entries of a LevelDB log, the format of W&B's files, after seven bytes of its own header."""
     place, entry = 7, b""
     while place + 7 <= len(content):
         left = 32768 - place % 32768
-        if left < 7:  # the rest of a block is filled up
+        if left < 7:  # the rest of a block is padding
             place += left
             continue
         length, kind = int.from_bytes(content[place + 4 : place + 6], "little"), content[place + 6]
@@ -100,8 +100,8 @@ def log_entries(content: bytes):
             entry = b""
 
 
-def test_every_start_is_told_of_and_weights_and_biases_gets_the_records(tiny_images, tmp_path, monkeypatch):
-    """Offline, read back from its files; the resumed start goes on with the same run."""
+def test_every_launch_is_recorded_and_weights_and_biases_gets_the_records(tiny_images, tmp_path, monkeypatch):
+    """Offline, read back from its files; the resumed launch continues the same W&B run."""
     pytest.importorskip("wandb", reason="needs the wandb extra: pip install 'iwm-fast[wandb]'")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
@@ -132,16 +132,14 @@ def sent_losses(run: Path) -> dict[int, float]:
     return found
 
 
-def test_weights_and_biases_asked_for_and_missing_is_one_clear_error(tiny_images, tmp_path, monkeypatch):
+def test_a_missing_wandb_is_one_clear_error(tiny_images, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match=r"pip install 'iwm-fast\[wandb\]'"):
         pretrain(small_config(tiny_images, train__steps=1, log__wandb="x"), tmp_path / "run")
 
 
 @pytest.mark.parametrize("port", [0, 9109])
-def test_prometheus_asked_for_and_missing_is_one_clear_error_before_the_first_step(
-    port, tiny_images, tmp_path, monkeypatch
-):
+def test_a_missing_prometheus_client_is_one_clear_error_before_the_first_step(port, tiny_images, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "prometheus_client", None)
     said = r"^log\.prometheus_port is set, but .* pip install 'iwm-fast\[prometheus\]', or unset log\.prometheus_port$"
     with pytest.raises(UserError, match=said):
@@ -151,7 +149,7 @@ def test_prometheus_asked_for_and_missing_is_one_clear_error_before_the_first_st
 
 # As this package wrote it before prometheus_client did: names, types, labels and values stay.
 WRITTEN_BEFORE = r"""# TYPE iwm_fast_step gauge
-iwm_fast_step{run="a \"run\" in C:\\runs\n"} 12345678
+# As this package wrote it before it used prometheus_client: names, types, labels and values stay.
 # TYPE iwm_fast_loss gauge
 iwm_fast_loss{run="a \"run\" in C:\\runs\n"} 0.10000000000000001
 # TYPE iwm_fast_lr gauge

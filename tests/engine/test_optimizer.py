@@ -25,7 +25,7 @@ def lamb(weight, grads, lr, decay, *, scaled, betas=(0.9, 0.999), eps=1e-8):
 def test_lamb_is_its_definition_and_leaves_biases_unscaled():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(7, 5), nn.Linear(5, 3))
-    nn.init.zeros_(model[1].weight)  # a tensor without a norm moves as AdamW would move it
+    nn.init.zeros_(model[1].weight)  # a tensor without a norm gets AdamW's update
     begin = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = FiniteLamb(parameter_groups(model), lr=0.02, betas=(0.9, 0.999))
     optimizer.param_groups[0]["weight_decay"] = 0.1

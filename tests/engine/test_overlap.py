@@ -1,4 +1,4 @@
-"""Gradients sent during the backward pass: the order of events, and what two ranks compute with them."""
+"""Gradients sent during the backward pass: the order of events, and the results of two ranks."""
 
 import json
 import os
@@ -22,7 +22,7 @@ TESTS = Path(__file__).parents[1]
 
 
 class Alone:
-    """A model of three layers, the second larger than a bucket, and its sums over one rank."""
+    """A model of three layers, the second larger than a bucket, with sums over one rank."""
 
     def __init__(self, monkeypatch, *, rounded=False):
         torch.manual_seed(0)
@@ -124,7 +124,7 @@ JOBS += [{"name": "stage 0 shapes", "zero__stage": 0, "train__static_shapes": Tr
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Weights and events of a run, by its name and rank."""
+    """Return weights and events of a run, by its name and rank."""
     out = tmp_path_factory.mktemp("overlap")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(WORLD)]
     command += [str(TESTS / "overlap_ranks.py"), str(out), *map(json.dumps, JOBS)]
@@ -136,9 +136,10 @@ def trained(tmp_path_factory):
 
 
 def trained_weights(found):
-    """What gradients moved. A key's bias changes no attention: its gradient is rounding, which Adam makes a step of.
+    """Return what gradients moved. Attention does not depend on a key's bias: its gradient is rounding error, which
+    Adam turns into a step.
 
-    The target's average is not among it: from stage 1 on it arrives in the next forward pass.
+    The target's EMA is left out: from stage 1 on it arrives in the next forward pass.
     """
     for name, weight in found["weights"].items():
         if name.startswith("target_encoder."):
@@ -170,7 +171,7 @@ def test_buckets_are_sent_before_the_backward_pass_reaches_the_first_layer(train
             assert len(reached) == micro_batches
             assert step.count("sent") == messages  # as the plan counts them
             before = [0, *reached]
-            # Not in the passes that only add up, and most of it in the last one.
+            # Not in passes that only accumulate, and most of it in the last one.
             assert "sent" not in step[: before[-2]]
             assert step[before[-2] : before[-1]].count("sent") > step[before[-1] :].count("sent") >= 1
 

@@ -1,4 +1,4 @@
-"""200 steps' losses in fp32 of the engine as shipped, and of each optimisation alone, beside a plain training's."""
+"""200 steps' losses in fp32, of the engine as shipped and of each optimisation alone, against a plain reference's."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from iwm_fast.models import IWM
 pytestmark = pytest.mark.usefixtures("torchs_own_linear")
 
 STEPS, DRAWN = 200, 40
-# Asked for is 1e-4. Parts that compute the same stay within 3e-7, a few roundings of the loss; GELU by tanh gives 2e-5.
+# The goal is 1e-4. Parts that compute the same stay within 3e-7, a few roundings of the loss; GELU by tanh gives 2e-5.
 TOLERANCE = 1e-5
 
 
@@ -40,7 +40,7 @@ def plain_losses(sources: int = 1) -> list[float]:
 
 
 def engine_losses(config: Config, model: torch.nn.Module, batches: list[Batch]) -> list[float]:
-    """Of the engine's own training around a network; `train.micro_batch` stands for two halves."""
+    """Return losses of the engine's training around a network; `train.micro_batch` gives two halves."""
     accumulation = 1 if config.train.micro_batch is None else 2
     parts = batches if accumulation == 1 else [half for batch in batches for half in halved(batch)]
     ranks, stream = start(), BatchStream(parts, accumulation)
@@ -57,20 +57,20 @@ def worst(losses: list[float], plain: list[float]) -> float:
     return float(np.abs(np.array(losses) / np.array(plain) - 1).max())
 
 
-def test_the_plain_training_learns_something():
-    """Losses that do not move would be followed by anything."""
+def test_the_reference_training_learns_something():
+    """Anything would follow losses that do not change."""
     losses = plain_losses()
     assert np.mean(losses[-DRAWN:]) < 0.9 * np.mean(losses[:DRAWN])
 
 
-def test_another_gelu_is_told_apart(monkeypatch):
+def test_another_gelu_is_detected(monkeypatch):
     gelu, plain = F.gelu, plain_losses()
     monkeypatch.setattr(F, "gelu", lambda x, **_: gelu(x, approximate="tanh"))
     assert worst(plain_training(run_config(), drawn(1), STEPS), plain) > TOLERANCE
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_each_part_alone_in_the_plain_training(part):
+def test_each_part_alone_in_the_reference_training(part):
     sources = 2 if part == "one_target_for_two_sources" else 1
     found = plain_training(run_config(), drawn(sources), STEPS, part)
     assert worst(found, plain_losses(sources)) <= TOLERANCE

@@ -1,4 +1,4 @@
-"""Whole starts on one rank: what a run leaves behind, and that stopping and going on changes nothing."""
+"""Whole runs on one rank: what a run writes, and that stopping and resuming changes nothing."""
 
 import json
 
@@ -65,7 +65,7 @@ def test_a_checkpoint_of_one_stage_resumes_as_another(tiny_images, tmp_path):
 def test_bf16_follows_fp32_and_keeps_fp32_weights(tiny_images, tmp_path, stage):
     pretrain(small_config(tiny_images, train__steps=8), tmp_path / "fp32")
     pretrain(small_config(tiny_images, train__steps=8, train__precision="bf16", zero__stage=stage), tmp_path / "bf16")
-    # bf16 has 8 bits of mantissa: one rounding is 0.4 %, a loss of a few dozen of them in sequence stays within 5 %.
+    # bf16 has 8 bits of mantissa: one rounding is 0.4 %, and a loss with a few dozen of them in sequence is within 5 %.
     assert losses(tmp_path / "bf16") == pytest.approx(losses(tmp_path / "fp32"), rel=0.05)
     weights = state(tmp_path / "bf16", 8)
     assert any(not torch.equal(w, w.bfloat16().float()) for key, w in weights.items() if key.startswith("weight/"))
@@ -74,7 +74,7 @@ def test_bf16_follows_fp32_and_keeps_fp32_weights(tiny_images, tmp_path, stage):
 @pytest.mark.parametrize("stage", [0, 1, 3])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_target_in_fp8_follows_the_one_without(tiny_images, tmp_path, stage, precision, capfd):
-    """Its factors are off by 2.6 % each, its features by about 4 %, and a loss of their size by no more."""
+    """Its operands are off by 2.6 % each, its features by about 4 %, and a loss of their size by no more."""
     same = {"train__steps": 8, "zero__stage": stage, "train__precision": precision}
     pretrain(small_config(tiny_images, **same), tmp_path / "plain")
     assert "fp8" not in capfd.readouterr().err
@@ -86,8 +86,8 @@ def test_a_target_in_fp8_follows_the_one_without(tiny_images, tmp_path, stage, p
     assert state(tmp_path / "fp8", 8).keys() == state(tmp_path / "plain", 8).keys()
 
 
-def test_the_average_moves_under_bf16_at_a_momentum_close_to_one(tiny_images, tmp_path):
-    """In bf16 a step of 4e-4 of the difference would round to nothing: the average has to be kept in fp32."""
+def test_the_ema_moves_under_bf16_at_a_momentum_close_to_one(tiny_images, tmp_path):
+    """In bf16 a step of 4e-4 of the difference would round to nothing: the EMA must be fp32."""
     config = small_config(
         tiny_images, train__steps=4, train__precision="bf16", train__ema=[0.9996, 0.9996], zero__stage=1
     )
@@ -106,8 +106,8 @@ def test_the_average_moves_under_bf16_at_a_momentum_close_to_one(tiny_images, tm
     assert any(not torch.equal(start[key], after[key]) for key in after if key.startswith("ema/"))
 
 
-def test_the_average_equals_float64(tiny_images, tmp_path):
-    """Averages of consecutive checkpoints' weights, recomputed in float64."""
+def test_the_ema_equals_float64(tiny_images, tmp_path):
+    """EMAs of consecutive checkpoints' weights, recomputed in float64."""
     config = small_config(
         tiny_images, train__steps=4, checkpoint__every_steps=1, checkpoint__keep_last=9, zero__stage=2
     )
@@ -123,8 +123,8 @@ def test_the_average_equals_float64(tiny_images, tmp_path):
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_target_of_a_rank_alone_reads_the_average_rounded(tiny_images, tmp_path, stage, precision, monkeypatch):
-    """After each update, and after a resumption, which sets the averages and refreshes what is read."""
+def test_the_target_of_a_single_rank_reads_the_rounded_ema(tiny_images, tmp_path, stage, precision, monkeypatch):
+    """After each update, and after a resume, which sets the EMA and refreshes its rounded copy."""
     seen = []
 
     class Watched(TargetAverage):
@@ -174,7 +174,7 @@ def test_a_run_with_checkpoints_is_not_overwritten(tiny_images, tmp_path):
 
 def test_auto_on_an_empty_run_starts_anew(tiny_images, tmp_path):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run/metrics.jsonl").write_text('{"step": 1, "loss": 5.0}\n')  # of a start killed before a checkpoint
+    (tmp_path / "run/metrics.jsonl").write_text('{"step": 1, "loss": 5.0}\n')  # of a launch killed before a checkpoint
     pretrain(small_config(tiny_images, train__steps=1), tmp_path / "run", resume="auto")
     assert [r["step"] for r in metrics(tmp_path / "run")] == [1]
     assert losses(tmp_path / "run") != [5.0]

@@ -1,4 +1,4 @@
-"""Two CPU ranks: the same trajectory as one, at every stage, and resume across world sizes."""
+"""Two CPU ranks: the trajectory of one at every stage, and resume across world sizes."""
 
 import pytest
 import torch
@@ -94,7 +94,7 @@ def test_accumulation_on_two_ranks_follows_one(runs, stage):
 @pytest.mark.parametrize(
     "name", ["one_then_two_0", "one_then_two_2", "two_then_one_0", "two_then_one_1", "two_then_one_3"]
 )
-def test_a_run_goes_on_with_another_number_of_ranks(runs, name):
+def test_a_run_resumes_with_another_number_of_ranks(runs, name):
     assert [r["step"] for r in metrics(runs / name)] == list(range(1, 21))
     assert losses(runs / name) == pytest.approx(losses(runs / "one"), rel=1e-4)
 
@@ -108,7 +108,7 @@ def test_halves_on_two_ranks_equal_the_whole_bit_for_bit(runs, stage):
 
 @pytest.mark.parametrize("stage", [0, 2])
 def test_ranks_share_the_evaluation_and_find_what_one_finds(runs, stage):
-    """After one step the weights agree to rounding; three images are ranked, two by one rank and one by the other."""
+    """After one step the weights agree up to rounding; of three images one rank evaluates two, the other one."""
     one, two = (metrics(runs / name)[-1] for name in ("one_measured", f"two_measured_{stage}"))
     for key in ("mrr", "mrr_shuffled", "mrr_chance", "knn", "knn_chance"):
         assert two[key] == pytest.approx(one[key], rel=1e-3), key

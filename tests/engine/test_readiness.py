@@ -1,4 +1,4 @@
-"""What a training needs later is asked before its first step, and an evaluation that fails loses no step."""
+"""What a training needs later is checked before its first step, and a failing evaluation loses no step."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_a_disk_without_room_for_one_checkpoint_is_refused_before_the_first_step
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-def test_room_is_asked_for_as_much_as_a_checkpoint_takes(tiny_images, tmp_path, monkeypatch):
+def test_the_required_room_is_the_size_of_a_checkpoint(tiny_images, tmp_path, monkeypatch):
     config = small_config(tiny_images, train__steps=1)
     pretrain(config, tmp_path / "run")
     saved = checkpoint.Checkpoint(tmp_path / "run" / "checkpoints" / "step_000001")

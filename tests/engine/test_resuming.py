@@ -1,4 +1,4 @@
-"""What may differ when a run is resumed, and what the data have to be."""
+"""What may differ when a run resumes, and which data it accepts."""
 
 import shutil
 
@@ -20,7 +20,7 @@ from iwm_fast.errors import UserError
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, tiny_images):
-    """A run of two steps on the images under here/images; each test resumes a copy of it."""
+    """Train a run of two steps on the images under here/images; each test resumes a copy of it."""
     home = tmp_path_factory.mktemp("moved")
     shutil.copytree(tiny_images, home / "here/images")
     pretrain(small_config(home / "here/images", train__steps=2, checkpoint__every_steps=1), home / "run")
@@ -152,7 +152,7 @@ def test_what_can_change_the_training_is_refused_by_name(section, key, begun):
 
 @pytest.mark.parametrize("path", ["", "/", "/checkpoints", "/checkpoints/latest", "/checkpoints/step_000001/"])
 def test_resume_takes_a_run_and_whatever_names_its_checkpoints(path, copy, run, monkeypatch):
-    """Of the same run, the older checkpoint is where it resumes; lines after it are dropped."""
+    """An older checkpoint of the same run is where it resumes; later log lines are dropped."""
     monkeypatch.chdir(copy.parent)
     config = small_config(run.parent / "here/images", train__steps=2)
     chosen = resuming.choose_checkpoint(config, RunDirectory(copy), f"run{path}")

@@ -51,7 +51,7 @@ def test_lines_after_the_checkpoint_and_torn_lines_are_dropped_and_the_rest_is_k
     assert run.metrics_file.read_text() == "".join(lines[:3])
 
 
-def test_earlier_starts_that_may_not_be_read_are_not_forgotten(tmp_path, monkeypatch):
+def test_unreadable_records_of_earlier_launches_are_not_lost(tmp_path, monkeypatch):
     file = tmp_path / "environment.json"
     file.write_text('{"starts": [{"step": 3}]}')
     assert provenance._earlier(file) == [{"step": 3}]

@@ -1,4 +1,4 @@
-"""Training with static shapes: the losses of the training without, few sizes, and what the metrics say of padding."""
+"""Training with static shapes: the losses of training without, few sizes, and the padding in the metrics."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ VARIANTS = {
 
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
 def test_the_losses_are_those_of_the_training_without(tiny_images, tmp_path, changes, monkeypatch):
-    """fp32, to its rounding over three steps; every batch has one of the counted sizes, none is cut."""
+    """fp32, up to rounding over three steps; every batch has one of the planned sizes, none is cut."""
     root = write_game(tmp_path / "game") if "actions__groups" in changes else tiny_images
     met = []
     forward = step.Trainer._forward

@@ -1,4 +1,4 @@
-"""What belongs to a step's time and what does not."""
+"""What counts as a step's time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from iwm_fast.engine import step as loop
 
 
 def test_what_is_computed_for_the_log_alone_is_no_part_of_a_steps_time(tiny_images, tmp_path, monkeypatch):
-    """By a clock that moves a little at each look, and by a thousand seconds while RankMe is computed."""
+    """By a clock that advances a little at each reading, and by a thousand seconds while RankMe is computed."""
     now = [0.0]
 
     def look() -> float:

@@ -1,4 +1,4 @@
-"""A whole run on triplets: trained, resumed, measured and exported; what the actions are goes with it."""
+"""A whole run on triplets: trained, resumed, evaluated and exported, with its actions."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def config_of(root, **changes):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """Six steps on a game whose folder is gone afterwards."""
+    """Train six steps on a game whose folder is deleted afterwards."""
     folder = tmp_path_factory.mktemp("run")
     write_game(folder / "game")
     monitor = {"bank": 8, "horizon": 3, "every_steps": 3, "root": str(folder / "game")}
@@ -100,7 +100,7 @@ def test_evaluation_ranks_next_frames_rolls_out_and_shows_both(run, test_set, tm
     assert f"{found['rollout']['model'][2]:.3f}" in page
 
 
-def test_only_what_is_asked_for_is_measured_and_classes_are_missed_aloud(run, test_set):
+def test_only_requested_evaluations_run_and_missing_classes_are_said(run, test_set):
     found = evaluate_run(run, test_set, what=["rollout", "linear"])
     assert "mrr" not in found
     assert found["not_run"] == {"linear": "triplets have no classes"}

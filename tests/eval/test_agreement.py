@@ -1,4 +1,4 @@
-"""Our probes against scikit-learn's on the same features: they have to agree within our own interval."""
+"""Our probes against scikit-learn's on the same features: they agree within our own interval."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TINTS = np.array([[50, 0, 0], [0, 50, 0], [0, 0, 50], [-50, 0, 0], [0, -50, 0], 
 
 @pytest.fixture(scope="module")
 def features(tmp_path_factory):
-    """Mean tokens of drawn shapes, from a network of random weights: correlated channels, as real features have."""
+    """Return mean tokens of generated shapes, from a network of random weights: correlated channels, as in practice."""
     config = small_config(tmp_path_factory.mktemp("none"))
     torch.manual_seed(0)
     model = IWM(config.model, 9)
@@ -33,7 +33,7 @@ def features(tmp_path_factory):
     for count, seed in ((1200, 0), (600, 1)):
         labels = np.arange(count) % CLASSES
         drawn = draw_images(labels, 32, np.random.default_rng(seed)).astype(int)
-        drawn += TINTS[labels][:, None, None]  # shapes alone are beyond random weights
+        drawn += TINTS[labels][:, None, None]  # random weights do not separate shapes alone
         images = torch.from_numpy(drawn.clip(0, 255).astype(np.uint8))
         split = TensorSplit(images, labels, tuple("abcdef"))
         parts.append(read_features([model.encoder], split, "pooled")[0])
@@ -51,9 +51,9 @@ def test_the_linear_probe_agrees_with_logistic_regression(features):
     theirs = LogisticRegression(C=1 / (ours.weight_decay * len(train)), max_iter=20_000, tol=1e-6)
     theirs.fit(scale.transform(train.values), train.labels)
     accuracy = theirs.score(scale.transform(test.values), test.labels)
-    assert ours.top1 > 1.5 / CLASSES  # something was learned, or they would agree at chance
+    assert ours.top1 > 1.5 / CLASSES  # above chance, where agreement would mean nothing
     assert ours.top1_interval[0] <= accuracy <= ours.top1_interval[1]
-    assert accuracy == pytest.approx(ours.top1, abs=0.01)  # six of 600 answers near the border
+    assert accuracy == pytest.approx(ours.top1, abs=0.01)  # six of 600 predictions near the border
 
 
 def test_plain_votes_agree_with_k_nearest_neighbours(features):
@@ -80,7 +80,7 @@ def test_weighted_votes_agree_with_k_nearest_neighbours(features):
 
 
 def test_a_fitted_linear_head_agrees_with_logistic_regression(features):
-    """The head that is trained by steps, at the best of its learning rates, comes to where the solved one is."""
+    """The head trained by steps, at its best learning rate, ends where the solved one is."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import StandardScaler
 

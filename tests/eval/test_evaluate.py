@@ -17,7 +17,7 @@ CLASSES = ("dark", "light")
 
 
 def labelled(count: int, seed: int) -> TensorSplit:
-    """Dark and light pictures, class by class as files are sorted."""
+    """Write dark and light pictures, class by class as files are sorted."""
     images = pictures(count, seed) // 2
     labels = np.sort(np.arange(count) % 2)
     images[torch.from_numpy(labels) == 1] += 90
@@ -67,7 +67,7 @@ def test_untrained_is_the_network_as_training_begins_and_leaves_the_random_state
     assert found["linear"] == found["linear_untrained"]
 
 
-def test_only_what_is_asked_for_is_measured():
+def test_only_requested_evaluations_run():
     config = tiny_config()
     model, space = tiny_model(config)
     found = evaluate_model(model, config, space, train=TRAIN, test=TEST, what=("knn",), untrained=False)
@@ -121,7 +121,7 @@ def test_without_jitter_there_is_no_bank_and_it_says_so():
     assert ranked_examples(model, still, space, TEST.images[:1]) == []
 
 
-def test_the_attentive_probe_is_measured_where_it_is_asked_for():
+def test_the_attentive_probe_runs_on_request():
     """Dark and light pictures again, by all tokens; the rate is chosen without the test images."""
     config = tiny_config()
     model, space = tiny_model(config)
@@ -151,7 +151,7 @@ def test_settings_larger_than_the_set_are_reduced_aloud():
 
 
 def test_a_probe_without_images_to_hold_out_does_not_run_and_says_so():
-    """One training image a class: nothing to choose a weight decay or a learning rate by."""
+    """One training image per class: nothing to choose a weight decay or a learning rate by."""
     config = tiny_config()
     model, space = tiny_model(config)
     one = TensorSplit(TRAIN.images[[0, -1]], TRAIN.labels[[0, -1]], CLASSES)

@@ -166,7 +166,7 @@ def no_folder(monkeypatch, folder):
 
 
 @pytest.mark.parametrize("harm", [full_from_the_start, full_when_the_file_is_made, full_at_the_end, no_folder])
-def test_features_that_cannot_be_kept_are_measured_and_it_is_said_once(photos, tmp_path, monkeypatch, capsys, harm):
+def test_features_that_cannot_be_cached_are_measured_and_it_is_said_once(photos, tmp_path, monkeypatch, capsys, harm):
     models = [tiny_model(CPU, seed)[0].target_encoder for seed in (0, 1)]
     fresh = read_features(models, opened(photos), "pooled")
     why = harm(monkeypatch, tmp_path / "cache")
@@ -202,7 +202,7 @@ def test_a_file_that_cannot_be_decoded_is_left_out(photos, tmp_path):
 
 
 def test_an_entry_remembers_what_was_left_out(photos, tmp_path):
-    """Served from the cache it is said again, and refused where the limit is lower by now."""
+    """An entry from the cache repeats it, and is refused if the limit is lower by now."""
     model, _ = tiny_model(CPU)
     cache, split = FeatureCache(tmp_path / "cache"), opened(photos, LENIENT)
     broken = split.files.name(2)
@@ -217,7 +217,7 @@ def test_an_entry_remembers_what_was_left_out(photos, tmp_path):
 
 
 def test_an_entry_that_does_not_say_what_was_left_out_is_computed_anew(photos, tmp_path):
-    """As earlier versions wrote them."""
+    """As written by earlier versions."""
     model, _ = tiny_model(CPU)
     cache = FeatureCache(tmp_path / "cache")
     read_features([model.encoder], opened(photos), "pooled", cache=cache)
@@ -230,7 +230,7 @@ def test_an_entry_that_does_not_say_what_was_left_out_is_computed_anew(photos, t
 
 
 def test_a_file_that_became_readable_is_read_again(photos, tmp_path):
-    """A change of mode moves the time of change, though neither size nor content."""
+    """chmod changes the change time, though neither size nor content."""
     model, _ = tiny_model(CPU)
     cache, split = FeatureCache(tmp_path / "cache"), opened(photos)
     path = Path(split.files.name(1))

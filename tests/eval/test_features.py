@@ -59,7 +59,7 @@ def test_modes_are_put_back_even_after_an_error():
     assert model.training
 
 
-def test_default_encoder_is_the_average_where_there_is_one():
+def test_default_encoder_is_the_ema_if_there_is_one():
     assert default_encoder(tiny_config(target="ema").model) == "target"
     assert default_encoder(tiny_config(target="shared").model) == "context"
 

@@ -1,4 +1,4 @@
-"""What was measured yesterday stays beside what is measured today."""
+"""Earlier evaluations stay beside later ones."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_each_measure_has_its_own_names_and_those_of_the_data():
     assert found["linear"].keys() == shared | {"linear", "linear_interval", "linear_chance"}
 
 
-def test_another_measure_other_data_and_another_checkpoint_are_kept_and_a_repetition_replaces(tmp_path):
+def test_another_measure_other_data_and_another_checkpoint_stay_and_a_repetition_replaces(tmp_path):
     keep(tmp_path, measured(KNN))
     keep(tmp_path, measured(LINEAR, data="others"))
     keep(tmp_path, measured(KNN, step=4, weights="b" * 16))

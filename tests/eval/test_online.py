@@ -20,7 +20,7 @@ LENIENT = Config(**(dict(CPU) | {"data": DataConfig(device="cpu", threads=1, max
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Two classes, dark and light, as PNGs of the model's own size."""
+    """Write two classes, dark and light, as PNGs of the model's own size."""
     root = tmp_path_factory.mktemp("pictures")
     for part, count, seed in (("train", 31, 0), ("test", 11, 1)):
         for label, name in enumerate(("dark", "light")):
@@ -57,7 +57,7 @@ def test_a_share_is_what_a_whole_evaluation_finds(folder):
 
 
 def test_files_that_cannot_be_decoded_leave_the_numbers_of_the_others_alone(folder, tmp_path):
-    """The bank of an image is drawn by its number; a broken file before it must not shift that."""
+    """The bank of an image is sampled by its number; a broken file before it must not shift that."""
     for part in ("train", "test"):
         for path in sorted((folder / part).rglob("*.png")):
             copy = tmp_path / part / path.parent.name / path.name
@@ -105,7 +105,7 @@ def test_what_the_ranks_left_out_is_counted_together(folder, tmp_path):
         f"train on {root}/train, test on {root}/test",
         "knn_k: 8 instead of 20: there are 8 training images",
     )
-    for share in shares:  # of no rank's own images more than one is bad
+    for share in shares:  # no rank has more than one bad image
         assert len(share.left_out["train"]) < 2
         share.left_out["train"].max_fraction = 0.2
     with pytest.raises(UserError, match=r"copy/train: 2 of 8 images cannot be used"):

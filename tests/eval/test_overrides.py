@@ -1,4 +1,4 @@
-"""Every key that an evaluation takes is used, and every other one is refused with a reason."""
+"""Every key that an evaluation accepts is used, and every other one is refused with a reason."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OF_IMAGES = DECODING | {"data.source", "data.store_timeout", "data.store_attempt
 
 
 def refusal(key, **options):
-    """The error's words, or None where the key is taken."""
+    """Return the error's text, or None if the key is accepted."""
     try:
         check_overrides([f"{key}=1"], **options)
     except UserError as error:

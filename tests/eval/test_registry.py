@@ -1,4 +1,4 @@
-"""The table of evaluations: every entry leads somewhere, and one that is added is in help, JSON, terminal and page."""
+"""The table of evaluations: every entry works, and an added one appears in help, JSON, terminal and page."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ MADE_UP = Evaluation(
 
 @pytest.fixture
 def made_up(monkeypatch):
-    """The table with one more entry, while a test lasts."""
+    """Add one entry to the table for a test."""
     monkeypatch.setattr(registry, "_EVALUATIONS", dict(registry._EVALUATIONS))
     register(MADE_UP)
 
@@ -113,7 +113,7 @@ def test_help_names_an_evaluation_that_was_added_and_loads_no_torch():
 
 
 class Text(HTMLParser):
-    """What a page says, section by section."""
+    """A page's text, section by section."""
 
     def __init__(self, page):
         super().__init__()

@@ -1,4 +1,4 @@
-"""`iwm-fast evaluate` on a real run: what it measures, what it keeps, and one line for each mistake."""
+"""`iwm-fast evaluate` on a real run: what it evaluates, what it writes, and one line per mistake."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def refused(capsys, *words):
     return lines[0].removeprefix("iwm-fast: ")
 
 
-def test_each_component_and_all_probes_are_measured_and_features_kept(run, tiny_images, tmp_path, capsys):
+def test_each_component_and_all_probes_are_measured_and_features_cached(run, tiny_images, tmp_path, capsys):
     words = ["evaluate", str(run), "--data", str(tiny_images), "--what", "mrr,knn,linear,attentive", "--images", "2"]
     found = []
     for name in ("first", "again"):
@@ -128,7 +128,7 @@ def test_an_answer_that_has_no_place_is_refused_before_anything_is_measured(word
 
 
 def test_the_exit_code_says_whether_all_that_was_named_was_measured(run, tiny_images, tmp_path, capsys):
-    """What can be measured is, and is written; by default what does not apply is left out without an error."""
+    """What can be evaluated is, and is written; by default what does not apply is left out without an error."""
     for i, path in enumerate(sorted(tiny_images.rglob("*.jpg"))[:10]):
         (tmp_path / "flat").mkdir(exist_ok=True)
         shutil.copy(path, tmp_path / "flat" / f"{i}.jpg")

@@ -21,7 +21,7 @@ LENIENT = Config(**(dict(CPU) | {"data": DataConfig(device="cpu", threads=1, max
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Two classes, dark and light, as PNGs of the model's own size: what is decoded is known to the last level."""
+    """Two classes, dark and light, as PNGs of the model's own size: decoded levels are known exactly."""
     root = tmp_path_factory.mktemp("pictures")
     for part, count, seed in (("train", 30, 0), ("test", 10, 1)):
         for label, name in enumerate(("dark", "light")):
@@ -71,7 +71,7 @@ def test_files_that_cannot_be_decoded_are_left_out_with_their_labels(folder, tmp
 
 
 def torn(folder, tmp_path, *names):
-    """A copy of ``folder`` in which the files of these names hold no picture."""
+    """Return a copy of ``folder`` in which these files hold no picture."""
     root = tmp_path / "torn"
     shutil.copytree(folder, root)
     for name in names:
@@ -102,7 +102,7 @@ def test_a_class_of_which_no_image_can_be_decoded_is_refused(folder, tmp_path):
     _, test = open_splits(root, LENIENT)
     with pytest.raises(UserError, match=r"torn/test: none of the 10 images of class dark can be used: .*000\.png \("):
         list(test.read())
-    assert test.spread(4).shape[0] == 2  # the others can be looked at
+    assert test.spread(4).shape[0] == 2  # the others are readable
 
 
 def test_a_part_of_a_split_counts_for_the_whole_and_a_thinned_one_by_itself(folder, tmp_path):
@@ -112,8 +112,8 @@ def test_a_part_of_a_split_counts_for_the_whole_and_a_thinned_one_by_itself(fold
     assert sum(len(images) for images, _ in part.read()) == 3
     assert len(train.left_out) == 1
     alone = train.take(np.array([0]))
-    assert list(alone.read()) == []  # of another part there may be images of its class
-    thin = train.thinned(30)  # every second file, of which the bad one is none
+    assert list(alone.read()) == []  # another part may have images of its class
+    thin = train.thinned(30)  # every second file, without the bad one
     assert (len(thin), len(thin.left_out), thin.left_out.total) == (30, 0, 30)
 
 

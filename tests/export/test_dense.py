@@ -1,4 +1,4 @@
-"""The networks of whole images, for export, compute what the packed ones do."""
+"""The exported networks over whole images compute what the packed ones do."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ KINDS = [
 
 @pytest.mark.parametrize(("kind", "conditioning"), KINDS, ids=["-".join(kind) for kind in KINDS])
 def test_encoder_and_predictor_in_float64(plain, kind, conditioning):
-    """Every parameter moved off its start, so that one left out would be seen; float64 rounds at 1e-16."""
+    """Every parameter differs from its initial value, so that a missing one shows; float64 rounds at 1e-16."""
     predictor = PredictorConfig(kind=kind, depth=2, width=24, heads=3, conditioning=conditioning)
     shape = EncoderShape(depth=2, width=20, heads=5)
     config = ModelConfig(encoder=shape, image=12, patch=4, predictor=predictor)

@@ -1,4 +1,4 @@
-"""What a run hands on: the model that was trained, in files that others read."""
+"""Exports of a run: the trained model, in files that other tools read."""
 
 import errno
 import importlib.util
@@ -41,7 +41,7 @@ def run(tiny_images, tmp_path_factory):
     return out
 
 
-def test_the_loaded_model_has_the_checkpoint_s_weights_and_the_average_as_its_target(run):
+def test_the_loaded_model_has_the_checkpoint_s_weights_and_the_ema_as_its_target(run):
     model, _, space, step = load_model(run)
     saved = state(run, 3)
     assert (step, space.dim) == (3, model.action_dim)
@@ -70,7 +70,7 @@ def test_the_export_loads_by_itself_and_computes_the_same(run, tmp_path):
 
 
 def test_config_json_says_what_every_file_holds(run, tmp_path):
-    """Part, layout, dtype, pooling, and the one encoder that evaluation reads, for each file that is there."""
+    """Part, layout, dtype, pooling, and the one encoder that evaluation uses, for each file that exists."""
     written = export_run(run, tmp_path / "weights")
     model, config, *_ = load_model(run)
     described = json.loads((written / "config.json").read_text())
@@ -112,7 +112,7 @@ def test_a_shared_target_exports_the_one_encoder_that_there_is(tmp_path):
 
 @pytest.fixture
 def umask():
-    """Set the process's umask for the length of a test."""
+    """Set the process's umask during a test."""
     before = os.umask(0o022)
     yield os.umask
     os.umask(before)
@@ -124,7 +124,7 @@ def modes(folder):
 
 @pytest.mark.parametrize("mask", [0o022, 0o027, 0o077])
 def test_what_is_written_for_users_has_the_umask_s_mode(run, tmp_path, umask, mask):
-    """Weights, DeepSpeed's layout, a finetuned reader, results and the list of bad files: as open() makes files."""
+    """Weights, DeepSpeed's layout, a finetuned reader, results and the list of bad files have open()'s mode."""
     umask(mask)
     export_run(run, tmp_path / "weights")
     export_universal(run, tmp_path / "universal")
@@ -193,7 +193,7 @@ def test_onnx_graphs_compute_what_the_networks_do_for_batches_of_any_size(run, t
             for part, which in parts.items():
                 want = model.encode(images, which).numpy()
                 (found,) = sessions[part].run(None, {"images": images.numpy()})
-                # fp32 rounded in another order, as engine/onnx_export says, of numbers up to the largest
+                # fp32 in another order of sums, as engine/onnx_export says, relative to the largest value
                 np.testing.assert_allclose(found, want, atol=1e-5 * abs(want).max(), rtol=0)
             z = model.encode(images)
             want = model.predict(z, action).numpy()
@@ -261,7 +261,7 @@ save_file({name: value.contiguous() for name, value in found.items()}, sys.argv[
 
 
 def test_timm_s_vision_transformer_gives_the_same_features(run, tmp_path):
-    """The real timm, in a process of its own: nothing of it or of torchvision enters this one."""
+    """The real timm, in a process of its own, so that neither it nor torchvision enters this one."""
     if importlib.util.find_spec("timm") is None or importlib.util.find_spec("torchvision") is None:
         pytest.skip("timm and torchvision are not installed (extra test)")
     written = export_run(run, tmp_path / "weights")
@@ -278,7 +278,7 @@ def test_timm_s_vision_transformer_gives_the_same_features(run, tmp_path):
     for name, which in files.items():
         with torch.no_grad():
             want = model.encode(images, which)
-        # Two orders of fp32 sums through two blocks, of features of size 1.
+        # Two orders of fp32 sums through two blocks, for features of size 1.
         torch.testing.assert_close(found[f"{name}_timm.safetensors"], want, rtol=0, atol=1e-5)
         pooled = want.mean(dim=1)  # as evaluation pools, and config.json says
         torch.testing.assert_close(found[f"{name}_timm.safetensors pooled"], pooled, rtol=0, atol=1e-5)

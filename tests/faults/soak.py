@@ -1,15 +1,16 @@
-"""Kill a training over and over, let it resume, and compare what it arrives at with a run that nobody touched.
+"""Kill a training repeatedly, let it resume, and compare its result with that of an undisturbed run.
 
     python tests/faults/soak.py --out DIR [--kills 100] [--steps 300] [--stage 2] [--seed 0] [--launcher warm|torchrun]
                                 [--json FILE]
 
 Two ranks under torchrun train a two-layer model. ``torchrun`` starts its command line each time; ``warm`` forks
-torchrun's agent, and the agent the ranks, from a process that has imported everything, which saves most of a start.
- SIGKILL goes to the launcher and both ranks together, to the launcher
-alone or to one rank alone, at instants drawn at random: while it starts, during a step, while a checkpoint is being
-written, between its rename and the move of ``latest``. Instants are found from outside, by watching the run's folder;
-the engine knows nothing of this program. After every kill all processes have to be gone within a minute without help,
-and the next start has to go on at the checkpoint's next step with the earlier lines of metrics.jsonl unchanged.
+torchrun's agent, and the agent the ranks, from a process that has imported everything, which saves most of a launch.
+
+SIGKILL goes to the launcher and both ranks together, to the launcher alone or to one rank alone, at random instants:
+during startup, during a step, while a checkpoint is written, between its rename and the update of ``latest``. Instants
+are found from outside, by watching the run's folder; the engine knows nothing of this program. After every kill all
+processes must end by themselves within a minute, and the next launch must resume at the checkpoint's next step with the
+earlier lines of metrics.jsonl unchanged.
 """
 
 from __future__ import annotations
@@ -49,14 +50,14 @@ GONE_WITHIN_S = 60.0
 STARTED_WITHIN_S = 240.0
 VICTIMS = ("all", "launcher", "rank 0", "rank 1")
 INSTANTS = ("start", "step", "writing", "before latest")
-BANNER = "global batch"  # of the line with which a start says what it is
+BANNER = "global batch"  # in the line with which a launch begins
 ANNOUNCED = re.compile(r"soak: rank (\d) is pid (\d+)")
 RESUMED = re.compile(r"the next step is (\d+) of")
 
 
 @dataclass
 class Kill:
-    """One kill: who, when, how long the rest took to end, and the step that the next start went on with."""
+    """One kill: which processes, when, how long the rest took to end, and the step at which the next launch resumed."""
 
     victim: str
     instant: str
@@ -78,7 +79,7 @@ class Job:
         self._resumes = _newest(run) > 0
 
     def trains(self) -> bool:
-        """Whether this start has made a step; earlier ones' lines are in metrics.jsonl until it has dropped them."""
+        """Return whether this launch has made a step; it drops later lines of earlier ones from metrics.jsonl first."""
         if self._resumed_after is None:
             said = self.said()
             match = RESUMED.search(said)
@@ -88,7 +89,7 @@ class Job:
         return _logged(self.run) > self._resumed_after
 
     def find_ranks(self) -> bool:
-        """Learn the ranks' process ids; whether both are there."""
+        """Find the ranks' process ids; return whether both exist."""
         if len(self.ranks) < 2 and self.warm:
             self.ranks = [int(pid) for _, pid in sorted(ANNOUNCED.findall(self.said()))]
         elif len(self.ranks) < 2:
@@ -96,16 +97,16 @@ class Job:
         return len(self.ranks) == 2
 
     def kill(self, victim: str) -> None:
-        """SIGKILL, at once to everybody who is meant."""
+        """Send SIGKILL to all selected processes at once."""
         self.find_ranks()
         pids = {"all": [self.launcher.pid, *self.ranks], "launcher": [self.launcher.pid]}
         pids |= {f"rank {r}": [pid] for r, pid in enumerate(self.ranks)}
-        for pid in pids.get(victim, pids["all"]):  # a rank that is not there yet: all of it
+        for pid in pids.get(victim, pids["all"]):  # the whole job if that rank has not started yet
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
     def wait_gone(self) -> float:
-        """Seconds until the last process has ended by itself; RuntimeError when that takes too long."""
+        """Return seconds until the last process ended by itself; raise RuntimeError if that takes too long."""
         begin = time.monotonic()
         while self.launcher.poll() is None or any(_alive(pid) for pid in self._others()):
             if time.monotonic() - begin > GONE_WITHIN_S:
@@ -114,17 +115,17 @@ class Job:
         return time.monotonic() - begin
 
     def _others(self) -> list[int]:
-        """Every process of the job but the launcher, also those that it did not live to see start."""
+        """Return every process of the job except the launcher, also those that started after it died."""
         self.find_ranks()
         return [*self.ranks, *(_of_session(self.launcher.pid) if self.warm else [])]
 
     def said(self) -> str:
-        """What the launcher and its ranks printed."""
+        """Return the output of the launcher and its ranks."""
         self._log.seek(self._begin)
         return self._log.read().decode(errors="replace")
 
     def close(self) -> None:
-        """Forget it; whatever is left of it ends."""
+        """Kill whatever is left of it."""
         if self.launcher.poll() is None:
             self.kill("all")
             self.launcher.wait()
@@ -137,7 +138,7 @@ def _torchrun(words: list[str], output: IO[bytes]) -> subprocess.Popen[bytes]:
 
 
 class _Forked:
-    """torchrun's agent in a fork of this process, with what this program needs of Popen."""
+    """torchrun's agent in a fork of this process, with the parts of Popen that this program needs."""
 
     def __init__(self, words: list[str], output: IO[bytes]) -> None:
         self.returncode: int | None = None
@@ -176,12 +177,12 @@ class _Forked:
 
 
 def _warm() -> None:
-    """Everything that a start imports or compiles in Python, so that forks have it; no thread may begin here."""
+    """Import and compile everything that a launch needs, so that forks have it; no thread may start here."""
     import deepspeed.runtime.zero.muon.original_muon
     import torch._dynamo
     import torch._inductor.compile_fx  # noqa: F401
 
-    # Not built: that would begin DALI's threads.
+    # Not built: that would start DALI's threads.
     _decoder("cpu", "image_slice", batch_size=2, num_threads=1, device_id=None)
     deepspeed.ops.__compatible_ops__  # noqa: B018  (found out on the first look)
 
@@ -192,7 +193,7 @@ def _rank(words: list[str]) -> None:
 
 
 def soak(out: Path, kills: int, steps: int, stage: int, seed: int, *, warm: bool) -> list[Kill]:
-    """Run to the end through ``kills`` kills; AssertionError when anything differs from the untouched run."""
+    """Run to the end through ``kills`` kills; raise AssertionError if anything differs from the undisturbed run."""
     out.mkdir(parents=True)
     config = write_config(out, steps, stage)
     with _job(config, out / "straight", out / "straight.log", warm) as job:
@@ -223,7 +224,7 @@ def soak(out: Path, kills: int, steps: int, stage: int, seed: int, *, warm: bool
 
 
 def write_config(out: Path, steps: int, stage: int) -> Path:
-    """Twelve small images and the configuration of a run on them."""
+    """Write twelve small images and the configuration of a run on them."""
     noise = np.random.default_rng(0)
     (out / "images").mkdir()
     for i in range(12):
@@ -242,7 +243,7 @@ def write_config(out: Path, steps: int, stage: int) -> Path:
 
 
 def _one(job: Job, draw: random.Random, *, ahead: bool, start_s: float) -> Kill:
-    """Wait for the drawn instant and kill. A run that is ahead of its share of steps is killed while it starts."""
+    """Wait for the random instant and kill. A run that is ahead of its share of steps is killed during startup."""
     victim = draw.choice(VICTIMS)
     instant = "start" if ahead else draw.choice(INSTANTS)
     if instant == "start":
@@ -263,7 +264,7 @@ def _one(job: Job, draw: random.Random, *, ahead: bool, start_s: float) -> Kill:
 
 
 def _check_resumed(kill: Kill, before: bytes, kept: Path, said: str) -> None:
-    """What this start, before it was killed, did with the metrics of the earlier ones."""
+    """Check what this launch, before it was killed, did with the metrics of the earlier ones."""
     match = RESUMED.search(said)
     if match is None:
         return
@@ -290,7 +291,7 @@ def _job(config: Path, run: Path, log: Path, warm: bool) -> Iterator[Job]:
 
 
 def _until(job: Job, condition) -> None:
-    """Poll; a job that has ended by itself is not waited for."""
+    """Poll until a condition holds or the job has ended by itself."""
     limit = time.monotonic() + STARTED_WITHIN_S
     while not condition() and job.launcher.poll() is None:
         job.find_ranks()
@@ -300,7 +301,7 @@ def _until(job: Job, condition) -> None:
 
 
 def _logged(run: Path) -> int:
-    """The last step in metrics.jsonl."""
+    """Return the last step in metrics.jsonl."""
     try:
         lines = _lines((run / "metrics.jsonl").read_bytes(), below=1 << 62)
     except OSError:
@@ -320,7 +321,7 @@ def _newest(run: Path) -> int:
 
 
 def _of_session(leader: int) -> list[int]:
-    """Processes in the session that ``leader`` began, itself left out."""
+    """Return the processes in the session of ``leader``, without itself."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and int(entry.name) != leader:
@@ -331,7 +332,7 @@ def _of_session(leader: int) -> list[int]:
 
 
 def _ranks_of(pid: int) -> list[int]:
-    """Child processes of a launcher that have a RANK: it may have others."""
+    """Return the child processes of a launcher that have a RANK; it may have others."""
     try:
         found = [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     except OSError:

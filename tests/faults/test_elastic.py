@@ -1,4 +1,4 @@
-"""Two hosts, simulated by two torchrun agents of one elastic job: one is lost, the other goes on alone."""
+"""Two hosts, simulated by two torchrun agents of one elastic job: one is lost, the other continues alone."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def children(pid):
     return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def test_a_job_that_loses_a_host_goes_on_with_the_other(tiny_images, tmp_path):
+def test_a_job_that_loses_a_host_resumes_on_the_other(tiny_images, tmp_path):
     run, config = tmp_path / "run", tmp_path / "elastic.yaml"
     tree = json.loads(json.dumps(BASE))
     tree["data"]["root"] = str(tiny_images)
@@ -65,5 +65,5 @@ def test_a_job_that_loses_a_host_goes_on_with_the_other(tiny_images, tmp_path):
             job.communicate()
     assert [record["step"] for record in metrics(run)] == list(range(1, STEPS + 1))
     pretrain(small_config(tiny_images, train__schedule_steps=STEPS, zero__stage=2), tmp_path / "straight")
-    # Rounding grows along a trajectory; what is compared is the part around the loss of the host.
+    # Rounding errors grow along a trajectory; compare the part around the loss of the host.
     assert losses(run)[: 3 * LOST_AT] == pytest.approx(losses(tmp_path / "straight")[: 3 * LOST_AT], rel=1e-3)

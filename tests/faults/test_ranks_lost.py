@@ -1,4 +1,4 @@
-"""Two ranks started by hand, without a launcher that would clean up: one is stopped, killed or told to stop."""
+"""Two ranks started by hand, without a launcher that would clean up: one is paused, killed or asked to stop."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ import yaml
 from small_run import BASE, losses, metrics, state
 
 SOAK = Path(__file__).parent / "soak.py"
-# Seconds that a rank may be silent in a step, and what all wait for its end at most; one that hangs does for 600.
+# Seconds that a rank may be silent in a step, and the limit for all to end; one that hangs does for 600.
 TIMEOUT_S, ENDED_WITHIN_S = 10.0, 240.0
 
 
@@ -40,7 +40,7 @@ HANGS = ("-c", _PROGRAM)
 
 
 class TwoRanks:
-    """Both processes, with what each says."""
+    """Both processes, with the output of each."""
 
     def __init__(self, config, run, *words, second=("-m", "iwm_fast")):
         with socket.socket() as free:
@@ -95,7 +95,7 @@ def started():
 
 
 def said_of(rank, job, expected):
-    """The line with which the first rank ended, which has to say ``expected`` of ``rank`` and blame nobody else."""
+    """Return the last line of the first rank, which must say ``expected`` of ``rank`` and blame nobody else."""
     code, said = job.end(0)
     assert code in (1, 2), said
     assert "Traceback" not in said
@@ -127,12 +127,12 @@ def test_a_signal_to_one_rank_stops_both_and_a_killed_one_is_named(config, start
 
 
 def test_a_rank_that_hangs_ends_all_within_the_timeout_and_is_named(started, config, tmp_path):
-    """Its third forward pass does not end: the process lives, and goes on saying so."""
+    """Its third forward pass does not end: the process lives, and its heartbeat continues."""
     job = started(config, tmp_path / "run", second=HANGS)
     job.until_step(2)
     line = said_of(1, job, "hangs")
     assert "last seen in forward of step 3" in line
-    code, said = job.end(1)  # it says so itself, too
+    code, said = job.end(1)  # it reports itself, too
     assert code == 1
     assert "rank 1 (host" in said
 

@@ -1,4 +1,4 @@
-"""A run goes on with another number of ranks and another ZeRO stage: same trajectory, each sample once an epoch."""
+"""A run resumes with another number of ranks and another ZeRO stage: same trajectory, each sample once per epoch."""
 
 import json
 import os
@@ -23,7 +23,7 @@ CHAINS = {
 
 @pytest.fixture(scope="module")
 def runs(tiny_images, tmp_path_factory):
-    """The chains, their parts grouped by the number of ranks so that each is imported for once where order allows."""
+    """Run the chains, their parts grouped by number of ranks where order allows, so that each imports once."""
     out = tmp_path_factory.mktemp("worlds")
     pretrain(small_config(tiny_images, train__steps=STEPS, train__schedule_steps=STEPS), out / "straight")
     for part in range(max(map(len, CHAINS.values()))):

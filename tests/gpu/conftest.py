@@ -1,4 +1,4 @@
-"""Everything in this folder needs a GPU; without one it is skipped, and says so."""
+"""Everything in this folder needs a GPU and is skipped without one."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Every packed attention that this machine has: its results and gradients, and which of them repeat bit for bit."""
+"""Every packed attention on this machine: its results and gradients, and which of them repeat bit for bit."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ def test_results_and_gradients_are_each_images_own(backend, lengths):
     exact = results(moved(parts, torch.float64), upstream.double().cpu(), on_host, "sdpa")
     plain = results(moved(parts, torch.bfloat16), upstream.cpu(), on_host, "sdpa")
     for ours, right, rounded in zip(found, exact, plain, strict=True):
-        # Scores and their gradients are bf16 operands of the second matmul, which the CPU's, in fp32, are not.
+        # Scores and their gradients are bf16 operands of the second matmul; the CPU has them in fp32.
         assert (ours.double().cpu() - right).norm() <= 2 * (rounded.double() - right).norm() + 1e-2 * right.norm()
 
 
-def test_asked_for_determinism_gradients_repeat_bit_for_bit(backend, monkeypatch):
+def test_with_determinism_gradients_repeat_bit_for_bit(backend, monkeypatch):
     if backend == "cudnn":
         pytest.skip("cuDNN's backward pass has no deterministic form in PyTorch")
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -1,4 +1,4 @@
-"""Products in fp8 on a GPU against the CPU's, which multiplies the same numbers; tests/models/test_fp8.py has those."""
+"""fp8 matmuls on a GPU against the CPU's over the same values, which tests/models/test_fp8.py checks."""
 
 import math
 
@@ -22,8 +22,8 @@ def _needs_fp8():
 
 @pytest.mark.parametrize(("tokens", "width", "out"), [(197, 768, 2304), (1, 768, 768), (1003, 3072, 768), (0, 64, 32)])
 @pytest.mark.parametrize("activation", ["none", "gelu"])
-def test_a_product_is_the_cpus(tokens, width, out, activation):
-    """To one rounding to bf16 more, sums in another order, and, of GELU, roundings that another erf turns."""
+def test_a_matmul_is_the_cpus(tokens, width, out, activation):
+    """Up to one more rounding to bf16, another order of sums and, for GELU, roundings changed by another erf."""
     x, weight = (draw(n, width, n, 1.0, torch.bfloat16) for n in (tokens, out))
     bias = draw(1, out, 2, 1.0, torch.bfloat16)[0]
     found = fp8_linear(x.cuda(), weight.cuda(), bias.cuda(), activation).cpu()
@@ -42,14 +42,14 @@ def test_what_is_not_finite_stays_so_in_its_own_row():
     assert torch.equal(found[::2], torch.full_like(found[::2], 33.0))
 
 
-def test_sizes_that_fp8_has_no_product_for_stay_in_bf16():
+def test_sizes_that_fp8_matmuls_do_not_support_stay_in_bf16():
     x, weight = (draw(n, 40, n, 0.0, torch.bfloat16).cuda() for n in (9, 24))
     bias = torch.zeros(24, dtype=torch.bfloat16, device="cuda")
     assert torch.equal(fp8_linear(x, weight, bias), torch.nn.functional.linear(x, weight, bias))
 
 
 def test_targets_are_the_cpus():
-    """Sums in another order turn a rounding of bf16, and that one of e4m3, here and there."""
+    """Another order of sums changes some roundings to bf16, and those change some to e4m3."""
     torch.manual_seed(0)
     shape, predictor = EncoderShape(depth=4, width=128, heads=4), PredictorConfig(depth=1, width=32, heads=1)
     model = IWM(

@@ -15,7 +15,7 @@ from iwm_fast.engine.graphs import GraphedStep
 def test_training_with_graphs_has_the_losses_of_the_training_without(
     tiny_images, tmp_path, monkeypatch, stage, precision
 ):
-    """The loss's factor is applied in another place: the last bit of a gradient may differ, and what follows."""
+    """The loss's factor is applied elsewhere: the last bit of a gradient may differ, and everything after it."""
     captured = []
     capture = GraphedStep._capture
 
@@ -40,7 +40,7 @@ def test_training_with_graphs_has_the_losses_of_the_training_without(
 
 
 def test_after_warm_up_a_step_with_graphs_allocates_and_tunes_nothing(tiny_images, tmp_path):
-    """More memory is reserved for a size that is new; with one size there is none after its capture."""
+    """A new size reserves more memory; with a single size there is none after its capture."""
     config = small_config(
         tiny_images, train__steps=30, train__static_shapes=True, train__static_multiple=512, train__epochs=40.0,
         train__cuda_graph=True, train__precision="bf16", zero__stage=1, data__device="gpu",

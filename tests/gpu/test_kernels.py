@@ -1,4 +1,4 @@
-"""The kernels on a GPU at the sizes that training has, and past 2³¹ elements; tests/triton has everything smaller."""
+"""The kernels on a GPU at training's sizes, and beyond 2³¹ elements; tests/triton has everything smaller."""
 
 import subprocess
 import sys
@@ -83,7 +83,7 @@ def test_the_predictors_input_past_two_to_the_31_elements():
     assert torch.equal(grad[-100:], out[:100].flip(0))
 
 
-def test_the_average_past_two_to_the_31_elements():
+def test_the_ema_past_two_to_the_31_elements():
     average, weight = (torch.randn(PAST_INT32, device="cuda") for _ in range(2))
     copy = torch.zeros(PAST_INT32, dtype=torch.bfloat16, device="cuda")
     parts = (slice(0, 5000), slice(2**31 - 2500, 2**31 + 2500), slice(PAST_INT32 - 5000, PAST_INT32))

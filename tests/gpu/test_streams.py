@@ -1,4 +1,4 @@
-"""What runs on streams and threads of its own, the target's forward pass and the loader, computes the same."""
+"""Work on other streams and threads, the target's forward pass and the loader, computes the same."""
 
 import itertools
 
@@ -16,7 +16,7 @@ from iwm_fast.models.cuda_stream import SideStream
 
 
 def model_and_batch():
-    """Large enough that both forward passes are under way at the same time."""
+    """Large enough that both forward passes run at the same time."""
     torch.manual_seed(0)
     config = ModelConfig(
         encoder=EncoderShape(depth=6, width=384, heads=6), predictor=PredictorConfig(depth=4, width=192)
@@ -32,7 +32,7 @@ def model_and_batch():
 
 
 def test_no_bit_of_the_loss_changes():
-    """Forward passes, whose sums have an order. The target moves before each, as its average does."""
+    """Forward passes have a fixed order of sums. The target changes before each, as the EMA does."""
     model, batch = model_and_batch()
     begin = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     found = []
@@ -40,9 +40,9 @@ def test_no_bit_of_the_loss_changes():
         model.load_state_dict(begin)
         model.target_stream = stream
         with torch.no_grad():
-            model(*batch)  # tuned and allocated
+            model(*batch)  # warm-up
             values = []
-            for _ in range(10):  # none of them is waited for
+            for _ in range(10):  # without synchronisation
                 torch._foreach_mul_(list(model.target_encoder.parameters()), 0.97)
                 values.append(model(*batch).loss)
         found.append(torch.stack(values))
@@ -51,7 +51,7 @@ def test_no_bit_of_the_loss_changes():
 
 
 def batches_of(config, root, count, between):
-    """Views of so many batches on the host, `between` called before each is read."""
+    """Yield views of this many batches on the host, calling `between` before each is read."""
     found = []
     with TrainingStream(config, list_images(root), space_of(config.actions)) as stream:
         for batch in itertools.islice(stream, count):
@@ -62,7 +62,7 @@ def batches_of(config, root, count, between):
 
 @pytest.mark.parametrize("sources", [1, 4])
 def test_the_loader_writes_over_nothing_that_is_still_read(tiny_images, sources):
-    """A stream that is always behind reads what the loader gave it batches ago, while that makes the next ones."""
+    """A stream that lags behind reads batches of the loader long after it got them, while the next are written."""
     config = small_config(tiny_images, views__sources_per_target=sources, data__device="gpu", data__prefetch=4)
 
     def busy():
@@ -75,7 +75,7 @@ def test_the_loader_writes_over_nothing_that_is_still_read(tiny_images, sources)
 
 
 def test_the_loaders_thread_is_on_the_ranks_gpu(tiny_images):
-    """Its pinned memory and kernels would make a context on the first GPU otherwise: seen with two or more only."""
+    """Otherwise its pinned memory and kernels create a context on the first GPU; visible with two or more only."""
     config, last = small_config(tiny_images, data__device="gpu"), torch.cuda.device_count() - 1
     with torch.cuda.device(last), TrainingStream(config, list_images(tiny_images), space_of(config.actions)) as stream:
         assert stream._thread.submit(torch.cuda.current_device).result() == last
@@ -84,7 +84,7 @@ def test_the_loaders_thread_is_on_the_ranks_gpu(tiny_images):
 
 @pytest.mark.parametrize(("stage", "precision"), [(0, "bf16"), (1, "fp32"), (2, "bf16")])
 def test_training_follows_the_one_stream(tiny_images, tmp_path, stage, precision):
-    """Gathers' gradients are added in any order on a GPU: fp32's last bits, or bf16's, carried along for ten steps."""
+    """Gathers' gradients are added in any order on a GPU: last bits of fp32 or bf16, carried along for ten steps."""
     changes = {"train__steps": 10, "train__precision": precision, "zero__stage": stage, "data__device": "gpu"}
     for beside in (False, True):
         pretrain(small_config(tiny_images, train__target_stream=beside, **changes), tmp_path / str(beside))

@@ -1,4 +1,4 @@
-"""The whole path on a GPU against the same path on the CPU."""
+"""The whole pipeline on a GPU against the same on the CPU."""
 
 import contextlib
 import dataclasses
@@ -32,8 +32,8 @@ def test_training_on_a_gpu_runs_at_every_stage_and_precision(tiny_images, tmp_pa
     assert metrics(tmp_path / "run")[-1]["memory_bytes"] == torch.cuda.max_memory_allocated()
 
 
-def test_forward_backward_and_the_average_never_wait_for_the_gpu(tiny_images, tmp_path, monkeypatch):
-    """CUDA's own debug mode raises where the host waits; tests/engine/test_no_waiting.py counts it on the CPU."""
+def test_forward_backward_and_the_ema_never_wait_for_the_gpu(tiny_images, tmp_path, monkeypatch):
+    """CUDA's debug mode raises at host synchronisations; tests/engine/test_no_waiting.py counts them on the CPU."""
     train_step, never = loop.Trainer.train_step, {"forward", "backward", "ema"}
 
     class Strict(loop.Spans):
@@ -47,7 +47,7 @@ def test_forward_backward_and_the_average_never_wait_for_the_gpu(tiny_images, tm
                     torch.cuda.set_sync_debug_mode("default")
 
     def step(trainer):
-        if trainer.step >= 3:  # tuned, compiled and allocated
+        if trainer.step >= 3:  # warmed up
             trainer.new_spans = Strict
         return train_step(trainer)
 
@@ -57,8 +57,8 @@ def test_forward_backward_and_the_average_never_wait_for_the_gpu(tiny_images, tm
     assert len(losses(tmp_path / "run")) == 2
 
 
-def test_gpu_and_cpu_draw_the_same_views(tiny_images):
-    """nvJPEG and libjpeg-turbo round differently: two levels in the mean is what emitted-means-exact allows."""
+def test_gpu_and_cpu_make_the_same_views(tiny_images):
+    """nvJPEG and libjpeg-turbo round differently: views are exact to two levels in the mean."""
     images = list_images(tiny_images)
     encoded = [inspect(images.read(i), 10**8) for i in range(8)]
     size = torch.tensor([(e.width, e.height) for e in encoded]).numpy()
@@ -91,7 +91,7 @@ def test_xformers_equals_per_image_attention(lengths):
     out = packed_attention(q, k, v, segments, "xformers")
     exact = packed_attention(*(t.double().cpu() for t in (q, k, v)), Segments.from_lengths(lengths), "sdpa")
     plain = packed_attention(q.cpu(), k.cpu(), v.cpu(), Segments.from_lengths(lengths), "sdpa")
-    # Not less accurate than twice what bf16 itself loses.
+    # At most twice the error of bf16 itself.
     assert (out.double().cpu() - exact).norm() <= 2 * (plain.double() - exact).norm() + 1e-3 * exact.norm()
 
 

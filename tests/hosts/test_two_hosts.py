@@ -39,7 +39,7 @@ def torchrun(hosts, host):
 
 
 def hostfile(hosts, host):
-    """What DeepSpeed's launcher runs on each host of a hostfile, by ssh, which these hosts do not have."""
+    """Run what DeepSpeed's launcher runs on each host of a hostfile, by ssh, which these hosts do not have."""
     world = base64.urlsafe_b64encode(json.dumps({name: [0] for name in hosts.names}).encode()).decode()
     return [
         sys.executable, "-u", "-m", "deepspeed.launcher.launch", f"--world_info={world}", f"--node_rank={host}",
@@ -92,9 +92,7 @@ def config(tiny_images, tmp_path):
 
 
 @pytest.mark.parametrize("launcher", [torchrun, hostfile])
-def test_a_cut_link_ends_both_sides_with_the_lost_peer_s_name_and_restarted_they_go_on(
-    launcher, hosts, config, tmp_path
-):
+def test_a_cut_link_ends_both_ranks_with_the_lost_host_s_name_and_they_resume(launcher, hosts, config, tmp_path):
     run = tmp_path / "run"
     words = ["zero.stage=2", "checkpoint.every_steps=5", "train.schedule_steps=3000"]
     timing = [f"train.rank_timeout_s={TIMEOUT}", "data.wait_s=5"]
@@ -106,14 +104,14 @@ def test_a_cut_link_ends_both_sides_with_the_lost_peer_s_name_and_restarted_they
             time.sleep(0.05)
         hosts.cut()
         cut = time.monotonic()
-        # A rank may be silent for the timeout; looking at the others, and the launcher's own end, come on top.
+        # A rank may be silent for the timeout; checking the others, and the launcher's own end, come on top.
         assert job.wait(4 * TIMEOUT), job.said(0)[-3000:] + job.said(1)[-3000:]
         print(f"both ended {time.monotonic() - cut:.1f} s after the cut")
     finally:
         job.end()
     assert all(p.returncode != 0 for p in job.processes)
     for host in (0, 1):
-        # The first host holds the rendezvous: cut off from it, the other can name its address alone.
+        # The first host holds the rendezvous: cut off from it, the other can only name its address.
         other = rf"{hosts.names[1 - host]}\b|{re.escape(hosts.addresses[1 - host])}:"
         said = [line for line in job.said(host).splitlines() if line.startswith("iwm-fast: ")]
         assert len(said) == 1, job.said(host)[-3000:]
@@ -151,11 +149,11 @@ def test_a_link_that_is_slow_one_way_is_named_when_the_run_starts(hosts, config,
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_bytes_on_the_wire_are_the_plan_s(stage, hosts, config, tmp_path):
-    """What the link itself counts between two logged steps, both ways: the formula's bytes and TCP's, no others.
+    """Bytes that the link counts between two logged steps, both ways: the formula's and TCP's, no others.
 
-    Headers are 66 bytes in packets of at most 1,500 (4.6 %), acknowledgements as many of the packets the other way, and
-    the scalars of a step and the pulses are small beside 1.3 MB: a tenth more at most. Reading metrics and counter
-    apart misses a step at most, of fifty.
+    Headers are 66 bytes in packets of at most 1,500 (4.6 %), with an equal number of acknowledgements the other way;
+    scalars of a step and heartbeats are small beside 1.3 MB: at most 10 % more in all. Metrics and counter are read
+    separately, which misses at most one step of fifty.
     """
     changes = {"model__predictor__width": 128, "zero__stage": stage}
     words = [f"zero.stage={stage}", "model.predictor.width=128", "train.schedule_steps=100000", "log.every_steps=1"]

@@ -1,4 +1,4 @@
-"""The gate of the ahead-of-time compiles, in processes of their own: what they read, and that faults fail."""
+"""Ahead-of-time compilation, in processes of its own: its reports, and that faults fail."""
 
 import json
 import os
@@ -54,16 +54,16 @@ def test_every_kernel_of_an_architecture_compiles_without_a_spill(compiled):
             assert row["matrix_instructions"]["wgmma.mma_async"] > 0
     cubins = list((folder / "cubins").glob("*.cubin"))
     assert len(cubins) == len(rows)
-    for cubin in cubins:  # what a profiler is told to look for is what the GPU's code is called
+    for cubin in cubins:  # profilers find kernels by the name of the GPU's code
         assert re.findall(rb"\.text\.(\w+)", cubin.read_bytes())[0].decode() == cubin.name.partition(".")[0]
     assert kernels == set(TRITON_FUNCTIONS)
     committed = (ROOT / "docs" / "reference" / "kernels_sm_90.md").read_text()
-    if f"Triton {document['triton']}," in committed:  # another version allots other registers
+    if f"Triton {document['triton']}," in committed:  # another version allocates other registers
         page = (folder / "page.md").read_text()
         assert page == committed, "docs/reference/kernels_sm_90.md is old: its first lines say how to make it again"
 
 
-# Role to (serial, overlapped): shares of the tensor cores' peak that the machine code has to allow.
+# Role to (serial, overlapped): shares of the tensor cores' peak that the machine code must allow.
 GOALS = {
     "hidden": (0.50, 0.65), "hidden_backward": (0.45, 0.60), "project": (0.0, 0.65), "dx": (0.0, 0.65),
 }  # fmt: skip
@@ -91,7 +91,7 @@ def test_machine_code_allows_the_share_of_peak_that_was_set(compiled, role, shap
     [("hidden", 0.38, 0.54), ("hidden_backward", 0.45, 0.60), ("project", 0.75, 0.95), ("dx", 0.75, 0.95)],
 )
 def test_what_a_block_of_192_columns_reaches_stays(compiled, role, serial, overlapped):
-    """Below `GOALS` for `hidden`: of its 256 × 128 tile, GELU alone takes more cycles than the tensor cores' 3,072."""
+    """Below `GOALS` for `hidden`: for its 256 × 128 tile GELU alone takes more cycles than the tensor cores' 3,072."""
     best = max(rows_of(compiled[1], role, "block 192"), key=limit)
     assert round(best["serial"], 2) >= serial
     assert round(best["overlapped"], 2) >= overlapped
@@ -99,7 +99,7 @@ def test_what_a_block_of_192_columns_reaches_stays(compiled, role, serial, overl
 
 
 def limit(row):
-    """What the candidates are ordered by."""
+    """Return what the candidates are ordered by."""
     return min(row["serial"] if row["overlapped"] is None else row["overlapped"], row["by_l2"][-1])
 
 
@@ -134,7 +134,7 @@ def test_no_warp_waits_for_another_in_a_loop_over_rows(compiled, role):
 
 
 def test_no_warp_waits_for_another_where_patches_are_cut(compiled):
-    """Patches of 14 pixels apart: rows of 1,176 bytes are shared out anew before they are stored."""
+    """Patches of 14 pixels are excluded: rows of 1,176 bytes are redistributed before they are stored."""
     rows = [row for row in compiled[1]["rows"] if row["role"] == "patchify"]
     found = {
         f"patches of {patch}": [row["barriers"] for row in rows if row["shape"] == f"patches of {patch}"]
@@ -177,7 +177,7 @@ def report(**changes):
     return Report(**(given | changes))
 
 
-def test_faults_are_a_spill_too_much_shared_memory_and_a_product_without_matrix_instructions():
+def test_faults_are_a_spill_too_much_shared_memory_and_a_matmul_without_matrix_instructions():
     assert report().fault is None
     assert "spills 8 bytes" in report(spill_bytes=8).fault
     assert "shared memory" in report(shared_bytes=163 * 1024 + 1).fault

@@ -1,4 +1,4 @@
-"""Autocast around an operator does what the operator says it does, and nothing more, whatever pass it is around."""
+"""Autocast around an operator does what its docstring says and nothing else, forward and backward."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_compiled_under_autocast_it_is_the_same(name: str) -> None:
 
 
 def test_a_loss_takes_its_two_types_to_the_wider_one_under_autocast_only() -> None:
-    """Autocast's products are in half and its normalisations in fp32: prediction and target."""
+    """Autocast gives matmuls in half and normalisations in fp32: prediction and target."""
     pred, target = torch.randn(4, 3).bfloat16().requires_grad_(), torch.randn(4, 3)
     with torch.autocast("cpu", torch.bfloat16):
         loss = stopgrad_l2(pred, target)
@@ -47,7 +47,7 @@ def test_a_failing_backward_pass_leaves_autocast_as_it_was() -> None:
 
 @pytest.mark.parametrize("kind", ["vit", "mlp"])
 def test_a_model_steps_under_autocast(kind: str) -> None:
-    """As whoever trains it by a loop of their own would: within bf16's rounding of fp32, and fp32 gradients."""
+    """As in a user's own training loop: within bf16's rounding of fp32, and with fp32 gradients."""
     torch.manual_seed(0)
     predictor = PredictorConfig(kind=kind, depth=2, width=16, heads=2, conditioning="block")
     shape = EncoderShape(depth=2, width=16, heads=2)

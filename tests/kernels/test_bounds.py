@@ -1,4 +1,4 @@
-"""What is read from machine code, and the bounds that are worked out from it, against small cases done by hand."""
+"""Parsing of machine code, and the bounds computed from it, against small cases done by hand."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from iwm_fast.kernels._tuning.candidates import Choice, possible, slices_of
 
 
 def sass(*lines):
-    """Lines as nvdisasm prints them: an instruction, or a label."""
+    """Return lines as nvdisasm prints them: an instruction, or a label."""
     return "\n".join(line if line.endswith(":") else f"        /*{i:04x}*/  {line} ;" for i, line in enumerate(lines))
 
 
@@ -39,7 +39,7 @@ PLAIN = sass(
 def test_a_loop_and_what_is_around_it():
     code = Code.parse(PLAIN)
     loop = code.loop()
-    assert code.total == 11  # two labels' worth of lines and NOP are not among them
+    assert code.total == 11  # without labels and NOP
     assert (loop.instructions, loop.matrix, loop.barriers) == (6, 2, 2)
     assert loop.outside == 11 - 6
     assert not loop.persistent
@@ -47,7 +47,7 @@ def test_a_loop_and_what_is_around_it():
 
 
 def test_a_program_that_walks_over_tiles_has_a_loop_in_a_loop():
-    """The epilogue, 7 instructions of the outer loop, is outside; what runs once, 2, belongs to no tile."""
+    """The epilogue, 7 instructions of the outer loop, is outside; 2 that run once belong to no tile."""
     code = Code.parse(
         sass(
             "S2R R0, SR_TID.X",
@@ -69,7 +69,7 @@ def test_a_program_that_walks_over_tiles_has_a_loop_in_a_loop():
 
 
 def test_a_turn_is_the_shortest_way_round():
-    """A wait that spins, or a branch that is seldom taken, is not counted to a turn."""
+    """A spinning wait, or a rare branch, is not part of an iteration."""
     code = Code.parse(
         sass(
             ".L_x_1:",
@@ -101,14 +101,14 @@ def about(**changes):
 
 
 def test_bounds_of_a_forward_multiply_by_hand():
-    """128 × 128 of a depth of 384: 3,072 cycles of the tensor cores, six turns of 200 slots, 2,000 around them."""
+    """128 × 128 of a depth of 384: 3,072 tensor core cycles, six iterations of 200 issue slots, 2,000 outside."""
     found = matrix_bound("hidden", "block 384", about())
     assert (found["tensor_cycles"], found["loop_cycles"], found["outside_cycles"]) == (3072, 1200, 2000)
     assert found["serial"] == pytest.approx(3072 / (3072 + 2000))
     assert found["overlapped"] is None
     assert found["l2_bytes_per_token"] == 2 * 384 * (12 + 12)  # x once for each of 12 columns, w for each 128 rows
     assert found["last_wave"] == pytest.approx(784 * 12 / (72 * 132))
-    # 1,179,648 operations of a token at 4,096 a cycle and SM, 132 SMs, 1.755 GHz; 18,432 bytes at 7 TB/s.
+    # 1,179,648 operations per token at 4,096 per cycle and SM, 132 SMs, 1.755 GHz; 18,432 bytes at 7 TB/s.
     assert found["by_l2"][1] == pytest.approx(1179648 / (4096 * 132 * 1.755e9) / (18432 / 7e12))
 
 
@@ -119,7 +119,7 @@ def test_an_epilogue_is_hidden_only_where_something_runs_beside_it(change):
 
 
 def test_both_multiplies_of_the_hidden_layer_count():
-    """By pointers they are two loops, so twice the turns; by descriptors one loop does both in a turn."""
+    """By pointers they are two loops, so twice the iterations; by descriptors one loop does both per iteration."""
     apart = matrix_bound("hidden_backward", "block 384", about())
     together = matrix_bound("hidden_backward", "block 384", about(config={"TMA": True}))
     assert apart["tensor_cycles"] == together["tensor_cycles"] == 2 * 3072
@@ -127,7 +127,7 @@ def test_both_multiplies_of_the_hidden_layer_count():
 
 
 def test_a_weight_gradient_s_slices_by_hand():
-    """36 blocks of 1536 × 384: three slices make 108 programs of 264 at a time, seven 252, the first nine tenths."""
+    """36 blocks of 1536 × 384: three slices make 108 programs of 264 at a time; seven make 252, the first > 90 %."""
     found = matrix_bound("weight_grad", "block 384", about(programs=2))
     assert slices_of(36, 10**6, 132) == 7
     assert found["last_wave"] == pytest.approx(252 / 264)
@@ -154,7 +154,7 @@ def test_descriptors_point_at_matrices_whose_rows_start_at_sixteen_bytes():
     assert not describable(torch.zeros(8, 30, dtype=torch.bfloat16))  # rows of 60 bytes
     assert not describable(x.t())
     assert not describable(x[:, ::2])
-    assert not describable(x[:1].expand(8, 32))  # all rows are one
+    assert not describable(x[:1].expand(8, 32))  # row stride 0
 
 
 def test_a_choice_by_pointers_is_always_possible():

@@ -1,4 +1,4 @@
-"""conditioned_mlp against a float64 evaluation that takes one token at a time."""
+"""conditioned_mlp against a float64 evaluation token by token."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LENGTHS = {
 def arguments(
     lengths: list[int], *, width: int = 7, hidden: int = 11, actions: int = 3, **options: bool
 ) -> dict[str, Any]:
-    """Random float64 arguments whose tensors want gradients; odd sizes."""
+    """Return random float64 arguments that require gradients; odd sizes."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
@@ -47,7 +47,7 @@ def arguments(
 
 
 def plain(given: dict[str, Any], eps: float = 1e-6) -> Tensor:
-    """One token after another, each sum written out."""
+    """Evaluate token by token, each sum written out."""
     rows = []
     for n, row in enumerate(given["x"]):
         h = row
@@ -69,7 +69,7 @@ def plain(given: dict[str, Any], eps: float = 1e-6) -> Tensor:
 @pytest.mark.parametrize("residual", [True, False], ids=["residual", "no residual"])
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
 def test_output_and_every_gradient(lengths: list[int], residual: bool, action: bool, norm: bool) -> None:
-    """To 1e-12: float64 leaves 1e-16 a rounding, and the longest sum has 13 terms."""
+    """To 1e-12: float64 loses 1e-16 per rounding, and the longest sum has 13 terms."""
     given = arguments(lengths, residual=residual, action=action, norm=norm)
     leaves = {name: value for name, value in given.items() if isinstance(value, Tensor) and value.requires_grad}
     ours, theirs = conditioned_mlp(**given), plain(given)
@@ -99,8 +99,8 @@ def test_non_contiguous_inputs() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_lower_precision_stays_within_its_rounding(dtype: torch.dtype) -> None:
-    """Four roundings to the type lie on the path (norm, hidden, activation, result), each half an eps of the size of
-    what it rounds; weights are scaled so that these sizes are about 1, the inputs to 4."""
+    """The path has four roundings to the dtype (norm, hidden, activation, result), each half an eps of what it rounds;
+    weights are scaled so that these are about 1, and inputs about 4."""
     given = arguments([40, 24], width=64, hidden=96)
     exact = {k: v.detach() if isinstance(v, Tensor) else v for k, v in given.items()}
     exact["w_in"], exact["w_out"] = exact["w_in"] / 8, exact["w_out"] / 10
@@ -114,10 +114,10 @@ def test_lower_precision_stays_within_its_rounding(dtype: torch.dtype) -> None:
 
 
 def test_norm_statistics_are_fp32_for_half_inputs() -> None:
-    """Around a mean of 1000 with deviation 1, bf16 statistics would lose the deviation altogether."""
+    """Around a mean of 1000 with std 1, bf16 statistics would lose the std altogether."""
     x = (torch.tensor([[1000.0, 1008.0, 992.0, 1000.0]])).bfloat16()
     eye, zero = torch.eye(4).bfloat16(), torch.zeros(4).bfloat16()
-    # The first layer is normalisation plus 10, where gelu is the identity.
+    # The first layer is LayerNorm plus 10, where GELU is the identity.
     out = conditioned_mlp(x, eye, zero + 10, eye, zero - 10, norm_weight=zero + 1, norm_bias=zero)
     expected = torch.nn.functional.layer_norm(x.float(), (4,), eps=1e-6)
     assert (out.float() - expected).abs().max() <= 0.125  # bf16 around 10 is spaced 1/16
@@ -140,14 +140,8 @@ REFUSED = {
     "w_action alone": ({"action": None, "cu_seqlens": None}, "w_action is given without action"),
     "cu_seqlens length": ({"cu_seqlens": torch.zeros(5, dtype=torch.int32)}, "cu_seqlens has shape"),
     "cu_seqlens type": ({"cu_seqlens": torch.tensor([0, 3, 4, 11])}, "cu_seqlens is torch.int64"),
-    "cu_seqlens end": (
-        {"cu_seqlens": torch.tensor([0, 3, 4, 10], dtype=torch.int32)},
-        "cu_seqlens must run from 0 to N",
-    ),
-    "cu_seqlens falls": (
-        {"cu_seqlens": torch.tensor([0, 5, 4, 11], dtype=torch.int32)},
-        "cu_seqlens must run from 0 to N",
-    ),
+    "cu_seqlens end": ({"cu_seqlens": torch.tensor([0, 3, 4, 10], dtype=torch.int32)}, "cu_seqlens must run from 0"),
+    "cu_seqlens falls": ({"cu_seqlens": torch.tensor([0, 5, 4, 11], dtype=torch.int32)}, "cu_seqlens must run from 0"),
     "norm_bias": ({"norm_bias": None}, "norm_bias is missing"),
     "norm_weight": ({"norm_weight": torch.zeros(8, dtype=torch.float64)}, "norm_weight has shape"),
     "eps": ({"eps": 0.0}, "eps is 0.0"),

@@ -1,4 +1,4 @@
-"""The reference of e4m3_rows against NumPy's rounding by a table."""
+"""The reference of e4m3_rows against table-based rounding in NumPy."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 def test_code_times_scale_is_the_rounded_row(
     dtype: torch.dtype, rows: int, width: int, sizes: float, seed: int
 ) -> None:
-    """float64 numbers are rounded through fp32, so they are taken from there."""
+    """float64 values are rounded through fp32, so the expected result starts from fp32."""
     x = draw(rows, width, seed, sizes, dtype)
     codes, scale = e4m3_rows(x)
     assert codes.dtype == torch.float8_e4m3fn

@@ -1,4 +1,4 @@
-"""ema_update on the CPU: against a float64 evaluation written out, and bit for bit torch's own two operators."""
+"""ema_update on the CPU: against a float64 evaluation written out, and bit for bit against torch's two operators."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_one_element_after_another_in_float64(lengths: list[int], momentum: floa
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_step_that_is_not_to_be_leaves_the_averages_and_copies_them(dtype: torch.dtype) -> None:
+def test_a_skipped_step_leaves_the_averages_and_copies_them(dtype: torch.dtype) -> None:
     averages, weights, copies = (draw([1, 31, 1000], seed, dtype) for seed in range(3))
     kept = [a.clone() for a in averages]
     moved = [a.clone() for a in averages]
@@ -120,7 +120,7 @@ SHARED = {
 
 @pytest.mark.parametrize(("change", "message"), SHARED.values(), ids=SHARED.keys())
 def test_what_is_written_shares_no_memory(change: dict[str, Any], message: str) -> None:
-    """Programs write in any order, and a float is read as it lies."""
+    """Programs write in any order, and floats are read in place."""
     given = {name: [tensor(4), tensor(4)] for name in ("averages", "weights", "copies")}
     with pytest.raises(ValueError, match=message):
         ema_update(**(given | change), momentum=0.5)

@@ -1,4 +1,4 @@
-"""Timing on a GPU, against one that is simulated: a queue that it works off while the host goes on."""
+"""GPU timing on a simulated GPU: a queue that it works off while the host continues."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ FOREVER = float("inf")
 
 
 class Gpu:
-    """A GPU with its queue, and the host's clock. The GPU begins what it is given when it has done all before it."""
+    """A GPU with its queue, and the host's clock. The GPU starts an entry when all entries before it are done."""
 
     def __init__(self, longest_spin=FOREVER):
         self.host = self.free = 0.0
@@ -19,7 +19,7 @@ class Gpu:
         self.longest_spin = longest_spin
 
     def launch(self, host, seconds):
-        """What takes the host and then the GPU so long."""
+        """Launch work that takes the host and then the GPU this long."""
         self.host += host
         self.free = max(self.free, self.host) + seconds
         self.order.append("call")
@@ -72,7 +72,7 @@ def test_the_hosts_time_does_not_count_however_slow_it_is(host, launches):
 
 
 def test_without_a_full_queue_the_host_would_be_measured():
-    """What the spin is for: as it is cut short, the gaps between launches come back."""
+    """Why there is a spin: if it is cut short, the gaps between launches are measured."""
     found, _ = timed(Gpu(longest_spin=0.0), 1e-3, 1e-5, launches=4)
     assert found == pytest.approx([4 * 1e-3 + 1e-5] * 5)
 
@@ -83,7 +83,7 @@ def test_a_call_is_between_its_events_behind_a_spin_and_looked_at_before_the_hos
     assert gpu.order == ["spin", "event", "call", "event", "query", "wait"]
 
 
-def test_a_spin_that_was_over_too_early_is_doubled_and_its_call_made_again():
+def test_a_spin_that_ended_too_early_is_doubled_and_its_call_repeated():
     gpu = Gpu()
     _, numbers = timed(gpu, 5e-4, 1e-5, repeats=2, warm_up=0)
     assert gpu.spins == pytest.approx([1e-4, 2e-4, 4e-4, 8e-4, 8e-4])
@@ -91,7 +91,7 @@ def test_a_spin_that_was_over_too_early_is_doubled_and_its_call_made_again():
 
 
 def test_calls_that_warm_up_are_slow_for_reasons_of_their_own():
-    """They compile: no spin is chosen by them."""
+    """They compile, so they do not determine the spin."""
     gpu = Gpu()
     pauses = iter([3.0, 1.0, 0, 0, 0])
     found = gpu_seconds(lambda _: gpu.launch(next(pauses), 1e-5), 3, 2, gpu)
@@ -100,7 +100,7 @@ def test_calls_that_warm_up_are_slow_for_reasons_of_their_own():
 
 
 def test_a_call_that_waits_for_the_gpu_is_timed_without_a_spin():
-    """As no spin outlasts it, it would be made again for ever."""
+    """No spin outlasts it, so it would be repeated forever."""
     gpu = Gpu()
 
     def call(_):

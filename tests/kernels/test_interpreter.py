@@ -1,4 +1,4 @@
-"""tests/triton in Triton's interpreter (tests/interpreter.py says how)."""
+"""Run tests/triton in Triton's interpreter (see tests/interpreter.py)."""
 
 import pytest
 from interpreter import PARTS

@@ -1,4 +1,4 @@
-"""Every operator's reference gives for views of any layout what it gives for the same values in one piece."""
+"""Every operator's reference gives the same result for views of any layout as for contiguous copies."""
 
 from __future__ import annotations
 

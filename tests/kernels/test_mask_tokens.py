@@ -1,4 +1,4 @@
-"""The gradient of the mask token at many patches: an ordered sum in fp32 or better, whatever the tokens' type."""
+"""The gradient of the mask token over many patches: an ordered sum in fp32 or better, whatever the tokens' dtype."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from iwm_fast.kernels.predictor_input import mask_tokens
 
 
 class Operators(TorchDispatchMode):
-    """The names of all operators that ran."""
+    """Records the names of all operators that ran."""
 
     def __init__(self):
         super().__init__()
@@ -22,7 +22,7 @@ class Operators(TorchDispatchMode):
 
 
 def gradient(dtype, rows=4001):
-    """Of the token, for one image's nine patches predicted again and again; with the gradients that came in."""
+    """Return the token's gradient, for one image's nine patches predicted repeatedly; and the upstream gradients."""
     generator = torch.Generator().manual_seed(0)
     position, incoming = torch.randn(9, 24, generator=generator), torch.randn(rows, 24, generator=generator) + 0.5
     position, incoming = position.to(dtype), incoming.to(dtype)
@@ -39,13 +39,13 @@ def gradient(dtype, rows=4001):
 def test_the_gradient_is_summed_before_it_is_rounded_and_has_equal_bits(dtype):
     found, incoming, _ = gradient(dtype)
     expected = incoming.double().sum(0)
-    # Half a unit of its last place, and what 4,001 fp32 numbers lose.
+    # Half a unit in the last place, and the rounding of a sum of 4,001 fp32 values.
     torch.testing.assert_close(found.double(), expected, rtol=torch.finfo(dtype).eps / 2 + 1e-5, atol=0)
     assert torch.equal(gradient(dtype)[0], found)
 
 
 def test_no_row_is_added_by_its_number():
-    """What adds rows by their numbers does so by atomics on a GPU, in whatever order they come."""
+    """Operators that add rows by index use atomics on a GPU, in any order."""
     names = gradient(torch.bfloat16)[2]
     assert "sum" in names
     assert not {name for name in names if "add_" in name or "index_add" in name or "index_put" in name}

@@ -1,4 +1,4 @@
-"""patchify on the CPU against a float64 evaluation that takes one level of one patch at a time."""
+"""patchify on the CPU against a float64 evaluation level by level."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def affine(patch: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tens
 
 
 def one(image: Tensor, patch: int, number: int, scale: Tensor, shift: Tensor) -> list[float]:
-    """The row of one patch, level by level."""
+    """Return the row of one patch, level by level."""
     across = image.shape[1] // patch
     top, left = number // across * patch, number % across * patch
     row = [int(image[top + y, left + x, c]) for y in range(patch) for x in range(patch) for c in range(3)]
@@ -56,7 +56,7 @@ def test_every_number(images: int, patch: int, grid: int, tokens: int, indexed: 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_is_computed_in_fp32_and_rounded_once(dtype: torch.dtype) -> None:
-    """Levels and tables are exact in fp32: half a step of the result, and fp32's own rounding, is all there is."""
+    """Levels and tables are exact in fp32: the only errors are half a step of the result and fp32's own rounding."""
     pixels, (scale, shift) = levels(2, 12), affine(4, torch.float32)
     found = patchify(pixels, 4, scale, shift, dtype=dtype)
     exact = patchify(pixels, 4, scale.double(), shift.double(), dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""predictor_input against one token after another, in float64."""
+"""predictor_input against an evaluation token by token, in float64."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def plain(
     predicted_patches: Tensor | None = None,
     rows: Tensor | None = None,
 ) -> Tensor:
-    """One token after another, in the order of the parts, each then looked up for its place."""
+    """Evaluate token by token, in the order of the parts, and look up each one's place."""
     tokens = [row + position[p] for row, p in zip(context, context_patches, strict=True)]
     if mask_token is not None and predicted_patches is not None:
         tokens += [mask_token + position[p] for p in predicted_patches]

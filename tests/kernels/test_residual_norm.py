@@ -1,4 +1,4 @@
-"""residual_norm against a float64 evaluation that takes one row at a time."""
+"""residual_norm against a float64 evaluation row by row."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def draw(*shape: int, seed: int) -> Tensor:
 
 
 def plain(x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """One row after another."""
+    """Evaluate row by row."""
     sums, normed = [], []
     for n, row in enumerate(x):
         total = row if branch is None else row + branch[n]

@@ -1,4 +1,4 @@
-"""The choices of a run: equal on all ranks, the same when a step is made again, and made between steps only."""
+"""A run's choices of block sizes: equal on all ranks, equal when a step is repeated, and made between steps only."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ META = torch.device("meta")
 
 
 def made(folder, fastest=1, table=None, architecture="sm_90"):
-    """A run's choices on a device where the candidate number `fastest` takes the least time, and what was timed."""
+    """Return a run's choices on a device where candidate number `fastest` is the fastest, and what was timed."""
     timed = []
 
     def clock(call):
@@ -39,7 +39,7 @@ def ask(choices, sizes=SIZES, call=lambda choice: choice):
 
 
 def meet(ranks, step):
-    """What the engine does between steps, where all ranks meet."""
+    """Do what the engine does between steps, where all ranks meet."""
     found = ranks[0].answer([choices.take_noted() for choices in ranks], step)
     for choices in ranks:
         choices.adopt(found)
@@ -48,7 +48,7 @@ def meet(ranks, step):
 
 @pytest.fixture
 def ranks(tmp_path):
-    """Two ranks, each on a machine of its own, that would choose differently, in their first step."""
+    """Two ranks on different machines, which would choose differently, in their first step."""
     found = [made(tmp_path / str(rank), fastest=1 + rank)[0] for rank in range(2)]
     for choices in found:
         choices.begin(1)
@@ -73,7 +73,7 @@ def test_ranks_that_would_choose_differently_use_the_first_one_s_choices(ranks):
 
 
 def test_what_the_first_rank_never_meets_is_timed_by_it_all_the_same(ranks):
-    """Ranks have different numbers of tokens, so that their rows may fall into different buckets."""
+    """Ranks have different numbers of tokens, so their rows may fall into different buckets."""
     ask(ranks[0], (4000, 1536, 384))
     ask(ranks[1])
     meet(ranks, 2)
@@ -96,7 +96,7 @@ def test_a_number_of_rows_that_no_step_had_takes_the_choice_of_the_nearest_and_i
     assert ask(choices) == ORDER[2]
 
 
-def test_a_step_that_is_made_again_uses_what_it_used(ranks, tmp_path):
+def test_a_repeated_step_uses_the_same_choices(ranks, tmp_path):
     """The table of a run that was killed later: its first two steps lacked a choice, its third has it."""
     for choices in ranks:
         choices.begin(2)
@@ -197,7 +197,7 @@ def test_entries_are_read_back_and_those_of_another_kind_are_none():
 
 
 class Keys:
-    """In the tuner's place: every product's key and rows, each made by the library or by the first candidate."""
+    """Replaces the tuner: records every matmul's key and rows, each run by the library or by the first candidate."""
 
     def __init__(self):
         self.found = {}
@@ -210,7 +210,7 @@ class Keys:
 @pytest.mark.parametrize("norm", [True, False], ids=["norm", "no norm"])
 @pytest.mark.parametrize("actions", [0, 10, 20], ids=["no action", "action", "per image"])
 @pytest.mark.parametrize(("width", "dtype"), [(384, torch.bfloat16), (100, torch.bfloat16), (36, torch.float32)])
-def test_every_product_of_the_mlp_can_be_made_up_by_its_key(width, dtype, actions, norm):
+def test_every_matmul_of_the_mlp_can_be_called_from_its_key(width, dtype, actions, norm):
     def some(*shape):
         return torch.empty(*shape, dtype=dtype, device=META)
 
@@ -239,7 +239,7 @@ def test_every_product_of_the_mlp_can_be_made_up_by_its_key(width, dtype, action
     ],
 )
 def test_a_made_up_call_computes_on_numbers_that_are_not_zero(product, about):
-    """With operands that descriptors cannot point at where the key says so; these need no kernel of ours."""
+    """With operands that descriptors cannot address if the key says so; these need no kernel of ours."""
     call = made_call(key_of(product, torch.float32, (50, 24, 16), about), 50, torch.device("cpu"))
     assert call is not None
     assert 1.0 < call(LIBRARY).std() < 10.0
@@ -253,5 +253,5 @@ def test_making_operands_up_leaves_the_training_s_random_numbers_alone():
 
 
 def test_a_key_that_no_operands_give_is_not_made_up():
-    """Rows of 17 numbers in bf16 do not start at multiples of 16 bytes."""
+    """Rows of 17 bf16 elements do not start at multiples of 16 bytes."""
     assert made_call(key_of("weight_grad", torch.bfloat16, (50, 25, 17), "tma"), 50, META) is None

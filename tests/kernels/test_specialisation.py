@@ -1,4 +1,4 @@
-"""What Triton compiles each kernel for does not depend on how many rows a step has, by Triton's own specialisation."""
+"""What Triton compiles each kernel for does not depend on a step's number of rows, by Triton's own specialisation."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from iwm_fast.kernels.stopgrad_l2 import launch_distance, launch_total
 
 ARCHITECTURE = "sm_90"
 WIDTH, HIDDEN = 384, 1536
-# 1, powers of two and their neighbours, primes, multiples of 16 and of 128 that are no powers, a real step's.
+# 1, powers of two and their neighbours, primes, multiples of 16 and of 128 that are not powers, a real step's.
 ROWS = (1, 2, 15, 16, 17, 48, 97, 127, 128, 1009, 4096, 4099, 50_176, 100_353)
 
 
@@ -31,7 +31,7 @@ def empty(*shape, kind=torch.bfloat16):
 
 
 def indices(rows, kind=torch.int64):
-    """A part of a packed upload: it begins at a multiple of 16 bytes or beside one, as its neighbours' lengths are."""
+    """A part of a packed upload: it starts at a multiple of 16 bytes or not, depending on its neighbours' lengths."""
     before = rows % 3
     return empty(rows + before, kind=kind)[before:]
 
@@ -102,7 +102,7 @@ WORKS = {
 
 
 class Every:
-    """In the tuner's place: every candidate, one after another."""
+    """Replaces the tuner: every candidate in turn."""
 
     def run(self, product, dtype, _, call, about):
         found = [c for c in candidates_of(ARCHITECTURE, product) if possible(c, ARCHITECTURE, dtype.itemsize, about)]
@@ -110,7 +110,7 @@ class Every:
 
 
 def compiled_for(work, arch=ARCHITECTURE):
-    """Of each kernel, all that Triton would compile it for: what its launcher looks up what it has compiled by."""
+    """Return everything that Triton would compile each kernel for: the keys of its launcher's cache."""
     found = defaultdict(set)
 
     def record(kernel, given):
@@ -132,7 +132,7 @@ def test_no_number_of_rows_compiles_anything_that_another_has_not(name):
 
 
 def test_a_single_row_with_any_stride_is_a_row_like_others():
-    """A column of a matrix, as a row: PyTorch says of its stride what the matrix had."""
+    """A column of a matrix as a row: PyTorch reports the matrix's stride for it."""
     x = empty(WIDTH, 1).t()
     assert x.stride() != (WIDTH, 1)
 
@@ -167,7 +167,7 @@ def ahead_of_time():
 
 @pytest.mark.parametrize("name", TRITON_FUNCTIONS)
 def test_what_is_excepted_is_an_argument_and_no_constant(name):
-    """Triton says nothing to a name that no argument has."""
+    """Triton ignores names that are not arguments."""
     kernel = triton_functions()[name]
     excepted = {p.name for p in kernel.params if p.do_not_specialize}
     assert excepted == set(kernel.do_not_specialize)
@@ -175,7 +175,7 @@ def test_what_is_excepted_is_an_argument_and_no_constant(name):
 
 
 def test_widths_and_pointers_of_tokens_are_still_known_to_divide_by_16():
-    """Loads of 16 bytes depend on it."""
+    """16-byte loads depend on it."""
     seen = set()
 
     def record(kernel, given):

@@ -1,4 +1,4 @@
-"""stopgrad_l2 against a float64 evaluation that takes one prediction at a time."""
+"""stopgrad_l2 against a float64 evaluation prediction by prediction."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def draw(rows: int, width: int, seed: int) -> Tensor:
 
 
 def plain(pred: Tensor, target: Tensor, index: Tensor | None, normalize: bool, reduction: str, eps: float) -> Tensor:
-    """One prediction after another."""
+    """Evaluate prediction by prediction."""
     total = pred.new_zeros(())
     for n, row in enumerate(pred):
         wanted = target[n if index is None else int(index[n])].detach()
@@ -86,7 +86,7 @@ def test_target_never_gets_a_gradient(wanted: bool) -> None:
 
 
 def test_half_is_computed_and_returned_in_fp32() -> None:
-    """The inputs are exact in both types, so only fp32 rounding may differ: 64 · 96 terms, 1e-5 relative is ample."""
+    """The inputs are exact in both dtypes, so only fp32 rounding may differ: 64 · 96 terms, 1e-5 relative is ample."""
     pred, target = draw(64, 96, 0).bfloat16(), draw(64, 96, 1).bfloat16()
     loss = stopgrad_l2(pred, target, normalize_target=True)
     assert loss.dtype == torch.float32
@@ -105,7 +105,7 @@ def test_loss_scale_is_applied_before_the_cast() -> None:
     assert (pred.grad.double() - expected).abs().max() <= 2**-25  # half a step of float16's subnormals
 
 
-def test_nothing_is_kept_without_gradients() -> None:
+def test_nothing_is_saved_without_gradients() -> None:
     pred, target = draw(4, 3, 0).requires_grad_(), draw(4, 3, 1)
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):

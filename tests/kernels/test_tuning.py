@@ -1,4 +1,4 @@
-"""The tuner: what it picks, what it remembers, and what it survives."""
+"""The tuner: its choices, its memory, and failures that it survives."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SIZES = (5000, 1536, 384)
 
 
 def make(folder, seconds=None, shared=10**9, name="A_GPU", architecture="sm_90"):
-    """A tuner that is told how long each choice takes: by default, the longer its list the later it stands."""
+    """Return a tuner with a fake clock for each choice: by default later candidates take longer."""
     order = candidates_of(architecture, "hidden")
     wanted = seconds or {choice: 1.0 + order.index(choice) for choice in order}
     timed = []
@@ -231,7 +231,7 @@ def test_surroundings_are_tuned_apart_and_kept_apart(tmp_path):
     assert len(timed) == 4 * count - 1  # one cannot be tried by pointers alone
 
 
-def test_products_asked_for_while_another_is_timed_do_not_wait_for_its_lock(tmp_path):
+def test_matmuls_looked_up_while_another_is_timed_do_not_wait_for_its_lock(tmp_path):
     tuner = Tuner("A_GPU", "sm_90", 10**9, tmp_path, lambda call: (call(), 1.0)[1])
 
     def outer(choice):
@@ -258,8 +258,8 @@ def test_the_interpreter_times_nothing(tmp_path):
     assert isinstance(ask(tuner), Choice)
 
 
-def test_what_is_taken_while_a_graph_is_captured_is_not_kept(tmp_path, monkeypatch):
-    """Nothing may be timed then; the same product outside of the graph is timed."""
+def test_a_choice_made_while_a_graph_is_captured_is_not_stored(tmp_path, monkeypatch):
+    """Nothing may be timed then; the same matmul outside the graph is timed."""
     order = candidates_of("sm_90", "hidden")
     tuner, timed = make(tmp_path, dict.fromkeys(order, 2.0) | {order[2]: 1.0})
     monkeypatch.setattr(_tuning, "_capturing", lambda: True)
@@ -283,7 +283,7 @@ def test_a_graph_takes_what_the_disk_knows_else_what_is_known_of_the_nearest_row
     monkeypatch.setattr(_tuning, "_capturing", lambda: True)
     assert ask(tuner, (100, 1536, 384)) == order[1]
     assert ask(tuner, (9000, 1536, 384)) == order[2]
-    assert ask(tuner, (9000, 1536, 768)) == order[0]  # another product
+    assert ask(tuner, (9000, 1536, 768)) == order[0]  # another matmul
 
 
 def test_a_candidate_that_fails_while_a_graph_is_captured_is_not_tried_again(tmp_path, monkeypatch):
@@ -305,7 +305,7 @@ def test_a_candidate_that_fails_while_a_graph_is_captured_is_not_tried_again(tmp
     [
         ([16, 4096], 4096),
         ([512, 4096], 512),
-        ([256, 4096], 4096),  # as near: the larger
+        ([256, 4096], 4096),  # equally near: the larger
         ([1 << 40], 1 << 40),
         ([1024], None),  # the key itself
         ([], None),
@@ -330,7 +330,7 @@ def test_the_tuner_in_use_is_asked_in_every_thread(tmp_path):
 
 
 def test_a_backward_pass_in_a_thread_of_its_own_asks_the_tuner_in_use(tmp_path):
-    """As autograd does on a GPU: the thread was begun before, and shares no context with the caller."""
+    """As autograd on a GPU: the thread exists before, and shares no context with the caller."""
     mine, asked = make(tmp_path)[0], []
 
     class Product(torch.autograd.Function):
@@ -344,7 +344,7 @@ def test_a_backward_pass_in_a_thread_of_its_own_asks_the_tuner_in_use(tmp_path):
             return grad * 2
 
     with ThreadPoolExecutor(1) as pool:
-        pool.submit(int).result()  # the thread is there before the tuner is put in place
+        pool.submit(int).result()  # the thread exists before the tuner is replaced
         x = torch.ones(3, requires_grad=True)
         with use_tuner(mine):
             pool.submit(Product.apply(x).sum().backward).result()

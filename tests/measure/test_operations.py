@@ -1,4 +1,4 @@
-"""Operations counted as they are dispatched: against torch's counter, and by hand for attention and our operators."""
+"""FLOPs counted at dispatch: against torch's counter, and by hand for attention and our operators."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from iwm_fast.measure.operations import OperationCounter
 
 
 def test_attention_on_the_cpu_by_hand():
-    """Two products of 2 · B · H · n² · d forward, four backward; torch counts none in the fused operator."""
+    """Two matmuls of 2 · B · H · n² · d forward, four backward; torch counts none in the fused operator."""
     q, k, v = (torch.randn(2, 3, 5, 8, requires_grad=True) for _ in range(3))
     one = 2 * 2 * 3 * 5 * 5 * 8
     with OperationCounter() as counter:
@@ -27,7 +27,7 @@ def test_attention_on_the_cpu_by_hand():
 
 @pytest.mark.parametrize("action", [False, True])
 def test_our_operators_by_their_formulas(action):
-    """The registered formulas read shapes alone, so the operators are counted on the meta device, where none runs."""
+    """The registered formulas read shapes only, so the operators are counted on the meta device, where none runs."""
     n, d, h, images, a = 11, 8, 20, 2, 3
     shapes = {"x": (n, d), "w_in": (h, d), "b_in": (h,), "w_out": (d, h), "b_out": (d,)}
     given = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
@@ -57,7 +57,7 @@ def test_bytes_and_modules():
 
 
 def test_memory_that_is_not_moved_is_not_counted():
-    """What is only allocated, what is filled, and the rows of a table that nobody reads."""
+    """Allocations, fills, and table rows that are not read."""
     table, rows = torch.zeros(100, 4), torch.tensor([3, 3, 7])
     with OperationCounter() as counter:
         torch.empty(50)

@@ -1,4 +1,4 @@
-"""Packed attention is each image's own attention."""
+"""Packed attention equals each image's own attention."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from iwm_fast.models.packing import Segments
 
 
 def draw_qkv(tokens: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
-    """Three views of one (N, 3, 2, 5) tensor, as the model has them."""
+    """Return three views of one (N, 3, 2, 5) tensor, as in the model."""
     torch.manual_seed(tokens)
     return list(torch.randn(tokens, 3, 2, 5, dtype=dtype).requires_grad_().unbind(1))
 
@@ -88,7 +88,7 @@ def test_xformers_gets_one_packed_row_and_the_mask_of_the_segments(monkeypatch: 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_halves_are_rounded_once(dtype: torch.dtype) -> None:
-    """On the CPU the products and the softmax are fp32, so the result is the exact one of the inputs as they are."""
+    """On the CPU matmuls and softmax are fp32, so the result is exact for the given inputs."""
     q, k, v = (part.detach() for part in draw_qkv(9, dtype))
     segments = Segments.from_lengths([4, 5])
     exact = packed_attention(q.double(), k.double(), v.double(), segments, "sdpa")
@@ -107,7 +107,7 @@ def test_unknown_backend_is_refused() -> None:
         resolve_backend("flash", "cpu")
 
 
-def test_who_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_backend_that_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     resolve = resolve_backend.__wrapped__
     monkeypatch.setattr(attention, "_xformers", object)
     assert resolve("auto", "cpu") == "sdpa"
@@ -124,7 +124,7 @@ def test_who_computes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Packed:
-    """PyTorch's memory-efficient attention on the CPU, where it has no kernel: `Attend` and its gradients, as given."""
+    """PyTorch's memory-efficient attention on the CPU, where it has no kernel: records `Attend` and its gradients."""
 
     def __init__(self, lengths: list[int]) -> None:
         self.lengths = [n for n in lengths if n]
@@ -185,7 +185,7 @@ MADE = [[3, 1, 6, 3], [4, 4, 4], [5, 0, 2, 0], [1, 1], [1]]
 
 
 def exact_with_a_mask(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
-    """All scores, those of other images at minus infinity."""
+    """Attention over all scores, with other images' at minus infinity."""
     image = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
     scores = torch.einsum("qhd,khd->hqk", q, k) / q.shape[-1] ** 0.5
     return torch.einsum("hqk,khd->qhd", scores.masked_fill(image[:, None] != image, -torch.inf).softmax(-1), v)
@@ -207,7 +207,7 @@ def test_grouped_sdpa_has_the_results_and_gradients_of_a_mask(lengths: list[int]
 
 @pytest.mark.parametrize("lengths", MADE, ids=str)
 def test_cudnn_is_called_for_each_length_but_one(monkeypatch: pytest.MonkeyPatch, lengths: list[int]) -> None:
-    """With PyTorch's own formula in cuDNN's place, which needs a GPU."""
+    """With PyTorch's formula in place of cuDNN, which needs a GPU."""
     asked = []
 
     def kernel(backend: attention.SDPBackend) -> object:
@@ -220,7 +220,7 @@ def test_cudnn_is_called_for_each_length_but_one(monkeypatch: pytest.MonkeyPatch
 
 
 class _Library:
-    """A stand-in for a library's function over packed sequences, by its arguments' names in the libraries."""
+    """Stands in for a library's function over packed sequences, with the libraries' argument names."""
 
     def __init__(self, *, pair: bool) -> None:
         self.pair, self.seen = pair, []
@@ -256,7 +256,7 @@ def test_a_library_gets_the_bounds_of_images_that_have_tokens(
 
 
 @pytest.mark.parametrize("name", ["flash3", "flash_cute"])
-def test_a_library_is_asked_for_a_deterministic_backward_pass(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_a_library_gets_the_flag_for_a_deterministic_backward_pass(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     library = _Library(pair=False)
     monkeypatch.setattr(attention_operators, "library", lambda _, function: getattr(library, function))
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
@@ -294,7 +294,7 @@ RAGGED = Segments.from_lengths([60, 90, 100, 0])
 
 @pytest.fixture
 def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, object]], None]:
-    """A GPU as far as choosing goes, with xformers and all libraries but flash-attn 3; its table is to be given."""
+    """Simulate a GPU as far as choosing goes, with xformers and all libraries except flash-attn 3 and a given table."""
     monkeypatch.setattr(attention, "_xformers", object)
     found = {"flash3": None}
     modules = {operator.module: name for name, operator in attention_operators.OPERATORS.items()}
@@ -413,7 +413,7 @@ def test_an_entry_chooses_the_fastest_and_xformers_where_equal(seconds: dict[str
 
 
 def test_asking_for_the_order_of_images_reads_no_parameter_by_its_name() -> None:
-    """At ZeRO stage 3 DeepSpeed gathers what is read so, and only ranks whose images are not sorted would ask."""
+    """At ZeRO stage 3 DeepSpeed gathers parameters read by name, and only ranks with unsorted images would."""
 
     class Watched(dict[str, Any]):
         def __getitem__(self, name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Compiled regions compute what the model computes, with code that other lengths and more blocks do not add to."""
+"""Compiled regions compute what the model computes, and neither lengths nor depth add compiled code."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ CASES = [
     pytest.param(configure("vit"), True, id="vit, checkpointed"),
     pytest.param(configure("mlp", target="shared"), False, id="mlp, shared target"),
 ]
-# Of one to four images; the last three leave the encoder, the predictor or both a token or none.
+# Of one to four images; the last three leave one token or none to the encoder, the predictor or both.
 LENGTHS = [
     ([5, 1, 7, 6], [2, 4, 3, 2]), ([3, 9], [6, 1]), ([8, 4, 2], [3, 3, 3]), ([6], [5]),
     ([1], [1]), ([0, 4], [0, 1]), ([0, 0], [0, 1]),
@@ -47,7 +47,7 @@ LENGTHS = [
 
 @pytest.mark.parametrize(("config", "recompute"), CASES)
 def test_loss_and_every_gradient_of_any_lengths(plain: SimpleNamespace, config: ModelConfig, recompute: bool) -> None:
-    """Against the independent float64 forward; 1e-5 as for the model that is not compiled."""
+    """Against the independent float64 forward; 1e-5 as for the model without compile."""
     model = plain.exact_model(config, ACTIONS, activation_checkpointing=recompute)
     names = list(model.state_dict())
     compile_regions(model)
@@ -85,5 +85,5 @@ def test_neither_lengths_nor_depth_add_to_the_compiled_code(plain: SimpleNamespa
             since.append(compilations() - before)
         counts.append(since)
     # Embedding: context, target. Before an attention: context, target, predictor. After it the same, and once for each
-    # of the last two where not all tokens go on. The predictor's end.
+    # of the last two whose last block computes fewer tokens. The predictor's end.
     assert counts == [[2 + 3 + 5 + 1] * 12] * 2

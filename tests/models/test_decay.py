@@ -1,4 +1,4 @@
-"""Which parameters are decayed, by name, and that pretraining, finetuning and the model of its cost say the same."""
+"""Weight decay by parameter name, the same in pretraining, finetuning and the cost model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from iwm_fast.models import IWM
 from iwm_fast.models.decay import decayed_parameters
 from iwm_fast.models.task_model import HeadShape
 
-# Every parameter of every model, by its name's end. Those of normalisations have their module's name in front.
+# Every parameter of every model, by the end of its name. Those of normalisations start with their module's name.
 DECAYED = (
     "patch_embed.proj.weight", "attn.qkv.weight", "attn.proj.weight", "embed.weight", "predictor.proj.weight",
     "w_in", "w_out", "w_action", "feature.out.weight", "sequence.weight",
@@ -34,7 +34,7 @@ PREDICTORS = [("mlp", "none"), ("mlp", "block"), *(("vit", conditioning) for con
 
 
 def wanted(name: str) -> bool:
-    """By exactly one of the lists."""
+    """Return whether it is decayed; it is in exactly one of the lists."""
     found = [any(re.search(rf"(^|\.){end}$", name) for end in ends) for ends in (DECAYED, UNDECAYED)]
     assert sum(found) == 1, name
     return found[0]
@@ -50,7 +50,7 @@ def config_of(kind: str, conditioning: str, target: str = "ema", precision: str 
 
 
 def split(model: nn.Module, groups: list[dict[str, object]], decayed: str) -> dict[str, bool]:
-    """By name, what an optimizer's groups say."""
+    """Return the split by name, from an optimizer's groups."""
     names = {id(p): name for name, p in model.named_parameters()}
     return {names[id(p)]: bool(group[decayed]) for group in groups for p in group["params"]}
 
@@ -87,7 +87,7 @@ def test_an_fp8_target_and_its_encoder_are_split_alike() -> None:
     assert all(of[name] == of[name.replace("target_encoder", "encoder")] for name in of)
 
 
-def test_a_parameter_of_a_new_kind_is_asked_for() -> None:
+def test_a_parameter_of_an_unknown_kind_is_refused() -> None:
     module = nn.Module()
     module.gate = nn.Parameter(torch.ones(3, 3))
     with pytest.raises(ValueError, match="gate is neither decayed nor not"):

@@ -1,4 +1,4 @@
-"""Products in fp8 against NumPy's, with its own rounding to e4m3, and the target encoder that is made of them."""
+"""fp8 matmuls against NumPy's, with its own rounding to e4m3, and the target encoder that uses them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from iwm_fast.kernels import e4m3_rows
 from iwm_fast.models import IWM
 from iwm_fast.models.fp8 import fp8_linear, require_fp8, scaled_product
 
-# Half a step of each type, relative to the number: what a sum in fp32 loses a term, and a result when it is rounded.
+# Half a step of each dtype, relative: the error of a sum in fp32 per term, and of rounding a result.
 HALF_STEP = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}
 HALF_OF_E4M3 = 2.0**-4  # 3 mantissa bits
 
@@ -29,11 +29,11 @@ HALF_OF_E4M3 = 2.0**-4  # 3 mantissa bits
     tokens=st.integers(0, 9), width=st.integers(1, 70), out=st.integers(1, 9), sizes=st.floats(0, 12),
     seed=st.integers(0, 999),
 )  # fmt: skip
-def test_the_product_of_the_rounded_factors(
+def test_the_matmul_of_the_rounded_operands(
     dtype: torch.dtype, tokens: int, width: int, out: int, sizes: float, seed: int
 ) -> None:
-    """To a sum in fp32 and a rounding of the result the product is NumPy's, whatever the rows' sizes; and NumPy's is no
-    farther from the unrounded one than two factors that are half a step off, or half the smallest step."""
+    """Up to a sum in fp32 and a rounding of the result the matmul is NumPy's, whatever the rows' scale; and NumPy's is
+    no farther from the exact one than two operands that are half a step off, or half the smallest step."""
     x, weight = draw(tokens, width, seed, sizes, dtype), draw(out, width, seed + 1, sizes, dtype)
     bias = draw(1, out, seed + 2, sizes, dtype)[0]
     found = fp8_linear(x, weight, bias)
@@ -55,8 +55,8 @@ def test_the_product_of_the_rounded_factors(
     assert (np.abs(rounded(left) @ rounded(right).T - left @ right.T) <= 1.000001 * bound).all()
 
 
-def test_what_a_gpu_is_asked_for_is_the_same_product() -> None:
-    """PyTorch's scaled product, which the CPU has too: bf16 rounds each result once more, after a sum in fp32."""
+def test_what_a_gpu_computes_is_the_same_matmul() -> None:
+    """PyTorch's scaled matmul, which the CPU has too: bf16 rounds each result once more, after a sum in fp32."""
     x, weight = draw(33, 96, 0, 2.0, torch.bfloat16), draw(48, 96, 1, 2.0, torch.bfloat16)
     bias = draw(1, 48, 2, 2.0, torch.bfloat16)[0]
     found = scaled_product(e4m3_rows(x), e4m3_rows(weight), bias).double()
@@ -68,7 +68,7 @@ def test_what_a_gpu_is_asked_for_is_the_same_product() -> None:
 
 @pytest.mark.parametrize("dtype", list(HALF_STEP), ids=str)
 def test_every_e4m3_number_passes_unchanged(dtype: torch.dtype) -> None:
-    """448 in the row makes its scale 1, so a product with 1 gives back the row that was put in."""
+    """448 in the row makes its scale 1, so a matmul with 1 returns the row."""
     numbers = torch.from_numpy(MAGNITUDES).to(dtype)
     rows = torch.stack([numbers, torch.full_like(numbers, 448.0), -numbers], dim=1)
     one = torch.tensor([[1.0, 0.0, 0.0]], dtype=dtype)
@@ -89,7 +89,7 @@ def test_zeros_and_numbers_too_small_for_a_scale_give_the_bias(dtype: torch.dtyp
 @pytest.mark.parametrize("dtype", list(HALF_STEP), ids=str)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_stays_so_in_its_own_row(dtype: torch.dtype, value: float) -> None:
-    """e4m3 has no infinity, and PyTorch's conversion turns one into 448."""
+    """e4m3 has no infinity, and PyTorch's conversion turns it into 448."""
     x, weight, bias = torch.ones(3, 5, dtype=dtype), torch.ones(4, 5, dtype=dtype), torch.zeros(4, dtype=dtype)
     bad = x.clone()
     bad[1, 2] = value
@@ -111,7 +111,7 @@ def test_a_gradient_is_refused() -> None:
 
 
 def configure(precision: str) -> ModelConfig:
-    """As wide as an encoder has to be for the errors of its sums to average out: 128, and four blocks."""
+    """Wide enough that errors of an encoder's sums average out: 128, and four blocks."""
     return ModelConfig(
         encoder=EncoderShape(depth=4, width=128, heads=4),
         patch=4,
@@ -134,9 +134,9 @@ def test_parameters_and_their_first_values_are_those_without_fp8() -> None:
 
 @pytest.mark.parametrize("dtype", list(HALF_STEP), ids=str)
 def test_targets_are_near_those_without_fp8_and_equal_in_evaluation(dtype: torch.dtype) -> None:
-    """A factor rounded to 3 mantissa bits is off by 2.6 % of its size in the mean square (the step's half, 2⁻⁴, is
-    uniform over numbers uniform in their logarithm); two factors by 3.7 %, and so are sums of independent errors. The
-    residual stream carries the positions and each layer's share past them: what is seen is 2 to 3 %."""
+    """An operand rounded to 3 mantissa bits is off by 2.6 % RMS (half a step, 2⁻⁴, is uniform over values that are
+    uniform in their logarithm); a matmul of two by 3.7 %, and so are sums of independent errors. The residual stream
+    carries positions and each layer's share past them: the observed error is 2 to 3 %."""
     images = torch.randint(0, 256, (5, 12, 12, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     plain, fp8 = make("train").to(dtype), make("fp8").to(dtype)
     expected, found = plain.encode(images, "target").float(), fp8.encode(images, "target").float()
@@ -147,7 +147,7 @@ def test_targets_are_near_those_without_fp8_and_equal_in_evaluation(dtype: torch
 
 
 def test_gradients_reach_encoder_and_predictor_and_are_near_those_without_fp8(plain: SimpleNamespace) -> None:
-    """Targets that are 3 % off move a loss of the size of their variance, and its gradients, by about as much."""
+    """Targets that are 3 % off change a loss of the size of their variance, and its gradients, by about as much."""
     batch = plain.draw_batch(configure("fp8"), 3, [5, 1, 3, 6], [2, 4, 3, 2])
     batch.action = batch.action.float()
     exact, fp8 = make("train"), make("fp8")

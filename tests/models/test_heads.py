@@ -17,7 +17,7 @@ def moved(module, seed=0):
 
 
 def plain(pool, tokens):
-    """Cross-attention by torch's own module, keys and values projected for every token."""
+    """Cross-attention by torch's own module, with keys and values projected for every token."""
     width = tokens.shape[2]
     attention = nn.MultiheadAttention(width, pool.heads, batch_first=True).double()
     with torch.no_grad():
@@ -35,7 +35,7 @@ def plain(pool, tokens):
 
 @pytest.mark.parametrize("heads", [1, 3])
 def test_pooling_is_cross_attention_with_a_learned_query(heads):
-    """The projections of keys and values are moved past the tokens; nothing else may change."""
+    """The projections of keys and values are applied after pooling; nothing else may change."""
     pool = moved(AttentivePool(12, heads))
     torch.manual_seed(1)
     tokens = torch.randn(5, 7, 12, dtype=torch.float64, requires_grad=True)
@@ -55,8 +55,8 @@ def test_order_of_tokens_does_not_matter_to_a_whole_image():
 
 
 @pytest.mark.parametrize("heads", [0, 2])
-def test_dense_answers_stand_where_their_patches_are(heads):
-    """A patch that is unlike all others is answered for at its own row and column."""
+def test_dense_predictions_are_where_their_patches_are(heads):
+    """A patch unlike all others is predicted at its own row and column."""
     torch.manual_seed(0)
     head = DenseHead(8, heads, 3).eval()
     tokens = torch.zeros(2, 12 + 4, 8)

@@ -1,4 +1,4 @@
-"""The whole model against an independent float64 forward that takes one image at a time."""
+"""The whole model against an independent float64 forward, image by image."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_loss_and_every_gradient(plain: SimpleNamespace, config: ModelConfig, re
 
 @pytest.fixture(scope="module")
 def exact_models(plain: SimpleNamespace) -> dict[str, IWM]:
-    """Made once: an example's time is the forward pass."""
+    """Built once: the forward pass should dominate an example's time."""
     return {conditioning: plain.exact_model(configure(conditioning), ACTIONS) for conditioning in CONDITIONINGS}
 
 
@@ -98,7 +98,7 @@ def test_any_lengths(
 
 
 def test_images_of_a_batch_do_not_see_each_other(plain: SimpleNamespace) -> None:
-    """The sum over images, in any order and any division, is the same loss."""
+    """The sum over images, in any order and any split, is the same loss."""
     config = configure("sequence+block")
     model = plain.exact_model(config, ACTIONS)
     batch = plain.draw_batch(config, ACTIONS, [5, 1, 3, 6], [2, 4, 3, 1])
@@ -120,14 +120,14 @@ def test_predictions_follow_their_images(plain: SimpleNamespace) -> None:
 
 @pytest.mark.parametrize("kind", ["vit", "mlp"])
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
-def test_who_listens_to_the_action(plain: SimpleNamespace, kind: str, conditioning: str) -> None:
+def test_predictors_that_depend_on_the_action(plain: SimpleNamespace, kind: str, conditioning: str) -> None:
     if kind == "mlp" and conditioning not in ("none", "block"):
         pytest.skip("the mlp predictor has its action in its blocks or not at all")
     model = plain.exact_model(configure(conditioning, kind=kind), ACTIONS)
     z = torch.randn(1, 9, 16, dtype=torch.float64).expand(2, -1, -1)
     action = torch.tensor([[0.0, 0.0, 0.0], [0.5, -0.5, 1.0]], dtype=torch.float64)
     one, other = model.predict(z, action)
-    # Rows of one product may be summed in another order: equal to float64's rounding, not to the bit.
+    # Rows of one matmul may be summed in another order: equal up to float64's rounding, not to the bit.
     assert torch.allclose(one, other, rtol=1e-10, atol=1e-12) == (conditioning == "none")
 
 
@@ -143,7 +143,7 @@ def test_block_conditioning_begins_at_zero() -> None:
 
 
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
-def test_predict_is_the_predictor_asked_for_every_patch(plain: SimpleNamespace, conditioning: str) -> None:
+def test_predict_is_the_predictor_queried_at_every_patch(plain: SimpleNamespace, conditioning: str) -> None:
     config = configure(conditioning)
     model = plain.exact_model(config, ACTIONS)
     images = torch.randint(0, 256, (2, 12, 12, 3), dtype=torch.uint8)
@@ -178,7 +178,7 @@ def test_targets_are_normalised_as_the_loss_has_them() -> None:
 
 
 def test_bf16_weights_give_an_fp32_loss_near_the_fp32_one(plain: SimpleNamespace) -> None:
-    """bf16 has 8 bits of mantissa; over some thirty roundings in a row, 3 % is what the loss may differ."""
+    """bf16 has 8 bits of mantissa; over some thirty roundings in sequence the loss may differ by 3 %."""
     config = configure("feature+block")
     model = plain.exact_model(config, ACTIONS)
     batch = plain.draw_batch(config, ACTIONS, [5, 1, 3, 6], [2, 4, 3, 1])
@@ -192,7 +192,7 @@ def test_bf16_weights_give_an_fp32_loss_near_the_fp32_one(plain: SimpleNamespace
 
 
 def test_features_for_rank_are_predicted_tokens_of_every_place_of_the_grid() -> None:
-    """400 images of 9 patches, all predicted: at most 2048 rows, and no place of the grid left out."""
+    """400 images of 9 patches, all predicted: at most 2048 rows, with every grid position."""
     torch.manual_seed(0)
     model = IWM(configure(), ACTIONS)
     images = torch.zeros(400, 12, 12, 3, dtype=torch.uint8)
@@ -201,8 +201,8 @@ def test_features_for_rank_are_predicted_tokens_of_every_place_of_the_grid() -> 
     out = model(images, images, torch.zeros(400, ACTIONS), patch, alone, patches, every)
     assert not out.target_features.requires_grad
     assert 1000 <= len(out.target_features) <= 2048
-    # Images are all alike, so only the position makes a difference, and rounding, which differs by place in the batch:
-    # a row is new where every one before it is farther than that. (Rounded to digits, two equal rows may differ.)
+    # All images are alike, so only positions differ, and rounding, which depends on the place in the batch: a row is
+    # new if every earlier one is farther than that. (Rounded to digits, two equal rows may differ.)
     rows = out.target_features.double()
     near = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist") < 1e-3
     new = ~near.tril(-1).any(dim=1)
@@ -211,8 +211,8 @@ def test_features_for_rank_are_predicted_tokens_of_every_place_of_the_grid() -> 
 
 @pytest.mark.parametrize("precision", ["train", "fp8"])
 def test_each_gathering_module_owns_what_it_hands_to_a_kernel(precision: str) -> None:
-    """ZeRO stage 3 gathers the direct parameters of the module whose forward runs, and hides all others: with every
-    other parameter emptied between a module's forward passes the model has to work."""
+    """ZeRO stage 3 gathers the direct parameters of the module whose forward runs, and no others: the model must work
+    with every other parameter emptied between a module's forward passes."""
     config = configure("feature+block", target_precision=precision)
     model = IWM(config, ACTIONS).requires_grad_(False)
     values = {parameter: parameter.data for parameter in model.parameters()}
@@ -238,7 +238,7 @@ def test_each_gathering_module_owns_what_it_hands_to_a_kernel(precision: str) ->
 
 @pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS.keys())
 def test_several_sources_of_a_target_are_as_many_pairs(plain: SimpleNamespace, config: ModelConfig) -> None:
-    """Four images of which the second pair of targets is the first's: as two targets, loss and gradients stay."""
+    """Four images whose second pair of targets is the first's: as two targets, loss and gradients stay the same."""
     model = plain.exact_model(config, ACTIONS)
     batch = plain.draw_batch(config, ACTIONS, [5, 1, 0, 6], [2, 4, 3, 2])
     source, target, *rest = batch.arguments()
@@ -257,7 +257,7 @@ def test_several_sources_of_a_target_are_as_many_pairs(plain: SimpleNamespace, c
 
 
 def padded(batch: Any, seen: list[int], asked: list[int], *, same: bool) -> tuple[Any, ...]:
-    """The batch's arguments with segments of padding; same: the mlp predictor is asked for its own context."""
+    """Return the batch's arguments with padding segments; same: the mlp predictor predicts at its own context."""
     rows = [
         pack(np.concatenate([np.asarray(p, np.int64) for p in sets]), np.array([len(p) for p in sets]), "cpu", more, 9)
         for sets, more in ((batch.context, seen), (batch.predicted, asked))
@@ -268,7 +268,7 @@ def padded(batch: Any, seen: list[int], asked: list[int], *, same: bool) -> tupl
 @pytest.mark.parametrize("sources", [1, 2], ids=["", "two sources"])
 @pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS.keys())
 def test_padding_has_no_loss_and_no_gradient(plain: SimpleNamespace, config: ModelConfig, sources: int) -> None:
-    """Float64, to its rounding: sums have other terms, all of them 0, and so other orders."""
+    """Float64, up to rounding: sums have additional zero terms, and so another order."""
     model = plain.exact_model(config, ACTIONS)
     batch = plain.draw_batch(config, ACTIONS, [5, 1, 3, 6], [2, 4, 3, 2])
     batch.target = batch.target[::sources]

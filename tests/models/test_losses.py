@@ -1,4 +1,4 @@
-"""What is minimised: factors, what is logged, and that a second term needs no more than an entry."""
+"""The loss: its factors, what is logged, and that a second term needs only an entry."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_terms_are_logged_by_name_where_there_are_several() -> None:
 def test_an_entry_in_the_table_is_trained_with_and_logged(
     changes: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Against the term written out, of the weights before the step; the gradient is that of the sum."""
+    """Against the term written out, with the weights before the step; the gradient is that of the sum."""
     alone = trainer_of(**changes).train_step()
     monkeypatch.setattr(objective, "TERMS", WITH_VARIANCE)
     trainer = trainer_of(**changes)

@@ -1,4 +1,4 @@
-"""Segments, their order by length, and the joining of packed sets."""
+"""Segments, their order by length, and concatenation of packed sets."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_padding_follows_the_images_and_reads_the_last_one() -> None:
     assert segments.pixels_of_token.tolist() == [0, 0, 1, 1, 1, 1, 1, 1]
 
 
-def test_joined_padding_stays_padding_and_ceilings_add_up() -> None:
+def test_concatenated_padding_stays_padding_and_ceilings_add_up() -> None:
     parts = [Segments.from_lengths(lengths, "cpu", 1, ceiling) for lengths, ceiling in (([2, 1, 3], 5), ([1, 1, 2], 4))]
     joined, _ = interleave([*parts, Segments.uniform(3, 2)])
     assert (joined.lengths, joined.padding, joined.ceiling) == ((5, 4, 7), 1, 11)

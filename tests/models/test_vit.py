@@ -1,4 +1,4 @@
-"""The encoder: visible patches only, named as timm names it."""
+"""The encoder: visible patches only, with timm's parameter names."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_positions_one_patch_at_a_time(plain: SimpleNamespace) -> None:
 def test_all_patches_equal_an_independent_forward_of_the_exported_state(
     plain: SimpleNamespace, encoder: VisionTransformer
 ) -> None:
-    """The exported tensors, read by timm's names, give the same numbers up to the fp32 rounding of fixed positions."""
+    """The exported tensors, read by timm's names, give the same values up to fp32 rounding of fixed positions."""
     images = torch.randint(0, 256, (2, 12, 12, 3), dtype=torch.uint8)
     state = to_timm(encoder.state_dict(), 3)
     out = encoder(images).view(2, 9, -1)

@@ -1,4 +1,4 @@
-"""The CUDA path on a machine without a GPU (tools/nullgpu): asked for by IWM_TEST_NULLGPU=1, since it needs 5 GB."""
+"""The CUDA path on a machine without a GPU (tools/nullgpu). Enable with IWM_TEST_NULLGPU=1; needs 5 GB."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 @pytest.fixture(scope="session", autouse=True)
 def null_gpu() -> None:
-    """The stubs, built from what is checked out."""
+    """Stubs, built from the working tree."""
     if os.environ.get("IWM_TEST_NULLGPU") != "1":
         pytest.skip("takes minutes and 5 GB of CUDA libraries: set IWM_TEST_NULLGPU=1")
     from tools.nullgpu.build import build

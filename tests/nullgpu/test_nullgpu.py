@@ -1,4 +1,4 @@
-"""Trainings and the presets' steps on the null GPU, against the counts that were committed."""
+"""Trainings and steps of the presets on the null GPU, against committed counts."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_a_step_launches_and_waits_no_more_than_was_committed(tmp_path, preset, 
 
 @pytest.mark.parametrize("preset", ["gpu-small", "gpu-base"])
 def test_no_kernel_is_compiled_after_the_first_step_whatever_the_masks(tmp_path, preset):
-    """Of 24 batches with masks of their own. Where the first update is skipped, the second step's EMA is the first."""
+    """24 batches with different masks. If the first update is skipped, the second step's EMA is the first."""
     words = [preset, "zero.stage=1", "--steps", "24", "--json", str(tmp_path / "step.json")]
     done = _null("step", *words)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
@@ -54,7 +54,7 @@ def test_no_kernel_is_compiled_after_the_first_step_whatever_the_masks(tmp_path,
 @pytest.mark.parametrize("preset", ["gpu-small", "gpu-base"])
 @pytest.mark.parametrize("stage", [0, 1])
 def test_a_step_launches_what_is_counted_without_any_gpu(tmp_path, preset, stage):
-    """`benchmarks.launches` on the CPU build of PyTorch against the launches of its CUDA build, in all and by span."""
+    """`benchmarks.launches` on PyTorch's CPU build against the launches of its CUDA build, in all and by span."""
     words = [preset, f"zero.stage={stage}", "--json"]
     walked = _null("step", *words, str(tmp_path / "walked.json"))
     assert walked.returncode == 0, walked.stdout[-3000:] + walked.stderr[-2000:]
@@ -80,7 +80,7 @@ def test_what_a_graph_captures_waits_for_nothing_uploads_nothing_and_stays_where
 
 
 def test_the_suite_of_the_gpu_ends_within_its_budget_and_each_part_leaves_its_rows(tmp_path):
-    """Parts that compare answers or need DALI's GPU operators fail there, and say so; all end."""
+    """Parts that compare results or need DALI's GPU operators fail there, and say so; all end."""
     done = _null("run", "-m", "benchmarks.gpu_suite", "--out", str(tmp_path))
     for name in ("ceilings", "step", "attention", "kernels", "profile", "peers", "tests", "train", "settings"):
         assert (tmp_path / f"{name}.json").exists(), done.stdout + done.stderr[-2000:]

@@ -1,4 +1,4 @@
-"""The batch script under a real SLURM: two nodes on this machine, a run that is told to stop and gets another turn."""
+"""The batch script under a real SLURM: two nodes on this machine; a stopped run is requeued and resumes."""
 
 import os
 import shutil
@@ -49,7 +49,7 @@ def wait_for(condition, seconds, said):
         time.sleep(0.5)
 
 
-def test_a_job_that_is_told_to_stop_is_requeued_and_goes_on_to_its_end(cluster, tiny_images, tmp_path):
+def test_a_stopped_job_is_requeued_and_resumes_to_its_end(cluster, tiny_images, tmp_path):
     config, run, output = tmp_path / "small.yaml", tmp_path / "run", tmp_path / "out.txt"
     tree = BASE | {"data": BASE["data"] | {"root": str(tiny_images)}}
     tree["train"] = BASE["train"] | {"schedule_steps": STEPS}

@@ -1,8 +1,8 @@
-"""Triton's kernels themselves: on a GPU where there is one, else in Triton's interpreter, in a process of its own.
+"""Tests of the Triton kernels: on a GPU if there is one, else in Triton's interpreter, in a process of its own.
 
     TRITON_INTERPRET=1 python -m pytest tests/triton
 
-`tests/kernels/test_interpreter.py` runs just that, because the interpreter and the compiler cannot share a process.
+`tests/kernels/test_interpreter.py` runs this, because the interpreter and the compiler cannot share a process.
 """
 
 import pytest

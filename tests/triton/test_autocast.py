@@ -1,4 +1,4 @@
-"""Autocast around an operator on Triton does what the operator says it does, and nothing more."""
+"""Autocast around an operator on Triton does what its docstring says and nothing else."""
 
 from __future__ import annotations
 

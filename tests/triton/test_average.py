@@ -32,7 +32,7 @@ def shards(lengths, seed, device, dtype=torch.float32, gap=0):
     seed=st.integers(0, 99),
 )
 def test_every_element_and_nothing_beside_them(copied, lengths, gaps, momentum, seed, device):
-    """Three roundings: of 1 − momentum and of the difference, of their product, and of the sum."""
+    """Three roundings: of 1 − momentum and the difference, of their product, and of the sum."""
     averages, held = shards(lengths, seed, device, gap=gaps[0])
     weights, read = shards(lengths, seed + 1, device, gap=gaps[1])
     copies, written = shards(lengths, seed + 2, device, copied or torch.float32, gap=gaps[2])
@@ -52,7 +52,7 @@ def test_every_element_and_nothing_beside_them(copied, lengths, gaps, momentum, 
 
 
 def cells(lengths, gap):
-    """Places in the buffer that belong to a shard."""
+    """Return the places in the buffer that belong to a shard."""
     inside = [torch.cat([torch.zeros(gap), torch.ones(n)]) for n in lengths]
     return torch.cat(inside).nonzero().squeeze(1)
 
@@ -90,7 +90,7 @@ def test_a_lerp_and_a_copy_differ_by_one_rounding_of_the_product_and_one_of_the_
 
 
 def test_other_tensors_are_never_taken_for_those_before(device):
-    """The table of addresses is kept between calls."""
+    """The table of addresses is cached between calls."""
     for seed in range(4):
         lengths = [64, 2100]
         averages, weights = (shards(lengths, seed + k, device)[0] for k in (0, 1))

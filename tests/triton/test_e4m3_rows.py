@@ -1,4 +1,4 @@
-"""e4m3_rows on Triton against the reference, whose numbers tests/kernels/test_e4m3_rows.py holds to NumPy's."""
+"""e4m3_rows on Triton against the reference, which tests/kernels/test_e4m3_rows.py compares with NumPy."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from iwm_fast.kernels import e4m3_rows, e4m3_rows_flops, use_backend
 from iwm_fast.models.fp8 import fp8_linear
 
-# Half a step of each type, relative, and of the smallest, which fp16 alone has within reach.
+# Half a step of each dtype, relative, and of its smallest, which only fp16 reaches.
 TYPES = {torch.float32: (2.0**-24, 0.0), torch.float16: (2.0**-11, 2.0**-25), torch.bfloat16: (2.0**-8, 0.0)}
 
 
@@ -53,9 +53,9 @@ def test_every_number_and_every_middle_between_two(device):
 
 @pytest.mark.parametrize("dtype", list(TYPES), ids=str)
 def test_gelu_is_rounded_to_the_inputs_type_first(dtype, device):
-    """Half a step of that type, with what the sum 1 + erf loses, then half a step of e4m3, 2⁻⁴, or half its smallest,
-    2⁻¹⁰ of a scale of at most 2 / 448 of a row's largest. Another erf may differ by a rounding, which turns few of
-    those to e4m3."""
+    """Half a step of that dtype, with the error of the sum 1 + erf, then half a step of e4m3, 2⁻⁴, or half its
+    smallest, 2⁻¹⁰ of a scale of at most 2 / 448 of a row's maximum. Another erf may differ by a rounding, which changes
+    a few of those to e4m3."""
     relative, smallest = TYPES[dtype]
     x = draw(31, 100, 3, dtype, device)
     found = numbers(*e4m3_rows(x, activation="gelu", backend="triton"))
@@ -90,7 +90,7 @@ def test_rows_that_do_not_lie_together(device):
         assert codes.is_contiguous()
 
 
-def test_a_product_takes_its_factors_from_here(device):
+def test_a_matmul_takes_its_operands_from_here(device):
     x, weight, bias = (draw(rows, 48, rows, torch.bfloat16, device) for rows in (9, 32, 1))
     with use_backend("reference"):
         expected = fp8_linear(x, weight, bias[0, :32].contiguous())

@@ -1,4 +1,4 @@
-"""What the kernels keep for the backward pass in a whole model: the MLP's hidden is not among it."""
+"""What the kernels save for the backward pass in a whole model: not the MLP's hidden."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from iwm_fast.cost.tokens import Tokens
 from iwm_fast.kernels import use_backend
 
 
-def test_a_forward_pass_keeps_what_the_plan_says(device):
+def test_a_forward_pass_saves_what_the_plan_says(device):
     if device != "cpu":
         pytest.skip("looks at the CPU's memory")
     config = small_config(Path("unused"))

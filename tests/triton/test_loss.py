@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from iwm_fast.kernels import stopgrad_l2
 
-operator = import_module("iwm_fast.kernels.stopgrad_l2")  # whose name in the package is the function
+operator = import_module("iwm_fast.kernels.stopgrad_l2")  # in the package this name is the function
 TYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
@@ -21,7 +21,7 @@ def draw(rows, width, seed, dtype=torch.float32, device="cpu", size=1.0):
 
 
 def both(pred, target, incoming=1.0, **options):
-    """(loss, gradient) of the Triton backend, of the reference in the same type, and in float64."""
+    """Return (loss, gradient) of the Triton backend, of the reference in the same dtype, and in float64."""
     found = []
     index = options.pop("index", None)
     for backend, p, t in (("triton", pred, target), ("reference", pred, target), ("exact", pred, target)):
@@ -52,7 +52,7 @@ def distance(a, b):
     seed=st.integers(0, 99),
 )
 def test_value_and_gradient(dtype, rows, width, indexed, normalize, reduction, incoming, size, seed, device):
-    """fp32 to 1e-5; in half the gradient is rounded once, like the reference's, and the value is fp32 all the same."""
+    """fp32 to 1e-5; in half the gradient is rounded once, like the reference's, and the value is still fp32."""
     pred = draw(rows, width, seed, dtype, device, size)
     target = draw(31 if indexed else rows, width, seed + 1, dtype, device, size)
     generator = torch.Generator().manual_seed(seed)
@@ -87,7 +87,7 @@ def test_the_target_never_gets_a_gradient(device):
 
 
 def test_every_backward_pass_is_right_whatever_came_before(device):
-    """The first gradient is handed over; the second is made anew, and neither is the other's memory."""
+    """The first pass returns the precomputed gradient, the second recomputes it; they do not share memory."""
     pred, target = draw(33, 48, 0, device=device), draw(33, 48, 1, device=device)
     leaf = pred.requires_grad_()
     loss = stopgrad_l2(leaf, target, backend="triton")
@@ -123,7 +123,7 @@ def test_what_is_not_finite_is_never_silent(bad, where, dtype, device):
 
 
 def test_a_row_that_target_does_not_have_is_never_silent(device):
-    """On the CPU the public function refuses it; on a device that would wait, so the kernel answers NaN."""
+    """On the CPU the public function refuses it; on a device a check would synchronise, so the kernel returns NaN."""
     pred, target = draw(3, 8, 0, device=device), draw(4, 8, 1, device=device)
     index = torch.tensor([0, 4, 2], device=device)
     loss, grad = torch.ops.iwm_fast.stopgrad_l2(pred, target, index, False, 1.0, 1e-6, True)
@@ -167,7 +167,7 @@ def test_every_element_is_written_and_equal_inputs_give_equal_bits(dtype, device
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-def test_nothing_is_written_where_no_gradient_is_asked_for(device):
+def test_nothing_is_written_if_no_gradient_is_required(device):
     pred, target = draw(8, 16, 0, device=device), draw(8, 16, 1, device=device)
     for with_grad, rows in ((True, 8), (False, 0)):
         _, grad = torch.ops.iwm_fast.stopgrad_l2(pred, target, None, True, 1.0, 1e-6, with_grad)
@@ -182,7 +182,7 @@ def test_nothing_is_written_where_no_gradient_is_asked_for(device):
     ids=str,
 )
 def test_few_programs_scale_every_row_or_leave_all_as_they_are(width, rows, dtype, device, monkeypatch):
-    """More blocks of rows than programs, the last with fewer; equal inputs give equal bits."""
+    """More blocks of rows than programs, the last one partial; equal inputs give equal bits."""
     monkeypatch.setattr(operator, "_FEW_PROGRAMS", 2)
     pred, target = draw(rows, width, 0, dtype, device), draw(rows, width, 1, dtype, device)
     (loss, scaled), _, (exact, exact_grad) = both(pred, target, -3.0, normalize_target=True, eps=1e-3)

@@ -1,4 +1,4 @@
-"""conditioned_mlp on Triton against float64, and against what the eager reference loses in the same type."""
+"""conditioned_mlp on Triton against float64, and against the error of the eager reference in the same dtype."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def upstream(case, seed=1):
 
 
 def compare(case, **options):
-    """Errors of the Triton backend and of the eager reference, both in the case's own type, against float64; and how
-    many times its inputs' roundings each result moves by.
+    """Return errors of the Triton backend and of the eager reference, both in the case's dtype, against float64; and by
+    how many times its inputs' roundings each result moves.
     """
     weight = upstream(case).to(case["x"].dtype).double()
 
@@ -55,7 +55,7 @@ def compare(case, **options):
 @settings(max_examples=15)
 @given(shape=SHAPES, scale=st.sampled_from([1e-4, 1.0, 1e3]), activation=st.sampled_from(["gelu", "gelu_tanh"]))
 def test_fp32_output_and_gradients_to_1e_5(shape, scale, activation, device):
-    """One rounding is 6e-8; a sum of 768 products in blocks leaves a few of them, and cancelling makes them larger."""
+    """One rounding is 6e-8; a blocked sum of 768 products leaves a few of them, and cancellation amplifies them."""
     ours, _, larger = compare(mlp_inputs(**shape, scale=scale, device=device), activation=activation)
     for name, error in ours.items():
         assert error <= 1e-5 * larger[name], (name, error, larger[name])
@@ -65,7 +65,7 @@ def test_fp32_output_and_gradients_to_1e_5(shape, scale, activation, device):
 @settings(max_examples=10)
 @given(shape=SHAPES, scale=st.sampled_from([1e-2, 1.0, 30.0]))
 def test_half_is_never_much_less_accurate_than_eager(dtype, shape, scale, device):
-    """At most 1.5 times eager's error; what one rounding of all numbers may do is right whatever eager's luck."""
+    """At most 1.5 times eager's error; the effect of one rounding of all values is allowed whatever eager's error."""
     ours, eager, larger = compare(mlp_inputs(**shape, scale=scale, dtype=dtype, device=device))
     for name, error in ours.items():
         one = torch.finfo(dtype).eps / 2 * larger[name]
@@ -133,7 +133,7 @@ def test_a_weight_that_is_not_finite_reaches_every_row(device):
 @pytest.mark.parametrize("norm", [True, False], ids=["norm", "no norm"])
 @pytest.mark.parametrize("actions", [3, None], ids=["action", "no action"])
 def test_every_element_is_written(actions, norm, dtype, device, monkeypatch):
-    """Memory that is handed out is full of NaN; whatever is left unwritten, or read before, shows."""
+    """Allocated memory is full of NaN; whatever is left unwritten, or read before, shows."""
     case = mlp_inputs([31, 0, 39], width=100, hidden=72, actions=actions, norm=norm, dtype=dtype, device=device)
     expected = outcome(case, upstream(case), backend="triton")
     empty = torch.empty
@@ -169,7 +169,7 @@ def test_chunks_of_tokens_change_nothing(device):
 
 
 def test_a_call_has_its_own_limit_and_the_same_bits_each_time(device):
-    """Its backward pass too, wherever autograd runs it, and whatever the process's limit is."""
+    """Its backward pass too, in any autograd thread, and whatever the process's limit is."""
     case = mlp_inputs([70, 1, 129], width=48, hidden=40, device=device)
     with use_workspace(2**15):
         chunked = outcome(case, upstream(case), backend="triton")
@@ -190,7 +190,7 @@ CHOICES = {
 
 
 class Fixed:
-    """In the tuner's place: one choice for every product that it can make."""
+    """Replaces the tuner: one choice for every matmul that it can run."""
 
     def __init__(self, choice):
         self.choice = choice
@@ -232,7 +232,7 @@ def test_every_implementation_gives_the_same(choice, dtype, actions, norm, devic
 def test_timing_the_kernels_of_a_chunked_call_leaves_its_gradients(
     actions, dtype, fastest, tmp_path, device, monkeypatch
 ):
-    """Chunks of 64, 64 and 22 tokens: the last is timed too, in a bucket of its own, when there are sums already."""
+    """Chunks of 64, 64 and 22 tokens: the last is timed too, in its own bucket, when there are partial sums already."""
     choices = [CHOICES["narrow"], CHOICES["library"]]
     monkeypatch.setattr(_tuning, "candidates_of", lambda *_: choices)
     timed = []
@@ -265,7 +265,7 @@ def test_frozen_weights_get_no_gradient(device):
     assert torch.equal(found["x"], expected["x"])
 
 
-def test_precision_of_fp32_products_is_what_torch_is_told(device):
+def test_precision_of_fp32_matmuls_is_what_torch_is_set_to(device):
     """TF32 keeps 10 bits of the mantissa; the interpreter has none and stays exact."""
     case = mlp_inputs([40], width=64, hidden=64, device=device)
     before = torch.get_float32_matmul_precision()

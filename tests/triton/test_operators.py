@@ -1,4 +1,4 @@
-"""Both operators as PyTorch sees them: registrations, compilation, checkpointing, autocast, counts, a training."""
+"""The operators in PyTorch: registrations, compilation, checkpointing, autocast, FLOP counts, a training."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_operations_are_counted_by_formula(device):
 
 
 def train(backend, device, steps):
-    """Losses of a predictor that learns what a fixed linear map does to tokens, told the shift as an action."""
+    """Return losses of a predictor that learns a fixed linear map of tokens, with the shift as its action."""
     torch.manual_seed(0)
     config = PredictorConfig(kind="mlp", depth=1, width=16, heads=2, conditioning="block")
     predictor = MlpPredictor(config, 16, 16).to(device)
@@ -138,7 +138,7 @@ def train(backend, device, steps):
 
 @pytest.mark.parametrize("steps", [40, pytest.param(200, marks=pytest.mark.slow)])
 def test_a_training_follows_the_reference(steps, device):
-    """fp32 differs in its last bits from the first step on, and AdamW carries that along: 1e-4 of every loss."""
+    """fp32 differs in its last bits from the first step, and AdamW carries that along: 1e-4 of every loss."""
     ours, theirs = (train(backend, device, steps) for backend in ("triton", "reference"))
     assert theirs[-1] < 0.5 * theirs[0]
     worst = max(abs(a - b) / b for a, b in zip(ours, theirs, strict=True))

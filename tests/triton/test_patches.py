@@ -42,7 +42,7 @@ def drawn_index(images, grid, tokens, seed, device):
     seed=st.integers(0, 99),
 )  # fmt: skip
 def test_every_number(dtype, images, patch, grid, tokens, tables, seed, device):
-    """Rounded once to the result's type; in fp32 a rounding of the product and one of the sum."""
+    """Rounded once to the result's dtype; in fp32 one rounding of the product and one of the sum."""
     pixels, (scale, shift) = levels(images, patch * grid, seed, device), affine(patch, device, tables)
     index = {} if tokens is None else drawn_index(images, grid, tokens, seed, device)
     found = patchify(pixels, patch, scale, shift, dtype=dtype, backend="triton", **index)
@@ -66,7 +66,7 @@ def test_strided_images_and_indices_give_the_same(device):
 
 
 def test_a_patch_that_no_image_has_is_never_silent(device):
-    """On the CPU the public function refuses it; on a device that would wait, so the kernel answers NaN."""
+    """On the CPU the public function refuses it; on a device a check would synchronise, so the kernel returns NaN."""
     pixels, (scale, shift) = levels(2, 8, 0, device), affine(4, device)
     patches = torch.tensor([0, 4, -1, 3, 2, 1], device=device)
     image = torch.tensor([0, 0, 1, 2, -1, 1], device=device)
@@ -104,7 +104,7 @@ def test_opcheck_and_operations(indexed, device):
 
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "all patches"])
 def test_an_encoder_reads_its_images_by_it(packed, device):
-    """The same values to a rounding, so the same tokens and gradients to fp32's rounding through two blocks."""
+    """The same values up to a rounding, so the same tokens and gradients up to fp32's rounding in two blocks."""
     torch.manual_seed(0)
     encoder = VisionTransformer(EncoderShape(depth=2, width=16, heads=2), 12, 4, "sdpa").to(device)
     pixels = levels(2, 12, 0, device)

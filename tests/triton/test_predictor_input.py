@@ -30,7 +30,7 @@ def outcome(given, backend="triton"):
 @settings(max_examples=8)
 @given(shape=PARTS, width=st.sampled_from([1, 7, 100, 192, 384]))
 def test_values_and_gradients(dtype, shape, width, device):
-    """Values and copied gradients are those of float64 rounded once; the mask token's is an fp32 sum of 40 numbers."""
+    """Values and copied gradients are float64's rounded once; the mask token's is an fp32 sum of 40 values."""
     given = parts(**shape, width=width, dtype=dtype, device=device)
     found, exact = outcome(given), outcome(cast(given, torch.float64, "cpu"), "reference")
     for name in found.keys() - {"mask_token"}:
@@ -45,7 +45,7 @@ def test_values_and_gradients(dtype, shape, width, device):
 
 
 def test_many_rows_a_program_are_summed_in_full(device, monkeypatch):
-    """More blocks of tokens than programs: each then walks over several, the last over fewer."""
+    """More blocks of tokens than programs: each then iterates over several, the last over fewer."""
     monkeypatch.setattr(row_blocks, "SUM_PROGRAMS", 3)
     given = parts(45, 90, 20, width=24, device=device)
     found, exact = outcome(given), outcome(cast(given, torch.float64, "cpu"), "reference")
@@ -77,7 +77,7 @@ def test_non_contiguous_inputs_give_the_same(device):
 
 
 def test_a_position_that_is_not_there_is_never_silent(device):
-    """On the CPU the public function refuses it; on a device that would wait, so the kernel answers NaN."""
+    """On the CPU the public function refuses it; on a device a check would synchronise, so the kernel returns NaN."""
     given = {name: value.detach() for name, value in parts(3, 2, 1, width=8, device=device).items()}
     given["context_patches"][1] = 9
     out = torch.ops.iwm_fast.predictor_input(*(given[name] for name in NAMES))

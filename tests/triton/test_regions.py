@@ -1,4 +1,4 @@
-"""The compiler takes the kernels as they are, whatever the lengths."""
+"""torch.compile takes the kernels unchanged, whatever the lengths."""
 
 import torch
 
@@ -9,7 +9,7 @@ from iwm_fast.models.compiled_regions import compilations, compile_regions
 
 
 def test_compiled_regions_over_the_kernels_give_the_references_gradients(device, regions_as_traced):
-    """fp32 sums in another order: 1e-5 of a gradient's norm, ten times what is seen."""
+    """fp32 sums in another order: 1e-5 of a gradient's norm, ten times the observed difference."""
     config = ModelConfig(
         encoder=EncoderShape(depth=1, width=16, heads=2),
         patch=4,

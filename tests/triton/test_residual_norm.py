@@ -1,4 +1,4 @@
-"""residual_norm on Triton against float64, and against what the eager reference loses in the same type."""
+"""residual_norm on Triton against float64, and against the error of the eager reference in the same dtype."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def inputs(rows, width, branched, seed=0, dtype=torch.float32, device="cpu", siz
 
 
 def outcome(given, backend="triton", used=(True, True)):
-    """Both results and every gradient, for upstream gradients that are exact in every type."""
+    """Return both results and every gradient, for upstream gradients that are exact in every dtype."""
     leaves = {name: value for name, value in given.items() if value is not None}
     results = residual_norm(**given, eps=1e-3, backend=backend)
     generator = torch.Generator().manual_seed(1)
@@ -48,10 +48,10 @@ def outcome(given, backend="triton", used=(True, True)):
     seed=st.integers(0, 99),
 )
 def test_values_and_gradients(branched, dtype, rows, width, size, seed, device):
-    """fp32 to 1e-5; in half at most 1.5 times eager's error, or what one rounding of all numbers may do to each result.
-    Both times what cancelling makes of a rounding.
+    """fp32 to 1e-5; in half at most 1.5 times eager's error, or the effect of one rounding of all values on each
+    result. Both times the amplification of a rounding by cancellation.
 
-    s is rounded before it is normalised, as in eager: against float64 that costs both the same.
+    s is rounded before it is normalised, as in eager: against float64 both have that error.
     """
     given = inputs(rows, width, branched, seed, dtype, device, size)
 
@@ -80,7 +80,7 @@ def test_one_result_alone_may_be_differentiated(used, branched, device):
 
 
 def test_many_rows_a_program_are_summed_in_full(device, monkeypatch):
-    """More blocks of rows than programs: each then walks over several, the last over fewer."""
+    """More blocks of rows than programs: each then iterates over several, the last over fewer."""
     monkeypatch.setattr(row_blocks, "SUM_PROGRAMS", 3)
     given = inputs(101, 384, branched=False, device=device)
     ours, exact = outcome(given), outcome(cast(given, torch.float64, "cpu"), "reference")
@@ -175,7 +175,7 @@ def test_operations_are_counted_by_formula(branched, device):
     ids=str,
 )  # fmt: skip
 def test_odd_numbers_of_rows_are_summed_in_full_and_in_order(width, rows, dtype, device, monkeypatch):
-    """Several rows a warp, one, and one a program; the last program has fewer rows, and a part of a block."""
+    """Several rows per warp, one, and one per program; the last program has fewer rows, and a partial block."""
     monkeypatch.setattr(row_blocks, "SUM_PROGRAMS", 2)
     given = inputs(rows, width, branched=False, dtype=dtype, device=device)
     found, exact = outcome(given), outcome(cast(given, torch.float64, "cpu"), "reference")

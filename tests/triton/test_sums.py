@@ -19,7 +19,7 @@ from iwm_fast.kernels._tuning.candidates import Choice
 from iwm_fast.kernels._tuning.tuner import use_tuner
 
 TYPES = [torch.float32, torch.float16, torch.bfloat16]
-# Half a step, relative, and the smallest that a type has (its subnormal ones included).
+# Half a step, relative, and the smallest value of a dtype (subnormals included).
 HALF_STEP = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 
 
@@ -107,7 +107,7 @@ def test_gradients_of_an_action_its_weight_and_the_bias(images, units, actions, 
     }
     for name, (found, exact, terms) in expected.items():
         assert found.dtype == dtype
-        size = 2.0**-22 * math.sqrt(terms + 1) * 4  # of a sum of so many numbers of about 1
+        size = 2.0**-22 * math.sqrt(terms + 1) * 4  # of a sum of this many values of about 1
         limit = 1.01 * HALF_STEP[dtype] * exact.abs() + size
         assert ((found.double() - exact).abs() <= limit).all(), name
 
@@ -123,7 +123,7 @@ def gelu_of(u_ptr, value_ptr, twin_ptr, slope_ptr, KIND: tl.constexpr, BLOCK: tl
 
 
 def computed(u, kind):
-    """GELU alone, GELU beside its slope, and the slope, fp32."""
+    """Return GELU alone, GELU beside its derivative, and the derivative, fp32."""
     assert len(u) % 1024 == 0
     found = [torch.empty_like(u) for _ in range(3)]
     gelu_of[(len(u) // 1024,)](u, *found, KIND=kind, BLOCK=1024)
@@ -131,7 +131,7 @@ def computed(u, kind):
 
 
 def exact(u):
-    """GELU and its slope in float64: by erfc, which loses nothing in the tail."""
+    """Return GELU and its derivative in float64, by erfc, which loses nothing in the tail."""
     u = u.double().cpu()
     phi = 0.5 * torch.special.erfc(-u / math.sqrt(2))
     return u * phi, phi + u * torch.exp(-0.5 * u * u) / math.sqrt(2 * math.pi)
@@ -139,8 +139,8 @@ def exact(u):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_the_rational_form_is_as_good_as_erf_after_rounding_to_half_precision(dtype, device):
-    """A step of the type, of the value or of 2⁻¹⁶, in which the approximation's 1.5e-7 of u vanishes; and in the mean
-    no worse than erf in fp32 rounded alike."""
+    """One step of the dtype, of the value or of 2⁻¹⁶, which hides the approximation's 1.5e-7 of u; and in the mean no
+    worse than fp32's erf rounded alike."""
     u = torch.cat([torch.linspace(-12, 12, 2**15), torch.linspace(-0.01, 0.01, 2**12)]).to(device)
     wanted = exact(u)
     value, twin, slope = (t.to(dtype).double().cpu() for t in computed(u, "rational"))
@@ -172,7 +172,7 @@ ENDS = {
 @pytest.mark.filterwarnings("ignore:overflow encountered")
 @pytest.mark.parametrize("kind", ENDS)
 def test_ends_zeros_and_nan(kind, device):
-    """Large numbers are as good as their limit; infinities have a test of their own."""
+    """Large values equal their limit; infinities have a test of their own."""
     u = torch.zeros(1024)
     u[:10] = torch.tensor(ENDS[kind])
     value, twin, slope = (t[:10].cpu() for t in computed(u.to(device), kind))
@@ -198,7 +198,7 @@ def test_infinities_pass_through_the_rational_form_and_show_in_its_slope(device)
 
 
 class Only:
-    """In the tuner's place: one choice."""
+    """Replaces the tuner: one choice."""
 
     def __init__(self, choice):
         self.choice = choice
@@ -214,7 +214,7 @@ CHOICES = [Choice("triton", 16, 32, 16, 4, 1), Choice("tma", 16, 32, 16, 4, 1), 
 @pytest.mark.parametrize("choice", CHOICES, ids=lambda choice: choice.by)
 @pytest.mark.parametrize(("rows", "p", "q"), [(1, 8, 8), (37, 24, 72), (53, 40, 8)])
 def test_gradients_of_a_bias_come_from_the_pass_of_its_weight(choice, rows, p, q, dtype, device):
-    """The bias's as exact as an fp32 sum: ones multiply without rounding. Twice: a sum goes on with further slices."""
+    """The bias's is as exact as an fp32 sum: ones multiply without rounding. Twice: a sum continues over slices."""
     a, b = (draw(rows, width, seed=width, device=device, dtype=dtype) for width in (p, q))
     weight, bias = torch.empty(p, q, device=device), torch.empty(p, device=device)
     with use_tuner(Only(choice)):

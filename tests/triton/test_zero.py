@@ -1,4 +1,4 @@
-"""The operators inside DeepSpeed: at ZeRO stage 3 weights are there only while their module runs."""
+"""The operators inside DeepSpeed: at ZeRO stage 3 weights exist only while their module runs."""
 
 import pytest
 from small_run import losses, small_config
@@ -9,7 +9,7 @@ from iwm_fast.kernels import use_backend
 
 @pytest.mark.parametrize("stage", [0, 3])
 def test_a_pretraining_follows_the_reference(stage, tiny_images, tmp_path):
-    """Losses in fp32 to 1e-4, as between stages: encoder, predictor with the action in its blocks, and the loss."""
+    """Losses in fp32 to 1e-4, as between stages: encoder, predictor with block conditioning, and the loss."""
     found = {}
     for backend in ("triton", "reference"):
         config = small_config(

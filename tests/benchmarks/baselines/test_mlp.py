@@ -1,7 +1,7 @@
-"""The conditioned MLP by other libraries: that what is added to each gives the operator, and that none is left out.
+"""The conditioned MLP with other libraries: with the parts that each lacks it computes the operator.
 
-None of the libraries is installed with this project. Modules with their interfaces, in plain PyTorch, stand for them;
-where a real one is there, its interface is compared with what is called.
+The libraries are not dependencies of this project. Modules with their interfaces, in plain PyTorch, replace them; where
+a real library is installed, its interface is compared with the calls.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ LIBRARIES = ("quack", "liger", "transformer engine")
 
 
 class QuackMLP(nn.Module):
-    """quack.mlp.MLP, which drops biases where it recomputes and knows GELU by its tanh form alone."""
+    """quack.mlp.MLP, which drops biases when it recomputes and has only GELU's tanh form."""
 
     def __init__(self, inputs, hidden, outputs, *, activation, device, dtype, recompute):
         super().__init__()
@@ -101,7 +101,7 @@ MODULES = dict(zip(LIBRARIES, STANDINS, strict=True))
 
 
 def put(monkeypatch, module, **names):
-    """A library's module with those names; all of its parents, empty."""
+    """Insert a library's module with those names; its parents are empty."""
     parts = module.split(".")
     for i in range(1, len(parts) + 1):
         made = types.ModuleType(".".join(parts[:i]))
@@ -111,7 +111,7 @@ def put(monkeypatch, module, **names):
 
 @pytest.fixture
 def eagerly(monkeypatch):
-    """torch.compile, which takes its time, leaves functions as they are; ceilings of a small machine."""
+    """torch.compile, which is slow, returns functions unchanged; ceilings of a small machine."""
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     monkeypatch.setattr(kernels, "ceilings", lambda _: {"matmul_flops_per_s": 1e12, "copy_bytes_per_s": 1e10})
 
@@ -128,7 +128,7 @@ def test_what_is_added_to_a_library_gives_the_operator_and_every_gradient(monkey
 
 
 def test_the_tanh_form_is_held_to_itself(monkeypatch, eagerly):
-    """Of numbers that bf16 does not blur: GELU's two forms are 10⁻³ apart, and each is told from the other."""
+    """With values that bf16 does not blur: GELU's two forms differ by 10⁻³, and each check rejects the other."""
     put(monkeypatch, "quack.mlp", MLP=QuackMLP)
     given = {
         k: v.detach().double() if v.is_floating_point() else v for k, v in inputs(ACTION, CPU, torch.bfloat16).items()
@@ -167,7 +167,7 @@ def test_every_baseline_has_a_row_with_its_version_or_why_it_is_not_there(eagerl
     assert found["conditioned_mlp", "compile"]["p50"] > 0
 
 
-def test_who_is_not_asked_for_has_a_row_too(eagerly):
+def test_a_baseline_that_is_not_selected_has_a_row_too(eagerly):
     found = rows(contenders=["eager"])
     assert {row["contender"] for row in found.values() if "p50" in row} == {"eager"}
     others = {row["contender"]: row.get("skipped") for (_, name), row in found.items() if name != "eager"}
@@ -199,7 +199,7 @@ class Changed:
         (Changed, "failed: TypeError: "),
     ],
 )
-def test_a_library_that_is_wrong_or_fails_costs_its_own_row_alone(monkeypatch, eagerly, mlp, said):
+def test_a_library_that_is_wrong_or_fails_loses_its_own_row_only(monkeypatch, eagerly, mlp, said):
     put(monkeypatch, "quack.mlp", MLP=mlp)
     monkeypatch.setattr(mlp_baselines.torch.cuda, "get_device_capability", lambda _: (9, 0))
     chosen = CONTENDERS | {"quack": baselines.Contender("1", mlp_baselines.quack, refusals=baselines._quack_refusals)}
@@ -250,7 +250,7 @@ def test_a_library_that_does_not_import_says_why(monkeypatch, error, said):
 
 
 def test_cuda_graphs_are_checked_as_they_are_replayed(monkeypatch):
-    """A graph warms up, records and replays: what is compared is the third call."""
+    """A graph warms up, records and replays: the third call is the one to compare."""
     calls = []
 
     def run(pred, target, index):

@@ -1,4 +1,4 @@
-"""How many kernels PyTorch's operators launch on CUDA, against counts that ATen's own launches gave (tools/nullgpu)."""
+"""Launch counts of PyTorch's operators on CUDA, against counts of ATen's own launches (tools/nullgpu)."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_scalars_of_their_own_leave_room_for_fewer_tensors():
 
 @pytest.mark.parametrize(("preset", "expected"), [("gpu-base", (7, 7, 8)), ("gpu-small", (3, 6, 4))])
 def test_the_presets_weights_take_the_launches_that_the_null_gpu_counted(preset, expected):
-    """Of the fused AdamW over decayed weights and over the others, and of the norms of all."""
+    """The fused AdamW over decayed weights and over the others, and the norms of all."""
     trained = layout_of(preset_config(preset)).trained
     decayed, plain = ([p.size for p in trained if p.decayed is wanted] for wanted in (True, False))
     found = multi_tensor_launches(decayed, 4), multi_tensor_launches(plain, 4)
@@ -59,7 +59,7 @@ def test_the_presets_weights_take_the_launches_that_the_null_gpu_counted(preset,
         (lambda x: x.to(torch.bfloat16), 1),
         (lambda x: torch.empty_like(x).copy_(x), 0),
         (lambda x: empty(4, 8).copy_(x.t()), 1),
-        (lambda x: x.copy_(torch.zeros(8, 4)), 1),  # the host's own zeros; the upload is no launch
+        (lambda x: x.copy_(torch.zeros(8, 4)), 1),  # zeros on the host; the upload is no launch
         (lambda x: x[:0].clone(), 0),
     ],
     ids=["whole", "strided", "transposed", "converted", "into", "into another layout", "from the host", "nothing"],
@@ -83,7 +83,7 @@ def test_concatenation_takes_128_tensors_a_launch(tensors, expected):
         (lambda x: torch._foreach_mul(x, 2.0), 2),
         (lambda x: torch._foreach_lerp_(x, x, 0.5), 2),
         (lambda x: torch._foreach_addcmul(x, x, x), 4),
-        (torch._foreach_norm, 4),  # the parts cleared, two launches, the parts added
+        (torch._foreach_norm, 4),  # clear the partial results, two launches, add them
     ],
     ids=["in place", "into new tensors", "two lists", "four lists", "norms"],
 )

@@ -37,7 +37,7 @@ def of_mlps(rows):
 
 @pytest.mark.parametrize(("preset", "most"), [("gpu-base", 750), ("gpu-small", 560)])
 def test_the_mlps_of_a_step_launch_few_kernels(preset, most):
-    """The target's forward pass, the context encoder's and the predictor's forward and backward, of 256 images."""
+    """The target's forward pass, and forward and backward of context encoder and predictor, for 256 images."""
     config = preset_config(preset, ("train.global_batch=256", "train.micro_batch=256", "zero.stage=0"))
     rows = step_launches(config, optimizer=False)
     assert {row.part for row in rows if row.part.endswith("/mlp")} == {
@@ -64,19 +64,19 @@ def test_each_block_s_launches_are_its_component_s():
 @pytest.mark.parametrize(
     ("changes", "launches"),
     [
-        ((), 6),  # its four, and the gradients of q, k and v taken out of their batch and put into one tensor
+        ((), 6),  # its four, and two that unbatch the gradients of q, k and v and copy them into one tensor
         (("model.attention=efficient",), 2),
         (("train.precision=fp32",), 5),
     ],
     ids=["flash", "efficient", "efficient in fp32"],
 )
 def test_attention_launches_what_the_null_gpu_counted(changes, launches):
-    """Backward, beside three for each of the two linear layers."""
+    """Backward, in addition to three for each of the two linear layers."""
     assert counted(*changes)["backward/context encoder/attention"] == (6 + launches) * DEPTH
 
 
 def test_an_action_in_the_blocks_adds_its_launches():
-    """A block is told its images in the forward pass, and four more launches in the backward pass."""
+    """A block computes each token's image in the forward pass, and has four more launches in the backward pass."""
     found = counted("model.predictor.conditioning=block")
     assert found["forward/predictor/mlp"] == 4 * PREDICTOR_DEPTH
     assert found["backward/predictor/mlp"] == 13 * PREDICTOR_DEPTH
@@ -168,8 +168,8 @@ def test_anything_but_one_configuration_is_refused(words):
         main([*words, "--json", "-"])
 
 
-def test_a_second_term_of_the_loss_counts_as_loss_and_one_costs_what_its_kernel_does(monkeypatch):
-    """Stop-gradient L2: the sums and their total, and its gradient for an incoming one, which is made."""
+def test_a_second_term_of_the_loss_counts_as_loss_and_one_has_its_kernel_s_launches(monkeypatch):
+    """Stop-gradient L2: the sums and their total, and the gradient, which is recomputed for an upstream one."""
     one = counted()
     assert (one["forward/loss"], one["backward/loss"]) == (2, 2)
     monkeypatch.setattr(objective, "TERMS", WITH_VARIANCE)

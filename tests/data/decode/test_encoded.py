@@ -20,7 +20,7 @@ PNG = encode(IMAGE, "PNG")
 
 
 def pixels(encoded):
-    """Of a lossless one: an uncompressed PNM."""
+    """Return the pixels of a lossless one: an uncompressed PNM."""
     header, image = encoded.data.tobytes().split(b"255\n", 1)
     assert header == b"P6\n%d %d\n" % (encoded.width, encoded.height)
     return np.frombuffer(image, np.uint8).reshape(encoded.height, encoded.width, 3)
@@ -46,7 +46,7 @@ def test_plain_files_pass_as_they_are(raw):
 
 
 def without_adobe(raw):
-    """A JPEG whose marker of Adobe's is cut out."""
+    """Return a JPEG without Adobe's marker."""
     at = raw.index(b"\xff\xee")
     return raw[:at] + raw[at + 2 + int.from_bytes(raw[at + 2 : at + 4], "big") :]
 
@@ -77,7 +77,7 @@ def test_odd_files_are_handed_on_as_pillow_decodes_them(kind):
 
 
 def exif_block(*entries, order="<", first=8, end=b"\0\0\0\0"):
-    """An APP1 segment whose first directory has the given entries (tag, type, count, value)."""
+    """Return an APP1 segment whose first directory has these entries (tag, type, count, value)."""
     mark = b"II*\0" if order == "<" else b"MM\0*"
     fields = b"".join(
         struct.pack(order + "HHI", *entry[:3]) + struct.pack(order + "HH", entry[3], 0) for entry in entries
@@ -121,7 +121,7 @@ UNUSUAL_EXIF = {
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 @pytest.mark.parametrize("kind", sorted(UNUSUAL_EXIF))
 def test_an_unusual_exif_block_is_left_to_pillow(kind):
-    """Unless Pillow finds no turn in it at all: then it is as if there were none."""
+    """Unless Pillow finds no orientation in it: then it is treated as having none."""
     raw = UNUSUAL_EXIF[kind]
     encoded, upright = inspect(raw, LIMIT), decode_upright(raw, LIMIT)
     assert encoded.orientation == 1
@@ -182,7 +182,7 @@ def test_png_damage_is_seen_by_its_checksums():
 @settings(max_examples=200, deadline=None)
 @given(at=st.integers(0, 700), new=st.binary(min_size=0, max_size=8), cut=st.integers(0, 8))
 def test_damaged_headers_are_never_a_surprise(at, new, cut):
-    """Whatever is written over a header: plain, decoded by Pillow, or a BadSample; no other exception."""
+    """Whatever is written over a header: plain, decoded by Pillow, or a BadSample; never another exception."""
     raw = JPEG[:at] + new + JPEG[at + cut :]
     try:
         encoded = inspect(raw, LIMIT)

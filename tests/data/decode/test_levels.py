@@ -1,4 +1,4 @@
-"""What is seen of every kind of pixel: a table of small files, and one verdict for all that read them."""
+"""The levels of every kind of pixel: a table of small files, and one result from everything that reads them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def gray(levels):
 
 
 def bits(depth):
-    """RAMP in so many bits, and as levels."""
+    """Return RAMP in this many bits, and as levels."""
     values = (RAMP * (2**depth - 1)).astype(np.int64)
     return values, gray(values * 255 // (2**depth - 1))
 
@@ -51,14 +51,14 @@ def palette(alphas=None):
 
 
 def see_through(mode):
-    """Every alpha from 0 to 255 over colours that are there all the same."""
+    """Return every alpha from 0 to 255 over colours that are present all the same."""
     image = Image.fromarray(COLOUR).convert(mode)
     image.putalpha(Image.fromarray(GRAY // 2 - 12))
     return image
 
 
 def cmyk(transform):
-    """Inks stored inverted, as Adobe does, black in one half; 2: as YCCK, of which libjpeg makes C = 255 - R."""
+    """Return inks stored inverted, as Adobe does, black in one half; 2: as YCCK, where libjpeg's C is 255 - R."""
     ink, black = 255 - COLOUR, np.where(RAMP > 0.5, 90, 0).astype(np.uint8)
     stored = np.asarray(Image.fromarray(ink).convert("YCbCr")) if transform == 2 else 255 - ink
     planes = [*np.moveaxis(stored, 2, 0), 255 - black]
@@ -73,7 +73,7 @@ FIRST, SECOND = Image.fromarray(COLOUR), Image.fromarray(255 - COLOUR)
 KEY = png_chunk(b"tRNS", struct.pack(">3H", *COLOUR[3, 3]))
 GAMMA = png_chunk(b"gAMA", struct.pack(">I", 100_000))
 FLAT = np.full((SIDE, SIDE, 3), 77, np.uint8)
-# (file, what is seen of it: levels, and by how many they may differ)
+# (file, its levels, and by how many they may differ)
 SEEN = {
     **{f"png gray {depth}": (png(bits(depth)[0], depth, 0), bits(depth)[1], 0) for depth in (1, 2, 4, 8)},
     "png gray 16": (png(DEEP, 16, 0), gray(HIGH), 0),
@@ -140,7 +140,7 @@ SEEN |= {
     "pfm": (b"Pf\n%d %d\n-1.0\n" % (SIDE, SIDE) + UNIT[::-1].astype("<f4").tobytes(), ROUNDED, 0),
 }
 SIGNED, WIDE = "signed integers", "32-bit integers"
-# What the header says already,
+# Refused by the header,
 REFUSED = {
     "tiff float 16": (tiff(RAMP.astype(np.float16), 16, 1, sample_format=3), "cannot identify"),
     "tiff signed 8": (tiff(GRAY.astype(np.int8), 8, 1, sample_format=2), SIGNED),
@@ -148,7 +148,7 @@ REFUSED = {
     "tiff signed 32": (tiff(DEEP.astype(np.int32), 32, 1, sample_format=2), SIGNED),
     "tiff unsigned 32": (tiff(DEEP.astype(np.uint32), 32, 1), WIDE),
 }
-# and what only the pixels show.
+# and by the pixels only.
 UNBOUNDED = {
     "levels": (UNIT * 255, r"numbers from \S+ to 255, not in \[0, 1\]"),
     "negative": (UNIT - 0.5, "numbers from -0.45 to 0.5, not in"),
@@ -183,7 +183,7 @@ def test_pixels_without_a_known_range_are_refused_in_one_line(name):
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
-    """A folder of all of them, numbered in their order, and their names here."""
+    """Return a folder of all of them, numbered in order, and their names here."""
     folder = tmp_path_factory.mktemp("table")
     files = SEEN | REFUSED | FLOATS
     for number, (raw, *_) in enumerate(files.values()):
@@ -192,7 +192,7 @@ def table(tmp_path_factory):
 
 
 def test_verify_and_clean_views_agree_with_the_table(table):
-    """Files of S × S seen at S × S: what comes out of DALI is what Pillow decodes, whoever decoded it."""
+    """Files of S × S seen at S × S: DALI returns what Pillow decodes, whichever of them decoded it."""
     folder, names = table
     usable = [name in SEEN for name in names]
     bad = {one["file"] for one in verify(folder, threads=1)["bad"]}
@@ -220,7 +220,7 @@ def test_images_made_in_memory_are_seen_as_their_files_would_be():
             upright_rgb(Image.fromarray(values))
 
 
-# Where else than before its pixels a file may say how it is turned.
+# Places other than before its pixels where a file may state its orientation.
 XMP = (
     b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
     b'<rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/></rdf:RDF></x:xmpmeta>'

@@ -24,7 +24,7 @@ NAME = "iwm-fast-manifest.tsv"
 
 
 def rows(path):
-    """The manifest as any reader of tab-separated text takes it."""
+    """Read the manifest like any reader of tab-separated text."""
     lines = path.read_text().splitlines()
     columns = lines[1].split("\t")
     return [dict(zip(columns, line.split("\t"), strict=True)) for line in lines[2:]]
@@ -165,7 +165,7 @@ def test_a_damaged_manifest_is_refused_by_name(tmp_path, damage):
     assert str(caught.value).startswith(str(tmp_path / NAME))
 
 
-def test_a_start_goes_on_behind_the_whole_rows_of_a_killed_one(tmp_path, monkeypatch):
+def test_indexing_resumes_after_the_whole_rows_of_a_killed_run(tmp_path, monkeypatch):
     write_classes(tmp_path, 40)
     write_index(tmp_path, tmp_path / "straight.tsv")
     whole = (tmp_path / "straight.tsv").read_bytes()
@@ -191,7 +191,7 @@ def test_rows_of_another_listing_are_not_kept(tmp_path):
     assert list_images(tmp_path / "b.tsv").name(0) == f"{tmp_path}/cat/002.jpg"
 
 
-def test_killed_at_any_moment_it_leaves_no_manifest_and_goes_on(tmp_path):
+def test_killed_at_any_moment_it_leaves_no_manifest_and_resumes(tmp_path):
     """SIGKILL while rows are written; with two processes, which end by themselves."""
     images = tmp_path / "many"
     images.mkdir()
@@ -199,7 +199,7 @@ def test_killed_at_any_moment_it_leaves_no_manifest_and_goes_on(tmp_path):
     for number in range(600):
         (images / f"{number:05d}.jpg").write_bytes(raw)
     script = tmp_path / "index.py"
-    # what stands outside of the condition holds in the helping processes too
+    # code outside the condition also runs in the worker processes
     script.write_text(
         "import time\n"
         "from iwm_fast.data.tools import index\n"
@@ -230,7 +230,7 @@ def test_killed_at_any_moment_it_leaves_no_manifest_and_goes_on(tmp_path):
 
 
 def _in_session(session):
-    """Processes of a session that still run."""
+    """Return the processes of a session that still run."""
     alive = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -242,7 +242,7 @@ def _in_session(session):
     return alive
 
 
-def test_two_starts_do_not_write_one_manifest(tmp_path):
+def test_two_commands_do_not_write_one_manifest(tmp_path):
     write_classes(tmp_path, 3)
     with index_module._beside(tmp_path / NAME), pytest.raises(UserError, match="another process is writing it"):
         write_index(tmp_path)
@@ -267,7 +267,7 @@ def test_json_names_the_schema(tmp_path, capsys):
 
 
 def later(*paths):
-    """As if changed a minute after the manifest was written."""
+    """Make it look changed a minute after the manifest was written."""
     for path in paths:
         when = path.stat().st_mtime_ns + 60_000_000_000
         os.utime(path, ns=(when, when))

@@ -14,7 +14,7 @@ from iwm_fast.data.tools import contact_sheet
 from iwm_fast.data.tools.preview import write_preview
 from iwm_fast.errors import UserError
 
-COUNT = 18  # more than are drawn at once, and more than there are files
+COUNT = 18  # more than are rendered at once, and more than there are files
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def load(out, number, name):
 
 
 def again(base, values):
-    """A view from its base and the written parameters."""
+    """Recreate a view from its base and the written parameters."""
     out = reference.jitter(base, *(values[n] for n in ("brightness", "contrast", "saturation", "hue_degrees")))
     if values.get("grayscale"):
         out = reference.grayscale(out)
@@ -83,7 +83,7 @@ def test_pictures_follow_from_the_written_parameters(folder, tmp_path, groups):
             source_base = base
         source = load(tmp_path, number, "source")
         assert reference.error(again(base, one["target"]), load(tmp_path, number, "target")) <= 0.02
-        # A level that is rounded to the other side is spread over a block of the JPEG.
+        # A level that is rounded to the other side spreads over a block of the JPEG.
         assert reference.error(again(source_base, one["source"]), source) <= (0.2 if "compression" in groups else 0.02)
         assert ("compression_quality" in one["source"]) == ("compression" in groups)
         seen = np.zeros((4, 4, 1), bool)
@@ -138,7 +138,7 @@ def test_an_output_folder_that_cannot_be_made_is_one_line(folder, tmp_path):
         preview(folder, tmp_path / "file", ["photometric"])
 
 
-def test_compression_is_written_as_its_quality_or_null_and_told_as_its_distance_from_the_best(folder, tmp_path):
+def test_compression_is_written_as_its_quality_or_null_and_encoded_as_its_distance_from_the_best(folder, tmp_path):
     _, params = preview(folder, tmp_path, ["photometric", "compression"])
     assert {one["source"]["compression_quality"] is None for one in params} == {True, False}
     for one in params:

@@ -1,4 +1,4 @@
-"""Recording games: the files replayed in a fresh environment, the same again by seed, and nothing half-written."""
+"""Recordings of games: files replayed in a fresh environment, equal for a seed, and never half-written."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def no_display():
 
 
 def replay(recording, rows, folder):
-    """Play a manifest's actions in an environment of our own and compare what it draws with the files."""
+    """Play a manifest's actions in a new environment and compare its frames with the files."""
     env = gymnasium.make(recording.env, render_mode="rgb_array", **(recording.arguments or {}))
     checked = 0
     for row in rows:
@@ -91,7 +91,7 @@ def test_a_continuous_game_is_what_its_actions_lead_to_and_its_channels_show_mot
 
 
 def test_what_stays_as_it_is_becomes_grey_and_only_that(tmp_path):
-    """Against the plain recording of the same seed: the difference to one and the same picture, clipped."""
+    """Against the plain recording of the same seed: the difference from one fixed picture, clipped."""
     record(Recording(**{**vars(DISCRETE), "still": True}), tmp_path / "still")
     record(DISCRETE, tmp_path / "plain")
     rows = rows_of_manifest(tmp_path / "plain" / "train" / "manifest.jsonl")
@@ -101,7 +101,7 @@ def test_what_stays_as_it_is_becomes_grey_and_only_that(tmp_path):
         plain, still = (
             np.asarray(Image.open(tmp_path / name / "train" / row["target"])).astype(int) for name in ("plain", "still")
         )
-        assert (still == 124).all(axis=2).mean() > 0.8  # the lake, but for the walker
+        assert (still == 124).all(axis=2).mean() > 0.8  # the lake, except the walker
         backgrounds.append(np.where((still > 0) & (still < 255), plain - still + 124, -1))
     known = np.stack(backgrounds)
     assert (np.where(known >= 0, known, known.max(axis=0)) == known.max(axis=0)).all()

@@ -36,7 +36,7 @@ def test_the_same_images_give_the_same_bytes(folder, tmp_path):
     assert first["samples"] == 40
 
 
-def test_shards_are_plain_tar_files_of_about_the_size_asked_for(folder, tmp_path):
+def test_shards_are_plain_tar_files_of_about_the_requested_size(folder, tmp_path):
     write_shards(folder, tmp_path / "out", shard_bytes=30_000)
     for path in sorted((tmp_path / "out").glob("*.tar")):
         assert path.stat().st_size <= 30_000 + tarfile.RECORDSIZE
@@ -72,7 +72,7 @@ def test_names_become_keys_that_stay_apart(tmp_path):
     assert {"a.jpg", "a%2Epng.png", "a%2Eb.jpg", "a%20b.jpg", "A.jpg"} <= set(members)
 
 
-def test_a_start_goes_on_at_the_first_shard_that_is_missing(folder, tmp_path, monkeypatch):
+def test_packing_resumes_at_the_first_missing_shard(folder, tmp_path, monkeypatch):
     write_shards(folder, tmp_path / "whole", shard_bytes=30_000)
     write, left = shards_module._write_shard, [3]
 

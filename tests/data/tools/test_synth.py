@@ -15,7 +15,7 @@ def contents(root):
     return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
 
-def test_a_labelled_set_is_drawn(tmp_path):
+def test_a_labelled_set_is_generated(tmp_path):
     draw_dataset(tmp_path / "set", classes=5, train=40, test=11, size=32)
     train, test = split(tmp_path / "set")
     assert train.classes == test.classes == tuple(sorted(CLASSES[:5]))
@@ -25,7 +25,7 @@ def test_a_labelled_set_is_drawn(tmp_path):
     assert (image.format, image.size, image.mode) == ("JPEG", (32, 32), "RGB")
 
 
-def test_the_same_seed_draws_the_same_set_and_another_another(tmp_path):
+def test_the_same_seed_generates_the_same_set_and_another_another(tmp_path):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         draw_dataset(tmp_path / name, train=16, test=8, size=16, seed=seed)
     a, b, c = (contents(tmp_path / name) for name in "abc")

@@ -43,7 +43,7 @@ def test_a_folder_of_bad_files_only_is_reported_whole(tmp_path):
 
 @pytest.mark.parametrize(("bad", "code"), [([], 0), (["torn.jpg"], 1), (["torn.jpg", "empty.png"], 1)])
 def test_the_exit_code_says_whether_all_files_can_be_used(tmp_path, capsys, bad, code):
-    """A script that asks before a training does not have to read the table; the JSON is written all the same."""
+    """A script that checks before a training need not parse the table; the JSON is written either way."""
     good = write_images(tmp_path / "set", 3)
     for name in bad:
         (tmp_path / "set" / name).write_bytes(b"no image" if name != "empty.png" else b"")

@@ -24,7 +24,7 @@ def one_jitter(*values):
 
 @given(factors, factors, factors, st.floats(-180, 180, width=32), st.integers(1, 9), st.integers(1, 9))
 def test_recolour_is_the_affine_map_rounded_once(b, c, s, hue, height, width):
-    """Any number of pixels, also one that eight does not divide; a float32 sum may fall on the other side of a half."""
+    """Any number of pixels, also not a multiple of eight; a float32 sum may round a half the other way."""
     image = picture(width, height, 3)
     ours = recolour(image, recolour_matrices(one_jitter(b, c, s, hue))[0])
     difference = np.abs(reference.jitter(image, b, c, s, hue).astype(int) - ours)
@@ -41,11 +41,11 @@ def test_recolour_clips_at_both_ends():
 
 @given(st.integers(1, 90), st.integers(1, 90), st.integers(1, 40))
 def test_resize_is_the_antialiased_linear_filter(height, width, size):
-    """Its two roundings and its weights in 16 bits leave a level at most, and far less in the mean of many values."""
+    """Its two roundings and its 16-bit weights are off by at most a level, and far less in the mean."""
     image = picture(width, height, 5)
     expected, found = reference.resize(image, size), resized(image, size)
     assert np.abs(expected.astype(int) - found).max() <= 1
-    if found.size >= 27:  # three values of one pixel may all be rounded the other way
+    if found.size >= 27:  # three values of one pixel may all round the other way
         assert reference.error(expected, found) <= 0.6
 
 
@@ -58,7 +58,7 @@ def test_resize_mirrors_down_and_across(down, across):
 
 @given(st.integers(1, 50), st.integers(1, 50), st.floats(0.01, 20))
 def test_blur_is_the_mirrored_gaussian(height, width, sigma):
-    """At any size, also where the taps reach over both edges; a float32 sum may fall on the other side of a half."""
+    """At any size, even if the taps reach over both edges; a float32 sum may round a half the other way."""
     image = picture(width, height, 4)
     difference = np.abs(reference.blur(image, sigma).astype(int) - blur(image, sigma))
     assert difference.max() <= 1

@@ -1,4 +1,4 @@
-"""The choice of DALI's decoder: by processes that may crash. On the CPU both paths are DALI's own CPU decoders."""
+"""The choice of DALI's decoder, by processes that may crash. On the CPU both paths are DALI's own CPU decoders."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from iwm_fast.data.views.gpu_decoder import GpuDecoder, main, probe
 from iwm_fast.errors import UserError
 
-# Behaves as the probe of one path that ends as told; of another path it ends well.
+# Acts as the probe of one path with a given outcome; for another path it succeeds.
 _ENDS = """
 import os, signal, sys
 path = sys.argv[1]

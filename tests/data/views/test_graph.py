@@ -24,7 +24,7 @@ from iwm_fast.data.views.sampling import draw_views
 SIZE = 48
 COUNT = 12
 NO_LIMIT = 2**31 - 1
-# Mean absolute error in levels. The graph rounds where the reference does, so far less than a level is left.
+# Mean absolute error in levels. The graph rounds where the reference does, so the error is far below a level.
 EXACT = 0.02
 # The base is resized in float32 by DALI and float64 by the reference; a crop's chroma upsampling sees other neighbours.
 BASE = 0.5
@@ -43,7 +43,7 @@ def encoded(files):
 
 @pytest.fixture(scope="module", params=[False, True], ids=["ours", "dali"])
 def graph(request):
-    """With the CPU's own operators, and with DALI's alone, which a GPU runs."""
+    """With the CPU's own operators, and with DALI's only, as on a GPU."""
     return ViewGraph(SIZE, COUNT, "cpu", 1, geometric=False, dali_only=request.param)
 
 
@@ -71,7 +71,7 @@ NEUTRAL = {
 
 
 def only(component):
-    """A configuration in which `component` is all that is done, strongly."""
+    """Return a configuration with strong `component` and nothing else."""
     if component in {"grayscale", "blur", "solarize"}:
         return NEUTRAL | {f"{component}_probability": 1.0}
     if component == "compression":
@@ -91,7 +91,7 @@ ALL = {
 
 
 def assert_recreated(rendered, views, tolerance=EXACT):
-    """Both views follow from their bases and the emitted parameters."""
+    """Check that both views follow from their bases and the emitted parameters."""
     for row in range(len(views)):
         target = reference.target(rendered.base[row].numpy(), views, row)
         source = reference.source(rendered.source_base[row].numpy(), views, row)
@@ -104,7 +104,7 @@ def test_emitted_parameters_recreate_the_views_for_each_component_alone(graph, e
     views = draw(encoded, **only(component))
     rendered = graph.run(encoded, views)
     changed = [not torch.equal(source, base) for source, base in zip(rendered.source, rendered.base, strict=True)]
-    assert sum(changed) >= COUNT - 1  # a sigma of 0.1 may leave a picture as it is
+    assert sum(changed) >= COUNT - 1  # a sigma of 0.1 may leave a picture unchanged
     assert_recreated(rendered, views)
 
 
@@ -116,7 +116,7 @@ def test_emitted_parameters_recreate_the_views_all_together(graph, encoded, stre
 
 @pytest.mark.parametrize("quality", [1, 5, 20, 50, 75, 95, 100])
 def test_a_compressed_source_is_pillows_to_the_last_bit(graph, encoded, quality):
-    """libjpeg-turbo with chroma of half the resolution each way, for DALI on a CPU as for Pillow."""
+    """libjpeg-turbo with chroma at half resolution in both directions, for DALI on a CPU as for Pillow."""
     views = draw(encoded, **only("compression") | {"compression_quality": (quality, quality)})
     rendered = graph.run(encoded, views)
     for row in range(COUNT):
@@ -125,7 +125,7 @@ def test_a_compressed_source_is_pillows_to_the_last_bit(graph, encoded, quality)
 
 
 def assert_compressed_last(graph, encoded, views):
-    """The source is, to the last bit, the JPEG of what all the rest makes of it."""
+    """Check that the source is, to the last bit, the JPEG of everything before."""
     source = graph.run(encoded, views).source.numpy()
     before = graph.run(encoded, replace(views, compression_quality=None))
     assert_recreated(before, replace(views, compression_quality=None), tolerance=10 * EXACT)
@@ -150,7 +150,7 @@ def test_compression_comes_last_of_a_source_with_a_geometry_of_its_own(geometric
 
 @pytest.mark.parametrize("quality", [1, 20, 50, 75, 95, 100])
 def test_what_dali_does_on_a_gpu_differs_from_pillow_in_the_interpolation_of_chroma_alone(quality):
-    """Of a grey picture, which has none, half a level of roundings is left of the difference."""
+    """For a grey picture, which has no chroma, half a level of rounding is left of the difference."""
     grey = np.repeat(picture(57, 48, 3)[..., :1], 3, axis=2)
     made = reference.compress_without_interpolation(grey, quality)
     assert reference.error(made, reference.compress(grey, quality)) <= 0.5
@@ -179,7 +179,7 @@ def test_flip_and_quarter_turns_are_the_references(geometric_graph, encoded, fli
     rendered = geometric_graph.run(encoded, replace(views, source_geometry=own, target_geometry=same))
     for straight, placed in zip(rendered.base.numpy(), rendered.source_base.numpy(), strict=True):
         expected = np.rot90(straight[:, ::-1] if flip else straight, turns)
-        assert np.abs(expected.astype(int) - placed).max() <= 1  # the sums run in another order
+        assert np.abs(expected.astype(int) - placed).max() <= 1  # another order of sums
 
 
 def test_the_base_is_the_crop_of_pillows_upright_image(graph, encoded, files):
@@ -191,7 +191,7 @@ def test_the_base_is_the_crop_of_pillows_upright_image(graph, encoded, files):
 
 
 def parameters(encoded, seed, widest):
-    """Parameters that no configuration bounds: any box of a pixel or more, any factor up to 3, any angle, threshold."""
+    """Parameters beyond any configuration: any box of a pixel or more, any factor up to 3, any angle, threshold."""
     rng = np.random.default_rng(seed)
     count, size = len(encoded), sizes(encoded)
 
@@ -223,8 +223,7 @@ def parameters(encoded, seed, widest):
 def test_whatever_the_parameters_they_recreate_the_views(geometric_graph, encoded, files, seed, widest):
     """Each base from Pillow's upright image, each view from its base.
 
-    A level on the other side of a half may lie on the other side of the solarize's threshold: ten times what else is
-    left of the error.
+    A level that rounds a half the other way may cross the solarize threshold: allow ten times the remaining error.
     """
     views = parameters(encoded, seed, widest)
     rendered = geometric_graph.run(encoded, views)
@@ -251,7 +250,7 @@ def test_crops_are_in_coordinates_of_the_upright_image(kind, orientation):
 
 
 def test_all_eight_orientations_are_placed_in_the_stored_image(geometric_graph, graph):
-    """No detour through Pillow: crops, flips and quarter turns of turned JPEGs against its upright RGB."""
+    """Without Pillow: crops, flips and quarter turns of turned JPEGs against its upright RGB."""
     files = [turned(picture(90 + 7 * n, 70 + 5 * n, n), 1 + n % 8) for n in range(COUNT)]
     encoded = [inspect(raw, NO_LIMIT) for raw in files]
     assert [one.orientation for one in encoded] == [1 + n % 8 for n in range(COUNT)]
@@ -310,7 +309,7 @@ def test_several_sources_of_one_decoded_image_are_those_made_alone(encoded, geom
     for k in range(3):
         own = alone.run(encoded, views.take(np.arange(k, 3 * COUNT, 3)))
         assert torch.equal(own.target, together.target)
-        # The decoded region is wider for three crops than for one, so chroma at the edges of a crop may differ.
+        # The decoded region is wider for three crops than for one, so chroma at a crop's edges may differ.
         pairs = [(own.source, together.source[k::3])]
         pairs += [(own.source_base, together.source_base[k::3])] if geometric else []
         for one, other in pairs:
@@ -350,7 +349,7 @@ def test_what_was_handed_out_is_not_written_again(graph, encoded):
 
 
 def test_memory_is_written_again_only_when_nobody_holds_a_part_of_it(encoded):
-    """One picture of a batch that was let go of is enough."""
+    """One picture that is still referenced is enough."""
     graph = ViewGraph(SIZE, COUNT, "cpu", 1, geometric=False)
     one = graph.run(encoded, draw(encoded)).source[3]
     kept, array = one.clone(), graph.run(encoded[::-1], draw(encoded[::-1])).target[5].numpy()
@@ -364,11 +363,11 @@ def test_memory_is_written_again_only_when_nobody_holds_a_part_of_it(encoded):
 
 
 def damaged(raw):
-    """Cut in half; given to the graph as it is, although `inspect` would have stopped it."""
+    """Cut in half; passed to the graph directly, although `inspect` would have rejected it."""
     return Encoded(np.frombuffer(raw[: len(raw) // 2], np.uint8), 90, 120)
 
 
-def test_rows_that_nobody_decodes_are_named_and_the_graph_goes_on(encoded, files):
+def test_rows_that_cannot_be_decoded_are_named_and_the_graph_continues(encoded, files):
     graph = ViewGraph(SIZE, COUNT, "cpu", 1, geometric=False)
     views = draw(encoded)
     expected = graph.run(encoded, views)
@@ -396,7 +395,7 @@ def test_a_bad_batch_can_be_replaced_while_others_wait_behind_it(encoded, files)
 
 
 def test_a_file_that_only_dali_refuses_goes_through_pillow(encoded, files, monkeypatch):
-    """No such file is known that `inspect` lets through; a damaged one stands for it, and Pillow is said to read it."""
+    """No file is known that `inspect` accepts and DALI refuses; a damaged one replaces it, with a simulated Pillow."""
     image = picture(90, 120, 77)
     monkeypatch.setattr(graph_module, "reencode", lambda *_: reencode(encode(image, "PNG"), NO_LIMIT))
     mixed = [*encoded[:3], damaged(files[0])]
@@ -417,7 +416,7 @@ def test_batches_of_a_wrong_size_are_refused(graph, encoded):
 @pytest.mark.parametrize("path", ["image_slice", "image"])
 @pytest.mark.parametrize("geometric", [False, True], ids=["one geometry", "own geometries"])
 def test_the_definition_for_a_gpu_is_one_that_dali_takes(geometric, path):
-    """No GPU runs here, but DALI checks every operator's name, place and arguments when it reads the definition."""
+    """No GPU runs here, but DALI checks every operator's name, device and arguments when it reads the definition."""
     sources, names = ("source0", "source1"), [corruption.name for corruption in CORRUPTIONS]
     definition = pipeline_module._views(
         SIZE, "gpu", geometric, sources, names, 0.5, path, batch_size=4, num_threads=1, device_id=None
@@ -464,7 +463,7 @@ def photos():
 @pytest.mark.skipif(not photos(), reason="no photographs: IWM_TEST_PHOTOS names no folder with JPEGs")
 @pytest.mark.parametrize("component", [*PHOTOMETRIC, "all"])
 def test_emitted_parameters_recreate_the_views_of_photographs(component):
-    """The claim of the project's goals, on every photograph at hand: at most 2 / 255 for each component and for all."""
+    """On every photograph at hand: at most 2 / 255 for each component and for all together."""
     changes = ALL if component == "all" else only(component)
     graph = ViewGraph(96, 32, "cpu", 1, geometric=False)
     paths = photos()
@@ -498,7 +497,7 @@ GEOMETRIC = {
 @pytest.mark.skipif(not photos(), reason="no photographs: IWM_TEST_PHOTOS names no folder with JPEGs")
 @pytest.mark.parametrize("component", GEOMETRIC)
 def test_emitted_geometry_recreates_the_views_of_photographs(component):
-    """The same for where a view lies: from Pillow's upright image to both views, at most 2 / 255."""
+    """The same for geometry: from Pillow's upright image to both views, at most 2 / 255."""
     changes = GEOMETRIC[component] if component == "all" else NEUTRAL | GEOMETRIC[component]
     graph = ViewGraph(96, 32, "cpu", 1, geometric=True)
     paths = photos()
@@ -516,6 +515,6 @@ def test_emitted_geometry_recreates_the_views_of_photographs(component):
 
 
 def test_jitter_reference_and_views_agree_on_neutral():
-    """The reference itself: neutral parameters change nothing."""
+    """Checks the reference: neutral parameters change nothing."""
     image = picture(20, 10)
     assert np.array_equal(reference.jittered(image, Jitter.neutral(1), 0), image)

@@ -1,4 +1,4 @@
-"""Drawn transformations: crops as torchvision draws them, inside the image; jitter and flags as often as configured."""
+"""Sampled transformations: crops like torchvision's, inside the image; jitter and flags as often as configured."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def draw(config, count=COUNT, size=(320, 240), seed=0):
 
 
 def assert_share(flags, expected):
-    """The share of true values, to five deviations of a binomial mean."""
+    """Check the share of true values, to five std of a binomial mean."""
     assert abs(np.mean(flags) - expected) <= 5 * math.sqrt(max(expected * (1 - expected), 1e-12) / len(flags))
 
 
 def assert_uniform(values, low, high):
-    """Within [low, high], and the distribution function within the Kolmogorov bound of chance 1e-6."""
+    """Check that values are within [low, high], and their distribution within the Kolmogorov bound of p = 1e-6."""
     assert values.min() >= low - 1e-6 * max(abs(low), 1)
     assert values.max() <= high + 1e-6 * max(abs(high), 1)
     ranks = (np.arange(len(values)) + 0.5) / len(values)
@@ -45,7 +45,7 @@ def assert_uniform(values, low, high):
 
 
 def columns(views):
-    """Everything that was drawn, flattened: (B, many) float64."""
+    """Return everything that was sampled, flattened: (B, many) float64."""
     parts = [views.size, *(getattr(views, corruption.column) for corruption in CORRUPTIONS)]
     parts += [getattr(j, name) for j in (views.target, views.source) for name in JITTER]
     parts += [
@@ -72,8 +72,8 @@ def test_views_do_not_depend_on_the_batch(seed, samples, data):
 
 
 @pytest.mark.parametrize("config", [ActionsConfig(), GEOMETRIC, COMPRESSED], ids=lambda config: config.groups[-1])
-def test_every_source_of_a_sample_is_drawn_by_itself_for_one_target(config):
-    """The first as if it were alone, the third whether or not a fourth follows; rows of a sample side by side."""
+def test_every_source_of_a_sample_is_sampled_by_itself_for_one_target(config):
+    """The first as if it were alone, the third independent of a fourth; a sample's rows are neighbours."""
     ids = np.arange(40)
     size = np.tile([120, 90], (40, 1))
     one, three, four = (columns(draw_views(config, 3, ids * 0, ids, size, sources=k)) for k in (1, 3, 4))
@@ -115,7 +115,7 @@ def test_crops_lie_inside_images_of_every_size(seed, size, scale, aspect):
 
 
 def torchvision_crop(draws, width, height, scale, ratio):
-    """`RandomResizedCrop.get_params`, step by step, fed with the stream's own numbers."""
+    """Run `RandomResizedCrop.get_params` step by step on the stream's own numbers."""
     for attempt in range(10):
         area = width * height * (scale[0] + (scale[1] - scale[0]) * draws[attempt])
         low, high = math.log(ratio[0]), math.log(ratio[1])
@@ -144,7 +144,7 @@ def test_crop_is_random_resized_crop_with_the_stream_as_its_randomness(size):
 def test_crop_areas_aspects_and_places_are_spread_as_configured():
     views = draw(ActionsConfig(crop_scale=(0.2, 0.5)), size=(1000, 1000))
     x, y, width, height = views.target_geometry.crop.T.astype(float)
-    # All of these boxes fit (0.5 · 4/3 < 1), so no attempt is refused and the draws are plain.
+    # All of these boxes fit (0.5 · 4/3 < 1), so no attempt is rejected.
     assert_uniform(width * height / 1e6, 0.2 - 2e-3, 0.5 + 2e-3)
     assert_uniform(np.log(width / height), math.log(0.75) - 4e-3, math.log(4 / 3) + 4e-3)
     assert_uniform((x + 0.5) / (1000 - width + 1), 0, 1)
@@ -173,7 +173,7 @@ def test_the_source_of_the_geometric_group_has_its_own_geometry_and_the_same_col
 
 
 @pytest.mark.parametrize("strength", [1.0, 2.0, 3.0])
-def test_jitter_is_drawn_as_configured_and_independently_for_each_view(strength):
+def test_jitter_is_sampled_as_configured_and_independently_for_each_view(strength):
     config = ActionsConfig(strength=strength)
     views = draw(config)
     applied = {}
@@ -199,7 +199,7 @@ def test_hue_is_at_most_half_a_turn():
     assert np.abs(draw(ActionsConfig(strength=9.0), 2_000).source.hue).max() <= 180
 
 
-def test_destructive_transformations_are_drawn_as_configured():
+def test_destructive_transformations_are_sampled_as_configured():
     views = draw(ActionsConfig(solarize_threshold=100))
     assert_share(views.grayscale, 0.2)
     blurred, solarized = views.blur_sigma > 0, views.solarize_threshold < NO_SOLARIZE
@@ -213,7 +213,7 @@ def test_destructive_transformations_are_drawn_as_configured():
 
 
 def test_a_probability_moves_no_other_draw():
-    """Each quantity has its own place in the stream, so ablations of one compare the same images otherwise."""
+    """Each quantity has its own place in the stream, so ablations of one otherwise compare the same images."""
     views, without = draw(ActionsConfig(), 500), draw(ActionsConfig(blur_probability=0.0, jitter_probability=1.0), 500)
     assert not without.blur_sigma.any()
     np.testing.assert_array_equal(views.target_geometry.crop, without.target_geometry.crop)
@@ -241,7 +241,7 @@ def test_wrong_sizes_are_refused(size):
         draw_views(ActionsConfig(), 0, np.zeros(1, np.int64), np.zeros(1, np.int64), size)
 
 
-def test_no_samples_draw_no_views():
+def test_no_samples_give_no_views():
     empty = np.zeros(0, np.int64)
     assert len(draw_views(GEOMETRIC, 0, empty, empty, np.zeros((0, 2), np.int64))) == 0
 
@@ -271,7 +271,7 @@ def test_bank_depends_on_seed_and_sample_alone():
 
 
 def test_bank_of_one_component_stays_distinct_where_float32_leaves_few_values():
-    """Brightness of 1 ± 2e-5 has about 500 values in float32: equal draws are drawn again."""
+    """Brightness of 1 ± 2e-5 has about 500 values in float32: duplicates are resampled."""
     config = ActionsConfig(brightness=2e-5, contrast=0.0, saturation=0.0, hue=0.0)
     rows = as_rows(draw_bank(config, 0, 0, 256))
     assert len(np.unique(rows[:, 0])) == 256
@@ -284,7 +284,7 @@ def test_bank_without_any_strength_is_an_error_that_says_what_to_raise():
 
 
 def test_draws_are_the_bits_that_earlier_runs_had():
-    """Additions and products alone, so that every machine has these bits; a crop also takes logarithms and roots."""
+    """Only additions and multiplications, so every machine has these bits; a crop also has logarithms and roots."""
     config = ActionsConfig(groups=("photometric", "geometric"), strength=2.7, blur_sigma=(0.3, 1.1))
     ids = np.arange(50)
     views = draw_views(config, 5, ids * 0 + 2, ids, np.tile([90, 120], (50, 1)), sources=3)

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or refused, and independent of how the state was divided."""
+"""Checkpoints: whole or refused, and independent of how the state was sharded."""
 
 import errno
 import itertools
@@ -115,7 +115,7 @@ def test_an_old_checkpoint_that_cannot_be_removed_does_not_end_the_training(tmp_
 
 
 def test_a_folder_that_cannot_be_renamed_is_removed_all_the_same(tmp_path, monkeypatch):
-    """An overlay answers EXDEV for a folder that came with the image."""
+    """An overlay file system returns EXDEV for a folder that came with the image."""
     save(tmp_path, 1, keep_last=1)
     real = Path.rename
 
@@ -132,7 +132,7 @@ def test_a_folder_that_cannot_be_renamed_is_removed_all_the_same(tmp_path, monke
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EMFILE, errno.ESTALE])
 @pytest.mark.parametrize("file", ["manifest.json", "rank_00000.safetensors"])
 def test_a_checkpoint_that_may_not_be_read_is_not_passed_over_as_damaged(tmp_path, monkeypatch, number, file):
-    """An older one would be resumed from, and what was trained since trained again."""
+    """Otherwise the run would resume from an older one, and train the steps since again."""
     for step in (1, 2):
         save(tmp_path, step)
     real = Path.open
@@ -179,7 +179,7 @@ def test_multiples_of_keep_every_are_never_pruned(tmp_path):
     assert sorted(p.name for p in tmp_path.glob("step_*")) == [f"step_{n:06d}" for n in (3, 6, 7)]
 
 
-def test_the_step_goes_on_while_a_checkpoint_is_written_from_a_snapshot(tmp_path, monkeypatch):
+def test_training_continues_while_a_checkpoint_is_written_from_a_snapshot(tmp_path, monkeypatch):
     go, plain = threading.Event(), checkpoint_writer.write_shard
     seen = []
 
@@ -192,7 +192,7 @@ def test_the_step_goes_on_while_a_checkpoint_is_written_from_a_snapshot(tmp_path
     live = torch.zeros(12)
     writer = CheckpointWriter(tmp_path, ALONE, keep_last=3, keep_every=None)
     writer.save(1, [Fragment("weight", "layer", (12,), 0, live)], {"updates": 1})
-    live.fill_(2.0)  # the step after it
+    live.fill_(2.0)  # the next step
     assert not list(tmp_path.glob("step_*"))
     assert not writer.failed
     go.set()
@@ -203,7 +203,7 @@ def test_the_step_goes_on_while_a_checkpoint_is_written_from_a_snapshot(tmp_path
     read = [Checkpoint(tmp_path / f"step_{n:06d}").full("weight", "layer") for n in (1, 2)]
     assert torch.equal(read[0], torch.zeros(12))
     assert torch.equal(read[1], torch.full((12,), 2.0))
-    assert seen[0] == seen[1]  # one snapshot, used again
+    assert seen[0] == seen[1]  # one snapshot buffer, reused
 
 
 def test_what_the_writer_s_thread_could_not_do_is_raised(tmp_path, monkeypatch):
@@ -261,8 +261,8 @@ def test_latest_as_a_link_names_its_checkpoint_and_is_replaced_by_the_next(tmp_p
     ]  # fmt: skip
 
 
-def test_a_run_s_folder_that_is_gone_is_not_made_again_elsewhere(tmp_path):
-    """As under the mount point of a disk that was lost."""
+def test_a_run_s_folder_that_is_gone_is_not_recreated_elsewhere(tmp_path):
+    """As under the mount point of a lost disk."""
     with pytest.raises(UserError, match=r"No such file or directory; the run's folder is gone: look whether its disk"):
         save(tmp_path / "mnt/run/checkpoints")
     assert not (tmp_path / "mnt").exists()

@@ -1,4 +1,4 @@
-"""A run and a checkpoint are found however they are named."""
+"""A run and a checkpoint are found by every way to name them."""
 
 import os
 
@@ -22,7 +22,7 @@ def save(run, *steps):
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A folder with run/ and its steps 5 and 10, other/ and its step 7, and links."""
+    """Write run/ with steps 5 and 10, other/ with step 7, and links."""
     home = tmp_path_factory.mktemp("runs")
     for name, steps in (("run", (5, 10)), ("other", (7,))):
         (home / name).mkdir()

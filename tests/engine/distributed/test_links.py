@@ -1,4 +1,4 @@
-"""What is said of the connections between ranks: of made-up links, and of real ranks that are well, slow, or silent."""
+"""The report on connections between ranks: of made-up links, and of real ranks that are well, slow, or silent."""
 
 import json
 import math
@@ -16,14 +16,14 @@ from hypothesis import strategies as st
 from iwm_fast.engine.distributed.links import Link, far_below
 from iwm_fast.engine.distributed.peers import Peer
 
-pytestmark = pytest.mark.slow  # ranks of their own, some of them slow
+pytestmark = pytest.mark.slow  # starts ranks, some of them slow
 
 SCRIPT = Path(__file__).parents[1] / "joined_ranks.py"
 FIRST = Peer(0, "alpha", 10, "nccl", "NVIDIA H100", 8, 8, {})
 
 
 def ring(hosts, speed):
-    """Peers, a host each, and the links from each to the next; ``speed`` of (source, target) in bytes a second."""
+    """Return ranks on one host each, and the links from each to the next; ``speed`` of (source, target) in bytes/s."""
     peers = [replace(FIRST, rank=rank, host=host) for rank, host in enumerate(hosts)]
     world = len(hosts)
     ends = [(rank, (rank + 1) % world) for rank in range(world)]
@@ -31,7 +31,7 @@ def ring(hosts, speed):
 
 
 def test_a_host_at_both_of_its_slow_links_is_named_alone():
-    """Eight GPUs a host: links within are faster by far than those between, and are not what the latter are held to."""
+    """Eight GPUs per host: links within a host are much faster than those between, and are not compared with them."""
     hosts = [name for name in ("alpha", "beta", "gamma", "delta") for _ in range(8)]
 
     def speed(a, b):
@@ -68,7 +68,7 @@ def test_a_single_link_between_two_hosts_each_way_has_nothing_else_to_be_compare
 
 
 def joined(world, how, **more):
-    """(exit code, standard output, standard error) by rank."""
+    """Return (exit code, standard output, standard error) by rank."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -91,7 +91,7 @@ def joined(world, how, **more):
 @pytest.mark.parametrize("world", [2, 3])
 def test_real_ranks_measure_each_link_and_all_of_them_together(world):
     ends = joined(world, "well")
-    assert [(code, said) for code, _, said in ends] == [(0, "")] * world  # each has left its process group
+    assert [(code, said) for code, _, said in ends] == [(0, "")] * world  # every rank left its process group
     measured = json.loads(ends[0][1])["measured"]
     assert measured["backend"] == "gloo"
     assert [(link["source"], link["target"]) for link in measured["links"]] == [
@@ -107,7 +107,7 @@ def test_real_ranks_measure_each_link_and_all_of_them_together(world):
 
 
 def test_a_rank_that_sends_slowly_is_named_with_its_host():
-    """By a clock that each message moves: half a second for 16 MiB one way, a hundredth of that the other way."""
+    """By a clock that messages advance: half a second for 16 MiB one way, a hundredth of that the other way."""
     ends = joined(2, "slow")
     assert [code for code, _, _ in ends] == [0, 0], ends
     said = json.loads(ends[0][1])["said"]

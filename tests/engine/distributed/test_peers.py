@@ -1,4 +1,4 @@
-"""A start that cannot work ends on every rank with one line that names the host."""
+"""A launch that cannot work ends on every rank with one line that names the host."""
 
 import datetime
 import re
@@ -40,7 +40,7 @@ def test_like_ranks_are_accepted():
 
 
 def together(*calls):
-    """The calls at once, each in a thread; what each returned or raised."""
+    """Run the calls concurrently, each in a thread; return each one's result or error."""
     found = [None] * len(calls)
 
     def run(i):

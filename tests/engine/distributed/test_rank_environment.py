@@ -1,4 +1,4 @@
-"""Which rank a process is: launchers as they set their variables, and variables that outlived what set them."""
+"""Which rank a process is, from launchers' variables and from variables that outlived their launcher."""
 
 import pytest
 
@@ -51,7 +51,7 @@ def test_a_launcher_is_told_from_what_others_left_behind(name):
 
 @pytest.mark.parametrize("step", [None, "4294967291", "4294967294", "4294967290", "batch", "interactive"])
 def test_slurm_without_srun_trains_alone_and_says_so(step):
-    """A batch script (sbatch --wrap is one) and salloc's shell: nobody has started the other tasks."""
+    """A batch script (sbatch --wrap is one) and salloc's shell: nothing has started the other tasks."""
     env = BATCH | MEETING | ({} if step is None else {"SLURM_STEP_ID": step, "SLURM_SRUN_COMM_HOST": "10.0.0.1"})
     place = place_of(env)
     assert (place.rank, place.world, place.launcher) == (0, 1, "alone")

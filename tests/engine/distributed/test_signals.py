@@ -1,4 +1,4 @@
-"""Signals before, in and after a training's loop."""
+"""Signals before, during and after a training's loop."""
 
 import os
 import signal
@@ -28,7 +28,7 @@ def send(number):
 
 @pytest.fixture(autouse=True)
 def handlers_stay_as_they_were():
-    """And are the default ones during a test: nohup and a background job have some ignored."""
+    """Restore handlers, and use the default ones during a test: nohup and background jobs ignore some."""
     found = {number: signal.signal(number, signal.SIG_DFL) for number in StopRequest.SIGNALS}
     signal.signal(signal.SIGINT, signal.default_int_handler)
     before = {number: signal.getsignal(number) for number in StopRequest.SIGNALS}
@@ -47,12 +47,12 @@ def test_a_signal_is_noted_while_there_is_something_to_save(number):
         assert stop.interrupted is (number == signal.SIGINT)
 
 
-def test_the_first_ctrl_c_is_told_and_the_second_ends(monkeypatch):
+def test_the_first_ctrl_c_is_reported_and_the_second_ends(monkeypatch):
     said, now = [], [0.0]
     monkeypatch.setattr(signals, "time", SimpleNamespace(monotonic=lambda: now[0]))
     with StopRequest() as stop, stop.held(said.append):
         send(signal.SIGINT)
-        send(signal.SIGINT)  # a launcher and the terminal pass on one press
+        send(signal.SIGINT)  # launcher and terminal both forward one key press
         assert stop.interrupted
         deadline = time.monotonic() + 60
         while not said and time.monotonic() < deadline:
@@ -70,7 +70,7 @@ def test_ctrl_c_before_the_loop_is_an_interruption():
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP], ids=lambda number: number.name)
 def test_a_signal_that_was_ignored_from_the_beginning_stays_ignored(number):
-    """nohup, and a background job of a script."""
+    """As under nohup, and in a background job of a script."""
     before = signal.signal(number, signal.SIG_IGN)
     try:
         with StopRequest() as stop, stop.held(lambda _: None):
@@ -175,7 +175,7 @@ def test_ctrl_c_in_a_step_saves_it_and_says_how_to_resume(tiny_images, tmp_path,
     ids=lambda number: number.name,
 )
 def test_a_wait_for_data_is_broken_off_and_the_step_before_it_is_saved(number, tiny_images, tmp_path, monkeypatch):
-    """With two micro-batches a step, of which the second never comes."""
+    """With two micro-batches per step, the second of which never comes."""
     plain = loop.TrainingStream.__next__
     asked = []
 
@@ -246,7 +246,7 @@ def test_ctrl_c_in_other_commands_is_one_line(command, monkeypatch, capsys):
     assert capsys.readouterr().err == "iwm-fast: interrupted\n"
 
 
-def test_a_demo_that_is_told_to_stop_does_not_go_on_to_measure(tmp_path, monkeypatch):
+def test_a_stopped_demo_does_not_evaluate(tmp_path, monkeypatch):
     def stopped(_config, out, *_, **__):
         out.mkdir(exist_ok=True)
         RunDirectory(out).mark_stopped(3)

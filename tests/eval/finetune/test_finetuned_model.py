@@ -1,4 +1,4 @@
-"""A finetuned result from Python: it answers as it was scored, and what it cannot answer is one line."""
+"""A finetuned result from Python: it predicts what was scored, and what it cannot predict is one line."""
 
 from __future__ import annotations
 

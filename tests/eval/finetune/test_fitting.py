@@ -50,7 +50,7 @@ def test_every_mode_learns_what_can_be_learned(mode):
 
 
 def test_a_rate_among_several_trains_as_it_does_alone():
-    """One pass serves all rates, and none disturbs another."""
+    """One pass serves all rates, and none affects another."""
     one = task("predictor")
     build = builder("predictor", [one])
     alone = fit(build, [one], Plan(rates=(1e-3,), steps=7, batch=16))
@@ -111,14 +111,14 @@ def test_every_mlp_has_the_workspace_of_the_configuration():
 
 
 def test_tasks_share_the_predictor_and_each_has_a_token_of_its_own():
-    tasks = [task("multitask", name=name) for name in ("one", "train")]  # torch's dictionaries refuse the name train
+    tasks = [task("multitask", name=name) for name in ("one", "train")]  # torch's dictionaries reject the name train
     reader = builder("multitask", tasks)().eval()
     tokens = MODEL.encode(pictures(3), "target").detach()
     for parameter in reader.heads.parameters():
         torch.nn.init.normal_(parameter)
     with torch.no_grad():
         reader.heads["1"].load_state_dict(reader.heads["0"].state_dict())
-    assert not torch.allclose(reader(tokens, "one"), reader(tokens, "train"))  # the token tells them apart
+    assert not torch.allclose(reader(tokens, "one"), reader(tokens, "train"))  # the token distinguishes them
     reader(tokens, "one").sum().backward()
     assert reader.task_tokens["0"].grad.abs().sum() > 0
     assert reader.task_tokens["1"].grad is None
@@ -127,7 +127,7 @@ def test_tasks_share_the_predictor_and_each_has_a_token_of_its_own():
     torch.testing.assert_close(reader(tokens, "one"), reader(tokens, "train"))
 
 
-def test_the_predictor_is_told_of_no_change():
+def test_the_predictor_is_conditioned_on_no_change():
     one = task("predictor")
     reader = builder("predictor", [one])()
     tokens = MODEL.encode(pictures(3), "target").detach()

@@ -1,4 +1,4 @@
-"""The whole command on a real run: what it answers, what it keeps, and what it says of mistakes."""
+"""The whole command on a real run: its results, what it saves, and its errors."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def answered(path):
 
 
 @pytest.mark.parametrize("mode", ["linear", "attentive", "predictor", "end-to-end"])
-def test_a_mode_learns_answers_in_json_and_keeps_what_answers_again(run, tiny_images, tmp_path, mode, capsys):
+def test_a_mode_learns_writes_json_and_saves_what_predicts_again(run, tiny_images, tmp_path, mode, capsys):
     words = ["--mode", mode, "--data", tiny_images, "--steps", 30, "--batch", 8, "--lr", "3e-3"]
     assert finetune(run, *words, "--out", tmp_path / "kept", "--json", tmp_path / "a.json") == 0
     found = answered(tmp_path / "a.json")
@@ -97,7 +97,7 @@ def test_the_result_is_the_same_each_time_and_another_seed_begins_otherwise(run,
 
 
 def test_segments_are_learned_from_masks(run, segments, tmp_path):
-    """The folder's layout says what the task is; an answer of background everywhere is the floor to be above."""
+    """The folder's layout determines the task; predicting background everywhere is the score to beat."""
     words = ["--mode", "attentive", "--data", segments, "--epochs", 40, "--batch", 16, "--lr", "3e-3"]
     assert finetune(run, *words, "--out", tmp_path / "kept", "--json", tmp_path / "s.json") == 0
     found = answered(tmp_path / "s.json")
@@ -271,7 +271,7 @@ def test_images_are_left_out_aloud_and_settings_reduced_aloud(run, tiny_images, 
         assert words in said
 
 
-def test_what_was_kept_and_then_damaged_is_not_loaded(run, tiny_images, tmp_path):
+def test_what_was_saved_and_then_damaged_is_not_loaded(run, tiny_images, tmp_path):
     words = ["--mode", "linear", "--data", tiny_images, "--steps", 1]
     assert finetune(run, *words, "--out", tmp_path / "kept") == 0
     weights = tmp_path / "kept" / "reader.safetensors"

@@ -15,7 +15,7 @@ metrics = pytest.importorskip("sklearn.metrics", reason="scikit-learn is not ins
 @settings(max_examples=40)
 @given(st.integers(0, 2**31), st.integers(2, 6))
 def test_mean_iou_is_scikit_learns_jaccard_score(seed, classes):
-    """Over the classes that are in a mask or an answer; pixels of no class left out."""
+    """Over the classes that are in a mask or a prediction; pixels without a class are left out."""
     rng = np.random.default_rng(seed)
     masks = rng.integers(0, classes, (3, 5, 5)).astype(np.uint8)
     answers = np.where(rng.random(masks.shape) < 0.5, masks, rng.integers(0, classes, masks.shape)).astype(np.uint8)
@@ -35,7 +35,7 @@ def test_a_perfect_answer_scores_one_and_its_interval_has_no_width():
 
 
 def test_the_interval_is_that_of_resampled_images():
-    """Against the resampling written out."""
+    """Compared with the resampling written out."""
     rng = np.random.default_rng(3)
     masks = rng.integers(0, 3, (40, 4, 4)).astype(np.uint8)
     answers = np.where(rng.random((40, 1, 1)) < 0.6, masks, rng.integers(0, 3, masks.shape)).astype(np.uint8)

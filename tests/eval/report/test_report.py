@@ -104,7 +104,7 @@ def test_page_is_whole_and_needs_nothing_from_elsewhere(tmp_path, results):
     found = walk(text)
     tags = {tag for tag, _ in found.elements}
     assert not tags & {"link", "iframe", "object"}
-    # The page's own script and the data of one card of sliders; both stand in the page itself.
+    # The page's own script and the data of one card of sliders; both are inline.
     scripts = [attributes for tag, attributes in found.elements if tag == "script"]
     assert scripts == [{"type": "application/json"}, {}]
     for _, attributes in found.elements:
@@ -226,7 +226,7 @@ def test_charts_are_sound_svg_coloured_by_the_page():
         assert root.tag.endswith("svg")
         assert "width" not in root.attrib
         assert "currentColor" in svg
-        assert "#ffffff" not in svg  # no ground of its own: the page's shows through
+        assert "#ffffff" not in svg  # no background: the page's shows through
         assert "#010203" not in svg
         assert "metadata" not in svg
     assert curve([{"step": 1, "loss": None}], {"loss": "loss"}, name="loss", label="loss") is None
@@ -239,7 +239,7 @@ def test_metrics_of_a_killed_run_are_read_up_to_the_torn_line(tmp_path):
     assert read_metrics(tmp_path / "none.jsonl") == []
 
 
-# Text of cells that stick out of the screen, and of cells that no column's name stands before.
+# Text of cells that extend past the screen, and of cells without a column name before them.
 HIDDEN = """[...document.querySelectorAll("td")].filter(cell => cell.textContent
   && (cell.getBoundingClientRect().left < 0 || cell.getBoundingClientRect().right > innerWidth
     || cell.scrollWidth > cell.clientWidth)).map(cell => cell.textContent)"""

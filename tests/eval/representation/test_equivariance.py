@@ -29,7 +29,7 @@ STILL = NOTHING | {"strength": 0.0}
 
 
 class Seen(nn.Module):
-    """Stands for an encoder of one token: what it says of an image is `of`(images) (B, D)."""
+    """Stands in for an encoder of one token: its output for images is `of`(images) (B, D)."""
 
     def __init__(self, of):
         super().__init__()
@@ -52,13 +52,13 @@ def measure(of, **changes):
 
 
 def content(images):
-    """What jitter leaves alone: here, a random code that belongs to the picture's order of levels."""
+    """Return what jitter leaves unchanged: here, a random code of the picture's order of levels."""
     grey = images.mean(dim=3).flatten(1)
     return (grey > grey.median(dim=1, keepdim=True).values).float() - 0.5
 
 
 def test_an_encoder_that_keeps_the_colours_is_equivariant_and_one_of_content_alone_is_invariant():
-    """Mean colour and contrast of a picture of even noise tell its jitter: the pictures' own means hardly vary."""
+    """Mean colour and contrast of even noise reveal its jitter: the pictures' own means hardly vary."""
     colours = measure(lambda x: torch.cat([x.mean(dim=(1, 2)), x.std(dim=(1, 2)), x.square().mean(dim=(1, 2))], dim=1))
     constant = measure(lambda x: torch.ones(len(x), 3))
     order = measure(content)
@@ -83,7 +83,7 @@ def test_noise_is_neither():
 
 
 def test_the_scale_of_the_cosine_takes_out_what_all_images_share():
-    """A large constant brings every cosine near 1 and moves the place between same and other hardly at all."""
+    """A large constant moves every cosine near 1, and hardly changes the scaled value."""
     plain = measure(content)
     shifted = measure(lambda x: torch.cat([content(x), torch.full((len(x), 1), 50.0)], dim=1))
     assert shifted.cosine_other > 0.99 > plain.cosine_other
@@ -102,7 +102,7 @@ def test_pairs_are_what_the_action_says_and_depend_on_seed_and_row_only():
     assert not only.action[:, 1:].any()
     factor = only.second.float().mean(dim=(1, 2, 3)) - only.first.float().mean(dim=(1, 2, 3))
     assert np.array_equal(np.sign(factor.numpy()), np.sign(only.action[:, 0]))
-    # The component is a difference of factors over 0.8, whatever form the predictor is told.
+    # The component is a difference of factors over 0.8, in either form of the predictor's action.
     ratio = factor / images.float().mean(dim=(1, 2, 3)) / ActionSpace().components[0].range
     np.testing.assert_allclose(ratio.numpy(), only.action[:, 0], atol=0.05)
 
@@ -183,8 +183,8 @@ def test_evaluate_measures_it_beside_the_untrained_network_or_says_why_not():
 
 
 @pytest.mark.parametrize("groups", [("photometric",), ("photometric", "geometric")])
-def test_a_pair_is_what_the_reference_makes_of_the_parameters_that_training_would_draw(groups):
-    """But for the jitter, always applied, and the crop that both views share, of which no action tells."""
+def test_a_pair_is_what_the_reference_makes_of_the_parameters_that_training_would_sample(groups):
+    """Except that jitter is always applied, and the views share a crop that no action encodes."""
     chances = dict.fromkeys(NOTHING, 0.5)
     actions = ActionsConfig(groups=groups, crop_scale=(0.6, 1.0), **chances)
     images = torch.stack([torch.from_numpy(picture(24, 24, seed=seed)) for seed in range(7)])
@@ -210,25 +210,25 @@ def test_a_pair_is_what_the_reference_makes_of_the_parameters_that_training_woul
 
 
 def quarters(images):
-    """Mean levels of the four quarters."""
+    """Return mean levels of the four quarters."""
     return torch.nn.functional.adaptive_avg_pool2d(images.mean(dim=3), 2).flatten(1)
 
 
 def sides(images):
-    """Left less right: its sign changes when the view is mirrored."""
+    """Return left minus right: its sign changes when the view is mirrored."""
     q = quarters(images)
     return torch.stack([q[:, 0] - q[:, 1], q[:, 2] - q[:, 3]], dim=1)
 
 
 def lit(count, seed):
-    """Colours of some grain, brighter towards one corner: it is seen which side is up and which part is shown."""
+    """Return grainy colours, brighter towards one corner, which shows orientation and position."""
     ramp = torch.linspace(-35, 35, 8)
     grain = 0.25 * (pictures(count, seed).float() - 120)
     return (128 + grain + ramp[:, None, None] + ramp[None, :, None]).to(torch.uint8)
 
 
 def halves(count, seed):
-    """Pictures whose left and right half differ, one way as often as the other."""
+    """Return pictures whose left and right half differ, one way as often as the other."""
     side = torch.randint(0, 2, (count, 1, 1, 1), generator=torch.Generator().manual_seed(seed)) * 2 - 1
     step = torch.where(torch.arange(8) < 4, -30, 30)[None, None, :, None]
     return (pictures(count, seed) + side * step).to(torch.uint8)
@@ -249,12 +249,12 @@ def halves(count, seed):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_each_component_is_told_where_the_encoder_sees_it_and_not_where_it_is_blind(name, actions, sees, made):
+def test_each_component_is_regressed_where_the_encoder_sees_it_and_not_where_it_is_blind(name, actions, sees, made):
     options = {"actions": ActionsConfig(**actions), "train": made(300, 0), "test": made(200, 1)}
     seeing, blind = measure(sees, **options), measure(lambda x: torch.ones(len(x), 2), **options)
     low, high = seeing.r2_interval[name]
     assert low <= seeing.r2[name] <= high
-    assert low > 0.2  # what a box shows is not linear in where it lies
+    assert low > 0.2  # what a box shows is not linear in its position
     assert abs(blind.r2[name]) < 0.05
     assert blind.equivariance < 0.05
     assert seeing.equivariance == pytest.approx(np.mean([max(0, value) for value in seeing.r2.values()]))

@@ -20,7 +20,7 @@ def drawn(seed: int, train: int = 83, test: int = 41, width: int = 7, classes: i
 
 
 def one_by_one(train, labels, query, k, temperature):
-    """(weighted answer, plain answer) for one query, in the words of the definition."""
+    """Return (weighted vote, plain vote) for one query, by definition."""
     unit = train.double() / train.double().norm(dim=1, keepdim=True)
     cosine = (unit @ (query.double() / query.double().norm())).tolist()
     nearest = sorted(range(len(cosine)), key=lambda i: -cosine[i])[:k]

@@ -44,7 +44,7 @@ def test_fit_reaches_the_minimum_of_the_convex_loss(spread, decay, monkeypatch):
     with torch.no_grad():
         probe = linear._Probe(x, labels, 7, x.double().square().mean(dim=0).float())
         probe.fit(decay)
-        # It stops when an iteration gains less than 1e-7; the many that would follow gain less again each.
+        # It stops when an iteration gains less than 1e-7; later ones would gain less still.
         assert float(loss(probe.weight.double()) - loss(best)) < 2e-5
         assert float(loss(best)) < 0.9 * np.log(7)
 
@@ -70,7 +70,7 @@ def test_the_weight_decay_is_chosen_without_the_test_images():
     found = linear_probe(x, y, x_test, y_test)
     other = linear_probe(x, y, torch.randn_like(x_test), (y_test + 1) % 7)
     assert (other.weight_decay, other.held_out_top1) == (found.weight_decay, found.held_out_top1)
-    assert found.weight_decay > min(linear.WEIGHT_DECAYS)  # noise asks for a decay
+    assert found.weight_decay > min(linear.WEIGHT_DECAYS)  # noise needs decay
 
 
 def test_top5_is_left_out_where_it_says_nothing():

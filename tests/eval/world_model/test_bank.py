@@ -42,7 +42,7 @@ def test_views_equal_those_of_dali():
     want = np.stack([np.asarray(view) for view in pipeline.run()[0]]).astype(int)
     difference = np.abs(jittered_views(image, jitter).numpy().astype(int) - want)
     assert difference.max() <= 1
-    assert difference.mean() < 1e-3  # of a level: where the exact value lies on a half
+    assert difference.mean() < 1e-3  # levels: exact values on a half round either way
 
 
 def test_bank_depends_on_seed_and_sample_only_and_is_distinct():

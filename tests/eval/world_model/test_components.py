@@ -32,7 +32,7 @@ def test_components_are_those_that_the_run_trains_with():
 
 
 @pytest.mark.parametrize("what", DESTRUCTIVE)
-def test_a_destroyed_source_is_what_training_would_have_made_of_it(what):
+def test_a_corrupted_source_is_what_training_would_have_made_of_it(what):
     made = bank(what)
     told = SPACE.decode(made.actions)
     assert told[what].all()
@@ -52,8 +52,8 @@ def test_a_destroyed_source_is_what_training_would_have_made_of_it(what):
         np.testing.assert_allclose(told[name], SPACE.decode(plain.actions)[name], atol=1e-6)
 
 
-def test_turned_views_are_told_as_training_tells_them():
-    """Seen from a target turned by k, the image is a source turned by -k, which k quarter turns undo."""
+def test_turned_views_are_encoded_as_in_training():
+    """Relative to a target turned by k, the image is a source turned by -k, which k quarter turns undo."""
     made = bank("rotation")
     told = SPACE.decode(made.actions)
     views = made.targets(IMAGE).numpy()
@@ -110,8 +110,8 @@ def test_each_bank_has_its_own_chance(vary, size):
     assert found["mrr_neutral"] == pytest.approx(chance_mrr(size), rel=0.05)  # unless two views are the same
 
 
-def test_targets_of_an_untrained_encoder_do_not_answer_a_trained_predictor():
-    """The oracle is sure of its own targets; among another encoder's it is no better than its sight of pixels."""
+def test_targets_of_an_untrained_encoder_do_not_match_a_trained_predictor():
+    """The oracle knows its own targets; among another encoder's it is no better than its pixels."""
 
     class Strange(Oracle):
         def encode(self, images, which="context"):  # noqa: ARG002  (the model's signature)

@@ -16,7 +16,7 @@ BOX = jitter_bounds(ActionsConfig(), SPACE)
 
 
 def bent(dim, seed=0, out=40):
-    """A smooth answer that is not linear and takes different actions to different places."""
+    """A smooth, nonlinear prediction that maps different actions to different places."""
     generator = torch.Generator().manual_seed(seed)
     first, second = (torch.randn(shape, generator=generator) for shape in ((dim, 12), (12, out)))
     return lambda actions: torch.tanh(actions @ first) @ second
@@ -29,7 +29,7 @@ def test_an_action_that_explains_the_target_exactly_is_found(drawn, seed):
     true = low + (high - low) * torch.rand(len(low), generator=torch.Generator().manual_seed(drawn))
     answer = bent(SPACE.dim, seed)
     found = search_action(answer, answer(true[None])[0], BOX)
-    # The answers are fp32, whose rounding is 1e-7 of numbers of size 10.
+    # Predictions are fp32, whose rounding is 1e-7 of values of size 10.
     np.testing.assert_allclose(found.action, true.numpy(), atol=2e-4)
     assert found.distance < 1e-3
 
@@ -61,14 +61,14 @@ def test_the_same_search_gives_the_same_action_and_leaves_the_random_state_alone
 
 @pytest.mark.parametrize("form", ["difference", "absolute"])
 @pytest.mark.parametrize("strength", [0.5, 1.0, 3.0])
-def test_the_box_holds_every_action_that_training_draws_and_nothing_else_moves(form, strength):
+def test_the_box_holds_every_action_that_training_samples_and_nothing_else_moves(form, strength):
     actions, space = ActionsConfig(strength=strength), ActionSpace(("photometric", "geometric"), form)
     low, high = jitter_bounds(actions, space)
     drawn = space.jitter_action(draw_bank(actions, 0, 0, 500), draw_bank(actions, 0, 1, 500))
     told = [i for i, name in enumerate(space.names) if name.split("_")[-1] in ("brightness", "contrast", "saturation")]
     assert (drawn[:, told] >= low[told] - 1e-6).all()
     assert (drawn[:, told] <= high[told] + 1e-6).all()
-    # Nearly all of the box is used: it is no wider than what is drawn.
+    # Nearly all of the box is used: it is no wider than what is sampled.
     if form == "absolute" or strength < 3:
         assert (drawn[:, told].max(axis=0) > 0.8 * high[told]).all()
     moving = {name for name, a, b in zip(space.names, low, high, strict=True) if b > a}

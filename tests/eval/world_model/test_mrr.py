@@ -44,7 +44,7 @@ def test_distances_keep_their_digits_when_points_are_near_and_far_from_the_origi
     torch.testing.assert_close(euclidean(a, b), want, rtol=0, atol=1e-3 * TIE * float(a[0].norm()))
 
 
-def test_oracle_scores_one_and_its_shuffled_answers_do_not():
+def test_oracle_scores_one_and_its_shuffled_predictions_do_not():
     result = mean_reciprocal_rank(Oracle(SPACE), RAW, SPACE, pictures(3), bank=32)
     for distance in DISTANCES:
         assert result.mrr("model", distance) == pytest.approx(1, abs=0.02)  # two actions may give the same picture
@@ -56,7 +56,7 @@ def test_oracle_scores_one_and_its_shuffled_answers_do_not():
 
 
 def test_collapsed_model_scores_the_mean_rank_of_a_tie():
-    """1 / 128.5 on a bank of 256, whatever rounding makes of equal distances."""
+    """1 / 128.5 on a bank of 256, whatever the rounding of equal distances."""
     result = mean_reciprocal_rank(Collapsed(SPACE), RAW, SPACE, pictures(1), bank=256)
     for distance in DISTANCES:
         for what in ("model", *CONTROLS):
@@ -64,7 +64,7 @@ def test_collapsed_model_scores_the_mean_rank_of_a_tie():
 
 
 def test_random_predictor_scores_the_analytic_chance():
-    """H_256 / 256, whatever the target: 1 / rank of a place that is uniform on 1 to 256."""
+    """H_256 / 256, whatever the target: 1 / rank of a rank uniform on 1 to 256."""
 
     class Guess(Oracle):
         def predict(self, z, action):
@@ -73,16 +73,16 @@ def test_random_predictor_scores_the_analytic_chance():
 
     result = mean_reciprocal_rank(Guess(SPACE), RAW, SPACE, pictures(8), bank=256)
     assert chance_mrr(256) == pytest.approx(0.0239, abs=5e-5)
-    # The deviation of 1 / rank is 0.077; of the mean of 8 x 256 of them, were they independent, 0.0017.
+    # The std of 1 / rank is 0.077; of the mean of 8 x 256 independent ones, 0.0017.
     assert result.mrr() == pytest.approx(chance_mrr(256), abs=4 * 0.0017)
     assert result.summary()["h1"] == pytest.approx(1 / 256, abs=4 * 0.0014)
 
 
 def test_model_that_ignores_the_action_is_at_chance_exactly():
-    """One ranking for all queries: each place is taken once, so the mean of 1 / rank is H_n / n."""
+    """One ranking for all queries: each rank occurs once, so the mean of 1 / rank is H_n / n."""
     result = mean_reciprocal_rank(Deaf(SPACE), RAW, SPACE, pictures(2), bank=64)
     for what in ("model", *CONTROLS):
-        # Bank items of equal pictures share a rank, which moves the mean a little.
+        # Equal pictures in the bank share a rank, which changes the mean a little.
         assert result.mrr(what) == pytest.approx(chance_mrr(64), rel=0.03)
 
 

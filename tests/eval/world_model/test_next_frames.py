@@ -1,4 +1,4 @@
-"""MRR among next frames: what an oracle, a deaf and a collapsed model score, and what is asked of what."""
+"""MRR among next frames: scores of an oracle, a model that ignores the action, and a collapsed one."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def board(place):
 
 @pytest.fixture(scope="module")
 def game(tmp_path_factory):
-    """A dot that an action of -3 to 3 moves along a ring of places: three walks of 40, and the last frame of each."""
+    """Write a game: an action of -3 to 3 moves a dot along a ring; three walks of 40, and their last frames."""
     root = tmp_path_factory.mktemp("ring")
     for place in range(PLACES):
         (root / f"{place}.png").write_bytes(encode(board(place), "PNG"))
@@ -65,7 +65,7 @@ def config_of(game) -> Config:
 
 
 class RingOracle(Pixels):
-    """The answer is the board with its dot moved as it was told."""
+    """Predicts the board with its dot moved by the given action."""
 
     def predict(self, z, action):
         places = z[:, :, 0].argmax(dim=1) + (action[:, 0] * 3).round().long()
@@ -78,7 +78,7 @@ class Deaf(RingOracle):
 
 
 class Blind(RingOracle):
-    """All pictures are one to it."""
+    """Represents all pictures alike."""
 
     def encode(self, images, which="context"):  # noqa: ARG002  (the model's signature)
         return torch.ones(len(images), SIDE * SIDE, 3)
@@ -98,7 +98,7 @@ def test_the_bank_holds_distinct_next_frames_and_the_queries_are_distinct(game):
     frames, results, distances = ranked(game, RingOracle(), bank=256)
     reached = {row["target"] for row in map(json.loads, game.read_text().splitlines()[1:])}
     played = {(row["source"], *row["action"]) for row in map(json.loads, game.read_text().splitlines()[1:])}
-    assert len(frames.bank) == len(reached) == results["mrr_bank"]  # smaller than was asked for
+    assert len(frames.bank) == len(reached) == results["mrr_bank"]  # smaller than requested
     assert len(frames) == len(played) == results["mrr_images"]
     assert len({picture.numpy().tobytes() for picture in frames.bank}) == len(frames.bank)
     assert distances["model"].shape == (len(frames), len(frames.bank))
@@ -120,12 +120,12 @@ def test_a_smaller_bank_is_a_part_of_a_larger_one_and_the_same_each_time(game):
     assert draw_next_frames(reader, 8, seed=1).rows.tolist() != small.rows.tolist()
 
 
-def test_an_oracle_scores_one_and_only_where_it_is_told_the_truth(game):
+def test_an_oracle_scores_one_only_given_the_true_action(game):
     frames, results, _ = ranked(game, RingOracle())
     assert results["mrr"] == 1
     same = (frames.actions == shuffled_actions(frames)).all(dim=1)
     wrong = results["mrr_shuffled"] - float(same.double().mean())
-    # Where it is told another action, its answer is another board: at best the second, with all others equally far.
+    # Given another action, it predicts another board: at best the second, with all others equally far.
     assert wrong < 0.5
     assert results["mrr_shuffled_same"] == pytest.approx(float(same.double().mean()))
     assert results["mrr_gain"] == pytest.approx(1 - results["mrr_shuffled"])
@@ -147,7 +147,7 @@ def test_a_collapsed_model_shares_the_mean_rank(game):
 
 
 def test_a_real_model_is_ranked_as_a_loop_over_queries_ranks_it(game):
-    """Against distances written out in float64, one query at a time."""
+    """Against distances written out in float64, query by query."""
     config = config_of(game).model_copy(update={"model": tiny_config().model})
     torch.manual_seed(0)
     model = IWM(config.model, space_of(config.actions).dim).eval()

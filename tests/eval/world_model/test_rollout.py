@@ -1,4 +1,4 @@
-"""Roll-outs: which triplets follow one another, and the errors of worlds whose dynamics are known."""
+"""Roll-outs: which triplets form a chain, and the errors of worlds with known dynamics."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_of_episodes_of_any_length_in_any_order_every_window_is_a_chain(tmp_path
 
 
 class Line(nn.Module):
-    """A picture is one number, its first level; an action is added to it, `bias` too much each time."""
+    """A picture is one number, its first level; an action is added to it, with an error of `bias` each time."""
 
     def __init__(self, bias=0.0):
         super().__init__()
@@ -74,7 +74,7 @@ class Line(nn.Module):
 
 
 def test_errors_are_those_of_the_horizon():
-    """With a bias of b a step the answer is h·b off; a copy is the sum of h actions off; by hand."""
+    """With a bias of b per step the prediction is h·b off; a copy is the sum of h actions off; by hand."""
     generator = torch.Generator().manual_seed(0)
     actions = torch.randint(0, 9, (5, 4, 1), generator=generator)
     levels = torch.cat([torch.full((5, 1, 1), 10), 10 + actions.cumsum(dim=1)], dim=1)  # (5, 5, 1)
@@ -93,7 +93,7 @@ def game(tmp_path_factory):
     return write_game(tmp_path_factory.mktemp("game"), episodes=3, steps=5)
 
 
-def test_a_real_model_s_answers_are_fed_back_as_they_are(game):
+def test_a_real_model_s_predictions_are_fed_back_unchanged(game):
     config, triplets = resolve_triplets(small_config(game, actions__groups=["external"]))
     torch.manual_seed(0)
     model = IWM(config.model, space_of(config.actions).dim).eval()

@@ -1,4 +1,4 @@
-"""The sliders of the report: each stop is what the model answers, and a browser shows it."""
+"""The sliders of the report: each stop shows the model's prediction, and a browser displays it."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_an_oracle_finds_the_view_of_every_stop_and_a_deaf_model_that_of_none():
             assert np.array_equal(example.pictures[stop.view], view(image[0], slider.name, stop.value))
             for distance in ("l2", "cosine"):
                 assert len(stop.nearest[distance]) == 4
-                # Half a level of rounding makes two neighbours of a slider one picture, which share a place.
+                # Half a level of rounding makes two neighbours of a slider one picture with one rank.
                 assert stop.place[distance] <= 2
     (deaf,) = sliding_examples(Deaf(SPACE), RAW, SPACE, image, bank=64, stops=7)
     for slider in deaf.sliders:
@@ -73,7 +73,7 @@ def test_stops_go_over_what_training_drew_with_neutral_in_the_middle(form):
 
 
 def compressing(quality):
-    """A configuration that compresses sources, and its action space."""
+    """Return a configuration that compresses sources, and its action space."""
     groups = ("photometric", "compression")
     actions = ActionsConfig(groups=groups, strength=0.5, compression_quality=quality)
     return RAW.model_copy(update={"actions": actions}), ActionSpace(groups)
@@ -130,7 +130,7 @@ def test_a_card_shows_the_neutral_stop_without_its_script():
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
-    """A report with the sliders of an oracle, seven stops, and a hostile name."""
+    """Write a report with the sliders of an oracle, seven stops, and a hostile name."""
     path = tmp_path_factory.mktemp("page") / "report.html"
     write_report(
         path,
@@ -167,10 +167,10 @@ def test_a_browser_moves_the_sliders_and_fetches_nothing(page, tmp_path, width, 
         places = [f"{brightest.place[distance]:g}" for distance in ("l2", "cosine")]
         assert browser.run(SHOWN.format(card=0)) == ["×1.20", "×1.00", "×1.00", "0°", *places]
         assert browser.run("document.querySelector('.asked img').naturalWidth") == 8
-        browser.run(MOVE.format(card=0, slider=3, at=0))  # the others go back to neutral
+        browser.run(MOVE.format(card=0, slider=3, at=0))  # the others return to neutral
         assert browser.run(SHOWN.format(card=0))[:4] == ["×1.00", "×1.00", "×1.00", "−18°"]
         assert browser.run(SHOWN.format(card=1))[:4] == ["×1.00", "×1.00", "×1.00", "0°"]
-        assert browser.run("document.documentElement.scrollWidth") == width  # nothing sticks out of a phone's screen
+        assert browser.run("document.documentElement.scrollWidth") == width  # nothing overflows a phone's screen
         ground = browser.run("getComputedStyle(document.body).backgroundColor")
         assert ground == ("rgb(20, 23, 27)" if dark else "rgb(255, 255, 255)")
         assert "<script>" in browser.run("document.title")  # the hostile name is text
@@ -207,7 +207,7 @@ def test_a_browser_shows_the_corrupted_source_and_the_clean_one_again(tmp_path):
 
 @pytest.mark.skipif(find_chromium() is None, reason="no Chromium here (Debian's package chromium has it)")
 def test_a_browser_runs_no_other_script_and_loads_nothing_even_where_the_page_asks_for_it(page, tmp_path):
-    """The page's own policy holds: what somebody puts into a copy of it stays dead."""
+    """The page's own policy holds: scripts injected into a copy of it do not run."""
     evil = tmp_path / "evil.html"
     evil.write_text(
         page.read_text(encoding="utf-8").replace(

@@ -1,4 +1,4 @@
-"""The profile of a small run: parts that add up, counts that are the formulas', files that open, and the clock."""
+"""The profile of a small run: parts that add up, counts equal to the formulas', files that open, and the clock."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_the_parts_of_a_real_step_are_named_and_within_it(profiled):
 
 
 class _CountedOperators(TorchDispatchMode):
-    """A clock that moves by one with each operator, so that a busy machine has no part in it."""
+    """A clock that advances by one per operator, so that load on the machine does not matter."""
 
     now = 0.0
 
@@ -80,7 +80,7 @@ def test_operations_are_the_steps_formula(profiled):
 
     config = load_config(packaged_config("vit_tiny_p4_32"), KEYS)
     space = ActionSpace(config.actions.groups, config.actions.form)
-    # The counted step is one of the batches that it cycles through.
+    # The counted step uses one of the batches that it cycles through.
     batches = synthetic_stream(config, space, torch.device("cpu"), steps=BATCHES)
     sizes = [
         step_flops(config.model, space.dim, b.patches.context_lengths, b.patches.target_lengths).total
@@ -107,7 +107,7 @@ def test_files_open(profiled):
 
 
 def test_no_row_is_faster_than_what_was_measured(profiled):
-    """Every product has its share; what beats the limits, which are then none, has no share."""
+    """Every matmul has its share; a row that exceeds the limits has none."""
     _, found = profiled
     rows = found["operators"] + found["modules"]
     assert all(row["roofline_share"] is None or 0 < row["roofline_share"] <= 1 for row in rows)
@@ -116,7 +116,7 @@ def test_no_row_is_faster_than_what_was_measured(profiled):
 
 
 def test_limits_by_hand():
-    """A call is held to its operations or to its bytes; small ones to the fastest copy of their size or more."""
+    """A call is limited by its FLOPs or its bytes; small ones by the fastest copy of their size or larger."""
     limits = Limits(100.0, ((10, 5.0), (100, 50.0), (1000, 20.0)))
     assert [limits.bytes_per_s(size) for size in (1, 10, 99, 100, 1000, 10**6)] == [50, 50, 50, 50, 20, 20]
     work = Work()
@@ -131,7 +131,7 @@ def test_limits_by_hand():
 
 
 def test_an_operator_is_timed_with_what_it_calls_and_once():
-    """Stacking is done by a concatenation, which nobody counts by itself."""
+    """Stacking calls a concatenation, which must not be counted separately."""
     parts = [torch.zeros(1 << 16) for _ in range(4)]
     counted = ("aten::stack", "aten::cat", "aten::add")
     traced = trace_steps(lambda: torch.stack(parts).add(1), torch.nn.Identity(), torch.device("cpu"), 2, counted)
@@ -191,7 +191,7 @@ def test_the_step_shown_is_the_middle_one():
 
 
 def test_files_and_a_shared_target_have_their_parts(tiny_images, tmp_path):
-    """Without an encoder of its own the target's forward is the encoder's pass without gradients."""
+    """Without a separate target, its forward pass is the encoder's pass without gradients."""
     words = [
         "profile",
         "vit_tiny_p4_32.yaml",
