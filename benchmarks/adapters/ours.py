@@ -73,7 +73,7 @@ def forward_backward(model: IWM, inputs: Inputs, rounding: Rounding | None = Non
         padding = () if rounding is None else rounding.padding(len(rows))
         parts += pack(rows, lengths, device, padding, None if rounding is None else rounding.longest)
     scale = 1.0 / (len(patches.target) * model.encoder.width)
-    loss: torch.Tensor = model(inputs.source, inputs.target, inputs.action, *parts, scale).loss
+    loss: torch.Tensor = model(inputs.source, inputs.target, inputs.action, *parts, loss_scale=scale).loss
     loss.backward()
     return loss
 
