@@ -1,4 +1,4 @@
-"""The engine: DeepSpeed loop, schedules, moving average, checkpoints, metrics."""
+"""The engine: training loop on DeepSpeed, schedules, EMA, checkpoints, metrics."""
 
 from iwm_fast.engine.checkpoint.load import load_export, load_model
 from iwm_fast.engine.train import pretrain

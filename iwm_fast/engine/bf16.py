@@ -1,4 +1,4 @@
-"""bf16 compute from fp32 weights, for the stage at which DeepSpeed keeps the weights as they are."""
+"""bf16 compute from fp32 weights, for ZeRO stage 0, where DeepSpeed leaves the weights in fp32."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ __all__ = ["Bf16Compute"]
 
 
 class Bf16Compute(nn.Module):
-    """Runs ``model`` with its parameters rounded to bf16 at each call; gradients arrive at the fp32 parameters.
+    """Run ``model`` with its parameters rounded to bf16 at each call; the fp32 parameters receive the gradients.
 
-    The arithmetic is that of a model whose weights are bf16 copies of fp32 master weights, as at ZeRO stages 1 to 3.
+    The arithmetic equals bf16 copies of fp32 master weights, as at ZeRO stages 1 to 3.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -24,14 +24,14 @@ class Bf16Compute(nn.Module):
         self._early: _Early | None = None
 
     def hand_over(self, buckets: Sequence[Sequence[nn.Parameter]], made: Callable[[Tensor], None]) -> None:
-        """Give the parameters of a bucket their gradients, and call `made` for each, once all of the bucket is there.
+        """Give a bucket's parameters their gradients once all of it has arrived, and call `made` for each.
 
-        Otherwise all gradients come at the end of the backward pass, by one conversion.
+        Without it all gradients come at the end of the backward pass, in one conversion.
         """
         self._early = _Early(buckets, made)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What ``model`` returns for the same arguments."""
+        """Return what ``model`` returns for the same arguments."""
         trained: dict[str, Tensor] = {}
         frozen: dict[str, Tensor] = {}
         for name, parameter in self.model.named_parameters():
@@ -45,7 +45,7 @@ class Bf16Compute(nn.Module):
 
 
 class _Rounded(torch.autograd.Function):
-    """Copies of all tensors in bf16, and their gradients in fp32: a few launches each way, not one for each tensor."""
+    """Copies of all tensors in bf16, and their gradients in fp32, in a few launches each instead of one per tensor."""
 
     @staticmethod
     def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -62,9 +62,9 @@ class _Rounded(torch.autograd.Function):
 
 
 class _Early:
-    """Rounded copies that are leaves of the graph, so that a gradient is there as soon as it is complete.
+    """Rounded copies that are leaves of the graph, so that a gradient exists as soon as it is complete.
 
-    Autograd runs what was made last first: `_Rounded`, made before everything else, would be left to the end.
+    Autograd runs the newest node first: `_Rounded`, made before everything else, would run last.
     """
 
     def __init__(self, buckets: Sequence[Sequence[nn.Parameter]], made: Callable[[Tensor], None]) -> None:
@@ -97,7 +97,7 @@ class _Early:
         return take
 
     def _end(self) -> None:
-        """At the end of the pass: what came of buckets of which not all did."""
+        """At the end of the pass: convert the gradients of incomplete buckets."""
         self._left = []
         self._hand(list(self._grads))
 

@@ -1,4 +1,4 @@
-"""The model that a run trains, and what it asks of the machine."""
+"""The model that a run trains, and its requirements of the machine."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["require_machine", "trained_model"]
 
 
 def require_machine(config: Config, device: torch.device) -> None:
-    """Raise UserError, in one line, where the configuration asks for what this machine cannot do."""
+    """Raise UserError where this machine cannot run the configuration."""
     if config.model.target_precision == "fp8":
         require_fp8(device)
     require_attention(config.model.attention, device.type, config.train.precision)
@@ -37,7 +37,8 @@ def require_machine(config: Config, device: torch.device) -> None:
 
 
 def trained_model(config: Config, action_dim: int, device: torch.device) -> IWM:
-    """The configuration's model on the device, its weights from the seed; compiled, and its target beside, where asked.
+    """Return the configuration's model on the device, initialised from the seed; compiled, and with a target stream, if
+    set.
 
     Raises UserError as `require_machine`.
     """

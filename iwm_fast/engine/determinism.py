@@ -1,4 +1,4 @@
-"""`train.deterministic`: on a GPU, operators whose results do not change from run to run."""
+"""`train.deterministic`: GPU operators whose results do not change between runs."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from iwm_fast.errors import UserError
 
 __all__ = ["deterministic_operators", "require_deterministic"]
 
-# cuBLAS gives the same bits only with a workspace of a fixed size, which it reads when it is first used.
+# cuBLAS is deterministic only with a workspace of fixed size, which it reads at its first use.
 _WORKSPACE = ("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-# model.attention whose backward pass cannot be made deterministic.
+# Values of model.attention whose backward pass cannot be deterministic.
 _NEVER = ("cudnn",)
 
 
 def require_deterministic(config: Config) -> None:
-    """Raise UserError where the configuration asks for determinism and for an operator that has none."""
+    """Raise UserError where the configuration asks for determinism and for an operator without it."""
     if config.train.deterministic and config.model.attention in _NEVER:
         raise UserError(
             f"train.deterministic is true, and the backward pass of model.attention={config.model.attention} is not "
@@ -31,10 +31,9 @@ def require_deterministic(config: Config) -> None:
 
 @contextmanager
 def deterministic_operators(config: Config, device: torch.device) -> Iterator[None]:
-    """Within the block, what `train.deterministic` says; afterwards as before. On a CPU nothing changes: what runs
-    there is deterministic.
+    """Apply `train.deterministic` within the block. A CPU needs nothing: its operators are deterministic.
 
-    An operator that has no deterministic form raises RuntimeError, by name.
+    An operator without a deterministic form raises RuntimeError, by name.
     """
     if not config.train.deterministic or device.type != "cuda":
         yield
@@ -44,7 +43,7 @@ def deterministic_operators(config: Config, device: torch.device) -> Iterator[No
     fills = memory.fill_uninitialized_memory
     os.environ.setdefault(*_WORKSPACE)
     torch.use_deterministic_algorithms(True)
-    memory.fill_uninitialized_memory = False  # costs a pass over all that is allocated
+    memory.fill_uninitialized_memory = False  # it would fill all allocated memory
     try:
         yield
     finally:

@@ -1,11 +1,11 @@
-"""The target encoder's moving average: fp32, divided over the ranks as ZeRO divides the optimizer's state.
+"""The target encoder's EMA: fp32, sharded over the ranks as ZeRO shards the optimizer state.
 
-A rank averages only the parts of the encoder whose fp32 weights it holds, so the update needs no communication. In the
-same pass over memory (`kernels.ema_update`) it writes its part of the working copy that the target's forward reads: at
-stage 0 the average is the working copy; at stages 1 and 2 what it writes is sent, one coalesced all-gather in the
-working dtype a step, begun after the update and waited for by the target's next forward, so that it runs beside the
-fetching of data and the online encoder; at stage 3, and on a rank alone, it writes where the target reads, and at stage
-3 DeepSpeed gathers by layer.
+A rank updates only the parts of the encoder whose fp32 weights it holds, so the update needs no communication. The same
+pass over memory (`kernels.ema_update`) writes its part of the working copy that the target's forward pass reads. At
+stage 0 the EMA is the working copy. At stages 1 and 2 one coalesced all-gather per step, in the working dtype, sends
+it; it begins after the update, and the target's next forward pass waits for it, so that it overlaps with fetching data
+and the online encoder. At stage 3, and on a rank alone, it is written where the target reads, and at stage 3 DeepSpeed
+all-gathers it by layer.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ONLINE, TARGET = "encoder.", "target_encoder."
 
 
 def target_name(online: str) -> str:
-    """The target's name of an encoder's parameter."""
+    """Return the target's name of an encoder's parameter."""
     return TARGET + online.removeprefix(ONLINE)
 
 
@@ -53,43 +53,43 @@ class TargetAverage:
             self._mine = [self._targets[target_name(s.name)].data.view(-1)[s.start : s.stop] for s in self.shards]
         else:
             self._lay_out()
-            # A replay calls no module inside of the graph.
+            # A replay calls no module inside the graph.
             reader = zero.graphed or zero.module.get_submodule(TARGET.removesuffix("."))
             reader.register_forward_pre_hook(lambda *_: self.arrive())
 
     def update(self, momentum: float, unless: Tensor | None = None) -> None:
-        """Move the average towards the weights by ``1 − momentum`` and refresh the working copy.
+        """Move the EMA towards the weights by ``1 − momentum`` and refresh the working copy.
 
-        Nothing moves where ``unless``, a scalar on the device, is not 0.
+        Does nothing where ``unless``, a scalar on the device, is not 0.
         """
         self.arrive()
         kernels.ema_update(self.averages, self._weights, momentum, self._mine, unless=unless)
         self._send()
 
     def refresh(self) -> None:
-        """Begin to bring the working copy to the average; the target's next forward finds it there."""
+        """Start copying the EMA to the working copy, for the target's next forward pass."""
         self.arrive()
-        if self._mine:  # a rank's slice may lie in the predictor altogether, and torch refuses empty lists
+        if self._mine:  # a rank's slice may lie wholly in the predictor, and torch rejects empty lists
             torch._foreach_copy_(self._mine, self.averages)
         self._send()
 
     @torch.no_grad()
     def arrive(self) -> None:
-        """Wait for the all-gather under way, if any, and put the working copy in its place."""
+        """Wait for the running all-gather, if any, and update the working copy."""
         gathering, self._gathering = self._gathering, None
         if gathering is not None:
             gathering.wait()  # on a GPU the stream waits, not the host
             torch._foreach_copy_(self._working, self._received)
 
     def _send(self) -> None:
-        """Begin the all-gather of what each rank wrote into its copy, where the target does not read it there."""
+        """Start the all-gather of each rank's part, where the target does not read it in place."""
         if self._stage in (1, 2) and self._ranks.world > 1:
-            # Bytes, because not every backend gathers every dtype.
+            # As bytes, because not every backend gathers every dtype.
             everyone, sent = self._everyone.view(torch.uint8), self._sent.view(torch.uint8)
             self._gathering = dist.all_gather_into_tensor(everyone, sent, async_op=True)
 
     def _lay_out(self) -> None:
-        """Buffers of the all-gather: each rank sends its parts one behind the other, padded to the longest rank."""
+        """Allocate the all-gather's buffers: each rank sends its parts in a row, padded to the longest rank."""
         mine = [(target_name(s.name), s.start, s.weight.numel()) for s in self.shards]
         layouts: list[list[tuple[str, int, int]]] = gather(mine, self._ranks.world)
         longest = max(sum(length for _, _, length in layout) for layout in layouts)

@@ -1,4 +1,4 @@
-"""What a training asks of evaluation, which whoever starts the training gives to it, and the model that it measures."""
+"""The interface of evaluation while training, which the caller implements, and the model that it measures."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ __all__ = ["Evaluator", "live_model"]
 
 
 class Evaluator(Protocol):
-    """Measures the model while it is trained, after every ``eval.every_steps`` steps."""
+    """Measures the model every ``eval.every_steps`` steps."""
 
     def unmeasured(self, config: Config) -> str | None:
-        """What cannot be measured of the images of ``eval.root``, and why; None where all can.
+        """Return what cannot be measured on the images of ``eval.root``, and why; None where all can.
 
-        The first rank calls it, before the first step. UserError where the images are missing or nothing of them can
-        be measured.
+        The first rank calls it before the first step. Raises UserError where the images are missing or nothing can be
+        measured.
         """
 
     def measure(
@@ -37,18 +37,18 @@ class Evaluator(Protocol):
         ranks: Ranks,
         abandonable: Callable[[], AbstractContextManager[None]],
     ) -> dict[str, Any] | None:
-        """Numbers for metrics.jsonl, the same on every rank; collective.
+        """Return numbers for metrics.jsonl, the same on every rank; collective.
 
-        ``model``: in fp32 on this rank's device, for this measurement alone. ``abandonable``: around a rank's own
-        work, which a signal may end there with Abandoned; None on every rank then. What one rank cannot do raises
-        UserError on all of them.
+        ``model``: in fp32 on this rank's device, for this measurement alone. ``abandonable``: wraps a rank's own work,
+        which a signal may interrupt with Abandoned; then every rank returns None. An error of one rank raises UserError
+        on all.
         """
 
 
 def live_model(
     zero: ZeroEngine, average: TargetAverage | None, config: Config, space: ActionSpace, ranks: Ranks
 ) -> IWM:
-    """The live state as one fp32 model on every rank's device; collective."""
+    """Return the live state as one fp32 model on every rank's device; collective."""
     model = IWM(config.model, space.dim).to(ranks.device)
     parts = [(s.name, s.start, s.weight) for s in zero.shards]
     if average is not None:

@@ -1,9 +1,9 @@
-"""DeepSpeed's ZeRO stages 1 and 2 with `FiniteAdamW`'s step: no launch and no host work for each parameter.
+"""DeepSpeed's ZeRO stages 1 and 2 with `FiniteAdamW`'s step: no launch and no host work per parameter.
 
-DeepSpeed's own step takes a norm, looks for infinities and copies, parameter by parameter, and reads results back. Here
-each group's gradient is one flat tensor before the norm is taken, and nothing is read back. Dividing, reducing and
-gathering stay DeepSpeed's where there are several ranks. On a rank alone nothing is reduced, so its gradient hooks are
-not registered; in fp32 the master weights are then the model's own memory.
+DeepSpeed's own step computes norms, looks for infinities and copies parameter by parameter, and reads results back.
+Here each group's gradient is one flat tensor before the norm, and nothing is read back. Sharding, reducing and
+gathering stay DeepSpeed's on several ranks. A rank alone reduces nothing, so its gradient hooks are not registered; in
+fp32 the master weights are then the model's own memory.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from iwm_fast.errors import UserError
 
 __all__ = ["FusedZero", "fused_zero"]
 
-# The releases whose stage_1_and_2.py has the methods and names that FusedZero overrides and uses.
+# Releases whose stage_1_and_2.py has the methods and names that FusedZero overrides and uses.
 KNOWN = "0.19."
 
 
@@ -41,8 +41,8 @@ class FusedZero(DeepSpeedZeroOptimizer):
     overlap_comm: bool
 
     def is_gradient_accumulation_boundary(self) -> bool:
-        """What hooks ask before they send. DeepSpeed tells its optimizer after the pass, or by hooks on outputs that
-        are tensors, which the model's are not.
+        """Read by hooks before they send. DeepSpeed sets its optimizer's after the pass, or by hooks on tensor outputs,
+        which the model lacks.
         """
         return super().is_gradient_accumulation_boundary() if self.due is None else self.due()
 
@@ -52,7 +52,7 @@ class FusedZero(DeepSpeedZeroOptimizer):
         return all(count == 1 for count in self.partition_count)
 
     def initialize_optimizer_states(self) -> None:
-        """Choose what the optimizer updates, before DeepSpeed links parameters to it. Moments are made later."""
+        """Choose what the optimizer updates, before DeepSpeed links parameters to it. Moments come later."""
         super().initialize_optimizer_states()
         optimizer: FiniteAdamW = self.optimizer
         if not self.alone:
@@ -63,19 +63,19 @@ class FusedZero(DeepSpeedZeroOptimizer):
                 optimizer.parts[master] = self.bit16_groups[i]
 
     def create_gradient_handling_hooks(self) -> None:
-        """Register DeepSpeed's hooks, which divide and reduce, where there are other ranks."""
+        """Register DeepSpeed's hooks, which shard and reduce, where there are other ranks."""
         if self.alone:
             self._remaining_grad_acc_hooks = 0
         else:
             super().create_gradient_handling_hooks()
 
     def process_gradients(self, param: nn.Parameter, i: int) -> None:
-        """What a hook does with a gradient of group ``i``."""
+        """Handle a gradient of group ``i`` in a hook."""
         if not self.at_the_end:
             super().process_gradients(param, i)
 
     def clear_grad_attribute(self, param: nn.Parameter) -> None:
-        """Let go of a gradient. One larger than a bucket is sent from where it lies: its memory waits for that."""
+        """Drop a gradient. One larger than a bucket is sent in place: its memory waits for that."""
         large = param.numel() > self.reduce_bucket_size and self.overlap_comm and self.reduction_stream is not None
         if large and param.grad is not None:
             param.grad.record_stream(self.reduction_stream)
@@ -100,8 +100,8 @@ class FusedZero(DeepSpeedZeroOptimizer):
     def independent_gradient_partition_epilogue(self) -> None:
         """Send the last bucket, and keep this rank's part of the sums.
 
-        DeepSpeed's host waits for the whole device here where buckets were sent on a stream of their own. Instead the
-        stream of the computation waits for that one, and sends the last bucket itself: nothing is left to run beside.
+        DeepSpeed's host waits for the whole device here where buckets were sent on their own stream. Here the computing
+        stream waits for that one, and sends the last bucket itself: nothing is left to overlap with.
         """
         overlap, self.overlap_comm = self.overlap_comm, False
         if overlap and self.reduction_stream is not None:
@@ -113,7 +113,7 @@ class FusedZero(DeepSpeedZeroOptimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
-        """Update this rank's part of the weights, and bring the model's working copy to them."""
+        """Update this rank's part of the weights, and refresh the model's working copy."""
         if closure is not None:
             raise ValueError("closure is not supported")
         self.micro_step_id = -1
@@ -152,15 +152,15 @@ class FusedZero(DeepSpeedZeroOptimizer):
         flat: Tensor = self.flatten(found)
         del found
         for parameter in self.bit16_groups[i]:
-            parameter.grad = None  # before the fp32 copy is made, which takes twice as much
+            parameter.grad = None  # before the fp32 copy, which needs twice as much
         return flat.float()
 
 
 @contextlib.contextmanager
 def fused_zero() -> Iterator[None]:
-    """Let DeepSpeed's engine make a `FusedZero` wherever it would make its own optimizer of stage 1 or 2.
+    """Make DeepSpeed's engine create a `FusedZero` instead of its own optimizer of stage 1 or 2.
 
-    Raises UserError where DeepSpeed is of a release that FusedZero is not written for.
+    Raises UserError for a release of DeepSpeed that FusedZero does not support.
     """
     if not deepspeed.__version__.startswith(KNOWN):
         raise UserError(

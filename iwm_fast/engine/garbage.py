@@ -1,7 +1,7 @@
-"""Python's garbage, collected at chosen steps instead of whenever its counters say.
+"""Collect Python's garbage at chosen steps instead of at random ones.
 
-A collection of the oldest generation walks every object that torch and DeepSpeed have made. On many ranks each waits
-for all the others' collections, which come at different steps; here all collect at the same one.
+A collection of the oldest generation walks every object of torch and DeepSpeed. On many ranks each waits for all the
+others' collections, which come at different steps; here all collect at the same step.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ EVERY_STEPS = 50
 
 
 class Upkeep:
-    """While entered, Python collects garbage at every ``EVERY_STEPS``-th step only.
+    """While entered, Python collects garbage only every ``EVERY_STEPS`` steps.
 
-    What was alive on entering (modules, model, engine) is left out of the collections.
+    Objects alive on entering (modules, model, engine) are excluded.
     """
 
     def __init__(self) -> None:
@@ -37,6 +37,6 @@ class Upkeep:
             gc.enable()
 
     def after(self, step: int) -> None:
-        """To be called after each step, by every rank."""
+        """Call it after each step, on every rank."""
         if step % EVERY_STEPS == 0:
             gc.collect()

@@ -35,7 +35,7 @@ Made = TypeVar("Made")
 
 
 def require_graphs(config: Config, device: torch.device) -> None:
-    """Raise UserError, in one line, where train.cuda_graph is set and this machine cannot capture a step."""
+    """Raise UserError where train.cuda_graph is set and this machine cannot capture a step."""
     if not config.train.cuda_graph:
         return
     if device.type != "cuda":
@@ -49,15 +49,15 @@ def require_graphs(config: Config, device: torch.device) -> None:
 
 
 class Recorder(Protocol):
-    """Runs work once for what it launches, and gives what launches that again."""
+    """Records work once and returns a replay of its launches."""
 
     def record(self, work: Callable[[], Made]) -> tuple[Made, Callable[[], None]]:
-        """What `work` returned, whose tensors a replay writes anew, and the replay. Nothing has been computed yet."""
+        """Return (what `work` returned, replay); a replay rewrites those tensors. Nothing has been computed yet."""
 
 
 class CudaRecorder:
-    """CUDA graphs that share one pool of memory: only one of them runs at a time, and what they return is read, or
-    copied, before the next.
+    """CUDA graphs that share one memory pool: one runs at a time, and its results are read or copied before the
+    next.
     """
 
     def __init__(self) -> None:
@@ -73,7 +73,7 @@ class CudaRecorder:
 
 
 class _Handed(torch.autograd.Function):
-    """A loss whose gradients are there already."""
+    """A loss whose gradients exist already."""
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, gradients: Sequence[Tensor], *_: Tensor) -> Tensor:
@@ -82,7 +82,7 @@ class _Handed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *incoming: Tensor) -> tuple[Tensor | None, ...]:
-        # New tensors: the next replay writes the graph's own again.
+        # New tensors: the next replay overwrites the graph's own.
         scaled = torch._foreach_mul(ctx.gradients, incoming[0])  # noqa: SLF001  (has no public name)
         return (None, None, *scaled)
 
@@ -118,7 +118,7 @@ class GraphedStep(nn.Module):
 
     @contextlib.contextmanager
     def eager(self) -> Iterator[None]:
-        """Inside, the model computes as it is: what looks at its modules or operators sees nothing of a replay."""
+        """Inside, the model computes eagerly, so that hooks and profilers see its modules and operators."""
         before, self._off = self._off, True
         try:
             yield
@@ -126,7 +126,7 @@ class GraphedStep(nn.Module):
             self._off = before
 
     def buffers_read(self) -> list[Tensor]:
-        """What the graphs read and write beside the weights: batches' buffers and gradients."""
+        """Return the batch buffers and gradients that the graphs read and write."""
         return [tensor for graph in self._graphs.values() for tensor in (*graph.inputs, *graph.gradients)]
 
     def forward(self, *arguments: Any) -> IWMOutput:
@@ -159,7 +159,7 @@ class GraphedStep(nn.Module):
         def work() -> tuple[Losses, list[nn.Parameter]]:
             given, factors = _with_tensors(arguments, inputs)
             found: Losses = self.model(*given, per_size=True)
-            # A term's factor differs between batches: it comes in as a gradient, in fp32.
+            # A term's factor differs between batches, so it enters as a gradient, in fp32.
             made = torch.autograd.grad(found.terms, trained, factors, allow_unused=True)
             used = [(p, g) for p, g in zip(trained, made, strict=True) if g is not None]
             torch._foreach_copy_([self._gradients[p] for p, _ in used], [g for _, g in used])

@@ -1,4 +1,4 @@
-"""RUN/kernel_choices.json: the block sizes that a run's kernels use, on every rank and again after a resume."""
+"""RUN/kernel_choices.json: the tuned block sizes of a run's kernels, the same on every rank and after a resume."""
 
 from __future__ import annotations
 
@@ -17,19 +17,21 @@ from iwm_fast.kernels import Adopted, read_adopted, run_choices
 __all__ = ["KernelChoices", "Tables", "read_tables"]
 
 SCHEMA = "iwm-fast-kernel-choices/1"
-# By kind of device, then by what `kernels.RunChoices` calls a product.
+# By kind of device, then by the key of `kernels.RunChoices`.
 Tables = dict[str, dict[str, Adopted]]
 
 
 class KernelChoices:
-    """The choices of a run, the first rank's on all ranks, and their file. tables: what the file had when it began."""
+    """The choices of a run, the first rank's on all ranks, and their file. tables: the file's at launch."""
 
     def __init__(self, ranks: Ranks, file: Path, tables: Tables) -> None:
         self._ranks, self._file, self._tables = ranks, file, tables
         self.choices = run_choices(ranks.device, tables)
 
     def news(self, step: int) -> str | None:
-        """What to say of a run that resumes after `step` steps, where no choices of this kind of device are saved."""
+        """Return a line for a run that resumes after `step` steps without saved choices for this kind of
+        device, or None.
+        """
         if step == 0 or not self.choices.timed or self._tables.get(self.choices.name):
             return None
         others = f", only of {', '.join(sorted(self._tables))}" if self._tables else ""
@@ -39,25 +41,25 @@ class KernelChoices:
         )
 
     def meet(self, step: int) -> None:
-        """Find what any rank lacks, on the first rank, and save it; all ranks call it, and use it from `step` on.
+        """Tune what any rank lacks, on the first rank, and save it; all ranks call it, and use it from `step` on.
 
-        UserError on every rank where the file cannot be written.
+        Raises UserError on every rank where the file cannot be written.
         """
         noted = gather(self.choices.take_noted(), self._ranks.world, self._ranks.control)
 
         def answer() -> dict[str, Adopted]:
             found = self.choices.answer(noted, step)
             self._tables[self.choices.name] = self.choices.table | found
-            _write(self._file, self._tables)  # before any step is made with it
+            _write(self._file, self._tables)  # before any step uses it
             return found
 
         self.choices.adopt(decide(self._ranks, answer))
 
 
 def read_tables(file: Path, checkpoint: Path | None) -> Tables:
-    """The choices in a run's file; where there is none, those of the run whose checkpoint is resumed from.
+    """Read the choices in a run's file, or in that of the run whose checkpoint is resumed.
 
-    What is damaged is said, and set aside beside the file. UserError where the file may not be read.
+    A damaged file is reported and copied beside. Raises UserError where the file may not be read.
     """
     source = file
     if not file.exists() and checkpoint is not None:
@@ -83,7 +85,7 @@ def read_tables(file: Path, checkpoint: Path | None) -> Tables:
 
 
 def _tables(devices: Any) -> tuple[Tables, int]:
-    """What can be read, and how many entries cannot."""
+    """(valid entries, number of damaged ones)."""
     if not isinstance(devices, dict):
         return {}, 1
     tables: Tables = {}
@@ -99,7 +101,7 @@ def _tables(devices: Any) -> tuple[Tables, int]:
 
 
 def _aside(file: Path, source: Path) -> str:
-    """Copy a run's own damaged file beside it, and say so; another run's stays as it is."""
+    """Copy a run's own damaged file beside it and report it; another run's stays as it is."""
     if source != file:
         return ""
     number, aside = 1, file.with_name(f"{file.stem}.damaged.json")

@@ -1,4 +1,4 @@
-"""The loop of a training: steps, and between them evaluation, checkpoints, logging, and what signals ask for."""
+"""The training loop: steps, and between them evaluation, checkpoints, logging and signals."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from iwm_fast.errors import UserError
 
 __all__ = ["Run", "train"]
 
-# A checkpoint waits so long for the identity of the data, which a thread looks for; without it, a run resumes with the
-# same data.root only.
+# A checkpoint waits this long for the identity of the data, which a thread computes; without it, a run resumes only
+# with the same data.root.
 _IDENTITY_S = 10.0
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What the signals of all ranks ask for."""
+    """The signals of all ranks, combined."""
 
     stop: bool = False
     interrupted: bool = False
@@ -45,7 +45,7 @@ class Asked:
 
 @dataclass
 class Run:
-    """What a start has built."""
+    """Everything that a launch has built."""
 
     config: Config
     directory: RunDirectory
@@ -56,19 +56,19 @@ class Run:
     writer: CheckpointWriter
     live: Liveness
     stop_at: int
-    identity: ListIdentity | None  # the first rank's
+    identity: ListIdentity | None  # on the first rank
     choices: KernelChoices
     evaluator: Evaluator | None
 
 
 def train(run: Run, space: ActionSpace, progress: TrainingProgress, stop: StopRequest, upkeep: Upkeep) -> None:
-    """Make steps until the last one, or until a signal asks for an end; what was made is saved then."""
+    """Train until the last step or a signal, and save the state."""
     trainer, ranks = run.trainer, run.ranks
     first, saved_at = trainer.step + 1, trainer.step
     log = _open_log(run) if ranks.first else None
     stragglers = Stragglers(run.config.log.straggler_ratio)
     asked = Asked()
-    if ranks.world == 1:  # of several, the others are in the step already and wait for this one
+    if ranks.world == 1:  # with several ranks, the others are in the step already and wait for this one
         trainer.waiting = stop.abandonable
     trainer.restart_clock()
     while trainer.step < run.stop_at and not asked.stop:
@@ -116,14 +116,14 @@ def _evaluated(
     log: MetricsLog | None,
     stop: StopRequest,
 ) -> dict[str, Any] | None:
-    """The step's record with what is measured now, or as it is where the process is to stop; a checkpoint is written
-    where measuring fails, and the run ends.
+    """Return the step's record with the evaluation's numbers, or unchanged where the process is to stop. A failed
+    evaluation writes a checkpoint and ends the run.
     """
     step = run.trainer.step
     try:
         model = live_model(run.zero, run.average, run.config, space, run.ranks)
         found = evaluator.measure(model, run.config, space, run.ranks, stop.abandonable)
-    except UserError as error:  # on every rank alike, so that all of them write
+    except UserError as error:  # on every rank, so that all of them write
         if log and record:
             record.pop("own_s_by_rank", None)
             log.write(record)
@@ -137,9 +137,9 @@ def _evaluated(
 
 
 def _asked(run: Run, stop: StopRequest) -> Asked:
-    """What any rank was asked, for all; raises what a checkpoint's writing has raised on any.
+    """Return the signals of all ranks combined; raises the error of any rank's checkpoint writing.
 
-    All ranks meet here, so block sizes that one of them lacks are found.
+    All ranks meet here, so missing block sizes are tuned too.
     """
     asked, interrupted, write_failed, lacking = agree(
         run.ranks, stop.asked, stop.interrupted, run.writer.failed, run.choices.choices.lacking

@@ -1,7 +1,7 @@
-"""Steps that were skipped because a loss or a gradient was not finite: how many in a row, and of which samples.
+"""Count skipped steps, whose loss or gradient was not finite, with their samples.
 
-Whether a step was, only the device knows until somebody reads its flag, which makes the host wait. So the flags of the
-steps are kept, with their samples, and read together.
+Only the device knows whether a step was skipped, and reading its flag makes the host wait. So flags are collected with
+their samples and read together.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ __all__ = ["SkippedSteps"]
 
 
 class SkippedSteps:
-    """Counts them; more than ``limit`` in a row end the run, with the samples of every rank in ``file``, if any."""
+    """Counts skipped steps; more than ``limit`` in a row end the run and write every rank's samples to
+    ``file``, if any.
+    """
 
     def __init__(self, limit: int, file: Path | None, ranks: Ranks) -> None:
         self._limit, self._file, self._ranks = limit, file, ranks
@@ -30,18 +32,18 @@ class SkippedSteps:
 
     @property
     def in_a_row(self) -> int:
-        """Skipped steps since the last one that was made, of those that were read."""
+        """Skipped steps since the last one that was not, among those read."""
         return len(self._steps)
 
     def note(self, flag: Tensor, step: int, epochs: list[int], ids: list[int]) -> None:
-        """Keep a step's flag, 1.0 where it was skipped on all ranks; ``epochs`` and ``ids`` are this rank's samples."""
+        """Store a step's flag, 1.0 where all ranks skipped it; ``epochs`` and ``ids`` are this rank's samples."""
         self._unread.append((flag, step, epochs, ids))
 
     def read(self) -> int:
-        """Read the flags kept since the last time, on all ranks alike; returns how many of their steps were made.
+        """Read the flags since the last call, on all ranks alike; return how many steps were not skipped.
 
-        Raises UserError on every rank when more than the limit were skipped in a row; the first has written the dump
-        then.
+        Raises UserError on every rank where more than the limit were skipped in a row; the first has written the
+        samples then.
         """
         unread, self._unread = self._unread, []
         if not unread:

@@ -1,4 +1,4 @@
-"""AdamW and LAMB whose norm, finite check, clipping and update stay on the device: no step makes the host wait."""
+"""AdamW and LAMB whose norm, finite check, clipping and update stay on the device, so that the host never waits."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ class _Tensors(NamedTuple):
 
 
 class FiniteAdamW(torch.optim.AdamW):
-    """AdamW that leaves weights and moments alone when a gradient is not finite; whether it did, the device knows.
+    """AdamW that skips the update where a gradient is not finite, decided on the device.
 
     ``found_inf`` is 1.0 after a skipped step, else 0.0; ``_global_grad_norm`` is the norm before clipping. Both are
-    scalars on the device, new ones with each step. ``overflow`` and ``_global_grad_norm`` are the names under which
-    DeepSpeed's engine looks for the outcome (``DeepSpeedEngine._take_model_step``).
+    scalars on the device, new ones for each step. DeepSpeed's engine reads ``overflow`` and ``_global_grad_norm`` by
+    these names (``DeepSpeedEngine._take_model_step``).
 
-    ``divided``: the process group whose ranks hold the parts of one gradient, or None. ``copies``: gradients are sums
-    over so many ranks, and their mean is meant. ``parts``: views of a flat weight, which together have its gradient.
+    ``divided``: the process group over which one gradient is sharded, or None. ``copies``: the number of ranks whose
+    gradients are summed, to divide by. ``parts``: views of a flat weight that share its gradient.
     """
 
     def __init__(self, params: Any, *, clip: float = 0.0, **options: Any) -> None:
@@ -62,7 +62,7 @@ class FiniteAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Update by the gradients' mean, clipped, or not at all."""
+        """Update with the mean gradient, clipped, or skip the step."""
         if closure is not None:
             raise ValueError("closure is not supported")
         tensors = [self._tensors(group) for group in self.param_groups]
@@ -81,7 +81,7 @@ class FiniteAdamW(torch.optim.AdamW):
                 self._move(group, own, self.found_inf, scale)
 
     def _tensors(self, group: dict[str, Any]) -> _Tensors:
-        """What the step reads and writes of a group; weights without a gradient are left out."""
+        """The step's tensors of a group; weights without a gradient are left out."""
         found = _Tensors([], [], [], [], [])
         for weight in group["params"]:
             parts = self.parts.get(weight, (weight,))
@@ -103,7 +103,7 @@ class FiniteAdamW(torch.optim.AdamW):
         return found
 
     def _divided(self, weight: Tensor, moment: Tensor) -> list[Tensor]:
-        """Views of a flat weight's moment, one for each of its parts."""
+        """Views of a flat weight's moment, one per part."""
         known = self._views.get(id(moment))
         if known is None or known[0] is not moment:
             begins = [(p.data_ptr() - weight.data_ptr()) // weight.element_size() for p in self.parts[weight]]
@@ -131,7 +131,9 @@ class FiniteAdamW(torch.optim.AdamW):
 
 
 def _norms(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-    """The norm of each tensor. On a CPU torch adds squares up in few sums, and is off by 1e-3 at 30 million of them."""
+    """The norm of each tensor. On a CPU torch sums squares in few partial sums, which is off by 1e-3 at 30 million
+    elements.
+    """
     if tensors[0].device.type != "cpu" or launches_recorded():
         return torch._foreach_norm(tuple(tensors))  # noqa: SLF001  (has no public name)
     norms = []
@@ -149,17 +151,19 @@ def _norms(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
 class FiniteLamb(FiniteAdamW):
     """LAMB (You et al. 2020, arXiv:1904.00962, algorithm 2) for large batches.
 
-    AdamW's direction with its decay, scaled for each decayed tensor by ‖w‖ / ‖direction‖; biases, norms and the mask
-    token, which are not decayed, are not scaled either. The moments are AdamW's, so checkpoints are the same. On the
-    CPU and the GPU alike; at ZeRO stage 0, because the norms are of whole tensors.
+    AdamW's direction with its decay, scaled for each decayed tensor by ‖w‖ / ‖direction‖; tensors without decay
+    (biases, norms, the mask token) are not scaled. The moments are AdamW's, so checkpoints are the same. At ZeRO stage
+    0 only, because the norms are of whole tensors.
     """
 
     def _move(self, group: dict[str, Any], own: _Tensors, found_inf: Tensor, scale: Tensor | None) -> None:
-        """Update one group. In a skipped step the gradients' bits become zero and every factor leaves all as it is."""
+        """Update one group. In a skipped step the gradients' bits become zero and every factor leaves the weights
+        unchanged.
+        """
         weights, grads, first, second, counts = own
         (beta1, beta2), count = group["betas"], counts[0].double()
         moved = 1.0 - found_inf
-        # NaN · 0 is NaN, but as an integer it is 0, which is the bits of 0.0.
+        # NaN · 0 is NaN, but as an integer 0 has the bits of 0.0.
         torch._foreach_mul_([g.view(torch.int32) for g in grads], moved.to(torch.int32))
         if scale is not None:
             torch._foreach_div_(grads, torch.where(moved > 0, scale, 1.0))
@@ -186,7 +190,7 @@ def _trust(weights: Sequence[torch.Tensor], directions: Sequence[torch.Tensor]) 
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Two groups of the trainable parameters: decayed, and not, by `models.decay`."""
+    """Return two groups of the trainable parameters, with and without decay, by `models.decay`."""
     decays = decayed_parameters(model)
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     decayed = [p for name, p in trainable if decays[name]]
@@ -195,13 +199,12 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def build_optimizer(model: nn.Module, train: TrainConfig, stage: int) -> torch.optim.AdamW:
-    """AdamW, or LAMB at stage 0, over the groups of the trainable parameters.
+    """Return AdamW, or LAMB at stage 0, for the groups of the trainable parameters.
 
-    PyTorch's fused implementation of AdamW serves the CPU and the GPU, so no compiler is needed; DeepSpeed's LAMB wants
-    one, and a GPU.
+    PyTorch's fused AdamW runs on the CPU and the GPU without a compiler; DeepSpeed's LAMB needs one, and a GPU.
     """
     groups = parameter_groups(model)
-    # lr and weight decay are set before each step; until then nothing can move.
+    # lr and weight decay are set before each step; until then no update happens.
     if stage < 3:
         kind = FiniteLamb if train.optimizer == "lamb" else FiniteAdamW
         return kind(groups, clip=train.clip, lr=0.0, betas=train.betas, fused=True)
@@ -209,16 +212,16 @@ def build_optimizer(model: nn.Module, train: TrainConfig, stage: int) -> torch.o
 
 
 def set_hyperparameters(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
-    """Write this step's values into the groups; undecayed groups keep 0."""
+    """Set this step's values in the groups; groups without decay keep 0."""
     for group in optimizer.param_groups:
         group["lr"] = lr
         group["weight_decay"] = weight_decay if group["decayed"] else 0.0
 
 
 def ensure_state(optimizer: torch.optim.Optimizer, tensors: Sequence[torch.Tensor], step: int | None = None) -> None:
-    """Create AdamW's state for ``tensors`` where it is missing and set its count of updates to ``step``, if given.
+    """Create AdamW's state for ``tensors`` where it is missing, and set its count of updates to ``step``, if given.
 
-    `FiniteAdamW` counts once for all of them: its tensors share one count.
+    `FiniteAdamW` shares one count among all its tensors.
     """
     shared: dict[torch.device, Tensor] = {}
     for tensor in tensors:

@@ -1,4 +1,4 @@
-"""Gradients summed over ranks while the backward pass still computes others (ZeRO stage 0)."""
+"""All-reduce gradients while the backward pass computes others (ZeRO stage 0)."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ __all__ = ["SummedGradients"]
 
 
 class SummedGradients:
-    """Sums over `group` of the parameters' gradients: each bucket is sent when a backward pass has made all of it.
+    """All-reduces the parameters' gradients over `group`, each bucket once a backward pass has computed all of it.
 
-    A backward pass reaches parameters about in the reverse of their order, so buckets are filled from the last on. They
-    are sent in that order on every rank, whatever order gradients come in. A gradient becomes a view of its bucket.
-    due: whether the backward pass that runs is a step's last one; those before only add up.
+    A backward pass reaches parameters roughly in reverse order, so buckets fill from the last on. Every rank sends them
+    in that order, whatever order gradients come in. A gradient becomes a view of its bucket. due: whether the running
+    backward pass is a step's last one; earlier ones only accumulate.
     """
 
     def __init__(
@@ -37,9 +37,9 @@ class SummedGradients:
             parameter.register_post_accumulate_grad_hook(self.made)
 
     def made(self, parameter: Tensor) -> None:
-        """Note that the pass that runs has added to this parameter's gradient, and send what is complete by that.
+        """Note that the running pass has added to this parameter's gradient, and send complete buckets.
 
-        Raises RuntimeError where the pass had done so before: the bucket may be under way.
+        Raises RuntimeError where the pass had done so before: the bucket may be in flight.
         """
         if not self._due():
             return
@@ -51,7 +51,7 @@ class SummedGradients:
             self._send()
 
     def wait(self) -> None:
-        """Send what is left, zeros where no gradient came, and wait for the sums: a GPU's stream does, not the host."""
+        """Send what is left, zeros for missing gradients, and wait for the sums: a GPU's stream waits, not the host."""
         while len(self._sent) < len(self.buckets):
             self._send()
         for work, _ in self._sent:
@@ -63,7 +63,7 @@ class SummedGradients:
         self._sent = []
 
     def _send(self) -> None:
-        """Begin the sum of the next bucket."""
+        """Start the all-reduce of the next bucket."""
         bucket = self.buckets[len(self._sent)]
         flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in bucket])
         at = 0

@@ -1,4 +1,4 @@
-"""RUN/environment.json: all that another person needs to repeat a run, with a line for every start of it."""
+"""RUN/environment.json: everything needed to repeat a run, with an entry for every launch."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ __all__ = ["describe_run", "recorded_environment"]
 def describe_run(
     file: Path, config: Config, ranks: Ranks, step: int, measured: Interconnect | None, images: int
 ) -> dict[str, Any]:
-    """The document to write to ``file``: what this start runs with, and the starts that the file already tells of.
+    """Return the document for ``file``: this launch, and the earlier ones in the file.
 
-    step: steps done when this start begins. measured: what the ranks' connections gave, None for a rank alone. images:
-    of the data; what is configured in epochs or ratios is recorded in steps under ``steps``.
+    step: steps done at launch. measured: the interconnect, None for a rank alone. images: of the data; ``steps``
+    records what is configured in epochs or ratios.
     """
     counted, total = in_steps(config, images), training_steps(config, images)
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
@@ -57,7 +57,7 @@ def describe_run(
 
 
 def recorded_environment(file: Path) -> dict[str, Any]:
-    """What the last start ran with; where the file is missing or damaged, that alone."""
+    """Return the environment of the last launch; of a missing or damaged file only that."""
     try:
         document = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
@@ -69,15 +69,15 @@ def recorded_environment(file: Path) -> dict[str, Any]:
 
 
 def _earlier(file: Path) -> list[dict[str, Any]]:
-    """Starts that are told of already; a file of another kind, or none, tells of none.
+    """Earlier launches; a file of another kind, or none, has none.
 
-    UserError where it may not be read.
+    Raises UserError where it may not be read.
     """
     try:
         document = json.loads(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return []
-    except OSError as error:  # written anew, it would tell of none
+    except OSError as error:  # rewriting it would lose the earlier launches
         raise UserError(f"{file}: cannot be read ({because(error)})") from error
     starts = document.get("starts") if isinstance(document, dict) else None
     return starts if isinstance(starts, list) else []

@@ -1,4 +1,4 @@
-"""What a training needs later than its first step, asked before it: found then, it costs the steps until then."""
+"""Check before the first step what training needs later, when a failure would cost the steps until then."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ __all__ = ["require_ready", "require_room"]
 
 
 def require_ready(config: Config, directory: RunDirectory, evaluator: Evaluator | None) -> None:
-    """UserError where the images of eval.root, a folder of the run or a place for its metrics cannot be had.
+    """Raise UserError where the images of eval.root, a folder of the run or a metrics sink is unavailable.
 
-    What the evaluator will not measure is said. The first rank calls it, which holds the run.
+    Reports what the evaluator will not measure. The first rank calls it while it holds the run.
     """
     for key, root in (("data.root", config.data.root), ("eval.root", config.eval.root)):
         if root is not None and Path(root).resolve() == directory.path.resolve():
@@ -47,7 +47,7 @@ def require_ready(config: Config, directory: RunDirectory, evaluator: Evaluator 
 
 
 def require_room(model: nn.Module, checkpoints: Path) -> None:
-    """UserError where the disk has no room for a single checkpoint: fp32 weights and moments, and the average."""
+    """Raise UserError where the disk has no room for one checkpoint: fp32 weights, moments and EMA."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     needed = 4 * (trained * (1 + len(MOMENTS)) + frozen)

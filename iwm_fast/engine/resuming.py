@@ -1,4 +1,4 @@
-"""What a start resumes from: the checkpoint, and whether configuration and data are still those of the run."""
+"""Choose the checkpoint to resume from, and check that configuration and data are still the run's."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ __all__ = ["ListIdentity", "choose_checkpoint", "require_alike_lists", "require_
 
 
 class ListIdentity:
-    """The identity of a list of samples, found by a thread: sizes of a million files take seconds to minutes."""
+    """The identity of a list of samples, computed in a thread: sizes of a million files take seconds to minutes."""
 
     def __init__(self, files: ImageSet | Triplets) -> None:
         self._files = files
         self._found: Identity | None = None
         self._failed: UserError | None = None
-        # A daemon: nobody who ends the process waits for a file system.
+        # A daemon: the end of the process never waits for a file system.
         self._thread = threading.Thread(target=self._find, name="iwm-fast identity", daemon=True)
         self._thread.start()
 
     def wait(self) -> Identity:
-        """The identity. UserError where the place of the data is gone."""
+        """Return the identity. Raises UserError where the data are gone."""
         self._thread.join()
         if self._failed is not None:
             raise self._failed
@@ -42,14 +42,12 @@ class ListIdentity:
         return self._found
 
     def soon(self, timeout_s: float) -> Identity | None:
-        """The identity if it is found within the time."""
+        """Return the identity if it is known within the time."""
         self._thread.join(timeout_s)
         return self._found
 
     def change_since(self, saved: Checkpoint) -> str | None:
-        """How the list differs from the one that a checkpoint was trained on; None where it does not, or one of the
-        two is not known yet.
-        """
+        """Return how the list differs from a checkpoint's; None where it does not, or one of them is unknown."""
         before, now = read_identity(saved.index.get("data")), self.soon(1.0)
         return difference(before, now, self._files) if before and now else None
 
@@ -61,10 +59,10 @@ class ListIdentity:
 
 
 def choose_checkpoint(config: Config, directory: RunDirectory, resume: str) -> Path | None:
-    """The checkpoint that ``--resume`` asks for, None for a new run; nothing is written.
+    """Return the checkpoint that ``--resume`` names, None for a new run; writes nothing.
 
-    Raises UserError where a new run would overwrite one, where no whole checkpoint is left, and where the
-    configuration differs from the run's in what may not.
+    Raises UserError where a new run would overwrite one, where every checkpoint is damaged, and where the configuration
+    differs from the run's in a key that must not change.
     """
     if resume == "never":
         if checkpoint.steps(directory.checkpoints):
@@ -99,8 +97,8 @@ def _of_run(wanted: Named, directory: RunDirectory) -> bool:
 
 
 def _require_own(wanted: Named, directory: RunDirectory) -> None:
-    """UserError where another run's checkpoint would be trained on in a folder that has its own: those would be pruned
-    and replaced as the new ones are written.
+    """Raise UserError where a run's folder with checkpoints would continue from another run's: its own would be pruned
+    and replaced.
     """
     if not _of_run(wanted, directory) and checkpoint.steps(directory.checkpoints):
         raise UserError(
@@ -116,10 +114,9 @@ def _tell(line: str) -> None:
 def require_data(
     config: Config, directory: RunDirectory, chosen: Path, files: ImageSet | Triplets, identity: ListIdentity
 ) -> str | None:
-    """What to tell the user where the data lie elsewhere than the run's did, and are the same. UserError where they
-    are not, or nobody can tell.
+    """Return a line where the data moved and are the same. Raises UserError where they differ or cannot be compared.
 
-    The run's own folder may have changed, which `ListIdentity.change_since` tells of: a broken image was mended there.
+    The run's own folder may have changed, which `ListIdentity.change_since` reports: somebody fixed a broken image.
     """
     before = directory.recorded()
     if before is None or same_place(before, config):
@@ -141,7 +138,7 @@ def require_data(
 
 
 def require_alike_lists(files: ImageSet | Triplets, ranks: Ranks) -> None:
-    """Raise UserError on every rank unless all list the same samples: each reads its share of one order by number."""
+    """Raise UserError on every rank unless all list the same samples: each reads its share of one order by index."""
     if ranks.world == 1:
         return
     found = gather(names_digest(files), ranks.world, ranks.control)
@@ -154,7 +151,7 @@ def require_alike_lists(files: ImageSet | Triplets, ranks: Ranks) -> None:
 
 
 def same_place(before: Config, now: Config) -> bool:
-    """Whether two configurations name one place of data: slashes at the end, "./" and links make no difference."""
+    """Return whether two configurations name one place: trailing slashes, "./" and links make no difference."""
     if before.data.source != now.data.source:
         return False
     one, other = before.data.root or "", now.data.root or ""

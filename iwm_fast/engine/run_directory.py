@@ -1,4 +1,4 @@
-"""A run's folder: who may write to it, whether a start may go on from it, and what it says of itself."""
+"""A run's folder: its lock, its files, and whether a launch may resume it."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from iwm_fast.file_locks import hold
 
 __all__ = ["RunDirectory", "run_config"]
 
-# What may differ when a run is resumed: where this start ends, how the work is divided and computed (the results are
-# equal to rounding), how long a fault is waited for, and what is saved, measured and logged.
+# Keys that may change in a resumed run: where it stops, how the work is sharded and computed (results are equal up to
+# rounding), time-outs, and what is saved, measured and logged.
 FREE_KEYS = (
     "train.steps",
     "train.micro_batch",
@@ -47,12 +47,12 @@ FREE_KEYS = (
     "eval.",
     "log.",
 )
-# Where the data lie; `resuming.require_data` compares what lies there.
+# The place of the data; `resuming.require_data` compares the files.
 _PLACE_KEYS = ("data.root", "data.source")
 
 
 class RunDirectory:
-    """Names of the files in a run's folder, and the rules about them."""
+    """The files of a run's folder, and the rules about them."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -68,9 +68,9 @@ class RunDirectory:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the folder for this job; a second live job gets a UserError.
+        """Lock the folder for this job; a second live job gets a UserError.
 
-        On a file system without locks the folder is not held, and a line says so.
+        On a file system without locks it is not locked, and a line says so.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -101,28 +101,26 @@ class RunDirectory:
             yield
 
     def begin(self, config: Config, environment: dict[str, Any]) -> None:
-        """Write what describes the run."""
+        """Write the files that describe the run."""
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         self.stopped_file.unlink(missing_ok=True)
         _replace(self.config_file, dump_config(config))
         _replace(self.environment_file, json.dumps(environment, indent=1) + "\n")
 
     def mark_stopped(self, step: int) -> None:
-        """Leave word that the run was asked to stop before its end: a batch script then asks for another turn."""
+        """Mark that the run was asked to stop early: a batch script then requeues it."""
         _replace(self.stopped_file, f"step {step}\n")
 
     def recorded(self) -> Config | None:
-        """The configuration of the start before this one, None in a new run. A key that was not there yet has its
-        default.
-        """
+        """Return the configuration of the previous launch, None in a new run. A missing key has its default."""
         return run_config(self.config_file) if self.config_file.exists() else None
 
     def require_same(self, config: Config) -> None:
-        """Raise UserError naming the first key that may not differ from the configuration the run was started with.
+        """Raise UserError with the first key that must not differ from the run's configuration.
 
         The place of the data may (`resuming.require_data`).
         """
-        # Loaded as a configuration, so that a key that was not there yet has its default.
+        # Loaded as a configuration, so that missing keys have their defaults.
         before = dict(_leaves(run_config(self.config_file).model_dump(mode="json")))
         now = dict(_leaves(config.model_dump(mode="json")))
         for key in sorted(before.keys() | now.keys()):
@@ -133,10 +131,10 @@ class RunDirectory:
                 )
 
     def drop_metrics_after(self, step: int) -> None:
-        """Forget the lines that a killed run logged after the checkpoint's step; earlier ones stay byte for byte.
+        """Drop the lines that a killed run logged after the checkpoint's step; earlier ones stay byte for byte.
 
-        A line that cannot be read goes where nothing older follows it (a kill or a crash tore it), and stays elsewhere.
-        Those of a run that begins again go to ``metrics.before.jsonl``, and a line says so.
+        An unreadable line is dropped where no older one follows it (a kill or a crash damaged it), and stays elsewhere.
+        Those of a run that starts over move to ``metrics.before.jsonl``, and a line says so.
         """
         if not self.metrics_file.exists():
             return
@@ -150,7 +148,7 @@ class RunDirectory:
         _replace(self.metrics_file, b"".join(kept).decode(errors="surrogateescape"))
 
     def _set_metrics_aside(self) -> None:
-        """Append the metrics to ``metrics.before.jsonl``: checkpoints that are gone may have been taken away."""
+        """Append the metrics to ``metrics.before.jsonl``: somebody may have moved the checkpoints away."""
         try:
             lines = self.metrics_file.read_bytes()
             if lines:
@@ -168,8 +166,8 @@ class RunDirectory:
 
 
 def run_config(file: Path, overrides: Sequence[str] = ()) -> Config:
-    """A run's recorded configuration with ``overrides``. UserError where nothing is in its file: that of a user may be
-    empty, a run's never is.
+    """Return a run's recorded configuration with ``overrides``. Raises UserError where its file is empty, which a
+    user's may be but a run's never is.
     """
     if file.is_file() and not file.read_bytes().strip(b" \0\r\n"):
         raise UserError(

@@ -37,7 +37,7 @@ class Spans:
     """Host seconds of one step by part; on a GPU the parts are asynchronous and only ``step`` is meaningful."""
 
     parts: dict[str, float] = field(default_factory=dict)
-    # Told the name of each part as it begins.
+    # Called with the name of each part as it begins.
     note: Callable[[str], None] = lambda _part: None
 
     @contextlib.contextmanager
@@ -51,7 +51,7 @@ class Spans:
 
 
 class Trainer:
-    """Everything a step touches. ``step`` counts the steps done; all ranks call the same methods."""
+    """The state of a training. ``step`` counts the steps done; all ranks call the same methods."""
 
     def __init__(
         self, config: Config, zero: ZeroEngine, average: TargetAverage | None, stream: TrainingStream,
@@ -63,8 +63,8 @@ class Trainer:
         self.packer = Packer(config, stream.micro_batch, predicts, ranks.device, ranks.world)
         self.step, self.updates, self.live = step, updates, live
         self.skipped = skipped or SkippedSteps(config.train.max_skipped, None, ranks)
-        self.new_spans: Callable[[], Spans] = Spans  # a profile puts its own here
-        # Around the wait for a batch; what it raises leaves the state as it was after the step before.
+        self.new_spans: Callable[[], Spans] = Spans  # a profile replaces it
+        # Around the wait for a batch; an exception there leaves the state after the previous step.
         self.waiting: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
         self.counter = StepCounter(config, action_dim, ranks.device)
         self._own = OwnTime(ranks.device)
@@ -72,7 +72,7 @@ class Trainer:
         self._mark = time.perf_counter()
 
     def train_step(self) -> dict[str, Any] | None:
-        """One optimizer step over the global batch; returns the record when this step is a logged one."""
+        """Take one optimizer step over the global batch; return the record where this step is logged."""
         spans, number = self.new_spans(), self.step + 1
         if (live := self.live) is not None:
             spans.note = lambda part: live.at(f"{part} of step {number}")
@@ -114,14 +114,14 @@ class Trainer:
         return record
 
     def settle(self) -> None:
-        """Learn which of the steps since the last logged one were skipped; the host waits for the device.
+        """Read which steps since the last logged one were skipped; the host waits for the device.
 
-        Raises UserError, on every rank, when too many were skipped in a row.
+        Raises UserError on every rank where too many were skipped in a row.
         """
         self.updates += self.skipped.read()
 
     def restart_clock(self) -> None:
-        """Leave what happened since the last step (a checkpoint, an evaluation, RankMe) out of the step's time."""
+        """Exclude the time since the last step (a checkpoint, an evaluation, RankMe) from the step's time."""
         self._mark = time.perf_counter()
 
     @property

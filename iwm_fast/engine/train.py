@@ -1,4 +1,4 @@
-"""One start of a training: from a configuration and a folder to a run with its checkpoints."""
+"""One launch of a training: from a configuration and a folder to a run with its checkpoints."""
 
 from __future__ import annotations
 
@@ -56,10 +56,11 @@ def pretrain(
 ) -> None:
     """Train into folder ``out``, alone or as one rank of many.
 
-    ``resume``: ``never`` (refused when ``out`` has checkpoints), ``auto`` (the newest whole one, or anew), or the path
-    of a run or a checkpoint (`checkpoint_paths`). ``evaluator``: measures every ``eval.every_steps`` steps, usually
-    `iwm_fast.eval.online.OnlineEvaluator`. ``alone``: as the only rank, whatever launcher the environment tells of.
-    Raises UserError for whatever the user can mend, and Interrupted after a Ctrl-C that left a checkpoint.
+    ``resume``: ``never`` (an error where ``out`` has checkpoints), ``auto`` (from the newest intact one, else from step
+    0), or the path of a run or a checkpoint (`checkpoint.paths`). ``evaluator``: measures every ``eval.every_steps``
+    steps, usually `iwm_fast.eval.online.OnlineEvaluator`. ``alone``: as the only rank, whatever launcher the
+    environment names. Raises UserError for what the user can fix, and Interrupted after a Ctrl-C that left a
+    checkpoint.
     """
     asked = config.eval.interval_key
     if asked is not None and evaluator is None:
@@ -70,7 +71,7 @@ def pretrain(
             torch.set_num_threads(max(1, usable_cores() // ranks.local_world))
         if config.data.root is None:
             raise UserError("data.root is not set: name the folder of images, for example data.root=photos/train")
-        require_machine(config, ranks.device)  # here, before anything is written
+        require_machine(config, ranks.device)  # before anything is written
         directory = RunDirectory(out)
         live = Liveness(ranks, config.train.rank_timeout_s)
         with deterministic_operators(config, ranks.device), contextlib.ExitStack() as held, live.watching():
@@ -110,7 +111,7 @@ def _begin(
     ranks: Ranks,
     measured: Interconnect | None,
 ) -> None:
-    """Write what describes the run, after the last look at whether it may resume; the first rank does."""
+    """Check once more whether the run may resume, then write the files that describe it; on the first rank."""
     step = 0
     if chosen is not None and identity is not None:
         moved = require_data(config, directory, chosen, files, identity)
@@ -118,7 +119,9 @@ def _begin(
             print(moved, file=sys.stderr, flush=True)
         step = Checkpoint(chosen).step
         if chosen.resolve().parent == directory.checkpoints.resolve():
-            point_latest(directory.checkpoints, chosen.resolve().name)  # killed before its next one, auto takes this
+            point_latest(
+                directory.checkpoints, chosen.resolve().name
+            )  # if killed before its next checkpoint, auto resumes from this one
     clear_leftovers(directory.checkpoints)
     directory.drop_metrics_after(step)
     directory.begin(config, describe_run(directory.environment_file, config, ranks, step, measured, len(files)))
@@ -176,7 +179,7 @@ def _train(
         run = Run(config, directory, ranks, zero, average, trainer, writer, live, stop_at, identity, choices, evaluator)
         with TrainingProgress(stop_at, done, shown=ranks.first) as progress:
             _announce(run, given, files, saved, progress)
-            # Only from here on is there a state to save: a start that is told to stop just ends.
+            # Before this there is no state to save, and a signal just ends the process.
             with stop.held(progress.say), Upkeep() as upkeep, live.watching(), use_tuner(choices.choices):
                 train(run, space, progress, stop, upkeep)
 
@@ -184,7 +187,7 @@ def _train(
 def _announce(
     run: Run, given: Config, files: ImageSet | Triplets, saved: Checkpoint | None, progress: TrainingProgress
 ) -> None:
-    """``given``: the configuration before what is in epochs was counted in steps; notes name its keys."""
+    """``given``: the configuration before epochs became steps; notes name its keys."""
     config = run.config
     attention = describe_attention(config.model.attention, run.ranks.device)
     in_fp8 = ", target in fp8" if config.model.target_precision == "fp8" else ""

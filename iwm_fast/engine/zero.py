@@ -1,6 +1,4 @@
-"""DeepSpeed's engine around a model, and the one place that knows how each ZeRO stage lays out a rank's share of the
-state.
-"""
+"""DeepSpeed's engine around a model; this module alone knows how each ZeRO stage lays out a rank's shard."""
 
 from __future__ import annotations
 
@@ -45,7 +43,7 @@ class Shard:
 
 @dataclass
 class ZeroEngine:
-    """DeepSpeed's engine with the pieces of it that the loop uses."""
+    """DeepSpeed's engine, and the parts of it that the loop uses."""
 
     engine: Any
     optimizer: torch.optim.Optimizer
@@ -63,7 +61,7 @@ class ZeroEngine:
 
     @property
     def graphed(self) -> GraphedStep | None:
-        """What replays forward and backward, with train.cuda_graph."""
+        """The replay of forward and backward, with train.cuda_graph."""
         module = self.engine.module
         return module if isinstance(module, GraphedStep) else None
 
@@ -83,7 +81,7 @@ class ZeroEngine:
 
 
 def deepspeed_config(config: Config, micro_batch: int, accumulation: int) -> dict[str, Any]:
-    """The JSON DeepSpeed is given: the packaged base of the stage, and what follows from the configuration."""
+    """Return DeepSpeed's JSON: the packaged base of the stage, and what follows from the configuration."""
     base = resources.files("iwm_fast.configs").joinpath(f"deepspeed/zero{config.zero.stage}.json")
     settings: dict[str, Any] = json.loads(base.read_text())
     settings |= {
@@ -94,31 +92,30 @@ def deepspeed_config(config: Config, micro_batch: int, accumulation: int) -> dic
         "zero_allow_untested_optimizer": True,
         "steps_per_print": None,
         "wall_clock_breakdown": False,
-        # It would make the host wait for the device twice a step.
+        # It would make the host wait for the device twice per step.
         "timers": {"throughput": {"enabled": False}},
     }
     if config.zero.stage == 3:
-        # A parameter that stays whole between steps would not see the target's average, written into its partition.
+        # A parameter that stays whole between steps would miss the EMA, which is written into its partition.
         settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     # At stage 0 Bf16Compute rounds fp32 weights: DeepSpeed's own bf16 wrapper for stage 0 is another optimizer with
-    # other arithmetic, which could not be compared with the other stages.
+    # other arithmetic, which would not be comparable with the other stages.
     if config.train.precision == "bf16" and config.zero.stage:
         settings["bf16"] = {"enabled": True, "check_grad_overflow": True}
     return settings
 
 
 def initialize(model: nn.Module, config: Config, micro_batch: int, accumulation: int) -> ZeroEngine:
-    """Hand ``model`` (fp32, on the rank's device) to DeepSpeed and collect this rank's shards, moments at zero.
+    """Initialise DeepSpeed with ``model`` (fp32, on the rank's device) and collect this rank's shards, moments at zero.
 
-    Under bf16 DeepSpeed makes its fp32 master weights from the rounded ones; they are set back to ``model``'s own here.
+    Under bf16 DeepSpeed makes its fp32 master weights from rounded ones; they are reset to ``model``'s own here.
     """
     import deepspeed
 
     from iwm_fast.engine.fused_step import fused_zero
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # DeepSpeed would compile its shared-memory collective at the first start (half a minute, and a compiler): not
-    # needed.
+    # DeepSpeed would compile an unused shared-memory collective at the first launch (half a minute, and a compiler).
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     stage = config.zero.stage
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -154,7 +151,7 @@ def initialize(model: nn.Module, config: Config, micro_batch: int, accumulation:
 def _sum_gradients(
     engine: Any, optimizer: torch.optim.Optimizer, trainable: list[nn.Parameter]
 ) -> SummedGradients | None:
-    """Stage 0: what DeepSpeed's engine does with gradients after a step's last backward pass, during it."""
+    """Stage 0: reduce gradients during a step's last backward pass, instead of DeepSpeed after it."""
     if engine.dp_world_size == 1:
         engine.enable_backward_allreduce = False  # it would flatten every gradient, and copy it back
         return None
@@ -175,13 +172,13 @@ def _shards(zero: ZeroEngine, shapes: dict[str, tuple[int, ...]]) -> list[Shard]
 
 
 def _whole(zero: ZeroEngine, name: str, parameter: nn.Parameter, shape: tuple[int, ...]) -> Shard:
-    """Stage 0: every rank holds all of it."""
+    """Stage 0: every rank holds everything."""
     state = zero.optimizer.state[parameter]
     return Shard(name, shape, 0, parameter.data.view(-1), {key: state[key].view(-1) for key in MOMENTS})
 
 
 def _fragment(zero: ZeroEngine, name: str, parameter: nn.Parameter, shape: tuple[int, ...]) -> Shard | None:
-    """Stages 1 and 2: the part of a parameter that falls into this rank's slice of the flattened group, if any."""
+    """Stages 1 and 2: the part of a parameter in this rank's slice of the flattened group, if any."""
     mapping = parameter._hp_mapping  # type: ignore[attr-defined]  # noqa: SLF001  (DeepSpeed has no public name)
     if mapping is None:
         return None
@@ -193,7 +190,7 @@ def _fragment(zero: ZeroEngine, name: str, parameter: nn.Parameter, shape: tuple
 
 
 def _partition(zero: ZeroEngine, name: str, parameter: nn.Parameter, shape: tuple[int, ...]) -> Shard | None:
-    """Stage 3: an equal share of each parameter a rank; the last ones are padded, and may hold nothing but padding."""
+    """Stage 3: an equal share of each parameter per rank; the last ones are padded, and may be all padding."""
     from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 
     weight = safe_get_local_fp32_param(parameter)

@@ -1,1 +1,1 @@
-"""A checkpoint: its format, its files, how it is written, found and read."""
+"""Checkpoints: format, files, writing, finding and reading."""

@@ -1,9 +1,9 @@
-"""Checkpoints that do not depend on how a run was divided, and that loading never unpickles: format and reading.
+"""Checkpoints that do not depend on how a run was sharded, and that load without unpickling: format and reading.
 
-A checkpoint is a folder ``step_000123``: one safetensors file a rank with that rank's fragments of the fp32 weights,
-the optimizer's moments and the target's average; ``index.json`` with where each fragment belongs; ``manifest.json``
-with the size and SHA-256 of every file. ``latest`` beside the folders names the newest. docs/reference/checkpoints.md
-describes all of it; ``checkpoint_writer`` writes it.
+A checkpoint is a folder ``step_000123``: one safetensors file per rank with that rank's fragments of the fp32 weights,
+the optimizer's moments and the target's EMA; ``index.json`` with the place of each fragment; ``manifest.json`` with the
+size and SHA-256 of every file. ``latest`` beside the folders names the newest. See docs/reference/checkpoints.md;
+``writer`` writes it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ FORMAT = "iwm-fast-checkpoint/1"
 INDEX, MANIFEST, LATEST = "index.json", "manifest.json", "latest"
 _FOLDER = re.compile(r"step_(\d{6,})")
 _FILE = re.compile(r"\w[\w.-]*")
-# Why a file cannot be read that says nothing about the file: permissions, this process's limits, a server.
+# Errors of reading that do not mean damage: permissions, this process's limits, a server.
 _NOT_OF_THE_FILE = frozenset(
     {errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN}
 )
@@ -48,15 +48,15 @@ class Fragment:
 
     @property
     def key(self) -> str:
-        """Its name inside a safetensors file."""
+        """Its key in a safetensors file."""
         return f"{self.kind}/{self.name}@{self.start}"
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with the checkpoint at ``path``, or None when it is whole.
+    """Return what is wrong with the checkpoint at ``path``, or None where it is intact.
 
-    Missing, resized or altered files; and, whatever the sums say, an index that contradicts itself or its shards.
-    UserError where it cannot be told, because this process may not read it: nothing is passed over for that.
+    Finds missing, resized or altered files, and an index that contradicts itself or its shards, whatever the checksums
+    say. Raises UserError where this process may not read it, so that no checkpoint is skipped for that.
     """
     try:
         manifest = json.loads((path / MANIFEST).read_text())
@@ -82,7 +82,7 @@ def damage(path: Path) -> str | None:
 
 
 def _require_readable(path: Path, error: Exception) -> None:
-    """Raise UserError where an error is that of this process or of the server, and not of the file."""
+    """Raise UserError where an error comes from this process or the server, not from the file."""
     if isinstance(error, OSError) and error.errno in _NOT_OF_THE_FILE:
         raise UserError(f"{path}: cannot be read ({because(error)}), then start again") from error
 
@@ -108,9 +108,7 @@ def _contradiction(path: Path, files: dict[str, Any]) -> str | None:
 
 
 def newest(root: Path) -> tuple[Path | None, list[str]]:
-    """The newest whole checkpoint below ``root`` (the one ``latest`` names, if whole) and what was passed over, with
-    reasons.
-    """
+    """Return the newest intact checkpoint below ``root`` (``latest``, if intact) and the skipped ones with reasons."""
     passed: list[str] = []
     for path in steps(root):
         wrong = damage(path)
@@ -121,15 +119,15 @@ def newest(root: Path) -> tuple[Path | None, list[str]]:
 
 
 def steps(root: Path) -> list[Path]:
-    """Checkpoints below ``root`` in the order in which a resume tries them.
+    """Return the checkpoints below ``root`` in the order in which a resume tries them.
 
-    The one that ``latest`` names, those before it from the newest to the oldest, then those after it, which a kill or
-    a resume from an older one left behind.
+    First ``latest``, then older ones from the newest on, then newer ones, which a kill or a resume from an older one
+    left.
     """
     found = sorted(((n, p) for p in root.glob("step_*") if (n := step_of(p)) is not None and p.is_dir()), reverse=True)
     latest = root / LATEST
     try:
-        # A link to a checkpoint, made by hand, names it too.
+        # A link to a checkpoint made by hand counts too.
         named = step_of(latest.resolve() if latest.is_dir() else root / latest.read_text().strip())
     except (OSError, ValueError):
         named = None
@@ -139,13 +137,13 @@ def steps(root: Path) -> list[Path]:
 
 
 def step_of(path: Path) -> int | None:
-    """The step in a checkpoint folder's name, or None for another name."""
+    """Return the step in a checkpoint folder's name, or None for another name."""
     match = _FOLDER.fullmatch(path.name)
     return int(match[1]) if match else None
 
 
 class Checkpoint:
-    """Reads any range of any tensor of a checkpoint, whatever division wrote it."""
+    """Read any range of any tensor of a checkpoint, however it was sharded."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -161,16 +159,16 @@ class Checkpoint:
 
     @property
     def step(self) -> int:
-        """Steps done when it was written."""
+        """The number of steps done."""
         return int(self.index["step"])
 
     @property
     def updates(self) -> int:
-        """Updates that the optimizer's moments have seen: steps less those that were skipped."""
+        """The number of updates of the optimizer's moments: steps minus skipped ones."""
         return int(self.index["updates"])
 
     def fill(self, kind: str, name: str, start: int, out: Tensor) -> None:
-        """Copy elements ``start`` … of the flattened tensor into ``out`` (1-D). Raises UserError when some are
+        """Copy elements ``start`` … of the flattened tensor into ``out`` (1-D). Raises UserError where some are
         missing.
         """
         stop, filled = start + out.numel(), 0
@@ -186,7 +184,7 @@ class Checkpoint:
             )
 
     def full(self, kind: str, name: str) -> Tensor:
-        """The whole tensor in its own shape, fp32, on the CPU. Raises UserError when it is not there."""
+        """Return the whole tensor in its own shape, fp32, on the CPU. Raises UserError where it is missing."""
         shape = self.shapes.get(f"{kind}/{name}")
         if shape is None:
             raise UserError(
@@ -197,11 +195,11 @@ class Checkpoint:
         return flat.view(shape)
 
     def names(self, kind: str) -> list[str]:
-        """The parameters of which there is a ``kind``."""
+        """Return the parameters that have a ``kind``."""
         return [key.removeprefix(f"{kind}/") for key in self.shapes if key.startswith(f"{kind}/")]
 
     def require_architecture(self, shapes: dict[str, tuple[int, ...]]) -> None:
-        """Raise UserError unless the checkpoint's weights are exactly those of a model with ``shapes``."""
+        """Raise UserError unless the weights are exactly those of a model with ``shapes``."""
         mine = {name: self.shapes[f"weight/{name}"] for name in self.names("weight")}
         for name in sorted(mine.keys() | shapes.keys()):
             if mine.get(name) != shapes.get(name):

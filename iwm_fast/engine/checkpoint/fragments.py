@@ -1,4 +1,4 @@
-"""From the live engine to a checkpoint's fragments and back."""
+"""Convert the live engine's state to a checkpoint's fragments and back."""
 
 from __future__ import annotations
 
@@ -16,9 +16,7 @@ __all__ = ["fragments", "restore_module", "restore_shards"]
 
 
 def fragments(zero: ZeroEngine, average: TargetAverage | None, ranks: Ranks) -> Iterator[Fragment]:
-    """What a checkpoint holds of this rank. At stage 0, where all ranks hold everything, an even part of each
-    tensor.
-    """
+    """Return this rank's fragments; at stage 0, where all ranks hold everything, an even part of each tensor."""
     for shard in zero.shards:
         for kind, tensor in {"weight": shard.weight, **shard.moments}.items():
             yield from _own(zero, ranks, Fragment(kind, shard.name, shard.shape, shard.start, tensor))
@@ -39,9 +37,9 @@ def _own(zero: ZeroEngine, ranks: Ranks, fragment: Fragment) -> Iterator[Fragmen
 
 @torch.no_grad()
 def restore_module(module: nn.Module, saved: Checkpoint) -> None:
-    """Fill a whole, undivided model: weights, and the target's average into the target encoder.
+    """Fill a whole model with the weights, and the target encoder with its EMA.
 
-    Raises UserError when the checkpoint is of another architecture.
+    Raises UserError where the checkpoint is of another architecture.
     """
     parameters = dict(module.named_parameters())
     online = {name: tuple(p.shape) for name, p in parameters.items() if not name.startswith(TARGET)}
@@ -52,7 +50,9 @@ def restore_module(module: nn.Module, saved: Checkpoint) -> None:
 
 @torch.no_grad()
 def restore_shards(zero: ZeroEngine, average: TargetAverage | None, saved: Checkpoint) -> None:
-    """Fill this rank's fp32 weights, moments and averages exactly, after ``restore_module`` and DeepSpeed's start."""
+    """Restore this rank's fp32 weights, moments and EMA exactly, after ``restore_module`` and DeepSpeed's
+    initialisation.
+    """
     for shard in zero.shards:
         saved.fill("weight", shard.name, shard.start, shard.weight)
         for key, moment in shard.moments.items():

@@ -1,4 +1,6 @@
-"""``index.json`` of a checkpoint, checked: where each fragment belongs, and that they are every tensor once."""
+"""Read and check a checkpoint's ``index.json``: the place of each fragment, and that together they are every
+tensor once.
+"""
 
 from __future__ import annotations
 
@@ -23,14 +25,14 @@ class Piece:
 
     @property
     def key(self) -> str:
-        """Its name inside the file."""
+        """Its key in the file."""
         return f"{self.kind}/{self.name}@{self.start}"
 
 
 def read_index(path: Path, version: str) -> tuple[dict[str, Any], list[Piece]]:
-    """The index as it stands in the file, and its fragments.
+    """Return (index, fragments).
 
-    Raises OSError when it cannot be read, ValueError with the reason when it is not an index or contradicts itself.
+    Raises OSError where it cannot be read, ValueError with the reason where it is no index or contradicts itself.
     """
     try:
         index = json.loads(path.read_text())
@@ -59,7 +61,7 @@ def _piece(entry: Any) -> Piece:
 
 
 def _require_each_once(shapes: dict[str, list[int]], pieces: list[Piece]) -> None:
-    """Every tensor is covered from its first element to its last, no element twice."""
+    """Check that fragments cover every tensor from its first element to its last without overlap."""
     reached = dict.fromkeys(shapes, 0)
     for piece in sorted(pieces):
         tensor = f"{piece.kind}/{piece.name}"

@@ -1,4 +1,4 @@
-"""From a run's folder, or an export, to a model that answers: fp32, whole, in evaluation mode."""
+"""Load a model from a run or an export: fp32, whole, in evaluation mode."""
 
 from __future__ import annotations
 
@@ -42,24 +42,24 @@ FINETUNED_FILE = "finetune.json"
 
 
 def default_device() -> torch.device:
-    """Where a loaded model answers unless told otherwise: the GPU where there is one."""
+    """Return the default device of a loaded model: the GPU if there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def is_export(folder: Path) -> bool:
-    """Whether ``iwm-fast export`` wrote the folder, and not ``pretrain``."""
+    """Return whether ``iwm-fast export`` wrote the folder."""
     return (folder / EXPORT_FILE).exists() and not (folder / "config.yaml").exists()
 
 
 def is_finetuned(folder: Path) -> bool:
-    """Whether ``iwm-fast finetune`` wrote the folder, and not ``pretrain``."""
+    """Return whether ``iwm-fast finetune`` wrote the folder."""
     return (folder / FINETUNED_FILE).exists() and not (folder / "config.yaml").exists()
 
 
 def find_checkpoint(run: Path, which: str = "latest") -> Path:
-    """The newest whole checkpoint of a run, or the one that RUN or ``which`` names (`checkpoint_paths`).
+    """Return the newest intact checkpoint of a run, or the one that RUN or ``which`` names (`paths`).
 
-    Raises UserError when there is none.
+    Raises UserError where there is none.
     """
     found = chosen_checkpoint(run, which)
     if not (found.run / "config.yaml").exists():
@@ -72,10 +72,9 @@ def find_checkpoint(run: Path, which: str = "latest") -> Path:
 
 
 def load_model(run: Path, which: str = "latest", overrides: Sequence[str] = ()) -> tuple[IWM, Config, ActionSpace, int]:
-    """(model, configuration, action space, steps done) of a run's checkpoint, named as for `find_checkpoint`.
+    """Return (model, configuration, action space, steps done) of a run's checkpoint, named as for `find_checkpoint`.
 
-    ``overrides``: ``key.path=value`` in place of what the run was trained with; UserError where the weights no longer
-    fit.
+    ``overrides``: ``key.path=value`` for the run's configuration; UserError where the weights no longer fit.
     """
     path = find_checkpoint(run, which)
     config = run_config(chosen_checkpoint(run, which).run / "config.yaml", overrides)
@@ -87,9 +86,9 @@ def load_model(run: Path, which: str = "latest", overrides: Sequence[str] = ()) 
 
 
 def load_export(folder: Path) -> tuple[IWM, ActionsConfig, ActionSpace, int]:
-    """(model, what is done to views, action space, steps done) of a folder that ``iwm-fast export`` wrote.
+    """Return (model, actions, action space, steps done) of a folder that ``iwm-fast export`` wrote.
 
-    Raises UserError where a file is missing, cut short, of another version or of another network.
+    Raises UserError where a file is missing, truncated, of another version or of another network.
     """
     described = _described(folder)
     try:
@@ -127,7 +126,7 @@ def _described(folder: Path) -> Mapping[str, Any]:
 
 @torch.no_grad()
 def _fill(module: nn.Module, path: Path) -> None:
-    """Copy a file's tensors into a module whose parameters they are, all of them and no other."""
+    """Copy a file's tensors into a module; it must hold exactly the module's parameters."""
     try:
         with utf8_name(path) as name:
             found = load_file(name)

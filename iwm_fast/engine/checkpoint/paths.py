@@ -1,7 +1,7 @@
-"""Which run and which checkpoint a path means, however it was written.
+"""Resolve a path to a run and a checkpoint.
 
-A run may be named by its folder, by its ``checkpoints``, by ``checkpoints/latest`` or by one ``step_000123`` there,
-through links, relative or absolute, with a slash at the end.
+A path may name a run by its folder, its ``checkpoints``, ``checkpoints/latest`` or one ``step_000123`` there, through
+links, relative or absolute, with a trailing slash.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __all__ = ["Named", "chosen_checkpoint", "named", "whole_checkpoint"]
 
 @dataclass(frozen=True)
 class Named:
-    """A run's folder, and the one checkpoint of it that was named, or None for the newest."""
+    """A run's folder, and one of its checkpoints, or None for the newest."""
 
     run: Path
     checkpoint: Path | None = None
@@ -30,7 +30,7 @@ class Named:
 
 
 def named(path: Path) -> Named:
-    """What ``path`` means. A path that is none of a run's parts is taken for the run's folder; it need not exist."""
+    """Return what ``path`` names. A path that is no part of a run counts as the run's folder, which need not exist."""
     if _is_checkpoint(path):
         return Named(_run_above(path, 2), path.resolve() if path.is_symlink() else path)
     if path.name == LATEST and not path.is_dir():
@@ -41,10 +41,10 @@ def named(path: Path) -> Named:
 
 
 def chosen_checkpoint(run: Path, which: str = LATEST) -> Named:
-    """What RUN and ``--checkpoint`` mean together.
+    """Return what RUN and ``--checkpoint`` name together.
 
-    ``which``: latest, a name such as step_000500, or a path to one of the run's. UserError where they contradict each
-    other.
+    ``which``: latest, a name such as step_000500, or a path to a checkpoint of the run. Raises UserError where they
+    contradict each other.
     """
     found = named(run)
     word = which.rstrip("/") or which
@@ -64,9 +64,9 @@ def chosen_checkpoint(run: Path, which: str = LATEST) -> Named:
 
 
 def whole_checkpoint(found: Named, say: Callable[[str], None] = lambda _line: None) -> Path:
-    """The checkpoint that was named, or the newest whole one. UserError where it is damaged, or there is none.
+    """Return the named checkpoint, or the newest intact one. Raises UserError where it is damaged, or there is none.
 
-    ``say`` is told of each damaged one that was passed over.
+    ``say`` gets a line for each damaged one that was skipped.
     """
     if found.checkpoint is not None:
         if not found.checkpoint.is_dir():
@@ -94,9 +94,9 @@ def _there(root: Path) -> str:
 
 
 def _is_checkpoint(path: Path) -> bool:
-    """One that is there, or a name that only a checkpoint has."""
+    """Whether it is a checkpoint, or has a name that only a checkpoint has."""
     if path.is_dir():
-        if (path / "config.yaml").exists():  # a run's folder, whatever its name
+        if (path / "config.yaml").exists():  # a run's folder may have any name
             return False
         return (path / MANIFEST).exists() or (path / INDEX).exists() or step_of(path) is not None
     return step_of(path) is not None
@@ -107,13 +107,13 @@ def _holds_checkpoints(path: Path) -> bool:
 
 
 def _run_above(path: Path, levels: int) -> Path:
-    """The run so many levels above, as the path was written or, where no run is there, as its links lead."""
+    """The run that many levels up, along the path as written, else along its links."""
     written, real = _above(path, levels), _above(path.resolve(), levels)
     return real if not (written / "config.yaml").exists() and (real / "config.yaml").exists() else written
 
 
 def _above(path: Path, levels: int) -> Path:
-    """The folder so many levels up, as it was written where that is long enough to say it."""
+    """The folder that many levels up, as written where the path is long enough."""
     if len(path.parts) <= levels or ".." in path.parts[-levels:]:
         path = path.absolute().resolve()
     return path.parents[levels - 1]

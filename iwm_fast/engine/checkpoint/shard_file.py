@@ -1,9 +1,9 @@
-"""Safetensors files written tensor by tensor, the SHA-256 sum taken from the bytes as they are written.
+"""Write safetensors files tensor by tensor, with the SHA-256 of the bytes as they are written.
 
-The library's own writer copies every tensor before it writes any, a file that grows on a full disk through a memory
-map ends the process, and its files have mode 600 whatever the umask. Here memory stays at what the caller holds, a
-full disk is an OSError, and the mode follows the umask. The layout is safetensors' (eight bytes of header length, a
-JSON header, the data), and the library reads it.
+The library's own writer copies every tensor before writing, grows the file through a memory map that ends the process
+on a full disk, and creates files of mode 600 whatever the umask. This one needs no further memory, raises OSError on a
+full disk, and follows the umask. The layout is safetensors' (eight bytes of header length, a JSON header, the data),
+and the library reads it.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 def shard_fault(path: Path, lengths: Mapping[str, int], metadata: Mapping[str, str]) -> str | None:
-    """What the file's header contradicts of the fragments (key: elements) it should hold, or None."""
+    """Return how the file's header contradicts the fragments (key: elements) that it should hold, or None."""
     try:
         with utf8_name(path) as file, safe_open(file, framework="pt") as shard:
             found = shard.metadata() or {}
@@ -106,7 +106,7 @@ def shard_fault(path: Path, lengths: Mapping[str, int], metadata: Mapping[str, s
 
 
 def file_sum(path: Path) -> dict[str, Any]:
-    """{bytes, sha256} of a file. Raises OSError."""
+    """Return {bytes, sha256} of a file. Raises OSError."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(_BLOCK):

@@ -1,7 +1,7 @@
-"""Checkpoints on their way to the disk, beside the training: from a snapshot in host memory, by a thread of each rank.
+"""Write checkpoints beside the training: from a snapshot in host memory, in a thread of each rank.
 
-A checkpoint is written under a hidden name, synced and renamed; ``latest`` moves last, and what is pruned is renamed
-away before it is deleted. So a kill at any instant leaves whole checkpoints under final names and nothing else.
+A checkpoint is written under a hidden name, synced and renamed; ``latest`` moves last, and a pruned one is renamed
+before it is deleted. So a kill at any instant leaves only intact checkpoints under final names.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ _PARTIAL, _REMOVED = ".partial", ".removed"
 
 
 class CheckpointWriter:
-    """Writes one checkpoint at a time while the training goes on; all ranks call the same methods in the same order.
+    """Write one checkpoint at a time while training continues; all ranks call the same methods in the same order.
 
-    Host memory: one snapshot of this rank's fragments, allocated by the first ``save`` and used again by the next,
-    which waits for the writing before it.
+    Host memory: one snapshot of this rank's fragments, allocated by the first ``save`` and reused by the next, which
+    waits for the previous writing.
     """
 
     def __init__(self, root: Path, ranks: Ranks, keep_last: int, keep_every: int | None) -> None:
         self._root, self._ranks, self._keep_last, self._keep_every = root, ranks, keep_last, keep_every
-        # The threads' messages must not meet those of the step, so they have a group of their own, on the host.
+        # The threads' messages must not mix with those of the step, so they have their own process group, on the host.
         self._group = dist.new_group(backend="gloo") if ranks.world > 1 else None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="iwm-fast checkpoint")
         self._pending: Future[Path] | None = None
@@ -47,11 +47,11 @@ class CheckpointWriter:
 
     @property
     def failed(self) -> bool:
-        """Whether the last writing has ended with an error, which ``wait`` raises."""
+        """Whether the last writing failed; ``wait`` raises its error."""
         return self._pending is not None and self._pending.done() and self._pending.exception() is not None
 
     def save(self, step: int, fragments: Iterable[Fragment], meta: dict[str, Any]) -> None:
-        """Copy the state to the host and let the thread write it. Raises what the writing before it raised."""
+        """Copy the state to the host and let the thread write it. Raises the error of the previous writing."""
         self.wait()
         snapshot = self._copy(fragments)
         self._pending = self._thread.submit(
@@ -59,13 +59,13 @@ class CheckpointWriter:
         )
 
     def wait(self) -> None:
-        """Wait until what was saved is on the disk. Raises UserError on every rank when any could not write."""
+        """Wait until the checkpoint is on the disk. Raises UserError on every rank where any could not write."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
 
     def close(self) -> None:
-        """End the thread; a writing under way is finished first."""
+        """End the thread after the current writing."""
         self._thread.shutdown()
 
     @torch.no_grad()
@@ -93,10 +93,10 @@ def write(
     keep_every: int | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> Path:
-    """Write checkpoint ``root/step_NNNNNN`` from all ranks' fragments (fp32, CPU) and let ``latest`` name it.
+    """Write checkpoint ``root/step_NNNNNN`` from all ranks' fragments (fp32, CPU) and point ``latest`` to it.
 
-    All ranks call it. ``keep_last`` checkpoints stay, and those whose step is a multiple of ``keep_every``. Raises
-    UserError on every rank when any rank could not write; nothing is left under a final name then.
+    All ranks call it. The newest ``keep_last`` checkpoints stay, and those whose step is a multiple of ``keep_every``.
+    Raises UserError on every rank where any rank could not write; then nothing is left under a final name.
     """
     final = root / f"step_{step:06d}"
     partial = root / f".{final.name}{_PARTIAL}"
@@ -125,7 +125,7 @@ def clear_leftovers(root: Path) -> None:
 
 
 def point_latest(root: Path, name: str) -> None:
-    """Let ``latest`` name a checkpoint, in one step. A link that stands there is replaced, not followed."""
+    """Point ``latest`` to a checkpoint atomically. An existing link is replaced, not followed."""
     latest = root / LATEST
     if latest.is_symlink():
         latest.unlink()
@@ -136,7 +136,7 @@ def _begin(partial: Path) -> str | None:
     try:
         if partial.exists():
             shutil.rmtree(partial)
-        partial.mkdir()  # without parents: under the mount point of a disk that is gone lies another
+        partial.mkdir()  # no parents: the mount point of a lost disk has another folder beneath
     except OSError as error:
         return _said(0, error)
     return None
@@ -149,7 +149,7 @@ def _said(rank: int, error: OSError) -> str:
 
 
 def _write_rank(partial: Path, step: int, fragments: Iterable[Fragment], ranks: Ranks) -> dict[str, Any]:
-    """Write the rank's shard; what the index needs of it, or the error."""
+    """Write the rank's shard; return what the index needs of it, or the error."""
     file = f"rank_{ranks.rank:05d}.safetensors"
     parts = list(fragments)
     report: dict[str, Any] = {
@@ -174,7 +174,7 @@ def _finish(
     keep_last: int,
     keep_every: int | None,
 ) -> str | None:
-    """Index, manifest, rename, ``latest``, pruning. Returns the error, if any."""
+    """Write index and manifest, rename, move ``latest``, prune. Returns the error, if any."""
     index = meta | {
         "shapes": {name: shape for r in reports for name, shape in r["shapes"].items()},
         "fragments": [f for r in reports for f in r["fragments"]],
@@ -185,7 +185,7 @@ def _finish(
         files[INDEX] = file_sum(partial / INDEX)
         write_whole_text(partial / MANIFEST, json.dumps({"format": FORMAT, "files": files}, indent=1))
         sync(partial)
-        if final.exists():  # the same step again, after a resume from an older one
+        if final.exists():  # the same step again, after a resume from an older checkpoint
             _remove(final)
         partial.rename(final)
         sync(final.parent)
@@ -203,12 +203,12 @@ def _prune(final: Path, keep_last: int, keep_every: int | None) -> None:
         if keep_every is None or step % keep_every:
             try:
                 _remove(path)
-            except OSError as error:  # the checkpoint just written is whole, whatever becomes of an old one
+            except OSError as error:  # the new checkpoint is intact, whatever happens to an old one
                 print(f"{path}: old checkpoint not removed ({because(error)})", file=sys.stderr, flush=True)
 
 
 def _remove(path: Path) -> None:
-    """Away from its final name first, so that no half of it is ever found there."""
+    """Rename it first, so that no part of it is ever found under its final name."""
     aside = path.with_name(f".{path.name}{_REMOVED}")
     shutil.rmtree(aside, ignore_errors=True)
     try:
@@ -216,6 +216,6 @@ def _remove(path: Path) -> None:
     except OSError as error:
         if error.errno != errno.EXDEV:
             raise
-        (path / MANIFEST).unlink(missing_ok=True)  # an overlay cannot rename what an image brought: no longer whole
+        (path / MANIFEST).unlink(missing_ok=True)  # an overlay cannot rename files of an image: no longer intact
         aside = path
     shutil.rmtree(aside)

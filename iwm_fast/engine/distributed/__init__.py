@@ -1,1 +1,1 @@
-"""The ranks of a training: how they find, watch and wait for each other."""
+"""The ranks of a training: how they connect, watch and wait for each other."""

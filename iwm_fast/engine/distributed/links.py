@@ -1,9 +1,9 @@
-"""What the ranks' connections give, measured when a start begins, and which of them lies far below the others.
+"""Measure the bandwidth between ranks at launch, and find a link that is far slower than the others.
 
-In an all-reduce all ranks wait for the slowest, so it says how fast the job is and never who is slow. That is found by
-messages from each rank to the next, a pair at a time: a link is one direction between two neighbours, and is compared
-with the others of its kind, within hosts or between them. With less than two of a kind there is nothing to compare.
-The job's own process group carries all of it: NCCL on GPUs, gloo on CPUs.
+An all-reduce takes as long as its slowest rank, so it measures the job and does not show which link is slow. Messages
+from each rank to the next do, one pair at a time: a link is one direction between two neighbours, compared with the
+others of its kind, within hosts or between them; with fewer than two of a kind there is nothing to compare. All
+messages use the job's own process group: NCCL on GPUs, gloo on CPUs.
 """
 
 from __future__ import annotations
@@ -26,19 +26,18 @@ from iwm_fast.engine.distributed.watchdog import Liveness
 __all__ = ["AllReduce", "Interconnect", "Link", "far_below", "measure_interconnect"]
 
 _MIB = 2**20
-_SIZES = (4, _MIB, 16 * _MIB)  # bytes: one number tells the latency
-_REPEATS = 3  # the best counts: another process may have had the core, or the link
-# A healthy cluster's links of one kind differ by less than two, a cable or driver that fell back to something else
-# makes ten and more.
+_SIZES = (4, _MIB, 16 * _MIB)  # bytes: one element measures the latency
+_REPEATS = 3  # the best counts: another process may have used the core or the link
+# Healthy links of one kind differ by less than 2 ×; a cable or driver that fell back to a slower mode by 10 × and more.
 _FAR_BELOW = 0.1
-# The first NCCL message of a thousand ranks takes half a minute, any later one milliseconds.
+# The first NCCL message of a thousand ranks takes half a minute, later ones milliseconds.
 _SILENT_S = 120.0
 _CHECK = "check of the interconnect"
 
 
 @dataclass(frozen=True)
 class AllReduce:
-    """One size: seconds, and the bytes a second that each rank sent and received in them, 2 (W - 1) / W of all."""
+    """One size: seconds, and bytes/s that each rank sent and received, 2 (W - 1) / W of the size."""
 
     bytes: int
     seconds: float
@@ -47,7 +46,7 @@ class AllReduce:
 
 @dataclass(frozen=True)
 class Link:
-    """From one rank to the next."""
+    """A link from one rank to the next."""
 
     source: int
     target: int
@@ -57,7 +56,7 @@ class Link:
 
 @dataclass(frozen=True)
 class Interconnect:
-    """All that was measured."""
+    """All measurements."""
 
     backend: str
     all_reduce: tuple[AllReduce, ...]
@@ -69,10 +68,10 @@ class Interconnect:
 
 
 def measure_interconnect(ranks: Ranks, live: Liveness, silent_s: float) -> Interconnect | None:
-    """Time messages between all ranks, in a second or so; all ranks call it. None when the rank is alone.
+    """Time messages between all ranks, in about a second; all ranks call it. Returns None where the rank is alone.
 
-    A rank that does not answer within ``silent_s``, or two minutes if that is less, ends every rank and is named: of
-    a link that carries nothing, both ends.
+    A rank that does not respond within ``silent_s``, or two minutes if that is less, ends every rank and is named; of a
+    dead link both ends are.
     """
     if ranks.world == 1:
         return None
@@ -163,9 +162,9 @@ def _transfer(operation: dist.P2POp) -> None:
 
 
 def _best(ranks: Ranks, live: Liveness, where: str, message: Callable[[], Any]) -> float:
-    """Least seconds of some, after one that opens the connection; all ranks begin each together.
+    """The least seconds of several calls, after one that opens the connection; all ranks begin each together.
 
-    Where a message is never answered, its two ends stay in it, and all others come to wait for them.
+    Where a message is never received, its two ends stay in it, and all others wait for them.
     """
     best = float("inf")
     for repeat in range(_REPEATS + 1):

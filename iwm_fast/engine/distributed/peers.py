@@ -1,6 +1,6 @@
-"""What every rank is, told to all before they join, so that a start that cannot work ends in one line naming the host.
+"""Exchange what every rank is before they join, so that an impossible job ends in one line with the host's name.
 
-The ranks meet in the launcher's store first: a host with another backend would otherwise wait in vain for the rest.
+The ranks meet in the launcher's store first: a host with another backend would otherwise wait for the rest forever.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _KEY = "iwm_fast/launch"
 
 @dataclass(frozen=True)
 class Peer:
-    """One rank as the others see it. devices: GPUs visible to it; device: the name of the one it uses, or "cpu"."""
+    """One rank as the others see it. devices: GPUs visible to it; device: the name of its own, or "cpu"."""
 
     rank: int
     host: str
@@ -41,17 +41,17 @@ class Peer:
     devices: int
     local_world: int
     versions: dict[str, str | None]
-    # What tells one GPU from all others, or "" for a rank without one.
+    # The GPU's unique id, or "" for a rank without one.
     gpu: str = ""
 
     @property
     def name(self) -> str:
-        """As errors and warnings call it."""
+        """Its name in errors and warnings."""
         return f"rank {self.rank} on {self.host}"
 
 
 def this_peer(rank: int, local_world: int, backend: str) -> Peer:
-    """Describe the process that calls."""
+    """Describe this process."""
     on_gpu = backend == "nccl"
     versions = {package: installed_version(package) for package in _MUST_AGREE}
     return Peer(
@@ -68,7 +68,9 @@ def this_peer(rank: int, local_world: int, backend: str) -> Peer:
 
 
 def meet(store: dist.Store, me: Peer, world: int, timeout: datetime.timedelta) -> tuple[Peer, ...]:
-    """Every rank's peer, by rank. UserError where some do not come in time, or cannot work together."""
+    """Return every rank's description, by rank. Raises UserError where some do not connect in time, or cannot work
+    together.
+    """
     store.set(f"{_KEY}/{me.rank}", json.dumps(asdict(me)))
     keys = [f"{_KEY}/{rank}" for rank in range(world)]
     try:
@@ -85,8 +87,8 @@ def meet(store: dist.Store, me: Peer, world: int, timeout: datetime.timedelta) -
 
 
 def require_alike(peers: tuple[Peer, ...]) -> None:
-    """Raise UserError where ranks differ in backend, kind of GPU or the version of what they compute with, or two of
-    them have one GPU; it names the hosts.
+    """Raise UserError where ranks differ in backend, kind of GPU or versions, or two share one GPU; it names
+    the hosts.
     """
     first = peers[0]
     for peer in peers[1:]:
@@ -140,7 +142,7 @@ def require_shared(folder: Path, peers: tuple[Peer, ...], rank: int, gather: Cal
 
 
 def _this_gpu() -> str:
-    """The current GPU's UUID; of a part of one (MIG), the name by which it is visible."""
+    """The current GPU's UUID; of a MIG part, the name by which it is visible."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     if visible.startswith("MIG-"):
         return visible.split(",")[torch.cuda.current_device()]
@@ -155,7 +157,7 @@ def _there(store: dist.Store, key: str) -> bool:
 
 
 def _remove(meeting: Path) -> None:
-    """Whoever comes last removes it; the others find it gone or not empty."""
+    """The last rank removes it; the others find it gone or not empty."""
     try:
         for file in meeting.iterdir():
             file.unlink(missing_ok=True)

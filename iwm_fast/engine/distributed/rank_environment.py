@@ -1,8 +1,7 @@
-"""Which rank this process is, from the variables of its launcher: torchrun, deepspeed, srun, or none.
+"""Find this process's rank in the variables of its launcher: torchrun, deepspeed, srun, or none.
 
-Variables outlive what set them: a batch script has SLURM's, an old shell a MASTER_ADDR. A process is one of several
-ranks only where its launcher set the whole of them; what contradicts itself is a UserError before anybody is waited
-for.
+Variables outlive the launcher that set them: a batch script has SLURM's, an old shell a MASTER_ADDR. A process is one
+of several ranks only where its launcher set all of them; a contradiction is a UserError before any rank waits.
 """
 
 from __future__ import annotations
@@ -15,17 +14,17 @@ from iwm_fast.errors import UserError
 
 __all__ = ["ALONE", "Place", "device_index", "place_of"]
 
-# Steps that SLURM numbers itself, from 4294967290: the shell of salloc, the batch script, and others without tasks.
+# SLURM's own steps, from 4294967290: the shell of salloc, the batch script, and others without tasks.
 _FIRST_SPECIAL_STEP = 0xFFFFFFF0
 _MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 _LARGEST_PORT = 65535
-# The form of SLURM_STEP_TASKS_PER_NODE: "8(x2),4" is 8, 8 and 4.
+# SLURM_STEP_TASKS_PER_NODE: "8(x2),4" is 8, 8 and 4.
 _TASKS = re.compile(r"(\d+)(?:\(x(\d+)\))?")
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a process stands among all. launcher: what says so. note: what to tell the user about it, or None."""
+    """A process's rank among all. launcher: where it comes from. note: a line for the user, or None."""
 
     rank: int = 0
     world: int = 1
@@ -39,7 +38,8 @@ ALONE = Place()
 
 
 def place_of(env: Mapping[str, str]) -> Place:
-    """The process's place by its environment's variables. UserError where they contradict themselves or are not whole.
+    """Return the process's place from environment variables. Raises UserError where they are incomplete or
+    contradictory.
 
     RANK and WORLD_SIZE come first, then a task of `srun`. SLURM's variables without a step of `srun` (a batch script,
     the shell of `salloc`) leave the process alone, with a note. One of several processes of `mpirun` is refused.
@@ -60,10 +60,10 @@ def place_of(env: Mapping[str, str]) -> Place:
 
 
 def device_index(place: Place, visible: int) -> int:
-    """The number of this rank's GPU among the visible ones. UserError where there is none for it.
+    """Return the index of this rank's GPU among the visible ones. Raises UserError where there is none.
 
-    A launcher may show every task its own GPU alone: that is number 0, whatever the local rank. That two ranks do not
-    share it is seen when the ranks meet.
+    A launcher may show every task only its own GPU: that is index 0, whatever the local rank. Ranks check that no two
+    share a GPU when they meet.
     """
     if place.world == 1 or visible == 1:
         return 0
@@ -76,7 +76,7 @@ def device_index(place: Place, visible: int) -> int:
 
 
 def _of_variables(env: Mapping[str, str]) -> Place:
-    """By RANK and WORLD_SIZE, as torchrun and deepspeed set them."""
+    """From RANK and WORLD_SIZE, which torchrun and deepspeed set."""
     if "WORLD_SIZE" not in env:
         raise UserError(f"RANK is {env['RANK']!r} and WORLD_SIZE is not set: set both, or unset RANK to train alone")
     world = _count(env, "WORLD_SIZE")
@@ -106,7 +106,7 @@ def _of_variables(env: Mapping[str, str]) -> Place:
 
 
 def _of_slurm(env: Mapping[str, str]) -> Place:
-    """By the variables of a task that `srun` started."""
+    """From the variables of a task of `srun`."""
     world = _slurm_tasks(env)
     rank = _number(env, "SLURM_PROCID")
     if "WORLD_SIZE" in env and _count(env, "WORLD_SIZE") != world:
@@ -125,7 +125,7 @@ def _of_slurm(env: Mapping[str, str]) -> Place:
 
 def _in_slurm_step(env: Mapping[str, str]) -> bool:
     """Whether `srun` started this process as a task: a batch script and the shell of `salloc` have no step, or one of
-    SLURM's own numbers.
+    SLURM's own.
     """
     number = env.get("SLURM_STEP_ID", env.get("SLURM_STEPID"))
     if "SLURM_PROCID" not in env or number is None:
@@ -151,7 +151,7 @@ def _tasks_here(env: Mapping[str, str]) -> int:
 
 
 def _batch_note(env: Mapping[str, str]) -> str | None:
-    """What to tell somebody whose allocation has several tasks, none of which is this process."""
+    """The note for an allocation of several tasks, none of which is this process."""
     tasks = _number_or_none(env.get("SLURM_NTASKS"))
     if "SLURM_JOB_ID" not in env or tasks is None or tasks < 2:
         return None
@@ -186,6 +186,6 @@ def _number(env: Mapping[str, str], name: str, *, least: int = 0) -> int:
 
 
 def _number_or_none(text: str | None) -> int | None:
-    """None for what is no whole number of ASCII digits."""
+    """None where the text is no whole number of ASCII digits."""
     text = (text or "").strip()
     return int(text) if text.isascii() and text.isdigit() else None

@@ -1,4 +1,4 @@
-"""Ranks, devices and the process group: alone, under torchrun, the deepspeed launcher or SLURM, on GPUs or on CPUs."""
+"""Ranks, devices and the process group: alone, under torchrun, deepspeed or SLURM, on GPUs or CPUs."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ __all__ = ["Ranks", "agree", "decide", "gather", "leave", "start"]
 
 Decided = TypeVar("Decided")
 
-# The library gives up last: after a start's time or the time that a rank may be silent, when the rank has been named.
+# Longer than the limits of launch and of silence, so that the library times out only after the rank has been named.
 _START_S, _MARGIN_S = 600.0, 60.0
-# Ranks of one launch come within so long; beyond it, a person wants to know what is waited for.
+# Seconds in which the ranks of one launch connect; after them, print what this rank waits for.
 _SILENT_S = 20.0
-# The ranks end together; one that does not come has failed after its last step.
+# Ranks end together; one that does not arrive has failed after its last step.
 _LEAVE_S = 10.0
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """Where this process stands among all."""
+    """The process's rank, device and process groups."""
 
     rank: int
     world: int
     local_rank: int
     local_world: int
     device: torch.device
-    # Small host-side messages; on GPUs a gloo group of its own, so that asking does not wait for the device.
+    # For small host messages; on GPUs a gloo group of its own, so that they do not wait for the device.
     control: dist.ProcessGroup | None = None
     # Every rank's host, versions and device, by rank.
     peers: tuple[Peer, ...] = ()
@@ -59,18 +59,18 @@ def start(timeout_s: float = 600.0, *, alone: bool = False) -> Ranks:
     deepspeed.
 
     ``timeout_s``: seconds that a rank may be silent (``train.rank_timeout_s``). ``alone``: as the only rank, whatever
-    launcher the environment tells of. UserError where that environment contradicts itself.
+    launcher the environment names. Raises UserError where that environment contradicts itself.
     """
     place = ALONE if alone else place_of(os.environ)
     rank, world, local_world = place.rank, place.world, place.local_world
     if place.note:
         print(f"iwm-fast: {place.note}", file=sys.stderr, flush=True)
     if world > 1:
-        end_with_parent()  # before waiting for the others, whose rendezvous a dead launcher does not hold any more
+        end_with_parent()  # before the rendezvous, which a dead launcher no longer holds
     on_gpu = torch.cuda.is_available()
     index = device_index(place, torch.cuda.device_count()) if on_gpu else place.local_rank
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if on_gpu else "cpu")
-    # DeepSpeed takes the number of its GPU from LOCAL_RANK, and wants Open MPI's to be the same.
+    # DeepSpeed takes its GPU from LOCAL_RANK, and requires Open MPI's to agree.
     os.environ["LOCAL_RANK"] = str(index)
     os.environ.pop("OMPI_COMM_WORLD_LOCAL_RANK", None)
     if on_gpu:
@@ -79,7 +79,7 @@ def start(timeout_s: float = 600.0, *, alone: bool = False) -> Ranks:
     if not dist.is_initialized():
         backend = "nccl" if on_gpu else "gloo"
         timeout = datetime.timedelta(seconds=max(timeout_s, _START_S) + _MARGIN_S)
-        # No port is opened when there is nobody to talk to.
+        # A rank alone opens no port.
         with _waiting(rank, world):
             store = dist.HashStore() if world == 1 else _rendezvous(rank, world, timeout)
             peers = meet(store, this_peer(rank, local_world, backend), world, timeout)
@@ -91,17 +91,17 @@ def start(timeout_s: float = 600.0, *, alone: bool = False) -> Ranks:
                 f"{peers[rank].name}: no connection to the other ranks ({reason}); look at the network between the "
                 f"hosts, and at {backend.upper()}_SOCKET_IFNAME, the interface that is used"
             ) from error
-    else:  # a second training of this process
+    else:  # a second training in this process
         peers = _peers_again(this_peer(rank, local_world, dist.get_backend()), world)
     control = dist.new_group(backend="gloo") if on_gpu and world > 1 else None
     return Ranks(rank, world, place.local_rank, local_world, device, control, peers, place.launcher)
 
 
 def leave() -> None:
-    """Give the process group up, at the end of a process whose ranks all come to their end; NCCL warns of one that is
-    still there. After an error do without: other ranks may be in a collective.
+    """Leave the process group, where all ranks come to their end; NCCL warns otherwise. Do not call it after an error:
+    other ranks may be in a collective.
 
-    The first rank, which may hold the store, goes last.
+    The first rank, which may hold the store, leaves last.
     """
     if not dist.is_initialized():
         return
@@ -110,7 +110,7 @@ def leave() -> None:
     dist.destroy_process_group()
     if world == 1:
         return
-    with contextlib.suppress(dist.DistError):  # an agent that holds the store may be gone already
+    with contextlib.suppress(dist.DistError):  # an agent that holds the store may have exited
         store.set(f"iwm_fast/left/{rank}", "")
         if rank == 0:
             store.wait([f"iwm_fast/left/{other}" for other in range(world)], datetime.timedelta(seconds=_LEAVE_S))
@@ -118,7 +118,7 @@ def leave() -> None:
 
 @contextlib.contextmanager
 def _waiting(rank: int, world: int) -> Iterator[None]:
-    """Around the waiting for the other ranks: whoever waits long is told what for, once."""
+    """While waiting for the other ranks, print once what a long wait is for."""
 
     def tell() -> None:
         address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT")
@@ -141,7 +141,7 @@ def _waiting(rank: int, world: int) -> Iterator[None]:
 
 
 def _unknown(host: str) -> str:
-    """What to add where a host's name leads nowhere; it may yet, as those of pods do."""
+    """A remark where a host name does not resolve; it may later, as those of pods do."""
     try:
         socket.getaddrinfo(host, None)
     except OSError as error:
@@ -150,7 +150,7 @@ def _unknown(host: str) -> str:
 
 
 def _rendezvous(rank: int, world: int, timeout: datetime.timedelta) -> dist.Store:
-    """The launcher's store, under MASTER_ADDR and MASTER_PORT."""
+    """The launcher's store, at MASTER_ADDR and MASTER_PORT."""
     try:
         store: dist.Store = next(dist.rendezvous("env://", rank, world, timeout=timeout))[0]
     except (dist.DistError, ValueError) as error:
@@ -163,7 +163,7 @@ def _rendezvous(rank: int, world: int, timeout: datetime.timedelta) -> dist.Stor
 
 
 def gather(value: Any, world: int, group: dist.ProcessGroup | None = None) -> list[Any]:
-    """Every rank's value, by rank; all ranks call it."""
+    """Return every rank's value, by rank; all ranks call it."""
     found = [value] * world
     if world > 1:
         dist.all_gather_object(found, value, group=group)
@@ -175,7 +175,7 @@ def _peers_again(me: Peer, world: int) -> tuple[Peer, ...]:
 
 
 def agree(ranks: Ranks, *flags: bool) -> list[bool]:
-    """For each flag, whether it holds on any rank; every rank gets the same answers."""
+    """Return for each flag whether any rank has it; every rank gets the same result."""
     if ranks.world == 1:
         return list(flags)
     votes = torch.tensor(flags, dtype=torch.int32)
@@ -184,7 +184,7 @@ def agree(ranks: Ranks, *flags: bool) -> list[bool]:
 
 
 def decide(ranks: Ranks, choose: Callable[[], Decided]) -> Decided:
-    """The first rank chooses for all, who call it too; what it could not do ends every rank with its words."""
+    """Return the first rank's result of `choose` on all ranks, which all call it; its UserError ends every rank."""
     answer: list[Any] = [None, None]
     if ranks.first:
         try:

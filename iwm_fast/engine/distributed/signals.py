@@ -1,4 +1,4 @@
-"""What a scheduler, a launcher or a person tells a job: stop soon, stop now, or that it is on its own now."""
+"""Signals of a scheduler, a launcher or a person: stop soon, stop now, or continue alone."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ __all__ = ["INTERRUPTED", "Abandoned", "StopRequest", "end_with_parent"]
 
 # Exit code after Ctrl-C, as shells give it.
 INTERRUPTED = 128 + signal.SIGINT
-# A terminal and a launcher may both pass on one Ctrl-C.
+# Seconds in which a terminal and a launcher may both pass on one Ctrl-C.
 _SAME_PRESS_S = 0.25
-# Between a Ctrl-C that ends the process and its end by force, where the main thread waits inside a library.
+# Seconds between a Ctrl-C and a forced end, where the main thread waits inside a library.
 _GRACE_S = 3.0
 _SHOW_CURSOR = "\x1b[?25h"
 
 
 class Abandoned(Exception):  # noqa: N818  (a circumstance)
-    """The work inside `StopRequest.abandonable` was broken off, because the process is to stop."""
+    """The work inside `StopRequest.abandonable` was interrupted, because the process is to stop."""
 
 
 class StopRequest:
@@ -74,7 +74,7 @@ class StopRequest:
 
     @contextlib.contextmanager
     def held(self, say: Callable[[str], None]) -> Iterator[None]:
-        """From here on there is a state to save. ``say`` tells the user that a Ctrl-C was heard."""
+        """From here on there is a state to save. ``say`` reports a Ctrl-C to the user."""
         self._say = say
         before: dict[signal.Signals, Any] = {}
         if self._watched is not None:
@@ -91,7 +91,7 @@ class StopRequest:
 
     @contextlib.contextmanager
     def abandonable(self) -> Iterator[None]:
-        """Around work that need not be finished when the process is to stop: `Abandoned` is raised in it at once."""
+        """Around work that may be interrupted when the process is to stop: raises `Abandoned` in it at once."""
         self._abandonable = True
         try:
             if self.asked:
@@ -116,7 +116,7 @@ class StopRequest:
             raise Abandoned
 
     def _watch(self, signals: socket.socket) -> None:
-        """Apart from the main thread, which learns of a signal only when it comes back from a library."""
+        """In a thread of its own: the main thread sees a signal only when it returns from a library."""
         first: float | None = None
         ends_at: float | None = None
         while True:
@@ -133,7 +133,7 @@ class StopRequest:
             now = time.monotonic()
             if first is not None and now - first < _SAME_PRESS_S:
                 continue
-            if ends_at is not None:  # pressed again, while it is ending
+            if ends_at is not None:  # pressed again while it is ending
                 self._end()
             if self._held and first is None:
                 self._say("interrupted: stopping with a checkpoint; Ctrl-C again ends at once, without one")
@@ -142,7 +142,7 @@ class StopRequest:
             first = now
 
     def _end(self) -> None:
-        """The main thread waits inside a library and cannot be told."""
+        """Force the end: the main thread waits inside a library."""
         if sys.stderr.isatty():
             sys.stderr.write(_SHOW_CURSOR)
         lost = "; steps after the last checkpoint are lost, resume with --resume auto" if self._held else ""
@@ -151,7 +151,7 @@ class StopRequest:
 
 
 def _leave(terminals: list[int]) -> None:
-    """A closed terminal refuses whatever is written to it, which would end the training before its checkpoint."""
+    """A closed terminal rejects all output, which would end the training before its checkpoint."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for number in terminals:
         os.dup2(nowhere, number)
@@ -159,13 +159,12 @@ def _leave(terminals: list[int]) -> None:
 
 
 def end_with_parent(poll_s: float = 0.5) -> None:
-    """End this process when its launcher is gone: torchrun starts workers in sessions of their own, which outlive it.
+    """End this process when its launcher exits: torchrun starts workers in sessions of their own, which outlive it.
 
-    The parent is the one of this process's first moments: the
-    launcher may have gone while it imported, and would not be missed by one who looks only now.
+    The parent is that of the first import: the launcher may have exited during the imports.
     """
     process, parent = BORN
-    if process != os.getpid():  # a fork: its parent is who forked it
+    if process != os.getpid():  # in a fork, the parent is the forking process
         parent = os.getppid()
 
     def watch() -> None:

@@ -1,7 +1,7 @@
-"""Who keeps the others waiting: each rank's own time a step, gathered at logged steps only.
+"""Find slow ranks: each rank's own time per step, gathered at logged steps only.
 
-In a step every rank waits for the slowest, so all whole steps last equally long. What tells them apart is the time
-before the first message: data and forward. On a GPU the forward pass is timed by events on its stream.
+In a step every rank waits for the slowest, so whole steps last equally long on all. The time before the first message,
+data and forward pass, differs. On a GPU events on its stream time the forward pass.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from iwm_fast.engine.distributed.ranks import Ranks
 
 __all__ = ["OwnTime", "Stragglers", "over_ranks"]
 
-_IN_A_ROW = 3  # logged steps; one slow one may be a checkpoint of somebody else's, or a cold file
+_IN_A_ROW = 3  # logged steps; a single slow one may be another job's checkpoint, or a cold file
 
 
 class OwnTime:
-    """Adds up the time of this rank's own work; ``take`` gives its mean by step and starts anew."""
+    """Sums the time of this rank's own work; ``take`` returns its mean per step and resets it."""
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
@@ -51,7 +51,7 @@ class OwnTime:
         self._events.append(pair)
 
     def take(self, steps: int) -> float:
-        """Seconds a step. On a GPU it waits for the last forward pass, as reading the loss does anyway."""
+        """Return seconds per step. On a GPU it waits for the last forward pass, as reading the loss does anyway."""
         if self._events:
             self._events[-1][1].synchronize()
         total: float = self._host + sum(begin.elapsed_time(end) / 1e3 for begin, end in self._events)
@@ -60,7 +60,7 @@ class OwnTime:
 
 
 def over_ranks(mine: dict[str, float | None], ranks: Ranks) -> dict[str, list[float]]:
-    """Every rank's value of each key, by rank; NaN for None. All ranks call it with the same keys."""
+    """Return every rank's value of each key, by rank; NaN for None. All ranks call it with the same keys."""
     values = torch.tensor([float("nan") if v is None else float(v) for v in mine.values()], dtype=torch.float64)
     found = [values]
     if ranks.world > 1:
@@ -71,16 +71,16 @@ def over_ranks(mine: dict[str, float | None], ranks: Ranks) -> dict[str, list[fl
 
 
 class Stragglers:
-    """Names a rank whose own time stays above `ratio` times the median of the others'."""
+    """Finds a rank whose own time stays above `ratio` times the median of the others'."""
 
     def __init__(self, ratio: float) -> None:
         self._ratio = ratio
         self._slow: dict[int, int] = {}
 
     def look(self, own_s: list[float], step_s: float) -> dict[str, Any] | None:
-        """After a logged step: {rank, own_s, others_s} of one that has just been slow for the third time, or None.
+        """Return {rank, own_s, others_s} of a rank that has been slow in three logged steps, once, or None.
 
-        Differences below a twentieth of the step keep nobody waiting that anybody would notice.
+        Differences below a twentieth of the step do not count.
         """
         if len(own_s) == 1:
             return None

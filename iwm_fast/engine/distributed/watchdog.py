@@ -1,8 +1,9 @@
-"""Which rank is gone or hangs: every rank's pulse in the launcher's store, read by the others when they are stuck.
+"""Find dead and hanging ranks: each writes a heartbeat to the launcher's store, which the others read when they are
+stuck.
 
-A thread of each rank counts its beats there, with what the rank's main thread is doing. A rank whose main thread has
-not moved for the limit looks at all of them: one whose beats stand still is dead or stopped, and of those that all
-beat, the one that has done least hangs. No clocks are compared, and nothing is read while all is well.
+A thread of each rank counts heartbeats there, with the current work of the rank's main thread. A rank whose main thread
+makes no progress for the limit looks at all ranks: one without new heartbeats is dead or stopped, and of the others the
+one that is furthest behind hangs. No clocks are compared, and nothing is read while all is well.
 """
 
 from __future__ import annotations
@@ -24,16 +25,16 @@ from iwm_fast.errors import UserError
 
 __all__ = ["Liveness"]
 
-# A start reads libraries from a disk that many ranks share, compiles, and opens data: until the first step is made, a
-# rank may be silent this long at least.
+# A launch reads libraries from a shared disk, compiles, and opens data: until the first step, a rank may be silent for
+# at least this long.
 _START_S = 600.0
-# A store that takes longer to answer is stopped. Short: a launcher that is cut off ends its ranks after half a minute.
+# A store that takes longer to respond is stopped. Short: a launcher that is cut off ends its ranks after half a minute.
 _ANSWER_S = 5.0
 _ADVICE = "check that rank's host and the last lines of its log, then resume with --resume auto"
 
 
 class Liveness:
-    """The pulse of this rank and the eyes for the others'; does nothing when the rank is alone."""
+    """A rank's heartbeat and its view of the others'; does nothing where the rank is alone."""
 
     def __init__(self, ranks: Ranks, limit_s: float) -> None:
         self._ranks, self._limit_s, self._allowed_s = ranks, limit_s, max(limit_s, _START_S)
@@ -42,30 +43,30 @@ class Liveness:
         self._beats = 0
         self._over = threading.Event()
         self._looked_at: RuntimeError | None = None
-        self._telling = threading.Lock()  # taken, once and for good, by the thread that says who is lost
+        self._telling = threading.Lock()  # taken, for good, by the thread that reports who is lost
         self._store: Any = None
         if ranks.world > 1:
-            # A connection of its own: the default one is held by whoever waits on it.
+            # A connection of its own: a waiting thread blocks the default one.
             default: Any = dist.distributed_c10d._get_default_store()  # noqa: SLF001  (has no public name)
             self._store = dist.PrefixStore("iwm_fast/pulse", default.clone())
             for work in (self._pulse, self._watch):
                 threading.Thread(target=work, name=f"iwm-fast {work.__name__}", daemon=True).start()
 
     def at(self, where: str) -> None:
-        """Note that the main thread has come to ``where``. All ranks come to the same places in the same order."""
+        """Note the current work of the main thread. All ranks pass the same places in the same order."""
         self._where, self._moves, self._moved_at = where, self._moves + 1, time.monotonic()
 
     def starting(self) -> None:
-        """The next step compiles again: until `started`, a rank may be silent as long as before the first one."""
+        """The next step compiles: until `started`, a rank may be silent as long as before the first one."""
         self._allowed_s = max(self._limit_s, _START_S)
 
     def started(self) -> None:
-        """The first step is made: from now on the limit is the one that was asked for."""
+        """The first step is done: from now on the configured limit holds."""
         self._allowed_s = self._limit_s
 
     @contextlib.contextmanager
     def within(self, limit_s: float) -> Iterator[None]:
-        """Around work of which no part takes long: a rank may be silent in it for ``limit_s`` only."""
+        """Around work that takes no part longer than ``limit_s``: a rank may be silent only that long."""
         before, self._allowed_s = self._allowed_s, limit_s
         yield
         self._allowed_s = before
@@ -94,7 +95,7 @@ class Liveness:
             self._over.set()
 
     def _look_at(self, error: RuntimeError) -> None:
-        """Name the rank whose loss raised this and end, or return when none is lost."""
+        """Name the rank whose loss raised this and end the process, or return where none is lost."""
         self._looked_at = error
         if not self._telling.acquire(blocking=False):
             threading.Event().wait()  # the watching thread is at it, and ends the process
@@ -111,7 +112,7 @@ class Liveness:
             self._over.wait(self._beat_s)
 
     def _watch(self) -> None:
-        """Apart from the pulse, which waits when the store is stopped, and has to go on while this one looks."""
+        """In a thread apart from the heartbeat, which must continue while this one reads a stopped store."""
         while not self._over.wait(self._beat_s):
             if time.monotonic() - self._moved_at > self._allowed_s:
                 self._end()
@@ -129,32 +130,32 @@ class Liveness:
         self._store.set(str(self._ranks.rank), json.dumps(pulse))
 
     def _say_last(self, words: str) -> None:
-        """Leave the others the reason, while the store is there."""
+        """Leave the others the reason, while the store exists."""
         if self._store is not None:
             self._over.set()
             with contextlib.suppress(dist.DistError, TimeoutError):
                 _answered(lambda: self._publish(" ".join(words.split())))
 
     def _end(self) -> None:
-        """The main thread waits inside a library and cannot be told: end the process."""
+        """End the process: the main thread waits inside a library."""
         if not self._telling.acquire(blocking=False):
-            return  # a connection has failed just now, and the main thread looks for the reason itself
+            return  # a connection has just failed, and the main thread looks for the reason itself
         self._tell(self._lost() or f"no rank makes progress, all are in {self._where}")
 
     def _tell(self, lost: str) -> NoReturn:
-        """Say it before anything else, and end: a launcher that lost the same host does not wait for long."""
+        """Print it first, then end: a launcher that lost the same host does not wait for long."""
         print(f"iwm-fast: rank {self._ranks.rank}: {lost}; {_ADVICE}", file=sys.stderr, flush=True)
         self._say_last(lost)
         self._let_others_look()
         os._exit(1)
 
     def _let_others_look(self) -> None:
-        """The first rank may hold the store, in which the others are looking for who is lost."""
+        """Wait: the first rank may hold the store, in which the others look for the lost rank."""
         if self._ranks.first:
             time.sleep(8 * self._beat_s)
 
     def _lost(self) -> str | None:
-        """Who is gone or hangs, in words; None when all ranks beat and are equally far."""
+        """Return which rank is dead or hangs, in words; None where all have heartbeats and are equally far."""
         try:
             before = _answered(self._read)
             time.sleep(4 * self._beat_s)
@@ -185,7 +186,7 @@ class Liveness:
 
 
 def _answered(call: Callable[[], Any]) -> Any:
-    """What the call on the store gives or raises; TimeoutError when the store does not answer."""
+    """Return the result of a call on the store; TimeoutError where the store does not respond."""
     found: list[Any] = []
     failed: list[dist.DistError] = []
 

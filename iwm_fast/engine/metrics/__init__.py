@@ -1,1 +1,1 @@
-"""What a training says of itself while it runs, and to whom."""
+"""Metrics of a running training, and where they go."""

@@ -1,4 +1,4 @@
-"""How long this process has lived: what a user waits for begins with the command, not with the first line of ours."""
+"""The age of this process: users wait from the command on, not from our first line."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _STARTTIME = 22  # its place in /proc/PID/stat (proc(5)), in clock ticks since b
 
 
 def seconds_since_start() -> float:
-    """Seconds since the operating system started this process (Linux)."""
+    """Return the seconds since the operating system started this process (Linux)."""
     # The command's name, in parentheses, may hold spaces: count from behind it.
     fields = Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     started = int(fields[_STARTTIME - 3]) / os.sysconf("SC_CLK_TCK")

@@ -1,4 +1,4 @@
-"""metrics.jsonl and what else takes records: one a logged step, written by the first rank."""
+"""metrics.jsonl and other sinks: one record per logged step, written by the first rank."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ __all__ = ["MetricsLog", "memory_bytes", "metrics_record"]
 
 
 class MetricsLog:
-    """Appends records to ``metrics.jsonl`` and hands them to the sinks. Raises UserError when the disk is full."""
+    """Appends records to ``metrics.jsonl`` and passes them to the sinks. Raises UserError where the disk is full."""
 
     def __init__(self, file: Path, sinks: Sequence[Sink] = ()) -> None:
         self._path = file
-        self._file = file.open("ab", buffering=0)  # a line is there, or not, when the process is killed
+        self._file = file.open("ab", buffering=0)  # unbuffered: a kill leaves a line whole or not at all
         self._sinks = sinks
 
     def close(self) -> None:
@@ -33,7 +33,7 @@ class MetricsLog:
             sink.close()
 
     def write(self, record: dict[str, Any]) -> None:
-        """One line; a number that is not finite is written as null, because JSON has no NaN."""
+        """Write one line; a non-finite number becomes null, because JSON has no NaN."""
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         try:
             line = memoryview((json.dumps(clean) + "\n").encode())
@@ -45,7 +45,7 @@ class MetricsLog:
             raise self._unwritten(error) from error
 
     def sync(self) -> None:
-        """Wait until the lines are on the disk: before a checkpoint after which they are not written again."""
+        """Flush the lines to the disk, before a checkpoint after which they are not written again."""
         try:
             sync_open(self._file.fileno())
         except OSError as error:
@@ -56,7 +56,7 @@ class MetricsLog:
 
 
 def metrics_record(line: bytes) -> dict[str, Any] | None:
-    """The record in a line of ``metrics.jsonl``; None where a kill, a crash or an editor left no whole one."""
+    """Return the record in a line of ``metrics.jsonl``; None where a kill, a crash or an editor damaged it."""
     if not line.endswith(b"\n"):
         return None
     try:
@@ -68,7 +68,7 @@ def metrics_record(line: bytes) -> dict[str, Any] | None:
 
 
 def memory_bytes(device: torch.device) -> int:
-    """Peak memory: allocated on the GPU, or the process's largest resident set on the CPU."""
+    """Return the peak memory: allocated on the GPU, or the process's largest resident set on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,4 +1,4 @@
-"""Where records go beside metrics.jsonl: TensorBoard, Weights & Biases, Prometheus, each as the configuration asks."""
+"""Sinks of records beside metrics.jsonl: TensorBoard, Weights & Biases, Prometheus, as configured."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class _TensorBoard:
 
 
 def open_sinks(config: Config, directory: Path, tensorboard: Path) -> list[Sink]:
-    """The sinks of a run, first rank only. UserError where one that is asked for cannot be had."""
+    """Return the sinks of a run, on the first rank only. Raises UserError where a configured one is unavailable."""
     log = config.log
     sinks: list[Sink] = []
     if log.wandb is not None:

@@ -1,4 +1,4 @@
-"""What a person sees of a running training: a bar on a terminal, plain lines elsewhere."""
+"""Progress of a training for people: a bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 __all__ = ["TrainingProgress"]
 
-# Without a terminal a line appears at most this often, so that a log of days stays readable.
+# Without a terminal at most one line in this many seconds, so that a log of days stays readable.
 PLAIN_EVERY_S = 10.0
 
 
 class TrainingProgress:
-    """Shows steps, loss, images/s and time left; silent on all ranks but the first."""
+    """Shows steps, loss, images/s and time left; on the first rank only."""
 
     def __init__(self, total: int, done: int, *, shown: bool) -> None:
         self._total = total
@@ -48,7 +48,7 @@ class TrainingProgress:
             self._bar.stop()
 
     def say(self, line: str) -> None:
-        """A line that stays."""
+        """Print a line that stays."""
         if not self._shown:
             return
         if self._bar:
@@ -57,7 +57,7 @@ class TrainingProgress:
             print(line, file=sys.stderr, flush=True)
 
     def step(self, step: int, record: dict[str, Any] | None) -> None:
-        """After each step; ``record`` is the logged one, if this step was logged."""
+        """Update after each step; ``record`` where this step was logged."""
         if not self._shown:
             return
         said = f"loss {record['loss']:.4f}  {record['images_per_s']:.0f} images/s" if record else None

@@ -1,4 +1,4 @@
-"""The newest record as Prometheus reads it: text over HTTP, on the loopback unless another address is chosen."""
+"""Serve the newest record to Prometheus: text over HTTP, on the loopback unless another address is set."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 def require_prometheus() -> None:
-    """UserError where prometheus_client, which writes the text that is served, is not installed."""
+    """Raise UserError where prometheus_client, which formats the text, is not installed."""
     if importlib.util.find_spec("prometheus_client") is None:
         raise UserError(
             "log.prometheus_port is set, but prometheus_client is not installed: pip install 'iwm-fast[prometheus]', "
@@ -32,8 +32,7 @@ def require_prometheus() -> None:
 class PrometheusSink:
     """Serves ``/metrics`` from a thread: a gauge ``iwm_fast_KEY`` for every number of the newest record.
 
-    Raises UserError where the package is missing or the port cannot be opened. Port 0 takes a free one; ``port`` says
-    which.
+    Raises UserError where the package is missing or the port cannot be opened. Port 0 takes a free one, in ``port``.
     """
 
     def __init__(self, host: str, port: int, run: str) -> None:
@@ -53,7 +52,7 @@ class PrometheusSink:
                 self.wfile.write(body)
 
             def log_message(self, format: str, *args: Any) -> None:  # noqa: A002  (the base class names it so)
-                """Say nothing: a scrape every few seconds is no news."""
+                """Log nothing: scrapes come every few seconds."""
 
         try:
             self._server = http.server.ThreadingHTTPServer((host, port), Page)
@@ -66,7 +65,7 @@ class PrometheusSink:
         threading.Thread(target=self._server.serve_forever, name="iwm-fast prometheus", daemon=True).start()
 
     def write(self, record: dict[str, Any]) -> None:
-        """Serve these numbers from now on; those that the record does not have keep no older value."""
+        """Serve these numbers from now on; missing ones keep no older value."""
         from prometheus_client import generate_latest
 
         self._text = generate_latest(_Gauges(record, self._run))

@@ -1,4 +1,4 @@
-"""Times and useful operations of the steps since the last logged one, and the share of the device's peak they reach."""
+"""Times and useful FLOPs of the steps since the last logged one, and MFU."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ COMPUTE = ("forward", "backward", "optimizer", "ema")
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """The device's peak in operations a second, or None where it is not known (every CPU)."""
+    """Return the device's peak FLOP/s, or None where it is unknown (every CPU)."""
     if device.type != "cuda":
         return None
     return peak_of(torch.cuda.get_device_name(device))
 
 
 class StepCounter:
-    """Adds up steps; ``take`` gives their medians and means and starts anew."""
+    """Sums steps; ``take`` returns their medians and means and resets it."""
 
     def __init__(self, config: Config, action_dim: int, device: torch.device) -> None:
         self._model, self._sources = config.model, config.views.sources_per_target
@@ -41,21 +41,21 @@ class StepCounter:
         return len(self._steps)
 
     def count(self, context: NDArray[np.int64], predicted: NDArray[np.int64], padding: int = 0) -> None:
-        """Count a micro-batch's operations from the sources' token counts, both (B · K,), and its tokens of padding."""
+        """Add a micro-batch's FLOPs, from the sources' token counts, both (B · K,), and its tokens of padding."""
         asked = 0 if self._model.predictor.kind == "mlp" else int(predicted.sum())
         self._tokens += int(context.sum()) + asked + padding
         self._padding += padding
         self._flops += step_flops(self._model, self._action_dim, context, predicted, self._sources).total
 
     def add(self, step_s: float, parts: dict[str, float]) -> None:
-        """One step's seconds, whole and by part."""
+        """Add one step's seconds, in all and by part."""
         self._steps.append(step_s)
         for name, seconds in parts.items():
             self._parts.setdefault(name, []).append(seconds)
 
     def take(self, images: int) -> dict[str, float | None]:
-        """Per step: images/s, seconds, waiting for data, what is neither compute nor data (all means), MFU of useful
-        operations, and with static shapes the share of padding among context and predicted tokens.
+        """Return per step: images/s, seconds, waiting for data, the rest beside compute and data (all means), MFU of
+        useful FLOPs, and with static shapes the share of padding among context and predicted tokens.
         """
         total, steps = sum(self._steps), len(self._steps)
         compute = sum(sum(self._parts.get(name, [])) for name in COMPUTE)

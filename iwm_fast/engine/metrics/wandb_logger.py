@@ -1,4 +1,4 @@
-"""Weights & Biases, for those who ask for it with log.wandb and have installed it."""
+"""Weights & Biases, where log.wandb is set."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def require_wandb() -> None:
 
 
 class WandbSink:
-    """Sends every record to a run of the project; a resumed training goes on with the run that it began.
+    """Sends every record to a run of the project; a resumed training resumes its W&B run.
 
     W&B's own variables apply: WANDB_MODE=offline writes below ``directory``/wandb only.
     """
