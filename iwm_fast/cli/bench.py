@@ -183,7 +183,10 @@ def compare(
     at_least: Annotated[float, typer.Option("--at-least", min=0.0, help="Smaller changes are not judged.")] = 0.03,
     json: Json = None,
 ) -> None:
-    """Ratios of the medians of B over A with 99 % intervals; the exit code is 1 where B is slower beyond the noise."""
+    """Ratios of the medians of B over A with 99 % intervals; the exit code is 1 where B is slower beyond the noise.
+
+    For training runs, see iwm-fast compare.
+    """
     from iwm_fast.benchmarks.compare import compare_files
     from iwm_fast.console import print_table
 

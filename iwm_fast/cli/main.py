@@ -15,6 +15,7 @@ import typer
 
 from iwm_fast.cli import bench, data, finetune
 from iwm_fast.cli.arguments import check_options, prepare
+from iwm_fast.cli.compare import compare
 from iwm_fast.cli.config import show_config
 from iwm_fast.cli.embed import embed
 from iwm_fast.cli.options import Json, Overrides, answer
@@ -200,6 +201,7 @@ def export(
         print(path)
 
 
+app.command(epilog="Example: iwm-fast compare runs/a runs/b --out comparison")(compare)
 app.command(
     "config", epilog="Example: iwm-fast config vit_tiny_p4_32.yaml train.lr=5e-4    or: iwm-fast config --schema"
 )(show_config)

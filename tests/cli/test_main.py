@@ -17,6 +17,7 @@ from iwm_fast.cli.demo import demo_rows
 from iwm_fast.cli.doctor import examine
 from iwm_fast.cli.main import app, main
 from iwm_fast.config import load_config
+from iwm_fast.config.schema_table import rows
 from iwm_fast.environment import environment
 from iwm_fast.errors import UserError
 from iwm_fast.results import write_result
@@ -31,6 +32,7 @@ COMMANDS = [
     ["config"],
     ["doctor"],
     ["plan"],
+    ["compare"],
     ["data", "synth"],
     ["data", "preview"],
     ["data", "verify"],
@@ -221,7 +223,8 @@ def test_config_schema_has_a_line_per_key_and_its_meaning_below(capsys):
     assert main(["config", "--schema"]) == 0
     lines = capsys.readouterr().out.splitlines()
     place = lines.index("train.lr  0.001  a number above 0")
-    assert lines[place + 1] == "    peak learning rate at a global batch of lr_batch"
+    (meaning,) = (row.description for row in rows() if row.key == "train.lr")
+    assert lines[place + 1] == f"    {meaning}"
     assert main(["config", "--schema", "--json"]) == 0
     assert {"key", "type", "default", "allowed", "description"} == set(json.loads(capsys.readouterr().out)["keys"][0])
 

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-__all__ = ["Bar", "Line", "Place", "bars", "curve", "lines", "places"]
+__all__ = ["Bar", "Line", "Place", "bars", "curve", "lines", "overlaid", "places"]
 
 # A colour that nothing else has: it becomes currentColor in the page, so axes and words follow light and dark.
 _INK = "#010203"
@@ -166,3 +166,31 @@ def places(points: Sequence[Place], *, name: str, x_label: str, y_label: str) ->
     axes.set_ylabel(y_label, color=_INK)
     axes.legend(frameon=False, labelcolor=_INK, fontsize=9)  # names beside points that lie close would overprint
     return _svg(figure, name, f"{y_label} against {x_label}")
+
+
+def overlaid(
+    named: Sequence[tuple[str, Sequence[float], Sequence[float]]], *, name: str, across: str, label: str
+) -> str:
+    """Lines of several runs: (name, places, values) each. One without points has none, and keeps its colour from the
+    others: with more lines than colours these come again dashed.
+    """
+    figure, axes = _figure()
+    for number, (legend, xs, ys) in enumerate(named):
+        if not xs:
+            continue
+        style = ("-", "--", ":", "-.")[number // len(_COLOURS) % 4]
+        few = len(xs) < 30  # as in `curve`
+        shown = legend if len(legend) <= 28 else f"…{legend[-27:]}"
+        axes.plot(xs, ys, style, color=_COLOURS[number % len(_COLOURS)], linewidth=1.4, label=_plain(shown),
+                  marker="o" if few else None, markersize=3)  # fmt: skip
+    axes.set_xlabel(across, color=_INK)
+    axes.set_ylabel(label, color=_INK)
+    axes.margins(x=0.01)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    figure.legend(loc="outside upper left", ncols=2, frameon=False, labelcolor=_INK, fontsize=8)
+    return _svg(figure, name, f"{label} over {across}")
+
+
+def _plain(text: str) -> str:
+    """A name for a legend: matplotlib leaves out one that begins with an underscore, and sets $...$ as mathematics."""
+    return f"\N{WORD JOINER}{text}".replace("$", r"\$")

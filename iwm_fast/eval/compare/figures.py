@@ -1,0 +1,134 @@
+"""How subjects differ: in their settings, and in what was measured of them beyond its intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from iwm_fast.eval.compare.subjects import Subject, tasks_of
+from iwm_fast.eval.measurements import merged
+from iwm_fast.eval.report.drawing import drawings
+
+__all__ = ["Figure", "Row", "differences", "measured_rows", "notes"]
+
+# What a loss is of: with other settings of these it is another task's, and no smaller loss is better.
+_OF_THE_TASK = ("data.root", "views.", "masks.", "actions.", "model.target", "model.normalize_target", "model.patch")
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A number that was measured, the ends of its 95 % interval, and the step of the checkpoint."""
+
+    value: float
+    interval: tuple[float, float] | None
+    step: int | None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measure on one set of images: the figure of each subject, None where it was not measured.
+
+    verdicts: of each subject against the first one that was measured, "" for that one: higher or lower where the
+    intervals do not meet, within where they do, no interval.
+    """
+
+    measure: str
+    data: str
+    figures: Sequence[Figure | None]
+    verdicts: Sequence[str]
+
+
+def differences(subjects: Sequence[Subject]) -> dict[str, list[Any]]:
+    """The settings that are not alike, by key: a value per subject, None also where a subject has no such setting."""
+    keys = dict.fromkeys(key for subject in subjects for key in subject.settings)
+    found: dict[str, list[Any]] = {}
+    for key in keys:
+        there = [subject.settings[key] for subject in subjects if key in subject.settings]
+        if any(value != there[0] for value in there):
+            found[key] = [subject.settings.get(key) for subject in subjects]
+    return found
+
+
+def measured_rows(subjects: Sequence[Subject]) -> list[Row]:
+    """A row for each measure and set of images, those first that most subjects have."""
+    found: dict[tuple[str, str], list[Figure | None]] = {}
+    for place, subject in enumerate(subjects):
+        for measure, data, figure in _figures(subject):
+            found.setdefault((measure, data), [None] * len(subjects))[place] = figure
+    rows = [Row(measure, data, figures, _verdicts(figures)) for (measure, data), figures in found.items()]
+    return sorted(rows, key=lambda row: row.figures.count(None))
+
+
+def _figures(subject: Subject) -> Iterator[tuple[str, str, Figure]]:
+    """(name, place of the images, figure); of several checkpoints the newest that was measured counts."""
+    for place in dict.fromkeys(one.data for one in subject.measured):
+        own = [one for one in subject.measured if one.data == place]
+        step: dict[str, int] = {}
+        for one in own:
+            step[one.measure] = max(step.get(one.measure, 0), one.step)
+        newest = [one for one in own if one.step == step[one.measure]]
+        for drawing in drawings():
+            results = merged([one for one in newest if one.measure in drawing.names])
+            at = max((step[name] for name in drawing.names if name in step), default=None)
+            for figure in drawing.figures(results):
+                key = figure.name + figure.end
+                if key in results:
+                    yield key, place, _figure(results, key, step.get(figure.name, at))
+    if subject.kind == "finetuned":
+        for task, place, found in tasks_of(subject):
+            for key in ("top1", "top5", "miou"):
+                if key in found:
+                    yield f"finetuned {key}{f', {task}' if task else ''}", place, _figure(found, key, subject.step)
+
+
+def _figure(results: Mapping[str, Any], key: str, step: int | None) -> Figure:
+    ends = results.get(f"{key}_interval")
+    return Figure(float(results[key]), (float(ends[0]), float(ends[1])) if ends else None, step)
+
+
+def _verdicts(figures: Sequence[Figure | None]) -> list[str]:
+    first = next(figure for figure in figures if figure is not None)
+    return ["" if figure is None or figure is first else _verdict(first, figure) for figure in figures]
+
+
+def _verdict(first: Figure, other: Figure) -> str:
+    if first.interval is None or other.interval is None:
+        return "no interval"
+    if other.interval[0] > first.interval[1]:
+        return "higher"
+    return "lower" if other.interval[1] < first.interval[0] else "within"
+
+
+def notes(subjects: Sequence[Subject], rows: Sequence[Row]) -> list[str]:
+    """What makes the comparison less than it seems, a line each."""
+    differ = differences(subjects)
+    runs = [subject for subject in subjects if subject.kind == "run"]
+    said = [line for subject in subjects if (line := _state_line(subject))]
+    of_the_task = [key for key in differ if key.startswith(_OF_THE_TASK)] if len(runs) > 1 else []
+    if of_the_task:
+        said.append(f"the losses are of different tasks ({', '.join(of_the_task[:4])} differ): compare the measures")
+    seen = {subject.name: _seen(subject) for subject in runs if subject.records}
+    if len(set(seen.values())) > 1:
+        shown = ", ".join(f"{name} {count:,}" for name, count in seen.items())
+        said.append(f"the runs have seen different numbers of images: {shown}")
+    if rows and not any(row.figures.count(None) <= len(subjects) - 2 for row in rows):
+        said.append("no measure was taken of two of them on the same images: evaluate them with one --data")
+    return said
+
+
+def _seen(subject: Subject) -> int:
+    return int(max((record.get("samples_seen") or 0 for record in subject.records), default=0))
+
+
+def _state_line(subject: Subject) -> str:
+    if subject.kind == "export":
+        return f"{subject.name}: an export has no curves and no measurements; name its run for these"
+    lacks = [] if subject.records or subject.kind != "run" else ["has logged no metrics"]
+    if subject.kind == "run" and not subject.measured:
+        lacks.append(f"was not evaluated (iwm-fast evaluate {subject.path} --data ...)")
+    if subject.state == "training":
+        lacks.insert(0, "is still training")
+    elif subject.state in ("stopped", "ended early"):
+        lacks.insert(0, f"{subject.state} at step {subject.step:,}" + (f" of {subject.of:,}" if subject.of else ""))
+    return f"{subject.name}: {'; '.join(lacks)}" if lacks else ""
