@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from iwm_fast.cli.completion import config_files
 from iwm_fast.cli.options import CONFIG_HELP, Json, Overrides, answer
 from iwm_fast.errors import UserError
 
@@ -17,7 +18,9 @@ __all__ = ["show_config"]
 
 
 def show_config(
-    config: Annotated[str | None, typer.Argument(metavar="CONFIG", help=CONFIG_HELP)] = None,
+    config: Annotated[
+        str | None, typer.Argument(metavar="CONFIG", help=CONFIG_HELP, autocompletion=config_files)
+    ] = None,
     overrides: Overrides = None,
     schema: Annotated[
         bool, typer.Option("--schema", help="List every key: type, default, allowed values, meaning.")

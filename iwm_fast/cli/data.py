@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from iwm_fast.cli.arguments import config_and_overrides
+from iwm_fast.cli.completion import config_or_overrides
 from iwm_fast.cli.options import Json, answer, byte_count
 from iwm_fast.errors import UserError
 
@@ -65,7 +66,11 @@ def preview(
     out: Annotated[Path, typer.Option("--out", metavar="OUT", help="Folder for the pictures and params.json.")],
     words: Annotated[
         list[str] | None,
-        typer.Argument(metavar="CONFIG KEY.PATH=VALUE...", help="Default: vit_base_p16_224_equi.yaml."),
+        typer.Argument(
+            metavar="CONFIG KEY.PATH=VALUE...",
+            help="Default: vit_base_p16_224_equi.yaml.",
+            autocompletion=config_or_overrides,
+        ),
     ] = None,
     count: Annotated[int, typer.Option("--count", min=1, help="Images.")] = 8,
     seed: Annotated[int | None, typer.Option("--seed", min=0, help="Default: train.seed of the configuration.")] = None,

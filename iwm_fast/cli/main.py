@@ -43,7 +43,6 @@ app = typer.Typer(
     name="iwm-fast",
     cls=_Group,
     help="Pretrain, measure and export Image World Models (arXiv:2403.00504).",
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from iwm_fast.cli.completion import overrides
 from iwm_fast.errors import UserError
 from iwm_fast.outputs import require_result
 
@@ -33,7 +34,10 @@ Json = Annotated[
     ),
 ]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="KEY.PATH=VALUE...", help="Settings that replace those of CONFIG.")
+    list[str] | None,
+    typer.Argument(
+        metavar="KEY.PATH=VALUE...", help="Settings that replace those of CONFIG.", autocompletion=overrides
+    ),
 ]
 Device = Annotated[str | None, typer.Option("--device", metavar="cpu|cuda", help="Default: a GPU where there is one.")]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Of torch, on a CPU. Default: every core.")]

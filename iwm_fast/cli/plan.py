@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from iwm_fast.cli.completion import config_files
 from iwm_fast.cli.options import CONFIG_HELP, Json, Overrides, answer
 from iwm_fast.errors import UserError
 from iwm_fast.outputs import require_file
@@ -28,7 +29,7 @@ def _drawable(plot: Path | None) -> Path | None:
 
 
 def plan(
-    config: Annotated[str, typer.Argument(metavar="CONFIG", help=CONFIG_HELP)],
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help=CONFIG_HELP, autocompletion=config_files)],
     overrides: Overrides = None,
     nodes: Annotated[int, typer.Option("--nodes", min=1, help="Hosts.")] = 1,
     gpus_per_node: Annotated[int, typer.Option("--gpus-per-node", min=1, help="GPUs of each, one rank a GPU.")] = 8,

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from iwm_fast.cli.completion import config_or_overrides
 from iwm_fast.cli.options import CONFIG_HELP, Overrides
 from iwm_fast.errors import UserError
 
@@ -18,7 +19,11 @@ def pretrain(
     out: Annotated[Path, typer.Option("--out", metavar="RUN", help="The run's folder.")],
     config: Annotated[
         str | None,
-        typer.Argument(metavar="CONFIG", help=f"{CONFIG_HELP} To resume it may be left out: RUN/config.yaml is taken."),
+        typer.Argument(
+            metavar="CONFIG",
+            help=f"{CONFIG_HELP} To resume it may be left out: RUN/config.yaml is taken.",
+            autocompletion=config_or_overrides,
+        ),
     ] = None,
     overrides: Overrides = None,
     resume: Annotated[

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from iwm_fast.cli.completion import config_files
 from iwm_fast.cli.options import CONFIG_HELP, Device, Json, Overrides, Threads, answer
 from iwm_fast.measure.device import only_rank
 
@@ -16,7 +17,7 @@ __all__ = ["profile"]
 
 
 def profile(
-    config: Annotated[str, typer.Argument(metavar="CONFIG", help=CONFIG_HELP)],
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help=CONFIG_HELP, autocompletion=config_files)],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for trace, tables and picture.")],
     overrides: Overrides = None,
     steps: Annotated[int, typer.Option("--steps", min=1, help="Timed steps, and as many in parts.")] = 10,

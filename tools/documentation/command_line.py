@@ -25,6 +25,8 @@ _HEAD = f"""# Command line
 |---|---|
 | `--help` | what the command does, its arguments and options |
 | `--version` | the version, before a command |
+| `--install-completion` | install completion for bash, zsh or fish: commands, options, configurations, keys and their values |
+| `--show-completion` | print the script of completion instead |
 | `--debug` | show the traceback of an error |
 | exit code 0 | done |
 | exit code 1 | a check failed: a bad file, a slower row, a measure that could not be run |

@@ -12,6 +12,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 __all__ = ["Bar", "Line", "Place", "bars", "curve", "lines", "overlaid", "places"]
 
@@ -186,7 +187,7 @@ def overlaid(
     axes.set_xlabel(across, color=_INK)
     axes.set_ylabel(label, color=_INK)
     axes.margins(x=0.01)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 2.5, 5, 10]))
     figure.legend(loc="outside upper left", ncols=2, frameon=False, labelcolor=_INK, fontsize=8)
     return _svg(figure, name, f"{label} over {across}")
 
