@@ -25,7 +25,7 @@ _HEAD = f"""# Command line
 |---|---|
 | `--help` | what the command does, its arguments and options |
 | `--version` | the version, before a command |
-| `--install-completion` | install completion for bash, zsh or fish: commands, options, configurations, keys and their values |
+| `--install-completion` | complete commands, options, configurations, keys and values in bash, zsh or fish |
 | `--show-completion` | print the script of completion instead |
 | `--debug` | show the traceback of an error |
 | exit code 0 | done |
