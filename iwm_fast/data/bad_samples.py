@@ -1,4 +1,4 @@
-"""The record of files that could not be decoded: counted, written down once each, and the run stopped above a limit."""
+"""Record files that cannot be decoded: count them, list each once, and stop the run above a limit."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ __all__ = ["BadSamples"]
 
 FILE_NAME = "bad_samples.jsonl"
 _NAMED = 10
-# The limit is not looked at before so many files were tried, so that its message names more than the first bad one.
+# The limit is checked only after this many files, so that its message names more than the first bad one.
 _AT_LEAST = 20
 
 
 class BadSamples:
-    """Bad files of a set of `total` files; more than `max_fraction` of them end the run.
+    """Bad files of a set of `total` files; more than `max_fraction` of them stop the run.
 
-    With a `run_dir`, each is appended to its bad_samples.jsonl once ({file, reason, epoch, sample_id}): every rank of
-    the run appends to the same file and reads the others' lines from it, so that the limit is about the whole set.
+    With a `run_dir`, each is appended to its bad_samples.jsonl once ({file, reason, epoch, sample_id}): every rank
+    appends to the same file and reads the others' lines, so that the limit holds for the whole set.
     """
 
     def __init__(self, total: int, max_fraction: float, run_dir: Path | None = None) -> None:
@@ -29,22 +29,22 @@ class BadSamples:
         self._own: dict[str, str] = {}
         self._others: dict[str, str] = {}
         self._offset = 0
-        self._earlier = set(self._new_lines())  # of a start before this one: not written again, and not counted
+        self._earlier = set(self._new_lines())  # of earlier launches: neither written nor counted again
         if self._path is not None and self._path.exists() and self._path.stat().st_size > self._offset:
-            os.truncate(self._path, self._offset)  # the last line was torn when an earlier start was killed
+            os.truncate(self._path, self._offset)  # a kill of an earlier launch cut the last line
         self._tried: set[int] = set()
 
     def __len__(self) -> int:
-        """Bad files that this rank met."""
+        """The number of bad files that this rank met."""
         return len(self._own)
 
     def tried(self, files: list[int]) -> None:
-        """Note which files were read, good or bad."""
+        """Note that files were read, good or bad."""
         if len(self._tried) < _AT_LEAST:
             self._tried.update(files)
 
     def add(self, name: str, reason: str, epoch: int, sample_id: int) -> None:
-        """Note a bad file by its full name; only the first time counts."""
+        """Record a bad file by its full name, once."""
         if name in self._own:
             return
         self._own[name] = reason
@@ -61,13 +61,13 @@ class BadSamples:
             os.close(handle)
 
     def check(self) -> None:
-        """UserError where more than the allowed share of the files is bad."""
+        """Raise UserError where more than the allowed share of the files is bad."""
         bad = self._others | self._own
         if len(self._tried) >= min(_AT_LEAST, self.total) and len(bad) > self.max_fraction * self.total:
             raise UserError(self._message(bad))
 
     def all_bad(self) -> UserError:
-        """The error for a set without a single file that can be decoded."""
+        """Return the error for a set without a single decodable file."""
         return UserError(self._message(self._others | self._own))
 
     def _message(self, bad: dict[str, str]) -> str:
@@ -80,7 +80,7 @@ class BadSamples:
         )
 
     def _new_lines(self) -> dict[str, str]:
-        """File and reason of the lines appended since the last call."""
+        """File and reason of the lines since the last call."""
         if self._path is None or not self._path.exists():
             return {}
         found = {}
@@ -94,5 +94,5 @@ class BadSamples:
                     entry = json.loads(line)
                     found[str(entry["file"])] = str(entry["reason"])
                 except (ValueError, KeyError, TypeError):
-                    continue  # torn by a run that was killed
+                    continue  # cut by a kill
         return found

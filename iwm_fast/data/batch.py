@@ -1,4 +1,4 @@
-"""What the data hand to the engine."""
+"""The micro-batch that data loading passes to the engine."""
 
 from __future__ import annotations
 
@@ -15,13 +15,12 @@ __all__ = ["Batch"]
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """A micro-batch: what one rank computes at once. B images, K sources each, S × S pixels, A components of an action.
+    """One rank's micro-batch: B images, K sources each, S × S pixels, A components of an action.
 
-    source: uint8 (B · K, S, S, 3) on DALI's device, the sources of an image side by side; target: (B, S, S, 3) alike.
-    action: float32 (B · K, A), on the host. patches: of the B · K, on the host.
-    ids and epochs: int64 (B,), the sample ids (places in the image set) and the passes over the data they belong to.
-    global_context and global_target: context and target tokens of the whole global batch, over all ranks and
-    micro-batches: the number that the global mean of the loss divides by.
+    source: uint8 (B · K, S, S, 3) on DALI's device, the sources of an image adjacent; target: uint8 (B, S, S, 3).
+    action: float32 (B · K, A), on the host. patches: of the B · K, on the host. ids and epochs: int64 (B,), indices
+    into the image set, and their epoch. global_context and global_target: context and target tokens of the whole global
+    batch, over all ranks and micro-batches, which the global mean of the loss divides by.
     """
 
     source: Tensor

@@ -1,12 +1,12 @@
-"""Processes that read and check images before the data thread needs them, so that it finds their verdicts ready.
+"""Processes that check images before the data thread needs them.
 
 The check is Python (Pillow's parsing of headers) and would hold the interpreter's lock on any thread of this process,
-which the training step needs for its launches. A checker reads the file itself; only verdicts come back, some bytes
-each. Whether a file is bad, its reason and its replacement are found by the data thread alone, in the order of the
-samples, so nothing depends on how many checkers there are or how fast they are.
+which the training step needs for its launches. A checker reads the file itself and returns a verdict of some bytes. The
+data thread alone decides whether a file is bad, its reason and its replacement, in the order of the samples, so results
+do not depend on the number or speed of checkers.
 
 A checker is a fresh interpreter, not a fork: it has none of this process's threads, locks or GPU, and does not import
-the caller's main module. It ends when the socket to it closes, so also when this process is killed.
+the caller's main module. It ends when its socket closes, so also when this process is killed.
 """
 
 from __future__ import annotations
@@ -31,28 +31,28 @@ from iwm_fast.notices import tell_once
 
 __all__ = ["Checkers", "modules_path"]
 
-# Files of a request, and requests that a checker holds: neither side ever fills a socket, so neither waits to write.
+# Files per request, and requests per checker: few enough that no socket fills, so neither side waits to write.
 _PIECE, _HELD = 64, 32
-# Sent to all processes of a job; a checker ends with its training and not before.
+# Sent to all processes of a job; a checker ends with its training only.
 _IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 Rows = NDArray[np.int64]
 
 
 def modules_path() -> str:
-    """PYTHONPATH with which another interpreter finds the modules that this one does."""
+    """Return a PYTHONPATH with which another interpreter finds the same modules."""
     return os.pathsep.join(os.path.abspath(folder) for folder in sys.path)  # noqa: PTH100  ("" is the working one)
 
 
 class _Checker:
-    """One process, and the requests that it holds (`sent`) or that wait for it (`queued`), oldest first."""
+    """One process, and its requests: `sent`, or `queued`, oldest first."""
 
     def __init__(self, given: bytes) -> None:
         self.connection, theirs = Pipe()
         self.sent: deque[Rows] = deque()
         self.queued: deque[Rows] = deque()
         handle = theirs.fileno()
-        # -P: only this process's own path leads to modules, not the working folder
+        # -P: modules come from this process's own path, not the working folder
         command = [sys.executable, "-P", "-m", "iwm_fast.data.checkers", str(handle)]
         self.process = subprocess.Popen(
             command,
@@ -65,13 +65,13 @@ class _Checker:
         self.connection.send_bytes(given)
 
     def pump(self) -> None:
-        """Send what it may hold. OSError where the process is gone."""
+        """Send what its socket can take. Raises OSError where the process is gone."""
         while self.queued and len(self.sent) < _HELD:
             self.connection.send_bytes(self.queued[0].tobytes())
             self.sent.append(self.queued.popleft())
 
     def receive(self) -> tuple[Rows, Verdicts]:
-        """The answer to its oldest request: wait for it. EOFError or OSError where the process is gone."""
+        """Wait for the response to its oldest request. Raises EOFError or OSError where the process is gone."""
         found = np.frombuffer(self.connection.recv_bytes(), VERDICT)
         rows = self.sent.popleft()
         self.pump()
@@ -81,7 +81,7 @@ class _Checker:
 class Checkers:
     """`processes` that check the samples of a source. `ask` and `answers` are for one thread, `close` for any.
 
-    A process that dies is said in one line; what it was asked for has no answer, and the caller checks it.
+    The end of a process is reported in one line; its requests get no verdict, and the caller checks those files.
     """
 
     def __init__(self, source: Source, max_pixels: int, processes: int) -> None:
@@ -102,7 +102,7 @@ class Checkers:
         self._alive = list(self._all)
 
     def ask(self, rows: Rows) -> None:
-        """Have these rows of the source checked; those that are being checked already are not asked again."""
+        """Check these rows of the source; rows that are being checked are not requested again."""
         new = np.array([row for row in rows.tolist() if row not in self._by_row], np.int64)
         pieces = max(len(self._alive), -(-len(new) // _PIECE))
         for piece in np.array_split(new, pieces) if pieces else []:
@@ -118,7 +118,7 @@ class Checkers:
                 self._lose(checker)
 
     def answers(self, rows: Rows) -> list[tuple[Rows, Verdicts]]:
-        """Verdicts on all that was asked of these rows, and on others that came before them; waits for them."""
+        """Wait for the verdicts on these rows; return them, and others that arrived before."""
         found = []
         for row in rows.tolist():
             while row in self._by_row:
@@ -134,7 +134,7 @@ class Checkers:
         return found
 
     def close(self) -> None:
-        """End the processes; a thread that waits for an answer gets none."""
+        """End the processes; a waiting thread gets no verdict."""
         self._closed = True
         for checker in self._all:
             checker.process.kill()
@@ -154,7 +154,7 @@ class Checkers:
 
 
 def _serve(handle: int) -> None:
-    """A checker's life: rows in, verdicts out, until nobody asks any more."""
+    """Run a checker: rows in, verdicts out, until the socket closes."""
     for number in _IGNORED:
         signal.signal(number, signal.SIG_IGN)
     connection = Connection(handle)
@@ -169,7 +169,7 @@ def _serve(handle: int) -> None:
 
 
 def _checked(source: Source, row: int, max_pixels: int) -> tuple[int, int, int, int, int]:
-    """A verdict; that nothing is known where the sample cannot be read, which the data thread finds by itself."""
+    """A verdict; UNKNOWN where the sample cannot be read, which the data thread finds itself."""
     try:
         raw = source.read(row)
     except (BadSample, UserError):

@@ -1,6 +1,6 @@
-"""Clean views for evaluation: the centred largest square of each image, resized, nothing else done to it.
+"""Clean views for evaluation: the centred largest square of each image, resized, without augmentation.
 
-Or the whole image, squeezed into the square: what triplets are trained on.
+Or the whole image, squeezed into the square, as triplets are trained on.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ Crop = Callable[[NDArray[np.int64]], NDArray[np.int64]]  # sizes (B, 2) to boxes
 
 @dataclass(frozen=True, eq=False)
 class CleanImages:
-    """images: uint8 (b, S, S, 3) on DALI's device; rows: int64 (b,), their places in what was asked for, ascending;
-    failed: reason by row for the files of this batch that cannot be decoded, which have no place in `images`.
+    """images: uint8 (b, S, S, 3) on DALI's device; rows: int64 (b,), their indices in the request, ascending; failed:
+    reasons by row of this batch's files that cannot be decoded, which have no place in `images`.
     """
 
     images: Tensor
@@ -44,13 +44,13 @@ class _Group:
 
 
 def centred_square(size: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The largest square in the middle of images of `size` (B, 2): int64 (B, 4), x, y, width, height."""
+    """Return the largest square in the middle of images of `size` (B, 2): int64 (B, 4), x, y, width, height."""
     side = size.min(axis=1, keepdims=True)
     return np.concatenate([(size - side) // 2, side, side], axis=1)
 
 
 def whole_image(size: NDArray[np.int64]) -> NDArray[np.int64]:
-    """All of images of `size` (B, 2): int64 (B, 4), x, y, width, height."""
+    """Return the whole of images of `size` (B, 2): int64 (B, 4), x, y, width, height."""
     return np.concatenate([np.zeros_like(size), size], axis=1)
 
 
@@ -67,10 +67,10 @@ def load_clean(
     readers: int | None = None,
     hw_decoder_load: float = 0.65,
 ) -> Iterator[CleanImages]:
-    """The images in their order, `batch` files at a time (fewer images where some of these fail, none where all do).
+    """Yield the images in order, `batch` files at a time; a batch holds fewer images where files fail, or none.
 
-    device: data.device, so "auto", "cpu" or "gpu"; threads: DALI's, None for its share of the cores; crop:
-    the box of each that is shown; wait_s, readers, hw_decoder_load: as in the section data.
+    device: data.device, "auto", "cpu" or "gpu"; threads: DALI's, None for its share of the cores; crop: the box of each
+    image; wait_s, readers, hw_decoder_load: as in the section data.
     """
     graph = ViewGraph(
         size,

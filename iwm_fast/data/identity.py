@@ -1,6 +1,6 @@
-"""What makes two lists of samples the same data: names below the root, in order, and sizes; not where the root is.
+"""Identify a list of samples by names below the root, in order, and sizes; not by where the root is.
 
-Labels are no part of it: pretraining does not read them. Of triplets the manifest's rows are part of it.
+Labels do not count, because pretraining does not read them. For triplets the manifest's rows count too.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from iwm_fast.data.triplets import Triplets
 
 __all__ = ["Identity", "difference", "identity_of", "names_digest", "read_identity"]
 
-# Parts of the list with a sum of their own, so that a difference can be shown where it is.
+# Parts of the list with their own checksums, which locate a difference.
 _PARTS = 256
 _SUM_DIGITS = 8
 _SCHEMA = 1
@@ -27,8 +27,8 @@ _SCHEMA = 1
 class Identity:
     """A list of samples in a few kilobytes.
 
-    samples: their number. bytes: their size together. digest: SHA-256 of names, sizes and, of triplets, rows. names and
-    sizes: sums of the list's parts, of ``part`` samples each.
+    samples: their number. bytes: their total size. digest: SHA-256 of names, sizes and, for triplets, rows. names and
+    sizes: checksums of the list's parts, of ``part`` samples each.
     """
 
     samples: int
@@ -44,8 +44,8 @@ class Identity:
 
 
 def identity_of(files: ImageSet | Triplets) -> Identity:
-    """The list's identity. Sizes come from the list where it has them, else from the file system or the store, without
-    an image being read. UserError where the place is gone.
+    """Return the list's identity. Sizes come from the list, else from the file system or the object store; no image is
+    read. Raises UserError where the place is gone.
     """
     images = files.frames if isinstance(files, Triplets) else files
     names = [name.encode("utf-8", "surrogateescape") for name in _names(images)]
@@ -71,7 +71,7 @@ def identity_of(files: ImageSet | Triplets) -> Identity:
 
 
 def names_digest(files: ImageSet | Triplets) -> tuple[int, str]:
-    """(number of samples, SHA-256 of their names below the root), for ranks to compare: no size is asked for."""
+    """Return (number of samples, SHA-256 of their names below the root), for ranks to compare, without sizes."""
     digest = hashlib.sha256()
     for name in _names(files.frames if isinstance(files, Triplets) else files):
         digest.update(name.encode("utf-8", "surrogateescape") + b"\0")
@@ -79,7 +79,7 @@ def names_digest(files: ImageSet | Triplets) -> tuple[int, str]:
 
 
 def read_identity(document: object) -> Identity | None:
-    """What `Identity.document` gave; None for anything else, which older checkpoints hold."""
+    """Read what `Identity.document` returned; None for anything else, as in older checkpoints."""
     if not isinstance(document, Mapping) or document.get("schema") != _SCHEMA:
         return None
     try:
@@ -92,7 +92,9 @@ def read_identity(document: object) -> Identity | None:
 
 
 def difference(before: Identity, now: Identity, files: ImageSet | Triplets) -> str | None:
-    """How the list ``files``, of identity ``now``, differs from an earlier one, in words; None where it does not."""
+    """Return how the list ``files``, of identity ``now``, differs from an earlier one, in words; None where it
+    does not.
+    """
     if before.digest == now.digest:
         return None
     if before.samples != now.samples:
@@ -119,7 +121,7 @@ def _names(images: ImageSet) -> Iterable[str]:
 
 
 def _sizes(images: ImageSet) -> list[int]:
-    """Bytes of each sample; -1 where it is gone. 0 of TFRecord, whose names have the offset and whose sizes would have
+    """Bytes of each sample; -1 where it is gone. 0 for TFRecord, whose names have the offset and whose sizes would have
     to be read.
     """
     source = images.source

@@ -1,4 +1,4 @@
-"""Which images there are, in which order, and of which class."""
+"""Lists of images: which, in which order, and of which class."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from iwm_fast.notices import tell_once
 
 __all__ = ["ImageSet", "divide", "list_images", "split", "test_rows"]
 
-# Of the split of a set that does not say what is tested on; the number is part of every result made with such a split.
+# The random stream of the split of a set without its own; the number is part of every result on such a split.
 _SPLIT_STREAM = 0x5711
 _TEST_SHARE = 0.2
 
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
-    """Images in a fixed order: sample id i is row i of a source, or rows[i] where only some were taken.
+    """Images in a fixed order: sample id i is row i of a source, or rows[i] of a subset.
 
-    common: classes that the labels are places in, where they are to be others than the source's own. unlabelled: how
-    many images a split is without because they have no label and others have one.
+    common: classes that the labels index, where they differ from the source's own. unlabelled: the number of images
+    that a split leaves out because they have no label and others have one.
     """
 
     source: Source
@@ -44,21 +44,21 @@ class ImageSet:
         return len(self.source) if self.rows is None else len(self.rows)
 
     def name(self, sample: int) -> str:
-        """A sample's full name: an absolute path or an address, for what lies in a shard with the place there."""
+        """Return a sample's full name: an absolute path or an address, with its place in a shard."""
         return self.source.storage.shown(self.source_name(sample))
 
     def source_name(self, sample: int) -> str:
-        """A sample's name below the root."""
+        """Return a sample's name below the root."""
         return self.source.name(self.row(sample))
 
     def read(self, sample: int) -> bytes:
-        """A sample's encoded bytes; BadSample where they cannot be had, UserError where all of the data are gone."""
+        """Return a sample's encoded bytes; BadSample where it is unreadable, UserError where all data are gone."""
         return self.source.read(self.row(sample))
 
     def verdicts(self, max_pixels: int) -> Verdicts:
-        """What the source knows of each sample (`verdicts.VERDICT`, UNKNOWN where nothing), to be written to.
+        """Return the source's verdicts on all samples (`verdicts.VERDICT`, UNKNOWN where it has none), writable.
 
-        max_pixels: nothing is known of a larger image, which may have been no bad sample where it was checked.
+        max_pixels: UNKNOWN for larger images, which may have passed another limit.
         """
         found = np.zeros(len(self), VERDICT)
         known = self.source.verdicts
@@ -68,11 +68,11 @@ class ImageSet:
         return found
 
     def source_rows(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The samples' rows in the source."""
+        """Return the samples' rows in the source."""
         return samples if self.rows is None else self.rows[samples]
 
     def samples_of(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The inverse of `source_rows`."""
+        """Invert `source_rows`."""
         return rows if self.rows is None else self._order[np.searchsorted(self.rows, rows, sorter=self._order)]
 
     @cached_property
@@ -81,16 +81,16 @@ class ImageSet:
         return np.argsort(self.rows, kind="stable")
 
     def describe(self) -> str:
-        """What they are, after their number."""
+        """Return a description, to follow their number."""
         return f"images of {self.source.describe()}"
 
     def take(self, rows: NDArray[np.int64]) -> ImageSet:
-        """The images of the given rows, in their order."""
+        """Return the images of the given rows, in that order."""
         return ImageSet(self.source, rows if self.rows is None else self.rows[rows], self.common)
 
     def stamps(self) -> Iterator[str]:
-        """For each sample what changes when it is replaced: its name, its place, and size and times of change of the
-        file that holds it; of an object in a store, its size. No image is read.
+        """Yield for each sample what changes when it is replaced: its name, its place, and size and change times of its
+        file; for an object in an object store its size. Reads no image.
         """
         known: dict[str, str] = {}
         for sample in range(len(self)):
@@ -101,14 +101,14 @@ class ImageSet:
 
     @property
     def labels(self) -> NDArray[np.int64] | None:
-        """int64 (n,), places in `classes`, UNLABELLED (-1) for an image without, or None where none has one; the first
-        use may have to read files.
+        """int64 (n,), indices into `classes`, UNLABELLED (-1) for an image without, or None where none has one; the
+        first use may read files.
         """
         return self._labelled[0]
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The classes' names."""
+        """The names of the classes."""
         return self._labelled[1]
 
     @cached_property
@@ -122,31 +122,30 @@ class ImageSet:
         return labels, classes if self.common is None else self.common
 
     def row(self, sample: int) -> int:
-        """The sample's row in the source."""
+        """Return the sample's row in the source."""
         return sample if self.rows is None else int(self.rows[sample])
 
 
 def list_images(root: str | Path, source: str = "auto", patience: Patience = PATIENCE) -> ImageSet:
-    """All images below `root`, a folder, an s3://bucket/prefix, or one shard, TFRecord file or manifest.
+    """List all images below `root`: a folder, an s3://bucket/prefix, or one shard, TFRecord file or manifest.
 
-    source: a value of data.source; "auto" takes what is there. patience: with a store. UserError where there is no
-    image.
+    source: a value of data.source; "auto" detects it. patience: with an object store. Raises UserError where there is
+    no image.
     """
     return ImageSet(open_source(root, source, patience=patience))
 
 
 def split(root: str | Path, patience: Patience = PATIENCE, source: str = "auto") -> tuple[ImageSet, ImageSet]:
-    """Images to learn from and to test on, as `divide` divides them."""
+    """Return (training images, test images), split by `divide`."""
     train, test, _ = divide(root, patience, source)
     return train, test
 
 
 def divide(root: str | Path, patience: Patience = PATIENCE, source: str = "auto") -> tuple[ImageSet, ImageSet, Layout]:
-    """Images to learn from, images to test on, and by which `layout` these are which.
+    """Return (training images, test images, layout), where `layout` says how they were split.
 
-    The labels of both are places in the same `classes`; where some images have a label, those without are left out,
-    which is said once. UserError as `list_images`, for a layout that is ambiguous, and where there are fewer than two
-    images.
+    The labels of both index the same `classes`; where some images have a label, those without are left out with a
+    notice. Raises UserError as `list_images`, for an ambiguous layout, and for fewer than two images.
     """
     layout = find_layout(root, patience)
     if layout.how == "folders":
@@ -172,7 +171,9 @@ def divide(root: str | Path, patience: Patience = PATIENCE, source: str = "auto"
 
 
 def _both_with_labels(train: ImageSet, test: ImageSet, layout: Layout) -> tuple[ImageSet, ImageSet]:
-    """The images without those that have no label, where some have one. UserError where none is left of a split."""
+    """Both splits without unlabelled images, where some have a label. Raises UserError where none is left of a
+    split.
+    """
     whose = [f"{place}: of its images" for place in layout.places]
     if not layout.given:
         whose = [f"{layout.root}: of the images to {what}" for what in ("train on", "test on")]
@@ -181,7 +182,7 @@ def _both_with_labels(train: ImageSet, test: ImageSet, layout: Layout) -> tuple[
 
 
 def _by_shard_names(images: ImageSet, layout: Layout) -> tuple[ImageSet, ImageSet, Layout] | None:
-    """The two splits where the names of shards or TFRecord files say which they are of; None where they do not."""
+    """The two splits by the names of shards or TFRecord files; None where the names do not say."""
     if images.source.kind == "folder":
         return None
     end = ".tar" if images.source.kind == "webdataset" else ""
@@ -205,7 +206,9 @@ def _by_shard_names(images: ImageSet, layout: Layout) -> tuple[ImageSet, ImageSe
 
 
 def test_rows(count: int) -> NDArray[np.bool_]:
-    """Which of `count` samples a folder without train/ and test/ is tested on: a fifth, at least one; bool (count,)."""
+    """Return which of `count` samples are the test set of a folder without train/ and test/: a fifth, at least one;
+    bool (count,).
+    """
     draw = uniforms(0, 0, np.arange(count), _SPLIT_STREAM, 1)[:, 0]
     rows = np.zeros(count, bool)
     rows[np.argsort(draw, kind="stable")[: max(1, round(_TEST_SHARE * count))]] = True
@@ -213,7 +216,7 @@ def test_rows(count: int) -> NDArray[np.bool_]:
 
 
 def _tell_unlabelled(images: ImageSet, where: str) -> None:
-    """Say how many images have no label, where some have one."""
+    """Report how many images have no label, where some have one."""
     if images.labels is None:
         return
     rows = np.flatnonzero(images.labels < 0)
@@ -223,7 +226,7 @@ def _tell_unlabelled(images: ImageSet, where: str) -> None:
 
 
 def _with_labels(images: ImageSet, what: str) -> ImageSet:
-    """The images without those that have no label, where some have one. UserError where none is left."""
+    """The images with a label, where some have one. Raises UserError where none has."""
     if images.labels is None or np.all(images.labels >= 0):
         return images
     kept = np.flatnonzero(images.labels >= 0)
@@ -238,7 +241,7 @@ def _with_labels(images: ImageSet, what: str) -> ImageSet:
 def _stamp(storage: Storage, piece: str) -> str:
     try:
         status = os.stat(storage.shown(piece))  # noqa: PTH116  (once for each of a million files)
-    except OSError:  # an object of a store, or a file that is gone
+    except OSError:  # an object of an object store, or a missing file
         try:
             return str(storage.size(piece))
         except BadSample:

@@ -1,8 +1,8 @@
-"""The endless stream of micro-batches that training consumes, prepared by a thread beside it.
+"""The endless stream of micro-batches for training, prepared by a thread.
 
-Which images, in which order, under which parameters and masks is a function of (seed, position in the stream) alone:
-global position p is sample permutation(seed, p // n)[p % n] of epoch p // n. World size, micro-batch, threads and
-prefetching only divide that order among ranks and batches, so a run can go on from any position on any of them.
+Images, order, view parameters and masks are a function of (seed, position in the stream) alone: global position p is
+sample permutation(seed, p // n)[p % n] of epoch p // n. World size, micro-batch, threads and prefetching only divide
+that order among ranks and batches, so a run can resume at any position on any of them.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from iwm_fast.data.views.sampling import draw_views
 
 __all__ = ["SampleOrder", "TrainingStream"]
 
-# Batches in the graph at a time: one at work, one waiting, so that no thread waits for Python. On a CPU two are at
-# work: one that DALI decodes and one that is rendered.
+# Batches in the graph: one computing, one waiting, so that no thread waits for Python. On a CPU two compute: DALI
+# decodes one and renders the other.
 _IN_GRAPH = {"cpu": 3, "gpu": 2}
-# Batches that checkers are told of before the one that is read.
+# Batches that checkers see before the one that is read.
 _EXPECTED = 2
 
 
@@ -50,7 +50,7 @@ class SampleOrder:
         self._orders: dict[int, NDArray[np.int64]] = {}
 
     def __call__(self, start: int, stop: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """(ids, epochs) of the positions start to stop, int64 each."""
+        """Return (ids, epochs) of the positions start to stop, int64 each."""
         positions = np.arange(start, stop, dtype=np.int64)
         epochs = positions // self.count
         needed = np.unique(epochs).tolist()
@@ -67,7 +67,7 @@ class SampleOrder:
 
 @dataclass
 class _Share:
-    """A micro-batch by its samples and masks, nothing of it read."""
+    """The samples and masks of a micro-batch, before reading."""
 
     ids: NDArray[np.int64]
     epochs: NDArray[np.int64]
@@ -78,7 +78,7 @@ class _Share:
 
 @dataclass
 class _InFlight:
-    """A micro-batch that DALI is working on, with all that the host knows of it."""
+    """A micro-batch inside DALI, with all that the host knows of it."""
 
     samples: Samples
     views: Views
@@ -88,12 +88,12 @@ class _InFlight:
 
 
 class TrainingStream:
-    """Endless iterator of `Batch`: of each global batch, `rank` of `world` has its contiguous share, in micro-batches.
+    """Endless iterator of `Batch`: `rank` of `world` gets its contiguous share of each global batch, in micro-batches.
 
-    start: global samples already consumed. run_dir: where bad_samples.jsonl is written, if anywhere. accumulation:
-    micro-batches of a rank in a global batch, each of micro_batch images. An error in the background thread (UserError
-    where too many files are bad) is raised by the `next` of the batch that it struck, and by every one after it. Close
-    it, or use it as a context manager. `triplet_stream.PairStream` is the one for triplets.
+    start: global samples already consumed. run_dir: folder of bad_samples.jsonl, if any. accumulation: micro-batches
+    per rank and global batch, each of micro_batch images. An error in the background thread (UserError where too many
+    files are bad) is raised by the `next` of its batch, and by every later one. Close it, or use it as a context
+    manager. `triplet_stream.PairStream` is the one for triplets.
     """
 
     files_a_sample = 1
@@ -132,8 +132,7 @@ class TrainingStream:
         )
         self._failure: BaseException | None = None
         self._batches = self._prepare()
-        # One thread, so that batches are made in order. What is asked for ahead is all that it ever does: it ends by
-        # itself when nobody asks any more.
+        # One thread, so that batches are made in order. It does only what has been requested, and ends by itself.
         self._thread = ThreadPoolExecutor(
             1, thread_name_prefix="iwm-fast data", initializer=use_gpu, initargs=(self._graph.device_id,)
         )
@@ -141,7 +140,7 @@ class TrainingStream:
 
     @property
     def bad(self) -> int:
-        """Files that could not be decoded, of those this rank has met so far (ahead of training by the prefetch)."""
+        """The number of undecodable files that this rank has met so far (ahead of training by the prefetch)."""
         return len(self._reader.bad)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -156,13 +155,13 @@ class TrainingStream:
         if self._failure is not None:
             raise self._failure
         batch = asked.result()
-        if self.device == "gpu":  # collected by the thread, on a stream that need not be this one
+        if self.device == "gpu":  # the thread's stream need not be this one
             for tensor in (batch.source, batch.target):
                 tensor.record_stream(torch.cuda.current_stream(tensor.device))
         return batch
 
     def close(self) -> None:
-        """End the thread and let go of what was prepared; `next` raises after that."""
+        """End the thread and drop prepared batches; `next` raises after that."""
         self._reader.store.close()  # first: the thread may be waiting for data
         self._reader.store.images.source.storage.close()
         self._thread.shutdown(cancel_futures=True)
@@ -190,7 +189,7 @@ class TrainingStream:
         return self._thread.submit(next, self._batches)
 
     def _prepare(self) -> Iterator[Batch]:
-        """Keep DALI busy, and give out what is done, in order. Runs in the thread."""
+        """Keep DALI busy, and yield finished batches in order. Runs in the thread."""
         underway: deque[_InFlight] = deque()
         for batch in self._plan():
             self._graph.submit(batch.samples.encoded, batch.views)
@@ -199,7 +198,7 @@ class TrainingStream:
                 yield self._finish(underway.popleft())
 
     def _plan(self) -> Iterator[_InFlight]:
-        """The rank's micro-batches, read and with their parameters drawn, before any pixel is decoded."""
+        """The rank's micro-batches, read, with sampled parameters, before any pixel is decoded."""
         expected = _EXPECTED if self._reader.store.looks_ahead else 0
         coming: deque[_Share] = deque()
         for share in self._shares():
@@ -243,7 +242,7 @@ class TrainingStream:
         )
 
     def _pinned(self, array: NDArray[np.float32]) -> torch.Tensor:
-        """On the host; for a GPU in pinned memory, from which a copy does not hold up the step."""
+        """On the host; for a GPU in pinned memory, so that the copy does not block the step."""
         tensor = torch.from_numpy(array)
         return tensor.pin_memory() if self.device == "gpu" else tensor
 
@@ -255,7 +254,7 @@ class TrainingStream:
         return rendered.source, rendered.target, self._space.encode(views)
 
     def _collect(self, batch: _InFlight) -> RenderedViews:
-        """The oldest batch's views; files that turn out bad on decoding are replaced, their parameters drawn anew."""
+        """The oldest batch's views; files that fail to decode are replaced, with newly sampled parameters."""
         while True:
             try:
                 rendered = self._graph.collect()

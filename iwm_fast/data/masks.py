@@ -1,11 +1,10 @@
 """Multi-block masks: which patches of a source the encoder sees, and which patches of the target are predicted.
 
 Legend: B images, K target blocks, G patches along a side. Per image, K rectangles (the targets, which may overlap) and
-one square (the context) are drawn; the context loses the patches of the targets, but for those of the last
-`visible_blocks` of them that no other target covers. As in I-JEPA (arXiv:2301.08243,
-section 3), without what its sampler gets wrong: positions include the last row and column, sizes are drawn per image
-and block, and no image is cut to the batch's shortest. A function of (seed, epoch, sample id) alone, vectorised over
-the batch.
+one square (the context) are sampled; the context loses the targets' patches, except those of the last `visible_blocks`
+targets that no other target covers. As in I-JEPA (arXiv:2301.08243, section 3), without its sampler's errors: positions
+include the last row and column, sizes are sampled per image and block, and no image is cut to the batch's shortest. A
+function of (seed, epoch, sample id) alone, vectorised over the batch.
 """
 
 from __future__ import annotations
@@ -24,8 +23,8 @@ Bools = NDArray[np.bool_]
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
-# Draws before the fallback. With the default masks none of 100,000 images on a 14 × 14 grid needed a second one, and 59
-# on 8 × 8.
+# Attempts before the fallback. With the default masks none of 100,000 images on a 14 × 14 grid needed a second one, and
+# 59 on 8 × 8.
 _ATTEMPTS = 20
 
 
@@ -33,8 +32,8 @@ _ATTEMPTS = 20
 class PatchSets:
     """Patches of B images, packed: all of the first image, then all of the second.
 
-    context: int64 (Nc,), row-major patch indices, ascending within an image; context_lengths: int64 (B,), how many of
-    each image. target: int64 (Nt,), the union of an image's target blocks, alike; target_lengths: int64 (B,).
+    context: int64 (Nc,), row-major patch indices, ascending within an image; context_lengths: int64 (B,), how many per
+    image. target: int64 (Nt,), the union of an image's target blocks, in the same form; target_lengths: int64 (B,).
     """
 
     context: Ints
@@ -47,13 +46,13 @@ class PatchSets:
 
 
 class MaskSampler:
-    """Draws `PatchSets`; exclude: the context gives up the targets' patches (False where the views' grids differ).
+    """Samples `PatchSets`; exclude: the context loses the targets' patches (False where the views' grids differ).
 
-    sources: K masks a sample, side by side; its first does not depend on K.
+    sources: K masks per sample, adjacent; the first does not depend on K.
     """
 
     def __init__(self, masks: MasksConfig, grid: int, seed: int, *, exclude: bool = True, sources: int = 1) -> None:
-        """`grid`: patches along a side. ValueError where min_context leaves no patch to predict."""
+        """`grid`: patches along a side. Raises ValueError where min_context leaves no patch to predict."""
         if grid < 1 or masks.min_context >= grid**2:
             raise ValueError(f"min_context is {masks.min_context}; it must be below the grid's {grid}² patches")
         self.masks = masks
@@ -63,12 +62,12 @@ class MaskSampler:
         self.sources = sources
 
     def draw(self, epoch: Ints, sample: Ints) -> PatchSets:
-        """The patches of B samples, B · K rows; epoch and sample: int64 (B,)."""
+        """Return the patches of B samples, B · K rows; epoch and sample: int64 (B,)."""
         context, target = self._draw(np.asarray(epoch, np.int64), np.asarray(sample, np.int64))
         return PatchSets(*_pack(context), *_pack(target))
 
     def totals(self, epoch: Ints, sample: Ints) -> tuple[int, int]:
-        """Context and target patches of all the samples together: what every rank must know of the global batch."""
+        """Return the context and target patches of all samples together, which every rank needs of the global batch."""
         context, target = self._draw(np.asarray(epoch, np.int64), np.asarray(sample, np.int64))
         return int(np.count_nonzero(context)), int(np.count_nonzero(target))
 
@@ -96,7 +95,7 @@ class MaskSampler:
         return context, target
 
     def _attempt(self, epoch: Ints, sample: Ints, attempt: int) -> tuple[Bools, Bools]:
-        """One draw: the context's patches, bool (B, G·G), and the target blocks, bool (B, K, G·G)."""
+        """One attempt: the context's patches, bool (B, G·G), and the target blocks, bool (B, K, G·G)."""
         count = self.masks.target_blocks
         places = 4 * (count + 1)
         draws = uniforms(self.seed, epoch, sample, MASKS, places, start=attempt * places)
@@ -118,10 +117,10 @@ class MaskSampler:
         return context, blocks
 
     def _fall_back(self, blocks: Bools) -> tuple[Bools, Bools]:
-        """Context and target of the last draw's blocks (B, K, G·G) where no draw left enough context.
+        """Context and target from the last attempt's blocks (B, K, G·G), where no attempt left enough context.
 
-        The context is all that lies outside the targets; if that is too little, the last blocks are dropped, and the
-        last patches of the one that remains: at least min_context patches to see and one to predict are left.
+        The context is all that lies outside the targets; if that is too little, the last blocks are dropped, then the
+        last patches of the remaining one, so that at least min_context patches are visible and one is predicted.
         """
         if not self.exclude:
             return np.ones_like(blocks[:, 0]), _union(blocks)
@@ -134,7 +133,7 @@ class MaskSampler:
 
 
 def mask_sampler(config: Config, seed: int | None = None) -> MaskSampler:
-    """The sampler of a configuration's masks; ``seed`` takes the place of ``train.seed``."""
+    """Return the sampler of a configuration's masks; ``seed`` replaces ``train.seed``."""
     return MaskSampler(
         config.masks,
         config.model.grid,

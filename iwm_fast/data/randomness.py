@@ -1,13 +1,12 @@
-"""Counter-based random numbers: what is drawn for a sample is a function of (seed, epoch, sample id, stream) alone.
+"""Counter-based random numbers: a sample's numbers are a function of (seed, epoch, sample id, stream) alone.
 
 Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC11), vectorised in NumPy and checked
-against the known answers of Random123. No state is kept, so neither batch size, rank, workers nor a resume can change a
-draw.
+against the known answers of Random123. It has no state, so batch size, ranks, workers and resuming change no number.
 
 Seed, epoch and sample id are 64 bits each, more than key and counter (64 + 128 bits) hold beside a stream and an index.
-So Philox is applied twice: with the seed as key and (epoch, sample) as counter it is a bijection of (epoch, sample);
-half of the 128 bits that come out are the key of the second application, half stand in its counter beside (index,
-stream). No two samples of a seed therefore share an input of the second.
+So Philox runs twice: with the seed as key and (epoch, sample) as counter it is a bijection of (epoch, sample); half of
+its 128 output bits are the key of the second run, half stand in its counter beside (index, stream). So no two samples
+of a seed share an input of the second run.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ __all__ = [
     "uniforms",
 ]
 
-# Streams: one a purpose, so that more draws for one never move those of another. Numbers are part of a run's identity.
+# One stream per purpose, so that more numbers for one never change another. The values are part of a run's identity.
 VIEWS = 1
 SOURCE_GEOMETRY = 2
 MASKS = 3
@@ -42,14 +41,16 @@ _WEYL = (np.uint64(0x9E3779B9), np.uint64(0xBB67AE85))
 _LOW = np.uint64(0xFFFFFFFF)
 _HALF = np.uint64(32)
 _ROUNDS = 10
-# Draws at a time in `permutation`: the temporaries of 32 k draws (128 kB each) stay in a core's cache.
+# Chunk of `permutation`: the temporaries of 32 k numbers (128 kB each) stay in a core's cache.
 _CHUNK = 32768
 
 Words = NDArray[np.uint64]
 
 
 def philox(counter: tuple[Words, Words, Words, Words], key: tuple[Words, Words]) -> tuple[Words, Words, Words, Words]:
-    """Philox4x32-10: four counter words and two key words to four words, each < 2³² in uint64 arrays that broadcast."""
+    """Philox4x32-10: map four counter words and two key words to four words, each < 2³² in uint64 arrays that
+    broadcast.
+    """
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(_ROUNDS):
@@ -67,10 +68,11 @@ def _halves(values: Words) -> tuple[Words, Words]:
 def uniforms(
     seed: int, epoch: ArrayLike, sample: ArrayLike, stream: int, count: int, *, start: int = 0
 ) -> NDArray[np.float64]:
-    """Numbers `start` to `start + count` of a stream, for B samples: float64 (B, count) in [0, 1), 53 random bits each.
+    """Return numbers `start` to `start + count` of a stream, for B samples: float64 (B, count) in [0, 1), 53 random
+    bits each.
 
     epoch and sample: int64 (B,), or scalars that broadcast; seed in [0, 2⁶⁴); stream in [0, 2³²); start even, since a
-    Philox block makes two numbers. ValueError otherwise.
+    Philox block gives two numbers. Raises ValueError otherwise.
     """
     if not 0 <= seed < 2**64:
         raise ValueError(f"seed is {seed}; it must be in [0, 2**64)")
@@ -82,7 +84,7 @@ def uniforms(
         np.atleast_1d(np.asarray(epoch, np.int64)), np.atleast_1d(np.asarray(sample, np.int64))
     )
     key = _halves(np.array(seed, np.uint64))
-    # A cast of int64 to uint64 keeps the bits, so negative ids have draws of their own too.
+    # A cast of int64 to uint64 keeps the bits, so negative ids have their own numbers.
     name = philox((*_halves(epochs.astype(np.uint64)), *_halves(samples.astype(np.uint64))), key)
     n0, n1, n2, n3 = (word[:, None] for word in name)
     block = np.arange(start // 2, start // 2 + (count + 1) // 2, dtype=np.uint64)
@@ -96,7 +98,7 @@ def uniforms(
 
 
 def permutation(seed: int, epoch: int, n: int) -> NDArray[np.int64]:
-    """The order of n samples in an epoch, int64 (n,): sample ids sorted by their draw."""
+    """Return the order of n samples in an epoch, int64 (n,): sample ids sorted by their random number."""
     keys = np.empty(n)
     for start in range(0, n, _CHUNK):
         stop = min(start + _CHUNK, n)

@@ -1,7 +1,7 @@
-"""Reads the samples of a batch: each file checked once, small sets kept in memory, bad files replaced.
+"""Read the samples of a batch: check each file once, cache small sets in memory, replace bad files.
 
-A file is checked by the data thread when it is first read, or before that by a checker (`checkers`), or its verdict
-comes with the manifest (`iwm-fast data index --check`); the three give the same batches.
+The data thread checks a file when it first reads it, a checker (`checkers`) does so before, or the manifest has the
+verdict (`iwm-fast data index --check`); all three give the same batches.
 """
 
 from __future__ import annotations
@@ -24,23 +24,22 @@ from iwm_fast.data.sources.outage import read_present
 
 __all__ = ["KEPT_BYTES", "FileStore", "SampleReader", "Samples", "candidates"]
 
-# Encoded bytes kept in memory by a process: all of CIFAR-10 (50 MB) or STL-10, the first few thousand of ImageNet.
+# Encoded bytes cached by a process: all of CIFAR-10 (50 MB) or STL-10, the first few thousand of ImageNet.
 KEPT_BYTES = 512 * 2**20
-# Replacements drawn for a bad sample before the files are taken one after the other.
+# Random replacements tried for a bad sample before taking files in order.
 _CANDIDATES = 16
 
-# Checkers are started for a set with at least so many unchecked files: fewer take the data thread no longer than a
-# process takes to start (0.3 s).
+# Fewest unchecked files for which checkers start: fewer take the data thread no longer than a process takes to start
+# (0.3 s).
 _WORTH_CHECKERS = 2000
 
 
 class FileStore:
-    """Files by number, ready for DALI. What was found out about a file is remembered, and its bytes while they are few.
+    """Files by index, ready for DALI. Verdicts are cached, and bytes while they are few.
 
-    A file that was found plain is only read again on later visits; its header is looked at anew if its length changed.
-    wait_s: seconds to wait for data that are gone.
-    readers: files that are read at a time, default what suits the place where they lie. keep: whether to keep bytes.
-    checkers: processes that check files which `expect` is told of; none for a store, where each file would be
+    A plain file is only read on later visits; its header is checked again if its length changed. wait_s: seconds to
+    wait for missing data. readers: files read concurrently, by default what suits their storage. keep: whether to cache
+    bytes. checkers: processes that check files of `expect`; none for an object store, where each file would be
     transferred twice: there the readers check what they read.
     """
 
@@ -70,21 +69,21 @@ class FileStore:
 
     @property
     def looks_ahead(self) -> bool:
-        """Whether `expect` does anything."""
+        """Whether `expect` has an effect."""
         return self._checkers is not None
 
     def expect(self, files: NDArray[np.int64]) -> None:
-        """Have those of the files checked that nothing is known of: `ask` and `get` will be called for them later."""
+        """Check those of the files that have no verdict: `ask` and `get` will be called for them later."""
         if self._checkers is not None:
             self._checkers.ask(self.images.source_rows(self._unchecked(files)))
 
     def ask(self, files: list[int]) -> None:
-        """Begin to read files that `get` will soon be called for, several at a time; wait for what checkers found."""
+        """Start reading files that `get` will need soon, several concurrently; wait for the checkers' verdicts."""
         if self._checkers is not None:
             rows = self.images.source_rows(self._unchecked(np.array(files, np.int64)))
             for found, verdicts in self._checkers.answers(rows):
                 samples = self.images.samples_of(found)
-                new = self._known["state"][samples] == UNKNOWN  # a replacement was checked by this thread meanwhile
+                new = self._known["state"][samples] == UNKNOWN  # this thread has checked a replacement meanwhile
                 self._known[samples[new]] = verdicts[new]
         if self._readers is None:
             return
@@ -93,7 +92,7 @@ class FileStore:
                 self._coming[file] = self._readers.submit(self._load, file)
 
     def close(self) -> None:
-        """Let go of what is still being read; nothing is waited for any more."""
+        """Drop what is still being read."""
         self._closed.set()
         if self._checkers is not None:
             self._checkers.close()
@@ -102,7 +101,7 @@ class FileStore:
             self._readers.shutdown(wait=False, cancel_futures=True)
 
     def get(self, file: int) -> Encoded:
-        """The file, ready for DALI; BadSample where it cannot be decoded."""
+        """Return the file, ready for DALI; BadSample where it cannot be decoded."""
         kept = self._kept.get(file)
         if kept is not None:
             return kept
@@ -119,12 +118,12 @@ class FileStore:
         return encoded
 
     def refuse(self, file: int, reason: str) -> None:
-        """Remember that the file cannot be decoded."""
+        """Mark the file as undecodable."""
         self._reasons[file] = reason
         self._forget(file)
 
     def use_pillow(self, file: int) -> None:
-        """Remember that DALI refuses the file and Pillow decodes it."""
+        """Mark that DALI rejects the file and Pillow decodes it."""
         self._known["state"][file] = PILLOW
         self._forget(file)
 
@@ -138,7 +137,7 @@ class FileStore:
         return found
 
     def _load(self, file: int) -> bytes:
-        """The file's bytes, and a verdict on them where there is none yet. On a reader's thread."""
+        """The file's bytes, and a verdict where there is none yet. Runs on a reader's thread."""
         raw = self.images.read(file)
         if self._known["state"][file] == UNKNOWN:
             self._known[file] = verdict_on(raw, self.max_pixels)
@@ -162,7 +161,7 @@ class FileStore:
 
 @dataclass
 class Samples:
-    """B samples with the files that stand for them: files[i] is ids[i] unless that one is bad. size: int64 (B, 2)."""
+    """B samples with their files: files[i] is ids[i] unless that one is bad. size: int64 (B, 2)."""
 
     ids: NDArray[np.int64]
     epochs: NDArray[np.int64]

@@ -1,1 +1,1 @@
-"""From the bytes of a file to pixels: what it is, whether it is whole, which way is up, which levels it has."""
+"""Decoding: from a file's bytes to upright 8-bit pixels."""

@@ -1,10 +1,9 @@
-"""A file on its way to DALI: read, its header checked, and made into something that DALI decodes as Pillow would.
+"""Prepare a file for DALI: check its header, and make it something that DALI decodes as Pillow would.
 
-The verdict on a file is Pillow's: what a user sees is the upright RGB image that Pillow gives (`levels` says where its
-conversion is not right), or the reason why there is none. Plain JPEG and PNG files, which DALI decodes to the same
-pixels, pass through as they are; the orientation that EXIF states for a JPEG goes with it. Whatever DALI is known or
-suspected to do differently (CMYK, palettes, alpha, 16 bits, WebP, turned PNGs, an unusual header, a missing end marker)
-is decoded by Pillow here and handed on as an uncompressed PNM.
+Pillow decides: a user sees the upright RGB image that Pillow decodes (`levels` corrects its conversion), or the reason
+why there is none. Plain JPEG and PNG files, which DALI decodes to the same pixels, pass unchanged, with the EXIF
+orientation of a JPEG. Pillow decodes everything that DALI decodes differently, or may (CMYK, palettes, alpha, 16 bits,
+WebP, turned PNGs, an unusual header, a missing end marker), and passes it on as an uncompressed PNM.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ __all__ = [
 MAX_PIXELS = 178_956_970  # data.max_pixels' default, which is Pillow's
 
 _WIDTH, _HEIGHT, _ORIENTATION = 0x0100, 0x0101, 0x0112
-_TRANSPOSED = 5  # from this orientation on width and height change places
+_TRANSPOSED = 5  # from this orientation on, width and height are swapped
 
 
 class BadSample(Exception):  # noqa: N818  (a verdict on a file, not a fault of the program)
@@ -48,8 +47,8 @@ class BadSample(Exception):  # noqa: N818  (a verdict on a file, not a fault of 
 class Encoded:
     """An image that DALI can decode: data, uint8 (n,), its bytes; width and height of the upright image in pixels.
 
-    orientation: EXIF's number, 1 to 8: how the pixels in data are turned to make the upright image. lossless: data is
-    not the file's own but what Pillow decoded, so no other verdict on it is possible.
+    orientation: EXIF's number, 1 to 8: how the pixels in data are turned. lossless: data is what Pillow decoded, not
+    the file, so the verdict is final.
     """
 
     data: NDArray[np.uint8]
@@ -60,7 +59,7 @@ class Encoded:
 
 
 def upright_size(raw: bytes) -> tuple[int, int]:
-    """Width and height of the upright image by the file's header; BadSample where Pillow cannot read it."""
+    """Return width and height of the upright image from the file's header; BadSample where Pillow cannot read it."""
     image = _open(raw, 2**62)
     try:
         if image.format == "TIFF":  # Pillow's size of a TIFF is the upright one, unless XMP says how it is turned
@@ -68,7 +67,7 @@ def upright_size(raw: bytes) -> tuple[int, int]:
             turn = int(image.getexif().get(_ORIENTATION, 1))
         else:
             if image.format == "PNG" and any(word in raw for word in PNG_TURNS):
-                image.load()  # what says that it is turned may stand behind the pixels
+                image.load()  # EXIF or XMP may follow the pixels
             width, height = image.size
             turn = _orientation(image)
     except PILLOW_ERRORS as error:
@@ -77,12 +76,16 @@ def upright_size(raw: bytes) -> tuple[int, int]:
 
 
 def inspect(raw: bytes, max_pixels: int) -> Encoded:
-    """The bytes of a file, ready for DALI; BadSample where Pillow cannot decode it or it has more than `max_pixels`."""
+    """Return a file's bytes, ready for DALI; BadSample where Pillow cannot decode it or it has more than
+    `max_pixels`.
+    """
     return as_it_is(raw, max_pixels) or reencode(raw, max_pixels)
 
 
 def as_it_is(raw: bytes, max_pixels: int) -> Encoded | None:
-    """The bytes of a plain file, None where Pillow has to decode it; BadSample by its header alone, as `inspect`."""
+    """Return the bytes of a plain file, None where Pillow has to decode it; BadSample by its header alone, as
+    `inspect`.
+    """
     image = _open(raw, max_pixels)
     orientation = _turn(image, raw) if _plain(image, raw) else None
     if orientation is None:
@@ -92,7 +95,7 @@ def as_it_is(raw: bytes, max_pixels: int) -> Encoded | None:
 
 
 def reencode(raw: bytes, max_pixels: int) -> Encoded:
-    """What Pillow decodes from `raw`, uncompressed; BadSample where it decodes nothing."""
+    """Return what Pillow decodes from `raw`, uncompressed; BadSample where it cannot."""
     pixels = decode_upright(raw, max_pixels)
     height, width = pixels.shape[:2]
     data = b"P6\n%d %d\n255\n" % (width, height) + pixels.tobytes()
@@ -100,7 +103,7 @@ def reencode(raw: bytes, max_pixels: int) -> Encoded:
 
 
 def decode_upright(raw: bytes, max_pixels: int) -> NDArray[np.uint8]:
-    """The upright RGB image, uint8 (height, width, 3), as Pillow decodes it; BadSample where it does not."""
+    """Return the upright RGB image, uint8 (height, width, 3), decoded by Pillow; BadSample where it cannot."""
     image = _open(raw, max_pixels)
     try:
         return upright_rgb(image)
@@ -125,7 +128,7 @@ def _open(raw: bytes, max_pixels: int) -> Image.Image:
 
 
 def _line(error: BaseException) -> str:
-    """One line for a user; Pillow names the buffer in some messages, which says nothing."""
+    """One line for a user; Pillow names the buffer in some messages, which is noise."""
     text = " ".join(str(error).split())
     if isinstance(error, Image.UnidentifiedImageError):
         return "cannot identify image file"
@@ -133,7 +136,7 @@ def _line(error: BaseException) -> str:
 
 
 def _plain(image: Image.Image, raw: bytes) -> bool:
-    """Whether DALI decodes these bytes as Pillow does, and the file is whole as far as can be told without decoding."""
+    """Whether DALI decodes these bytes as Pillow does, and the file looks complete without decoding it."""
     if image.mode not in {"RGB", "L"} or "transparency" in image.info or image.info.get("adobe_transform") == 0:
         return False  # Adobe's transform 0 in a JPEG: stored as RGB, which nvJPEG does not expect
     if image.format == "JPEG":
@@ -142,7 +145,7 @@ def _plain(image: Image.Image, raw: bytes) -> bool:
 
 
 def _turn(image: Image.Image, raw: bytes) -> int | None:
-    """The orientation of a plain file; None where Pillow and a strict reading of a JPEG's EXIF block do not agree."""
+    """The orientation of a plain file; None where Pillow and a strict reading of a JPEG's EXIF block disagree."""
     stated = _orientation(image)
     if stated == 1 or (image.format == "JPEG" and stated == exif_orientation(raw)):
         return stated
@@ -150,7 +153,7 @@ def _turn(image: Image.Image, raw: bytes) -> int | None:
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF's, 1 to 8; 0 where the block that should hold it cannot be read."""
+    """EXIF's orientation, 1 to 8; 0 where its block cannot be read."""
     if not image.info.keys() & {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}:
         return 1
     try:

@@ -1,8 +1,8 @@
-"""Crops, flips and quarter turns of an upright image, in the coordinates in which its file stores the pixels.
+"""Map crops, flips and quarter turns of an upright image to the coordinates of the stored pixels.
 
-EXIF says how to turn upright what is stored. Nothing is turned for its own sake: the crop box is looked up in the
-stored image, and EXIF's turn becomes one with the view's own flip and rotation. Any of these is some mirroring along
-the two sides, then perhaps a transpose.
+EXIF says how to turn stored pixels upright. Instead of turning them, the crop box is mapped to the stored image, and
+EXIF's turn is combined with the view's own flip and rotation: a mirroring along the two sides, then perhaps a
+transpose.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _TRANSPOSED = np.array([0, 0, 0, 0, 0, 1, 1, 1, 1], bool)
 
 @dataclass(frozen=True, eq=False)
 class Placement:
-    """How B views are made of stored images: cut `box` out, resize, mirror, transpose.
+    """How to make B views from stored images: crop `box`, resize, mirror, transpose.
 
     box: int64 (B, 4), x, y, width, height in the stored image; down, across: bool (B,), mirrored upside down, left to
     right; transposed: bool (B,), after that.
@@ -41,7 +41,7 @@ class Placement:
 
 
 def place(geometry: Geometry, size: Ints, orientation: Sequence[int]) -> Placement:
-    """Place the views of B upright images.
+    """Return the placement of views of B upright images.
 
     size: int64 (B, 2), width and height of the upright image; orientation: B numbers from 1 to 8, EXIF's, 1 for a file
     that is stored upright.
@@ -62,7 +62,7 @@ def place(geometry: Geometry, size: Ints, orientation: Sequence[int]) -> Placeme
     view_down = np.isin(geometry.rotation, (2, 3))
     return Placement(
         box=np.concatenate([corner, box[:, 2:]], axis=1),
-        # behind a transpose, across is down
+        # after a transpose, across is down
         down=down ^ np.where(transposed, view_across, view_down),
         across=across ^ np.where(transposed, view_down, view_across),
         transposed=transposed ^ (geometry.rotation % 2 == 1),

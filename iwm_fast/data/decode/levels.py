@@ -1,10 +1,10 @@
-"""Makes 8-bit RGB of what Pillow opened, upright, or says why there is no right way to.
+"""Convert what Pillow opened to upright 8-bit RGB, or say why there is no right conversion.
 
-Pillow's own `convert("RGB")` clips what has more than 8 bits: a 16-bit gray image turns white, and nothing says so.
-Here 16-bit gray gives its high byte, which is what Pillow takes of 16-bit colour; 12-bit TIFF its high 8 bits. Floats
-are read where all of them lie in [0, 1], which is black and white to scikit-image, Matplotlib and torchvision; others,
-and signed and 32-bit integers, have no agreed range and are refused. Everything else is Pillow's conversion: the
-colours that a transparent pixel stores, whatever its alpha; CMYK without a profile; of several frames the first.
+Pillow's own `convert("RGB")` clips more than 8 bits: a 16-bit gray image turns white silently. Here 16-bit gray gives
+its high byte, as Pillow's 16-bit colour does; 12-bit TIFF its high 8 bits. Floats are read where all lie in [0, 1],
+black to white in scikit-image, Matplotlib and torchvision; other floats, and signed and 32-bit integers, have no agreed
+range and are rejected. The rest is Pillow's conversion: the stored colours of a transparent pixel, whatever its alpha;
+CMYK without a profile; the first of several frames.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ PILLOW_ERRORS = (
     Image.DecompressionBombWarning,
 )
 _SIXTEEN_BITS = frozenset({"I;16", "I;16L", "I;16B", "I;16N"})
-# Where 16 bits are known to be unsigned and to fill their range; None: an image made in memory.
+# Formats whose 16 bits are known to be unsigned and to use their full range; None: an image made in memory.
 _UNSIGNED = frozenset({"PNG", "TIFF", "JPEG2000", "IM", None})
-# Where Pillow's 32-bit mode "I" holds 16 bits: PGM, whatever its largest value, is scaled to 65535.
+# Formats whose 16 bits are Pillow's 32-bit mode "I": PGM is scaled to 65535, whatever its largest value.
 _SIXTEEN_IN_THIRTY_TWO = frozenset({"PPM", "PNG"})
 _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # TIFF's tags
 _WHITE_IS_ZERO, _SIGNED = 0, 2
@@ -49,7 +49,7 @@ _REMEDY = "save it with 8 or 16 unsigned bits per channel"
 
 
 def refusal(image: Image.Image) -> str | None:
-    """Why an opened image cannot become 8-bit RGB, by its header alone; None where it can."""
+    """Return why an opened image cannot become 8-bit RGB, from its header alone; None where it can."""
     signed = _SIGNED in np.atleast_1d(_tag(image, _SAMPLE_FORMAT, 1))
     if signed or (image.mode in _SIXTEEN_BITS and image.format not in _UNSIGNED):
         return f"its pixels are signed integers, whose black level is unknown; {_REMEDY}"
@@ -59,11 +59,11 @@ def refusal(image: Image.Image) -> str | None:
 
 
 def upright_rgb(image: Image.Image) -> NDArray[np.uint8]:
-    """The upright image, uint8 (height, width, 3). ValueError saying why it is refused; else what Pillow raises."""
+    """Return the upright image, uint8 (height, width, 3). Raises ValueError with the reason, or Pillow's error."""
     reason = refusal(image)
     if reason is not None:
         raise ValueError(reason)
-    # read now: a transposed image has forgotten its format
+    # read now: a transposed image loses its format
     bits = int(np.atleast_1d(_tag(image, _BITS, 16))[0])
     inverted = _tag(image, _PHOTOMETRIC, 1) == _WHITE_IS_ZERO
     image.load()
@@ -81,7 +81,7 @@ def upright_rgb(image: Image.Image) -> NDArray[np.uint8]:
 
 
 def transpose(image: Image.Image) -> Image.Image:
-    """The upright image; an EXIF block that cannot be read says nothing of the orientation."""
+    """Return the upright image; an unreadable EXIF block gives no orientation."""
     try:
         return ImageOps.exif_transpose(image)
     except PILLOW_ERRORS:
