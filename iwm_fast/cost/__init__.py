@@ -1,1 +1,1 @@
-"""What a run costs, worked out before it starts, and what it was run on."""
+"""Cost of a run before its launch: memory, time, FLOPs, communication."""

@@ -1,10 +1,10 @@
-"""Bytes that the forward pass keeps for the backward pass, by part, from the packed token counts.
+"""Bytes of saved activations, by part, from the packed token counts.
 
-A block of width D keeps, of each token, its input, the normalised input, q, k, v, the attention's result and the MLP's
-input: 7·D numbers, and one log-sum-exp a head in fp32. The MLP's hidden, 4·D or so, and a normalisation's statistics
-are made again by the kernels; the plain PyTorch operators of the CPU keep them, the hidden's GELU and the MLP's
-normalised input (`hidden_kept`). With activation checkpointing a block keeps its input alone, and one block at a time
-is made again. A tensor that two parts keep is counted with the first: a block's result with what follows it.
+A block of width D saves for each token its input, the normalised input, q, k, v, the attention's result and the MLP's
+input: 7·D elements, and one fp32 log-sum-exp per head. The kernels recompute the MLP's hidden activations, about 4·D,
+and the normalisations' statistics; PyTorch's operators on the CPU save them, with the hidden activations' GELU and the
+MLP's normalised input (`hidden_kept`). With activation checkpointing a block saves its input alone, and one block at a
+time is recomputed. A tensor that two parts save counts with the first: a block's result with what follows it.
 
 While a block runs, its MLP's kernels hold the hidden activations of one call: one tensor (N, 4·D) in the forward pass,
 two in the backward pass, as far as they fit into model.mlp_workspace_mib, beside slices of the weight gradients
@@ -22,16 +22,17 @@ from iwm_fast.kernels import mlp_workspace
 
 __all__ = ["Activations", "KeptBytes", "Moment", "activations"]
 
-_STATISTICS = 8  # bytes a token: mean and reciprocal deviation in fp32
+_STATISTICS = 8  # bytes per token: mean and reciprocal std in fp32
 _INDEX = 8  # bytes of an int64
 
 
 @dataclass(frozen=True)
 class KeptBytes:
-    """Bytes held for the backward pass, by part in the order of the forward pass.
+    """Bytes of saved activations, by part in the order of the forward pass.
 
     patch_embedding: pixels. encoder_end: the last normalisation. predictor_input: the encoder's result, and mask tokens
-    told the action. predictor_blocks: and the tokens' places. predictor_end: the last normalisation, and its result.
+    conditioned on the action. predictor_blocks: and the tokens' positions. predictor_end: the last normalisation, and
+    its result.
     """
 
     patch_embedding: int
@@ -50,7 +51,9 @@ class KeptBytes:
 
 @dataclass(frozen=True)
 class Moment:
-    """A block at work. tensors: bytes of its own, of `tokens` tokens; its MLP's hidden, up to `workspace`, on top."""
+    """A running block. tensors: its own bytes, for `tokens` tokens; its MLP's hidden activations, up to `workspace`, on
+    top.
+    """
 
     tensors: int
     tokens: int
@@ -62,7 +65,7 @@ class Moment:
     image: bool = False
 
     def size(self, images: int, drawn: int) -> int:
-        """Bytes for `images` images, where the tokens are those of `drawn`."""
+        """Return bytes for `images` images, where the tokens are those of `drawn`."""
         held = mlp_workspace(
             self.tokens * images // drawn, self.width, self.hidden, self.element, backward=self.backward,
             image=self.image, workspace=self.workspace,
@@ -72,19 +75,19 @@ class Moment:
 
 @dataclass(frozen=True)
 class Activations:
-    """parts: held for the backward pass. moments: what a step needs one of beside it."""
+    """parts: saved activations. moments: what a step needs one of beside them."""
 
     parts: KeptBytes
     moments: tuple[Moment, ...]
     images: int
 
     def passing(self, images: int) -> int:
-        """The most bytes that a step of `images` images needs for moments beside what is held."""
+        """Return the most bytes that a step of `images` images needs for moments beside the saved activations."""
         return max(moment.size(images, self.images) for moment in self.moments)
 
     @property
     def kept(self) -> int:
-        """Bytes of all parts."""
+        """Return the bytes of all parts."""
         return self.parts.total
 
 
@@ -97,11 +100,11 @@ class _Form:
         return tokens * (width * self.element + _STATISTICS)
 
     def mlp(self, tokens: int, hidden: int) -> int:
-        """What `conditioned_mlp` keeps beside its input."""
+        """Return what `conditioned_mlp` saves beside its input."""
         return tokens * 2 * hidden * self.element if self.hidden_kept else 0
 
     def block(self, tokens: int, width: int, heads: int, hidden: int, kept: int | None = None) -> int:
-        """A transformer block; only `kept` tokens, then copied out, go on after its attention."""
+        """Return what a transformer block saves; after its attention it computes only the `kept` tokens, copied out."""
         attention = tokens * (6 * width * self.element + 4 * heads)
         attention += tokens * _STATISTICS if self.hidden_kept else 0
         if kept is None:
@@ -113,7 +116,7 @@ class _Form:
 
 
 def activations(config: Config, tokens: Tokens, *, hidden_kept: bool = False) -> Activations:
-    """Of one micro-batch whose images have these token counts."""
+    """Return the activations of one micro-batch whose images have these token counts."""
     form = _Form(2 if config.train.precision == "bf16" else 4, hidden_kept)
     shape, e, recompute = config.model.encoder_shape, form.element, config.train.activation_checkpointing
     seen, asked = int(tokens.context.sum()), int(tokens.predicted.sum())
@@ -129,8 +132,8 @@ def activations(config: Config, tokens: Tokens, *, hidden_kept: bool = False) ->
         predictor_end=form.norm(asked, config.model.predictor.width) + asked * config.model.predictor.width * e,
         loss=_loss(config, form, tokens),
     )
-    # Backward through a block holds about as much again as it kept: the gradients of the same tensors. The target's
-    # forward pass saves nothing, but a block's tensors of all patches are there at once.
+    # The backward pass of a block holds about as much again as it saved: the gradients of the same tensors. The
+    # target's forward pass saves nothing, but a block's tensors of all patches exist at once.
     whole = tokens.images * config.model.grid**2
     target_block = form.block(whole, shape.width, shape.heads, hidden)
     moments = (
@@ -142,9 +145,9 @@ def activations(config: Config, tokens: Tokens, *, hidden_kept: bool = False) ->
 
 
 def _loss(config: Config, form: _Form, tokens: Tokens) -> int:
-    """The plain loss keeps the difference; the kernel the prediction, the gradient that it wrote, and the target.
+    """The plain loss saves the difference; the kernel saves the prediction, the gradient that it wrote, and the target.
 
-    Of one source the target's asked tokens; of several all of its tokens, and where each prediction's stands.
+    With one source the target's predicted tokens; with several all of its tokens, and the row of each prediction.
     """
     row, asked = config.model.encoder_shape.width * form.element, int(tokens.predicted.sum())
     if form.hidden_kept:
@@ -155,7 +158,7 @@ def _loss(config: Config, form: _Form, tokens: Tokens) -> int:
 
 
 def _predictor(config: Config, form: _Form, tokens: Tokens) -> tuple[int, int, Moment]:
-    """Bytes of the mask tokens that are given the action, of all blocks, and one block at work."""
+    """Bytes of the conditioned mask tokens, of all blocks, and one running block."""
     predictor, e = config.model.predictor, form.element
     width, hidden = predictor.width, round(predictor.width * predictor.mlp_ratio)
     seen, asked = int(tokens.context.sum()), int(tokens.predicted.sum())

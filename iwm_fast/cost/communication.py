@@ -1,18 +1,18 @@
-"""The collectives of one optimizer step, by ZeRO stage: the bytes that a rank sends in them, and how long they take.
+"""Collectives of one optimizer step, by ZeRO stage: the bytes that a rank sends, and their time.
 
-What is listed here was counted on DeepSpeed 0.19.8 (`measure.collective_bytes`, tests/cost/test_counted.py), and is not
+This list was counted on DeepSpeed 0.19.8 (`measure.collective_bytes`, tests/cost/test_counted.py), and differs from
 what papers say of the stages: stages 1 and 2 all-reduce whole gradients (`use_multi_rank_bucket_allreduce`), where a
-reduce-scatter would send half; stage 2 does so after every micro-batch; stage 3 gathers every parameter once a
+reduce-scatter would send half; stage 2 does so after every micro-batch; stage 3 all-gathers every parameter once per
 micro-batch, not twice, while the model is below `stage3_max_reuse_distance` elements.
 
-Gradients are sent during the backward pass at every stage, a bucket when it is full: at stage 0 by `engine.overlap`, at
-the others by DeepSpeed's `overlap_comm`. The last bucket is full when the pass ends, and hides behind nothing; where
-all gradients come at the end, with train.cuda_graph, none does (`step_time`).
+Gradients are sent during the backward pass at every stage, each bucket when it is full: at stage 0 by `engine.overlap`,
+at the others by DeepSpeed's `overlap_comm`. The last bucket is full when the pass ends, and overlaps with nothing;
+where all gradients come at the end, with train.cuda_graph, none does (`step_time`).
 
-Bytes sent by a rank in a ring of W (Patarasuk and Yuan 2009, doi:10.1016/j.jpdc.2008.09.002), n bytes whole:
-all-reduce 2(W − 1)/W · n; reduce-scatter and all-gather (W − 1)/W · n.
+Bytes sent by a rank in a ring of W (Patarasuk and Yuan 2009, doi:10.1016/j.jpdc.2008.09.002), n bytes whole: all-reduce
+2(W − 1)/W · n; reduce-scatter and all-gather (W − 1)/W · n.
 
-A fast link joins the GPUs of a host, a network the hosts (`Fabric`).
+A fast link connects the GPUs of a host, a network the hosts (`Fabric`).
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ __all__ = ["Collective", "Fabric", "Kind", "Transfer", "ring_bytes", "step_colle
 
 Kind = Literal["all_reduce", "reduce_scatter", "all_gather"]
 _FULL = 4  # bytes of fp32
-# Assumed, because nothing was measured: the share of a link's data-sheet rate that large messages reach, and the
-# seconds of one hop. They are printed with every plan.
+# Assumed, not measured: the share of a link's data-sheet rate that large messages reach, and the seconds per hop. Every
+# plan prints them.
 LINK_EFFICIENCY = 0.8
 LINK_HOP_S, NETWORK_HOP_S = 3e-6, 10e-6
 
 
 @dataclass(frozen=True)
 class Collective:
-    """What is moved in one step: `size` bytes of the whole tensor, in all micro-batches and buckets together.
+    """One kind of traffic in a step: `size` bytes of the whole tensor, in all micro-batches and buckets together.
 
-    calls: how many collectives it is divided into. hidden_by: the computation that it runs beside, if any. last: the
-    share of it that is sent when that computation has ended.
+    calls: the number of collectives. hidden_by: the computation that it overlaps with, if any. last: the share that is
+    sent after that computation.
     """
 
     what: str
@@ -50,15 +50,15 @@ class Collective:
 
 
 def ring_bytes(kind: Kind, size: int, world: int) -> float:
-    """Bytes that one rank sends."""
+    """Return the bytes that one rank sends."""
     rounds = 2 if kind == "all_reduce" else 1
     return rounds * (world - 1) / world * size
 
 
 def step_collectives(config: Config, layout: Layout, world: int, accumulation: int) -> list[Collective]:
-    """Everything above a hundred bytes that a step of `accumulation` micro-batches moves between `world` ranks.
+    """Return everything above a hundred bytes that a step of `accumulation` micro-batches sends between `world` ranks.
 
-    Not listed: the loss, the gradient's norm and the votes, scalars that cost their latency only.
+    Not listed: the loss, the gradient's norm and the votes, scalars that take latency only.
     """
     if world == 1:
         return []
@@ -79,13 +79,13 @@ def step_collectives(config: Config, layout: Layout, world: int, accumulation: i
     ]
     if layout.target:
         size = working * layout.longest_share(world) * world
-        # Begun after the update and waited for by the target's forward pass, which comes second.
+        # It begins after the update, and the target's forward pass, which comes second, waits for it.
         found.append(Collective("target's average", "all_gather", size, 1, "forward"))
     return found
 
 
 def _buckets(layout: Layout, most: int) -> tuple[int, float]:
-    """How many buckets of at most `most` elements there are, and the last one's share of all elements."""
+    """(number of buckets of at most `most` elements, the last one's share of all elements)."""
     sizes = [p.size for p in layout.trained]
     buckets = buckets_of(sizes, most)
     return len(buckets), sum(sizes[i] for i in buckets[-1]) / sum(sizes)
@@ -111,7 +111,9 @@ def _stage_3(
 
 @dataclass(frozen=True)
 class Transfer:
-    """A collective's bytes that one rank sends over each link, and its seconds: over both at once, plus the hops'."""
+    """The bytes of a collective that one rank sends over each link, and its seconds: over both at once, plus
+    the hops'.
+    """
 
     link_bytes: float
     network_bytes: float
@@ -121,13 +123,13 @@ class Transfer:
 
     @property
     def seconds(self) -> float:
-        """The slower link decides: rings stream through both."""
+        """The slower link's seconds: rings stream through both."""
         return max(self.link_s, self.network_s) + self.latency_s
 
 
 @dataclass(frozen=True)
 class Fabric:
-    """nodes hosts of gpus_per_node GPUs; link and network: bytes a second of one GPU in one direction."""
+    """nodes hosts of gpus_per_node GPUs; link and network: bytes/s of one GPU in one direction."""
 
     nodes: int
     gpus_per_node: int
@@ -136,14 +138,15 @@ class Fabric:
 
     @property
     def world(self) -> int:
-        """Ranks, one a GPU."""
+        """The number of ranks, one per GPU."""
         return self.nodes * self.gpus_per_node
 
     def transfer(self, collective: Collective) -> Transfer:
-        """By rings through all GPUs, one for each GPU of a host, each entering and leaving a host once.
+        """Return a collective's transfer by rings through all GPUs, one per GPU of a host, each entering and leaving a
+        host once.
 
-        So of what a GPU sends, one part in gpus_per_node crosses the network and the rest stays within the host.
-        Hops: (W − 1) a round, of which (nodes − 1) over the network (as in NCCL's own cost model).
+        So one part in gpus_per_node of what a GPU sends crosses the network, and the rest stays within the host. Hops:
+        (W − 1) per round, of which (nodes − 1) over the network (as in NCCL's own cost model).
         """
         world = self.world
         sent = ring_bytes(collective.kind, collective.size, world)

@@ -1,7 +1,7 @@
-"""What the vendors say of their GPUs, and the share of it that a step reaches.
+"""GPUs by their data sheets, and the share of the peak that a step reaches.
 
-No figure of a data sheet was measured here; each carries the page it was read on. The share is measured where a result
-of that GPU lies, else assumed.
+No figure of a data sheet was measured here; each cites its page. The share is measured where a result of that GPU
+exists, else assumed.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ __all__ = ["ASSUMED_MFU", "DEVICES", "Device", "Rate", "compute_rate", "find_dev
 
 @dataclass(frozen=True)
 class Device:
-    """One GPU as its data sheet has it.
+    """One GPU by its data sheet.
 
-    flops: dense bf16 matrix rate, operations a second (half of what is printed with sparsity). flops_fp32: of fp32,
-    which does not use the matrix units while torch.set_float32_matmul_precision is highest. memory: bytes.
-    bandwidth: of the memory, bytes a second. link: to the other GPUs of its host, bytes a second in one direction
-    (NVLink, or PCIe where there is none). network: its share of the host's network, bytes a second in one direction,
-    in the vendor's own eight-GPU system. in_torch: part of the name under which torch shows it.
+    flops: dense bf16 matmul rate, FLOP/s (half of the figure with sparsity). flops_fp32: of fp32, which does not use
+    the tensor cores while torch.set_float32_matmul_precision is highest. memory: bytes. bandwidth: of the memory,
+    bytes/s. link: to the other GPUs of its host, bytes/s in one direction (NVLink, or PCIe without it). network: its
+    share of the host's network, bytes/s in one direction, in the vendor's own eight-GPU system. in_torch: part of the
+    name that torch shows.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Device:
     source: str
 
     def rate(self, precision: str) -> float:
-        """Operations a second of products in train.precision, "bf16" or "fp32"."""
+        """Return the FLOP/s of matmuls in train.precision, "bf16" or "fp32"."""
         return self.flops_fp32 if precision == "fp32" else self.flops
 
 
@@ -51,7 +51,7 @@ _A100 = _SHEETS + "a100 (SXM, "
 DEVICES: dict[str, Device] = {
     device.name: device
     for device in (
-        # 8 × 400 Gb/s InfiniBand a host (DGX B200, DGX H200, DGX H100 data sheets), 8 × 200 Gb/s (DGX A100).
+        # 8 × 400 Gb/s InfiniBand per host (DGX B200, DGX H200, DGX H100 data sheets), 8 × 200 Gb/s (DGX A100).
         Device("b200", "B200", 2250e12, 75e12, 180 * _GB, 8.0e12, "NVLink", 900e9, 50e9, _SHEETS + "dgx-b200"),
         Device("h200", "H200", 989e12, 67e12, 141 * _GB, 4.8e12, "NVLink", 450e9, 50e9, _SHEETS + "h200"),
         Device("h100", "H100", 989e12, 67e12, 80 * _GB, 3.35e12, "NVLink", 450e9, 50e9, _SHEETS + "h100 (SXM)"),
@@ -63,7 +63,7 @@ DEVICES: dict[str, Device] = {
 
 
 def find_device(name: str) -> Device:
-    """The device of that name, in any case. UserError names those that are known."""
+    """Return the device of that name, in any case. Raises UserError with the known names."""
     device = DEVICES.get(name.lower())
     if device is None:
         raise UserError(f"--gpu {name}: not known here; choose one of {', '.join(DEVICES)}")
@@ -71,16 +71,16 @@ def find_device(name: str) -> Device:
 
 
 def peak_of(torch_name: str) -> float | None:
-    """Peak of the GPU that torch shows under this name, operations a second; None for one that is not listed."""
+    """Return the peak FLOP/s of the GPU that torch shows under this name; None for an unlisted one."""
     return next((device.flops for device in DEVICES.values() if device.in_torch in torch_name), None)
 
 
-ASSUMED_MFU = 0.40  # nobody measured it: what well-tuned ViT training is said to reach, to be replaced by a result
+ASSUMED_MFU = 0.40  # not measured: what well-tuned ViT training is said to reach, until there is a result
 
 
 @dataclass(frozen=True)
 class Rate:
-    """mfu: useful operations over the data sheet's; origin: "measured", "given" or "assumed"; source: where from."""
+    """mfu: useful FLOPs over the data sheet's; origin: "measured", "given" or "assumed"; source: its file or reason."""
 
     mfu: float
     origin: str
@@ -88,17 +88,17 @@ class Rate:
 
 
 def packaged_results() -> Path:
-    """The checkout's benchmarks/results; it may not be there, since results are not installed."""
+    """Return the checkout's benchmarks/results; it may not exist, since results are not installed."""
     return Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 
 
 def compute_rate(device: Device, operations: float, results: Path, mfu: float | None, precision: str = "bf16") -> Rate:
-    """The rate to plan with: `mfu` where it is given, else the newest result of this GPU, else the assumption.
+    """Return the rate to plan with: `mfu` where given, else the newest result of this GPU, else the assumption.
 
     A result is what `iwm-fast bench step --json` writes: `schema` iwm-fast-bench-step/…, that GPU in `gpus` of its
     `environment`, and `rows` with `name`, `mfu` and `operations_per_image`; of several rows the one nearest to
-    `operations` an image. Results are shares of the bf16 rate, so that fp32 has the assumption. UserError where a file
-    there cannot be read.
+    `operations` per image. Results are shares of the bf16 rate, so fp32 uses the assumption. Raises UserError where a
+    file there cannot be read.
     """
     if mfu is not None:
         return Rate(mfu, "given", "--mfu")

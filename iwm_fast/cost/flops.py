@@ -1,9 +1,9 @@
-"""Useful operations of one training step, counted from the token counts of each image.
+"""Useful FLOPs of one training step, from the token counts of each image.
 
-A multiply-add is two operations. Counted: the matrix products of linear layers and of attention (its two products,
-each over an image's own tokens). Not counted, as is the custom of MFU: normalisation, GELU, softmax, residuals,
-optimizer, and anything computed twice (activation checkpointing, attention's recomputation). The backward pass of a
-product is two products of its size, or one where its input needs no gradient (pixels, actions).
+A multiply-add is two operations. Counted: the matmuls of linear layers and of attention (two, over an image's own
+tokens). Not counted, as usual for MFU: normalisation, GELU, softmax, residuals, optimizer, and recomputation
+(activation checkpointing, attention). The backward pass of a matmul is two matmuls of its size, or one where its input
+needs no gradient (pixels, actions).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["StepFlops", "step_flops"]
 
 @dataclass(frozen=True)
 class StepFlops:
-    """Operations of one step by part; `*_backward` without recomputation."""
+    """FLOPs of one step by part; `*_backward` without recomputation."""
 
     target_forward: int
     context_forward: int
@@ -43,7 +43,7 @@ class StepFlops:
 
 @dataclass(frozen=True)
 class _Count:
-    """Forward operations whose input needs a gradient, and those whose input needs none."""
+    """Forward FLOPs whose input needs a gradient, and those whose input needs none."""
 
     inner: int
     first: int = 0
@@ -61,7 +61,7 @@ class _Count:
 
 
 def _block(width: int, ratio: float, lengths: np.ndarray, kept: int | None = None, actions: int = 0) -> _Count:
-    """Attention of every image for itself, its four projections, and the MLP; `kept`: tokens after the attention."""
+    """Attention within each image, its four projections, and the MLP; `kept`: tokens after the attention."""
     tokens = int(lengths.sum())
     kept = tokens if kept is None else kept
     mixing = 4 * width * int((lengths * lengths).sum())
@@ -77,7 +77,7 @@ def _mlp(width: int, ratio: float, tokens: int, images: int, actions: int) -> _C
 
 
 def _encoder(model: ModelConfig, lengths: np.ndarray, kept: int | None = None) -> _Count:
-    """`kept`: tokens that go on after the last attention."""
+    """`kept`: tokens after the last attention."""
     shape = model.encoder_shape
     count = _Count(0, 2 * int(lengths.sum()) * shape.width * model.patch * model.patch * 3)
     for block in range(shape.depth):
@@ -95,7 +95,7 @@ def _vit_predictor(model: ModelConfig, actions: int, context: np.ndarray, predic
     if "feature" in kinds:
         count += _Count(6 * asked * width * width, 2 * images * width * actions)
     for block in range(config.depth):
-        # After the last attention only the predicted tokens go on.
+        # The last block computes only the predicted tokens after its attention.
         count += _block(width, config.mlp_ratio, joined, asked if block == config.depth - 1 else None, in_blocks)
     return count
 
@@ -117,18 +117,18 @@ def step_flops(
     predicted_lengths: Sequence[int] | np.ndarray,
     sources: int = 1,
 ) -> StepFlops:
-    """Operations of one step over the sources whose token counts are given.
+    """Return the FLOPs of one step over the sources with these token counts.
 
     Args:
         model: the networks.
         action_dim: A, components of an action.
         context_lengths: (B · K,), visible patches of each source.
-        predicted_lengths: (B · K,), patches that each source is asked for; not read for the mlp predictor, which
-            answers for the context's.
-        sources: K, of each target.
+        predicted_lengths: (B · K,), patches to predict for each source; unused with the mlp predictor, which predicts the
+            context's.
+        sources: K, per target.
 
     Raises:
-        ValueError: the two do not have one entry a source each, or are no multiple of K.
+        ValueError: the two do not have one entry per source, or are no multiple of K.
 
     """
     context = np.asarray(context_lengths, dtype=np.int64)

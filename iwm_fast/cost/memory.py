@@ -37,13 +37,13 @@ __all__ = ["BUCKET_BYTES", "Layout", "Memory", "Parameter", "buckets_of", "layou
 
 _ALIGNMENT = 2  # DeepSpeed's nccl_start_alignment_factor
 _FULL = 4  # bytes of fp32
-# Of one message at stage 0: long enough for a link's full rate, and a large model has dozens of them to hide.
+# Bytes of one message at stage 0: long enough for a link's full rate, and a large model has dozens of them to overlap.
 BUCKET_BYTES = 50_000_000
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """A parameter's name, number of elements, and whether weight decay applies to it (which chooses its group)."""
+    """A parameter's name, its number of elements, and whether weight decay applies to it (which chooses its group)."""
 
     name: str
     size: int
@@ -52,23 +52,23 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Layout:
-    """trained: the parameters that the optimizer moves, in the model's order. target: the moving average's."""
+    """trained: the parameters that the optimizer updates, in the model's order. target: the EMA's."""
 
     trained: tuple[Parameter, ...]
     target: tuple[Parameter, ...]
 
     @property
     def trained_size(self) -> int:
-        """Elements that the optimizer moves."""
+        """Elements that the optimizer updates."""
         return sum(p.size for p in self.trained)
 
     @property
     def target_size(self) -> int:
-        """Elements of the moving average; 0 with a shared target."""
+        """Elements of the EMA; 0 with a shared target."""
         return sum(p.size for p in self.target)
 
     def groups(self) -> list[list[Parameter]]:
-        """The optimizer's groups that are not empty: decayed, then not."""
+        """The optimizer's non-empty groups: with decay, then without."""
         split = [[p for p in self.trained if p.decayed], [p for p in self.trained if not p.decayed]]
         return [group for group in split if group]
 
@@ -78,8 +78,8 @@ class Layout:
         return [-(-sum(p.size for p in group) // step) * step for group in self.groups()]
 
     def longest_share(self, world: int) -> int:
-        """The most elements of the encoder in any rank's part (stages 1 and 2): what it averages, and to which the
-        all-gather of the average is padded.
+        """The most elements of the encoder in any rank's part (stages 1 and 2): the size of its EMA, to which the
+        all-gather is padded.
         """
         return int(self._encoder_shares(world).max()) if self.target else 0
 
@@ -99,12 +99,12 @@ class Layout:
         return shares
 
     def divided(self, parameters: tuple[Parameter, ...], world: int) -> int:
-        """A rank's elements at stage 3, padding included."""
+        """A rank's elements at stage 3, with padding."""
         return sum(-(-p.size // world) for p in parameters)
 
 
 def layout_of(config: Config) -> Layout:
-    """The layout of a configuration's model, which is built on torch's meta device: no memory, no values."""
+    """Return the layout of a configuration's model, which is built on torch's meta device: no memory, no values."""
     from iwm_fast.models.decay import decayed_parameters
     from iwm_fast.models.iwm import IWM
 
@@ -118,14 +118,14 @@ def layout_of(config: Config) -> Layout:
 
 
 def stage_settings(stage: int) -> dict[str, Any]:
-    """The packaged settings of a ZeRO stage (configs/deepspeed): bucket sizes and distances, in elements."""
+    """Return the packaged settings of a ZeRO stage (configs/deepspeed): bucket sizes and distances, in elements."""
     base = resources.files("iwm_fast.configs").joinpath(f"deepspeed/zero{stage}.json")
     settings: dict[str, Any] = json.loads(base.read_text())["zero_optimization"]
     return settings
 
 
 def buckets_of(sizes: Sequence[int], most: int) -> list[list[int]]:
-    """Indices of `sizes` from the last to the first, in runs whose sum is at most `most`, or of one larger size."""
+    """Return indices of `sizes` from the last to the first, in buckets of at most `most`, or of one larger size."""
     found: list[list[int]] = []
     filled = 0
     for i in reversed(range(len(sizes))):
@@ -139,7 +139,7 @@ def buckets_of(sizes: Sequence[int], most: int) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class Memory:
-    """A rank's bytes by kind. workspace: buckets of the collectives, and what a step needs for moments."""
+    """A rank's bytes by kind. workspace: buckets of the collectives, and temporaries of a step."""
 
     parameters: int
     gradients: int
@@ -160,9 +160,9 @@ class Memory:
 
 
 def state_memory(config: Config, layout: Layout, world: int) -> Memory:
-    """Parameters, gradients, optimizer and moving average of the fullest rank, and the buckets of the collectives.
+    """Return parameters, gradients, optimizer state and EMA of the fullest rank, and the collectives' buckets.
 
-    Gradients are counted at their most, the end of a backward pass before the optimizer's step.
+    Gradients count at their most, at the end of a backward pass before the optimizer's step.
     """
     stage, trained, target = config.zero.stage, layout.trained_size, layout.target_size
     working = 2 if config.train.precision == "bf16" else _FULL
@@ -188,7 +188,7 @@ def state_memory(config: Config, layout: Layout, world: int) -> Memory:
     flat = sum(layout.flat_sizes(world))
     longest = layout.longest_share(world)
     buffers = longest * (1 + world) if world > 1 else 0
-    # Two, filled in turn, and the flat copy of one that is sent; DeepSpeed allocates them whole in every step.
+    # Two, filled in turn, and the flat copy that is sent; DeepSpeed allocates them whole in every step.
     buckets = 3 * bucket if world > 1 else 0
     return Memory(
         parameters=working * (flat + target),
@@ -214,11 +214,11 @@ def _stage_0_workspace(config: Config, layout: Layout, world: int) -> int:
 
 
 def gathered_bytes(config: Config, layout: Layout) -> int:
-    """Bytes of whole parameters that a rank holds at stage 3 while a step runs.
+    """Return the bytes of whole parameters that a rank holds at stage 3 while a step runs.
 
     DeepSpeed keeps what it will read again within `stage3_max_reuse_distance` elements, and at most
-    `stage3_max_live_parameters`: with the packaged 10⁹ a model below that is whole from its first forward to the end of
-    the step. Larger ones are counted at that ceiling.
+    `stage3_max_live_parameters`: with the packaged 10⁹ a model below that is whole from its first forward pass to the
+    end of the step. Larger ones count at that ceiling.
     """
     working = 2 if config.train.precision == "bf16" else _FULL
     ceiling = int(stage_settings(3)["stage3_max_live_parameters"])

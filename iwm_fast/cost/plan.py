@@ -1,4 +1,4 @@
-"""What a run needs and how long it takes, worked out before it starts, and the division of it to choose."""
+"""Plan a run before its launch: memory and time of every ZeRO stage, and which to choose."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from iwm_fast.cost.tokens import Tokens, expected_padding
 
 __all__ = ["WORTH", "Choice", "Cluster", "Planner", "Refused", "Stage", "best_of_each", "stage_record"]
 
-# Assumed: CUDA's and NCCL's own memory, the decoders', and what the allocator loses between its blocks.
+# Assumed: memory of CUDA, NCCL and the decoders, and the allocator's fragmentation.
 RESERVED, FRAGMENTED = 3 * 10**9, 0.08
-# How much faster another stage must be planned before it is preferred: rates and overlap are assumed, and this is no
-# less than what they may be off by.
+# How much faster another stage must be planned before it is preferred: rates and overlap are assumed, with at least
+# this error.
 WORTH = 0.05
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """What a run is planned for. data_rate: images a second and GPU of the input path, None where it is not known."""
+    """The cluster of a plan. data_rate: images/s per GPU of the input pipeline, None where unknown."""
 
     device: Device
     nodes: int
@@ -40,12 +40,12 @@ class Cluster:
 
     @property
     def world(self) -> int:
-        """Ranks, one a GPU."""
+        """The number of ranks, one per GPU."""
         return self.nodes * self.gpus_per_node
 
     @property
     def usable(self) -> int:
-        """Bytes of a GPU that a run may plan with."""
+        """Bytes of a GPU that a run may use."""
         return int(self.device.memory * (1 - FRAGMENTED)) - RESERVED
 
 
@@ -69,7 +69,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Refused:
-    """A stage, with or without recomputation, that the configuration does not allow, and its words for why."""
+    """A stage, with or without recomputation, that the configuration does not allow, and its reason."""
 
     stage: int
     recompute: bool
@@ -78,16 +78,16 @@ class Refused:
 
 @dataclass(frozen=True)
 class Choice:
-    """The stage to choose, or None where nothing fits, and why."""
+    """The chosen stage, or None where nothing fits, and the reason."""
 
     stage: Stage | None
     why: str
 
 
 class Planner:
-    """Plans one configuration; what does not depend on the cluster is worked out once.
+    """Plans one configuration; what does not depend on the cluster is computed once.
 
-    tokens: of enough of the run's images to stand for all.
+    tokens: of enough of the run's images to represent all.
     """
 
     def __init__(self, config: Config, tokens: Tokens, layout: Layout | None = None) -> None:
@@ -96,12 +96,12 @@ class Planner:
 
     @property
     def operations(self) -> float:
-        """Useful operations an image."""
+        """Useful FLOPs per image."""
         return image_flops(self.config, self.tokens).total / self.tokens.images
 
     @cached_property
     def settings(self) -> tuple[list[Config], list[Refused]]:
-        """Every ZeRO stage without and with recomputation: those that the configuration allows, and the others."""
+        """Every ZeRO stage without and with recomputation: the allowed ones, and the refused ones."""
         allowed, refused = [], []
         for stage in range(4):
             for recompute in (False, True):
@@ -122,33 +122,34 @@ class Planner:
         return both
 
     def with_batch(self, global_batch: int) -> Planner:
-        """The same run with another global batch."""
+        """Return the plan of the same run with another global batch."""
         train = self.config.train.model_copy(update={"global_batch": global_batch})
         return Planner(self.config.model_copy(update={"train": train}), self.tokens, self.layout)
 
     def variants(self, cluster: Cluster) -> list[Stage]:
-        """Every stage without and with recomputation that the configuration allows, each at the largest micro-batch
-        that fits, whatever train.micro_batch is. UserError where the ranks cannot share the global batch.
+        """Return every allowed stage without and with recomputation, each at the largest micro-batch that fits,
+        whatever train.micro_batch is. Raises UserError where the global batch does not divide over the ranks.
         """
         divide_batch(self.config.train.global_batch, cluster.world, None)
         return [self._largest(config, cluster) for config in self.settings[0]]
 
     def stages(self, cluster: Cluster) -> list[Stage]:
-        """The better variant of every stage: one that fits, the faster of two, without recomputation if equal.
+        """Return the better variant of every stage: one that fits, the faster of two, without recomputation if equal.
 
         Where neither fits, the one that needs less memory.
         """
         return best_of_each(self.variants(cluster))
 
     def configured(self, cluster: Cluster) -> Stage:
-        """The configuration as it is, at the micro-batch that a training would use, whether that fits or not."""
+        """Return the configured stage at the micro-batch that training would use, whether it fits or not."""
         world, train = cluster.world, self.config.train
         micro, accumulation = divide_batch(train.global_batch, world, train.micro_batch)
         return self._at(self.config, cluster, micro, accumulation)
 
     def choose(self, stages: list[Stage], cluster: Cluster) -> Choice:
-        """Of the stages that fit and are planned at most 5 % slower than the fastest: the largest micro-batch, then
-        the configured stage, then the lowest. Rates and overlap are assumed: less than 5 % is no reason for a change.
+        """Choose among the stages that fit and are planned at most 5 % slower than the fastest: the largest
+        micro-batch, then the configured stage, then the lowest. Rates and overlap are assumed: less than 5 % is no
+        reason for a change.
         """
         fitting = [s for s in stages if s.fits]
         gigabytes = f"{cluster.usable / 1e9:.0f} GB usable of {cluster.device.memory / 1e9:.0f} GB"
@@ -205,7 +206,7 @@ class Planner:
         pixels = (1 + self.tokens.sources) * 3 * config.model.image**2 * (config.data.prefetch + 2)
         more = self._more(micro)
         passing = round(of_drawn.passing(micro) * more) + pixels * micro
-        if config.train.cuda_graph:  # the gradients that a replay writes, which the engine gets copies of
+        if config.train.cuda_graph:  # gradients that a replay writes and the engine copies
             passing += self.layout.trained_size * (2 if config.train.precision == "bf16" and config.zero.stage else 4)
         kept = round(of_drawn.kept * micro * more) // drawn
         return replace(state, activations=kept, workspace=state.workspace + passing)
@@ -225,13 +226,13 @@ def best_of_each(variants: Sequence[Stage]) -> list[Stage]:
 
 
 def _without(chosen: Stage, refused: Sequence[Refused]) -> str:
-    """Why the chosen stage recomputes: without, nothing of it fits or is allowed."""
+    """Why the chosen stage recomputes: without, it does not fit or is not allowed."""
     why = [r.why for r in refused if r.stage == chosen.stage and not r.recompute]
     return f"it is refused ({why[0]})" if why else "it does not fit"
 
 
 def _changed(config: Config, stage: int, recompute: bool) -> Config | str:
-    """The configuration at another stage, with or without recomputation, or its reason for refusing that."""
+    """The configuration at another stage, with or without recomputation, or its reason for rejecting that."""
     tree = config.model_dump()
     tree["zero"]["stage"] = stage
     tree["train"]["activation_checkpointing"] = recompute
@@ -242,7 +243,7 @@ def _changed(config: Config, stage: int, recompute: bool) -> Config | str:
 
 
 def stage_record(stage: Stage, config: Config, world: int) -> dict[str, Any]:
-    """A stage as JSON values: bytes and seconds."""
+    """Return a stage as JSON values: bytes and seconds."""
     sent = [ring_bytes(c.kind, c.size, world) for c in stage.collectives]
     return {
         "stage": stage.stage,

@@ -1,4 +1,4 @@
-"""How a run scales from one GPU to 1,024, and its picture."""
+"""Scaling of a run from 1 to 1,024 GPUs, and its plot."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MOST_GPUS = 1024
 
 @dataclass(frozen=True)
 class Point:
-    """Images a second on so many GPUs; None where nothing fits."""
+    """Images/s on a number of GPUs; None where nothing fits."""
 
     gpus: int
     global_batch: int
@@ -66,7 +66,7 @@ def _point(planner: Planner, cluster: Cluster, global_batch: int, stage: int | N
 
 
 def draw_scaling(points: dict[str, list[Point]], title: str, path: Path) -> None:
-    """A PNG: images a second over GPUs, both logarithmic, beside what perfect scaling would give."""
+    """Plot images/s over GPUs as PNG, both logarithmic, beside perfect scaling."""
     import matplotlib as mpl
 
     mpl.use("Agg")

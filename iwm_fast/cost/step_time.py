@@ -1,4 +1,4 @@
-"""Seconds of one optimizer step by part, worked out from operations, bytes and rates."""
+"""Seconds of one optimizer step by part, from FLOPs, bytes and rates."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from iwm_fast.cost.tokens import Tokens
 
 __all__ = ["StepTime", "image_flops", "step_time"]
 
-MEMORY_EFFICIENCY = 0.75  # assumed: the share of the data sheet's memory rate that the optimizer's pass reaches
+MEMORY_EFFICIENCY = 0.75  # assumed: the share of the data sheet's memory bandwidth that the optimizer reaches
 # Assumed: the host takes 10 µs per operator of eager PyTorch, of which a block's forward pass has about eight.
 LAUNCH_S = 80e-6
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds. compute: forward and backward, recomputation included. optimizer: AdamW and the average.
+    """Seconds. compute: forward and backward, with recomputation. optimizer: AdamW and EMA.
 
-    communication: of all collectives; exposed: what of it no computation hides. data: to make the images, None where
-    no rate is known; it runs beside the rest, so the slower of the two decides. launches: what the host takes to launch
+    communication: of all collectives; exposed: the part that overlaps with no computation. data: to make the images,
+    None without a rate; it overlaps with the rest, so the slower of the two counts. launches: the host's time to launch
     the kernels of all micro-batches, forward and backward; neither pass takes less than its own.
     """
 
@@ -86,7 +86,7 @@ def step_time(
     forward = max((flops.target_forward + more * source) / rate, launched[0])
     backward = max(more * (flops.context_backward + flops.predictor_backward + again) / rate, launched[1])
     transfers = [fabric.transfer(c) for c in collectives]
-    # A graph hands all gradients over at its end.
+    # A graph hands over all gradients at its end.
     hidden = {"forward": forward, "backward": 0.0 if config.train.cuda_graph else backward}
     exposed = 0.0
     for collective, transfer in zip(collectives, transfers, strict=True):
@@ -106,8 +106,8 @@ def step_time(
 
 
 def _launches(config: Config, accumulation: int) -> tuple[float, float]:
-    """Seconds of the host to launch the forward and the backward passes: a block's backward has twice the operators,
-    and those of its forward pass where that is recomputed. A CUDA graph is launched as one.
+    """Seconds of the host to launch the forward and the backward passes: a block's backward pass has twice the
+    operators, and those of its forward pass where that is recomputed. A CUDA graph is one launch.
     """
     if config.train.cuda_graph:
         return 0.0, 0.0
@@ -118,8 +118,8 @@ def _launches(config: Config, accumulation: int) -> tuple[float, float]:
 
 
 def _optimizer_bytes(config: Config, layout: Layout, world: int) -> float:
-    """Read gradient, weight and two moments, write all but the gradient; read average and weight, write the average
-    and, from stage 1 on, its copy.
+    """Read gradient, weight and two moments, write all but the gradient; read EMA and weight, write the EMA and, from
+    stage 1 on, its copy.
     """
     share = 1 if config.zero.stage == 0 else 1 / world
     copy = 0 if config.zero.stage == 0 else 2 if config.train.precision == "bf16" else 4

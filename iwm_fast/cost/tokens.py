@@ -1,4 +1,4 @@
-"""How many tokens a run's images have, and how a micro-batch's are rounded up (`train.static_shapes`)."""
+"""Token counts of a run's images, and how a micro-batch's are padded (`train.static_shapes`)."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from iwm_fast.data.masks import mask_sampler
 
 __all__ = ["Rounding", "Tokens", "default_multiple", "expected_padding", "padded_share", "rounding_of", "tokens_of"]
 
-# One 48th of all patches of a micro-batch, rounded down to a power of two: of 500 batches of the default masks, 256
-# images of 14 × 14 patches (1,024) had 2.1 % more tokens and 7 pairs of sizes, 128 of 8 × 8 (128) 1.7 % and 12. Half
-# of it halves the padding and has 10 and 29 pairs; twice as much 4.2 % and 3.3 %, 4 and 5.
+# One 48th of all patches of a micro-batch, rounded down to a power of two. Over 500 batches of the default masks: 256
+# images of 14 × 14 patches (1,024) had 2.1 % more tokens and 7 pairs of sizes, 128 of 8 × 8 (128) 1.7 % and 12. Half of
+# it halves the padding and has 10 and 29 pairs; twice as much 4.2 % and 3.3 %, 4 and 5.
 _PARTS, _LEAST = 48, 8
 
 
@@ -22,7 +22,7 @@ _PARTS, _LEAST = 48, 8
 class Tokens:
     """context, predicted: int64 (B · K,), each source's visible patches, and patches to predict.
 
-    sources: K, of each of the B images, side by side.
+    sources: K, of each of the B images, adjacent.
     """
 
     context: NDArray[np.int64]
@@ -35,18 +35,18 @@ class Tokens:
         return len(self.context) // self.sources
 
     def part(self, first: int, images: int) -> Tokens:
-        """Those of `images` images from `first` on."""
+        """Return those of `images` images from `first` on."""
         rows = slice(first * self.sources, (first + images) * self.sources)
         return Tokens(self.context[rows], self.predicted[rows], self.sources)
 
     def tiled(self, images: int) -> Tokens:
-        """As many images as asked for, these ones over and over."""
+        """Return as many images as requested, by repeating these."""
         rows = images * self.sources
         return Tokens(np.resize(self.context, rows), np.resize(self.predicted, rows), self.sources)
 
 
 def tokens_of(config: Config, images: int) -> Tokens:
-    """How many tokens each source of the run's first images has, by the masks that training draws."""
+    """Return the token counts of each source of the run's first images, by the masks of training."""
     patches = mask_sampler(config).draw(np.zeros(images, np.int64), np.arange(images, dtype=np.int64))
     own = config.model.predictor.kind == "mlp"  # it predicts the context's own patches
     return Tokens(
@@ -58,10 +58,10 @@ def tokens_of(config: Config, images: int) -> Tokens:
 
 @dataclass(frozen=True)
 class Rounding:
-    """Numbers of tokens become multiples of `multiple` by `segments` segments of padding of 1 to `longest` tokens.
+    """Pads a number of tokens to a multiple of `multiple` by `segments` segments of padding of 1 to `longest` tokens.
 
-    longest: patches of a view, so that the padding's segments are no longer than an image's may be: kernels of
-    attention are launched for the longest one. A number of tokens that is large is rounded up as any other.
+    longest: patches of a view, so that no padding segment is longer than an image's may be: attention kernels are
+    launched for the longest one.
     """
 
     multiple: int
@@ -69,42 +69,44 @@ class Rounding:
     longest: int
 
     def size(self, tokens: int) -> int:
-        """Tokens with their padding."""
+        """Return the number of tokens with padding."""
         return -(-(tokens + self.segments) // self.multiple) * self.multiple
 
     def padding(self, tokens: int) -> NDArray[np.int64]:
-        """int64 (segments,): the tokens of each segment of padding, as equal as can be."""
+        """Return the tokens of each padding segment, int64 (segments,), as equal as possible."""
         share, more = divmod(self.size(tokens) - tokens, self.segments)
         return share + (np.arange(self.segments) < more).astype(np.int64)
 
 
 def default_multiple(sources: int, patches: int) -> int:
-    """The multiple for a micro-batch of so many sources of `patches` patches each: about 2 % of padding."""
+    """Return the multiple for a micro-batch of this many sources of `patches` patches each: about 2 % of padding."""
     return max(_LEAST, 1 << max(0, (sources * patches // _PARTS).bit_length() - 1))
 
 
 def rounding_of(config: Config, micro_batch: int) -> Rounding | None:
-    """The rounding of a run whose ranks compute `micro_batch` images at once; None without train.static_shapes."""
+    """Return the padding of a run with micro-batches of `micro_batch` images; None without train.static_shapes."""
     if not config.train.static_shapes:
         return None
     patches = config.model.grid**2
     multiple = config.train.static_multiple or default_multiple(
         micro_batch * config.views.sources_per_target, patches
     )  # fmt: skip
-    # As few as can hold the padding, of which there is at most multiple − 1 and one token for each segment.
+    # As few as can hold the padding: at most multiple − 1, and one token per segment.
     return Rounding(multiple, max(1, -(-(multiple - 1) // (patches - 1))), patches)
 
 
 def expected_padding(config: Config, micro_batch: int) -> float:
-    """Mean tokens of padding of one packed set, where all remainders are as likely; 0 without train.static_shapes."""
+    """Return the mean padding of one packed set, in tokens, where all remainders are as likely; 0 without
+    train.static_shapes.
+    """
     rounding = rounding_of(config, micro_batch)
     return 0.0 if rounding is None else rounding.segments + (rounding.multiple - 1) / 2
 
 
 def padded_share(config: Config, context: NDArray[np.int64], predicted: NDArray[np.int64] | None) -> float:
-    """Share of padding among the context and predicted tokens of a micro-batch of sources of these lengths.
+    """Return the share of padding among context and predicted tokens of a micro-batch of sources of these lengths.
 
-    predicted: None where the predictor is asked for its own context. 0 without train.static_shapes.
+    predicted: None where the predictor predicts its own context. 0 without train.static_shapes.
     """
     rounding = rounding_of(config, len(context) // config.views.sources_per_target)
     totals = [int(part.sum()) for part in (context, predicted) if part is not None]

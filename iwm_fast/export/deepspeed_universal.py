@@ -34,14 +34,16 @@ _MODEL_FILE = "mp_rank_00_model_states.pt"
 
 
 def export_universal(run: Path, out: Path, which: str = "latest") -> Path:
-    """Write the layout of a run's checkpoint; the folder appears whole or not at all. Raises UserError."""
+    """Write a run's checkpoint in DeepSpeed's universal layout; the folder appears whole or not at all. Raises
+    UserError.
+    """
     require_new_folder(out)
     path = find_checkpoint(run, which)
     model, config, _, _ = load_model(run, path.name)
     with writing(out), whole_folder(out) as partial:
         try:
             _write(partial, model, config, Checkpoint(path))
-        except RuntimeError as error:  # torch.save's word for a disk that takes no more
+        except RuntimeError as error:  # torch.save's error on a full disk
             raise OSError(" ".join(str(error).split())) from error
     return out
 

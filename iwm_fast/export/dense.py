@@ -1,7 +1,7 @@
-"""Encoder and predictor of whole images, for graphs that others run: batches of any size, nothing packed.
+"""Encoder and predictor on whole images, for exported graphs: any batch size, no packing.
 
-The modules here hold the trained ones and use their parameters; they compute what `IWM.encode` and `IWM.predict` do, in
-plain operators on (B, L, D) that an exporter can trace with B unknown. Training has no use for them.
+These modules hold the trained ones and use their parameters; they compute what `IWM.encode` and `IWM.predict` do, in
+plain operators on (B, L, D) that an exporter can trace with B unknown.
 """
 
 from __future__ import annotations
@@ -57,20 +57,20 @@ class WholeEncoder(nn.Module):
         self.encoder = encoder
 
     def forward(self, images: Tensor) -> Tensor:
-        """All patches, row-major, as `VisionTransformer` without `patches`."""
+        """Return the tokens of all patches, row-major, as `VisionTransformer` without `patches`."""
         tokens = self.encoder.patch_embed(images).unflatten(0, (-1, self.encoder.patches)) + self.encoder.pos_embed
         return self.encoder.norm(_blocks(self.encoder.blocks, tokens))
 
 
 class WholePredictor(nn.Module):
-    """Tokens (B, L, D) of the source and action (B, A) to the tokens (B, L, D) that the target should have."""
+    """Predict the target's tokens (B, L, D) from the source's (B, L, D) and the action (B, A)."""
 
     def __init__(self, predictor: VitPredictor | MlpPredictor) -> None:
         super().__init__()
         self.predictor = predictor
 
     def forward(self, tokens: Tensor, action: Tensor) -> Tensor:
-        """All patches of the target, as `IWM.predict`."""
+        """Return all patches of the target, as `IWM.predict`."""
         own = self.predictor
         x = own.embed(tokens)
         if isinstance(own, MlpPredictor):

@@ -1,4 +1,4 @@
-"""The networks as ONNX graphs of whole images, each run once and compared before it counts as written."""
+"""Write the networks as ONNX graphs on whole images, and compare each with its network."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from iwm_fast.models.iwm import IWM
 __all__ = ["OPSET", "write_onnx"]
 
 OPSET = 20  # the first with Gelu as one operator
-# Of a result's largest number: ten times what fp32's rounding in another order was measured to make of it (ViT-B/16
-# 8e-7, its predictor of 18 layers 1.1e-6), far below what a wrong graph would be off by.
+# Relative to a result's largest value: ten times the measured rounding of fp32 in another order (ViT-B/16 8e-7, its
+# predictor of 18 layers 1.1e-6), far below the error of a wrong graph.
 _TOLERANCE = 1e-5
 
 
 def write_onnx(model: IWM, folder: Path) -> dict[str, str]:
-    """Write encoder, target encoder (when it is its own) and predictor as .onnx; returns file names by part.
+    """Write encoder, target encoder (where it is separate) and predictor as .onnx; return file names by part.
 
     encoder.onnx, target_encoder.onnx: images uint8 (B, S, S, 3), RGB -> tokens float32 (B, L, D). predictor.onnx:
-    tokens float32 (B, L, D), action float32 (B, A) -> predicted float32 (B, L, D). B is free. Weights lie inside, or
-    beside in a .data file where a graph would pass ONNX's limit of 2 GiB.
-    UserError where onnx, onnxscript or onnxruntime is not installed, or a graph does not compute what the network does.
+    tokens float32 (B, L, D), action float32 (B, A) -> predicted float32 (B, L, D). B is free. Weights lie inside, or in
+    a .data file beside where a graph would pass ONNX's limit of 2 GiB. Raises UserError where onnx, onnxscript or
+    onnxruntime is not installed, or a graph differs from its network.
     """
     try:
         import onnx  # noqa: F401  (torch's exporter needs both, and says so less clearly)
@@ -57,7 +57,7 @@ def write_onnx(model: IWM, folder: Path) -> dict[str, str]:
 
 
 def _write(module: nn.Module, inputs: dict[str, Tensor], output: str, path: Path) -> None:
-    """One graph, made from a batch of two and compared on one of three."""
+    """Write one graph, exported on a batch of two and compared on a batch of three."""
     batch = torch.export.Dim("batch", min=1, max=2**16)
     with torch.no_grad(), _quiet():
         program = torch.onnx.export(
@@ -91,7 +91,7 @@ def _run(path: Path, inputs: dict[str, np.ndarray]) -> np.ndarray:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter tells its steps on standard output, and torch of what its next version will do."""
+    """Silence the exporter's steps on standard output, and torch's notes on its next version."""
     logger = logging.getLogger("torch.onnx._internal.exporter._registration")  # says that torchvision is not there
     before = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,7 +1,7 @@
-"""The encoder under timm's names: its weights load into timm's `VisionTransformer` as they are.
+"""The encoder under timm's parameter names: the weights load into timm's `VisionTransformer`.
 
-Ours differ in the blocks' MLPs alone, which own their normalisation (`blocks` says why), and in the fixed positions,
-which timm keeps as a parameter.
+Ours differs only in the blocks' MLPs, which own their normalisation (`blocks` says why), and in the fixed positions,
+which timm stores as a parameter.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ def _rename(name: str, table: Mapping[str, str]) -> str:
 
 
 def timm_name(name: str) -> str:
-    """The name that timm gives to a parameter of our encoder."""
+    """Return timm's name of a parameter of our encoder."""
     return _rename(name, _MLP_NAMES)
 
 
 def to_timm(encoder: Mapping[str, Tensor], grid: int) -> dict[str, Tensor]:
-    """The state of a `VisionTransformer` of ours under timm's names, `pos_embed` (1, grid², D) included."""
+    """Return our `VisionTransformer`'s state under timm's names, with `pos_embed` (1, grid², D)."""
     state = {timm_name(name): value for name, value in encoder.items()}
     norm = state["norm.weight"]
     state["pos_embed"] = sincos_positions(norm.shape[0], grid).to(norm)[None]
@@ -50,15 +50,15 @@ def to_timm(encoder: Mapping[str, Tensor], grid: int) -> dict[str, Tensor]:
 
 
 def from_timm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of `to_timm`: our names, without the fixed positions."""
+    """Invert `to_timm`: our names, without the fixed positions."""
     return {_rename(name, _OUR_NAMES): value for name, value in state.items() if name != "pos_embed"}
 
 
 def timm_arguments(model: ModelConfig) -> dict[str, Any]:
-    """Keyword arguments of timm's `VisionTransformer` that make it compute what our encoder does.
+    """Return the arguments of timm's `VisionTransformer` that make it compute what our encoder does.
 
-    Its `forward_features` then takes images (B, 3, S, S) in 0..1 with `mean` taken off and divided by `std`, which
-    stand under "pretrained_cfg" as timm writes them.
+    Its `forward_features` then takes images (B, 3, S, S) in 0..1, normalised with `mean` and `std`, which stand under
+    "pretrained_cfg" as timm writes them.
     """
     shape = model.encoder_shape
     return {

@@ -42,11 +42,11 @@ _MEAN = "mean of all patch tokens after the last normalisation (timm's global_po
 
 
 def export_run(run: Path, out: Path, which: str = "latest", *, onnx: bool = False) -> Path:
-    """Write the files of the table above and config.json into the new folder ``out``; returns it.
+    """Write the files of the table above and config.json into the new folder ``out``; return it.
 
     config.json says under ``files`` what each file holds, its layout, dtype and pooling, and whether evaluation (k-NN,
     probes, finetuning) reads it. The timm files load into timm's VisionTransformer built with the arguments under
-    ``timm``. ``onnx``: also graphs of whole images (`onnx_export`). The folder appears whole or not at all.
+    ``timm``. ``onnx``: also write graphs on whole images (`onnx`). The folder appears whole or not at all.
     """
     require_new_folder(out)
     checkpoint = find_checkpoint(run, which)
@@ -74,7 +74,7 @@ def export_run(run: Path, out: Path, which: str = "latest", *, onnx: bool = Fals
 
 
 def _write_weights(model: IWM, grid: int, folder: Path) -> dict[str, dict[str, Any]]:
-    """Write every .safetensors; what each holds, by file name."""
+    """Write every .safetensors; return what each holds, by file name."""
     evaluated = "target" if model.target_encoder is not None else "context"
     encoders = {"context": model.encoder} | ({"target": model.target_encoder} if model.target_encoder else {})
     files: dict[str, dict[str, Any]] = {}
@@ -101,14 +101,14 @@ def _entry(part: str, layout: str, pooling: str, *, evaluated: bool) -> dict[str
 
 
 def _graph_entry(part: str, model: IWM) -> dict[str, Any]:
-    """What a graph of `write_onnx` holds, whose parts are named encoder, target_encoder and predictor."""
+    """What a graph of `write_onnx` holds; its parts are encoder, target_encoder and predictor."""
     short = {"encoder": "context", "target_encoder": "target"}.get(part, part)
     evaluated = short == ("target" if model.target_encoder is not None else "context")
     return _entry(short, "onnx", _TOKENS, evaluated=evaluated) | {"dtype": "float32"}
 
 
 def _same_file(path: Path, other: Path) -> None:
-    """A second name for a file: no second copy on disks that have hard links."""
+    """Give a file a second name, by a hard link where the disk has them, else by a copy."""
     try:
         os.link(path, other)
     except OSError:

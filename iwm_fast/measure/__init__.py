@@ -1,1 +1,1 @@
-"""What benchmarks and the profiler share."""
+"""Measurements that benchmarks and the profiler share."""

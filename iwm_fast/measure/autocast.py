@@ -1,8 +1,8 @@
-"""CUDA's autocast to bf16 for the meta device, which has none of its own.
+"""CUDA's autocast to bf16 for the meta device, which lacks one.
 
-Only the operators that a vision transformer of plain PyTorch uses, by the lists in torch's documentation ("CUDA Ops
-that can autocast"): matrix products take bf16, normalisations, softmax and losses fp32, all others what they are given.
-A weight is rounded once and its copy is kept until the pass ends, as autocast's cache does.
+It covers only the operators of a vision transformer in plain PyTorch, by the lists in torch's documentation ("CUDA Ops
+that can autocast"): matmuls take bf16, normalisations, softmax and losses fp32, all others their input's type. A weight
+is rounded once and its copy cached until the pass ends, as autocast does.
 """
 
 from __future__ import annotations

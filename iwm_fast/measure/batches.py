@@ -1,4 +1,4 @@
-"""The batches that a measurement trains on: of a data set through DALI, or of random pixels."""
+"""Batches to measure on: of a data set through DALI, or of random pixels."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ from iwm_fast.measure.synthetic import BatchStream, synthetic_stream
 
 __all__ = ["BATCHES", "described", "opened_stream"]
 
-# Different batches of random pixels: a training meets other lengths at each step.
+# Number of different random batches: training meets other lengths at each step.
 BATCHES = 8
 
 
 def described(config: Config, root: Path | None) -> tuple[Config, Triplets | None]:
-    """The configuration with what its actions are, and the triplets where `root` is a manifest of them, as `pretrain`.
+    """Return the configuration with its actions, and the triplets where `root` is a manifest of them, as `pretrain`
+    does.
 
-    Without `root` only the manifest's actions are read, from data.root, unless actions.external says them. UserError
-    where nothing does, or where data and actions do not fit together.
+    Without `root` only the manifest's actions are read, from data.root, unless actions.external has them. Raises
+    UserError where neither does, or where data and actions do not match.
     """
     if root is None and (not config.actions.is_external or config.actions.external is not None):
         return config, None
@@ -39,7 +40,9 @@ def described(config: Config, root: Path | None) -> tuple[Config, Triplets | Non
 def opened_stream(
     config: Config, space: ActionSpace, ranks: Ranks, root: Path | None, triplets: Triplets | None = None
 ) -> Iterator[BatchStream | TrainingStream]:
-    """Batches of `triplets` or of the images below `root` through DALI, or made of random pixels where it is None."""
+    """Return a stream of batches of `triplets` or of the images below `root`, through DALI, or of random pixels where
+    it is None.
+    """
     stream: BatchStream | TrainingStream
     if root is None:
         stream = synthetic_stream(config, space, ranks.device, rank=ranks.rank, world=ranks.world, steps=BATCHES)

@@ -1,4 +1,4 @@
-"""Bytes that collectives really move, counted where torch dispatches them, whoever calls: DeepSpeed or the engine."""
+"""Count the bytes of collectives where torch dispatches them, whoever calls: DeepSpeed or the engine."""
 
 from __future__ import annotations
 
@@ -37,11 +37,7 @@ class CountedCollective:
 
 
 class CollectiveCounter(TorchDispatchMode):
-    """While active, notes every collective of this process, those of the backward pass included.
-
-    calls: in order. A collective that is none of the three kinds (a broadcast, say) keeps its operator's name, so that
-    nothing goes unseen.
-    """
+    """While active, records every collective of this process, also in the backward pass."""
 
     def __init__(self) -> None:
         super().__init__()
