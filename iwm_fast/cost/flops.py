@@ -123,8 +123,8 @@ def step_flops(
         model: the networks.
         action_dim: A, components of an action.
         context_lengths: (B · K,), visible patches of each source.
-        predicted_lengths: (B · K,), patches to predict for each source; unused with the mlp predictor, which predicts the
-            context's.
+        predicted_lengths: (B · K,), patches to predict for each source; unused with the mlp predictor, which
+            predicts the context's.
         sources: K, per target.
 
     Raises:

@@ -163,7 +163,7 @@ def assumptions(cluster: Cluster, config: Config, images: ImageCount) -> list[st
         )
     said.append("overlap: messages that can run beside the computation are assumed to, entirely; the others not at all")
     if cluster.data_rate is None:
-        said.append("data: assumed never waited for; give --data-rate, images a second and GPU, to count them")
+        said.append("data: assumed to be ready; give --data-rate, in images per second and GPU, to count them")
     if images.origin == "assumed":
         said.append(f"{images.count:,} images assumed (ImageNet-1k); {images.why}: give --images")
     return said
