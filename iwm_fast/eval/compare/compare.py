@@ -66,13 +66,13 @@ class Comparison:
         differ = [[key, *map(_setting, values)] for key, values in differences(self.subjects).items()]
         if differ:
             found.append(("settings that differ", ["key", *names], differ))
-        places = {row.data for row in self.rows}
+        places = _short_places(self.rows)
         if self.rows:
             # A column of dashes, of what was not measured at all, would take the others' room.
             shown = [place for place in range(len(names)) if any(row.figures[place] is not None for row in self.rows)]
             measured = [
                 [
-                    row.measure + (f", on {_place(row.data)}" if len(places) > 1 else ""),
+                    row.measure + (f", on {places[row.data]}" if len(places) > 1 else ""),
                     *_cells(row, self.subjects, shown),
                 ]
                 for row in self.rows
@@ -128,8 +128,11 @@ def _places(rows: Sequence[Row]) -> list[str]:
     return [f"Measured on: {'; '.join(map(printable, found))}."] if found else []
 
 
-def _place(data: str) -> str:
-    return PurePath(data).name or data
+def _short_places(rows: Sequence[Row]) -> dict[str, str]:
+    """The last part of each place of images, or all of it where two end alike."""
+    places = dict.fromkeys(row.data for row in rows)
+    ends = [PurePath(place).name for place in places]
+    return {place: end if end and ends.count(end) == 1 else place for place, end in zip(places, ends, strict=True)}
 
 
 def _facts(subject: Subject) -> dict[str, Any]:

@@ -49,6 +49,9 @@ def read_subjects(paths: Sequence[Path]) -> list[Subject]:
     """Each in the order given. UserError for fewer than two, one that is given twice, and what is none."""
     if len(paths) < 2:
         raise UserError("compare: give two or more runs, exports or finetuned results: iwm-fast compare runs/a runs/b")
+    for path in paths:
+        if named(path).checkpoint is not None:
+            raise UserError(f"{path}: is one checkpoint of a run; compare takes whole runs: give {named(path).run}")
     folders = [named(path).run for path in paths]
     for place, folder in enumerate(folders):
         if not folder.is_dir():

@@ -83,6 +83,10 @@ def test_measures_on_other_images_are_not_compared(tmp_path):
     run(tmp_path / "b", measured={"knn": (0.9, 0.8, 1.0)}, data="/drawings")
     found = compare([tmp_path / "a", tmp_path / "b"]).document()
     assert [sorted(row["verdicts"].values()) for row in found["measures"]] == [["", ""], ["", ""]]
+    assert [row[0] for row in compare([tmp_path / "a", tmp_path / "b"]).tables()[-1][2]] == [
+        "knn, on photos",
+        "knn, on drawings",
+    ]
     assert "no measure was taken of two of them on the same images: evaluate them with one --data" in found["notes"]
 
 
@@ -158,6 +162,7 @@ def test_a_run_without_metrics_and_a_torn_line_are_compared_as_they_are(tmp_path
 WRONG = {
     "one": (["a"], "compare: give two or more runs"),
     "twice": (["a", "a/checkpoints"], "checkpoints: is given twice; name each run once"),
+    "a checkpoint": (["a", "a/checkpoints/step_000004"], "is one checkpoint of a run; compare takes whole runs: give"),
     "missing": (["a", "nope"], "nope: no such folder; name a run, an export or a finetuned result"),
     "a folder": (["a", "plain"], r"plain: no run \(no config.yaml\), no export .* and no finetuned result"),
     "torn": (["a", "torn"], r"torn/finetune\.json: is damaged; write it again"),
