@@ -48,8 +48,11 @@ def pretrain(
     from iwm_fast.engine.distributed.ranks import leave
     from iwm_fast.eval.online import OnlineEvaluator
 
-    train(loaded, out, resume, evaluator=OnlineEvaluator())
+    ending = train(loaded, out, resume, evaluator=OnlineEvaluator())
     atexit.register(leave)
+    if ending.first and ending.finished:
+        for line in ending.lines():
+            print(line)
 
 
 def _configuration(config: str | None, overrides: list[str], out: Path, resume: str) -> tuple[Path, list[str]]:

@@ -8,6 +8,7 @@ from typing import Any
 from iwm_fast.actions.external import space_of
 from iwm_fast.actions.space import ActionSpace
 from iwm_fast.config import Config
+from iwm_fast.data.bad_samples import FILE_NAME as BAD_SAMPLES_FILE
 from iwm_fast.engine.checkpoint.fragments import fragments
 from iwm_fast.engine.checkpoint.writer import CheckpointWriter
 from iwm_fast.engine.distributed.ranks import Ranks, agree
@@ -15,10 +16,13 @@ from iwm_fast.engine.distributed.signals import Abandoned, StopRequest
 from iwm_fast.engine.distributed.stragglers import Stragglers
 from iwm_fast.engine.distributed.watchdog import Liveness
 from iwm_fast.engine.ema import TargetAverage
+from iwm_fast.engine.ending import resume_command
 from iwm_fast.engine.evaluator import Evaluator, live_model
 from iwm_fast.engine.garbage import Upkeep
 from iwm_fast.engine.kernel_choices import KernelChoices
 from iwm_fast.engine.metrics.clock import seconds_since_start
+from iwm_fast.engine.metrics.collapse import CollapseWatch
+from iwm_fast.engine.metrics.episodes import FaultWatch
 from iwm_fast.engine.metrics.log import MetricsLog
 from iwm_fast.engine.metrics.loggers import open_sinks
 from iwm_fast.engine.metrics.progress import TrainingProgress
@@ -66,7 +70,7 @@ def train(run: Run, space: ActionSpace, progress: TrainingProgress, stop: StopRe
     trainer, ranks = run.trainer, run.ranks
     first, saved_at = trainer.step + 1, trainer.step
     log = _open_log(run) if ranks.first else None
-    stragglers = Stragglers(run.config.log.straggler_ratio)
+    warnings = _Warnings(run, progress)
     asked = Asked()
     if ranks.world == 1:  # with several ranks, the others are in the step already and wait for this one
         trainer.waiting = stop.abandonable
@@ -88,11 +92,9 @@ def train(run: Run, space: ActionSpace, progress: TrainingProgress, stop: StopRe
             asked = _asked(run, stop)
             trainer.restart_clock()
         if record and log:
-            slow = stragglers.look(record.pop("own_s_by_rank", [0.0]), record.get("step_s", 0.0))
-            if slow:
-                progress.say(_named(slow, record["step"], ranks))
+            own_s = record.pop("own_s_by_rank", [0.0])
             log.write(record)
-            _warn_of_collapse(record, run.config, progress)
+            warnings.after(record, own_s)
         progress.step(trainer.step, record if record and "loss" in record else None)
         if asked.stop or trainer.step == run.stop_at or _due(run.config.checkpoint.every_steps, trainer.step):
             _save(run, log)
@@ -160,15 +162,42 @@ def _say_stopped(run: Run, asked: Asked, progress: TrainingProgress, *, made_ste
         run.directory.mark_stopped(step)
     word = "interrupted" if asked.interrupted else "stopped as asked"
     if step == 0:
-        progress.say(f"{word} before the first step: there is nothing to save")
+        again = resume_command(out, run.ranks.world)
+        progress.say(f"{word} before the first step: there is nothing to save; start again with: {again}")
         return
     held = f"checkpoint {run.directory.checkpoints / f'step_{step:06d}'}" if made_steps else "no step was taken"
-    progress.say(f"{word} after step {step}, {held}; resume with: iwm-fast pretrain --out {out} --resume auto")
+    progress.say(f"{word} after step {step}, {held}; resume with: {resume_command(out, run.ranks.world)}")
 
 
 def _open_log(run: Run) -> MetricsLog:
     directory = run.directory
     return MetricsLog(directory.metrics_file, open_sinks(run.config, directory.path, directory.tensorboard))
+
+
+class _Warnings:
+    """What the log warns of, each fault once per episode."""
+
+    def __init__(self, run: Run, progress: TrainingProgress) -> None:
+        self._run, self._say = run, progress.say
+        self._stragglers = Stragglers(run.config.log.straggler_ratio)
+        self._collapse = CollapseWatch(run.config)
+        self._faults = FaultWatch(run.config.train.max_skipped, run.directory.path / BAD_SAMPLES_FILE)
+        self._skipped = run.trainer.skipped.count
+
+    def after(self, record: dict[str, Any], own_s: list[float]) -> None:
+        """Say what a step's record shows; one with measurements alone shows nothing."""
+        if "loss" not in record:
+            return
+        slow = self._stragglers.look(own_s, record["step_s"])
+        if slow:
+            self._say(_named(slow, record["step"], self._run.ranks))
+        collapsing = self._collapse.look(record)
+        if collapsing:
+            self._say(collapsing)
+        skipped = self._run.trainer.skipped.count
+        for line in self._faults.look(record, skipped - self._skipped):
+            self._say(line)
+        self._skipped = skipped
 
 
 def _named(slow: dict[str, Any], step: int, ranks: Ranks) -> str:
@@ -200,12 +229,3 @@ def _save(run: Run, log: MetricsLog | None) -> None:
     run.live.at(f"checkpoint of step {trainer.step}")
     run.writer.save(trainer.step, fragments(run.zero, run.average, run.ranks), meta)
     trainer.restart_clock()
-
-
-def _warn_of_collapse(record: dict[str, Any], config: Config, progress: TrainingProgress) -> None:
-    floor = config.log.rank_me_floor * config.model.encoder_shape.width
-    if record.get("rank_me", floor) < floor:
-        progress.say(
-            f"step {record['step']}: the target may be collapsing: RankMe {record['rank_me']:.1f} of "
-            f"{config.model.encoder_shape.width}, spread {record['target_spread']:.2e}"
-        )

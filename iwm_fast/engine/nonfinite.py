@@ -28,6 +28,7 @@ class SkippedSteps:
     def __init__(self, limit: int, file: Path | None, ranks: Ranks) -> None:
         self._limit, self._file, self._ranks = limit, file, ranks
         self._steps: list[dict[str, Any]] = []
+        self.count = 0  # of all that were read, in this start
         self._unread: list[tuple[Tensor, int, list[int], list[int]]] = []
 
     @property
@@ -57,6 +58,7 @@ class SkippedSteps:
         return flags.count(0.0)
 
     def _add(self, step: int, epochs: list[int], ids: list[int]) -> None:
+        self.count += 1
         self._steps.append({"step": step, "samples": list(zip(epochs, ids, strict=True))})
         if len(self._steps) <= self._limit:
             return

@@ -30,6 +30,7 @@ from iwm_fast.engine.distributed.ranks import Ranks, decide, gather, start
 from iwm_fast.engine.distributed.signals import StopRequest
 from iwm_fast.engine.distributed.watchdog import Liveness
 from iwm_fast.engine.ema import TargetAverage
+from iwm_fast.engine.ending import Ending
 from iwm_fast.engine.evaluator import Evaluator
 from iwm_fast.engine.garbage import Upkeep
 from iwm_fast.engine.kernel_choices import KernelChoices, read_tables
@@ -53,14 +54,14 @@ __all__ = ["pretrain"]
 
 def pretrain(
     config: Config, out: Path, resume: str = "never", *, evaluator: Evaluator | None = None, alone: bool = False
-) -> None:
+) -> Ending:
     """Train into folder ``out``, alone or as one rank of many.
 
     ``resume``: ``never`` (an error where ``out`` has checkpoints), ``auto`` (from the newest intact one, else from step
     0), or the path of a run or a checkpoint (`checkpoint.paths`). ``evaluator``: measures every ``eval.every_steps``
     steps, usually `iwm_fast.eval.online.OnlineEvaluator`. ``alone``: as the only rank, whatever launcher the
-    environment names. Raises UserError for what the user can fix, and Interrupted after a Ctrl-C that left a
-    checkpoint.
+    environment names. Returns how it ended. Raises UserError for what the user can fix, and Interrupted after a Ctrl-C
+    that left a checkpoint.
     """
     asked = config.eval.interval_key
     if asked is not None and evaluator is None:
@@ -97,9 +98,10 @@ def pretrain(
                 tell_of_splits(config.data.root or "", "all of them are trained on")
             identity = ListIdentity(files) if ranks.first else None
             decide(ranks, lambda: _begin(config, directory, chosen, files, identity, ranks, measured))
-            _train(config, directory, chosen, ranks, live, files, identity, stop, evaluator)
+            step, stop_at = _train(config, directory, chosen, ranks, live, files, identity, stop, evaluator)
     if stop.interrupted:
         raise Interrupted
+    return Ending(config, out, step, stop_at, ranks.first)
 
 
 def _begin(
@@ -137,7 +139,8 @@ def _train(
     identity: ListIdentity | None,
     stop: StopRequest,
     evaluator: Evaluator | None,
-) -> None:
+) -> tuple[int, int]:
+    """The step after which it ended, and the one it was to end after."""
     live.at("making of the model")
     given, config = config, in_steps(config, len(files))
     space = space_of(config.actions)
@@ -182,6 +185,7 @@ def _train(
             # Before this there is no state to save, and a signal just ends the process.
             with stop.held(progress.say), Upkeep() as upkeep, live.watching(), use_tuner(choices.choices):
                 train(run, space, progress, stop, upkeep)
+        return trainer.step, stop_at
 
 
 def _announce(

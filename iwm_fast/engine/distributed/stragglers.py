@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from iwm_fast.engine.distributed.ranks import Ranks
+from iwm_fast.engine.metrics.episodes import Episode
 
 __all__ = ["OwnTime", "Stragglers", "over_ranks"]
 
@@ -76,9 +77,12 @@ class Stragglers:
     def __init__(self, ratio: float) -> None:
         self._ratio = ratio
         self._slow: dict[int, int] = {}
+        self._episodes: dict[int, Episode] = {}
 
     def look(self, own_s: list[float], step_s: float) -> dict[str, Any] | None:
-        """Return {rank, own_s, others_s} of a rank that has been slow in three logged steps, once, or None.
+        """Return {rank, own_s, others_s} of a rank that has been slow in three logged steps in a row, or None.
+
+        It is returned again only after it was fast in as many.
 
         Differences below a twentieth of the step do not count.
         """
@@ -89,6 +93,6 @@ class Stragglers:
             others = statistics.median(own_s[:rank] + own_s[rank + 1 :])
             slow = seconds > self._ratio * others and seconds - others > step_s / 20
             self._slow[rank] = self._slow.get(rank, 0) + 1 if slow else 0
-            if self._slow[rank] == _IN_A_ROW:
+            if self._episodes.setdefault(rank, Episode()).begins(self._slow[rank] >= _IN_A_ROW, gone=not slow):
                 named = {"rank": rank, "own_s": seconds, "others_s": others}
         return named

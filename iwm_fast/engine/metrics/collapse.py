@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-__all__ = ["rank_me", "spread"]
+from iwm_fast.config import Config
+from iwm_fast.engine.metrics.episodes import Episode
+
+__all__ = ["CollapseWatch", "rank_me", "spread"]
+
+# An episode ends when RankMe has come back to this multiple of the floor.
+_RECOVERED = 1.5
 
 
 def rank_me(tokens: Tensor) -> float:
@@ -28,3 +36,49 @@ def rank_me(tokens: Tensor) -> float:
 def spread(tokens: Tensor) -> float:
     """Mean over the D features of the standard deviation across (T, D) tokens; 0 when all tokens are the same."""
     return float(tokens.float().std(dim=0, unbiased=False).mean())
+
+
+class CollapseWatch:
+    """Warns once per episode of collapse: RankMe of the target under ``log.rank_me_floor`` of the encoder's width."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._width = config.model.encoder_shape.width
+        self._floor = config.log.rank_me_floor * self._width
+        self._recovered = min(_RECOVERED * self._floor, (self._floor + self._width) / 2)
+        self._episode = Episode()
+        self._highest: dict[str, Any] | None = None
+
+    def look(self, record: dict[str, Any]) -> str | None:
+        """The warning after a logged step: what was seen, and keys of the configuration that help; mostly None."""
+        if "rank_me" not in record:
+            return None
+        found = record["rank_me"]
+        if self._episode.begins(found < self._floor, gone=found >= self._recovered):
+            line = f"step {record['step']}: the target may be collapsing: {self._seen(record)}. {self._remedies()}"
+            self._highest = None  # the next episode falls from what it recovers to
+            return line
+        if found >= self._floor and (self._highest is None or found > self._highest["rank_me"]):
+            self._highest = record
+        return None
+
+    def _seen(self, record: dict[str, Any]) -> str:
+        before, width = self._highest, f"of {self._width}"
+        under = f"the warning begins below {self._floor:.1f}, log.rank_me_floor"
+        if before is None:
+            return f"RankMe is {record['rank_me']:.1f} {width} ({under}), loss {record['loss']:.3g}"
+        return (
+            f"RankMe fell from {before['rank_me']:.1f} at step {before['step']} to {record['rank_me']:.1f} {width} "
+            f"({under}), loss from {before['loss']:.3g} to {record['loss']:.3g}"
+        )
+
+    def _remedies(self) -> str:
+        train, model = self._config.train, self._config.model
+        ways = [f"lower train.lr ({train.lr:g})", f"lengthen train.warmup ({train.warmup})"]
+        if model.target == "ema":
+            ways.insert(0, f"move train.ema ({train.ema[0]:g} to {train.ema[1]:g}) nearer to 1")
+        else:
+            ways.insert(0, "set model.target=ema")
+        if model.regularizer.kind == "none":
+            ways.append("add model.regularizer.kind=vicreg or sigreg")
+        return f"Restart from an earlier checkpoint or anew: {', '.join(ways)}"

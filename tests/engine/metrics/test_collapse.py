@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from iwm_fast.engine.metrics.collapse import rank_me, spread
+from iwm_fast.config import load_config, packaged_config
+from iwm_fast.engine.metrics.collapse import CollapseWatch, rank_me, spread
 
 
 def test_rank_me_equals_the_entropy_of_the_singular_values():
@@ -20,3 +21,44 @@ def test_a_collapsed_representation_has_rank_one_and_no_spread():
 
 def test_nothing_at_all_is_not_an_error():
     assert rank_me(torch.zeros(10, 4)) >= 0.0
+
+
+def watched(values, *overrides):
+    """Lines of a watch over records with these values of RankMe, at steps 10, 20 and so on, losses falling."""
+    config = load_config(packaged_config("vit_tiny_p4_32.yaml"), ["data.root=x", "log.rank_me_floor=0.05", *overrides])
+    watch = CollapseWatch(config)  # of width 128: the floor is 6.4, recovered is 9.6
+    records = [{"step": 10 * i, "rank_me": v, "loss": 1 / i} for i, v in enumerate(values, start=1)]
+    return [watch.look(record) for record in records]
+
+
+def test_collapse_is_reported_once_per_episode_and_again_after_it_recovered():
+    falls = [30.0, 40.0, 6.0, 5.0, 7.0, 6.0, 3.0]  # 7.0 is above the floor, and no recovery
+    recovers = [20.0, 21.0, 22.0]
+    said = watched([*falls, *recovers, 2.0, 1.0])
+    assert [i for i, line in enumerate(said) if line] == [2, 10]
+    assert "RankMe fell from 40.0 at step 20 to 6.0 of 128" in said[2]
+    assert "loss from 0.5 to 0.333" in said[2]
+    assert "RankMe fell from 22.0 at step 100 to 2.0 of 128" in said[10]
+
+
+def test_a_value_that_comes_back_for_a_moment_starts_no_second_episode():
+    assert [line is not None for line in watched([30.0, 5.0, 20.0, 20.0, 5.0, 20.0, 5.0])] == [
+        False, True, False, False, False, False, False,
+    ]  # fmt: skip
+
+
+def test_collapse_names_keys_that_help_and_that_this_run_can_turn():
+    (line,) = watched([3.0])
+    assert "RankMe is 3.0 of 128" in line
+    assert "train.ema" in line
+    assert "model.target=ema" not in line
+    for key in ("train.lr", "train.warmup", "model.regularizer.kind"):
+        assert key in line
+    (shared,) = watched([3.0], "model.target=shared")
+    assert "model.target=ema" in shared
+    assert "train.ema" not in shared
+
+
+def test_a_record_of_measurements_alone_or_a_rank_that_is_no_number_reports_nothing():
+    assert CollapseWatch(load_config(packaged_config("vit_tiny_p4_32.yaml"), ["data.root=x"])).look({"step": 1}) is None
+    assert watched([float("nan"), 30.0]) == [None, None]
