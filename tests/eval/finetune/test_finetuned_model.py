@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -220,3 +222,23 @@ def test_answers_give_no_warning(made):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model.classify(pictures(2))
+
+
+def test_the_guide_s_python_runs(made, colours, segments, tmp_path, monkeypatch):
+    """Its blocks, on results at the places that it names; its two tasks go by the names of this file's data."""
+    places = {"h-photos": ("predictor", "colours"), "b-masks": ("predictor", "drawn")}
+    places["b-both"] = ("multitask", "colours", "drawn")
+    (tmp_path / "runs").mkdir()
+    for name, made_of in places.items():
+        (tmp_path / "runs" / name).symlink_to(made(*made_of)[0])
+    (tmp_path / "masks").symlink_to(segments)
+    for name in ("cat.jpg", "dog.jpg"):
+        Image.open(colours / "test" / "class_0" / "0.png").save(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    guide = (Path(__file__).parents[3] / "docs" / "guides" / "finetune.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"(?ms)^```python\n(.*?)^```", guide)
+    names: dict = {}
+    for block in blocks:
+        exec(block.replace("kinds", "colours").replace("parts", "drawn"), names)
+    assert names["classes"].shape == (1, 32, 32)
+    assert [task for _, task in sorted(names["both"].tasks.items())] == ["classification", "segmentation"]
