@@ -143,8 +143,8 @@ def assumptions(cluster: Cluster, config: Config, images: ImageCount) -> list[st
         ),
         f"GPU: data sheet, {device.source}",
         (
-            f"links: {device.link_name} {device.link / 1e9:.0f} GB/s and network {cluster.network / 1e9:g} GB/s a GPU "
-            f"and direction, {communication.LINK_EFFICIENCY:.0%} of them assumed reached, hops of "
+            f"links: {device.link_name} {device.link / 1e9:.0f} GB/s and network {cluster.network / 1e9:g} GB/s per "
+            f"GPU and direction, {communication.LINK_EFFICIENCY:.0%} of them assumed reached, hops of "
             f"{communication.LINK_HOP_S * 1e6:.0f} and {communication.NETWORK_HOP_S * 1e6:.0f} µs assumed"
         ),
         (

@@ -1,7 +1,7 @@
-"""Images with a class for each pixel: a folder with ``images/`` and ``masks/``, the same names in both.
+"""Images with a class per pixel: a folder with ``images/`` and ``masks/``, of the same names.
 
-A mask is a PNG of one channel (gray of 1 to 16 bits, or a palette, whose numbers count and not its colours) as large as
-the upright image; its numbers are classes, 255 is no class, and none is larger.
+A mask is a PNG of one channel (gray of 1 to 16 bits, or a palette, whose indices count and not its colours) as large as
+the upright image; its values are classes, 255 is no class, and none is larger.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _DEPTH_AT = 24  # bits per pixel, in a PNG's first chunk
 
 @dataclass(frozen=True, eq=False)
 class MaskedSet:
-    """Images in a fixed order, files of this machine, and the mask file of each."""
+    """Images in a fixed order, as local files, with the mask file of each."""
 
     images: ImageSet
     masks: tuple[Path, ...]
@@ -42,31 +42,31 @@ class MaskedSet:
         return len(self.masks)
 
     def image(self, row: int) -> Path:
-        """The file of an image."""
+        """Return an image's file."""
         return Path(self.images.name(row))
 
     def take(self, rows: NDArray[np.int64]) -> MaskedSet:
-        """The pairs of the given rows, in their order."""
+        """Return the pairs of the given rows, in that order."""
         return MaskedSet(self.images.take(rows), tuple(self.masks[row] for row in rows))
 
 
 def is_masked(root: Path) -> bool:
-    """Whether a folder holds images with masks, or folders of splits that do."""
+    """Return whether a folder holds images with masks, or splits that do."""
     splits = [name for name in top_level(root)[0] if split_kind(name) is not None]
     return any((root / part / _MASKS).is_dir() and (root / part / _IMAGES).is_dir() for part in ("", *splits))
 
 
 def split_masked(root: Path) -> tuple[MaskedSet, MaskedSet]:
-    """Pairs to learn from and to test on, as `divide_masked` divides them."""
+    """Return (training pairs, test pairs), split by `divide_masked`."""
     train, test, _ = divide_masked(root)
     return train, test
 
 
 def divide_masked(root: Path) -> tuple[MaskedSet, MaskedSet, Layout]:
-    """Pairs to learn from, pairs to test on, and by which `layout` these are which.
+    """Return (training pairs, test pairs, layout), where `layout` says how they were split.
 
-    The folders of the splits may hold images/ and masks/, or lie in both of them. UserError where a folder is missing
-    or empty, the layout is ambiguous, or there are fewer than two images.
+    The folders of the splits may hold images/ and masks/, or lie in both of them. Raises UserError where a folder is
+    missing or empty, the layout is ambiguous, or there are fewer than two images.
     """
     place = str(root)
     layout = layout_of_folders(place, *top_level(root))
@@ -88,7 +88,7 @@ def divide_masked(root: Path) -> tuple[MaskedSet, MaskedSet, Layout]:
 
 
 def _with_lone_masks(layout: Layout, *sets: MaskedSet) -> Layout:
-    """The layout with the masks that have no image among what is not used."""
+    """The layout, with masks without an image among what is not used."""
     lone = []
     for pairs in sets:
         folder = Path(pairs.images.source.storage.root).parent / _MASKS
@@ -100,9 +100,10 @@ def _with_lone_masks(layout: Layout, *sets: MaskedSet) -> Layout:
 
 
 def read_mask(path: Path, size: int, image: Path) -> NDArray[np.uint8]:
-    """Classes of the centred largest square, by the nearest pixel: uint8 (size, size), as `load_clean` shows ``image``.
+    """Return the classes of the centred largest square, by the nearest pixel: uint8 (size, size), as `load_clean` crops
+    ``image``.
 
-    UserError for a file that is no mask, or not as large as the upright image.
+    Raises UserError for a file that is no mask, or not as large as the upright image.
     """
     classes = _classes(path)
     height, width = classes.shape
@@ -112,12 +113,12 @@ def read_mask(path: Path, size: int, image: Path) -> NDArray[np.uint8]:
             f"{path} is {width} × {height} pixels, its image {expected[0]} × {expected[1]}: make them the same"
         )
     side = min(width, height)
-    cells = ((2 * np.arange(size) + 1) * side) // (2 * size)  # the pixel at the centre of each of size × size cells
+    cells = ((2 * np.arange(size) + 1) * side) // (2 * size)  # the centre of each of size × size cells
     return classes[np.ix_((height - side) // 2 + cells, (width - side) // 2 + cells)]
 
 
 def _classes(path: Path) -> NDArray[np.uint8]:
-    """The numbers that a mask stores, upright: uint8 (height, width)."""
+    """The values that a mask stores, upright: uint8 (height, width)."""
     try:
         raw = path.read_bytes()
         with Image.open(io.BytesIO(raw)) as file:
@@ -134,7 +135,7 @@ def _classes(path: Path) -> NDArray[np.uint8]:
         raise UserError(f"{path} has mode {mode}; a mask is a PNG of one channel, the numbers of classes")
     depth = raw[_DEPTH_AT]
     if mode == "L" and depth < 8:
-        numbers = numbers // (255 // (2**depth - 1))  # Pillow stretches gray of 2 and 4 bits to levels
+        numbers = numbers // (255 // (2**depth - 1))  # Pillow scales gray of 2 and 4 bits to full range
     if numbers.max() > _NO_CLASS:
         raise UserError(
             f"{path} has class number {numbers.max()}; classes go from 0 to {_NO_CLASS - 1}, {_NO_CLASS} is no class"

@@ -1,14 +1,15 @@
-"""Which part of a set is learned from and which is tested on, by the names of its folders or of its shards.
+"""Which part of a set is the training set and which the test set, by the names of its folders or shards.
 
 A name is a split's where it is one of these words, in any case, alone or followed by "set", "data", "images", "split"
 or a year (``Train``, ``test_set``, ``val2017``): train, training; test, testing; val, valid, validation, dev, eval. The
 rule, which docs/guides/data.md repeats:
 
-- one training folder and one for testing: these two. Where there is ``test`` as well as ``val``, ``test`` is tested on
-  and ``val`` is not used.
-- no such folder: a fixed fifth of the images, by sample id, is tested on. Shards and TFRecord files of one folder are
-  divided by their own names instead (``set-train-000.tar``, ``validation-00000-of-00128``) where each has such a word.
-- whatever else is refused: two folders for one split, a training folder without another, a split among classes.
+- one training and one test folder: these two. With both ``test`` and ``val``, ``test`` is the test set and ``val`` is
+  not used.
+- no such folder: a fixed fifth of the images, by sample id, is the test set. Shards and TFRecord files of one folder
+  are split by their own names instead (``set-train-000.tar``, ``validation-00000-of-00128``) where each has such a
+  word.
+- anything else is refused: two folders for one split, a training folder without another, a split among classes.
 """
 
 from __future__ import annotations
@@ -38,19 +39,19 @@ __all__ = [
 ]
 
 _SPLITS = ("train", "test", "val")
-# Folders of pictures, and of what is drawn upon them, in the sets that people share; in lower-case letters alone.
+# Names of folders of images, and of their annotations, in public data sets; lower-case letters only.
 _PICTURES = frozenset({"images", "image", "imgs", "img", "jpegimages", "pictures", "photos", "rgb"})
 _DRAWN = re.compile(r"masks?|labels?|annotations?|segmentation(class|object)?|groundtruth|gt|trimaps?|depths?")
-# Class folders that are looked into for splits below them: all of a set are sorted alike.
+# Class folders to search for splits below them: all classes of a set have the same layout.
 _LOOKED_INTO = 8
 
 
 @dataclass(frozen=True)
 class Layout:
-    """train, test: the places of the two splits as people write them, both ``root`` where it is split by sample id.
+    """train, test: the two splits' places as people write them, both ``root`` where it is split by sample id.
 
-    how: "folders", "shard names" or "sample ids". unused: what lies beside the two splits and is not read.
-    same: both are one folder, by a link.
+    how: "folders", "shard names" or "sample ids". unused: what lies beside the two splits and is not read. same: both
+    are one folder, by a link.
     """
 
     root: str
@@ -62,12 +63,12 @@ class Layout:
 
     @property
     def given(self) -> bool:
-        """Whether the set itself says which images are tested on."""
+        """Whether the set itself says which images are the test set."""
         return self.how != "sample ids"
 
     @property
     def places(self) -> tuple[str, str]:
-        """The splits as errors call them: learned from, tested on."""
+        """The splits as errors call them: (training, test)."""
         if self.given:
             return self.train, self.test
         return f"{self.root}, training images", f"{self.root}, test images"
@@ -78,7 +79,7 @@ class Layout:
         return {**splits, "said": self.line()}
 
     def line(self) -> str:
-        """What is used as what, in one line."""
+        """Return in one line what is the training set and what the test set."""
         rest = f"; not used: {', '.join(self.unused)}" if self.unused else ""
         if not self.given:
             return printable(
@@ -90,9 +91,9 @@ class Layout:
 
 
 def find_layout(root: str | Path, patience: Patience = PATIENCE) -> Layout:
-    """The layout of a folder or an s3:// prefix by its folders; split by sample id where none has a split's name.
+    """Return the layout of a folder or an s3:// prefix by its folders; by sample id where none has a split's name.
 
-    UserError for what is ambiguous.
+    Raises UserError where it is ambiguous.
     """
     place = _place(root)
     folders, loose = top_level(root, patience)
@@ -104,9 +105,9 @@ def find_layout(root: str | Path, patience: Patience = PATIENCE) -> Layout:
 
 
 def layout_of_folders(place: str, folders: Sequence[str], loose: Sequence[str] = ()) -> Layout | None:
-    """The layout by the names of the ``folders`` of ``place``; None where none of them is a split's.
+    """Return the layout by the names of the ``folders`` of ``place``; None where none of them is a split's.
 
-    loose: files beside them. UserError for what is ambiguous.
+    loose: files beside them. Raises UserError where it is ambiguous.
     """
     kinds = {name: split_kind(name) for name in folders}
     if not any(kinds.values()):
@@ -121,9 +122,9 @@ def layout_of_folders(place: str, folders: Sequence[str], loose: Sequence[str] =
 
 
 def splits_of_shards(files: Sequence[str]) -> dict[str, str] | None:
-    """Of each shard or TFRecord file what its name says: train, test or unused; None where the names say nothing.
+    """Return the split of each shard or TFRecord file by its name: train, test or unused; None where no name has one.
 
-    UserError where some names say it and others do not.
+    Raises UserError where only some names have one.
     """
     kinds = {file: split_word(file.rsplit("/", 1)[-1]) for file in files}
     found = set(kinds.values())
@@ -140,7 +141,7 @@ def splits_of_shards(files: Sequence[str]) -> dict[str, str] | None:
 
 
 def refuse_split_classes(classes: Sequence[str], place: str) -> None:
-    """UserError where the classes' names are those of splits, as a manifest or shards of a whole set have them."""
+    """Raise UserError where the classes have names of splits, as in a manifest or shards of a whole set."""
     refuse_masks(classes, place)
     found = {name: kind for name in classes if (kind := split_kind(name)) is not None}
     both = "train" in found.values() and len(set(found.values())) > 1
@@ -153,7 +154,7 @@ def refuse_split_classes(classes: Sequence[str], place: str) -> None:
 
 
 def refuse_masks(classes: Sequence[str], place: str) -> None:
-    """UserError where the folders taken for classes are images and their masks."""
+    """Raise UserError where the folders taken for classes are images and their masks."""
     letters = {name: re.sub(r"[^a-z]", "", name.lower()) for name in classes}
     pictures = [name for name in classes if letters[name] in _PICTURES]
     drawn = [name for name in classes if _DRAWN.fullmatch(letters[name])]
@@ -166,7 +167,7 @@ def refuse_masks(classes: Sequence[str], place: str) -> None:
 
 
 def tell_of_splits(root: str | Path, what: str) -> None:
-    """Say once that a folder holds several splits where all of it is taken: ``what`` happens to them."""
+    """Report once that a folder holds several splits where all of it is used: ``what`` happens to them."""
     if str(root).startswith("s3://"):
         return
     found = [name for name in top_level(root)[0] if split_kind(name) is not None]
@@ -175,7 +176,7 @@ def tell_of_splits(root: str | Path, what: str) -> None:
 
 
 def _choose(folders: Sequence[str], place: str) -> tuple[str, str, list[str]]:
-    """(folder to learn from, folder to test on, the others); at least one of the folders is a split."""
+    """(training folder, test folder, the others); at least one of the folders is a split."""
     by_kind: dict[str, list[str]] = {kind: [] for kind in _SPLITS}
     others: list[str] = []
     for name in folders:
@@ -204,7 +205,7 @@ def _choose(folders: Sequence[str], place: str) -> tuple[str, str, list[str]]:
 
 
 def _refuse_splits_below(place: str, folders: Sequence[str], loose: Sequence[str]) -> None:
-    """UserError where the splits lie one folder further down, below one folder or below each class."""
+    """Raise UserError where the splits lie one folder further down, below one folder or below each class."""
     if place.startswith("s3://"):
         return
     for name in folders[:_LOOKED_INTO]:
@@ -223,7 +224,7 @@ def _refuse_splits_below(place: str, folders: Sequence[str], loose: Sequence[str
 
 
 def _refuse_longer_names(place: str, names: Sequence[str]) -> None:
-    """UserError where folders, or classes, are apart by the word of a split alone: seg_train and seg_test."""
+    """Raise UserError where folders, or classes, differ only by the word of a split: seg_train and seg_test."""
     first: dict[str, str] = {}
     for name in names:
         if split_word(name) is None:
@@ -244,12 +245,14 @@ def _folders_of(folder: str) -> list[str]:
     try:
         with os.scandir(folder) as entries:
             return [entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir()]
-    except OSError:  # the listing that follows says what is wrong with it
+    except OSError:  # the listing that follows reports it
         return []
 
 
 def _holds_samples(place: str, name: str) -> bool:
-    """Whether a folder has an image, a shard or a TFRecord file below it; in a store, where a prefix is never empty."""
+    """Whether a folder has an image, a shard or a TFRecord file below it; in an object store a prefix is never
+    empty.
+    """
     if place.startswith("s3://"):
         return True
     seen: set[tuple[int, int]] = set()

@@ -1,7 +1,6 @@
-"""A manifest of triplets as lines: JSON Lines or Parquet, and the header that says what its actions are.
+"""Read a manifest of triplets as rows: JSON Lines or Parquet, with the header that describes its actions.
 
-Nothing is known here of what a line means but where it stands; `triplets` does that. A manifest is written by
-`write_manifest`, in JSON Lines with its header first.
+`triplets` interprets the rows. `write_manifest` writes JSON Lines, the header first.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ _ACTION_KEYS = ("kind", "count", "names", "low", "high", "neutral")
 
 @dataclass(frozen=True)
 class Line:
-    """One row and where it stands: "line 7" of a text, "row 7" of a table; both count from 1."""
+    """One row and its number: "line 7" of a text, "row 7" of a table; both count from 1."""
 
     manifest: Path
     number: int
@@ -34,21 +33,23 @@ class Line:
 
     @property
     def where(self) -> str:
-        """The line as a person finds it within the file."""
+        """The row's place in the file."""
         return f"{'row' if self.manifest.suffix == '.parquet' else 'line'} {self.number}"
 
     def error(self, message: str) -> UserError:
-        """What is wrong, with the file and the line before it."""
+        """Return an error that begins with the file and line."""
         return UserError(f"{self.manifest}:{self.number}: {message}")
 
     def found(self, key: str, allowed: str) -> UserError:
-        """What stands at a key, and what may."""
+        """Return an error with the value at a key, and what is allowed."""
         shown = json.dumps(self.row[key], ensure_ascii=False, default=str)
         return self.error(f"{key}: found {shown if len(shown) <= 60 else shown[:57] + '...'}; allowed: {allowed}")
 
 
 def lines_of(manifest: Path) -> Iterator[Line]:
-    """The rows of a manifest, its header left out. UserError where it cannot be read, or a line is no object."""
+    """Return the rows of a manifest without its header. Raises UserError where it cannot be read, or a line is
+    no object.
+    """
     if manifest.suffix == ".parquet":
         yield from (Line(manifest, number, row) for number, row in enumerate(_table(manifest), start=1))
         return
@@ -58,9 +59,10 @@ def lines_of(manifest: Path) -> Iterator[Line]:
 
 
 def header_of(manifest: Path) -> ExternalActions | None:
-    """What the actions are, from a first line with the key schema, or from NAME.actions.json beside NAME; or None.
+    """Return the description of the actions, from a first line with the key schema, or from NAME.actions.json beside
+    NAME; or None.
 
-    UserError where both are there, or one is wrong.
+    Raises UserError where both exist, or one is wrong.
     """
     beside = manifest.with_suffix(".actions.json")
     first = None
@@ -81,7 +83,7 @@ def header_of(manifest: Path) -> ExternalActions | None:
 
 
 def write_manifest(path: Path, actions: ExternalActions, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write a manifest in JSON Lines, its header first. OSError where it cannot be written."""
+    """Write a manifest in JSON Lines, its header first. Raises OSError where it cannot be written."""
     described = {key: value for key, value in actions.model_dump(mode="json").items() if value}
     with path.open("w", encoding="utf-8") as file:
         file.write(json.dumps({"schema": SCHEMA, "actions": described}) + "\n")
@@ -89,7 +91,7 @@ def write_manifest(path: Path, actions: ExternalActions, rows: Iterable[Mapping[
 
 
 def _actions(where: str, described: dict[str, Any]) -> ExternalActions:
-    """The header's description, its defaults filled in."""
+    """The header's description with its defaults."""
     if described.get("schema") != SCHEMA:
         raise UserError(f"{where}: schema: found {described.get('schema')!r}; allowed: {SCHEMA!r}")
     actions = described.get("actions")
@@ -144,7 +146,7 @@ def _text(path: Path) -> str:
 
 
 def _objects(manifest: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The numbered lines of a JSON Lines file; empty ones are passed over."""
+    """The numbered lines of a JSON Lines file without empty ones."""
     try:
         with manifest.open(encoding="utf-8") as file:
             for number, text in enumerate(file, start=1):
@@ -164,7 +166,7 @@ def _objects(manifest: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _table(manifest: Path) -> list[dict[str, Any]]:
-    """The rows of a Parquet file; a value that is not there has no key."""
+    """The rows of a Parquet file; a missing value has no key."""
     try:
         import pyarrow
         import pyarrow.parquet

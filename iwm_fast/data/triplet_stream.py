@@ -1,8 +1,8 @@
-"""The stream of triplets: the same order, batches, masks and survival as images have, with two files a sample.
+"""The stream of triplets: order, batches, masks and bad files as for images, with two files per sample.
 
-A micro-batch of B triplets goes through the one DALI graph as 2B pictures, the B sources and then the B targets, and
-nothing is done to them but a crop and a flip that both pictures of a triplet share. Masks are drawn as usual; the
-action is the manifest's.
+A micro-batch of B triplets passes the one DALI graph as 2B images, the B sources and then the B targets, with no
+augmentation except a crop and a flip that both images of a triplet share. Masks are sampled as usual; the action is the
+manifest's.
 """
 
 from __future__ import annotations
@@ -32,27 +32,29 @@ Ints = NDArray[np.int64]
 
 @dataclass
 class PairSamples(Samples):
-    """B triplets: ids and epochs (B,); files (2B,), encoded and size of 2B pictures, sources first.
+    """B triplets: ids and epochs (B,); files (2B,), encoded and size of 2B images, sources first.
 
-    triplets: int64 (B,), whose pictures and action stand for the sample: ids[i] unless one of its pictures is bad.
+    triplets: int64 (B,), the triplet of each sample: ids[i] unless one of its images is bad.
     """
 
     triplets: Ints
 
 
 class PairReader(SampleReader):
-    """Triplets by id, those with a bad picture replaced: a function of (seed, epoch, id) and of which files are bad."""
+    """Reads triplets by id and replaces those with a bad image: a function of (seed, epoch, id) and of which files are
+    bad.
+    """
 
     def __init__(self, triplets: Triplets, store: FileStore, seed: int, bad: BadSamples) -> None:
         super().__init__(store, seed, bad)
         self.ends = np.stack([triplets.source, triplets.target], axis=1)  # (n, 2)
 
     def expect(self, ids: Ints) -> None:
-        """Have both pictures of the triplets checked."""
+        """Check both images of the triplets."""
         self.store.expect(np.unique(self.ends[ids]))
 
     def read(self, ids: Ints, epochs: Ints) -> PairSamples:
-        """The triplets of a batch. UserError where too many files are bad."""
+        """Return the triplets of a batch. Raises UserError where too many files are bad."""
         chosen = ids.copy()
         self.store.ask(np.unique(self.ends[ids]).tolist())
         both: list[tuple[Encoded, Encoded]] = []
@@ -65,7 +67,7 @@ class PairReader(SampleReader):
         return self._samples(ids, epochs, chosen, both)
 
     def replace(self, samples: Samples, reasons: dict[int, str]) -> PairSamples:
-        """The same batch after its rows in `reasons` (of 2B) were found bad by decoding them."""
+        """Return the batch after its rows in `reasons` (of 2B) failed to decode."""
         assert isinstance(samples, PairSamples)
         count = len(samples.ids)
         chosen = samples.triplets.copy()
@@ -87,7 +89,7 @@ class PairReader(SampleReader):
         return PairSamples(ids, epochs, files, encoded, chosen)
 
     def _get(self, triplet: int, epoch: int, sample: int) -> tuple[Encoded, Encoded] | None:
-        """Both pictures, or None where one is bad, which is then noted."""
+        """Both images, or None where one is bad, which is recorded."""
         pictures = []
         for file in self.ends[triplet].tolist():
             self.bad.tried([file])
@@ -104,7 +106,7 @@ class PairReader(SampleReader):
         return source, target
 
     def _other(self, sample: int, epoch: int) -> tuple[int, tuple[Encoded, Encoded]]:
-        """Another triplet for one with a bad picture, as images are replaced."""
+        """Another triplet for one with a bad image, chosen as for images."""
         for triplet in candidates(self.seed, epoch, sample, len(self.ends)):
             found = self._get(triplet, epoch, sample)
             if found is not None:
@@ -120,11 +122,11 @@ def _unlike(source: Encoded, target: Encoded) -> str:
 
 
 def pair_views(actions: ActionsConfig, seed: int, samples: Samples) -> Views:
-    """What is done to 2B pictures: the whole of each, or the crop and flip drawn for its triplet."""
+    """Return the views of 2B images: whole, or with the crop and flip sampled for their triplet."""
     count = len(samples.ids)
     size = samples.size[:count]
     drawn = draw_views(actions, seed, samples.epochs, samples.ids, size).target_geometry
-    if actions.crop_scale == (1.0, 1.0):  # the whole picture, whatever its aspect
+    if actions.crop_scale == (1.0, 1.0):  # the whole image, whatever its aspect
         drawn = Geometry(np.concatenate([np.zeros_like(size), size], axis=1), drawn.flip, drawn.rotation)
     geometry = Geometry.concatenate([drawn, drawn])
     return replace(Views.neutral(samples.size, geometry.crop), target_geometry=geometry, source_geometry=geometry)

@@ -1,8 +1,8 @@
-"""Triplets from outside: pairs of pictures with the action that led from one to the other, listed in a manifest.
+"""Triplets: pairs of images with the action that leads from one to the other, listed in a manifest.
 
-The format stands in docs/guides/triplets.md: JSON Lines or Parquet, one triplet per row
-{source, target, action[, episode, step]}, and beside it, or in a first line, what the actions are. Whatever is
-wrong is told in one line with the file and line.
+docs/guides/triplets.md has the format: JSON Lines or Parquet, one triplet per row {source, target, action[, episode,
+step]}, and a header beside it or in the first line that describes the actions. An error is one line with the file and
+line.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ __all__ = ["MANIFESTS", "Triplets", "find_manifest", "read_triplets", "resolve_t
 
 MANIFESTS = ("manifest.jsonl", "manifest.parquet")
 _KEYS = ("source", "target", "action", "episode", "step")
-_CHOICES = 4096  # of a discrete action at most: each is a component of the vector
+_CHOICES = 4096  # most choices of a discrete action: each is a component of the vector
 
 
 @dataclass(frozen=True, eq=False)
 class Triplets:
-    """n triplets over m picture files, in the manifest's order: triplet i has sample id i.
+    """n triplets over m image files, in the manifest's order: triplet i has sample id i.
 
-    frames: the picture files, each once. source and target: int64 (n,), places in `frames`. values: float64 (n, C) or,
-    of discrete actions, int64 (n,). episode: int64 (n,), numbers from 0, or None without. step: int64 (n,), or None.
+    frames: the image files, each once. source and target: int64 (n,), indices into `frames`. values: float64 (n, C) or,
+    for discrete actions, int64 (n,). episode: int64 (n,), numbers from 0, or None. step: int64 (n,), or None.
     """
 
     manifest: Path
@@ -51,16 +51,16 @@ class Triplets:
         return len(self.source)
 
     def describe(self) -> str:
-        """What they are, after their number."""
+        """Return a description, to follow their number."""
         return f"triplets of {len(self.frames)} pictures"
 
     def vectors(self) -> NDArray[np.float32]:
-        """What the predictor is told, float32 (n, A)."""
+        """Return the action vectors, float32 (n, A)."""
         return ExternalSpace(self.actions).encode_values(self.values)
 
 
 def find_manifest(root: Path) -> Path | None:
-    """The manifest that `root` is or holds, or None. UserError where a folder holds two."""
+    """Return the manifest that `root` is or holds, or None. Raises UserError where a folder holds two."""
     if root.is_file():
         return root if root.suffix in {".jsonl", ".parquet"} else None
     found = [root / name for name in MANIFESTS if (root / name).is_file()]
@@ -70,9 +70,9 @@ def find_manifest(root: Path) -> Path | None:
 
 
 def resolve_triplets(config: Config) -> tuple[Config, Triplets | None]:
-    """The triplets that `data.root` names, and the configuration with what their actions are; None for images.
+    """Return (configuration with its actions, triplets of `data.root`); None instead of triplets for images.
 
-    UserError where the configuration's groups and the data do not fit together.
+    Raises UserError where the configuration's groups and the data do not match.
     """
     external = config.actions.is_external
     root = Path(config.data.root or "")
@@ -95,9 +95,9 @@ def resolve_triplets(config: Config) -> tuple[Config, Triplets | None]:
 
 
 def read_triplets(manifest: Path, known: ExternalActions | None = None) -> Triplets:
-    """Read a manifest whole. known: what the actions are, as a run recorded them; the manifest has to agree.
+    """Read a whole manifest. known: the actions that a run recorded; the manifest must agree.
 
-    UserError, with the file and line, for whatever is wrong in it. Whether the pictures can be decoded is seen later.
+    Raises UserError with the file and line of an error. Decoding of the images is checked later.
     """
     header, rows = header_of(manifest), list(lines_of(manifest))
     if not rows:
@@ -144,7 +144,7 @@ def _path(line: Line, key: str) -> str:
 
 
 def _number(value: Any) -> bool:
-    """A finite number, far enough from float64's end that differences are finite too."""
+    """A finite number, far enough from float64's limit that differences are finite too."""
     return isinstance(value, int | float) and not isinstance(value, bool) and -1e300 < value < 1e300
 
 
@@ -153,7 +153,7 @@ def _whole(value: Any) -> bool:
 
 
 def _values(rows: list[Line]) -> NDArray[Any]:
-    """The actions: int64 (n,) where they are whole numbers, float64 (n, C) where they are lists."""
+    """The actions: int64 (n,) for whole numbers, float64 (n, C) for lists."""
     first = rows[0].row["action"]
     if _whole(first):
         for line in rows:
@@ -173,7 +173,7 @@ def _values(rows: list[Line]) -> NDArray[Any]:
 def _described(
     manifest: Path, header: ExternalActions | None, values: NDArray[Any], known: ExternalActions | None
 ) -> ExternalActions:
-    """What the actions are: as the run says, the header, or what is found in the rows."""
+    """The description of the actions: the run's, the header's, or what the rows contain."""
     kind = "discrete" if values.ndim == 1 else "continuous"
     for given, whose in ((header, "its header says"), (known, "the run was trained on")):
         if given is None:
@@ -194,7 +194,9 @@ def _described(
 
 
 def _found(values: NDArray[Any]) -> ExternalActions:
-    """Without a word about them: choices 0 to the largest, or components between the least and the greatest value."""
+    """The description from the rows: choices 0 to the largest, or components between the lowest and the highest
+    value.
+    """
     if values.ndim == 1:
         return ExternalActions(kind="discrete", names=tuple(str(choice) for choice in range(int(values.max()) + 1)))
     low, high = values.min(axis=0), values.max(axis=0)
@@ -209,7 +211,9 @@ def _found(values: NDArray[Any]) -> ExternalActions:
 
 
 def _check_values(rows: list[Line], values: NDArray[Any], actions: ExternalActions, *, strict: bool) -> None:
-    """Every choice has to exist; values outside a declared range are refused, outside one that was found are not."""
+    """Raise UserError for an unknown choice, or a value outside of a declared range; a range found in rows does
+    not bind.
+    """
     if actions.kind == "discrete":
         wrong = np.flatnonzero(values >= len(actions.names))
         allowed = f"a whole number from 0 to {len(actions.names) - 1} ({', '.join(actions.names)})"

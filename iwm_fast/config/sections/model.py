@@ -31,7 +31,7 @@ class PredictorConfig(Section):
     mlp_ratio: Positive = Field(4.0, description="hidden width of each block's MLP over the predictor's width")
     conditioning: Conditioning = Field(
         "feature",
-        description="where the action enters: as a token, in the features, or in every block; + combines two",
+        description="where the action enters: as tokens, in the features, or in every block; + combines two",
     )
 
     @property

@@ -1,8 +1,8 @@
-"""What is done to one image on the CPU, where DALI's own operators are scalar code: resize, jitter, blur, and the rest.
+"""Image operators for the CPU, where DALI's are scalar code: resize, jitter, blur, and the rest.
 
-The arithmetic is PyTorch's and NumPy's vectorised loops, which let go of Python's lock. Levels are uint8 (h, w, 3) and
-contiguous; every operator rounds to levels once. On a GPU the graph uses DALI's operators; both answer to one reference
-in tests. What each takes is in benchmarks/NOTES.md.
+The arithmetic is PyTorch's and NumPy's vectorised loops, which release Python's lock. Levels are uint8 (h, w, 3) and
+contiguous; every operator rounds to levels once. On a GPU the graph uses DALI's operators; tests compare both with one
+reference. benchmarks/NOTES.md has their times.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ __all__ = ["CORRUPT", "blur", "compress", "grayscale", "recolour", "recolour_mat
 Levels = NDArray[np.uint8]
 Floats = NDArray[np.float32]
 
-# Pixels side by side in a row of a matrix product: a product of (n, 24) and (24, 24) runs at the machine's rate, one of
-# (n, 3) and (3, 3) takes five times as long though it multiplies an eighth as often.
+# Adjacent pixels in a row of a matmul: one of (n, 24) and (24, 24) runs at the machine's rate, one of (n, 3) and (3, 3)
+# takes five times as long with an eighth of the multiplications.
 _TOGETHER = 8
-# Rows that one product blurs: of fewer the taps are loaded more often, of more most products are with zero.
+# Rows per blur matmul: with fewer the taps are loaded more often, with more most multiplications are by zero.
 _ROWS = 16
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 
 
 class _Scratch(threading.local):
-    """Memory for floats that a thread uses again: fresh pages cost as much as the arithmetic on them."""
+    """Float memory that a thread reuses: fresh pages take as long as the arithmetic on them."""
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
 
     def __call__(self, name: str, *shape: int) -> Tensor:
-        """Float32 of that shape, with whatever is in it."""
+        """Return float32 of that shape, uninitialised."""
         count = int(np.prod(shape))
         buffer = self._buffers.get(name)
         if buffer is None or buffer.numel() < count:
@@ -54,21 +54,21 @@ _scratch = _Scratch()
 
 
 def resize(image: Tensor, size: int, *, down: bool = False, across: bool = False) -> Tensor:
-    """(h, w, 3) to (size, size, 3), uint8: linear interpolation, antialiased, rounded after each direction.
+    """Resize (h, w, 3) to (size, size, 3), uint8: linear interpolation, antialiased, rounded after each direction.
 
     down, across: mirrored upside down, left to right.
     """
-    planes = image[None].permute(0, 3, 1, 2)  # channels stay last in memory, as the fast loop wants
+    planes = image[None].permute(0, 3, 1, 2)  # channels stay last in memory, which the fast loop needs
     out = functional.interpolate(planes, size=(size, size), mode="bilinear", antialias=True)
     mirrored = [axis for axis, turn in ((2, down), (3, across)) if turn]
     return (out.flip(mirrored) if mirrored else out)[0].permute(1, 2, 0)
 
 
 def recolour_matrices(jitter: Jitter) -> Floats:
-    """`colour_matrix` as `recolour` takes it: float32 (B, 25, 24).
+    """Return `colour_matrix` in the layout of `recolour`: float32 (B, 25, 24).
 
-    The first 24 rows map eight neighbouring pixels at once, the last is what is added to them, with the half that turns
-    cutting off into rounding.
+    The first 24 rows map eight adjacent pixels at once, the last is the offset, with the half that turns truncation
+    into rounding.
     """
     matrix = colour_matrix(jitter)
     return _blocks(matrix[:, :, :3], matrix[:, :, 3])
@@ -89,9 +89,9 @@ _GRAY = _blocks(np.tile(_LUMA, (1, 3, 1)), np.zeros((1, 3)))[0]
 
 
 def recolour(image: Levels, matrix: Floats, out: Levels | None = None) -> Levels:
-    """The affine map of colour of each pixel of (h, w, 3), rounded and clipped once; matrix: (25, 24).
+    """Apply the affine colour map to each pixel of (h, w, 3), rounded and clipped once; matrix: (25, 24).
 
-    out: where to write it, the image itself if wanted; so for the operators below.
+    out: the result, may be the image itself; the same for the operators below.
     """
     out = np.empty_like(image) if out is None else out
     rows = -(-image.size // matrix.shape[1])

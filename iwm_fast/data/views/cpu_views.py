@@ -1,8 +1,8 @@
-"""Renders the two views on the CPU from what DALI decoded, an image at a time on threads of its own.
+"""Render the two views on the CPU from what DALI decoded, one image at a time on threads.
 
-DALI decodes; the rest of its graph is here, by `cpu_operators`, because most of DALI's time on the CPU went into
-operators that round each float by itself and into copies between operators. Each image's views are written where they
-are handed out, by one thread from the decoded region to the last operator, while DALI decodes the next batch.
+DALI decodes; `cpu_operators` does the rest, because most of DALI's time on the CPU went into operators that round each
+float by itself and into copies between operators. One thread renders each image from the decoded region to the last
+operator, into the returned tensor, while DALI decodes the next batch.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from iwm_fast.data.views.cpu_operators import CORRUPT, recolour, resize
 __all__ = ["CpuViews", "Rendering"]
 
 Levels = NDArray[np.uint8]
-Inputs = Mapping[str, Any]  # by name as `view_inputs.view_inputs`; of each a list, a sample an item
+Inputs = Mapping[str, Any]  # by name as in `view_inputs.view_inputs`; a list each, one item per sample
 
-# Pieces of a batch for each thread: enough that none waits long for the last.
+# Pieces of a batch per thread: enough that none waits long for the last.
 _PIECES = 4
 
 
 @dataclass(frozen=True, eq=False)
 class Rendering:
-    """A batch at work: uint8 (B, S, S, 3) target and base, (B · K, S, S, 3) source and source_base; without bases the
-    last two are (0, S, S, 3).
+    """A batch in progress: uint8 (B, S, S, 3) target and base, (B · K, S, S, 3) source and source_base; without bases
+    the last two are (0, S, S, 3).
     """
 
     target: Tensor
@@ -45,13 +45,13 @@ class Rendering:
     pieces: tuple[Future[None], ...]
 
     def wait(self) -> None:
-        """Until all of it is there."""
+        """Wait until all of it is rendered."""
         for piece in self.pieces:
             piece.result()
 
 
 class CpuViews:
-    """Batches of views of `size` × `size` pixels, on `threads` threads; the rest as `ViewGraph` has it."""
+    """Renders batches of views of `size` × `size` pixels on `threads` threads; the rest as in `ViewGraph`."""
 
     def __init__(self, size: int, threads: int, *, geometric: bool, sources: int, bases: bool) -> None:
         self._size, self._threads, self._geometric, self._bases = size, threads, geometric, bases
@@ -60,14 +60,14 @@ class CpuViews:
         self._pool = _pool(threads)
 
     def start(self, regions: Sequence[Tensor], inputs: Inputs) -> Rendering:
-        """Begin: regions: B decoded images, uint8 (h, w, 3); inputs: what `view_inputs` made of the batch."""
+        """Start a batch. regions: B decoded images, uint8 (h, w, 3); inputs: the batch's `view_inputs`."""
         count, side = len(regions), self._size
         target = self._memory.take(count, side, side, 3)
         source = self._memory.take(count * len(self._sources), side, side, 3)
         base = self._memory.take(count if self._bases else 0, side, side, 3)
         own = self._memory.take(*source.shape) if self._geometric and self._bases else base
         arrays = [tensor.numpy() for tensor in (target, base, source, own)]
-        # a number out of a list takes a third of the time of one out of an array
+        # indexing a list takes a third of the time of indexing an array
         inputs = {name: list(value) if name.endswith("_matrix") else _listed(value) for name, value in inputs.items()}
         length = -(-count // (_PIECES * self._threads))
         pieces = tuple(
@@ -77,7 +77,7 @@ class CpuViews:
         return Rendering(target, base, source, own, pieces)
 
     def close(self) -> None:
-        """End the threads; what has not begun is not rendered."""
+        """End the threads; batches that have not begun are not rendered."""
         self._pool.shutdown(cancel_futures=True)
 
     def _piece(self, regions: Sequence[Tensor], inputs: Inputs, rows: range, arrays: list[Levels]) -> None:
@@ -106,8 +106,8 @@ class CpuViews:
 
 
 def _pool(threads: int) -> ThreadPoolExecutor:
-    """Threads whose operators stay on one core each: images are at work side by side already, and a team of threads for
-    each small product costs more than the product. The number that other threads use stays as it is.
+    """Threads whose operators stay on one core each: images already run in parallel, and a team of threads per small
+    matmul takes longer than the matmul. The number that other threads use stays as it is.
     """
     before = torch.get_num_threads()
     pool = ThreadPoolExecutor(threads, "iwm-fast pixels", initializer=_one_core)
@@ -115,12 +115,12 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     for _ in range(threads):
         pool.submit(begun.wait)
     begun.wait()
-    torch.set_num_threads(before)  # what a thread that begins later takes over
+    torch.set_num_threads(before)  # the number that threads started later inherit
     return pool
 
 
 def _one_core() -> None:
-    torch.get_num_threads()  # a thread's first question takes over the number of the process, so it comes first
+    torch.get_num_threads()  # a thread's first query adopts the process's number, so it comes first
     torch.set_num_threads(1)
 
 
@@ -130,15 +130,15 @@ def _listed(value: Any) -> list[Any]:
 
 
 class _Memory:
-    """Memory for what is handed out, used again when nobody holds a tensor of it: fresh pages take longer to get than
-    an image to be copied into them.
+    """Output memory, reused when nobody holds a tensor of it: getting fresh pages takes longer than copying an image
+    into them.
     """
 
     def __init__(self) -> None:
         self._blocks: list[NDArray[np.uint8]] = []
 
     def take(self, *shape: int) -> Tensor:
-        """A uint8 tensor of that shape, with whatever is in it."""
+        """Return a uint8 tensor of that shape, uninitialised."""
         count = math.prod(shape)
         free = (block for block in self._blocks if len(block) >= count and sys.getrefcount(block) == _UNUSED)
         block = next(free, None)
@@ -148,12 +148,12 @@ class _Memory:
         return torch.from_numpy(block)[:count].view(shape)
 
 
-# References to a block that only the list holds, seen from the generator: the list's, the loop's, the call's.
+# References to an unused block, seen from the generator: the list's, the loop's, the call's.
 _UNUSED = 3
 
 
 def _jitter(image: Levels, inputs: Inputs, view: str, row: int, out: Levels) -> None:
-    """The jittered image in `out`, or without a jitter a copy of it."""
+    """The jittered image in `out`, or a copy where there is no jitter."""
     if inputs[f"{view}_jittered"][row]:
         recolour(image, inputs[f"{view}_matrix"][row], out)
     else:
@@ -161,7 +161,7 @@ def _jitter(image: Levels, inputs: Inputs, view: str, row: int, out: Levels) -> 
 
 
 def _destroy(image: Levels, inputs: Inputs, source: str, row: int, out: Levels) -> None:
-    """Jitter and the corruptions in their order, each only where the sample has it."""
+    """Jitter and the corruptions in order, each only where the sample has it."""
     _jitter(image, inputs, source, row, out)
     for corruption in CORRUPTIONS:
         flags = inputs.get(f"{source}_{corruption.name}")

@@ -1,9 +1,9 @@
-"""Which of DALI's decoders works on this GPU, found out by a process that may crash.
+"""Find out which of DALI's decoders works on this GPU, in a process that may crash.
 
 ``decoders.image_slice`` (decode the crop's region only) is the fast path. With some releases of nvImageCodec it ends
 the process by a segmentation fault on some GPUs, which no ``except`` survives; the slower path decodes the whole image
-and slices it. So the first start on a machine decodes a few JPEGs in a process of its own by each path, compares them
-with Pillow, and keeps the answer beside the kernels' tuning tables, under the versions and the GPU that it holds for.
+and slices it. So the first launch on a machine decodes a few JPEGs by each path in a process of its own, compares them
+with Pillow, and caches the result beside the kernels' tuning tables, under the versions and the GPU.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from iwm_fast.kernels import tuning_folder
 
 __all__ = ["DecoderPath", "GpuDecoder", "decode_path", "gpu_decoder", "jpeg_engine", "probe"]
 
-# image_slice decodes the region that the crops need; image decodes all of it and slices.
+# image_slice decodes the region of the crops; image decodes everything and slices.
 DecoderPath = Literal["image_slice", "image"]
 _LIMIT_S = 120.0
 # (width, height, x, y, w, h): odd sizes, a region at the edge, one in the middle.
 _SAMPLES = ((67, 41, 0, 0, 67, 41), (500, 375, 101, 51, 199, 147), (640, 480, 320, 240, 320, 240))
-# Mean absolute difference to Pillow in levels: nvJPEG rounds its cosine transform otherwise than libjpeg.
+# Mean absolute difference to Pillow in levels: nvJPEG rounds its cosine transform differently from libjpeg.
 _TOLERANCE = 2.0
 
 
@@ -47,9 +47,9 @@ class GpuDecoder:
 
 
 def gpu_decoder(device_id: int) -> GpuDecoder:
-    """The decoder for a GPU, from what this machine found out before, else by :func:`probe`.
+    """Return the decoder for a GPU, from this machine's cache, else by :func:`probe`.
 
-    UserError where neither path works: data.device=cpu still does.
+    Raises UserError where neither path works: data.device=cpu still does.
     """
     return _known(device_id)
 
@@ -60,7 +60,7 @@ def _known(device_id: int) -> GpuDecoder:
     try:
         return GpuDecoder(**json.loads(file.read_text()))
     except (OSError, ValueError, TypeError):
-        pass  # not found out yet, or torn
+        pass  # not cached yet, or damaged
     found = probe(device_id)
     try:
         file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -68,12 +68,12 @@ def _known(device_id: int) -> GpuDecoder:
         partial.write_text(json.dumps(asdict(found)) + "\n")
         partial.replace(file)
     except OSError:
-        pass  # found out again at the next start
+        pass  # probed again at the next launch
     return found
 
 
 def _versions(device_id: int) -> str:
-    """What the answer depends on, as a file name."""
+    """What the result depends on, as a file name."""
     import torch
 
     from iwm_fast.environment import installed_version
@@ -84,9 +84,9 @@ def _versions(device_id: int) -> str:
 
 
 def probe(device_id: int | None, command: Sequence[str] = ()) -> GpuDecoder:
-    """Try each path in a process of its own, the faster first. UserError where none decodes as Pillow does.
+    """Try each path in a process of its own, the faster first. Raises UserError where none decodes as Pillow does.
 
-    device_id: None for DALI's decoders on the CPU. command: in the place of this module's, for tests.
+    device_id: None for DALI's decoders on the CPU. command: replaces this module's, in tests.
     """
     refused: list[str] = []
     for path in get_args(DecoderPath):
@@ -102,7 +102,7 @@ def probe(device_id: int | None, command: Sequence[str] = ()) -> GpuDecoder:
 
 
 def _tried(command: Sequence[str]) -> str:
-    """Why the process did not end well; empty where it did."""
+    """Why the process failed; empty where it did not."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_LIMIT_S)
     except subprocess.TimeoutExpired:
@@ -114,12 +114,12 @@ def _tried(command: Sequence[str]) -> str:
 
 
 def jpeg_engine() -> str:
-    """Whether the GPU's JPEG engine is busy while images are decoded, as its driver counts it."""
+    """Return whether the GPU's JPEG engine is busy while images are decoded, by its driver's counter."""
     return _engine_said(_engine_use())
 
 
 def _engine_use() -> int | None:
-    """Percent of the JPEG engine in use, the most of what the driver says while a process decodes; None: not told."""
+    """Highest use of the JPEG engine in percent while a process decodes; None where the driver does not report it."""
     query = ["nvidia-smi", "--query-gpu=utilization.jpeg", "--format=csv,noheader,nounits"]
     decoding = subprocess.Popen(
         [sys.executable, "-m", __name__, "image", "--device-id", "0", "--seconds", "4"],
@@ -208,7 +208,7 @@ def _decode(path: DecoderPath, device_id: int | None, seconds: float = 0.0) -> f
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Decode by one path and end: 0 where the pixels are Pillow's, 1 where they are not."""
+    """Decode by one path and exit: 0 where the pixels are Pillow's, 1 where they are not."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("path", choices=get_args(DecoderPath))
     parser.add_argument("--device-id", type=int)

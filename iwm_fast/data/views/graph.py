@@ -1,10 +1,10 @@
-"""Runs the DALI definition of the views batch by batch, and survives what DALI cannot decode.
+"""Run the DALI definition of the views batch by batch, and survive what DALI cannot decode.
 
-DALI has no notion of a bad sample: one file that it refuses fails the batch and invalidates the pipeline, and the error
-does not say which. So a batch that fails is looked through file by file, those that DALI refuses are decoded by Pillow
-(whose verdict counts), and the batch, with all that were queued behind it, runs again in a fresh pipeline (15 ms).
-That is the second line: most bad files are found by `encoded.inspect`, and those that could crash DALI must be
-(`structure` says why), so only what `inspect` or `reencode` returned may be given to a graph.
+DALI has no notion of a bad sample: one file that it rejects fails the batch and invalidates the pipeline, and the error
+does not say which. So each file of a failed batch is tried alone, Pillow decodes those that DALI rejects (Pillow's
+verdict counts), and the batch, with all that were queued behind it, runs again in a fresh pipeline (15 ms). That is the
+second line: `encoded.inspect` finds most bad files, and must find those that could crash DALI (`structure` says why),
+so a graph may only get what `inspect` or `reencode` returned.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from iwm_fast.errors import UserError
 
 __all__ = ["BadRows", "RenderedViews", "ViewGraph"]
 
-# DALI's errors come as these (a decoder's failure as RuntimeError); others are faults of this program.
+# DALI's errors (a decoder's failure is a RuntimeError); others are faults of this program.
 _DALI_ERRORS = (RuntimeError, ValueError, IndexError)
 _ALL = tuple(corruption.name for corruption in CORRUPTIONS)
 
 
 class BadRows(BadSample):
-    """Rows of a batch that neither DALI nor Pillow decodes; `reasons`: a line for each."""
+    """Rows of a batch that neither DALI nor Pillow decodes; `reasons`: one line per row."""
 
     def __init__(self, reasons: dict[int, str]) -> None:
         super().__init__("; ".join(f"row {row}: {reason}" for row, reason in reasons.items()))
@@ -43,14 +43,14 @@ class BadRows(BadSample):
 
 @dataclass(frozen=True, eq=False)
 class RenderedViews:
-    """uint8 on the graph's device: source (B · K, S, S, 3), an image's K side by side; target (B, S, S, 3).
+    """uint8 on the graph's device: source (B · K, S, S, 3), an image's K adjacent; target (B, S, S, 3).
 
-    base: (B, S, S, 3), I', what the target's jitter was applied to; source_base: the sources' own (B · K, S, S, 3), or
-    the same tensor as base without the geometric group; of a graph without bases both are (0, S, S, 3). lossless:
-    images that DALI refused and Pillow decoded.
+    base: (B, S, S, 3), I', the input of the target's jitter; source_base: the sources' own (B · K, S, S, 3), or the
+    same tensor as base without the geometric group; of a graph without bases both are (0, S, S, 3). lossless: images
+    that DALI rejected and Pillow decoded.
 
-    On a GPU they are finished, and may be read by the stream that was current where they were collected; who reads them
-    on another one has to `record_stream` it.
+    On a GPU they are finished for the stream that was current where they were collected; another stream must
+    `record_stream` them.
     """
 
     source: Tensor
@@ -66,7 +66,7 @@ class _Pending:
     views: Views
     lossless: tuple[int, ...] = ()
     error: str | None = None
-    inputs: dict[str, Any] | None = None  # on the CPU, what is still to be done once it is decoded
+    inputs: dict[str, Any] | None = None  # on the CPU, what remains to be done after decoding
     rendering: Rendering | None = None
 
 
@@ -118,7 +118,7 @@ class ViewGraph:
         return len(self._pending)
 
     def run(self, encoded: Sequence[Encoded], views: Views) -> RenderedViews:
-        """One batch, at once; BadRows where some row cannot be decoded (the batch is then dropped)."""
+        """Render one batch at once; BadRows where a row cannot be decoded (the batch is then dropped)."""
         self.submit(encoded, views)
         try:
             return self.collect()
@@ -143,7 +143,9 @@ class ViewGraph:
         self._render_decoded()
 
     def collect(self) -> RenderedViews:
-        """The oldest batch. BadRows where some row cannot be decoded: then `replace` or `drop` that batch."""
+        """Return the oldest batch. Raises BadRows where a row cannot be decoded: then `replace` or `drop` that
+        batch.
+        """
         head = self._pending[0]
         try:
             made = self._made(head)
@@ -154,12 +156,12 @@ class ViewGraph:
         return made
 
     def replace(self, encoded: Sequence[Encoded], views: Views) -> None:
-        """Put another batch in the place of the oldest one."""
+        """Replace the oldest batch."""
         self._pending[0] = _Pending(list(encoded), views)
         self._restart()
 
     def drop(self) -> None:
-        """Forget the oldest batch."""
+        """Drop the oldest batch."""
         self._pending.popleft()
         self._restart()
 
@@ -175,7 +177,7 @@ class ViewGraph:
             self._cpu.close()
 
     def nothing(self) -> Tensor:
-        """The images of an empty batch: uint8 (0, S, S, 3) on the graph's device."""
+        """Return the images of an empty batch: uint8 (0, S, S, 3) on the graph's device."""
         device = "cpu" if self.device == "cpu" else f"cuda:{self.device_id}"
         return torch.empty((0, self.size, self.size, 3), dtype=torch.uint8, device=device)
 
@@ -207,7 +209,7 @@ class ViewGraph:
         )
 
     def _schedule(self, batch: _Pending) -> None:
-        """Feed and start a batch; what DALI says against it is kept for the batch's turn."""
+        """Feed and start a batch; DALI's error is kept for the batch's turn."""
         try:
             inputs = self._inputs(batch)
             for name in inputs if self._cpu is None else DECODED:
@@ -241,7 +243,7 @@ class ViewGraph:
         return batch.rendering
 
     def _restart(self) -> None:
-        """A fresh pipeline, and every queued batch again that is not decoded."""
+        """Make a fresh pipeline, and restart every queued batch that is not decoded."""
         self._pipeline = self._build()
         for batch in self._pending:
             batch.error = None
@@ -265,7 +267,7 @@ class ViewGraph:
         return RenderedViews(views[1], views[0], bases[0], bases[-1], head.lossless)
 
     def _repair(self, head: _Pending, error: Exception) -> None:
-        """Make the oldest batch decodable and start all again, or raise BadRows; other errors of DALI are raised."""
+        """Make the oldest batch decodable and restart all, or raise BadRows, or DALI's other errors."""
         refused = self._refused(head)
         if not refused:
             raise error
@@ -288,7 +290,7 @@ class ViewGraph:
         return new
 
     def _refused(self, head: _Pending) -> list[int]:
-        """Rows that DALI fails on when it is given them alone. A failed pipeline is not used again."""
+        """Rows that fail in DALI alone. A failed pipeline is not used again."""
         inputs = self._inputs(head)
         refused, probe = [], None
         for row, one in enumerate(head.encoded):
@@ -306,7 +308,7 @@ class ViewGraph:
 
 
 def _dali_pipeline() -> ModuleType:
-    """The definitions that DALI runs, imported where images are read and nowhere before."""
+    """The definitions that DALI runs, imported only where images are read."""
     try:
         return import_module("iwm_fast.data.views.pipeline")
     except ImportError as error:

@@ -1,9 +1,9 @@
-"""What is done to each image: crops, flips, jitter and destructive transformations, drawn before any pixel is read.
+"""Sample the augmentations of each image: crops, flips, jitter and corruptions, before any pixel is read.
 
-Every draw is a function of (seed, epoch, sample id), so the same tensor goes to the operators and into the action.
-Each quantity has a fixed place in its stream: a probability that changes never moves another quantity's draw.
-Sources: the recipe of arXiv:2403.00504; the crop is torchvision's `RandomResizedCrop.get_params` (ten attempts, then a
-centred fallback), the jitter's ranges are those of torchvision's `ColorJitter`.
+Every value is a function of (seed, epoch, sample id), so the same tensor goes to the operators and into the action.
+Each quantity has a fixed place in its stream: changing a probability never changes another quantity. Sources: the
+recipe of arXiv:2403.00504; the crop is torchvision's `RandomResizedCrop.get_params` (ten attempts, then a centred
+fallback), the jitter's ranges are those of torchvision's `ColorJitter`.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 _ATTEMPTS = 10
-# Places in a geometry's draws: area and aspect of each attempt, then x, y, flip, rotated or not, turns.
+# Places in a geometry's stream: area and aspect of each attempt, then x, y, flip, rotated or not, turns.
 _POSITION, _FLIP, _ROTATED, _TURNS = 20, 22, 23, 24
 _GEOMETRY = 26
-# Places in the VIEWS stream after the target's geometry: its jitter (applied, b, c, s, h), then each source's: from the
-# first place of a source, its jitter and the destructive ones. The first source has 31 to 39, the others ten each.
+# Places in the VIEWS stream after the target's geometry: its jitter (applied, b, c, s, h), then each source's jitter
+# and corruptions. The first source has 31 to 39, the others ten each.
 _TARGET, _SOURCE = 26, 31
 _GRAYSCALE, _BLUR, _SIGMA, _SOLARIZE = 5, 6, 7, 8
 _SOURCE_DRAWS, _VIEWS = 10, 40
-# Redraws of equal rows of a bank. float32 factors of the usual strengths collide once in 2⁶⁰; more than a few rounds
-# mean that the strengths leave fewer distinct values than were asked for.
+# Attempts to resample equal rows of a bank. float32 factors of the usual strengths collide once in 2⁶⁰; more than a few
+# rounds mean that the strengths allow fewer distinct values than requested.
 _BANK_ROUNDS = 32
 
 
 def draw_views(actions: ActionsConfig, seed: int, epoch: Ints, sample: Ints, size: Ints, *, sources: int = 1) -> Views:
-    """What is done to B samples, each with one target and `sources` = K sources: B · K rows, a sample's side by side.
+    """Sample the views of B samples, each with one target and `sources` = K sources: B · K rows, a sample's adjacent.
 
     epoch and sample: int64 (B,); size: int64 (B, 2), width and height of the upright images in pixels (ValueError
     unless each is at least 1). A sample's first source does not depend on K.
@@ -71,9 +71,9 @@ def draw_views(actions: ActionsConfig, seed: int, epoch: Ints, sample: Ints, siz
 
 
 def _corrupted(actions: ActionsConfig, own: Floats, compression: Floats | None) -> dict[str, NDArray[Any]]:
-    """The columns of what is done to the source alone, from its draws (B, 9 or more).
+    """The columns of the corruptions, from random numbers (B, 9 or more).
 
-    ``compression``: (B, 2 or more), draws of its own, where it can be compressed.
+    ``compression``: (B, 2 or more), its own random numbers, where images can be compressed.
     """
     low, high = actions.blur_sigma
     sigma = np.maximum(low + (high - low) * own[:, _SIGMA], np.finfo(np.float32).tiny)
@@ -94,9 +94,9 @@ def _corrupted(actions: ActionsConfig, own: Floats, compression: Floats | None) 
 
 
 def draw_bank(actions: ActionsConfig, seed: int, sample: int, count: int) -> Jitter:
-    """A bank of `count` distinct jitters for an image, always applied, with the configured strengths.
+    """Sample a bank of `count` distinct jitters for an image, always applied, with the configured strengths.
 
-    UserError where the strengths do not allow so many distinct ones (all are 0, say).
+    Raises UserError where the strengths allow fewer distinct ones (all are 0, say).
     """
     width = len(JITTER)
     rows = np.empty((count, width), np.float32)
@@ -116,12 +116,12 @@ def draw_bank(actions: ActionsConfig, seed: int, sample: int, count: int) -> Jit
 
 
 def _jitter(actions: ActionsConfig, draws: Floats) -> Jitter:
-    """A jitter by its chance, from draws (B, 5 or more)."""
+    """Jitter with its probability, from random numbers (B, 5 or more)."""
     return _factors(actions, draws[:, 1:], draws[:, 0] < actions.jitter_probability)
 
 
 def _factors(actions: ActionsConfig, draws: Floats, applied: NDArray[np.bool_]) -> Jitter:
-    """Factors and hue from draws (B, 4 or more), neutral where not applied."""
+    """Factors and hue from random numbers (B, 4 or more), neutral where not applied."""
     values = []
     for draw, name in zip(draws.T, JITTER, strict=False):
         low, high = jitter_range(actions, name)
@@ -131,7 +131,7 @@ def _factors(actions: ActionsConfig, draws: Floats, applied: NDArray[np.bool_]) 
 
 
 def _geometry(actions: ActionsConfig, draws: Floats, size: Ints, *, rotate: bool) -> Geometry:
-    """Crop and flip, and quarter turns if asked for, from draws (B, 26 or more)."""
+    """Crop and flip, and quarter turns if requested, from random numbers (B, 26 or more)."""
     turns = 1 + (3 * draws[:, _TURNS]).astype(np.int64)
     rotated = (draws[:, _ROTATED] < actions.rotation_probability) & rotate
     return Geometry(

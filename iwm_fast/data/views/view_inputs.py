@@ -1,4 +1,4 @@
-"""What the host feeds the graph of the views, by name: bytes, boxes, and every parameter. No DALI here."""
+"""The inputs of the graph of the views, by name: bytes, boxes, and every parameter. No DALI here."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from iwm_fast.data.views.cpu_operators import recolour_matrices
 
 __all__ = ["DECODED", "source_names", "view_inputs"]
 
-# What a decoder is fed, by name.
+# The inputs of a decoder, by name.
 DECODED = ("encoded", "start", "shape")
 
 
 def source_names(sources: int) -> tuple[str, ...]:
-    """The names of an image's K sources."""
+    """Return the names of an image's K sources."""
     return tuple(f"source{k}" for k in range(sources))
 
 
