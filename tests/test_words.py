@@ -48,7 +48,6 @@ NOT_YET = frozenset(
         "iwm_fast/cli/demo.py",
         "iwm_fast/cli/finetune.py",
         "iwm_fast/cli/plan.py",
-        "iwm_fast/cost/report.py",
         "iwm_fast/eval/finetune/run.py",
         "iwm_fast/eval/report/example_page.py",
         "iwm_fast/eval/report/report.py",
