@@ -1,4 +1,6 @@
-"""Sources of images: a folder, WebDataset shards, TFRecord files, a manifest; on disk or in an S3-compatible store."""
+"""Sources of images: a folder, WebDataset shards, TFRecord files, a manifest; on disk or in an S3-compatible
+object store.
+"""
 
 from iwm_fast.data.sources.base import Labels, Source
 from iwm_fast.data.sources.opening import open_source, top_level

@@ -1,4 +1,4 @@
-"""What a source of images is."""
+"""The interface of a source of images."""
 
 from __future__ import annotations
 
@@ -15,61 +15,67 @@ from iwm_fast.data.sources.storage import Storage
 
 __all__ = ["UNLABELLED", "Labels", "Source", "below_common_folders", "folder_labels", "number_labels"]
 
-# (labels: int64 (n,), places in the classes, UNLABELLED for an image without, or None where none has one; the classes'
-# names, in the order of the labels)
+# (labels: int64 (n,), indices into the classes, UNLABELLED for an image without, or None where none has one; the
+# classes' names)
 UNLABELLED = -1
 Labels = tuple[NDArray[np.int64] | None, tuple[str, ...]]
 
 
 class Source(Protocol):
-    """Images in a fixed order, each with a name of its own that stays, and any of them readable at any time.
+    """Images in a fixed order, each with a stable name, readable in any order at any time.
 
-    Random access is what lets the order of a training be a function of (seed, position) alone: every rank sees all
-    samples of all shards by their number and reads those of its share of the global order, so shards are not divided
-    among ranks, and the same samples come in the same order on any number of them. Sources are picklable.
+    Random access lets the order of a training be a function of (seed, position) alone: every rank sees all samples of
+    all shards by index and reads its share of the global order, so shards are not divided among ranks, and any number
+    of ranks reads the same samples in the same order. Sources are picklable.
     """
 
     storage: Storage
     kind: str  # folder, webdataset, tfrecord: the values of data.source
-    left_out: LeftOut  # what was found and is no sample
+    left_out: LeftOut  # files that are no sample
 
     def __len__(self) -> int: ...
 
     def name(self, sample: int) -> str:
-        """A sample's name below the storage's root."""
+        """Return a sample's name below the storage's root."""
         ...
 
     def read(self, sample: int) -> bytes:
-        """A sample's encoded image. BadSample where it cannot be had, UserError where the whole place is gone."""
+        """Return a sample's encoded image. BadSample where it is unreadable, UserError where the whole place is
+        gone.
+        """
         ...
 
     def size(self, sample: int) -> int:
-        """Bytes of a sample's encoded image. Errors as `read`."""
+        """Return the bytes of a sample's encoded image. Errors as `read`."""
         ...
 
     def extent(self, sample: int) -> tuple[str, int | None]:
-        """(the storage's piece that holds the encoded image, its offset there or None where it is the whole piece)."""
+        """Return (the storage's file that holds the encoded image, its offset there, or None where it is the
+        whole file).
+        """
         ...
 
     @property
     def labels(self) -> Labels:
-        """Classes; the first use may have to read all that is there."""
+        """The classes; the first use may read everything."""
         ...
 
     @property
     def verdicts(self) -> Verdicts | None:
-        """Of each sample, where they are known without reading it; `read` then gives no other bytes than these."""
+        """Verdicts on all samples, where they are known without reading; `read` then returns no other bytes
+        than these.
+        """
         ...
 
     def describe(self) -> str:
-        """A few words: what these images come from."""
+        """Return a few words on the source."""
         ...
 
 
 def folder_labels(names: list[str]) -> Labels:
-    """The first folder of each name is its class, where there are at least two.
+    """Return labels by the first folder of each name, where there are at least two.
 
-    What lies in none is unlabelled; where that is most, the folders are no classes.
+    Names without a folder are unlabelled; where most are, the folders are no classes.
     """
     folders = [name.split("/", 1)[0] if "/" in name else "" for name in names]
     if 2 * folders.count("") > len(folders):
@@ -78,10 +84,10 @@ def folder_labels(names: list[str]) -> Labels:
 
 
 def below_common_folders(names: Sequence[str], shards: Sequence[int]) -> list[str]:
-    """Names of members without the folders above their classes: what ``tar cf train.tar train/`` puts before them.
+    """Return names of members without the folders above their classes, which ``tar cf train.tar train/`` adds.
 
-    These are a first folder that all of a shard share and that has the name of a split, and one that all shards share.
-    A folder stays where most of what lies in it lies in no other folder. shards: the shard of each name.
+    These are a first folder with the name of a split that all of a shard share, and one that all shards share. A folder
+    stays where most of its images lie in no other folder. shards: the shard of each name.
     """
     found = list(names)
     rows: dict[int, list[int]] = {}
@@ -105,7 +111,7 @@ def below_common_folders(names: Sequence[str], shards: Sequence[int]) -> list[st
 
 
 def number_labels(values: list[str]) -> Labels:
-    """Labels from a text for each sample: whole numbers are sorted as numbers, other texts as texts; "" is none."""
+    """Return labels from a text per sample: whole numbers are sorted as numbers, other texts as texts; "" is none."""
     found = {*values} - {""}
     numbers = all(value.removeprefix("-").isdecimal() for value in found)
     if numbers:  # 07 and 7 are one class

@@ -1,8 +1,8 @@
-"""What happened to a folder after its manifest was written, as far as the times of its folders tell.
+"""Changes of a folder since its manifest was written, by the times of its folders.
 
-A folder's time of change moves when a name in it comes or goes. Only a folder that is newer than the manifest is
-listed, so an unchanged set of a million files costs a look at each of its folders. What changed inside of a file is
-found when it is read (`manifest`).
+A folder's time changes when a name in it comes or goes. Only folders that are newer than the manifest are listed, so an
+unchanged set of a million files takes one look at each of its folders. Changes inside a file show when it is read
+(`manifest`).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _KINDS: dict[str, Callable[[str], bool]] = {"folder": is_image, "webdataset": is
 
 
 def changes(storage: Storage, source: ManifestSource, manifest: str) -> LeftOut:
-    """What came, went or (of shards) changed below the storage's root after the file `manifest` was written."""
+    """Return what came, went or (shards) changed below the storage's root since the file `manifest` was written."""
     left_out = LeftOut()
     if not isinstance(storage, LocalStorage):
         return left_out
@@ -50,7 +50,7 @@ def changes(storage: Storage, source: ManifestSource, manifest: str) -> LeftOut:
 
 
 def _changed(storage: LocalStorage, name: str) -> int:
-    """When; 0 where that cannot be told, as of what is gone (its folder changed then)."""
+    """Its time; 0 where that is unknown, as of a missing file (its folder changed then)."""
     try:
         return os.stat(storage.shown(name)).st_mtime_ns  # noqa: PTH116  (a thousand folders)
     except OSError:
@@ -58,7 +58,7 @@ def _changed(storage: LocalStorage, name: str) -> int:
 
 
 def _listed(storage: LocalStorage, folder: str, known: set[str], wanted: Callable[[str], bool]) -> list[str]:
-    """What is wanted of a folder, and of those in it that the manifest knows nothing of."""
+    """The wanted names of a folder, and of folders in it that the manifest does not have."""
     found = []
     beginning = f"{folder}/" if folder else ""
     top = os.path.realpath(storage.root)
@@ -78,5 +78,5 @@ def _listed(storage: LocalStorage, folder: str, known: set[str], wanted: Callabl
 
 
 def _inside(path: str, top: str) -> bool:
-    """Whether a link leads to what the listing sees anyway, or around in a circle."""
+    """Whether a link leads to something that is listed anyway, or in a circle."""
     return path == top or path.startswith(f"{top}/") or top.startswith(f"{path}/")

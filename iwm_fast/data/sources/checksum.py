@@ -1,4 +1,4 @@
-"""CRC-32C: what TFRecord files carry, and what the index keeps of each image."""
+"""CRC-32C, of TFRecord files and of the images in a manifest."""
 
 from __future__ import annotations
 
@@ -15,6 +15,6 @@ def crc32c(data: bytes) -> int:
 
 
 def masked_crc32c(data: bytes) -> int:
-    """As TFRecord stores it: turned right by 15 bits and moved by a constant."""
+    """Return the CRC as TFRecord stores it: rotated right by 15 bits, plus a constant."""
     crc = crc32c(data)
     return ((crc >> 15 | crc << 17) + _MASK_DELTA) & 0xFFFFFFFF

@@ -1,4 +1,4 @@
-"""What a file is, by its name."""
+"""Recognise files by name."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NAMELESS = "image"  # a shard's extension of an image that had no name before, a
 
 # TensorFlow's own scripts name files train-00000-of-01024, or x.tfrecord-00000-of-00010
 _RECORDS = re.compile(r"\.tfrecords?$|-\d{5}-of-\d{5}$", re.IGNORECASE)
-# What systems and editors write beside people's files; hidden files are not listed at all.
+# Files that systems and editors write beside people's; hidden files are not listed at all.
 _SYSTEM = re.compile(r"(^|/)(thumbs\.db|ehthumbs(_vista)?\.db|desktop\.ini|icon\r|[^/]*~)$", re.IGNORECASE)
 _ENDING = re.compile(r"\.[A-Za-z0-9_]{1,12}$")
 _PACKED = re.compile(
@@ -36,33 +36,33 @@ _PACKED = re.compile(
 
 
 def is_image(name: str) -> bool:
-    """An image's extension, in capitals or not."""
+    """Return whether it has an image's extension, in any case."""
     dot = name.rfind(".")
     return dot > 0 and name[dot:].lower() in EXTENSIONS
 
 
 def is_member_image(name: str) -> bool:
-    """A member of a shard that is an image: by its extension, or packed from where images have no names."""
+    """Return whether a member of a shard is an image: by its extension, or packed from where images have no names."""
     return is_image(name) or name.endswith(f".{NAMELESS}")
 
 
 def is_shard(name: str) -> bool:
-    """A tar shard's."""
+    """Return whether it is a tar shard's name."""
     return name.lower().endswith(".tar")
 
 
 def is_records(name: str) -> bool:
-    """A TFRecord file's."""
+    """Return whether it is a TFRecord file's name."""
     return _RECORDS.search(name) is not None
 
 
 def is_system(name: str) -> bool:
-    """A file's that nobody put among the images: thumbnails, a folder's settings, an editor's copy."""
+    """Return whether a system or an editor wrote it: thumbnails, a folder's settings, a backup."""
     return _SYSTEM.search(name) is not None
 
 
 def type_of(name: str) -> str:
-    """What a name ends in, in small letters (.heic, .tar.gz), or "without extension"."""
+    """Return the ending in lower case (.heic, .tar.gz), or "without extension"."""
     last = name.rsplit("/", 1)[-1].rsplit(":", 1)[-1]
     packed = _PACKED.search(last)
     found = packed or _ENDING.search(last[1:])
@@ -70,16 +70,16 @@ def type_of(name: str) -> str:
 
 
 def is_packed(name: str) -> bool:
-    """A compressed archive's, which allows no random access."""
+    """Return whether it is a compressed archive's name, which allows no random access."""
     return _PACKED.search(name) is not None
 
 
 def is_manifest(name: str) -> bool:
-    """A manifest's; its first line decides."""
+    """Return whether it is a manifest's name; its first line decides."""
     return name.endswith(".tsv")
 
 
 def record_index_names(file: str) -> tuple[str, ...]:
-    """Names of a TFRecord file's index: with .idx added, or with .idx for the extension."""
+    """Return names of a TFRecord file's index: with .idx added, or with .idx for the extension."""
     stem = file.rsplit(".", 1)[0] if file.lower().endswith((".tfrecord", ".tfrecords")) else file
     return tuple(dict.fromkeys((f"{file}.idx", f"{stem}.idx")))

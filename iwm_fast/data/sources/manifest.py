@@ -99,7 +99,7 @@ def _not_whole(shown: str, error: Exception) -> UserError:
 
 
 class ManifestSource:
-    """The samples of a manifest `text`, which is called `shown` in errors; nothing is listed, sized or opened.
+    """The samples of a manifest `text`, called `shown` in errors; nothing is listed, measured or opened.
 
     storage: where the paths begin.
     """
@@ -123,7 +123,7 @@ class ManifestSource:
         return self._paths[sample]
 
     def read(self, sample: int) -> bytes:
-        """The image's bytes, after their length and checksum were compared with those of the index."""
+        """Return the image's bytes, checked against length and checksum of the manifest."""
         size = int(self._bytes[sample])
         if not size:
             raise BadSample("was empty or unreadable when it was indexed")

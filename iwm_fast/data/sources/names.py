@@ -15,10 +15,10 @@ _ENCODING = ("utf-8", "surrogateescape")  # names of files are bytes, and need n
 
 
 class Names(Sequence[str]):
-    """A sequence of texts kept as their bytes: a name is text[starts[i]:ends[i]], decoded when it is asked for.
+    """A sequence of texts in one buffer of bytes: a name is text[starts[i]:ends[i]], decoded on access.
 
-    A million names of 30 characters take 46 MB, as a list of `str` 87 MB, and no object each that Python has to visit.
-    escaped: the bytes are as `escape` wrote them.
+    A million names of 30 characters take 46 MB, as a list of `str` 87 MB with an object each that Python's garbage
+    collector visits. escaped: the bytes are as `escape` wrote them.
     """
 
     __slots__ = ("_ends", "_escaped", "_starts", "_text")
@@ -54,14 +54,14 @@ class Names(Sequence[str]):
 
 
 def escape(name: str) -> str:
-    """A name without tabs and ends of line; nearly all are left as they are."""
+    """Return a name without tabs and line ends; nearly all are unchanged."""
     for plain, written in _ESCAPES:
         name = name.replace(plain, written)
     return name
 
 
 def unescape(text: str) -> str:
-    """What `escape` was given."""
+    """Invert `escape`."""
     if "\\" not in text:
         return text
     parts = text.split("\\\\")

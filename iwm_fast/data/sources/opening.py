@@ -1,4 +1,4 @@
-"""Chooses the source by what is there."""
+"""Choose the source by what lies at its root."""
 
 from __future__ import annotations
 
@@ -50,11 +50,11 @@ def open_source(
     patience: Patience = PATIENCE,
     listed_anew: bool = False,
 ) -> Source:
-    """The images below `root`: a folder or an s3://bucket/prefix, or one shard, TFRecord file or manifest there.
+    """Open the images below `root`: a folder or an s3://bucket/prefix, or one shard, TFRecord file or manifest there.
 
-    kind: a value of data.source; "auto" takes what is there, a manifest first (unless `listed_anew`). patience:
-    with a store. UserError where there is nothing, or several kinds and no choice, and for what is damaged. What is
-    left out is said in one line on standard error, and is in the source's `left_out`.
+    kind: a value of data.source; "auto" detects it, a manifest first (unless `listed_anew`). patience: with an object
+    store. Raises UserError where there is nothing, where there are several kinds and no choice, and for damage. What is
+    left out is reported in one line on standard error, and is in the source's `left_out`.
     """
     source = _open(root, kind, patience, listed_anew=listed_anew)
     for line in (source.left_out.skipped_line(), source.left_out.line()):
@@ -88,7 +88,7 @@ def _open(root: str | Path, kind: str, patience: Patience, *, listed_anew: bool)
 
 
 def _count_others(source: Source, names: list[str]) -> None:
-    """What lies beside the images and is not read, but for what systems write there."""
+    """Count the other files beside the images, except those of systems."""
     source.left_out.add(SYSTEM, *source.storage.system_folders)
     source.left_out.add(REPEATED, *source.storage.repeated_folders)
     if source.kind != "folder":
@@ -102,7 +102,7 @@ def _count_others(source: Source, names: list[str]) -> None:
 
 
 def _unread(kind: str, names: list[str]) -> list[str]:
-    """Files that a source of this kind does not read and nothing else speaks of."""
+    """Files that a source of this kind does not read and that are not reported otherwise."""
     wanted = _KINDS[kind][0]
     companions = {MANIFEST_FILE, SHARDS_FILE}
     if kind != "folder":
@@ -112,9 +112,9 @@ def _unread(kind: str, names: list[str]) -> list[str]:
 
 
 def top_level(root: str | Path, patience: Patience = PATIENCE) -> tuple[list[str], list[str]]:
-    """Names of the folders and of the files directly below a root, sorted, hidden ones left out.
+    """Return the names of the folders and files directly below a root, sorted, without hidden ones.
 
-    Both are empty for what is no folder, or cannot be listed: opening it says why.
+    Both are empty where it is no folder, or cannot be listed: opening it reports why.
     """
     if is_address(str(root)):
         return S3Storage(str(root), patience).top()
@@ -127,7 +127,7 @@ def top_level(root: str | Path, patience: Patience = PATIENCE) -> tuple[list[str
 
 
 def _place(root: str, patience: Patience) -> tuple[Storage, str | None]:
-    """The storage, and the one file of it that was named, if it was one."""
+    """The storage, and the one file in it that was named, if any."""
     if not root:
         raise UserError("the folder of images is an empty text; give its path")  # Path("") would be the working folder
     if is_address(root):
@@ -146,7 +146,7 @@ def _place(root: str, patience: Patience) -> tuple[Storage, str | None]:
 
 
 def _companions(name: str) -> tuple[str, ...]:
-    """Names of what may lie beside a file and belong to it."""
+    """Names of files that may accompany a file."""
     return (*index_names(name), CLASSES_FILE) if is_shard(name) else record_index_names(name)
 
 
@@ -173,7 +173,7 @@ def _of_manifest(storage: Storage, name: str, kind: str, patience: Patience) -> 
 
 
 def _chosen(kind: str, names: list[str], storage: Storage) -> str:
-    """The kind asked for or, of all, the only one that there is."""
+    """The requested kind or, of all, the only one that there is."""
     counts = {name: sum(map(test, names)) for name, (test, _) in _KINDS.items()}
     there = [name for name in counts if counts[name]]
     known = ", ".join(sorted(EXTENSIONS))

@@ -1,4 +1,4 @@
-"""Data that go away for a while (a mount that drops, a server that restarts): waited for, then named."""
+"""Wait for data that disappear for a while (a mount that drops, a server that restarts)."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _FIRST_S, _LONGEST_S = 0.1, 5.0
 
 
 def read_present(read: Callable[[], bytes], wait_s: float, closed: threading.Event) -> bytes:
-    """What `read` gives, called again for up to `wait_s` seconds while it says that the data are gone.
+    """Call `read` for up to `wait_s` seconds until it does not raise DataGone; return its result.
 
-    UserError when they have not come back by then, or when `closed` is set before.
+    Raises UserError where the data have not come back by then, or when `closed` is set before.
     """
     begin, pause = time.monotonic(), _FIRST_S
     while True:

@@ -1,12 +1,12 @@
-"""Where bytes lie: objects of an S3-compatible store, read by ranges.
+"""Storage in an S3-compatible object store: objects, read by ranges.
 
-Credentials come from the environment alone (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN); they are
-held by the client only, which no error, log line, pickle or file of a run has. AWS_ENDPOINT_URL names a store other
+Credentials come from the environment alone (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN); only the
+client holds them, so no error, log line, pickle or file of a run has them. AWS_ENDPOINT_URL names an object store other
 than Amazon's, AWS_REGION or AWS_DEFAULT_REGION its region.
 
-DALI's readers take s3:// addresses themselves. They are not used: a reader hands out samples in its own order and ends
-the run at the first file that it cannot decode, while here a sample is asked for by its number (so that any number of
-ranks sees the same order, and a run resumes at any position), is checked, and is replaced where it is bad.
+DALI's readers accept s3:// addresses, but return samples in their own order and end the run at the first file that they
+cannot decode. Here samples are read by index (so that any number of ranks has the same order, and a run resumes at any
+position), checked, and replaced where they are bad.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ __all__ = ["PATIENCE", "Patience", "S3Storage", "is_address"]
 Answer = TypeVar("Answer")
 
 _READERS = 16
-# Waits between attempts: 0.5, 1, 2, 4, 8 s, each drawn from its upper half, so that many readers do not return at once.
+# Waits between attempts: 0.5, 1, 2, 4, 8 s, each sampled from its upper half, so that many readers do not return at
+# once.
 _FIRST_WAIT_S = 0.5
 _LONGEST_WAIT_S = 10.0
 
@@ -42,14 +43,14 @@ _LATER = frozenset({"SlowDown", "RequestTimeout", "RequestTimeTooSkewed", "Throt
 
 @dataclass(frozen=True)
 class Patience:
-    """How long to put up with a store: seconds without a byte from it, and how often a request is made."""
+    """The limits of an object store: seconds without a byte, and attempts per request."""
 
     timeout_s: float = 20.0
     attempts: int = 6
 
     @classmethod
     def of(cls, data: DataConfig) -> Patience:
-        """As ``data.store_timeout`` and ``data.store_attempts`` say."""
+        """Return ``data.store_timeout`` and ``data.store_attempts``."""
         return cls(data.store_timeout, data.store_attempts)
 
 
@@ -57,24 +58,24 @@ PATIENCE = Patience()
 
 
 def is_address(root: str) -> bool:
-    """Whether a root is an address of a store rather than a path."""
+    """Return whether a root is an address of an object store rather than a path."""
     return root.startswith("s3://")
 
 
 class S3Storage:
-    """Objects below s3://bucket/prefix. A request that fails in a way that may pass is made again, as `patience` says.
+    """Objects below s3://bucket/prefix. A request that fails temporarily is retried within `patience`.
 
-    UserError for an address that is none, a missing boto3 or missing credentials, a refusal, and a store that does not
-    answer: it names the object and what the store said.
+    Raises UserError for an invalid address, a missing boto3 or missing credentials, a refusal, and an object store that
+    does not respond; it names the object and the response.
     """
 
     readers = _READERS
     system_folders: tuple[str, ...] = ()  # copied there with what lies beside them
-    repeated_folders: tuple[str, ...] = ()  # nor links
+    repeated_folders: tuple[str, ...] = ()  # no links either
 
     def __init__(self, root: str, patience: Patience = PATIENCE) -> None:
         match = _ADDRESS.fullmatch(root)
-        if match is None:  # not repeated: somebody may have written a secret into it
+        if match is None:  # not repeated: it may hold a secret
             raise UserError("this address of an object store is not of the form s3://bucket/prefix; check data.root")
         self._bucket = match[1]
         self._prefix = (match[2] or "").strip("/")
@@ -86,7 +87,7 @@ class S3Storage:
         _credentials()
 
     def __getstate__(self) -> dict[str, Any]:
-        """For other processes, which make a client of their own from their environment."""
+        """For other processes, which make a client from their own environment."""
         return {"root": self.root, "patience": self._patience}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -104,7 +105,7 @@ class S3Storage:
         return [key for key in found if key not in of_system]
 
     def sizes(self, names: Sequence[str]) -> list[int]:
-        """From the list of objects, a thousand at a time, instead of a request for each."""
+        """From the list of objects, a thousand at a time, instead of one request each."""
         wanted = set(names)
         found = {key: size for key, size in self._listed() if key in wanted}
         return [found.get(name, -1) for name in names]
@@ -125,7 +126,7 @@ class S3Storage:
             more = {"ContinuationToken": page["NextContinuationToken"]}
 
     def has(self, name: str) -> bool:
-        """Whether there is such an object; asked for by a list, which needs no right to look at it."""
+        """Return whether there is such an object, from a list, which needs no right to read it."""
         page = self._ask(self.root, lambda: self._list(name, MaxKeys=1))
         return any(entry["Key"] == self._prefix + name for entry in page.get("Contents", ()))
 
@@ -182,7 +183,7 @@ class S3Storage:
                         read_timeout=self._patience.timeout_s,
                         retries={"total_max_attempts": 1},  # ours also cover what breaks while a body is read
                         max_pool_connections=256,  # as many as data.readers allows
-                        request_checksum_calculation="when_required",  # stores other than Amazon's have no others
+                        request_checksum_calculation="when_required",  # other object stores have none
                         response_checksum_validation="when_required",
                     ),
                 )
@@ -196,7 +197,7 @@ class S3Storage:
         return self._client.list_objects_v2(Bucket=self._bucket, Prefix=self._prefix + name, **more)
 
     def _ask(self, name: str, request: Callable[[], Answer]) -> Answer:
-        """The store's answer; again and again where it fails in a way that may pass."""
+        """The object store's response, retried where a failure may be temporary."""
         exceptions = _libraries()[1].exceptions
         passing = (exceptions.ConnectionError, exceptions.HTTPClientError, exceptions.IncompleteReadError)
         what = self.root if name == self.root else self.shown(name)
@@ -218,7 +219,7 @@ class S3Storage:
         )
 
     def _refusal(self, what: str, error: Any) -> str:
-        """What the store said, where it may say something else later."""
+        """The response, where a retry may help."""
         code = str(error.response.get("Error", {}).get("Code", ""))
         status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
         if code in _MISSING and what != self.root:
@@ -236,7 +237,7 @@ class S3Storage:
         return f"{code or 'an error'} (HTTP {status})"
 
     def _require_some(self) -> None:
-        """UserError where nothing at all is left under the prefix."""
+        """Raise UserError where nothing is left under the prefix."""
         if not self.any():
             raise DataGone(f"{self.root} is empty")
 
@@ -282,12 +283,12 @@ def _credentials() -> dict[str, str]:
 
 
 def _endpoint() -> str:
-    """The store's host and port, without what else stands in its address (a user and a password, perhaps)."""
+    """The object store's host and port, without the rest of its address (a user and a password, perhaps)."""
     url = urlsplit(os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "")
     return f" at {url.hostname}:{url.port}" if url.port else f" at {url.hostname}" if url.hostname else ""
 
 
 def _said(error: Exception) -> str:
-    """What went wrong, by its kind: the texts of these errors repeat addresses, which may hold credentials."""
+    """The kind of an error: the texts repeat addresses, which may hold credentials."""
     words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", type(error).__name__.removesuffix("Error")).lower()
     return words or "an error"

@@ -1,4 +1,4 @@
-"""Where bytes lie: files below a folder of this machine. `s3` holds the other place."""
+"""Storage on this machine: files below a folder. `s3` is the other storage."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ SYSTEM_FOLDERS = frozenset(
         "__MACOSX",  # ZIP archives of macOS
     }
 )  # fmt: skip
-# Not the file: this process may open no more, or the machine's memory is used up.
+# Errors of this process or machine, not of the file: too many open files, or no memory.
 _OURS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
-# What a network file system says of a server that does not answer, as opposed to a file that is not there.
+# Errors of a network file system whose server does not respond, as opposed to a missing file.
 _NO_ANSWER = frozenset({errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH})
 
 _SIZES_THREADS, _SIZES_SPAN = 16, 500
 
 
 class DataGone(UserError):  # noqa: N818  (a circumstance, as UserError itself says)
-    """Not one sample but the place where it was cannot be read: no verdict on the sample; it may come back."""
+    """The place of a sample is gone, not the sample alone: no verdict on it; the place may come back."""
 
     def __init__(self, what: str) -> None:
         super().__init__(f"{what}; bring the data back, and start again: a training resumes with --resume auto")
@@ -41,10 +41,10 @@ class DataGone(UserError):  # noqa: N818  (a circumstance, as UserError itself s
 
 
 class Storage(Protocol):
-    """Named pieces of bytes below one root. `read` may be called from several threads at a time."""
+    """Named files or objects below one root. `read` may be called from several threads at once."""
 
     root: str  # as people write it: an absolute path, or s3://bucket/prefix
-    readers: int  # reads that are worth having in flight at a time
+    readers: int  # useful number of reads in flight
     system_folders: tuple[str, ...]  # that `names` passed over, below the root
     repeated_folders: tuple[str, ...]  # other names of folders that `names` has been in, by links
 
@@ -60,22 +60,22 @@ class Storage(Protocol):
         ...
 
     def has(self, name: str) -> bool:
-        """Whether there is a piece of that name."""
+        """Return whether there is one of that name."""
         ...
 
     def size(self, name: str) -> int:
-        """Bytes of a piece. BadSample and UserError as `read`."""
+        """Return its bytes. BadSample and UserError as `read`."""
         ...
 
     def sizes(self, names: Sequence[str]) -> list[int]:
-        """Bytes of many pieces, in their order, as fast as the place allows; -1 of one that is gone."""
+        """Return the bytes of many, in order, as fast as the storage allows; -1 for a missing one."""
         ...
 
     def read(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
-        """A piece's bytes from `offset`: `length` of them, fewer where it ends before, or all.
+        """Return `length` bytes from `offset`, fewer where it ends before, or all.
 
-        BadSample where this piece cannot be read; DataGone where the whole place is gone; UserError where this
-        process may open no more files.
+        Raises BadSample where it cannot be read; DataGone where the whole place is gone; UserError where this process
+        may open no more files.
         """
         ...
 

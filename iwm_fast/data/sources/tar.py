@@ -1,7 +1,7 @@
-"""What a tar file holds, from its headers alone, read through a storage by offset.
+"""List a tar file's members from its headers alone, read through a storage by offset.
 
-Nothing is unpacked and nothing is written, so a name may be absolute or lead upwards without harm: names are brought to
-one form (no `./`, no leading `/`, no `..`), by which a shard made of a folder has the folder's names.
+Nothing is unpacked or written, so absolute names and `..` are harmless: names are normalised (no `./`, no leading `/`,
+no `..`), so that a shard made of a folder has the folder's names.
 """
 
 from __future__ import annotations
