@@ -1,8 +1,8 @@
 """The words that users read are the field's own.
 
-The test reads the help of every command and option, the configuration's descriptions, every string in the code that is
-no docstring (errors, notices, tables, footnotes of the report page), the page's templates, README, CONTRIBUTING and
-docs/. It skips code in documents: inline code and blocks of shell, Python, YAML and JSON.
+The test reads the help of every command and option, the configuration's descriptions, every string, docstring and
+comment of the code (errors, notices, tables, footnotes of the report page), the page's templates, README, CONTRIBUTING
+and docs/. It skips code in prose: inline code and blocks of shell, Python, YAML and JSON.
 
 A phrase stands in the table where a pattern tells its private sense from the usual one. No pattern does so for "keeps"
 outside of "keeps … for the backward pass", "average" for the EMA, "start" for a launch outside of "this start" and its
@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import ast
 import functools
+import io
 import re
+import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -32,6 +34,7 @@ CODE = ("iwm_fast", "kernels", "benchmarks", "examples")
 
 NOT_YET = frozenset(
     {
+        "benchmarks/peers.py",
         "docs/guides/benchmark_and_profile.md",
         "docs/guides/gpu.md",
         "docs/quickstart.md",
@@ -48,17 +51,36 @@ NOT_YET = frozenset(
         "iwm_fast/cli/demo.py",
         "iwm_fast/cli/finetune.py",
         "iwm_fast/cli/plan.py",
+        "iwm_fast/eval/__init__.py",
+        "iwm_fast/eval/compare/curves.py",
+        "iwm_fast/eval/evaluate.py",
+        "iwm_fast/eval/finetune/finetuned_model.py",
+        "iwm_fast/eval/finetune/fitting.py",
         "iwm_fast/eval/finetune/run.py",
         "iwm_fast/eval/report/example_page.py",
+        "iwm_fast/eval/report/page.py",
         "iwm_fast/eval/report/report.py",
         "iwm_fast/eval/report/sections/equivariance_dial.py",
         "iwm_fast/eval/report/sections/mrr_bars.py",
         "iwm_fast/eval/report/sections/rollout_curves.py",
+        "iwm_fast/eval/report/slider_page.py",
         "iwm_fast/eval/report/templates/example.html",
         "iwm_fast/eval/report/templates/sliders.html",
+        "iwm_fast/eval/representation/equivariance.py",
         "iwm_fast/eval/representation/view_pairs.py",
         "iwm_fast/eval/splits.py",
+        "iwm_fast/eval/world_model/bank.py",
+        "iwm_fast/eval/world_model/components.py",
+        "iwm_fast/eval/world_model/distances.py",
+        "iwm_fast/eval/world_model/examples.py",
+        "iwm_fast/eval/world_model/infer_action.py",
+        "iwm_fast/eval/world_model/mrr.py",
         "iwm_fast/eval/world_model/next_frames.py",
+        "iwm_fast/eval/world_model/rollout.py",
+        "iwm_fast/eval/world_model/sliders.py",
+        "iwm_fast/eval/world_model/triplets.py",
+        "kernels/ema_update.py",
+        "kernels/sigreg.py",
     }
 )
 
@@ -136,23 +158,31 @@ PHRASES = [
 
 
 def _strings(tree: ast.Module) -> Iterator[str]:
-    """Every string that is no docstring and has a space; a formatted value counts as the digit 0."""
-    scopes = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    docstrings = {
-        id(n.body[0].value) for n in ast.walk(tree) if isinstance(n, scopes) and ast.get_docstring(n) is not None
-    }
+    """Every string; a formatted value counts as the digit 0."""
     parts = {id(part) for n in ast.walk(tree) if isinstance(n, ast.JoinedStr) for part in n.values}
     for node in ast.walk(tree):
         if isinstance(node, ast.JoinedStr):
             yield "".join(p.value if isinstance(p, ast.Constant) else "0" for p in node.values)
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and not {id(node)} & (docstrings | parts):
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in parts:
             yield node.value
 
 
+def _comments(text: str) -> Iterator[str]:
+    """Every comment; those on neighbouring lines are one."""
+    found: list[tuple[int, str]] = []
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type == tokenize.COMMENT:
+            line, words = token.start[0], token.string.lstrip("# ")
+            if found and found[-1][0] == line - 1:
+                words = f"{found.pop()[1]} {words}"
+            found.append((line, words))
+    yield from (words for _, words in found)
+
+
 def _prose(text: str) -> str:
-    """A document without its code."""
+    """A text without its code."""
     text = re.sub(r"^ *```(sh|python|yaml|json)\n.*?^ *```", "", text, flags=re.MULTILINE | re.DOTALL)
-    return re.sub(r"`[^`\n]+`", "`code`", text)
+    return re.sub(r"`+[^`\n]+`+", "`code`", text)
 
 
 def _paths() -> list[Path]:
@@ -163,7 +193,7 @@ def _paths() -> list[Path]:
 def _texts(path: Path) -> Iterator[str]:
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".py":
-        yield from _strings(ast.parse(text))
+        yield from map(_prose, (*_strings(ast.parse(text)), *_comments(text)))
     elif path.suffix == ".md":
         yield from _prose(text).split("\n\n")
     else:

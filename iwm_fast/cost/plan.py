@@ -114,7 +114,7 @@ class Planner:
 
     @cached_property
     def _activations(self) -> dict[bool, Activations]:
-        """Of the drawn images, without and with recomputation."""
+        """Of the sampled images, without and with recomputation."""
         both = {}
         for recompute in (False, True):
             train = self.config.train.model_copy(update={"activation_checkpointing": recompute})
@@ -200,7 +200,7 @@ class Planner:
         return 1 + 2 * expected_padding(self.config, micro) / max(useful, 1.0)
 
     def _with_batch(self, config: Config, state: Memory, micro: int) -> Memory:
-        """Add a micro-batch: activations by the drawn images' mean, and its pixels as DALI prefetches them."""
+        """Add a micro-batch: activations by the sampled images' mean, and its pixels as DALI prefetches them."""
         drawn = self.tokens.images
         of_drawn = self._activations[config.train.activation_checkpointing]
         pixels = (1 + self.tokens.sources) * 3 * config.model.image**2 * (config.data.prefetch + 2)

@@ -45,7 +45,7 @@ class StepTime:
 
 
 def image_flops(config: Config, tokens: Tokens) -> StepFlops:
-    """Operations of the drawn images all together; divide by their number for those of one."""
+    """Return the FLOPs of the sampled images together; divide by their number for those per image."""
     actions = action_dim(config.actions)
     return step_flops(config.model, actions, tokens.context, tokens.predicted, tokens.sources)
 
@@ -62,19 +62,19 @@ def step_time(
     accumulation: int = 1,
     more: float = 1.0,
 ) -> StepTime:
-    """A step of the configuration's global batch, divided evenly over the fabric's ranks.
+    """Return the time of a step of the configuration's global batch, divided evenly over the fabric's ranks.
 
     Args:
         config: its precision, stage and activation checkpointing.
         layout: of its parameters.
-        tokens: of the images whose mean stands for all.
+        tokens: of the images whose mean represents all.
         collectives: of the step.
         fabric: the ranks and their links.
         device: its rates.
-        mfu: operations a second over the data sheet's, of train.precision.
-        data_rate: images a second that the input path makes for one rank, or None.
-        accumulation: micro-batches of a rank.
-        more: context and predicted tokens with their padding, over those without. The target has none.
+        mfu: FLOP/s over the data sheet's, of train.precision.
+        data_rate: images/s of the input pipeline for one rank, or None.
+        accumulation: micro-batches per rank.
+        more: context and predicted tokens with padding, over those without. The target has none.
 
     """
     images = config.train.global_batch / fabric.world

@@ -130,7 +130,7 @@ def _filled(where: str, actions: dict[str, Any]) -> dict[str, Any]:
 
 
 def _lists_of_numbers(*lists: Any) -> bool:
-    """Lists of numbers of one length."""
+    """Lists of numbers, all equally long."""
     return all(isinstance(one, list) and all(isinstance(v, int | float) for v in one) for one in lists) and (
         len({len(one) for one in lists}) == 1
     )

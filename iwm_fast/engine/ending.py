@@ -16,7 +16,7 @@ __all__ = ["Ending", "resume_command"]
 
 @dataclass(frozen=True)
 class Ending:
-    """How a start ended: after ``step``, of ``stop_at`` asked for. ``first``: whether this is the first rank."""
+    """How a launch ended: after ``step``, of ``stop_at`` planned. ``first``: whether this is the first rank."""
 
     config: Config
     out: Path

@@ -28,7 +28,7 @@ class SkippedSteps:
     def __init__(self, limit: int, file: Path | None, ranks: Ranks) -> None:
         self._limit, self._file, self._ranks = limit, file, ranks
         self._steps: list[dict[str, Any]] = []
-        self.count = 0  # of all that were read, in this start
+        self.count = 0  # of all that were read, in this launch
         self._unread: list[tuple[Tensor, int, list[int], list[int]]] = []
 
     @property

@@ -15,7 +15,7 @@ __all__ = ["counted_flops"]
 
 
 def counted_flops(work: Callable[[], object]) -> int:
-    """Operations of the matrix products that `work` runs, forward and backward; a multiply-add is two."""
+    """Return the FLOPs of the matmuls that `work` runs, forward and backward; a multiply-add is two."""
     counter = FlopCounterMode(display=False)
     with sdpa_kernel(SDPBackend.MATH), counter:
         work()

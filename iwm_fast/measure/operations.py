@@ -18,9 +18,9 @@ __all__ = ["OperationCounter", "Work"]
 
 @dataclass
 class Work:
-    """calls; operations of matrix products; bytes of tensors read and written, each operator's by itself.
+    """calls; operations: FLOPs of matmuls; bytes of tensors read and written, counted per operator.
 
-    sizes: how many calls were of each (operations, bytes).
+    sizes: the number of calls of each (operations, bytes).
     """
 
     calls: int = 0

@@ -30,10 +30,10 @@ def median_of(samples: Sequence[float]) -> Estimate:
 
 
 def ratio_of(numerator: Sequence[float], denominator: Sequence[float], *, paired: bool = False) -> Estimate:
-    """The median of one over the median of the other.
+    """Return the median of one over the median of the other, with an interval by block bootstrap.
 
-    Measurements one after another are not independent: what slows one slows the next. So whole blocks of neighbours are
-    drawn again, ⌈√n⌉ long. `paired`: sample i of both was taken side by side, and both are drawn together.
+    Consecutive measurements are not independent: what slows one slows the next. So whole blocks of neighbours are
+    resampled, ⌈√n⌉ long. `paired`: sample i of both was taken side by side, and both are resampled together.
     """
     above, below = _checked(numerator), _checked(denominator)
     if paired and len(above) != len(below):

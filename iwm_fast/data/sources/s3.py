@@ -152,7 +152,7 @@ class S3Storage:
         return int(self._ask(name, lambda: self._client.head_object(**self._object(name)))["ContentLength"])
 
     def read(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
-        """The object's bytes, by a range where one is asked for."""
+        """Return the object's bytes, or a range of them."""
         if length is not None and length <= 0:
             return b""
         wanted: dict[str, str] = {}

@@ -192,7 +192,7 @@ class WebDatasetSource:
         return _label_in(text) if sidecar else _WHOLE.sub(r"\1", text)
 
     def _bytes(self, sample: int, offset: int, size: int, *, of_image: bool) -> bytes:
-        """A member's bytes; where an index told of it, the header before them has to say the same."""
+        """A member's bytes; where its place comes from an index, the header before them must agree."""
         shard = int(self._shard[sample])
         ahead = BLOCK if self._indexed[shard] else 0
         raw = self.storage.read(self.shards[shard], offset - ahead, ahead + size)
@@ -207,7 +207,7 @@ class WebDatasetSource:
 
 
 def _open(storage: Storage, shard: str, known: set[str]) -> tuple[list[_Sample], bool, LeftOut]:
-    """The samples of one shard, whether its index told of them, and what was left out."""
+    """(samples of one shard, whether an index gave them, what was left out)."""
     left_out = LeftOut()
     found, misfits = None, []
     for index in index_names(shard):

@@ -1,8 +1,7 @@
-"""Writes the manifest of a source: what `sources.manifest` reads.
+"""Write the manifest of a source, which `sources.manifest` reads.
 
-It is written beside its final name and renamed when it is whole. A start that was killed leaves that file, which is the
-beginning of the manifest line by line: the next start keeps its whole lines, if the listing is still the same, and goes
-on behind them.
+It is written beside its final name and renamed when it is whole. A kill leaves that file, the beginning of the
+manifest: the next run keeps its whole lines, if the listing is still the same, and continues after them.
 """
 
 from __future__ import annotations

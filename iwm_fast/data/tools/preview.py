@@ -37,10 +37,10 @@ def write_preview(config: Config, root: str | Path, out: Path, count: int, seed:
     """Write the first `count` samples of a training on `root` with this configuration and seed to the folder `out`.
 
     NNN_base.png (the target's crop: decoded, resized, flipped), NNN_target.png, NNN_source.png, NNN_masked.png (what
-    the encoder sees of the source); with the geometric group NNN_source_base.png; and params.json, an object a sample,
-    factors as the operators used them. Of several sources the second is NNN_source_1.png and so on, and the object's
-    more_sources describes them. contact_sheet.png shows the first of them side by side; returns its path and how many
-    images are on it. UserError where `root` has no usable images or `out` cannot be written.
+    the encoder sees of the source); with the geometric group NNN_source_base.png; and params.json, one object per
+    sample, factors as the operators used them. Of several sources the second is NNN_source_1.png and so on, and the
+    object's more_sources describes them. contact_sheet.png shows the first of them side by side. Returns its path and
+    how many images are on it. Raises UserError where `root` has no usable images or `out` cannot be written.
     """
     if config.actions.is_external:
         raise UserError(f"{root}: a preview shows what is done to images; to the pictures of triplets nothing is")

@@ -71,11 +71,10 @@ def write_shards(
 ) -> dict[str, Any]:
     """Pack every image below `root` into out/shard-NNNNNN.tar of about `shard_bytes`, each with its shard-NNNNNN.idx.
 
-    Files are packed as they are, whether they decode or not. Each shard appears whole or not at all, its index after
-    it, and `shards.json`, which says what is there, last. Returns {out, shards, samples, bytes, classes, resumed,
-    left_out}: resumed are the shards of an earlier start that were kept. UserError as `list_images`; where `out` holds
-    something else or is being written by another start; and for a file that cannot be read, or changed its length
-    meanwhile.
+    Files are packed unchanged, whether they decode or not. Each shard appears whole or not at all, its index after it,
+    and `shards.json`, which lists them, last. Returns {out, shards, samples, bytes, classes, resumed, left_out};
+    resumed: shards kept from an earlier run. Raises UserError as `list_images`; where `out` holds something else or
+    another process writes it; and for a file that cannot be read, or changed its length meanwhile.
     """
     require_folder(out)
     images = open_source(root, source)
@@ -109,7 +108,7 @@ def write_shards(
 
 
 def _samples(images: Source, labels: list[int] | None, progress: Progress | None) -> Iterator[_Sample]:
-    """What is to be packed, with lengths only; in a store each of these is a request, so several are made at a time."""
+    """The samples to pack, with lengths only; in an object store each length is a request, so several run at once."""
     taken: set[str] = set()
     with ThreadPoolExecutor(images.storage.readers) as pool:
         for number, size in enumerate(pool.map(partial(_size, images), range(len(images)))):

@@ -1,14 +1,14 @@
-"""The DALI definition of the two views: decode, crop, resize, flip, rotate, jitter and what is done to sources.
+"""The DALI definition of the two views: decode, crop, resize, flip, rotate, jitter, corruptions.
 
 One definition serves ``device="cpu"`` and ``device="gpu"`` (mixed decode: nvJPEG, then operators on the GPU); a CPU
-runs it in tests only, and elsewhere decodes with DALI and renders with `cpu_views`, to the same reference. Nothing
-is drawn here: every parameter arrives from the host through an external source, so what was done to an image is what
-the predictor is told. Operators that a sample does not need (a corruption, a neutral jitter, a rotation) are kept off
-it by conditionals (an `if` statement on a batch is DALI's, sample by sample), which also makes a view without them
-bit-equal to its base.
+runs it in tests only, and elsewhere decodes with DALI and renders with `cpu_views`, to the same reference. Nothing is
+sampled here: every parameter arrives from the host through an external source, so the applied parameters are those that
+condition the predictor. Conditionals skip operators that a sample does not need (a corruption, a neutral jitter, a
+rotation), because an `if` statement on a batch is DALI's, sample by sample; so a view without them is bit-equal to its
+base.
 
-Flips and half of a rotation cost nothing: the resize reads its region of interest backwards
-(``roi_start > roi_end``), which leaves only a transpose to quarter turns. EXIF's orientation is one more of these.
+Flips and half of a rotation take no time: the resize reads its region of interest backwards (``roi_start > roi_end``),
+which leaves only a transpose for quarter turns. EXIF's orientation is one more of these.
 """
 
 # ruff: noqa: SIM108  (DALI translates if statements, not conditional expressions)

@@ -186,7 +186,7 @@ class Liveness:
 
 
 def _answered(call: Callable[[], Any]) -> Any:
-    """Return the result of a call on the store; TimeoutError where the store does not respond."""
+    """Return the result of a call on the launcher's store; TimeoutError where it does not respond."""
     found: list[Any] = []
     failed: list[dist.DistError] = []
 

@@ -34,7 +34,7 @@ def rank_me(tokens: Tensor) -> float:
 
 
 def spread(tokens: Tensor) -> float:
-    """Mean over the D features of the standard deviation across (T, D) tokens; 0 when all tokens are the same."""
+    """Return the mean over the D features of the std across (T, D) tokens; 0 where all tokens are equal."""
     return float(tokens.float().std(dim=0, unbiased=False).mean())
 
 

@@ -13,10 +13,10 @@ __all__ = ["Limits"]
 
 @dataclass(frozen=True)
 class Limits:
-    """operations_per_s: of the fastest matrix product measured. copies: (bytes moved, bytes a second), ascending.
+    """operations_per_s: of the fastest measured matmul. copies: (bytes moved, bytes/s), ascending.
 
-    A copy of 64 KiB stays in a cache and may be 20 times as fast as one of 64 MiB, so a call is held to the copies
-    that move no less than it does, but for the next smaller one.
+    A copy of 64 KiB stays in a cache and may be 20 times as fast as one of 64 MiB, so a call is compared with copies of
+    at most its own size, and the next smaller one.
     """
 
     operations_per_s: float

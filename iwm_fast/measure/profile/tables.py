@@ -26,9 +26,9 @@ def operator_rows(
     times: Mapping[str, tuple[float, float]], whole: Mapping[str, float], work: Mapping[str, Work], limits: Limits,
     peak: float | None,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """An operator a row, the longest first; seconds of its own, calls, operations and bytes a step.
+    """Return one row per operator, the longest first; its own seconds, calls, operations and bytes per step.
 
-    whole: seconds with what it calls, of the calls whose work was counted: what the shares are of.
+    whole: seconds with what it calls, of the calls whose work was counted, which the shares refer to.
     """
     rows = []
     for name, (seconds, calls) in sorted(times.items(), key=lambda item: -item[1][0]):

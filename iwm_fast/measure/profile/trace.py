@@ -30,11 +30,11 @@ class ModuleTime:
 
 @dataclass
 class Traced:
-    """Of the traced steps: operators' own time, GPU kernels' time, modules' time, and memory over time.
+    """The traced steps: operators' own time, GPU kernels' time, modules' time, and memory over time.
 
-    operators and kernels: name → (seconds a step, calls a step). counted: seconds a step of the counted operators with
-    all that they call, where no other counted one calls them. memory: (seconds from the first, bytes held) at each
-    allocation and release, relative to what was held before.
+    operators and kernels: name → (seconds per step, calls per step). counted: seconds per step of the counted operators
+    with all that they call, where no other counted one calls them. memory: (seconds from the first, bytes held) at each
+    allocation and release, relative to the beginning.
     """
 
     operators: dict[str, tuple[float, float]]
