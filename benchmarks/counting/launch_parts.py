@@ -35,7 +35,7 @@ _KINDS: tuple[tuple[type[nn.Module] | tuple[type[nn.Module], ...], str], ...] = 
 _WORDS = (
     ("finite check", ("overflow", "finite", "inf_or_nan", "nan_or_inf", "invalid")),
     ("gradient norm", ("norm", "clip")),
-    ("AdamW", ("adam", "lamb", "_move")),
+    ("AdamW", ("adam", "lamb", "move")),
 )
 _COMPARISONS = ("lt", "isfinite", "isinf", "isnan")
 _OPTIMIZERS = ("torch/optim/", "engine/optimizer.py")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, WithJsonSchema, model_validator
 
 from iwm_fast.config.base import Section
+from iwm_fast.config.registry import Registry
 
-__all__ = ["ENCODERS", "EncoderName", "EncoderShape"]
+__all__ = ["ENCODERS", "EncoderName", "EncoderShape", "register_encoder", "shape_of"]
 
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0.0)]
@@ -37,4 +38,16 @@ ENCODERS: dict[str, EncoderShape] = {
     "vit_large": EncoderShape(depth=24, width=1024, heads=16),
     "vit_huge": EncoderShape(depth=32, width=1280, heads=16),
 }
-EncoderName = Literal["vit_micro", "vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge"]
+_NAMES: Registry[EncoderShape] = Registry("encoder", "model.encoder", ENCODERS)
+EncoderName = Annotated[str, AfterValidator(_NAMES.require), WithJsonSchema({"enum": list(ENCODERS)})]
+
+
+def register_encoder(name: str, *, depth: int, width: int, heads: int, mlp_ratio: float = 4.0) -> None:
+    """Give an encoder's size a name for ``model.encoder``. UserError where the name is taken; ValueError for a size."""
+    _NAMES.add(name, EncoderShape(depth=depth, width=width, heads=heads, mlp_ratio=mlp_ratio))
+
+
+def shape_of(name: str) -> EncoderShape:
+    """The size of a built-in or registered encoder. KeyError where there is none of that name."""
+    own = _NAMES.own(name)
+    return ENCODERS[name] if own is None else own

@@ -15,12 +15,13 @@ from pydantic import ValidationError
 
 from iwm_fast.config import yaml_text
 from iwm_fast.config.hints import Hint, hint_of
+from iwm_fast.config.plugins import named_plugins
 from iwm_fast.config.schema import Config
 from iwm_fast.config.schema_table import allowed, rows, section_keys, text_keys
 from iwm_fast.config.yaml_text import Keys
 from iwm_fast.errors import UserError
 
-__all__ = ["dump_config", "find_config", "load_config", "packaged_config", "packaged_names"]
+__all__ = ["dump_config", "find_config", "load_config", "packaged_config", "packaged_names", "plugins_of"]
 
 _COMMAND_LINE = "command line"
 
@@ -80,6 +81,12 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         more = len(problems) - 1
         suffix = "" if not more else f" (and {more} more problem{'s' if more > 1 else ''})"
         raise UserError(": ".join(part for part in (where, ".".join(keys), message) if part) + suffix) from error
+
+
+def plugins_of(overrides: Sequence[str]) -> list[str]:
+    """The plugins that ``key.path=value`` words name, before they are applied to a configuration."""
+    given = [text.partition("=")[2] for text in overrides if text.partition("=")[0].strip() == "plugins"]
+    return named_plugins(yaml_text.parse_value(given[-1], f"{_COMMAND_LINE}: plugins")) if given else []
 
 
 def dump_config(config: Config) -> str:
@@ -175,7 +182,7 @@ def _problems(error: ValidationError, values: dict[str, Any]) -> list[tuple[Keys
         # Pydantic puts a union's alternatives (an encoder's name or its shape) into the location; keys have no "[".
         location = tuple(part for part in problem["loc"] if not (isinstance(part, str) and "[" in part))
         kind, in_union = problem["type"], len(location) < len(problem["loc"])
-        if in_union and (kind == "model_type" or (kind == "literal_error" and isinstance(problem["input"], dict))):
+        if in_union and (kind == "model_type" or (kind == "string_type" and isinstance(problem["input"], dict))):
             continue  # the other alternative
         keys = tuple(str(part) for part in location)
         in_list = bool(location) and isinstance(location[-1], int)

@@ -7,13 +7,15 @@ reject unknown keys. A check across fields belongs to the model that holds both.
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Any, Self
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
-from iwm_fast.config.base import Section
+from iwm_fast.config.base import Names, Section
 from iwm_fast.config.encoders import ENCODERS, EncoderShape
 from iwm_fast.config.external import ExternalActions
+from iwm_fast.config.plugins import load_plugins, named_plugins
+from iwm_fast.config.registry import OPTIMIZERS, SOURCES
 from iwm_fast.config.sections.data import DataConfig
 from iwm_fast.config.sections.model import ModelConfig, PredictorConfig
 from iwm_fast.config.sections.records import CheckpointConfig, EvalConfig, LogConfig
@@ -52,6 +54,19 @@ class Config(Section):
     log: LogConfig = LogConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
+    plugins: Names = Field(
+        (),
+        description="your own modules, package.module or a path to a .py file, which every process imports before it "
+        "checks the configuration; they register sources, terms, optimizers and more (docs/extend/index.md)",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _plugins_first(cls, values: Any) -> Any:
+        """Import the plugins: what they register are values of other keys."""
+        if isinstance(values, dict):
+            load_plugins(named_plugins(values.get("plugins")))
+        return values
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -67,7 +82,7 @@ class Config(Section):
             )
         if self.data.source == "triplets" and not external:
             raise ValueError("data.source is triplets, so actions.groups must be [external]")
-        if self.data.source == "folder" and external:
+        if (self.data.source == "folder" or SOURCES.own(self.data.source)) and external:
             raise ValueError("actions.groups is [external], so data.source must be triplets or auto")
         if self.model.predictor.kind == "mlp" and (self.actions.geometric or external):
             raise ValueError(
@@ -90,11 +105,6 @@ class Config(Section):
                     f"train.{key} needs zero.stage 0, 1 or 2: stage 3 all-gathers the parameters of one module at a "
                     "time, when its forward pass begins"
                 )
-        if self.train.optimizer == "lamb" and self.zero.stage:
-            raise ValueError(
-                f"train.optimizer lamb needs the norms of whole tensors, which zero.stage {self.zero.stage} shards "
-                "over ranks; use zero.stage 0, or adamw"
-            )
         if self.data.wait_s >= self.train.rank_timeout_s:
             raise ValueError(
                 f"data.wait_s is {self.data.wait_s:g}; it must be below train.rank_timeout_s "
@@ -108,6 +118,22 @@ class Config(Section):
         _require_statistics(self.model, self.train.global_batch, self.masks.min_context)
         if self.masks.min_context >= patches:
             raise ValueError(f"masks.min_context is {self.masks.min_context}; a view has only {patches} patches")
+        return self
+
+    @model_validator(mode="after")
+    def _optimizer_fits(self) -> Self:
+        own = OPTIMIZERS.own(self.train.optimizer)
+        if own is not None and self.zero.stage == 3:
+            raise ValueError(
+                f"train.optimizer {self.train.optimizer} needs zero.stage 0, 1 or 2: at stage 3 DeepSpeed updates one "
+                "module's shards at a time, with adamw"
+            )
+        whole = self.train.optimizer == "lamb" if own is None else own.whole_tensors
+        if whole and self.zero.stage:
+            raise ValueError(
+                f"train.optimizer {self.train.optimizer} needs the norms of whole tensors, which zero.stage "
+                f"{self.zero.stage} shards over ranks; use zero.stage 0, or adamw"
+            )
         return self
 
 

@@ -109,7 +109,9 @@ def rows() -> tuple[Row, ...]:
 @functools.cache
 def section_keys() -> frozenset[str]:
     """The keys that hold a section rather than a value: ``train``, ``model.predictor`` and so on."""
-    keys = {row.key.rsplit(".", 1)[0] for row in rows()} | {row.key.split(".", 1)[0] for row in rows()}
+    keys = {row.key.rsplit(".", 1)[0] for row in rows() if "." in row.key} | {
+        row.key.split(".", 1)[0] for row in rows() if "." in row.key
+    }
     return frozenset(keys - _MAPPINGS.keys())
 
 

@@ -183,7 +183,7 @@ def _both_with_labels(train: ImageSet, test: ImageSet, layout: Layout) -> tuple[
 
 def _by_shard_names(images: ImageSet, layout: Layout) -> tuple[ImageSet, ImageSet, Layout] | None:
     """The two splits by the names of shards or TFRecord files; None where the names do not say."""
-    if images.source.kind == "folder":
+    if images.source.kind not in ("webdataset", "tfrecord"):
         return None
     end = ".tar" if images.source.kind == "webdataset" else ""
     names = (images.source.name(sample) for sample in range(len(images)))

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from iwm_fast.actions.external import ExternalSpace
+from iwm_fast.config.registry import SOURCES
 from iwm_fast.config.schema import Config, ExternalActions
 from iwm_fast.data.image_list import ImageSet
 from iwm_fast.data.sources.folder import FolderSource
@@ -76,7 +77,8 @@ def resolve_triplets(config: Config) -> tuple[Config, Triplets | None]:
     """
     external = config.actions.is_external
     root = Path(config.data.root or "")
-    manifest = find_manifest(root) if config.data.source != "folder" else None
+    images_alone = config.data.source == "folder" or SOURCES.own(config.data.source) is not None
+    manifest = None if images_alone else find_manifest(root)
     if manifest is None:
         if external:
             raise UserError(

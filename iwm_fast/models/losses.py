@@ -14,9 +14,9 @@ and the loss is the sum over the terms. What a term is divided by makes it a mea
 A term that needs random numbers is a `RandomTerm`: they are sampled for each step, outside a CUDA graph, and come in
 with the batch.
 
-To add a term, write an object as `LatentDistance` in a module of its own, append to `TERMS` of `objective` the function
-that gives it for a configuration that asks for it, and add the key to `ModelConfig`. The log, accumulation, ranks, CUDA
-graphs and launch counts take it from there.
+To add a term from a plugin, write an object as `LatentDistance` and register a function that gives it
+(`objective.register_term`); ``model.terms`` asks for it. In the package, append a function to `TERMS` of `objective` and
+add the key that asks to `ModelConfig`. The log, accumulation, ranks, CUDA graphs and launch counts take it from there.
 """
 
 from __future__ import annotations

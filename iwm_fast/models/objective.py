@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from iwm_fast.config import registry
 from iwm_fast.config.schema import ModelConfig
+from iwm_fast.errors import UserError
 from iwm_fast.models.losses import ForwardPass, GlobalBatch, LatentDistance, RandomTerm, Term
 from iwm_fast.models.regularizers import regularizer_of
 
-__all__ = ["TERMS", "Objective", "objective_of", "together"]
+__all__ = ["TERMS", "Objective", "objective_of", "register_term", "together"]
+
+F = TypeVar("F", bound=Callable[[ModelConfig, float], Term])
 
 # What each configuration minimises: a function gives its term, or None where the configuration does not ask for it.
 TERMS: tuple[Callable[[ModelConfig], Term | None], ...] = (
@@ -53,9 +58,35 @@ class Objective:
 
 
 def objective_of(model: ModelConfig) -> Objective:
-    """What a training of this configuration minimises."""
-    terms = (term(model) for term in TERMS)
-    return Objective([term for term in terms if term is not None])
+    """What a training of this configuration minimises.
+
+    UserError where no plugin of this process registers one of ``model.terms``, and for two terms of one name.
+    """
+    built_in = (term(model) for term in TERMS)
+    terms: list[Term] = [term for term in built_in if term is not None]
+    for name, weight in model.weighted_terms:
+        make = registry.TERMS.own(name)
+        if make is None:
+            raise UserError(f"model.terms: no plugin of this process registers {name}; add its module to plugins")
+        terms.append(make(model, weight))
+    names = [term.name for term in terms]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise UserError(f"model.terms: two terms are logged as loss_{twice}; give one of them another name")
+    return Objective(terms)
+
+
+def register_term(name: str) -> Callable[[F], F]:
+    """Register the decorated function of (`ModelConfig`, weight), which gives a `Term`, for ``model.terms``.
+
+    UserError where the name is taken.
+    """
+
+    def registered(make: F) -> F:
+        registry.TERMS.add(name, make)
+        return make
+
+    return registered
 
 
 def together(values: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

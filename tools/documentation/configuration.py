@@ -27,7 +27,7 @@ unknown key, a wrong type or a value outside its range ends in one line that say
 def _description(section: str) -> str:
     """The docstring of the model that holds the section's keys."""
     model = Config
-    for name in section.split("."):
+    for name in filter(None, section.split(".")):
         annotation = model.model_fields[name].annotation if name in model.model_fields else None
         if not (isinstance(annotation, type) and hasattr(annotation, "model_fields")):
             return ""
@@ -44,6 +44,6 @@ def page() -> str:
     for section, keys in sections.items():
         cells = [(f"`{row.key}`", f"`{row.default}`", row.allowed, row.description) for row in keys]
         said = _description(section)
-        lines += [f"## {section}", "", *([said, ""] if said else [])]
+        lines += [f"## {section or 'plugins'}", "", *([said, ""] if said else [])]
         lines += [*table(("key", "default", "value", "meaning"), cells), ""]
     return "\n".join(lines).rstrip() + "\n"

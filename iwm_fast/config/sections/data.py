@@ -13,6 +13,7 @@ from iwm_fast.config.base import (
     Probability,
     Section,
 )
+from iwm_fast.config.registry import SourceName
 
 __all__ = ["DataConfig"]
 
@@ -20,8 +21,10 @@ __all__ = ["DataConfig"]
 class DataConfig(Section):
     """Where images come from and how they are decoded."""
 
-    source: Literal["auto", "folder", "webdataset", "tfrecord", "triplets"] = Field(
-        "auto", description="format of the images under root; auto detects it, and the run prints what it found"
+    source: SourceName = Field(
+        "auto",
+        description="format of the images under root; auto detects it, and the run prints what it found; or a source "
+        "that a plugin registers",
     )
     root: Place | None = Field(
         None,

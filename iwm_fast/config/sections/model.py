@@ -12,7 +12,8 @@ from iwm_fast.config.base import (
     Positive,
     Section,
 )
-from iwm_fast.config.encoders import ENCODERS, EncoderName, EncoderShape
+from iwm_fast.config.encoders import EncoderName, EncoderShape, shape_of
+from iwm_fast.config.registry import TermNames, term_and_weight
 
 __all__ = ["ModelConfig", "PredictorConfig", "RegularizerConfig"]
 
@@ -73,7 +74,9 @@ class RegularizerConfig(Section):
 class ModelConfig(Section):
     """The networks."""
 
-    encoder: EncoderName | EncoderShape = Field("vit_base", description="a name, or {depth, width, heads}")
+    encoder: EncoderName | EncoderShape = Field(
+        "vit_base", description="a name (a plugin may register more), or {depth, width, heads}"
+    )
     patch: Count = Field(16, description="side of a patch, pixels; divides image")
     image: Count = Field(224, description="side of the square views, pixels")
     target: Literal["ema", "shared"] = Field(
@@ -97,13 +100,22 @@ class ModelConfig(Section):
         "that the MLP runs in chunks of tokens, which saves memory and launches more kernels; a chunk has at least 64 "
         "tokens",
     )
+    terms: TermNames = Field(
+        (),
+        description="further terms of the loss, registered by plugins: each NAME, or NAME=WEIGHT (default weight: 1)",
+    )
     predictor: PredictorConfig = PredictorConfig()
     regularizer: RegularizerConfig = RegularizerConfig()
 
     @property
+    def weighted_terms(self) -> tuple[tuple[str, float], ...]:
+        """(name, weight) of each of ``terms``."""
+        return tuple(term_and_weight(text) for text in self.terms)
+
+    @property
     def encoder_shape(self) -> EncoderShape:
         """Depth, width and heads of the encoder, given by name or by its shape."""
-        return self.encoder if isinstance(self.encoder, EncoderShape) else ENCODERS[self.encoder]
+        return self.encoder if isinstance(self.encoder, EncoderShape) else shape_of(self.encoder)
 
     @property
     def grid(self) -> int:

@@ -15,6 +15,7 @@ from iwm_fast.config.base import (
     Section,
     require_ascending,
 )
+from iwm_fast.config.registry import OptimizerName
 
 __all__ = ["TrainConfig", "ZeroConfig"]
 
@@ -33,8 +34,10 @@ class TrainConfig(Section):
     global_batch: Count = Field(2048, description="images per step, over all ranks and accumulated micro-batches")
     micro_batch: Count | None = Field(None, description="most images per forward pass of a rank; default: no limit")
     precision: Literal["fp32", "bf16"] = Field("bf16", description="of activations; master weights are always fp32")
-    optimizer: Literal["adamw", "lamb"] = Field(
-        "adamw", description="lamb scales each tensor's update by its norm, for large batches; needs zero.stage 0"
+    optimizer: OptimizerName = Field(
+        "adamw",
+        description="lamb scales each tensor's update by its norm, for large batches; needs zero.stage 0; or an "
+        "optimizer that a plugin registers",
     )
     lr: Positive = Field(1e-3, description="peak learning rate, at a global batch of lr_batch")
     lr_batch: Count | None = Field(None, description="scale lr by global_batch / lr_batch; default: no scaling")

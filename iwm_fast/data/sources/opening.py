@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from iwm_fast.config.registry import SOURCES
 from iwm_fast.data.decode.encoded import BadSample
 from iwm_fast.data.sources.base import Source
 from iwm_fast.data.sources.folder import FolderSource
@@ -22,6 +23,7 @@ from iwm_fast.data.sources.kinds import (
     record_index_names,
 )
 from iwm_fast.data.sources.left_out import SKIPPED, LeftOut
+from iwm_fast.data.sources.own import OwnSource
 from iwm_fast.data.sources.s3 import PATIENCE, Patience, S3Storage, is_address
 from iwm_fast.data.sources.shard_index import index_names
 from iwm_fast.data.sources.storage import LocalStorage, Storage
@@ -64,6 +66,8 @@ def open_source(
 
 
 def _open(root: str | Path, kind: str, patience: Patience, *, listed_anew: bool) -> Source:
+    if SOURCES.own(kind) is not None:
+        return OwnSource(kind, str(root))
     storage, only = _place(str(root), patience)
     manifest = only if only is not None and is_manifest(only) else None
     if only is None and not listed_anew and storage.has(MANIFEST_FILE):
