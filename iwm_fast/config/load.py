@@ -86,7 +86,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 def plugins_of(overrides: Sequence[str]) -> list[str]:
     """The plugins that ``key.path=value`` words name, before they are applied to a configuration."""
     given = [text.partition("=")[2] for text in overrides if text.partition("=")[0].strip() == "plugins"]
-    return named_plugins(yaml_text.parse_value(given[-1], f"{_COMMAND_LINE}: plugins")) if given else []
+    return list(named_plugins(yaml_text.parse_value(given[-1], f"{_COMMAND_LINE}: plugins"))) if given else []
 
 
 def dump_config(config: Config) -> str:

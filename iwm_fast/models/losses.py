@@ -15,8 +15,9 @@ A term that needs random numbers is a `RandomTerm`: they are sampled for each st
 with the batch.
 
 To add a term from a plugin, write an object as `LatentDistance` and register a function that gives it
-(`objective.register_term`); ``model.terms`` asks for it. In the package, append a function to `TERMS` of `objective` and
-add the key that asks to `ModelConfig`. The log, accumulation, ranks, CUDA graphs and launch counts take it from there.
+(`objective.register_term`); ``model.terms`` asks for it. In the package, append a function to `TERMS` of `objective`
+and add the key that asks to `ModelConfig`. The log, accumulation, ranks, CUDA graphs and launch counts take it from
+there.
 """
 
 from __future__ import annotations

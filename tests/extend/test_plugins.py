@@ -6,6 +6,7 @@ import json
 import pickle
 import re
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ import torch
 from small_run import losses, metrics, small_config, state
 
 from iwm_fast.cli.main import main
-from iwm_fast.config import Config
+from iwm_fast.config import Config, encoders, plugins
 from iwm_fast.config.load import load_config
 from iwm_fast.config.plugins import load_plugins, plugin_digests
 from iwm_fast.config.registry import OPTIMIZERS, SOURCES, TERMS, Registry
@@ -24,15 +25,31 @@ from iwm_fast.data.image_list import list_images
 from iwm_fast.data.sources.own import OwnSource
 from iwm_fast.engine import pretrain
 from iwm_fast.errors import UserError
+from iwm_fast.eval import registry as evaluations
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples" / "extend"
 PAGES = sorted((ROOT / "docs" / "extend").glob("*.md"))
-SHOWN = re.compile(r'^```python title="([^"]+)"\n(.*?)^```$', re.MULTILINE | re.DOTALL)
+SHOWN = re.compile(r'^```(?:python|text) title="([^"]+)"\n(.*?)^```$', re.MULTILINE | re.DOTALL)
 
 
 def plugin(name: str) -> str:
     return str(EXAMPLES / f"{name}.py")
+
+
+@pytest.fixture(autouse=True)
+def _registered_for_one_test(monkeypatch):
+    """What a test registers and imports is gone after it."""
+    monkeypatch.setattr(evaluations, "_EVALUATIONS", dict(evaluations._EVALUATIONS))
+    monkeypatch.setattr(plugins, "_MODULES", {})
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for table in (SOURCES, OPTIMIZERS, TERMS, encoders._NAMES):
+        monkeypatch.setattr(table, "_own", {})
+    before = set(sys.modules)
+    yield
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith((str(EXAMPLES), tempfile.gettempdir())):
+            del sys.modules[name]
 
 
 @pytest.fixture
@@ -50,7 +67,7 @@ def npz(tmp_path):
 def test_code_on_a_page_is_the_file_that_is_tested(page):
     text = page.read_text()
     shown = SHOWN.findall(text)
-    assert text.count("```python") == len(shown)
+    assert len(re.findall(r"^```(?:python|text)", text, re.MULTILINE)) == len(shown)
     assert shown or page.name == "index.md"
     for file, code in shown:
         there = (ROOT / file).read_text()
@@ -196,8 +213,6 @@ def test_a_training_on_an_own_source_resumes_bit_for_bit_and_says_when_the_plugi
     starts = json.loads((resumed / "environment.json").read_text())["starts"]
     assert [start["plugins"] for start in starts] == [plugin_digests([str(own)])]
     assert len(starts[0]["plugins"][str(own)]) == 64
-    from iwm_fast.config import plugins
-
     del plugins._MODULES[str(own)], sys.modules["mine"]
     own.unlink()
     assert main(["pretrain", "--out", str(resumed), "--resume", "auto"]) == 2
