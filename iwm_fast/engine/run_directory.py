@@ -12,6 +12,7 @@ from typing import Any
 
 from iwm_fast.atomic_files import write_whole_text
 from iwm_fast.config import Config, dump_config, load_config
+from iwm_fast.config.load import plugins_of
 from iwm_fast.engine.metrics.log import metrics_record
 from iwm_fast.errors import UserError, because
 from iwm_fast.file_locks import hold
@@ -174,6 +175,8 @@ def run_config(file: Path, overrides: Sequence[str] = ()) -> Config:
             f"{file}: is empty, so the run's settings are unknown: restore it, or remove it and resume "
             "with the CONFIG that it was trained with"
         )
+    if plugins_of(overrides):
+        load_config(file)  # imports the run's own plugins, which the override replaces
     return load_config(file, overrides)
 
 

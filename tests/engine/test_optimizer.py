@@ -63,5 +63,5 @@ def test_a_run_with_lamb_learns_and_resumes_bit_for_bit(tiny_images, tmp_path):
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_lamb_is_refused_where_tensors_are_divided(stage, tiny_images):
-    with pytest.raises(ValueError, match=f"which zero.stage {stage} divides; use zero.stage 0, or adamw"):
+    with pytest.raises(ValueError, match=f"which zero.stage {stage} shards over ranks; use zero.stage 0, or adamw"):
         small_config(tiny_images, train__optimizer="lamb", zero__stage=stage)

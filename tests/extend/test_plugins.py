@@ -271,6 +271,7 @@ def test_lion_updates_as_its_paper_says_and_a_skipped_step_changes_nothing(bad):
     assert optimizer.state[weight]["exp_avg"].numpy() == pytest.approx(m, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_an_own_optimizer_trains_at_stage_1_and_is_refused_at_stage_3(tiny_images, tmp_path):
     made = {"plugins": [plugin("lion")], "train__optimizer": "lion"}
     pretrain(small_config(tiny_images, train__steps=3, zero__stage=1, **made), tmp_path / "run")
@@ -289,7 +290,7 @@ def test_an_own_encoder_trains_is_exported_and_measured_by_an_own_evaluation(tin
     assert main(["export", str(run), "--out", str(tmp_path / "weights")]) == 0
     assert json.loads(next((tmp_path / "weights").glob("*.json")).read_text())
     words = ["evaluate", str(run), "--data", str(tiny_images), "--what", "spectrum", "--json", str(answer)]
-    assert main([*words, f"plugins=[{plugin('vit_nano')},{plugin('spectrum')}]"]) == 0
+    assert main([*words, f"plugins=[{plugin('spectrum')}]"]) == 0
     found = json.loads(answer.read_text())
     assert 1 <= found["spectrum"] <= 48
     assert "directions with 90 % of the variance" in (run / "report" / "index.html").read_text()
