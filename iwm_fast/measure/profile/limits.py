@@ -16,7 +16,7 @@ class Limits:
     """operations_per_s: of the fastest measured matmul. copies: (bytes moved, bytes/s), ascending.
 
     A copy of 64 KiB stays in a cache and may be 20 times as fast as one of 64 MiB, so a call is compared with copies of
-    at most its own size, and the next smaller one.
+    at least its size and the next smaller one.
     """
 
     operations_per_s: float
