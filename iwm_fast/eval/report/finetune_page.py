@@ -53,9 +53,11 @@ def _curves(results: Mapping[str, Any]) -> list[Section]:
     ]
     counts = results["curve_test_images"]
     several = len(counts) > 1
-    images = " and ".join(f"{count} of {printable(name)}" if several else f"{count}" for name, count in counts.items())
+    images = " and ".join(
+        f"{count} of {printable(name)}" if several else f"{count} of them" for name, count in counts.items()
+    )
     note = (
         f"{results['epochs']:.3g} passes over the training images. The loss is the mean since the point before. Until "
-        f"the last point, which is of all test images, the score is of {images} spread evenly; nothing is chosen by it."
+        f"the last point, which is of all test images, the score is of {images}, spread evenly; it chooses nothing."
     )
     return [Section("While it learned", [Charts([chart for chart in charts if chart is not None])], [note])]
