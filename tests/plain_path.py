@@ -159,7 +159,7 @@ class PlainModule(nn.Module):
         width = self.predictor.proj.out_features
         # The mean over this micro-batch, as the engine's share of the global one.
         loss = loss * (asked.total * width * factors[0])
-        return IWMOutput(loss, loss.detach(), asked.total, target.new_zeros(2, width).float())
+        return IWMOutput(loss, loss.detach(), asked.total, target.new_zeros(2, width).float(), asked.image_of_token[:2])
 
 
 def _levels(images: Tensor) -> Tensor:

@@ -164,7 +164,7 @@ class GraphedStep(nn.Module):
             used = [(p, g) for p, g in zip(trained, made, strict=True) if g is not None]
             torch._foreach_copy_([self._gradients[p] for p, _ in used], [g for _, g in used])
             terms = tuple(term.detach() * factor for term, factor in zip(found.terms, factors, strict=True))
-            return Losses(terms, found.target, found.rows), [p for p, _ in used]
+            return Losses(terms, found.target, found.rows, found.places), [p for p, _ in used]
 
         try:
             (found, used), replay = self._recorder.record(work)

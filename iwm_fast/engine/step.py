@@ -21,6 +21,7 @@ from iwm_fast.engine.distributed.stragglers import OwnTime, over_ranks
 from iwm_fast.engine.distributed.watchdog import Liveness
 from iwm_fast.engine.ema import TargetAverage
 from iwm_fast.engine.metrics.collapse import rank_me, spread
+from iwm_fast.engine.metrics.energy import energy_shares
 from iwm_fast.engine.metrics.log import memory_bytes
 from iwm_fast.engine.metrics.throughput import StepCounter
 from iwm_fast.engine.micro_batch import Packer
@@ -28,6 +29,7 @@ from iwm_fast.engine.nonfinite import SkippedSteps
 from iwm_fast.engine.optimizer import set_hyperparameters
 from iwm_fast.engine.schedules import Schedules
 from iwm_fast.engine.zero import ZeroEngine
+from iwm_fast.models.iwm import IWMOutput
 
 __all__ = ["Spans", "Trainer"]
 
@@ -108,7 +110,7 @@ class Trainer:
         if losses is None:
             return None
         self.settle()
-        record = self._record(losses, lr, decay, output.target_features)
+        record = self._record(losses, lr, decay, output)
         record["diagnostics_s"] = time.perf_counter() - now
         self.restart_clock()
         return record
@@ -142,7 +144,8 @@ class Trainer:
         values: list[float] = totals.tolist()
         return values
 
-    def _record(self, losses: list[float], lr: float, decay: float, features: Tensor) -> dict[str, Any]:
+    def _record(self, losses: list[float], lr: float, decay: float, output: IWMOutput) -> dict[str, Any]:
+        features = output.target_features
         images = self.config.train.global_batch
         timing = self._timing(images)
         return {
@@ -157,6 +160,7 @@ class Trainer:
             **timing,
             "rank_me": rank_me(features),
             "target_spread": spread(features),
+            **energy_shares(features, output.target_places, self.config.model.grid**2),
             "skipped_in_a_row": self.skipped.in_a_row,
         }
 

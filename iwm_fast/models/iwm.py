@@ -33,25 +33,28 @@ class IWMOutput:
     loss: fp32 scalar, the sum of the objective's terms times their factors. terms: fp32, detached, for the log: () of
     the only term, or (T,) of several; read them before the next call. tokens: number of predicted tokens, on the host.
     target_features: (F, D), detached: F ≤ 2048 of the target encoder's predicted tokens, evenly spaced, before any
-    normalisation for the loss.
+    normalisation for the loss. target_places: int64 (F,), image · patches + patch of each.
     """
 
     loss: Tensor
     terms: Tensor
     tokens: int
     target_features: Tensor
+    target_places: Tensor
 
 
 @dataclass(frozen=True, eq=False)
 class Losses:
     """The terms of a batch's loss times their factors, and the input of the collapse metrics.
 
-    target: (M, D), detached, the target encoder's tokens; rows: int64 (Nt,), the predicted ones, or None: all.
+    target: (M, D), detached, the target encoder's tokens; rows: int64 (Nt,), the predicted ones, or None: all. places:
+    int64 (Nt,), image · patches + patch of each prediction.
     """
 
     terms: tuple[Tensor, ...]
     target: Tensor
     rows: Tensor | None
+    places: Tensor
 
     def output(self, predicted: int) -> IWMOutput:
         """Return the output of a batch whose first `predicted` predictions are no padding."""
@@ -60,7 +63,7 @@ class Losses:
             features = self.target[:predicted:every].clone()
         else:
             features = self.target.index_select(0, self.rows[:predicted:every])
-        return IWMOutput(*together(self.terms), predicted, features)
+        return IWMOutput(*together(self.terms), predicted, features, self.places[:predicted:every].clone())
 
 
 class IWM(nn.Module):
@@ -173,7 +176,7 @@ class IWM(nn.Module):
             dict(zip(names, sampled, strict=True)), self.sum_over_ranks,
         )  # fmt: skip
         factors = (loss_scale,) * len(self.objective.terms) if isinstance(loss_scale, int | float) else loss_scale
-        found = Losses(self.objective.values(given, factors), z_y, index)
+        found = Losses(self.objective.values(given, factors), z_y, index, wanted)
         return found if per_size else found.output(predicted_segments.real)
 
     def encode(self, images: Tensor, which: Literal["target", "context"] = "context") -> Tensor:

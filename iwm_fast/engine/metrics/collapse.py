@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -38,6 +39,25 @@ def spread(tokens: Tensor) -> float:
     return float(tokens.float().std(dim=0, unbiased=False).mean())
 
 
+_PARTS = {
+    "energy_mean": "the mean of all",
+    "energy_position": "what the position of a patch explains",
+    "energy_image": "what the image explains",
+    "energy_rest": "what differs from token to token",
+}
+
+
+def _energy(before: dict[str, Any] | None, now: dict[str, Any]) -> str:
+    """The part of the tokens' energy that grew most or, without a record before, the largest; "" where unknown."""
+    if not all(math.isfinite(record.get(name, math.nan)) for record in (before or now, now) for name in _PARTS):
+        return ""
+    if before is None:
+        largest = max(_PARTS, key=lambda name: float(now[name]))
+        return f"; {now[largest]:.0%} of the tokens' energy is {_PARTS[largest]}"
+    grown = max(_PARTS, key=lambda name: float(now[name] - before[name]))
+    return f"; of the tokens' energy, {_PARTS[grown]} grew from {before[grown]:.0%} to {now[grown]:.0%}"
+
+
 class CollapseWatch:
     """Warns once per episode of collapse: RankMe of the target under ``log.rank_me_floor`` of the encoder's width."""
 
@@ -66,11 +86,13 @@ class CollapseWatch:
         before, width = self._highest, f"of {self._width}"
         under = f"the warning begins below {self._floor:.1f}, log.rank_me_floor"
         if before is None:
-            return f"RankMe is {record['rank_me']:.1f} {width} ({under}), loss {record['loss']:.3g}"
-        return (
-            f"RankMe fell from {before['rank_me']:.1f} at step {before['step']} to {record['rank_me']:.1f} {width} "
-            f"({under}), loss from {before['loss']:.3g} to {record['loss']:.3g}"
-        )
+            fell = f"RankMe is {record['rank_me']:.1f} {width} ({under}), loss {record['loss']:.3g}"
+        else:
+            fell = (
+                f"RankMe fell from {before['rank_me']:.1f} at step {before['step']} to {record['rank_me']:.1f} {width} "
+                f"({under}), loss from {before['loss']:.3g} to {record['loss']:.3g}"
+            )
+        return fell + _energy(before, record)
 
     def _remedies(self) -> str:
         train, model = self._config.train, self._config.model

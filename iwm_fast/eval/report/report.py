@@ -71,6 +71,12 @@ def _training(metrics: Sequence[Mapping[str, Any]], mrr_chance: float | None) ->
         curve(metrics, {"loss": "loss"}, name="loss", label="loss"),
         curve(metrics, {"lr": "lr"}, name="lr", label="learning rate"),
         curve(metrics, {"rank_me": "RankMe"}, name="rankme", label="RankMe of the target"),
+        curve(
+            metrics,
+            {f"energy_{part}": part for part in ("mean", "position", "image", "rest")},
+            name="energy",
+            label="share of token energy",
+        ),
         curve(metrics, {"mrr": "MRR", "mrr_shuffled": "shuffled"}, name="mrr", label="MRR", chance=mrr_chance),
         curve(metrics, {"knn": "k-NN"}, name="knn", label="k-NN top-1"),
         curve(metrics, {"images_per_s": "images/s"}, name="speed", label="images per second"),

@@ -4,6 +4,7 @@ import torch
 
 from iwm_fast.config import load_config, packaged_config
 from iwm_fast.engine.metrics.collapse import CollapseWatch, rank_me, spread
+from iwm_fast.engine.metrics.energy import SHARES
 
 
 def test_rank_me_equals_the_entropy_of_the_singular_values():
@@ -21,6 +22,14 @@ def test_a_collapsed_representation_has_rank_one_and_no_spread():
 
 def test_nothing_at_all_is_not_an_error():
     assert rank_me(torch.zeros(10, 4)) >= 0.0
+
+
+WORDS = {
+    "energy_mean": "the mean of all",
+    "energy_position": "what the position of a patch explains",
+    "energy_image": "what the image explains",
+    "energy_rest": "what differs from token to token",
+}
 
 
 def watched(values, *overrides):
@@ -57,6 +66,21 @@ def test_collapse_names_keys_that_help_and_that_this_run_can_turn():
     (shared,) = watched([3.0], "model.target=shared")
     assert "model.target=ema" in shared
     assert "train.ema" not in shared
+
+
+@pytest.mark.parametrize("name", SHARES)
+def test_the_warning_names_the_part_of_the_energy_that_grew(name):
+    config = load_config(packaged_config("vit_tiny_p4_32.yaml"), ["data.root=x", "log.rank_me_floor=0.05"])
+    even = dict.fromkeys(SHARES, 0.25)
+    healthy = {"step": 1, "loss": 1.0, "rank_me": 30.0} | even
+    sick = {"step": 2, "loss": 0.1, "rank_me": 3.0} | dict.fromkeys(SHARES, 0.07) | {name: 0.79}
+    watch = CollapseWatch(config)
+    assert watch.look(healthy) is None
+    line = watch.look(sick)
+    assert f"{WORDS[name]} grew from 25% to 79%" in line
+    assert f"79% of the tokens' energy is {WORDS[name]}" in CollapseWatch(config).look(sick)
+    unknown = CollapseWatch(config).look(sick | {"energy_rest": float("nan")})
+    assert "energy" not in unknown
 
 
 def test_a_record_of_measurements_alone_or_a_rank_that_is_no_number_reports_nothing():
