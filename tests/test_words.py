@@ -35,7 +35,6 @@ CODE = ("iwm_fast", "kernels", "benchmarks", "examples")
 NOT_YET = frozenset(
     {
         "benchmarks/peers.py",
-        "docs/guides/benchmark_and_profile.md",
         "docs/guides/gpu.md",
         "docs/quickstart.md",
         "docs/reference/checkpoints.md",

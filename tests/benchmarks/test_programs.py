@@ -34,6 +34,7 @@ WORDS = {
     "dial, runs": ["--data", "d", "--out", "file/runs", "--json", "ok.json"],
     "dial, picture": ["--data", "d", "--out", "runs", "--json", "ok.json", "--picture", BAD],
     "plots.sweep": ["results.json", BAD],
+    "plots.health": ["results.json", BAD],
     "plots.data": ["results.json", BAD],
     "plots.kernels": ["results.json", BAD],
     "plots.rollouts": [BAD, "a=results.json"],

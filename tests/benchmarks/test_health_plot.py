@@ -1,0 +1,24 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from PIL import Image
+
+from iwm_fast.benchmarks.plots.health import draw, table
+
+RESULT = Path(__file__).resolve().parent.parent.parent / "benchmarks/results/health_cpu.json"
+
+
+def test_the_committed_curves_show_what_the_guide_says(tmp_path):
+    """The collapsed run has the lower loss and less than half of the RankMe, and the table says so."""
+    document = json.loads(RESULT.read_text(encoding="utf-8"))
+    rows = {
+        tuple(line.strip("| ").split(" | ")[:2]): line.strip("| ").split(" | ") for line in table(document).splitlines()
+    }
+    healthy, shared = rows["healthy", "300"], rows["shared target", "300"]
+    assert float(shared[2]) < float(healthy[2]) / 2
+    assert float(shared[3]) < float(healthy[3]) / 2
+    assert float(shared[5]) < float(healthy[5])
+    draw(document, tmp_path / "health.png", 6.4)
+    assert Image.open(tmp_path / "health.png").size[0] > 1000
