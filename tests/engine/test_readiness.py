@@ -132,7 +132,7 @@ def test_an_evaluation_that_fails_loses_no_step(fault, words, tiny_images, tmp_p
     config = small_config(tiny_images, **EVALUATED, eval__root=str(tiny_images))
     with monkeypatch.context() as patched:
         patched.setattr(online, "measure_share", fault)
-        said = rf"^evaluation after step 3: {words} \(.*step_000003 is written; --resume auto goes on\)$"
+        said = rf"^evaluation after step 3: {words} \(.*step_000003 is written; resume with --resume auto\)$"
         with pytest.raises(UserError, match=said):
             pretrain(config, tmp_path / "run", evaluator=OnlineEvaluator())
     assert [record["step"] for record in metrics(tmp_path / "run")] == [1, 2, 3]
