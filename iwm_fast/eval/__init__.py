@@ -1,7 +1,7 @@
-"""What a run is worth: the quality of its world model and of its representation, and the page that shows both.
+"""Evaluation of a run: its world model, its representation, and the page that shows both.
 
-Names are loaded when they are asked for: the command line's help reads `registry` and needs no torch for it. ``report``
-is not among them: it brings matplotlib, which evaluation while training can do without.
+Names are loaded on first use: the command line's help reads `registry` and needs no torch for it. ``report`` is not
+among them: it imports matplotlib, which evaluation during training does not need.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """A public name, from its module."""
+    """Return a public name, from its module."""
     for home, found in _HOMES.items():
         if name in found:
             return getattr(importlib.import_module(f"{__name__}.{home}"), name)

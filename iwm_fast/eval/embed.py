@@ -1,4 +1,4 @@
-"""Features of every image of a data source, by the encoder of a run or of an export, into one file."""
+"""Features of every image of a data source, from the encoder of a run or of an export, in one file."""
 
 from __future__ import annotations
 
@@ -65,9 +65,9 @@ def embed_images(
     cannot be decoded than ``data.max_bad_fraction`` allows; then there is no file.
     """
     if encoder not in (None, "target", "context"):
-        raise UserError(f"--encoder: {encoder}: it is target or context")
+        raise UserError(f"--encoder {encoder}: no such encoder; give target or context")
     if pool not in POOLS:
-        raise UserError(f"--pool: {pool}: it is one of {', '.join(POOLS)}")
+        raise UserError(f"--pool {pool}: no such pooling; give one of {', '.join(POOLS)}")
     require_suffix(out)
     require_new_file(out)
     check_overrides(overrides, command="embed")
@@ -104,7 +104,7 @@ def embed_images(
 
 
 def embed_lines(results: dict[str, Any]) -> list[str]:
-    """What is said at the end."""
+    """Return the closing lines for the terminal."""
     shape = " x ".join(map(str, results["shape"]))
     rate = results["images"] / max(results["seconds"], 1e-9)
     first = (
@@ -116,7 +116,7 @@ def embed_lines(results: dict[str, Any]) -> list[str]:
 
 @dataclass(frozen=True)
 class _Opened:
-    """config: its section data says how images are read. described: the configuration that the file records."""
+    """config: its section data decides how images are read. described: the configuration that the file records."""
 
     model: IWM
     config: Config
@@ -128,9 +128,9 @@ class _Opened:
 def _open(run: Path, checkpoint: str, overrides: Sequence[str]) -> _Opened:
     if is_export(run):
         if checkpoint != "latest":
-            raise UserError(f"{run}: an export, which holds one checkpoint; leave out --checkpoint")
+            raise UserError(f"{run}: an export has one checkpoint; leave out --checkpoint")
         model, actions, _, step = load_export(run)
-        config = load_config(Path("/dev/null"), overrides)  # an export says nothing of how images are read
+        config = load_config(Path("/dev/null"), overrides)  # an export does not record how images are read
         return _Opened(model, for_evaluation(config, overrides), _described(model.config, actions), None, step)
     saved = find_checkpoint(run, checkpoint)
     model, config, _, step = load_model(run, checkpoint, overrides)
@@ -151,7 +151,7 @@ def _fill(
     tell: Callable[[int, int], None] | None,
     out: Path,
 ) -> int:
-    """Encode every image into ``writer``; how many. UserError as soon as too many cannot be decoded."""
+    """Encode every image into ``writer``; return their number. Raise UserError once too many cannot be decoded."""
     count = 0
     with evaluating(encoder):
         for pictures, rows in split.numbered():
@@ -177,7 +177,7 @@ def _encoded(encoder: VisionTransformer, pictures: Tensor, pool: Pool) -> NDArra
 
 @dataclass
 class _Labelled:
-    """Images with their keys, and with labels and splits where they have such.
+    """Images with their keys, and with labels and splits if they have any.
 
     A folder that holds the folders of splits (train/, test/) has its classes below these.
     """
@@ -186,24 +186,24 @@ class _Labelled:
     place: str
 
     def rows(self, rows: NDArray[np.int64], features: NDArray[np.float32]) -> Rows:
-        """The images of these rows."""
+        """Return the images of these rows."""
         keys = [self.files.source_name(row) for row in rows.tolist()]
         splits = None if self.splits is None else [self.splits[row] for row in rows.tolist()]
         return Rows(keys, features, None if self.labels is None else self.labels[rows], splits)
 
     @property
     def labels(self) -> NDArray[np.int64] | None:
-        """int64 (n,), -1 for none; None where no image has a class."""
+        """int64 (n,), -1 for none; None if no image has a class."""
         return self._found[0]
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """By label."""
+        """Class names by label."""
         return self._found[1]
 
     @cached_property
     def splits(self) -> list[str] | None:
-        """The folder of each image's split, "" for an image beside these folders; None where there are none."""
+        """Each image's split folder, "" for an image beside these folders; None if there are none."""
         if self.files.source.kind != "folder":
             return None
         tops = [_top(self.files.source_name(row)) for row in range(len(self.files))]
@@ -222,5 +222,5 @@ class _Labelled:
 
 
 def _top(name: str) -> str:
-    """The first folder of a name, "" where it lies in none."""
+    """Return the first folder of a name, "" if it is in none."""
     return name.split("/", 1)[0] if "/" in name else ""

@@ -1,4 +1,4 @@
-"""One call that measures a model on images: MRR of its world model, k-NN and probes of its frozen encoder."""
+"""Evaluate a model on images in one call: MRR of its world model, k-NN and probes of its frozen encoder."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ __all__ = ["evaluate_model", "untrained_model"]
 
 
 def untrained_model(config: Config, space: ActionSpace, device: torch.device) -> IWM:
-    """The run's network as it was before its first step. The caller's random state is left as it was."""
-    with torch.random.fork_rng(devices=[]):  # parameters are drawn on the CPU
+    """Return the run's network before its first step. The caller's random state is unchanged."""
+    with torch.random.fork_rng(devices=[]):  # parameters are initialised on the CPU
         torch.manual_seed(config.train.seed)
         return IWM(config.model, space.dim).to(device)
 
@@ -43,7 +43,7 @@ def evaluate_model(
     cache: FeatureCache | None = None,
     progress: Count | None = None,
 ) -> dict[str, Any]:
-    """Measure ``what``, of `registry.names`, and return names and values with their protocol, for a table or JSON.
+    """Run the evaluations ``what``, of `registry.names`; return names, values and protocol, for a table or JSON.
 
     ``what``: default all that is quick.
     MRR: of ``images`` (default ``eval.mrr_images``) spread evenly over ``test``, on banks of ``eval.bank``; names in
@@ -51,11 +51,11 @@ def evaluate_model(
     action that the run trains with (`component_bank`), and each one's mrr as ``mrr_only_NAME``.
     k-NN and probes: fitted on ``train``, measured on ``test``; knn, linear, attentive, linear_top5 and so on, each with
     _interval. ``untrained``: also all of these of the network before training, with _untrained, and the control
-    mrr_untrained_target. ``encoder``: default the moving average, where there is one. ``cache``: of features.
+    mrr_untrained_target. ``encoder``: default the EMA, if there is one. ``cache``: of features.
     Equivariance: names in ``Equivariance.summary``, of at most ``equivariance.IMAGES`` of ``train`` and ``test``;
     components without R² and why under ``equivariance_left_out``.
-    What cannot be measured stands under ``not_run`` with its reason, a setting that the images cannot satisfy under
-    ``reduced``: {name: {asked, used, why}}. Raises ValueError for an unknown ``what``.
+    Evaluations that cannot run are under ``not_run`` with the reason; settings that the images cannot satisfy under
+    ``reduced``: {name: {asked, used, why}}. Raise ValueError for an unknown ``what``.
     """
     chosen = usual("images") if what is None else what
     unknown = [name for name in chosen if name not in names()]

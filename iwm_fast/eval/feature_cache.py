@@ -1,10 +1,10 @@
-"""Features kept on disk: computed once for an encoder and a set of images, then mapped into memory and read again.
+"""Features cached on disk: computed once per encoder and set of images, then memory-mapped.
 
-An entry is a folder CACHE/KEY with ``values.npy``, ``labels.npy`` and ``entry.json``. Its name is a digest of all that
-the features depend on: the encoder's weights and shape, the images (path, size, times of change), what is kept of their
-tokens, and this format. So another checkpoint, or an image that was replaced, never gets an older entry. What was left
-out because it cannot be used stands in ``entry.json`` with the reasons. A folder appears whole or not at all; one that
-was damaged later is computed anew. All of it may be deleted at any time.
+An entry is a folder CACHE/KEY with ``values.npy``, ``labels.npy`` and ``entry.json``. KEY is a digest of everything
+that the features depend on: the encoder's weights and shape, the images (path, size, times of change), their pooling,
+and this format. So another checkpoint, or a replaced image, never gets an older entry. ``entry.json`` also lists images
+that were left out, with reasons. Entries are written atomically; a damaged one is recomputed. The cache may be deleted
+at any time.
 """
 
 from __future__ import annotations
@@ -49,17 +49,17 @@ class Features:
         return len(self.values)
 
     def take(self, rows: NDArray[np.int64]) -> Features:
-        """Copies of the given rows."""
+        """Return copies of the given rows."""
         return Features(self.values[rows], self.labels[rows], self.left_out)
 
 
 class Room:
-    """Arrays to be filled from the top; ``count`` rows of them hold something. ``left_out``: as of `Features`."""
+    """Arrays to fill from the top; ``count`` rows are filled. ``left_out``: as in `Features`."""
 
     def __init__(self, values: NDArray[Any], labels: NDArray[Any], *, kept: bool = True) -> None:
         self.values = values
         self.labels = labels
-        self.kept = kept  # on the disk, not in memory alone
+        self.kept = kept  # on disk, not only in memory
         self.count = 0
         self.left_out: dict[str, str] = {}
 
@@ -71,12 +71,12 @@ class Room:
         self.count = end
 
     def features(self) -> Features:
-        """What was written."""
+        """Return what was written."""
         return Features(self.values[: self.count], self.labels[: self.count], self.left_out)
 
 
 def weights_digest(module: nn.Module) -> str:
-    """SHA-256 over names, shapes, types and bytes of a module's parameters and buffers."""
+    """Return SHA-256 of names, shapes, dtypes and bytes of a module's parameters and buffers."""
     digest = hashlib.sha256()
     for name, tensor in sorted([*module.named_parameters(), *module.named_buffers()]):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
@@ -85,20 +85,20 @@ def weights_digest(module: nn.Module) -> str:
 
 
 class FeatureCache:
-    """Entries below a folder, which is made when the first one is written."""
+    """Entries below a folder, which the first entry creates."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self._said = False
 
     def find(self, key: Mapping[str, Any]) -> Features | None:
-        """The entry of ``key``, mapped into memory; None where there is none, or not a whole one."""
+        """Return the entry of ``key``, memory-mapped; None if it is missing or incomplete."""
         folder = self.root / _name(key)
         try:
             entry = json.loads((folder / _ENTRY).read_text(encoding="utf-8"))
             count, left_out = entry["count"], dict(entry["left_out"])
             values, labels = (np.load(folder / file, mmap_mode="r") for file in (_VALUES, _LABELS))
-        except (OSError, ValueError, KeyError, TypeError):  # absent, torn, or no longer what was written
+        except (OSError, ValueError, KeyError, TypeError):  # missing, torn or changed
             return None
         whole = isinstance(count, int) and 0 < count <= min(len(values), len(labels))
         return Features(values[:count], labels[:count], left_out) if whole else None
@@ -110,10 +110,10 @@ class FeatureCache:
         values: tuple[tuple[int, ...], DTypeLike],
         labels: tuple[tuple[int, ...], DTypeLike],
     ) -> Iterator[Room]:
-        """Room for an entry (shape and type of each array), which others see when the block ends without an error.
+        """Yield room for an entry (shape and dtype of each array), published when the block ends without an error.
 
-        Where they cannot be kept (a full disk, a folder that one may only read), that is said once and they lie in
-        memory. UserError where neither the disk nor the memory has room for them.
+        If it cannot be cached (a full disk, a read-only folder), this is said once and the arrays are in memory. Raise
+        UserError if neither the disk nor the memory has room for them.
         """
         folder = self.root / _name(key)
         partial = self.root / f".{folder.name}.{os.getpid()}.partial"
@@ -123,7 +123,7 @@ class FeatureCache:
             if room.kept:
                 try:
                     self._publish(partial, folder, {"key": key, "count": room.count, "left_out": room.left_out})
-                except OSError as error:  # the arrays stay mapped, whatever becomes of their names
+                except OSError as error:  # the arrays stay mapped, even if their names are lost
                     self._say(error.strerror or str(error))
         finally:
             shutil.rmtree(partial, ignore_errors=True)
@@ -138,14 +138,14 @@ class FeatureCache:
             free = shutil.disk_usage(self.root).free
             if needed <= free:
                 return Room(*(_mapped(partial / file, *what) for file, what in ((_VALUES, values), (_LABELS, labels))))
-            why = f"they take {_size(needed)} and {_size(free)} are free"
+            why = f"they need {_size(needed)}, {_size(free)} are free"
         except OSError as error:
             why = error.strerror or str(error)
         available = _memory_available()
         if needed > available:
             raise UserError(
-                f"{self.root}: the features cannot be kept there ({why}), and they take {_size(needed)} where "
-                f"{_size(available)} of memory are free; name another --cache, or use fewer images"
+                f"{self.root}: the features cannot be cached there ({why}) and do not fit in memory either: they need "
+                f"{_size(needed)}, {_size(available)} are free; give another --cache, or use fewer images"
             )
         self._say(why)
         return Room(np.empty(*values), np.empty(*labels), kept=False)
@@ -153,7 +153,7 @@ class FeatureCache:
     def _say(self, why: str) -> None:
         if not self._said:
             self._said = True
-            line = f"{self.root}: features are not kept ({why}): measured all the same, and read anew next time"
+            line = f"{self.root}: features are not cached ({why}); the next evaluation computes them again"
             print(line, file=sys.stderr, flush=True)
 
     def _publish(self, partial: Path, folder: Path, entry: dict[str, Any]) -> None:
@@ -169,8 +169,8 @@ class FeatureCache:
 
 
 def _mapped(path: Path, shape: tuple[int, ...], kind: DTypeLike) -> NDArray[Any]:
-    """A new file as an array. Its blocks are taken at once: a disk that fills up later would end the process by a
-    signal when the array is written.
+    """Create a file as an array. Its blocks are allocated at once: if the disk filled up later, writing to the array
+    would end the process by a signal.
     """
     array: NDArray[Any] = np.lib.format.open_memmap(path, mode="w+", dtype=kind, shape=shape)
     with path.open("r+b") as file:
@@ -179,7 +179,7 @@ def _mapped(path: Path, shape: tuple[int, ...], kind: DTypeLike) -> NDArray[Any]
 
 
 def _memory_available() -> int:
-    """Bytes that the system can give without swapping."""
+    """Return the bytes that the system can give without swapping."""
     lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
 

@@ -1,4 +1,4 @@
-"""A file of features: Parquet, written in row groups as they come, or .npz, held in memory until it is written.
+"""A file of features: Parquet, written in row groups as they come, or .npz, in memory until it is written.
 
 | column of Parquet | array of .npz | |
 |---|---|---|
@@ -29,14 +29,14 @@ __all__ = ["METADATA_KEY", "SUFFIXES", "FeatureFile", "Rows", "Table", "feature_
 
 METADATA_KEY = b"iwm_fast"
 SUFFIXES = (".parquet", ".npz")
-# Of a row group: what is held in memory at once, and what a reader has to read at once.
+# Per row group: what is in memory at once, and what a reader must read at once.
 _GROUP_BYTES = 32 * 2**20
 _GROUP_ROWS = 65536
 
 
 @dataclass(frozen=True)
 class Table:
-    """What a file is to hold. total: images at most; shape: of one feature; classes: by label, () without;
+    """The contents of a file. total: images at most; shape: of one feature; classes: by label, () without;
     splits: whether each image has a split.
     """
 
@@ -47,7 +47,7 @@ class Table:
 
     @property
     def row_bytes(self) -> int:
-        """Of one feature, float32."""
+        """Bytes of one feature, float32."""
         return 4 * int(np.prod(self.shape))
 
 
@@ -62,28 +62,28 @@ class Rows:
 
 
 class FeatureFile(Protocol):
-    """A file that is being written."""
+    """A file being written."""
 
     def add(self, rows: Rows) -> None:
         """Append images."""
         ...
 
     def finish(self, metadata: str) -> None:
-        """Write what is left, and the JSON that describes all of it."""
+        """Write the rest, and the JSON that describes the file."""
         ...
 
 
 def require_suffix(out: Path) -> None:
-    """UserError where the name of ``out`` names no format, or one whose library is not installed."""
+    """Raise UserError if the name of ``out`` has no known suffix, or one whose library is not installed."""
     if out.suffix not in SUFFIXES:
-        raise UserError(f"--out: {out}: name a file that ends in .parquet or .npz")
+        raise UserError(f"--out {out}: unknown format; give a file that ends in .parquet or .npz")
     if out.suffix == ".parquet":
         _pyarrow(out)
 
 
 @contextmanager
 def feature_file(kind: str, file: BinaryIO, table: Table) -> Iterator[FeatureFile]:
-    """A writer of ``kind`` (".parquet" or ".npz") into an open file. UserError where memory cannot hold an .npz."""
+    """Yield a writer of ``kind`` (".parquet" or ".npz") to an open file. Raise UserError if an .npz exceeds memory."""
     if kind == ".npz":
         yield _Npz(file, table)
         return
@@ -175,8 +175,8 @@ class _Npz:
         needed, free = table.total * table.row_bytes, _memory_available()
         if needed > free:
             raise UserError(
-                f"--out: an .npz file is held in memory until it is written: {table.total} features take "
-                f"{needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; name a file that ends in .parquet"
+                f"--out: an .npz file is in memory until it is written: {table.total} features need "
+                f"{needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; give a file that ends in .parquet"
             )
         self._file, self._table = file, table
         self._features = np.empty((table.total, *table.shape), np.float32)
@@ -193,7 +193,7 @@ class _Npz:
             self._columns.labels.append(rows.labels)
 
     def finish(self, metadata: str) -> None:
-        """Write all of it."""
+        """Write everything."""
         columns = self._columns
         arrays: dict[str, Any] = {"key": np.array(columns.keys, str)}
         if self._table.splits:
@@ -206,6 +206,6 @@ class _Npz:
 
 
 def _memory_available() -> int:
-    """Bytes that the system can give without swapping."""
+    """Return the bytes that the system can give without swapping."""
     lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))

@@ -31,31 +31,31 @@ __all__ = [
 ]
 
 EncoderName = Literal["target", "context"]
-# pooled: the mean token, float32 (n, D). tokens: all of them, float16 (n, L, D); they are layer-normalised, so of size
-# one, and half precision keeps three digits. pixels: the clean views themselves, uint8 (n, S, S, 3).
+# pooled: the mean token, float32 (n, D). tokens: all of them, float16 (n, L, D): they are layer-normalised, so near 1,
+# where half precision has three digits. pixels: the clean views themselves, uint8 (n, S, S, 3).
 Kept = Literal["pooled", "tokens", "pixels"]
 POOLING = "mean of all tokens"  # how "pooled" is called in results
 _CHUNK = 128
 
 
 def default_encoder(model: ModelConfig) -> EncoderName:
-    """The encoder that probes read: the moving average where there is one (as in DINO), else the only one."""
+    """Return the encoder that probes read: the EMA if there is one (as in DINO), else the only one."""
     return "target" if model.target == "ema" else "context"
 
 
 def encoder_of(model: IWM, which: EncoderName) -> VisionTransformer:
-    """The module that ``which`` names; with a shared target both names mean the same one."""
+    """Return the module that ``which`` names; with a shared target both names mean the same one."""
     return model.encoder if which == "context" or model.target_encoder is None else model.target_encoder
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where the model's parameters lie."""
+    """Return the device of the model's parameters."""
     return next(model.parameters()).device
 
 
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Evaluation mode without autograd; each model's own mode is put back afterwards."""
+    """Set evaluation mode without autograd; restore each model's own mode afterwards."""
     was_training = [model.training for model in models]
     for model in models:
         model.eval()
@@ -68,7 +68,7 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
 
 
 def row_chunks(batches: Tensor | Iterable[Tensor], chunk: int) -> Iterator[Tensor]:
-    """The rows of one tensor, or of several in turn, in pieces of at most ``chunk``."""
+    """Yield the rows of one tensor, or of several in turn, in pieces of at most ``chunk``."""
     for batch in (batches,) if isinstance(batches, Tensor) else batches:
         yield from batch.split(chunk)
 
@@ -76,9 +76,9 @@ def row_chunks(batches: Tensor | Iterable[Tensor], chunk: int) -> Iterator[Tenso
 def pooled_features(
     models: Sequence[IWM], batches: Tensor | Iterable[Tensor], *, which: EncoderName, chunk: int = _CHUNK
 ) -> list[Tensor]:
-    """Mean-pooled tokens (n, D), float32 on the CPU, for each model, of clean uint8 images (b, S, S, 3).
+    """Return mean-pooled tokens (n, D), float32 on the CPU, for each model, of clean uint8 images (b, S, S, 3).
 
-    Each image is read once, whatever the number of models: decoding is often the dearer part.
+    Each image is read once for all models: decoding is often the slower part.
     """
     rows: list[list[Tensor]] = [[] for _ in models]
     with evaluating(*models):
@@ -86,7 +86,7 @@ def pooled_features(
             for model, out in zip(models, rows, strict=True):
                 out.append(torch.from_numpy(_keep(encoder_of(model, which), images, "pooled")))
     if not rows or not rows[0]:
-        raise ValueError("batches holds no image; at least one is needed")
+        raise ValueError("batches has no image; at least one is needed")
     return [torch.cat(out) for out in rows]
 
 
@@ -98,10 +98,10 @@ def read_features(
     cache: FeatureCache | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Features]:
-    """What is to be kept of ``split``, for each encoder; the images are read once, and not at all where all is cached.
+    """Return the features of ``split`` for each encoder; images are read once, and not at all if all is cached.
 
-    ``progress`` is called with (images done, images). Without ``cache`` the result lies in memory. What was left out is
-    in ``split.bad`` either way. UserError as ``split.read``.
+    ``progress`` is called with (images done, images). Without ``cache`` the result is in memory. ``split.bad`` lists
+    what was left out either way. Raise UserError as ``split.read``.
     """
     keys = [_key(encoder, split, keep) for encoder in encoders] if cache is not None else [{} for _ in encoders]
     found = [cache.find(key) if cache is not None else None for key in keys]
@@ -169,7 +169,7 @@ def _room(
 
 
 def _key(encoder: VisionTransformer, split: Split, keep: Kept) -> dict[str, Any]:
-    """All that the features depend on. Heads are not in the weights' shapes, and pixels do not depend on weights."""
+    """Return everything that the features depend on. Weights' shapes do not show heads; pixels need no weights."""
     shape = [encoder.image, encoder.patch, encoder.heads]
     weights = None if keep == "pixels" else weights_digest(encoder)
     return {"keep": keep, "encoder": shape, "weights": weights, "images": split.fingerprint()}

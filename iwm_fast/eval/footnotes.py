@@ -1,4 +1,4 @@
-"""What is said under a table of results: which images they are of, and what was left out or reduced."""
+"""Notes under a table of results: which images they are of, and what was left out or reduced."""
 
 from __future__ import annotations
 
@@ -12,6 +12,6 @@ __all__ = ["data_lines"]
 
 
 def data_lines(results: Mapping[str, Any]) -> list[str]:
-    """Which images are learned from and tested on, what of them was left out, which settings they were too few for."""
+    """Return lines on which images were trained and tested on, what was left out, and which settings were reduced."""
     lines = [f"data: {results['splits']['said']}"] if "splits" in results else []
     return lines + left_out_lines(results.get("left_out", {})) + reduced_lines(results.get("reduced", {}))

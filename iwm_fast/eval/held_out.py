@@ -1,4 +1,4 @@
-"""Training images that are held out to choose by: the test images choose nothing."""
+"""Held-out training images, to choose settings by: the test images choose nothing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _SHARE = 0.1
 
 
 def held_out_rows(labels: np.ndarray, *, seed: int = 0) -> np.ndarray:
-    """A tenth of each class's rows, at least one of each class of two or more, always the same: bool (n,)."""
+    """Return a tenth of each class's rows, at least one of each class of two or more; bool (n,), deterministic."""
     generator = np.random.default_rng(seed)
     held = np.zeros(len(labels), dtype=bool)
     for label in np.unique(labels):

@@ -1,4 +1,4 @@
-"""What evaluations of images measure: a model, the data, and what several of them share, read once."""
+"""The input of image evaluations: a model, the data, and features that several of them share, read once."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ _STILL = "the configuration has no colour jitter (actions.strength), so no disti
 class ImageSubject:
     """A model and labelled or unlabelled images.
 
-    which: the encoder that is measured. untrained: the network before its first step, where it is measured too. images:
-    how many are ranked for MRR, default ``eval.mrr_images``; queries: actions of each bank, default all. components:
-    also rank banks of each component of the action alone.
+    which: the evaluated encoder. untrained: the network before its first step, if it is evaluated too. images: number
+    ranked for MRR, default ``eval.mrr_images``; queries: actions per bank, default all. components: also rank banks of
+    each action component alone.
     """
 
     model: IWM
@@ -45,15 +45,15 @@ class ImageSubject:
 
     @property
     def models(self) -> list[IWM]:
-        """The model, and the untrained one behind it."""
+        """The model, then the untrained one, if any."""
         return [self.model] if self.untrained is None else [self.model, self.untrained]
 
     def tell(self, what: str) -> Callable[[int, int], None] | None:
-        """What gets (done, of how many) of a part of the work."""
+        """Return a callback for (done, total) of a part of the work."""
         return part_of(self.progress, what)
 
     def missing(self, need: Need) -> str | None:
-        """Why a need is not met, None where it is."""
+        """Return why a need is not met, or None."""
         if need == "jitter":
             return None if varying(self.config.actions) else _STILL
         if need == "classes":
@@ -61,13 +61,13 @@ class ImageSubject:
         return "no training images were given" if self.train is None else None
 
     def learned_from(self) -> Split:
-        """The training images, which an evaluation that needs them or their classes has."""
+        """Return the training images; an evaluation that uses them must declare the need."""
         if self.train is None:
-            raise ValueError("there are no training images: the evaluation's entry has to name its need of them")
+            raise ValueError("there are no training images: declare the need in the evaluation's registry entry")
         return self.train
 
     def features(self, keep: Kept) -> Iterator[tuple[str, IWM, Features, Features]]:
-        """(end of the names, model, training features, test features), of the model and of the untrained one.
+        """Yield (name suffix, model, training features, test features), for the model and for the untrained one.
 
         All images are read once for both; mean tokens once for all evaluations.
         """

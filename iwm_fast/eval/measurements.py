@@ -1,7 +1,7 @@
-"""What was measured of a run, kept in its folder: RUN/results holds a JSON document per checkpoint, measure and data.
+"""Evaluations of a run on disk: RUN/results has one JSON document per checkpoint, evaluation and data.
 
-So the report shows the MRR of yesterday beside the k-NN of today. A measure that is taken again of the same checkpoint
-on the same data replaces its document, and no other. Each appears whole or not at all, so evaluations may run at once.
+So the report shows yesterday's MRR beside today's k-NN. Repeating an evaluation of the same checkpoint on the same data
+replaces its document only. Documents are written atomically, so evaluations may run concurrently.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ _OF_THE_CALL = ("not_run", "step", "report")
 
 @dataclass(frozen=True)
 class Measurement:
-    """One measure of one checkpoint.
+    """One evaluation of one checkpoint.
 
     ``weights``: a digest of the checkpoint. ``data``: `place_of` the images. ``date``: ISO 8601 in UTC. ``results``:
-    names and values as the evaluation gave them, its protocol included.
+    names and values from the evaluation, its protocol included.
     """
 
     step: int
@@ -45,17 +45,17 @@ class Measurement:
 
 
 def place_of(data: str | Path) -> str:
-    """The data's name, whatever folder the command was started in."""
+    """Return the data's name, independent of the working folder."""
     return str(data) if is_address(str(data)) else str(Path(data).resolve())
 
 
 def weights_of(checkpoint: Path) -> str:
-    """A digest of a checkpoint: that of a training begun anew in the same folder is another one."""
+    """Return a digest of a checkpoint; a new training in the same folder has another one."""
     return hashlib.sha256((checkpoint / MANIFEST).read_bytes()).hexdigest()[:16]
 
 
 def divide(results: Mapping[str, Any], *, step: int, weights: str, data: str | Path) -> list[Measurement]:
-    """The measurements that an evaluation's ``results`` hold, dated now."""
+    """Split an evaluation's ``results`` into measurements, dated now."""
     date = datetime.now(UTC).isoformat(timespec="seconds")
     owners = {key: _owner(key) for key in results if key not in _OF_THE_CALL}
     return [
@@ -69,7 +69,7 @@ def divide(results: Mapping[str, Any], *, step: int, weights: str, data: str | P
 
 
 def keep(run: Path, measurements: Sequence[Measurement]) -> None:
-    """Write a document for each into RUN/results."""
+    """Write one document for each into RUN/results."""
     (run / FOLDER).mkdir(parents=True, exist_ok=True)
     for one in measurements:
         data = hashlib.sha256(one.data.encode(errors="surrogateescape")).hexdigest()[:8]
@@ -79,7 +79,7 @@ def keep(run: Path, measurements: Sequence[Measurement]) -> None:
 
 
 def read(run: Path) -> list[Measurement]:
-    """All that was kept, the oldest first; a file that is none of ours, or cannot be read, is said and left out."""
+    """Return all measurements, oldest first; other or unreadable files are named and left out."""
     found = []
     for path in sorted((run / FOLDER).glob("*.json")):
         try:
@@ -87,12 +87,12 @@ def read(run: Path) -> list[Measurement]:
             found.append(Measurement(**{name: document[name] for name in Measurement.__dataclass_fields__}))
         except (OSError, ValueError, KeyError, TypeError) as error:
             why = " ".join(str(error).split())
-            print(f"{path}: left out of the report: no measurement ({why})", file=sys.stderr, flush=True)
+            print(f"{path}: left out of the report: not a measurement ({why})", file=sys.stderr, flush=True)
     return sorted(found, key=lambda one: (one.date, one.step))
 
 
 def merged(measurements: Sequence[Measurement]) -> dict[str, Any]:
-    """Names and values of all, as one evaluation would have given them; of two that have a name, the later one's."""
+    """Return names and values of all, as from one evaluation; of two with the same name, the later one's."""
     results: dict[str, Any] = {}
     for one in measurements:
         results |= one.results
@@ -100,5 +100,5 @@ def merged(measurements: Sequence[Measurement]) -> dict[str, Any]:
 
 
 def _owner(key: str) -> str | None:
-    """Whose name it is; None for what tells of the data, and goes with every measure."""
+    """Return the evaluation that owns a name; None for names about the data, which belong to every one."""
     return next((one.name for one in evaluations() if one.owns(key)), None)

@@ -1,6 +1,6 @@
-"""Evaluation while training, in shares: each rank ranks and encodes its part of the images, and all join the parts.
+"""Evaluation during training, sharded: each rank ranks and encodes its part of the images, and the parts are gathered.
 
-Every image's bank depends on the image's number alone, so the joined figures are the same for any number of ranks.
+An image's bank depends on its number only, so the metrics are the same for any number of ranks.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ from iwm_fast.notices import tell_once
 
 __all__ = ["OnlineEvaluator", "Share", "join_left_out", "join_shares", "measure_share"]
 
-# What reading, decoding and computing raise. One rank alone may meet it, and all have to learn of it.
+# Raised by reading, decoding and computing. One rank alone may raise; all must learn of it.
 _FAULTS = (UserError, OSError, RuntimeError, ValueError, ArithmeticError, LookupError, MemoryError)
 
 
 class OnlineEvaluator:
-    """k-NN and MRR of a model in training, or MRR among next frames where the data are triplets.
+    """k-NN and MRR of a model in training, or MRR among next frames if the data are triplets.
 
     An `iwm_fast.engine.evaluator.Evaluator`.
     """
 
     def unmeasured(self, config: Config) -> str | None:
-        """Open what an evaluation opens; why a part of it will not be measured, or None."""
+        """Open what an evaluation opens; return why a part of it cannot run, or None."""
         root = config.eval.root or ""
         if config.actions.is_external:
             open_triplets(root, config)
@@ -59,9 +59,9 @@ class OnlineEvaluator:
             return None
         if not varying(config.actions):
             raise UserError(
-                f"nothing can be measured while training: {missing}, and no jitter varies (actions.strength)"
+                f"no evaluation can run during training: {missing}, and no jitter varies (actions.strength)"
             )
-        return f"k-NN is not measured while training: {missing}"
+        return f"k-NN does not run during training: {missing}"
 
     def measure(
         self,
@@ -71,7 +71,7 @@ class OnlineEvaluator:
         ranks: Ranks,
         abandonable: Callable[[], AbstractContextManager[None]],
     ) -> dict[str, Any] | None:
-        """The figures with their chances: every rank measures its share of the images, or the first all of them."""
+        """Return metrics with their chance levels: every rank evaluates its share of the images, or rank 0 all."""
         if config.actions.is_external:
             return _of_triplets(model, config, space, ranks, abandonable)
         found: Share | str | None
@@ -98,7 +98,7 @@ class OnlineEvaluator:
 
 
 def _reason(error: Exception, ranks: Ranks) -> str:
-    """Why a rank failed, for the others; the traceback of what is no mistake of the user's is printed here."""
+    """Return why a rank failed, for the others; print the traceback here unless it is an error of the user's."""
     if isinstance(error, UserError):
         return str(error)
     traceback.print_exception(error)
@@ -112,7 +112,7 @@ def _of_triplets(
     ranks: Ranks,
     abandonable: Callable[[], AbstractContextManager[None]],
 ) -> dict[str, Any] | None:
-    """MRR among next frames, which has one bank: the first rank measures, the others wait."""
+    """MRR among next frames, which has one bank: rank 0 evaluates, the others wait."""
     found: list[Any] = [None]
     if ranks.first:
         try:
@@ -131,12 +131,12 @@ def _of_triplets(
 
 @dataclass(frozen=True, eq=False)
 class Share:
-    """What one rank found.
+    """One rank's results.
 
-    numbers: of the images that it ranked, among all. ranks: by distance and by what was ranked, float64 (images of
-    this rank, queries), None where it had no image. train, test: mean tokens and labels of its images, None where
-    there are no classes. left_out: of each split, what of this rank's images cannot be used. labels: of all images of
-    each split, and their classes, None without. said: which images are which split, and what they are too few for.
+    numbers: of its ranked images, among all. ranks: by distance and by what was ranked, float64 (images of this rank,
+    queries), None without images. train, test: mean tokens and labels of its images, None without classes. left_out: of
+    each split, this rank's unusable images. labels: of all images of each split, and their classes, None without. said:
+    which images are which split, and what they are too few for.
     """
 
     numbers: list[int]
@@ -152,7 +152,7 @@ class Share:
 def measure_share(
     model: IWM, config: Config, space: ActionSpace, root: str | Path, *, rank: int = 0, world: int = 1
 ) -> Share:
-    """The part of ``rank`` of ``world``: of the images ranked, and of at most ``eval.images`` of each split."""
+    """Evaluate ``rank``'s part of ``world``: of the ranked images, and of at most ``eval.images`` of each split."""
     train, test = open_splits(root, config, limit=config.eval.images)
     numbers, ranks = _ranks(model, config, space, test, rank, world) if varying(config.actions) else ([], None)
     said = _said(train, test, config)
@@ -174,11 +174,11 @@ def measure_share(
 
 
 def join_shares(shares: Sequence[Share], bank: int) -> dict[str, Any]:
-    """A few numbers for metrics.jsonl: mrr, mrr_shuffled, mrr_chance, and knn, knn_chance where there are classes.
+    """Return numbers for metrics.jsonl: mrr, mrr_shuffled, mrr_chance, and with classes knn, knn_chance.
 
-    And eval_left_out_train, eval_left_out_test where images cannot be used. ``shares``: of every rank, in any order;
-    ``bank``: its size. UserError where more of a split cannot be used than ``data.max_bad_fraction`` allows, or all of
-    a class.
+    And eval_left_out_train, eval_left_out_test if images cannot be used. ``shares``: of every rank, in any order;
+    ``bank``: its size. Raise UserError if more of a split cannot be used than ``data.max_bad_fraction`` allows, or all
+    of a class.
     """
     left_out = join_left_out(shares)
     for part in left_out.values():
@@ -186,7 +186,7 @@ def join_shares(shares: Sequence[Share], bank: int) -> dict[str, Any]:
     results: dict[str, Any] = {f"eval_left_out_{name}": len(part) for name, part in left_out.items() if len(part)}
     parts = [share.ranks for share in shares if share.ranks is not None]
     if parts:
-        # In the order of the images, so that not even the rounding of the mean depends on how they were divided.
+        # In the order of the images, so that even the mean's rounding does not depend on the sharding.
         order = np.argsort([number for share in shares for number in share.numbers])
         joined = {
             distance: {what: np.concatenate([part[distance][what] for part in parts])[order] for what in by_what}
@@ -220,7 +220,7 @@ def _said(train: FileSplit, test: FileSplit, config: Config) -> tuple[str, ...]:
 
 
 def join_left_out(shares: Sequence[Share]) -> dict[str, LeftOut]:
-    """What was left out of each split, over all ranks."""
+    """Return what was left out of each split, over all ranks."""
     joined: dict[str, LeftOut] = {}
     for share in shares:
         for name, part in share.left_out.items():
@@ -231,7 +231,7 @@ def join_left_out(shares: Sequence[Share]) -> dict[str, LeftOut]:
 def _ranks(
     model: IWM, config: Config, space: ActionSpace, test: FileSplit, rank: int, world: int
 ) -> tuple[list[int], dict[str, dict[str, np.ndarray]] | None]:
-    """Of this rank's images among those ranked; each keeps its number, which draws its bank."""
+    """Rank this rank's images; each keeps its number, which seeds its bank."""
     chosen = evenly_spaced(config.eval.mrr_images, len(test))
     kept, numbers = [], []
     for number in range(rank, len(chosen), world):

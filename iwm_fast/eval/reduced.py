@@ -1,4 +1,4 @@
-"""Settings that a set of images is too small for: they are reduced, and it is said."""
+"""Settings that exceed a set of images: they are reduced and reported."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ __all__ = ["reduced", "reduced_lines"]
 
 
 def reduced(asked: int, used: int, why: str) -> dict[str, Any]:
-    """An entry for JSON."""
+    """Return an entry for JSON."""
     return {"asked": asked, "used": used, "why": why}
 
 
 def reduced_lines(entries: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """A line for each setting."""
+    """Return one line per setting."""
     return [
         printable(f"{name}: {entry['used']} instead of {entry['asked']}: {entry['why']}")
         for name, entry in entries.items()

@@ -1,8 +1,8 @@
-"""The evaluations: what each needs, how it runs, which names of the JSON are its own, and how it is drawn.
+"""The evaluations: their requirements, functions, JSON names and drawings.
 
 `iwm-fast evaluate --what` with its help, the documents in RUN/results and the report's sections read this table. A new
-evaluation is a module that measures it and one entry here. Functions are named as "module:function" and loaded when
-they are called: the command line's help reads the table and loads no torch.
+evaluation is a module and one entry here. Functions are named as "module:function" and loaded when they are called: the
+command line's help reads the table and loads no torch.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ __all__ = [
     "what_help",
 ]
 
-# What the data are: images, of which views are made, or triplets of frames and recorded actions.
+# Kinds of data: images, from which views are made, or triplets of frames and recorded actions.
 Kind = Literal["images", "triplets"]
-# What has to be there beside the data themselves: training images, their classes, a colour jitter that varies.
+# Requirements beside the data themselves: training images, their classes, a colour jitter that varies.
 Need = Literal["training images", "classes", "jitter"]
 
 
@@ -37,9 +37,9 @@ Need = Literal["training images", "classes", "jitter"]
 class Measure:
     """How an evaluation runs on one kind of data.
 
-    run: function of an `ImageSubject` or `TripletSubject` that returns names and values for JSON; what it finds that it
-    cannot measure stands under ``not_run``, {name: why}. needs: without which it is not called. settings: keys of the
-    configuration that no other evaluation reads on this kind of data.
+    run: function of an `ImageSubject` or `TripletSubject` that returns names and values for JSON; what it cannot
+    measure is under ``not_run``, {name: why}. needs: requirements. settings: keys of the configuration that no other
+    evaluation reads on this kind of data.
     """
 
     run: str | Callable[[Any], dict[str, Any]]
@@ -51,11 +51,11 @@ class Measure:
 class Evaluation:
     """An entry: ``name`` in --what and JSON, ``title`` in the report's tables.
 
-    images, triplets: how it runs there; one of them may be missing, and ``elsewhere`` says why. quick: measured where
-    no --what is given. reads_all: every image of both splits, so that it runs before the others and what is wrong with
-    the images is found first. names: beginnings of its names in the JSON, default its own; what begins with no
-    evaluation's tells of the data. drawing: the `Drawing` of its figures, shared by those that name the same one;
-    default `Drawing` itself, which suits one number with its interval.
+    images, triplets: how it runs there; if one is missing, ``elsewhere`` says why. quick: runs by default. reads_all:
+    reads every image of both splits, so it runs first and finds bad images early. names: prefixes of its names in the
+    JSON, default its own; names without any evaluation's prefix are about the data. drawing: the `Drawing` of its
+    figures, shared by entries that name the same one; default `Drawing` itself, which suits one number with an
+    interval.
     """
 
     name: str
@@ -69,11 +69,11 @@ class Evaluation:
     drawing: str | Callable[[Sequence[Evaluation]], Any] | None = None
 
     def on(self, kind: Kind) -> Measure | None:
-        """How it runs on this kind of data, None where it does not."""
+        """Return how it runs on this kind of data, or None."""
         return self.images if kind == "images" else self.triplets
 
     def owns(self, key: str) -> bool:
-        """Whether a name of the JSON is this evaluation's."""
+        """Return whether a JSON name belongs to this evaluation."""
         return any(key == name or key.startswith(f"{name}_") for name in self.names or (self.name,))
 
 
@@ -108,7 +108,7 @@ _TABLE = (
         "attentive probe",
         images=Measure("iwm_fast.eval.representation.probes:evaluate_attentive", ("classes",)),
         elsewhere=_NO_CLASSES,
-        quick=False,  # it takes minutes where the others take seconds
+        quick=False,  # takes minutes where the others take seconds
         reads_all=True,
         drawing="iwm_fast.eval.report.sections.probe_table:ProbesDrawing",
     ),
@@ -124,7 +124,7 @@ _TABLE = (
         "rollout",
         "roll-out, error of the first step",
         triplets=Measure("iwm_fast.eval.world_model.rollout:evaluate_rollouts", settings=("eval.horizon",)),
-        elsewhere="a roll-out needs triplets, and these are images",
+        elsewhere="a roll-out needs triplets; these are images",
         drawing="iwm_fast.eval.report.sections.rollout_curves:RolloutDrawing",
     ),
 )
@@ -132,45 +132,45 @@ _EVALUATIONS = {one.name: one for one in _TABLE}
 
 
 def register(one: Evaluation) -> None:
-    """Add an evaluation. ValueError where its name is taken."""
+    """Add an evaluation. Raise ValueError if its name is taken."""
     if one.name in _EVALUATIONS:
-        raise ValueError(f"an evaluation is called {one.name!r} already; choose another name")
+        raise ValueError(f"there is an evaluation {one.name!r} already; choose another name")
     _EVALUATIONS[one.name] = one
 
 
 def evaluations(kind: Kind | None = None) -> list[Evaluation]:
-    """All of them, or those that run on ``kind``, in the order of help, JSON and report."""
+    """Return all of them, or those that run on ``kind``, in the order of help, JSON and report."""
     return [one for one in _EVALUATIONS.values() if kind is None or one.on(kind) is not None]
 
 
 def evaluation(name: str) -> Evaluation | None:
-    """The one of that name, None where there is none."""
+    """Return the one of that name, or None."""
     return _EVALUATIONS.get(name)
 
 
 def names(kind: Kind | None = None) -> tuple[str, ...]:
-    """Of `evaluations`."""
+    """Return the names of `evaluations`."""
     return tuple(one.name for one in evaluations(kind))
 
 
 def usual(kind: Kind) -> tuple[str, ...]:
-    """The names of what is measured where nobody says what."""
+    """Return the names of those that run by default."""
     return tuple(one.name for one in evaluations(kind) if one.quick)
 
 
 def needed(what: Sequence[str], kind: Kind) -> set[Need]:
-    """What ``what`` needs on this kind of data."""
+    """Return the requirements of ``what`` on this kind of data."""
     chosen = (one.on(kind) for one in evaluations(kind) if one.name in what)
     return {need for how in chosen if how is not None for need in how.needs}
 
 
 def what_help() -> str:
     """The help of ``iwm-fast evaluate --what``."""
-    return f"Of {', '.join(names('images'))}; of triplets {', '.join(names('triplets'))}. Default: the quick."
+    return f"Images: {', '.join(names('images'))}; triplets: {', '.join(names('triplets'))}. Default: the quick ones."
 
 
 def measure(what: Sequence[str], kind: Kind, subject: Any) -> dict[str, Any]:
-    """Run ``what`` on a subject and return all names and values, those under ``not_run`` and ``reduced`` joined."""
+    """Run ``what`` on a subject; return all names and values, with ``not_run`` and ``reduced`` merged."""
     results: dict[str, Any] = {}
     chosen = [one for one in evaluations() if one.name in what]
     for one in sorted(chosen, key=lambda one: not one.reads_all):

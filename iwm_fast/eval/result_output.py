@@ -1,4 +1,4 @@
-"""An evaluation's answer on its way out: asked first whether it has a place, and given before anything is drawn."""
+"""Output of an evaluation: checked before the work, and written before anything is drawn."""
 
 from __future__ import annotations
 
@@ -16,21 +16,23 @@ __all__ = ["given", "report_place"]
 
 
 def report_place(run: Path, *, needed: bool) -> Path | None:
-    """Where a run's page is written. UserError where it cannot be and is ``needed``; else that is said, and None."""
+    """Return where a run's page is written. If that fails: raise UserError if ``needed``, else say so, return None."""
     folder = run / "report"
     for place in (folder, run / FOLDER):
         why = unwritable(place)
         if why is not None:
             if needed:
-                raise UserError(f"{place}: cannot be written: {why}; name --json FILE for the figures without a page")
-            print(f"{place}: cannot be written: {why}; figures only, no page", file=sys.stderr, flush=True)
+                raise UserError(
+                    f"{place}: cannot be written: {why}; give --json FILE to get the results without a page"
+                )
+            print(f"{place}: cannot be written: {why}; results only, no page", file=sys.stderr, flush=True)
             return None
     return folder / "index.html"
 
 
 @contextmanager
 def given(give: Callable[[dict[str, Any]], None] | None, answer: dict[str, Any]) -> Iterator[None]:
-    """Give the answer, then run the block; what ``give`` could not write is raised after it."""
+    """Write the answer, then run the block; an error of ``give`` is raised after it."""
     failure = None
     if give is not None:
         try:
@@ -41,6 +43,6 @@ def given(give: Callable[[dict[str, Any]], None] | None, answer: dict[str, Any])
         yield
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        raise UserError(f"{where}{error.strerror or error}: the figures are given, the page is not written") from error
+        raise UserError(f"{where}{error.strerror or error}: the results are written, the page is not") from error
     if failure is not None:
         raise failure

@@ -1,4 +1,4 @@
-"""Clean images with a class for each pixel, read as the other splits are."""
+"""Clean images with a class for each pixel, read like the other splits."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["MaskedSplit", "open_masked_splits"]
 
 
 class MaskedSplit:
-    """Images and masks that are decoded each time they are read; a pair of which one cannot be used is left out."""
+    """Images and masks that are decoded at each read; pairs with an unusable image or mask are left out."""
 
     def __init__(
         self, pairs: MaskedSet, config: Config, *, place: str = "images", layout: Layout | None = None
@@ -36,7 +36,7 @@ class MaskedSplit:
 
     @property
     def layout(self) -> Layout | None:
-        """What of the set is which split."""
+        """Which part of the set is which split."""
         return self._images.layout
 
     @property
@@ -73,12 +73,12 @@ class MaskedSplit:
         self._finish(used)
 
     def accept(self, bad: Mapping[str, str], labels: Labels) -> None:
-        """As the protocol says."""
+        """As in the protocol."""
         self.left_out.reasons |= bad
         self._finish(len(labels))
 
     def spread(self, count: int) -> Tensor:
-        """Images of files spread evenly."""
+        """Return images of evenly spread files."""
         return self._images.spread(count)
 
     def numbered_spread(self, count: int) -> tuple[Tensor, list[int]]:
@@ -91,7 +91,7 @@ class MaskedSplit:
         return MaskedSplit(pairs, self._config, place=self._images.place, layout=self.layout)
 
     def fingerprint(self) -> str:
-        """Of each image's and each mask's path, size and times of change."""
+        """Return a digest of each image's and each mask's path, size and times of change."""
         digest = hashlib.sha256(self._images.fingerprint().encode())
         for path in self.pairs.masks:
             try:
@@ -103,19 +103,19 @@ class MaskedSplit:
         return digest.hexdigest()
 
     def _mask(self, path: Path, image: Path) -> NDArray[np.uint8]:
-        """Classes (S, S); UserError where the mask cannot be used."""
+        """Return classes (S, S); raise UserError if the mask is unusable."""
         if not path.is_file():
-            raise UserError(f"{path} is missing: each image of {image.parent} needs a mask of its name")
+            raise UserError(f"{path}: missing; each image of {image.parent} needs a mask of its name")
         return read_mask(path, self._size, image)
 
     def _finish(self, used: int) -> None:
-        """UserError where too many pairs cannot be used, or all of them."""
+        """Raise UserError if too many pairs are unusable, or all of them."""
         self.left_out.check()
         self._images.require_some(used)
 
 
 def open_masked_splits(root: Path, config: Config) -> tuple[MaskedSplit, MaskedSplit]:
-    """Training and test images below ``root``, as ``data.segmentation.divide_masked`` divides them."""
+    """Return training and test images below ``root``, as ``data.segmentation.divide_masked`` divides them."""
     train, test, layout = divide_masked(root)
     learned, tested = (
         MaskedSplit(pairs, config, place=place, layout=layout)

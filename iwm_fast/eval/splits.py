@@ -33,14 +33,14 @@ __all__ = [
     "splits_record",
 ]
 
-_ESCAPES = "surrogateescape"  # names of files need not be UTF-8
-Labels = NDArray[Any]  # int64 (b,), places in `classes`; or uint8 (b, S, S), a class a pixel
+_ESCAPES = "surrogateescape"  # file names need not be UTF-8
+Labels = NDArray[Any]  # int64 (b,), indices into `classes`; or uint8 (b, S, S), a class per pixel
 
 
 class Split(Protocol):
-    """Images of one split. ``classes`` is empty where they have none, and all labels are then 0.
+    """Images of one split. ``classes`` is empty if they have none, and all labels are then 0.
 
-    ``label_shape``: () where an image has one label, (S, S) where each pixel has.
+    ``label_shape``: () if an image has one label, (S, S) if each pixel has.
     """
 
     classes: tuple[str, ...]
@@ -50,36 +50,36 @@ class Split(Protocol):
 
     @property
     def bad(self) -> Mapping[str, str]:
-        """Why each image that was left out so far cannot be used, by file."""
+        """Why each image that was left out so far is unusable, by file."""
         ...
 
     def accept(self, bad: Mapping[str, str], labels: Labels) -> None:
-        """Take over what an earlier ``read`` left out, and the labels it gave. UserError as ``read`` at its end."""
+        """Adopt what an earlier ``read`` left out, and its labels. Raise UserError as ``read`` does at its end."""
         ...
 
     def read(self) -> Iterator[tuple[Tensor, Labels]]:
-        """Batches of clean images uint8 (b, S, S, 3) and their labels (b,); may be called again."""
+        """Yield batches of clean images uint8 (b, S, S, 3) and their labels (b,); repeatable."""
         ...
 
     def spread(self, count: int) -> Tensor:
-        """At most ``count`` images (n, S, S, 3), spread evenly over the split (and its classes, if sorted)."""
+        """Return at most ``count`` images (n, S, S, 3), spread evenly over the split (and its classes, if sorted)."""
         ...
 
     def numbered_spread(self, count: int) -> tuple[Tensor, list[int]]:
-        """The same, with each one's number among those chosen, which does not change where another is left out."""
+        """Return the same, with each one's number among those chosen, which skips images that are left out."""
         ...
 
     def fingerprint(self) -> str:
-        """A digest of which images these are, and of their labels: equal only where ``read`` gives the same."""
+        """Return a digest of the images and their labels: equal only if ``read`` gives the same."""
         ...
 
 
 class TensorSplit:
-    """Images that lie in memory, with labels (n,) or (n, S, S)."""
+    """Images in memory, with labels (n,) or (n, S, S)."""
 
     def __init__(self, images: Tensor, labels: Labels | None = None, classes: tuple[str, ...] = ()) -> None:
         if labels is not None and len(labels) != len(images):
-            raise ValueError(f"labels has {len(labels)} entries for {len(images)} images; they must be as many")
+            raise ValueError(f"labels has {len(labels)} entries for {len(images)} images; give one per image")
         self.images = images
         self.labels = np.zeros(len(images), np.int64) if labels is None else labels
         self.classes = classes
@@ -97,11 +97,11 @@ class TensorSplit:
         """Nothing is left out."""
 
     def read(self) -> Iterator[tuple[Tensor, Labels]]:
-        """All in one batch: what reads it takes as much at a time as it wants."""
+        """Yield all in one batch: the reader divides it as it needs."""
         yield self.images, self.labels
 
     def spread(self, count: int) -> Tensor:
-        """Images spread evenly."""
+        """Return evenly spread images."""
         return self.images[torch.from_numpy(evenly_spaced(count, len(self.images)))]
 
     def numbered_spread(self, count: int) -> tuple[Tensor, list[int]]:
@@ -110,14 +110,14 @@ class TensorSplit:
         return images, list(range(len(images)))
 
     def fingerprint(self) -> str:
-        """Of the bytes of images and labels."""
+        """Return a digest of the bytes of images and labels."""
         digest = hashlib.sha256(self.images.cpu().contiguous().numpy().data)
         digest.update(np.ascontiguousarray(self.labels).data)
         return digest.hexdigest()
 
 
 class FileSplit:
-    """Images that are decoded each time they are read. A file that cannot be decoded is left out, and is in ``bad``.
+    """Images that are decoded at each read. Files that cannot be decoded are left out, and are in ``bad``.
 
     ``data``: how they are decoded, and which share of them may be left out. ``place``: of the split, for errors.
     """
@@ -145,13 +145,13 @@ class FileSplit:
 
     @property
     def bad(self) -> dict[str, str]:
-        """Why, by file."""
+        """Reasons by file."""
         return self.left_out.reasons
 
     def read(self) -> Iterator[tuple[Tensor, Labels]]:
-        """In the order of the files.
+        """Yield batches in the order of the files.
 
-        UserError, at the end, where none or too few could be decoded, or none of a class.
+        Raise UserError, at the end, if too few could be decoded, or none of a class.
         """
         labels = self.files.labels if self.files.labels is not None else np.zeros(len(self), np.int64)
         seen = [np.zeros(0, np.int64)]
@@ -161,16 +161,16 @@ class FileSplit:
         self._finish(labels[np.concatenate(seen)])
 
     def accept(self, bad: Mapping[str, str], labels: Labels) -> None:
-        """As the protocol says."""
+        """As in the protocol."""
         self.left_out.reasons |= bad
         self._finish(labels)
 
     def spread(self, count: int) -> Tensor:
-        """Images of files spread evenly; fewer where some cannot be decoded. UserError where none can, or too few."""
+        """Return images of evenly spread files that can be decoded. Raise UserError if none can, or too few."""
         return self.numbered_spread(count)[0]
 
     def numbered_spread(self, count: int) -> tuple[Tensor, list[int]]:
-        """The same, with the number of each among the files chosen."""
+        """Return the same, with each one's number among the chosen files."""
         part = self.take(evenly_spaced(count, len(self)))
         found = list(part.numbered())
         self.left_out.check()
@@ -178,17 +178,17 @@ class FileSplit:
         return torch.cat([images for images, _ in found]), [int(row) for _, rows in found for row in rows]
 
     def take(self, rows: NDArray[np.int64]) -> FileSplit:
-        """The files of the given rows, a part of this split: what is left out of it is left out of the split."""
+        """Return the files of the given rows as a part of this split: what it leaves out, the split leaves out."""
         part = self.files.take(rows)
         return FileSplit(part, self._size, self._data, place=self.place, layout=self.layout, left_out=self.left_out)
 
     def thinned(self, count: int) -> FileSplit:
-        """A split of at most ``count`` files, spread evenly over the sorted files and so over the classes."""
+        """Return a split of at most ``count`` files, spread evenly over the sorted files and so over the classes."""
         files = replace(self.files.take(evenly_spaced(count, len(self))), unlabelled=self.files.unlabelled)
         return FileSplit(files, self._size, self._data, place=self.place, layout=self.layout)
 
     def fingerprint(self) -> str:
-        """Of each file's path, size and times of change, of the classes, the views' size and data.max_pixels.
+        """Return a digest of each file's path, size and times of change, the classes, the views' size, data.max_pixels.
 
         No file is opened.
         """
@@ -200,7 +200,7 @@ class FileSplit:
         return digest.hexdigest()
 
     def numbered(self) -> Iterator[tuple[Tensor, NDArray[np.int64]]]:
-        """Batches of clean images and their rows (b,) among the files; what cannot be decoded is noted in ``bad``."""
+        """Yield batches of clean images and their rows (b,) among the files; ``bad`` gets undecodable ones."""
         data = self._data
         for clean in load_clean(
             self.files,
@@ -217,35 +217,35 @@ class FileSplit:
                 yield clean.images, clean.rows
 
     def require_some(self, decoded: int) -> None:
-        """UserError where there are files and ``decoded``, those that could be, is 0."""
+        """Raise UserError if there are files and ``decoded``, the number of decodable ones, is 0."""
         if len(self) and not decoded:
             name, reason = next(iter(self.bad.items()))
             raise UserError(printable(f"{name}: {reason}; none of the {len(self)} images of its split can be decoded"))
 
     def _finish(self, labels: Labels) -> None:
-        """UserError where too much was left out of the whole split; ``labels``: of what was not."""
+        """Raise UserError if too much of the whole split was left out; ``labels``: of what was not."""
         self.left_out.check()
-        if self.left_out.total == len(self):  # of a part, other parts may have what it lacks
+        if self.left_out.total == len(self):  # other parts may have what a part lacks
             self.require_some(len(labels))
             self.left_out.require_classes(self.files.labels, labels, self.classes)
 
 
 def cannot_classify(train: Split | None, test: Split) -> str | None:
-    """Why probes cannot run, or None."""
+    """Return why probes cannot run, or None."""
     if train is None:
         return "no training images were given"
     if len(train.classes) < 2:
-        return "the images have no classes (a folder a class is needed)"
+        return "the images have no classes; sort them into one folder per class"
     if train.classes != test.classes:
-        return f"train has {len(train.classes)} classes and test has {len(test.classes)}: they are not the same"
+        return f"train has {len(train.classes)} classes and test has {len(test.classes)}: they differ"
     return None
 
 
 def require_same_classes(train: FileSplit, test: FileSplit) -> None:
-    """UserError where the set says what is tested on, and one split has no image of a class that the other has, or has
-    images beside the folders of its classes.
+    """Raise UserError if the set defines its test split, and one split lacks a class that the other has, or has images
+    beside its class folders.
 
-    A split that we made ourselves may miss a small class by chance; that is no mistake of the user's.
+    A split that we made ourselves may lack a small class by chance; that is no error of the user's.
     """
     given = train.layout is not None and train.layout.given
     if not (train.classes or test.classes) or not given:
@@ -254,12 +254,12 @@ def require_same_classes(train: FileSplit, test: FileSplit) -> None:
     for name, part in (("train", train), ("test", test)):
         if part.files.labels is None:
             raise UserError(
-                f"{printable(part.place)} has no folder a class, and the other split has; sort its images likewise"
+                f"{printable(part.place)}: no class folders, and the other split has some; sort its images likewise"
             )
         if part.files.unlabelled and part.files.source.kind == "folder":
             raise UserError(
-                f"{printable(part.place)} holds {part.files.unlabelled} images beside the folders of its classes; sort "
-                "them into these, or move them away"
+                f"{printable(part.place)}: {part.files.unlabelled} images are beside the class folders; sort them into "
+                "these, or move them away"
             )
         present[name] = {part.classes[label] for label in np.unique(part.files.labels)}
     for name, other, lacking, having in (("test", "train", test, train), ("train", "test", train, test)):
@@ -275,10 +275,10 @@ def require_same_classes(train: FileSplit, test: FileSplit) -> None:
 def open_splits(
     root: str | Path, config: Config, *, limit: int | None = None, source: str = "auto"
 ) -> tuple[FileSplit, FileSplit]:
-    """Training and test images below ``root`` at the model's size, as ``image_list.divide`` divides them.
+    """Return training and test images below ``root`` at the model's size, as ``image_list.divide`` divides them.
 
-    ``limit``: at most so many files of each, spread evenly over the sorted files and so over the classes. ``source``: a
-    value of data.source, of these images. UserError where ``root`` is missing, empty, without images or ambiguous.
+    ``limit``: at most this many files of each, spread evenly over the sorted files and so over the classes. ``source``:
+    a value of data.source. Raise UserError if ``root`` is missing, empty, without images or ambiguous.
     """
     *both, layout = divide(root, Patience.of(config.data), source)
     train, test = (
@@ -297,6 +297,6 @@ class _Read(Protocol):
 
 
 def splits_record(train: _Read, test: _Read) -> dict[str, Any]:
-    """For JSON: which part of the set is which split, and what was left out of each."""
+    """Return a record for JSON: which part of the set is which split, and what was left out of each."""
     layout = {} if train.layout is None else {"splits": train.layout.record()}
     return layout | {"left_out": {"train": train.left_out.record(), "test": test.left_out.record()}}

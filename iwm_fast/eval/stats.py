@@ -9,15 +9,15 @@ import numpy as np
 __all__ = ["Interval", "bootstrap_interval", "bootstrap_rows", "chance_hit", "chance_mrr", "evenly_spaced"]
 
 Interval = tuple[float, float]
-RESAMPLES = 1000  # the ends of a 95 % interval then move by about a twentieth of its width between seeds
+RESAMPLES = 1000  # ends of a 95 % interval then vary between seeds by about a twentieth of its width
 CONFIDENCE = 0.95
 _BLOCK = 2**22  # random row numbers held at once: 32 MiB of int64
 
 
 def bootstrap_interval(values: np.ndarray) -> Interval:
-    """Percentile bootstrap of the mean of ``values`` (n,): 95 %, 1,000 resamples, always the same seed.
+    """Return the percentile bootstrap of the mean of ``values`` (n,): 95 %, 1,000 resamples, a fixed seed.
 
-    Raises ValueError for an empty or not one-dimensional array.
+    Raise ValueError for an empty array, or one with more dimensions.
     """
     values = np.asarray(values, dtype=np.float64)
     if values.ndim != 1 or not len(values):
@@ -35,16 +35,16 @@ def bootstrap_interval(values: np.ndarray) -> Interval:
 
 
 def bootstrap_rows(table: np.ndarray, figures: Callable[[np.ndarray], np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Percentile bootstrap of figures that are functions of column means: lower and upper ends, float64 (F,) each.
+    """Return percentile bootstrap intervals of functions of column means: lower and upper ends, float64 (F,) each.
 
-    ``table``: (n, C), a row an independent observation. ``figures`` takes means (m, C) of m resamples to (m, F). 95 %,
-    1,000 resamples, always the same seed, as `bootstrap_interval`. ValueError for an empty table.
+    ``table``: (n, C), one independent observation per row. ``figures`` maps means (m, C) of m resamples to (m, F). 95
+    %, 1,000 resamples, a fixed seed, as in `bootstrap_interval`. Raise ValueError for an empty table.
     """
     table = np.asarray(table, dtype=np.float64)
     if table.ndim != 2 or not len(table):
         raise ValueError(f"table has shape {table.shape}; it must be (n, C) with n at least 1")
     generator = np.random.default_rng(0)
-    # Sums of resampled rows are products with how often each row was drawn.
+    # Sums of resampled rows are a matmul with how often each row was sampled.
     counts = generator.multinomial(len(table), np.full(len(table), 1 / len(table)), size=RESAMPLES)
     values = figures(counts @ table / len(table))
     low, high = np.quantile(values, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=0)
@@ -52,16 +52,16 @@ def bootstrap_rows(table: np.ndarray, figures: Callable[[np.ndarray], np.ndarray
 
 
 def chance_mrr(bank: int) -> float:
-    """Expected reciprocal rank of a uniformly random ranking of ``bank`` items: H_bank / bank."""
+    """Return the expected reciprocal rank of a uniformly random ranking of ``bank`` items: H_bank / bank."""
     return float((1.0 / np.arange(1, bank + 1)).sum() / bank)
 
 
 def chance_hit(bank: int, k: int) -> float:
-    """Expected H@k of a uniformly random ranking of ``bank`` items."""
+    """Return the expected H@k of a uniformly random ranking of ``bank`` items."""
     return min(k, bank) / bank
 
 
 def evenly_spaced(count: int, total: int) -> np.ndarray:
-    """``count`` (at most ``total``) distinct indices, int64, ascending: the middles of equal parts of range(total)."""
+    """Return ``count`` (at most ``total``) distinct indices, int64, ascending: middles of equal parts of a range."""
     count = min(count, total)
     return (2 * np.arange(count, dtype=np.int64) + 1) * total // max(2 * count, 1)

@@ -1,4 +1,4 @@
-"""What an evaluation leaves out of a split because it cannot be used: counted, named with its reason, and limited."""
+"""Images that an evaluation leaves out of a split because they are unusable: counted, named with reasons, limited."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _NAMED = 10
 
 
 class LeftOut:
-    """Images of the split at ``place`` that cannot be used, by file.
+    """Unusable images of the split at ``place``, by file.
 
     ``total``: images of the split; ``max_fraction``: data.max_bad_fraction, the share of them that may be left out;
-    ``unlabelled``: images beside them that are none of the split because they have no label.
+    ``unlabelled``: images beside them without a label, which are not in the split.
     """
 
     def __init__(self, place: str, total: int, max_fraction: float, *, unlabelled: int = 0) -> None:
@@ -31,7 +31,7 @@ class LeftOut:
         return len(self.reasons)
 
     def check(self) -> None:
-        """UserError where more than the allowed share of the split is left out, naming the first ten."""
+        """Raise UserError if more than the allowed share of the split is left out, naming the first ten."""
         if len(self) > self.max_fraction * self.total:
             raise UserError(
                 f"{printable(self.place)}: {len(self)} of {self.total} images cannot be used, more than "
@@ -40,7 +40,7 @@ class LeftOut:
             )
 
     def require_classes(self, labels: NDArray[Any] | None, left: NDArray[Any], classes: tuple[str, ...]) -> None:
-        """UserError where a class of ``labels`` is in ``left``, the labels of what could be used, no more."""
+        """Raise UserError if a class of ``labels`` is missing in ``left``, the labels of usable images."""
         if labels is None or labels.ndim != 1:
             return
         gone = np.setdiff1d(labels, left)
@@ -53,17 +53,17 @@ class LeftOut:
             )
 
     def merge(self, other: LeftOut) -> None:
-        """Take over what was left out of another part of the same split."""
+        """Add what was left out of another part of the same split."""
         self.reasons |= other.reasons
 
     def record(self) -> dict[str, Any]:
-        """For JSON: {count, of, files: [{file, reason}], unlabelled}, the files sorted."""
+        """Return a record for JSON: {count, of, files: [{file, reason}], unlabelled}, the files sorted."""
         files = [{"file": file, "reason": reason} for file, reason in sorted(self.reasons.items())]
         return {"count": len(files), "of": self.total, "files": files, "unlabelled": self.unlabelled}
 
 
 def left_out_lines(left_out: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Lines for each split of which something is left out, from the `LeftOut.record` under its name."""
+    """Return lines for each split with left-out images, from the `LeftOut.record` under its name."""
     lines = []
     for name, found in left_out.items():
         if found["count"]:

@@ -65,7 +65,7 @@ def test_classes_that_allow_no_knn_are_said_before_the_first_step(tiny_images, t
     write_images(tmp_path / "flat", 6)
     config = small_config(tiny_images, **EVALUATED, eval__root=str(tmp_path / "flat"))
     readiness.require_ready(config, readiness.RunDirectory(tmp_path / "run"), OnlineEvaluator())
-    assert "eval.root: k-NN is not measured while training: the images have no classes" in capfd.readouterr().err
+    assert "eval.root: k-NN does not run during training: the images have no classes" in capfd.readouterr().err
 
 
 def test_a_port_that_is_taken_is_refused_before_the_first_step(tiny_images, tmp_path):

@@ -95,7 +95,7 @@ def test_evaluation_ranks_next_frames_rolls_out_and_shows_both(run, test_set, tm
     assert found["rollout"]["horizons"] == [1, 2, 3]
     assert len(found["rollout"]["copy_interval"]) == 3
     page = html.unescape((run / "report" / "index.html").read_text())
-    for words in ("Roll-outs", "copy of the first frame", "horizon, actions", "another query's", "push "):
+    for words in ("Roll-outs", "copy of the first frame", "horizon, actions", "the other action is their own", "push "):
         assert words in page
     assert f"{found['rollout']['model'][2]:.3f}" in page
 
@@ -110,7 +110,7 @@ def test_data_that_do_not_fit_the_run_are_one_line(run, tmp_path, tiny_images):
     discrete = write_game(tmp_path / "other", discrete=True)
     with pytest.raises(UserError, match="its actions are discrete, and the run was trained on continuous ones"):
         evaluate_run(run, discrete)
-    with pytest.raises(UserError, match="the run was trained on triplets, and this is no manifest of them"):
+    with pytest.raises(UserError, match="this is no manifest of triplets, which the run was trained on"):
         evaluate_run(run, tiny_images)
     with pytest.raises(UserError, match=r"set actions\.groups=\[external\]"):
         pretrain(small_config(discrete), tmp_path / "run")

@@ -231,10 +231,16 @@ def test_mistakes_are_one_line_each(run, tiny_images, tmp_path, command):
     out = tmp_path / "f.npz"
     for words, line in (
         ((run, tiny_images, "--out", there), f"{there}: exists already; choose another --out"),
-        ((run, tiny_images, "--out", tmp_path), f"--out: {tmp_path}: name a file that ends in .parquet or .npz"),
+        (
+            (run, tiny_images, "--out", tmp_path),
+            f"--out {tmp_path}: unknown format; give a file that ends in .parquet or .npz",
+        ),
         ((run, tiny_images, "--out", tmp_path / "f.csv"), f"--out: {tmp_path / 'f.csv'}: name a file that ends in"),
-        ((run, tiny_images, "--out", out, "--encoder", "both"), "--encoder: both: it is target or context"),
-        ((run, tiny_images, "--out", out, "--pool", "max"), "--pool: max: it is one of mean, none"),
+        (
+            (run, tiny_images, "--out", out, "--encoder", "both"),
+            "--encoder both: no such encoder; give target or context",
+        ),
+        ((run, tiny_images, "--out", out, "--pool", "max"), "--pool max: no such pooling; give one of mean, none"),
         ((run, tiny_images, "--out", out, "train.lr=1"), "command line: train.lr=1: embed may change data.source"),
         ((run, tmp_path / "nowhere", "--out", out), f"{tmp_path / 'nowhere'} "),
         ((run, masks, "--out", out), f"{masks} holds images/ and masks/"),

@@ -95,7 +95,7 @@ def test_the_encoder_is_named_and_can_be_chosen():
     [
         (None, TEST, "no training images"),
         (TensorSplit(TRAIN.images), TensorSplit(TEST.images), "no classes"),
-        (TRAIN, TensorSplit(TEST.images, TEST.labels, ("a", "b", "c")), "not the same"),
+        (TRAIN, TensorSplit(TEST.images, TEST.labels, ("a", "b", "c")), "they differ"),
     ],
     ids=["no train", "no classes", "other classes"],
 )

@@ -178,7 +178,7 @@ def test_features_that_cannot_be_cached_are_measured_and_it_is_said_once(photos,
         np.testing.assert_array_equal(mine.labels, other.labels)
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1
-    assert re.fullmatch(rf"{cache.root}: features are not kept \({why}\): .*", said[0])
+    assert re.fullmatch(rf"{cache.root}: features are not cached \({why}\); .*", said[0])
     assert not list((tmp_path / "cache").rglob("*.npy"))
 
 

@@ -90,7 +90,7 @@ def test_the_page_shows_all_of_the_checkpoint_with_dates_and_data_and_the_rest_i
     assert "37.5 %" in sections["The representation, on others"]
     assert f"Measured on {place_of('others')}: 2026-11-26 11:00 UTC." in sections["The representation, on others"]
     assert "87.5 %" not in page  # of another checkpoint: in the table alone
-    rows = sections["All that was measured of this run"].split("<tr>")[2:]
+    rows = sections["All evaluations of this run"].split("<tr>")[2:]
     assert len(rows) == 4
     assert "<td>0.875</td>" in rows[-1]
     assert "<td>step 4</td>" in rows[-1]

@@ -85,7 +85,7 @@ def test_a_name_has_one_owner():
 
 
 def test_a_name_that_is_taken_is_refused(made_up):
-    with pytest.raises(ValueError, match="an evaluation is called 'bright' already"):
+    with pytest.raises(ValueError, match="there is an evaluation 'bright' already"):
         register(MADE_UP)
 
 
@@ -109,7 +109,7 @@ def test_help_names_an_evaluation_that_was_added_and_loads_no_torch():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     words = " ".join(done.stdout.replace("│", " ").split())
-    assert "Of mrr, knn, linear, attentive, equivariance, bright; of triplets mrr, rollout." in words
+    assert "Images: mrr, knn, linear, attentive, equivariance, bright; triplets: mrr, rollout." in words
 
 
 class Text(HTMLParser):
@@ -146,7 +146,7 @@ def test_an_evaluation_that_is_added_is_in_json_terminal_page_and_all_that_was_m
     assert f"{value:.3f} {value / 2:.3f} – {(1 + value) / 2:.3f} 0.500" in section
     assert "the share of <bright> images" in section
     assert "Measured on " in section
-    (kept,) = [text for text in sections if text.startswith(" All that was measured of this run")]
+    (kept,) = [text for text in sections if text.startswith(" All evaluations of this run")]
     assert f"brightness of images {value:.3f}" in kept
     assert main(["evaluate", str(run), "--data", str(tiny_images), "--what", "dark"]) == 2
     assert "it is a list of mrr, knn, linear, attentive, equivariance, rollout, bright" in capsys.readouterr().err

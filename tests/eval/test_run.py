@@ -87,7 +87,7 @@ def test_a_cache_that_cannot_be_written_is_said_and_the_page_has_what_was_measur
     cache, out = tmp_path / "file" / "cache", tmp_path / "e.json"
     words = ["evaluate", run, "--data", tiny_images, "--what", "knn", "--cache", cache, "--json", out]
     assert main([*map(str, words)]) == 0
-    assert f"{cache}: features are not kept (Not a directory)" in capsys.readouterr().err
+    assert f"{cache}: features are not cached (Not a directory)" in capsys.readouterr().err
     found = json.loads(out.read_text())
     assert 0 <= found["knn"] <= 1
     assert "linear" not in found
@@ -103,7 +103,7 @@ def test_figures_are_given_before_a_page_that_cannot_be_written(run, tiny_images
     monkeypatch.setattr("iwm_fast.eval.run.write_report", full)
     out = tmp_path / "new" / "e.json"
     line = refused(capsys, run, "--data", tiny_images, "--what", "knn", "--json", out)
-    assert line.endswith("index.html: No space left on device: the figures are given, the page is not written")
+    assert line.endswith("index.html: No space left on device: the results are written, the page is not")
     assert "knn" in json.loads(out.read_text())
 
 
@@ -112,10 +112,10 @@ def test_a_run_that_one_may_only_read_is_measured_where_its_answer_has_a_place(r
     shutil.copytree(run, other, ignore=shutil.ignore_patterns("report", "cache"))
     (other / "report").write_text("in the way")
     words = [other, "--data", tiny_images, "--what", "knn"]
-    assert refused(capsys, *words).startswith(f"{other / 'report'}: cannot be written: Not a directory; name --json")
+    assert refused(capsys, *words).startswith(f"{other / 'report'}: cannot be written: Not a directory; give --json")
     assert main(["evaluate", *map(str, words), "--json", str(tmp_path / "e.json")]) == 0
     shown = capsys.readouterr()
-    assert f"{other / 'report'}: cannot be written: Not a directory; figures only, no page" in shown.err
+    assert f"{other / 'report'}: cannot be written: Not a directory; results only, no page" in shown.err
     assert json.loads((tmp_path / "e.json").read_text())["report"] is None
 
 
@@ -171,5 +171,5 @@ def test_what_would_change_nothing_is_refused_and_an_empty_table_is_not_printed(
     assert "eval.images: of evaluation while training" in refused(capsys, *data, "eval.images=200")
     assert main(["evaluate", *map(str, data), "--what", "rollout"]) == 1
     said = capsys.readouterr().out
-    assert "rollout not run: a roll-out needs triplets, and these are images" in said
+    assert "rollout not run: a roll-out needs triplets; these are images" in said
     assert "iwm-fast evaluate, step" not in said

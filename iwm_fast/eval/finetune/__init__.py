@@ -1,6 +1,6 @@
-"""Put a trained run to use: heads, the world model, or all of it, fitted to classes or segments.
+"""Finetuning of a run: heads, the world model, or all of it, fitted to classes or segments.
 
-``run`` is not imported here: it brings the loading of checkpoints, which fitting can do without.
+``run`` is not imported here: it imports the loading of checkpoints, which fitting does not need.
 """
 
 from iwm_fast.eval.finetune.finetuned_model import Classified, FinetunedModel

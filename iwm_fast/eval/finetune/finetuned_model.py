@@ -1,6 +1,6 @@
-"""A finetuned result to work with from Python: classes of images, or a class for each pixel.
+"""A finetuned result for use from Python: classes of images, or a class per pixel.
 
-Shapes: B images of S × S pixels, L patches, D numbers per token, C classes, G patches along a side.
+Shapes: B images of S × S pixels, L patches, D channels per token, C classes, G patches along a side.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ _OF_A_WORLD = ("action_names", "actions", "infer", "predict", "rank", "space", "
 
 
 class MissingMethodError(UserError, AttributeError):
-    """What was asked of a model of another kind; ``hasattr`` says False of it."""
+    """A method of another kind of model; ``hasattr`` returns False for it."""
 
 
 @dataclass(frozen=True)
 class Classified:
-    """The k most probable classes of each image, the most probable first.
+    """The k most probable classes of each image, most probable first.
 
     names: B tuples of k names; probabilities: float32 (B, k), softmax over all classes; classes: int64 (B, k), their
     numbers.
@@ -49,23 +49,23 @@ class Classified:
 
 
 class FinetunedModel:
-    """What `iwm-fast finetune` made of a run. All methods leave it as it is and keep no gradients.
+    """A run finetuned by `iwm-fast finetune`. Methods do not change it and record no gradients.
 
-    Images are given as to `WorldModel`. ``task``: of a multitask result, its name; it may be left out where one task
-    alone can be meant. What is asked of it wrongly raises UserError, in one line.
+    Images are as for `WorldModel`. ``task``: a task of a multitask result, by name; optional if only one fits. Wrong
+    arguments raise UserError, in one line.
     """
 
     def __init__(self, found: Finetuned, *, chunk: int = 64) -> None:
-        """``chunk``: images that go through the network at once."""
+        """``chunk``: images per forward pass."""
         self.reader = found.reader
         self.results = found.results
         self._classes, self._dense, self._mode, self._chunk = found.classes, found.dense, found.mode, chunk
 
     def __getattr__(self, name: str) -> Any:
-        """What a `WorldModel` has and this has not, in one line."""
+        """Refuse the methods of `WorldModel` in one line."""
         if name in _OF_A_WORLD:
             raise MissingMethodError(
-                f"{name}: a finetuned result has no world model to ask; load the run that it was made from"
+                f"{name}: a finetuned result has no world model; load the run that it was finetuned from"
             )
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
@@ -76,46 +76,46 @@ class FinetunedModel:
 
     @property
     def device(self) -> torch.device:
-        """Where it computes, and where its tensors lie."""
+        """The device of the model and of its results."""
         return next(self.reader.parameters()).device
 
     @property
     def mode(self) -> Mode:
-        """How it was finetuned: linear, attentive, predictor, end-to-end or multitask."""
+        """Its finetuning mode: linear, attentive, predictor, end-to-end or multitask."""
         return self._mode
 
     @property
     def tasks(self) -> dict[str, str]:
-        """Of each task by its name: classification or segmentation."""
+        """Each task by name: classification or segmentation."""
         return {name: "segmentation" if dense else "classification" for name, dense in self._dense.items()}
 
     def class_names(self, task: str | None = None) -> tuple[str, ...]:
-        """The classes' names by number; of segments their numbers in the masks, as text."""
+        """Return class names by number; for segments, their numbers in the masks as text."""
         return self._classes[self._task(task, None)]
 
     def read(self, files: ImageSet | Sequence[str | os.PathLike[str]] | str | os.PathLike[str]) -> Tensor:
-        """Image files as evaluation reads them, as `WorldModel.read`: uint8 (n, S, S, 3)."""
+        """Read image files as evaluation does, like `WorldModel.read`: uint8 (n, S, S, 3)."""
         if isinstance(files, str | os.PathLike):
             files = [files]
         return read_files(files if isinstance(files, ImageSet) else list(files), self.image_size)
 
     @torch.no_grad()
     def encode(self, images: Images) -> Tensor:
-        """Tokens (B, L, D) float32 of its encoder, which end-to-end finetuning has trained."""
+        """Return tokens (B, L, D) float32 of its encoder, which end-to-end finetuning has trained."""
         return torch.cat([self._tokens(part) for part in as_pictures(images, self.image_size).split(self._chunk)])
 
     @torch.no_grad()
     def logits(self, images: Images, *, task: str | None = None) -> Tensor:
-        """Logits float32 (B, C) of a classification, or (B, C, G, G), one per patch, of a segmentation."""
+        """Return logits float32 (B, C) of a classification, or (B, C, G, G), one per patch, of a segmentation."""
         return self._logits(images, self._task(task, None))
 
     @torch.no_grad()
     def classify(self, images: Images, *, top: int | None = None, task: str | None = None) -> Classified:
-        """The ``top`` most probable classes of each image; default 5, or all where there are fewer."""
+        """Return the ``top`` most probable classes of each image; default 5, or all if there are fewer."""
         name = self._task(task, dense=False)
         classes = self._classes[name]
         if top is not None and not (isinstance(top, int) and 1 <= top <= len(classes)):
-            raise UserError(f"top is {top!r}: it is 1 to {len(classes)}, the number of classes")
+            raise UserError(f"top is {top!r}; give 1 to {len(classes)}, the number of classes")
         logits = self._logits(images, name)
         found = logits.topk(top or min(_TOP, len(classes)), dim=1).indices  # as finetune counts top-1
         probabilities = logits.softmax(dim=1).gather(1, found)
@@ -128,7 +128,7 @@ class FinetunedModel:
 
     @torch.no_grad()
     def segment(self, images: Images, *, task: str | None = None) -> Tensor:
-        """The class of each pixel: uint8 (B, S, S), of the images as `read` shows them; numbers as in the masks."""
+        """Return the class of each pixel: uint8 (B, S, S), for images as `read` shows them; numbers as in the masks."""
         logits = self._logits(images, self._task(task, dense=True))
         enlarged = (
             F.interpolate(part, size=(self.image_size, self.image_size), mode="bilinear", align_corners=False)
@@ -146,32 +146,32 @@ class FinetunedModel:
         return tokens.float()
 
     def _task(self, task: str | None, dense: bool | None) -> str:
-        """The task that is meant; ``dense``: that it has to be a segmentation, or a classification (False)."""
+        """Return the task's name; ``dense``: require a segmentation (True) or a classification (False)."""
         kind = {None: "task", True: "segmentation", False: "classification"}[dense]
         there = ", ".join(f"{printable(name)} ({what})" for name, what in self.tasks.items())
         if task is not None:
             if task not in self._dense:
-                raise UserError(f"task is {task!r}: this result has {there}")
+                raise UserError(f"task is {task!r}; this result has {there}")
             suited = [task] if dense in (None, self._dense[task]) else []
         else:
             suited = [name for name, one in self._dense.items() if dense in (None, one)]
         if not suited:
             instead = "classify" if dense else "segment"
-            raise UserError(f"no {kind} in this result: it has {there}; ask {instead}")
+            raise UserError(f"no {kind} in this result: it has {there}; use {instead}")
         if len(suited) > 1:
-            raise UserError(f"task: name one: this result has {there}")
+            raise UserError(f"task is missing: this result has {there}; give one")
         return suited[0]
 
 
 def _as_learned(tokens: Tensor, kept: Kept) -> Tensor:
-    """Tokens (b, L, D) as the head was given them while it learned (`features.Kept`)."""
+    """Return tokens (b, L, D) in the form that the head was trained on (`features.Kept`)."""
     if kept == "pooled":
         return tokens.mean(dim=1, keepdim=True)
     return tokens.half().float() if kept == "tokens" else tokens
 
 
 def open_finetuned(folder: Path, device: torch.device) -> FinetunedModel:
-    """What ``iwm-fast finetune --out`` wrote into a folder. UserError where a file is missing, damaged or changed."""
+    """Load a folder of ``iwm-fast finetune --out``. Raise UserError if a file is missing, damaged or changed."""
     found = load_finetuned(folder)
     found.reader.to(device)
     found.reader.encoder.to(device)  # while frozen it is no part of the reader

@@ -1,7 +1,7 @@
-"""Fit readers to tasks: one pass over the features trains a reader for each learning rate, and the best one is kept.
+"""Fit readers to tasks: one pass over the features trains a reader per learning rate, and the best one is returned.
 
-AdamW, linear warm-up over the first twentieth of the steps, then cosine to 0. The learning rate is chosen by the images
-held out. Some test images are scored while a reader learns, for a curve to look at: nothing is chosen by them.
+AdamW, linear warm-up over the first twentieth of the steps, then cosine to 0. The learning rate is chosen on held-out
+images. Some test images are scored during training, to plot a curve: nothing is chosen by them.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from iwm_fast.models.task_model import Reader
 __all__ = ["Fit", "Plan", "Point", "fit", "measure", "seeded"]
 
 WARMUP = 0.05
-# Of a curve: at most so many points, each of at most so many test images, and no more than a tenth of the training's
-# work (a training step is three passes forward) on all of them.
+# Of a curve: at most this many points, each of at most this many test images, and at most a tenth of the training's
+# work (a training step is three forward passes) on all of them.
 _POINTS, _CURVE_IMAGES, _FEWEST_IMAGES, _CURVE_SHARE = 20, 1024, 64, 0.3
 
 
@@ -48,8 +48,8 @@ class Plan:
 
 @dataclass(frozen=True)
 class Point:
-    """Of a curve, after ``step`` steps. loss: the mean of the training loss since the point before; test: the main
-    figure of some test images (`Scores.main`, the mean over tasks), None where it was not measured.
+    """A point of the curve after ``step`` steps. loss: mean training loss since the point before; test: the main metric
+    of some test images (`Scores.main`, the mean over tasks), None if it was not evaluated.
     """
 
     step: int
@@ -59,9 +59,9 @@ class Point:
 
 @dataclass(frozen=True, eq=False)
 class Fit:
-    """The reader that did best on the images held out, its learning rate, and what each rate scored there.
+    """The reader with the best held-out score, its learning rate, and each rate's score.
 
-    curve: of that reader; its last point, whose test score all test images are to give, has none. curve_images: test
+    curve: of that reader; its last point has no test score, because all test images are scored then. curve_images: test
     images of the other points, by task.
     """
 
@@ -73,8 +73,8 @@ class Fit:
 
 
 def seeded(build: Callable[[], Reader], seed: int) -> Reader:
-    """What ``build`` makes from this seed; the caller's random state is left as it was."""
-    with torch.random.fork_rng(devices=[]):  # parameters are drawn on the CPU
+    """Call ``build`` with this seed; the caller's random state is unchanged."""
+    with torch.random.fork_rng(devices=[]):  # parameters are initialised on the CPU
         torch.manual_seed(seed)
         return build()
 
@@ -88,8 +88,8 @@ def fit(
 ) -> Fit:
     """Train a reader from ``build`` for each of ``plan.rates`` on the tasks' training rows, all from the same seed.
 
-    A step takes a batch of each task and the mean of their losses. ``say`` gets each point of the curve but the last,
-    of the rate whose loss is lowest there. UserError where no rate keeps its loss finite.
+    A step takes a batch of each task and the mean of their losses. ``say`` gets each point of the curve except the
+    last, for the rate whose loss is lowest there. Raise UserError if no rate keeps its loss finite.
     """
     readers = [seeded(build, plan.seed).train() for _ in plan.rates]
     device = device_of(readers[0].encoder)
@@ -109,7 +109,7 @@ def fit(
             inputs, labels = (part.to(device, non_blocking=True) for part in next(stream))
             for place, reader in enumerate(readers):
                 loss = task_loss(reader(inputs, task.name), labels) / len(tasks)
-                loss.backward()  # each reader has its own parameters, so its graph may go at once
+                loss.backward()  # each reader has its own parameters: its graph can be freed at once
                 losses[place] += loss.detach()
         optimizer.step()
         last = losses
@@ -137,7 +137,7 @@ def fit(
 
 
 class _Curve:
-    """Points of all readers, once per pass over the training images where there are few passes."""
+    """Points of all readers, once per epoch if there are few epochs."""
 
     def __init__(self, readers: Sequence[Reader], tasks: Sequence[Task], plan: Plan) -> None:
         self._readers, self._tasks = readers, tasks
@@ -150,12 +150,12 @@ class _Curve:
         self.points: list[list[Point]] = []
 
     def after(self, step: int, losses: Tensor) -> Point | None:
-        """Take the readers' losses of a step; a point is due at some, and all but the last have a test score."""
+        """Record the readers' losses of a step; return the point that is due, if any. All but the last are scored."""
         self._sum = self._sum.to(losses) + losses
         self._since += 1
         if step not in self._marks:
             return None
-        means = [loss / self._since for loss in self._sum.tolist()]  # the only wait for the device
+        means = [loss / self._since for loss in self._sum.tolist()]  # the only device synchronisation
         self._sum, self._since = torch.zeros_like(self._sum), 0
         if step == max(self._marks):
             self.points.append([Point(step, loss, None) for loss in means])
@@ -164,7 +164,7 @@ class _Curve:
         return min(self.points[-1], key=lambda point: point.loss if math.isfinite(point.loss) else math.inf)
 
     def _tests(self) -> list[float]:
-        """Of each reader, on the rows of all tasks, which are read once."""
+        """Return each reader's score over the rows of all tasks, which are read once."""
         totals = [0.0] * len(self._readers)
         for task, rows in zip(self._tasks, self._rows, strict=True):
             scores = [Scores(task.shape.classes, dense=task.shape.dense) for _ in self._readers]
@@ -178,8 +178,8 @@ class _Curve:
 
 
 def _marks(steps: int, passes: float) -> frozenset[int]:
-    """The steps after which a point of the curve is due, the last step among them: after each pass, of many passes
-    after each few of them, of few several times a pass.
+    """Return the steps after which a point of the curve is due, the last step included: after each epoch, after every
+    few if there are many, several times per epoch if there are few.
     """
     count = min(_POINTS, max(1, round(passes)))
     while count < _POINTS // 4:
@@ -189,7 +189,7 @@ def _marks(steps: int, passes: float) -> frozenset[int]:
 
 
 def measure(reader: Reader, task: Task, features: Features, *, held: bool = False) -> Scores:
-    """Scores on all rows of ``features``, or, of the training ones, on those held out."""
+    """Return scores on all rows of ``features`` or, with ``held``, on the held-out training rows."""
     reader.eval()
     scores = Scores(task.shape.classes, dense=task.shape.dense)
     device = device_of(reader.encoder)
@@ -200,7 +200,7 @@ def measure(reader: Reader, task: Task, features: Features, *, held: bool = Fals
 
 
 def _groups(reader: Reader, rate: float, plan: Plan) -> Iterator[dict[str, object]]:
-    """AdamW's groups: the head's rate, the predictor's and the encoder's, each decayed and not, by `models.decay`."""
+    """Yield AdamW's groups: the rates of head, predictor and encoder, each decayed and not (`models.decay`)."""
     parts: list[tuple[nn.Module | None, float]] = [
         (reader.heads, 1.0),
         (reader.task_tokens, 1.0),
@@ -218,7 +218,7 @@ def _groups(reader: Reader, rate: float, plan: Plan) -> Iterator[dict[str, objec
 
 
 def _factor(step: int, steps: int) -> float:
-    """Of the peak learning rate, at a step from 0."""
+    """Return the share of the peak learning rate at a step, counted from 0."""
     warm = min(1.0, (step + 1) / max(1, round(WARMUP * steps)))
     return warm * 0.5 * (1 + math.cos(math.pi * step / steps))
 

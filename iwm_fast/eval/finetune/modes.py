@@ -1,10 +1,11 @@
-"""What each mode trains, what it reads, and how the parts begin.
+"""What each mode trains, what it reads, and how the parts are initialised.
 
-linear, attentive: a head on the frozen encoder's tokens. predictor: the world model goes on as part of the head: it
-acts on the frozen encoder's tokens of the clean image, predicts all patches under the neutral action, and an attentive
-head reads them. multitask: the same predictor for several tasks, told which by a learned token. end-to-end: encoder,
-predictor and attentive head. Source: arXiv:2403.00504, section 5; a part that begins pretrained has a tenth of the
-learning rate of one that begins at random.
+linear, attentive: a head on the frozen encoder's tokens. predictor: the world model is part of the head: from the
+frozen encoder's tokens of the clean image it predicts all patches under the neutral action, and an attentive head reads
+them.
+multitask: the same predictor for several tasks, each with a learned token. end-to-end: encoder, predictor and attentive
+head. Source: arXiv:2403.00504, section 5; a pretrained part has a tenth of the learning rate of a randomly initialised
+one.
 """
 
 from __future__ import annotations
@@ -35,23 +36,24 @@ Init = Literal["pretrained", "random"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 INITS: tuple[Init, ...] = get_args(Init)
 PRETRAINED_FACTOR = 0.1
-# A head is cheap, so several rates are tried in one pass; with a predictor each of them costs as much as the first.
+# A head is cheap, so several rates are tried in one pass; with a predictor each further rate takes as long as the
+# first.
 _HEAD_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 _PREDICTOR_RATES = (1e-3,)
 
 
 def has_predictor(mode: Mode) -> bool:
-    """Whether the world model takes part."""
+    """Return whether the mode uses the world model's predictor."""
     return mode in ("predictor", "end-to-end", "multitask")
 
 
 def default_rates(mode: Mode) -> tuple[float, ...]:
-    """Learning rates of the head that are tried when none is named."""
+    """Return the head's learning rates that are tried by default."""
     return _PREDICTOR_RATES if has_predictor(mode) else _HEAD_RATES
 
 
 def kept_for(mode: Mode, *, dense: bool) -> Kept:
-    """What of the images the mode reads: a linear head of whole images needs their mean token only."""
+    """Return the features that the mode reads: a linear head of whole images needs only their mean token."""
     if mode == "end-to-end":
         return "pixels"
     return "pooled" if mode == "linear" and not dense else "tokens"
@@ -60,9 +62,9 @@ def kept_for(mode: Mode, *, dense: bool) -> Kept:
 def reader_builder(
     model: IWM, mode: Mode, init: Init, shapes: Mapping[str, HeadShape], which: EncoderName
 ) -> Callable[[], Reader]:
-    """A function that makes the mode's reader anew: heads, and a predictor of ``init`` random, from torch's seed.
+    """Return a function that builds the mode's reader: heads, and a predictor if ``init`` is random, from torch's seed.
 
-    ``shapes``: of the head of each task. The model's own weights are copied where they are to be trained.
+    ``shapes``: of each task's head. The model's own weights are copied if they are trained.
     """
     frozen = encoder_of(model, which)
     shape = model.config.encoder_shape

@@ -1,4 +1,4 @@
-"""A finetuning's figures as rows of a table and lines under it."""
+"""A finetuning's metrics as table rows and lines below them."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ _MEASURES = (("top1", "top-1"), ("top5", "top-5"), ("miou", "mIoU"))
 
 
 def percent(value: float) -> str:
-    """A share as a percentage with one digit."""
+    """Format a share as a percentage with one digit."""
     return f"{100 * value:.1f} %"
 
 
 def main_figure(scores: Mapping[str, Any]) -> float:
-    """Top-1 accuracy or mIoU; of several tasks their mean."""
+    """Return top-1 accuracy or mIoU; of several tasks their mean."""
     return float(next(scores[key] for key in ("mean", "top1", "miou") if key in scores))
 
 
 def finetune_rows(results: Mapping[str, Any]) -> list[list[str]]:
-    """Rows of a table: measure, after its task's name where there are several, and the columns of ``HEAD``."""
+    """Return table rows: metric, after its task's name if there are several, and the columns of ``HEAD``."""
     rows = []
     for name, scores in results.get("tasks", {"": results}).items():
         of_task = f"{name}: " if name else ""
@@ -41,7 +41,7 @@ def finetune_rows(results: Mapping[str, Any]) -> list[list[str]]:
 
 
 def finetune_lines(results: Mapping[str, Any]) -> list[str]:
-    """What is said under the table: of each task's images, with its name before it where there are several."""
+    """Return the lines below the table: about each task's images, after its name if there are several."""
     if "tasks" not in results:
         return data_lines(results)
     return [f"{printable(name)}: {line}" for name, scores in results["tasks"].items() for line in data_lines(scores)]

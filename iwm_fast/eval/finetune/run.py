@@ -1,4 +1,4 @@
-"""Finetune a run that lies on disk: read its features, fit, measure, and keep the result."""
+"""Finetune a run on disk: read its features, fit, evaluate, and save the result."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ Draw = Callable[[str, Mapping[str, Any], Mapping[str, Any]], str]  # name, resul
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked for. data: folders of images by task name; kind: of task, default by the layout; how long
-    (``steps``, or ``epochs`` passes over the largest task's training images); learning rates, default the mode's;
+    """A finetuning's settings. data: image folders by task name; kind: of task, default by the layout; its length
+    (``steps``, or ``epochs`` of the largest task's training images); learning rates, default the mode's;
     ``overrides``: ``key.path=value`` of the section data. ``tell`` follows the work, ``say`` gets lines with loss and
     test score.
     """
@@ -79,43 +79,43 @@ class Request:
     say: Callable[[str], None] | None = field(default=None, compare=False)
 
     def check(self) -> None:
-        """Raise UserError for what does not go together."""
+        """Raise UserError for settings that contradict each other."""
         for option, value, allowed in (
             ("mode", self.mode, MODES),
             ("init", self.init, (None, *INITS)),
             ("task", self.kind, (None, *KINDS)),
         ):
             if value not in allowed:
-                raise UserError(f"--{option}: {value}: it is one of {', '.join(word for word in allowed if word)}")
+                raise UserError(f"--{option} {value}: give one of {', '.join(word for word in allowed if word)}")
         if self.init is not None and not has_predictor(self.mode):
-            raise UserError(f"--init: mode {self.mode} has no predictor that could begin otherwise; leave it out")
+            raise UserError(f"--init: mode {self.mode} has no predictor to initialise; leave --init out")
         if len(self.data) > 1 and self.mode != "multitask":
-            raise UserError(f"--data: {len(self.data)} tasks need --mode multitask; give mode {self.mode} one")
+            raise UserError(f"--data: {len(self.data)} tasks need --mode multitask; give mode {self.mode} one task")
         if any(rate <= 0 for rate in self.rates):
-            raise UserError(f"--lr: {min(self.rates):g}: a learning rate is above 0")
+            raise UserError(f"--lr {min(self.rates):g}: give a learning rate above 0")
         check_overrides(self.overrides, command="finetune")
 
 
 def named_folders(words: Sequence[str]) -> dict[str, str]:
-    """Folders by task name from ``DIR`` (named after the folder) or ``NAME=DIR``; UserError for a name used twice."""
+    """Return folders by task name from ``DIR`` (named after it) or ``NAME=DIR``; UserError for a repeated name."""
     named: dict[str, str] = {}
     for word in words:
         name, given = _named(word)
         try:
-            place = home_expanded(given)  # NAME=~/photos: no shell expands it there
+            place = home_expanded(given)  # shells do not expand NAME=~/photos
         except ValueError as error:
             raise UserError(f"--data: {error}") from error
         key = name if name is not None else (Path(place).resolve().name or "data")
         if not key or key in named:
-            raise UserError(f"--data: {printable(word)}: each task needs a name of its own; write NAME=DIR")
+            raise UserError(f"--data {printable(word)}: two tasks have this name; write NAME=DIR")
         named[key] = place
     if not named:
-        raise UserError("--data: name a folder of labelled images, or NAME=DIR for each task")
+        raise UserError("--data is missing: give a folder of labelled images, or NAME=DIR for each task")
     return named
 
 
 def _named(word: str) -> tuple[str | None, str]:
-    """(task's name or None, its folder). A path may have a "=" in it (date=1/photos), and a name has no slash."""
+    """Return (task's name or None, its folder). A path may contain "=" (date=1/photos); a name has no slash."""
     name, mark, folder = word.partition("=")
     if not mark or is_address(word) or "/" in name:
         return None, word
@@ -137,15 +137,15 @@ def finetune_run(
     give: Callable[[dict[str, Any]], None] | None = None,
     draw: Draw | None = None,
 ) -> dict[str, Any]:
-    """Fit ``request`` on a run's checkpoint and measure it.
+    """Fit ``request`` on a run's checkpoint and evaluate it.
 
-    ``out``: a new folder for the result, in which ``environment`` says what it was made with. ``give`` gets the answer
-    as soon as it is measured, before weights are written. ``draw`` makes the page in ``out``
-    (`eval.report.finetune_page`); without it there is none.
+    ``out``: a new folder for the result; ``environment`` is recorded in it. ``give`` gets the answer as soon as it is
+    known, before weights are written. ``draw`` makes the page in ``out`` (`eval.report.finetune_page`); without it
+    there is none.
 
-    Returns top1, top5 or miou with intervals (of several tasks under ``tasks``, and their mean), chance, the rate that
-    the held-out images chose, the protocol, and under ``curve`` training loss and test score while it learned. Raises
-    UserError for whatever the user can mend.
+    Return top1, top5 or miou with intervals (of several tasks under ``tasks``, and their mean), chance, the learning
+    rate chosen on held-out images, the protocol, and under ``curve`` training loss and test score during training.
+    Raise UserError for whatever the user can fix.
     """
     request.check()
     if out is not None:
@@ -156,7 +156,7 @@ def finetune_run(
     config = for_evaluation(config, request.overrides)
     model.to(default_device())
     if request.mode == "multitask" and not isinstance(model.predictor, VitPredictor):
-        raise UserError(f"{run}: --mode multitask needs model.predictor.kind vit, and this run's is mlp")
+        raise UserError(f"{run}: its predictor is mlp, and --mode multitask needs vit; choose another --mode")
     cache = FeatureCache(request.cache if request.cache is not None else run / "cache")
     named = {name: _task(name, root, model, config, request, cache) for name, root in request.data.items()}
     tasks = [found.task for found in named.values()]
@@ -199,7 +199,7 @@ def finetune_run(
 
 @dataclass(frozen=True)
 class _Named:
-    """A task, its classes' names, and what is said of its images: splits, left_out, reduced."""
+    """A task, its class names, and notes on its images: splits, left_out, reduced."""
 
     task: Task
     classes: tuple[str, ...]
@@ -230,22 +230,22 @@ def _task(name: str, root: str | Path, model: IWM, config: Config, request: Requ
 
 
 def _require_two_numbers(masks: np.ndarray, root: str | Path) -> None:
-    """UserError where the masks, uint8 (n, S, S), name fewer than two classes: any answer would be right."""
+    """Raise UserError if the masks, uint8 (n, S, S), have fewer than two classes: any prediction would be right."""
     low, high = (
         int(find(masks, where=masks != IGNORED, initial=initial)) for find, initial in ((np.min, 255), (np.max, 0))
     )
     if low >= high:
-        what = f"the class {high} alone" if low == high else "no class"
+        what = f"only class {high}" if low == high else "no class"
         raise UserError(
-            f"{printable(str(root))}: its {len(masks)} training masks hold {what} ({IGNORED} is no class); number the "
-            "classes from 0: background 0 and foreground 1, say, where they are 0 and 255"
+            f"{printable(str(root))}: its {len(masks)} training masks have {what} ({IGNORED} is ignored); number the "
+            "classes from 0, for example background 0 and foreground 1 instead of 0 and 255"
         )
 
 
 def _splits(
     root: str | Path, config: Config, *, dense: bool, limit: int | None
 ) -> tuple[FileSplit | MaskedSplit, FileSplit | MaskedSplit, dict[str, Any]]:
-    """Both splits, of the first at most ``limit`` images, and what was reduced."""
+    """Return both splits, of at most ``limit`` training images, and what was reduced."""
     train: FileSplit | MaskedSplit
     test: FileSplit | MaskedSplit
     if dense:
@@ -254,7 +254,7 @@ def _splits(
         train, test = open_splits(root, config, source=config.data.source)
         require_same_classes(train, test)
         if len(train.classes) < 2:
-            raise UserError(f"{printable(str(root))}: the images have no classes; sort them into a folder a class")
+            raise UserError(f"{printable(str(root))}: the images have no classes; sort them into one folder per class")
     if limit is None:
         return train, test, {}
     smaller = {}
@@ -264,7 +264,7 @@ def _splits(
     if isinstance(thin, FileSplit) and thin.files.labels is not None:
         left = len(np.unique(thin.files.labels))
         if left < len(train.classes):
-            why = f"--limit {limit} leaves no training image of {len(train.classes) - left} of them"
+            why = f"--limit {limit} leaves {len(train.classes) - left} of them without a training image"
             smaller["classes"] = reduced(len(train.classes), left, why)
     return thin, test, smaller
 
@@ -274,7 +274,7 @@ def _plan(request: Request, init: Init, tasks: Sequence[Task]) -> Plan:
     length = request.epochs * -(-largest // request.batch)
     if request.steps is None and length < 0.5:
         raise UserError(
-            f"--epochs: {request.epochs:g} passes over {largest} training images are {length:.2g} of a step of --batch "
+            f"--epochs {request.epochs:g}: that is {length:.2g} of a step for {largest} training images at --batch "
             f"{request.batch}; give more, or --steps"
         )
     steps = request.steps or max(1, round(length))
@@ -291,7 +291,7 @@ def _plan(request: Request, init: Init, tasks: Sequence[Task]) -> Plan:
 
 
 def _scores(found: Fit, named: Mapping[str, _Named], plan: Plan) -> dict[str, Any]:
-    """Of the test images; with several tasks each under its name, and the mean of their main figures."""
+    """Return test scores; with several tasks each under its name, and the mean of their main metrics."""
     by_task: dict[str, dict[str, Any]] = {}
     main = []
     for one in named.values():
@@ -318,7 +318,7 @@ def _scores(found: Fit, named: Mapping[str, _Named], plan: Plan) -> dict[str, An
 
 
 def _say(request: Request, plan: Plan, tasks: Sequence[Task], point: Point) -> None:
-    """Pass on a line for a point of the curve."""
+    """Report a point of the curve in one line."""
     assert request.say is not None
     kind = "mean score" if len(tasks) > 1 else "mIoU" if tasks[0].shape.dense else "top-1"
     request.say(
@@ -328,7 +328,7 @@ def _say(request: Request, plan: Plan, tasks: Sequence[Task], point: Point) -> N
 
 
 def _curve(found: Fit, epochs: float, final: float) -> dict[str, Any]:
-    """For JSON: loss and test score while the chosen reader learned. The last score is that of all test images."""
+    """Return loss and test score of the chosen reader during training; the last score is of all test images."""
     steps = found.curve[-1].step
     points = [
         {
@@ -363,8 +363,8 @@ def _protocol(
         "trained_parameters": sum(p.numel() for p in found.reader.parameters() if p.requires_grad),
         "seconds": seconds,
         "protocol": (
-            f"AdamW, warm-up over {WARMUP:.0%} of the steps, cosine to 0; the learning rate is chosen on a tenth of "
-            "the training images that is not learned from; clean views"
+            f"AdamW, warm-up over {WARMUP:.0%} of the steps, cosine to 0; the learning rate is chosen on a held-out "
+            "tenth of the training images; clean views"
             + (", half of them mirrored" if plan.flip else " without augmentation")
         ),
     }

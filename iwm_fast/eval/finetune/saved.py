@@ -1,4 +1,4 @@
-"""A finetuned reader on disk: ``reader.safetensors``, all that it needs to answer, ``finetune.json``, and a page."""
+"""A finetuned reader on disk: ``reader.safetensors`` with all its weights, ``finetune.json``, and a page."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ REPORT = "report/index.html"
 
 @dataclass(frozen=True, eq=False)
 class Finetuned:
-    """A reader with what its answers mean: names of the classes of each task (numbers where each pixel has one).
+    """A reader with the class names of each task (numbers if each pixel has a class).
 
-    dense: of each task, whether each pixel has a class. results: what was measured, as the command gave it.
+    dense: by task, whether each pixel has a class. results: metrics, as the command returned them.
     """
 
     reader: Reader
@@ -45,14 +45,14 @@ class Finetuned:
     results: dict[str, Any]
 
     def __call__(self, images: Tensor, task: str | None = None) -> Tensor:
-        """Logits of uint8 images (B, S, S, 3), as `Reader.forward`; ``task``: default the first."""
+        """Return logits of uint8 images (B, S, S, 3), as `Reader.forward`; ``task``: default the first."""
         with torch.inference_mode():
             logits: Tensor = self.reader(images, task if task is not None else next(iter(self.classes)))
         return logits
 
 
 def require_absent(out: Path) -> None:
-    """Raise UserError where ``out`` is there already, or cannot be written: before any work, not after it."""
+    """Raise UserError if ``out`` exists, or cannot be written: before any work, not after it."""
     require_new_folder(out)
 
 
@@ -68,9 +68,9 @@ def save_finetuned(
     environment: Mapping[str, Any],
     page: str | None = None,
 ) -> None:
-    """Write folder ``out``, whole or not at all; ``environment``: what it was made with; ``page``: its report.
+    """Write folder ``out`` atomically; ``environment``: recorded in it; ``page``: its report.
 
-    UserError where it exists or cannot be written.
+    Raise UserError if it exists or cannot be written.
     """
     require_absent(out)
     record = {
@@ -92,12 +92,12 @@ def save_finetuned(
                 (partial / REPORT).parent.mkdir()
                 write_whole_text(partial / REPORT, page)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{out}: cannot be written: {error}; choose another --out") from error
+        raise UserError(f"{out}: cannot be written: {error}; give another --out") from error
 
 
 def load_finetuned(out: Path) -> Finetuned:
-    """What `save_finetuned` wrote, on the CPU and in evaluation mode. UserError where it is not whole, or where its
-    weights are not those that were written.
+    """Load what `save_finetuned` wrote, on the CPU and in evaluation mode. Raise UserError if it is incomplete, or if
+    its weights have changed.
     """
     record = _record(out)
     if record.get("mode") not in MODES:
@@ -114,9 +114,9 @@ def load_finetuned(out: Path) -> Finetuned:
         }
         reader.encoder.load_state_dict(encoder)
         missing, unexpected = reader.load_state_dict(state, strict=False)
-        written = record.get("weights")  # of results of earlier versions None
+        written = record.get("weights")  # None in results of earlier versions
         if written is not None and file_sum(out / _WEIGHTS) != written:
-            raise UserError(f"{out / _WEIGHTS}: has changed since {_RECORD} was written beside it; finetune again")
+            raise UserError(f"{out / _WEIGHTS}: changed since {_RECORD} was written; finetune again")
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise _damaged(out, error) from error
     missing = [name for name in missing if not name.startswith("trained_encoder.")]
@@ -128,20 +128,20 @@ def load_finetuned(out: Path) -> Finetuned:
 
 
 def _record(out: Path) -> dict[str, Any]:
-    """What stands in the JSON. UserError where it is none, or another version's."""
+    """Read the JSON. Raise UserError if there is none, or if it is another version's."""
     path = out / _RECORD
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise UserError(f"{out}: not a finetuned result (no {_RECORD}); name a folder of iwm-fast finetune") from error
+        raise UserError(f"{out}: not a finetuned result (no {_RECORD}); give a folder of iwm-fast finetune") from error
     except (OSError, ValueError) as error:
         raise _damaged(out, error) from error
     found = record.get("schema") if isinstance(record, dict) else None
     if found != SCHEMA:
-        raise UserError(f"{path}: schema is {found!r}; this version reads {SCHEMA!r}")
+        raise UserError(f"{path}: its schema is {found!r}, this version reads {SCHEMA!r}; finetune again")
     return dict(record)
 
 
 def _damaged(out: Path, error: Exception) -> UserError:
     line = " ".join(str(error).split())
-    return UserError(f"{out}: not a whole folder of iwm-fast finetune ({line:.200}); finetune again")
+    return UserError(f"{out}: an incomplete folder of iwm-fast finetune ({line:.200}); finetune again")

@@ -1,4 +1,4 @@
-"""What answers are worth: accuracy of classes, intersection over union of segments, each with a bootstrap interval."""
+"""Scores of predictions: accuracy of classes, intersection over union of segments, each with a bootstrap interval."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from iwm_fast.eval.stats import CONFIDENCE, RESAMPLES, Interval, bootstrap_inter
 
 __all__ = ["IGNORED", "Scores", "counts_per_image", "mean_iou", "mean_iou_interval", "task_loss"]
 
-IGNORED = 255  # a pixel that no one knows the class of (PASCAL VOC's and ADE20K's void)
+IGNORED = 255  # pixels without a class (void in PASCAL VOC and ADE20K)
 
 
 def task_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy of logits (B, C) and labels (B,), or (B, C, G, G) and masks (B, S, S), to which they are
-    enlarged bilinearly; pixels of class 255 do not count (a batch of nothing else has loss 0).
+    """Return mean cross-entropy of logits (B, C) and labels (B,), or of (B, C, G, G), upsampled bilinearly to masks
+    (B, S, S); pixels of class 255 are ignored (a batch of nothing else has loss 0).
     """
     if logits.ndim == 4:
         logits = F.interpolate(logits, size=labels.shape[1:], mode="bilinear", align_corners=False)
@@ -27,7 +27,7 @@ def task_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def counts_per_image(answers: np.ndarray, masks: np.ndarray, classes: int) -> np.ndarray:
-    """Pixels of each class by image: int64 (B, 3, C), in both, in the answer, in the mask; 255 in the mask is left out.
+    """Count pixels of each class by image: int64 (B, 3, C), in both, in the prediction, in the mask; 255 is ignored.
 
     answers, masks: uint8 (B, S, S).
     """
@@ -41,8 +41,8 @@ def counts_per_image(answers: np.ndarray, masks: np.ndarray, classes: int) -> np
 
 
 def mean_iou(counts: np.ndarray) -> Any:
-    """Mean over classes of intersection / union, from sums of counts (…, 3, C); classes in no mask and no answer do not
-    take part. float64 (…).
+    """Return the mean over classes of intersection / union, from sums of counts (…, 3, C), float64 (…). Classes in no
+    mask and no prediction are left out.
     """
     both, told, true = np.moveaxis(counts, -2, 0)
     union = told + true - both
@@ -51,7 +51,7 @@ def mean_iou(counts: np.ndarray) -> Any:
 
 
 def mean_iou_interval(counts: np.ndarray) -> Interval:
-    """Percentile bootstrap over images of counts (n, 3, C): 95 %, 1,000 resamples, always the same seed."""
+    """Percentile bootstrap over images of counts (n, 3, C): 95 %, 1,000 resamples, a fixed seed."""
     generator = np.random.default_rng(0)
     flat = counts.reshape(len(counts), -1).astype(np.float64)
     drawn = np.stack(
@@ -63,7 +63,7 @@ def mean_iou_interval(counts: np.ndarray) -> Interval:
 
 
 class Scores:
-    """Collects answers batch by batch. ``classes``: how many there are; ``dense``: whether each pixel has one."""
+    """Collects predictions batch by batch. ``classes``: their number; ``dense``: whether each pixel has one."""
 
     def __init__(self, classes: int, *, dense: bool) -> None:
         self.classes = classes
@@ -71,7 +71,7 @@ class Scores:
         self._parts: list[np.ndarray] = []
 
     def add(self, logits: Tensor, labels: Tensor) -> None:
-        """Of one batch, as `task_loss` takes them."""
+        """Add one batch, with shapes as in `task_loss`."""
         if self.dense:
             enlarged = F.interpolate(logits, size=labels.shape[1:], mode="bilinear", align_corners=False)
             told = enlarged.argmax(dim=1).to(torch.uint8).cpu().numpy()
@@ -81,11 +81,11 @@ class Scores:
         self._parts.append(np.stack([order[:, 0].cpu().numpy(), order.any(dim=1).cpu().numpy()], axis=1))
 
     def main(self) -> float:
-        """The figure that learning rates are chosen by: top-1 accuracy, or mean intersection over union."""
+        """The metric that chooses learning rates: top-1 accuracy, or mean intersection over union."""
         return float(mean_iou(self._all().sum(axis=0))) if self.dense else float(self._all()[:, 0].mean())
 
     def summary(self) -> dict[str, Any]:
-        """Names and values: top1, top5 (None with five classes or fewer), or miou and pixel_accuracy; intervals."""
+        """Return names and values: top1, top5 (None up to five classes), or miou and pixel_accuracy; intervals."""
         found = self._all()
         if self.dense:
             total = found.sum(axis=0)

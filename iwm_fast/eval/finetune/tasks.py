@@ -1,4 +1,4 @@
-"""A task: labelled features to learn from, a tenth held out to choose a learning rate by, others to test on."""
+"""A task: labelled training features, a tenth held out to choose a learning rate, and test features."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ __all__ = ["Task", "batches", "in_order"]
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """name; the head's shape; features of the training and of the test images; held: bool (n,), of the training images,
-    those that no step learns from.
+    """name; the head's shape; features of the training and of the test images; held: bool (n,), the training images
+    that are held out.
     """
 
     name: str
@@ -31,9 +31,9 @@ class Task:
 
     @classmethod
     def of(cls, name: str, shape: HeadShape, train: Features, test: Features) -> Task:
-        """Hold out a tenth: of each class, or, where each pixel has a class, spread evenly over the images.
+        """Hold out a tenth: of each class or, if each pixel has a class, spread evenly over the images.
 
-        ValueError where nothing is left to hold out or to learn from.
+        Raise ValueError if nothing is left to hold out or to train on.
         """
         if shape.dense:
             held = np.zeros(len(train), bool)
@@ -41,14 +41,14 @@ class Task:
         else:
             held = held_out_rows(train.labels)
         if not held.any() or (~held).sum() < 2:
-            raise ValueError(f"{name} has {len(train)} training images; a tenth of them is held out: give more")
+            raise ValueError(f"{name} has {len(train)} training images, too few to hold out a tenth; give more")
         return cls(name, shape, train, test, held)
 
 
 def batches(task: Task, size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """The training rows without end, in another order each time round: inputs and labels on the CPU.
+    """Yield the training rows endlessly, in a new order each epoch: inputs and labels on the CPU.
 
-    Batches of one round differ by at most one row; none has one row alone, which has no variance to normalise by.
+    Batches of one epoch differ by at most one row; none has a single row, which has no variance to normalise by.
     """
     rows = np.flatnonzero(~task.held)
     parts = max(1, min(-(-len(rows) // size), len(rows) // 2))
@@ -56,19 +56,19 @@ def batches(task: Task, size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]
     while True:
         order = np.random.default_rng((seed, epoch)).permutation(rows)
         for part in np.array_split(order, parts):
-            yield tensors(task.train, np.sort(part))  # ascending, as a disk likes it
+            yield tensors(task.train, np.sort(part))  # ascending: sequential reads from disk
         epoch += 1
 
 
 def in_order(features: Features, rows: np.ndarray | None = None, size: int = 256) -> Iterator[tuple[Tensor, Tensor]]:
-    """The given rows, default all, in their order."""
+    """Yield the given rows, default all, in order."""
     chosen = np.arange(len(features)) if rows is None else rows
     for first in range(0, len(chosen), size):
         yield tensors(features, chosen[first : first + size])
 
 
 def tensors(features: Features, rows: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Inputs as a reader takes them: uint8 images, or float32 tokens (b, L, D), of which a mean token is one."""
+    """Return a reader's inputs: uint8 images, or float32 tokens (b, L, D), of which a mean token is one."""
     values = torch.from_numpy(features.values[rows])
     labels = torch.from_numpy(features.labels[rows].astype(np.int64))
     if values.dtype == torch.uint8:

@@ -1,1 +1,1 @@
-"""The page that shows what a run is worth."""
+"""The report of a run's evaluations, one HTML page."""

@@ -1,4 +1,4 @@
-"""Charts of the report as SVG text to stand inside a page: transparent, and coloured by the page's own text colour."""
+"""Charts of the report as inline SVG: transparent, and coloured by the page's own text colour."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from matplotlib.ticker import MaxNLocator
 
 __all__ = ["Bar", "Line", "Place", "bars", "curve", "lines", "overlaid", "places"]
 
-# A colour that nothing else has: it becomes currentColor in the page, so axes and words follow light and dark.
+# A unique colour: it becomes currentColor in the page, so axes and words follow light and dark mode.
 _INK = "#010203"
-# Of middling lightness, told apart on white and on near-black alike.
+# Of medium lightness, distinguishable on white and on near-black.
 _COLOURS = ("#3b86c6", "#d9822b", "#3a9d6a", "#a15fb8", "#8a919b")
 _SIZE = (4.0, 2.5)  # inches, or 288 points: shown on about 330 pixels, nine-point words are read with ease
 
 
 @dataclass(frozen=True)
 class Bar:
-    """A bar with its name and the ends of its interval, if it has one."""
+    """A bar with its name and the ends of its interval, if any."""
 
     name: str
     value: float
@@ -34,7 +34,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Place:
-    """A point with its name and the ends of its intervals along and up."""
+    """A point with its name and the ends of its horizontal and vertical intervals."""
 
     name: str
     x: float
@@ -45,7 +45,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Line:
-    """A line with its name and the ends of its interval at each place."""
+    """A line with its name and the ends of its interval at each position."""
 
     name: str
     values: Sequence[float]
@@ -68,15 +68,15 @@ def _figure() -> tuple[Figure, Axes]:
 
 
 def _svg(figure: Figure, name: str, description: str) -> str:
-    """The figure as an <svg> element that fills the width of its place and keeps its proportions."""
+    """Return the figure as an <svg> element that fills its container's width and keeps its proportions."""
     text = io.StringIO()
-    # A salt of our own makes the identifiers, and so the text, the same each time.
+    # A fixed salt makes the identifiers, and so the text, reproducible.
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif"}):
         FigureCanvasSVG(figure).print_svg(text, metadata={"Date": None})
     svg = text.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    # Every chart has a figure_1: the name in front keeps the charts of one page from clipping each other.
+    # Every chart has a figure_1: a prefix keeps the charts of one page from clipping each other.
     svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}_", svg)
     svg = re.sub(r"(<svg[^>]*?) width=\"[^\"]*\"", r"\1", svg, count=1)
     svg = re.sub(r"(<svg[^>]*?) height=\"[^\"]*\"", r"\1", svg, count=1)
@@ -85,7 +85,7 @@ def _svg(figure: Figure, name: str, description: str) -> str:
 
 
 def _series(records: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:
-    """Steps and values where the record has the key and the value is a number."""
+    """Return steps and values of records that have a number under the key."""
     pairs = [(r["step"], r[key]) for r in records if isinstance(r.get(key), int | float)]
     return [float(step) for step, _ in pairs], [float(value) for _, value in pairs]
 
@@ -93,7 +93,7 @@ def _series(records: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float]
 def curve(
     records: Sequence[Mapping[str, Any]], keys: Mapping[str, str], *, name: str, label: str, chance: float | None = None
 ) -> str | None:
-    """Lines over the step, of the ``keys`` (record key -> name in the legend); None where no record has one of them.
+    """Plot the ``keys`` (record key -> name in the legend) over the step; return None if no record has one of them.
 
     ``name`` is unique on the page and made of letters; ``label`` is plain text without quotes or angle brackets.
     """
@@ -103,7 +103,7 @@ def curve(
         return None
     figure, axes = _figure()
     for colour, (legend, (steps, values)) in zip(_COLOURS, series.items(), strict=False):
-        few = len(steps) < 30  # a line of one or two points would not be seen
+        few = len(steps) < 30  # one or two points would not show as a line
         axes.plot(steps, values, color=colour, linewidth=1.6, label=legend, marker="o" if few else None, markersize=3)
     if chance is not None:
         axes.axhline(chance, color=_INK, alpha=0.6, linestyle="--", linewidth=1, label="chance")
@@ -116,7 +116,7 @@ def curve(
 
 
 def lines(places: Sequence[int], values: Sequence[Line], *, name: str, across: str, label: str) -> str:
-    """Lines over whole numbers, each with the band of its interval."""
+    """Plot lines over integers, each with the band of its interval."""
     figure, axes = _figure()
     for colour, line in zip(_COLOURS, values, strict=False):
         low, high = zip(*line.intervals, strict=True)
@@ -131,7 +131,7 @@ def lines(places: Sequence[int], values: Sequence[Line], *, name: str, across: s
 
 
 def bars(values: Sequence[Bar], *, name: str, label: str) -> str:
-    """Horizontal bars from the top down, each with its value and interval; the first one is emphasised."""
+    """Plot horizontal bars from the top down, each with its value and interval; the first one is emphasised."""
     figure, axes = _figure()
     axes.grid(visible=False)
     places = list(range(len(values)))
@@ -153,7 +153,7 @@ def bars(values: Sequence[Bar], *, name: str, label: str) -> str:
 
 
 def places(points: Sequence[Place], *, name: str, x_label: str, y_label: str) -> str:
-    """Points between 0 and 1 both ways, with their intervals; the first one is emphasised."""
+    """Plot points between 0 and 1 on both axes, with their intervals; the first one is emphasised."""
     figure, axes = _figure()
     axes.grid(axis="x", color=_INK, alpha=0.15, linewidth=0.6)
     for number, point in enumerate(points):
@@ -165,7 +165,7 @@ def places(points: Sequence[Place], *, name: str, x_label: str, y_label: str) ->
     axes.set_ylim(0, 1)
     axes.set_xlabel(x_label, color=_INK)
     axes.set_ylabel(y_label, color=_INK)
-    axes.legend(frameon=False, labelcolor=_INK, fontsize=9)  # names beside points that lie close would overprint
+    axes.legend(frameon=False, labelcolor=_INK, fontsize=9)  # labels beside close points would overlap
     return _svg(figure, name, f"{y_label} against {x_label}")
 
 

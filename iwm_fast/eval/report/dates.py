@@ -1,4 +1,4 @@
-"""When and on what the report's figures were measured: a line under each section, and a table of all that was kept."""
+"""Date and data of the report's metrics: a line under each section, and a table of all measurements."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["Dated", "kept_table"]
 
 @dataclass(frozen=True)
 class Dated:
-    """The measurements of one checkpoint on one set of images, by measure.
+    """The measurements of one checkpoint on one set of images, by evaluation.
 
     ``place``: of the images. ``number``: 0 for the images of the latest evaluation; sections of others name theirs.
     """
@@ -28,20 +28,20 @@ class Dated:
 
     @classmethod
     def of(cls, measured: Sequence[Measurement], place: str, number: int = 0) -> Self:
-        """Of those that were measured on ``place``."""
+        """Return those on ``place``."""
         return cls(place, number, {one.measure: one.date for one in measured if one.data == place})
 
     @property
     def end(self) -> str:
-        """What makes the names of these charts unlike those of other sections: letters."""
+        """A suffix of letters that makes these charts' names unique."""
         return "x" * self.number
 
     def title(self, text: str) -> str:
-        """A section's title."""
+        """Return a section's title."""
         return f"{text}, on {PurePath(self.place).name or self.place}" if self.number else text
 
     def lines(self, *measures: str) -> list[str]:
-        """When these were measured, and on what; nothing where that is not known."""
+        """Return when these were measured, and on what; nothing if unknown."""
         when = {name: _when(self.dates[name]) for name in measures if name in self.dates}
         if not when:
             return []
@@ -52,7 +52,7 @@ class Dated:
 
 
 def kept_table(measured: Sequence[Measurement]) -> list[Section]:
-    """A section with a row per measurement, the newest first; none where there is none."""
+    """Return a section with one row per measurement, newest first; none without measurements."""
     if not measured:
         return []
     rows = [
@@ -67,12 +67,12 @@ def kept_table(measured: Sequence[Measurement]) -> list[Section]:
     ]
     head = ["", "value", "95 % interval", "chance", "checkpoint", "data", "measured"]
     places = dict.fromkeys(one.data for one in reversed(measured))
-    note = "A measure that is taken again of the same checkpoint on the same data replaces its row. Data: "
-    return [Section("All that was measured of this run", [Table(head, rows)], [note + "; ".join(places) + "."])]
+    note = "Repeating an evaluation of the same checkpoint on the same data replaces its row. Data: "
+    return [Section("All evaluations of this run", [Table(head, rows)], [note + "; ".join(places) + "."])]
 
 
 def _figures(one: Measurement) -> list[str]:
-    """Value, interval and chance, empty where there is none."""
+    """Return value, interval and chance, empty if there is none."""
     found = drawing_of(one.measure).headline(one.measure, one.results)
     ends = found.interval
     return [
@@ -88,5 +88,5 @@ def _title(measure: str) -> str:
 
 
 def _when(date: str) -> str:
-    """2026-11-28 19:03 UTC of an ISO date in UTC."""
+    """Format an ISO date in UTC as 2026-11-28 19:03 UTC."""
     return f"{date[:10]} {date[11:16]} UTC"

@@ -1,4 +1,4 @@
-"""How evaluations are shown: figures and lines on a terminal, a section of the page, a row of all that was measured."""
+"""How evaluations are shown: figures and lines on a terminal, a section of the page, a row of the table of all."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Results = Mapping[str, Any]
 class Figure:
     """A row of the terminal's table: results[name + end] with its interval.
 
-    Beside it stand NAME_chance, and NAME_shuffled, NAME_neutral and NAME_untrained with the same ``end``.
+    Further columns: NAME_chance, and NAME_shuffled, NAME_neutral and NAME_untrained with the same ``end``.
     """
 
     name: str
@@ -31,7 +31,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Headline:
-    """The one figure by which a measurement stands in the table of all."""
+    """The one figure of a measurement in the table of all."""
 
     value: float
     interval: Sequence[float] | None = None
@@ -41,8 +41,8 @@ class Headline:
 class Drawing:
     """How one evaluation is shown, or several that share a section.
 
-    As it stands it suits an evaluation of one number: NAME with NAME_interval, and where there are such NAME_chance,
-    NAME_untrained with its interval, and NAME_protocol, a text. Others override what differs.
+    The default suits an evaluation of one number: NAME with NAME_interval and, if present, NAME_chance, NAME_untrained
+    with its interval, and NAME_protocol, a text. Subclasses override what differs.
     """
 
     def __init__(self, evaluations: Sequence[Evaluation]) -> None:
@@ -50,30 +50,30 @@ class Drawing:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of its evaluations."""
+        """Names of its evaluations."""
         return tuple(one.name for one in self.evaluations)
 
     def figures(self, results: Results) -> Sequence[Figure]:
-        """What the terminal's table shows of results, where they have it."""
+        """Return the terminal table's figures that results have."""
         del results
         return [Figure(name) for name in self.names]
 
     def rows(self, results: Results) -> Sequence[Sequence[str]]:
-        """Rows below all figures, of the same columns."""
+        """Return rows below all figures, with the same columns."""
         del results
         return []
 
     def lines(self, results: Results) -> Sequence[str]:
-        """Lines under the terminal's table."""
+        """Return lines under the terminal's table."""
         del results
         return []
 
     def headline(self, name: str, results: Results) -> Headline:
-        """Of the evaluation ``name``, which results have."""
+        """Return the headline of the evaluation ``name``, which results have."""
         return Headline(results[name], results.get(f"{name}_interval"), results.get(f"{name}_chance"))
 
     def section(self, results: Results, said: Dated) -> Section | None:
-        """The section of the page, None where nothing of it was measured. ``said``: when and on what."""
+        """Return the section of the page, or None if nothing of it was measured. ``said``: when and on what."""
         here = [one for one in self.evaluations if one.name in results]
         if not here:
             return None
@@ -90,13 +90,13 @@ class Drawing:
 
 
 def interval(results: Results, key: str, form: Callable[[float], str] = number) -> str:
-    """The interval of a key in words, empty where there is none."""
+    """Format the interval of a key, empty if there is none."""
     ends = results.get(f"{key}_interval")
     return f"{form(ends[0])} – {form(ends[1])}" if ends else ""
 
 
 def drawings() -> list[Drawing]:
-    """Of all evaluations, in their order; those that name the same drawing share one."""
+    """Return the drawings of all evaluations, in order; those that name the same drawing share one."""
     shared: dict[Any, list[Evaluation]] = {}
     for one in evaluations():
         shared.setdefault(one.name if one.drawing is None else one.drawing, []).append(one)
@@ -104,7 +104,7 @@ def drawings() -> list[Drawing]:
 
 
 def drawing_of(name: str) -> Drawing:
-    """Of the evaluation ``name``, or of one that is in no table any more."""
+    """Return the drawing of the evaluation ``name``, or of one that is no longer in the table."""
     found = [drawing for drawing in drawings() if name in drawing.names]
     return found[0] if found else Drawing(())
 

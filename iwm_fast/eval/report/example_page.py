@@ -1,4 +1,4 @@
-"""The report's examples of what the world model ranks first."""
+"""The report's examples: the views that the world model ranks first."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["ExampleCard", "example_card"]
 
 @dataclass(frozen=True)
 class ExampleCard:
-    """One image: the action in words, the place of its view, and rows of pictures with their titles."""
+    """One image: the action in words, the rank of its view, and rows of pictures with their titles."""
 
     template: ClassVar[str] = "example.html"
     action: str
@@ -25,24 +25,24 @@ class ExampleCard:
 
 
 def example_card(example: RankedExample) -> ExampleCard:
-    """What was asked for, what the model ranks first, what the controls rank first."""
-    asked = (Picture.of(example.source, "source"), Picture.of(example.target, "asked for", asked=True))
+    """Return a card with the correct view, and what the model and the controls rank first."""
+    asked = (Picture.of(example.source, "source"), Picture.of(example.target, "correct view", asked=True))
     return ExampleCard(
         _told(example.action),
         _place(example.rank),
         example.bank,
         (
-            ("Source and the view asked for", asked),
+            ("Source and correct view", asked),
             ("Ranked by the world model", _views(example.ranked)),
-            (f"Told another action: ranked {_place(example.rank_shuffled)}", _views(example.shuffled)),
-            (f"Told no action: ranked {_place(example.rank_neutral)}", _views(example.neutral)),
+            (f"Given another action: ranked {_place(example.rank_shuffled)}", _views(example.shuffled)),
+            (f"Given no action: ranked {_place(example.rank_neutral)}", _views(example.neutral)),
         ),
     )
 
 
 def _views(views: Sequence[RankedView]) -> list[Picture]:
     return [
-        Picture.of(view.image, f"{view.place} · asked" if view.true else str(view.place), asked=view.true)
+        Picture.of(view.image, f"{view.place} · correct" if view.true else str(view.place), asked=view.true)
         for view in views
     ]
 
@@ -52,7 +52,7 @@ def _place(rank: float) -> str:
 
 
 def _told(action: Mapping[str, float]) -> str:
-    """An action in words: jitter with its units, a choice by its name, other components with their values."""
+    """Format an action: jitter with its units, a choice by its name, other components with their values."""
     if tuple(action) == JITTER:
         units = {name: component(name).unit for name in JITTER}
         words = ", ".join(

@@ -1,4 +1,4 @@
-"""The page of a finetuning: its scores, and its curves of loss and score."""
+"""The page of a finetuning: scores, and curves of loss and score."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["finetune_page"]
 
 
 def finetune_page(name: str, results: Mapping[str, Any], environment: Mapping[str, Any]) -> str:
-    """One HTML page that needs nothing else. ``results``: as `finetune_run` gives them."""
+    """Return one self-contained HTML page. ``results``: from `finetune_run`."""
     when = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     lead = f"finetuned from step {results['step']} · {results['mode']} · {when}"
     learned = f"{results['trained_parameters']:,} parameters trained in {results['seconds']:.0f} s"
@@ -33,7 +33,7 @@ def finetune_page(name: str, results: Mapping[str, Any], environment: Mapping[st
         *_curves(results),
         Section(
             "Learning rates tried",
-            [Table(("peak learning rate of the head", "score on the images held out", ""), tried)],
+            [Table(("peak learning rate of the head", "held-out score", ""), tried)],
             [results["protocol"]],
         ),
         Section("How it was made", [Fold("Figures", facts(said)), Fold("Environment", facts(environment))]),
@@ -57,7 +57,7 @@ def _curves(results: Mapping[str, Any]) -> list[Section]:
         f"{count} of {printable(name)}" if several else f"{count} of them" for name, count in counts.items()
     )
     note = (
-        f"{results['epochs']:.3g} passes over the training images. The loss is the mean since the point before. Until "
-        f"the last point, which is of all test images, the score is of {images}, spread evenly; it chooses nothing."
+        f"{results['epochs']:.3g} epochs of the training images. The loss is the mean since the point before. The last "
+        f"score is of all test images, the others of {images}, spread evenly; nothing is chosen by them."
     )
-    return [Section("While it learned", [Charts([chart for chart in charts if chart is not None])], [note])]
+    return [Section("Training", [Charts([chart for chart in charts if chart is not None])], [note])]

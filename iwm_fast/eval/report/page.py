@@ -1,6 +1,6 @@
-"""The report's page: blocks of data that the templates beside this module lay out, in one file that needs nothing else.
+"""The report's page: blocks of data that the templates beside this module lay out, in one self-contained file.
 
-Templates escape all text. What they mark as safe is made here: style, script and charts.
+Templates escape all text. Only style, script and charts are marked safe; they are made here.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ __all__ = [
     "percent",
 ]
 
-_SMOOTH = 128  # pixels of a side from which on an image is shown smoothed
+_SMOOTH = 128  # pixels of a side above which an image is smoothed
 
 
 class Block(Protocol):
-    """A part of a section: the data of its template, which knows it as ``block``."""
+    """A part of a section: the data of its template, which refers to it as ``block``."""
 
     template: ClassVar[str]
 
@@ -63,7 +63,7 @@ class Charts:
 
 @dataclass(frozen=True)
 class Fold:
-    """Plain text behind a line that opens it."""
+    """Plain text behind a line that expands it."""
 
     template: ClassVar[str] = "fold.html"
     title: str
@@ -81,7 +81,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture within the page and the words under it. pixels: shown as squares; asked: the one that was asked for."""
+    """A picture with a caption. pixels: shown as squares; asked: it is the correct one."""
 
     source: str
     caption: str
@@ -90,26 +90,26 @@ class Picture:
 
     @classmethod
     def of(cls, image: np.ndarray, caption: str, *, asked: bool = False) -> Picture:
-        """Of an image (S, S, 3) uint8; small ones show their pixels."""
+        """Make one from an image (S, S, 3) uint8; small ones show their pixels."""
         return cls(picture_source(image), caption, max(image.shape[:2]) < _SMOOTH, asked)
 
 
 def number(value: float) -> str:
-    """A mean reciprocal rank or its like, three digits after the point."""
+    """Format a mean reciprocal rank or similar, with three decimals."""
     return f"{value:.3f}"
 
 
 def percent(value: float) -> str:
-    """A share as a percentage with one digit."""
+    """Format a share as a percentage with one decimal."""
     return f"{100 * value:.1f} %"
 
 
 def picture_source(image: np.ndarray) -> str:
-    """The address of an image (S, S, 3) uint8 that holds it: exact where its pixels are shown, else a JPEG."""
+    """Return an image (S, S, 3) uint8 as a data URL: lossless if its pixels are shown, else a JPEG."""
     file = io.BytesIO()
     picture = Image.fromarray(image)
     form = "png" if max(picture.size) < _SMOOTH else "jpeg"  # a PNG of 160 pixels is five times a JPEG of this quality
-    if max(picture.size) > 160:  # twice the size at which it is shown, for dense screens
+    if max(picture.size) > 160:  # twice its displayed size, for high-density screens
         picture.thumbnail((160, 160), Image.Resampling.LANCZOS)
     picture.save(file, format=form, optimize=True, quality=88)
     return f"data:image/{form};base64,{base64.b64encode(file.getvalue()).decode('ascii')}"
@@ -118,8 +118,7 @@ def picture_source(image: np.ndarray) -> str:
 def document(
     title: str, name: str, lead: str, notes: Sequence[str], sections: Sequence[Section], scripts: Sequence[str] = ()
 ) -> str:
-    """A page that needs nothing from elsewhere, and whose browser is told to fetch nothing and to run nothing but its
-    own script.
+    """Return a self-contained page, whose browser must fetch nothing and run nothing but its own script.
 
     ``name`` is its heading, with ``lead`` and ``notes`` below. ``scripts``: files beside the templates.
     """
@@ -141,7 +140,7 @@ def document(
 
 
 def block_html(block: Block) -> str:
-    """A block as the page has it."""
+    """Render a block."""
     return _templates().get_template(block.template).render(block=block)
 
 
@@ -159,12 +158,12 @@ def _templates() -> Environment:
 
 
 def _file(name: str) -> str:
-    """The text of a file beside the templates."""
+    """Return the text of a file beside the templates."""
     return resources.files("iwm_fast.eval.report").joinpath("templates", name).read_text(encoding="utf-8")
 
 
 def facts(values: Mapping[str, Any]) -> str:
-    """Names and values as lines of text, nested ones indented, for a fold."""
+    """Return names and values as lines of text, nested ones indented, for a fold."""
     lines: list[str] = []
 
     def walk(tree: Mapping[str, Any], indent: str) -> None:

@@ -1,4 +1,4 @@
-"""The report: one HTML page that holds its pictures, for a person with a browser and no network."""
+"""The report: one HTML page with its pictures inline, which needs no network."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = ["read_metrics", "write_report"]
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl; lines that cannot be read are left out. A missing file has no records."""
+    """Return the records of a metrics.jsonl; unreadable lines are left out. A missing file has no records."""
     if not path.exists():
         return []
     found = map(metrics_record, path.read_bytes().splitlines(keepends=True))
@@ -34,7 +34,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _measures(results: Mapping[str, Any], said: Dated) -> list[Section]:
-    """What was measured of a checkpoint on one set of images."""
+    """Return the sections of a checkpoint's results on one set of images."""
     found = (drawing.section(results, said) for drawing in drawings())
     return [section for section in found if section is not None]
 
@@ -43,27 +43,27 @@ def _sliders(examples: Sequence[SlidingExample]) -> list[Section]:
     if not examples:
         return []
     said = (
-        "Move a slider: the predictor is told that component of the action and no other, and its answer is a "
-        "representation, never a picture. Shown are the views of the bank that come nearest to it; the one that was "
-        "asked for has a green frame. All answers were computed beforehand."
+        "Move a slider: the predictor is conditioned on that component of the action alone, and predicts a "
+        "representation, never a picture. Shown are the views of the bank that are nearest to it; the correct one has "
+        "a green frame. All predictions were computed in advance."
     )
     if any(slider.none is not None for slider in examples[0].sliders):
         said += (
-            " A slider of what was done to the source changes the source; the clean view is asked for then, and the "
-            "predictor is told what was done."
+            " A slider of a corruption changes the source; the predictor is conditioned on the corruption, and the "
+            "clean view is correct."
         )
     cards = [slider_card(example, f"image{i}") for i, example in enumerate(examples)]
-    return [Section("What one action does along its range", cards, [said])]
+    return [Section("One action component along its range", cards, [said])]
 
 
 def _examples(examples: Sequence[RankedExample]) -> list[Section]:
     if not examples:
         return []
     said = (
-        "Each image's first action is asked for; neither images nor actions were chosen by their result. The numbers "
-        "are places in the ranking; the view that was asked for has a green frame where it is among those shown."
+        "Each image is shown with the first action of its bank; images and actions were not chosen by their result. "
+        "The numbers are ranks; the correct view has a green frame if it is among those shown."
     )
-    return [Section("What the world model takes for the answer", [example_card(one) for one in examples], [said])]
+    return [Section("Views ranked first by the world model", [example_card(one) for one in examples], [said])]
 
 
 def _training(metrics: Sequence[Mapping[str, Any]], mrr_chance: float | None) -> list[Section]:
@@ -100,12 +100,12 @@ def write_report(
     environment: Mapping[str, Any],
     date: datetime | None = None,
 ) -> None:
-    """Write the page to ``path`` (folders are made), whole or not at all.
+    """Write the page to ``path`` atomically, and create its folders.
 
-    ``name``: the configuration's. ``results``: of ``evaluate_model``; what was not measured is left out of the page.
-    ``measured``: all that was kept of the run; ``subject``: the checkpoint and the data of ``results`` as it names
-    them. What was measured of that checkpoint is shown in full, on every data, the rest in a table.
-    ``metrics``: of ``read_metrics``. ``date``: default now.
+    ``name``: the configuration's. ``results``: from ``evaluate_model``; sections without results are left out.
+    ``measured``: all measurements of the run; ``subject``: the checkpoint and the data of ``results`` as they name
+    them. That checkpoint's are shown in full, on every data, the rest in a table.
+    ``metrics``: from ``read_metrics``. ``date``: default now.
     """
     when = (date or datetime.now(UTC)).astimezone(UTC).strftime("%Y-%m-%d %H:%M UTC")
     speeds = [r["images_per_s"] for r in metrics if isinstance(r.get("images_per_s"), int | float)]

@@ -1,7 +1,7 @@
-"""The sliders of the report: cards that show the neutral stop by themselves, and the script that moves them.
+"""The sliders of the report: cards that show the neutral stop without a script, and the script that moves them.
 
-The script reads what was computed beforehand from a block of JSON in each card. It is the only one that the page lets
-run (`page.document` names its digest), and it asks for nothing.
+The script reads precomputed results from a block of JSON in each card. The page allows no other script
+(`page.document` names its digest), and it fetches nothing.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ DISTANCES = {"l2": "all tokens (L2)", "cosine": "mean token (cosine)"}
 
 @dataclass(frozen=True)
 class Control:
-    """A slider: ``key`` is unique on the page; ``last``: the number of its last stop; ``said``: its neutral value."""
+    """A slider: ``key`` is unique on the page; ``last``: index of its last stop; ``said``: its neutral value."""
 
     key: str
     name: str
@@ -32,7 +32,7 @@ class Control:
 
 @dataclass(frozen=True)
 class Nearest:
-    """The views nearest to the answer by one distance, and the place of the one that was asked for."""
+    """The views nearest to the prediction by one distance, and the rank of the correct one."""
 
     distance: str
     name: str
@@ -54,7 +54,7 @@ class SliderCard:
 
 
 def slider_card(example: SlidingExample, key: str) -> SliderCard:
-    """One image with its sliders; ``key``, of letters and digits, is unique on the page."""
+    """Return one image's card with its sliders; ``key``, of letters and digits, is unique on the page."""
     pictures = [picture_source(image) for image in example.pictures]
     source = Picture.of(example.source, "clean")
     first = example.sliders[0]
@@ -69,7 +69,7 @@ def slider_card(example: SlidingExample, key: str) -> SliderCard:
             name,
             f"{start.place[distance]:g}",
             [
-                picture(view, f"{place} · asked" if view == start.view else str(place))
+                picture(view, f"{place} · correct" if view == start.view else str(place))
                 for place, view in enumerate(start.nearest[distance], start=1)
             ],
         )
@@ -86,7 +86,7 @@ def slider_card(example: SlidingExample, key: str) -> SliderCard:
 
 
 def _said(slider: Slider, stop: Stop) -> str:
-    """A stop's value in words: a factor, an angle, a strength with its unit."""
+    """Format a stop's value: a factor, an angle, a strength with its unit."""
     if slider.unit == "degrees":
         return f"{stop.value:+.0f}°".replace("-", "−").replace("+0°", "0°")
     if slider.unit == "factor":

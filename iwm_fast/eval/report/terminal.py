@@ -1,4 +1,4 @@
-"""What a terminal shows of an evaluation: a table, and lines under it."""
+"""An evaluation on the terminal: a table, and lines under it."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ __all__ = ["result_lines", "result_rows"]
 
 
 def result_rows(results: Mapping[str, Any]) -> list[list[str]]:
-    """A row a measure for a table of a terminal: value, 95 % interval, chance, shuffled, neutral, untrained.
+    """Return table rows, one per metric: value, 95 % interval, chance, shuffled, neutral, untrained.
 
-    What does not apply is empty; all the rest of ``results``, the protocol above all, is left to JSON and report.
+    Cells that do not apply are empty; the rest of ``results``, such as the protocol, is in JSON and report.
     """
     every = drawings()
     shown = [figure for drawing in every for figure in drawing.figures(results) if figure.name + figure.end in results]
@@ -36,7 +36,7 @@ def _row(results: Mapping[str, Any], figure: Figure) -> list[str]:
 
 
 def result_lines(results: Mapping[str, Any]) -> list[str]:
-    """A line each: which images, what of them was left out, what was not run and why, what an evaluation says."""
+    """Return lines: which images, what was left out, what did not run and why, and each evaluation's notes."""
     lines = [*data_lines(results)]
     lines += [printable(f"{measure} not run: {why}") for measure, why in results.get("not_run", {}).items()]
     return lines + [line for drawing in drawings() for line in drawing.lines(results)]

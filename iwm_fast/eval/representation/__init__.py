@@ -1,1 +1,1 @@
-"""What the representation is worth: k-NN, linear probes, equivariance."""
+"""Evaluations of the representation: k-NN, linear probes, equivariance."""

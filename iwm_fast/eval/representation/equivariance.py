@@ -1,16 +1,18 @@
-"""How much of a transformation a representation keeps: its place between invariant and equivariant.
+"""Equivariance and invariance of a representation: how much of a transformation it encodes.
 
 Each clean image gives a pair of views under the run's own actions (`view_pairs`). Equivariance: a ridge regression,
-solved in closed form on pairs of training images, tells from both pooled embeddings how to get from one view to the
-other; R² on pairs of test images, by component of the action and in the mean (a component below 0 counts as 0). A flag
-is regressed as 0 or 1, so that its R² is on the scale of all others: 0 for nothing told, 1 for all. Sigma and threshold
-are asked of the pairs that were blurred or solarized; flip, 1 where one of two views is mirrored, which no sum over
-both can say, also has the products of both embeddings. What cannot vary, or hardly does, is left out by name.
-Invariance: the cosine of a pair's embeddings, on a scale where 1 is "the view changes nothing" and 0 "it changes as
-much as another image would": (same - other) / (1 - other). The raw cosines stand beside it: those of any two images are
-often near 1, so they alone say little.
-Sources: regression of the action as in SIE (arXiv:2302.10283), with a linear head in place of its MLP, so that nothing
-depends on how long a head is trained; the scale of the cosine is ours.
+solved in closed form on pairs of training images, predicts the action between the views from both pooled embeddings; R²
+on pairs of test images, by component and their mean (a component below 0 counts as 0). A flag is regressed as 0 or 1,
+so that its R² has the same scale as the others. Sigma and threshold are regressed only on pairs that were blurred or
+solarized. flip, 1 if exactly one view is mirrored, is not a sum over both, so its features also have the products of
+the embeddings. Components that cannot vary, or hardly do, are left out by name.
+
+Invariance: the cosine of a pair's embeddings on a scale where 1 is "the view changes nothing" and 0 "it changes as much
+as another image": (same - other) / (1 - other). The raw cosines are reported too: those of any two images are often
+near 1, so alone they mean little.
+
+Sources: regression of the action as in SIE (arXiv:2302.10283), with a linear head instead of its MLP, so that nothing
+depends on the head's training; the scale of the cosine is ours.
 """
 
 from __future__ import annotations
@@ -37,16 +39,16 @@ __all__ = ["IMAGES", "Equivariance", "evaluate_equivariance", "measure_equivaria
 
 Floats = NDArray[np.float64]
 
-# Pairs of views are of at most so many training and test images, spread evenly.
+# Pairs are of at most this many training and test images, spread evenly.
 IMAGES = (2000, 1000)
 
-# Of the mean squared error, on features of unit variance and targets of unit variance; the best is chosen on held-out
-# training pairs, for each component by itself.
+# In units of the mean squared error, on features and targets of unit variance; the best is chosen per component on
+# held-out training pairs.
 RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 HELD_OUT = 0.2
-# Whether exactly one of two views is mirrored is a product of what is seen in each, and no sum.
+# Whether exactly one of two views is mirrored is a product of both views' features, not a sum.
 _PRODUCT = "flip"
-# Training and test pairs are drawn from different places of the streams.
+# Training and test pairs are sampled from different parts of the streams.
 _TEST_SAMPLES = 2**32
 
 
@@ -68,7 +70,7 @@ class Equivariance:
     left_out: dict[str, str]
 
     def summary(self, end: str = "") -> dict[str, Any]:
-        """Names and values for a table or JSON, ``end`` behind each name."""
+        """Return names and values for a table or JSON, with ``end`` behind each name."""
         out: dict[str, Any] = {
             f"equivariance{end}": self.equivariance,
             f"equivariance{end}_interval": list(self.equivariance_interval),
@@ -83,7 +85,7 @@ class Equivariance:
 
 
 def evaluate_equivariance(subject: ImageSubject) -> dict[str, Any]:
-    """Names and values of the model and of the untrained one, or ``not_run`` with the reason."""
+    """Return names and values of the model and of the untrained one, or ``not_run`` with the reason."""
     fitted, measured = subject.learned_from().spread(IMAGES[0]), subject.test.spread(IMAGES[1])
     if len(fitted) < 5 or len(measured) < 2:
         return {"not_run": {"equivariance": f"{len(fitted)} training and {len(measured)} test images are too few"}}
@@ -96,7 +98,7 @@ def evaluate_equivariance(subject: ImageSubject) -> dict[str, Any]:
             which=subject.which,
             progress=subject.tell("pairs of views"),
         )
-    except UserError as error:  # nothing varies: what else was measured is not lost for that
+    except UserError as error:  # nothing varies: the other evaluations must not be lost
         return {"not_run": {"equivariance": str(error)}}
     results: dict[str, Any] = {
         "equivariance_chance": 0.0,
@@ -121,9 +123,9 @@ def measure_equivariance(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Equivariance]:
-    """One result a model, all of them on the same pairs of the clean images ``train`` and ``test`` (n, S, S, 3) uint8.
+    """Return one result per model, all on the same pairs of the clean images ``train`` and ``test`` (n, S, S, 3) uint8.
 
-    ValueError for fewer than five training or two test images; UserError where no component can be told.
+    Raise ValueError for fewer than five training or two test images; UserError if no component can be regressed.
     """
     if len(train) < 5 or len(test) < 2:
         raise ValueError(f"train has {len(train)} images and test {len(test)}; five and two are needed")
@@ -141,14 +143,14 @@ def measure_equivariance(
                 progress(done, total)
     missing = left_out(actions, training=moved[0], test=moved[1])
     if set(missing) >= set(pairs.names):
-        raise UserError(f"no component of the action can be told from the pairs: {left_out_line(missing)}")
+        raise UserError(f"no component of the action can be regressed from the pairs: {left_out_line(missing)}")
     return [_measure(parts, moved, pairs.names, missing) for parts in embedded]
 
 
 def _measure(
     parts: Sequence[Floats], moved: Sequence[Floats], components: Sequence[str], missing: dict[str, str]
 ) -> Equivariance:
-    """parts: embeddings of training first and second, test first and second; moved: actions, a column a component."""
+    """parts: embeddings of training first and second, test first and second; moved: actions, a column per component."""
     names = tuple(name for name in components if name not in missing)
     error, spread = _squares(parts, moved, components, names)
     first, second = (part / np.linalg.norm(part, axis=1, keepdims=True).clip(1e-30) for part in parts[2:])
@@ -158,7 +160,7 @@ def _measure(
     count = len(names)
 
     def figures(rows: Floats) -> Floats:
-        """From means (m, 2K + 2) of errors, spreads and cosines: R² (m, K), equivariance and invariance."""
+        """Map means (m, 2K + 2) of errors, variances and cosines to R² (m, K), equivariance and invariance."""
         r2 = 1 - rows[:, :count] / rows[:, count : 2 * count].clip(1e-30)
         near, far = rows[:, -2], rows[:, -1]
         scaled = (near - far) / (1 - far).clip(1e-12)
@@ -184,12 +186,12 @@ def _measure(
 def _squares(
     parts: Sequence[Floats], moved: Sequence[Floats], components: Sequence[str], names: Sequence[str]
 ) -> tuple[Floats, Floats]:
-    """Squared errors of what the regression tells of ``names``, and squared deviations from the mean: (n, K) each.
+    """Return squared errors of the regression of ``names``, and squared differences from the mean: (n, K) each.
 
-    Both are 0 where a component is not asked of a pair, which then adds nothing to either sum.
+    Both are 0 for pairs that a component is not regressed on, which then add nothing to either sum.
     """
     error, spread = np.zeros((2, len(parts[2]), len(names)))
-    alike: dict[tuple[bytes, bool], list[int]] = {}  # fitted together: of the same pairs, from the same features
+    alike: dict[tuple[bytes, bool], list[int]] = {}  # fitted together: same pairs, same features
     for column, name in enumerate(names):
         asked = b"".join(only_where(action, components, name).tobytes() for action in moved)
         alike.setdefault((asked, name == _PRODUCT), []).append(column)
@@ -206,7 +208,7 @@ def _squares(
 
 
 def _features(parts: Sequence[Floats], *, products: bool) -> tuple[Floats, Floats]:
-    """Both embeddings of each training and of each test pair, side by side, with their products by channel if asked."""
+    """Concatenate both embeddings of each training and of each test pair, and on request their products by channel."""
     train, test = np.hstack(parts[:2]), np.hstack(parts[2:])
     if not products:
         return train, test
@@ -216,10 +218,10 @@ def _features(parts: Sequence[Floats], *, products: bool) -> tuple[Floats, Float
 
 
 def ridge_regression(x: Floats, y: Floats, x_test: Floats) -> Floats:
-    """Predictions (m, K) for ``x_test`` (m, F) of a ridge regression fitted on ``x`` (n, F) and ``y`` (n, K).
+    """Return predictions (m, K) for ``x_test`` (m, F) of a ridge regression fitted on ``x`` (n, F) and ``y`` (n, K).
 
-    Features and targets are standardised by the training rows, the intercept is free. Of RIDGES, the one that is best
-    on the last fifth of a fixed permutation of the rows is taken for each target, then fitted on all rows.
+    Features and targets are standardised by the training rows, the intercept is free. For each target the best of
+    RIDGES on the last fifth of a fixed permutation of the rows is chosen, then fitted on all rows.
     """
     order = np.random.default_rng(0).permutation(len(x))
     kept, held = np.split(order, [len(x) - max(1, round(HELD_OUT * len(x)))])
@@ -237,7 +239,7 @@ class _Ridge:
     def __init__(self, x: Floats, y: Floats) -> None:
         self.x_mean, self.y_mean = x.mean(axis=0), y.mean(axis=0)
         spread = x.std(axis=0)
-        # A channel that never moves would turn rounding into a feature.
+        # A constant channel would turn rounding into a feature.
         self.x_scale = np.where(spread > 1e-6 * spread.max(initial=0), 1 / spread.clip(1e-30), 0.0)
         rows = self._standardise(x)
         self.variance, self.axes = np.linalg.eigh(rows.T @ rows / len(x))

@@ -41,8 +41,8 @@ def knn_classify(
 ) -> KnnResult:
     """Classify ``test`` (m, D) by the cosine-nearest rows of ``train`` (n, D); labels int64 of matching length.
 
-    ``neighbours`` is reduced to n where there are fewer images, and the result says so. Equal plain votes go to the
-    class whose neighbours are nearer. Raises ValueError where rows and labels differ in number or there are none.
+    ``neighbours`` is reduced to n if there are fewer images, and the result says so. Equal plain votes go to the class
+    with nearer neighbours. Raise ValueError if rows and labels differ in number or there are none.
     """
     for name, rows, labels in (("train", train, train_labels), ("test", test, test_labels)):
         if len(rows) != len(labels) or not len(rows):
@@ -59,7 +59,7 @@ def knn_classify(
         voters = votes[index]
         empty = similarity.new_zeros(len(rows), classes)
         weight = empty.scatter_add(1, voters, (similarity / temperature).exp())
-        # At most half a vote, so that it decides between equal counts only: k values of at most 2 sum to at most 2k.
+        # At most half a vote, so that it only breaks ties: k values of at most 2 sum to at most 2k.
         nearness = empty.scatter_add(1, voters, similarity + 1) / (4 * neighbours)
         count = empty.scatter_add(1, voters, torch.ones_like(similarity)) + nearness
         weighted.append(weight.argmax(dim=1) == labels)

@@ -1,8 +1,8 @@
 """Linear probe: multinomial logistic regression on frozen, standardised features.
 
 The problem is convex, so it is solved, not scheduled: full-batch L-BFGS along a path of weight decays from strong to
-weak, each started from the last solution. The decay is chosen on a tenth of the training images, held out by class;
-the probe is then fitted on all of them. The test images are looked at once, at the end.
+weak, each warm-started from the last solution. The decay is chosen on a tenth of the training images, held out by
+class; the probe is then fitted on all of them. The test images are used once, at the end.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from iwm_fast.eval.stats import Interval, bootstrap_interval
 
 __all__ = ["WEIGHT_DECAYS", "LinearResult", "linear_probe"]
 
-# Of the mean cross-entropy, on features of unit variance. The weak end is no luxury: an untrained network's 128
-# features lie so nearly in a space of few dimensions that its accuracy rose from 38 to 43 % between 1e-5 and 1e-8.
+# In units of the mean cross-entropy, on features of unit variance. The weak end matters: an untrained network's 128
+# features are so nearly low-dimensional that its accuracy rose from 38 to 43 % between 1e-5 and 1e-8.
 WEIGHT_DECAYS = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
-_ITERATIONS = 100  # a decay; 10,000 x 128 of ten classes converged within 40
-_ROWS = 2**15  # rows at once, so that the logits of 1,000 classes take 128 MiB
+_ITERATIONS = 100  # per decay; 10,000 x 128 of ten classes converged within 40
+_ROWS = 2**15  # rows at once: the logits of 1,000 classes then take 128 MiB
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,9 @@ class _Probe:
     """Multinomial regression on ``rows`` (n, D) in the principal axes of the features, with variance (D,) along each.
 
     The unknowns are scaled so that the curvature is near one along every axis (Böhning's bound on the Hessian of the
-    softmax is half the covariance): features of an untrained network are so correlated that L-BFGS without it is still
-    rising after 300 iterations, and the accuracy would say how long it ran. ``weight`` is (D + 1, C), the last row the
-    bias.
+    softmax is half the covariance). Features of an untrained network are so correlated that without this L-BFGS still
+    improves after 300 iterations, and the accuracy would depend on their number. ``weight`` is (D + 1, C), the last row
+    the bias.
     """
 
     def __init__(self, rows: Tensor, labels: Tensor, classes: int, variance: Tensor) -> None:
@@ -55,7 +55,7 @@ class _Probe:
         self.weight = torch.zeros(rows.shape[1] + 1, classes, device=rows.device)
 
     def fit(self, decay: float) -> None:
-        """Minimise mean cross-entropy + decay / 2 · ‖W‖² from the present weights; the bias is not decayed."""
+        """Minimise mean cross-entropy + decay / 2 · ‖W‖² from the current weights; the bias is not decayed."""
         scale = torch.cat([(self.variance / 2 + decay).rsqrt(), self.variance.new_full((1,), 2**0.5)])[:, None]
         unknown = self.weight / scale
         unknown.grad = torch.zeros_like(unknown)
@@ -77,7 +77,7 @@ class _Probe:
         self.weight = unknown * scale
 
     def _loss(self, weight: Tensor, decay: float) -> tuple[float, Tensor]:
-        """The loss and its slope (D + 1, C), a block of rows at a time."""
+        """Return the loss and its gradient (D + 1, C), computed in blocks of rows."""
         slope = weight * decay
         slope[-1] = 0
         total = 0.5 * decay * weight[:-1].square().sum().double()
@@ -92,12 +92,12 @@ class _Probe:
 
 
 def _principal(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Both standardised by the training features and turned to their principal axes, and the variance along each.
+    """Return both standardised by the training features and rotated to principal axes, and the variance along each.
 
-    A turn changes neither the problem nor its solution's accuracy: ‖W‖ stays. Channels that never move are put to 0.
+    A rotation changes neither the problem nor its solution's accuracy: ‖W‖ stays. Constant channels become 0.
     """
     mean, spread = train.mean(dim=0), train.std(dim=0)
-    # Dividing a constant channel by its spread would only turn rounding into a feature.
+    # Dividing a constant channel by its std would only turn rounding into a feature.
     inverse = torch.where(spread > 1e-6 * spread.max(), 1 / spread.clamp(min=1e-30), torch.zeros_like(spread))
     x, x_test = (train - mean) * inverse, (test - mean) * inverse
     covariance = sum((part.T @ part) / len(x) for part in map(Tensor.double, x.split(_ROWS)))
@@ -111,7 +111,7 @@ def _logits(rows: Tensor, weight: Tensor) -> Tensor:
 
 
 def _hits(rows: Tensor, labels: Tensor, weight: Tensor, k: int) -> np.ndarray:
-    """Whether each row's label is among the k largest logits: float64 (n,)."""
+    """Return whether each row's label is among the k largest logits: float64 (n,)."""
     found = [
         (_logits(block, weight).topk(k, dim=1).indices == truth[:, None]).any(dim=1)
         for block, truth in zip(rows.split(_ROWS), labels.split(_ROWS), strict=True)
@@ -129,7 +129,7 @@ def linear_probe(
 ) -> LinearResult:
     """Fit on ``train`` (n, D), measure on ``test`` (m, D); labels int64 of matching length. Float32 throughout.
 
-    Raises ValueError where rows and labels differ in number, or no class has two training images, or a decay is 0.
+    Raise ValueError if rows and labels differ in number, no class has two training images, or a decay is 0.
     """
     for name, rows, labels in (("train", train, train_labels), ("test", test, test_labels)):
         if len(rows) != len(labels) or not len(rows):
@@ -151,7 +151,7 @@ def linear_probe(
         for decay in decays:
             chooser.fit(decay)
             scores.append(float(_hits(x[mask], y[mask], chooser.weight, 1).mean()))
-        best = int(np.argmax(scores))  # the strongest decay of equally good ones
+        best = int(np.argmax(scores))  # ties go to the strongest decay
         probe = _Probe(x, y, classes, variance)
         for decay in decays[: best + 1]:
             probe.fit(decay)

@@ -1,4 +1,4 @@
-"""What a frozen encoder is worth: k-NN and linear probe on mean tokens, attentive probe on all tokens."""
+"""Evaluations of a frozen encoder: k-NN and linear probe on mean tokens, attentive probe on all tokens."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 
 __all__ = ["evaluate_attentive", "evaluate_knn", "evaluate_linear"]
 
-_TOO_FEW = "no class has two training images, so none can be held out to choose a setting by"
-# V-JEPA's attentive probe: 20 passes, AdamW, weight decay 0.01.
+_TOO_FEW = "no class has two training images: none can be held out to choose a setting"
+# V-JEPA's attentive probe: 20 epochs, AdamW, weight decay 0.01.
 _EPOCHS, _BATCH = 20, 128
 
 
 def evaluate_knn(subject: ImageSubject) -> dict[str, Any]:
-    """k-NN of the model and of the untrained one (_untrained): top-1, _interval, protocol."""
+    """Return k-NN of the model and of the untrained one (_untrained): top-1, _interval, protocol."""
     results: dict[str, Any] = {}
     for end, _, x, x_test in subject.features("pooled"):
         results |= _setting(subject, x, x_test) | _knn(x, x_test, end)
@@ -43,7 +43,7 @@ def evaluate_knn(subject: ImageSubject) -> dict[str, Any]:
 
 
 def evaluate_linear(subject: ImageSubject) -> dict[str, Any]:
-    """The linear probe of both, likewise: also _top5, and the weight decay chosen on a tenth of the training images."""
+    """Return the linear probe of both, likewise: also _top5, and the weight decay chosen on held-out images."""
     results: dict[str, Any] = {}
     for end, _, x, x_test in subject.features("pooled"):
         results |= _setting(subject, x, x_test)
@@ -54,7 +54,7 @@ def evaluate_linear(subject: ImageSubject) -> dict[str, Any]:
 
 
 def evaluate_attentive(subject: ImageSubject) -> dict[str, Any]:
-    """The attentive probe of both, likewise, on all tokens."""
+    """Return the attentive probe of both, likewise, on all tokens."""
     results: dict[str, Any] = {}
     for end, model, x, x_test in subject.features("tokens"):
         results |= _setting(subject, x, x_test)
@@ -68,7 +68,7 @@ def evaluate_attentive(subject: ImageSubject) -> dict[str, Any]:
 
 
 def _setting(subject: ImageSubject, train: Features, test: Features) -> dict[str, Any]:
-    """What is said of the data beside every probe."""
+    """Return the facts about the data that go with every probe."""
     return {
         "encoder": subject.which,
         "pooling": POOLING,
@@ -79,18 +79,18 @@ def _setting(subject: ImageSubject, train: Features, test: Features) -> dict[str
 
 
 def _chance(test: Features) -> float:
-    """The share of the commonest class: what an answer that never looks at the image would get."""
+    """Return the share of the most frequent class: the accuracy of a constant prediction."""
     return float(np.bincount(test.labels).max() / len(test))
 
 
 def _can_hold_out(train: Features) -> bool:
-    """Whether some images can be held out to choose a setting by, and two are left to learn from."""
+    """Return whether some images can be held out to choose a setting, with two left to train on."""
     held = held_out_rows(train.labels)
     return bool(held.any()) and int((~held).sum()) > 1
 
 
 def _in_memory(features: Features) -> tuple[Tensor, np.ndarray]:
-    """Copies: what is mapped from a file may be read only, and torch has no such tensors."""
+    """Return copies: a mapped file may be read-only, and torch has no such tensors."""
     return torch.from_numpy(np.array(features.values)), np.array(features.labels)
 
 
@@ -136,8 +136,8 @@ def _attentive(model: IWM, which: EncoderName, task: Task, end: str, tell: Any) 
         f"attentive_held_out{end}": found.held_out[found.rate],
         "attentive_protocol": (
             f"a learned query's cross-attention over all tokens, MLP and linear layer (V-JEPA's probe); AdamW, "
-            f"{_EPOCHS} passes in batches of {_BATCH}, weight decay {plan.weight_decay:g}, warm-up over {WARMUP:.0%} "
+            f"{_EPOCHS} epochs in batches of {_BATCH}, weight decay {plan.weight_decay:g}, warm-up over {WARMUP:.0%} "
             f"of the steps, cosine to 0, no augmentation; of {len(plan.rates)} learning rates in one pass the best on "
-            "a tenth of the training images, from which no step learns"
+            "a held-out tenth of the training images"
         ),
     }

@@ -1,7 +1,7 @@
-"""Pairs of views of clean images under a run's own actions, and which components of the action can be told from them.
+"""Pairs of views of clean images under a run's own actions, and the components that can be regressed from them.
 
-A pair is drawn as training draws it, source first, with two differences: it starts from the whole clean image, and its
-colour jitter is drawn as the bank draws it, so that it is always applied and its strength can be asked for.
+A pair is sampled as in training, source first, with two differences: it starts from the whole clean image, and its
+colour jitter is sampled as the bank's, so it is always applied and its strength can be set.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ __all__ = ["FEWEST", "Pairs", "draw_pairs", "left_out", "left_out_line", "only_w
 
 Floats = NDArray[np.float64]
 
-# With fewer, more than one resample in 20,000 has none of them and the ends of an interval mean nothing.
+# With fewer, more than one resample in 20,000 has none of them and the interval's ends are meaningless.
 FEWEST = 10
-# How strongly a thing was done says something only of the pairs to which it was done.
+# A strength has a meaning only for pairs to which the transformation was applied.
 _ONLY_WHERE = {corruption.strength: corruption.name for corruption in CORRUPTIONS if corruption.strength}
 
 
 @dataclass(frozen=True, eq=False)
 class Pairs:
-    """Two views of each image, uint8 (n, S, S, 3), source first, and what leads from it to the target.
+    """Two views of each image, uint8 (n, S, S, 3), source first, and the action from source to target.
 
-    action: float64 (n, K), normalised as `transforms.COMPONENTS` says and of difference form, a column a name.
+    action: float64 (n, K), normalised as in `transforms.COMPONENTS` and of difference form, one column per name.
     """
 
     first: Tensor
@@ -47,14 +47,14 @@ class Pairs:
 
 
 def draw_pairs(images: Tensor, actions: ActionsConfig, *, first_sample: int = 0, seed: int = 0) -> Pairs:
-    """Two views of each clean image (n, S, S, 3) uint8; a function of (seed, first_sample + row) alone.
+    """Return two views of each clean image (n, S, S, 3) uint8; a function of (seed, first_sample + row) alone.
 
-    The action is target minus source whatever ``actions.form``, of all components of the configuration's groups.
+    The action is target minus source whatever ``actions.form``, with all components of the configuration's groups.
     """
     count, side = images.shape[:2]
     samples = first_sample + np.arange(count, dtype=np.int64)
     views = draw_views(actions, seed, np.zeros(count, np.int64), samples, np.full((count, 2), side))
-    if views.shared_geometry:  # of training's crop, which both views start from, the predictor is told nothing
+    if views.shared_geometry:  # no action encodes training's crop, which both views share
         whole = clean_views(side, count).target_geometry
         views = dataclasses.replace(views, target_geometry=whole, source_geometry=whole)
     drawn: list[Jitter] = []
@@ -73,7 +73,7 @@ def draw_pairs(images: Tensor, actions: ActionsConfig, *, first_sample: int = 0,
 
 
 def only_where(action: Floats, names: Sequence[str], name: str) -> NDArray[np.bool_]:
-    """Which pairs (n,) component ``name`` is asked of: all; but a strength of those that have its flag.
+    """Return the pairs (n,) on which component ``name`` is regressed: all; for a strength, those that have its flag.
 
     ``action`` and ``names``: of `Pairs`.
     """
@@ -84,7 +84,7 @@ def only_where(action: Floats, names: Sequence[str], name: str) -> NDArray[np.bo
 
 
 def left_out(actions: ActionsConfig, *, training: Floats, test: Floats) -> dict[str, str]:
-    """Components that cannot be told from pairs, and why: by the configuration, or as the pairs were drawn.
+    """Return components that cannot be regressed, and why: by the configuration, or by the sampled pairs.
 
     ``training``, ``test``: their actions, of `Pairs`.
     """
@@ -100,7 +100,7 @@ def left_out(actions: ActionsConfig, *, training: Floats, test: Floats) -> dict[
 
 
 def left_out_line(reasons: Mapping[str, str]) -> str:
-    """The names by reason, in one line: "a, b (why), c (why)"."""
+    """Return the names by reason, in one line: "a, b (why), c (why)"."""
     by_reason: dict[str, list[str]] = {}
     for name, reason in reasons.items():
         by_reason.setdefault(reason, []).append(name)
@@ -108,7 +108,7 @@ def left_out_line(reasons: Mapping[str, str]) -> str:
 
 
 def _still(actions: ActionsConfig, name: str) -> str | None:
-    """The key that keeps a component neutral, or None."""
+    """Return the key that keeps a component neutral, or None."""
     if name in JITTER:
         keys = ["strength", name]
     else:
@@ -118,15 +118,15 @@ def _still(actions: ActionsConfig, name: str) -> str | None:
 
 
 def _too_few(component: Component, action: Floats, names: Sequence[str], which: str) -> str | None:
-    """Why these pairs cannot teach or test the component, or None."""
+    """Return why these pairs cannot train or test the component, or None."""
     rows = only_where(action, names, component.name)
     values = action[rows, names.index(component.name)]
     if len(values) < min(FEWEST, len(rows)):
         return f"{len(values)} of {len(rows)} {which} pairs have a {_ONLY_WHERE[component.name]}; {FEWEST} are needed"
     if np.ptp(values) == 0:
-        return f"the same in all {len(values)} {which} pairs that it is asked of"
+        return f"the same in all {len(values)} {which} pairs that it applies to"
     if component.unit == "flag" and (with_it := int(values.sum())) < FEWEST:
         return f"{with_it} of {len(values)} {which} pairs have it; {FEWEST} are needed"
     if component.unit == "flag" and (without := len(values) - with_it) < FEWEST:
-        return f"{without} of {len(values)} {which} pairs are without it; {FEWEST} are needed"
+        return f"{without} of {len(values)} {which} pairs lack it; {FEWEST} are needed"
     return None

@@ -1,1 +1,1 @@
-"""What the world model is worth: ranks of its predictions, roll-outs, sliders, inferred actions."""
+"""Evaluations of the world model: ranks of its predictions, roll-outs, sliders, inferred actions."""

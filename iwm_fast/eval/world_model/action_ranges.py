@@ -1,4 +1,4 @@
-"""Which actions a training drew, and what of an action that somebody gives lies outside of them.
+"""The range of actions that a training sampled, and which parts of a given action are outside of it.
 
 Legend: A components of an action vector, n actions.
 """
@@ -24,17 +24,17 @@ from iwm_fast.eval.world_model.infer_action import Bounds, jitter_bounds
 
 __all__ = ["at_bound", "checked_values", "search_box", "trained_box", "warn", "warn_outside"]
 
-# Of a component's range: what float32 may be off by where a value is put together from two.
+# Share of a component's range that float32 may be off by if a value combines two.
 _SLACK = 1e-4
-# Of the width that was searched: nearer to an end than this counts as at the end.
+# Share of the searched width: nearer to an end counts as at the end.
 _AT_END = 1e-3
 _COMPONENTS = {component.name: component for component in COMPONENTS}
 
 
 def trained_box(actions: ActionsConfig, space: ActionSpace) -> Bounds:
-    """The lowest and highest action (A,) float32 that views of this configuration, or its manifest, can have.
+    """Return the lowest and highest action (A,) float32 that views of this configuration, or its manifest, can have.
 
-    A crop's place depends on the images' shapes and has a bound that no image of up to 4:1 passes.
+    A crop's position depends on the images' shapes; its bound holds for images up to 4:1.
     """
     if isinstance(space, ExternalSpace):
         return _external_box(space)
@@ -55,9 +55,9 @@ def _external_box(space: ExternalSpace) -> Bounds:
 
 
 def _highest(actions: ActionsConfig) -> dict[str, float]:
-    """The encoded value that each component reaches, the jitter's left out."""
+    """Return the largest encoded value of each component, without the jitter's."""
     (scale_low, scale_high), (narrow, wide) = actions.crop_scale, actions.crop_aspect
-    # Width and height are square roots of area times or over aspect.
+    # Width and height are square roots of area times aspect and of area over aspect.
     ratio = 0.5 * math.log(scale_high * wide / (scale_low * narrow))
     smallest = math.sqrt(scale_low * min(narrow, 1 / wide)) / 2
     turned = float(actions.rotation_probability > 0)
@@ -80,10 +80,10 @@ def _highest(actions: ActionsConfig) -> dict[str, float]:
 
 
 def search_box(bounds: Mapping[str, tuple[float, float]] | None, actions: ActionsConfig, space: ActionSpace) -> Bounds:
-    """Lowest and highest action (A,) of `bounds`, lowest and highest physical values by name; the others neutral.
+    """Return lowest and highest action (A,) of `bounds`, (lowest, highest) physical values by name; others are neutral.
 
-    None: the jitter that training drew; of external actions what their manifest declares. UserError for bounds that are
-    no such pairs.
+    None: the jitter that training sampled; for external actions, the manifest's ranges. Raise UserError for anything
+    else.
     """
     if bounds is None:
         return trained_box(actions, space) if isinstance(space, ExternalSpace) else jitter_bounds(actions, space)
@@ -101,9 +101,9 @@ def search_box(bounds: Mapping[str, tuple[float, float]] | None, actions: Action
 
 
 def at_bound(action: NDArray[np.float32], box: Bounds, space: ActionSpace) -> tuple[str, ...]:
-    """Names of the components that lie at an end of the box they were searched in.
+    """Return the components at an end of the searched box.
 
-    Not where the end is natural, with nothing beyond it: a flag's 0 and 1, a sigma of 0, the first and last levels.
+    Natural ends do not count, beyond which there is nothing: a flag's 0 and 1, a sigma of 0, the first and last level.
     """
     natural: dict[str, tuple[float, ...]] = {part.name: (0.0, 1.0) for part in space.components if part.unit == "flag"}
     natural |= {c.strength: c.natural for c in space.corruptions if c.strength is not None}
@@ -116,11 +116,11 @@ def at_bound(action: NDArray[np.float32], box: Bounds, space: ActionSpace) -> tu
 
 
 def checked_values(values: Mapping[Any, Any], space: ActionSpace) -> dict[str, float]:
-    """Physical values by name, each a finite number that the component can have. UserError for any that is not."""
+    """Return physical values by name, each finite and possible for its component. Raise UserError for others."""
     found: dict[str, float] = {}
     for name, value in values.items():
         if name not in space.names:
-            raise UserError(f"action: {name!r} is no component of this action; there are {', '.join(space.names)}")
+            raise UserError(f"action: {name!r}: no such component; choose from {', '.join(space.names)}")
         found[name] = _number(name, value)
         allowed = _impossible(name, found[name], space)
         if allowed:
@@ -140,7 +140,7 @@ def _number(name: str, value: Any) -> float:
 
 
 def _impossible(name: str, value: float, space: ActionSpace) -> str | None:
-    """What a component can be, where the value is nothing of that kind."""
+    """Return what values a component can have, if this is none of them."""
     if isinstance(space, ExternalSpace):
         choice = space.external.kind == "discrete" and value not in (0.0, 1.0)
         return "a choice is 1, and the others 0" if choice else None
@@ -154,17 +154,15 @@ def _impossible(name: str, value: float, space: ActionSpace) -> str | None:
 
 
 def _require_together(values: Mapping[str, float], space: ActionSpace) -> None:
-    """UserError for values that contradict each other, or a flag without the number that says how strong it is."""
+    """Raise UserError for values that contradict each other, or a flag without the number for its strength."""
     if isinstance(space, ExternalSpace):
         chosen = [name for name, value in values.items() if value] if space.external.kind == "discrete" else []
         if len(chosen) > 1:
-            raise UserError(
-                f"action: {' and '.join(chosen)} are both chosen; an action is one of {', '.join(space.names)}"
-            )
+            raise UserError(f"action: {' and '.join(chosen)} are both chosen; choose one of {', '.join(space.names)}")
         return
     turns = [name for name in ("rotation_1", "rotation_2", "rotation_3") if values.get(name)]
     if len(turns) > 1:
-        raise UserError(f"action: {' and '.join(turns)} are both 1; a view is turned once")
+        raise UserError(f"action: {' and '.join(turns)} are both 1; set one of them: a view is turned once")
     for corruption in space.corruptions:
         flag, number = corruption.name, corruption.strength
         if number is None or flag not in values:
@@ -176,7 +174,7 @@ def _require_together(values: Mapping[str, float], space: ActionSpace) -> None:
 
 
 def _told(action: NDArray[np.float32], space: ActionSpace) -> dict[str, float]:
-    """Physical values by name of one action (A,), not rounded: a flag that is half on is 0.5."""
+    """Return physical values by name of one action (A,), not rounded: a flag that is half on is 0.5."""
     decoded = {name: value[0] for name, value in space.decode(action[None]).items()}
     return {
         name: float(action[space.names.index(name)] if isinstance(value, np.bool_) else value)
@@ -185,9 +183,9 @@ def _told(action: NDArray[np.float32], space: ActionSpace) -> dict[str, float]:
 
 
 def warn_outside(rows: NDArray[np.float32], actions: ActionsConfig, space: ActionSpace) -> None:
-    """UserError for numbers of `rows` (n, A) that are not finite; one warning for components that training never had.
+    """Raise UserError for `rows` (n, A) that are not finite; warn once of components outside training's range.
 
-    Such a prediction extrapolates: nothing was learned of it.
+    Such a prediction extrapolates.
     """
     names = space.names
     if not np.isfinite(rows).all():
@@ -207,7 +205,7 @@ def warn_outside(rows: NDArray[np.float32], actions: ActionsConfig, space: Actio
             said.append(f"{name} {value:.4g}, which never varied")
         else:
             said.append(f"{name} {value:.4g}, not in {_span(name, ends)}")
-    warn(f"action outside of what training drew, the prediction extrapolates: {'; '.join(said)}")
+    warn(f"action outside of training's range, so the prediction extrapolates: {'; '.join(said)}")
 
 
 def _span(name: str, ends: list[dict[str, float]]) -> str:
@@ -218,7 +216,7 @@ def _span(name: str, ends: list[dict[str, float]]) -> str:
 
 
 def warn(message: str) -> None:
-    """Warn at the line outside of this package that asked."""
+    """Warn at the caller's line, outside of this package."""
     level, frame = 1, inspect.currentframe()
     while frame is not None and frame.f_globals.get("__name__", "").startswith(("iwm_fast.", "torch.")):
         level, frame = level + 1, frame.f_back

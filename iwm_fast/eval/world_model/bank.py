@@ -20,8 +20,8 @@ __all__ = ["Bank", "jittered_views", "make_bank"]
 class Bank:
     """The jitters (count,) of one image and the actions (count, A) that lead to them from its clean view.
 
-    ``pictures``: uint8 (count, S, S, 3), the targets themselves where they are no jitters of the image. ``source``:
-    uint8 (S, S, 3), what the encoder sees where that is not the image.
+    ``pictures``: uint8 (count, S, S, 3), the targets themselves if they are not jitters of the image. ``source``: uint8
+    (S, S, 3), the encoder's input if it is not the image.
     """
 
     jitter: Jitter
@@ -30,16 +30,16 @@ class Bank:
     source: Tensor | None = None
 
     def targets(self, image: Tensor) -> Tensor:
-        """The bank's views of ``image`` (S, S, 3) uint8, on its device: (count, S, S, 3) uint8."""
+        """Return the bank's views of ``image`` (S, S, 3) uint8, on its device: (count, S, S, 3) uint8."""
         return jittered_views(image, self.jitter) if self.pictures is None else self.pictures.to(image.device)
 
 
 def make_bank(
     actions: ActionsConfig, space: ActionSpace, sample: int, count: int, *, seed: int = 0, vary: str | None = None
 ) -> Bank:
-    """The bank of image number ``sample``: a function of (seed, sample) alone, with the strengths of the configuration.
+    """Return the bank of image number ``sample``: a function of (seed, sample) alone, with the configured strengths.
 
-    ``vary`` names the one component that is left to vary; the others are then neutral. ValueError for another name.
+    ``vary`` names the only component that varies; the others are then neutral. Raise ValueError for another name.
     """
     jitter = draw_bank(actions, seed, sample, count)
     neutral = Jitter.neutral(count)
@@ -51,10 +51,10 @@ def make_bank(
 
 
 def jittered_views(image: Tensor, jitter: Jitter) -> Tensor:
-    """The image (S, S, 3) uint8 under each jitter: (count, S, S, 3) uint8, on the image's device.
+    """Return the image (S, S, 3) uint8 under each jitter: (count, S, S, 3) uint8, on the image's device.
 
-    The same affine map of colour as DALI's ``color_twist``, rounded and clipped once. Written as three products and
-    not as a matrix product, which a GPU may do in TF32: ten bits of mantissa are not enough for 256 levels.
+    The affine colour map of DALI's ``color_twist``, rounded and clipped once. Written as three multiplications, not as
+    a matmul, which a GPU may run in TF32: ten bits of mantissa are not enough for 256 levels.
     """
     matrix = torch.from_numpy(np.asarray(colour_matrix(jitter), dtype=np.float32)).to(image.device)  # (count, 3, 4)
     level = image.float()[None, :, :, :, None]  # (1, S, S, in, 1)

@@ -1,9 +1,9 @@
-"""Banks of one component of the action alone: what of the world does a model know?
+"""Banks of one action component alone: which parts of the world does a model know?
 
-brightness, contrast, saturation, hue: the bank varies that one and leaves the others neutral. grayscale, blur,
-solarize: they are done to the source, which is destroyed so and told of; the bank is the jittered views of the clean
-image. flip, rotation, crop (the geometric group): a bank of their distinct values, two, four and as many crops as asked
-for, each with its own chance. Views that are no jitter are rendered by the graph that renders those of training.
+brightness, contrast, saturation, hue: the bank varies this one and leaves the others neutral. grayscale, blur,
+solarize: they corrupt the source, and the action encodes them; the bank is the jittered views of the clean image. flip,
+rotation, crop (the geometric group): a bank of their distinct values: two, four, and the requested number of crops,
+each with its own chance. Views that are not jitters are rendered by training's own graph.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ GEOMETRIC = ("flip", "rotation", "crop")
 
 
 def components(actions: ActionsConfig) -> list[str]:
-    """Those that the configuration trains with: a component that a model has never been told of is not asked for."""
+    """Return those that the configuration trains with: a model knows no others."""
     names = varying(actions)
-    if names:  # the bank of a destroyed source is of jitters
+    if names:  # a corrupted source is ranked in a bank of jitters
         names += [corruption.name for corruption in corruptions_drawn(actions)]
     if actions.geometric:
         names += [name for name in ("flip", "rotation") if getattr(actions, f"{name}_probability") > 0]
@@ -50,10 +50,10 @@ def component_bank(
     seed: int = 0,
     vary: str | None = None,
 ) -> Bank:
-    """The bank of ``image`` (S, S, 3) uint8, number ``sample``: all of the jitter, or what ``vary`` names alone.
+    """Return the bank of ``image`` (S, S, 3) uint8, number ``sample``: all of the jitter, or what ``vary`` names alone.
 
-    ``count``: items, but for flip (2) and rotation (4). ValueError for an unknown name, or one of the geometric group
-    that the actions leave out.
+    ``count``: items, except for flip (2) and rotation (4). Raise ValueError for an unknown name, or one of the
+    geometric group that the actions leave out.
     """
     if vary is None or vary in JITTER:
         return make_bank(actions, space, sample, count, seed=seed, vary=vary)
@@ -69,11 +69,11 @@ def component_bank(
 def _destroyed(
     actions: ActionsConfig, space: ActionSpace, image: Tensor, sample: int, count: int, seed: int, what: Corruption
 ) -> Bank:
-    """The jittered bank, asked for from a source that has lost its colour, its detail, or the order of its levels."""
+    """Return the jittered bank with a source that has lost its colour, its detail, or the order of its levels."""
     bank = make_bank(actions, space, sample, count, seed=seed)
     side = image.shape[0]
     drawn = draw_views(actions, seed, np.zeros(1, np.int64), np.array([sample]), np.array([[side, side]]))
-    # Drawn as in training, but always applied: the midpoint where this sample's own draw is that nothing is done.
+    # Sampled as in training, but always applied: the midpoint if this sample's own value is "none".
     own = getattr(drawn, what.column)[0]
     value = own if what.done(own) else sum(strength_range(actions, what)) / 2
     rows = np.zeros(count, np.int64)
@@ -85,10 +85,10 @@ def _destroyed(
 def _moved(
     actions: ActionsConfig, space: ActionSpace, image: Tensor, sample: int, count: int, seed: int, what: str
 ) -> Bank:
-    """The image mirrored, turned, or in part, and the actions that lead there from all of it."""
+    """Return the image mirrored, turned, or cropped, and the actions that lead there from the whole."""
     side = image.shape[0]
     if what == "rotation":
-        # Only sources are turned: seen from a target turned by k, the image is a source turned by -k.
+        # Only sources are turned: relative to a target turned by k, the image is a source turned by -k.
         views = clean_views(side, 4)
         turned = dataclasses.replace(views.source_geometry, rotation=-np.arange(4) % 4)
         told = dataclasses.replace(views, source_geometry=turned, shared_geometry=False)
@@ -105,14 +105,14 @@ def _moved(
 
 
 def _crops(actions: ActionsConfig, side: int, sample: int, count: int, seed: int) -> np.ndarray:
-    """Distinct boxes of a view of ``side`` pixels, drawn as training draws them: int64 (count, 4)."""
+    """Return distinct boxes of a view of ``side`` pixels, sampled as in training: int64 (count, 4)."""
     size = np.full((4 * count, 2), side)
-    # Epochs number the draws of this sample. Small views have few boxes, so more are drawn than wanted.
+    # Epochs number this sample's crops. Small views have few boxes, so more are sampled than needed.
     drawn = draw_views(actions, seed, np.arange(4 * count), np.full(4 * count, sample), size).target_geometry.crop
     distinct = drawn[np.sort(np.unique(drawn, axis=0, return_index=True)[1])]
     if len(distinct) < count:
         raise UserError(
-            f"actions: views of {side} pixels have {len(distinct)} distinct crops in {4 * count} draws, and the bank "
-            f"{count} places; lower eval.bank"
+            f"actions: views of {side} pixels have {len(distinct)} distinct crops in {4 * count} samples, and the bank "
+            f"needs {count}; lower eval.bank"
         )
     return distinct[:count]

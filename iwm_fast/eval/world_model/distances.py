@@ -1,4 +1,4 @@
-"""Distances between representations, computed so that near ones keep their digits."""
+"""Distances between representations, computed so that small ones stay accurate."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from torch.nn import functional as F
 __all__ = ["DISTANCES", "TIE", "between", "euclidean", "points", "ties", "unit_means"]
 
 DISTANCES = ("l2", "cosine")
-# Of the target's norm. fp32 networks repeat themselves to about 1e-7 of it when an image moves within a batch;
-# distances nearer than this are the same distance, or a collapsed model would be ranked by its rounding.
+# Relative to the target's norm. fp32 networks repeat themselves to about 1e-7 of it when an image moves within a batch;
+# distances closer than this are equal, or a collapsed model would be ranked by rounding.
 TIE = 2.0**-20
 
-_SLICE = 2**14  # numbers of each row multiplied at once in float64
+_SLICE = 2**14  # elements of each row multiplied at once in float64
 
 
 def euclidean(a: Tensor, b: Tensor) -> Tensor:
-    """Distances (Q, N) float64 between rows of a (Q, K) and b (N, K).
+    """Return distances (Q, N) float64 between rows of a (Q, K) and b (N, K).
 
-    ‖a‖² + ‖b‖² − 2ab loses all digits of a near pair in fp32 (and TF32 more); in float64, a slice of K at a time, the
-    product takes a few per cent of the time that the networks take.
+    ‖a‖² + ‖b‖² − 2ab loses all digits of a near pair in fp32 (and more in TF32). In float64, a slice of K at a time,
+    the matmul takes a few per cent of the networks' time.
     """
     squared = torch.zeros(len(a), len(b), dtype=torch.float64, device=a.device)
     for a_part, b_part in zip(a.split(_SLICE, dim=1), b.split(_SLICE, dim=1), strict=True):
@@ -31,21 +31,21 @@ def euclidean(a: Tensor, b: Tensor) -> Tensor:
 
 
 def unit_means(tokens: Tensor) -> Tensor:
-    """Unit vectors (B, D) float64 of the mean tokens; their Euclidean distance orders as the cosine distance does."""
+    """Return unit vectors (B, D) float64 of the mean tokens; their Euclidean distance orders as the cosine does."""
     return F.normalize(tokens.double().mean(dim=1), dim=1)
 
 
 def points(tokens: Tensor) -> dict[str, Tensor]:
-    """Of tokens (B, L, D) what each of DISTANCES is measured between: all of them (B, L · D), and their unit means."""
+    """Return, for tokens (B, L, D), the points of each of DISTANCES: all tokens (B, L · D), and their unit means."""
     return {"l2": tokens.flatten(1), "cosine": unit_means(tokens)}
 
 
 def between(answers: dict[str, Tensor], bank: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Distances (Q, N) float64 of each kind between `points` of answers and of a bank."""
+    """Return distances (Q, N) float64 of each kind between `points` of predictions and of a bank."""
     return {name: euclidean(answers[name], bank[name]) for name in DISTANCES}
 
 
 def ties(bank: dict[str, Tensor]) -> dict[str, float]:
-    """The difference of each kind up to which two items of the bank are equally near."""
+    """Return the difference of each kind up to which two items of the bank are equally near."""
     norm = float(bank["l2"].double().square().sum(dim=1).mean().sqrt())
     return {"l2": TIE * norm, "cosine": TIE}

@@ -1,4 +1,4 @@
-"""Pictures of the world model at work: what it was asked for, and what it takes for the answer, in order."""
+"""Examples of the world model at work: the correct view, and the views that it ranks first."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["RankedExample", "RankedView", "first_ranked", "ranked_examples"]
 
 @dataclass(frozen=True)
 class RankedView:
-    """A view of the bank, uint8 (S, S, 3), its place in a ranking (1 is nearest), and whether it was asked for."""
+    """A view of the bank, uint8 (S, S, 3), its rank (1 is nearest), and whether it is the correct one."""
 
     image: np.ndarray
     place: int
@@ -31,7 +31,7 @@ class RankedView:
 
 @dataclass(frozen=True)
 class RankedExample:
-    """One image, one action of its bank, and the views that stand first for the model and for two controls."""
+    """One image, one action of its bank, and the views ranked first by the model and by two controls."""
 
     source: np.ndarray  # uint8 (S, S, 3), clean
     target: np.ndarray  # uint8 (S, S, 3), the source under the action
@@ -46,7 +46,7 @@ class RankedExample:
 
 
 def first_ranked(distances: np.ndarray, views: np.ndarray, true: int, count: int) -> tuple[RankedView, ...]:
-    """The ``count`` nearest of the views (N, S, S, 3), by their distances (N,); ``true`` is what was asked for."""
+    """Return the ``count`` nearest of the views (N, S, S, 3), by their distances (N,); ``true`` is the correct one."""
     order = np.argsort(distances, kind="stable")[:count]
     return tuple(RankedView(views[item], place, bool(item == true)) for place, item in enumerate(order, start=1))
 
@@ -62,15 +62,15 @@ def ranked_examples(
     seed: int = 0,
     chunk: int = 64,
 ) -> list[RankedExample]:
-    """An example for each clean image (n, S, S, 3) uint8: its bank's first action is asked for, so none is chosen.
+    """Return an example for each clean image (n, S, S, 3) uint8, always with its bank's first action.
 
-    ``shown``: views kept of the model's ranking; of each control's, half as many. Distance: L2 over all tokens. The
-    banks are those of ``mean_reciprocal_rank`` with the same seed. None where the configuration has no jitter.
+    ``shown``: views of the model's ranking; half as many of each control's. Distance: L2 over all tokens. Banks are
+    those of ``mean_reciprocal_rank`` with the same seed. Return None if the configuration has no jitter.
     """
     if not varying(config.actions):
         return []
     examples = []
-    queries = np.arange(2, dtype=np.int64)  # the second gives the shuffled action
+    queries = np.arange(2, dtype=np.int64)  # the second is the shuffled action
     with evaluating(model):
         for i, image in enumerate(images):
             drawn = make_bank(config.actions, space, i, bank, seed=seed)

@@ -1,4 +1,4 @@
-"""The pictures of triplets as evaluation reads them: whole, at the model's size, each once."""
+"""The frames of triplets as evaluation reads them: whole, at the model's size, each once."""
 
 from __future__ import annotations
 
@@ -22,19 +22,18 @@ __all__ = ["FrameReader", "find_triplets", "open_triplets"]
 
 
 def open_triplets(root: str | Path, config: Config) -> Triplets:
-    """The triplets to test on, of the manifest that `find_triplets` finds.
+    """Return the test triplets of the manifest that `find_triplets` finds.
 
-    UserError where there is none, or its actions are not those that the run was trained on.
+    Raise UserError if there is none, or if its actions are not the run's.
     """
     return read_triplets(find_triplets(root)[0], config.actions.external)
 
 
 def find_triplets(root: str | Path) -> tuple[Path, list[str]]:
-    """(the manifest to test on, the manifests beside it that are not used).
+    """Return (the test manifest, the manifests beside it that are not used).
 
-    The manifest itself, or that of the folder, or of its folder test/ (else val/, see `data.split_layout`), which comes
-    first.
-    UserError where there is none, or two folders are equally good.
+    ``root`` is the manifest, or a folder with one, or a folder whose test/ (else val/, see `data.split_layout`) has
+    one; test/ comes first. Raise UserError if there is none, or two are equally good.
     """
     below: dict[str, list[Path]] = {"test": [], "val": []}
     for name in top_level(root)[0]:
@@ -45,18 +44,18 @@ def find_triplets(root: str | Path) -> tuple[Path, list[str]]:
     order = [*below["test"], *below["val"], *([own] if own is not None else [])]
     if not order:
         raise UserError(
-            f"{printable(str(root))}: the run was trained on triplets, and this is no manifest of them: give a .jsonl "
+            f"{printable(str(root))}: this is no manifest of triplets, which the run was trained on: give a .jsonl "
             "or .parquet file, or a folder that holds manifest.jsonl, manifest.parquet, or test/ (or val/) with one"
         )
     first = below["test"] or below["val"]
     if len(first) > 1:
         names = " and ".join(printable(str(manifest.parent)) for manifest in first[:2])
-        raise UserError(f"{names} both hold triplets to test on; give one of them")
+        raise UserError(f"{names} both hold test triplets; give one of them")
     return order[0], [str(manifest) for manifest in order[1:]]
 
 
 class FrameReader:
-    """Pictures of triplets by their place in `frames`; those that cannot be decoded are in ``bad`` with the reason."""
+    """Reads frames by index into `frames`; those that cannot be decoded are in ``bad`` with the reason."""
 
     def __init__(self, triplets: Triplets, config: Config) -> None:
         self.triplets = triplets
@@ -65,11 +64,11 @@ class FrameReader:
 
     @property
     def bad(self) -> dict[str, str]:
-        """Why, by file."""
+        """Reasons by file."""
         return self.left_out.reasons
 
     def read(self, frames: NDArray[np.int64]) -> tuple[Tensor, NDArray[np.bool_]]:
-        """uint8 (n, S, S, 3) on the CPU, and whether each was decoded, bool (n,); the others are black."""
+        """Return uint8 (n, S, S, 3) on the CPU, and whether each was decoded, bool (n,); the others are black."""
         needed, place = np.unique(frames, return_inverse=True)
         files = self.triplets.frames.take(needed)
         pictures = torch.zeros(len(needed), self._size, self._size, 3, dtype=torch.uint8)

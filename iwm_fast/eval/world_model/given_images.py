@@ -1,7 +1,7 @@
-"""What a caller of `iwm_fast.load` gives as images, as uint8 pictures of the model's size; each mistake in one line.
+"""Convert the images given to `iwm_fast.load` to uint8 pictures of the model's size; each mistake is one line.
 
-Files, and pictures of Pillow's of another size, are shown as evaluation shows files: upright, the centred largest
-square, resized. Arrays and tensors are taken as they are: uint8, channels last, of the model's size.
+Files, and Pillow images of another size, are converted as in evaluation: upright, the centred largest square, resized.
+Arrays and tensors are used unchanged: uint8, channels last, of the model's size.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _WANTED = "a path, a PIL image, a uint8 array or tensor ({size}, {size}, 3), a b
 
 
 def as_pictures(images: Images, size: int) -> Tensor:
-    """uint8 (B, size, size, 3), B at least 1, of whatever was given. UserError where it is none of `Images`."""
+    """Return uint8 (B, size, size, 3), B at least 1. Raise UserError for anything that is not `Images`."""
     if isinstance(images, ImageSet):
         return _some(read_files(images, size))
     items = _items(images, "images")
@@ -53,7 +53,7 @@ def as_pictures(images: Images, size: int) -> Tensor:
 
 
 def read_files(files: ImageSet | Sequence[str | os.PathLike[str]], size: int) -> Tensor:
-    """Image files as evaluation reads them, uint8 (n, size, size, 3). UserError naming the first that is no image."""
+    """Read image files as evaluation does, uint8 (n, size, size, 3). UserError names the first that is no image."""
     images = files if isinstance(files, ImageSet) else _image_set(files)
     parts = []
     for clean in load_clean(images, size) if len(images) else ():
@@ -65,11 +65,11 @@ def read_files(files: ImageSet | Sequence[str | os.PathLike[str]], size: int) ->
 
 
 def _image_set(files: Sequence[str | os.PathLike[str]]) -> ImageSet:
-    """Files of any folder, as the source that they would be if the whole disk were one folder of images."""
+    """Return files of any folder as a source, as if the whole disk were one folder of images."""
     names = []
     for number, file in enumerate(files):
         if not isinstance(file, str | os.PathLike):
-            raise UserError(f"files[{number}] is {_kind(file)}: give paths of image files")
+            raise UserError(f"files[{number}] is {_kind(file)}; give paths of image files")
         if is_address(os.fspath(file)):
             raise UserError(f"{file}: in an object store; give iwm_fast.data.image_list.list_images of its folder")
         path = Path(file)
@@ -78,24 +78,24 @@ def _image_set(files: Sequence[str | os.PathLike[str]]) -> ImageSet:
                 f"{path}: a folder; name its image files, or give iwm_fast.data.image_list.list_images of it"
             )
         if not path.exists():
-            raise UserError(f"{path}: no such file")
+            raise UserError(f"{path}: no such file; check the path")
         names.append(str(path.absolute())[1:])
     return ImageSet(FolderSource(LocalStorage(Path("/")), names))
 
 
 def _items(images: Any, where: str) -> list[tuple[str, Any]]:
-    """(what to call it in an error, item) of each item of arbitrarily nested lists."""
+    """Return (its name in errors, item) for each item of arbitrarily nested lists."""
     if isinstance(images, np.ndarray) and images.dtype.kind == "U":
         images = images.tolist()
     if isinstance(images, list | tuple):
         if not images:
-            raise UserError(f"{where}: there is none")
+            raise UserError(f"{where}: empty; give at least one image")
         return [found for place, item in enumerate(images) for found in _items(item, f"{where}[{place}]")]
     return [(where, images)]
 
 
 def _of_pillow(picture: Image.Image, size: int, where: str) -> Tensor:
-    """uint8 (1, size, size, 3): as it is where it has the model's size, else as a file of it would be read."""
+    """Return uint8 (1, size, size, 3): unchanged if it has the model's size, else as a file of it would be read."""
     try:
         levels = upright_rgb(picture)
     except PILLOW_ERRORS as error:
@@ -109,7 +109,7 @@ def _of_pillow(picture: Image.Image, size: int, where: str) -> Tensor:
 
 
 def _of_array(given: Any, size: int, where: str) -> Tensor:
-    """uint8 (b, size, size, 3) of an array or a tensor that is that already, or one picture of it."""
+    """Return uint8 (b, size, size, 3) of an array or tensor that is that already, or one picture of it."""
     if not isinstance(given, np.ndarray | Tensor):
         raise UserError(f"{where}: found {_kind(given)}; give {_WANTED.format(size=size)}")
     shape, dtype = tuple(given.shape), str(given.dtype).removeprefix("torch.")
@@ -135,7 +135,7 @@ def _what_to_do(given: np.ndarray | Tensor, dtype: str, shape: tuple[int, ...], 
 
 
 def _to_uint8(given: np.ndarray | Tensor, dtype: str) -> str:
-    """How the levels 0 to 255 are made of other numbers, by their range."""
+    """Say how to convert other values to levels 0 to 255, by their range."""
     if ("float" not in dtype and "int" not in dtype) or not np.prod(tuple(given.shape)):
         return "give levels 0 to 255 as uint8"
     low, high = float(given.min()), float(given.max())
@@ -150,7 +150,7 @@ def _to_uint8(given: np.ndarray | Tensor, dtype: str) -> str:
 
 def _some(pictures: Tensor) -> Tensor:
     if not len(pictures):
-        raise UserError("images: there is none")
+        raise UserError("images: empty; give at least one")
     return pictures
 
 

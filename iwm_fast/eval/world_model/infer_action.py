@@ -1,9 +1,9 @@
-"""From two representations to the action between them: a search through the predictor.
+"""Infer the action between two representations, by a search through the predictor.
 
-Legend: A components of an action, d of them searched, K starts refined at once, R numbers of a flattened answer.
-The box of allowed actions is covered by a Sobol sequence; the nearest answers are refined by damped Gauss-Newton steps
-(Levenberg 1944, Marquardt 1963) with differences of answers for derivatives: d is small, so a step costs 2d + 1
-answers a start, whatever the network, and where an action explains the target exactly it converges to that action.
+Legend: A components of an action, d of them searched, K starts refined at once, R elements of a flattened prediction.
+A Sobol sequence covers the box of allowed actions. The nearest predictions are refined by damped Gauss-Newton steps
+(Levenberg 1944, Marquardt 1963) with finite differences: d is small, so a step takes 2d + 1 predictions per start for
+any network, and if an action explains the target exactly, the search converges to it.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ __all__ = ["Answer", "Bounds", "Found", "jitter_bounds", "search_action"]
 Answer = Callable[[Tensor], Tensor]  # actions (n, A) float32 -> answers (n, ...) of the predictor
 Bounds = tuple[NDArray[np.float32], NDArray[np.float32]]  # lowest and highest action (A,)
 
-# Of a component's width. Central differences err by its square, 1e-4, and fp32's rounding of answers by 1e-7 over it;
-# both only slow the last steps, because a step is accepted by the distance that it reaches.
+# Share of a component's width. Central differences err by its square, 1e-4, and fp32's rounding of predictions by 1e-7
+# over it; both only slow the last steps, because a step is accepted by the distance that it reaches.
 _REACH = 1e-2
-_STILL = 1e-6  # of a component's width: steps shorter than this end the search
+_STILL = 1e-6  # share of a component's width: shorter steps end the search
 
 
 @dataclass(frozen=True)
 class Found:
-    """The action (A,) float32 whose answer is nearest, and the L2 distance over all numbers of the answer."""
+    """The action (A,) float32 with the nearest prediction, and the L2 distance over all its elements."""
 
     action: NDArray[np.float32]
     distance: float
 
 
 def jitter_bounds(actions: ActionsConfig, space: ActionSpace) -> Bounds:
-    """The box of actions between any two views that the configuration's jitter can draw; all else neutral.
+    """Return the box of actions between any two views that the configured jitter can sample; all else neutral.
 
     Differences reach twice as far as one view's own strength, absolute values as far.
     """
@@ -58,12 +58,12 @@ def jitter_bounds(actions: ActionsConfig, space: ActionSpace) -> Bounds:
 
 
 def _extreme(actions: ActionsConfig, end: int) -> Jitter:
-    """The weakest (end 0) or strongest (1) jitter of all components at once."""
+    """Return the weakest (end 0) or strongest (1) jitter of all components at once."""
     values = {}
     for name in JITTER:
         value = jitter_range(actions, name)[end]
         if component(name).unit == "degrees":
-            # Just under a quarter turn each way: a difference of half a turn or more would come out wrapped.
+            # Just under a quarter turn each way: a difference of half a turn or more would wrap.
             value = max(-89.9, min(89.9, value))
         values[name] = np.array([value], np.float32)
     return Jitter(**values)
@@ -72,10 +72,10 @@ def _extreme(actions: ActionsConfig, end: int) -> Jitter:
 def search_action(
     answer: Answer, target: Tensor, bounds: Bounds, *, candidates: int = 256, starts: int = 4, steps: int = 20
 ) -> Found:
-    """The action within ``bounds`` whose answer is nearest to ``target`` (...), by L2; the neutral one takes part.
+    """Return the action within ``bounds`` whose prediction is nearest to ``target`` (...), by L2; neutral included.
 
-    ``answer`` divides long batches by itself. Components whose bounds are equal keep that value. The same arguments
-    give the same action. ValueError where a lower bound is above its upper one.
+    ``answer`` splits long batches itself. Components with equal bounds keep that value. The search is deterministic.
+    Raise ValueError if a lower bound is above its upper one.
     """
     low, high = (torch.from_numpy(np.asarray(end, np.float32)).to(target.device) for end in bounds)
     if bool((low > high).any()):
@@ -92,7 +92,7 @@ def search_action(
 
 
 def _cover(low: Tensor, high: Tensor, searched: Tensor, count: int) -> Tensor:
-    """Actions (count + 1, A): the neutral one as far as the bounds allow it, then a Sobol sequence over the box."""
+    """Return actions (count + 1, A): the neutral one clipped to the bounds, then a Sobol sequence over the box."""
     actions = torch.zeros_like(low).clamp(low, high).repeat(count + 1, 1)
     if len(searched):
         drawn = torch.quasirandom.SobolEngine(len(searched), scramble=True, seed=0).draw(count).to(low)
@@ -103,7 +103,7 @@ def _cover(low: Tensor, high: Tensor, searched: Tensor, count: int) -> Tensor:
 def _refine(
     answer: Answer, target: Tensor, start: Tensor, bounds: tuple[Tensor, Tensor], searched: Tensor, steps: int
 ) -> tuple[Tensor, Tensor]:
-    """Damped Gauss-Newton from each of ``start`` (K, A): the actions reached and their distances (K,) float64."""
+    """Run damped Gauss-Newton from each of ``start`` (K, A); return the actions and their distances (K,) float64."""
     low, high = bounds
     width = (high - low)[searched].double()
     wanted = target.flatten().double()
@@ -117,7 +117,7 @@ def _refine(
         slope = _slope(residual, place, bounds, searched) * width[None, :, None]  # (K, d, R), a unit is a whole width
         curvature = slope @ slope.transpose(1, 2)  # (K, d, d)
         scale = torch.diag_embed(curvature.diagonal(dim1=1, dim2=2))
-        # The floor keeps the system solvable where a component moves nothing.
+        # A floor keeps the system solvable if a component changes nothing.
         floor = (1e-12 * curvature.abs().amax(dim=(1, 2), keepdim=True) + 1e-30) * torch.eye(len(width)).to(curvature)
         move = -torch.linalg.solve(curvature + damping * scale + floor, (slope @ rest[:, :, None]))[:, :, 0]
         trial = place.clone()
@@ -137,7 +137,7 @@ def _refine(
 def _slope(
     residual: Callable[[Tensor], Tensor], place: Tensor, bounds: tuple[Tensor, Tensor], searched: Tensor
 ) -> Tensor:
-    """Derivatives (K, d, R) float64 of the answers, by differences that stay within the bounds."""
+    """Return derivatives (K, d, R) float64 of the predictions, by differences within the bounds."""
     low, high = bounds
     count, components = len(place), len(searched)
     reach = torch.zeros(components, len(low)).to(place)

@@ -1,16 +1,17 @@
-"""Mean reciprocal rank: does the predictor, told an action, find the view that the action leads to among its like?
+"""Mean reciprocal rank: conditioned on an action, does the predictor find the view that the action leads to?
 
-For an image the clean view is encoded without a mask; the bank is the target representation of many jitters of that
-view. For each queried action the predictor answers for all patches, and the bank is ranked by distance to the answer.
-A rank is 1 plus the number of nearer items plus half the number of others equally near, so a collapsed model scores
-1 / 128.5 on a bank of 256, an oracle 1, and a random ranking H_256 / 256 = 0.0239.
+An image's clean view is encoded without a mask; the bank is the target representations of many jitters of that view.
+For each queried action the predictor predicts all patches, and the bank is ranked by distance to the prediction. A rank
+is 1 plus the number of nearer items plus half the number of others equally near. So a collapsed model scores 1 / 128.5
+on a bank of 256, an oracle 1, and a random ranking H_256 / 256 = 0.0239.
 
-Controls are ranked in the same pass. ``shuffled`` asks for the next query's action and looks for its own view.
-``neutral`` asks for no change, ``bypass`` takes the source's representation for the answer: one ranking serves all
-queries of an image, so with every action of the bank queried both are at chance exactly, unless there are ties.
-``untrained_target`` ranks the answers among what the target encoder gave before training: they fit the encoder that
-they were trained for and no other.
-Source of the measure: arXiv:2403.00504, section 3; of its bank, distances and controls: ours (docs/concepts.md).
+Controls are ranked at the same time. ``shuffled`` is conditioned on the next query's action and ranks its own view.
+``neutral`` is conditioned on no change; ``bypass`` uses the source's representation as the prediction. One ranking
+serves all queries of an image for both, so with every action of the bank queried both are at chance exactly, unless
+there are ties. ``untrained_target`` ranks the predictions among the initial target encoder's representations:
+predictions fit only the encoder that they were trained for.
+
+Source of the metric: arXiv:2403.00504, section 3; bank, distances and controls are ours (docs/concepts.md).
 """
 
 from __future__ import annotations
@@ -50,15 +51,15 @@ __all__ = [
 ]
 
 CONTROLS = ("shuffled", "neutral", "bypass")
-# Of a bank of one component, all that is kept beside its mrr.
+# Of a bank of one component, what is reported beside its mrr.
 _PART = ("mrr", "mrr_interval", "h1", "h5", "mrr_chance", "mrr_shuffled", "mrr_neutral", "mrr_bank", "mrr_queries")
 
 
 @dataclass(frozen=True)
 class Distances:
-    """Of one image: from each answer (rows) to each item of the bank (columns), float64 on the CPU."""
+    """Distances of one image: from each prediction (row) to each item of the bank (column), float64 on the CPU."""
 
-    queries: np.ndarray  # (Q,) int64, items of the bank whose actions were asked for
+    queries: np.ndarray  # (Q,) int64, items of the bank whose actions are queried
     answers: dict[str, np.ndarray]  # distance -> (Q, bank)
     neutral: dict[str, np.ndarray]  # distance -> (bank,)
     bypass: dict[str, np.ndarray]  # distance -> (bank,)
@@ -66,7 +67,7 @@ class Distances:
     untrained: dict[str, np.ndarray] | None = None  # distance -> (Q, bank), targets of an untrained encoder
 
     def ranks(self, distance: str) -> dict[str, np.ndarray]:
-        """Rank (Q,) of each query's own view, for the model and for each control."""
+        """Return the rank (Q,) of each query's own view, for the model and for each control."""
         answers, tie = self.answers[distance], self.ties[distance]
         same = {name: np.broadcast_to(getattr(self, name)[distance], answers.shape) for name in ("neutral", "bypass")}
         rows = {"model": answers, "shuffled": np.roll(answers, -1, axis=0), **same}
@@ -83,11 +84,11 @@ class MrrResult:
     bank: int
 
     def mrr(self, what: str = "model", distance: str = "l2") -> float:
-        """Mean of 1 / rank over queries and images."""
+        """Return the mean of 1 / rank over queries and images."""
         return float((1 / self.ranks[distance][what]).mean())
 
     def summary(self) -> dict[str, Any]:
-        """Names and values for a table or JSON: mrr, h1, h5 with controls and chance; cosine ones end in _cosine."""
+        """Return names and values for a table or JSON: mrr, h1, h5 with controls and chance, also as _cosine."""
         images, queries = self.ranks["l2"]["model"].shape
         out: dict[str, Any] = {
             "mrr_chance": chance_mrr(self.bank),
@@ -109,9 +110,10 @@ class MrrResult:
 
 
 def mean_ranks(distances: np.ndarray, truth: np.ndarray, tie: float) -> np.ndarray:
-    """Rank (Q,) of column truth[q] in row q of ``distances`` (Q, N), 1 is nearest; within ``tie`` the mean is shared.
+    """Return the rank (Q,) of column truth[q] in row q of ``distances`` (Q, N), 1 is nearest; ties within ``tie`` share
+    the mean rank.
 
-    A distance that is not a number is farther than all others, and equally so.
+    A NaN distance is farther than all others.
     """
     distances = np.nan_to_num(distances, nan=np.inf)
     own = np.take_along_axis(distances, truth[:, None], axis=1)  # (Q, 1)
@@ -122,13 +124,13 @@ def mean_ranks(distances: np.ndarray, truth: np.ndarray, tie: float) -> np.ndarr
 
 
 def answers_to(model: IWM, z: Tensor, actions: Tensor, chunk: int) -> Iterator[Tensor]:
-    """Predictions (b, L, D) float32 for each of ``actions`` (n, A), from one source (1, L, D)."""
+    """Yield predictions (b, L, D) float32 for each of ``actions`` (n, A), from one source (1, L, D)."""
     for rows in actions.split(chunk):
         yield model.predict(z.expand(len(rows), -1, -1), rows).float()
 
 
 def bank_points(model: IWM, views: Tensor, chunk: int) -> dict[str, Tensor]:
-    """The `points` of the targets of views (N, S, S, 3)."""
+    """Return the `points` of the targets of views (N, S, S, 3)."""
     return points(torch.cat([model.targets(part).float() for part in views.split(chunk)]))
 
 
@@ -142,9 +144,9 @@ def bank_distances(
     chunk: int = 64,
     untrained: IWM | None = None,
 ) -> Distances:
-    """Rank material of one clean image (S, S, 3) uint8 on the model's device. Call it within ``evaluating(model)``.
+    """Return the distances of one clean image (S, S, 3) uint8 on the model's device. Call within ``evaluating(model)``.
 
-    ``untrained``: also rank the answers among the targets of this model.
+    ``untrained``: also rank the predictions among this model's targets.
     """
     device = image.device
     views = bank.targets(image)
@@ -154,7 +156,7 @@ def bank_distances(
     z = model.encode(seen[None], "context")  # (1, L, D)
     asked = torch.from_numpy(bank.actions[queries]).to(device)
     asked = torch.cat([asked, torch.zeros_like(asked[:1])])  # the last row is neutral
-    # Normalised as the targets are, or its scale alone would set it apart.
+    # Normalised like the targets, or its scale alone would distinguish it.
     source = layer_norm_rows(z).float() if normalize else z.float()
     rows: dict[str, list[Tensor]] = {name: [] for name in DISTANCES}
     strange_rows: dict[str, list[Tensor]] = {name: [] for name in DISTANCES}
@@ -178,7 +180,7 @@ def bank_distances(
 
 
 def evaluate_mrr(subject: ImageSubject) -> dict[str, Any]:
-    """Names and values of images spread evenly over the test images; of each component alone too, where asked."""
+    """Return MRR over images spread evenly over the test images; also per component, if requested."""
     config, test = subject.config, subject.test
     wanted = subject.images if subject.images is not None else config.eval.mrr_images
     results: dict[str, Any] = {}
@@ -222,12 +224,11 @@ def mean_reciprocal_rank(
     untrained: IWM | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> MrrResult:
-    """Ranks over clean ``images`` (n, S, S, 3) uint8, each with its own bank, of ``bank`` distinct jitters.
+    """Return ranks over clean ``images`` (n, S, S, 3) uint8, each with its own bank, of ``bank`` distinct jitters.
 
-    ``queries``: actions asked for, spread evenly over the bank; default all. ``vary``: a bank of one component alone,
-    see `component_bank`. ``numbers``: which image each is, which draws its bank; default 0 to n - 1. ``untrained``: a
-    model for the control untrained_target. ``progress`` is called with (images done, images). The model is left as it
-    was.
+    ``queries``: queried actions, spread evenly over the bank; default all. ``vary``: a bank of one component alone, see
+    `component_bank`. ``numbers``: each image's number, which seeds its bank; default 0 to n - 1. ``untrained``: a model
+    for the control untrained_target. ``progress`` is called with (images done, images). The model's mode is unchanged.
     """
     if not len(images):
         raise ValueError("images is empty; at least one is needed")
@@ -239,7 +240,9 @@ def mean_reciprocal_rank(
             size = len(drawn.actions)
             asked = evenly_spaced(size if queries is None else queries, size)
             if len(asked) < 2:
-                raise ValueError(f"queries is {queries} of a bank of {size}; two are needed to shuffle the actions")
+                raise ValueError(
+                    f"queries is {queries} of a bank of {size}; at least two are needed to shuffle actions"
+                )
             found = bank_distances(
                 model,
                 image.to(device_of(model)),

@@ -1,15 +1,15 @@
-"""MRR on triplets: does the predictor, told what the player did, find the next frame among other next frames?
+"""MRR on triplets: given the player's action, does the predictor find the next frame among other next frames?
 
-The bank holds `bank` next frames of the set, drawn from it in an order that is a function of the seed alone, no two
-with the same pixels. The queries are as many triplets, the first in that order that differ in source, action or next
-frame: the source is encoded without a mask, the predictor is told the action and answers for all patches, and the whole
-bank is ranked by distance to the answer. Ranks, ties and distances are those of `mrr`; chance is H_n / n. A set with
-fewer distinct next frames, or triplets, has a smaller bank, or fewer queries.
+The bank holds `bank` next frames of the set, in a random order that depends on the seed alone, no two with the same
+pixels. The queries are as many triplets, the first in that order that differ in source, action or next frame. The
+source is encoded without a mask, the predictor predicts all patches given the action, and the whole bank is ranked by
+distance to the prediction. Ranks, ties and distances are those of `mrr`; chance is H_n / n. A set with fewer distinct
+next frames, or triplets, has a smaller bank, or fewer queries.
 
-Controls keep source, bank and the frame that is looked for. ``shuffled`` tells the predictor the action of another
-query (a rotation of the drawn order; with few choices some are told their own all the same, which is counted).
-``neutral`` tells it the zero vector: no choice, or each component at its neutral value. ``bypass`` takes the source's
-representation for the answer: how far copying the last frame goes.
+Controls share source, bank and correct frame. ``shuffled`` is given the action of another query (a rotation of the
+random order; with few choices some get their own action, which is counted). ``neutral`` is given the zero vector: no
+choice, or each component at its neutral value. ``bypass`` uses the source's representation as the prediction, as if the
+last frame were copied.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ from iwm_fast.models.iwm import IWM
 __all__ = ["NextFrames", "draw_next_frames", "rank_next_frames", "summarise_next_frames"]
 
 PROTOCOL = (
-    "The bank holds {bank} distinct next frames drawn from the set. Of each of {queries} distinct triplets the source "
-    "frame is encoded, the predictor is told the action that was taken and answers for all patches, and the bank is "
-    "ranked by the distance of each frame's representation to that. Mean of 1 / rank of the true next frame; interval "
-    "by bootstrap over queries; chance is H_n / n. Distance: L2 over all tokens."
+    "The bank holds {bank} distinct next frames sampled from the set. For each of {queries} distinct triplets the "
+    "source frame is encoded, the predictor predicts all patches given the true action, and the bank is ranked by the "
+    "distance of each frame's representation to the prediction. Mean of 1 / rank of the true next frame; interval by "
+    "bootstrap over queries; chance is H_n / n. Distance: L2 over all tokens."
 )
 
 
 @dataclass(frozen=True)
 class NextFrames:
     """Q queries and a bank of N. rows: int64 (Q,), triplets; source: uint8 (Q, S, S, 3); actions: float32 (Q, A);
-    bank: uint8 (N, S, S, 3); truth: int64 (Q,), the place in the bank of each query's own next frame.
+    bank: uint8 (N, S, S, 3); truth: int64 (Q,), index in the bank of each query's next frame.
     """
 
     rows: NDArray[np.int64]
@@ -60,13 +60,13 @@ class NextFrames:
 
 
 def draw_next_frames(reader: FrameReader, bank: int, *, seed: int = 0) -> NextFrames:
-    """At most `bank` distinct next frames and as many distinct queries, in drawn order.
+    """Return at most `bank` distinct next frames and as many distinct queries, in random order.
 
-    UserError where the set has fewer than two of either that can be decoded.
+    Raise UserError if the set has fewer than two decodable ones of either.
     """
     triplets = reader.triplets
     order, vectors = permutation(seed, 0, len(triplets)), triplets.vectors()
-    places: dict[bytes, int] = {}  # of next frames in the bank, by their pixels
+    places: dict[bytes, int] = {}  # index in the bank by a frame's pixels
     asked: dict[tuple[bytes, bytes, int], int] = {}  # rows, by source, action and next frame
     sources: list[Tensor] = []
     targets: list[Tensor] = []
@@ -96,7 +96,7 @@ def draw_next_frames(reader: FrameReader, bank: int, *, seed: int = 0) -> NextFr
 
 
 def shuffled_actions(frames: NextFrames) -> Tensor:
-    """The action of the next query in the drawn order."""
+    """Return the action of the next query in the random order."""
     return torch.roll(frames.actions, -1, dims=0)
 
 
@@ -108,9 +108,9 @@ def rank_next_frames(
     chunk: int = 64,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[MrrResult, dict[str, NDArray[np.float64]]]:
-    """The ranks, (Q, 1) each, and the L2 distances (Q, N) by what was ranked, a row a query.
+    """Return the ranks, (Q, 1) each, and the L2 distances (Q, N) by what was ranked, one row per query.
 
-    normalize: the configuration's normalize_target. The model is left as it was.
+    normalize: the configuration's normalize_target. The model's mode is unchanged.
     """
     device = device_of(model)
     answers: dict[str, dict[str, list[np.ndarray]]] = {d: {w: [] for w in ("model", *CONTROLS)} for d in DISTANCES}
@@ -138,9 +138,9 @@ def rank_next_frames(
 
 
 def summarise_next_frames(frames: NextFrames, found: MrrResult) -> dict[str, Any]:
-    """Names and values as `MrrResult.summary` has them, with what being told the true action is worth.
+    """Return names and values like `MrrResult.summary`, with the gain from the true action.
 
-    mrr_gain: the mean over queries of 1 / rank told the true action, less 1 / rank told the shuffled one, with its
+    mrr_gain: the mean over queries of 1 / rank given the true action, minus 1 / rank given the shuffled one, with its
     interval. mrr_shuffled_same: the share of queries whose shuffled action is their own.
     """
     gain = (1 / found.ranks["l2"]["model"] - 1 / found.ranks["l2"]["shuffled"])[:, 0]

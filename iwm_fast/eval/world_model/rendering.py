@@ -1,4 +1,4 @@
-"""Views of clean images under any parameters, by the operators that make those of training."""
+"""Views of clean images under any parameters, rendered by training's operators."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from iwm_fast.environment import usable_cores
 __all__ = ["clean_views", "render"]
 
 _CHUNK = 128
-_THREADS = 8  # a graph lives for one call only, and starting threads costs too
+_THREADS = 8  # a graph lives for one call only, and starting threads takes time
 
 
 def clean_views(side: int, count: int) -> Views:
-    """``count`` views of a whole image of ``side`` × ``side`` pixels, nothing done to them."""
+    """Return ``count`` views of a whole image of ``side`` × ``side`` pixels, without any transformation."""
     whole = np.tile(np.array([0, 0, side, side]), (count, 1))
     return Views.neutral(np.full((count, 2), side), whole)
 
 
 def render(images: Tensor, views: Views) -> tuple[Tensor, Tensor]:
-    """Sources and targets, uint8 (n, S, S, 3) each, on the CPU: row i of ``views`` done to image i.
+    """Return sources and targets, uint8 (n, S, S, 3) each, on the CPU: row i of ``views`` applied to image i.
 
-    ``images``: uint8 (n, S, S, 3), or one image (1, S, S, 3) for all rows. ValueError for another count.
+    ``images``: uint8 (n, S, S, 3), or one image (1, S, S, 3) for all rows. Raise ValueError for another number.
     """
     if len(images) not in (1, len(views)):
         raise ValueError(f"images has {len(images)} rows; it must have 1 or {len(views)}, as views has")
@@ -47,7 +47,7 @@ def render(images: Tensor, views: Views) -> tuple[Tensor, Tensor]:
 
 
 def _encoded(image: Tensor) -> Encoded:
-    """As a PPM, which loses nothing."""
+    """Encode as a PPM, which is lossless."""
     pixels = image.cpu().numpy()
     height, width = pixels.shape[:2]
     data = b"P6\n%d %d\n255\n" % (width, height) + pixels.tobytes()

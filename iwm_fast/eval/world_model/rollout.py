@@ -1,10 +1,10 @@
-"""Roll-outs: predictions fed back through the predictor, and how far they are from the truth at each horizon.
+"""Roll-outs: predictions fed back through the predictor, and their error at each horizon.
 
-From a source frame the predictor is told the first action and answers for all patches; that answer, as it is, is its
-next source, with the next action, up to the horizon. The error at h is the mean square, over tokens and channels, of
-the prediction's difference to the target representation of the frame that came after h actions: the loss's own unit.
-Beside it: ``copy`` keeps the target representation of the first frame; ``shuffled`` is the model told another
-roll-out's actions. Nothing is trained for this: at h = 1 it is what training asked for, beyond it is not.
+From a source frame the predictor predicts all patches given the first action; the prediction is its next source, with
+the next action, up to the horizon. The error at h is the mean squared difference, over tokens and channels, of the
+prediction from the target representation of the frame after h actions, in the unit of the loss. Controls: ``copy`` is
+the target representation of the first frame; ``shuffled`` is the model given another roll-out's actions. Training
+covers h = 1 only.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ STARTS = 128
 
 
 def chains(triplets: Triplets, horizon: int) -> NDArray[np.int64]:
-    """Rows of triplets that follow one another, int64 (n, horizon): each one's target file is the next one's source.
+    """Return rows of consecutive triplets, int64 (n, horizon): each one's target file is the next one's source.
 
-    They are of one episode and of successive steps, where the manifest has these. Where several triplets could be the
-    next the way on is not known, and the chain ends.
+    They are of one episode and of successive steps, if the manifest has these. A chain ends if several triplets could
+    be the next.
     """
     nothing = np.zeros(len(triplets), np.int64)
     episode = nothing if triplets.episode is None else triplets.episode
@@ -54,10 +54,10 @@ def chains(triplets: Triplets, horizon: int) -> NDArray[np.int64]:
 
 
 def rollout_errors(model: IWM, frames: Tensor, actions: Tensor, *, chunk: int = 16) -> dict[str, NDArray[np.float64]]:
-    """Mean square errors (n, H) by line, of n roll-outs.
+    """Return mean squared errors (n, H) of n roll-outs, by line.
 
-    frames: uint8 (n, H + 1, S, S, 3), the first one's and those that came; actions: float32 (n, H, A). At least two
-    roll-outs, so that there are other actions to tell. The model is left as it was.
+    frames: uint8 (n, H + 1, S, S, 3), the first frame and the true ones; actions: float32 (n, H, A). At least two
+    roll-outs, so that actions can be shuffled. The model's mode is unchanged.
     """
     device = device_of(model)
     lines: dict[str, list[Tensor]] = {name: [] for name in ROLLOUT_LINES}
@@ -78,12 +78,12 @@ def rollout_errors(model: IWM, frames: Tensor, actions: Tensor, *, chunk: int = 
 
 
 def _errors(answers: Tensor, truth: Tensor) -> Tensor:
-    """(b, H) float64 on the CPU: answers (b, H or 1, L, D) against truth (b, H + 1, L, D) without its first."""
+    """Return (b, H) float64 on the CPU: predictions (b, H or 1, L, D) against truth (b, H + 1, L, D)[:, 1:]."""
     return (answers - truth[:, 1:]).double().square().mean(dim=(2, 3)).cpu()
 
 
 def evaluate_rollouts(subject: TripletSubject) -> dict[str, Any]:
-    """The roll-outs of ``eval.horizon`` steps under ``rollout``, or why there are none."""
+    """Return roll-outs of ``eval.horizon`` steps under ``rollout``, or why there are none."""
     horizon = subject.config.eval.horizon
     found = measure_rollouts(subject.model, subject.reader, horizon, progress=subject.tell("roll-outs"))
     return {"not_run": {"rollout": found["reason"]}} if "reason" in found else {"rollout": found}
@@ -97,14 +97,14 @@ def measure_rollouts(
     starts: int = STARTS,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """{horizons, starts, and for each line its mean (H,), its interval (H, 2)}; or {reason} where there is no chain.
+    """Return {horizons, starts, and for each line its mean (H,), its interval (H, 2)}; or {reason} without chains.
 
     Roll-outs begin at chains spread evenly over the set; intervals are by bootstrap over roll-outs.
     """
     found = chains(reader.triplets, horizon)
     rows = found[evenly_spaced(starts, len(found))]
     if len(rows) < 2:
-        return {"reason": f"the set has fewer than two chains of {horizon} triplets that follow one another"}
+        return {"reason": f"the set has fewer than two chains of {horizon} consecutive triplets"}
     places = np.concatenate([reader.triplets.source[rows[:, :1]], reader.triplets.target[rows]], axis=1)
     pictures, good = reader.read(places.reshape(-1))
     whole = good.reshape(places.shape).all(axis=1)

@@ -1,7 +1,7 @@
-"""One component of the action moved along its range: where the prediction goes, stop by stop, computed beforehand.
+"""One action component moved along its range, with the prediction at each stop, computed in advance.
 
-The bank of an image holds the views of every stop of every slider and, up to its size, random jitters as the bank of
-MRR has them; so at each stop the view that was asked for is among the others, and its place says how well it was found.
+The bank of an image holds the views of every stop of every slider and, up to its size, random jitters like MRR's bank.
+So at each stop the correct view is among the others, and its rank shows how well it was found.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ __all__ = ["Slider", "SlidingExample", "Stop", "sliding_examples"]
 
 @dataclass(frozen=True)
 class Stop:
-    """A place of a slider: a physical value, the view that was asked for, and the views nearest to the answer.
+    """A stop of a slider: a physical value, the correct view, and the views nearest to the prediction.
 
-    view, nearest: places in the example's pictures; place: mean rank of the view among the bank. The last two by
-    distance, "l2" over all tokens and "cosine" of the mean tokens. source: a place too, of what the encoder saw where
-    that was not the clean image.
+    view, nearest: indices into the example's pictures; place: mean rank of the view in the bank. The last two by
+    distance, "l2" over all tokens and "cosine" of the mean tokens. source: also an index, of the encoder's input if it
+    was not the clean image.
     """
 
     value: float
@@ -46,9 +46,9 @@ class Stop:
 
 @dataclass(frozen=True)
 class Slider:
-    """A component with its stops; ``neutral`` is the number of the one where nothing is done.
+    """A component with its stops; ``neutral`` is the index of the neutral one.
 
-    Of the jitter in ascending order; of what is done to the source from ``none``, which stands for nothing, on.
+    Jitter stops are in ascending order; corruptions start from ``none``.
     """
 
     name: str
@@ -80,10 +80,10 @@ def sliding_examples(
     seed: int = 0,
     chunk: int = 64,
 ) -> list[SlidingExample]:
-    """An example for each clean image (n, S, S, 3) uint8; none where the configuration has no jitter.
+    """Return an example for each clean image (n, S, S, 3) uint8; none if the configuration has no jitter.
 
-    A slider goes over what one view's jitter can be, in an odd number of ``stops``, the neutral one in the middle; or
-    over how strongly the source was corrupted, and the clean view is asked for. The bank is larger than ``bank`` where
+    A slider covers the range of one view's jitter, in an odd number of ``stops`` with the neutral one in the middle; or
+    the strengths of a corruption of the source, with the clean view as the correct one. The bank exceeds ``bank`` if
     the stops alone are more.
     """
     names = varying(config.actions)
@@ -117,7 +117,7 @@ def sliding_examples(
 
 
 class _Ranked:
-    """From distances (stops, bank), where row i asks for item truth[i]: each row's nearest items, its own's rank."""
+    """From distances (stops, bank), with correct item truth[i] of row i: each row's nearest items, its own's rank."""
 
     def __init__(self, far: np.ndarray, truth: np.ndarray, tie: float, shown: int) -> None:
         self.places = mean_ranks(far, truth, tie)
@@ -125,7 +125,7 @@ class _Ranked:
 
 
 def _strengths(actions: ActionsConfig, stops: int) -> dict[Corruption, list[float]]:
-    """How strongly sources are corrupted, from the weakest to the strongest that training drew."""
+    """Return the strengths of corruptions, from the weakest to the strongest that training samples."""
     found = {}
     for corruption in corruptions_drawn(actions):
         if corruption.slides:
@@ -139,7 +139,7 @@ def _strengths(actions: ActionsConfig, stops: int) -> dict[Corruption, list[floa
 def _of_corrupted(
     model: IWM, space: ActionSpace, image: Tensor, strengths: Mapping[Corruption, Sequence[float]], chunk: int
 ) -> tuple[np.ndarray, list[Tensor]]:
-    """The corrupted sources (n, S, S, 3) of the clean image, and what the model answers to them."""
+    """Return the corrupted sources (n, S, S, 3) of the clean image, and the model's predictions from them."""
     if not strengths:
         return np.empty((0, *image.shape), np.uint8), []
     side, device = image.shape[0], device_of(model)
@@ -153,7 +153,7 @@ def _of_corrupted(
 
 
 def _range(actions: ActionsConfig, name: str, stops: int) -> np.ndarray:
-    """The values that one view's component takes, factors or degrees, float32 (stops,)."""
+    """Return the values of one view's component, factors or degrees, float32 (stops,)."""
     low, high = jitter_range(actions, name)
     if low == -high:
         return np.linspace(low, high, stops, dtype=np.float32)
@@ -163,7 +163,7 @@ def _range(actions: ActionsConfig, name: str, stops: int) -> np.ndarray:
 
 
 def _alone(told: dict[str, np.ndarray]) -> Jitter:
-    """The neutral jitter once, then each component's other values by itself."""
+    """Return the neutral jitter once, then each component's other values by itself."""
     rows: list[dict[str, float]] = [{}]
     for name, values in told.items():
         rows += [{name: value} for i, value in enumerate(values) if i != len(values) // 2]
@@ -178,7 +178,7 @@ def _example(
     told: dict[str, np.ndarray],
     strengths: dict[Corruption, list[float]],
 ) -> SlidingExample:
-    """The stops of each slider; only pictures that a stop shows are kept, the corrupted sources last."""
+    """Return the stops of each slider; only pictures that a stop shows are included, the corrupted sources last."""
     count = 1 + sum(len(values) - 1 for values in told.values())
     kept = np.unique(np.concatenate([np.arange(count), *(r.order.ravel() for r in ranked.values())]))
     where = {int(view): place for place, view in enumerate(kept)}

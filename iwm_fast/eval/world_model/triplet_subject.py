@@ -1,4 +1,4 @@
-"""What evaluations of triplets measure: a model, the frames, and what is kept of them for the report."""
+"""The input of triplet evaluations: a model, the frames, and examples for the report."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ __all__ = ["TripletSubject"]
 class TripletSubject:
     """A model and triplets of frames.
 
-    bank: next frames that are ranked and queried, default ``eval.bank``. examples: how many of what was ranked are kept
-    for the report, in ``shown``.
+    bank: ranked and queried next frames, default ``eval.bank``. examples: number of rankings that ``shown`` records for
+    the report.
     """
 
     model: IWM
@@ -34,9 +34,9 @@ class TripletSubject:
     shown: list[RankedExample] = field(default_factory=list)
 
     def tell(self, what: str) -> Callable[[int, int], None] | None:
-        """What gets (done, of how many) of a part of the work."""
+        """Return a callback for (done, total) of a part of the work."""
         return part_of(self.progress, what)
 
     def missing(self, need: Need) -> str | None:
-        """Why a need is not met: triplets have neither classes nor a training part nor jitter."""
+        """Return why a need is not met: triplets have no classes, training part or jitter."""
         return f"triplets have no {need}"

@@ -1,4 +1,4 @@
-"""One call that measures a model on triplets: MRR among next frames, and roll-outs."""
+"""Evaluate a model on triplets in one call: MRR among next frames, and roll-outs."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ def evaluate_triplets(
     examples: int = 0,
     progress: Count | None = None,
 ) -> tuple[dict[str, Any], list[RankedExample]]:
-    """Measure ``what`` and return names and values as `evaluate_model` does, and ``examples`` of what was ranked.
+    """Run ``what`` and return names and values like `evaluate_model`, and ``examples`` of rankings.
 
-    ``what``: default all that runs on triplets. bank: next frames that are ranked and asked for, default ``eval.bank``.
-    Roll-outs: of ``eval.horizon`` steps, under ``rollout``. What needs classes stands under ``not_run``, a bank larger
-    than the set under ``reduced``, frames that cannot be decoded under ``left_out``.
+    ``what``: default all that runs on triplets. bank: ranked and queried next frames, default ``eval.bank``. Roll-outs:
+    of ``eval.horizon`` steps, under ``rollout``. What needs classes is under ``not_run``, a bank larger than the set
+    under ``reduced``, undecodable frames under ``left_out``.
     """
     reader = FrameReader(triplets, config)
     subject = TripletSubject(model, config, space, reader, bank=bank, examples=examples, progress=progress)
@@ -51,7 +51,7 @@ def evaluate_triplets(
 
 
 def evaluate_next_frames(subject: TripletSubject) -> dict[str, Any]:
-    """MRR among next frames; the first of them are the subject's examples."""
+    """Return MRR among next frames; the first of them are the subject's examples."""
     config, space = subject.config, subject.space
     wanted = subject.bank if subject.bank is not None else config.eval.bank
     frames = draw_next_frames(subject.reader, wanted)
@@ -71,7 +71,7 @@ def evaluate_next_frames(subject: TripletSubject) -> dict[str, Any]:
 
 
 def monitor_triplets(model: IWM, config: Config, space: ActionSpace, root: str | Path) -> dict[str, Any]:
-    """MRR while training, a few numbers for metrics.jsonl: mrr, mrr_shuffled, mrr_chance."""
+    """Return MRR during training, as numbers for metrics.jsonl: mrr, mrr_shuffled, mrr_chance."""
     results, _ = evaluate_triplets(model, config, space, open_triplets(root, config), what=("mrr",))
     bad = results["left_out"]["test"]["count"]
     found = {key: results[key] for key in ("mrr", "mrr_shuffled", "mrr_chance")}

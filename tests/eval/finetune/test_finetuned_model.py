@@ -157,7 +157,7 @@ MISTAKES = {
         "no classification in this result: .*; ask segment",
     ),
     "another task": ("linear", lambda m: m.classify(pictures(1), task="birds"), r"task is 'birds': .* colours \(class"),
-    "which of two": ("multitask", lambda m: m.logits(pictures(1)), "task: name one: this result has colours"),
+    "which of two": ("multitask", lambda m: m.logits(pictures(1)), "task is missing: this result has colours"),
     "too many": ("linear", lambda m: m.classify(pictures(1), top=8), "top is 8: it is 1 to 7"),
     "none": ("linear", lambda m: m.classify(pictures(1), top=0), "top is 0: it is 1 to 7"),
     "another size": ("linear", lambda m: m.classify(pictures(1)[:, :8]), r"images are uint8 \(1, 8, 32, 3\)"),
@@ -196,10 +196,10 @@ def test_a_changed_or_missing_part_is_named(made, run, tmp_path):
     weights, record = place / "reader.safetensors", place / "finetune.json"
     whole, said = weights.read_bytes(), record.read_text()
     weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    with pytest.raises(UserError, match=r"reader\.safetensors: has changed since finetune\.json was written"):
+    with pytest.raises(UserError, match=r"reader\.safetensors: changed since finetune\.json was written"):
         iwm_fast.load(place)
     weights.unlink()
-    with pytest.raises(UserError, match="not a whole folder of iwm-fast finetune"):
+    with pytest.raises(UserError, match="an incomplete folder of iwm-fast finetune"):
         iwm_fast.load(place)
     weights.write_bytes(whole)
     for text in ("[]", "{}", "torn", said.replace('"attentive"', '"lookup"'), said.replace('"tasks": {', '"task": {')):

@@ -148,11 +148,11 @@ def test_mistakes_are_one_line_each(run, tiny_images, segments, tmp_path, capsys
     for i, path in enumerate(sorted(tiny_images.rglob("*.jpg"))[:4]):
         shutil.copy(path, flat / f"{i}.jpg")
     for words, line in (
-        ([run, *data, "--mode", "probe"], "--mode: probe: it is one of linear, attentive, predictor"),
+        ([run, *data, "--mode", "probe"], "--mode probe: give one of linear, attentive, predictor"),
         ([run, *data, "--mode", "linear", "--init", "random"], "--init: mode linear has no predictor"),
-        ([run, *data, "--init", "none"], "--init: none: it is one of pretrained, random"),
+        ([run, *data, "--init", "none"], "--init none: give one of pretrained, random"),
         ([run, *data, "--lr", "fast"], "--lr: fast: it is a number"),
-        ([run, *data, "--lr", "-1"], "--lr: -1: a learning rate is above 0"),
+        ([run, *data, "--lr", "-1"], "--lr -1: give a learning rate above 0"),
         ([run, *data, *data], "--data: "),
         ([run, *data, "--data", f"b={segments}"], "--data: 2 tasks need --mode multitask"),
         ([run, *data, "--out", tmp_path / "there"], f"{tmp_path / 'there'}: exists already; choose another --out"),
@@ -181,7 +181,7 @@ def test_classes_that_the_test_split_lacks_are_named(run, tiny_images, tmp_path,
 @pytest.mark.parametrize(
     ("harm", "words"),
     [
-        ("missing", "is missing: each image of"),
+        ("missing", "missing; each image of"),
         ("colours", "has mode RGB; a mask is a PNG of one channel"),
         ("size", r"is 16 × 16 pixels, its image 32 × 32"),
         ("torn", "cannot be decoded as a mask"),
@@ -224,7 +224,7 @@ def test_a_mask_that_cannot_be_used_is_left_out_aloud_below_the_limit(run, segme
     left_out = found["left_out"]["train"]
     assert (left_out["count"], left_out["of"], found["train_images"] + found["held_out_images"]) == (1, 120, 119)
     assert left_out["files"][0]["file"] == str(path)
-    assert "is missing: each image of" in left_out["files"][0]["reason"]
+    assert "missing; each image of" in left_out["files"][0]["reason"]
     assert f"train: 1 of 120 images left out: {path} (is missing" in capsys.readouterr().out
 
 
@@ -266,7 +266,7 @@ def test_images_are_left_out_aloud_and_settings_reduced_aloud(run, tiny_images, 
     for path in sorted((few / "train" / "warm").iterdir())[1:]:
         path.unlink()
     assert finetune(run, "--data", few, "--mode", "linear", "--steps", 1, "--limit", 4) == 0
-    assert "classes: 1 instead of 2: --limit 4 leaves no training image of 1 of them" in capsys.readouterr().out
+    assert "classes: 1 instead of 2: --limit 4 leaves 1 of them without a training image" in capsys.readouterr().out
     for words in (f"test: 1 of 24 images left out: {broken} (", "limit: 24 instead of 99", "Val is tested on"):
         assert words in said
 
@@ -277,7 +277,7 @@ def test_what_was_saved_and_then_damaged_is_not_loaded(run, tiny_images, tmp_pat
     weights = tmp_path / "kept" / "reader.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-100])
-    with pytest.raises(UserError, match="not a whole folder of iwm-fast finetune"):
+    with pytest.raises(UserError, match="an incomplete folder of iwm-fast finetune"):
         load_finetuned(tmp_path / "kept")
     weights.write_bytes(whole)
     assert load_finetuned(tmp_path / "kept").results["mode"] == "linear"

@@ -183,7 +183,7 @@ def test_what_was_not_measured_is_left_out(tmp_path):
     words = walk(page(tmp_path / "report.html", {}, metrics=[], examples=[], sliding=[])).text
     assert "The world model" not in words
     assert "invariant" not in words
-    assert "What one action does" not in words
+    assert "One action component along its range" not in words
     assert "Training" not in words
     assert "Configuration" in words
 

@@ -309,7 +309,7 @@ def test_where_nothing_varies_it_says_so_and_keeps_what_else_was_measured():
     config = tiny_config()
     model, space = tiny_model(config)
     still = config.model_copy(update={"actions": ActionsConfig(**STILL)})
-    with pytest.raises(UserError, match="no component of the action can be told"):
+    with pytest.raises(UserError, match="no component of the action can be regressed"):
         measure_equivariance([model], still.actions, pictures(5), pictures(2), which="target")
     train = TensorSplit(pictures(40), np.arange(40) % 2, ("a", "b"))
     test = TensorSplit(pictures(20, seed=1), np.arange(20) % 2, ("a", "b"))

@@ -200,7 +200,7 @@ def test_the_test_part_is_taken_where_there_is_one(game, tmp_path):
     (tmp_path / "test").mkdir()
     (tmp_path / "test" / "manifest.jsonl").write_text(game.read_text())
     assert open_triplets(tmp_path, config).manifest == tmp_path / "test" / "manifest.jsonl"
-    with pytest.raises(UserError, match="this is no manifest of them"):
+    with pytest.raises(UserError, match="this is no manifest of triplets"):
         open_triplets(tmp_path / "elsewhere", config)
 
 

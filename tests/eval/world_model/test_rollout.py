@@ -125,7 +125,7 @@ def test_means_have_intervals_and_begin_at_chains_spread_over_the_set(game):
 
 def test_the_test_set_is_found_under_the_names_of_splits(tmp_path):
     write_game(tmp_path / "train")
-    with pytest.raises(UserError, match="this is no manifest of them"):
+    with pytest.raises(UserError, match="this is no manifest of triplets"):
         find_triplets(tmp_path)
     val = write_game(tmp_path / "Val")
     assert find_triplets(tmp_path) == (val, [])
@@ -133,7 +133,7 @@ def test_the_test_set_is_found_under_the_names_of_splits(tmp_path):
     test = write_game(tmp_path / "test")
     assert find_triplets(tmp_path) == (test, [str(val)])
     write_game(tmp_path / "Testing")
-    with pytest.raises(UserError, match="both hold triplets to test on; give one of them"):
+    with pytest.raises(UserError, match="both hold test triplets; give one of them"):
         find_triplets(tmp_path)
 
 

@@ -1,1 +1,1 @@
-"""The sections of the evaluations whose figures need more than a table."""
+"""Sections of evaluations that need more than a table."""

@@ -1,4 +1,4 @@
-"""The dial's section: where the checkpoint lies between invariant and equivariant, beside the untrained network."""
+"""The dial's section: the checkpoint's place between invariant and equivariant, beside the untrained network."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ class EquivarianceDrawing(Drawing):
     """Equivariance and invariance, and R² of each component."""
 
     def figures(self, results: Results) -> list[Figure]:
-        """Both, then each component's R²."""
+        """Return both, then each component's R²."""
         regressed = [key for key in results if key.startswith("r2_") and f"{key}_untrained" in results]
         return [Figure(name) for name in ("equivariance", "invariance", *regressed)]
 
     def lines(self, results: Results) -> list[str]:
-        """The components without R², and why."""
+        """Return the components without R², and why."""
         left_out = results.get("equivariance_left_out")
         return [f"r2 left out: {left_out_line(left_out)}"] if left_out else []
 
     def section(self, results: Results, said: Dated) -> Section | None:
-        """Table and place on the dial."""
+        """Return the table and the place on the dial."""
         if "equivariance" not in results:
             return None
         ends = [end for end in _ENDS if f"equivariance{end}" in results]
@@ -74,14 +74,14 @@ def _place(results: Results, end: str) -> Place:
 
 
 def _notes(results: Results) -> list[str]:
-    """The protocol, and what was left out."""
+    """Return the protocol, and what was left out."""
     pairs = results["equivariance_pairs"]
     left_out = left_out_line(results.get("equivariance_left_out", {}))
     views = (
         f"Two views of each of {pairs[0]} training and {pairs[1]} test images under the run's actions, jitter always "
-        f"applied; pooled features of the {results['equivariance_encoder']} encoder. Equivariance: how much of what "
-        "differs between the views a ridge regression tells from both features, R² on the test images, 0 for nothing. "
-        "Flags are regressed as 0 or 1; a strength (sigma, threshold, quality) is asked of pairs that have its flag."
+        f"applied; pooled features of the {results['equivariance_encoder']} encoder. Equivariance: R² on the test "
+        "images of a ridge regression of the action between the views from both features, 0 if nothing is predicted. "
+        "Flags are regressed as 0 or 1; a strength (sigma, threshold, quality) only on pairs that have its flag."
     )
     invariance = (
         "Invariance: cosine of the two views' features on a scale where 1 is the same and 0 as far apart as two "

@@ -18,15 +18,15 @@ _NAMES = {
 
 
 class MrrDrawing(Drawing):
-    """MRR and its like by distance, beside chance and controls, and of each component of the action alone."""
+    """MRR and hits by distance, beside chance and controls, and for each action component alone."""
 
     def figures(self, results: Results) -> list[Figure]:
-        """By both distances, then the hits."""
+        """Return MRR by both distances, then the hits."""
         del results
         return [Figure("mrr"), Figure("mrr", "_cosine"), Figure("h1"), Figure("h5")]
 
     def rows(self, results: Results) -> list[list[str]]:
-        """One for each component alone."""
+        """Return one row per component alone."""
         rows = []
         for part, found in results.get("components", {}).items():
             low, high = found["mrr_interval"]
@@ -35,7 +35,7 @@ class MrrDrawing(Drawing):
         return rows
 
     def section(self, results: Results, said: Dated) -> Section | None:
-        """Table, bars and components."""
+        """Return table, bars and components."""
         if "mrr" not in results:
             return None
         head = ["", "value", "95 % interval", "chance", "shuffled action", "neutral action", "no predictor"]
@@ -55,7 +55,7 @@ class MrrDrawing(Drawing):
 
 
 def _rows(results: Results) -> list[list[str]]:
-    """A row a measure: value, interval, chance, then each control."""
+    """Return one row per metric: value, interval, chance, then each control."""
     rows = []
     for name, key, end, form in (
         ("MRR", "mrr", "", number),
@@ -70,24 +70,24 @@ def _rows(results: Results) -> list[list[str]]:
 
 
 def _notes(results: Results) -> list[str]:
-    """The protocol, and what the controls are."""
+    """Return the protocol, and what the controls are."""
     if "mrr_protocol" in results:
         low, high = results["mrr_gain_interval"]
         controls = (
-            f"Told the true action, 1 / rank is {results['mrr_gain']:+.3f} on average above that told another query's "
-            f"(95 % interval {low:+.3f} to {high:+.3f}; {percent(results['mrr_shuffled_same'])} of the queries are "
-            "told their own action all the same). Neutral: the zero vector. No predictor: the source frame's "
-            "representation is the answer, as if nothing had changed."
+            f"Given the true action, 1 / rank is {results['mrr_gain']:+.3f} higher on average than given another "
+            f"query's (95 % interval {low:+.3f} to {high:+.3f}; for {percent(results['mrr_shuffled_same'])} of the "
+            "queries the other action is their own). Neutral: the zero vector. No predictor: the source frame's "
+            "representation is the prediction, as if nothing had changed."
         )
         return [results["mrr_protocol"], controls]
     protocol = (
-        f"The clean view of an image is encoded; told one of {results['mrr_bank']} colour jitters, the predictor "
-        "answers for all patches, and the jittered views are ranked by the distance of their representation to that. "
-        f"Mean of 1 / rank of the true one over {results['mrr_queries']} queries of each of {results['mrr_images']} "
-        "images; interval by bootstrap over images. Distance: L2 over all tokens."
+        f"The clean view of an image is encoded. Conditioned on one of {results['mrr_bank']} colour jitters, the "
+        "predictor predicts all patches, and the jittered views are ranked by the distance of their representation to "
+        f"the prediction. Mean of 1 / rank of the true one over {results['mrr_queries']} queries of each of "
+        f"{results['mrr_images']} images; interval by bootstrap over images. Distance: L2 over all tokens."
     )
     controls = (
-        "Shuffled: told another view's action. Neutral: told of no change. No predictor: the source's representation "
-        "is the answer. The last two rank a bank once for all queries: with every action asked for they are at chance."
+        "Shuffled: conditioned on another view's action. Neutral: conditioned on no change. No predictor: the source's "
+        "representation is the prediction. The last two rank a bank once for all queries, so they are at chance."
     )
     return [protocol, controls]

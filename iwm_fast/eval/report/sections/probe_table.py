@@ -1,4 +1,4 @@
-"""The section of what the frozen encoder is worth: k-NN and probes, beside the untrained network."""
+"""The section of the frozen encoder: k-NN and probes, beside the untrained network."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class ProbesDrawing(Drawing):
     """One table of all probes, and the protocol that they share."""
 
     def section(self, results: Results, said: Dated) -> Section | None:
-        """A row a measure."""
+        """Return a section with one row per metric."""
         rows = _rows(results)
         if not rows:
             return None
@@ -37,7 +37,7 @@ class ProbesDrawing(Drawing):
 
 
 def _rows(results: Results) -> list[list[str]]:
-    """A row a measure: value, interval, then both of the untrained network."""
+    """Return one row per metric: value, interval, then both of the untrained network."""
     rows = []
     for name, key in (
         ("k-NN top-1", "knn"),

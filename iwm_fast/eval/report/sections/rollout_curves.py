@@ -11,15 +11,15 @@ __all__ = ["RolloutDrawing"]
 
 
 class RolloutDrawing(Drawing):
-    """The error at each horizon, and that of the first frame's copy: the smaller the better."""
+    """The error at each horizon, and that of copying the first frame: smaller is better."""
 
     def figures(self, results: Results) -> list[Figure]:
-        """None: a roll-out has a figure per horizon, which are rows."""
+        """Return none: a roll-out has a figure per horizon, which are rows."""
         del results
         return []
 
     def rows(self, results: Results) -> list[list[str]]:
-        """Two per horizon."""
+        """Return two rows per horizon."""
         rolled = results.get("rollout")
         if rolled is None:
             return []
@@ -33,12 +33,12 @@ class RolloutDrawing(Drawing):
         return rows
 
     def headline(self, name: str, results: Results) -> Headline:
-        """The error of the first step."""
+        """Return the error of the first step."""
         rolled = results[name]
         return Headline(rolled["model"][0], rolled["model_interval"][0])
 
     def section(self, results: Results, said: Dated) -> Section | None:
-        """Curves with their bands, and a table."""
+        """Return curves with their bands, and a table."""
         rolled = results.get("rollout")
         if rolled is None:
             return None
@@ -49,9 +49,9 @@ class RolloutDrawing(Drawing):
         )
         rows = [[name, *(number(value) for value in rolled[key])] for key, name in names.items()]
         protocol = (
-            f"From each of {rolled['starts']} frames the predictor's answer is fed back to it with the next action. "
-            "Error: mean square over tokens and channels of its difference to the target representation of the frame "
-            "that came. Bands: 95 % interval by bootstrap over roll-outs. Training asks for one step only."
+            f"From each of {rolled['starts']} frames, predictions are fed back to the predictor with the next action. "
+            "Error: mean squared difference, over tokens and channels, from the target representation of the true "
+            "frame. Bands: 95 % interval by bootstrap over roll-outs. Training predicts one step only."
         )
         return Section(
             said.title("Roll-outs"),

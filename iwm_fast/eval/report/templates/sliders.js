@@ -20,7 +20,7 @@ for (const card of document.querySelectorAll(".sliders")) {
       const nearest = stop.nearest[row.dataset.distance];
       row.querySelectorAll("figure").forEach((figure, i) => {
         const asked = nearest[i] === stop.view;
-        put(figure, data.pictures[nearest[i]], asked ? (i + 1) + " · asked" : String(i + 1), asked);
+        put(figure, data.pictures[nearest[i]], asked ? (i + 1) + " · correct" : String(i + 1), asked);
       });
       row.querySelector(".place").textContent = stop.place[row.dataset.distance];
     }
