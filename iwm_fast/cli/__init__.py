@@ -1,1 +1,1 @@
-"""The commands of a group each, as Typer applications or functions that `iwm_fast.cli.main` joins into one."""
+"""Commands by group, as Typer applications or functions that `iwm_fast.cli.main` combines."""

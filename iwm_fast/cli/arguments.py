@@ -1,4 +1,4 @@
-"""The command line's arguments before the parser sees them: what launchers add, and options that may stand anywhere."""
+"""Prepare the command line's arguments for the parser: remove what launchers add, and move global options."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from iwm_fast.errors import UserError
 
 __all__ = ["check_options", "config_and_overrides", "prepare"]
 
-# An override and no file: with the sign before any slash.
+# An override, not a file: "=" before any slash.
 _OVERRIDE = re.compile(r"[^-/=][^/=]*=")
 _NUMBER = re.compile(r"-\.?\d")
 
 
 def prepare(arguments: Sequence[str]) -> tuple[list[str], bool]:
-    """(arguments for the parser, whether ``--debug`` was among them).
+    """Return (arguments for the parser, whether ``--debug`` was among them).
 
     - ``--debug`` may stand before the command or after it.
-    - ``--local_rank=N`` (deepspeed's launcher puts it first) is dropped: the engine reads LOCAL_RANK, which is set too.
+    - ``--local_rank=N`` (added by deepspeed's launcher) is dropped: the engine reads LOCAL_RANK, which is set too.
     - ``--json`` with no file after it becomes ``--json -``, standard output. It is bare at the end of the line, before
       another option and before an override (``key=value``, the sign before any slash); elsewhere what follows is its
       file, as after ``--json=``.
@@ -51,7 +51,7 @@ def prepare(arguments: Sequence[str]) -> tuple[list[str], bool]:
 
 
 def _is_file(word: str) -> bool:
-    """Whether the word after a bare ``--json`` is its file."""
+    """Return whether the word after a bare ``--json`` is its file."""
     return word == "-" or not (word.startswith("-") or _OVERRIDE.match(word))
 
 
@@ -82,7 +82,7 @@ def check_options(command: Any, words: Sequence[str]) -> None:
     for word, following in _own_words(rest, options):
         if not word:
             raise UserError(
-                f"{' '.join(path)}: an argument is empty (is a variable of the shell unset?); give it, or leave it out"
+                f"{' '.join(path)}: an argument is empty (an unset shell variable?); give it, or leave it out"
             )
         name, equals, value = word.partition("=")
         if name in options:
@@ -94,7 +94,7 @@ def check_options(command: Any, words: Sequence[str]) -> None:
 
 
 def _own_words(words: Sequence[str], options: dict[str, Any]) -> Iterator[tuple[str, list[str]]]:
-    """The words that are options or empty, each with those after it; values of options are passed over."""
+    """Yield words that are options or empty, each with the words after it; values of options are skipped."""
     at = 0
     while at < len(words) and words[at] != "--":
         word = words[at]
@@ -116,17 +116,17 @@ def _require_value(name: str, options: dict[str, Any], following: list[str], *, 
         raise UserError(f"{name}: needs a value{what}{found}")
     if not following[0]:
         instead = "" if option.required else f", or leave {name} out"
-        raise UserError(f"{name}: empty; give a value{what}{instead} (is a variable of the shell unset?)")
+        raise UserError(f"{name}: empty (an unset shell variable?); give a value{what}{instead}")
 
 
 def _value(following: list[str]) -> str:
-    """The word after an option that there is not, where it may be its value."""
+    """Return the word after an unknown option, if it may be its value."""
     word = following[0] if following else ""
     return "..." if not word or word.startswith("-") or "=" in word or word.endswith((".yaml", ".yml")) else word
 
 
 def _instead(name: str, value: str, options: dict[str, Any], *, overridable: bool) -> str | None:
-    """What to write for an option that there is not, where that is known."""
+    """Return what to write instead of an unknown option, if known."""
     bare = name.lstrip("-")
     keys = [row.key for row in rows()]
     if bare in keys:
@@ -143,9 +143,9 @@ def _instead(name: str, value: str, options: dict[str, Any], *, overridable: boo
 
 
 def config_and_overrides(words: Sequence[str], default: str) -> tuple[str, list[str]]:
-    """Tell an optional CONFIG from the ``key=value`` words after it.
+    """Split words into an optional CONFIG and the ``key=value`` words after it.
 
-    Raises UserError for a second word that is no override.
+    Raise UserError for a second word that is not an override.
     """
     config, overrides = default, list(words)
     if overrides and "=" not in overrides[0]:

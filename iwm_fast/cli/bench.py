@@ -1,4 +1,4 @@
-"""`iwm-fast bench`: time the parts of training here, and tell two results apart from noise."""
+"""`iwm-fast bench`: time the parts of training on this machine, and compare two results."""
 
 from __future__ import annotations
 
@@ -14,39 +14,44 @@ from iwm_fast.measure.device import only_rank
 
 __all__ = ["app"]
 
-app = typer.Typer(help="Time kernels, step, data and scaling here, and compare two results.", no_args_is_help=True)
+app = typer.Typer(
+    help="Time kernels, step, data and scaling on this machine, and compare two results.", no_args_is_help=True
+)
 
 Repeats = Annotated[int, typer.Option("--repeats", min=1, help="Timed calls, after the warm-up.")]
 
 
 @app.command(epilog="Example: iwm-fast bench step --preset cpu-tiny train.global_batch=16 --json a.json")
 def step(
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY.PATH=VALUE...", help="Of the preset.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY.PATH=VALUE...", help="Override keys of the preset.")
+    ] = None,
     preset: Annotated[
         list[str] | None, typer.Option("--preset", help="cpu-micro, cpu-tiny, cpu-tiny-bf16, gpu-small, gpu-base, ...")
     ] = None,
-    config: Annotated[str | None, typer.Option("--config", help="A configuration instead of a preset.")] = None,
+    config: Annotated[str | None, typer.Option("--config", help="Time this configuration instead of a preset.")] = None,
     data: Annotated[
-        Path | None, typer.Option("--data", metavar="DIR", help="Images, through DALI. Default: random pixels.")
+        Path | None,
+        typer.Option("--data", metavar="DIR", help="Read these images through DALI. Default: random pixels."),
     ] = None,
     device: Device = None,
     repeats: Repeats = 30,
     warm_up: Annotated[
         int,
         typer.Option(
-            "--warm-up", min=0, help="Steps before the first that counts, at least: until 4 in a row compile nothing."
+            "--warm-up", min=0, help="Minimum of warm-up steps; they continue until 4 in a row compile nothing."
         ),
     ] = 3,
     threads: Threads = None,
     json: Json = None,
 ) -> None:
-    """Time the training step as pretrain runs it, its loss checked against float64 before."""
+    """Time the training step as pretrain runs it, after checking its loss against float64."""
     from iwm_fast.benchmarks.cases.presets import PRESETS, preset_config
     from iwm_fast.benchmarks.step import measure_step
     from iwm_fast.config.load import find_config, load_config
 
     if config is not None and preset:
-        raise UserError(f"--config: {config}: it stands instead of --preset {preset[0]}; give one of them")
+        raise UserError(f"--config {config}: cannot be given with --preset {preset[0]}; give one of them")
     ranks = only_rank(device, threads)
     changes = tuple(overrides or ())
     if config is not None:
@@ -59,7 +64,7 @@ def step(
     for name, one in chosen.items():
         rows.append(measure_step(name, one, ranks, root=data, repeats=repeats, warm_up=warm_up, say=_progress))
         if json not in (None, "-"):
-            answer(json, "bench-step", body)  # after each row: what is measured is kept
+            answer(json, "bench-step", body)  # a stopped run keeps its rows
     answer(json, "bench-step", body, lambda: _print_steps(rows))
 
 
@@ -80,7 +85,7 @@ def _print_steps(rows: list[dict[str, Any]]) -> None:
             f"{row['step_peak_bytes'] / 2**20:.0f} MiB",
         )
 
-    columns = ("", "images", "step, median (99 %)", "images/s", "an image", "", "MFU", "memory of a step")
+    columns = ("", "images", "step, median (99 %)", "images/s", "per image", "", "MFU", "memory per step")
     print_table("iwm-fast bench step", columns, [cells(row) for row in rows])
 
 
@@ -88,10 +93,10 @@ def _print_steps(rows: list[dict[str, Any]]) -> None:
 def kernels(
     device: Device = None,
     repeats: Repeats = 30,
-    only: Annotated[str | None, typer.Option("--only", metavar="OPERATION", help="One operation's cases.")] = None,
+    only: Annotated[str | None, typer.Option("--only", metavar="OPERATION", help="Time one operation only.")] = None,
     json: Json = None,
 ) -> None:
-    """Time each kernel beside what would be called without it, answers checked against float64 before."""
+    """Time each kernel against its baselines, after checking results against float64."""
     from iwm_fast.benchmarks.cases.kernel_cases import CASES
     from iwm_fast.benchmarks.kernels import measure
 
@@ -99,22 +104,22 @@ def kernels(
     cases = [case for case in CASES if only in (None, case.operation)]
     if not cases:
         known = ", ".join(dict.fromkeys(case.operation for case in CASES))
-        raise UserError(f"--only: {only}: no such operation; there are {known}")
+        raise UserError(f"--only {only}: no such operation; choose from {known}")
     found = measure(cases, ranks.device, repeats, _progress if json == "-" else print)
     answer(json, "kernels", {key: value for key, value in found.items() if key != "schema"})
 
 
 @app.command(epilog="Example: iwm-fast bench data --root photos/train --json data.json")
 def data(
-    json: Annotated[Path, typer.Option("--json", metavar="FILE", help="Where the result is written.")],
+    json: Annotated[Path, typer.Option("--json", metavar="FILE", help="Write the result to this file.")],
     root: Annotated[
-        Path | None, typer.Option("--root", metavar="DIR", help="Images. Default: made on the spot.")
+        Path | None, typer.Option("--root", metavar="DIR", help="Read these images. Default: generate some.")
     ] = None,
     repeats: Repeats = 7,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Images a batch.")] = 64,
-    size: Annotated[int, typer.Option("--size", min=16, help="Side of the views, pixels.")] = 224,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Images per batch.")] = 64,
+    size: Annotated[int, typer.Option("--size", min=16, help="Size of the views, pixels.")] = 224,
 ) -> None:
-    """Time the input path of a core and of all cores beside Pillow's and torchvision's, pictures compared before."""
+    """Time the data pipeline on one core and on all against Pillow and torchvision, after comparing their views."""
     from iwm_fast.benchmarks.data import main as measure
 
     words = ["--json", str(json), "--repeats", str(repeats), "--batch", str(batch), "--size", str(size)]
@@ -123,27 +128,27 @@ def data(
 
 @app.command(epilog="Example: iwm-fast bench scaling --what batches,ranks --json scaling.json")
 def scaling(
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY.PATH=VALUE...", help="Of cpu-micro.")] = None,
-    what: Annotated[
-        str, typer.Option("--what", help="batches, ranks, or both with a comma between.")
-    ] = "batches,ranks",
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY.PATH=VALUE...", help="Override keys of cpu-micro.")
+    ] = None,
+    what: Annotated[str, typer.Option("--what", help="Measure batches, ranks, or batches,ranks.")] = "batches,ranks",
     repeats: Repeats = 5,
     largest: Annotated[int, typer.Option("--largest", min=2, help="Largest batch of one rank; powers of two.")] = 512,
     json: Json = None,
 ) -> None:
-    """Time and memory by batch on one rank, as a line; then 1, 2 and 4 CPU ranks, weak and strong, bytes counted."""
+    """Fit time and memory over the batch on one rank; measure weak and strong scaling on 1, 2 and 4 CPU ranks."""
     from iwm_fast.benchmarks.cases.presets import preset_config
     from iwm_fast.benchmarks.scaling import BATCHES, measure_batches, measure_ranks
 
     words = {word.strip() for word in what.split(",")}
     if words - {"batches", "ranks"}:
-        raise UserError(f"--what: {what}: must be batches, ranks, or both with a comma between")
+        raise UserError(f"--what {what}: give batches, ranks, or batches,ranks")
     config = preset_config("cpu-micro", tuple(overrides or ()))
     body: dict[str, Any] = {"rows": []}
     if "ranks" in words:
         body["rows"] += measure_ranks(config, repeats=repeats, say=_progress)
         if json not in (None, "-"):
-            answer(json, "bench-scaling", body)  # before the batches: what is measured is kept
+            answer(json, "bench-scaling", body)  # a stopped run keeps the ranks' rows
     if "batches" in words:
         sizes = [size for size in BATCHES if size <= largest]
         found = measure_batches(config, only_rank("cpu", 1), sizes=sizes, repeats=repeats, say=_progress)
@@ -164,26 +169,26 @@ def _print_scaling(body: dict[str, Any]) -> None:
              f"{row['collectives_a_step']['seconds'] * 1e3:.1f} ms")
             for row in ranks
         ]  # fmt: skip
-        columns = ("scaling", "ranks", "images", "step", "efficiency", "counted", "by the formula", "in collectives")
-        print_table("iwm-fast bench scaling: ranks of one thread each", columns, rows)
+        columns = ("scaling", "ranks", "images", "step", "efficiency", "counted", "by formula", "in collectives")
+        print_table("iwm-fast bench scaling: one thread per rank", columns, rows)
     units = {"seconds": (1e3, "ms"), "cpu_seconds": (1e3, "ms of CPU"), "memory_bytes": (2**-20, "MiB")}
     for what, line in body.get("lines", {}).items():
         factor, unit = units[what]
         worst = max(map(abs, line["residuals"]))
         print(
-            f"{what}: {line['intercept'] * factor:.3f} {unit} + {line['slope'] * factor:.4f} {unit} an image; "
+            f"{what}: {line['intercept'] * factor:.3f} {unit} + {line['slope'] * factor:.4f} {unit} per image; "
             f"residuals {', '.join(f'{r:+.1%}' for r in line['residuals'])} (largest {worst:.1%})"
         )
 
 
 @app.command(epilog="Example: iwm-fast bench compare before.json after.json")
 def compare(
-    before: Annotated[Path, typer.Argument(metavar="A.json", help="A result of another bench command.")],
-    after: Annotated[Path, typer.Argument(metavar="B.json", help="A later one of the same.")],
-    at_least: Annotated[float, typer.Option("--at-least", min=0.0, help="Smaller changes are not judged.")] = 0.03,
+    before: Annotated[Path, typer.Argument(metavar="A.json", help="Result of another bench command.")],
+    after: Annotated[Path, typer.Argument(metavar="B.json", help="Later result of the same command.")],
+    at_least: Annotated[float, typer.Option("--at-least", min=0.0, help="Ignore smaller changes.")] = 0.03,
     json: Json = None,
 ) -> None:
-    """Ratios of the medians of B over A with 99 % intervals; the exit code is 1 where B is slower beyond the noise.
+    """Show ratios of medians, B over A, with 99 % intervals. The exit code is 1 if B is slower beyond the noise.
 
     For training runs, see iwm-fast compare.
     """

@@ -14,7 +14,7 @@ __all__ = ["compare"]
 
 def compare(
     runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN RUN...", help="Folders that pretrain, export or finetune --out wrote.")
+        list[Path], typer.Argument(metavar="RUN RUN...", help="Folders of pretrain, export or finetune --out.")
     ],
     out: Annotated[
         Path | None,
@@ -22,11 +22,11 @@ def compare(
     ] = None,
     axis: Annotated[
         Literal["steps", "images"] | None,
-        typer.Option("--axis", help="What the curves stand over. Default: images where the runs' batches differ."),
+        typer.Option("--axis", help="X axis of the curves. Default: images if the runs' batches differ."),
     ] = None,
     json: Json = None,
 ) -> None:
-    """Compare runs: settings that differ, curves, and measures with their intervals. Nothing is measured or changed.
+    """Compare runs: settings that differ, curves, and metrics with their intervals. Nothing is evaluated or changed.
 
     Each is compared with the first. Evaluate them with one --data first. For results of iwm-fast bench, see iwm-fast
     bench compare.

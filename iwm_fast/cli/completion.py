@@ -1,4 +1,4 @@
-"""What the shell's completion offers for configurations and their keys; asked at each Tab, so it loads no torch."""
+"""Shell completion of configurations and their keys; it runs at each Tab, so it loads no torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["config_files", "config_or_overrides", "overrides"]
 
 
 def config_files(incomplete: str) -> list[str]:
-    """The packaged configurations, and YAML files and folders that begin so."""
+    """Return packaged configurations, YAML files and folders that begin with ``incomplete``."""
     from iwm_fast.config.load import packaged_names
 
     found = [name for name in packaged_names() if name.startswith(incomplete)]
@@ -24,13 +24,13 @@ def config_files(incomplete: str) -> list[str]:
                 name = f"{folder}/{entry.name}" if "/" in incomplete else entry.name
                 if entry.name.startswith(beginning) and not entry.name.startswith("."):
                     found += [f"{name}/"] if entry.is_dir() else [name] if name.endswith((".yaml", ".yml")) else []
-    except OSError:  # a folder that is not there has nothing to offer
+    except OSError:  # a missing folder
         pass
     return sorted(set(found))
 
 
 def overrides(incomplete: str) -> list[str]:
-    """Keys with ``=`` behind them; of a key that is whole, or the only one, what may stand there."""
+    """Return keys with ``=``; of a complete key, or the only one, its values."""
     split = _split_by_bash()
     if split is not None:
         key, value = split
@@ -40,20 +40,20 @@ def overrides(incomplete: str) -> list[str]:
     if len(found) != 1:
         return [f"{row.key}=" for row in found]
     (row,) = found
-    # Two words of one beginning keep the shell from ending the word with a space behind the sign.
+    # Two candidates with the same prefix keep the shell from adding a space after "=".
     words = [*([] if equals else [f"{row.key}="]), *(f"{row.key}={value}" for value in _values(row))]
     return [word for word in words if word.startswith(incomplete)]
 
 
 def config_or_overrides(incomplete: str) -> list[str]:
-    """Both, where a configuration may be left out."""
+    """Return both, for commands whose configuration is optional."""
     keys = overrides(incomplete)
     return keys if "=" in incomplete or _split_by_bash() is not None else [*config_files(incomplete), *keys]
 
 
 def _split_by_bash() -> tuple[str, str] | None:
-    """(key, what stands of its value) where the cursor is behind a key's ``=``, which bash takes for a word of its own
-    and other shells do not.
+    """Return (key, the beginning of its value) if the cursor is behind a key's ``=``, which only bash splits into a
+    word of its own.
     """
     words = os.environ.get("COMP_WORDS", "").split()
     place = os.environ.get("COMP_CWORD", "")
@@ -66,7 +66,7 @@ def _split_by_bash() -> tuple[str, str] | None:
 
 
 def _values(row: Row) -> list[str]:
-    """The choices of a key, or its default."""
+    """Return the choices of a key, or its default."""
     if row.type == "true or false":
         return ["true", "false"]
     if row.type.startswith("choice") and row.allowed.startswith("one of "):

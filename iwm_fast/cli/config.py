@@ -1,4 +1,4 @@
-"""`iwm-fast config`: a configuration as it would be used, and every key that there is."""
+"""`iwm-fast config`: print a resolved configuration, or list every key."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def show_config(
     ] = False,
     json: Json = None,
 ) -> None:
-    """Print a configuration as it would be used, every key with its value."""
+    """Print the resolved configuration: every key with its value."""
     from dataclasses import asdict
 
     from iwm_fast.config import dump_config, load_config
@@ -39,7 +39,9 @@ def show_config(
         answer(json, "config-schema", {"keys": [asdict(row) for row in rows()]}, lambda: _show_schema(rows()))
         return
     if config is None:
-        raise UserError(f"config: name a YAML file, or one of {', '.join(packaged_names())}; --schema lists the keys")
+        raise UserError(
+            f"config: CONFIG is missing; give a YAML file, or one of {', '.join(packaged_names())}, or --schema"
+        )
     loaded = load_config(find_config(config), overrides or [])
     in_steps = known_in_steps(loaded)
     if json is None:
@@ -50,7 +52,7 @@ def show_config(
 
 
 def _show_schema(rows: Sequence[Row]) -> None:
-    """Two lines or more per key: what may stand there, and what it means below."""
+    """Print at least two lines per key: its allowed values, and its meaning below."""
     from iwm_fast.console import print_lines
 
     print_lines(["KEY  default  allowed"])

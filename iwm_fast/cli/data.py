@@ -1,4 +1,4 @@
-"""`iwm-fast data`: draw, look at, check, index and pack images."""
+"""`iwm-fast data`: generate, preview, record, verify, index and pack images."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Root = Annotated[
     str,
     typer.Argument(
         metavar="DIR",
-        help="Folder of images, of .tar shards or of TFRecord files, the same as s3://bucket/prefix, or a manifest.",
+        help="Folder of images, of .tar shards or of TFRecord files, s3://bucket/prefix, or a manifest.",
     ),
 ]
 
@@ -33,37 +33,41 @@ class Kind(StrEnum):
     TFRECORD = "tfrecord"
 
 
-SourceKind = Annotated[Kind, typer.Option("--source", help="What to take, where several are.")]
+SourceKind = Annotated[Kind, typer.Option("--source", help="Kind of source, if DIR has several.")]
 
-app = typer.Typer(help="Draw, look at, check, index and pack images.", no_args_is_help=True)
+app = typer.Typer(help="Generate, preview, record, verify, index and pack images.", no_args_is_help=True)
 
 
 @app.command(epilog="Example: iwm-fast data synth --out shapes --train 4096 --test 800")
 def synth(
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="A folder that does not exist yet.")],
-    classes: Annotated[int, typer.Option("--classes", min=2, max=8, help="Kinds of image.")] = 8,
-    train: Annotated[int, typer.Option("--train", min=1, help="Training images in all.")] = 4096,
-    test: Annotated[int, typer.Option("--test", min=1, help="Test images in all.")] = 800,
-    size: Annotated[int, typer.Option("--size", min=16, help="Side, pixels.")] = 64,
+    classes: Annotated[int, typer.Option("--classes", min=2, max=8, help="Number of classes.")] = 8,
+    train: Annotated[int, typer.Option("--train", min=1, help="Number of training images.")] = 4096,
+    test: Annotated[int, typer.Option("--test", min=1, help="Number of test images.")] = 800,
+    size: Annotated[int, typer.Option("--size", min=16, help="Image size, pixels.")] = 64,
     seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
     *,
     segments: Annotated[
-        bool, typer.Option("--segments", help="images/ and masks/ with a class a pixel, instead of a folder a class.")
+        bool, typer.Option("--segments", help="Write images/ and masks/ with a class per pixel, not class folders.")
     ] = False,
 ) -> None:
-    """Draw a labelled set of JPEGs, for those with no data at hand."""
+    """Generate a labelled set of JPEGs, to try commands without data."""
     if classes > min(train, test):
-        raise UserError(f"--classes: {classes} need as many images: --train is {train} and --test {test}")
+        raise UserError(
+            f"--classes {classes}: more than --train {train} or --test {test}; give an image per class at least"
+        )
     from iwm_fast.data.tools.synth import draw_dataset
 
     draw_dataset(out, classes=classes, train=train, test=test, size=size, seed=seed, segments=segments)
-    print(f"{out}: drawn; train on data.root={out / 'train'}")
+    print(f"{out}: generated; train on data.root={out / 'train'}")
 
 
 @app.command(epilog="Example: iwm-fast data preview photos --out views --count 8 vit_tiny_p4_32.yaml")
 def preview(
     root: Root,
-    out: Annotated[Path, typer.Option("--out", metavar="OUT", help="Folder for the pictures and params.json.")],
+    out: Annotated[
+        Path, typer.Option("--out", metavar="OUT", help="Write the pictures and params.json to this folder.")
+    ],
     words: Annotated[
         list[str] | None,
         typer.Argument(
@@ -91,31 +95,32 @@ def preview(
 
 @app.command(epilog="Example: iwm-fast data record Pendulum-v1 --out pendulum --frames 4000 --repeat 3 --motion")
 def record(
-    env: Annotated[str, typer.Argument(metavar="ENV", help="A gymnasium environment that draws itself, by its id.")],
+    env: Annotated[str, typer.Argument(metavar="ENV", help="Id of a gymnasium environment that renders images.")],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="A folder that does not exist yet.")],
-    frames: Annotated[int, typer.Option("--frames", min=1, help="Triplets to train on.")] = 4000,
-    test: Annotated[int, typer.Option("--test", min=0, help="Triplets to test on, of other episodes.")] = 1000,
-    size: Annotated[int, typer.Option("--size", min=16, help="Side of the pictures, pixels.")] = 64,
+    frames: Annotated[int, typer.Option("--frames", min=1, help="Number of training triplets.")] = 4000,
+    test: Annotated[int, typer.Option("--test", min=0, help="Number of test triplets, from other episodes.")] = 1000,
+    size: Annotated[int, typer.Option("--size", min=16, help="Size of the pictures, pixels.")] = 64,
     seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
-    repeat: Annotated[int, typer.Option("--repeat", min=1, help="Steps of the environment an action is held.")] = 1,
+    repeat: Annotated[int, typer.Option("--repeat", min=1, help="Environment steps per action.")] = 1,
     episode_steps: Annotated[
-        int | None, typer.Option("--episode-steps", min=1, help="Actions after which an episode is cut.")
+        int | None, typer.Option("--episode-steps", min=1, help="Cut an episode after this many actions.")
     ] = None,
     motion: Annotated[
-        bool, typer.Option("--motion", help="Channels are the grey pictures of the last three steps: speed is seen.")
+        bool, typer.Option("--motion", help="Store the last three steps in grey as channels, to show speed.")
     ] = False,
     still: Annotated[
-        bool, typer.Option("--still", help="What stays as it is becomes mid-grey: only what moves is seen.")
+        bool, typer.Option("--still", help="Turn what never changes to mid-grey, to show only what moves.")
     ] = False,
     crop: Annotated[
         tuple[float, float, float, float],
-        typer.Option("--crop", metavar="LEFT TOP RIGHT BOTTOM", help="What is kept, in shares of the drawing."),
+        typer.Option("--crop", metavar="LEFT TOP RIGHT BOTTOM", help="Crop to this box, in shares of the rendering."),
     ] = (0.0, 0.0, 1.0, 1.0),
     names: Annotated[
-        str, typer.Option("--names", help="Of the choices or components, with commas between; default: numbers.")
+        str, typer.Option("--names", help="Names of choices or components, separated by commas; default: numbers.")
     ] = "",
     argument: Annotated[
-        list[str] | None, typer.Option("--env-argument", metavar="KEY=VALUE", help="For gymnasium.make; repeatable.")
+        list[str] | None,
+        typer.Option("--env-argument", metavar="KEY=VALUE", help="Argument of gymnasium.make; repeatable."),
     ] = None,
 ) -> None:
     """Record triplets (picture, action, next picture) of a game played at random, to train on with game.yaml.
@@ -131,7 +136,7 @@ def record(
     for text in argument or []:
         key, equals, value = text.partition("=")
         if not equals or not key:
-            raise UserError(f"--env-argument: {text}: expected KEY=VALUE, as is_slippery=false")
+            raise UserError(f"--env-argument {text}: give KEY=VALUE, such as is_slippery=false")
         arguments[key] = parse_value(value, f"--env-argument {key}")
     told_names = tuple(name.strip() for name in names.split(",")) if names else ()
     asked = Recording(env, frames, test, size, seed, repeat, episode_steps, motion, still, crop, told_names, arguments)
@@ -146,13 +151,13 @@ def verify(
     root: Root,
     source: SourceKind = Kind.AUTO,
     max_pixels: Annotated[
-        int | None, typer.Option("--max-pixels", min=1, help="The training's data.max_pixels; default: its default.")
+        int | None, typer.Option("--max-pixels", min=1, help="Value of data.max_pixels; default: its default.")
     ] = None,
     json: Json = None,
 ) -> None:
-    """Decode every image as training would and name those that cannot be. Training skips and replaces them.
+    """Decode every image as training does, and name those that fail. Training replaces them.
 
-    The exit code is 1 where a file cannot be used, 0 where all can.
+    The exit code is 1 if a file is unusable, 0 if none is.
     """
     from iwm_fast.console import counting, print_table
     from iwm_fast.data.tools.verify import verify as verify_images
@@ -174,19 +179,18 @@ def verify(
 def index(
     root: Root,
     out: Annotated[
-        Path | None, typer.Option("--out", metavar="FILE", help="Default: DIR/iwm-fast-manifest.tsv.")
+        Path | None,
+        typer.Option("--out", metavar="FILE", help="Write the manifest here; default: DIR/iwm-fast-manifest.tsv."),
     ] = None,
     source: SourceKind = Kind.AUTO,
     *,
-    check: Annotated[
-        bool, typer.Option("--check", help="Store what checking each image finds: a training need not check it again.")
-    ] = False,
+    check: Annotated[bool, typer.Option("--check", help="Also check each image, so that a training need not.")] = False,
     json: Json = None,
 ) -> None:
-    """Write a manifest of all images (path, bytes, size, label, checksum): a training starts from it without listing.
+    """Write a manifest of all images (path, bytes, size, label, checksum): a training then need not list them.
 
-    Started again after an interruption, it goes on. Files that change after it are noticed by length and checksum when
-    they are read, and treated as bad ones; index again after adding files.
+    After an interruption the same command resumes. Files that change later are detected by length and checksum when
+    they are read, and treated as bad; index again after adding files.
     """
     from iwm_fast.console import counting
     from iwm_fast.data.tools.index import write_index
@@ -200,11 +204,11 @@ def index(
             f"{written['classes']} classes"
         )
         if written["resumed"]:
-            print(f"{written['resumed']} rows of an earlier start were kept")
+            print(f"{written['resumed']} rows of an interrupted run were reused")
         if check:
             found = written["checked"]
             print(
-                f"checked: DALI decodes {found['plain']} as they are, Pillow decodes {found['pillow']}, "
+                f"checked: DALI decodes {found['plain']} directly, Pillow decodes {found['pillow']}, "
                 f"{found['bad']} are bad"
             )
         if written["unreadable"]:
@@ -216,22 +220,23 @@ def index(
 @app.command(epilog="Example: iwm-fast data shard photos/train --out shards/train --shard-size 256MB")
 def shard(
     root: Root,
-    out: Annotated[Path, typer.Option("--out", metavar="OUT", help="Folder for the shards.")],
+    out: Annotated[Path, typer.Option("--out", metavar="OUT", help="Write the shards to this folder.")],
     shard_size: Annotated[
-        str, typer.Option("--shard-size", metavar="SIZE", help="Of a shard, in bytes, KB, MB or GB (powers of 1024).")
+        str,
+        typer.Option("--shard-size", metavar="SIZE", help="Size of a shard in bytes, KB, MB or GB (powers of 1024)."),
     ] = "256MB",
     source: SourceKind = Kind.AUTO,
     json: Json = None,
 ) -> None:
     """Pack images into WebDataset tar shards with the indexes of DALI's reader; the same images give the same bytes.
 
-    Started again after an interruption, it goes on at the first shard that is missing.
+    After an interruption the same command resumes at the first missing shard.
     """
     from iwm_fast.console import counting
     from iwm_fast.data.tools.shard import write_shards
 
     with counting() as progress:
         written = write_shards(root, out, source=source, shard_bytes=byte_count(shard_size), progress=progress)
-    kept = f", {written['resumed']} of them kept from an earlier start" if written["resumed"] else ""
+    kept = f", {written['resumed']} of them reused from an interrupted run" if written["resumed"] else ""
     line = f"{written['out']}: {written['samples']} images in {written['shards']} shards{kept}"
     answer(json, "data-shard", written, lambda: print(line))

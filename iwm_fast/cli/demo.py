@@ -1,4 +1,4 @@
-"""The demonstration: draw a set, pretrain a tiny IWM on it through the real path, measure it, and write the report."""
+"""The demonstration: generate images, pretrain a tiny IWM on them as any run, evaluate it, and write the report."""
 
 from __future__ import annotations
 
@@ -33,22 +33,22 @@ def demo(
     progress: Count | None = None,
     give: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
-    """Run the demonstration in folder ``out`` and return the figures that it shows, ready for JSON.
+    """Run the demonstration in folder ``out``; return the metrics that it shows, ready for JSON.
 
-    ``give`` gets them as soon as they are measured, before the report is drawn.
-    ``overrides``: of the packaged ``demo.yaml``. Raises UserError when ``out`` holds a run, or an override names data.
+    ``give`` gets them before the report is drawn.
+    ``overrides``: of the packaged ``demo.yaml``. Raise UserError if ``out`` holds a run, or an override names data.
     """
     began = time.perf_counter()
     if (out / "checkpoints").exists():
         raise UserError(f"{out}: holds a run already; choose another --out, or remove it")
     if any(word.startswith("data.root=") for word in overrides):
-        raise UserError("command line: data.root: demo draws its own images; use iwm-fast pretrain for yours")
+        raise UserError("command line: data.root: demo generates its images; use iwm-fast pretrain for yours")
     data = out / "data"
     config = load_config(packaged_config("demo"), [*overrides, f"data.root={data / 'train'}"])
     draw_dataset(data, classes=CLASSES, train=TRAIN_IMAGES, test=TEST_IMAGES, size=IMAGE_SIZE, seed=SEED)
     pretrain(config, out, "never", evaluator=OnlineEvaluator(), alone=True)
     if RunDirectory(out).stopped_file.exists():
-        raise UserError(f"{out}: stopped as asked before its end; start demo again with another --out")
+        raise UserError(f"{out}: stopped early; run demo again with another --out")
     figures: dict[str, Any] = {}
 
     def given(measured: Mapping[str, Any]) -> None:
@@ -74,13 +74,13 @@ def _figures(out: Path, measured: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def demo_rows(figures: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """(what, value, beside it) of each line of the demonstration's table."""
+    """Return (metric, value, note) of each line of the demonstration's table."""
     chance = figures["mrr_chance"]
     return [
         ("loss", f"{figures['loss_first']:.4f} → {figures['loss_last']:.4f}", f"{figures['steps']} steps"),
         ("MRR", f"{figures['mrr']:.3f}", f"{figures['mrr'] / chance:.1f} × chance ({chance:.4f})"),
         ("MRR, shuffled actions", f"{figures['mrr_shuffled']:.3f}", "the action of another target"),
-        ("MRR, neutral action", f"{figures['mrr_neutral']:.3f}", "the predictor is told nothing"),
+        ("MRR, neutral action", f"{figures['mrr_neutral']:.3f}", "the predictor gets no action"),
         ("k-NN", f"{figures['knn']:.1%}", f"untrained {figures['knn_untrained']:.1%}"),
         ("linear probe", f"{figures['linear']:.1%}", f"untrained {figures['linear_untrained']:.1%}"),
         ("images/s", f"{figures['images_per_s']:.0f}", f"{figures['seconds']:.0f} s in all"),

@@ -1,4 +1,4 @@
-"""What this installation can do: each part's version, whether a run here would use it, and why not."""
+"""Diagnosis of this installation: each part's version, whether a run here uses it, and why not."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["Part", "examine", "part_rows"]
 
 
 def _bounds(package: str) -> str:
-    """What is wrong with an installed version, by the bounds iwm-fast was tested with; empty when nothing is."""
+    """Return what is wrong with an installed version, by the tested bounds; empty if nothing is."""
     try:
         declared = metadata.requires("iwm-fast") or []
     except metadata.PackageNotFoundError:
@@ -31,7 +31,7 @@ def _bounds(package: str) -> str:
 
 
 def _imported(module: str) -> str:
-    """Why a module cannot be imported; empty when it can."""
+    """Return why a module cannot be imported; empty if it can."""
     try:
         importlib.import_module(module)
     except (ImportError, OSError, RuntimeError) as error:  # OSError: a shared library that does not load
@@ -40,7 +40,7 @@ def _imported(module: str) -> str:
 
 
 def _part(name: str, package: str, module: str, judge: Callable[[], tuple[bool, str]]) -> Part:
-    """A part that is a package: absent, not importable, or as ``judge`` (used, reason) finds it."""
+    """Return a package's part: absent, not importable, or with the (used, reason) of ``judge``."""
     version = installed_version(package)
     if version is None:
         return Part(name, None, False, f"not installed: pip install {package}", broken=True)
@@ -76,7 +76,7 @@ def _triton() -> tuple[bool, str]:
     x, square, row = (torch.zeros(*shape, device="cuda") for shape in ((1, 16), (16, 16), (16,)))
     try:
         conditioned_mlp(x, square, row, square, row, backend="triton")
-    except RuntimeError as error:  # no compiler, no driver that it can load for
+    except RuntimeError as error:  # no compiler, or no driver
         return False, str(error)
     return True, "kernels of the conditioned MLP and of the loss"
 
@@ -98,7 +98,7 @@ def _deepspeed() -> tuple[bool, str]:
 
 
 def _dali() -> tuple[bool, str]:
-    """Decode a JPEG by DALI where a run would: an import alone says nothing of its libraries."""
+    """Decode a JPEG by DALI on a run's device: an import alone does not test its libraries."""
     import torch
 
     from iwm_fast.data.views.gpu_decoder import gpu_decoder, jpeg_engine, probe
@@ -123,15 +123,15 @@ def _collectives() -> Iterator[Part]:
     if nccl is None:
         yield Part("NCCL", None, False, "this build of torch has none", broken=on_gpu)
     else:
-        yield Part("NCCL", nccl, on_gpu, "ranks on GPUs" if on_gpu else "no GPU: ranks talk over gloo")
+        yield Part("NCCL", nccl, on_gpu, "ranks on GPUs" if on_gpu else "no GPU: ranks use gloo")
     if dist.is_gloo_available():
-        yield Part("gloo", None, not on_gpu, "ranks on GPUs talk over NCCL" if on_gpu else "ranks on the CPU")
+        yield Part("gloo", None, not on_gpu, "ranks on GPUs use NCCL" if on_gpu else "ranks on the CPU")
     else:
         yield Part("gloo", None, False, "this build of torch has none", broken=not on_gpu)
 
 
 def examine() -> list[Part]:
-    """Look at every part; nothing is changed. Torch comes first: without it the others are not looked at."""
+    """Examine every part; nothing is changed. Torch comes first: the others need it."""
     torch_part = _part("torch", "torch", "torch", _torch)
     if torch_part.broken:
         return [torch_part]
@@ -149,6 +149,6 @@ def examine() -> list[Part]:
 
 
 def part_rows(parts: list[Part]) -> list[tuple[str, str, str, str]]:
-    """The diagnosis as rows of a table: part, version, used, reason."""
+    """Return the diagnosis as table rows: part, version, used, reason."""
     used = ("no", "yes")
     return [(p.part, p.version or "–", "broken" if p.broken else used[p.used], p.reason) for p in parts]

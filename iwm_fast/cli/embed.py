@@ -12,29 +12,33 @@ from iwm_fast.cli.options import Json, answer
 
 __all__ = ["embed"]
 
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="A folder that pretrain or export wrote.")]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of pretrain or export.")]
 Data = Annotated[
     str,
     typer.Argument(
         metavar="DIR",
-        help="A folder of images, of .tar shards or of TFRecord files, s3://bucket/prefix, or a manifest.",
+        help="Folder of images, of .tar shards or of TFRecord files, s3://bucket/prefix, or a manifest.",
     ),
 ]
 DataOverrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="KEY.PATH=VALUE...", help="Of the section data, such as data.max_bad_fraction."),
+    typer.Argument(
+        metavar="KEY.PATH=VALUE...", help="Override keys of the section data, such as data.max_bad_fraction."
+    ),
 ]
 Out = Annotated[
     Path,
     typer.Option(
         "--out",
         metavar="FILE",
-        help="A file that does not exist yet: FEATURES.parquet, or .npz, which has to fit in memory.",
+        help="New file to write: FEATURES.parquet, or .npz, which must fit in memory.",
     ),
 ]
 Encoder = Annotated[
     str | None,
-    typer.Option("--encoder", metavar="target|context", help="Default: the target encoder, where it is an EMA."),
+    typer.Option(
+        "--encoder", metavar="target|context", help="Encoder to use; default: the target encoder, if it is an EMA."
+    ),
 ]
 Pool = Annotated[
     str, typer.Option("--pool", metavar="mean|none", help="mean: one vector per image; none: one per patch.")

@@ -1,4 +1,4 @@
-"""`iwm-fast finetune`: put a run to use on labelled images."""
+"""`iwm-fast finetune`: train a run on labelled images."""
 
 from __future__ import annotations
 
@@ -17,45 +17,45 @@ __all__ = ["app"]
 
 app = typer.Typer()
 
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="A folder that pretrain wrote.")]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of pretrain.")]
 Data = Annotated[
     list[str],
     typer.Option(
         "--data",
         metavar="[NAME=]DIR",
-        help="Labelled images: train/ and test/ (or val/) with a folder a class, or with images/ and masks/. "
-        "Several times for multitask.",
+        help="Labelled images: train/ and test/ (or val/) with one folder per class, or with images/ and masks/. "
+        "Repeat for multitask.",
     ),
 ]
 DataOverrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="KEY.PATH=VALUE...", help="Of the section data, such as data.max_bad_fraction."),
+    typer.Argument(
+        metavar="KEY.PATH=VALUE...", help="Override keys of the section data, such as data.max_bad_fraction."
+    ),
 ]
 Mode = Annotated[
-    str, typer.Option("--mode", help="What is trained: linear, attentive, predictor, end-to-end or multitask.")
+    str, typer.Option("--mode", help="Part to train: linear, attentive, predictor, end-to-end or multitask.")
 ]
 Kind = Annotated[
-    str | None, typer.Option("--task", help="classification or segmentation; default: by the folders' layout.")
+    str | None, typer.Option("--task", help="classification or segmentation; default: from the folders' layout.")
 ]
 Init = Annotated[
-    str | None, typer.Option("--init", help="How the predictor begins: pretrained (default), or random to compare.")
+    str | None, typer.Option("--init", help="Predictor's initial weights: pretrained (default), or random to compare.")
 ]
-Out = Annotated[
-    Path | None, typer.Option("--out", metavar="OUT", help="A folder that does not exist yet, for the weights.")
-]
-Epochs = Annotated[float, typer.Option("--epochs", min=0.01, help="Passes over the training images.")]
-Steps = Annotated[int | None, typer.Option("--steps", min=1, help="Steps, instead of passes.")]
+Out = Annotated[Path | None, typer.Option("--out", metavar="OUT", help="Save the result to this new folder.")]
+Epochs = Annotated[float, typer.Option("--epochs", min=0.01, help="Epochs over the training images.")]
+Steps = Annotated[int | None, typer.Option("--steps", min=1, help="Number of steps, instead of epochs.")]
 Rates = Annotated[
     str | None,
-    typer.Option("--lr", help="Peak learning rate of the head; with commas between, several are tried at once."),
+    typer.Option("--lr", help="Peak learning rate of the head, or several to try, separated by commas."),
 ]
-Batch = Annotated[int, typer.Option("--batch", min=2, help="Images a step.")]
+Batch = Annotated[int, typer.Option("--batch", min=2, help="Images per step.")]
 WeightDecay = Annotated[float, typer.Option("--weight-decay", min=0.0)]
-Limit = Annotated[int | None, typer.Option("--limit", min=2, help="At most so many training images.")]
+Limit = Annotated[int | None, typer.Option("--limit", min=2, help="Use at most this many training images.")]
 Seed = Annotated[int, typer.Option("--seed", min=0)]
 WhichCheckpoint = Annotated[str, typer.Option("--checkpoint", help="latest, step_000500, or a path to it.")]
 Cache = Annotated[
-    Path | None, typer.Option("--cache", metavar="DIR", help="Where features are kept; default: RUN/cache.")
+    Path | None, typer.Option("--cache", metavar="DIR", help="Folder of cached features; default: RUN/cache.")
 ]
 
 
@@ -79,11 +79,11 @@ def finetune(
     cache: Cache = None,
     json: Json = None,
 ) -> None:
-    """Train a head, the world model with a head, or all of the network, on labelled images, and measure it on others.
+    """Train a head, the world model with a head, or the whole network on labelled images, and test it on others.
 
-    A part that begins pretrained has a tenth of the learning rate. Loss and test score are printed as it learns, and
-    are in the JSON. --out also writes OUT/report/index.html with their curves, and iwm_fast.load(OUT) classifies or
-    segments; without it only the figures are kept.
+    Pretrained parts train at a tenth of the learning rate. Loss and test score are printed during training, and are in
+    the JSON. --out also writes OUT/report/index.html with their curves, and iwm_fast.load(OUT) classifies or
+    segments; without it only the metrics are printed.
     """
     rates = _rates(lr)
     from iwm_fast.console import counting
@@ -92,7 +92,7 @@ def finetune(
     from iwm_fast.eval.finetune.saved import REPORT
 
     def give(results: dict[str, Any]) -> None:
-        progress.close()  # the bars, so that the table stands alone
+        progress.close()  # the bars, before the table
         answer(json, "finetune", results, lambda: _show(results))
 
     with ExitStack() as progress:
@@ -139,4 +139,4 @@ def _rates(text: str | None) -> tuple[float, ...]:
     try:
         return () if text is None else tuple(float(word) for word in text.split(",") if word.strip())
     except ValueError as error:
-        raise UserError(f"--lr: {text}: it is a number, or several with commas between, such as 3e-4,1e-3") from error
+        raise UserError(f"--lr {text}: give a number, or several separated by commas, such as 3e-4,1e-3") from error

@@ -1,4 +1,4 @@
-"""What of the machine breaks runs: the GPU's driver, shared memory, disks, open files, and a compiler for Triton."""
+"""Properties of the machine that break runs: GPU driver, shared memory, disks, open files, Triton's compiler."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from pathlib import Path
 __all__ = ["Part", "examine_machine"]
 
 _GIB = 2**30
-# NCCL asks for about this much of /dev/shm for each rank of a host (NCCL_SHM, default buffers).
+# NCCL needs about this much of /dev/shm per rank of a host (NCCL_SHM, default buffers).
 _SHM_A_RANK = 32 * 2**20
-# Fewer open files than this stop a training of several ranks: readers, sockets of the ranks, checkpoints' shards.
+# Minimum of open files for a training on several ranks: readers, sockets, checkpoint shards.
 _OPEN_FILES = 1024
-# The driver's branch that CUDA 13 needs at least; 12.8 needs 570.
+# Minimum driver branch by CUDA version; 12.8 needs 570.
 _DRIVER_FOR_CUDA = {13: 580, 12: 525}
 
 
 @dataclass(frozen=True)
 class Part:
-    """One line of the doctor's diagnosis. broken: a run needs it, and it does not work."""
+    """One line of the doctor's diagnosis. broken: a run needs this part, and it does not work."""
 
     part: str
     version: str | None
@@ -36,7 +36,7 @@ class Part:
 
 
 def examine_machine() -> Iterator[Part]:
-    """Look at each property of the machine; nothing is changed."""
+    """Examine each property of the machine; nothing is changed."""
     import torch
 
     on_gpu = torch.cuda.is_available()
@@ -56,14 +56,14 @@ def _driver(on_gpu: bool, cuda: str | None) -> Part:
         return Part("driver", version, not old, reason, broken=old)
     hardware = any(Path("/dev").glob("nvidia[0-9]*"))
     if not hardware:
-        return Part("driver", version, False, "no GPU on this machine (/dev/nvidia0 is not there)")
+        return Part("driver", version, False, "no GPU on this machine (/dev/nvidia0 is missing)")
     if cuda is None:
         reason = "there is a GPU, and this torch is the CPU build: install one with CUDA, or train on the CPU"
         return Part("driver", version, False, reason, broken=True)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible in ("", "-1", "NoDevFiles"):
         return Part("driver", version, False, f"CUDA_VISIBLE_DEVICES={visible} hides every GPU")
-    reason = f"there is a GPU, and torch cannot use it: CUDA {cuda} and this driver do not go together (nvidia-smi)"
+    reason = f"there is a GPU, and torch cannot use it: CUDA {cuda} and this driver do not match (see nvidia-smi)"
     return Part("driver", version, False, reason, broken=True)
 
 
@@ -83,7 +83,7 @@ def _driver_version() -> str | None:
 
 
 def _compiler(on_gpu: bool) -> Part:
-    """Triton builds a launcher for each kernel when it first runs: it needs a C compiler and Python's headers."""
+    """Triton builds a launcher for each new kernel, which needs a C compiler and Python's headers."""
     compiler = os.environ.get("CC") or next(filter(None, map(shutil.which, ("gcc", "clang", "cc"))), None)
     header = Path(sysconfig.get_path("include")) / "Python.h"
     if compiler is None or shutil.which(compiler) is None:
@@ -99,7 +99,7 @@ def _compiler(on_gpu: bool) -> Part:
 
 def _shared_memory(folder: Path, ranks: int, on_gpu: bool) -> Part:
     if not folder.is_dir():
-        return Part("shared memory", None, False, f"{folder} is not there", broken=on_gpu and ranks > 1)
+        return Part("shared memory", None, False, f"{folder} is missing", broken=on_gpu and ranks > 1)
     free = shutil.disk_usage(folder).free
     needed = ranks * _SHM_A_RANK if on_gpu and ranks > 1 else 0
     short = free < needed
@@ -130,5 +130,5 @@ def _open_files() -> Part:
 
 
 def _size(count: float) -> str:
-    """Bytes as a person reads them."""
+    """Format bytes."""
     return f"{count / _GIB:.1f} GB" if count >= _GIB else f"{count / 2**20:.0f} MB"

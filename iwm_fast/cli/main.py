@@ -1,6 +1,6 @@
-"""The command line: a thin face. Every command says what it does, hands over, and prints the answer.
+"""The command line: each command parses its arguments, calls the package, and prints the result.
 
-What a command needs is imported inside it, so that ``--help`` answers at once and ``data synth`` never loads torch.
+Commands import what they need inside, so that ``--help`` is fast and ``data synth`` does not load torch.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class _Group(typer.core.TyperGroup):
 app = typer.Typer(
     name="iwm-fast",
     cls=_Group,
-    help="Pretrain, measure and export Image World Models (arXiv:2403.00504).",
+    help="Pretrain, evaluate and export Image World Models (arXiv:2403.00504).",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
@@ -63,22 +63,24 @@ def _version(asked: bool) -> None:
 @app.callback()
 def _globally(
     *,
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
     debug: Annotated[
         bool, typer.Option("--debug", help="Show the traceback of an error; also after a command.")
     ] = False,
 ) -> None:
-    """Both are acted upon elsewhere: the version in its callback, --debug before the parser sees the arguments."""
+    """Handled elsewhere: the version in its callback, --debug before the parser runs."""
     del version, debug
 
 
 @app.command(epilog="Example: iwm-fast demo --out runs/demo")
 def demo(
-    out: Annotated[Path, typer.Option("--out", help="Folder for the images, the run and the report.")],
+    out: Annotated[Path, typer.Option("--out", help="Write the images, the run and the report to this folder.")],
     overrides: Overrides = None,
     json: Json = None,
 ) -> None:
-    """Draw a set of images, pretrain a tiny world model on it, measure it and write a report, in minutes on a CPU."""
+    """Generate images, pretrain a tiny world model, evaluate it and write a report, in minutes on a CPU."""
     from iwm_fast.cli.demo import demo as run_demo
     from iwm_fast.cli.demo import demo_rows
     from iwm_fast.console import counting, print_table
@@ -99,7 +101,7 @@ app.command(
 
 @app.command(epilog="Example: iwm-fast evaluate runs/a --data photos --what mrr,knn,linear --json a.json")
 def evaluate(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A folder that pretrain wrote.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of pretrain.")],
     data: Annotated[
         str,
         typer.Option(
@@ -112,7 +114,7 @@ def evaluate(
         list[str] | None,
         typer.Argument(
             metavar="KEY.PATH=VALUE...",
-            help="Of eval, data and the jitter's strength, for this measurement; refused where it has no use.",
+            help="Override keys of eval, data and the jitter's strength; others are refused.",
         ),
     ] = None,
     what: Annotated[
@@ -121,16 +123,16 @@ def evaluate(
     ] = None,
     checkpoint: Annotated[str, typer.Option("--checkpoint", help="latest, step_000500, or a path to it.")] = "latest",
     images: Annotated[
-        int | None, typer.Option("--images", min=1, help="Images ranked for MRR; default: the run's.")
+        int | None, typer.Option("--images", min=1, help="Number of images ranked for MRR; default: the run's.")
     ] = None,
     cache: Annotated[
-        Path | None, typer.Option("--cache", metavar="DIR", help="Where features are kept; default: RUN/cache.")
+        Path | None, typer.Option("--cache", metavar="DIR", help="Folder of cached features; default: RUN/cache.")
     ] = None,
     json: Json = None,
 ) -> None:
-    """Measure a run's world model and representation, print a table and write RUN/report/index.html.
+    """Evaluate a run's world model and representation, print a table and write RUN/report/index.html.
 
-    The exit code is 1 where a measure that --what names could not be run; the others are measured all the same.
+    The exit code is 1 if an evaluation named by --what could not run; the others run all the same.
     """
     from iwm_fast.console import counting, print_table
     from iwm_fast.eval.report.terminal import result_lines, result_rows
@@ -171,27 +173,25 @@ def evaluate(
 
 @app.command(epilog="Example: iwm-fast export runs/a --out weights/a --onnx")
 def export(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A folder that pretrain wrote.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of pretrain.")],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="A folder that does not exist yet.")],
     checkpoint: Annotated[str, typer.Option("--checkpoint", help="latest, step_000500, or a path to it.")] = "latest",
     onnx: Annotated[
-        bool, typer.Option("--onnx", help="Also as ONNX graphs of whole images, checked with onnxruntime.")
+        bool, typer.Option("--onnx", help="Also write ONNX graphs of whole images, checked with onnxruntime.")
     ] = False,
     layout: Annotated[
         str,
         typer.Option("--layout", help="weights, or universal: DeepSpeed's layout, optimizer included."),
     ] = "weights",
 ) -> None:
-    """Write encoder, target encoder and predictor as safetensors with a JSON of what they are."""
+    """Write encoder, target encoder and predictor as safetensors, with a JSON that describes them."""
     from iwm_fast.export.deepspeed_universal import export_universal
     from iwm_fast.export.weights import export_run
 
     if layout not in ("weights", "universal"):
-        raise UserError(f"--layout is {layout!r}; it must be weights or universal")
+        raise UserError(f"--layout {layout}: give weights or universal")
     if layout == "universal" and onnx:
-        raise UserError(
-            "--onnx goes with --layout weights; DeepSpeed's layout has no graphs: export twice, to two --out"
-        )
+        raise UserError("--onnx needs --layout weights: DeepSpeed's layout has no graphs; export twice, to two --out")
     if layout == "universal":
         written = export_universal(run, out, checkpoint)
     else:
@@ -208,9 +208,9 @@ app.command(
 
 @app.command(epilog="Example: iwm-fast doctor")
 def doctor(json: Json = None) -> None:
-    """Say for each part of the stack its version, whether a run here uses it, and why not.
+    """Show for each part of the stack its version, whether a run here uses it, and why not.
 
-    The exit code is 1 where a part that a run needs does not work.
+    The exit code is 1 if a part that a run needs does not work.
     """
     from dataclasses import asdict
 
@@ -232,10 +232,10 @@ def doctor(json: Json = None) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command and return the exit code: 0, 2 for what the user can mend (one line), 130 after Ctrl-C.
+    """Run a command and return the exit code: 0, 2 for errors of the user (one line), 130 after Ctrl-C.
 
-    1 is an answer: doctor found a broken part, data verify a bad file, bench compare a slowdown, evaluate --what a
-    measure that could not be run.
+    1 is a result: doctor found a broken part, data verify a bad file, bench compare a slowdown, evaluate --what an
+    evaluation that could not run.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given

@@ -1,4 +1,4 @@
-"""Options that several commands share, and how a command gives its answer to a program."""
+"""Options that several commands share, and the output of results as JSON."""
 
 from __future__ import annotations
 
@@ -29,25 +29,23 @@ Json = Annotated[
         "--json",
         metavar="FILE",
         callback=_writable,
-        help="Write the answer as JSON to FILE; without FILE (last, or before an option or KEY=VALUE), print it. "
+        help="Write the result as JSON to FILE; without FILE (last, or before an option or KEY=VALUE), print it. "
         "--json=FILE takes any name.",
     ),
 ]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(
-        metavar="KEY.PATH=VALUE...", help="Settings that replace those of CONFIG.", autocompletion=overrides
-    ),
+    typer.Argument(metavar="KEY.PATH=VALUE...", help="Override keys of CONFIG.", autocompletion=overrides),
 ]
-Device = Annotated[str | None, typer.Option("--device", metavar="cpu|cuda", help="Default: a GPU where there is one.")]
-Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Of torch, on a CPU. Default: every core.")]
+Device = Annotated[str | None, typer.Option("--device", metavar="cpu|cuda", help="Default: a GPU if there is one.")]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Torch threads on a CPU. Default: every core.")]
 CONFIG_HELP = "A YAML file, or the name of a packaged one such as vit_tiny_p4_32.yaml."
 
 
 def answer(destination: str | None, kind: str, body: Mapping[str, Any], show: Callable[[], None] | None = None) -> None:
-    """Write the body of a result with its schema and environment to a file, to standard output ("-"), or nowhere.
+    """Write a result with its schema and environment to a file, to standard output ("-"), or nowhere.
 
-    ``show`` prints it for a person, after the file is written, and not at all for "-".
+    ``show`` prints it for people, after the file is written; not for "-".
     """
     from iwm_fast.results import give_result
 
@@ -55,7 +53,7 @@ def answer(destination: str | None, kind: str, body: Mapping[str, Any], show: Ca
 
 
 def byte_count(text: str) -> int:
-    """Bytes of a size such as 1000000, 512KB, 256MB or 1.5GB; UserError for another text."""
+    """Return the bytes of a size such as 1000000, 512KB, 256MB or 1.5GB; raise UserError for other text."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
     count = int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " ")) if match else 0
     if count < 1:

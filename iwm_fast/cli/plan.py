@@ -32,32 +32,33 @@ def plan(
     config: Annotated[str, typer.Argument(metavar="CONFIG", help=CONFIG_HELP, autocompletion=config_files)],
     overrides: Overrides = None,
     nodes: Annotated[int, typer.Option("--nodes", min=1, help="Hosts.")] = 1,
-    gpus_per_node: Annotated[int, typer.Option("--gpus-per-node", min=1, help="GPUs of each, one rank a GPU.")] = 8,
+    gpus_per_node: Annotated[int, typer.Option("--gpus-per-node", min=1, help="GPUs per host, one rank per GPU.")] = 8,
     gpu: Annotated[str, typer.Option("--gpu", help="h200, h100, a100, a100-40gb, b200 or l40s.")] = "h200",
     images: Annotated[
-        int | None, typer.Option("--images", min=1, help="Images of the set; default: counted in data.root.")
+        int | None, typer.Option("--images", min=1, help="Number of images; default: counted in data.root.")
     ] = None,
     mfu: Annotated[
-        float | None, typer.Option("--mfu", min=0.01, max=1.0, help="Share of the GPU's rate; default: a result's.")
+        float | None, typer.Option("--mfu", min=0.01, max=1.0, help="Share of the GPU's peak; default: from a result.")
     ] = None,
     network: Annotated[
-        float | None, typer.Option("--network", min=0.01, help="GB/s of one GPU between hosts, one direction.")
+        float | None, typer.Option("--network", min=0.01, help="GB/s per GPU between hosts, one direction.")
     ] = None,
     data_rate: Annotated[
-        float | None, typer.Option("--data-rate", min=0.01, help="Images/s that the input path makes for a GPU.")
+        float | None, typer.Option("--data-rate", min=0.01, help="Images/s of the data pipeline per GPU.")
     ] = None,
     results: Annotated[
-        Path | None, typer.Option("--results", metavar="DIR", help="Measurements; default: benchmarks/results.")
+        Path | None,
+        typer.Option("--results", metavar="DIR", help="Folder of bench results; default: benchmarks/results."),
     ] = None,
     json: Json = None,
     plot: Annotated[
-        Path | None, typer.Option("--plot", metavar="PNG", callback=_drawable, help="Draw the scaling to 1,024 GPUs.")
+        Path | None, typer.Option("--plot", metavar="PNG", callback=_drawable, help="Plot the scaling to 1,024 GPUs.")
     ] = None,
 ) -> None:
-    """Work out memory, step time and hours, and the micro-batch, recomputation and ZeRO stage to choose, without a GPU.
+    """Compute memory, step time and hours, and the best micro-batch, recomputation and ZeRO stage, without a GPU.
 
     Every ZeRO stage is tried without and with activation checkpointing, each at the largest micro-batch that fits. The
-    answer says what to change in the configuration, in words to paste, what that gains, and why the rest is left out.
+    result says what to change in the configuration, as overrides to paste, the gain, and why others were left out.
     """
     from iwm_fast.config.load import find_config, load_config
 
@@ -72,7 +73,7 @@ def plan(
 
     device = find_device(gpu)
     if results is not None and not results.is_dir():
-        raise UserError(f"--results {results}: no such folder; name one with results of bench step, or leave it out")
+        raise UserError(f"--results {results}: no such folder; give one with results of bench step, or leave it out")
     planner = planner_of(loaded)
     origin = results or packaged_results()
     rate = compute_rate(device, planner.operations, origin, mfu, loaded.train.precision)
@@ -105,12 +106,12 @@ def plan(
     answer(json, "plan", record, show)
     if plot and points:
         draw_scaling(
-            points, f"{Path(config).name} on {device.name}, {gpus_per_node} a host; compute {rate.origin}", plot
+            points, f"{Path(config).name} on {device.name}, {gpus_per_node} GPUs per host; compute {rate.origin}", plot
         )
 
 
 def planner_of(config: Config, images: int = 2048) -> Planner:
-    """A planner with the token counts of the run's first images, as training draws them.
+    """Return a planner with the token counts of the run's first images, with masks as in training.
 
     With I-JEPA's masks the mean of 2,048 context lengths is known to about 0.3 %.
     """
@@ -121,9 +122,9 @@ def planner_of(config: Config, images: int = 2048) -> Planner:
 
 
 def _images_of(config: Config, given: int | None) -> tuple[Config, ImageCount]:
-    """How many images the plan is for, and the configuration with the actions that a manifest of triplets describes.
+    """Return the configuration with the actions of a manifest of triplets, if there is one, and the number of images.
 
-    UserError for data that a training would refuse, where they are on this machine.
+    Raise UserError for data on this machine that a training would refuse.
     """
     from iwm_fast.cost.report import ImageCount
     from iwm_fast.data.image_list import list_images

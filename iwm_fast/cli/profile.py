@@ -1,4 +1,4 @@
-"""`iwm-fast profile`: where a training step's time goes."""
+"""`iwm-fast profile`: time of a training step by part."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ __all__ = ["profile"]
 
 def profile(
     config: Annotated[str, typer.Argument(metavar="CONFIG", help=CONFIG_HELP, autocompletion=config_files)],
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for trace, tables and picture.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Write trace, tables and plot to this folder.")],
     overrides: Overrides = None,
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Timed steps, and as many in parts.")] = 10,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Timed steps, and as many timed by part.")] = 10,
     device: Device = None,
     threads: Threads = None,
     ncu: Annotated[
@@ -28,14 +28,14 @@ def profile(
         typer.Option(
             "--ncu",
             metavar="KERNEL",
-            help="Print the Nsight Compute command for a Triton function, and stop; any other word lists them.",
+            help="Print the Nsight Compute command for a Triton function; any other word lists the functions.",
         ),
     ] = None,
     json: Json = None,
 ) -> None:
-    """Run some steps and write trace.json (Perfetto, chrome://tracing), profile.md, step.png and memory.json.
+    """Profile some steps; write trace.json (Perfetto, chrome://tracing), profile.md, step.png and memory.json.
 
-    Images come from data.root where it is set, else pixels are random.
+    Images come from data.root; if it is not set, pixels are random.
     """
     from iwm_fast.config.load import find_config, load_config
 

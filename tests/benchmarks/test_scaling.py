@@ -175,16 +175,16 @@ def test_batches_from_one_to_many_are_measured_as_a_line(tmp_path, capsys):
     assert [row["images"] for row in document["rows"]] == [1, 2, 4, 8]
     assert {"seconds", "cpu_seconds", "memory_bytes"} == set(document["lines"])
     assert all(len(line["residuals"]) == 4 for line in document["lines"].values())
-    assert "an image; residuals" in capsys.readouterr().out
+    assert "per image; residuals" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["kernels", "--only", "nothing"], "no such operation; there are conditioned_mlp"),
+        (["kernels", "--only", "nothing"], "no such operation; choose from conditioned_mlp"),
         (["step", "--device", "gpu"], "--device: gpu: must be cpu or cuda"),
         (["step", "--preset", "cpu-none", "--device", "cpu"], "no such preset"),
-        (["scaling", "--what", "weak"], "--what: weak: must be batches"),
+        (["scaling", "--what", "weak"], "--what weak: give batches"),
     ],
 )
 def test_what_a_user_gets_wrong_is_one_line(words, said, capsys):

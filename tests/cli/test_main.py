@@ -99,15 +99,15 @@ WRONG = {
     "no run to export": (["export", "nowhere", "--out", "somewhere"], "nowhere: not a run (no config.yaml)"),
     "unknown layout": (
         ["export", "nowhere", "--out", "somewhere", "--layout", "flat"],
-        "--layout is 'flat'; it must be weights or universal",
+        "--layout flat: give weights or universal",
     ),
     "graphs in DeepSpeed's layout": (
         ["export", "nowhere", "--out", "somewhere", "--layout", "universal", "--onnx"],
-        "--onnx goes with --layout weights; ",
+        "--onnx needs --layout weights: ",
     ),
     "data for demo": (
         ["demo", "--out", "somewhere", "data.root=x"],
-        "command line: data.root: demo draws its own images",
+        "command line: data.root: demo generates its images",
     ),
     "no size": (["data", "shard", "x", "--out", "y", "--shard-size", "many"], "many: not a size; write it as 1000000"),
     "unknown source": (
@@ -333,7 +333,7 @@ EMPTY = {
     "plan '' train.lr=1": "iwm-fast plan: an argument is empty",
     "evaluate '' --data d": "iwm-fast evaluate: an argument is empty",
     "data verify ''": "iwm-fast data verify: an argument is empty",
-    "evaluate r --data ''": "--data: empty; give a value (DIR) (is a variable of the shell unset?)",
+    "evaluate r --data ''": "--data: empty (an unset shell variable?); give a value (DIR)",
     "evaluate r --data=": "--data: empty; give a value (DIR)",
     "evaluate r --data d --cache ''": "--cache: empty; give a value (DIR), or leave --cache out",
     "evaluate r --data d --json=": "--json: empty; give a value (FILE)",

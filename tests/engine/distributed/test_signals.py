@@ -254,5 +254,5 @@ def test_a_stopped_demo_does_not_evaluate(tmp_path, monkeypatch):
     monkeypatch.setattr(demo_module, "draw_dataset", lambda *_, **__: None)
     monkeypatch.setattr(demo_module, "pretrain", stopped)
     monkeypatch.setattr(demo_module, "evaluate_run", lambda *_, **__: pytest.fail("went on"))
-    with pytest.raises(UserError, match="stopped as asked before its end"):
+    with pytest.raises(UserError, match="stopped early"):
         demo_module.demo(tmp_path / "demo")
