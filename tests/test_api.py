@@ -315,7 +315,7 @@ MISTAKES = {
     "no image": (lambda w: w.encode([]), "images: empty"),
     "empty batch": (lambda w: w.encode(pictures(1)[:0]), "images: empty"),
     "encoder": (lambda w: w.encode(pictures(1), "teacher"), "which is 'teacher': give target or context"),
-    "name": (lambda w: w.predict(pictures(1), {"brightnes": 1.0}), "action: 'brightnes' is no component"),
+    "name": (lambda w: w.predict(pictures(1), {"brightnes": 1.0}), "action: 'brightnes': no such component"),
     "length": (lambda w: w.predict(pictures(1), [1.0, 2.0]), r"action is \(2,\): give 9 numbers \(brightness, "),
     "rows": (lambda w: w.predict(pictures(3), np.zeros((2, 9))), "action has 2 rows for 3 images"),
     "bank": (lambda w: w.rank(pictures(1), {}, torch.zeros(4, 5)), r"bank is \(4, 5\): give one or more targets"),
@@ -369,7 +369,10 @@ MISTAKES = {
     "other device": (lambda _: iwm_fast.load(".", device="cuda:99"), r"device is 'cuda:99': torch sees \d+ GPU"),
     "checkpoint": (lambda _: iwm_fast.load(".", checkpoint=3), "checkpoint is 3: give latest, or a name"),
     "pair": (lambda w: w.infer(pictures(2), pictures(1)), "source and target are 2 and 1 images"),
-    "bounds": (lambda w: w.infer(pictures(1), pictures(1), bounds={"zoom": (0, 1)}), "action: 'zoom' is no component"),
+    "bounds": (
+        lambda w: w.infer(pictures(1), pictures(1), bounds={"zoom": (0, 1)}),
+        "action: 'zoom': no such component",
+    ),
 }
 
 

@@ -90,7 +90,7 @@ WRONG = {
     "unknown key": (["config", "demo", "train.lrr=1"], "command line: train.lrr: unknown key; did you mean train.lr?"),
     "wrong range": (["config", "demo", "train.lr=-1"], "command line: train.lr: found -1; allowed: a number above 0"),
     "no such file": (["config", "no/such.yaml"], "no/such.yaml: no such file; name another, or one of "),
-    "no configuration": (["config"], "config: name a YAML file, or one of demo.yaml, "),
+    "no configuration": (["config"], "config: CONFIG is missing; give a YAML file, or one of demo.yaml, "),
     "unknown measure": (
         ["evaluate", "nowhere", "--data", "x", "--what", "mrr,bleu"],
         "--what: bleu: it is a list of mrr, knn, linear, attentive, equivariance",
@@ -334,11 +334,11 @@ EMPTY = {
     "evaluate '' --data d": "iwm-fast evaluate: an argument is empty",
     "data verify ''": "iwm-fast data verify: an argument is empty",
     "evaluate r --data ''": "--data: empty (an unset shell variable?); give a value (DIR)",
-    "evaluate r --data=": "--data: empty; give a value (DIR)",
-    "evaluate r --data d --cache ''": "--cache: empty; give a value (DIR), or leave --cache out",
-    "evaluate r --data d --json=": "--json: empty; give a value (FILE)",
-    "pretrain demo --out ''": "--out: empty; give a value",
-    "export r --out x --checkpoint ''": "--checkpoint: empty; give a value",
+    "evaluate r --data=": "--data: empty (an unset shell variable?); give a value (DIR)",
+    "evaluate r --data d --cache ''": "--cache: empty (an unset shell variable?); give a value (DIR), or leave --cache out",
+    "evaluate r --data d --json=": "--json: empty (an unset shell variable?); give a value (FILE)",
+    "pretrain demo --out ''": "--out: empty (an unset shell variable?); give a value",
+    "export r --out x --checkpoint ''": "--checkpoint: empty (an unset shell variable?); give a value",
 }
 
 

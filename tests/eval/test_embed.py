@@ -200,7 +200,7 @@ def test_parquet_is_written_in_row_groups_as_it_comes(tmp_path, monkeypatch):
 def test_an_npz_larger_than_memory_is_refused_before_any_image_is_read(tmp_path):
     with (
         (tmp_path / "f.npz").open("wb") as file,
-        pytest.raises(iwm_fast.errors.UserError, match=r"held in memory .* name a file that ends in \.parquet"),
+        pytest.raises(iwm_fast.errors.UserError, match=r"in memory .* give a file that ends in \.parquet"),
         feature_file(".npz", file, Table(10**12, (768,))),
     ):
         pass
@@ -235,7 +235,7 @@ def test_mistakes_are_one_line_each(run, tiny_images, tmp_path, command):
             (run, tiny_images, "--out", tmp_path),
             f"--out {tmp_path}: unknown format; give a file that ends in .parquet or .npz",
         ),
-        ((run, tiny_images, "--out", tmp_path / "f.csv"), f"--out: {tmp_path / 'f.csv'}: name a file that ends in"),
+        ((run, tiny_images, "--out", tmp_path / "f.csv"), f"--out {tmp_path / 'f.csv'}: unknown format; give a file"),
         (
             (run, tiny_images, "--out", out, "--encoder", "both"),
             "--encoder both: no such encoder; give target or context",

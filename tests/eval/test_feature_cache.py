@@ -141,7 +141,7 @@ def test_what_is_interrupted_leaves_no_entry(photos, tmp_path):
 def full_from_the_start(monkeypatch, folder):
     usage = type("Usage", (), {"free": 10})
     monkeypatch.setattr(cache_module.shutil, "disk_usage", lambda _: usage)
-    return r"they take 0\.0 GB and 0\.0 GB are free"
+    return r"they need 0\.0 GB, 0\.0 GB are free"
 
 
 def full_when_the_file_is_made(monkeypatch, folder):
@@ -187,7 +187,7 @@ def test_features_that_fit_neither_disk_nor_memory_are_refused_before_the_work(p
     full_from_the_start(monkeypatch, tmp_path)
     monkeypatch.setattr(cache_module, "_memory_available", lambda: 10)
     split = opened(photos)
-    with pytest.raises(UserError, match=r"where 0\.0 GB of memory are free; name another --cache"):
+    with pytest.raises(UserError, match=r"0\.0 GB are free; give another --cache"):
         read_features([model.encoder], split, "pooled", cache=FeatureCache(tmp_path / "cache"))
     assert split.reads == 0
 

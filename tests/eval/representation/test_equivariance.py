@@ -302,7 +302,7 @@ def test_too_few_flagged_pairs_are_said_with_their_number():
     assert said["blur_sigma"] == "9 of 40 training pairs have a blur; 10 are needed"
     assert said["hue"] == "actions.strength is 0"
     test[:, names.index("grayscale")] = np.arange(30) != 3
-    assert left_out(actions, training=training, test=test)["grayscale"].startswith("1 of 30 test pairs are without")
+    assert left_out(actions, training=training, test=test)["grayscale"].startswith("1 of 30 test pairs lack it")
 
 
 def test_where_nothing_varies_it_says_so_and_keeps_what_else_was_measured():

@@ -120,7 +120,10 @@ def test_means_have_intervals_and_begin_at_chains_spread_over_the_set(game):
     for name in ("model", "shuffled", "copy"):
         for mean, (low, high) in zip(found[name], found[f"{name}_interval"], strict=True):
             assert low <= mean <= high
-    assert "fewer than two chains of 9 triplets" in measure_rollouts(Line(), FrameReader(triplets, config), 9)["reason"]
+    assert (
+        "fewer than two chains of 9 consecutive triplets"
+        in measure_rollouts(Line(), FrameReader(triplets, config), 9)["reason"]
+    )
 
 
 def test_the_test_set_is_found_under_the_names_of_splits(tmp_path):
