@@ -335,7 +335,9 @@ EMPTY = {
     "data verify ''": "iwm-fast data verify: an argument is empty",
     "evaluate r --data ''": "--data: empty (an unset shell variable?); give a value (DIR)",
     "evaluate r --data=": "--data: empty (an unset shell variable?); give a value (DIR)",
-    "evaluate r --data d --cache ''": "--cache: empty (an unset shell variable?); give a value (DIR), or leave --cache out",
+    "evaluate r --data d --cache ''": (
+        "--cache: empty (an unset shell variable?); give a value (DIR), or leave --cache out"
+    ),
     "evaluate r --data d --json=": "--json: empty (an unset shell variable?); give a value (FILE)",
     "pretrain demo --out ''": "--out: empty (an unset shell variable?); give a value",
     "export r --out x --checkpoint ''": "--checkpoint: empty (an unset shell variable?); give a value",
