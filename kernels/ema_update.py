@@ -8,8 +8,8 @@ of `torch.lerp`.
 Fused (Triton): one launch for all tensors, whose addresses are in a table on the device, built once for the same
 tensors. It reads average and weight once and writes average and copy once: 14 bytes per element with a half-precision
 copy, where a lerp followed by a copy moves 18. The compiler may contract a multiply and an add, so the average differs
-from `torch._foreach_lerp_` by at most one rounding of the product, 2⁻²⁴ · (1 − momentum) · |weight − average|, and one
-of the result.
+from `torch._foreach_lerp_` by at most one rounding of the multiplication, 2⁻²⁴ · (1 − momentum) · |weight − average|,
+and one of the result.
 
 Reference (plain PyTorch, below): `torch._foreach_lerp_`, then `torch._foreach_copy_`.
 

@@ -26,7 +26,7 @@ _FINETUNING = {"loss": "finetuning loss", "test": "score on test images"}
 
 
 def axis_of(subjects: Sequence[Subject], asked: Axis | None) -> Axis:
-    """What the curves stand over: what was asked for, else images where the runs' batches differ."""
+    """What the curves stand over: the requested axis, else images where the runs' batches differ."""
     if asked is not None:
         return asked
     batches = {subject.settings.get("train.global_batch") for subject in subjects if subject.records}

@@ -140,7 +140,7 @@ def _number(name: str, value: Any) -> float:
 
 
 def _impossible(name: str, value: float, space: ActionSpace) -> str | None:
-    """Return what values a component can have, if this is none of them."""
+    """Return the component's possible values, if this is none of them."""
     if isinstance(space, ExternalSpace):
         choice = space.external.kind == "discrete" and value not in (0.0, 1.0)
         return "a choice is 1, and the others 0" if choice else None
