@@ -42,7 +42,7 @@ _BACKWARD_ROWS = 8
 
 
 def sigreg_sums_flops(tokens: int, directions: int, knots: int, *, backward: bool = False) -> int:
-    """Operations: a sine and a cosine, and for each knot one step of the recurrence (6) and two multiply-adds."""
+    """Operations: a sine and a cosine, and for each knot one step of the recurrence (6) and two sums."""
     return tokens * directions * (2 + knots * (6 + (4 if backward else 2)))
 
 
