@@ -147,9 +147,9 @@ def test_a_missing_prometheus_client_is_one_clear_error_before_the_first_step(po
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-# As this package wrote it before prometheus_client did: names, types, labels and values stay.
-WRITTEN_BEFORE = r"""# TYPE iwm_fast_step gauge
 # As this package wrote it before it used prometheus_client: names, types, labels and values stay.
+WRITTEN_BEFORE = r"""# TYPE iwm_fast_step gauge
+iwm_fast_step{run="a \"run\" in C:\\runs\n"} 12345678
 # TYPE iwm_fast_loss gauge
 iwm_fast_loss{run="a \"run\" in C:\\runs\n"} 0.10000000000000001
 # TYPE iwm_fast_lr gauge
