@@ -128,6 +128,10 @@ def evaluate(
     cache: Annotated[
         Path | None, typer.Option("--cache", metavar="DIR", help="Folder of cached features; default: RUN/cache.")
     ] = None,
+    full: Annotated[
+        bool,
+        typer.Option("--full", help="Measure all that --what can name, and each component alone on all images of MRR."),
+    ] = False,
     json: Json = None,
 ) -> None:
     """Evaluate a run's world model and representation, print a table and write RUN/report/index.html.
@@ -159,6 +163,7 @@ def evaluate(
             checkpoint=checkpoint,
             images=images,
             components=True,
+            full=full,
             cache=cache,
             overrides=overrides or [],
             progress=shown.enter_context(counting()),

@@ -40,6 +40,7 @@ def evaluate_model(
     images: int | None = None,
     queries: int | None = None,
     components: bool = False,
+    component_images: int | None = None,
     cache: FeatureCache | None = None,
     progress: Count | None = None,
 ) -> dict[str, Any]:
@@ -48,7 +49,8 @@ def evaluate_model(
     ``what``: default all that is quick.
     MRR: of ``images`` (default ``eval.mrr_images``) spread evenly over ``test``, on banks of ``eval.bank``; names in
     ``MrrResult.summary``. ``components``: also, under that name, mrr, h1, h5 and controls of each component of the
-    action that the run trains with (`component_bank`), and each one's mrr as ``mrr_only_NAME``.
+    action that the run trains with (`component_bank`), and each one's mrr as ``mrr_only_NAME``; of
+    ``component_images`` of the images, default all.
     k-NN and probes: fitted on ``train``, measured on ``test``; knn, linear, attentive, linear_top5 and so on, each with
     _interval. ``untrained``: also all of these of the network before training, with _untrained, and the control
     mrr_untrained_target. ``encoder``: default the EMA, if there is one. ``cache``: of features.
@@ -72,6 +74,7 @@ def evaluate_model(
         images=images,
         queries=queries,
         components=components,
+        component_images=component_images,
         cache=cache,
         progress=progress,
     )

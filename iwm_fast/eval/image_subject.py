@@ -27,7 +27,7 @@ class ImageSubject:
 
     which: the evaluated encoder. untrained: the network before its first step, if it is evaluated too. images: number
     ranked for MRR, default ``eval.mrr_images``; queries: actions per bank, default all. components: also rank banks of
-    each action component alone.
+    each action component alone, of ``component_images`` of the images, default all.
     """
 
     model: IWM
@@ -40,6 +40,7 @@ class ImageSubject:
     images: int | None = None
     queries: int | None = None
     components: bool = False
+    component_images: int | None = None
     cache: FeatureCache | None = None
     progress: Count | None = None
 

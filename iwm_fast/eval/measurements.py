@@ -25,7 +25,7 @@ from iwm_fast.results import json_text
 __all__ = ["FOLDER", "Measurement", "divide", "keep", "merged", "place_of", "read", "weights_of"]
 
 FOLDER = "results"
-_OF_THE_CALL = ("not_run", "step", "report")
+_OF_THE_CALL = ("not_run", "step", "report", "not_by_default")
 
 
 @dataclass(frozen=True)

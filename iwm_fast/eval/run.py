@@ -21,7 +21,7 @@ from iwm_fast.eval.evaluate import evaluate_model
 from iwm_fast.eval.feature_cache import FeatureCache
 from iwm_fast.eval.measurements import divide, keep, place_of, read, weights_of
 from iwm_fast.eval.overrides import check_overrides, for_evaluation, overridden
-from iwm_fast.eval.registry import names, needed, usual
+from iwm_fast.eval.registry import Kind, names, needed, usual
 from iwm_fast.eval.report.report import read_metrics, write_report
 from iwm_fast.eval.result_output import given, report_place
 from iwm_fast.eval.splits import open_splits, require_same_classes, splits_record
@@ -37,6 +37,8 @@ __all__ = ["evaluate_run"]
 # Images of the report whose banks are shown as ranked: enough to see a habit, few enough to scroll through.
 _SHOWN_IMAGES = 6
 _SLIDING_IMAGES = 3
+# Banks of one component alone take 1.3 s of a core per image and component at vit_tiny_p4_32.yaml, which has four.
+COMPONENT_IMAGES = 8
 
 
 def evaluate_run(
@@ -48,6 +50,7 @@ def evaluate_run(
     images: int | None = None,
     name: str | None = None,
     components: bool = False,
+    full: bool = False,
     cache: Path | None = None,
     overrides: Sequence[str] = (),
     progress: Count | None = None,
@@ -58,9 +61,10 @@ def evaluate_run(
 
     What is measured is kept in RUN/results (`measurements`), and the report shows all that was.
 
-    ``what``: default all that is quick. ``images``: those whose banks are ranked, default ``eval.mrr_images``; of
-    triplets, the next frames that are ranked, default ``eval.bank``. ``name``: the report's title, default the run's
-    folder. ``components``: as in ``evaluate_model``. ``cache``: where features are kept, default ``RUN/cache``.
+    ``what``: default all that is quick, with ``full`` all. ``images``: those whose banks are ranked, default
+    ``eval.mrr_images``; of triplets, the next frames that are ranked, default ``eval.bank``. ``name``: the report's
+    title, default the run's folder. ``components``: as in ``evaluate_model``, each on ``COMPONENT_IMAGES`` images, with
+    ``full`` on all. ``cache``: where features are kept, default ``RUN/cache``.
     ``overrides``: ``key.path=value`` of the jitter's strength, ``eval`` and ``data``, in place of the run's own.
     ``give`` gets the answer as soon as it is measured, before pictures are drawn and files are written. ``report``:
     False where the run may be another user's: where its folder cannot be written, that is said, and ``report`` is None.
@@ -74,7 +78,9 @@ def evaluate_run(
     run = chosen.run
     external = _external(run)  # loads the plugins of the run
     _check_what(what)
-    what = what or usual("triplets" if external else "images")
+    kind: Kind = "triplets" if external else "images"
+    by_default = [] if what or full else [name for name in names(kind) if name not in usual(kind)]
+    what = what or (names(kind) if full else usual(kind))
     check_overrides(overrides, command="evaluate", external=external, what=what)
     _check_images(images, overrides, what, external=external)
     saved = find_checkpoint(run, chosen.which)
@@ -85,7 +91,10 @@ def evaluate_run(
     if external:
         measured = _measure_triplets(subject)
     else:
-        measured = _measure_images(subject, FeatureCache(cache if cache is not None else run / "cache"), components)
+        kept = FeatureCache(cache if cache is not None else run / "cache")
+        measured = _measure_images(subject, kept, components, None if full else COMPONENT_IMAGES)
+    if by_default:
+        measured.results["not_by_default"] = by_default
     answer = {**measured.results, "step": step, "report": None if page is None else str(page)}
     with given(give, answer):
         if page is not None:
@@ -141,14 +150,16 @@ def _measure_triplets(subject: _Subject) -> _Measured:
     return _Measured(results, lambda: (examples, []))
 
 
-def _measure_images(subject: _Subject, cache: FeatureCache, components: bool) -> _Measured:
+def _measure_images(
+    subject: _Subject, cache: FeatureCache, components: bool, component_images: int | None
+) -> _Measured:
     model, config, space = subject.model, subject.config, subject.space
     train, test = open_splits(subject.data, config, source=config.data.source)
     if "classes" in needed(subject.what, "images"):
         require_same_classes(train, test)
     results = evaluate_model(
         model, config, space, train=train, test=test, what=subject.what, images=subject.images, components=components,
-        cache=cache, progress=subject.progress,
+        component_images=component_images, cache=cache, progress=subject.progress,
     )  # fmt: skip
 
     def draw() -> tuple[Sequence[RankedExample], Sequence[SlidingExample]]:

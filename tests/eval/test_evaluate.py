@@ -160,3 +160,16 @@ def test_a_probe_without_images_to_hold_out_does_not_run_and_says_so():
     assert set(found["not_run"]) == {"linear", "attentive"}
     assert "no class has two training images" in found["not_run"]["linear"]
     assert not {"linear", "linear_chance", "attentive"} & found.keys()
+
+
+def test_components_are_ranked_on_fewer_images_where_asked_and_that_is_reported():
+    config = tiny_config()
+    model, space = tiny_model(config)
+    found = evaluate_model(
+        model, config, space, test=TensorSplit(pictures(5)), what=["mrr"], untrained=False, images=4, queries=2,
+        components=True, component_images=2,
+    )  # fmt: skip
+    assert found["mrr_images"] == 4
+    entry = found["reduced"]["mrr_component_images"]
+    assert (entry["asked"], entry["used"]) == (4, 2)
+    assert "--full" in entry["why"]

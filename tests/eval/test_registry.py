@@ -140,7 +140,9 @@ def test_an_evaluation_that_is_added_is_in_json_terminal_page_and_all_that_was_m
     assert found["bright_protocol"] == "the share of <bright> images"
     assert {"splits", "left_out", "step", "report"} <= found.keys()
     value = found["bright"]
-    assert ["bright", f"{value:.4f}"] in [line.split()[:2] for line in capsys.readouterr().out.splitlines()]
+    assert ["brightness", "of", "images", f"{value:.3f}"] in [
+        line.split()[:4] for line in capsys.readouterr().out.splitlines()
+    ]
     sections = Text((run / "report" / "index.html").read_text()).sections
     (section,) = [text for text in sections if text.startswith(" brightness of images")]
     assert f"{value:.3f} {value / 2:.3f} – {(1 + value) / 2:.3f} 0.500" in section
@@ -159,7 +161,7 @@ def test_what_an_added_evaluation_needs_and_reads_is_heeded(made_up):
     found = evaluate_model(model, config, space, test=test, what=["bright"], untrained=False)
     assert found == {"not_run": {"bright": "no training images were given"}}
     found = evaluate_model(model, config, space, test=test, train=test, what=["bright"], untrained=False)
-    assert result_rows(found)[0][0] == "bright"
+    assert result_rows(found)[0][0] == "brightness of images"
     assert [one.measure for one in divide(found, step=1, weights="a", data="d")] == ["bright"]
     check_overrides(["eval.horizon=3"], command="evaluate", what=["bright"])
     with pytest.raises(UserError, match=r"eval\.horizon: of bright, which --what leaves out"):

@@ -50,7 +50,7 @@ def test_each_component_and_all_probes_are_measured_and_features_cached(run, tin
         assert part["mrr_interval"][0] <= part["mrr"] <= part["mrr_interval"][1]
         assert part["mrr_bank"] == 8
     shown = capsys.readouterr().out
-    assert "mrr, grayscale" in shown
+    assert "MRR, grayscale alone" in shown
     assert "attentive" in shown
 
 

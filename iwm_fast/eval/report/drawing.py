@@ -27,6 +27,13 @@ class Figure:
 
     name: str
     end: str = ""
+    title: str = ""
+    form: Callable[[float], str] = number
+
+    @property
+    def label(self) -> str:
+        """What the row is called."""
+        return self.title or self.name + self.end
 
 
 @dataclass(frozen=True)
@@ -56,7 +63,7 @@ class Drawing:
     def figures(self, results: Results) -> Sequence[Figure]:
         """Return the terminal table's figures that results have."""
         del results
-        return [Figure(name) for name in self.names]
+        return [Figure(one.name, title=one.title) for one in self.evaluations]
 
     def rows(self, results: Results) -> Sequence[Sequence[str]]:
         """Return rows below all figures, with the same columns."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from iwm_fast.eval.footnotes import data_lines
 from iwm_fast.eval.report.drawing import Figure, drawings
+from iwm_fast.eval.report.verdicts import verdict_lines
 from iwm_fast.file_names import printable
 
 __all__ = ["result_lines", "result_rows"]
@@ -24,19 +25,22 @@ def result_rows(results: Mapping[str, Any]) -> list[list[str]]:
 
 
 def _row(results: Mapping[str, Any], figure: Figure) -> list[str]:
-    key = figure.name + figure.end
-    low, high = results.get(f"{key}_interval") or (None, None)
+    key, form = figure.name + figure.end, figure.form
+    ends = results.get(f"{key}_interval")
     controls = (f"{figure.name}_{what}{figure.end}" for what in ("shuffled", "neutral", "untrained"))
     return [
-        key,
-        f"{results[key]:.4f}",
-        "" if low is None else f"{low:.4f} – {high:.4f}",
-        *(f"{results[beside]:.4f}" if beside in results else "" for beside in (f"{figure.name}_chance", *controls)),
+        figure.label,
+        form(results[key]),
+        f"{form(ends[0])} – {form(ends[1])}" if ends else "",
+        *(form(results[beside]) if beside in results else "" for beside in (f"{figure.name}_chance", *controls)),
     ]
 
 
 def result_lines(results: Mapping[str, Any]) -> list[str]:
-    """Return lines: which images, what was left out, what did not run and why, and each evaluation's notes."""
-    lines = [*data_lines(results)]
+    """Return lines: verdicts, which images, what was left out, what did not run and why, each evaluation's notes."""
+    lines = [*verdict_lines(results), *data_lines(results)]
+    if results.get("not_by_default"):
+        left = results["not_by_default"]
+        lines.append(f"not measured by default: {', '.join(left)}; name them in --what, or measure all with --full")
     lines += [printable(f"{measure} not run: {why}") for measure, why in results.get("not_run", {}).items()]
     return lines + [line for drawing in drawings() for line in drawing.lines(results)]

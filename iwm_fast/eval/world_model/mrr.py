@@ -187,14 +187,20 @@ def evaluate_mrr(subject: ImageSubject) -> dict[str, Any]:
     if wanted > len(test):
         results["reduced"] = {"mrr_images": reduced(wanted, len(test), f"there are {len(test)} test images")}
     images, numbers = test.numbered_spread(wanted)
+    fewer = subject.component_images if subject.components else None
+    some = evenly_spaced(len(images) if fewer is None else fewer, len(images))
+    if len(some) < len(images) and components(config.actions):
+        why = "each component alone is ranked on fewer images; --full ranks all"
+        entry = {"mrr_component_images": reduced(len(images), len(some), why)}
+        results["reduced"] = results.get("reduced", {}) | entry
     parts: dict[str, dict[str, Any]] = {}
     for vary in (None, *components(config.actions)) if subject.components else (None,):
         summary = mean_reciprocal_rank(
             subject.model,
             config,
             subject.space,
-            images,
-            numbers=numbers,
+            images if vary is None else images[torch.from_numpy(some)],
+            numbers=numbers if vary is None else [numbers[i] for i in some],
             bank=config.eval.bank,
             queries=subject.queries if vary not in GEOMETRIC else None,
             vary=vary,

@@ -17,21 +17,29 @@ _NAMES = {
 }
 
 
+_MEASURES = (
+    ("MRR", "mrr", "", number),
+    ("MRR, cosine of pooled tokens", "mrr", "_cosine", number),
+    ("H@1", "h1", "", percent),
+    ("H@5", "h5", "", percent),
+)
+
+
 class MrrDrawing(Drawing):
     """MRR and hits by distance, beside chance and controls, and for each action component alone."""
 
     def figures(self, results: Results) -> list[Figure]:
         """Return MRR by both distances, then the hits."""
         del results
-        return [Figure("mrr"), Figure("mrr", "_cosine"), Figure("h1"), Figure("h5")]
+        return [Figure(key, end, name, form) for name, key, end, form in _MEASURES]
 
     def rows(self, results: Results) -> list[list[str]]:
         """Return one row per component alone."""
         rows = []
         for part, found in results.get("components", {}).items():
             low, high = found["mrr_interval"]
-            controls = [f"{found[f'mrr_{key}']:.4f}" for key in ("chance", "shuffled", "neutral")]
-            rows.append([f"mrr, {part}", f"{found['mrr']:.4f}", f"{low:.4f} – {high:.4f}", *controls, ""])
+            controls = [number(found[f"mrr_{key}"]) for key in ("chance", "shuffled", "neutral")]
+            rows.append([f"MRR, {part} alone", number(found["mrr"]), f"{number(low)} – {number(high)}", *controls, ""])
         return rows
 
     def section(self, results: Results, said: Dated) -> Section | None:
@@ -57,12 +65,7 @@ class MrrDrawing(Drawing):
 def _rows(results: Results) -> list[list[str]]:
     """Return one row per metric: value, interval, chance, then each control."""
     rows = []
-    for name, key, end, form in (
-        ("MRR", "mrr", "", number),
-        ("H@1", "h1", "", percent),
-        ("H@5", "h5", "", percent),
-        ("MRR, cosine of pooled tokens", "mrr", "_cosine", number),
-    ):
+    for name, key, end, form in _MEASURES:
         controls = [form(results[f"{key}{control}{end}"]) for control in list(_NAMES)[1:]]
         value = form(results[f"{key}{end}"])
         rows.append([name, value, interval(results, f"{key}{end}", form), form(results[f"{key}_chance"]), *controls])

@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 from iwm_fast.eval.report.dates import Dated
-from iwm_fast.eval.report.drawing import Drawing, Results, interval
+from iwm_fast.eval.report.drawing import Drawing, Figure, Results, interval
 from iwm_fast.eval.report.page import Section, Table, percent
 
 __all__ = ["ProbesDrawing"]
 
 
+_MEASURES = (
+    ("k-NN top-1", "knn"),
+    ("k-NN top-1, plain votes", "knn_plain"),
+    ("linear probe top-1", "linear"),
+    ("linear probe top-5", "linear_top5"),
+    ("attentive probe top-1", "attentive"),
+    ("attentive probe top-5", "attentive_top5"),
+)
+
+
 class ProbesDrawing(Drawing):
     """One table of all probes, and the protocol that they share."""
+
+    def figures(self, results: Results) -> list[Figure]:
+        """The first answer of each probe."""
+        del results
+        return [Figure(key, title=name, form=percent) for name, key in _MEASURES if key in self.names]
 
     def section(self, results: Results, said: Dated) -> Section | None:
         """Return a section with one row per metric."""
@@ -39,14 +54,7 @@ class ProbesDrawing(Drawing):
 def _rows(results: Results) -> list[list[str]]:
     """Return one row per metric: value, interval, then both of the untrained network."""
     rows = []
-    for name, key in (
-        ("k-NN top-1", "knn"),
-        ("k-NN top-1, plain votes", "knn_plain"),
-        ("linear probe top-1", "linear"),
-        ("linear probe top-5", "linear_top5"),
-        ("attentive probe top-1", "attentive"),
-        ("attentive probe top-5", "attentive_top5"),
-    ):
+    for name, key in _MEASURES:
         if results.get(key) is not None:
             cells = [name]
             for column in (key, f"{key}_untrained"):
