@@ -92,5 +92,5 @@ def test_the_page_shows_all_of_the_checkpoint_with_dates_and_data_and_the_rest_i
     assert "87.5 %" not in page  # of another checkpoint: in the table alone
     rows = sections["All evaluations of this run"].split("<tr>")[2:]
     assert len(rows) == 4
-    assert "<td>0.875</td>" in rows[-1]
-    assert "<td>step 4</td>" in rows[-1]
+    assert ">0.875</td>" in rows[-1]
+    assert ">step 4</td>" in rows[-1]

@@ -159,7 +159,7 @@ def test_images_beside_the_folders_of_classes_are_refused_and_records_without_a_
     shutil.copy(root / "train" / "dark" / "000.png", root / "train")
     train, test = open_splits(root, CPU)
     assert (len(train), train.left_out.record()["unlabelled"]) == (60, 1)
-    with pytest.raises(UserError, match="torn/train holds 1 images beside the folders of its classes"):
+    with pytest.raises(UserError, match="torn/train: 1 images are beside the class folders"):
         require_same_classes(train, test)
     packed = tmp_path / "packed"
     write_shards(root / "train", packed / "train")
