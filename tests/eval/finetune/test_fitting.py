@@ -147,7 +147,7 @@ def test_a_loss_that_is_not_finite_is_said_and_a_finite_rate_beside_it_is_used()
 
 
 def test_too_few_images_are_refused():
-    with pytest.raises(ValueError, match="few has 2 training images; a tenth of them is held out"):
+    with pytest.raises(ValueError, match="few has 2 training images, too few to hold out a tenth"):
         task("linear", 2, "few")
 
 
