@@ -150,8 +150,9 @@ class PlainModule(nn.Module):
 
     def forward(
         self, source: Tensor, target: Tensor, action: Tensor, context: Tensor, seen: Segments, predicted: Tensor,
-        asked: Segments, factors: tuple[float, ...],
+        asked: Segments, sampled: tuple[Tensor, ...], factors: tuple[float, ...],
     ) -> IWMOutput:  # fmt: skip
+        assert sampled == ()
         lengths = [np.array(segments.lengths) for segments in (seen, asked)]
         patches = PatchSets(context.numpy(), lengths[0], predicted.numpy(), lengths[1])
         ids = np.arange(len(target))
