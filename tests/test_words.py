@@ -36,7 +36,6 @@ NOT_YET = frozenset(
     {
         "benchmarks/peers.py",
         "docs/guides/gpu.md",
-        "docs/quickstart.md",
         "docs/reference/checkpoints.md",
         "docs/reference/kernels.md",
         "docs/reference/views.md",
