@@ -116,8 +116,9 @@ def counted_activations(config: Config, tokens: Tokens, device: str = "cpu") -> 
     counts = (tokens.context[order], tokens.predicted[order])
     rows = [torch.cat([torch.arange(n) for n in each.tolist()]).to(device) for each in counts]
     segments = [Segments.from_lengths(each, device) for each in counts]
+    sampled = tuple(numbers.to(device) for numbers in model.objective.sample(0, 0, torch.device("cpu")))
     with counter.counting(), _as_on_a_gpu() if meta else contextlib.nullcontext():
-        output = model(images, images[: tokens.images], action, rows[0], segments[0], rows[1], segments[1])
+        output = model(images, images[: tokens.images], action, rows[0], segments[0], rows[1], segments[1], sampled)
     counter.keep_held(output.loss)
     return KeptBytes(**counter.bytes)
 

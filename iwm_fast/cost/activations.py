@@ -130,7 +130,7 @@ def activations(config: Config, tokens: Tokens, *, hidden_kept: bool = False) ->
         predictor_input=seen * shape.width * e + predictor_input,
         predictor_blocks=predictor_blocks,
         predictor_end=form.norm(asked, config.model.predictor.width) + asked * config.model.predictor.width * e,
-        loss=_loss(config, form, tokens),
+        loss=_loss(config, form, tokens) + _regularizer(config, form, seen),
     )
     # The backward pass of a block holds about as much again as it saved: the gradients of the same tensors. The
     # target's forward pass saves nothing, but a block's tensors of all patches exist at once.
@@ -155,6 +155,19 @@ def _loss(config: Config, form: _Form, tokens: Tokens) -> int:
     if tokens.sources == 1:
         return 3 * asked * row
     return 2 * asked * row + tokens.images * config.model.grid**2 * row + asked * _INDEX
+
+
+def _regularizer(config: Config, form: _Form, seen: int) -> int:
+    """SIGReg saves the fp32 projections of the visible tokens, their directions, and five tensors of means per knot;
+    VICReg the tokens in fp32, and four of covariances. Of pooled features there is a row per image: nothing beside.
+    """
+    options, width = config.model.regularizer, config.model.encoder_shape.width
+    if options.kind == "none" or options.on == "pooled":
+        return 0
+    if options.kind == "sigreg":
+        return 4 * options.directions * (seen + width + 5 * (options.knots - 1))
+    own = 0 if form.element == 4 else 4 * seen * width  # in fp32 they are the encoder's
+    return own + 16 * width**2
 
 
 def _predictor(config: Config, form: _Form, tokens: Tokens) -> tuple[int, int, Moment]:

@@ -176,7 +176,8 @@ class Planner:
         ceiling: int | None = None
         while True:
             micro, accumulation = divide_batch(config.train.global_batch, cluster.world, ceiling)
-            if self._with_batch(config, state, micro).total <= cluster.usable or micro == 1:
+            fits = self._with_batch(config, state, micro).total <= cluster.usable
+            if fits or micro == 1 or config.model.regularizer.kind != "none":  # which takes no accumulation
                 return self._at(config, cluster, micro, accumulation)
             ceiling = micro - 1
 

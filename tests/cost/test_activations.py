@@ -24,6 +24,8 @@ CASES = {
     "mlp": {"model__predictor__kind": "mlp", "model__predictor__conditioning": "block"},
     "checkpointing": {"train__activation_checkpointing": True},
     "several sources": {"views": {"sources_per_target": 2}},
+    "sigreg": {"model__regularizer__kind": "sigreg"},
+    "vicreg": {"model__regularizer__kind": "vicreg"},
     "wide": {"model__encoder": {"depth": 3, "width": 64, "heads": 4, "mlp_ratio": 2.0}},
 }
 
@@ -48,6 +50,11 @@ def rounded_sums(config: Config, tokens: Tokens) -> tuple[int, int]:
     return beyond(tokens.context, encoder.heads, encoder.depth), in_predictor
 
 
+def few_of(config: Config) -> dict[str, int]:
+    """Bytes that a regulariser saves beside what the formula names: means of features, knots, indices."""
+    return {"loss": 16 * config.model.encoder_shape.width + 4096} if config.model.regularizer.kind != "none" else {}
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_each_part_of_the_plain_operators_saves_what_the_formula_says(case):
     """One length for all images: with several, the CPU's attention saves its result by length and concatenated."""
@@ -56,7 +63,7 @@ def test_each_part_of_the_plain_operators_saves_what_the_formula_says(case):
     expected = activations(config, tokens, hidden_kept=True).parts
     # Actions, and the image of each token that is conditioned on one.
     few = 16 * int(tokens.context.sum() + tokens.predicted.sum())
-    assert_parts_agree(counted_activations(config, tokens), expected, predictor_input=few, predictor_blocks=few)
+    assert_parts_agree(counted_activations(config, tokens), expected, predictor_input=few, predictor_blocks=few, **few_of(config))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -72,7 +79,7 @@ def test_each_part_of_the_kernels_saves_what_the_formula_says(case, precision):
     in_encoder, in_predictor = rounded_sums(config, tokens)
     beside = {"encoder_blocks": in_encoder, "predictor_input": 0, "predictor_blocks": in_predictor}
     beside = {part: size + 4096 for part, size in beside.items()}  # actions, and bounds of images
-    assert_parts_agree(counted_activations(config, tokens, "meta"), activations(config, tokens).parts, **beside)
+    assert_parts_agree(counted_activations(config, tokens, "meta"), activations(config, tokens).parts, **beside, **few_of(config))
 
 
 def test_the_hidden_of_no_mlp_is_saved():

@@ -115,6 +115,13 @@ def test_where_nothing_fits_it_says_so(large):
     assert "nothing fits" in choice.why
 
 
+def test_a_regulariser_is_planned_without_accumulation():
+    changes = ["model.regularizer.kind=sigreg", "train.global_batch=32768", "zero.stage=1"]
+    planned = planner_of(load_config(packaged_config("vit_large_p16_224.yaml"), changes)).variants(cluster())
+    assert {(stage.micro_batch, stage.accumulation) for stage in planned} == {(2048, 1)}
+    assert not all(stage.fits for stage in planned)
+
+
 def test_a_measured_step_replaces_the_assumption(tmp_path):
     """The row with the nearest FLOPs per image stands for the plan's model."""
     assumed = Rate(ASSUMED_MFU, "assumed", f"no measured step of a H200 in {tmp_path.name}/")
