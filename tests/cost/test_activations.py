@@ -63,7 +63,9 @@ def test_each_part_of_the_plain_operators_saves_what_the_formula_says(case):
     expected = activations(config, tokens, hidden_kept=True).parts
     # Actions, and the image of each token that is conditioned on one.
     few = 16 * int(tokens.context.sum() + tokens.predicted.sum())
-    assert_parts_agree(counted_activations(config, tokens), expected, predictor_input=few, predictor_blocks=few, **few_of(config))
+    assert_parts_agree(
+        counted_activations(config, tokens), expected, predictor_input=few, predictor_blocks=few, **few_of(config)
+    )
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -79,7 +81,9 @@ def test_each_part_of_the_kernels_saves_what_the_formula_says(case, precision):
     in_encoder, in_predictor = rounded_sums(config, tokens)
     beside = {"encoder_blocks": in_encoder, "predictor_input": 0, "predictor_blocks": in_predictor}
     beside = {part: size + 4096 for part, size in beside.items()}  # actions, and bounds of images
-    assert_parts_agree(counted_activations(config, tokens, "meta"), activations(config, tokens).parts, **beside, **few_of(config))
+    assert_parts_agree(
+        counted_activations(config, tokens, "meta"), activations(config, tokens).parts, **beside, **few_of(config)
+    )
 
 
 def test_the_hidden_of_no_mlp_is_saved():
