@@ -49,8 +49,9 @@ def run_program(
         _require_current_folder()
         code = work()
     except (KeyboardInterrupt, CtrlC) as error:
-        if not isinstance(error, Interrupted) and not isinstance(error.__cause__, Interrupted):
-            _say(name, "interrupted")
+        pressed = error.__cause__ if isinstance(error, CtrlC) else error
+        if not isinstance(pressed, Interrupted):
+            _say(name, str(pressed or "") or "interrupted")
         if ends_process:
             _end_soon()
         return _INTERRUPTED

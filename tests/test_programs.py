@@ -54,3 +54,11 @@ def test_a_current_folder_that_is_gone_is_named(tmp_path):
         "program: the current folder is gone or may not be read (No such file or directory): cd to another, then "
         "start again\n"
     )
+
+
+@pytest.mark.parametrize("cause", ["", "CtrlC() from "])
+def test_ctrl_c_says_what_the_work_says_of_it(cause):
+    work = f"def work():\n    raise {cause}KeyboardInterrupt('interrupted; resume')\n"
+    end = "raise SystemExit(run_program('program', work))"
+    done = ended(f"from iwm_fast.programs import CtrlC, run_program\n{work}{end}")
+    assert (done.returncode, done.stderr) == (130, "program: interrupted; resume\n")

@@ -10,8 +10,9 @@ from typing import Annotated, Any
 
 import typer
 
-from iwm_fast.cli.options import Json, answer
+from iwm_fast.cli.options import CacheLimit, Json, answer
 from iwm_fast.errors import UserError
+from iwm_fast.eval.defaults import CACHE_LIMIT_GB
 
 __all__ = ["app"]
 
@@ -77,6 +78,7 @@ def finetune(
     seed: Seed = 0,
     checkpoint: WhichCheckpoint = "latest",
     cache: Cache = None,
+    cache_limit: CacheLimit = CACHE_LIMIT_GB,
     json: Json = None,
 ) -> None:
     """Train a head, the world model with a head, or the whole network on labelled images, and test it on others.
@@ -110,6 +112,7 @@ def finetune(
             seed=seed,
             checkpoint=checkpoint,
             cache=cache,
+            cache_limit=cache_limit,
             overrides=overrides or (),
             tell=progress.enter_context(counting()),
             say=lambda line: print(line, file=sys.stderr, flush=True),

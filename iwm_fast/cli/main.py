@@ -18,12 +18,13 @@ from iwm_fast.cli.arguments import check_options, prepare
 from iwm_fast.cli.compare import compare
 from iwm_fast.cli.config import show_config
 from iwm_fast.cli.embed import embed
-from iwm_fast.cli.options import Json, Overrides, answer
+from iwm_fast.cli.options import CacheLimit, Json, Overrides, answer
 from iwm_fast.cli.plan import plan
 from iwm_fast.cli.pretrain import pretrain
 from iwm_fast.cli.profile import profile
 from iwm_fast.errors import UserError
-from iwm_fast.eval.registry import what_help
+from iwm_fast.eval.defaults import CACHE_LIMIT_GB
+from iwm_fast.eval.registry import full_help, what_help
 from iwm_fast.programs import CtrlC, one_line, run_program
 from iwm_fast.version import __version__
 
@@ -128,9 +129,10 @@ def evaluate(
     cache: Annotated[
         Path | None, typer.Option("--cache", metavar="DIR", help="Folder of cached features; default: RUN/cache.")
     ] = None,
+    cache_limit: CacheLimit = CACHE_LIMIT_GB,
     full: Annotated[
         bool,
-        typer.Option("--full", help="Measure all that --what can name, and each component alone on all images of MRR."),
+        typer.Option("--full", help=full_help()),
     ] = False,
     json: Json = None,
 ) -> None:
@@ -165,6 +167,7 @@ def evaluate(
             components=True,
             full=full,
             cache=cache,
+            cache_limit=cache_limit,
             overrides=overrides or [],
             progress=shown.enter_context(counting()),
             give=give,

@@ -12,7 +12,7 @@ from iwm_fast.cli.completion import overrides
 from iwm_fast.errors import UserError
 from iwm_fast.outputs import require_result
 
-__all__ = ["CONFIG_HELP", "Device", "Json", "Overrides", "Threads", "answer", "byte_count"]
+__all__ = ["CONFIG_HELP", "CacheLimit", "Device", "Json", "Overrides", "Threads", "answer", "byte_count"]
 
 
 def _writable(destination: str | None) -> str | None:
@@ -39,6 +39,16 @@ Overrides = Annotated[
 ]
 Device = Annotated[str | None, typer.Option("--device", metavar="cpu|cuda", help="Default: a GPU if there is one.")]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Torch threads on a CPU. Default: every core.")]
+CacheLimit = Annotated[
+    float,
+    typer.Option(
+        "--cache-limit",
+        metavar="GB",
+        min=0.0,
+        help="Most GB that the folder of cached features may hold; features above it are in memory. Nothing is "
+        "removed.",
+    ),
+]
 CONFIG_HELP = "A YAML file, or the name of a packaged one such as vit_tiny_p4_32.yaml."
 
 

@@ -30,7 +30,7 @@ from iwm_fast.engine.distributed.ranks import Ranks, decide, gather, start
 from iwm_fast.engine.distributed.signals import StopRequest
 from iwm_fast.engine.distributed.watchdog import Liveness
 from iwm_fast.engine.ema import TargetAverage
-from iwm_fast.engine.ending import Ending
+from iwm_fast.engine.ending import Ending, resume_command
 from iwm_fast.engine.evaluator import Evaluator
 from iwm_fast.engine.garbage import Upkeep
 from iwm_fast.engine.kernel_choices import KernelChoices, read_tables
@@ -183,7 +183,8 @@ def _train(
         with TrainingProgress(stop_at, done, shown=ranks.first) as progress:
             _announce(run, given, files, saved, progress)
             # Before this there is no state to save, and a signal just ends the process.
-            with stop.held(progress.say), Upkeep() as upkeep, live.watching(), use_tuner(choices.choices):
+            held = stop.held(progress.say, resume_command(directory.path, ranks.world))
+            with held, Upkeep() as upkeep, live.watching(), use_tuner(choices.choices):
                 train(run, space, progress, stop, upkeep)
         return trainer.step, stop_at
 

@@ -3,8 +3,8 @@
 An entry is a folder CACHE/KEY with ``values.npy``, ``labels.npy`` and ``entry.json``. KEY is a digest of everything
 that the features depend on: the encoder's weights and shape, the images (path, size, times of change), their pooling,
 and this format. So another checkpoint, or a replaced image, never gets an older entry. ``entry.json`` also lists images
-that were left out, with reasons. Entries are written atomically; a damaged one is recomputed. The cache may be deleted
-at any time.
+that were left out, with reasons. Entries are written atomically; a damaged one is recomputed. The folder holds at most
+`FeatureCache.limit` bytes: what would exceed it is in memory. Nothing is removed; the cache may be deleted at any time.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,8 @@ from numpy.typing import DTypeLike, NDArray
 from torch import nn
 
 from iwm_fast.atomic_files import sync
-from iwm_fast.errors import UserError
+from iwm_fast.eval.defaults import CACHE_LIMIT_GB
+from iwm_fast.eval.registry import CannotRunError
 
 __all__ = ["FeatureCache", "Features", "Room", "sync", "weights_digest"]
 
@@ -85,11 +86,13 @@ def weights_digest(module: nn.Module) -> str:
 
 
 class FeatureCache:
-    """Entries below a folder, which the first entry creates."""
+    """Entries below a folder, which the first entry creates. limit: bytes that the folder may hold, 10⁹ to a GB."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, limit_gb: float = CACHE_LIMIT_GB) -> None:
         self.root = root
+        self.limit = int(limit_gb * 1e9)
         self._said = False
+        self._no_room: str | None = None  # for the entries that were announced last
 
     def find(self, key: Mapping[str, Any]) -> Features | None:
         """Return the entry of ``key``, memory-mapped; None if it is missing or incomplete."""
@@ -103,6 +106,21 @@ class FeatureCache:
         whole = isinstance(count, int) and 0 < count <= min(len(values), len(labels))
         return Features(values[:count], labels[:count], left_out) if whole else None
 
+    def announce(self, what: str, needed: int) -> None:
+        """Say how many bytes the next entries take and where, or why they are not cached.
+
+        Raise CannotRunError if neither the disk nor the memory has room for all of them.
+        """
+        self._no_room = self._why_not(needed)
+        if self._no_room is None:
+            held = _held(self.root)
+            beside = f" beside {_size(held)}" if held else ""
+            line = f"{self.root}: {_size(needed)} of {what} are cached here{beside}; --cache-limit: {_size(self.limit)}"
+            print(line, file=sys.stderr, flush=True)
+        else:
+            self._require_memory(needed, self._no_room)
+            self._say(self._no_room)
+
     @contextmanager
     def filling(
         self,
@@ -112,8 +130,8 @@ class FeatureCache:
     ) -> Iterator[Room]:
         """Yield room for an entry (shape and dtype of each array), published when the block ends without an error.
 
-        If it cannot be cached (a full disk, a read-only folder), this is said once and the arrays are in memory. Raise
-        UserError if neither the disk nor the memory has room for them.
+        If it cannot be cached (the limit, a full disk, a read-only folder), this is said once and the arrays are in
+        memory. Raise CannotRunError if neither the disk nor the memory has room for them.
         """
         folder = self.root / _name(key)
         partial = self.root / f".{folder.name}.{os.getpid()}.partial"
@@ -135,25 +153,38 @@ class FeatureCache:
         try:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-            free = shutil.disk_usage(self.root).free
-            if needed <= free:
+            why = self._no_room or self._why_not(needed)
+            if why is None:
                 return Room(*(_mapped(partial / file, *what) for file, what in ((_VALUES, values), (_LABELS, labels))))
-            why = f"they need {_size(needed)}, {_size(free)} are free"
         except OSError as error:
             why = error.strerror or str(error)
-        available = _memory_available()
-        if needed > available:
-            raise UserError(
-                f"{self.root}: the features cannot be cached there ({why}) and do not fit in memory either: they need "
-                f"{_size(needed)}, {_size(available)} are free; give another --cache, or use fewer images"
-            )
+        self._require_memory(needed, why)
         self._say(why)
         return Room(np.empty(*values), np.empty(*labels), kept=False)
+
+    def _why_not(self, needed: int) -> str | None:
+        """Return why so many bytes cannot be added, or None."""
+        held = _held(self.root)
+        if held + needed > self.limit:
+            there = f" and {_size(held)} are there" if held else ""
+            return f"they need {_size(needed)}{there}, --cache-limit is {_size(self.limit)}"
+        place = next((folder for folder in (self.root, *self.root.absolute().parents) if folder.is_dir()), None)
+        free = needed if place is None else shutil.disk_usage(place).free
+        return None if needed <= free else f"they need {_size(needed)}, {_size(free)} are free"
+
+    def _require_memory(self, needed: int, why: str) -> None:
+        available = _memory_available()
+        if needed > available:
+            raise CannotRunError(
+                f"{self.root}: the features cannot be cached there ({why}) and do not fit in memory either: they need "
+                f"{_size(needed)}, {_size(available)} are free; give a larger --cache-limit, another --cache, or data "
+                "with fewer images"
+            )
 
     def _say(self, why: str) -> None:
         if not self._said:
             self._said = True
-            line = f"{self.root}: features are not cached ({why}); the next evaluation computes them again"
+            line = f"{self.root}: features are not cached ({why}); they are in memory, and computed again next time"
             print(line, file=sys.stderr, flush=True)
 
     def _publish(self, partial: Path, folder: Path, entry: dict[str, Any]) -> None:
@@ -185,7 +216,16 @@ def _memory_available() -> int:
 
 
 def _size(count: int) -> str:
-    return f"{count / 1e9:.1f} GB"
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+
+
+def _held(root: Path) -> int:
+    """Return the bytes of all entries, of those being written too."""
+    total = 0
+    for path in root.glob("*/*"):
+        with suppress(OSError):  # another process has removed it
+            total += path.stat().st_size
+    return total
 
 
 def _name(key: Mapping[str, Any]) -> str:

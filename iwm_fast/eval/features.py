@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 from torch import Tensor, nn
 
 from iwm_fast.config import ModelConfig
@@ -21,6 +22,7 @@ __all__ = [
     "POOLING",
     "EncoderName",
     "Kept",
+    "announce",
     "default_encoder",
     "device_of",
     "encoder_of",
@@ -34,8 +36,11 @@ EncoderName = Literal["target", "context"]
 # pooled: the mean token, float32 (n, D). tokens: all of them, float16 (n, L, D): they are layer-normalised, so near 1,
 # where half precision has three digits. pixels: the clean views themselves, uint8 (n, S, S, 3).
 Kept = Literal["pooled", "tokens", "pixels"]
+_Array = tuple[tuple[int, ...], DTypeLike]
 POOLING = "mean of all tokens"  # how "pooled" is called in results
 _CHUNK = 128
+_SAID = {"pooled": "mean tokens", "tokens": "tokens in half precision", "pixels": "decoded images"}
+_WORTH_A_LINE = 100e6  # bytes of mean tokens; tokens and images always are
 
 
 def default_encoder(model: ModelConfig) -> EncoderName:
@@ -119,6 +124,23 @@ def read_features(
     return [features for features in found if features is not None]
 
 
+def announce(
+    encoders: Sequence[VisionTransformer], splits: Sequence[Split], keep: Kept, cache: FeatureCache | None
+) -> None:
+    """Say in one line what `read_features` of these will write into the cache; nothing if it has all of it.
+
+    Raise CannotRunError if neither the disk nor the memory has room.
+    """
+    if cache is None:
+        return
+    every = [(encoder, split) for split in splits for encoder in encoders]
+    if keep == "pooled" and sum(_bytes(*one, keep) for one in every) < _WORTH_A_LINE:
+        return
+    needed = sum(_bytes(*one, keep) for one in every if cache.find(_key(*one, keep)) is None)
+    if needed:
+        cache.announce(_SAID[keep], needed)
+
+
 def _fill(
     rooms: Sequence[Room],
     encoders: Sequence[VisionTransformer],
@@ -155,17 +177,29 @@ def _keep(encoder: VisionTransformer, images: Tensor, keep: Kept) -> NDArray[Any
 def _room(
     cache: FeatureCache | None, key: dict[str, Any], encoder: VisionTransformer, split: Split, keep: Kept
 ) -> Iterator[Room]:
+    values, labels = _arrays(encoder, split, keep)
+    if cache is None:
+        yield Room(np.empty(*values), np.empty(*labels))
+        return
+    with cache.filling(key, values, labels) as room:
+        yield room
+
+
+def _arrays(encoder: VisionTransformer, split: Split, keep: Kept) -> tuple[_Array, _Array]:
+    """Return shape and dtype of the features and of the labels."""
+    shape: tuple[int, ...]
+    kind: DTypeLike
     shape, kind = {
         "pooled": ((encoder.width,), np.float32),
         "tokens": ((encoder.patches, encoder.width), np.float16),
         "pixels": ((encoder.image, encoder.image, 3), np.uint8),
     }[keep]
     labels = ((len(split), *split.label_shape), np.uint8 if split.label_shape else np.int64)
-    if cache is None:
-        yield Room(np.empty((len(split), *shape), kind), np.empty(*labels))
-        return
-    with cache.filling(key, ((len(split), *shape), kind), labels) as room:
-        yield room
+    return ((len(split), *shape), kind), labels
+
+
+def _bytes(encoder: VisionTransformer, split: Split, keep: Kept) -> int:
+    return sum(math.prod(shape) * np.dtype(kind).itemsize for shape, kind in _arrays(encoder, split, keep))
 
 
 def _key(encoder: VisionTransformer, split: Split, keep: Kept) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from iwm_fast.actions.space import ActionSpace
 from iwm_fast.config import Config
 from iwm_fast.console import Count, part_of
 from iwm_fast.eval.feature_cache import FeatureCache, Features
-from iwm_fast.eval.features import EncoderName, Kept, encoder_of, read_features
+from iwm_fast.eval.features import EncoderName, Kept, announce, encoder_of, read_features
 from iwm_fast.eval.registry import Need
 from iwm_fast.eval.splits import Split, cannot_classify
 from iwm_fast.models.iwm import IWM
@@ -81,6 +81,7 @@ class ImageSubject:
 
     def _read(self, keep: Kept) -> tuple[list[Features], list[Features]]:
         encoders = [encoder_of(model, self.which) for model in self.models]
+        announce(encoders, (self.learned_from(), self.test), keep, self.cache)
         train, test = (
             read_features(encoders, split, keep, cache=self.cache, progress=self.tell(f"features, {name}"))
             for name, split in (("train", self.learned_from()), ("test", self.test))

@@ -92,11 +92,17 @@ def read(run: Path) -> list[Measurement]:
 
 
 def merged(measurements: Sequence[Measurement]) -> dict[str, Any]:
-    """Return names and values of all, as from one evaluation; of two with the same name, the later one's."""
+    """Return names and values of all, as from one evaluation; of two with the same name, the later one's.
+
+    ``reduced`` has the entries of every evaluation, each from its own measurement.
+    """
     results: dict[str, Any] = {}
+    reduced: dict[str, Any] = {}
     for one in measurements:
         results |= one.results
-    return results
+        entries = one.results.get("reduced", {}).items()
+        reduced |= {name: entry for name, entry in entries if _owner(name) in (one.measure, None)}
+    return results | ({"reduced": reduced} if reduced else {})
 
 
 def _owner(key: str) -> str | None:

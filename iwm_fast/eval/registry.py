@@ -12,17 +12,23 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from iwm_fast.errors import UserError
+from iwm_fast.eval.defaults import COMPONENT_IMAGES
+
 __all__ = [
+    "CannotRunError",
     "Evaluation",
     "Kind",
     "Measure",
     "Need",
     "evaluation",
     "evaluations",
+    "full_help",
     "measure",
     "names",
     "needed",
     "register",
+    "unusual",
     "usual",
     "what_help",
 ]
@@ -31,6 +37,10 @@ __all__ = [
 Kind = Literal["images", "triplets"]
 # Requirements beside the data themselves: training images, their classes, a colour jitter that varies.
 Need = Literal["training images", "classes", "jitter"]
+
+
+class CannotRunError(UserError):
+    """One evaluation has no room or no data here; others may have."""
 
 
 @dataclass(frozen=True)
@@ -158,6 +168,11 @@ def usual(kind: Kind) -> tuple[str, ...]:
     return tuple(one.name for one in evaluations(kind) if one.quick)
 
 
+def unusual(kind: Kind) -> tuple[str, ...]:
+    """Return the names of those that run only if they are named, or with ``--full``."""
+    return tuple(one.name for one in evaluations(kind) if not one.quick)
+
+
 def needed(what: Sequence[str], kind: Kind) -> set[Need]:
     """Return the requirements of ``what`` on this kind of data."""
     chosen = (one.on(kind) for one in evaluations(kind) if one.name in what)
@@ -166,7 +181,18 @@ def needed(what: Sequence[str], kind: Kind) -> set[Need]:
 
 def what_help() -> str:
     """The help of ``iwm-fast evaluate --what``."""
-    return f"Images: {', '.join(names('images'))}; triplets: {', '.join(names('triplets'))}. Default: the quick ones."
+    every = f"Images: {', '.join(names('images'))}; triplets: {', '.join(names('triplets'))}."
+    return f"{every} Default of images: {', '.join(usual('images'))}; of triplets: {', '.join(usual('triplets'))}."
+
+
+def full_help() -> str:
+    """The help of ``iwm-fast evaluate --full``."""
+    kinds: tuple[Kind, ...] = ("images", "triplets")
+    more = [f"{name} ({kind})" for kind in kinds for name in unusual(kind)]
+    return (
+        f"Measure all that --what can name: also {', '.join(more)}; and rank each action component alone on all "
+        f"images of MRR instead of {COMPONENT_IMAGES}."
+    )
 
 
 def measure(what: Sequence[str], kind: Kind, subject: Any) -> dict[str, Any]:
@@ -189,5 +215,8 @@ def _measured(one: Evaluation, kind: Kind, subject: Any) -> dict[str, Any]:
         if why is not None:
             return {"not_run": {one.name: why}}
     run = pkgutil.resolve_name(how.run) if isinstance(how.run, str) else how.run
-    found: dict[str, Any] = run(subject)
+    try:
+        found: dict[str, Any] = run(subject)
+    except CannotRunError as error:
+        return {"not_run": {one.name: str(error)}}
     return found

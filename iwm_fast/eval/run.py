@@ -17,12 +17,14 @@ from iwm_fast.engine.checkpoint.paths import chosen_checkpoint
 from iwm_fast.engine.provenance import recorded_environment
 from iwm_fast.engine.run_directory import RunDirectory, run_config
 from iwm_fast.errors import UserError
+from iwm_fast.eval.defaults import CACHE_LIMIT_GB, COMPONENT_IMAGES
 from iwm_fast.eval.evaluate import evaluate_model
 from iwm_fast.eval.feature_cache import FeatureCache
 from iwm_fast.eval.measurements import divide, keep, place_of, read, weights_of
 from iwm_fast.eval.overrides import check_overrides, for_evaluation, overridden
-from iwm_fast.eval.registry import Kind, names, needed, usual
+from iwm_fast.eval.registry import Kind, names, needed, unusual, usual
 from iwm_fast.eval.report.report import read_metrics, write_report
+from iwm_fast.eval.report.verdicts import verdict_results
 from iwm_fast.eval.result_output import given, report_place
 from iwm_fast.eval.splits import open_splits, require_same_classes, splits_record
 from iwm_fast.eval.world_model.examples import RankedExample, ranked_examples
@@ -37,8 +39,6 @@ __all__ = ["evaluate_run"]
 # Images of the report whose banks are shown as ranked: enough to see a habit, few enough to scroll through.
 _SHOWN_IMAGES = 6
 _SLIDING_IMAGES = 3
-# Banks of one component alone take 1.3 s of a core per image and component at vit_tiny_p4_32.yaml, which has four.
-COMPONENT_IMAGES = 8
 
 
 def evaluate_run(
@@ -52,6 +52,7 @@ def evaluate_run(
     components: bool = False,
     full: bool = False,
     cache: Path | None = None,
+    cache_limit: float = CACHE_LIMIT_GB,
     overrides: Sequence[str] = (),
     progress: Count | None = None,
     give: Callable[[dict[str, Any]], None] | None = None,
@@ -64,7 +65,7 @@ def evaluate_run(
     ``what``: default all that is quick, with ``full`` all. ``images``: those whose banks are ranked, default
     ``eval.mrr_images``; of triplets, the next frames that are ranked, default ``eval.bank``. ``name``: the report's
     title, default the run's folder. ``components``: as in ``evaluate_model``, each on ``COMPONENT_IMAGES`` images, with
-    ``full`` on all. ``cache``: where features are kept, default ``RUN/cache``.
+    ``full`` on all. ``cache``: where features are kept, default ``RUN/cache``, of ``cache_limit`` GB at most.
     ``overrides``: ``key.path=value`` of the jitter's strength, ``eval`` and ``data``, in place of the run's own.
     ``give`` gets the answer as soon as it is measured, before pictures are drawn and files are written. ``report``:
     False where the run may be another user's: where its folder cannot be written, that is said, and ``report`` is None.
@@ -79,7 +80,7 @@ def evaluate_run(
     external = _external(run)  # loads the plugins of the run
     _check_what(what)
     kind: Kind = "triplets" if external else "images"
-    by_default = [] if what or full else [name for name in names(kind) if name not in usual(kind)]
+    by_default = [] if what or full else [*unusual(kind)]
     what = what or (names(kind) if full else usual(kind))
     check_overrides(overrides, command="evaluate", external=external, what=what)
     _check_images(images, overrides, what, external=external)
@@ -91,8 +92,9 @@ def evaluate_run(
     if external:
         measured = _measure_triplets(subject)
     else:
-        kept = FeatureCache(cache if cache is not None else run / "cache")
+        kept = FeatureCache(cache if cache is not None else run / "cache", cache_limit)
         measured = _measure_images(subject, kept, components, None if full else COMPONENT_IMAGES)
+    measured.results.update(verdict_results(measured.results))
     if by_default:
         measured.results["not_by_default"] = by_default
     answer = {**measured.results, "step": step, "report": None if page is None else str(page)}

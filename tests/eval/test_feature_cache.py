@@ -17,7 +17,7 @@ from iwm_fast.config import Config, DataConfig
 from iwm_fast.errors import UserError
 from iwm_fast.eval import feature_cache as cache_module
 from iwm_fast.eval.feature_cache import FeatureCache
-from iwm_fast.eval.features import read_features
+from iwm_fast.eval.features import announce, read_features
 from iwm_fast.eval.splits import open_splits
 
 CPU = Config(**(dict(tiny_config()) | {"data": DataConfig(device="cpu", threads=1)}))
@@ -141,7 +141,7 @@ def test_what_is_interrupted_leaves_no_entry(photos, tmp_path):
 def full_from_the_start(monkeypatch, folder):
     usage = type("Usage", (), {"free": 10})
     monkeypatch.setattr(cache_module.shutil, "disk_usage", lambda _: usage)
-    return r"they need 0\.0 GB, 0\.0 GB are free"
+    return r"they need 0\.0 MB, 0\.0 MB are free"
 
 
 def full_when_the_file_is_made(monkeypatch, folder):
@@ -187,9 +187,45 @@ def test_features_that_fit_neither_disk_nor_memory_are_refused_before_the_work(p
     full_from_the_start(monkeypatch, tmp_path)
     monkeypatch.setattr(cache_module, "_memory_available", lambda: 10)
     split = opened(photos)
-    with pytest.raises(UserError, match=r"0\.0 GB are free; give another --cache"):
+    with pytest.raises(UserError, match=r"0\.0 MB are free; give a larger --cache-limit, another --cache"):
         read_features([model.encoder], split, "pooled", cache=FeatureCache(tmp_path / "cache"))
     assert split.reads == 0
+
+
+def test_tokens_are_announced_in_one_line_with_what_lies_there_and_not_again(photos, tmp_path, capsys):
+    """8 training and 2 test images, two encoders; a label of a row is 8 bytes."""
+    models = [tiny_model(CPU, seed)[0].target_encoder for seed in (0, 1)]
+    cache, splits = FeatureCache(tmp_path / "cache"), open_splits(photos, CPU)
+    (cache.root / "old").mkdir(parents=True)
+    (cache.root / "old" / "values.npy").write_bytes(bytes(5_000_000))
+    announce(models, splits, "tokens", cache)
+    rows = 2 * (len(splits[0]) + len(splits[1]))
+    size = rows * (models[0].patches * models[0].width * 2 + 8) / 1e6
+    line = f"{size:.1f} MB of tokens in half precision are cached here beside 5.0 MB; --cache-limit: 8.0 GB"
+    assert capsys.readouterr().err == f"{cache.root}: {line}\n"
+    for split in splits:
+        read_features(models, split, "tokens", cache=cache)
+    announce(models, splits, "tokens", cache)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("announced", [True, False])
+def test_what_would_exceed_the_limit_of_the_folder_stays_in_memory(photos, tmp_path, capsys, announced):
+    """Two encoders' tokens: room for one and a half. Announced, neither is written; unannounced, the first."""
+    models = [tiny_model(CPU, seed)[0].target_encoder for seed in (0, 1)]
+    split = opened(photos)
+    fresh = read_features(models, split, "tokens")
+    cache = FeatureCache(tmp_path / "cache", 1.5 * fresh[0].values.nbytes / 1e9)
+    if announced:
+        announce(models, [split], "tokens", cache)
+    found = read_features(models, split, "tokens", cache=cache)
+    for mine, other in zip(found, fresh, strict=True):
+        np.testing.assert_array_equal(mine.values, other.values)
+    assert [isinstance(one.values, np.memmap) for one in found] == [not announced, False]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(
+        r"features are not cached \(they need \S+ MB.*, --cache-limit is 0\.0 MB\); they are in memory", line
+    )
 
 
 def test_a_file_that_cannot_be_decoded_is_left_out(photos, tmp_path):

@@ -21,7 +21,20 @@ from iwm_fast.eval import registry
 from iwm_fast.eval.evaluate import evaluate_model
 from iwm_fast.eval.measurements import divide
 from iwm_fast.eval.overrides import check_overrides
-from iwm_fast.eval.registry import Evaluation, Measure, evaluations, names, needed, register, usual
+from iwm_fast.eval.registry import (
+    CannotRunError,
+    Evaluation,
+    Measure,
+    evaluations,
+    full_help,
+    measure,
+    names,
+    needed,
+    register,
+    unusual,
+    usual,
+    what_help,
+)
 from iwm_fast.eval.report.drawing import Drawing, drawing_of, drawings
 from iwm_fast.eval.report.terminal import result_rows
 from iwm_fast.eval.splits import TensorSplit
@@ -73,6 +86,9 @@ def test_every_entry_runs_somewhere_is_drawn_and_names_keys_of_the_configuration
 def test_what_is_measured_by_default_and_where():
     assert usual("images") == ("mrr", "knn", "linear", "equivariance")
     assert usual("triplets") == ("mrr", "rollout")
+    assert (unusual("images"), unusual("triplets")) == (("attentive",), ())
+    assert what_help().endswith("Default of images: mrr, knn, linear, equivariance; of triplets: mrr, rollout.")
+    assert "also attentive (images); and rank each action component alone on all images" in full_help()
     assert names() == ("mrr", "knn", "linear", "attentive", "equivariance", "rollout")
     assert needed(("mrr", "linear"), "images") == {"jitter", "classes"}
     assert needed(("mrr", "linear"), "triplets") == set()
@@ -87,6 +103,15 @@ def test_a_name_has_one_owner():
 def test_a_name_that_is_taken_is_refused(made_up):
     with pytest.raises(ValueError, match="there is an evaluation 'bright' already"):
         register(MADE_UP)
+
+
+def test_an_evaluation_without_room_does_not_stop_the_others(made_up):
+    def no_room(_):
+        raise CannotRunError("no room")
+
+    register(Evaluation("large", "large", images=Measure(no_room)))
+    register(Evaluation("small", "small", images=Measure(lambda _: {"small": 1.0})))
+    assert measure(("large", "small"), "images", None) == {"not_run": {"large": "no room"}, "small": 1.0}
 
 
 def test_probes_share_a_section_and_others_have_their_own(made_up):

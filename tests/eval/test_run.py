@@ -12,6 +12,7 @@ from small_run import small_config
 
 from iwm_fast.cli.main import main
 from iwm_fast.engine import pretrain
+from iwm_fast.eval import feature_cache
 from iwm_fast.eval.measurements import divide, keep, weights_of
 
 
@@ -163,6 +164,32 @@ def test_splits_left_out_images_and_reduced_settings_are_in_table_json_and_repor
     assert line.startswith(
         f"{tmp_path}/set/Train: 1 of 24 images cannot be used, more than data.max_bad_fraction (0.01)"
     )
+
+
+def test_the_page_has_verdicts_and_what_the_default_leaves_out_or_samples(run, tiny_images, tmp_path, capsys):
+    """And still has what an earlier measurement reduced, after another one has been made."""
+    shutil.copytree(tiny_images, tmp_path / "set")
+    words = ["evaluate", str(run), "--data", str(tmp_path / "set"), "eval.bank=4"]
+    assert main([*words, "--what", "mrr", "--images", "64"]) == 0
+    assert main([*words[:-1], "--what", "knn", "--json", str(run / "a.json")]) == 0
+    said, page = capsys.readouterr().out, (run / "report" / "index.html").read_text()
+    reduced = [line for line in said.splitlines() if " instead of " in line]
+    assert [line.split(":")[0] for line in reduced] == ["mrr_images", "knn_k"]
+    for line in (*reduced, "not measured by default: attentive; name them in --what, or measure all with --full"):
+        assert f'<p class="soft">{line}</p>' in page
+    verdict = json.loads((run / "a.json").read_text())["knn_verdict"]
+    assert f'<p class="verdict">k-NN: {verdict}</p>' in page
+    assert '<p class="verdict">MRR: ' in page
+
+
+def test_a_probe_without_room_is_named_and_the_others_are_measured(run, tiny_images, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(feature_cache, "_memory_available", lambda: 10)
+    words = ["evaluate", str(run), "--data", str(tiny_images), "--what", "mrr,attentive", "--images", "1"]
+    assert main([*words, "--cache", str(tmp_path / "kept"), "--cache-limit", "0"]) == 1
+    said = capsys.readouterr().out
+    assert re.search(r"\nattentive not run: .*give a larger --cache-limit, another --cache, or data with few", said)
+    assert "MRR: " in said
+    assert not (tmp_path / "kept").exists()
 
 
 def test_what_would_change_nothing_is_refused_and_an_empty_table_is_not_printed(run, tiny_images, capsys):

@@ -35,7 +35,7 @@ class StopRequest:
 
     - Before there is a state to save, Ctrl-C is Python's KeyboardInterrupt, and the other signals end the process.
     - Within ``held``, SIGTERM, SIGUSR1, SIGHUP (a closed terminal) and Ctrl-C set ``asked``, Ctrl-C ``interrupted``
-      too; the loop looks at them between steps. A second Ctrl-C is a KeyboardInterrupt again.
+      too; the loop looks at them between steps. A second Ctrl-C is a KeyboardInterrupt again, which says how to resume.
 
     A KeyboardInterrupt that has not ended the work within seconds, because the main thread waits inside a library,
     ends the process by force. Signals that were ignored from the beginning (nohup, a shell's background job) stay so.
@@ -50,6 +50,7 @@ class StopRequest:
         self._abandonable = False
         self._first_press: float | None = None
         self._say: Callable[[str], None] = lambda _line: None
+        self._ended = "interrupted"
         self._watched: socket.socket | None = None
         self._terminals: list[int] = []
         self._fd_before = -1
@@ -73,9 +74,10 @@ class StopRequest:
             self._watched = None
 
     @contextlib.contextmanager
-    def held(self, say: Callable[[str], None]) -> Iterator[None]:
-        """From here on there is a state to save. ``say`` reports a Ctrl-C to the user."""
+    def held(self, say: Callable[[str], None], again: str = "--resume auto") -> Iterator[None]:
+        """From here on there is a state to save. ``say`` reports a Ctrl-C to the user; ``again``: how to resume."""
         self._say = say
+        self._ended = f"interrupted; steps after the last checkpoint are lost, resume with: {again}"
         before: dict[signal.Signals, Any] = {}
         if self._watched is not None:
             for number in self.SIGNALS:
@@ -86,6 +88,7 @@ class StopRequest:
             yield
         finally:
             self._held = False
+            self._ended = "interrupted"
             for number, handler in before.items():
                 signal.signal(number, handler)
 
@@ -106,7 +109,7 @@ class StopRequest:
             if self._first_press is None:
                 self._first_press = now
             elif now - self._first_press >= _SAME_PRESS_S:
-                raise KeyboardInterrupt
+                raise KeyboardInterrupt(self._ended)
             self.interrupted = True
         elif number == signal.SIGHUP:
             _leave(self._terminals)
@@ -145,8 +148,7 @@ class StopRequest:
         """Force the end: the main thread waits inside a library."""
         if sys.stderr.isatty():
             sys.stderr.write(_SHOW_CURSOR)
-        lost = "; steps after the last checkpoint are lost, resume with --resume auto" if self._held else ""
-        print(f"iwm-fast: interrupted{lost}", file=sys.stderr, flush=True)
+        print(f"iwm-fast: {self._ended}", file=sys.stderr, flush=True)
         os._exit(INTERRUPTED)
 
 

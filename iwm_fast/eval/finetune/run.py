@@ -19,8 +19,9 @@ from iwm_fast.data.sources.s3 import is_address
 from iwm_fast.engine.checkpoint.load import default_device, load_model
 from iwm_fast.engine.checkpoint.paths import chosen_checkpoint
 from iwm_fast.errors import UserError
+from iwm_fast.eval.defaults import CACHE_LIMIT_GB
 from iwm_fast.eval.feature_cache import FeatureCache, Features
-from iwm_fast.eval.features import default_encoder, encoder_of, read_features
+from iwm_fast.eval.features import announce, default_encoder, encoder_of, read_features
 from iwm_fast.eval.finetune.fitting import WARMUP, Fit, Plan, Point, fit, measure
 from iwm_fast.eval.finetune.modes import (
     INITS,
@@ -74,6 +75,7 @@ class Request:
     seed: int = 0
     checkpoint: str = "latest"
     cache: Path | None = None
+    cache_limit: float = CACHE_LIMIT_GB
     overrides: Sequence[str] = ()
     tell: Count | None = field(default=None, compare=False)
     say: Callable[[str], None] | None = field(default=None, compare=False)
@@ -157,7 +159,7 @@ def finetune_run(
     model.to(default_device())
     if request.mode == "multitask" and not isinstance(model.predictor, VitPredictor):
         raise UserError(f"{run}: its predictor is mlp, and --mode multitask needs vit; choose another --mode")
-    cache = FeatureCache(request.cache if request.cache is not None else run / "cache")
+    cache = FeatureCache(request.cache if request.cache is not None else run / "cache", request.cache_limit)
     named = {name: _task(name, root, model, config, request, cache) for name, root in request.data.items()}
     tasks = [found.task for found in named.values()]
     shapes = {task.name: task.shape for task in tasks}
@@ -216,6 +218,7 @@ def _task(name: str, root: str | Path, model: IWM, config: Config, request: Requ
         tell = None if request.tell is None else partial(request.tell, f"{kept} of {name}, {words}")
         return read_features([encoder], split, kept, cache=cache, progress=tell)[0]
 
+    announce([encoder], (train, test), kept, cache)
     features = read(train, "train"), read(test, "test")
     classes = len(train.classes)
     if dense:

@@ -72,11 +72,12 @@ class Fold:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, its notes (texts) and its blocks."""
+    """A heading, verdicts and notes (texts), and its blocks."""
 
     title: str
     blocks: Sequence[Block]
     notes: Sequence[str] = ()
+    verdicts: Sequence[str] = ()
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,16 @@ from typing import Any
 from iwm_fast.atomic_files import write_whole_text
 from iwm_fast.config import Config, dump_config
 from iwm_fast.engine.metrics.log import metrics_record
-from iwm_fast.eval.footnotes import data_lines
+from iwm_fast.eval.footnotes import by_default_lines, data_lines
 from iwm_fast.eval.measurements import Measurement, merged
+from iwm_fast.eval.registry import unusual
 from iwm_fast.eval.report.charts import curve
 from iwm_fast.eval.report.dates import Dated, kept_table
 from iwm_fast.eval.report.drawing import drawings
 from iwm_fast.eval.report.example_page import example_card
 from iwm_fast.eval.report.page import Charts, Fold, Section, document, facts
 from iwm_fast.eval.report.slider_page import SCRIPT, slider_card
+from iwm_fast.eval.report.verdicts import verdict_lines
 from iwm_fast.eval.world_model.examples import RankedExample
 from iwm_fast.eval.world_model.sliders import SlidingExample
 from iwm_fast.file_names import printable
@@ -35,8 +38,23 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def _measures(results: Mapping[str, Any], said: Dated) -> list[Section]:
     """Return the sections of a checkpoint's results on one set of images."""
-    found = (drawing.section(results, said) for drawing in drawings())
-    return [section for section in found if section is not None]
+    found = ((drawing, drawing.section(results, said)) for drawing in drawings())
+    return [
+        replace(section, verdicts=verdict_lines(results, drawing.names))
+        for drawing, section in found
+        if section is not None
+    ]
+
+
+def _notes(results: Mapping[str, Any], shown: Mapping[str, Any], *, external: bool) -> list[str]:
+    """Return what did not run now, and of all that is ``shown`` what was reduced or is left out by default."""
+    failed = results.get("not_run", {})
+    rest = [name for name in unusual("triplets" if external else "images") if name not in shown and name not in failed]
+    return [
+        *(f"{what} not run: {why}" for what, why in failed.items()),
+        *data_lines({**results, "reduced": shown.get("reduced", {})}),
+        *by_default_lines(rest),
+    ]
 
 
 def _sliders(examples: Sequence[SlidingExample]) -> list[Section]:
@@ -118,9 +136,11 @@ def write_report(
     mine = [one for one in measured if one.weights == subject[0]]
     of_data = [one for one in mine if one.data == subject[1]]
     others = list(dict.fromkeys(one.data for one in reversed(mine) if one.data != subject[1]))
-    notes = [*(f"{what}: {why}" for what, why in results.get("not_run", {}).items()), *data_lines(results)]
+    kept = merged(of_data)
+    shown = {**kept, **results, "reduced": kept.get("reduced", {}) | results.get("reduced", {})}
+    notes = _notes(results, shown, external=config.actions.is_external)
     sections = [
-        *_measures({**merged(of_data), **results}, Dated.of(mine, subject[1])),
+        *_measures(shown, Dated.of(mine, subject[1])),
         *_sliders(sliding),
         *_examples(examples),
         *(

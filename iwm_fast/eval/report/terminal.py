@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from iwm_fast.eval.footnotes import data_lines
+from iwm_fast.eval.footnotes import by_default_lines, data_lines
 from iwm_fast.eval.report.drawing import Figure, drawings
 from iwm_fast.eval.report.verdicts import verdict_lines
 from iwm_fast.file_names import printable
@@ -38,9 +38,6 @@ def _row(results: Mapping[str, Any], figure: Figure) -> list[str]:
 
 def result_lines(results: Mapping[str, Any]) -> list[str]:
     """Return lines: verdicts, which images, what was left out, what did not run and why, each evaluation's notes."""
-    lines = [*verdict_lines(results), *data_lines(results)]
-    if results.get("not_by_default"):
-        left = results["not_by_default"]
-        lines.append(f"not measured by default: {', '.join(left)}; name them in --what, or measure all with --full")
+    lines = [*verdict_lines(results), *data_lines(results), *by_default_lines(results.get("not_by_default", ()))]
     lines += [printable(f"{measure} not run: {why}") for measure, why in results.get("not_run", {}).items()]
     return lines + [line for drawing in drawings() for line in drawing.lines(results)]

@@ -7,22 +7,38 @@ from typing import Any
 
 from iwm_fast.eval.report.page import number, percent
 
-__all__ = ["verdict_lines"]
+__all__ = ["verdict_lines", "verdict_results"]
 
 Results = Mapping[str, Any]
 
-_PROBES = (("knn", "k-NN"), ("linear", "linear probe"), ("attentive", "attentive probe"))
+_TITLES = {
+    "mrr": "MRR",
+    "knn": "k-NN",
+    "linear": "linear probe",
+    "attentive": "attentive probe",
+    "equivariance": "equivariance",
+}
 
 
-def verdict_lines(results: Results) -> list[str]:
-    """A sentence for MRR and for each measurement that has an untrained network beside it."""
-    lines = [_mrr(results)] if "mrr_interval" in results and "mrr_chance" in results else []
-    for key, title in (*_PROBES, ("equivariance", "equivariance")):
-        own, other = results.get(f"{key}_interval"), results.get(f"{key}_untrained_interval")
-        if own and other:
-            form = number if key == "equivariance" else percent
-            lines.append(f"{title}: {_compared(own, other, 'untrained', form)}")
-    return lines
+def verdict_lines(results: Results, names: Sequence[str] = tuple(_TITLES)) -> list[str]:
+    """A sentence for MRR and for each measurement of ``names`` that has an untrained network beside it."""
+    found = {name: _verdict(results, name) for name in _TITLES if name in names}
+    return [f"{_TITLES[name]}: {said}" for name, said in found.items() if said]
+
+
+def verdict_results(results: Results) -> dict[str, str]:
+    """The same for JSON: NAME_verdict."""
+    return {f"{name}_verdict": said for name in _TITLES if (said := _verdict(results, name))}
+
+
+def _verdict(results: Results, name: str) -> str:
+    """Empty where there is no control."""
+    if name == "mrr":
+        return _mrr(results) if "mrr_interval" in results and "mrr_chance" in results else ""
+    own, other = results.get(f"{name}_interval"), results.get(f"{name}_untrained_interval")
+    if not own or not other:
+        return ""
+    return _compared(own, other, "untrained", number if name == "equivariance" else percent)
 
 
 def _compared(own: Sequence[float], other: Sequence[float], name: str, form: Callable[[float], str]) -> str:
@@ -40,7 +56,7 @@ def _mrr(results: Results) -> str:
     else:
         said = f"no better than chance ({number(chance)}): the 95 % interval begins at {number(own[0])}"
     shuffled = results.get("mrr_shuffled_interval")
-    return f"MRR: {said}" + (f"; {_compared(own, shuffled, 'with shuffled actions', number)}" if shuffled else "")
+    return said + (f"; {_compared(own, shuffled, 'with shuffled actions', number)}" if shuffled else "")
 
 
 def _span(ends: Sequence[float], form: Callable[[float], str]) -> str:

@@ -50,7 +50,7 @@ def test_a_signal_is_noted_while_there_is_something_to_save(number):
 def test_the_first_ctrl_c_is_reported_and_the_second_ends(monkeypatch):
     said, now = [], [0.0]
     monkeypatch.setattr(signals, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    with StopRequest() as stop, stop.held(said.append):
+    with StopRequest() as stop, stop.held(said.append, "iwm-fast pretrain --out a --resume auto"):
         send(signal.SIGINT)
         send(signal.SIGINT)  # launcher and terminal both forward one key press
         assert stop.interrupted
@@ -59,7 +59,7 @@ def test_the_first_ctrl_c_is_reported_and_the_second_ends(monkeypatch):
             time.sleep(0.01)
         assert said == ["interrupted: stopping with a checkpoint; Ctrl-C again ends at once, without one"]
         now[0] += 1.5 * signals._SAME_PRESS_S
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt, match=r"are lost, resume with: iwm-fast pretrain --out a --resume auto$"):
             send(signal.SIGINT)
 
 
@@ -110,7 +110,7 @@ def stuck():
 with signals.StopRequest() as stop:
     if sys.argv[2] == "start":
         stuck()
-    with stop.held(lambda line: print(line, flush=True)):
+    with stop.held(lambda line: print(line, flush=True), "iwm-fast pretrain --out a --resume auto"):
         stuck()
 """
 
@@ -133,7 +133,7 @@ def test_a_main_thread_that_does_not_come_back_from_a_library_is_ended(phase):
     assert job.returncode == INTERRUPTED
     assert said.startswith("iwm-fast: interrupted")
     assert said.count("\n") == 1
-    assert ("resume with --resume auto" in said) is (phase == "held")
+    assert ("resume with: iwm-fast pretrain --out a --resume auto\n" in said) is (phase == "held")
 
 
 def at_step(monkeypatch, step, number):

@@ -3,7 +3,7 @@
 import pytest
 
 from iwm_fast.eval.report.terminal import result_rows
-from iwm_fast.eval.report.verdicts import verdict_lines
+from iwm_fast.eval.report.verdicts import verdict_lines, verdict_results
 
 
 @pytest.mark.parametrize(
@@ -30,6 +30,14 @@ def test_mrr_is_compared_with_chance_and_with_shuffled_actions():
     alike = found | {"mrr_interval": [0.02, 0.03]}
     (line,) = verdict_lines(alike)
     assert line.startswith("MRR: no better than chance (0.024): the 95 % interval begins at 0.020; no better than with")
+
+
+def test_verdicts_are_in_json_under_the_name_of_their_measurement():
+    found = {"mrr_interval": [0.2, 0.3], "mrr_chance": 0.024, "equivariance_interval": [0.5, 0.6]}
+    found |= {"equivariance_untrained_interval": [0.1, 0.2], "knn_interval": [0.4, 0.6]}
+    said = {"mrr_verdict": "better than chance", "equivariance_verdict": "better than untrained"}
+    assert verdict_results(found) == said
+    assert verdict_lines(found, ("equivariance", "rollout")) == ["equivariance: better than untrained"]
 
 
 def test_what_has_no_control_has_no_verdict():
