@@ -40,7 +40,7 @@ def _measures(results: Mapping[str, Any], said: Dated) -> list[Section]:
     """Return the sections of a checkpoint's results on one set of images."""
     found = ((drawing, drawing.section(results, said)) for drawing in drawings())
     return [
-        replace(section, verdicts=verdict_lines(results, drawing.names))
+        replace(section, verdicts=verdict_lines(results, drawing.names, ends=False))
         for drawing, section in found
         if section is not None
     ]

@@ -20,9 +20,12 @@ _TITLES = {
 }
 
 
-def verdict_lines(results: Results, names: Sequence[str] = tuple(_TITLES)) -> list[str]:
-    """A sentence for MRR and for each measurement of ``names`` that has an untrained network beside it."""
-    found = {name: _verdict(results, name) for name in _TITLES if name in names}
+def verdict_lines(results: Results, names: Sequence[str] = tuple(_TITLES), *, ends: bool = True) -> list[str]:
+    """A sentence for MRR and for each measurement of ``names`` that has an untrained network beside it.
+
+    ends: False beside a table that has the intervals.
+    """
+    found = {name: _verdict(results, name, ends=ends) for name in _TITLES if name in names}
     return [f"{_TITLES[name]}: {said}" for name, said in found.items() if said]
 
 
@@ -31,32 +34,36 @@ def verdict_results(results: Results) -> dict[str, str]:
     return {f"{name}_verdict": said for name in _TITLES if (said := _verdict(results, name))}
 
 
-def _verdict(results: Results, name: str) -> str:
+def _verdict(results: Results, name: str, *, ends: bool = True) -> str:
     """Empty where there is no control."""
     if name == "mrr":
-        return _mrr(results) if "mrr_interval" in results and "mrr_chance" in results else ""
+        return _mrr(results, ends=ends) if "mrr_interval" in results and "mrr_chance" in results else ""
     own, other = results.get(f"{name}_interval"), results.get(f"{name}_untrained_interval")
     if not own or not other:
         return ""
-    return _compared(own, other, "untrained", number if name == "equivariance" else percent)
+    form = number if name == "equivariance" else percent
+    return _compared(own, other, "untrained", form if ends else None)
 
 
-def _compared(own: Sequence[float], other: Sequence[float], name: str, form: Callable[[float], str]) -> str:
+def _compared(own: Sequence[float], other: Sequence[float], name: str, form: Callable[[float], str] | None) -> str:
     if own[0] > other[1]:
         return f"better than {name}"
     if own[1] < other[0]:
         return f"worse than {name}"
-    return f"no better than {name}: the 95 % intervals overlap ({_span(own, form)} and {_span(other, form)})"
+    said = f"no better than {name}: the 95 % intervals overlap"
+    return said if form is None else f"{said} ({_span(own, form)} and {_span(other, form)})"
 
 
-def _mrr(results: Results) -> str:
+def _mrr(results: Results, *, ends: bool) -> str:
     own, chance = results["mrr_interval"], results["mrr_chance"]
     if own[0] > chance:
         said = "better than chance"
     else:
         said = f"no better than chance ({number(chance)}): the 95 % interval begins at {number(own[0])}"
     shuffled = results.get("mrr_shuffled_interval")
-    return said + (f"; {_compared(own, shuffled, 'with shuffled actions', number)}" if shuffled else "")
+    return said + (
+        f"; {_compared(own, shuffled, 'with shuffled actions', number if ends else None)}" if shuffled else ""
+    )
 
 
 def _span(ends: Sequence[float], form: Callable[[float], str]) -> str:

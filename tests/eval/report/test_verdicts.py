@@ -22,6 +22,8 @@ def test_a_probe_is_compared_with_the_untrained_network_by_intervals(own, other,
     assert verdict_lines({"knn": 0.9, "knn_interval": own, "knn_untrained": 0.1, "knn_untrained_interval": other}) == [
         said
     ]
+    short = verdict_lines({"knn_interval": own, "knn_untrained_interval": other}, ends=False)
+    assert short == [said.split(" (")[0]]
 
 
 def test_mrr_is_compared_with_chance_and_with_shuffled_actions():
