@@ -1,4 +1,4 @@
-"""What commands print: tables on standard output, progress on standard error, both plain where there is no terminal."""
+"""Print tables to standard output and progress to standard error, as plain text without a terminal."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from iwm_fast.file_names import printable
 
 __all__ = ["PIPED_WIDTH", "Count", "counting", "part_of", "print_lines", "print_table"]
 
-Count = Callable[[str, int, int | None], None]  # what is being done, how much of it is done, of how much
+Count = Callable[[str, int, int | None], None]  # (what is being done, units done, units in all)
 
-# Without a terminal a line appears at most this often for one piece of work.
+# Without a terminal: seconds between lines of one task.
 _PLAIN_EVERY_S = 10.0
 PIPED_WIDTH = 100
 
@@ -30,7 +30,7 @@ PIPED_WIDTH = 100
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Print a table of texts to standard output, as wide as the terminal, or `PIPED_WIDTH` elsewhere.
 
-    What is wider is wrapped at spaces; a word, a path say, stays whole even where it is wider than that.
+    Wider cells are wrapped at spaces; a word (such as a path) is never broken.
     """
     kept = [tuple(map(printable, row)) for row in rows]
     lines = [tuple(columns), *kept] if any(columns) else kept
@@ -47,8 +47,8 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]
 
 
 def print_lines(lines: Iterable[str], first: str = "", further: str = "    ") -> None:
-    """Print sentences to standard output, each wrapped at the width of a table; `first` begins a sentence, `further`
-    its other lines.
+    """Print sentences to standard output, each wrapped at the width of a table. `first`, `further`: indents of a
+    sentence's first line and of its other lines.
     """
     for line in lines:
         print("\n".join(_wrapped(printable(line), _width(), first, further)))
@@ -71,7 +71,7 @@ def _laid_out(lines: Sequence[Sequence[str]], width: int) -> list[str]:
 
 
 def _column_widths(lines: Sequence[Sequence[str]], width: int) -> tuple[list[int], str]:
-    """(width of each column, what stands between two): the widest columns are narrowed first, none below a word."""
+    """Return (width of each column, separator): the widest columns are narrowed first, none below its longest word."""
     columns = list(zip(*lines, strict=True))
     widths = [max(map(cell_len, column)) for column in columns]
     least = [max(cell_len(word) for cell in column for word in cell.split(" ")) for column in columns]
@@ -87,7 +87,7 @@ def _column_widths(lines: Sequence[Sequence[str]], width: int) -> tuple[list[int
 
 
 def _cells(line: Sequence[str], widths: Sequence[int]) -> list[tuple[str, ...]]:
-    """A row as rows of what fits."""
+    """Wrap the cells of a row; return its lines."""
     parts = [_wrapped(cell, size) for cell, size in zip(line, widths, strict=True)]
     return list(zip_longest(*parts, fillvalue=""))
 
@@ -106,15 +106,13 @@ def _wrapped(text: str, width: int, first: str = "", further: str = "") -> list[
 
 
 def part_of(progress: Count | None, what: str) -> Callable[[int, int], None] | None:
-    """What gets (done, of how many) of one piece of the work, where somebody follows it."""
+    """Return a callback (done, total) for one task, or None without `progress`."""
     return None if progress is None else partial(progress, what)
 
 
 @contextmanager
 def counting() -> Iterator[Count]:
-    """A callback for work that is counted: a bar per piece of work on a terminal, a line now and then elsewhere, with
-    the time left.
-    """
+    """Yield a progress callback: a bar per task on a terminal, occasional lines elsewhere, with the time left."""
     console = Console(file=sys.stderr)
     if not console.is_terminal:
         yield _plain_lines()

@@ -97,7 +97,7 @@ class ActionSpace:
                 values[name] = column > 0.5 if part.unit == "flag" else value
         for corruption in self.corruptions:
             if corruption.strength is not None and corruption.top is not None:
-                strength = corruption.told(np.rint(values[corruption.strength])).astype(np.int64)
+                strength = corruption.reflected(np.rint(values[corruption.strength])).astype(np.int64)
                 values[corruption.strength] = np.where(values[corruption.name], strength, corruption.none)
         return values
 
@@ -112,7 +112,7 @@ class ActionSpace:
             if corruption.strength in given:
                 done = corruption.done(given[corruption.strength])
                 if corruption.top is not None:
-                    given[corruption.strength] = corruption.told(given[corruption.strength]) if done else 0.0
+                    given[corruption.strength] = corruption.reflected(given[corruption.strength]) if done else 0.0
                 given[corruption.name] = float(done)
         action = np.zeros(self.dim, np.float32)
         for part in self.components:

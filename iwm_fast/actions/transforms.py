@@ -134,8 +134,11 @@ class Corruption:
         """Return where it is applied, from values of the column."""
         return values > self.none if self.top is None else values < self.none
 
-    def told(self, values: Any) -> Any:
-        """Return a strength as its component encodes it, before the division by its range; its own inverse."""
+    def reflected(self, values: Any) -> Any:
+        """Return a strength as its component encodes it, before the division by its range: with `top`, top − strength.
+
+        It is its own inverse.
+        """
         return values if self.top is None else self.top - values
 
     def encoded(self, values: Array) -> dict[str, Array]:
@@ -144,7 +147,7 @@ class Corruption:
         flag = {self.name: done.astype(np.float64)}
         if self.strength is None:
             return flag
-        return flag | {self.strength: np.where(done, self.told(values) / _TABLE[self.strength].range, 0.0)}
+        return flag | {self.strength: np.where(done, self.reflected(values) / _TABLE[self.strength].range, 0.0)}
 
 
 # In the order of application, after the jitter.

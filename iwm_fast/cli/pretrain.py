@@ -21,7 +21,7 @@ def pretrain(
         str | None,
         typer.Argument(
             metavar="CONFIG",
-            help=f"{CONFIG_HELP} To resume it may be left out: RUN/config.yaml is taken.",
+            help=f"{CONFIG_HELP} Optional on resume: default RUN/config.yaml.",
             autocompletion=config_or_overrides,
         ),
     ] = None,
@@ -36,9 +36,9 @@ def pretrain(
         ),
     ] = "never",
 ) -> None:
-    """Train a world model. Alone on one device, or one of several ranks under torchrun, deepspeed or SLURM.
+    """Train a world model on one device, or on several ranks under torchrun, deepspeed or SLURM.
 
-    SIGTERM, SIGUSR1 and Ctrl-C write a checkpoint and end it: with exit code 0, after Ctrl-C with 130.
+    SIGTERM, SIGUSR1 and Ctrl-C write a checkpoint and end the training: exit code 0, after Ctrl-C 130.
     """
     from iwm_fast.config.load import load_config
 
@@ -56,7 +56,7 @@ def pretrain(
 
 
 def _configuration(config: str | None, overrides: list[str], out: Path, resume: str) -> tuple[Path, list[str]]:
-    """The configuration's file and what replaces its values. Without CONFIG a resumed run has its own."""
+    """Return the configuration's file and the overrides. Without CONFIG a resumed run has its own."""
     from iwm_fast.config.load import find_config
 
     if config is not None and ("=" not in config or Path(config).exists()):
@@ -74,5 +74,5 @@ def _configuration(config: str | None, overrides: list[str], out: Path, resume: 
         files.append(named(Path(resume)).run / "config.yaml")
     found = next((file for file in files if file.is_file()), None)
     if found is None:
-        raise UserError(f"{files[-1]}: there is none to resume with; name a CONFIG")
+        raise UserError(f"{files[-1]}: no such file to resume with; name a CONFIG")
     return found, overrides

@@ -1,4 +1,4 @@
-"""The schema as a table: one row a key, with its type, default, allowed values and meaning.
+"""The schema as a table: one row per key, with its type, default, allowed values and meaning.
 
 The rows are read from the pydantic models (through their JSON schema), so that the table, the errors and the checks
 cannot disagree.
@@ -16,10 +16,10 @@ from iwm_fast.config.schema import Config, EncoderShape, ExternalActions, Sectio
 __all__ = ["Row", "allowed", "rows", "section_keys", "text_keys"]
 
 
-# JSON Schema's names of types, in words.
+# Words for JSON Schema's types.
 _NUMBERS = {"integer": "whole number", "number": "number"}
 _PLAIN = {"boolean": "true or false", "string": "text", "null": "null"}
-# Keys that hold a mapping or something else, and what the mapping is.
+# Keys whose value may be a mapping, and the mapping's schema.
 _MAPPINGS: dict[str, type[Section]] = {"model.encoder": EncoderShape, "actions.external": ExternalActions}
 
 
@@ -35,12 +35,12 @@ class Row:
 
 
 def _number(value: float) -> str:
-    """A limit as people write it: whole numbers with all their digits."""
+    """Return a limit as text; whole numbers with all their digits."""
     return str(int(value)) if value == int(value) else f"{value:g}"
 
 
 def _bounds(field: dict[str, Any], noun: str) -> str:
-    """A number's range in words."""
+    """Return a number's range in words."""
     low, high = field.get("minimum"), field.get("maximum")
     above, below = field.get("exclusiveMinimum"), field.get("exclusiveMaximum")
     parts = []
@@ -58,7 +58,7 @@ def _bounds(field: dict[str, Any], noun: str) -> str:
 
 
 def _words(field: dict[str, Any]) -> tuple[str, str]:
-    """(type, allowed values) of a field of the JSON schema."""
+    """Return (type, allowed values) of a field of the JSON schema."""
     if "anyOf" in field:
         pairs = [_words(choice) for choice in field["anyOf"]]
         return " or ".join(kind for kind, _ in pairs), ", or ".join(values for _, values in pairs)
@@ -81,7 +81,7 @@ def _words(field: dict[str, Any]) -> tuple[str, str]:
 
 
 def _section_rows(prefix: str, section: dict[str, Any], definitions: dict[str, Any]) -> list[Row]:
-    """The rows of one section and of the sections in it, in the order in which they are declared."""
+    """Return the rows of a section and its subsections, in order of declaration."""
     found: list[Row] = []
     for name, field in section["properties"].items():
         key = f"{prefix}{name}"
@@ -96,7 +96,7 @@ def _section_rows(prefix: str, section: dict[str, Any], definitions: dict[str, A
 
 @functools.cache
 def rows() -> tuple[Row, ...]:
-    """Every key of a configuration; a mapping that is one choice of several has its keys below its own."""
+    """Return every key of a configuration; the keys of an optional mapping follow its own."""
     schema = Config.model_json_schema()
     found: list[Row] = []
     for row in _section_rows("", schema, schema["$defs"]):
@@ -108,7 +108,7 @@ def rows() -> tuple[Row, ...]:
 
 @functools.cache
 def section_keys() -> frozenset[str]:
-    """The keys that hold a section rather than a value: ``train``, ``model.predictor`` and so on."""
+    """Return the keys of sections: ``train``, ``model.predictor`` and so on."""
     keys = {row.key.rsplit(".", 1)[0] for row in rows() if "." in row.key} | {
         row.key.split(".", 1)[0] for row in rows() if "." in row.key
     }
@@ -117,13 +117,13 @@ def section_keys() -> frozenset[str]:
 
 @functools.cache
 def text_keys() -> dict[str, bool]:
-    """The keys that hold any text (a path, a name), and whether each may also be null."""
+    """Return the keys whose value is any text (a path, a name), and whether each may be null."""
     kinds = {row.key: row.type.split(" or ") for row in rows()}
     return {key: "null" in kind for key, kind in kinds.items() if set(kind) <= {"text", "null"}}
 
 
 def allowed(key: str) -> str:
-    """What may stand at a key that exists, in words."""
+    """Return the allowed values of an existing key, in words."""
     if key in section_keys():
         return "a section (a mapping of keys)"
     return next(row.allowed for row in rows() if row.key == key)

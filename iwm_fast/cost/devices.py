@@ -120,7 +120,7 @@ def _measured(path: Path, device: Device, operations: float) -> dict[str, Any] |
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error}); mend or remove it, or name another --results") from error
+        raise UserError(f"{path}: not JSON ({error}); fix or remove it, or name another --results") from error
     if not str(document.get("schema", "")).startswith("iwm-fast-bench-step/"):
         return None
     gpus = document.get("environment", {}).get("gpus") or []

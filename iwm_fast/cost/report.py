@@ -1,4 +1,4 @@
-"""The answer of `iwm-fast plan`: one document for programs, tables and sentences for people, and what to change."""
+"""The result of `iwm-fast plan`: a document for programs, tables and sentences for people, and what to change."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class ImageCount:
-    """How many images a plan is for. origin: "given", "counted" or "assumed"; why: where from, or why not counted."""
+    """The number of images that a plan is for. why: the source of the count, or why it is assumed."""
 
     count: int
     origin: Literal["given", "counted", "assumed"]
@@ -37,15 +37,15 @@ class ImageCount:
 
 
 def document(planner: Planner, cluster: Cluster, images: ImageCount) -> dict[str, Any]:
-    """Everything that was worked out, in bytes, seconds and operations; nothing in it was measured here.
+    """Return every computed number, in bytes, seconds and FLOPs; none is measured here.
 
-    UserError where the ranks cannot share the global batch.
+    Raises UserError if the ranks cannot divide the global batch.
     """
-    config, drawn = planner.config, planner.tokens.images
+    config, sampled = planner.config, planner.tokens.images
     variants, configured = planner.variants(cluster), planner.configured(cluster)
     stages = best_of_each(variants)
     choice = planner.choose(stages, cluster)
-    flops = {key: value / drawn for key, value in asdict(image_flops(config, planner.tokens)).items()}
+    flops = {key: value / sampled for key, value in asdict(image_flops(config, planner.tokens)).items()}
     schedule = training_steps(config, images.count)
     steps = config.train.steps or schedule
     record: dict[str, Any] = {
@@ -91,7 +91,7 @@ def _length(steps: int, stage: Stage, cluster: Cluster) -> dict[str, float]:
 
 
 def _recommended(planner: Planner, choice: Choice, configured: Stage, steps: int, cluster: Cluster) -> dict[str, Any]:
-    """The chosen setting, what to change for it, and what that gains over the configuration as it is."""
+    """Return the recommended setting, the keys to change, and the gain over the configuration."""
     stage = choice.stage
     if stage is None:
         return {"stage": None, "why": choice.why}
@@ -116,25 +116,27 @@ def _recommended(planner: Planner, choice: Choice, configured: Stage, steps: int
 
 
 def warnings(config: Config, images: ImageCount, time: StepTime) -> list[str]:
-    """What makes the answer less than it seems: a set that was not found or is small, passes that are launches only."""
+    """Return what limits the result: a data set that was not found or is small, passes bound by launches."""
     said = []
     if images.origin == "assumed" and config.data.root is not None:
         said.append(f"{images.why}: planned for {images.count:,} images (ImageNet-1k); give --images")
     if images.count < config.train.global_batch:
         often = config.train.global_batch / images.count
         said.append(
-            f"the set has {images.count:,} images and a step takes {config.train.global_batch:,}: each step holds an "
-            f"image {often:.3g} times; lower train.global_batch"
+            f"the data set has {images.count:,} images, and train.global_batch is {config.train.global_batch:,}: each "
+            f"step has an image {often:.3g} times; lower train.global_batch"
         )
     if images.origin != "assumed":
         said += length_conflicts(config, images.count)
     if time.forward + time.backward <= time.launches:
-        said.append("launching kernels takes longer than computing them: a larger batch per GPU costs no time")
+        said.append(
+            "launching kernels takes longer than computing them: a larger batch per GPU takes no more time per step"
+        )
     return said
 
 
 def assumptions(cluster: Cluster, config: Config, images: ImageCount) -> list[str]:
-    """What the plan rests on that nobody measured here."""
+    """Return the assumptions of the plan, none of them measured here."""
     rate, device, precision = cluster.rate, cluster.device, config.train.precision
     said = [
         (
@@ -156,14 +158,14 @@ def assumptions(cluster: Cluster, config: Config, images: ImageCount) -> list[st
         f"launches: {step_time.LAUNCH_S * 1e6:.0f} µs of the host assumed per block forward, twice that backward"
     )
     if config.train.static_shapes:
-        said.append("static shapes: their padding is counted, but for the target; operations and MFU are useful ones")
+        said.append("static shapes: their padding is counted, except the target's; FLOPs and MFU are without padding")
     if config.train.cuda_graph:
         said.append(
-            "CUDA graphs: no launches counted, and no message beside the backward pass; not measured on a GPU yet"
+            "CUDA graphs: no launches counted, and no message overlaps the backward pass; not measured on a GPU yet"
         )
-    said.append("overlap: messages that can run beside the computation are assumed to, entirely; the others not at all")
+    said.append("overlap: messages that can overlap the computation are assumed to, fully; the others not at all")
     if cluster.data_rate is None:
-        said.append("data: assumed to be ready; give --data-rate, in images per second and GPU, to count them")
+        said.append("data: assumed to be ready; give --data-rate, in images per second and GPU, to include loading")
     if images.origin == "assumed":
         said.append(f"{images.count:,} images assumed (ImageNet-1k); {images.why}: give --images")
     return said
@@ -172,8 +174,8 @@ def assumptions(cluster: Cluster, config: Config, images: ImageCount) -> list[st
 def stage_rows(
     variants: Sequence[dict[str, Any]], global_batch: int, recommended: dict[str, Any]
 ) -> list[tuple[str, ...]]:
-    """A row per variant: recomputation, micro-batch, memory, milliseconds (of the data where their rate is given),
-    images/s; * is recommended.
+    """Return one row per variant: recomputation, micro-batch, memory, milliseconds (with data loading if its rate is
+    given), images/s; * is recommended.
     """
     return [
         (
@@ -192,7 +194,7 @@ def stage_rows(
 
 
 def message_rows(variants: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
-    """A row per variant: milliseconds of a step's messages, those that nothing hides, and by what carries them."""
+    """Return one row per variant: milliseconds of a step's messages, of those not overlapped, and by link type."""
     return [
         (
             str(s["stage"]),
@@ -204,7 +206,7 @@ def message_rows(variants: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
 
 
 def memory_rows(variants: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
-    """A row per variant: gigabytes of a rank by kind."""
+    """Return one row per variant: gigabytes per rank by kind."""
     kinds = ("parameters", "gradients", "optimizer", "ema", "activations", "workspace")
     return [
         (
@@ -217,7 +219,7 @@ def memory_rows(variants: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
 
 
 def left_out_rows(record: dict[str, Any]) -> list[tuple[str, ...]]:
-    """A row per stage, without and with recomputation, that is not recommended: why."""
+    """Return one row per setting that is not recommended, with the reason."""
     return [
         (str(entry["stage"]), "yes" if entry["activation_checkpointing"] else "no", entry["why"])
         for entry in record["left_out"]
@@ -235,7 +237,7 @@ def _batch(stage: dict[str, Any]) -> str:
 
 
 def _shown(value: float, digits: int) -> str:
-    """A number with so many decimals; small ones with two digits, so that what is there is never shown as 0."""
+    """Return a number with `digits` decimals; small ones with two digits, so that no nonzero number is shown as 0."""
     plain = f"{value:.{digits}f}"
     if value and float(plain) == 0:
         return f"{value:.2g}" if value >= 1e-3 else "<0.001"
@@ -243,14 +245,14 @@ def _shown(value: float, digits: int) -> str:
 
 
 def sentences(record: dict[str, Any], points: dict[str, list[Point]] | None) -> list[str]:
-    """The recommendation, what it changes and gains, the length of the run and what all of it rests on."""
+    """Return the recommendation, its changes and gain, the length of the run, and the assumptions."""
     recommended = record["recommended"]
     said = [f"note: {line}" for line in record["warnings"]]
     if recommended["stage"] is None:
         said.append(f"recommended: none: {recommended['why']}")
     else:
         said += _advice(record)
-    for kind, label in (("strong", "same global batch"), ("weak", "same batch a GPU")) if points else ():
+    for kind, label in (("strong", "same global batch"), ("weak", "same batch per GPU")) if points else ():
         last = [p for p in (points or {})[kind] if p.images_per_s is not None][-1:]
         said += [f"{label}, {p.gpus} GPUs: {p.images_per_s:,.0f} images/s, stage {p.stage}" for p in last]
     return [*said, *record["in_steps"], *record["assumptions"]]
@@ -300,7 +302,7 @@ def _gain(record: dict[str, Any]) -> str:
 
 
 def keys(stage: Mapping[str, Any]) -> str:
-    """The keys that a setting of the answer stands for, as the command line takes them."""
+    """Return the overrides of a setting, for the command line."""
     return (
         f"zero.stage={stage['stage']} train.activation_checkpointing={str(stage['activation_checkpointing']).lower()} "
         f"train.micro_batch={stage['micro_batch']}"
@@ -308,9 +310,9 @@ def keys(stage: Mapping[str, Any]) -> str:
 
 
 def changes(planner: Planner, configured: Stage, recommended: Stage) -> str:
-    """The keys to replace, one line to paste; empty where the configuration is the recommended setting.
+    """Return the overrides to apply, one line to paste; empty if the configuration is the recommended setting.
 
-    train.micro_batch is a ceiling: one that already gives the recommended micro-batch is left alone.
+    train.micro_batch is a maximum: one that already gives the recommended micro-batch is not changed.
     """
     config = planner.config
     words = []
@@ -326,7 +328,7 @@ def changes(planner: Planner, configured: Stage, recommended: Stage) -> str:
 def left_out(
     variants: Sequence[Stage], refused: Sequence[Refused], chosen: Stage | None, usable: int
 ) -> list[dict[str, Any]]:
-    """{stage, activation_checkpointing, why} of every stage, without and with recomputation, but the chosen one."""
+    """Return {stage, activation_checkpointing, why} of every setting except the recommended one."""
     best = {stage.stage: stage for stage in best_of_each(variants)}
     reasons = [(r.stage, r.recompute, f"refused: {r.why}") for r in refused]
     reasons += [(v.stage, v.recompute, _reason(v, best[v.stage], chosen, usable)) for v in variants if v is not chosen]
@@ -348,21 +350,21 @@ def _reason(variant: Stage, best: Stage, chosen: Stage | None, usable: int) -> s
         return f"{_beside(ratio)} than stage {best.stage} without recomputation, which fits"
     ratio = variant.time.total / chosen.time.total
     if ratio > 1 + WORTH:
-        return f"{_beside(ratio)} than the recommended"
+        return f"{_beside(ratio)} than the recommended setting"
     if variant.micro_batch < chosen.micro_batch:
         return f"{_beside(ratio)}, and a micro-batch of {variant.micro_batch} is the largest that fits"
     return f"{_beside(ratio)}; another stage is recommended from {WORTH:.0%} on, because rates and overlap are assumed"
 
 
 def _beside(ratio: float) -> str:
-    """A step's time over another's, in words."""
+    """Return the ratio of two step times in words."""
     if abs(ratio - 1) < 5e-4:
         return "no faster"
     return f"{ratio - 1:.1%} slower" if ratio > 1 else f"{1 - ratio:.1%} faster"
 
 
 def duration(hours: float) -> str:
-    """Hours as a person says them: seconds, minutes, hours, or hours and days."""
+    """Return hours as seconds, minutes, hours, or hours and days."""
     seconds = hours * 3600
     if seconds < 100:
         return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
@@ -374,7 +376,7 @@ def duration(hours: float) -> str:
 
 
 def of_gpus(gpu_hours: float) -> str:
-    """GPU-hours with two significant digits at least, and never 0."""
+    """Return GPU-hours with at least two significant digits, and never 0."""
     if gpu_hours < 1e-3:
         return "less than 0.001 GPU-hours"
     return f"{gpu_hours:.2g} GPU-hours" if gpu_hours < 10 else f"{gpu_hours:,.0f} GPU-hours"

@@ -202,7 +202,7 @@ class _Warnings:
 
 def _named(slow: dict[str, Any], step: int, ranks: Ranks) -> str:
     return (
-        f"step {step}: {ranks.peers[slow['rank']].name} keeps the others waiting: {slow['own_s']:.3g} s per step for "
+        f"step {step}: {ranks.infos[slow['rank']].name} keeps the others waiting: {slow['own_s']:.3g} s per step for "
         f"its own data and forward pass, the others {slow['others_s']:.3g} s"
     )
 

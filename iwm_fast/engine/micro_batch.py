@@ -1,4 +1,4 @@
-"""What the model is called with for a micro-batch."""
+"""Arguments of the model's forward pass for a micro-batch."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ __all__ = ["Packed", "Packer"]
 
 @dataclass(frozen=True, eq=False)
 class Packed:
-    """arguments: of the model's forward, on its device. padding: tokens of padding among them."""
+    """arguments: of the model's forward pass, on its device. padding: padding tokens among them."""
 
     arguments: tuple[Any, ...]
     padding: int
 
 
 class Packer:
-    """Packs the micro-batches of one rank. sizes: pairs (context, predicted) of token counts that were met.
+    """Pack the micro-batches of one rank. sizes: the pairs (context, predicted) of token counts seen so far.
 
-    Shapes of everything that enters a kernel follow from such a pair where train.static_shapes is on: numbers of images
-    and components of an action are a run's.
+    With train.static_shapes such a pair determines the shapes of every kernel argument, because the number of images
+    and of action components is constant.
     """
 
     def __init__(self, config: Config, micro_batch: int, predicts: str, device: torch.device, world: int) -> None:
@@ -45,22 +45,22 @@ class Packer:
     def __call__(self, batch: Batch, step: int) -> Packed:
         """Return the batch's tensors on the device, its patches packed, and the factors of its loss's terms.
 
-        step: counted from 0; the terms' random numbers are its own.
+        step: counted from 0; seeds the random numbers of the loss terms.
         """
         device, patches = self._device, batch.patches
-        context, seen = self._pack(patches.context, patches.context_lengths)
-        predicted, asked, tokens = context, seen, batch.global_context
+        context, visible = self._pack(patches.context, patches.context_lengths)
+        predicted, queried, tokens = context, visible, batch.global_context
         if self._predicts == "target":
-            predicted, asked = self._pack(patches.target, patches.target_lengths)
+            predicted, queried = self._pack(patches.target, patches.target_lengths)
             tokens = batch.global_target
         whole = GlobalBatch(
             self._world, self._micro_batches, self._images, batch.global_context, tokens, self._width
         )  # fmt: skip
-        self.sizes.add((seen.total, asked.total))
-        padding = seen.total - seen.real + (asked.total - asked.real if asked is not seen else 0)
+        self.sizes.add((visible.total, queried.total))
+        padding = visible.total - visible.real + (queried.total - queried.real if queried is not visible else 0)
         arguments = (
             batch.source.to(device), batch.target.to(device), batch.action.to(device, non_blocking=True),
-            context, seen, predicted, asked,
+            context, visible, predicted, queried,
             self.objective.sample(self._seed, step, device), self.objective.factors(whole),
         )  # fmt: skip
         return Packed(arguments, padding)
@@ -73,11 +73,11 @@ class Packer:
 
 
 def _require_whole_statistics(config: Config, micro_batch: int, world: int) -> None:
-    """Raise UserError where a statistic of the global batch would be made of parts of a rank's share."""
+    """Raise UserError if a statistic of the global batch would be computed per micro-batch."""
     kind, share = config.model.regularizer.kind, config.train.global_batch // world
     if kind != "none" and micro_batch != share:
         raise UserError(
-            f"model.regularizer.kind {kind} is a statistic of the whole global batch, and a rank computes its {share} "
+            f"model.regularizer.kind {kind} is a statistic of the whole global batch, but a rank computes its {share} "
             f"images in {share // micro_batch} micro-batches of {micro_batch}: set train.micro_batch={share}, use more "
             "ranks, or lower train.global_batch"
         )

@@ -46,7 +46,7 @@ def describe_run(
         },
         "plugins": plugin_digests(config.plugins),
         "zero_stage": config.zero.stage,
-        "ranks": [asdict(peer) for peer in ranks.peers],
+        "ranks": [asdict(info) for info in ranks.infos],
         "interconnect": measured.document() if measured else None,
     }
     return {

@@ -34,7 +34,7 @@ def require_ready(config: Config, directory: RunDirectory, evaluator: Evaluator 
     for folder in (directory.path, directory.checkpoints, *([directory.tensorboard] if config.log.tensorboard else [])):
         why = unwritable(folder)
         if why is not None:
-            raise UserError(f"{folder}: cannot be written: {why}; mend the folder, or choose another --out")
+            raise UserError(f"{folder}: cannot be written: {why}; fix the folder, or choose another --out")
     _require_sinks(config)
     if config.eval.interval_key is None or evaluator is None:
         return

@@ -142,10 +142,10 @@ def require_alike_lists(files: ImageSet | Triplets, ranks: Ranks) -> None:
     if ranks.world == 1:
         return
     found = gather(names_digest(files), ranks.world, ranks.control)
-    for peer, other in zip(ranks.peers, found, strict=True):
+    for info, other in zip(ranks.infos, found, strict=True):
         if other != found[0]:
             raise UserError(
-                f"{peer.name} lists {other[0]} samples below data.root, {ranks.peers[0].name} {found[0][0]}"
+                f"{info.name} lists {other[0]} samples below data.root, {ranks.infos[0].name} {found[0][0]}"
                 f"{' others' if other[0] == found[0][0] else ''}: give every host the same files"
             )
 

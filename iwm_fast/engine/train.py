@@ -25,7 +25,7 @@ from iwm_fast.engine.checkpoint.fragments import restore_module, restore_shards
 from iwm_fast.engine.checkpoint.writer import CheckpointWriter, clear_leftovers, point_latest
 from iwm_fast.engine.determinism import deterministic_operators
 from iwm_fast.engine.distributed.links import Interconnect, far_below, measure_interconnect
-from iwm_fast.engine.distributed.peers import require_shared
+from iwm_fast.engine.distributed.rank_info import require_shared
 from iwm_fast.engine.distributed.ranks import Ranks, decide, gather, start
 from iwm_fast.engine.distributed.signals import StopRequest
 from iwm_fast.engine.distributed.watchdog import Liveness
@@ -77,7 +77,7 @@ def pretrain(
         live = Liveness(ranks, config.train.rank_timeout_s)
         with deterministic_operators(config, ranks.device), contextlib.ExitStack() as held, live.watching():
             measured = measure_interconnect(ranks, live, config.train.rank_timeout_s)
-            slow = far_below(measured.links, ranks.peers) if measured else None
+            slow = far_below(measured.links, ranks.infos) if measured else None
             if slow and ranks.first:
                 print(slow, file=sys.stderr, flush=True)
             live.at("reading of the configuration's data")
@@ -89,7 +89,7 @@ def pretrain(
                 return choose_checkpoint(config, directory, resume)
 
             chosen = decide(ranks, choose)
-            require_shared(directory.path, ranks.peers, ranks.rank, lambda value: gather(value, ranks.world))
+            require_shared(directory.path, ranks.infos, ranks.rank, lambda value: gather(value, ranks.world))
             live.at("listing of the data")
             files = triplets or list_images(config.data.root or "", config.data.source, Patience.of(config.data))
             require_alike_lists(files, ranks)

@@ -61,7 +61,7 @@ def embed_images(
     ``overrides``: ``key.path=value`` of the section data.
 
     Images that cannot be decoded are left out. Returns what the file's metadata say, without environment and
-    configuration, with ``out`` and ``seconds``. UserError for whatever the user can mend, and for more images that
+    configuration, with ``out`` and ``seconds``. UserError for whatever the user can fix, and for more images that
     cannot be decoded than ``data.max_bad_fraction`` allows; then there is no file.
     """
     if encoder not in (None, "target", "context"):

@@ -1,4 +1,4 @@
-"""Which keys of a configuration an evaluation may replace, and what each of them is for: none is taken and not used."""
+"""The keys that an evaluation may override; a key without effect is refused with the reason."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ _DECODING = ("device", "threads", "readers", "max_pixels", "max_bad_fraction", "
 _DATA = tuple(f"data.{name}" for name in _DECODING)
 _STORES = ("data.store_timeout", "data.store_attempts")
 _IMAGES = ("data.source", *_DATA, *_STORES)
-# Why a key of the sections that may be replaced has no meaning here.
+# Why a key of the sections that may be overridden has no effect here.
 _WHY = {
-    "data.root": "the images that a run was trained on; --data names those of this measurement",
-    "data.prefetch": "of training only",
-    "eval.every_steps": "of evaluation while training",
-    "eval.every_epochs": "of evaluation while training",
-    "eval.root": "of evaluation while training; --data names the images of this measurement",
-    "eval.images": "of evaluation while training; all images are read here, and --images says how many MRR ranks",
+    "data.root": "it is the run's training data; --data names the data of this evaluation",
+    "data.prefetch": "it is for training only",
+    "eval.every_steps": "it is for evaluation while training",
+    "eval.every_epochs": "it is for evaluation while training",
+    "eval.root": "it is for evaluation while training; --data names the data of this evaluation",
+    "eval.images": "it is for evaluation while training; here all images are read, and --images sets those of MRR",
 }
 
 
 def overridden(words: Sequence[str]) -> set[str]:
-    """The keys of ``key.path=value`` words."""
+    """Return the keys of ``key.path=value`` words."""
     return {word.partition("=")[0].strip() for word in words}
 
 
 def check_overrides(words: Sequence[str], *, command: str, external: bool = False, what: Collection[str] = ()) -> None:
-    """UserError for the first override that this measurement would not use.
+    """Raise UserError for the first override without effect.
 
-    ``command``: evaluate, finetune or embed; ``external``: of a run on triplets; ``what``: that is measured. A key that
-    no configuration has is left to the configuration, which names the nearest.
+    ``command``: evaluate, finetune or embed; ``external``: for a run on triplets; ``what``: the evaluations. An unknown
+    key is left to the configuration, which names the nearest key.
     """
     allowed, why = _allowed(command, external, what)
     allowed = (*allowed, "plugins")
@@ -51,13 +51,13 @@ def check_overrides(words: Sequence[str], *, command: str, external: bool = Fals
         known = key.startswith(("data.", "eval.")) if command == "evaluate" else key.startswith("data.")
         if not known or key in {row.key for row in rows()}:
             raise UserError(
-                f"command line: {word}: {command} may change {', '.join(allowed)} only; the rest is the run's"
+                f"command line: {word}: {command} can override {', '.join(allowed)} only; the rest is the run's"
             )
 
 
 def for_evaluation(config: Config, words: Sequence[str]) -> Config:
-    """The run's configuration for images that it was not trained on: their source is found by what is there, and data
-    that are gone are not waited for, unless an override says otherwise.
+    """Return the run's configuration for other data: their kind is detected, and missing data are not waited for,
+    unless an override says otherwise.
     """
     keys = overridden(words)
     usual = {"source": "auto", "wait_s": 0.0}
@@ -66,29 +66,29 @@ def for_evaluation(config: Config, words: Sequence[str]) -> Config:
 
 
 def _allowed(command: str, external: bool, what: Collection[str]) -> tuple[tuple[str, ...], dict[str, str]]:
-    """The keys that are used, and why others are not."""
+    """Return the keys with an effect, and the reasons for others."""
     if command in ("finetune", "embed"):
         return _IMAGES, {}
     if external:
         why = {
-            "data.source": "of images; this run's data are triplets",
-            "eval.mrr_images": "of images; of triplets, eval.bank or --images says how many next frames are ranked",
-            **dict.fromkeys(_STORES, "of stores, and triplets are files of this machine"),
-            **dict.fromkeys(_JITTER, "of images; a run on triplets has no jitter"),
+            "data.source": "it is for images; this run's data are triplets",
+            "eval.mrr_images": "it is for images; for triplets, eval.bank or --images sets the number of next frames",
+            **dict.fromkeys(_STORES, "it is for object stores, and triplets are local files"),
+            **dict.fromkeys(_JITTER, "it is for images; a run on triplets has no jitter"),
         }
         allowed = _DATA
     else:
-        why = {"eval.horizon": "of roll-outs, which need triplets"}
-        allowed = (*_IMAGES, *_JITTER, "eval.bank")  # the report ranks a few banks whatever is measured
+        why = {"eval.horizon": "it is for roll-outs, which need triplets"}
+        allowed = (*_IMAGES, *_JITTER, "eval.bank")  # the report always ranks a few banks
     here, elsewhere = (_readers(kind) for kind in (("triplets", "images") if external else ("images", "triplets")))
     for key, names in elsewhere.items():
-        why.setdefault(key, f"of {' and '.join(names)}, which needs {'images' if external else 'triplets'}")
-    why |= {key: f"of {' and '.join(names)}, which --what leaves out" for key, names in here.items()}
+        why.setdefault(key, f"it is for {' and '.join(names)}, which needs {'images' if external else 'triplets'}")
+    why |= {key: f"it is for {' and '.join(names)}, which --what leaves out" for key, names in here.items()}
     return (*allowed, *(key for key, names in here.items() if set(names) & set(what))), why
 
 
 def _readers(kind: Kind) -> dict[str, list[str]]:
-    """By key of the configuration, the evaluations that read it on this kind of data."""
+    """Return, by key of the configuration, the evaluations that read it on this kind of data."""
     found: dict[str, list[str]] = {}
     for one in evaluations(kind):
         how = one.on(kind)

@@ -1,4 +1,4 @@
-"""Measure a run that lies on disk, and write its report."""
+"""Evaluate a saved run, and write its report."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from iwm_fast.models.iwm import IWM
 
 __all__ = ["evaluate_run"]
 
-# Images of the report whose banks are shown as ranked: enough to see a habit, few enough to scroll through.
+# Images of the report with their ranked banks: enough to see a pattern, few enough to scroll through.
 _SHOWN_IMAGES = 6
 _SLIDING_IMAGES = 3
 
@@ -58,20 +58,20 @@ def evaluate_run(
     give: Callable[[dict[str, Any]], None] | None = None,
     report: bool = True,
 ) -> dict[str, Any]:
-    """Measure ``what`` of a run's checkpoint on the images under ``data``; also writes ``RUN/report/index.html``.
+    """Evaluate ``what`` on a run's checkpoint and the images under ``data``; write ``RUN/report/index.html``.
 
-    What is measured is kept in RUN/results (`measurements`), and the report shows all that was.
+    Results are saved in RUN/results (`measurements`), and the report shows all saved results.
 
-    ``what``: default all that is quick, with ``full`` all. ``images``: those whose banks are ranked, default
+    ``what``: default everything quick, with ``full`` everything. ``images``: those whose banks are ranked, default
     ``eval.mrr_images``; of triplets, the next frames that are ranked, default ``eval.bank``. ``name``: the report's
     title, default the run's folder. ``components``: as in ``evaluate_model``, each on ``COMPONENT_IMAGES`` images, with
-    ``full`` on all. ``cache``: where features are kept, default ``RUN/cache``, of ``cache_limit`` GB at most.
+    ``full`` on all. ``cache``: the folder of cached features, default ``RUN/cache``, of at most ``cache_limit`` GB.
     ``overrides``: ``key.path=value`` of the jitter's strength, ``eval`` and ``data``, in place of the run's own.
-    ``give`` gets the answer as soon as it is measured, before pictures are drawn and files are written. ``report``:
-    False where the run may be another user's: where its folder cannot be written, that is said, and ``report`` is None.
-    Returns the names and values of ``evaluate_model``, with ``step`` and ``report``; ``splits``: which part of the data
-    is learned from and which is tested on; ``left_out``: what of them cannot be decoded.
-    Raises UserError for an unknown ``what``, a folder that is no run, an override without a use here, and data that
+    ``give`` gets the results before pictures are drawn and files are written. ``report``: False if the run may belong
+    to another user: if its folder cannot be written, a line says so, and ``report`` is None.
+    Returns the names and values of ``evaluate_model``, with ``step`` and ``report``; ``splits``: the training and the
+    test data; ``left_out``: images that cannot be decoded.
+    Raises UserError for an unknown ``what``, a folder that is not a run, an override without effect, and data that
     cannot be used, or of which more than ``data.max_bad_fraction`` cannot be decoded.
     """
     load_plugins(plugins_of(overrides))
@@ -121,7 +121,7 @@ def evaluate_run(
 
 @dataclass(frozen=True)
 class _Subject:
-    """What is measured, and on what."""
+    """What is evaluated, and on which data."""
 
     model: IWM
     config: Config
@@ -134,7 +134,7 @@ class _Subject:
 
 @dataclass(frozen=True)
 class _Measured:
-    """Results, and what draws the report's examples once the results are given."""
+    """Results, and a function that returns the report's examples."""
 
     results: dict[str, Any]
     draw: Callable[[], tuple[Sequence[RankedExample], Sequence[SlidingExample]]]
@@ -174,21 +174,21 @@ def _measure_images(
 def _check_what(what: Sequence[str] | None) -> None:
     unknown = [word for word in what or () if word not in names()]
     if unknown or (what is not None and not what):
-        raise UserError(f"--what: {unknown[0] if unknown else 'empty'}: it is a list of {', '.join(names())}")
+        raise UserError(f"--what: {unknown[0] if unknown else 'empty'}: give a list of {', '.join(names())}")
 
 
 def _external(run: Path) -> bool:
-    """Whether a run was trained on triplets; what is wrong with its folder is said when it is loaded."""
+    """Return whether a run was trained on triplets; errors in its folder are raised when it is loaded."""
     file = run / "config.yaml"
     return file.exists() and run_config(file).actions.is_external
 
 
 def _check_images(images: int | None, overrides: Sequence[str], what: Sequence[str], *, external: bool) -> None:
-    """UserError where --images would change nothing, or contradicts an override."""
+    """Raise UserError if --images has no effect, or contradicts an override."""
     if images is None:
         return
     if "mrr" not in what:
-        raise UserError("--images: of mrr, which --what leaves out; leave it out")
+        raise UserError("--images: it is for mrr, which --what leaves out; leave it out")
     key = "eval.bank" if external else "eval.mrr_images"
     if key in overridden(overrides):
-        raise UserError(f"--images and {key} say the same; give one of them")
+        raise UserError(f"--images and {key} set the same value; give one of them")

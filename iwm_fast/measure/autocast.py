@@ -1,8 +1,8 @@
-"""CUDA's autocast to bf16 for the meta device, which lacks one.
+"""CUDA's autocast to bf16 for the meta device, which has none.
 
 It covers only the operators of a vision transformer in plain PyTorch, by the lists in torch's documentation ("CUDA Ops
-that can autocast"): matmuls take bf16, normalisations, softmax and losses fp32, all others their input's type. A weight
-is rounded once and its copy cached until the pass ends, as autocast does.
+that can autocast"): matmuls run in bf16, normalisations, softmax and losses in fp32, all others in their input's
+dtype. A weight is rounded once and its copy cached until the pass ends, as in autocast.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _FULL = {F.layer_norm, F.softmax, torch.softmax, Tensor.softmax, F.smooth_l1_los
 
 
 class CudaAutocast(TorchFunctionMode):
-    """Casts the arguments of operators called inside."""
+    """Cast the arguments of operators called inside."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Batches to measure on: of a data set through DALI, or of random pixels."""
+"""Batches for measurements: a data set through DALI, or random pixels."""
 
 from __future__ import annotations
 
@@ -18,16 +18,15 @@ from iwm_fast.measure.synthetic import BatchStream, synthetic_stream
 
 __all__ = ["BATCHES", "described", "opened_stream"]
 
-# Number of different random batches: training meets other lengths at each step.
+# Number of different random batches: in training the lengths differ at each step.
 BATCHES = 8
 
 
 def described(config: Config, root: Path | None) -> tuple[Config, Triplets | None]:
-    """Return the configuration with its actions, and the triplets where `root` is a manifest of them, as `pretrain`
-    does.
+    """Return the configuration with its actions, and the triplets if `root` is a manifest of them, as `pretrain` does.
 
     Without `root` only the manifest's actions are read, from data.root, unless actions.external has them. Raises
-    UserError where neither does, or where data and actions do not match.
+    UserError if neither has them, or if data and actions do not match.
     """
     if root is None and (not config.actions.is_external or config.actions.external is not None):
         return config, None
@@ -40,9 +39,7 @@ def described(config: Config, root: Path | None) -> tuple[Config, Triplets | Non
 def opened_stream(
     config: Config, space: ActionSpace, ranks: Ranks, root: Path | None, triplets: Triplets | None = None
 ) -> Iterator[BatchStream | TrainingStream]:
-    """Return a stream of batches of `triplets` or of the images below `root`, through DALI, or of random pixels where
-    it is None.
-    """
+    """Open a stream of batches: `triplets`, images below `root` through DALI, or random pixels without `root`."""
     stream: BatchStream | TrainingStream
     if root is None:
         stream = synthetic_stream(config, space, ranks.device, rank=ranks.rank, world=ranks.world, steps=BATCHES)

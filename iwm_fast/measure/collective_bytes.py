@@ -1,4 +1,4 @@
-"""Count the bytes of collectives where torch dispatches them, whoever calls: DeepSpeed or the engine."""
+"""Count the bytes of collectives in torch's dispatcher, whether DeepSpeed or the engine calls them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from iwm_fast.cost.communication import Kind, ring_bytes
 
 __all__ = ["CollectiveCounter", "CountedCollective"]
 
-# torch's operators behind torch.distributed's functions, by what they do to the whole tensor.
+# torch's operators behind torch.distributed's functions.
 _KINDS: dict[str, Kind] = {
     "allreduce_": "all_reduce",
     "allreduce_coalesced_": "all_reduce",
@@ -30,14 +30,14 @@ _NOTHING_MOVED = {"barrier", "monitored_barrier_"}
 
 @dataclass(frozen=True)
 class CountedCollective:
-    """One call: the operator's kind (its own name where it is none of the three), and bytes of the whole tensor."""
+    """One call. kind: of the operator, or its own name if it is none of the three. size: bytes of the whole tensor."""
 
     kind: str
     size: int
 
 
 class CollectiveCounter(TorchDispatchMode):
-    """While active, records every collective of this process, also in the backward pass."""
+    """Record every collective of this process while active, also in the backward pass."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,24 +49,24 @@ class CollectiveCounter(TorchDispatchMode):
         if func.namespace == "c10d":
             name = func.__name__.split(".")[0]
             if name not in _NOTHING_MOVED:
-                # Of the result and the parts the result is the larger, and both are among the arguments.
+                # Result and parts are both among the arguments; the largest is the whole tensor.
                 tensors = [t for t in tree_leaves((args, kwargs or {})) if isinstance(t, Tensor)]
                 largest = max((t.numel() * t.element_size() for t in tensors), default=0)
                 self.calls.append(CountedCollective(_KINDS.get(name, name), largest))
         return func(*args, **(kwargs or {}))
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of the whole tensors, by kind."""
+        """Return the bytes of the whole tensors, by kind."""
         found: dict[str, int] = {}
         for call in self.calls:
             found[call.kind] = found.get(call.kind, 0) + call.size
         return found
 
     def sent(self, world: int) -> float:
-        """Bytes that this rank sends in a ring. ValueError where a call has no ring formula."""
+        """Return the bytes that this rank sends in a ring. Raise ValueError for a call without a ring formula."""
         total = 0.0
         for call in self.calls:
             if call.kind not in ("all_reduce", "all_gather", "reduce_scatter"):
-                raise ValueError(f"{call.kind} was called; it is none of the collectives that have a ring formula")
+                raise ValueError(f"{call.kind} was called; it has no ring formula")
             total += ring_bytes(call.kind, call.size, world)  # type: ignore[arg-type]
         return total

@@ -1,4 +1,4 @@
-"""How long a process waits in `torch.distributed`'s collectives; `collective_bytes` counts how much they move."""
+"""Measure how long a process waits in `torch.distributed`'s collectives; `collective_bytes` counts their bytes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _NAMES = (
 
 @dataclass
 class CollectiveTime:
-    """Seconds that the host waited, and what to call when it begins and ends."""
+    """Seconds that the host waited. entered, left: called when a wait begins and ends."""
 
     seconds: float = 0.0
     entered: Callable[[], None] = lambda: None
@@ -30,7 +30,7 @@ class CollectiveTime:
 
     @contextlib.contextmanager
     def timed(self) -> Iterator[None]:
-        """Add what happens inside to the seconds."""
+        """Add the time spent inside to the seconds."""
         self.entered()
         begin = time.perf_counter()
         yield
@@ -39,13 +39,13 @@ class CollectiveTime:
 
 
 class _Work:
-    """A collective under way: the wait for it counts."""
+    """A collective in flight: waiting for it counts."""
 
     def __init__(self, work: Any, spent: CollectiveTime) -> None:
         self._work, self._spent = work, spent
 
     def wait(self, *arguments: Any) -> Any:
-        """Wait as the work itself does."""
+        """Wait for the work."""
         with self._spent.timed():
             return self._work.wait(*arguments)
 
@@ -55,14 +55,14 @@ class _Work:
 
 @contextlib.contextmanager
 def timed_collectives() -> Iterator[CollectiveTime]:
-    """Time the collectives called inside. To be entered before DeepSpeed starts, which keeps some of the functions."""
+    """Time the collectives called inside. Enter it before DeepSpeed starts: it keeps references to them."""
     spent, inside = CollectiveTime(), [False]
     originals = {name: getattr(dist, name) for name in _NAMES if hasattr(dist, name)}
 
     def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def call(*arguments: Any, **options: Any) -> Any:
-            if inside[0]:  # one collective in terms of another
+            if inside[0]:  # a collective that calls another
                 return original(*arguments, **options)
             inside[0] = True
             try:

@@ -1,4 +1,4 @@
-"""The one device that a measurement runs on."""
+"""The device of a measurement."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ __all__ = ["only_rank"]
 
 
 def only_rank(device: str | None, threads: int | None) -> Ranks:
-    """Join as the only rank, on cpu, cuda, or by default a GPU where there is one; ``threads``: of torch, on a CPU.
+    """Join as the only rank, on cpu, cuda, or by default on a GPU if there is one. ``threads``: of torch, on a CPU.
 
-    UserError where there is no such device.
+    Raises UserError if there is no such device.
     """
     if device not in (None, "cpu", "cuda"):
         raise UserError(f"--device: {device}: must be cpu or cuda")
     if device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported, where it is not yet
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported
     import torch
 
     from iwm_fast.engine.distributed.ranks import leave, start
 
     if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device: cuda: torch sees no GPU; iwm-fast doctor says more")
+        raise UserError("--device: cuda: torch sees no GPU; run iwm-fast doctor")
     torch.set_num_threads(threads or usable_cores())
     atexit.register(leave)
     return start(alone=True)

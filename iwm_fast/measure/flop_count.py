@@ -1,7 +1,7 @@
-"""Operations as torch sees them: its counter over attention as plain products, which it counts on every device.
+"""Count FLOPs with torch's counter, with attention as plain matmuls, which it counts on every device.
 
-torch's counter knows no formula for the CPU's fused attention and would count nothing for it. Operators of
-`iwm_fast.kernels` bring formulas of their own, which it reads.
+torch's counter has no formula for the CPU's fused attention and would count nothing for it. Operators of
+`iwm_fast.kernels` register their own formulas.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The engine's own training step without a run directory: what is timed is what trains."""
+"""The engine's training step without a run directory, for measurements."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from iwm_fast.models.compiled_regions import compilations
 
 __all__ = ["MANY_STEPS", "prepare_trainer", "settle"]
 
-# Longer than any measurement: the schedules do not end in it, and no step is the last, which would be logged.
+# Longer than any measurement, so no schedule ends and no step is the last, which would be logged.
 MANY_STEPS = 1_000_000
-# Batches of other lengths may meet kernels that were not compiled yet: this many steps in a row have to compile none.
+# New lengths may need kernels that are not compiled yet: this many steps in a row must compile none.
 _QUIET_STEPS, _LONGEST_WARM_UP = 4, 60
 
 
 def prepare_trainer(
     config: Config, space: ActionSpace, stream: BatchStream | TrainingStream, ranks: Ranks, images: int = 1_000_000
 ) -> Trainer:
-    """Model, DeepSpeed engine, moving average and loop as `pretrain` builds them, fed by `stream`.
+    """Build model, DeepSpeed engine, EMA and trainer as `pretrain` does, on batches of `stream`.
 
-    `images`: of an epoch, for the record's "epoch" only.
+    `images`: per epoch, for the record's "epoch" only.
     """
     model = trained_model(config, space.dim, ranks.device)
     zero = initialize(model, config, stream.micro_batch, stream.accumulation)
@@ -43,21 +43,21 @@ def prepare_trainer(
 
 
 def settle(trainer: Trainer, least: int) -> int:
-    """Train until the last of at least `least` steps have compiled nothing; how many steps that took."""
+    """Train at least `least` steps, until the last ones compile nothing. Return their number."""
     quiet = 0
     if trainer.config.train.cuda_graph:
-        # A size is captured when it comes again after nothing was compiled: in the third round at the latest.
+        # A size is captured when it recurs after nothing was compiled: in the third round at the latest.
         least = max(least, 3 * BATCHES)
     for step in range(1, least + _LONGEST_WARM_UP + 1):
-        before = _made(trainer)
+        before = _compiled(trainer)
         trainer.train_step()
-        quiet = quiet + 1 if _made(trainer) == before else 0
+        quiet = quiet + 1 if _compiled(trainer) == before else 0
         if step >= least and quiet >= min(step, _QUIET_STEPS):
             return step
     return least + _LONGEST_WARM_UP
 
 
-def _made(trainer: Trainer) -> int:
-    """Kernels and regions compiled, and graphs captured."""
+def _compiled(trainer: Trainer) -> int:
+    """Return the number of kernels and regions compiled, and of graphs captured."""
     graphed = trainer.zero.graphed
     return compiled_variants() + compilations() + (graphed.captures if graphed else 0)

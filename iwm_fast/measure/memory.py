@@ -1,4 +1,4 @@
-"""Peak memory of a piece of work in this process: allocated on a GPU, resident on a CPU (Linux)."""
+"""Peak memory of a function in this process: allocated on a GPU, resident on a CPU (Linux)."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _RESET_PEAK = "5"  # of the resident set, proc(5)
 
 
 def resident_bytes(*, peak: bool = False) -> int:
-    """The process's resident set, or the highest since it was last reset."""
+    """Return the process's resident set, or its peak since the last reset."""
     wanted = "VmHWM:" if peak else "VmRSS:"
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(wanted))
 
 
 def peak_of(work: Callable[[], object], device: torch.device) -> int:
-    """Bytes that `work` needed at most above what was held before it."""
+    """Return the peak memory of `work`, in bytes above what was allocated before."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -31,7 +31,7 @@ def peak_of(work: Callable[[], object], device: torch.device) -> int:
         work()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    # What earlier work has freed goes back first, or this work would be given it and seem to need nothing.
+    # Return freed memory to the system first, or this work would reuse it and seem to need none.
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text(_RESET_PEAK, encoding="ascii")
     before = resident_bytes()

@@ -1,4 +1,4 @@
-"""Calls, operations and bytes of a piece of work, by operator and by module, as the dispatcher sees them."""
+"""Count calls, FLOPs and bytes by operator and by module, in torch's dispatcher."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Work:
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
 
     def add(self, operations: int, size: int) -> None:
-        """One call more."""
+        """Add one call."""
         self.calls += 1
         self.operations += operations
         self.bytes += size
@@ -41,18 +41,18 @@ def _cpu_attention(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> int:
 
 
 def _cpu_attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> int:
-    """Four products: of the gradients of q, k, v and of the weights. Their recomputation is not counted."""
+    """Return the FLOPs of four matmuls: for the gradients of q, k, v and of the weights, without recomputation."""
     return int(sdpa_backward_flop_count(grad.shape, q.shape, k.shape, v.shape)) * 4 // 5
 
 
-# torch has no formula for these. Its formula of a fused backward pass counts the recomputed product too.
+# torch has no formula for these. Its formula of a fused backward pass counts the recomputed matmul too.
 _FORMULAS: dict[str, Callable[..., int]] = {
     "aten::_scaled_dot_product_flash_attention_for_cpu": _cpu_attention,
     "aten::_scaled_dot_product_flash_attention_for_cpu_backward": _cpu_attention_backward,
 }
 
 
-# Allocate or rename memory, and move nothing.
+# Allocate or alias memory; no bytes are read or written.
 _STILL = frozenset(
     f"aten::{name}"
     for name in (
@@ -60,18 +60,18 @@ _STILL = frozenset(
         "lift_fresh", "resize_", "set_",
     )
 )  # fmt: skip
-# Write a result whose values are in no tensor: those given say its shape.
+# Write values that do not come from a tensor: their arguments give the shape only.
 _MADE = frozenset(
     f"aten::{name}"
     for name in ("zeros", "zeros_like", "new_zeros", "ones", "ones_like", "new_ones", "full", "full_like", "new_full",
                  "arange", "zero_", "fill_")
 )  # fmt: skip
-# Read of their first tensor as much as they write, by the others.
+# Read as much of their first tensor as they write; the other tensors are indices.
 _GATHERED = frozenset(f"aten::{name}" for name in ("index_select", "index", "gather", "embedding"))
 
 
 def _moved(name: str, given: Any, out: Any) -> int:
-    """Bytes that an operator reads and writes, each tensor once."""
+    """Return the bytes that an operator reads and writes, each tensor once."""
     if name in _STILL:
         return 0
     made = {id(t): t for t in tree_leaves(out) if isinstance(t, Tensor)}
@@ -84,9 +84,9 @@ def _moved(name: str, given: Any, out: Any) -> int:
 
 
 class OperationCounter(TorchDispatchMode):
-    """Counts while entered. `by_operator`: by name, "aten::addmm"; `by_module`: by path, a module's with its parts'.
+    """Count while active. `by_operator`: by name, "aten::addmm". `by_module`: by path, with a module's submodules.
 
-    Views move nothing and are not counted.
+    Views are not counted.
     """
 
     def __init__(self) -> None:
@@ -96,7 +96,7 @@ class OperationCounter(TorchDispatchMode):
         self._modules = ModuleTracker()
 
     def modules_of(self, name: str) -> dict[str, Work]:
-        """`by_module` with paths from the module that holds `name`: the wrappers around it are left out."""
+        """Return `by_module` with paths relative to the module that has `name`, without the wrappers around it."""
         ends = [path for path in self.by_module if path.endswith(f".{name}")]
         prefix = min(ends, key=len).removesuffix(name) if ends else ""
         return {path.removeprefix(prefix): work for path, work in self.by_module.items() if path.startswith(prefix)}

@@ -1,4 +1,4 @@
-"""Medians, ratios of medians, and how far noise alone could have moved them."""
+"""Medians and ratios of medians, with confidence intervals."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value with the ends of its 99 % interval."""
+    """A value and its 99 % interval."""
 
     value: float
     low: float
@@ -25,22 +25,22 @@ class Estimate:
 
 
 def median_of(samples: Sequence[float]) -> Estimate:
-    """The median, by a bootstrap over blocks of neighbouring samples. ValueError where there are none."""
+    """Return the median, with an interval by block bootstrap. Raise ValueError for no samples."""
     return _estimate(float(np.median(samples)), _medians(_checked(samples), 0))
 
 
 def ratio_of(numerator: Sequence[float], denominator: Sequence[float], *, paired: bool = False) -> Estimate:
     """Return the median of one over the median of the other, with an interval by block bootstrap.
 
-    Consecutive measurements are not independent: what slows one slows the next. So whole blocks of neighbours are
-    resampled, ⌈√n⌉ long. `paired`: sample i of both was taken side by side, and both are resampled together.
+    Consecutive measurements are not independent, so blocks of ⌈√n⌉ neighbours are resampled. `paired`: sample i of both
+    was measured together, and both are resampled together.
     """
     above, below = _checked(numerator), _checked(denominator)
     if paired and len(above) != len(below):
-        raise ValueError(f"paired samples are {len(above)} and {len(below)}; they must be as many")
-    # The same seed draws the same blocks for both, which is what pairs them.
-    drawn = _medians(above, 0) / _medians(below, 0 if paired else 1)
-    return _estimate(float(np.median(above) / np.median(below)), drawn)
+        raise ValueError(f"paired samples are {len(above)} and {len(below)}; they must be equally many")
+    # The same seed samples the same blocks for both, which pairs them.
+    resampled = _medians(above, 0) / _medians(below, 0 if paired else 1)
+    return _estimate(float(np.median(above) / np.median(below)), resampled)
 
 
 def _checked(samples: Sequence[float]) -> Floats:
@@ -51,7 +51,7 @@ def _checked(samples: Sequence[float]) -> Floats:
 
 
 def _medians(values: Floats, seed: int) -> Floats:
-    """Medians of resampled series, (2000,): blocks that may run over the end, as many as make n."""
+    """Return the medians of resampled series, (2000,): n samples each, in blocks that wrap around the end."""
     count = len(values)
     length = int(np.ceil(np.sqrt(count)))
     starts = np.random.default_rng(seed).integers(0, count, (_RESAMPLES, -(-count // length)))
@@ -60,6 +60,6 @@ def _medians(values: Floats, seed: int) -> Floats:
     return found
 
 
-def _estimate(value: float, drawn: Floats) -> Estimate:
-    low, high = np.quantile(drawn, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+def _estimate(value: float, resampled: Floats) -> Estimate:
+    low, high = np.quantile(resampled, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return Estimate(value, float(low), float(high))

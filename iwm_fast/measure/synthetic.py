@@ -1,4 +1,4 @@
-"""Batches without files: random pixels and actions, and the masks that training would draw."""
+"""Batches without files: random pixels and actions, with masks sampled as in training."""
 
 from __future__ import annotations
 
@@ -17,10 +17,7 @@ __all__ = ["BatchStream", "synthetic_stream"]
 
 
 class BatchStream:
-    """Batches that are there already, given out again and again: what a `Trainer` asks of a stream, without its work.
-
-    Its `bad` is 0: nothing is decoded.
-    """
+    """A stream for `Trainer` that repeats given batches. Its `bad` is 0, because nothing is decoded."""
 
     bad = 0
 
@@ -33,15 +30,15 @@ class BatchStream:
             yield from self._batches
 
     def close(self) -> None:
-        """Nothing to let go of."""
+        """Do nothing: there is nothing to close."""
 
 
 def synthetic_stream(
     config: Config, space: ActionSpace, device: torch.device, *, rank: int = 0, world: int = 1, steps: int = 2
 ) -> BatchStream:
-    """The rank's share of `steps` different global batches on `device`, a function of train.seed alone.
+    """Return the rank's share of `steps` different global batches on `device`, a function of train.seed alone.
 
-    A global batch is of as many images as train.global_batch says, each with views.sources_per_target sources.
+    A global batch has train.global_batch images, each with views.sources_per_target sources.
     """
     sources = config.views.sources_per_target
     micro, accumulation = divide_batch(config.train.global_batch, world, config.train.micro_batch)

@@ -1,4 +1,4 @@
-"""How benchmarks take time, and the machine's own limits to compare with."""
+"""Time functions, and measure the machine's limits."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _WARM_UP = 3
 
 @dataclass(frozen=True)
 class Clocked:
-    """Seconds by the clock, and of processor time over all of the process's threads."""
+    """Wall-clock seconds, and processor time of all threads of the process."""
 
     seconds: float
     cpu_seconds: float
@@ -37,9 +37,9 @@ def clocked(call: Callable[[], object], device: torch.device) -> Clocked:
 
 
 def seconds(call: Callable[[int], object], device: torch.device, repeats: int = 20) -> list[float]:
-    """Seconds of each of `repeats` calls after three that do not count. `call` gets a running number, to rotate inputs.
+    """Return the seconds of each of `repeats` calls after three warm-up calls. `call` gets its index, to rotate inputs.
 
-    On a GPU each call is timed there, without the host's launching (`gpu_seconds`); on a CPU by the clock.
+    On a GPU, device time without launches (`gpu_seconds`); on a CPU, wall-clock time.
     """
     if device.type == "cuda":
         with torch.cuda.device(device):
@@ -53,7 +53,7 @@ def seconds(call: Callable[[int], object], device: torch.device, repeats: int = 
 
 
 def spread(values: list[float]) -> dict[str, float]:
-    """p20, p50 and p80."""
+    """Return p20, p50 and p80."""
     if len(values) < 2:
         return {"p20": values[0], "p50": values[0], "p80": values[0]}
     fifths = quantiles(values, n=5, method="inclusive")
@@ -61,10 +61,10 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def ceilings(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:
-    """A copy (bytes read plus bytes written) and a matrix product of random operands of `dtype`, each a second.
+    """Measure copy bandwidth (bytes read plus bytes written) and matmul FLOP/s of random operands of `dtype`.
 
-    copy and matmul: medians of one size. copies and matmul_best: the fastest of several, smaller ones of which lie in
-    caches: what no call should beat.
+    copy and matmul: medians at one size. copies and matmul_best: the fastest of several sizes, the smaller ones in
+    cache: upper limits of any call.
     """
     on_gpu = device.type == "cuda"
     size, side = (2**31, 8192) if on_gpu else (2**26, 512)

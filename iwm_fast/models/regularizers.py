@@ -1,19 +1,19 @@
-"""Terms that keep the encoder's representation from collapsing, for a target without an EMA.
+"""Terms that prevent collapse of the encoder's representation, for a target without an EMA.
 
-Both are statistics z of the global batch: of the tokens of the sources' visible patches (`on: tokens`) or of their mean
-per image (`pooled`), in fp32; with `center: position` less the mean over the batch at each patch's position.
+Both are statistics over the global batch of z in fp32: the tokens of the sources' visible patches (`on: tokens`) or
+their mean per image (`pooled`); `center: position` subtracts the batch mean at each patch position.
 
 SIGReg (LeJEPA, arXiv:2511.08544) compares z, projected on K random directions a_k, with a standard Gaussian, by the
 characteristic functions at knots t_j, equally spaced on [0, 3]:
 
     R = 1/K · Σ_k Σ_j ω_j · [(C_kj − φ_j)² + S_kj²],  φ_j = exp(−t_j² / 2),  ω_j = 2 Δt φ_j, half of it at both ends
 
-with C_kj and S_kj the means of cos(t_j p) and sin(t_j p) over p = a_k · z. VICReg (arXiv:2105.04906) keeps the std of
-each feature at 1 or more and features uncorrelated:
+with C_kj and S_kj the means of cos(t_j p) and sin(t_j p) over p = a_k · z. VICReg (arXiv:2105.04906) penalises a
+std below 1 and covariances between features:
 
     R = 1/D · Σ_d max(0, 1 − √(Var_d + 1e-4)) + 0.04 · 1/D · Σ_{d ≠ e} Cov_de²
 
-Either gets `mean_weight` · ‖mean of z‖² / D beside it.
+`mean_weight` · ‖mean of z‖² / D is added to either.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from iwm_fast.models.losses import ForwardPass, GlobalBatch, Term
 __all__ = ["SigReg", "VicReg", "regularizer_of"]
 
 _LAST_KNOT = 3.0
-_GOLDEN = 0x9E3779B97F4A7C15  # odd: seeds that are near give numbers that are not
+_GOLDEN = 0x9E3779B97F4A7C15  # odd: nearby seeds give unrelated numbers
 _STD_EPS = 1e-4
 _COVARIANCE = 0.04  # VICReg's ratio of covariance (1) to variance (25)
 
 
 @dataclass(frozen=True)
 class _Statistic:
-    """What both terms share. positions: patches of an image. width: D of a token."""
+    """Base of both terms. positions: patches per image. width: D of a token."""
 
     options: RegularizerConfig
     positions: int
@@ -52,11 +52,11 @@ class _Statistic:
         return self.options.weight
 
     def divisor(self, batch: GlobalBatch) -> float:
-        """The statistic is of all ranks' tokens, the same on each."""
+        """Return the number of micro-batches: the statistic is over all ranks' tokens, equal on each."""
         return batch.micro_batches
 
     def rows(self, found: ForwardPass) -> tuple[Tensor, Tensor]:
-        """Return z, fp32 (N, D), and int64 (1,), how many rows count; those of padding, which follow them, are 0."""
+        """Return z, fp32 (N, D), and its number of real rows, int64 (1,). Padding rows follow them and are 0."""
         segments, images = found.context_segments, found.context_segments.images
         count = segments.cu_seqlens[images : images + 1].long()
         z = found.context.float()
@@ -75,7 +75,7 @@ class _Statistic:
         return pooled[:images] / lengths.clamp_min(1), torch.full_like(count, images)
 
     def total(self, found: ForwardPass, parts: Sequence[Tensor]) -> list[Tensor]:
-        """Return each part summed over the ranks, by one message."""
+        """Return each part summed over the ranks, in one all-reduce."""
         whole = found.sum_over_ranks(torch.cat([part.flatten().float() for part in parts]))
         return [a.view(b.shape) for a, b in zip(whole.split([p.numel() for p in parts]), parts, strict=True)]
 
@@ -107,7 +107,7 @@ class SigReg(_Statistic):
         cosine, sine = sums / n
         t = spacing * torch.arange(1, intervals + 1, device=z.device)
         phi = torch.exp(-0.5 * t.square())[:, None]
-        # At t = 0 both functions are 1. The last knot is an end of the trapezoidal rule: half the weight.
+        # At t = 0 both functions are 1. The last knot is an end of the trapezoidal rule, with half the weight.
         half = torch.where(t < t[-1], 2.0, 1.0)[:, None]
         distances = spacing * half * phi * ((cosine - phi).square() + sine.square())
         return factor * (distances.sum(dim=0).mean() + self.mean_penalty(mean / n))

@@ -196,7 +196,7 @@ def test_a_record_with_a_flipped_bit_is_a_bad_sample(tmp_path, at, reason):
 def test_a_record_without_an_image_is_a_bad_sample(tmp_path):
     write_records(tmp_path / "a.tfrecord", [b"", b"\xff\xff\xff", example(b"", 1)])
     images = list_images(tmp_path)
-    for sample, reason in enumerate(["no image/encoded", "no tf.train.Example", "empty"]):
+    for sample, reason in enumerate(["no image/encoded", "not a tf.train.Example", "empty"]):
         with pytest.raises(BadSample, match=reason):
             images.read(sample)
 
@@ -223,7 +223,7 @@ WRONG = {
             tar(root / "a.tar", [("a.jpg", IMAGE), ("a.cls", b"2")]),
             (root / "classes.txt").write_text("x\n"),
         ],
-        "has 1 lines, and there are labels from 2 to 2",
+        "has 1 lines, but there are labels from 2 to 2",
     ),
 }
 

@@ -131,9 +131,9 @@ def test_what_is_no_sample_is_counted_in_one_line(tmp_path, capfd):
     for words in (
         "1 member(s) that a later one of the same name replaces (s.tar:a.jpg)",
         "1 sparse member(s)",
-        "3 link(s) to what their shard does not hold (s.tar:gone.jpg, s.tar:away.jpg, s.tar:round.jpg)",
+        "3 link(s) to files outside their shard (s.tar:gone.jpg, s.tar:away.jpg, s.tar:round.jpg)",
         "1 member(s) of a key without an image: 1 .md (s.tar:README.md)",
-        "1 further image(s) of a key that has a plain one (s.tar:b.mask.png)",
+        "1 image(s) with a longer extension, of a key with a plain one (s.tar:b.mask.png)",
     ):
         assert words in said
     list_images(tmp_path / "s.tar")
@@ -270,5 +270,5 @@ def test_lists_of_classes_of_every_kind(tmp_path):
     images = list_images(tmp_path)
     assert [images.classes[label] for label in images.labels] == ["crane (2)", "crane", "ox", "ape"]
     write_tar(tmp_path / "b" / "s.tar", [("1.jpg", A), ("1.cls", b"cow")])
-    with pytest.raises(UserError, match=r"b/s\.tar:1\.jpg: its label 'cow' is no whole number and no line of"):
+    with pytest.raises(UserError, match=r"b/s\.tar:1\.jpg: its label 'cow' is neither a whole number nor a line of"):
         _ = list_images(tmp_path).labels

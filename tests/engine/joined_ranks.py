@@ -50,7 +50,7 @@ live = Liveness(ranks, 60.0)
 with live.watching():
     found = links.measure_interconnect(ranks, live, SILENT_S)
     if ranks.first:
-        said = links.far_below(found.links, ranks.peers)
+        said = links.far_below(found.links, ranks.infos)
         print(json.dumps({"measured": found.document(), "said": said}), flush=True)
 if sys.argv[1] != "hang":
     leave()

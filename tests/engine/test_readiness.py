@@ -81,7 +81,7 @@ def test_a_port_that_is_taken_is_refused_before_the_first_step(tiny_images, tmp_
 def test_a_folder_of_the_run_that_cannot_be_written_is_refused_before_the_first_step(tiny_images, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "tensorboard").write_text("in the way")
-    with pytest.raises(UserError, match=r"run/tensorboard: cannot be written: Not a directory; mend the folder"):
+    with pytest.raises(UserError, match=r"run/tensorboard: cannot be written: Not a directory; fix the folder"):
         pretrain(small_config(tiny_images, log__tensorboard=True), tmp_path / "run")
     assert not started(tmp_path / "run")
 

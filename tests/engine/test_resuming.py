@@ -11,7 +11,7 @@ from iwm_fast.config import Config
 from iwm_fast.data.image_list import list_images
 from iwm_fast.engine import pretrain, resuming
 from iwm_fast.engine.checkpoint.format import Checkpoint
-from iwm_fast.engine.distributed.peers import Peer
+from iwm_fast.engine.distributed.rank_info import RankInfo
 from iwm_fast.engine.distributed.ranks import Ranks
 from iwm_fast.engine.resuming import require_alike_lists, same_place
 from iwm_fast.engine.run_directory import RunDirectory
@@ -185,8 +185,8 @@ def test_another_folder_resumes_with_the_configuration_of_the_run_that_is_named(
 
 
 def test_ranks_that_list_other_files_are_refused_by_host(tiny_images, monkeypatch):
-    peers = tuple(Peer(rank, host, 1, "gloo", "cpu", 0, 1, {}) for rank, host in enumerate(("alpha", "beta")))
-    ranks = Ranks(0, 2, 0, 1, None, peers=peers)
+    infos = tuple(RankInfo(rank, host, 1, "gloo", "cpu", 0, 1, {}) for rank, host in enumerate(("alpha", "beta")))
+    ranks = Ranks(0, 2, 0, 1, None, infos=infos)
     images = list_images(tiny_images)
     for answer, words in (((23, "x"), "lists 23 samples below data.root, rank 0 on alpha 24: "), ((24, "x"), "others")):
         monkeypatch.setattr(resuming, "gather", lambda mine, *_, answer=answer: [mine, answer])

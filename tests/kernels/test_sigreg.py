@@ -1,4 +1,4 @@
-"""The sums of SIGReg against float64 evaluations of every sine and cosine."""
+"""SIGReg's sums against every sine and cosine computed in float64."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor
 from iwm_fast.kernels import sigreg_sums, sigreg_sums_bytes, sigreg_sums_flops
 
 
-def drawn(rows: int, directions: int, seed: int, size: float = 1.0) -> Tensor:
+def sampled(rows: int, directions: int, seed: int, size: float = 1.0) -> Tensor:
     return size * torch.randn(rows, directions, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def plain(p: Tensor, spacing: float, knots: int, rows: int) -> Tensor:
-    """Every sine and cosine by itself."""
+def reference(p: Tensor, spacing: float, knots: int, rows: int) -> Tensor:
+    """Compute every sine and cosine directly."""
     t = spacing * torch.arange(1, knots + 1, dtype=p.dtype)
     angles = t[:, None, None] * p[:rows]
     return torch.stack((angles.cos().sum(1), angles.sin().sum(1)))
@@ -30,30 +30,33 @@ def plain(p: Tensor, spacing: float, knots: int, rows: int) -> Tensor:
 def test_value_and_gradient(
     rows: int, directions: int, knots: int, padding: int, spacing: float, size: float, seed: int
 ) -> None:
-    ours = drawn(rows + padding, directions, seed, size).requires_grad_()
+    ours = sampled(rows + padding, directions, seed, size).requires_grad_()
     theirs = ours.detach().clone().requires_grad_()
     count = torch.tensor([rows]) if padding else None
-    incoming = drawn(2 * knots, directions, seed + 1).view(2, knots, directions)
-    found, expected = sigreg_sums(ours, spacing=spacing, knots=knots, rows=count), plain(theirs, spacing, knots, rows)
+    incoming = sampled(2 * knots, directions, seed + 1).view(2, knots, directions)
+    found, expected = (
+        sigreg_sums(ours, spacing=spacing, knots=knots, rows=count),
+        reference(theirs, spacing, knots, rows),
+    )
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
     found.backward(incoming)
     expected.backward(incoming)
     torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-10, atol=1e-10)
 
 
-def test_its_gradient_is_that_of_finite_differences() -> None:
-    p = drawn(5, 3, 0).requires_grad_()
+def test_the_gradient_matches_finite_differences() -> None:
+    p = sampled(5, 3, 0).requires_grad_()
     torch.autograd.gradcheck(lambda x: sigreg_sums(x, spacing=0.375, knots=4, rows=torch.tensor([4])), p)
 
 
-def test_fp32_is_exact_to_1e_5_of_the_largest_sum() -> None:
-    p = drawn(1024, 16, 0)
+def test_fp32_error_is_below_1e_5_of_the_largest_sum() -> None:
+    p = sampled(1024, 16, 0)
     found = sigreg_sums(p.float(), spacing=0.375, knots=8).double()
-    expected = plain(p.float().double(), 0.375, 8, 1024)
+    expected = reference(p.float().double(), 0.375, 8, 1024)
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-def test_counts_of_operations_and_bytes() -> None:
+def test_counted_flops_and_bytes() -> None:
     assert sigreg_sums_bytes(100, 32, 8) == 4 * (100 * 32 + 2 * 8 * 32)
     assert sigreg_sums_bytes(100, 32, 8, backward=True) == 4 * (2 * 100 * 32 + 2 * 8 * 32)
     assert sigreg_sums_flops(100, 32, 8) == 100 * 32 * (2 + 8 * 8)

@@ -1,4 +1,4 @@
-"""The regularisers against their formulas written out in NumPy, float64, a sine and a cosine at a time."""
+"""The regularisers against their formulas in NumPy and float64, one sine and cosine at a time."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def forward_pass(tokens: torch.Tensor, *, padded: bool, **sampled: torch.Tensor)
 
 
 def rows(tokens: np.ndarray, options: object) -> np.ndarray:
-    """What the statistic is of."""
+    """Return the rows of the statistic."""
     z = tokens[: sum(LENGTHS)].astype(np.float64).copy()
     if options.center == "position":  # type: ignore[attr-defined]
         places = PATCHES.numpy()[: len(z)]
@@ -73,7 +73,7 @@ def vicreg(z: np.ndarray, mean_weight: float) -> float:
 @pytest.mark.parametrize("center", ["none", "position"])
 @pytest.mark.parametrize("on", ["tokens", "pooled"])
 @pytest.mark.parametrize("kind", ["sigreg", "vicreg"])
-def test_a_term_is_its_formula_and_padding_is_not_in_it(kind: str, on: str, center: str, padded: bool) -> None:
+def test_a_term_equals_its_formula_without_padding(kind: str, on: str, center: str, padded: bool) -> None:
     config = model(kind=kind, on=on, center=center, mean_weight=0.7)
     (_, term) = objective_of(config).terms
     tokens = torch.randn(len(PATCHES), WIDTH, generator=torch.Generator().manual_seed(0)) + 0.3
@@ -93,8 +93,8 @@ def test_a_term_is_its_formula_and_padding_is_not_in_it(kind: str, on: str, cent
     assert not leaf.grad[sum(LENGTHS) :].any()
 
 
-def test_the_gradient_of_sigreg_is_the_papers() -> None:
-    """∂R/∂p = 2 / (K N) · Σ_j ω_j t_j [S cos(t_j p) − (C − φ_j) sin(t_j p)], taken back through p = z · a."""
+def test_the_gradient_of_sigreg_equals_the_papers() -> None:
+    """∂R/∂p = 2 / (K N) · Σ_j ω_j t_j [S cos(t_j p) − (C − φ_j) sin(t_j p)], backpropagated through p = z · a."""
     term = SigReg(model(knots=9, directions=4).regularizer, 9, WIDTH)
     directions = term.sample(0, 0, torch.device("cpu"))
     tokens = torch.randn(sum(LENGTHS), WIDTH, generator=torch.Generator().manual_seed(1)).requires_grad_()
@@ -142,7 +142,7 @@ def sum_none(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def test_its_factor_does_not_depend_on_how_many_ranks_there_are() -> None:
+def test_the_factor_does_not_depend_on_the_number_of_ranks() -> None:
     objective = objective_of(model(weight=2.0))
     for ranks in (1, 2, 5):
         batch = GlobalBatch(ranks=ranks, micro_batches=ranks, images=30, context=700, predicted=110, width=WIDTH)

@@ -35,7 +35,7 @@ def test_value_and_gradient(rows, padding, directions, knots, size, seed, device
     torch.testing.assert_close(found.double().cpu(), expected, rtol=0, atol=1e-5 * max(rows, 1) * max(size, 1))
     found.backward(incoming)
     expected.backward(incoming.double().cpu())
-    # Each of the 2 · knots products is as exact as its sine, whose angle is rounded in fp32 before it is taken.
+    # The error of each of the 2 · knots terms is that of its sine, whose angle is rounded to fp32 first.
     bound = 1e-6 * knots**2 * max(size, 1) + 1e-6
     torch.testing.assert_close(ours.grad.double().cpu(), theirs.grad, rtol=0, atol=3 * bound)
 
@@ -47,8 +47,8 @@ def test_sums_are_the_same_bits_each_time(rows, device):
     assert torch.equal(first, sigreg_sums(p.clone(), spacing=0.375, knots=8, backend="triton"))
 
 
-def test_projections_that_lie_in_columns_are_taken(device):
+def test_column_major_projections_are_accepted(device):
     p = projections(7, 5, 0, device)
-    turned = p.T.contiguous().T
-    same = [sigreg_sums(x, spacing=0.375, knots=3, backend="triton") for x in (p, turned)]
+    transposed = p.T.contiguous().T
+    same = [sigreg_sums(x, spacing=0.375, knots=3, backend="triton") for x in (p, transposed)]
     assert torch.equal(*same)

@@ -22,7 +22,7 @@ _OPTIONAL, _REPEATED = 1, 3
 
 @functools.cache
 def message_class() -> Any:
-    """The class of an Example, as protobuf makes it."""
+    """Return protobuf's class of an Example."""
     file = descriptor_pb2.FileDescriptorProto(name="iwm_fast/example.proto", package=_PACKAGE, syntax="proto3")
     for name, kind in (("BytesList", _BYTES), ("FloatList", _FLOAT), ("Int64List", _INT64)):
         file.message_type.add(name=name).field.add(name="value", number=1, type=kind, label=_REPEATED)
@@ -49,16 +49,16 @@ def message_class() -> Any:
 
 
 def _feature(payload: bytes, name: str) -> Any:
-    """A feature of an Example, or None; ValueError where the bytes are no Example."""
+    """Return a feature of an Example, or None. Raise ValueError if the bytes are not an Example."""
     try:
         features = message_class().FromString(payload).features.feature
     except DecodeError as error:
-        raise ValueError("the record is no tf.train.Example") from error
+        raise ValueError("the record is not a tf.train.Example") from error
     return features.get(name)
 
 
 def encoded_image(payload: bytes) -> bytes:
-    """The bytes of `image/encoded`; ValueError where the record has none, or several."""
+    """Return the bytes of `image/encoded`. Raise ValueError if the record has none, or several."""
     feature = _feature(payload, ENCODED)
     if feature is None or not feature.bytes_list.value:
         raise ValueError(f"the record has no {ENCODED}")
@@ -68,9 +68,9 @@ def encoded_image(payload: bytes) -> bytes:
 
 
 def label_of(payload: bytes) -> str:
-    """`image/class/label` as text, "" where the record has none, or several; ValueError where it is no Example.
+    """Return `image/class/label` as text, "" for none or several. Raise ValueError if it is no Example.
 
-    A whole number is written as one, whether it is kept as an integer or a float.
+    A whole number is written as an integer, whether it is stored as an integer or a float.
     """
     feature = _feature(payload, LABEL)
     if feature is None:

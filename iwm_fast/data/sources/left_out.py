@@ -17,7 +17,7 @@ _TYPES = 6  # named; the others are counted together
 
 @dataclass
 class LeftOut:
-    """Counts by reason, with the first names of each. A reason is a noun: "links to what their shard does not hold".
+    """Counts by reason, with the first names of each. A reason is a noun: "links to files outside their shard".
 
     types: of some reasons, the same counts by what the names end in.
     """

@@ -1,10 +1,10 @@
-"""The index beside a tar shard (`wds2idx`'s NAME.idx), believed only where it fits the shard that it lies beside.
+"""The index beside a tar shard (`wds2idx`'s NAME.idx), used only if it matches its shard.
 
 An index may belong to another shard (`wds2idx` writes one train.idx for train.0000.tar, train.0001.tar, …), to an older
-one of the same name, or be torn. Its members have to follow one another without a gap that is not explained by the
-shard's own headers, its last one has to be the shard's last, and the headers in a few places (in all, where the index
-is older than its shard) have to say what it says. Each later read compares the header before the bytes (`webdataset`).
-So it costs a few reads per shard, not one per member.
+one of the same name, or be truncated. It matches if its members are contiguous except for gaps that the shard's own
+headers explain, its last member is the shard's last, and the headers at a few members (at all, if the index is older
+than its shard) agree with it. Each later read compares the header before the bytes (`webdataset`). So checking an index
+takes a few reads per shard, not one per member.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from iwm_fast.data.sources.tar import BLOCK, ENCODING, Member, TornTar, agrees, 
 __all__ = ["INDEX_VERSION", "Misfit", "index_names", "indexed_members", "is_older"]
 
 INDEX_VERSION = "v1.2"
-_NAMELESS = frozenset({"v1.0", "v1.1"})  # (extension, offset, size) a member: the names are in the shard only
-# Where there are more gaps than this to be looked at, a walk over all headers takes no longer.
+_NAMELESS = frozenset({"v1.0", "v1.1"})  # (extension, offset, size) per member: the names are in the shard only
+# With more gaps than this, a walk over all headers is as fast.
 _GAPS = 64
 
 
 class Misfit(Exception):  # noqa: N818  (a verdict on a file)
-    """The index does not belong to the shard as it is."""
+    """The index does not match the shard."""
 
 
 def index_names(shard: str) -> tuple[str, ...]:
-    """Names of a shard's index: its own, and `wds2idx`'s, which replaces all from the first dot of the file's name."""
+    """Return the possible names of a shard's index: its own, and `wds2idx`'s, which cuts the name at its first dot."""
     own = shard.rsplit(".", 1)[0]
     return tuple(dict.fromkeys((f"{own}.idx", f"{shard[: shard.index('.', shard.rfind('/') + 2)]}.idx")))
 
 
 def is_older(storage: Storage, index: str, piece: str) -> bool:
-    """Whether an index was written before the file that it is of; a store does not tell."""
+    """Return whether an index is older than its file; False for an object store, where times are unknown."""
     try:
         written = [os.stat(storage.shown(name)).st_mtime_ns for name in (index, piece)]  # noqa: PTH116
     except OSError:
@@ -45,7 +45,9 @@ def is_older(storage: Storage, index: str, piece: str) -> bool:
 
 
 def indexed_members(storage: Storage, shard: str, index: str, left_out: LeftOut) -> list[Member] | None:
-    """The members that the index lists, None where only a walk tells (nothing is wrong with it); Misfit else."""
+    """Return the members that the index lists, or None if only a walk over the headers can tell. Raise Misfit if the
+    index does not match.
+    """
     try:
         found = _parse(storage.read(index).decode("utf-8", "surrogateescape").split("\n"))
     except (BadSample, ValueError, IndexError) as error:
@@ -58,7 +60,7 @@ def indexed_members(storage: Storage, shard: str, index: str, left_out: LeftOut)
     if any(found[number].offset - BLOCK < ends[number] for number in gaps):
         raise Misfit("its members overlap")
     if found[-1].offset + found[-1].size > size:
-        raise Misfit(f"its last member ends behind byte {size}, the shard's end")
+        raise Misfit(f"its last member ends after byte {size}, the end of the shard")
     if len(gaps) > max(_GAPS, len(found) // 8):
         return None
     spots = sorted({0, len(found) // 2, len(found) - 1, *gaps})
@@ -75,7 +77,7 @@ def indexed_members(storage: Storage, shard: str, index: str, left_out: LeftOut)
         except (TornTar, tarfile.TarError, BadSample, EOFError) as error:
             if block[257:262] != b"ustar" and not block.startswith(found[number].name.encode(*ENCODING)):
                 raise Misfit(f"there is no header where it has {found[number].name}") from error
-            torn += 1  # a damaged header of a shard is no reason to doubt its index; many of them are
+            torn += 1  # one damaged header is the shard's fault, many are the index's
             continue
         if not _are(between, found[number]):
             return None
@@ -86,9 +88,9 @@ def indexed_members(storage: Storage, shard: str, index: str, left_out: LeftOut)
 
 
 def _are(between: list[tarfile.TarInfo], member: Member) -> bool:
-    """Whether the headers of a stretch are those of this one member; False where links are among them.
+    """Return whether these headers belong to this one member; False if there are links among them.
 
-    Misfit where they are of other members.
+    Raise Misfit if they belong to other members.
     """
     seen = [entry for entry in between if entry.isreg() and not entry.issparse()]
     visible = [entry for entry in seen if not is_hidden(name_of(entry.name)) or name_of(entry.name) == member.name]
@@ -100,23 +102,23 @@ def _are(between: list[tarfile.TarInfo], member: Member) -> bool:
 
 
 def _parse(lines: list[str]) -> list[Member]:
-    """Members of an index of version 1.2; of one without names, or with names that it cannot hold, none."""
+    """Return the members of an index of version 1.2; none if it has no names, or names that it cannot represent."""
     version, count = lines[0].split()
     if version in _NAMELESS:
         return []
     if version != INDEX_VERSION:
-        raise ValueError(f"an index of version {version}")
+        raise ValueError(f"it is an index of version {version}")
     rows = [line for line in lines[1:] if line]
     if len(rows) != int(count):
-        raise ValueError(f"{len(rows)} samples where its first line says {count}")
+        raise ValueError(f"it has {len(rows)} samples, and its first line says {count}")
     found = []
     for number, row in enumerate(rows):
         words = row.split()
         if len(words) % 4:
-            # a space within a name, which no index can hold; or a line that was cut off
-            raise ValueError(f"line {number + 2} has {len(words)} words, which is no multiple of 4")
+            # a space in a name, which an index cannot represent, or a truncated line
+            raise ValueError(f"line {number + 2} has {len(words)} words, not a multiple of 4")
         if "\\" in row:
-            return []  # tar lists letters beyond ASCII, and ends of line, as escapes
+            return []  # tar escapes non-ASCII letters and line breaks
         found += [
             Member(name_of(words[at + 3]), int(words[at + 1]), int(words[at + 2])) for at in range(0, len(words), 4)
         ]

@@ -1,7 +1,7 @@
-"""List a tar file's members from its headers alone, read through a storage by offset.
+"""List a tar file's members from its headers alone, read from a storage by offset.
 
-Nothing is unpacked or written, so absolute names and `..` are harmless: names are normalised (no `./`, no leading `/`,
-no `..`), so that a shard made of a folder has the folder's names.
+Nothing is unpacked or written, so absolute names and `..` are harmless. Names are normalised (no `./`, no leading `/`,
+no `..`), so a shard of a folder has the folder's names.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ __all__ = [
 ]
 
 BLOCK = tarfile.BLOCKSIZE
-CUT_OFF = "end(s) of a shard that is cut off: it has no end mark"
-BEHIND = "piece(s) behind the end of a shard that are no tar members"
-_SPARSE = "sparse member(s), whose bytes do not lie together"
+CUT_OFF = "truncated shard(s), without an end mark"
+BEHIND = "shard(s) with bytes after their end that are not tar members"
+_SPARSE = "sparse member(s), whose bytes are not contiguous"
 _REPLACED = "member(s) that a later one of the same name replaces"
-_LINKS = "link(s) to what their shard does not hold"
+_LINKS = "link(s) to files outside their shard"
 _FOLDER_LINKS = "link(s) to a folder, which are not followed"
 
-# Read ahead of the headers of a shard without an index, for a storage whose every read is a request.
+# Bytes read at once when walking the headers of a shard without an index, if every read is a request.
 _WALK_BUFFER = 1 << 18
-_LONGEST_NAME = 99  # bytes that a header's own field holds of a name, whoever wrote it
+_LONGEST_NAME = 99  # bytes of a name that fit the header's own field, whatever program wrote it
 ENCODING = ("utf-8", "surrogateescape")
-# Their real name, size or place stands in blocks of their own, which tarfile knows how to read.
+# Their name, size or place is in additional blocks, which tarfile reads.
 _EXTENDED = frozenset(
     {tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.GNUTYPE_SPARSE}
     | {tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE}
@@ -60,7 +60,7 @@ _COMPRESSED = {
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A regular file of a shard: its name, where its bytes begin, how many they are."""
+    """A regular file of a shard. offset: of its bytes. size: their number."""
 
     name: str
     offset: int
@@ -68,27 +68,27 @@ class Member:
 
 
 class TornTar(Exception):  # noqa: N818  (a verdict on a file)
-    """There is no header where one has to be; the message says where and why."""
+    """A header is missing; the message says where and why."""
 
 
 def padded(size: int) -> int:
-    """Bytes that a member's data take, in whole blocks."""
+    """Return the bytes of a member's data, rounded up to whole blocks."""
     return -(-size // BLOCK) * BLOCK
 
 
 def name_of(name: str) -> str:
-    """A member's name in the one form that all names have; "" for the root itself."""
+    """Return a member's name normalised; "" for the root."""
     parts = posixpath.normpath(name).split("/")
     return "/".join(part for part in parts if part not in ("", ".", ".."))
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a part of a name begins with a dot, or is a system's: such files of a folder are passed over as well."""
+    """Return whether a part of a name begins with a dot or is a system folder; folders skip such files as well."""
     return name.startswith(".") or "/." in name or not SYSTEM_FOLDERS.isdisjoint(name.split("/")[:-1])
 
 
 def header_of(block: bytes) -> tarfile.TarInfo | None:
-    """The header that 512 bytes are, or None."""
+    """Return the header in these 512 bytes, or None."""
     try:
         entry = tarfile.TarInfo.frombuf(block, *ENCODING)
     except tarfile.HeaderError:
@@ -97,29 +97,29 @@ def header_of(block: bytes) -> tarfile.TarInfo | None:
 
 
 def key_of(name: str) -> str:
-    """A name up to the first dot of its last part."""
+    """Return a name up to the first dot of its last part."""
     dot = name.find(".", name.rfind("/") + 1)
     return name if dot < 0 else name[:dot]
 
 
 def agrees(block: bytes, name: str, size: int, *, whole: bool) -> bool:
-    """Whether a header is of a member of this size and this name, or (not `whole`) of one with this key."""
+    """Return whether a header belongs to a member of this size and this name, or (not `whole`) with this key."""
     if block.startswith(name.encode(*ENCODING) + (b"\0" if whole else b".")) and (
         block[124:136].rstrip(b" \0") == b"%011o" % size
     ):
-        return True  # as nearly all are; what follows takes 20 µs
+        return True  # nearly always; the rest takes 20 µs
     header = header_of(block)
     if header is None or header.size != size:
         return False
     if not name.isascii() or len(name) > _LONGEST_NAME:
-        return True  # its header has a shorter name, and the whole one stands before it
+        return True  # its header has a shortened name; the whole one is before it
     return (name_of(header.name) if whole else key_of(name_of(header.name))) == name
 
 
 def members(storage: Storage, shard: str, left_out: LeftOut) -> list[Member]:
-    """The visible regular files of a shard, in their order, and the links that lead to one of them.
+    """Return the visible regular files of a shard, in order, and the links that lead to one of them.
 
-    Of several with one name the last counts, as for tar. UserError where the file is no tar, or a damaged one.
+    Of several with the same name the last counts, as in tar. Raise UserError if the file is not a tar file or damaged.
     """
     found: dict[str, Member] = {}
     links: dict[str, tuple[str, bool]] = {}
@@ -138,7 +138,7 @@ def members(storage: Storage, shard: str, left_out: LeftOut) -> list[Member]:
                 found.pop(name, None)
                 links[name] = (entry.linkname, entry.issym())
     except (TornTar, tarfile.TarError, BadSample, EOFError) as error:
-        raise UserError(f"{storage.shown(shard)}: not a whole tar file ({error}); mend or remove it") from error
+        raise UserError(f"{storage.shown(shard)}: not a whole tar file ({error}); fix or remove it") from error
     _follow(found, links, shard, left_out)
     return list(found.values())
 
@@ -146,10 +146,10 @@ def members(storage: Storage, shard: str, left_out: LeftOut) -> list[Member]:
 def entries(
     storage: Storage, shard: str, left_out: LeftOut, begin: int = 0, end: int | None = None, size: int | None = None
 ) -> Iterator[tarfile.TarInfo]:
-    """All headers from byte `begin` to `end` (default: the end of the shard), whatever they are of.
+    """Yield all headers from byte `begin` to `end` (default: the end of the shard), of every type.
 
-    size: of the shard, where it is known. Archives that follow one another, and blocks of zeros between members, are
-    passed through. TornTar where there is no header, BadSample where the shard cannot be read.
+    size: of the shard, if known. Concatenated archives and blocks of zeros between members are read through. Raise
+    TornTar if a header is missing, BadSample if the shard cannot be read.
     """
     piece = _Piece(storage, shard, storage.size(shard) if size is None else size)
     file = io.BufferedReader(piece, _WALK_BUFFER if storage.readers > 1 and end is None else 4096)
@@ -182,13 +182,13 @@ def entries(
 
 
 def _follow(found: dict[str, Member], links: dict[str, tuple[str, bool]], shard: str, left_out: LeftOut) -> None:
-    """Give each link to a member that member's bytes; of the others those that would be images are counted."""
+    """Give each link to a member that member's bytes; count the other links whose names are images."""
     folders = {name[:at] for name in found for at, letter in enumerate(name) if letter == "/"} if links else set()
     for name in links:
         target, hops = name, 0
         while target in links and target not in found and hops < len(links) + 1:
             text, symbolic = links[target]
-            # a symbolic link is relative to its own folder, a hard one to the archive's root
+            # a symbolic link is relative to its own folder, a hard link to the archive's root
             beside = symbolic and not text.startswith("/")
             target = name_of(posixpath.join(posixpath.dirname(target), text) if beside else text)
             hops += 1
@@ -201,7 +201,7 @@ def _follow(found: dict[str, Member], links: dict[str, tuple[str, bool]], shard:
 
 
 def _extended(file: io.BufferedReader[_Piece], at: int) -> tuple[tarfile.TarInfo, int]:
-    """The member that an extended header at `at` belongs to, and where the next one begins."""
+    """Return the member of the extended header at `at`, and the offset of the next header."""
     file.seek(at)
     try:
         archive = tarfile.open(fileobj=file, mode="r:", encoding=ENCODING[0], errors=ENCODING[1])  # noqa: SIM115
@@ -214,7 +214,7 @@ def _extended(file: io.BufferedReader[_Piece], at: int) -> tuple[tarfile.TarInfo
 
 
 def _skip_zeros(file: io.BufferedReader[_Piece], at: int) -> int:
-    """The block after `at` that is not of zeros, or the end of the file."""
+    """Return the offset of the next block with a nonzero byte, or the end of the file."""
     file.seek(at)
     while piece := file.read(64 * BLOCK):
         rest = piece.lstrip(b"\0")
@@ -233,7 +233,7 @@ def _why_not(block: bytes, at: int) -> str:
 
 
 class _Piece(io.RawIOBase):
-    """A piece of a storage as a file that can be read and sought."""
+    """A file of a storage as a seekable Python file."""
 
     def __init__(self, storage: Storage, name: str, size: int) -> None:
         self._storage, self._name, self._at, self.size = storage, name, 0, size

@@ -1,8 +1,8 @@
-"""TFRecord files of `tf.train.Example` with `image/encoded`, and `image/class/label` where there are classes.
+"""TFRecord files of `tf.train.Example` with `image/encoded`, and `image/class/label` if there are classes.
 
 A record is a length (8 bytes), its masked CRC-32C (4), the payload and its masked CRC-32C (4); both are checked at
-every read. Where the records begin comes from the index beside the file (as DALI's `tfrecord2idx` writes it: a line
-"offset length" a record) where that fits the file, or from one walk over the lengths.
+every read. The offsets of the records come from the index beside the file (as DALI's `tfrecord2idx` writes it: a line
+"offset length" per record) if that matches the file, or from one walk over the lengths.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from iwm_fast.errors import UserError
 __all__ = ["TFRecordSource"]
 
 _HEADER, _FOOTER = 12, 4
-_SPOTS = 5  # records of a file whose length is compared with its index
-CUT_OFF = "end(s) of a file that is cut off"
+_SPOTS = 5  # records of a file that are compared with its index
+CUT_OFF = "truncated file(s)"
 NO_RECORD = "file(s) without a record"
-MISFIT = "index(es) that do not fit their file, which was walked through"
+MISFIT = "index(es) that do not match their file, which was read without"
 
 
 class TFRecordSource:
@@ -64,7 +64,7 @@ class TFRecordSource:
         return f"{self.files[self._file[sample]]}:{self._records[sample, 0]}"
 
     def read(self, sample: int) -> bytes:
-        """The record's image; BadSample where a checksum is wrong or there is no image."""
+        """Return the record's image. Raise BadSample if a checksum is wrong or there is no image."""
         try:
             raw = encoded_image(self._payload(sample))
         except ValueError as error:
@@ -74,31 +74,31 @@ class TFRecordSource:
         return raw
 
     def size(self, sample: int) -> int:
-        """Of the image; reads the record."""
+        """Return the image's bytes; reads the record."""
         return len(self.read(sample))
 
     def extent(self, sample: int) -> tuple[str, int | None]:
-        """The file, and where in it the image's bytes begin. Reads the record."""
+        """Return the file, and the offset of the image's bytes in it. Reads the record."""
         payload = self._payload(sample)
-        # equal bytes are as good wherever they stand, so the first place is right even if there is another
+        # equal bytes are the same image wherever they are, so the first match is right
         within = payload.index(self.read(sample))
         return self.files[self._file[sample]], int(self._records[sample, 0]) + _HEADER + within
 
     @cached_property
     def labels(self) -> Labels:
-        """From `image/class/label` of every record: all of the files are read."""
+        """From `image/class/label` of every record; reads all files."""
         with ThreadPoolExecutor(self.storage.readers) as pool:
             found = list(pool.map(self._label, range(len(self))))
-        # a damaged record has some label: none of its image is ever read
+        # any label will do for a damaged record: its image is never read
         known = next((label for label in found if label), "")
         return number_labels([known if label is None else label for label in found])
 
     def describe(self) -> str:
-        """What these images come from."""
+        """Describe the source of the images."""
         return f"{len(self.files)} TFRecord files"
 
     def _label(self, sample: int) -> str | None:
-        """None of a damaged record."""
+        """Return a record's label; None if the record is damaged."""
         try:
             return label_of(self._payload(sample))
         except (BadSample, ValueError):
@@ -118,7 +118,7 @@ class TFRecordSource:
 
 
 def _length(header: bytes) -> int | None:
-    """The payload's length, or None where its checksum is wrong."""
+    """Return the payload's length, or None if its checksum is wrong."""
     length, crc = struct.unpack_from("<QI", header)
     return int(length) if crc == masked_crc32c(header[:8]) else None
 
@@ -127,11 +127,11 @@ def _open(storage: Storage, file: str, known: set[str]) -> tuple[NDArray[np.int6
     try:
         return _records(storage, file, known)
     except BadSample as bad:
-        raise UserError(f"{storage.shown(file)}: {bad.reason}; mend or remove the file") from bad
+        raise UserError(f"{storage.shown(file)}: {bad.reason}; fix or remove the file") from bad
 
 
 def _records(storage: Storage, file: str, known: set[str]) -> tuple[NDArray[np.int64], LeftOut]:
-    """Offset and length of every record, int64 (n, 2), 16 bytes around the payload counted; what is left out."""
+    """Return offset and length of every record with its 16 bytes of framing, int64 (n, 2), and what is left out."""
     left_out = LeftOut()
     for index in record_index_names(file):
         if index in known:
@@ -143,7 +143,7 @@ def _records(storage: Storage, file: str, known: set[str]) -> tuple[NDArray[np.i
 
 
 def _indexed(storage: Storage, file: str, index: str) -> NDArray[np.int64]:
-    """What an index says; Misfit where the file has other records."""
+    """Return the records of an index. Raise Misfit if the file has other records."""
     try:
         words = storage.read(index).split()
         records = np.array([int(word) for word in words], np.int64).reshape(-1, 2)
@@ -151,14 +151,14 @@ def _indexed(storage: Storage, file: str, index: str) -> NDArray[np.int64]:
         raise Misfit(str(error)) from error
     ends = np.concatenate([np.zeros(1, np.int64), records.sum(axis=1)])
     if np.any(records[:, 0] != ends[:-1]) or ends[-1] != storage.size(file):
-        raise Misfit("its records do not fill the file one after the other")
+        raise Misfit("its records are not contiguous over the whole file")
     torn = 0
     count = len(records) if is_older(storage, index, file) else _SPOTS
     spots = sorted({place * (len(records) - 1) // max(1, count - 1) for place in range(count)}) if len(records) else []
     for offset, length in records[spots].tolist():
         header = storage.read(file, offset, _HEADER)
         said = _length(header) if len(header) == _HEADER else None
-        torn += said is None  # a damaged record is no reason to doubt the index; many of them are
+        torn += said is None  # one damaged record is the file's fault, many are the index's
         if said not in (None, length - _HEADER - _FOOTER):
             raise Misfit(f"a record of another length begins at byte {offset}")
     if 2 * torn > len(spots):
@@ -175,8 +175,8 @@ def _walk(storage: Storage, file: str, left_out: LeftOut) -> NDArray[np.int64]:
             left_out.add(CUT_OFF, file)
             break
         if length is None:
-            packed = " (it looks gzip-compressed, which allows no random access)" if header[:2] == b"\x1f\x8b" else ""
-            raise UserError(f"{storage.shown(file)}: no TFRecord begins at byte {at}{packed}; mend or remove the file")
+            packed = " (it looks gzip-compressed, without random access)" if header[:2] == b"\x1f\x8b" else ""
+            raise UserError(f"{storage.shown(file)}: no TFRecord begins at byte {at}{packed}; fix or remove the file")
         found.append((at, _HEADER + length + _FOOTER))
         at += found[-1][1]
     return np.array(found, np.int64).reshape(-1, 2)

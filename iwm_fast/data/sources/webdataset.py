@@ -1,6 +1,6 @@
-"""WebDataset: tar shards, of which members with one name up to its first dot are a sample.
+"""WebDataset: tar shards in which the members with the same name up to its first dot are a sample.
 
-A shard is read by offset and length. They come from its DALI index beside it (as `wds2idx` writes it) where that fits
+A shard is read by offset and length. They come from the DALI index beside it (as `wds2idx` writes it) if that matches
 the shard, or from one walk over the shard's headers.
 """
 
@@ -27,17 +27,17 @@ from iwm_fast.errors import UserError
 
 __all__ = ["CLASSES_FILE", "WebDatasetSource"]
 
-CLASSES_FILE = "classes.txt"  # beside the shards: a class's name a line, line n for the label n of the .cls members
+CLASSES_FILE = "classes.txt"  # beside the shards: one class name per line, line n for label n of the .cls members
 _LABELS, _SIDECARS = (".cls", ".class"), (".json",)
 _JSON_KEYS = ("cls", "label", "class")
-_WHOLE = re.compile(r"^(-?\d+)\.0+$")  # a whole number that was written as a float
-# What is drawn upon an image and lies in its key under a name that says so: 1.mask.png beside 1.image.jpg.
-_DRAWN = re.compile(r"\.(masks?|seg|segm|segmentation|semantic|instance|depth|trimap|gt)\.\w+$", re.IGNORECASE)
+_WHOLE = re.compile(r"^(-?\d+)\.0+$")  # a whole number written as a float
+# Annotations of an image in its key, recognized by their names: 1.mask.png beside 1.image.jpg.
+_ANNOTATION = re.compile(r"\.(masks?|seg|segm|segmentation|semantic|instance|depth|trimap|gt)\.\w+$", re.IGNORECASE)
 
 NO_IMAGE = "member(s) of a key without an image"
-DRAWN = "mask(s), by their names, of a key that has an image"
-FURTHER = "further image(s) of a key that has a plain one"
-MISFIT = "index(es) that do not fit their shard, which was walked through"
+MASK = "mask(s), by their names, of a key with an image"
+FURTHER = "image(s) with a longer extension, of a key with a plain one"
+MISFIT = "index(es) that do not match their shard, which was read without"
 NO_MEMBER = "shard(s) without an image"
 
 
@@ -50,11 +50,14 @@ class _Sample:
 class WebDatasetSource:
     """The samples of the tar shards among the given names, shard after shard, each in its own order.
 
-    Members of a shard belong together where their names agree up to the first dot of their last part, the key. Each
-    image among them is a sample, but where some are KEY.EXTENSION those are, and KEY.more.EXTENSION (a mask, say) is
-    left out. A sample's class: the text of its `.cls` member (with `classes.txt` beside the shards, that line of it),
-    the first folder of its name, as in a folder of images (of what is below folders that all share: `train/cat/1.jpg`
-    of a tar of `train/` is a cat), or the `label` or `cls` of its `.json` member.
+    Members of a shard belong together if their names agree up to the first dot of their last part, the key. Each
+    image of a key is a sample. If some are KEY.EXTENSION, only those are, and KEY.more.EXTENSION (a mask, for example)
+    is left out. A sample's class comes from one of:
+
+    - the text of its `.cls` member; with `classes.txt` beside the shards, that line of it;
+    - the first folder of its name, as in a folder of images, below the folders that all names share: `train/cat/1.jpg`
+      of a tar of `train/` is a cat;
+    - the `label` or `cls` of its `.json` member.
     """
 
     kind = "webdataset"
@@ -101,16 +104,16 @@ class WebDatasetSource:
         return int(self._size[sample])
 
     def extent(self, sample: int) -> tuple[str, int | None]:
-        """The shard, and where in it the member's data begin."""
+        """The shard, and the offset of the member's data in it."""
         return self.shards[self._shard[sample]], int(self._offset[sample])
 
     @cached_property
     def labels(self) -> Labels:
         """From the `.cls` or `.json` members, one small read each, or from the names."""
-        told = self._label_spans[:, 0] >= 0
-        if not np.any(told & (self._label_spans[:, 2] == 0)):
+        labelled = self._label_spans[:, 0] >= 0
+        if not np.any(labelled & (self._label_spans[:, 2] == 0)):
             found = self._by_folders()
-            if found[0] is not None or not np.any(told):
+            if found[0] is not None or not np.any(labelled):
                 return found
         with ThreadPoolExecutor(self.storage.readers) as pool:
             texts = list(pool.map(self._label_text, range(len(self))))
@@ -134,7 +137,7 @@ class WebDatasetSource:
         )
 
     def describe(self) -> str:
-        """What these images come from."""
+        """Describe the source of the images."""
         return f"{len(self.shards)} WebDataset shards"
 
     def _by_folders(self) -> Labels:
@@ -143,7 +146,7 @@ class WebDatasetSource:
     def _places(
         self, texts: list[str], files: list[str | None], lists: dict[str | None, tuple[str, ...] | None]
     ) -> list[int | None]:
-        """The line of its class list that each label means; None for none, and where there is no list."""
+        """Return the line of the class list that each label means; None for no label, or no list."""
         known = {file: {name: place for place, name in reversed(list(enumerate(lists[file] or ())))} for file in lists}
         places: list[int | None] = []
         beyond: dict[str, list[int]] = {}
@@ -159,22 +162,22 @@ class WebDatasetSource:
                 places.append(known[file][text])
             else:
                 raise UserError(
-                    f"{self.storage.shown(self.name(sample))}: its label {text[:40]!r} is no whole number and no line "
-                    f"of {self.storage.shown(file)}; mend the shard, or remove that list"
+                    f"{self.storage.shown(self.name(sample))}: its label {text[:40]!r} is neither a whole number nor a "
+                    f"line of {self.storage.shown(file)}; fix the shard, or remove that list"
                 )
         for file, values in beyond.items():
             raise UserError(
-                f"{self.storage.shown(file)} has {len(lists[file] or ())} lines, and there are labels from "
-                f"{min(values)} to {max(values)}; mend or remove it"
+                f"{self.storage.shown(file)} has {len(lists[file] or ())} lines, but there are labels from "
+                f"{min(values)} to {max(values)}; fix or remove it"
             )
         return places
 
     def _class_list(self, file: str) -> tuple[str, ...]:
-        """A list of classes, its lines as `names.escape` writes them."""
+        """Read a list of classes; its lines are escaped by `names.escape`."""
         try:
             text = self.storage.read(file).decode("utf-8-sig", "surrogateescape")
         except BadSample as bad:
-            raise UserError(f"{self.storage.shown(file)}: {bad.reason}; mend or remove it") from bad
+            raise UserError(f"{self.storage.shown(file)}: {bad.reason}; fix or remove it") from bad
         found: dict[str, int] = {}
         for place, line in enumerate(text.rstrip("\r\n").split("\n")):
             name = unescape(line.removesuffix("\r"))
@@ -192,7 +195,7 @@ class WebDatasetSource:
         return _label_in(text) if sidecar else _WHOLE.sub(r"\1", text)
 
     def _bytes(self, sample: int, offset: int, size: int, *, of_image: bool) -> bytes:
-        """A member's bytes; where its place comes from an index, the header before them must agree."""
+        """Return a member's bytes. If its offset comes from an index, check the header before them."""
         shard = int(self._shard[sample])
         ahead = BLOCK if self._indexed[shard] else 0
         raw = self.storage.read(self.shards[shard], offset - ahead, ahead + size)
@@ -202,12 +205,14 @@ class WebDatasetSource:
             return raw
         member = self._members[sample]
         if not agrees(raw[:ahead], member if of_image else key_of(member), size, whole=of_image):
-            raise BadSample("its shard has something else there: the shard changed, or its index is another shard's")
+            raise BadSample(
+                "its shard has another member there: the shard changed, or its index belongs to another shard"
+            )
         return raw[ahead:]
 
 
 def _open(storage: Storage, shard: str, known: set[str]) -> tuple[list[_Sample], bool, LeftOut]:
-    """(samples of one shard, whether an index gave them, what was left out)."""
+    """Return (samples of one shard, whether they come from an index, what was left out)."""
     left_out = LeftOut()
     found, misfits = None, []
     for index in index_names(shard):
@@ -233,9 +238,9 @@ def _samples(found: list[Member], shard: str, left_out: LeftOut) -> list[_Sample
     samples = []
     for key, group in groups.items():
         images = [member for member in group if is_member_image(member.name)]
-        seen = [member for member in images if not _DRAWN.search(member.name[len(key) :])]
+        seen = [member for member in images if not _ANNOTATION.search(member.name[len(key) :])]
         if seen and len(seen) < len(images) and not any(member.name.rfind(".") == len(key) for member in images):
-            left_out.add(DRAWN, *(f"{shard}:{member.name}" for member in images if member not in seen))
+            left_out.add(MASK, *(f"{shard}:{member.name}" for member in images if member not in seen))
             images = seen
         plain = [member for member in images if member.name.rfind(".") == len(key)]
         if not images:
@@ -250,14 +255,14 @@ def _samples(found: list[Member], shard: str, left_out: LeftOut) -> list[_Sample
 
 
 def _label_beside(image: str, beside: dict[str, Member]) -> Member | None:
-    """The member that labels an image: of its own name (1.left.cls for 1.left.jpg), or of its key (1.cls)."""
+    """Return the member with an image's label: of its own name (1.left.cls for 1.left.jpg), or of its key (1.cls)."""
     own = image[: image.rfind(".")].lower()
     names = (start + end for ends in (_LABELS, _SIDECARS) for start in (own, "") for end in ends)
     return next((beside[name] for name in names if name in beside), None)
 
 
 def _label_in(text: str) -> str:
-    """What a JSON member says of a label: a text or a whole number; "" where it says none, or several."""
+    """Return the label in a JSON member, a text or a whole number; "" if there is none, or several."""
     try:
         found = json.loads(text)
     except (ValueError, RecursionError):
@@ -267,12 +272,12 @@ def _label_in(text: str) -> str:
     value = next((found[key] for key in _JSON_KEYS if found.get(key) is not None), "")
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
-    if isinstance(value, float) and value.is_integer():  # as pandas writes a column of numbers with a gap
+    if isinstance(value, float) and value.is_integer():  # as pandas writes an integer column with missing values
         value = int(value)
     return str(value).strip() if isinstance(value, int | str) and not isinstance(value, bool) else ""
 
 
 def _class_file(shard: str, known: set[str]) -> str | None:
-    """The list of classes that belongs to a shard: in its own folder, or at the root."""
+    """Return the class list of a shard: in its own folder, or at the root."""
     folder = shard.rpartition("/")[0]
     return next((name for name in (f"{folder}/{CLASSES_FILE}".lstrip("/"), CLASSES_FILE) if name in known), None)

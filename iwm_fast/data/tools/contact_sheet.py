@@ -1,4 +1,4 @@
-"""Puts the pictures of `preview` on one sheet with the parameters beside them, for a person to look at."""
+"""Put the pictures of `preview` on one sheet with their parameters, for a person to look at."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from iwm_fast.file_names import printable
 __all__ = ["FILE", "ROWS", "write_contact_sheet"]
 
 FILE = "contact_sheet.png"
-ROWS = 32  # about 7,000 pixels: what viewers still open
+ROWS = 32  # about 7,000 pixels, which viewers can open
 _SIDE = 192  # pixels of a picture on the sheet
 _GAP, _TEXT, _LINE, _FONT = 12, 360, 17, 13
 _INK, _SOFT, _PAPER = (20, 20, 20), (110, 110, 110), (255, 255, 255)
@@ -22,9 +22,9 @@ _INK, _SOFT, _PAPER = (20, 20, 20), (110, 110, 110), (255, 255, 255)
 def write_contact_sheet(out: Path, records: Sequence[Mapping[str, Any]], *, geometric: bool) -> tuple[Path, int]:
     """Write OUT/contact_sheet.png of the pictures in the folder ``out``; (its path, images shown).
 
-    A row per image, of several sources per source; columns: the base, the source, what the encoder sees of it, the
-    target, and the parameters of both. Of more than ROWS rows the first are shown. records: of params.json. With
-    ``geometric`` the source has a crop of its own, which is shown too.
+    One row per image, or per source if there are several. Columns: the base, the source, its visible patches, the
+    target, and the parameters of both. Only the first ROWS rows are shown. records: of params.json. With ``geometric``
+    the source has its own crop, which is shown too.
     """
     columns = {"base": "base" if not geometric else "target's crop"}
     columns |= {"source_base": "source's crop"} if geometric else {}
@@ -53,27 +53,27 @@ def write_contact_sheet(out: Path, records: Sequence[Mapping[str, Any]], *, geom
 
 
 def _rows(records: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, int, Mapping[str, Any], Mapping[str, Any]]]:
-    """(number of the image, of its source, the image's record, that of the source)."""
+    """Yield (number of the image, number of its source, the image's record, the source's record)."""
     for number, record in enumerate(records):
         for k, source in enumerate([record, *record.get("more_sources", [])]):
             yield number, k, record, source
 
 
 def _font() -> ImageFont.FreeTypeFont:
-    """matplotlib's, which has more letters than Pillow's own: arrows, and those of most names of files."""
+    """Return matplotlib's font, which has more letters than Pillow's: arrows, and those of most file names."""
     from matplotlib import get_data_path
 
     return ImageFont.truetype(Path(get_data_path(), "fonts/ttf/DejaVuSans.ttf"), _FONT)
 
 
 def _fitted(picture: Image.Image) -> Image.Image:
-    """Small pictures show their pixels as squares."""
+    """Resize a picture to the sheet; small ones show their pixels as squares."""
     how = Image.Resampling.LANCZOS if max(picture.size) > _SIDE else Image.Resampling.NEAREST
     return picture.convert("RGB").resize((_SIDE, _SIDE), how)
 
 
 def _lines(record: Mapping[str, Any], source: Mapping[str, Any], k: int) -> list[str]:
-    """What was done, a line per parameter: the source's value and the target's."""
+    """Return one line per parameter: the source's value and the target's."""
     name = printable(str(record["file"]).rsplit("/", 1)[-1])
     lines = [_short(name, 44) + (f", source {k + 1}" if "more_sources" in record else "")]
     theirs, own = record["target"], source["source"]
@@ -84,7 +84,7 @@ def _lines(record: Mapping[str, Any], source: Mapping[str, Any], k: int) -> list
     lines += [f"{_words(key)}  {_value(value)}" for key, value in done.items()]
     if source.get("source_geometry"):
         lines += _geometry(source["source_geometry"], record)
-    lines.append(f"seen {len(source['context_patches'])} patches, predicted {len(source['target_patches'])}")
+    lines.append(f"visible {len(source['context_patches'])} patches, predicted {len(source['target_patches'])}")
     return lines
 
 

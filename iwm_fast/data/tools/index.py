@@ -1,7 +1,7 @@
 """Write the manifest of a source, which `sources.manifest` reads.
 
-It is written beside its final name and renamed when it is whole. A kill leaves that file, the beginning of the
-manifest: the next run keeps its whole lines, if the listing is still the same, and continues after them.
+It is written to a temporary file, which is renamed when it is complete. A kill leaves that file, the beginning of the
+manifest: the next run keeps its complete lines, if the listing is still the same, and continues after them.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from iwm_fast.outputs import require_file
 
 __all__ = ["write_index"]
 
-_SPAN = 500  # samples a process is given at a time: 0.1 s of work, and a progress bar that moves
+_SPAN = 500  # samples per task of a process: 0.1 s of work, and a progress bar that moves
 # Below this, starting processes (a second) takes longer than they save.
 _WORTH_PROCESSES = 5000
 
@@ -55,14 +55,14 @@ def write_index(
     """Read every image below `root` once and write its manifest to `out`, default `root`/iwm-fast-manifest.tsv.
 
     Returns {manifest, source, samples, bytes, classes, left_out, unreadable, resumed}: unreadable are the samples
-    without a readable header (they are in the manifest, with 0 × 0 pixels), resumed the rows kept of a start that was
+    without a readable header (they are in the manifest, with 0 × 0 pixels), resumed the rows kept of a run that was
     killed.
-    check: write a verdict on each image too, as a training finds it; adds checked, {plain, pillow, bad}: files that
-    DALI decodes as they are, that Pillow decodes, that nobody does (or that have more than `MAX_PIXELS`).
-    UserError as `list_images`, and where `out` cannot be written or another start is writing it.
+    check: also check each image as a training does, and write the result; adds checked, {plain, pillow, bad}: images
+    that DALI decodes, that Pillow decodes, and that neither does (or that have more than `MAX_PIXELS`).
+    Raises UserError as `list_images`, and if `out` cannot be written or another process is writing it.
     """
     images = open_source(root, source, listed_anew=True)
-    tell_of_splits(root, "they are indexed as classes, which no evaluation takes")
+    tell_of_splits(root, "they are indexed as classes, which no evaluation accepts")
     out = _place(images, out)
     require_file(out, "--out")
     names = [escape(images.name(i)) for i in range(len(images))]
@@ -103,7 +103,7 @@ def write_index(
 
 
 class _Row(NamedTuple):
-    """What reading a sample tells; zeros where nothing. check: the column, where it was checked."""
+    """Columns of a sample that reading gives, 0 if unreadable. check: the column, if it was checked."""
 
     size: int = 0
     width: int = 0
@@ -115,21 +115,21 @@ class _Row(NamedTuple):
 
     @property
     def counts(self) -> dict[str, int]:
-        """What it adds to the totals."""
+        """The row's share of the totals."""
         counts = {"bytes": self.size, "unreadable": int(not self.width)}
         if self.check is None:
             return counts
         return counts | {"bad" if not self.check else "pillow" if self.check == BY_PILLOW else "plain": 1}
 
     def line(self, name: str, label: str) -> bytes:
-        """The row, in the order of COLUMNS."""
+        """Return the row's line, in the order of COLUMNS."""
         words = [name, self.size, self.width, self.height, label, f"{self.crc:08x}", self.piece, self.offset]
         words += [] if self.check is None else [self.check]
         return (TAB.join(map(str, words)) + "\n").encode("utf-8", "surrogateescape")
 
 
 def _measure(given: tuple[Source, bool], span: Span) -> list[_Row]:
-    """The samples of a span; several reads at a time where each is a request."""
+    """Read the samples of a span; several at a time if each read is a request."""
     images, check = given
     if images.storage.readers == 1:
         return [_row(images, sample, check=check) for sample in range(*span)]
@@ -153,7 +153,7 @@ def _row(images: Source, sample: int, *, check: bool) -> _Row:
 
 
 def _checked(raw: bytes) -> int:
-    """The column "check": what Pillow has to decode is decoded."""
+    """Return the column "check"; images for Pillow are decoded."""
     try:
         encoded = inspect(raw, MAX_PIXELS)
     except BadSample:
@@ -162,13 +162,13 @@ def _checked(raw: bytes) -> int:
 
 
 def _piece(images: Source, sample: int) -> str:
-    """The file that holds a sample which cannot be read; extent, of TFRecord, reads it."""
+    """Return the file of an unreadable sample, without TFRecord's `extent`, which would read it."""
     return images.name(sample).rpartition(":")[0] if images.kind == "tfrecord" else images.extent(sample)[0]
 
 
 def _place(images: Source, out: Path | None) -> Path:
     if out is None and is_address(images.storage.root):
-        raise UserError(f"{images.storage.root} is a store: name the manifest's file on this machine with --out")
+        raise UserError(f"{images.storage.root} is an object store: name a local file for the manifest with --out")
     out = Path(images.storage.root) / MANIFEST_FILE if out is None else out
     if out.is_dir():
         out /= MANIFEST_FILE
@@ -178,13 +178,13 @@ def _place(images: Source, out: Path | None) -> Path:
 
 
 def _root_for(root: str, out: Path) -> str:
-    """Where the paths begin, as the manifest says it: relative where it lies there itself, so that both can move."""
+    """Return the manifest's field root: relative if the manifest is in the root itself, so that both can move."""
     return "." if not is_address(root) and out.absolute().parent.resolve() == Path(root).resolve() else root
 
 
 @contextmanager
 def _beside(out: Path) -> Iterator[BinaryIO]:
-    """The file that becomes `out` when the block ends well, held by a lock; what a killed start wrote is in it."""
+    """Yield the locked file that becomes `out` when the block succeeds; it has the rows of a killed run."""
     partial_file = out.with_name(f".{out.name}.partial")
     out.parent.mkdir(parents=True, exist_ok=True)
     with partial_file.open("a+b") as file:
@@ -196,11 +196,11 @@ def _beside(out: Path) -> Iterator[BinaryIO]:
         file.flush()
         sync_open(file.fileno())
         partial_file.replace(out)
-        os.utime(out)  # the renaming changed its folder, which is no newer than the manifest for that
+        os.utime(out)  # renaming changed the folder's time; the manifest must not look older than its folder
 
 
 def _keep(file: BinaryIO, beginning: bytes, names: list[str], columns: int) -> list[_Row]:
-    """The rows that a killed start left and that are still right, as far as they are counted; the rest is cut off."""
+    """Return the rows of a killed run that are still valid, with what is counted of them; truncate the rest."""
     file.seek(0)
     kept: list[_Row] = []
     end = 0

@@ -1,4 +1,4 @@
-"""Writes views, masks and their parameters as pictures and JSON, for a person, or a program, to check."""
+"""Write views, masks and their parameters as pictures and JSON, for a person or a program to check."""
 
 from __future__ import annotations
 
@@ -30,20 +30,22 @@ from iwm_fast.outputs import require_folder
 __all__ = ["write_preview"]
 
 _AT_ONCE = 16
-_HIDDEN = 128  # the level that stands for a patch the encoder does not see
+_HIDDEN = 128  # the grey level of invisible patches
 
 
 def write_preview(config: Config, root: str | Path, out: Path, count: int, seed: int) -> tuple[Path, int]:
     """Write the first `count` samples of a training on `root` with this configuration and seed to the folder `out`.
 
-    NNN_base.png (the target's crop: decoded, resized, flipped), NNN_target.png, NNN_source.png, NNN_masked.png (what
-    the encoder sees of the source); with the geometric group NNN_source_base.png; and params.json, one object per
-    sample, factors as the operators used them. Of several sources the second is NNN_source_1.png and so on, and the
-    object's more_sources describes them. contact_sheet.png shows the first of them side by side. Returns its path and
-    how many images are on it. Raises UserError where `root` has no usable images or `out` cannot be written.
+    Files: NNN_base.png (the target's crop: decoded, resized, flipped), NNN_target.png, NNN_source.png, NNN_masked.png
+    (the source's visible patches); with the geometric group NNN_source_base.png; and params.json, one object per
+    sample, with the factors that the operators used. With several sources the second is NNN_source_1.png and so on, and
+    the object's more_sources describes them. contact_sheet.png shows the first of them side by side. Returns its path
+    and the number of images on it. Raises UserError if `root` has no usable images or `out` cannot be written.
     """
     if config.actions.is_external:
-        raise UserError(f"{root}: a preview shows what is done to images; to the pictures of triplets nothing is")
+        raise UserError(
+            f"{root}: a preview shows the transformations of images, and triplets have none; open their frames instead"
+        )
     require_folder(out)
     files = list_images(root, config.data.source)
     bad = BadSamples(len(files), config.data.max_bad_fraction)
@@ -83,7 +85,7 @@ def write_preview(config: Config, root: str | Path, out: Path, count: int, seed:
 def _render(
     config: Config, seed: int, reader: SampleReader, graph: ViewGraph, samples: Samples
 ) -> tuple[Samples, Views, RenderedViews]:
-    """The views; files found bad on decoding are replaced as training replaces them."""
+    """Render the views; images that fail to decode are replaced as in training."""
     while True:
         sources = config.views.sources_per_target
         views = draw_views(config.actions, seed, samples.epochs, samples.ids, samples.size, sources=sources)
@@ -110,7 +112,7 @@ def _write_pictures(
 
 
 def _masked(source: NDArray[np.uint8], patches: PatchSets, patch: int) -> NDArray[np.uint8]:
-    """The sources (B, S, S, 3) with every patch outside the context made grey."""
+    """Return the sources (B, S, S, 3) with every patch outside the context grey."""
     count, size = source.shape[:2]
     grid = size // patch
     seen = np.zeros((count, grid * grid), bool)
@@ -120,7 +122,7 @@ def _masked(source: NDArray[np.uint8], patches: PatchSets, patch: int) -> NDArra
 
 
 def _records(names: list[str], views: Views, patches: PatchSets, space: ActionSpace) -> list[dict[str, Any]]:
-    """One object per sample: its sources, target, action and masks; views: of all the sources of the samples."""
+    """Return one object per sample: sources, target, action and masks. views: of all sources of the samples."""
     described = _sources(views, patches, space)
     count = len(views) // len(names)
     records = []
@@ -140,7 +142,7 @@ def _records(names: list[str], views: Views, patches: PatchSets, space: ActionSp
 
 
 def _sources(views: Views, patches: PatchSets, space: ActionSpace) -> list[dict[str, Any]]:
-    """What concerns each source."""
+    """Return the part of the objects that differs by source."""
     actions = space.encode(views)
     context = np.split(patches.context, np.cumsum(patches.context_lengths)[:-1])
     target = np.split(patches.target, np.cumsum(patches.target_lengths)[:-1])
@@ -169,12 +171,12 @@ def _geometry(geometry: Geometry, row: int) -> dict[str, Any]:
 
 
 def _jitter(jitter: Jitter, row: int) -> dict[str, float]:
-    """By name, with the unit in it where it is no factor."""
+    """Return the values by name; a unit other than a factor is part of the name."""
     values = {name: float(getattr(jitter, name)[row]) for name in JITTER}
     units = {name: component(name).unit for name in JITTER}
     return {name if units[name] == "factor" else f"{name}_{units[name]}": value for name, value in values.items()}
 
 
 def _column(corruption: Corruption, value: Any) -> Any:
-    """A number or a flag; None where nothing was done and the number that says so is no value of its own."""
+    """Return a number or a flag; None if the corruption was not applied and its column has a placeholder then."""
     return None if corruption.top is not None and not corruption.done(value) else value.item()

@@ -1,9 +1,8 @@
-"""Records triplets from a gymnasium environment: what it draws, the action of a random player, what it draws then.
+"""Record triplets from a gymnasium environment: a rendered frame, the action of a random player, the next frame.
 
-The player draws each action anew, uniformly, and holds it for `repeat` steps of the environment, so that what an action
-does can be seen. What it draws is a function of (seed, episode, decision), the environment is reset with a seed of its
-own in each episode, and episodes are numbered on from the training part to the test part: the same command gives the
-same files. No display is needed.
+The player samples each action uniformly and repeats it for `repeat` steps of the environment, so that its effect is
+visible. Actions are a function of (seed, episode, decision), each episode resets the environment with its own seed, and
+the test episodes are numbered after the training episodes: the same command gives the same files. No display is needed.
 """
 
 from __future__ import annotations
@@ -31,21 +30,21 @@ __all__ = ["Recording", "record"]
 Pixels = NDArray[np.uint8]
 Progress = Callable[[str, int, int | None], None]
 
-_PLAYER = 0x6A3E  # the stream of the player's draws; part of a recording's identity
+_PLAYER = 0x6A3E  # the player's random stream; part of a recording's identity
 _SPLITS = ("train", "test")
-_GREY = 124  # nearest to ImageNet's mean of red, which the encoder takes for nothing
-_FIRST = 96  # pictures whose median is what stays
+_GREY = 124  # near ImageNet's mean of red, which normalises to about 0
+_FIRST = 96  # frames of the median
 
 
 @dataclass(frozen=True)
 class Recording:
-    """What is recorded: the environment's id and arguments, triplets of each part, and how it is played and drawn.
+    """What to record: the environment's id and arguments, the number of triplets per split, how to play and render.
 
-    size: side of the pictures, pixels. repeat: steps of the environment that an action is held for. episode_steps:
-    decisions after which an episode is cut, None where only the environment ends it. motion: the three channels are the
-    grey pictures of the last three steps, so that one picture shows speed. still: what stays as it is in the median of
-    the first pictures becomes mid-grey, and only the difference to it is seen. crop: left, top, right and bottom of
-    what is kept, in shares of the drawing. names: of the choices, or of the components.
+    size: side of the frames, pixels. repeat: steps of the environment per action. episode_steps: decisions after which
+    an episode is truncated, None: only the environment ends it. motion: the three channels are the grey frames of the
+    last three steps, so that one frame shows speed. still: subtract the median of the first frames, about mid-grey, so
+    that only what moves is visible. crop: left, top, right and bottom, as fractions of the rendered frame. names: of
+    the choices, or of the components.
     """
 
     env: str
@@ -63,10 +62,10 @@ class Recording:
 
 
 def record(recording: Recording, out: Path, progress: Progress | None = None) -> ExternalActions:
-    """Write out/train and out/test, each with manifest.jsonl and frames/; what the actions are is returned.
+    """Write out/train and out/test, each with manifest.jsonl and frames/. Return the description of the actions.
 
-    The folder appears whole or not at all. UserError where gymnasium is missing, the environment cannot be made, drawn
-    or played at random, or `out` exists or cannot be written.
+    The folder is renamed into place when complete. Raises UserError if gymnasium is missing, the environment cannot be
+    made, rendered or played at random, or `out` exists or cannot be written.
     """
     left, top, right, bottom = recording.crop
     if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
@@ -111,7 +110,7 @@ def _line(error: BaseException) -> str:
 
 
 def _actions(env: Any, name: str) -> ExternalActions:
-    """The environment's action space in our words; UserError for one that is neither a choice nor a bounded box."""
+    """Return the environment's action space. Raise UserError if it is neither discrete nor a bounded box."""
     from gymnasium import spaces
 
     space = env.action_space
@@ -134,7 +133,7 @@ def _named(actions: ExternalActions, names: tuple[str, ...]) -> ExternalActions:
     if not names:
         return actions
     if len(names) != len(actions.names) or len(set(names)) != len(names):
-        raise UserError(f"--names: {', '.join(names)}: give {len(actions.names)} different ones")
+        raise UserError(f"--names: {', '.join(names)}: give {len(actions.names)} different names")
     return actions.model_copy(update={"names": names})
 
 
@@ -148,7 +147,7 @@ def _write(
     first_episode: int,
     progress: Progress | None,
 ) -> int:
-    """`count` triplets in a folder; the number of the next episode."""
+    """Write `count` triplets to a folder; return the number of the next episode."""
     (folder / "frames").mkdir(parents=True)
     rows: list[dict[str, Any]] = []
     episode = first_episode
@@ -170,7 +169,7 @@ def _write(
 
 
 def _background(recording: Recording, env: Any) -> Pixels:
-    """The median of the first pictures of the first episodes, (size, size, 3)."""
+    """Return the median of the first frames of the first episodes, (size, size, 3)."""
     pictures: list[Pixels] = []
     episode = 0
     while len(pictures) < _FIRST:
@@ -180,14 +179,14 @@ def _background(recording: Recording, env: Any) -> Pixels:
 
 
 def _moving(picture: Pixels, background: Pixels | None) -> Pixels:
-    """The picture, or its difference to the background about mid-grey, clipped."""
+    """Return the frame, or its difference to the background, centred on mid-grey and clipped."""
     if background is None:
         return picture
     return np.asarray(np.clip(picture.astype(np.int16) - background + _GREY, 0, 255), np.uint8)
 
 
 def _play(recording: Recording, env: Any, episode: int) -> Iterator[tuple[Pixels, Any]]:
-    """The pictures of an episode, each with the action that led to it (None for the first)."""
+    """Yield the frames of an episode, each with the action that led to it (None for the first)."""
     offset = 0 if not hasattr(env.action_space, "start") else int(env.action_space.start)
     env.reset(seed=int(uniforms(recording.seed, episode, 0, _PLAYER, 1)[0, 0] * 2**31))
     recent = [_draw(recording, env)] * 3
@@ -195,43 +194,45 @@ def _play(recording: Recording, env: Any, episode: int) -> Iterator[tuple[Pixels
     decision = 0
     while recording.episode_steps is None or decision < recording.episode_steps:
         decision += 1
-        told, given = _choose(recording, env.action_space, episode, decision, offset)
+        written, given = _choose(recording, env.action_space, episode, decision, offset)
         over = False
         for held in range(recording.repeat):
             _, _, terminated, truncated, _ = env.step(given)
             over = terminated or truncated
-            if over or held >= recording.repeat - (3 if recording.motion else 1):  # what is not shown is not drawn
+            if over or held >= recording.repeat - (
+                3 if recording.motion else 1
+            ):  # frames that no picture shows are not rendered
                 recent = [*recent[1:], _draw(recording, env)]
             if over:
                 break
         if over and recording.motion and held < recording.repeat - 1 and recording.repeat > 3:
-            return  # the steps before the end were not drawn, so its picture cannot show them
-        yield _picture(recording, recent), told
+            return  # the steps before the end were not rendered, so its frame cannot show them
+        yield _picture(recording, recent), written
         if over:
             return
 
 
 def _choose(recording: Recording, space: Any, episode: int, decision: int, offset: int) -> tuple[Any, Any]:
-    """An action as the manifest holds it, and as the environment takes it."""
+    """Sample an action; return it for the manifest and for the environment."""
     if hasattr(space, "n"):
         choice = int(uniforms(recording.seed, episode, decision, _PLAYER, 1)[0, 0] * int(space.n))
         return choice, choice + offset
     low, high = space.low.reshape(-1).astype(float), space.high.reshape(-1).astype(float)
-    drawn = low + (high - low) * uniforms(recording.seed, episode, decision, _PLAYER, len(low))[0]
-    given = np.clip(drawn.astype(space.dtype), space.low.reshape(-1), space.high.reshape(-1))
+    sampled = low + (high - low) * uniforms(recording.seed, episode, decision, _PLAYER, len(low))[0]
+    given = np.clip(sampled.astype(space.dtype), space.low.reshape(-1), space.high.reshape(-1))
     return given.astype(float).tolist(), given.reshape(space.shape)
 
 
 def _draw(recording: Recording, env: Any) -> Image.Image:
-    """What is kept of the environment's drawing, as a square."""
+    """Render the environment; return the crop, resized to a square."""
     from gymnasium.error import Error
 
     try:
         drawn = env.render()
     except Error as error:  # pygame is missing, say
-        raise UserError(f"{recording.env}: cannot be drawn: {_line(error)}") from error
+        raise UserError(f"{recording.env}: cannot be rendered: {_line(error)}") from error
     if not isinstance(drawn, np.ndarray) or drawn.ndim != 3 or drawn.shape[2] != 3:
-        raise UserError(f"{recording.env}: draws no picture in RGB; another environment is needed")
+        raise UserError(f"{recording.env}: does not render RGB frames; choose another environment")
     picture = Image.fromarray(np.asarray(drawn, np.uint8))
     left, top, right, bottom = recording.crop
     box = (left * picture.width, top * picture.height, right * picture.width, bottom * picture.height)
@@ -239,7 +240,7 @@ def _draw(recording: Recording, env: Any) -> Image.Image:
 
 
 def _picture(recording: Recording, recent: list[Image.Image]) -> Pixels:
-    """The picture of now, or of the last three steps in its three channels, the oldest first."""
+    """Return the current frame, or the last three steps as its three channels, the oldest first."""
     if not recording.motion:
         return np.asarray(recent[-1], np.uint8)
     return np.stack([np.asarray(one.convert("L"), np.uint8) for one in recent], axis=2)

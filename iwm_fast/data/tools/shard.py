@@ -1,11 +1,11 @@
-"""Packs images into WebDataset tar shards with the indexes that DALI's reader takes.
+"""Pack images into WebDataset tar shards, with indexes for DALI's reader.
 
-The same images give the same bytes: samples in the source's order, headers without times, owners or the machine's
-habits. Which samples lie in which shard is planned from their lengths before anything is written, so that a start that
-was killed is gone on with at the first shard that is not there, and one with other images is refused.
+The same images give the same bytes: samples are in the source's order, headers have no times or owners. Samples are
+assigned to shards by their lengths before anything is written. So a run resumes a killed one at its first missing
+shard; with other images it is refused.
 
-A sample is KEY.EXTENSION and, where there are classes, KEY.cls with the class's number; the names of the classes are in
-`classes.txt`. KEY is the image's path without its extension, with what a key may not hold (dots, spaces) as %XX.
+A sample is KEY.EXTENSION and, if there are classes, KEY.cls with the class's number; `classes.txt` has the class names.
+KEY is the image's path without its extension; characters that a key cannot have (dots, spaces) are %XX.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ __all__ = ["SHARD_BYTES", "write_shards"]
 SHARD_BYTES = 256 * 2**20
 _PLAN_FILE = ".plan"
 _BLOCK = tarfile.BLOCKSIZE
-_LONGEST_NAME = 100  # of a tar header's own field: longer names need extended headers, which wds2idx counts wrongly
+_LONGEST_NAME = 100  # fits the tar header's own field; longer names need extended headers, which wds2idx miscounts
 
 Progress = Callable[[str, int, int | None], None]
 
@@ -56,7 +56,7 @@ class _Sample:
 
     @property
     def tar_bytes(self) -> int:
-        """What it takes in a shard: a header and whole blocks for each member."""
+        """Bytes in a shard: a header and whole blocks for each member."""
         members = [self.size] + ([] if self.label is None else [len(str(self.label))])
         return sum(_BLOCK + -(-size // _BLOCK) * _BLOCK for size in members)
 
@@ -71,14 +71,14 @@ def write_shards(
 ) -> dict[str, Any]:
     """Pack every image below `root` into out/shard-NNNNNN.tar of about `shard_bytes`, each with its shard-NNNNNN.idx.
 
-    Files are packed unchanged, whether they decode or not. Each shard appears whole or not at all, its index after it,
-    and `shards.json`, which lists them, last. Returns {out, shards, samples, bytes, classes, resumed, left_out};
-    resumed: shards kept from an earlier run. Raises UserError as `list_images`; where `out` holds something else or
-    another process writes it; and for a file that cannot be read, or changed its length meanwhile.
+    Files are packed unchanged, whether they decode or not. Each shard is renamed into place when complete, then its
+    index, and last `shards.json`, which lists them. Returns {out, shards, samples, bytes, classes, resumed, left_out};
+    resumed: shards kept from an earlier run. Raises UserError as `list_images`; if `out` has other files or another
+    process writes it; and for a file that cannot be read or changes its length meanwhile.
     """
     require_folder(out)
     images = open_source(root, source)
-    tell_of_splits(root, "they are packed as classes, which no evaluation takes")
+    tell_of_splits(root, "they are packed as classes, which no evaluation accepts")
     labels, classes = images.labels
     samples = list(_samples(images, None if labels is None else labels.tolist(), progress))
     shards = list(_divide(samples, shard_bytes))
@@ -108,7 +108,7 @@ def write_shards(
 
 
 def _samples(images: Source, labels: list[int] | None, progress: Progress | None) -> Iterator[_Sample]:
-    """The samples to pack, with lengths only; in an object store each length is a request, so several run at once."""
+    """Yield the samples to pack, without bytes. In an object store each length is a request, so several run at once."""
     taken: set[str] = set()
     with ThreadPoolExecutor(images.storage.readers) as pool:
         for number, size in enumerate(pool.map(partial(_size, images), range(len(images)))):
@@ -120,7 +120,7 @@ def _samples(images: Source, labels: list[int] | None, progress: Progress | None
 
 
 def _key(images: Source, number: int, taken: set[str]) -> tuple[str, str]:
-    """Key and extension of a sample; no key is given twice."""
+    """Return key and extension of a sample; keys are unique."""
     name = images.name(number)
     stem, extension = name.rsplit(".", 1) if is_member_image(name) else (name, NAMELESS)
     key = quote(stem, safe="/", errors="surrogateescape").replace(".", "%2E")
@@ -141,11 +141,11 @@ def _size(images: Source, number: int) -> int:
 
 def _unreadable(images: Source, number: int, reason: str) -> UserError:
     name = images.storage.shown(images.name(number))
-    return UserError(f"{name}: {reason}; mend or remove it and start again (what is packed is kept)")
+    return UserError(f"{name}: {reason}; fix or remove it and run this again (it keeps what is packed)")
 
 
 def _divide(samples: list[_Sample], shard_bytes: int) -> Iterator[list[_Sample]]:
-    """Runs of samples that fill a shard, at least one each."""
+    """Yield the samples of each shard, at least one."""
     shard: list[_Sample] = []
     filled = 0
     for sample in samples:
@@ -159,7 +159,7 @@ def _divide(samples: list[_Sample], shard_bytes: int) -> Iterator[list[_Sample]]
 
 
 def _plan(samples: list[_Sample], shard_bytes: int, classes: tuple[str, ...]) -> str:
-    """A digest of all that decides the shards' names, order and lengths."""
+    """Return a digest of everything that determines the shards' names, order and lengths."""
     digest = hashlib.sha256(json.dumps([shard_bytes, classes]).encode())
     for sample in samples:
         digest.update(f"{sample.key}.{sample.extension} {sample.size} {sample.label}\n".encode())
@@ -168,7 +168,7 @@ def _plan(samples: list[_Sample], shard_bytes: int, classes: tuple[str, ...]) ->
 
 @contextmanager
 def _held(out: Path, plan: str) -> Iterator[None]:
-    """`out`, locked; UserError where it holds something that this plan did not begin."""
+    """Lock `out`. Raise UserError if it has files of another plan."""
     out.mkdir(parents=True, exist_ok=True)
     with (out / _PLAN_FILE).open("a+") as file:
         try:
@@ -180,7 +180,7 @@ def _held(out: Path, plan: str) -> Iterator[None]:
         others = any(path.name != _PLAN_FILE for path in out.iterdir())
         if before != plan and others:
             raise UserError(
-                f"{out}: holds {'shards of other images or another size' if before else 'other files'}; "
+                f"{out} has {'shards of other images or another size' if before else 'other files'}; "
                 "choose another --out, or remove it"
             )
         file.truncate(0)
@@ -190,7 +190,7 @@ def _held(out: Path, plan: str) -> Iterator[None]:
 
 
 def _is_whole(path: Path, shard: list[_Sample]) -> bool:
-    """The index comes after its shard, so where there is one the shard was whole."""
+    """Return whether a shard is complete: its index is written after it."""
     if not path.exists() or not path.with_suffix(".idx").exists():
         return False
     filled = sum(sample.tar_bytes for sample in shard) + 2 * _BLOCK
@@ -203,7 +203,7 @@ def _write_shard(images: Source, shard: list[_Sample], path: Path) -> None:
     def write(file: BinaryIO) -> None:
         for sample, raw in _ahead(images, shard):
             if len(raw) != sample.size:
-                reason = f"it had {sample.size} bytes when packing began, and has {len(raw)} now"
+                reason = f"it changed from {sample.size} to {len(raw)} bytes while packing"
                 raise _unreadable(images, sample.number, reason)
             words = [f"{sample.extension} {_add(file, f'{sample.key}.{sample.extension}', raw)}"]
             if sample.label is not None:
@@ -218,7 +218,7 @@ def _write_shard(images: Source, shard: list[_Sample], path: Path) -> None:
 
 
 def _ahead(images: Source, shard: list[_Sample]) -> Iterator[tuple[_Sample, bytes]]:
-    """The samples' bytes, a few read ahead."""
+    """Yield the samples' bytes, with a few reads in flight."""
     readers = images.storage.readers
     coming: deque[tuple[_Sample, Future[bytes]]] = deque()
     with ThreadPoolExecutor(readers) as pool:
@@ -231,7 +231,7 @@ def _ahead(images: Source, shard: list[_Sample]) -> Iterator[tuple[_Sample, byte
 
 
 def _bytes(images: Source, sample: _Sample) -> bytes:
-    return images.read(sample.number) if sample.size else b""  # an empty file is no less a sample, and a bad one
+    return images.read(sample.number) if sample.size else b""  # an empty file is a bad sample
 
 
 def _arrived(images: Source, sample: _Sample, coming: Future[bytes]) -> tuple[_Sample, bytes]:
@@ -242,7 +242,7 @@ def _arrived(images: Source, sample: _Sample, coming: Future[bytes]) -> tuple[_S
 
 
 def _add(file: BinaryIO, name: str, data: bytes) -> str:
-    """Append a member; returns "offset size name" as the index has it."""
+    """Append a member; return "offset size name" for the index."""
     entry = tarfile.TarInfo(name)  # mode 644, no time, no owner
     entry.size = len(data)
     file.write(entry.tobuf(tarfile.USTAR_FORMAT))

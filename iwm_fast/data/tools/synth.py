@@ -1,11 +1,11 @@
-"""A labelled set of drawn JPEGs, for those with no data at hand and for tests.
+"""A labelled set of generated JPEGs, for a first run without data and for tests.
 
-A class is a shape and what fills it. Everything else is drawn anew for each image from the same distributions whatever
-the class: both colours, the background's gradient and ripples, place, size, angle, the light's direction and strength,
-shadow and noise. So neither a mean colour nor a position tells the class, while colour carries enough structure that a
-photometric action can be seen.
+A class is a shape and its filling. Everything else is sampled for each image from the same distributions for all
+classes: both colours, the background's gradient and ripples, place, size, angle, the light's direction and strength,
+shadow and noise. So neither mean colour nor position predicts the class, while colour has enough structure to make a
+photometric action visible.
 
-Legend: B images, S pixels a side; coordinates run from -1 to 1 over the image, y downwards.
+Legend: B images, side S in pixels; coordinates run from -1 to 1 over the image, y downwards.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ CLASSES = (
     "ring_smooth",
 )
 _QUALITY = 90
-_CHUNK = 64  # images drawn at a time: 3 MB an intermediate at 64 pixels
+_CHUNK = 64  # images generated at once: 3 MB per intermediate at 64 pixels
 _SPLITS = ("train", "test")
 _RECORD = "synth.json"
 
@@ -53,10 +53,10 @@ def draw_dataset(
 ) -> None:
     """Write `train` and `test` images of size × size to out/train/CLASS/NNNNN.jpg and out/test/….
 
-    segments: to out/train/images/NNNNN.jpg instead, and to out/train/masks/NNNNN.png where the shape is: 0 is the
-    background, else 1 + the class's place in CLASSES.
-    The folder appears whole or not at all; one that already holds exactly this set is left as it is. Reproducible from
-    the seed. UserError where `out` holds anything else, or cannot be written; ValueError for a number out of range.
+    segments: to out/train/images/NNNNN.jpg instead, with the shape's mask in out/train/masks/NNNNN.png: 0 is the
+    background, else 1 + the class's index in CLASSES.
+    The folder is renamed into place when complete; if it already has exactly this set, nothing is written. Reproducible
+    from the seed. Raises UserError if `out` has other files or cannot be written, ValueError for a number out of range.
     """
     if not 2 <= classes <= len(CLASSES):
         raise ValueError(f"classes is {classes}; it must be 2 to {len(CLASSES)}")
@@ -75,14 +75,14 @@ def draw_dataset(
 
 
 def draw_images(labels: NDArray[np.int64], size: int, rng: np.random.Generator) -> NDArray[np.uint8]:
-    """One image for each label (B,), a place in CLASSES: uint8 (B, S, S, 3)."""
+    """Return one image for each label (B,), an index in CLASSES: uint8 (B, S, S, 3)."""
     return _draw(labels, size, rng)[0]
 
 
 def _draw(
     labels: NDArray[np.int64], size: int, rng: np.random.Generator
 ) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-    """Images (B, S, S, 3), and where the shape covers at least half of a pixel (B, S, S)."""
+    """Return images (B, S, S, 3), and where the shape covers at least half of a pixel (B, S, S)."""
     count = len(labels)
     line = (np.arange(size, dtype=np.float32) + 0.5) * (2 / size) - 1
     x = np.broadcast_to(line[None, None, :], (count, size, size))
@@ -104,7 +104,7 @@ def _draw(
 
 
 def _is_drawn(out: Path, record: dict[str, object]) -> bool:
-    """Whether this very set is there already; UserError where something else is."""
+    """Return whether exactly this set exists. Raise UserError if `out` has anything else."""
     if not out.exists():
         return False
     if not out.is_dir():
@@ -143,19 +143,19 @@ def _write(folder: Path, record: dict[str, object]) -> None:
 
 
 def _colours(count: int, rng: np.random.Generator) -> tuple[Floats, Floats]:
-    """Background and foreground colours (B, 2, 3) in 0 to 1, two of each; the pairs' means differ clearly."""
+    """Sample two background and two foreground colours, (B, 2, 3) in 0 to 1; their means differ clearly."""
     back = rng.uniform(0.05, 0.95, (count, 3))
     away = rng.normal(size=(count, 3))
     away /= np.linalg.norm(away, axis=1, keepdims=True)
     front = back + away * rng.uniform(0.5, 0.8, (count, 1))
-    # a colour pushed out of the cube comes in again on the other side of the background
+    # a colour outside the cube is mirrored at the background
     front = np.where((front < 0) | (front > 1), back - (front - back), front)
     pairs = np.clip(np.stack([back, front])[:, :, None, :] + rng.normal(0, 0.12, (2, count, 2, 3)), 0, 1)
     return pairs[0].astype(np.float32), pairs[1].astype(np.float32)
 
 
 def _background(x: Floats, y: Floats, colours: Floats, rng: np.random.Generator) -> Floats:
-    """A gradient between two colours in some direction, with two long waves across it: (B, S, S, 3)."""
+    """Return a gradient between two colours in a random direction, with two long waves: (B, S, S, 3)."""
     count = len(x)
     mix = np.full(x.shape, 0.5, np.float32)
     for strength, low, high in ((0.35, 0.0, 0.0), (0.18, 2.0, 5.0), (0.12, 3.0, 8.0)):
@@ -169,7 +169,7 @@ def _background(x: Floats, y: Floats, colours: Floats, rng: np.random.Generator)
 
 
 def _coverage(labels: NDArray[np.int64], u: Floats, v: Floats, scale: Floats, angle: Floats, size: int) -> Floats:
-    """How much of each pixel the shape covers, (B, S, S) in 0 to 1; u, v from the shape's centre."""
+    """Return how much of each pixel the shape covers, (B, S, S) in 0 to 1; u, v from the shape's centre."""
     a = (np.cos(angle) * u + np.sin(angle) * v) / scale
     b = (np.cos(angle) * v - np.sin(angle) * u) / scale
     distance = np.empty_like(a)  # to the outline, in units of the scale, negative inside
@@ -193,7 +193,7 @@ def _coverage(labels: NDArray[np.int64], u: Floats, v: Floats, scale: Floats, an
 def _filling(
     labels: NDArray[np.int64], u: Floats, v: Floats, scale: Floats, colours: Floats, rng: np.random.Generator
 ) -> Floats:
-    """What fills the shape, (B, S, S, 3): a soft gradient, or stripes of two colours."""
+    """Return the shape's filling, (B, S, S, 3): a soft gradient, or stripes of two colours."""
     count = len(u)
     angle, phase = rng.uniform(0, 2 * np.pi, (2, count, 1, 1)).astype(np.float32)
     along = (np.cos(angle) * u + np.sin(angle) * v) / scale
@@ -207,7 +207,7 @@ def _filling(
 
 
 def _light(x: Floats, y: Floats, rng: np.random.Generator) -> Floats:
-    """How bright the light is at each pixel, (B, S, S): a slope across the image around a strength of its own."""
+    """Return the brightness of the light at each pixel, (B, S, S): a random strength with a slope across the image."""
     count = len(x)
     angle = rng.uniform(0, 2 * np.pi, (count, 1, 1)).astype(np.float32)
     strength, slope = rng.uniform((0.75,), (1.15,), (count, 1, 1)), rng.uniform(0, 0.3, (count, 1, 1))

@@ -1,4 +1,4 @@
-"""Finds, before a training, the files that it would skip: every file goes through the same reading and decoding."""
+"""Find the files that a training would skip, by reading and decoding every file as it does."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from iwm_fast.data.image_list import list_images
 
 __all__ = ["verify"]
 
-# Small, so that resizing costs nothing beside decoding; the crop is the whole file but for its longer side's ends.
+# Small, so that resizing is fast beside decoding. The crop is the largest centred square.
 _SIZE = 32
 
 
@@ -25,10 +25,10 @@ def verify(
     max_pixels: int | None = None,
     progress: Callable[[str, int, int | None], None] | None = None,
 ) -> dict[str, Any]:
-    """{files, decoded, bad: [{file, reason}], source, left_out: [{count, reason, examples}]} of what is below `root`.
+    """Return {files, decoded, bad: [{file, reason}], source, left_out: [{count, reason, examples}]} for `root`.
 
-    file is the sample's full name. A file is bad where training on this device would replace it, and only there: the
-    same code reads, checks and decodes it, as a whole. UserError as `list_images`.
+    file is the sample's full name. A file is bad if and only if training on this device would replace it: the same code
+    reads, checks and decodes it. Raises UserError as `list_images`.
     """
     images = list_images(root, source)
     reasons: dict[int, str] = {}

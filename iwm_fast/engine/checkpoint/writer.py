@@ -113,7 +113,7 @@ def write(
             shutil.rmtree(partial, ignore_errors=True)
         raise UserError(
             f"{final}: checkpoint could not be written ({failed}); the checkpoints before it stay; "
-            "mend this, then --resume auto"
+            "fix this, then --resume auto"
         )
     return final
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from iwm_fast.engine.distributed.peers import Peer
+from iwm_fast.engine.distributed.rank_info import RankInfo
 from iwm_fast.engine.distributed.ranks import Ranks, gather
 from iwm_fast.engine.distributed.watchdog import Liveness
 
@@ -91,7 +91,7 @@ def measure_interconnect(ranks: Ranks, live: Liveness, silent_s: float) -> Inter
         found = gather((mine, reduced), ranks.world, ranks.control)
     share = 2 * (ranks.world - 1) / ranks.world
     slowest = [max(times[place] for _, times in found) for place in range(len(_SIZES))]
-    hosts = [peer.host for peer in ranks.peers]
+    hosts = [info.host for info in ranks.infos]
     sources = [(rank - 1) % ranks.world for rank in range(ranks.world)]
     return Interconnect(
         dist.get_backend(),
@@ -103,7 +103,7 @@ def measure_interconnect(ranks: Ranks, live: Liveness, silent_s: float) -> Inter
     )
 
 
-def far_below(links: Sequence[Link], peers: Sequence[Peer]) -> str | None:
+def far_below(links: Sequence[Link], infos: Sequence[RankInfo]) -> str | None:
     """One line that names the hosts or ranks whose links give less than a tenth of the median of the others', or None.
 
     A host, or a rank of one host, that is at two slow links is named alone, as what they have in common.
@@ -119,9 +119,9 @@ def far_below(links: Sequence[Link], peers: Sequence[Peer]) -> str | None:
                 usual.append(statistics.median(others))
     if not slow:
         return None
-    common = Counter(end for link in slow for end in _ends(link, peers))
+    common = Counter(end for link in slow for end in _ends(link, infos))
     named = [end for end, count in common.items() if count > 1]
-    named = named or [f"{peers[link.source].name} to {peers[link.target].name}" for link in slow]
+    named = named or [f"{infos[link.source].name} to {infos[link.target].name}" for link in slow]
     worst = min(range(len(slow)), key=lambda place: slow[place].bytes_per_s)
     speed, others_speed = slow[worst].bytes_per_s / 1e9, usual[worst] / 1e9
     return (
@@ -130,8 +130,8 @@ def far_below(links: Sequence[Link], peers: Sequence[Peer]) -> str | None:
     )
 
 
-def _ends(link: Link, peers: Sequence[Peer]) -> tuple[str, str]:
-    first, second = peers[link.source], peers[link.target]
+def _ends(link: Link, infos: Sequence[RankInfo]) -> tuple[str, str]:
+    first, second = infos[link.source], infos[link.target]
     return (first.host, second.host) if link.between_hosts else (first.name, second.name)
 
 
@@ -142,10 +142,10 @@ def _received(ranks: Ranks, buffer: torch.Tensor, turn: int, live: Liveness) -> 
     """
     before, after = (ranks.rank - 1) % ranks.world, (ranks.rank + 1) % ranks.world
     if _turn(ranks.rank, ranks.world) == turn:
-        where = f"message to {ranks.peers[after].name}"
+        where = f"message to {ranks.infos[after].name}"
         _best(ranks, live, where, lambda: _transfer(dist.P2POp(dist.isend, buffer, after)))
     elif _turn(before, ranks.world) == turn:
-        where = f"message from {ranks.peers[before].name}"
+        where = f"message from {ranks.infos[before].name}"
         return _best(ranks, live, where, lambda: _transfer(dist.P2POp(dist.irecv, buffer, before)))
     else:
         _best(ranks, live, "messages of others", lambda: None)

@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from iwm_fast.engine.distributed.peers import Peer, meet, this_peer
 from iwm_fast.engine.distributed.rank_environment import ALONE, device_index, place_of
+from iwm_fast.engine.distributed.rank_info import RankInfo, meet, this_rank
 from iwm_fast.engine.distributed.signals import end_with_parent
 from iwm_fast.errors import UserError
 
@@ -44,7 +44,7 @@ class Ranks:
     # For small host messages; on GPUs a gloo group of its own, so that they do not wait for the device.
     control: dist.ProcessGroup | None = None
     # Every rank's host, versions and device, by rank.
-    peers: tuple[Peer, ...] = ()
+    infos: tuple[RankInfo, ...] = ()
     # torchrun, deepspeed, slurm, another that sets RANK ("environment"), or "alone".
     launcher: str = "alone"
 
@@ -82,19 +82,19 @@ def start(timeout_s: float = 600.0, *, alone: bool = False) -> Ranks:
         # A rank alone opens no port.
         with _waiting(rank, world):
             store = dist.HashStore() if world == 1 else _rendezvous(rank, world, timeout)
-            peers = meet(store, this_peer(rank, local_world, backend), world, timeout)
+            infos = meet(store, this_rank(rank, local_world, backend), world, timeout)
         try:
             dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
         except RuntimeError as error:
             reason = " ".join(str(error).split())
             raise UserError(
-                f"{peers[rank].name}: no connection to the other ranks ({reason}); look at the network between the "
+                f"{infos[rank].name}: no connection to the other ranks ({reason}); look at the network between the "
                 f"hosts, and at {backend.upper()}_SOCKET_IFNAME, the interface that is used"
             ) from error
     else:  # a second training in this process
-        peers = _peers_again(this_peer(rank, local_world, dist.get_backend()), world)
+        infos = _gathered_infos(this_rank(rank, local_world, dist.get_backend()), world)
     control = dist.new_group(backend="gloo") if on_gpu and world > 1 else None
-    return Ranks(rank, world, place.local_rank, local_world, device, control, peers, place.launcher)
+    return Ranks(rank, world, place.local_rank, local_world, device, control, infos, place.launcher)
 
 
 def leave() -> None:
@@ -170,7 +170,7 @@ def gather(value: Any, world: int, group: dist.ProcessGroup | None = None) -> li
     return found
 
 
-def _peers_again(me: Peer, world: int) -> tuple[Peer, ...]:
+def _gathered_infos(me: RankInfo, world: int) -> tuple[RankInfo, ...]:
     return tuple(gather(me, world))
 
 

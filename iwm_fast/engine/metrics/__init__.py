@@ -1,1 +1,1 @@
-"""Metrics of a running training, and where they go."""
+"""Metrics of a running training, and their loggers."""

@@ -13,7 +13,7 @@ from iwm_fast.engine.metrics.episodes import Episode
 
 __all__ = ["CollapseWatch", "rank_me", "spread"]
 
-# An episode ends when RankMe has come back to this multiple of the floor.
+# An episode ends when RankMe recovers to this multiple of the floor.
 _RECOVERED = 1.5
 
 
@@ -21,8 +21,8 @@ def rank_me(tokens: Tensor) -> float:
     """RankMe (Garrido et al. 2023, arXiv:2210.02885): exp of the entropy of the normalised singular values of (T, D)
     tokens.
 
-    From the eigenvalues of the D × D Gram matrix in float64, which costs less than a decomposition of the tokens
-    when T ≫ D. A perfectly collapsed representation gives 1, an isotropic one D; tokens that are not finite give NaN.
+    Computed from the eigenvalues of the D × D Gram matrix in float64, which is faster than an SVD of the tokens when
+    T ≫ D. A perfectly collapsed representation gives 1, an isotropic one D; tokens that are not finite give NaN.
     """
     x = tokens.double()
     if not torch.isfinite(x).all():
@@ -48,7 +48,7 @@ _PARTS = {
 
 
 def _energy(before: dict[str, Any] | None, now: dict[str, Any]) -> str:
-    """The part of the tokens' energy that grew most or, without a record before, the largest; "" where unknown."""
+    """Return the part of the tokens' energy that grew most (without an earlier record: the largest); "" if unknown."""
     if not all(math.isfinite(record.get(name, math.nan)) for record in (before or now, now) for name in _PARTS):
         return ""
     if before is None:
@@ -70,13 +70,13 @@ class CollapseWatch:
         self._highest: dict[str, Any] | None = None
 
     def look(self, record: dict[str, Any]) -> str | None:
-        """The warning after a logged step: what was seen, and keys of the configuration that help; mostly None."""
+        """Return the warning for a logged step, with the numbers and the keys to change; None if there is none."""
         if "rank_me" not in record:
             return None
         found = record["rank_me"]
         if self._episode.begins(found < self._floor, gone=found >= self._recovered):
             line = f"step {record['step']}: the target may be collapsing: {self._seen(record)}. {self._remedies()}"
-            self._highest = None  # the next episode falls from what it recovers to
+            self._highest = None  # the next episode compares with the recovered values
             return line
         if found >= self._floor and (self._highest is None or found > self._highest["rank_me"]):
             self._highest = record
@@ -103,4 +103,4 @@ class CollapseWatch:
             ways.insert(0, "set model.target=ema")
         if model.regularizer.kind == "none":
             ways.append("add model.regularizer.kind=vicreg or sigreg")
-        return f"Restart from an earlier checkpoint or anew: {', '.join(ways)}"
+        return f"Resume from an earlier checkpoint or start a new run: {', '.join(ways)}"

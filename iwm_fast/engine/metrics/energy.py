@@ -1,4 +1,4 @@
-"""What the target's tokens are made of: how much of their energy is the mean, the position, the image and the rest."""
+"""Decompose the energy of the target's tokens into mean, position, image and rest."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ def energy_shares(tokens: Tensor, places: Tensor, patches: int) -> dict[str, flo
     places: int64 (T,), image · patches + patch of each token. patches: L of an image.
 
     A two-way analysis of variance, z = mean + position + image + rest: the sums of squares of the positions' and of the
-    images' means, less what the rest alone would give them, their degrees of freedom times its variance (method of
-    moments: Searle, Casella and McCulloch, Variance Components, 1992), and not below 0. Exact for tokens of all patches
-    of all images; close for a sample. A share is NaN where the tokens are not finite or too few to tell the rest apart.
-    A collapse is a mean that takes over; a predictor that is served by the position alone shows in the second.
+    images' means, minus their expectation from the rest alone (their degrees of freedom times its variance; method of
+    moments: Searle, Casella and McCulloch, Variance Components, 1992), and at least 0. Exact for tokens of all patches
+    of all images, approximate for a sample. NaN if the tokens are not finite or too few to estimate the rest.
+    A growing share of the mean indicates collapse; of the position, a predictor that needs the position alone.
     """
     z = tokens.double()
     count, total = len(z), z.square().sum()

@@ -1,4 +1,4 @@
-"""Warnings of a training's log: one per episode of a fault, and another only after the fault was gone for a while."""
+"""Warnings in a training's log: one per episode of a fault, and the next only after the fault was gone for a while."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ CLEAR = 3
 
 
 class Episode:
-    """Whether a fault is to be reported."""
+    """Decide whether a fault is reported."""
 
     def __init__(self) -> None:
         self._open = False
         self._clear = 0
 
     def begins(self, seen: bool, *, gone: bool | None = None) -> bool:
-        """Call it at each logged step; True at the first of an episode. ``gone``: whether the step counts as one
-        without the fault, default where it was not seen.
+        """Return True at the first logged step of an episode. Call it at each logged step. ``gone``: whether the step
+        counts as one without the fault; default: if it was not seen.
         """
         if seen:
             begun, self._open, self._clear = not self._open, True, 0
@@ -32,7 +32,7 @@ class Episode:
 
 
 class FaultWatch:
-    """What the first rank says of images that cannot be decoded and of steps that were skipped, once per episode."""
+    """The first rank's warnings about undecodable images and skipped steps, once per episode."""
 
     def __init__(self, max_skipped: int, bad_file: Path) -> None:
         self._max_skipped, self._bad_file = max_skipped, bad_file
@@ -40,19 +40,19 @@ class FaultWatch:
         self._bad = 0
 
     def look(self, record: dict[str, Any], skipped: int) -> list[str]:
-        """Lines after a logged step. ``skipped``: steps that were skipped since the logged step before."""
+        """Return the lines for a logged step. ``skipped``: steps skipped since the previous logged step."""
         step, bad = record["step"], record.get("bad_samples", 0)
         lines = []
         if self._skipping.begins(skipped > 0):
             lines.append(
                 f"step {step}: loss or gradient not finite in {skipped} step(s) since the last logged one; such steps "
                 f"change no weight, and more than {self._max_skipped} in a row end the run (train.max_skipped). If it "
-                "lasts, lower train.lr, set train.clip or lengthen train.warmup"
+                "continues, lower train.lr, set train.clip or lengthen train.warmup"
             )
         if self._undecodable.begins(bad > self._bad):
             lines.append(
-                f"step {step}: {bad} image(s) cannot be decoded and are replaced; {self._bad_file} names each with the "
-                "reason, iwm-fast data verify finds all"
+                f"step {step}: {bad} image(s) cannot be decoded and are replaced; {self._bad_file} lists them with the "
+                "reasons; iwm-fast data verify finds all"
             )
         self._bad = max(self._bad, bad)
         return lines

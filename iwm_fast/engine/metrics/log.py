@@ -45,7 +45,7 @@ class MetricsLog:
             raise self._unwritten(error) from error
 
     def sync(self) -> None:
-        """Flush the lines to the disk, before a checkpoint after which they are not written again."""
+        """Flush the lines to the disk; called before a checkpoint, after which they are not written again."""
         try:
             sync_open(self._file.fileno())
         except OSError as error:

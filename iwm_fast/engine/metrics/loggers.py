@@ -27,7 +27,7 @@ class _TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         folder.mkdir(parents=True, exist_ok=True)
-        self._name = ExitStack()  # held while files may be opened in the folder
+        self._name = ExitStack()  # open while files may be opened in the folder
         self._board: Any = SummaryWriter(self._name.enter_context(utf8_name(folder)))
 
     def write(self, record: dict[str, Any]) -> None:

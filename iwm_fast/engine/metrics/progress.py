@@ -1,4 +1,4 @@
-"""Progress of a training for people: a bar on a terminal, plain lines elsewhere."""
+"""Progress of a training: a bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PLAIN_EVERY_S = 10.0
 
 
 class TrainingProgress:
-    """Shows steps, loss, images/s and time left; on the first rank only."""
+    """Show steps, loss, images/s and time left; on the first rank only."""
 
     def __init__(self, total: int, done: int, *, shown: bool) -> None:
         self._total = total
@@ -48,7 +48,7 @@ class TrainingProgress:
             self._bar.stop()
 
     def say(self, line: str) -> None:
-        """Print a line that stays."""
+        """Print a permanent line."""
         if not self._shown:
             return
         if self._bar:

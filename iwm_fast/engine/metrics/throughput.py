@@ -23,7 +23,7 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 class StepCounter:
-    """Sums steps; ``take`` returns their medians and means and resets it."""
+    """Sum steps; ``take`` returns means per step and resets the sums."""
 
     def __init__(self, config: Config, action_dim: int, device: torch.device) -> None:
         self._model, self._sources = config.model, config.views.sources_per_target
@@ -42,8 +42,8 @@ class StepCounter:
 
     def count(self, context: NDArray[np.int64], predicted: NDArray[np.int64], padding: int = 0) -> None:
         """Add a micro-batch's FLOPs, from the sources' token counts, both (B · K,), and its tokens of padding."""
-        asked = 0 if self._model.predictor.kind == "mlp" else int(predicted.sum())
-        self._tokens += int(context.sum()) + asked + padding
+        queried = 0 if self._model.predictor.kind == "mlp" else int(predicted.sum())
+        self._tokens += int(context.sum()) + queried + padding
         self._padding += padding
         self._flops += step_flops(self._model, self._action_dim, context, predicted, self._sources).total
 
@@ -54,8 +54,8 @@ class StepCounter:
             self._parts.setdefault(name, []).append(seconds)
 
     def take(self, images: int) -> dict[str, float | None]:
-        """Return per step: images/s, seconds, waiting for data, the rest beside compute and data (all means), MFU of
-        useful FLOPs, and with static shapes the share of padding among context and predicted tokens.
+        """Return means per step: images/s, seconds, wait for data, overhead beside compute and data, MFU of useful
+        FLOPs, and with static shapes the share of padding among context and predicted tokens.
         """
         total, steps = sum(self._steps), len(self._steps)
         compute = sum(sum(self._parts.get(name, [])) for name in COMPUTE)

@@ -14,7 +14,7 @@ __all__ = ["WandbSink", "require_wandb"]
 
 
 def require_wandb() -> None:
-    """UserError where the package is not installed."""
+    """Raise UserError if the package is not installed."""
     if importlib.util.find_spec("wandb") is None:
         raise UserError(
             "log.wandb is set, but the package is not installed: pip install 'iwm-fast[wandb]', or unset log.wandb"
@@ -22,9 +22,9 @@ def require_wandb() -> None:
 
 
 class WandbSink:
-    """Sends every record to a run of the project; a resumed training resumes its W&B run.
+    """Send every record to a run of the project; a resumed training resumes its W&B run.
 
-    W&B's own variables apply: WANDB_MODE=offline writes below ``directory``/wandb only.
+    W&B's environment variables apply: WANDB_MODE=offline writes only below ``directory``/wandb.
     """
 
     def __init__(self, project: str, directory: Path, config: dict[str, Any]) -> None:
@@ -50,10 +50,10 @@ class WandbSink:
             ) from error
 
     def write(self, record: dict[str, Any]) -> None:
-        """One step's numbers."""
+        """Log one step's numbers."""
         numbers = {k: v for k, v in record.items() if k != "step" and isinstance(v, int | float)}
         self._run.log(numbers, step=record["step"])
 
     def close(self) -> None:
-        """Let it finish sending."""
+        """Finish sending."""
         self._run.finish()

@@ -1,1 +1,1 @@
-"""Runs side by side: how their configurations differ, their curves, and which measured differences are beyond noise."""
+"""Compare runs: the differences of their configurations, their curves, and which differences exceed noise."""

@@ -1,4 +1,4 @@
-"""The comparison as tables, JSON and one offline page."""
+"""A comparison as tables, JSON and an offline page."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from iwm_fast.outputs import require_folder, writing
 __all__ = ["Comparison", "compare", "write_page"]
 
 _RULE = (
-    "Higher, lower: the 95 % intervals do not meet, against the first that was measured on the same images. Within: "
+    "Against the first run measured on the same images. Higher, lower: the 95 % intervals do not overlap. Within: "
     "they do, so the difference may be noise. Intervals are over images, not over seeds: train several for that."
 )
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What was found. axis: of the curves."""
+    """The result. axis: of the curves."""
 
     subjects: Sequence[Subject]
     rows: Sequence[Row]
     axis: Axis
 
     def document(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the result for JSON."""
         names = [subject.name for subject in self.subjects]
         return {
             "runs": [_facts(subject) for subject in self.subjects],
@@ -56,11 +56,11 @@ class Comparison:
         }
 
     def notes(self) -> list[str]:
-        """What makes the comparison less than it seems."""
+        """Return the limits of the comparison."""
         return notes(self.subjects, self.rows)
 
     def tables(self) -> list[tuple[str, list[str], list[list[str]]]]:
-        """(title, head, rows) of what is compared, the settings that differ, and what was measured."""
+        """Return (title, head, rows) of the runs, of the settings that differ, and of the measures."""
         names = [subject.name for subject in self.subjects]
         found = [("runs", ["", "kind", "state", "step", "images seen", "loss", "RankMe", "images/s"], self._runs())]
         differ = [[key, *map(_setting, values)] for key, values in differences(self.subjects).items()]
@@ -68,7 +68,7 @@ class Comparison:
             found.append(("settings that differ", ["key", *names], differ))
         places = _short_places(self.rows)
         if self.rows:
-            # A column of dashes, of what was not measured at all, would take the others' room.
+            # A run without measures would be a column of dashes.
             shown = [place for place in range(len(names)) if any(row.figures[place] is not None for row in self.rows)]
             measured = [
                 [
@@ -94,13 +94,13 @@ class Comparison:
 
 
 def compare(paths: Sequence[Path], axis: Axis | None = None) -> Comparison:
-    """Read what is compared. UserError as `read_subjects`."""
+    """Read and compare the runs. Raises UserError as `read_subjects`."""
     subjects = read_subjects(paths)
     return Comparison(subjects, measured_rows(subjects), axis_of(subjects, axis))
 
 
 def write_page(found: Comparison, out: Path) -> Path:
-    """Write OUT/index.html; returns it. UserError where it cannot be written."""
+    """Write OUT/index.html and return its path. Raise UserError if it cannot be written."""
     require_folder(out)
     runs, *others = found.tables()
     drawn = charts(found.subjects, found.axis)
@@ -110,7 +110,7 @@ def write_page(found: Comparison, out: Path) -> Path:
         measured = title.startswith("measured")
         lines = [_RULE, *_places(found.rows)] if measured else []
         sections.append(Section(title[0].upper() + title[1:], [_table((title, head, rows))], lines))
-    name = " beside ".join(subject.name for subject in found.subjects)
+    name = " and ".join(subject.name for subject in found.subjects)
     page = document(f"Comparison: {name}", "Comparison", name, [], sections)
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
@@ -129,14 +129,14 @@ def _places(rows: Sequence[Row]) -> list[str]:
 
 
 def _short_places(rows: Sequence[Row]) -> dict[str, str]:
-    """The last part of each place of images, or all of it where two end alike."""
+    """Return the last part of each data path, or all of it if two end alike."""
     places = dict.fromkeys(row.data for row in rows)
     ends = [PurePath(place).name for place in places]
     return {place: end if end and ends.count(end) == 1 else place for place, end in zip(places, ends, strict=True)}
 
 
 def _facts(subject: Subject) -> dict[str, Any]:
-    """Of a run: what its metrics end with; images/s is the median."""
+    """Return a run's last metrics; images/s is the median."""
 
     def last(key: str) -> float | None:
         return next((r[key] for r in reversed(subject.records) if isinstance(r.get(key), int | float)), None)
@@ -169,7 +169,7 @@ def _cells(row: Row, subjects: Sequence[Subject], shown: Sequence[int]) -> list[
 
 
 def _cell(figure: Figure | None, verdict: str, subject: Subject) -> str:
-    """Value, interval, verdict; and the step where it is not the run's newest."""
+    """Return value, interval and verdict, and the step if it is not the run's newest."""
     if figure is None:
         return "–"
     ends = f" ({figure.interval[0]:.4f} – {figure.interval[1]:.4f})" if figure.interval else ""

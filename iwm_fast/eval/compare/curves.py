@@ -12,8 +12,8 @@ __all__ = ["Axis", "axis_of", "charts"]
 
 Axis = Literal["steps", "images"]
 
-_SHOWN = 500  # points of a line: about what 330 pixels can show
-# Key of metrics.jsonl, or of the points of finetuning, and what it is called.
+_SHOWN = 500  # points per line: about what 330 pixels can show
+# Keys of metrics.jsonl, or of finetuning curves, and their labels.
 _CURVES = {
     "loss": "loss",
     "rank_me": "RankMe of the target",
@@ -25,16 +25,16 @@ _CURVES = {
 _FINETUNING = {"loss": "finetuning loss", "test": "score on test images"}
 
 
-def axis_of(subjects: Sequence[Subject], asked: Axis | None) -> Axis:
-    """What the curves stand over: the requested axis, else images where the runs' batches differ."""
-    if asked is not None:
-        return asked
+def axis_of(subjects: Sequence[Subject], requested: Axis | None) -> Axis:
+    """Return the x axis: the requested one, else images if the runs' batch sizes differ."""
+    if requested is not None:
+        return requested
     batches = {subject.settings.get("train.global_batch") for subject in subjects if subject.records}
     return "images" if len(batches) > 1 else "steps"
 
 
 def charts(subjects: Sequence[Subject], axis: Axis) -> list[str]:
-    """The charts that there are data for, as SVG. A colour is a subject's in all of them."""
+    """Return the charts with data, as SVG. A run has the same colour in all of them."""
     x = "step" if axis == "steps" else "samples_seen"
     across = "step" if axis == "steps" else "images seen"
     found = []
@@ -57,7 +57,7 @@ def _chart(
 
 
 def _points(records: Sequence[Mapping[str, Any]], x: str, y: str) -> tuple[list[float], list[float]]:
-    """Places and values where a record has both as numbers; of very many every so many-th, and the last."""
+    """Return x and y of the records that have both as numbers, at most about `_SHOWN` of them, with the last."""
     pairs = [(r[x], r[y]) for r in records if isinstance(r.get(x), int | float) and isinstance(r.get(y), int | float)]
     every = -(-len(pairs) // _SHOWN) or 1
     kept = pairs[::every] + (pairs[-1:] if pairs and (len(pairs) - 1) % every else [])

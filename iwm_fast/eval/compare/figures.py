@@ -1,4 +1,4 @@
-"""How subjects differ: in their settings, and in what was measured of them beyond its intervals."""
+"""Differences of runs: their settings, and measures beyond their intervals."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from iwm_fast.eval.report.drawing import drawings
 
 __all__ = ["Figure", "Row", "differences", "measured_rows", "notes"]
 
-# What a loss is of: with other settings of these it is another task's, and no smaller loss is better.
+# Settings that define the pretraining task: losses of different tasks cannot be compared.
 _OF_THE_TASK = ("data.root", "views.", "masks.", "actions.", "model.target", "model.normalize_target", "model.patch")
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A number that was measured, the ends of its 95 % interval, and the step of the checkpoint."""
+    """A measured number, its 95 % interval, and the step of the checkpoint."""
 
     value: float
     interval: tuple[float, float] | None
@@ -27,10 +27,10 @@ class Figure:
 
 @dataclass(frozen=True)
 class Row:
-    """One measure on one set of images: the figure of each subject, None where it was not measured.
+    """One measure on one data set: the figure of each subject, None if it was not measured.
 
-    verdicts: of each subject against the first one that was measured, "" for that one: higher or lower where the
-    intervals do not meet, within where they do, no interval.
+    verdicts: of each subject against the first measured one, "" for that one: higher or lower if the intervals do not
+    overlap, within if they do, no interval.
     """
 
     measure: str
@@ -40,7 +40,7 @@ class Row:
 
 
 def differences(subjects: Sequence[Subject]) -> dict[str, list[Any]]:
-    """The settings that are not alike, by key: a value per subject, None also where a subject has no such setting."""
+    """Return the settings that differ, by key: a value per subject, None also if a subject has no such setting."""
     keys = dict.fromkeys(key for subject in subjects for key in subject.settings)
     found: dict[str, list[Any]] = {}
     for key in keys:
@@ -51,7 +51,7 @@ def differences(subjects: Sequence[Subject]) -> dict[str, list[Any]]:
 
 
 def measured_rows(subjects: Sequence[Subject]) -> list[Row]:
-    """A row for each measure and set of images, those first that most subjects have."""
+    """Return a row per measure and data set, first those that most subjects have."""
     found: dict[tuple[str, str], list[Figure | None]] = {}
     for place, subject in enumerate(subjects):
         for measure, data, figure in _figures(subject):
@@ -61,7 +61,7 @@ def measured_rows(subjects: Sequence[Subject]) -> list[Row]:
 
 
 def _figures(subject: Subject) -> Iterator[tuple[str, str, Figure]]:
-    """(name, place of the images, figure); of several checkpoints the newest that was measured counts."""
+    """Yield (name, data path, figure), of the newest checkpoint that was measured."""
     for place in dict.fromkeys(one.data for one in subject.measured):
         own = [one for one in subject.measured if one.data == place]
         step: dict[str, int] = {}
@@ -101,7 +101,7 @@ def _verdict(first: Figure, other: Figure) -> str:
 
 
 def notes(subjects: Sequence[Subject], rows: Sequence[Row]) -> list[str]:
-    """What makes the comparison less than it seems, a line each."""
+    """Return the limits of the comparison, one line each."""
     differ = differences(subjects)
     runs = [subject for subject in subjects if subject.kind == "run"]
     said = [line for subject in subjects if (line := _state_line(subject))]
@@ -113,7 +113,7 @@ def notes(subjects: Sequence[Subject], rows: Sequence[Row]) -> list[str]:
         shown = ", ".join(f"{name} {count:,}" for name, count in seen.items())
         said.append(f"the runs have seen different numbers of images: {shown}")
     if rows and not any(row.figures.count(None) <= len(subjects) - 2 for row in rows):
-        said.append("no measure was taken of two of them on the same images: evaluate them with one --data")
+        said.append("no two of them were evaluated on the same images: evaluate them with the same --data")
     return said
 
 

@@ -1,4 +1,4 @@
-"""What is compared: a run, an export of one, or a finetuned result, as its folder tells of it. No weights are read."""
+"""Read what is compared from its folder, without weights: a run, an export or a finetuned result."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from iwm_fast.file_locks import hold
 
 __all__ = ["Subject", "read_subjects", "tasks_of"]
 
-# Of a finetuned result, what the command was given and not what it found.
+# The settings of a finetuned result, not its scores.
 _FINETUNE_KEYS = ("mode", "init", "task", "encoder", "lr", "steps", "batch", "weight_decay", "seed", "step")
 
 
 @dataclass(frozen=True)
 class Subject:
-    """One of what is compared.
+    """A run, an export or a finetuned result.
 
-    name: unlike the others'. kind: run, export or finetuned. settings: by dotted key. records: of metrics.jsonl.
-    measured: of RUN/results, a finetuned result's as one. step, of: steps done, and of how many (None: not known).
-    state: finished, training, stopped or ended early; "" where it has none.
+    name: unique. kind: run, export or finetuned. settings: by dotted key. records: of metrics.jsonl. measured: of
+    RUN/results. step, of: steps done, and steps in all (None: unknown). state: finished, training, stopped or ended
+    early; "" if it has none.
     """
 
     name: str
@@ -46,23 +46,23 @@ class Subject:
 
 
 def read_subjects(paths: Sequence[Path]) -> list[Subject]:
-    """Each in the order given. UserError for fewer than two, one that is given twice, and what is none."""
+    """Read the subjects in order. Raise UserError for fewer than two, a repeated one, and a folder that is none."""
     if len(paths) < 2:
         raise UserError("compare: give two or more runs, exports or finetuned results: iwm-fast compare runs/a runs/b")
     for path in paths:
         if named(path).checkpoint is not None:
-            raise UserError(f"{path}: is one checkpoint of a run; compare takes whole runs: give {named(path).run}")
+            raise UserError(f"{path}: a checkpoint cannot be compared, only its run: give {named(path).run}")
     folders = [named(path).run for path in paths]
     for place, folder in enumerate(folders):
         if not folder.is_dir():
             raise UserError(f"{paths[place]}: no such folder; name a run, an export or a finetuned result")
         if any(folder.samefile(other) for other in folders[:place]):
-            raise UserError(f"{paths[place]}: is given twice; name each run once")
+            raise UserError(f"{paths[place]}: given twice; name each run once")
     return [_read(name, folder) for name, folder in zip(_names(folders), folders, strict=True)]
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """As much of the end of each path as tells them apart."""
+    """Return the shortest ends of the paths that are unique."""
     parts = [folder.resolve().parts for folder in folders]
     depth = 1
     while len({part[-depth:] for part in parts}) < len(parts):
@@ -89,12 +89,12 @@ def _run(name: str, folder: Path) -> Subject:
     directory = RunDirectory(folder)
     config = run_config(directory.config_file)
     records = read_metrics(directory.metrics_file)
-    start = _last_start(directory.environment_file)
+    launch = _last_launch(directory.environment_file)
     settings = dict(_leaves(config.model_dump(mode="json")))
-    settings |= {f"({key})": start[key] for key in ("images", "world", "version") if key in start}
-    total = start.get("steps", {}).get("train.steps") or config.train.steps
-    if total is None and "images" in start:
-        total = training_steps(config, start["images"])
+    settings |= {f"({key})": launch[key] for key in ("images", "world", "version") if key in launch}
+    total = launch.get("steps", {}).get("train.steps") or config.train.steps
+    if total is None and "images" in launch:
+        total = training_steps(config, launch["images"])
     if total is None:
         total = config.train.schedule_steps
     saved = [step for path in steps(directory.checkpoints) if (step := step_of(path)) is not None]
@@ -104,28 +104,28 @@ def _run(name: str, folder: Path) -> Subject:
 
 
 def _state(directory: RunDirectory, done: int, total: int | None) -> str:
-    """How far it is: training while a job holds the folder, else how it ended."""
+    """Return the state: training while a job holds the lock, else how it ended."""
     try:
         with (directory.path / ".lock").open("rb") as lock:
             hold(lock, str(directory.path))
     except BlockingIOError:
         return "training"
-    except OSError:  # another user's, or none: nobody can tell
+    except OSError:  # another user's, or missing: unknown
         pass
     if total is not None and done >= total:
         return "finished"
     return "stopped" if directory.stopped_file.exists() else "ended early"
 
 
-def _last_start(file: Path) -> dict[str, Any]:
-    """What environment.json says of the last start; {} where it is missing, damaged or older."""
+def _last_launch(file: Path) -> dict[str, Any]:
+    """Return the last launch in environment.json; {} if it is missing, damaged or of an older version."""
     try:
         document = json.loads(file.read_text(encoding="utf-8"))
-        start = dict(document["starts"][-1])
-        start["version"] = document["environment"]["iwm_fast"]
+        launch = dict(document["starts"][-1])
+        launch["version"] = document["environment"]["iwm_fast"]
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return {}
-    return start
+    return launch
 
 
 def _finetuned(name: str, folder: Path) -> Subject:
@@ -137,7 +137,7 @@ def _finetuned(name: str, folder: Path) -> Subject:
 
 
 def tasks_of(subject: Subject) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
-    """(task, place of its test images, its results) of a finetuned result; one task has the name ""."""
+    """Yield (task, path of its test images, its results) of a finetuned result; a single task has the name ""."""
     tasks = subject.results.get("tasks")
     for task, found in tasks.items() if isinstance(tasks, dict) else [("", subject.results)]:
         place = (found.get("splits") or subject.results.get("splits") or {}).get("test", "")
@@ -150,9 +150,9 @@ def _json(file: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({because(error)})") from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: is damaged; write it again with iwm-fast export or finetune") from error
+        raise UserError(f"{file}: damaged; write it again with iwm-fast export or finetune") from error
     if not isinstance(found, dict):
-        raise UserError(f"{file}: holds no mapping; write it again with iwm-fast export or finetune")
+        raise UserError(f"{file}: not a mapping; write it again with iwm-fast export or finetune")
     return found
 
 

@@ -129,7 +129,7 @@ def _strengths(actions: ActionsConfig, stops: int) -> dict[Corruption, list[floa
     found = {}
     for corruption in corruptions_drawn(actions):
         if corruption.slides:
-            weakest, strongest = sorted(strength_range(actions, corruption), key=corruption.told)
+            weakest, strongest = sorted(strength_range(actions, corruption), key=corruption.reflected)
             values = np.linspace(weakest, strongest, stops - 1)
             whole = np.rint(values) if np.issubdtype(corruption.dtype, np.integer) else values
             found[corruption] = list(dict.fromkeys(whole.tolist()))

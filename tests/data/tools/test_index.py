@@ -74,7 +74,7 @@ def test_from_a_manifest_nothing_is_listed(tmp_path, monkeypatch):
     assert [after.read(i) for i in range(7)] == list(made.values())
     assert after.labels.tolist() == before.labels.tolist()
     assert (after.classes, after.source.kind) == (before.classes, "folder")
-    assert "by the manifest" in after.source.describe()
+    assert "in the manifest" in after.source.describe()
 
 
 def test_names_of_any_bytes_come_back(tmp_path):
@@ -103,7 +103,7 @@ def test_what_changed_or_vanished_is_a_bad_sample(tmp_path):
     (tmp_path / names[1]).write_bytes(made[names[1]][:-9] + b"123456789")
     (tmp_path / names[2]).unlink()
     images = list_images(tmp_path)
-    for sample, reason in enumerate(["bytes, and the index says", "its checksum is another", "No such file"]):
+    for sample, reason in enumerate(["bytes, not", "its checksum differs", "No such file"]):
         with pytest.raises(BadSample, match=reason):
             images.read(sample)
     assert images.read(3) == made[names[3]]
@@ -160,7 +160,7 @@ def test_a_damaged_manifest_is_refused_by_name(tmp_path, damage):
     text = (tmp_path / NAME).read_text()
     assert damage(text) != text
     (tmp_path / NAME).write_text(damage(text))
-    with pytest.raises(UserError, match="not a whole manifest of iwm-fast") as caught:
+    with pytest.raises(UserError, match="not a complete iwm-fast manifest") as caught:
         list_images(tmp_path)
     assert str(caught.value).startswith(str(tmp_path / NAME))
 

@@ -14,20 +14,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from iwm_fast.engine.distributed.links import Link, far_below
-from iwm_fast.engine.distributed.peers import Peer
+from iwm_fast.engine.distributed.rank_info import RankInfo
 
 pytestmark = pytest.mark.slow  # starts ranks, some of them slow
 
 SCRIPT = Path(__file__).parents[1] / "joined_ranks.py"
-FIRST = Peer(0, "alpha", 10, "nccl", "NVIDIA H100", 8, 8, {})
+FIRST = RankInfo(0, "alpha", 10, "nccl", "NVIDIA H100", 8, 8, {})
 
 
 def ring(hosts, speed):
     """Return ranks on one host each, and the links from each to the next; ``speed`` of (source, target) in bytes/s."""
-    peers = [replace(FIRST, rank=rank, host=host) for rank, host in enumerate(hosts)]
+    infos = [replace(FIRST, rank=rank, host=host) for rank, host in enumerate(hosts)]
     world = len(hosts)
     ends = [(rank, (rank + 1) % world) for rank in range(world)]
-    return [Link(a, b, hosts[a] != hosts[b], speed(a, b)) for a, b in ends], peers
+    return [Link(a, b, hosts[a] != hosts[b], speed(a, b)) for a, b in ends], infos
 
 
 def test_a_host_at_both_of_its_slow_links_is_named_alone():

@@ -9,11 +9,11 @@ import pytest
 import torch.distributed as dist
 
 from iwm_fast.engine.distributed import ranks as distributed
-from iwm_fast.engine.distributed.peers import Peer, meet, require_alike, require_shared, this_peer
+from iwm_fast.engine.distributed.rank_info import RankInfo, meet, require_alike, require_shared, this_rank
 from iwm_fast.errors import UserError
 
 SHORT = datetime.timedelta(seconds=3)
-FIRST = Peer(0, "alpha", 10, "nccl", "NVIDIA H100", 8, 8, {"torch": "2.13.0", "deepspeed": "0.19.8"}, "GPU-1")
+FIRST = RankInfo(0, "alpha", 10, "nccl", "NVIDIA H100", 8, 8, {"torch": "2.13.0", "deepspeed": "0.19.8"}, "GPU-1")
 SECOND = replace(FIRST, rank=1, host="beta", gpu="GPU-2")
 
 
@@ -64,15 +64,15 @@ def stores(count):
 
 def test_ranks_meet_and_learn_of_each_other():
     both = stores(2)
-    found = together(*(lambda r=r: meet(both[r], this_peer(r, 2, "gloo"), 2, SHORT) for r in range(2)))
+    found = together(*(lambda r=r: meet(both[r], this_rank(r, 2, "gloo"), 2, SHORT) for r in range(2)))
     assert found[0] == found[1]
-    assert [peer.rank for peer in found[0]] == [0, 1]
+    assert [info.rank for info in found[0]] == [0, 1]
 
 
 def test_unlike_ranks_all_end_with_the_same_line():
     both = stores(2)
-    peers = [this_peer(0, 2, "gloo"), replace(this_peer(1, 2, "gloo"), host="beta", versions={"torch": "1.0"})]
-    found = together(*(lambda r=r: meet(both[r], peers[r], 2, SHORT) for r in range(2)))
+    infos = [this_rank(0, 2, "gloo"), replace(this_rank(1, 2, "gloo"), host="beta", versions={"torch": "1.0"})]
+    found = together(*(lambda r=r: meet(both[r], infos[r], 2, SHORT) for r in range(2)))
     assert isinstance(found[0], UserError)
     assert str(found[0]) == str(found[1])
     assert "on beta has" in str(found[0])
@@ -80,8 +80,8 @@ def test_unlike_ranks_all_end_with_the_same_line():
 
 def test_a_rank_that_does_not_come_is_named():
     (store,) = stores(1)
-    with pytest.raises(UserError, match=r"rank\(s\) 1, 2 of 3 did not come within 3 s"):
-        meet(store, this_peer(0, 1, "gloo"), 3, SHORT)
+    with pytest.raises(UserError, match=r"rank\(s\) 1, 2 of 3 did not connect within 3 s"):
+        meet(store, this_rank(0, 1, "gloo"), 3, SHORT)
 
 
 class Gatherer:

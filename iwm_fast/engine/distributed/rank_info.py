@@ -1,6 +1,7 @@
-"""Exchange what every rank is before they join, so that an impossible job ends in one line with the host's name.
+"""Exchange every rank's host, device and versions before the process group starts, so that an impossible job ends in
+one line with the host's name.
 
-The ranks meet in the launcher's store first: a host with another backend would otherwise wait for the rest forever.
+The exchange uses the launcher's store: in the process group, a host with another backend would wait forever.
 """
 
 from __future__ import annotations
@@ -23,15 +24,15 @@ from iwm_fast.environment import installed_version
 from iwm_fast.errors import UserError, because
 from iwm_fast.version import __version__
 
-__all__ = ["Peer", "meet", "require_alike", "require_shared", "this_peer"]
+__all__ = ["RankInfo", "meet", "require_alike", "require_shared", "this_rank"]
 
 _MUST_AGREE = ("torch", "triton", "deepspeed", "nvidia-dali-cuda130", "xformers", "safetensors", "numpy")
 _KEY = "iwm_fast/launch"
 
 
 @dataclass(frozen=True)
-class Peer:
-    """One rank as the others see it. devices: GPUs visible to it; device: the name of its own, or "cpu"."""
+class RankInfo:
+    """Host, device and versions of a rank. devices: GPUs visible to it; device: the name of its GPU, or "cpu"."""
 
     rank: int
     host: str
@@ -46,15 +47,15 @@ class Peer:
 
     @property
     def name(self) -> str:
-        """Its name in errors and warnings."""
+        """The rank's name in errors and warnings."""
         return f"rank {self.rank} on {self.host}"
 
 
-def this_peer(rank: int, local_world: int, backend: str) -> Peer:
+def this_rank(rank: int, local_world: int, backend: str) -> RankInfo:
     """Describe this process."""
     on_gpu = backend == "nccl"
     versions = {package: installed_version(package) for package in _MUST_AGREE}
-    return Peer(
+    return RankInfo(
         rank,
         socket.gethostname(),
         os.getpid(),
@@ -67,7 +68,7 @@ def this_peer(rank: int, local_world: int, backend: str) -> Peer:
     )
 
 
-def meet(store: dist.Store, me: Peer, world: int, timeout: datetime.timedelta) -> tuple[Peer, ...]:
+def meet(store: dist.Store, me: RankInfo, world: int, timeout: datetime.timedelta) -> tuple[RankInfo, ...]:
     """Return every rank's description, by rank. Raises UserError where some do not connect in time, or cannot work
     together.
     """
@@ -78,49 +79,47 @@ def meet(store: dist.Store, me: Peer, world: int, timeout: datetime.timedelta) -
     except dist.DistError as error:
         missing = [str(rank) for rank in range(world) if rank != me.rank and not _there(store, keys[rank])]
         raise UserError(
-            f"{me.name}: rank(s) {', '.join(missing) or 'unknown'} of {world} did not come within "
-            f"{timeout.total_seconds():.0f} s; look at their hosts' own last lines, and at the network between them"
+            f"{me.name}: rank(s) {', '.join(missing) or 'unknown'} of {world} did not connect within "
+            f"{timeout.total_seconds():.0f} s; look at the last lines of their hosts, and at the network between them"
         ) from error
-    peers = tuple(Peer(**json.loads(store.get(key))) for key in keys)
-    require_alike(peers)
-    return peers
+    infos = tuple(RankInfo(**json.loads(store.get(key))) for key in keys)
+    require_alike(infos)
+    return infos
 
 
-def require_alike(peers: tuple[Peer, ...]) -> None:
-    """Raise UserError where ranks differ in backend, kind of GPU or versions, or two share one GPU; it names
-    the hosts.
-    """
-    first = peers[0]
-    for peer in peers[1:]:
-        if peer.backend != first.backend:
+def require_alike(infos: tuple[RankInfo, ...]) -> None:
+    """Raise UserError, with the hosts' names, if ranks differ in backend, GPU model or versions, or two share a GPU."""
+    first = infos[0]
+    for info in infos[1:]:
+        if info.backend != first.backend:
             raise UserError(
-                f"{peer.name} runs on {peer.device} ({peer.backend}), {first.name} on {first.device} "
+                f"{info.name} runs on {info.device} ({info.backend}), {first.name} on {first.device} "
                 f"({first.backend}): look at the driver and at CUDA_VISIBLE_DEVICES there (iwm-fast doctor)"
             )
         for package, version in first.versions.items():
-            if peer.versions.get(package) != version:
+            if info.versions.get(package) != version:
                 raise UserError(
-                    f"{peer.name} has {package} {peer.versions.get(package)}, {first.name} has {version}: "
+                    f"{info.name} has {package} {info.versions.get(package)}, {first.name} has {version}: "
                     "install the same on all hosts"
                 )
-        if peer.device != first.device:
+        if info.device != first.device:
             raise UserError(
-                f"{peer.name} has a {peer.device}, {first.name} a {first.device}: start ranks on one kind of GPU"
+                f"{info.name} has a {info.device}, {first.name} a {first.device}: start ranks on one GPU model"
             )
-    owners: dict[str, Peer] = {}
-    for peer in peers:
-        owner = owners.setdefault(peer.gpu, peer)
-        if peer.gpu and owner is not peer:
+    owners: dict[str, RankInfo] = {}
+    for info in infos:
+        owner = owners.setdefault(info.gpu, info)
+        if info.gpu and owner is not info:
             raise UserError(
-                f"{owner.name} and {peer.name} would share one GPU: start at most one process per GPU (look at "
+                f"{owner.name} and {info.name} would share one GPU: start at most one process per GPU (look at "
                 "CUDA_VISIBLE_DEVICES and LOCAL_RANK there)"
             )
 
 
-def require_shared(folder: Path, peers: tuple[Peer, ...], rank: int, gather: Callable[[Any], list[Any]]) -> None:
-    """Raise UserError on every rank unless all can write to the folder and the first sees what they wrote.
+def require_shared(folder: Path, infos: tuple[RankInfo, ...], rank: int, gather: Callable[[Any], list[Any]]) -> None:
+    """Raise UserError on every rank unless all ranks can write to the folder and the first sees their files.
 
-    `gather` returns every rank's value, by rank, to all.
+    `gather` returns the values of all ranks, in order, on every rank.
     """
     token = gather(uuid.uuid4().hex)[0]
     meeting = folder / f".meeting-{token}"
@@ -129,12 +128,13 @@ def require_shared(folder: Path, peers: tuple[Peer, ...], rank: int, gather: Cal
         meeting.mkdir(parents=True, exist_ok=True)
         (meeting / str(rank)).touch()
     except OSError as error:
-        wrong = f"{peers[rank].name} cannot write to {folder}: {because(error)}"
+        wrong = f"{infos[rank].name} cannot write to {folder}: {because(error)}"
     found = [said for said in gather(wrong) if said]
     if not found and rank == 0:
-        unseen = [peer.name for peer in peers if not (meeting / str(peer.rank)).exists()]
+        unseen = [info.name for info in infos if not (meeting / str(info.rank)).exists()]
         if unseen:
-            found = [f"{folder} is another folder for {', '.join(unseen)} than for {peers[0].name}: share it"]
+            others = ", ".join(unseen)
+            found = [f"{folder} is not the same folder for {others} and {infos[0].name}: use a shared file system"]
     found = gather(found)[0]
     _remove(meeting)
     if found:
@@ -142,7 +142,7 @@ def require_shared(folder: Path, peers: tuple[Peer, ...], rank: int, gather: Cal
 
 
 def _this_gpu() -> str:
-    """The current GPU's UUID; of a MIG part, the name by which it is visible."""
+    """Return the current GPU's UUID; for a MIG instance, its name in CUDA_VISIBLE_DEVICES."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     if visible.startswith("MIG-"):
         return visible.split(",")[torch.cuda.current_device()]
