@@ -84,7 +84,7 @@ WRONG = {
     "missing configuration": (["pretrain", "--out", "somewhere"], "CONFIG is missing: name a YAML file or a packaged"),
     "no configuration to resume with": (
         ["pretrain", "train.steps=3", "--out", "somewhere", "--resume", "auto"],
-        "somewhere/config.yaml: there is none to resume with; name a CONFIG",
+        "somewhere/config.yaml: no such file to resume with; name a CONFIG",
     ),
     "missing option": (["pretrain", "demo.yaml"], "Missing option '--out'. See iwm-fast pretrain --help."),
     "unknown key": (["config", "demo", "train.lrr=1"], "command line: train.lrr: unknown key; did you mean train.lr?"),

@@ -213,7 +213,7 @@ def test_a_plan_of_one_gpu_and_a_short_run_shows_no_zeros():
     assert all(v["sent_bytes"] == 0 for v in record["variants"])
     assert "0.0 hours" not in said
     assert " 0 GPU-hours" not in said
-    assert "note: the set has 100 images and a step takes 128: each step holds an image 1.28 times" in said
+    assert "note: the data set has 100 images, and train.global_batch is 128: each step has an image 1.28 times" in said
     blocks = {"forward": 2 * 4 + 4, "backward": 2 * (4 + 4)}  # both encoders and the predictor; twice the operators
     for part, count in blocks.items():
         assert record["configured"]["step_s"][part] >= count * 80e-6

@@ -274,7 +274,7 @@ def test_evaluation_reads_train_and_test_from_an_object_store(store, folder, tmp
 
 def test_an_object_store_can_be_indexed_verified_and_packed(store, folder, tmp_path):
     upload(store.direct, folder, "indexed", "x/")
-    with pytest.raises(UserError, match="name the manifest's file on this machine with --out"):
+    with pytest.raises(UserError, match="name a local file for the manifest with --out"):
         write_index("s3://indexed/x")
     write_index("s3://indexed/x", tmp_path / "x.tsv")
     write_index(folder, tmp_path / "y.tsv")

@@ -66,7 +66,7 @@ def test_one_index_for_dotted_names_is_used_for_its_own_shard_only(tmp_path, cap
     assert [images.read(i) for i in range(27)] == [block(number) for number in range(27)]
     assert images.labels.tolist() == [number % 2 for number in range(27)]
     assert images.source._indexed == [False, False, True]
-    assert "2 index(es) that do not fit their shard" in capfd.readouterr().err
+    assert "2 index(es) that do not match their shard" in capfd.readouterr().err
 
 
 def test_an_index_of_its_own_goes_before_a_shared_one(tmp_path):

@@ -48,15 +48,15 @@ def test_the_keys_that_are_taken_are_those_with_a_use(options, keys):
 @pytest.mark.parametrize(
     ("word", "external", "reason"),
     [
-        ("eval.images=200", False, "of evaluation while training; all images are read here"),
+        ("eval.images=200", False, "it is for evaluation while training; here all images are read"),
         ("eval.every_steps=1", False, "of evaluation while training; leave it out"),
-        ("eval.root=x", False, "--data names the images of this measurement"),
-        ("data.root=x", False, "--data names those of this measurement"),
-        ("data.prefetch=9", False, "of training only"),
-        ("eval.horizon=2", False, "of roll-outs, which need triplets"),
-        ("eval.mrr_images=2", True, "of images; of triplets, eval.bank or --images"),
+        ("eval.root=x", False, "--data names the data of this evaluation"),
+        ("data.root=x", False, "--data names the data of this evaluation"),
+        ("data.prefetch=9", False, "it is for training only"),
+        ("eval.horizon=2", False, "it is for roll-outs, which need triplets"),
+        ("eval.mrr_images=2", True, "it is for images; for triplets, eval.bank or --images"),
         ("actions.hue=0.1", True, "a run on triplets has no jitter"),
-        ("data.store_timeout=3", True, "triplets are files of this machine"),
+        ("data.store_timeout=3", True, "triplets are local files"),
         ("train.lr=1", False, "evaluate may change data.source, .* only; the rest is the run's"),
     ],
 )

@@ -17,10 +17,9 @@ UTF-8 text, one line per sample, so any tool can read, search and compare it:
 | root (first line) | where the paths begin; "." is the manifest's own folder |
 | classes (first line) | all class names as JSON, in label order; default: those of the labels |
 
-With `--check` the first line also has check=N, the version of the rules of the check, and each row
-ends with a column "check": 1 to 8, a plain file with that EXIF orientation; 9, Pillow decodes it; 0, a bad sample, or
-one above the size limit. A training takes the result from here for bytes whose checksum is the row's; it ignores results
-of other rules than its own.
+With `--check` the first line also has check=N, the version of the rules of the check, and each row ends with a column
+"check": 1 to 8, a plain file with that EXIF orientation; 9, Pillow decodes it; 0, a bad sample, or one above the size
+limit. A training takes the result from here for bytes whose checksum is the row's, if the rules are its own.
 
 **A sample that changed since it was indexed is a bad sample.** Length and CRC-32C are compared at every read, so a file
 that changed, shrank or vanished is skipped, replaced, counted and listed like one that cannot be decoded, and above

@@ -84,7 +84,7 @@ def _lines(record: Mapping[str, Any], source: Mapping[str, Any], k: int) -> list
     lines += [f"{_words(key)}  {_value(value)}" for key, value in done.items()]
     if source.get("source_geometry"):
         lines += _geometry(source["source_geometry"], record)
-    lines.append(f"visible {len(source['context_patches'])} patches, predicted {len(source['target_patches'])}")
+    lines.append(f"seen {len(source['context_patches'])} patches, predicted {len(source['target_patches'])}")
     return lines
 
 

@@ -116,7 +116,7 @@ def test_a_file_that_changes_meanwhile_is_named_and_leaves_no_shard(folder, tmp_
         return divide(*given)
 
     monkeypatch.setattr(shards_module, "_divide", change)
-    with pytest.raises(UserError, match=r"cat/002\.jpg: it had \d+ bytes when packing began, and has 7 now"):
+    with pytest.raises(UserError, match=r"cat/002\.jpg: it changed from \d+ to 7 bytes while packing"):
         write_shards(folder, tmp_path / "out")
     assert not list((tmp_path / "out").glob("shard-*.tar"))
 

@@ -105,7 +105,7 @@ def test_a_folder_that_is_not_shared_is_refused_and_a_shared_one_left_clean(tmp_
     gatherer = Gatherer(2)
     apart = [tmp_path / "a", tmp_path / "b"]
     found = together(*(lambda r=r: require_shared(apart[r], (FIRST, SECOND), r, gatherer.by(r)) for r in range(2)))
-    assert all("is another folder for rank 1 on beta than for rank 0 on alpha" in str(error) for error in found)
+    assert all("is not the same folder for rank 1 on beta and rank 0 on alpha" in str(error) for error in found)
     shared = tmp_path / "run"
     assert together(*(lambda r=r: require_shared(shared, (FIRST, SECOND), r, gatherer.by(r)) for r in range(2))) == [
         None,

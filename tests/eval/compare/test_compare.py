@@ -87,7 +87,7 @@ def test_measures_on_other_images_are_not_compared(tmp_path):
         "knn, on photos",
         "knn, on drawings",
     ]
-    assert "no measure was taken of two of them on the same images: evaluate them with one --data" in found["notes"]
+    assert "no two of them were evaluated on the same images: evaluate them with the same --data" in found["notes"]
 
 
 def test_how_a_run_ended_is_said(tmp_path):
@@ -162,10 +162,10 @@ def test_a_run_without_metrics_and_a_torn_line_are_compared_as_they_are(tmp_path
 WRONG = {
     "one": (["a"], "compare: give two or more runs"),
     "twice": (["a", "a/checkpoints"], "checkpoints: is given twice; name each run once"),
-    "a checkpoint": (["a", "a/checkpoints/step_000004"], "is one checkpoint of a run; compare takes whole runs: give"),
+    "a checkpoint": (["a", "a/checkpoints/step_000004"], "a checkpoint cannot be compared, only its run: give"),
     "missing": (["a", "nope"], "nope: no such folder; name a run, an export or a finetuned result"),
     "a folder": (["a", "plain"], r"plain: no run \(no config.yaml\), no export .* and no finetuned result"),
-    "torn": (["a", "torn"], r"torn/finetune\.json: is damaged; write it again"),
+    "torn": (["a", "torn"], r"torn/finetune\.json: damaged; write it again"),
     "list": (["a", "list"], r"list/config\.json: holds no mapping"),
 }
 
