@@ -93,7 +93,7 @@ WRONG = {
     "no configuration": (["config"], "config: CONFIG is missing; give a YAML file, or one of demo.yaml, "),
     "unknown measure": (
         ["evaluate", "nowhere", "--data", "x", "--what", "mrr,bleu"],
-        "--what: bleu: it is a list of mrr, knn, linear, attentive, equivariance",
+        "--what: bleu: give a list of mrr, knn, linear, attentive, equivariance",
     ),
     "no run": (["evaluate", "nowhere", "--data", "x"], "nowhere: not a run (no config.yaml)"),
     "no run to export": (["export", "nowhere", "--out", "somewhere"], "nowhere: not a run (no config.yaml)"),

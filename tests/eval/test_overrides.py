@@ -49,7 +49,7 @@ def test_the_keys_that_are_taken_are_those_with_a_use(options, keys):
     ("word", "external", "reason"),
     [
         ("eval.images=200", False, "it is for evaluation while training; here all images are read"),
-        ("eval.every_steps=1", False, "of evaluation while training; leave it out"),
+        ("eval.every_steps=1", False, "it is for evaluation while training; leave it out"),
         ("eval.root=x", False, "--data names the data of this evaluation"),
         ("data.root=x", False, "--data names the data of this evaluation"),
         ("data.prefetch=9", False, "it is for training only"),
@@ -57,7 +57,7 @@ def test_the_keys_that_are_taken_are_those_with_a_use(options, keys):
         ("eval.mrr_images=2", True, "it is for images; for triplets, eval.bank or --images"),
         ("actions.hue=0.1", True, "a run on triplets has no jitter"),
         ("data.store_timeout=3", True, "triplets are local files"),
-        ("train.lr=1", False, "evaluate may change data.source, .* only; the rest is the run's"),
+        ("train.lr=1", False, "evaluate can override data.source, .* only; the rest is the run's"),
     ],
 )
 def test_the_reason_is_said(word, external, reason):

@@ -176,7 +176,7 @@ def test_an_evaluation_that_is_added_is_in_json_terminal_page_and_all_that_was_m
     (kept,) = [text for text in sections if text.startswith(" All evaluations of this run")]
     assert f"brightness of images {value:.3f}" in kept
     assert main(["evaluate", str(run), "--data", str(tiny_images), "--what", "dark"]) == 2
-    assert "it is a list of mrr, knn, linear, attentive, equivariance, rollout, bright" in capsys.readouterr().err
+    assert "give a list of mrr, knn, linear, attentive, equivariance, rollout, bright" in capsys.readouterr().err
 
 
 def test_what_an_added_evaluation_needs_and_reads_is_heeded(made_up):

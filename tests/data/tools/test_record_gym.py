@@ -134,7 +134,7 @@ def test_a_recording_that_breaks_off_leaves_nothing(tmp_path, monkeypatch):
         (["NoSuchGame-v0"], "NoSuchGame-v0: gymnasium cannot make it: Environment `NoSuchGame` doesn't exist"),
         (["Taxi-v4", "--env-argument", "speed=3"], "Taxi-v4: gymnasium cannot make it: "),
         (["Taxi-v4", "--env-argument", "speed"], "--env-argument speed: give KEY=VALUE, such as is_slippery=false"),
-        (["Taxi-v4", "--names", "up,down"], "--names: up, down: give 6 different ones"),
+        (["Taxi-v4", "--names", "up,down"], "--names: up, down: give 6 different names"),
     ],
     ids=["no such game", "no such argument", "no value", "names"],
 )

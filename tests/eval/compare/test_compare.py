@@ -161,12 +161,12 @@ def test_a_run_without_metrics_and_a_torn_line_are_compared_as_they_are(tmp_path
 
 WRONG = {
     "one": (["a"], "compare: give two or more runs"),
-    "twice": (["a", "a/checkpoints"], "checkpoints: is given twice; name each run once"),
+    "twice": (["a", "a/checkpoints"], "checkpoints: given twice; name each run once"),
     "a checkpoint": (["a", "a/checkpoints/step_000004"], "a checkpoint cannot be compared, only its run: give"),
     "missing": (["a", "nope"], "nope: no such folder; name a run, an export or a finetuned result"),
     "a folder": (["a", "plain"], r"plain: no run \(no config.yaml\), no export .* and no finetuned result"),
     "torn": (["a", "torn"], r"torn/finetune\.json: damaged; write it again"),
-    "list": (["a", "list"], r"list/config\.json: holds no mapping"),
+    "list": (["a", "list"], r"list/config\.json: not a mapping"),
 }
 
 
