@@ -49,7 +49,7 @@ def walked(path, tmp_path):
 
 
 def misfits(images):
-    return sum(count for reason, count in images.source.left_out.counts.items() if "do not fit" in reason)
+    return sum(count for reason, count in images.source.left_out.counts.items() if "do not match" in reason)
 
 
 def test_names_of_an_index_are_the_shards_own_and_wds2idxs():

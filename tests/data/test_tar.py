@@ -178,7 +178,7 @@ def test_a_shard_that_is_cut_off_says_so(keep, whole, tmp_path):
     images = list_images(path)
     assert len(images) == whole
     assert [images.read(0), images.read(1)] == [A, B]
-    assert sum(count for reason, count in left_out(images).items() if "cut off" in reason) == 1
+    assert sum(count for reason, count in left_out(images).items() if "truncated" in reason) == 1
     if whole == 3:
         with pytest.raises(BadSample, match=r"its shard ends \d+ bytes before"):
             images.read(2)
