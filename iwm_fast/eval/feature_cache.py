@@ -184,7 +184,7 @@ class FeatureCache:
     def _say(self, why: str) -> None:
         if not self._said:
             self._said = True
-            line = f"{self.root}: features are not cached ({why}); they are in memory, and computed again next time"
+            line = f"{self.root}: features are not cached ({why}); they are in memory, and recomputed next time"
             print(line, file=sys.stderr, flush=True)
 
     def _publish(self, partial: Path, folder: Path, entry: dict[str, Any]) -> None:

@@ -189,6 +189,6 @@ def test_what_an_added_evaluation_needs_and_reads_is_heeded(made_up):
     assert result_rows(found)[0][0] == "brightness of images"
     assert [one.measure for one in divide(found, step=1, weights="a", data="d")] == ["bright"]
     check_overrides(["eval.horizon=3"], command="evaluate", what=["bright"])
-    with pytest.raises(UserError, match=r"eval\.horizon: of bright, which --what leaves out"):
+    with pytest.raises(UserError, match=r"eval\.horizon: it is for bright, which --what leaves out"):
         check_overrides(["eval.horizon=3"], command="evaluate", what=["knn"])
     assert registry.measure(["bright"], "triplets", None) == {"not_run": {"bright": "frames have no brightness"}}

@@ -96,15 +96,15 @@ def test_packing_resumes_at_the_first_missing_shard(folder, tmp_path, monkeypatc
 def test_other_images_or_another_size_are_refused(folder, tmp_path):
     write_shards(folder, tmp_path / "out", shard_bytes=30_000)
     before = files(tmp_path / "out")
-    with pytest.raises(UserError, match="holds shards of other images or another size"):
+    with pytest.raises(UserError, match="has shards of other images or another size"):
         write_shards(folder, tmp_path / "out", shard_bytes=40_000)
     (folder / "cat" / "more.jpg").write_bytes(encode(picture(20, 20)))
-    with pytest.raises(UserError, match="holds shards of other images or another size"):
+    with pytest.raises(UserError, match="has shards of other images or another size"):
         write_shards(folder, tmp_path / "out", shard_bytes=30_000)
     assert files(tmp_path / "out") == before
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "diary.txt").write_text("mine")
-    with pytest.raises(UserError, match="holds other files"):
+    with pytest.raises(UserError, match="has other files"):
         write_shards(folder, tmp_path / "mine")
 
 
