@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import resource
 import shutil
 import subprocess
@@ -78,7 +79,7 @@ def run_one(config: str, data: Path, run: Path, seed: int, overrides: list[str],
     subprocess.run([*iwm, "evaluate", str(run), "--data", str(data), *measure, "--json", str(answer)], check=True)
     curve = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     logged = [r for r in curve if "loss" in r]
-    evaluation = json.loads(answer.read_text())
+    evaluation = json.loads(answer.read_text().replace(str(data), data.name))
     del evaluation["report"]  # a path on this machine
     evaluation |= {"loss_last": logged[-1]["loss"], "rank_me": logged[-1]["rank_me"]}
     return {
@@ -92,8 +93,8 @@ def run_one(config: str, data: Path, run: Path, seed: int, overrides: list[str],
 
 
 def public(words: list[str]) -> list[str]:
-    """Return the command without this machine's folders: an absolute path becomes its last part."""
-    return [Path(word).name if word.startswith("/") else word for word in words]
+    """Return the command without this machine's folders: an absolute path, also a key's, becomes its last part."""
+    return [re.sub(r"^(|[\w.]+=)/.*?([^/]*)/*$", r"\1\2", word) for word in words]
 
 
 def table(arms: list[dict[str, Any]], shown: Sequence[str] = SHOWN) -> str:
@@ -146,7 +147,7 @@ def train_all(
     ``common``: overrides for all variants. ``about``: further fields of the file.
     """
     lock = threading.Lock()
-    setting = {"config": Path(config).name, "common": common, "measure": measure}
+    setting = {"config": Path(config).name, "common": public(common), "measure": public(measure)}
     adopt(arms, json_file, setting)
 
     def job(arm: dict[str, Any], seed: int) -> None:

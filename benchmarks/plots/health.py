@@ -2,8 +2,8 @@
 
     python -m benchmarks.plots.health benchmarks/results/health_cpu.json docs/health.png
 
-Loss, RankMe of the target with the level of the warning, gradient norm, MRR and k-NN with their chance; a colour per
-variant. It also prints a table of a few steps.
+Loss, RankMe of the target with the level of the warning, gradient norm, MRR and k-NN with their chance, and the share
+of the mean in the energy of the target's tokens; a colour per variant. It also prints a table of a few steps.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ PANELS = {
     "grad_norm": "gradient norm",
     "mrr": "MRR",
     "knn": "k-NN accuracy",
+    "energy_mean": "share of the mean in the tokens' energy",
 }
 LOGARITHMIC = ("loss", "grad_norm")
 STEPS = (1, 10, 50, 100, 200, 300)
@@ -72,11 +73,9 @@ def draw(document: dict[str, Any], picture: Path, floor: float) -> None:
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
-    legend = axes.flat[-1]
-    legend.axis("off")
     handles, labels = axes.flat[1].get_legend_handles_labels()
     labels[-1] = "level of the warning (RankMe), chance (MRR, k-NN)"
-    legend.legend(handles, labels, loc="center", fontsize=9, frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=9, frameon=False)
     save(figure, picture)
     plt.close(figure)
 

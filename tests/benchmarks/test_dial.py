@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from iwm_fast.benchmarks.dial import GRIDS, SHOWN, draw, points, read_grid, tables
-from iwm_fast.benchmarks.sweep import adopt
+from iwm_fast.benchmarks.sweep import adopt, public
 from iwm_fast.config import load_config
 from iwm_fast.config.load import packaged_config
 
@@ -55,3 +55,8 @@ def test_a_stopped_sweep_is_reused_and_one_of_another_setting_is_refused(tmp_pat
     adopt(again, tmp_path / "none.json", setting)
     with pytest.raises(SystemExit, match="measured with common"):
         adopt(again, file, setting | {"common": ["a=2"]})
+
+
+def test_a_recorded_command_has_no_folder_of_this_machine():
+    words = ["c.yaml", "--data", "/big/photos", "eval.root=/big/photos", "data.root=photos", "model.lr=1/2"]
+    assert public(words) == ["c.yaml", "--data", "photos", "eval.root=photos", "data.root=photos", "model.lr=1/2"]

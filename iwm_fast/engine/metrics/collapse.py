@@ -15,6 +15,9 @@ __all__ = ["CollapseWatch", "rank_me", "spread"]
 
 # An episode ends when RankMe recovers to this multiple of the floor.
 _RECOVERED = 1.5
+# The mean's share of the tokens' energy above which they are nearly one vector; how far it has to have grown, because
+# images that are nearly equal begin there; and where it has recovered. Healthy and collapsed runs: docs/health.png.
+_MEAN_SHARE, _MEAN_GROWTH, _MEAN_RECOVERED = 0.8, 0.2, 0.7
 
 
 def rank_me(tokens: Tensor) -> float:
@@ -59,7 +62,9 @@ def _energy(before: dict[str, Any] | None, now: dict[str, Any]) -> str:
 
 
 class CollapseWatch:
-    """Warns once per episode of collapse: RankMe of the target under ``log.rank_me_floor`` of the encoder's width."""
+    """Warns once per episode of collapse: RankMe of the target under ``log.rank_me_floor`` of the encoder's width, or a
+    partial one, in which the mean takes over the energy of the target's tokens while RankMe is still above it.
+    """
 
     def __init__(self, config: Config) -> None:
         self._config = config
@@ -68,23 +73,28 @@ class CollapseWatch:
         self._recovered = min(_RECOVERED * self._floor, (self._floor + self._width) / 2)
         self._episode = Episode()
         self._highest: dict[str, Any] | None = None
+        self._lowest_mean = math.inf
 
     def look(self, record: dict[str, Any]) -> str | None:
         """Return the warning for a logged step, with the numbers and the keys to change; None if there is none."""
         if "rank_me" not in record:
             return None
-        found = record["rank_me"]
-        if self._episode.begins(found < self._floor, gone=found >= self._recovered):
+        found, mean = record["rank_me"], record.get("energy_mean", math.nan)
+        self._lowest_mean = min(self._lowest_mean, mean if math.isfinite(mean) else math.inf)
+        seen = found < self._floor or (mean >= _MEAN_SHARE and mean - self._lowest_mean >= _MEAN_GROWTH)
+        if self._episode.begins(seen, gone=found >= self._recovered and not mean >= _MEAN_RECOVERED):
             line = f"step {record['step']}: the target may be collapsing: {self._seen(record)}. {self._remedies()}"
             self._highest = None  # the next episode compares with the recovered values
             return line
-        if found >= self._floor and (self._highest is None or found > self._highest["rank_me"]):
+        if not seen and found >= self._floor and (self._highest is None or found > self._highest["rank_me"]):
             self._highest = record
         return None
 
     def _seen(self, record: dict[str, Any]) -> str:
         before, width = self._highest, f"of {self._width}"
         under = f"the warning begins below {self._floor:.1f}, log.rank_me_floor"
+        if not record["rank_me"] < self._floor:
+            under = f"above {self._floor:.1f}, log.rank_me_floor, but the mean has taken over"
         if before is None:
             fell = f"RankMe is {record['rank_me']:.1f} {width} ({under}), loss {record['loss']:.3g}"
         else:

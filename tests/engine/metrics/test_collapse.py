@@ -83,6 +83,26 @@ def test_the_warning_names_the_part_of_the_energy_that_grew(name):
     assert "energy" not in unknown
 
 
+def partial(*means):
+    """Lines of a watch over records of a healthy RankMe with these shares of the mean, at steps 1, 2 and so on."""
+    watch = CollapseWatch(load_config(packaged_config("vit_tiny_p4_32.yaml"), ["data.root=x"]))
+    rest = {name: 0.01 for name in SHARES if name != "energy_mean"}
+    records = enumerate(means, start=1)
+    return [watch.look({"step": i, "loss": 1 / i, "rank_me": 11.0, "energy_mean": m} | rest) for i, m in records]
+
+
+def test_a_mean_that_takes_over_is_a_partial_collapse_reported_once():
+    said = partial(0.43, 0.5, 0.92, 0.95, 0.75, 0.92, 0.6, 0.6, 0.6, 0.9)
+    assert [i for i, line in enumerate(said) if line] == [2, 9]
+    assert "RankMe fell from 11.0 at step 1 to 11.0 of 128 (above 6.4, log.rank_me_floor, but the mean has" in said[2]
+    assert "the mean of all grew from 43% to 92%" in said[2]
+
+
+def test_images_that_are_nearly_equal_from_the_start_are_no_collapse():
+    assert partial(0.95, 0.96, 0.97, 0.95) == [None] * 4
+    assert partial(float("nan"), 0.9, 0.95) == [None] * 3
+
+
 def test_a_record_of_measurements_alone_or_a_rank_that_is_no_number_reports_nothing():
     assert CollapseWatch(load_config(packaged_config("vit_tiny_p4_32.yaml"), ["data.root=x"])).look({"step": 1}) is None
     assert watched([float("nan"), 30.0]) == [None, None]
