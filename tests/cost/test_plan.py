@@ -54,7 +54,7 @@ def test_the_command_answers_a_person_and_a_program(tmp_path, capsys):
         (["--gpu", "v100"], "--gpu v100: not known here"),
         (["--nodes", "3"], "train.global_batch is 2048, which does not divide evenly over 24 ranks"),
         (["--results", "{folder}"], "not JSON"),
-        (["--results", "{folder}/gone"], "gone: no such folder; name one with results of bench step"),
+        (["--results", "{folder}/gone"], "gone: no such folder; give one with results of bench step"),
         (["model.depth=3"], "model.depth"),
     ],
 )

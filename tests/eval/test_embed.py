@@ -241,7 +241,7 @@ def test_mistakes_are_one_line_each(run, tiny_images, tmp_path, command):
             "--encoder both: no such encoder; give target or context",
         ),
         ((run, tiny_images, "--out", out, "--pool", "max"), "--pool max: no such pooling; give one of mean, none"),
-        ((run, tiny_images, "--out", out, "train.lr=1"), "command line: train.lr=1: embed may change data.source"),
+        ((run, tiny_images, "--out", out, "train.lr=1"), "command line: train.lr=1: embed can override data.source"),
         ((run, tmp_path / "nowhere", "--out", out), f"{tmp_path / 'nowhere'} "),
         ((run, masks, "--out", out), f"{masks} holds images/ and masks/"),
         ((tiny_images, tiny_images, "--out", out), f"{tiny_images}: not a run (no config.yaml)"),

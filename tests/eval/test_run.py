@@ -195,7 +195,7 @@ def test_a_probe_without_room_is_named_and_the_others_are_measured(run, tiny_ima
 def test_what_would_change_nothing_is_refused_and_an_empty_table_is_not_printed(run, tiny_images, capsys):
     data = [run, "--data", tiny_images]
     assert "--images: it is for mrr" in refused(capsys, *data, "--what", "knn", "--images", 3)
-    assert "say the same" in refused(capsys, *data, "--what", "mrr", "--images", 3, "eval.mrr_images=2")
+    assert "set the same value" in refused(capsys, *data, "--what", "mrr", "--images", 3, "eval.mrr_images=2")
     assert "eval.images: of evaluation while training" in refused(capsys, *data, "eval.images=200")
     assert main(["evaluate", *map(str, data), "--what", "rollout"]) == 1
     said = capsys.readouterr().out
