@@ -196,7 +196,7 @@ def test_what_would_change_nothing_is_refused_and_an_empty_table_is_not_printed(
     data = [run, "--data", tiny_images]
     assert "--images: it is for mrr" in refused(capsys, *data, "--what", "knn", "--images", 3)
     assert "set the same value" in refused(capsys, *data, "--what", "mrr", "--images", 3, "eval.mrr_images=2")
-    assert "eval.images: of evaluation while training" in refused(capsys, *data, "eval.images=200")
+    assert "eval.images: it is for evaluation while training" in refused(capsys, *data, "eval.images=200")
     assert main(["evaluate", *map(str, data), "--what", "rollout"]) == 1
     said = capsys.readouterr().out
     assert "rollout not run: a roll-out needs triplets; these are images" in said
