@@ -47,7 +47,7 @@ def test_a_slow_rank_is_named_once_with_its_host(slow_run):
     named = [line for line in said.splitlines() if "keeps the others waiting" in line]
     assert len(named) == 1
     assert named[0].startswith("step 3: rank 1 on " + socket.gethostname())
-    assert "300 s a step" in named[0]
+    assert "300 s per step" in named[0]
     for record in metrics(run):
         assert record["slowest_rank"] == 1
         assert record["own_s_max"] == 300.0

@@ -165,7 +165,7 @@ def test_rows_of_bounds_say_what_they_come_from(compiled):
 def test_the_interpreter_is_refused():
     done = run(TRITON_INTERPRET="1")
     assert done.returncode == 2
-    assert "without it" in done.stderr
+    assert "unset it" in done.stderr
     assert "Traceback" not in done.stderr
 
 
