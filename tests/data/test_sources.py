@@ -211,7 +211,7 @@ WRONG = {
     "packed shards by their name": (lambda root: (root / "a.tar.gz").write_bytes(b""), "decompress them"),
     "no records": (lambda root: (root / "a.tfrecord").write_bytes(b"x" * 50), "no TFRecord begins at byte 0"),
     "packed records": (lambda root: (root / "a.tfrecord").write_bytes(b"\x1f\x8b" + b"x" * 50), "gzip"),
-    "a table of something else": (lambda root: (root / "iwm-fast-manifest.tsv").write_text("a\tb\n"), "not a complete iwm-fast manifest"),
+    "a table of something else": (lambda root: (root / "iwm-fast-manifest.tsv").write_text("a\tb\n"), "not a complete"),
     "a damaged header in the middle": (
         lambda root: (root / "a.tar").write_bytes(
             tar(root / "b.tar", [("a.jpg", IMAGE)]).read_bytes()[: 512 - len(IMAGE) // -512 * 512] + b"x" * 5120
