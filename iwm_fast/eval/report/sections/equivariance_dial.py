@@ -10,6 +10,7 @@ from iwm_fast.eval.representation.view_pairs import left_out_line
 
 __all__ = ["EquivarianceDrawing"]
 
+_MEAN = "equivariance: R², mean"
 _ENDS = {"": "this checkpoint", "_untrained": "untrained"}
 
 
@@ -19,7 +20,8 @@ class EquivarianceDrawing(Drawing):
     def figures(self, results: Results) -> list[Figure]:
         """Return both, then each component's R²."""
         regressed = [key for key in results if key.startswith("r2_") and f"{key}_untrained" in results]
-        return [Figure(name) for name in ("equivariance", "invariance", *regressed)]
+        components = [Figure(key, title=_component(key)) for key in regressed]
+        return [Figure("equivariance", title=_MEAN), Figure("invariance"), *components]
 
     def lines(self, results: Results) -> list[str]:
         """Return the components without R², and why."""
@@ -37,9 +39,9 @@ class EquivarianceDrawing(Drawing):
             x_label="invariance",
             y_label="equivariance, R²",
         )
-        names = {"invariance": "invariance", "equivariance": "equivariance: R², mean"}
+        names = {"invariance": "invariance", "equivariance": _MEAN}
         names |= {
-            key: f"R² of {key.removeprefix('r2_')}"
+            key: _component(key)
             for key in results
             if key.startswith("r2_") and not key.endswith(("_interval", "_untrained"))
         }
@@ -61,6 +63,11 @@ class EquivarianceDrawing(Drawing):
             [Table(head, rows), Charts([chart])],
             [*_notes(results), *said.lines("equivariance")],
         )
+
+
+def _component(key: str) -> str:
+    """What the page and the terminal call a component's R²."""
+    return f"R² of {key.removeprefix('r2_')}"
 
 
 def _place(results: Results, end: str) -> Place:
