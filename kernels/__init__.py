@@ -8,7 +8,7 @@ dtype up to float64 on every device, and define the correct result of the other 
 from __future__ import annotations
 
 from ._choices.run_choices import Adopted, RunChoices, read_adopted, run_choices
-from ._lib.backend import use_backend
+from ._lib.backend import use_backend, without_autocast
 from ._lib.compiled import compiled_variants, triton_functions
 from ._mlp.workspace import mlp_workspace, use_workspace
 from ._tuning.tuner import TUNED, TUNING_DIR_VARIABLE, bucket, device_name, shipped_attention, tuning_folder, use_tuner
@@ -83,4 +83,5 @@ __all__ = [
     "use_backend",
     "use_tuner",
     "use_workspace",
+    "without_autocast",
 ]

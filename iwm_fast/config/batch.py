@@ -79,8 +79,9 @@ def known_in_steps(config: Config) -> list[str]:
     A ratio of ``train.schedule_steps`` is known all the same; for epochs the line says where to find the steps.
     """
     by_ratio = config.train.warmup_ratio is not None and config.train.schedule_steps is not None
-    keys = [line.rpartition(" is ")[0] for line in said_in_steps(config, 0)]
-    known = said_in_steps(config, 0)[:1] if by_ratio else []
+    said = said_in_steps(config, 0)
+    keys = [line.rpartition(" is ")[0] for line in said]
+    known = said[:1] if by_ratio else []
     return known + [
         f"{key}: depends on the number of images; iwm-fast plan CONFIG prints the steps" for key in keys[len(known) :]
     ]

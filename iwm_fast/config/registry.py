@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any, Generic, TypeVar
 
-from pydantic import AfterValidator, BeforeValidator, WithJsonSchema
+from pydantic import AfterValidator, WithJsonSchema
 
+from iwm_fast.config.base import Names
 from iwm_fast.errors import UserError
 
 __all__ = [
@@ -105,7 +106,4 @@ def _terms(texts: tuple[str, ...]) -> tuple[str, ...]:
 
 SourceName = Annotated[str, AfterValidator(SOURCES.require), WithJsonSchema({"enum": list(SOURCES.built_in)})]
 OptimizerName = Annotated[str, AfterValidator(OPTIMIZERS.require), WithJsonSchema({"enum": list(OPTIMIZERS.built_in)})]
-TermNames = Annotated[
-    tuple[str, ...], BeforeValidator(lambda given: tuple(given) if isinstance(given, list) else given),
-    AfterValidator(_terms),
-]  # fmt: skip
+TermNames = Annotated[Names, AfterValidator(_terms)]

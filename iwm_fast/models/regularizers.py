@@ -101,7 +101,8 @@ class SigReg(_Statistic):
         z, count = self.rows(found)
         intervals = self.options.knots - 1
         spacing = _LAST_KNOT / intervals
-        projected = _matmul(z, found.sampled[self.name])
+        with kernels.without_autocast(z):
+            projected = z @ found.sampled[self.name]
         sums = kernels.sigreg_sums(projected, spacing=spacing, knots=intervals, rows=count)
         sums, mean, n = self.total(found, (sums, z.sum(dim=0), count))
         cosine, sine = sums / n
@@ -122,22 +123,15 @@ class VicReg(_Statistic):
     def __call__(self, found: ForwardPass, factor: float) -> Tensor:
         """Return factor · (R + the mean's penalty), fp32."""
         z, count = self.rows(found)
-        squares, total, n = self.total(found, (_matmul(z.T, z), z.sum(dim=0), count))
+        with kernels.without_autocast(z):
+            squares = z.T @ z
+        squares, total, n = self.total(found, (squares, z.sum(dim=0), count))
         mean = total / n
         covariance = (squares - n * torch.outer(mean, mean)) / (n - 1)
         variance = covariance.diagonal()
         std = F.relu(1.0 - (variance + _STD_EPS).clamp_min(_STD_EPS).sqrt()).mean()
         between = (covariance.square().sum() - variance.square().sum()) / self.width
         return factor * (std + _COVARIANCE * between + self.mean_penalty(mean))
-
-
-def _matmul(a: Tensor, b: Tensor) -> Tensor:
-    """Return a · b in fp32, under autocast too."""
-    kind = a.device.type
-    if kind == "meta" or not torch.is_autocast_enabled(kind):
-        return a @ b
-    with torch.autocast(kind, enabled=False):
-        return a @ b
 
 
 def regularizer_of(model: ModelConfig) -> Term | None:
