@@ -201,7 +201,7 @@ def _with_tensors(arguments: tuple[Any, ...], tensors: Sequence[Tensor]) -> tupl
     made: dict[int, Segments] = {}
     given: list[Any] = []
     *parts, sampled, _ = arguments
-    for part, tensor in zip(parts, own, strict=False):
+    for part, tensor in zip(parts, own[: len(parts)], strict=True):
         if isinstance(part, Segments):
             same = Segments(part.lengths, other[id(tensor)], part.padding, part.ceiling)
             given.append(made.setdefault(id(part), same))
