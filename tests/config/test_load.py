@@ -433,6 +433,24 @@ def test_a_mistake_in_an_override_is_told_of_the_command_line(file, override):
     assert problem(file("model: {image: 32, patch: 4}"), override) == OVERRIDE_MISTAKES[override]
 
 
+@pytest.mark.parametrize(
+    ("kind", "rows", "what"),
+    [
+        ("vicreg", "masks.min_context=1", "tokens"),
+        ("sigreg", "masks.min_context=1", "tokens"),
+        ("vicreg", "model.regularizer.on=pooled", "pooled"),
+    ],
+)
+def test_a_regulariser_of_one_row_is_refused_and_of_two_rows_not(file, kind, rows, what):
+    path = file("model: {image: 32, patch: 4}")
+    chosen = (f"model.regularizer.kind={kind}", rows)
+    assert problem(path, *chosen, "train.global_batch=1").endswith(
+        f"model.regularizer.kind {kind} is a statistic of all {what} of a step, and there may be one alone: raise "
+        "train.global_batch"
+    )
+    load_config(path, (*chosen, "train.global_batch=2"))
+
+
 def test_of_several_problems_the_first_is_told_and_the_others_counted(file):
     line = problem(file("train: {lr: a, seed: b}\nzero: {stge: 1}"))
     assert line == "run.yaml:2: zero.stge: unknown key; did you mean zero.stage? (and 2 more problems)"
