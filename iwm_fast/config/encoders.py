@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Self
+from dataclasses import dataclass
+from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, WithJsonSchema, model_validator
 
 from iwm_fast.config.base import Section
 from iwm_fast.config.registry import Registry
 
-__all__ = ["ENCODERS", "EncoderName", "EncoderShape", "register_encoder", "shape_of"]
+__all__ = [
+    "ENCODERS",
+    "EncoderArchitecture",
+    "EncoderName",
+    "EncoderShape",
+    "Positions",
+    "register_encoder",
+    "shape_of",
+]
 
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0.0)]
+Positions = Literal["sincos", "learned", "rope"]
 
 
 class EncoderShape(Section):
@@ -28,6 +38,29 @@ class EncoderShape(Section):
         if self.width % self.heads or self.width % 4:
             raise ValueError(f"width {self.width} must be a multiple of heads ({self.heads}) and of 4")
         return self
+
+
+@dataclass(frozen=True)
+class EncoderArchitecture:
+    """All that an encoder's weights depend on.
+
+    shape: depth, width and heads. image, patch: sides in pixels. prefix_tokens: learned tokens before the patches of
+    each image, never returned. positions: of the patches. norm_eps: of all normalisations. rope_base: of the periods of
+    rope, unused by the others.
+    """
+
+    shape: EncoderShape
+    image: int
+    patch: int
+    prefix_tokens: int = 0
+    positions: Positions = "sincos"
+    norm_eps: float = 1e-6
+    rope_base: float = 100.0
+
+    @property
+    def grid(self) -> int:
+        """Patches along a side."""
+        return self.image // self.patch
 
 
 ENCODERS: dict[str, EncoderShape] = {

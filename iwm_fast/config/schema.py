@@ -12,7 +12,7 @@ from typing import Any, Self
 from pydantic import Field, model_validator
 
 from iwm_fast.config.base import Names, Section
-from iwm_fast.config.encoders import ENCODERS, EncoderShape
+from iwm_fast.config.encoders import ENCODERS, EncoderArchitecture, EncoderShape
 from iwm_fast.config.external import ExternalActions
 from iwm_fast.config.plugins import load_plugins, named_plugins
 from iwm_fast.config.registry import OPTIMIZERS, SOURCES
@@ -28,6 +28,7 @@ __all__ = [
     "CheckpointConfig",
     "Config",
     "DataConfig",
+    "EncoderArchitecture",
     "EncoderShape",
     "EvalConfig",
     "ExternalActions",

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from iwm_fast.config.schema import Config, EncoderShape, ExternalActions, Section
+from iwm_fast.config.sections.model import TargetEncoderConfig
 
 __all__ = ["Row", "allowed", "rows", "section_keys", "text_keys"]
 
@@ -20,7 +22,12 @@ __all__ = ["Row", "allowed", "rows", "section_keys", "text_keys"]
 _NUMBERS = {"integer": "whole number", "number": "number"}
 _PLAIN = {"boolean": "true or false", "string": "text", "null": "null"}
 # Keys whose value may be a mapping, and the mapping's schema.
-_MAPPINGS: dict[str, type[Section]] = {"model.encoder": EncoderShape, "actions.external": ExternalActions}
+_MAPPINGS: dict[str, type[Section]] = {
+    "model.encoder": EncoderShape,
+    "model.target_encoder": TargetEncoderConfig,
+    "model.target_encoder.encoder": EncoderShape,
+    "actions.external": ExternalActions,
+}
 
 
 @dataclass(frozen=True)
@@ -98,12 +105,16 @@ def _section_rows(prefix: str, section: dict[str, Any], definitions: dict[str, A
 def rows() -> tuple[Row, ...]:
     """Return every key of a configuration; the keys of an optional mapping follow its own."""
     schema = Config.model_json_schema()
-    found: list[Row] = []
-    for row in _section_rows("", schema, schema["$defs"]):
-        found.append(row)
+    return tuple(_with_mappings(_section_rows("", schema, schema["$defs"]), schema["$defs"]))
+
+
+def _with_mappings(found: list[Row], definitions: dict[str, Any]) -> Iterator[Row]:
+    """Each row, and after it those of the mapping that its value may be."""
+    for row in found:
+        yield row
         if row.key in _MAPPINGS:
-            found += _section_rows(f"{row.key}.", schema["$defs"][_MAPPINGS[row.key].__name__], schema["$defs"])
-    return tuple(found)
+            inner = _section_rows(f"{row.key}.", definitions[_MAPPINGS[row.key].__name__], definitions)
+            yield from _with_mappings(inner, definitions)
 
 
 @functools.cache

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from iwm_fast.models.attention import Attention
-from iwm_fast.models.blocks import NORM_EPS, Block, ConditionedMlp
+from iwm_fast.models.blocks import Block, ConditionedMlp
 from iwm_fast.models.predictors import FeatureMixer, MlpPredictor, VitPredictor
 from iwm_fast.models.vit import VisionTransformer
 
@@ -23,12 +23,12 @@ def _attention(module: Attention, x: Tensor) -> Tensor:
     return module.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
-def _normed(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:], weight, bias, NORM_EPS)
+def _normed(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
 def _mlp(module: ConditionedMlp, x: Tensor, action: Tensor | None) -> Tensor:
-    hidden = F.linear(_normed(x, module.norm_weight, module.norm_bias), module.w_in, module.b_in)
+    hidden = F.linear(_normed(x, module.norm_weight, module.norm_bias, module.eps), module.w_in, module.b_in)
     if module.w_action is not None and action is not None:
         hidden = hidden + F.linear(action, module.w_action)[:, None]
     return x + F.linear(F.gelu(hidden), module.w_out, module.b_out)
@@ -37,7 +37,7 @@ def _mlp(module: ConditionedMlp, x: Tensor, action: Tensor | None) -> Tensor:
 def _blocks(blocks: nn.ModuleList, x: Tensor, action: Tensor | None = None) -> Tensor:
     for block in blocks:
         if isinstance(block, Block):
-            x = x + _attention(block.attn, _normed(x, block.norm1.weight, block.norm1.bias))
+            x = x + _attention(block.attn, _normed(x, block.norm1.weight, block.norm1.bias, block.norm1.eps))
             x = _mlp(block.mlp, x, action)
         elif isinstance(block, ConditionedMlp):
             x = _mlp(block, x, action)

@@ -13,7 +13,6 @@ from typing import Any
 from torch import Tensor
 
 from iwm_fast.config.schema import ModelConfig
-from iwm_fast.models.blocks import NORM_EPS
 from iwm_fast.models.positions import sincos_positions
 from iwm_fast.models.vit import IMAGENET_MEAN, IMAGENET_STD
 
@@ -72,5 +71,5 @@ def timm_arguments(model: ModelConfig) -> dict[str, Any]:
         "class_token": False,
         "global_pool": "avg",
         "fc_norm": False,
-        "pretrained_cfg": {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD), "norm_eps": NORM_EPS},
+        "pretrained_cfg": {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD), "norm_eps": model.norm_eps},
     }

@@ -38,23 +38,24 @@ NORM_EPS = 1e-6
 
 
 class Norm(nn.LayerNorm):
-    """Layer normalisation with fp32 statistics for any token type (as PyTorch's), and this eps."""
+    """Layer normalisation with fp32 statistics for any token type (as PyTorch's), and this project's eps."""
 
-    def __init__(self, width: int) -> None:
-        super().__init__(width, eps=NORM_EPS)
+    def __init__(self, width: int, eps: float = NORM_EPS) -> None:
+        super().__init__(width, eps=eps)
 
 
 class StreamNorm(nn.Module):
     """Return (x, LN(x)), whose backward pass adds both gradients in one kernel."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, eps: float = NORM_EPS) -> None:
         super().__init__()
+        self.eps = eps
         self.weight = nn.Parameter(torch.ones(width))
         self.bias = nn.Parameter(torch.zeros(width))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Map x (N, D) to x and LN(x)."""
-        return kernels.residual_norm(x, None, self.weight, self.bias, eps=NORM_EPS)
+        return kernels.residual_norm(x, None, self.weight, self.bias, eps=self.eps)
 
 
 class LimitedMlp(nn.Module):
@@ -73,8 +74,9 @@ def limit_workspace(module: nn.Module, size: int) -> None:
 class ConditionedMlp(LimitedMlp):
     """x + MLP(LN(x)) in one operator, with the action as a bias per image where `actions` is above 0."""
 
-    def __init__(self, width: int, hidden: int, actions: int = 0) -> None:
+    def __init__(self, width: int, hidden: int, actions: int = 0, eps: float = NORM_EPS) -> None:
         super().__init__()
+        self.eps = eps
         self.norm_weight = nn.Parameter(torch.ones(width))
         self.norm_bias = nn.Parameter(torch.zeros(width))
         self.w_in = nn.Parameter(torch.empty(hidden, width))
@@ -104,7 +106,7 @@ class ConditionedMlp(LimitedMlp):
             norm_weight=self.norm_weight,
             norm_bias=self.norm_bias,
             residual=True,
-            eps=NORM_EPS,
+            eps=self.eps,
             workspace=self.workspace,
         )
 
@@ -125,11 +127,13 @@ class Kept:
 class Block(nn.Module):
     """Pre-norm transformer block: attention, then MLP."""
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float, attention: str, actions: int = 0) -> None:
+    def __init__(
+        self, width: int, heads: int, mlp_ratio: float, attention: str, actions: int = 0, eps: float = NORM_EPS
+    ) -> None:
         super().__init__()
-        self.norm1 = StreamNorm(width)
+        self.norm1 = StreamNorm(width, eps)
         self.attn = Attention(width, heads, attention)
-        self.mlp = ConditionedMlp(width, round(width * mlp_ratio), actions)
+        self.mlp = ConditionedMlp(width, round(width * mlp_ratio), actions, eps)
         for linear in (self.attn.qkv, self.attn.proj):
             initialise_linear(linear)
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from iwm_fast import kernels
 from iwm_fast.errors import UserError
-from iwm_fast.models.blocks import NORM_EPS, Block, ConditionedMlp
+from iwm_fast.models.blocks import Block, ConditionedMlp
 from iwm_fast.models.vit import VisionTransformer
 
 __all__ = ["fp8_linear", "products_in_fp8", "require_fp8", "scaled_product"]
@@ -96,7 +96,7 @@ class Fp8Mlp(ConditionedMlp):
         """Map x (N, D) to (N, D)."""
         if not self.training:
             return super().forward(x, cu_seqlens, action)
-        _, normed = kernels.residual_norm(x, None, self.norm_weight, self.norm_bias, eps=NORM_EPS)
+        _, normed = kernels.residual_norm(x, None, self.norm_weight, self.norm_bias, eps=self.eps)
         hidden = fp8_linear(normed, self.w_in, self.b_in)
         return fp8_linear(hidden, self.w_out, self.b_out, "gelu").add_(x)
 

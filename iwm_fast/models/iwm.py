@@ -88,7 +88,7 @@ class IWM(nn.Module):
         shape, predictor = model.encoder_shape, model.predictor
         self.config = model
         self.action_dim = action_dim
-        self.encoder = VisionTransformer(shape, model.image, model.patch, model.attention, activation_checkpointing)
+        self.encoder = VisionTransformer(model.architecture, model.attention, activation_checkpointing)
         self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False) if model.target == "ema" else None
         if self.target_encoder is not None and model.target_precision == "fp8":
             products_in_fp8(self.target_encoder)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from iwm_fast import kernels
-from iwm_fast.config.schema import EncoderShape
+from iwm_fast.config.encoders import EncoderArchitecture
 from iwm_fast.kernels.permutation import take_rows
 from iwm_fast.models.blocks import Block, Kept, Norm, rescale_blocks, run_blocks, wants_groups
 from iwm_fast.models.packing import Segments
@@ -70,25 +70,26 @@ class VisionTransformer(nn.Module):
 
     def __init__(
         self,
-        shape: EncoderShape,
-        image: int,
-        patch: int,
+        architecture: EncoderArchitecture,
         attention: str = "auto",
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        self.image = image
-        self.patch = patch
+        shape = architecture.shape
+        self.architecture = architecture
+        self.image = architecture.image
+        self.patch = architecture.patch
         self.width = shape.width
         self.heads = shape.heads
         self.attention = attention
         self.activation_checkpointing = activation_checkpointing
-        self.patch_embed = PatchEmbedding(patch, shape.width)
-        self.register_buffer("pos_embed", sincos_positions(shape.width, image // patch), persistent=False)
+        self.patch_embed = PatchEmbedding(self.patch, shape.width)
+        self.register_buffer("pos_embed", sincos_positions(shape.width, architecture.grid), persistent=False)
         self.blocks = nn.ModuleList(
-            Block(shape.width, shape.heads, shape.mlp_ratio, attention) for _ in range(shape.depth)
+            Block(shape.width, shape.heads, shape.mlp_ratio, attention, eps=architecture.norm_eps)
+            for _ in range(shape.depth)
         )
-        self.norm = Norm(shape.width)
+        self.norm = Norm(shape.width, architecture.norm_eps)
         rescale_blocks(self.blocks)
 
     @property

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from iwm_fast.config.schema import EncoderShape, ModelConfig, PredictorConfig
+from iwm_fast.config.schema import EncoderArchitecture, EncoderShape, ModelConfig, PredictorConfig
 from iwm_fast.export.timm_names import from_timm, timm_arguments, timm_name, to_timm
 from iwm_fast.models import Segments, VisionTransformer
 from iwm_fast.models.positions import sincos_positions
@@ -85,9 +85,9 @@ def test_hidden_pixels_do_not_matter(plain: SimpleNamespace, encoder: VisionTran
 def test_initialised_alike_for_a_seed_and_residual_writes_scaled_by_their_layer() -> None:
     shape = EncoderShape(depth=3, width=64, heads=2)
     torch.manual_seed(3)
-    first = VisionTransformer(shape, 16, 4)
+    first = VisionTransformer(EncoderArchitecture(shape, 16, 4))
     torch.manual_seed(3)
-    again = VisionTransformer(shape, 16, 4)
+    again = VisionTransformer(EncoderArchitecture(shape, 16, 4))
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
     first.requires_grad_(False)
     for layer, block in enumerate(first.blocks, start=1):

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from iwm_fast.config.schema import EncoderShape
+from iwm_fast.config.schema import EncoderArchitecture, EncoderShape
 from iwm_fast.kernels import patchify, patchify_flops, use_backend
 from iwm_fast.models import Segments, VisionTransformer
 
@@ -106,7 +106,7 @@ def test_opcheck_and_operations(indexed, device):
 def test_an_encoder_reads_its_images_by_it(packed, device):
     """The same values up to a rounding, so the same tokens and gradients up to fp32's rounding in two blocks."""
     torch.manual_seed(0)
-    encoder = VisionTransformer(EncoderShape(depth=2, width=16, heads=2), 12, 4, "sdpa").to(device)
+    encoder = VisionTransformer(EncoderArchitecture(EncoderShape(depth=2, width=16, heads=2), 12, 4), "sdpa").to(device)
     pixels = levels(2, 12, 0, device)
     given = (torch.tensor([8, 0, 5, 1, 2], device=device), Segments.from_lengths((2, 3), device)) if packed else ()
     answers = []

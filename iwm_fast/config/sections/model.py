@@ -9,13 +9,14 @@ from pydantic import Field, model_validator
 from iwm_fast.config.base import (
     Count,
     NonNegative,
+    Place,
     Positive,
     Section,
 )
-from iwm_fast.config.encoders import EncoderName, EncoderShape, shape_of
+from iwm_fast.config.encoders import EncoderArchitecture, EncoderName, EncoderShape, Positions, shape_of
 from iwm_fast.config.registry import TermNames, term_and_weight
 
-__all__ = ["ModelConfig", "PredictorConfig", "RegularizerConfig"]
+__all__ = ["UNBUILT", "ModelConfig", "PredictorConfig", "RegularizerConfig", "TargetEncoderConfig"]
 
 Conditioning = Literal["none", "sequence", "feature", "block", "sequence+block", "feature+block"]
 
@@ -71,6 +72,29 @@ class RegularizerConfig(Section):
     mean_weight: NonNegative = Field(0.0, description="of ‖mean‖² / width beside it, within weight")
 
 
+Eps = Annotated[float, Field(gt=0.0, le=0.1)]
+Prefix = Annotated[int, Field(ge=0, le=1024)]
+
+
+class TargetEncoderConfig(Section):
+    """The architecture of a frozen target encoder that differs from the encoder's; image and patch are the same."""
+
+    encoder: EncoderName | EncoderShape = Field(description="its size: a name, or {depth, width, heads}")
+    prefix_tokens: Prefix = Field(0, description="its class and register tokens")
+    positions: Positions = Field("sincos", description="its positions of patches")
+    norm_eps: Eps = Field(1e-6, description="eps of its normalisations")
+
+    @property
+    def shape(self) -> EncoderShape:
+        """Depth, width and heads, given by name or by its shape."""
+        return self.encoder if isinstance(self.encoder, EncoderShape) else shape_of(self.encoder)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        _require_rotation(self.positions, self.shape)
+        return self
+
+
 class ModelConfig(Section):
     """The networks."""
 
@@ -79,11 +103,42 @@ class ModelConfig(Section):
     )
     patch: Count = Field(16, description="side of a patch, pixels; divides image")
     image: Count = Field(224, description="side of the square views, pixels")
-    target: Literal["ema", "shared"] = Field(
-        "ema", description="target encoder: EMA of the encoder, or the encoder itself"
+    prefix_tokens: Prefix = Field(
+        0,
+        description="learned tokens before the patches of each image, as a class token and registers; patches attend "
+        "to them, and the predictor does not see them",
     )
+    positions: Positions = Field(
+        "sincos",
+        description="of the encoder's patches. sincos: fixed, added to them; learned: parameters, added to them; rope: "
+        "rotations of their queries and keys in every block (DINOv3's)",
+    )
+    rope_base: Positive = Field(100.0, description="positions rope: ratio of its longest period to its shortest")
+    norm_eps: Eps = Field(1e-6, description="eps of the encoder's normalisations; the predictor's is 1e-6")
+    init: Place | None = Field(
+        None, description="weights that the encoder and its target start from: a file or a folder, read by a new run"
+    )
+    init_predictor: Place | None = Field(
+        None, description="weights that the predictor starts from: a file or a folder, read by a new run"
+    )
+    init_pixels: Literal["auto", "imagenet", "half"] = Field(
+        "auto",
+        description="normalisation of pixels that those weights expect. imagenet: ImageNet's mean and std; half: 0.5 "
+        "and 0.5; auto: what the folder's files say, else imagenet",
+    )
+    target: Literal["ema", "shared", "frozen"] = Field(
+        "ema", description="target encoder: EMA of the encoder, the encoder itself, or the weights of target_init"
+    )
+    target_init: Place | None = Field(
+        None, description="target frozen: its weights, a file or a folder, read by a new run"
+    )
+    target_encoder: TargetEncoderConfig | None = Field(
+        None, description="target frozen: its architecture, where it differs from the encoder's"
+    )
+    freeze_encoder: bool = Field(False, description="train the predictor alone, on the encoder of init")
     target_precision: Literal["train", "fp8"] = Field(
-        "train", description="of the EMA target's matmuls in training: train.precision, or fp8 (GPU 8.9 or later)"
+        "train",
+        description="of the EMA or frozen target's matmuls in training: train.precision, or fp8 (GPU 8.9 or later)",
     )
     normalize_target: bool = Field(True, description="layer-normalise target tokens without affine (I-JEPA)")
     attention: Literal["auto", "xformers", "efficient", "sdpa", "cudnn", "varlen", "flash3", "flash_cute"] = Field(
@@ -118,6 +173,22 @@ class ModelConfig(Section):
         return self.encoder if isinstance(self.encoder, EncoderShape) else shape_of(self.encoder)
 
     @property
+    def architecture(self) -> EncoderArchitecture:
+        """The encoder's."""
+        return self._architecture(self.encoder_shape, self.prefix_tokens, self.positions, self.norm_eps)
+
+    @property
+    def target_architecture(self) -> EncoderArchitecture:
+        """The target encoder's: the encoder's, but of a frozen target with its own."""
+        own = self.target_encoder
+        if own is None:
+            return self.architecture
+        return self._architecture(own.shape, own.prefix_tokens, own.positions, own.norm_eps)
+
+    def _architecture(self, shape: EncoderShape, prefix: int, positions: Positions, eps: float) -> EncoderArchitecture:
+        return EncoderArchitecture(shape, self.image, self.patch, prefix, positions, eps, self.rope_base)
+
+    @property
     def grid(self) -> int:
         """Patches along a side."""
         return self.image // self.patch
@@ -127,5 +198,47 @@ class ModelConfig(Section):
         if self.image % self.patch:
             raise ValueError(f"image {self.image} must be a multiple of patch {self.patch}")
         if self.target_precision == "fp8" and self.target == "shared":
-            raise ValueError("target_precision is fp8, so target must be ema: a shared encoder has gradients")
+            raise ValueError("target_precision is fp8, so target must be ema or frozen: a shared encoder has gradients")
+        _require_rotation(self.positions, self.encoder_shape)
         return self
+
+    @model_validator(mode="after")
+    def _starts_from_weights(self) -> Self:
+        if self.target == "frozen" and self.target_init is None:
+            raise ValueError("target is frozen and target_init is null; set target_init to the target's weights")
+        for name in ("target_init", "target_encoder"):
+            if self.target != "frozen" and getattr(self, name) is not None:
+                raise ValueError(f"{name} is of a frozen target, and target is {self.target}; set target to frozen")
+        if self.freeze_encoder and self.target == "ema":
+            raise ValueError(
+                "freeze_encoder is true and target is ema, whose average of a constant is the encoder itself; set "
+                "target to shared, or to frozen with target_init"
+            )
+        if self.freeze_encoder and self.init is None:
+            raise ValueError("freeze_encoder is true and init is null; set init to the encoder's weights")
+        if self.init_pixels != "auto" and self.init is None and self.target_init is None:
+            raise ValueError(f"init_pixels is {self.init_pixels} and there are no weights; set init or target_init")
+        return self
+
+    @model_validator(mode="after")
+    def _built(self) -> Self:
+        fields = type(self).model_fields
+        for name in UNBUILT:
+            if getattr(self, name) != fields[name].default:
+                raise ValueError(f"{name} is {getattr(self, name)}, which this version cannot train yet; leave it out")
+        return self
+
+
+# Keys that no code reads yet.
+UNBUILT = (
+    "prefix_tokens", "positions", "rope_base",
+    "init", "init_predictor", "init_pixels",
+    "target_init", "target_encoder", "freeze_encoder",
+)  # fmt: skip
+
+
+def _require_rotation(positions: Positions, shape: EncoderShape) -> None:
+    """ValueError where a head's width cannot be split into sines and cosines of two axes."""
+    head = shape.width // shape.heads
+    if positions == "rope" and head % 4:
+        raise ValueError(f"positions is rope, so width / heads must be a multiple of 4; it is {head}")
