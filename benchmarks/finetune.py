@@ -1,10 +1,11 @@
 r"""Compare what can be trained on a frozen run: a head, a new predictor, or its own predictor, at one training budget.
 
-    python -m benchmarks.finetune RUN... --data DIR --json FILE [--limit N] [--epochs E] [--batch B]
+    python -m benchmarks.finetune RUN... --data DIR --json FILE [--limit N...] [--epochs E | --steps S] [--batch B]
 
 Each RUN is one seed of the same training. Each cell of the table is one `iwm-fast finetune` command. All modes train on
-the same images for the same number of steps; heads choose among several learning rates. Reported is the mean over the
-runs with a 95 % interval (Student's t). Cells that FILE already has are not run again.
+the same images for the same number of steps; heads choose among several learning rates. Several limits, the numbers of
+training images, give a row of each mode for each. Reported is the mean over the runs with a 95 % interval (Student's
+t). Cells that FILE already has are not run again.
 """
 
 from __future__ import annotations
@@ -44,8 +45,18 @@ def measure(run: Path, words: list[str]) -> dict[str, Any]:
     return {key: value for key, value in found.items() if key not in ("schema", "environment")}
 
 
+def empty_rows(limits: list[int] | None, shared: list[str]) -> list[dict[str, Any]]:
+    """Return a row without runs for each mode, and of each for every limit; its ``images`` are that limit."""
+    found = []
+    for images in [None] if limits is None else limits:
+        limit = [] if images is None else ["--limit", str(images)]
+        for name, words in ARMS.items():
+            found.append({"name": name, "images": images, "options": [*words, *shared, *limit], "runs": []})
+    return found
+
+
 def table(arms: list[dict[str, Any]]) -> str:
-    """Return Markdown, one row per mode."""
+    """Return Markdown, one row per mode and limit."""
     lines = ["| | trained parameters | top-1, mean ± 95 % interval | by seed |", "|---|---|---|---|"]
     for arm in arms:
         if not arm["runs"]:
@@ -55,7 +66,8 @@ def table(arms: list[dict[str, Any]]) -> str:
         width = "" if found["half_width"] is None else f" ± {100 * found['half_width']:.1f}"
         shown = ", ".join(f"{value:.1%}" for value in values)
         parameters = f"{arm['runs'][0]['trained_parameters']:,}"
-        lines.append(f"| {arm['name']} | {parameters} | {found['mean']:.1%}{width} | {shown} |")
+        images = "" if arm["images"] is None else f", {arm['images']:,} images"
+        lines.append(f"| {arm['name']}{images} | {parameters} | {found['mean']:.1%}{width} | {shown} |")
     return "\n".join(lines)
 
 
@@ -66,20 +78,21 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
-    parser.add_argument("--limit", type=int, help="use this many training images; default: all")
-    parser.add_argument("--epochs", type=float, default=2.0)
+    parser.add_argument("--limit", type=int, nargs="+", help="use this many training images; default: all")
+    lengths = parser.add_mutually_exclusive_group()
+    lengths.add_argument("--epochs", type=float, default=2.0)
+    lengths.add_argument("--steps", type=int)
     parser.add_argument("--batch", type=int, default=64)
     args = parser.parse_args()
     require_result(args.json)
-    shared = ["--epochs", str(args.epochs), "--batch", str(args.batch)]
-    shared += [] if args.limit is None else ["--limit", str(args.limit)]
+    length = ["--epochs", str(args.epochs)] if args.steps is None else ["--steps", str(args.steps)]
+    shared = [*length, "--batch", str(args.batch)]
     result: dict[str, Any] = {"schema": SCHEMA, "environment": environment(), "command": public(sys.argv[1:])}
-    result["arms"] = [{"name": name, "options": [*words, *shared], "runs": []} for name, words in ARMS.items()]
+    result["arms"] = empty_rows(args.limit, shared)
     if args.json.exists():
-        before = {arm["name"]: arm for arm in json.loads(args.json.read_text())["arms"]}
+        before = {tuple(arm["options"]): arm["runs"] for arm in json.loads(args.json.read_text())["arms"]}
         for arm in result["arms"]:
-            if before.get(arm["name"], {}).get("options") == arm["options"]:
-                arm["runs"] = before[arm["name"]]["runs"]
+            arm["runs"] = before.get(tuple(arm["options"]), [])
     for place, run in enumerate(args.runs):  # runs outermost: a stopped benchmark has every mode of the first runs
         for arm in result["arms"]:
             if arm["name"] not in args.arms or any(done["run"] == run.name for done in arm["runs"]):

@@ -33,6 +33,7 @@ WORDS = {
     "dial": ["--data", "d", "--out", "runs", "--json", BAD],
     "dial, runs": ["--data", "d", "--out", "file/runs", "--json", "ok.json"],
     "dial, picture": ["--data", "d", "--out", "runs", "--json", "ok.json", "--picture", BAD],
+    "plots.finetune": ["results.json", BAD],
     "plots.sweep": ["results.json", BAD],
     "plots.health": ["results.json", BAD],
     "plots.data": ["results.json", BAD],
