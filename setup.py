@@ -82,6 +82,7 @@ setup(
             # torchvision is timm's requirement; each release of it belongs to one of torch, so this bound is torch's.
             "timm>=1.0.9,<2",
             "torchvision>=0.26,<0.29",
+            "transformers>=5.24,<6",
             "setuptools>=77",
             "wheel>=0.43",
             "prometheus_client>=0.20,<1",
@@ -95,6 +96,8 @@ setup(
         "wandb": ["wandb>=0.25,<1"],
         "prometheus": ["prometheus_client>=0.20,<1"],
         "onnx": ["onnx>=1.17,<2", "onnxscript>=0.5,<0.8", "onnxruntime>=1.20,<2"],
+        # The names of weights, and what its save_pretrained writes, differ between releases 4 and 5.
+        "hf": ["transformers>=5.24,<6"],
         # timm is one of the peers that benchmarks/peers.py compares with.
         "bench": ["psutil>=6", "timm>=1.0.9,<2"],
         "games": ["gymnasium>=1.1,<2", "pygame>=2.6"],

@@ -16,6 +16,7 @@ import torch
 from hypothesis import settings
 from interpreter import Beside
 from PIL import Image
+from reference_libraries import build_references
 
 from iwm_fast.log_filters import quiet_third_parties
 
@@ -161,3 +162,9 @@ def tiny_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
             levels = np.asarray(colour) * ramp + random.normal(0, 12, (height, width, 3))
             Image.fromarray(levels.clip(0, 255).astype(np.uint8)).save(folder / f"{i:03d}.jpg", quality=95)
     return root
+
+
+@pytest.fixture(scope="session")
+def references(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Build small models of timm and transformers with their features, as tests/reference_models.py says."""
+    return build_references(tmp_path_factory.mktemp("references"))

@@ -53,7 +53,7 @@ def test_python_3_11_and_later():
 
 
 def test_extras():
-    names = ["bench", "docs", "games", "onnx", "parquet", "prometheus", "s3", "test", "wandb"]
+    names = ["bench", "docs", "games", "hf", "onnx", "parquet", "prometheus", "s3", "test", "wandb"]
     assert sorted(keyword("extras_require")) == names
 
 

@@ -1,7 +1,6 @@
 """Exports of a run: the trained model, in files that other tools read."""
 
 import errno
-import importlib.util
 import json
 import os
 import re
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from reference_libraries import TORCHVISION, require_libraries
 from small_run import small_config, state
 from worlds import tiny_config, tiny_model
 
@@ -218,24 +218,6 @@ def test_without_the_packages_onnx_names_what_to_install(run, tmp_path, monkeypa
     assert list(tmp_path.iterdir()) == []
 
 
-TORCHVISION = """
-import importlib.util, re, sys
-from pathlib import Path
-import torch
-
-# PyPI's torchvision cannot load its detection operators beside a CPU build of torch, and then refuses to be imported.
-# Their names are declared here, so that timm finds torchvision's transforms; a vision transformer calls none of them.
-try:
-    import torchvision
-except RuntimeError:
-    for name in [name for name in sys.modules if name.startswith("torchvision")]:
-        del sys.modules[name]
-    root = Path(importlib.util.find_spec("torchvision").submodule_search_locations[0])
-    text = (root / "_meta_registrations.py").read_text()
-    for name in set(re.findall(r'register_meta\\("(\\w+)"\\)|torchvision::(\\w+)', text)):
-        torch.library.define(f"torchvision::{name[0] or name[1]}", "(Tensor x) -> Tensor")
-
-"""
 TIMM = (
     TORCHVISION
     + """
@@ -262,8 +244,7 @@ save_file({name: value.contiguous() for name, value in found.items()}, sys.argv[
 
 def test_timm_s_vision_transformer_gives_the_same_features(run, tmp_path):
     """The real timm, in a process of its own, so that neither it nor torchvision enters this one."""
-    if importlib.util.find_spec("timm") is None or importlib.util.find_spec("torchvision") is None:
-        pytest.skip("timm and torchvision are not installed (extra test)")
+    require_libraries("timm")
     written = export_run(run, tmp_path / "weights")
     model, *_ = load_model(run)
     images = torch.randint(0, 256, (4, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
