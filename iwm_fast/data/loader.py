@@ -1,8 +1,8 @@
 """The endless stream of micro-batches for training, prepared by a thread.
 
 Images, order, view parameters and masks are a function of (seed, position in the stream) alone: global position p is
-sample permutation(seed, p // n)[p % n] of epoch p // n. World size, micro-batch, threads and prefetching only divide
-that order among ranks and batches, so a run can resume at any position on any of them.
+sample `order.shuffled(seed, p // n, n, p % n)` of epoch p // n. World size, micro-batch, threads and prefetching only
+divide that order among ranks and batches, so a run can resume at any position on any of them.
 """
 
 from __future__ import annotations
@@ -27,42 +27,19 @@ from iwm_fast.data.bad_samples import BadSamples
 from iwm_fast.data.batch import Batch
 from iwm_fast.data.image_list import ImageSet
 from iwm_fast.data.masks import PatchSets, mask_sampler
-from iwm_fast.data.randomness import permutation
+from iwm_fast.data.order import FEISTEL, SampleOrder
 from iwm_fast.data.samples import FileStore, SampleReader, Samples
 from iwm_fast.data.views.devices import dali_device, dali_threads, image_checkers, use_gpu
 from iwm_fast.data.views.graph import BadRows, RenderedViews, ViewGraph
 from iwm_fast.data.views.sampling import draw_views
 
-__all__ = ["SampleOrder", "TrainingStream"]
+__all__ = ["TrainingStream"]
 
 # Batches in the graph: one computing, one waiting, so that no thread waits for Python. On a CPU two compute: DALI
 # decodes one and renders the other.
 _IN_GRAPH = {"cpu": 3, "gpu": 2}
 # Batches that checkers see before the one that is read.
 _EXPECTED = 2
-
-
-class SampleOrder:
-    """Sample ids and epochs by global position, for `count` samples."""
-
-    def __init__(self, seed: int, count: int) -> None:
-        self.seed, self.count = seed, count
-        self._orders: dict[int, NDArray[np.int64]] = {}
-
-    def __call__(self, start: int, stop: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return (ids, epochs) of the positions start to stop, int64 each."""
-        positions = np.arange(start, stop, dtype=np.int64)
-        epochs = positions // self.count
-        needed = np.unique(epochs).tolist()
-        self._orders = {
-            epoch: self._orders[epoch] if epoch in self._orders else permutation(self.seed, epoch, self.count)
-            for epoch in needed
-        }
-        ids = np.empty_like(positions)
-        for epoch in needed:
-            rows = epochs == epoch
-            ids[rows] = self._orders[epoch][positions[rows] % self.count]
-        return ids, epochs
 
 
 @dataclass
@@ -93,7 +70,7 @@ class TrainingStream:
     start: global samples already consumed. run_dir: folder of bad_samples.jsonl, if any. accumulation: micro-batches
     per rank and global batch, each of micro_batch images. An error in the background thread (UserError where too many
     files are bad) is raised by the `next` of its batch, and by every later one. Close it, or use it as a context
-    manager. `triplet_stream.PairStream` is the one for triplets.
+    manager. order: which of `order.ORDERS`. `triplet_stream.PairStream` is the one for triplets.
     """
 
     files_a_sample = 1
@@ -109,12 +86,13 @@ class TrainingStream:
         world: int = 1,
         start: int = 0,
         run_dir: Path | None = None,
+        order: str = FEISTEL,
     ) -> None:
         self.micro_batch, self.accumulation = divide_batch(config.train.global_batch, world, config.train.micro_batch)
         self.device = dali_device(config.data.device)
         self._config, self._space, self._rank, self._world, self._start = config, space, rank, world, start
         self._reader = self._reader_of(files, run_dir)
-        self._order = SampleOrder(config.train.seed, len(files))
+        self._order = SampleOrder(config.train.seed, len(files), order)
         geometric = config.actions.geometric
         self._sources = config.views.sources_per_target
         self._masks = mask_sampler(config)
@@ -137,6 +115,11 @@ class TrainingStream:
             1, thread_name_prefix="iwm-fast data", initializer=use_gpu, initargs=(self._graph.device_id,)
         )
         self._ahead = deque(self._ask() for _ in range(config.data.prefetch))
+
+    @property
+    def order(self) -> str:
+        """Which order the samples come in, for checkpoints."""
+        return self._order.kind
 
     @property
     def bad(self) -> int:

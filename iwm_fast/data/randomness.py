@@ -20,11 +20,12 @@ __all__ = [
     "MASKS",
     "ORDER",
     "REPLACEMENT",
+    "SHUFFLE",
     "SOURCE_GEOMETRY",
     "VIEWS",
-    "permutation",
     "philox",
     "uniforms",
+    "words",
 ]
 
 # One stream per purpose, so that more numbers for one never change another. The values are part of a run's identity.
@@ -35,14 +36,13 @@ ORDER = 4
 BANK = 5
 REPLACEMENT = 6
 COMPRESSION = 7
+SHUFFLE = 8
 
 _MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
 _WEYL = (np.uint64(0x9E3779B9), np.uint64(0xBB67AE85))
 _LOW = np.uint64(0xFFFFFFFF)
 _HALF = np.uint64(32)
 _ROUNDS = 10
-# Chunk of `permutation`: the temporaries of 32 k numbers (128 kB each) stay in a core's cache.
-_CHUNK = 32768
 
 Words = NDArray[np.uint64]
 
@@ -65,11 +65,10 @@ def _halves(values: Words) -> tuple[Words, Words]:
     return values & _LOW, values >> _HALF
 
 
-def uniforms(
+def words(
     seed: int, epoch: ArrayLike, sample: ArrayLike, stream: int, count: int, *, start: int = 0
-) -> NDArray[np.float64]:
-    """Return numbers `start` to `start + count` of a stream, for B samples: float64 (B, count) in [0, 1), 53 random
-    bits each.
+) -> NDArray[np.uint64]:
+    """Return numbers `start` to `start + count` of a stream, for B samples: uint64 (B, count), 64 random bits each.
 
     epoch and sample: int64 (B,), or scalars that broadcast; seed in [0, 2⁶⁴); stream in [0, 2³²); start even, since a
     Philox block gives two numbers. Raises ValueError otherwise.
@@ -94,13 +93,12 @@ def uniforms(
     bits = np.empty((len(epochs), len(block), 2), np.uint64)
     np.bitwise_or(w0 << _HALF, w1, out=bits[:, :, 0])
     np.bitwise_or(w2 << _HALF, w3, out=bits[:, :, 1])
-    return (bits.reshape(len(epochs), 2 * len(block))[:, :count] >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return bits.reshape(len(epochs), 2 * len(block))[:, :count]
 
 
-def permutation(seed: int, epoch: int, n: int) -> NDArray[np.int64]:
-    """Return the order of n samples in an epoch, int64 (n,): sample ids sorted by their random number."""
-    keys = np.empty(n)
-    for start in range(0, n, _CHUNK):
-        stop = min(start + _CHUNK, n)
-        keys[start:stop] = uniforms(seed, epoch, 0, ORDER, stop - start, start=start)[0]
-    return np.argsort(keys, kind="stable").astype(np.int64, copy=False)
+def uniforms(
+    seed: int, epoch: ArrayLike, sample: ArrayLike, stream: int, count: int, *, start: int = 0
+) -> NDArray[np.float64]:
+    """Return the numbers of `words` as float64 (B, count) in [0, 1), 53 random bits each."""
+    bits = words(seed, epoch, sample, stream, count, start=start)
+    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53

@@ -221,6 +221,7 @@ def _save(run: Run, log: MetricsLog | None) -> None:
         "samples_seen": trainer.step * run.config.train.global_batch,
         "written_by": {"world": run.ranks.world, "stage": run.zero.stage},
         "images": run.trainer.dataset_size,
+        "order": trainer.stream.order,
         "action_names": list(space_of(run.config.actions).names),
     }
     identity = run.identity.soon(_IDENTITY_S) if run.identity else None

@@ -10,6 +10,7 @@ from pathlib import Path
 from iwm_fast.config import Config
 from iwm_fast.data.identity import Identity, difference, identity_of, names_digest, read_identity
 from iwm_fast.data.image_list import ImageSet
+from iwm_fast.data.order import FEISTEL, SORTED, require_order
 from iwm_fast.data.sources.s3 import is_address
 from iwm_fast.data.triplets import Triplets
 from iwm_fast.engine.checkpoint import format as checkpoint
@@ -19,7 +20,7 @@ from iwm_fast.engine.distributed.ranks import Ranks, gather
 from iwm_fast.engine.run_directory import RunDirectory
 from iwm_fast.errors import UserError
 
-__all__ = ["ListIdentity", "choose_checkpoint", "require_alike_lists", "require_data", "same_place"]
+__all__ = ["ListIdentity", "choose_checkpoint", "order_of", "require_alike_lists", "require_data", "same_place"]
 
 
 class ListIdentity:
@@ -109,6 +110,13 @@ def _require_own(wanted: Named, directory: RunDirectory) -> None:
 
 def _tell(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
+
+
+def order_of(saved: Checkpoint | None) -> str:
+    """Return the order of the samples: a checkpoint's, SORTED where its version recorded none; FEISTEL in a new run."""
+    if saved is None:
+        return FEISTEL
+    return require_order(str(saved.index.get("order", SORTED)), str(saved.path))
 
 
 def require_data(

@@ -39,7 +39,7 @@ from iwm_fast.engine.metrics.progress import TrainingProgress
 from iwm_fast.engine.nonfinite import SkippedSteps
 from iwm_fast.engine.provenance import describe_run
 from iwm_fast.engine.readiness import require_ready, require_room
-from iwm_fast.engine.resuming import ListIdentity, choose_checkpoint, require_alike_lists, require_data
+from iwm_fast.engine.resuming import ListIdentity, choose_checkpoint, order_of, require_alike_lists, require_data
 from iwm_fast.engine.run_directory import RunDirectory
 from iwm_fast.engine.schedules import Schedules
 from iwm_fast.engine.step import Trainer
@@ -159,6 +159,7 @@ def _train(
         world=ranks.world,
         start=done * config.train.global_batch,
         run_dir=directory.path,
+        order=order_of(saved),
     )
     keep = config.checkpoint
     writer = CheckpointWriter(directory.checkpoints, ranks, keep.keep_last, keep.keep_every)

@@ -17,8 +17,8 @@ from iwm_fast.actions.space import ActionSpace
 from iwm_fast.config.batch import divide_batch
 from iwm_fast.data import samples as samples_module
 from iwm_fast.data.image_list import list_images
-from iwm_fast.data.loader import SampleOrder, TrainingStream
-from iwm_fast.data.randomness import permutation
+from iwm_fast.data.loader import TrainingStream
+from iwm_fast.data.order import shuffled
 from iwm_fast.data.samples import FileStore
 from iwm_fast.data.views.devices import dali_device
 from iwm_fast.errors import UserError
@@ -83,8 +83,8 @@ def reference_rows(folder):
     return take(folder, BATCHES)
 
 
-def test_positions_follow_the_permutation_of_each_epoch_and_none_is_dropped(reference_rows):
-    order = [(epoch, int(i)) for epoch in range(3) for i in permutation(3, epoch, FILES)]
+def test_positions_follow_the_order_of_each_epoch_and_none_is_dropped(reference_rows):
+    order = [(epoch, int(i)) for epoch in range(3) for i in shuffled(3, epoch, FILES, np.arange(FILES))]
     assert [(row["epoch"], row["id"]) for row in reference_rows] == order[: 8 * BATCHES]
 
 
@@ -157,16 +157,6 @@ def test_the_largest_divisor_under_the_ceiling_is_the_micro_batch():
         divide_batch(8, 3, None)
 
 
-def test_order_is_by_position_whatever_was_asked_before():
-    order = SampleOrder(1, 5)
-    whole = order(0, 17)
-    order(40, 44)
-    for start, stop in ((3, 9), (12, 13)):
-        ids, epochs = order(start, stop)
-        assert ids.tolist() == whole[0][start:stop].tolist()
-        assert epochs.tolist() == whole[1][start:stop].tolist()
-
-
 @pytest.fixture
 def damaged_folder(tmp_path):
     """30 files, one bad by its header, one found bad by decoding, and one that DALI alone cannot decode."""
@@ -191,7 +181,7 @@ def test_bad_files_are_replaced_alike_on_any_division_and_listed_once(damaged_fo
             assert list(line) == ["file", "reason", "epoch", "sample_id"]
             assert line["reason"]
     drawn = [row["id"] for row in rows]
-    assert drawn[:30] == permutation(3, 0, 30).tolist()  # the slot keeps its id
+    assert drawn[:30] == shuffled(3, 0, 30, np.arange(30)).tolist()  # the slot keeps its id
     by_id = {row["id"]: row for row in rows[:30]}
     assert by_id[4]["source"] != by_id[11]["source"]
 

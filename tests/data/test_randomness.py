@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from iwm_fast.data import randomness
-from iwm_fast.data.randomness import permutation, philox, uniforms
+from iwm_fast.data.randomness import philox, uniforms, words
 
 ids = st.integers(0, 2**63 - 1)
 seeds = st.integers(0, 2**64 - 1)
@@ -80,7 +80,8 @@ def test_every_bit_of_seed_epoch_and_sample_enters(bit):
 
 
 def test_streams_have_distinct_numbers_and_draws():
-    streams = [getattr(randomness, n) for n in ("VIEWS", "SOURCE_GEOMETRY", "MASKS", "ORDER", "BANK", "REPLACEMENT")]
+    names = ("VIEWS", "SOURCE_GEOMETRY", "MASKS", "ORDER", "BANK", "REPLACEMENT", "COMPRESSION", "SHUFFLE")
+    streams = [getattr(randomness, name) for name in names]
     assert len(set(streams)) == len(streams)
     assert len({uniforms(0, 0, 0, stream, 1).item() for stream in streams}) == len(streams)
 
@@ -100,22 +101,6 @@ def test_draws_are_uniform_and_uncorrelated():
         assert abs(np.corrcoef(columns[1:, 0], columns[:-1, 0])[0, 1]) < 5 / np.sqrt(n)
 
 
-@pytest.mark.parametrize("n", [0, 1, 2, 257, 70_001])
-def test_permutation_orders_every_sample_once(n):
-    order = permutation(3, 2, n)
-    assert order.dtype == np.int64
-    np.testing.assert_array_equal(np.sort(order), np.arange(n))
-
-
-def test_permutation_differs_by_seed_and_epoch_and_is_unbiased():
-    orders = [tuple(permutation(seed, epoch, 50)) for seed in (0, 1, 2**63) for epoch in (0, 1, 2**40)]
-    assert len(set(orders)) == len(orders)
-    first = np.array([permutation(7, epoch, 5) for epoch in range(4000)])
-    for place in first.T:
-        # Binomial (4000, 1/5): std 25; five of them.
-        assert np.abs(np.bincount(place, minlength=5) - 800).max() < 127
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -130,6 +115,13 @@ def test_permutation_differs_by_seed_and_epoch_and_is_unbiased():
 def test_wrong_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         uniforms(**{"seed": 0, "epoch": 0, "sample": 0, "stream": 1, "count": 1, **arguments})
+
+
+def test_words_are_all_bits_of_the_uniforms():
+    bits = words(5, [0, 7], 3, 1, 6)
+    np.testing.assert_array_equal((bits >> np.uint64(11)) * 2.0**-53, uniforms(5, [0, 7], 3, 1, 6))
+    low = (bits & np.uint64(2**11 - 1)).ravel()
+    assert len(set(low.tolist())) > 6  # the bits that a float has no room for are random too
 
 
 def test_no_samples_draw_nothing():

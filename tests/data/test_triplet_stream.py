@@ -14,7 +14,7 @@ from PIL import Image
 from small_run import small_config
 
 from iwm_fast.actions.external import space_of
-from iwm_fast.data.randomness import permutation
+from iwm_fast.data.order import shuffled
 from iwm_fast.data.triplet_stream import PairStream
 from iwm_fast.data.triplets import resolve_triplets
 from iwm_fast.errors import UserError
@@ -74,8 +74,8 @@ def test_a_sample_is_its_triplet_s_two_pictures_untouched_and_its_action(manifes
         np.testing.assert_allclose(action, np.array(row["action"]) / [2, 4], rtol=1e-6)
 
 
-def test_positions_follow_the_permutation_of_each_epoch(reference):
-    order = [(int(i), epoch) for epoch in range(2) for i in permutation(3, epoch, TRIPLETS)]
+def test_positions_follow_the_order_of_each_epoch(reference):
+    order = [(int(i), epoch) for epoch in range(2) for i in shuffled(3, epoch, TRIPLETS, np.arange(TRIPLETS))]
     assert [row[:2] for row in reference] == order[: 8 * BATCHES]
 
 
@@ -142,7 +142,7 @@ def test_triplets_with_a_bad_picture_are_replaced_alike_on_any_division_and_list
         assert {line["file"][-7:]: line["reason"] for line in lines}["020.png"] == (
             "40 x 32 pixels, and the source of its triplet 32 x 32: they must be of one size"
         )
-    assert [row[0] for row in rows[:TRIPLETS]] == permutation(3, 0, TRIPLETS).tolist()
+    assert [row[0] for row in rows[:TRIPLETS]] == shuffled(3, 0, TRIPLETS, np.arange(TRIPLETS)).tolist()
     wanted = rows_of_manifest(damaged)
     good = [r for r in wanted if not any(n in r["source"] + r["target"] for n in ("003", "009", "020"))]
     told = {tuple(np.float32(np.array(r["action"]) / [2, 4]).tolist()): r for r in good}

@@ -15,7 +15,8 @@ from small_run import losses, metrics, small_config, state
 
 from iwm_fast.actions.space import ActionSpace
 from iwm_fast.data.image_list import list_images
-from iwm_fast.data.loader import SampleOrder, TrainingStream
+from iwm_fast.data.loader import TrainingStream
+from iwm_fast.data.order import SampleOrder
 from iwm_fast.data.sources import outage
 from iwm_fast.engine import pretrain
 from iwm_fast.engine.checkpoint import format as checkpoint

@@ -9,8 +9,11 @@ from small_run import losses, metrics, small_config, state
 from iwm_fast.cli.main import main
 from iwm_fast.config import Config
 from iwm_fast.data.image_list import list_images
+from iwm_fast.data.loader import TrainingStream
+from iwm_fast.data.order import FEISTEL, SORTED
 from iwm_fast.engine import pretrain, resuming
 from iwm_fast.engine.checkpoint.format import Checkpoint
+from iwm_fast.engine.checkpoint.writer import CheckpointWriter
 from iwm_fast.engine.distributed.rank_info import RankInfo
 from iwm_fast.engine.distributed.ranks import Ranks
 from iwm_fast.engine.resuming import require_alike_lists, same_place
@@ -68,6 +71,65 @@ def test_a_checkpoint_without_the_list_resumes_under_its_own_root_only(run, copy
         pretrain(small_config(tiny_images, train__steps=3), copy, "auto")
     pretrain(small_config(f"{run.parent}/here/./images/", train__steps=3), copy, "auto")
     assert len(metrics(copy)) == 3
+
+
+# Of 24 samples, seed 3, epoch 0.
+EARLIER_ORDER = [4, 17, 20, 18, 11, 13, 8, 14, 23, 3, 12, 9, 0, 5, 6, 21, 22, 2, 16, 19, 15, 1, 7, 10]
+
+
+class Earlier:
+    """A version before orders had names: it knew one, and its checkpoints have no word of it."""
+
+    def __init__(self, monkeypatch):
+        self._patches = monkeypatch
+
+    def __enter__(self):
+        plain = CheckpointWriter.save
+
+        def save(writer, step, fragments, meta):
+            meta.pop("order")
+            plain(writer, step, fragments, meta)
+
+        self._patches.setattr(resuming, "FEISTEL", SORTED)
+        self._patches.setattr(CheckpointWriter, "save", save)
+
+    def __exit__(self, *_):
+        self._patches.undo()
+
+
+def test_a_run_begun_with_the_earlier_order_finishes_in_it(tiny_images, tmp_path, monkeypatch):
+    seen = []
+    plain = TrainingStream.__next__
+
+    def noted(stream):
+        batch = plain(stream)
+        seen.extend(batch.ids.tolist())
+        return batch
+
+    with Earlier(monkeypatch):
+        pretrain(small_config(tiny_images, train__steps=3), tmp_path / "straight")
+        pretrain(small_config(tiny_images, train__steps=1), tmp_path / "run")
+    assert "order" not in Checkpoint(tmp_path / "run/checkpoints/step_000001").index
+    monkeypatch.setattr(TrainingStream, "__next__", noted)
+    pretrain(small_config(tiny_images, train__steps=3), tmp_path / "run", "auto")
+    assert seen == EARLIER_ORDER[8:]
+    assert Checkpoint(tmp_path / "run/checkpoints/step_000003").index["order"] == SORTED
+    assert losses(tmp_path / "run") == losses(tmp_path / "straight")
+    for key, tensor in state(tmp_path / "straight", 3).items():
+        assert torch.equal(state(tmp_path / "run", 3)[key], tensor), key
+
+
+def test_a_run_in_an_order_of_a_later_version_is_refused(copy, tiny_images, monkeypatch):
+    plain = Checkpoint.__init__
+
+    def later(saved, path):
+        plain(saved, path)
+        assert saved.index["order"] == FEISTEL
+        saved.index["order"] = "spiral"
+
+    monkeypatch.setattr(Checkpoint, "__init__", later)
+    with pytest.raises(UserError, match=r"step_000002: its samples come in the order 'spiral', which this version"):
+        pretrain(small_config(tiny_images, train__steps=3), copy, "auto")
 
 
 @pytest.mark.slow

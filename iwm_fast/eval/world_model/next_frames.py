@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from iwm_fast.data.randomness import permutation
+from iwm_fast.data.order import sorted_order
 from iwm_fast.errors import UserError
 from iwm_fast.eval.features import device_of, evaluating
 from iwm_fast.eval.stats import bootstrap_interval
@@ -65,7 +65,7 @@ def draw_next_frames(reader: FrameReader, bank: int, *, seed: int = 0) -> NextFr
     Raise UserError if the set has fewer than two decodable ones of either.
     """
     triplets = reader.triplets
-    order, vectors = permutation(seed, 0, len(triplets)), triplets.vectors()
+    order, vectors = sorted_order(seed, 0, len(triplets)), triplets.vectors()
     places: dict[bytes, int] = {}  # index in the bank by a frame's pixels
     asked: dict[tuple[bytes, bytes, int], int] = {}  # rows, by source, action and next frame
     sources: list[Tensor] = []
