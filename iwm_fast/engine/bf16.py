@@ -13,7 +13,7 @@ __all__ = ["Bf16Compute"]
 
 
 class Bf16Compute(nn.Module):
-    """Run ``model`` with its parameters rounded to bf16 at each call; the fp32 parameters receive the gradients.
+    """Run ``model`` with its fp32 parameters rounded to bf16 at each call; they receive the gradients.
 
     The arithmetic equals bf16 copies of fp32 master weights, as at ZeRO stages 1 to 3.
     """
@@ -35,6 +35,8 @@ class Bf16Compute(nn.Module):
         trained: dict[str, Tensor] = {}
         frozen: dict[str, Tensor] = {}
         for name, parameter in self.model.named_parameters():
+            if parameter.dtype == torch.bfloat16:
+                continue  # frozen weights, which are rounded once
             (trained if parameter.requires_grad else frozen)[name] = parameter
         early = self._early if torch.is_grad_enabled() else None
         copies = early.copies(list(trained.values())) if early else _Rounded.apply(*trained.values())

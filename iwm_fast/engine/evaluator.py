@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from iwm_fast.actions.space import ActionSpace
 from iwm_fast.config import Config
+from iwm_fast.engine.checkpoint.frozen_file import FrozenFile
 from iwm_fast.engine.distributed.ranks import Ranks
 from iwm_fast.engine.ema import TargetAverage, target_name
 from iwm_fast.engine.zero import ZeroEngine
@@ -46,16 +47,28 @@ class Evaluator(Protocol):
 
 
 def live_model(
-    zero: ZeroEngine, average: TargetAverage | None, config: Config, space: ActionSpace, ranks: Ranks
+    zero: ZeroEngine,
+    average: TargetAverage | None,
+    config: Config,
+    space: ActionSpace,
+    ranks: Ranks,
+    frozen: FrozenFile | None = None,
 ) -> IWM:
-    """Return the live state as one fp32 model on every rank's device; collective."""
+    """Return the live state as one fp32 model on every rank's device; collective. ``frozen``: the weights that it does
+    not change.
+    """
     model = IWM(config.model, space.dim).to(ranks.device)
+    constants = model.constants
+    if frozen is not None:
+        frozen.fill(constants)
     parts = [(s.name, s.start, s.weight) for s in zero.shards]
     if average is not None:
         parts += [(target_name(s.name), s.start, a) for s, a in zip(average.shards, average.averages, strict=True)]
     mine = {(name, start): tensor for name, start, tensor in parts}
     with torch.no_grad():
         for name, parameter in model.named_parameters():
+            if name in constants:
+                continue
             flat = torch.zeros(parameter.numel(), device=ranks.device)
             for (owner, start), tensor in mine.items():
                 if owner == name:

@@ -159,12 +159,15 @@ class GraphedStep(nn.Module):
         def work() -> tuple[Losses, list[nn.Parameter]]:
             given, factors = _with_tensors(arguments, inputs)
             found: Losses = self.model(*given, per_size=True)
-            # A term's factor differs between batches, so it enters as a gradient, in fp32.
-            made = torch.autograd.grad(found.terms, trained, factors, allow_unused=True)
+            # A term's factor differs between batches, so it enters as a gradient, in fp32. A term of a frozen encoder
+            # alone has none.
+            pairs = [pair for pair in zip(found.terms, factors, strict=True) if pair[0].requires_grad]
+            terms, incoming = zip(*pairs, strict=True)
+            made = torch.autograd.grad(terms, trained, incoming, allow_unused=True)
             used = [(p, g) for p, g in zip(trained, made, strict=True) if g is not None]
             torch._foreach_copy_([self._gradients[p] for p, _ in used], [g for _, g in used])
-            terms = tuple(term.detach() * factor for term, factor in zip(found.terms, factors, strict=True))
-            return Losses(terms, found.target, found.rows, found.places), [p for p, _ in used]
+            values = tuple(term.detach() * factor for term, factor in zip(found.terms, factors, strict=True))
+            return Losses(values, found.target, found.rows, found.places), [p for p, _ in used]
 
         try:
             (found, used), replay = self._recorder.record(work)

@@ -10,6 +10,7 @@ from iwm_fast.actions.space import ActionSpace
 from iwm_fast.config import Config
 from iwm_fast.data.bad_samples import FILE_NAME as BAD_SAMPLES_FILE
 from iwm_fast.engine.checkpoint.fragments import fragments
+from iwm_fast.engine.checkpoint.frozen_file import FROZEN_KEY, FrozenFile
 from iwm_fast.engine.checkpoint.writer import CheckpointWriter
 from iwm_fast.engine.distributed.ranks import Ranks, agree
 from iwm_fast.engine.distributed.signals import Abandoned, StopRequest
@@ -63,6 +64,7 @@ class Run:
     identity: ListIdentity | None  # on the first rank
     choices: KernelChoices
     evaluator: Evaluator | None
+    frozen: FrozenFile | None
 
 
 def train(run: Run, space: ActionSpace, progress: TrainingProgress, stop: StopRequest, upkeep: Upkeep) -> None:
@@ -123,7 +125,7 @@ def _evaluated(
     """
     step = run.trainer.step
     try:
-        model = live_model(run.zero, run.average, run.config, space, run.ranks)
+        model = live_model(run.zero, run.average, run.config, space, run.ranks, run.frozen)
         found = evaluator.measure(model, run.config, space, run.ranks, stop.abandonable)
     except UserError as error:  # on every rank, so that all of them write
         if log and record:
@@ -216,7 +218,7 @@ def _save(run: Run, log: MetricsLog | None) -> None:
     trainer.settle()
     if log:
         log.sync()
-    meta = {
+    meta: dict[str, Any] = {
         "updates": trainer.updates,
         "samples_seen": trainer.step * run.config.train.global_batch,
         "written_by": {"world": run.ranks.world, "stage": run.zero.stage},
@@ -224,6 +226,8 @@ def _save(run: Run, log: MetricsLog | None) -> None:
         "order": trainer.stream.order,
         "action_names": list(space_of(run.config.actions).names),
     }
+    if run.frozen:
+        meta[FROZEN_KEY] = dict(run.frozen.sums)
     identity = run.identity.soon(_IDENTITY_S) if run.identity else None
     if identity:
         meta["data"] = identity.document()

@@ -37,7 +37,7 @@ class Packer:
         self._rounding = rounding_of(config, micro_batch)
         _require_whole_statistics(config, micro_batch, world)
         self.objective = objective_of(config.model)
-        self._images, self._width = config.train.global_batch, config.model.encoder_shape.width
+        self._images, self._width = config.train.global_batch, config.model.target_architecture.shape.width
         self._world, self._micro_batches = world, config.train.global_batch // micro_batch
         self._predicts, self._device, self._seed = predicts, device, config.train.seed
         self.sizes: set[tuple[int, int]] = set()

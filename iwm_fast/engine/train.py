@@ -22,6 +22,7 @@ from iwm_fast.data.triplets import Triplets, resolve_triplets
 from iwm_fast.engine.build import require_machine, trained_model
 from iwm_fast.engine.checkpoint.format import Checkpoint
 from iwm_fast.engine.checkpoint.fragments import restore_module, restore_shards
+from iwm_fast.engine.checkpoint.frozen_file import FrozenFile, adopt_frozen, write_frozen
 from iwm_fast.engine.checkpoint.writer import CheckpointWriter, clear_leftovers, point_latest
 from iwm_fast.engine.determinism import deterministic_operators
 from iwm_fast.engine.distributed.links import Interconnect, far_below, measure_interconnect
@@ -33,6 +34,7 @@ from iwm_fast.engine.ema import TargetAverage
 from iwm_fast.engine.ending import Ending, resume_command
 from iwm_fast.engine.evaluator import Evaluator
 from iwm_fast.engine.garbage import Upkeep
+from iwm_fast.engine.initial import start_from_weights
 from iwm_fast.engine.kernel_choices import KernelChoices, read_tables
 from iwm_fast.engine.loop import Run, train
 from iwm_fast.engine.metrics.progress import TrainingProgress
@@ -48,6 +50,7 @@ from iwm_fast.environment import usable_cores
 from iwm_fast.errors import Interrupted, UserError
 from iwm_fast.kernels import use_tuner
 from iwm_fast.models.attention import describe_attention
+from iwm_fast.models.iwm import IWM
 
 __all__ = ["pretrain"]
 
@@ -167,8 +170,7 @@ def _train(
     with contextlib.closing(stream), contextlib.closing(writer):
         predicts = model.predicts
         live.at("making of the engine")
-        if saved:
-            restore_module(model, saved)
+        frozen = _weights(model, saved, directory, ranks, live)
         zero = initialize(model, config, stream.micro_batch, stream.accumulation)
         average = TargetAverage(zero, ranks) if config.model.target == "ema" else None
         if saved:
@@ -180,7 +182,10 @@ def _train(
         )  # fmt: skip
         file = directory.kernel_choices_file
         choices = KernelChoices(ranks, file, decide(ranks, lambda: read_tables(file, chosen)))
-        run = Run(config, directory, ranks, zero, average, trainer, writer, live, stop_at, identity, choices, evaluator)
+        run = Run(
+            config, directory, ranks, zero, average, trainer, writer, live, stop_at, identity, choices, evaluator,
+            frozen,
+        )  # fmt: skip
         with TrainingProgress(stop_at, done, shown=ranks.first) as progress:
             _announce(run, given, files, saved, progress)
             # Before this there is no state to save, and a signal just ends the process.
@@ -190,16 +195,36 @@ def _train(
         return trainer.step, stop_at
 
 
+def _weights(
+    model: IWM, saved: Checkpoint | None, directory: RunDirectory, ranks: Ranks, live: Liveness
+) -> FrozenFile | None:
+    """Fill the model with the checkpoint's weights, or a new run's with those that it starts from; return the frozen
+    ones' file.
+    """
+    if saved is None:
+        live.at("reading of the weights to start from")
+        start_from_weights(model, ranks)
+        constants = model.constants
+        return decide(ranks, lambda: write_frozen(directory.checkpoints, constants)) if constants else None
+    restore_module(model, saved)
+    if (frozen := saved.frozen) is None:
+        return None
+    return decide(ranks, lambda: adopt_frozen(saved.path, directory.checkpoints, frozen.sums))
+
+
 def _announce(
     run: Run, given: Config, files: ImageSet | Triplets, saved: Checkpoint | None, progress: TrainingProgress
 ) -> None:
     """``given``: the configuration before epochs became steps; notes name its keys."""
     config = run.config
     attention = describe_attention(config.model.attention, run.ranks.device)
+    frozen = {"target": config.model.target == "frozen", "encoder": config.model.freeze_encoder}
+    parts = " and ".join(part for part, held in frozen.items() if held)
     in_fp8 = ", target in fp8" if config.model.target_precision == "fp8" else ""
     progress.say(
         f"{len(files)} {files.describe()}, {run.ranks.world} rank(s) on {run.ranks.device.type}, "
-        f"ZeRO stage {config.zero.stage}, {config.train.precision}{in_fp8}, attention {attention}, "
+        f"ZeRO stage {config.zero.stage}, {config.train.precision}{in_fp8}, "
+        f"{f'frozen {parts}, ' if parts else ''}attention {attention}, "
         f"{'deterministic, ' if config.train.deterministic else ''}"
         f"{'compiled, ' if config.train.compile else ''}{'CUDA graphs, ' if config.train.cuda_graph else ''}"
         f"global batch {config.train.global_batch} = "

@@ -18,6 +18,7 @@ from iwm_fast.engine.bf16 import Bf16Compute
 from iwm_fast.engine.graphs import CudaRecorder, GraphedStep
 from iwm_fast.engine.optimizer import MOMENTS, FiniteAdamW, build_optimizer, ensure_state
 from iwm_fast.engine.overlap import SummedGradients
+from iwm_fast.models.iwm import IWM
 
 __all__ = ["Shard", "ZeroEngine", "deepspeed_config", "initialize"]
 
@@ -108,7 +109,8 @@ def deepspeed_config(config: Config, micro_batch: int, accumulation: int) -> dic
 def initialize(model: nn.Module, config: Config, micro_batch: int, accumulation: int) -> ZeroEngine:
     """Initialise DeepSpeed with ``model`` (fp32, on the rank's device) and collect this rank's shards, moments at zero.
 
-    Under bf16 DeepSpeed makes its fp32 master weights from rounded ones; they are reset to ``model``'s own here.
+    Under bf16 DeepSpeed makes its fp32 master weights from rounded ones; they are reset to ``model``'s own here. Frozen
+    weights stay in the working type alone.
     """
     import deepspeed
 
@@ -141,6 +143,9 @@ def initialize(model: nn.Module, config: Config, micro_batch: int, accumulation:
     zero = ZeroEngine(engine, optimizer, stage, model, [])
     zero.set_updates(0)
     zero.shards = _shards(zero, shapes)
+    if rounding and isinstance(model, IWM):
+        for constant in model.constants.values():  # rounded once, not in each step; checkpoints read their file
+            constant.data = constant.data.bfloat16()
     for shard in zero.shards:
         shard.weight.copy_(full[shard.name][shard.start : shard.stop])
         for moment in shard.moments.values():

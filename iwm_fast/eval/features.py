@@ -23,6 +23,7 @@ __all__ = [
     "EncoderName",
     "Kept",
     "announce",
+    "bypass_encoder",
     "default_encoder",
     "device_of",
     "encoder_of",
@@ -44,8 +45,15 @@ _WORTH_A_LINE = 100e6  # bytes of mean tokens; tokens and images always are
 
 
 def default_encoder(model: ModelConfig) -> EncoderName:
-    """Return the encoder that probes read: the EMA if there is one (as in DINO), else the only one."""
-    return "target" if model.target == "ema" else "context"
+    """Return the encoder that probes read: the EMA if there is one (as in DINO), else the context encoder."""
+    return model.evaluated_encoder
+
+
+def bypass_encoder(model: ModelConfig) -> EncoderName:
+    """Return the encoder of a source without a predictor, a control: the one in whose space predictions lie, and the
+    context encoder where an EMA makes both spaces one.
+    """
+    return "target" if model.target == "frozen" else "context"
 
 
 def encoder_of(model: IWM, which: EncoderName) -> VisionTransformer:

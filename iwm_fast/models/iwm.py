@@ -69,27 +69,31 @@ class Losses:
 class IWM(nn.Module):
     """An image world model.
 
-    encoder: of the source. target_encoder: of the target, or None where the encoder itself encodes it (model.target:
-    shared). predictor: the world model. predicts: the patches it predicts, "target" (those of the target blocks) or
-    "context" (the source's own visible ones, the mlp predictor). objective: the loss. target_stream: where `forward`
-    computes the target; by default the current stream. sum_over_ranks: sums a statistic of a term over all ranks, with
-    gradient; by default the identity.
+    encoder: of the source. target_encoder: of the target, an EMA or frozen, or None where the encoder itself encodes it
+    (model.target: shared). predictor: the world model. predicts: the patches it predicts, "target" (those of the target
+    blocks) or "context" (the source's own visible ones, the mlp predictor). objective: the loss. target_stream: where
+    `forward` computes the target; by default the current stream. sum_over_ranks: sums a statistic of a term over all
+    ranks, with gradient; by default the identity.
 
-    The same torch seed gives the same initial weights. They may be cast to bf16 as a whole: inputs follow, and
-    normalisation statistics, softmax and loss stay in fp32. The target encoder is never differentiated; the caller
-    updates its EMA. With model.target_precision: fp8 its matmuls are in fp8 in training mode; in evaluation mode it
-    computes in the model's own type.
+    The same torch seed gives the same initial weights, of encoder and predictor whatever the target. They may be cast
+    to bf16 as a whole: inputs follow, and normalisation statistics, softmax and loss stay in fp32. The target encoder
+    is never differentiated; the caller updates its EMA, and loads a frozen one. With model.freeze_encoder the encoder
+    is not differentiated either, and the predictor alone is trained. With model.target_precision: fp8 the target's
+    matmuls are in fp8 in training mode; in evaluation mode it computes in the model's own type.
     """
 
     def __init__(self, model: ModelConfig, action_dim: int, *, activation_checkpointing: bool = False) -> None:
         super().__init__()
         if action_dim < 1:
             raise ValueError(f"action_dim is {action_dim}; it must be at least 1")
-        shape, predictor = model.encoder_shape, model.predictor
+        width, target_width = model.encoder_shape.width, model.target_architecture.shape.width
+        predictor = model.predictor
         self.config = model
         self.action_dim = action_dim
         self.encoder = VisionTransformer(model.architecture, model.attention, activation_checkpointing)
-        self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False) if model.target == "ema" else None
+        self.target_encoder = _target_encoder(model, self.encoder)
+        if model.freeze_encoder:
+            self.encoder.requires_grad_(False)
         if self.target_encoder is not None and model.target_precision == "fp8":
             products_in_fp8(self.target_encoder)
         self.objective = objective_of(model)
@@ -99,18 +103,31 @@ class IWM(nn.Module):
         self.predicts: Literal["target", "context"]
         if predictor.kind == "mlp":
             self.predicts = "context"
-            self.predictor = MlpPredictor(predictor, shape.width, action_dim, activation_checkpointing)
+            self.predictor = MlpPredictor(
+                predictor, width, action_dim, activation_checkpointing, target_width=target_width
+            )
         else:
             self.predicts = "target"
             self.predictor = VitPredictor(
-                predictor, shape.width, model.grid, action_dim, model.attention, activation_checkpointing
-            )
+                predictor, width, model.grid, action_dim, model.attention, activation_checkpointing,
+                target_width=target_width,
+            )  # fmt: skip
         limit_workspace(self, model.mlp_workspace_mib * 2**20)
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of weights and activations."""
         return self.predictor.proj.weight.dtype
+
+    @property
+    def constants(self) -> dict[str, nn.Parameter]:
+        """The parameters that training never changes, by name: those of a frozen target and of a frozen encoder."""
+        averaged = "target_encoder." if self.config.target == "ema" else None
+        return {
+            name: parameter
+            for name, parameter in self.named_parameters()
+            if not parameter.requires_grad and not (averaged and name.startswith(averaged))
+        }
 
     def forward(
         self,
@@ -149,7 +166,8 @@ class IWM(nn.Module):
         sources, padding = len(source) // len(target), predicted_segments.padding
         wanted = predicted_segments.pixels_of_token // sources * self.encoder.patches + predicted
         self.target_stream.follow()
-        z_x = self.encoder(source, context, context_segments)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_encoder):
+            z_x = self.encoder(source, context, context_segments)
         # The target second, so that its refresh overlaps with the context.
         with self.target_stream.working():
             if sources == 1:
@@ -180,7 +198,7 @@ class IWM(nn.Module):
         return found if per_size else found.output(predicted_segments.real)
 
     def encode(self, images: Tensor, which: Literal["target", "context"] = "context") -> Tensor:
-        """Return the tokens of all patches of uint8 (B, S, S, 3): (B, L, D), by the context or the target encoder."""
+        """Return the tokens of all patches of uint8 (B, S, S, 3): (B, L, D), of the named encoder's width."""
         if which not in ("target", "context"):
             raise ValueError(f"which is {which!r}; it must be target or context")
         if which == "target":
@@ -196,11 +214,11 @@ class IWM(nn.Module):
         """Predict all patches of the target from all patches of the source.
 
         Args:
-            z: (B, L, D) from `encode`; one image expanded over many actions is fine.
+            z: (B, L, D) from `encode` by the context encoder; one image expanded over many actions is fine.
             action: (B, A).
 
         Returns:
-            (B, L, D).
+            (B, L, D), of the target's width.
 
         """
         images, patches = z.shape[:2]
@@ -236,6 +254,17 @@ class IWM(nn.Module):
                 f"predicted_segments have {segments.padding} segments of padding and context_segments {seen.padding}; "
                 "they must have as many"
             )
+
+
+def _target_encoder(model: ModelConfig, encoder: VisionTransformer) -> VisionTransformer | None:
+    """The target encoder, without gradients; None where the encoder itself is the target."""
+    if model.target == "shared":
+        return None
+    if model.target == "ema":
+        return copy.deepcopy(encoder).requires_grad_(False)
+    # Its weights are loaded: the random state stays that of the other targets, for the predictor.
+    with torch.random.fork_rng(devices=[]):
+        return VisionTransformer(model.target_architecture, model.attention).requires_grad_(False)
 
 
 def _alone(x: Tensor) -> Tensor:

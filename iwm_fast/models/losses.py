@@ -39,7 +39,8 @@ __all__ = ["ForwardPass", "GlobalBatch", "LatentDistance", "RandomTerm", "Term"]
 class GlobalBatch:
     """Counts of a step's batch over all ranks and micro-batches.
 
-    images: of targets. context: visible tokens of the sources. predicted: tokens to predict. width: D of a token.
+    images: of targets. context: visible tokens of the sources. predicted: tokens to predict. width: D of a
+    target's token.
     """
 
     ranks: int

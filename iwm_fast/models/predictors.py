@@ -95,7 +95,10 @@ class VitPredictor(nn.Module):
         actions: int,
         attention: str = "auto",
         activation_checkpointing: bool = False,
+        *,
+        target_width: int | None = None,
     ) -> None:
+        """``target_width``: of the target's tokens; default: the encoder's."""
         super().__init__()
         width = config.width
         kinds = config.conditioning.split("+")
@@ -111,7 +114,7 @@ class VitPredictor(nn.Module):
             Block(width, config.head_count, config.mlp_ratio, attention, in_blocks) for _ in range(config.depth)
         )
         self.norm = Norm(width)
-        self.proj = nn.Linear(width, encoder_width)
+        self.proj = nn.Linear(width, encoder_width if target_width is None else target_width)
         nn.init.trunc_normal_(self.mask_token, std=0.02)  # I-JEPA
         initialise_linear(self.embed)
         initialise_linear(self.proj)
@@ -139,7 +142,7 @@ class VitPredictor(nn.Module):
             extra: (Dp,), one more token per image that all others attend to: a task's, say.
 
         Returns:
-            (Nt, De), packed in the order of `predicted`.
+            (Nt, D), of the target's width, packed in the order of `predicted`.
 
         """
         position = self.pos_embed.to(z.dtype)
@@ -197,7 +200,10 @@ class MlpPredictor(nn.Module):
         encoder_width: int,
         actions: int,
         activation_checkpointing: bool = False,
+        *,
+        target_width: int | None = None,
     ) -> None:
+        """``target_width``: of the target's tokens; default: the encoder's."""
         super().__init__()
         self.activation_checkpointing = activation_checkpointing
         in_blocks = 0 if config.conditioning == "none" else actions
@@ -206,13 +212,13 @@ class MlpPredictor(nn.Module):
             ConditionedMlp(config.width, round(config.width * config.mlp_ratio), in_blocks) for _ in range(config.depth)
         )
         self.norm = Norm(config.width)
-        self.proj = nn.Linear(config.width, encoder_width)
+        self.proj = nn.Linear(config.width, encoder_width if target_width is None else target_width)
         initialise_linear(self.embed)
         initialise_linear(self.proj)
         rescale_blocks(self.blocks)
 
     def forward(self, z: Tensor, segments: Segments, action: Tensor) -> Tensor:
-        """Map z (N, De) packed and action (B, A) to (N, De)."""
+        """Map z (N, De) packed and action (B, A) to (N, D), of the target's width."""
         blocks, x = self.blocks, self.embed(z)
         return self.finish(run_blocks(blocks, x, segments.cu_seqlens, action, recompute=self.activation_checkpointing))
 
@@ -224,7 +230,8 @@ class MlpPredictor(nn.Module):
 def predict_all(
     predictor: VitPredictor | MlpPredictor, z: Tensor, action: Tensor, extra: Tensor | None = None
 ) -> Tensor:
-    """Predict all patches of the target from all patches of the source: z (B, L, De), action (B, A) → (B, L, De).
+    """Predict all patches of the target from all patches of the source: z (B, L, De), action (B, A) → (B, L, D),
+    of the target's width.
 
     ``extra``: see `VitPredictor.forward`; ValueError with the mlp predictor, whose tokens do not attend to each other.
     """

@@ -189,6 +189,14 @@ class ModelConfig(Section):
         return EncoderArchitecture(shape, self.image, self.patch, prefix, positions, eps, self.rope_base)
 
     @property
+    def evaluated_encoder(self) -> Literal["target", "context"]:
+        """The encoder that k-NN, probes and finetuning read: the EMA where there is one, else the context encoder.
+
+        Beside a frozen target that is the trained one.
+        """
+        return "target" if self.target == "ema" else "context"
+
+    @property
     def grid(self) -> int:
         """Patches along a side."""
         return self.image // self.patch
@@ -216,6 +224,11 @@ class ModelConfig(Section):
             )
         if self.freeze_encoder and self.init is None:
             raise ValueError("freeze_encoder is true and init is null; set init to the encoder's weights")
+        if self.freeze_encoder and self.regularizer.kind != "none":
+            raise ValueError(
+                f"freeze_encoder is true and regularizer.kind is {self.regularizer.kind}, which would train nothing; "
+                "set regularizer.kind to none"
+            )
         if self.init_pixels != "auto" and self.init is None and self.target_init is None:
             raise ValueError(f"init_pixels is {self.init_pixels} and there are no weights; set init or target_init")
         return self
@@ -232,8 +245,7 @@ class ModelConfig(Section):
 # Keys that no code reads yet.
 UNBUILT = (
     "prefix_tokens", "positions", "rope_base",
-    "init", "init_predictor", "init_pixels",
-    "target_init", "target_encoder", "freeze_encoder",
+    "init_predictor", "init_pixels",
 )  # fmt: skip
 
 

@@ -2,8 +2,8 @@
 
 A checkpoint is a folder ``step_000123``: one safetensors file per rank with that rank's fragments of the fp32 weights,
 the optimizer's moments and the target's EMA; ``index.json`` with the place of each fragment; ``manifest.json`` with the
-size and SHA-256 of every file. ``latest`` beside the folders names the newest. See docs/reference/checkpoints.md;
-``writer`` writes it.
+size and SHA-256 of every file. ``latest`` beside the folders names the newest; weights that a run never changes lie
+beside them once (`frozen_file`). See docs/reference/checkpoints.md; ``writer`` writes it.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from iwm_fast.engine.checkpoint.frozen_file import FrozenFile, frozen_fault, frozen_of
 from iwm_fast.engine.checkpoint.index import Piece, read_index
 from iwm_fast.engine.checkpoint.shard_file import file_sum, shard_fault
 from iwm_fast.errors import UserError, because
@@ -104,7 +105,11 @@ def _contradiction(path: Path, files: dict[str, Any]) -> str | None:
         wrong = shard_fault(path / file, lengths, {"step": str(index["step"])})
         if wrong:
             return f"{file}: {wrong}"
-    return None
+    try:
+        return frozen_fault(path, index)
+    except OSError as error:
+        _require_readable(path.parent, error)
+        return f"frozen weights: {error}"
 
 
 def newest(root: Path) -> tuple[Path | None, list[str]]:
@@ -156,6 +161,7 @@ class Checkpoint:
         for piece in pieces:
             self._where.setdefault(f"{piece.kind}/{piece.name}", []).append(piece)
         self._open: dict[str, Any] = {}
+        self.frozen: FrozenFile | None = frozen_of(path, self.index)
 
     @property
     def step(self) -> int:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch import nn
 
 from iwm_fast.engine.checkpoint.format import Checkpoint, Fragment
 from iwm_fast.engine.distributed.ranks import Ranks
 from iwm_fast.engine.ema import TARGET, TargetAverage, target_name
 from iwm_fast.engine.zero import ZeroEngine
+from iwm_fast.errors import UserError
+from iwm_fast.models.iwm import IWM
 
 __all__ = ["fragments", "restore_module", "restore_shards"]
 
@@ -36,15 +37,24 @@ def _own(zero: ZeroEngine, ranks: Ranks, fragment: Fragment) -> Iterator[Fragmen
 
 
 @torch.no_grad()
-def restore_module(module: nn.Module, saved: Checkpoint) -> None:
-    """Fill a whole model with the weights, and the target encoder with its EMA.
+def restore_module(module: IWM, saved: Checkpoint) -> None:
+    """Fill a whole model with the weights, the target encoder with its EMA, and what is frozen from its own file.
 
-    Raises UserError where the checkpoint is of another architecture.
+    Raises UserError where the checkpoint is of another architecture, or of another kind of target.
     """
-    parameters = dict(module.named_parameters())
-    online = {name: tuple(p.shape) for name, p in parameters.items() if not name.startswith(TARGET)}
-    saved.require_architecture(online)
-    for name, parameter in parameters.items():
+    constants = module.constants
+    if bool(constants) != (saved.frozen is not None):
+        lacks = "none" if saved.frozen is None else "some"
+        raise UserError(
+            f"{saved.path}: model.target is {module.config.target} and model.freeze_encoder "
+            f"{str(module.config.freeze_encoder).lower()} in this configuration, and the checkpoint has {lacks} frozen "
+            "weights; use its own config.yaml"
+        )
+    if saved.frozen is not None:
+        saved.frozen.fill(constants)
+    changing = {name: p for name, p in module.named_parameters() if name not in constants}
+    saved.require_architecture({name: tuple(p.shape) for name, p in changing.items() if not name.startswith(TARGET)})
+    for name, parameter in changing.items():
         parameter.copy_(saved.full("ema" if name.startswith(TARGET) else "weight", name))
 
 

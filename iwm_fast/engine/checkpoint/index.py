@@ -46,6 +46,9 @@ def read_index(path: Path, version: str) -> tuple[dict[str, Any], list[Piece]]:
     shapes = index.get("shapes")
     if not isinstance(shapes, dict) or not all(isinstance(s, list) and all(map(_count, s)) for s in shapes.values()):
         raise ValueError("shapes must give each tensor a list of sizes")
+    frozen = index.get("frozen")
+    if frozen is not None and not (isinstance(frozen, dict) and _count(frozen.get("bytes")) and "sha256" in frozen):
+        raise ValueError(f"frozen is {frozen!r}; it must give bytes and sha256 of the frozen weights")
     pieces = [_piece(entry) for entry in _list(index.get("fragments"))]
     _require_each_once(shapes, pieces)
     return index, pieces

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from iwm_fast.atomic_files import sync, write_whole_text
 from iwm_fast.engine.checkpoint.format import FORMAT, INDEX, LATEST, MANIFEST, Fragment, step_of, steps
+from iwm_fast.engine.checkpoint.frozen_file import FROZEN_FILE
 from iwm_fast.engine.checkpoint.shard_file import file_sum, write_shard
 from iwm_fast.engine.distributed.ranks import Ranks, gather
 from iwm_fast.errors import UserError, because
@@ -122,6 +123,7 @@ def clear_leftovers(root: Path) -> None:
     """Delete what a killed writer left under hidden names. Call it while the run is locked."""
     for path in (*root.glob(f".step_*{_PARTIAL}"), *root.glob(f".step_*{_REMOVED}")):
         shutil.rmtree(path, ignore_errors=True)
+    (root / f".{FROZEN_FILE}{_PARTIAL}").unlink(missing_ok=True)
 
 
 def point_latest(root: Path, name: str) -> None:

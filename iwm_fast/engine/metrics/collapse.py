@@ -63,12 +63,14 @@ def _energy(before: dict[str, Any] | None, now: dict[str, Any]) -> str:
 
 class CollapseWatch:
     """Warns once per episode of collapse: RankMe of the target under ``log.rank_me_floor`` of the encoder's width, or a
-    partial one, in which the mean takes over the energy of the target's tokens while RankMe is still above it.
+    partial one, in which the mean takes over the energy of the target's tokens while RankMe is still above it. Of a
+    frozen target never: its weights do not change.
     """
 
     def __init__(self, config: Config) -> None:
         self._config = config
-        self._width = config.model.encoder_shape.width
+        self._constant = config.model.target == "frozen" or config.model.freeze_encoder
+        self._width = config.model.target_architecture.shape.width
         self._floor = config.log.rank_me_floor * self._width
         self._recovered = min(_RECOVERED * self._floor, (self._floor + self._width) / 2)
         self._episode = Episode()
@@ -77,7 +79,7 @@ class CollapseWatch:
 
     def look(self, record: dict[str, Any]) -> str | None:
         """Return the warning for a logged step, with the numbers and the keys to change; None if there is none."""
-        if "rank_me" not in record:
+        if self._constant or "rank_me" not in record:
             return None
         found, mean = record["rank_me"], record.get("energy_mean", math.nan)
         self._lowest_mean = min(self._lowest_mean, mean if math.isfinite(mean) else math.inf)

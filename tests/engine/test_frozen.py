@@ -1,0 +1,226 @@
+"""A frozen target and a frozen encoder: what trains, what a checkpoint holds, and what a run no longer needs."""
+
+import shutil
+
+import pytest
+import torch
+from launched import on_ranks
+from safetensors.torch import load_file, save_file
+from small_run import losses, metrics, small_config, state
+
+from iwm_fast.engine import load_model, pretrain
+from iwm_fast.engine.checkpoint.format import damage
+from iwm_fast.engine.checkpoint.frozen_file import FROZEN_FILE
+from iwm_fast.engine.metrics.collapse import CollapseWatch
+from iwm_fast.errors import UserError
+from iwm_fast.eval.online import OnlineEvaluator, join_shares, measure_share
+from iwm_fast.export.weights import export_run
+from iwm_fast.models.iwm import IWM
+
+WIDE = {"depth": 1, "width": 48, "heads": 3}
+KINDS = ("target", "encoder", "both")
+SLOW = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def teachers(tiny_images, tmp_path_factory):
+    """A run of the small configuration, and one whose encoder is wider and shallower."""
+    home = tmp_path_factory.mktemp("teachers")
+    pretrain(small_config(tiny_images, train__steps=2), home / "same")
+    pretrain(small_config(tiny_images, train__steps=2, model__encoder=WIDE), home / "wide")
+    return home
+
+
+def changes(kind, teachers):
+    """What freezes a wide target, an encoder that is its own target, or an encoder beside a wide target."""
+    target = {"model__target": "frozen", "model__target_init": str(teachers / "wide")}
+    target |= {"model__target_encoder": {"encoder": WIDE}}
+    encoder = {"model__freeze_encoder": True, "model__init": str(teachers / "same")}
+    return {"target": target, "encoder": encoder | {"model__target": "shared"}, "both": target | encoder}[kind]
+
+
+@pytest.fixture(scope="module")
+def run(teachers, tiny_images, tmp_path_factory):
+    """Two steps against a wide frozen target, under bf16 at stage 1, each measured."""
+    out = tmp_path_factory.mktemp("frozen") / "run"
+    measured = {"eval__every_steps": 1, "eval__root": str(tiny_images), "eval__mrr_images": 2, "eval__bank": 8}
+    divided = {"zero__stage": 1, "train__precision": "bf16", "checkpoint__every_steps": 1}
+    config = small_config(tiny_images, train__steps=2, **changes("target", teachers), **divided, **measured)
+    pretrain(config, out, evaluator=OnlineEvaluator())
+    return out
+
+
+def everywhere(quick):
+    """Every kind at every stage; all but `quick` are slow."""
+    both = [(kind, stage) for kind in KINDS for stage in range(4)]
+    return [pytest.param(*one, marks=() if one == quick else SLOW, id=f"{one[0]} at stage {one[1]}") for one in both]
+
+
+@pytest.mark.parametrize(("kind", "stage"), everywhere(("target", 0)))
+def test_halves_equal_the_whole_bit_for_bit_after_the_source_is_gone(teachers, tiny_images, tmp_path, kind, stage):
+    own = shutil.copytree(teachers, tmp_path / "own")
+    given = changes(kind, own) | {"zero__stage": stage, "train__precision": "bf16" if stage % 2 == 0 else "fp32"}
+    pretrain(small_config(tiny_images, train__steps=4, **given), tmp_path / "straight")
+    pretrain(small_config(tiny_images, train__steps=2, **given), tmp_path / "halves")
+    shutil.rmtree(own)
+    pretrain(small_config(tiny_images, train__steps=4, **given), tmp_path / "halves", resume="auto")
+    assert losses(tmp_path / "halves") == losses(tmp_path / "straight")
+    straight, halves = state(tmp_path / "straight", 4), state(tmp_path / "halves", 4)
+    assert straight.keys() == halves.keys()
+    assert all(torch.equal(straight[key], halves[key]) for key in straight)
+    held = {key.split("/")[1].split(".")[0] for key in straight}
+    assert held == ({"encoder", "predictor"} if kind == "target" else {"predictor"})
+    assert {record["ema_momentum"] for record in metrics(tmp_path / "straight")} == {None}
+
+
+@SLOW
+def test_a_checkpoint_of_one_stage_resumes_as_another(teachers, tiny_images, tmp_path):
+    given = changes("both", teachers)
+    pretrain(small_config(tiny_images, train__steps=8, **given), tmp_path / "straight")
+    for first, then in ((0, 3), (3, 2), (1, 0)):
+        out = tmp_path / f"from{first}to{then}"
+        pretrain(small_config(tiny_images, train__steps=4, zero__stage=first, **given), out)
+        pretrain(small_config(tiny_images, train__steps=8, zero__stage=then, **given), out, resume="auto")
+        assert losses(out) == pytest.approx(losses(tmp_path / "straight"), rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def ranks(teachers, tiny_images, tmp_path_factory):
+    """One rank's run of each kind, two ranks' at each stage, and halves on two ranks, then one."""
+    out = tmp_path_factory.mktemp("ranks")
+    jobs = []
+    for kind in KINDS:
+        given = changes(kind, teachers) | {"train__steps": 6}
+        pretrain(small_config(tiny_images, **given), out / kind)
+        jobs += [{"name": f"{kind}_{stage}", "zero__stage": stage, **given} for stage in range(4)]
+        halves = {"name": f"halves_{kind}", "zero__stage": 1, **given}
+        jobs += [halves | {"train__steps": 3}, halves | {"resume": "auto"}]
+        jobs.append({"name": f"then_one_{kind}", "zero__stage": 3, **given, "train__steps": 3})
+    on_ranks(2, tiny_images, out, jobs)
+    for kind in KINDS:
+        given = changes(kind, teachers) | {"train__steps": 6}
+        pretrain(small_config(tiny_images, **given), out / f"then_one_{kind}", resume="auto")
+    return out
+
+
+@SLOW
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_ranks_follow_one_and_resume_bit_for_bit(ranks, kind):
+    for other in (*(f"{kind}_{stage}" for stage in range(4)), f"then_one_{kind}"):
+        assert losses(ranks / other) == pytest.approx(losses(ranks / kind), rel=1e-4), other
+    norms = [[record["grad_norm"] for record in metrics(ranks / name)] for name in (kind, f"{kind}_2")]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-3)
+    assert losses(ranks / f"halves_{kind}") == losses(ranks / f"{kind}_1")
+    halves, whole = state(ranks / f"halves_{kind}", 6), state(ranks / f"{kind}_1", 6)
+    assert all(torch.equal(halves[key], whole[key]) for key in whole)
+
+
+def test_the_teacher_s_ema_is_the_target_exactly_and_the_encoder_moves(run, teachers, tiny_images):
+    model, config, _, _ = load_model(run)
+    taught = load_model(teachers / "wide")[0].target_encoder.state_dict()
+    found = model.target_encoder.state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in taught.items())
+    assert load_file(run / "checkpoints" / FROZEN_FILE).keys() == {f"target_encoder.{name}" for name in taught}
+    torch.manual_seed(config.train.seed)
+    begun = IWM(config.model, model.action_dim)
+    assert not torch.equal(begun.encoder.blocks[0].attn.qkv.weight, model.encoder.blocks[0].attn.qkv.weight)
+    # The seed gives encoder and predictor the weights that they have with another target.
+    torch.manual_seed(config.train.seed)
+    plain = IWM(small_config(tiny_images).model, model.action_dim)
+    for part in ("encoder", "predictor.blocks"):
+        ours, theirs = (one.get_submodule(part).state_dict() for one in (begun, plain))
+        assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+
+
+def test_a_frozen_encoder_stays_and_the_predictor_moves(teachers, tiny_images, tmp_path):
+    pretrain(small_config(tiny_images, train__steps=1, **changes("encoder", teachers)), tmp_path / "run")
+    model, config, _, _ = load_model(tmp_path / "run")
+    given = load_model(teachers / "same")[0].target_encoder.state_dict()
+    assert all(torch.equal(model.encoder.state_dict()[name], tensor) for name, tensor in given.items())
+    torch.manual_seed(config.train.seed)
+    begun = IWM(config.model, model.action_dim).predictor.state_dict()
+    moved = [not torch.equal(begun[name], tensor) for name, tensor in model.predictor.state_dict().items()]
+    assert sum(moved) > len(moved) / 2
+
+
+def test_evaluation_while_training_reads_the_exact_weights_of_the_target(run, tiny_images):
+    """Not the bf16 copies that the step reads."""
+    model, config, space, _ = load_model(run)
+    again = join_shares([measure_share(model, config, space, tiny_images)], config.eval.bank)
+    assert {key: metrics(run)[1][key] for key in again} == pytest.approx(again)
+
+
+def test_a_checkpoint_whose_frozen_weights_changed_or_went_is_damaged_and_names_them(
+    run, teachers, tiny_images, tmp_path
+):
+    copy = shutil.copytree(run, tmp_path / "run")
+    file, last = copy / "checkpoints" / FROZEN_FILE, copy / "checkpoints" / "step_000002"
+    assert damage(last) is None
+    whole = bytearray(file.read_bytes())
+    whole[-1] ^= 1
+    file.write_bytes(whole)
+    assert (
+        damage(last)
+        == f"{file}: its frozen weights are not those that were written (SHA-256 differs); restore that file"
+    )
+    file.unlink()
+    assert damage(last) == f"{file}: its frozen weights are missing; restore that file"
+    with pytest.raises(UserError, match=f"no whole checkpoint is left .*{FROZEN_FILE}: its frozen weights are missing"):
+        load_model(copy)
+
+
+def test_a_new_run_that_resumes_another_s_checkpoint_has_the_frozen_weights_itself(run, tiny_images, tmp_path):
+    other = shutil.copytree(run, tmp_path / "other")
+    config = load_model(run)[1]
+    more = config.model_copy(update={"train": config.train.model_copy(update={"steps": 3})})
+    pretrain(more, tmp_path / "run", resume=str(other), evaluator=OnlineEvaluator())
+    shutil.rmtree(other)
+    assert load_model(tmp_path / "run")[3] == 3
+
+
+def test_an_export_holds_the_frozen_target_and_is_a_teacher_too(run, teachers, tiny_images, tmp_path):
+    exported = export_run(run, tmp_path / "export")
+    given = {"model__target": "frozen", "model__target_init": str(exported)}
+    pretrain(small_config(tiny_images, train__steps=1, **given), tmp_path / "taught")
+    found, student = load_model(tmp_path / "taught")[0].target_encoder, load_model(run)[0].encoder
+    assert all(torch.equal(found.state_dict()[name], tensor) for name, tensor in student.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_target_that_cannot_move_is_never_said_to_collapse(tiny_images, tmp_path, kind):
+    flat = {"step": 3, "rank_me": 1.0, "energy_mean": 0.99, "loss": 0.1}
+    assert CollapseWatch(small_config(tiny_images)).look(flat) is not None
+    assert CollapseWatch(small_config(tiny_images, **changes(kind, tmp_path))).look(flat) is None
+
+
+FAULTS = {
+    "a path that is not there": ({"model__target_init": "gone"}, r"model\.target_init: gone: no such file or folder"),
+    "another grid": (
+        {"model__patch": 4},
+        r"model\.target_init: .*wide: its views have 4 × 4 patches of 8 pixels, .* set model\.image=32 model\.patch=8",
+    ),
+    "another architecture": (
+        {"model__target_encoder": None},
+        r"wide: is of another architecture: set 'model\.target_encoder=\{encoder: \{depth: 1, width: 48, .*\}\}', or",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_teacher_that_cannot_be_used_is_one_line_and_leaves_no_checkpoint(teachers, tiny_images, tmp_path, fault):
+    given, line = FAULTS[fault]
+    with pytest.raises(UserError, match=line) as caught:
+        pretrain(small_config(tiny_images, train__steps=1, **(changes("target", teachers) | given)), tmp_path / "run")
+    assert "\n" not in str(caught.value)
+    assert not list((tmp_path / "run/checkpoints").iterdir())
+
+
+def test_a_teacher_with_a_weight_that_is_no_number_is_refused(teachers, tiny_images, tmp_path):
+    exported = export_run(teachers / "wide", tmp_path / "export")
+    file = exported / "target_encoder.safetensors"
+    weights = load_file(file)
+    weights["norm.bias"][3] = float("nan")
+    save_file(weights, file)
+    given = changes("target", teachers) | {"model__target_init": str(exported)}
+    with pytest.raises(UserError, match=r"model\.target_init: .*export: norm\.bias has numbers that are not finite"):
+        pretrain(small_config(tiny_images, train__steps=1, **given), tmp_path / "run")
