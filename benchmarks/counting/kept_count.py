@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -120,7 +121,8 @@ def counted_activations(config: Config, tokens: Tokens, device: str = "cpu") -> 
     with counter.counting(), _as_on_a_gpu() if meta else contextlib.nullcontext():
         output = model(images, images[: tokens.images], action, rows[0], segments[0], rows[1], segments[1], sampled)
     counter.keep_held(output.loss)
-    return KeptBytes(**counter.bytes)
+    none = {field.name: 0 for field in fields(KeptBytes)}  # a frozen encoder saves nothing
+    return KeptBytes(**none | counter.bytes)
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ from iwm_fast.models.vit import PatchEmbedding, VisionTransformer
 __all__ = ["Parts", "Surrogate"]
 
 _COMPONENTS = {"encoder": "context encoder", "target_encoder": "target encoder", "predictor": "predictor"}
-_EMBEDDING, _LOSS, _REST = "patch embedding", "loss", "rest"
+_EMBEDDING, _LOSS, _REST, _TARGET = "patch embedding", "loss", "rest", "target encoder/rest"
 _KINDS: tuple[tuple[type[nn.Module] | tuple[type[nn.Module], ...], str], ...] = (
     ((ConditionedMlp, FeatureMixer), "mlp"),
     (Attention, "attention"),
@@ -117,6 +117,7 @@ class Parts(Spans):
         return self._made[bisect_right(self._numbers, node._sequence_nr()) - 1]  # noqa: SLF001  (as above)
 
     def _watch_components(self, model: IWM) -> None:
+        self._watch(model, "_encode_target", _TARGET)
         for name, component in _COMPONENTS.items():
             network = getattr(model, name)
             if network is None:
@@ -138,8 +139,8 @@ class Parts(Spans):
         watched = getattr(owner, method)
 
         def inside(*args: object, **kwargs: object) -> object:
-            # If encoder and target share weights, the pass without gradients is the target's.
-            shared = part.startswith("context encoder") and not torch.is_grad_enabled()
+            # If encoder and target share weights, the pass inside `_encode_target` is the target's.
+            shared = part.startswith("context encoder") and _TARGET in self._within
             self._within.append(part.replace("context", "target") if shared else part)
             self._mark()
             try:

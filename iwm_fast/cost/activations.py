@@ -118,15 +118,17 @@ class _Form:
 def activations(config: Config, tokens: Tokens, *, hidden_kept: bool = False) -> Activations:
     """Return the activations of one micro-batch whose images have these token counts."""
     form = _Form(2 if config.train.precision == "bf16" else 4, hidden_kept)
-    shape, e, recompute = config.model.encoder_shape, form.element, config.train.activation_checkpointing
+    shape, target = config.model.encoder_shape, config.model.target_architecture.shape
+    e, recompute, frozen = form.element, config.train.activation_checkpointing, config.model.freeze_encoder
     seen, asked = int(tokens.context.sum()), int(tokens.predicted.sum())
     hidden, limit = round(shape.width * shape.mlp_ratio), config.model.mlp_workspace_mib * 2**20
     encoder_block = form.block(seen, shape.width, shape.heads, hidden)
     predictor_input, predictor_blocks, predictor_moment = _predictor(config, form, tokens)
     parts = KeptBytes(
-        patch_embedding=seen * 3 * config.model.patch**2 * e,
-        encoder_blocks=shape.depth * (seen * shape.width * e if recompute else encoder_block),
-        encoder_end=form.norm(seen, shape.width),
+        # A frozen encoder saves nothing; its result is the predictor's.
+        patch_embedding=0 if frozen else seen * 3 * config.model.patch**2 * e,
+        encoder_blocks=0 if frozen else shape.depth * (seen * shape.width * e if recompute else encoder_block),
+        encoder_end=0 if frozen else form.norm(seen, shape.width),
         predictor_input=seen * shape.width * e + predictor_input,
         predictor_blocks=predictor_blocks,
         predictor_end=form.norm(asked, config.model.predictor.width) + asked * config.model.predictor.width * e,
@@ -135,11 +137,12 @@ def activations(config: Config, tokens: Tokens, *, hidden_kept: bool = False) ->
     # The backward pass of a block holds about as much again as it saved: the gradients of the same tensors. The
     # target's forward pass saves nothing, but a block's tensors of all patches exist at once.
     whole = tokens.images * config.model.grid**2
-    target_block = form.block(whole, shape.width, shape.heads, hidden)
+    target_hidden = round(target.width * target.mlp_ratio)
+    target_block = form.block(whole, target.width, target.heads, target_hidden)
     moments = (
-        Moment(encoder_block, seen, shape.width, hidden, e, limit, backward=True),
+        Moment(encoder_block, seen, shape.width, hidden, e, limit, backward=not frozen),
         predictor_moment,
-        Moment(target_block, whole, shape.width, hidden, e, limit, backward=False),
+        Moment(target_block, whole, target.width, target_hidden, e, limit, backward=False),
     )
     return Activations(parts, moments, tokens.images)
 
@@ -149,7 +152,7 @@ def _loss(config: Config, form: _Form, tokens: Tokens) -> int:
 
     With one source the target's predicted tokens; with several all of its tokens, and the row of each prediction.
     """
-    row, asked = config.model.encoder_shape.width * form.element, int(tokens.predicted.sum())
+    row, asked = config.model.target_architecture.shape.width * form.element, int(tokens.predicted.sum())
     if form.hidden_kept:
         return asked * row
     if tokens.sources == 1:

@@ -94,9 +94,12 @@ def _buckets(layout: Layout, most: int) -> tuple[int, float]:
 def _stage_3(
     layout: Layout, world: int, accumulation: int, working: int, buckets: int, last: float
 ) -> list[Collective]:
-    trained, target = (layout.divided(part, world) * world for part in (layout.trained, layout.target))
+    trained, target = (
+        layout.divided(part, world) * world for part in (layout.trained, (*layout.target, *layout.frozen))
+    )
     settings = stage_settings(3)
-    passes = 1 if layout.trained_size + layout.target_size <= int(settings["stage3_max_reuse_distance"]) else 2
+    whole = layout.trained_size + layout.target_size + layout.frozen_size
+    passes = 1 if whole <= int(settings["stage3_max_reuse_distance"]) else 2
     gathers = -(-(passes * trained + target) // int(settings["stage3_prefetch_bucket_size"])) + 1
     return [
         Collective(

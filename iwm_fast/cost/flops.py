@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from iwm_fast import kernels
-from iwm_fast.config.schema import ModelConfig
+from iwm_fast.config.schema import EncoderArchitecture, ModelConfig
 
 __all__ = ["StepFlops", "step_flops"]
 
@@ -76,22 +76,27 @@ def _mlp(width: int, ratio: float, tokens: int, images: int, actions: int) -> _C
     return _Count(whole - action, action)
 
 
-def _encoder(model: ModelConfig, lengths: np.ndarray, kept: int | None = None) -> _Count:
+def _encoder(architecture: EncoderArchitecture, lengths: np.ndarray, kept: int | None = None) -> _Count:
     """`kept`: tokens after the last attention."""
-    shape = model.encoder_shape
-    count = _Count(0, 2 * int(lengths.sum()) * shape.width * model.patch * model.patch * 3)
+    shape, patch = architecture.shape, architecture.patch
+    count = _Count(0, 2 * int(lengths.sum()) * shape.width * patch * patch * 3)
     for block in range(shape.depth):
         count += _block(shape.width, shape.mlp_ratio, lengths, kept if block == shape.depth - 1 else None)
     return count
 
 
+def _embed(model: ModelConfig, products: int) -> _Count:
+    """The predictor's first layer, whose input needs no gradient where the encoder is frozen."""
+    return _Count(0, 2 * products) if model.freeze_encoder else _Count(2 * products)
+
+
 def _vit_predictor(model: ModelConfig, actions: int, context: np.ndarray, predicted: np.ndarray) -> _Count:
-    config, outer = model.predictor, model.encoder_shape.width
+    config, given, outer = model.predictor, model.encoder_shape.width, model.target_architecture.shape.width
     width, images, kinds = config.width, len(context), config.conditioning.split("+")
     asked = int(predicted.sum())
     joined = context + predicted + (actions if "sequence" in kinds else 0)
     in_blocks = actions if "block" in kinds else 0
-    count = _Count(2 * int(context.sum()) * outer * width + 2 * asked * width * outer)
+    count = _embed(model, int(context.sum()) * given * width) + _Count(2 * asked * width * outer)
     if "feature" in kinds:
         count += _Count(6 * asked * width * width, 2 * images * width * actions)
     for block in range(config.depth):
@@ -101,10 +106,10 @@ def _vit_predictor(model: ModelConfig, actions: int, context: np.ndarray, predic
 
 
 def _mlp_predictor(model: ModelConfig, actions: int, context: np.ndarray) -> _Count:
-    config, outer = model.predictor, model.encoder_shape.width
+    config, given, outer = model.predictor, model.encoder_shape.width, model.target_architecture.shape.width
     tokens, images = int(context.sum()), len(context)
     in_blocks = 0 if config.conditioning == "none" else actions
-    count = _Count(4 * tokens * outer * config.width)
+    count = _embed(model, tokens * given * config.width) + _Count(2 * tokens * outer * config.width)
     for _ in range(config.depth):
         count += _mlp(config.width, config.mlp_ratio, tokens, images, in_blocks)
     return count
@@ -141,10 +146,11 @@ def step_flops(
         raise ValueError(f"context_lengths has {len(context)} entries; it must be a multiple of sources ({sources})")
     asked = context if model.predictor.kind == "mlp" else predicted
     whole = np.full(len(context) // sources, model.grid**2, dtype=np.int64)
-    target = _encoder(model, whole, int(asked.sum()) if sources == 1 else None)
-    encoder = _encoder(model, context)
+    target = _encoder(model.target_architecture, whole, int(asked.sum()) if sources == 1 else None)
+    encoder = _encoder(model.architecture, context)
     if model.predictor.kind == "mlp":
         predictor = _mlp_predictor(model, action_dim, context)
     else:
         predictor = _vit_predictor(model, action_dim, context, predicted)
-    return StepFlops(target.forward, encoder.forward, encoder.backward, predictor.forward, predictor.backward)
+    context_backward = 0 if model.freeze_encoder else encoder.backward
+    return StepFlops(target.forward, encoder.forward, context_backward, predictor.forward, predictor.backward)

@@ -5,14 +5,14 @@ alignment) and cut it evenly; stage 3 cuts every parameter evenly, padding its l
 meta device: no memory, no values.
 
 Bytes by kind and stage, which equal what DeepSpeed and the moving average allocate (tests/cost/test_counted.py). P
-trained parameters, E of the moving average, W ranks, e bytes of the working type (2 for bf16, 4 for fp32):
+trained parameters, E of the moving average, F frozen, W ranks, e bytes of the working type (2 for bf16, 4 for fp32):
 
 | stage | parameters | gradients | optimizer | EMA |
 |---|---|---|---|---|
-| 0 | 4P, and under bf16 the step's rounded copies, 2P + 2E | 4P | 8P | 4E, which the target reads |
-| 1 | eP + eE | eP | 12P/W | 4E/W, and e(E/W)(1 + W) of the all-gather's buffers where W > 1 |
-| 2 | eP + eE | eP/W | 12P/W | as 1 |
-| 3 | e(P + E)/W, and e(P + E) while the step runs | eP/W | 12P/W | 4E/W |
+| 0 | 4P + eF, and under bf16 the step's rounded copies, 2P + 2E | 4P | 8P | 4E, which the target reads |
+| 1 | e(P + E + F) | eP | 12P/W | 4E/W, and e(E/W)(1 + W) of the all-gather's buffers where W > 1 |
+| 2 | e(P + E + F) | eP/W | 12P/W | as 1 |
+| 3 | e(P + E + F)/W, and e(P + E + F) while the step runs | eP/W | 12P/W | 4E/W |
 
 The optimizer's are AdamW's two moments and, from stage 1 on, the fp32 master weights. Divided state is what the fullest
 rank holds, with DeepSpeed's padding.
@@ -52,10 +52,13 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Layout:
-    """trained: the parameters that the optimizer updates, in the model's order. target: the EMA's."""
+    """trained: the parameters that the optimizer updates, in the model's order. target: the EMA's. frozen: those that
+    nothing changes, of a frozen target and a frozen encoder.
+    """
 
     trained: tuple[Parameter, ...]
     target: tuple[Parameter, ...]
+    frozen: tuple[Parameter, ...] = ()
 
     @property
     def trained_size(self) -> int:
@@ -64,8 +67,13 @@ class Layout:
 
     @property
     def target_size(self) -> int:
-        """Elements of the EMA; 0 with a shared target."""
+        """Elements of the EMA; 0 where there is none."""
         return sum(p.size for p in self.target)
+
+    @property
+    def frozen_size(self) -> int:
+        """Elements that nothing changes."""
+        return sum(p.size for p in self.frozen)
 
     def groups(self) -> list[list[Parameter]]:
         """The optimizer's non-empty groups: with decay, then without."""
@@ -111,10 +119,12 @@ def layout_of(config: Config) -> Layout:
     actions = action_dim(config.actions)
     with torch.device("meta"):
         model = IWM(config.model, actions)
-    decays = decayed_parameters(model)
-    named = [(p.requires_grad, Parameter(name, p.numel(), decays[name])) for name, p in model.named_parameters()]
-    trained = tuple(p for trains, p in named if trains)
-    return Layout(trained, tuple(p for trains, p in named if not trains))
+    decays, constants = decayed_parameters(model), model.constants
+    found: dict[str, list[Parameter]] = {"trained": [], "target": [], "frozen": []}
+    for name, p in model.named_parameters():
+        role = "trained" if p.requires_grad else "frozen" if name in constants else "target"
+        found[role].append(Parameter(name, p.numel(), decays[name]))
+    return Layout(**{role: tuple(parameters) for role, parameters in found.items()})
 
 
 def stage_settings(stage: int) -> dict[str, Any]:
@@ -164,12 +174,12 @@ def state_memory(config: Config, layout: Layout, world: int) -> Memory:
 
     Gradients count at their most, at the end of a backward pass before the optimizer's step.
     """
-    stage, trained, target = config.zero.stage, layout.trained_size, layout.target_size
+    stage, trained, target, frozen = config.zero.stage, layout.trained_size, layout.target_size, layout.frozen_size
     working = 2 if config.train.precision == "bf16" else _FULL
     if stage == 0:
         rounded = 2 * (trained + target) if working == 2 else 0
         return Memory(
-            parameters=_FULL * trained + rounded,
+            parameters=_FULL * trained + rounded + working * frozen,
             gradients=_FULL * trained,
             optimizer=2 * _FULL * trained,
             ema=_FULL * target,
@@ -178,8 +188,9 @@ def state_memory(config: Config, layout: Layout, world: int) -> Memory:
     bucket = working * int(stage_settings(stage)["reduce_bucket_size"])
     if stage == 3:
         mine, averaged = layout.divided(layout.trained, world), layout.divided(layout.target, world)
+        constant = layout.divided(layout.frozen, world)
         return Memory(
-            parameters=working * (mine + averaged),
+            parameters=working * (mine + averaged + constant),
             gradients=working * mine,
             optimizer=3 * _FULL * mine,
             ema=_FULL * averaged,
@@ -191,7 +202,7 @@ def state_memory(config: Config, layout: Layout, world: int) -> Memory:
     # Two, filled in turn, and the flat copy that is sent; DeepSpeed allocates them whole in every step.
     buckets = 3 * bucket if world > 1 else 0
     return Memory(
-        parameters=working * (flat + target),
+        parameters=working * (flat + target + frozen),
         gradients=working * (trained if stage == 1 else flat // world),
         optimizer=3 * _FULL * flat // world,
         ema=_FULL * longest + working * buffers,
@@ -222,4 +233,4 @@ def gathered_bytes(config: Config, layout: Layout) -> int:
     """
     working = 2 if config.train.precision == "bf16" else _FULL
     ceiling = int(stage_settings(3)["stage3_max_live_parameters"])
-    return working * min(layout.trained_size + layout.target_size, ceiling)
+    return working * min(layout.trained_size + layout.target_size + layout.frozen_size, ceiling)

@@ -80,7 +80,8 @@ def step_time(
     images = config.train.global_batch / fabric.world
     flops, drawn = image_flops(config, tokens), tokens.images
     rate = device.rate(config.train.precision) * mfu * drawn / images
-    again = flops.context_forward + flops.predictor_forward if config.train.activation_checkpointing else 0
+    encoded = 0 if config.model.freeze_encoder else flops.context_forward
+    again = encoded + flops.predictor_forward if config.train.activation_checkpointing else 0
     launched = _launches(config, accumulation)
     source = flops.context_forward + flops.predictor_forward
     forward = max((flops.target_forward + more * source) / rate, launched[0])
@@ -113,7 +114,8 @@ def _launches(config: Config, accumulation: int) -> tuple[float, float]:
         return 0.0, 0.0
     encoder, predictor = config.model.encoder_shape.depth, config.model.predictor.depth
     again = 1 if config.train.activation_checkpointing else 0
-    forward, backward = 2 * encoder + predictor, (encoder + predictor) * (2 + again)
+    trained = predictor + (0 if config.model.freeze_encoder else encoder)
+    forward, backward = encoder + config.model.target_architecture.shape.depth + predictor, trained * (2 + again)
     return accumulation * forward * LAUNCH_S, accumulation * backward * LAUNCH_S
 
 

@@ -38,9 +38,11 @@ def memory(trainer) -> dict[str, int]:
     online = [t for t, p in zip(stored, parameters, strict=True) if p.requires_grad]
     return {
         "online": held(online),
-        "target": held([t for t, p in zip(stored, parameters, strict=True) if not p.requires_grad]),
+        "constant": held([t for t, p in zip(stored, parameters, strict=True) if not p.requires_grad]),
         "optimizer": held(masters, moments),
-        "ema": held(average.averages, getattr(average, "_everyone", None), getattr(average, "_sent", None)),
+        "ema": held(
+            getattr(average, "averages", None), *(getattr(average, key, None) for key in ("_everyone", "_sent"))
+        ),
     }
 
 
@@ -80,6 +82,7 @@ if __name__ == "__main__":
     from iwm_fast.engine import train
 
     train.Trainer = Watched
+    train.start_from_weights = lambda *_: None
     Watched.notes = []
     images, out, *jobs = sys.argv[1:]
     for i, job in enumerate(jobs):

@@ -26,6 +26,12 @@ CASES = {
     "several sources": {"views": {"sources_per_target": 2}},
     "sigreg": {"model__regularizer__kind": "sigreg"},
     "vicreg": {"model__regularizer__kind": "vicreg"},
+    "frozen target": {
+        "model__target": "frozen",
+        "model__target_init": "w",
+        "model__target_encoder": {"encoder": {"depth": 1, "width": 96, "heads": 3, "mlp_ratio": 2.0}},
+    },
+    "frozen encoder": {"model__freeze_encoder": True, "model__init": "w", "model__target": "shared"},
     "wide": {"model__encoder": {"depth": 3, "width": 64, "heads": 4, "mlp_ratio": 2.0}},
 }
 
@@ -47,7 +53,8 @@ def rounded_sums(config: Config, tokens: Tokens) -> tuple[int, int]:
     joined = tokens.context + tokens.predicted
     joined = joined + (ActionSpace().dim if "sequence" in predictor.conditioning else 0)
     in_predictor = 0 if predictor.kind == "mlp" else beyond(joined, predictor.head_count, predictor.depth)
-    return beyond(tokens.context, encoder.heads, encoder.depth), in_predictor
+    in_encoder = 0 if config.model.freeze_encoder else beyond(tokens.context, encoder.heads, encoder.depth)
+    return in_encoder, in_predictor
 
 
 def few_of(config: Config) -> dict[str, int]:

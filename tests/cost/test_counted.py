@@ -26,6 +26,18 @@ ODD = {
 SHAPES = [(stage, "bf16", 2) for stage in range(4)] + [(1, "fp32", None), (3, "fp32", None)]
 CASES = [{"zero__stage": s, "train__precision": p, "train__micro_batch": m} for s, p, m in SHAPES]
 NAMES = [f"stage {s} {p} micro {m}" for s, p, m in SHAPES]
+# Frozen parts, whose values do not matter: ranks start from random ones.
+WIDE = {"depth": 1, "width": 44, "heads": 1, "mlp_ratio": 1.25}
+FROZEN = {
+    "frozen target": {"model__target": "frozen", "model__target_init": "w", "model__target_encoder": {"encoder": WIDE}},
+    "frozen encoder": {"model__freeze_encoder": True, "model__init": "w", "model__target": "shared"},
+}
+for stage, precision, name in (
+    (0, "bf16", "frozen target"), (1, "bf16", "frozen target"), (3, "bf16", "frozen target"),
+    (0, "fp32", "frozen encoder"), (2, "bf16", "frozen encoder"), (3, "bf16", "frozen encoder"),
+):  # fmt: skip
+    CASES.append({"zero__stage": stage, "train__precision": precision, "train__micro_batch": 2} | FROZEN[name])
+    NAMES.append(f"stage {stage} {precision} {name}")
 
 
 MORE = pytest.mark.skipif(not os.environ.get("IWM_TEST_MORE_RANKS"), reason="set IWM_TEST_MORE_RANKS=1: a minute")
@@ -70,14 +82,16 @@ def test_memory_of_a_rank_is_the_formula(counted, case):
     config = small_config(Path("unused"), **(ODD | CASES[case]))
     stage, layout = config.zero.stage, layout_of(config)
     plan = state_memory(config, layout, world)
-    held = {key: max(note["memory"][key] for note in notes[case]) for key in ("online", "target", "optimizer", "ema")}
+    held = {key: max(note["memory"][key] for note in notes[case]) for key in ("online", "constant", "optimizer", "ema")}
     if stage == 0:
         # The target reads the EMA itself: one memory. Rounded copies exist inside the step only.
-        assert held["target"] == held["ema"] == plan.ema
+        assert held["ema"] == plan.ema
+        frozen = held["constant"] - held["ema"]
+        assert bool(frozen) is bool(layout.frozen)
         rounded = 2 * (layout.trained_size + layout.target_size) if config.train.precision == "bf16" else 0
-        assert held["online"] + rounded == plan.parameters
+        assert held["online"] + rounded + frozen == plan.parameters
     else:
-        assert held["online"] + held["target"] == plan.parameters
+        assert held["online"] + held["constant"] == plan.parameters
         assert held["ema"] == plan.ema
     assert held["optimizer"] == plan.optimizer
     gradients = max(note["gradients"] for note in notes[case])

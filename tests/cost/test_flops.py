@@ -8,6 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from iwm_fast.config.schema import EncoderShape, ModelConfig, PredictorConfig
+from iwm_fast.config.sections.model import TargetEncoderConfig
 from iwm_fast.cost.flops import step_flops
 from iwm_fast.models import IWM, Segments
 
@@ -16,9 +17,10 @@ CASES = [("vit", c) for c in ("none", "sequence", "feature", "block", "sequence+
 CASES += [("mlp", "block"), ("mlp", "none")]
 
 
-def configure(kind: str, conditioning: str) -> ModelConfig:
+def configure(kind: str, conditioning: str, **frozen: object) -> ModelConfig:
     return ModelConfig(
         encoder=EncoderShape(depth=2, width=16, heads=2),
+        **frozen,  # type: ignore[arg-type]
         patch=4,
         image=12,
         predictor=PredictorConfig(
@@ -55,6 +57,35 @@ def test_equals_what_torch_counts(kind: str, conditioning: str) -> None:
     counts = counter.get_flop_counts()
     assert sum(counts["IWM.target_encoder"].values()) == ours.target_forward
     assert forward == ours.target_forward + ours.context_forward + ours.predictor_forward
+    assert counter.get_total_flops() == ours.total
+
+
+WIDE = TargetEncoderConfig(encoder=EncoderShape(depth=1, width=24, heads=3, mlp_ratio=2.0))
+FROZEN = {
+    "target": {"target": "frozen", "target_init": "w", "target_encoder": WIDE},
+    "encoder": {"freeze_encoder": True, "init": "w", "target": "shared"},
+    "both": {"freeze_encoder": True, "init": "w", "target": "frozen", "target_init": "w", "target_encoder": WIDE},
+}
+
+
+@pytest.mark.parametrize("kind", ["vit", "mlp"])
+@pytest.mark.parametrize("frozen", FROZEN)
+def test_frozen_parts_have_no_backward_pass(kind: str, frozen: str) -> None:
+    config = configure(kind, "block", **FROZEN[frozen])
+    model = IWM(config, ACTIONS)
+    seen = [4, 2, 4]
+    asked = seen if kind == "mlp" else [3, 5, 1]
+    rows = [torch.cat([torch.arange(n) for n in counts]) for counts in (seen, asked)]
+    segments = [Segments.from_lengths(counts) for counts in (seen, asked)]
+    images = torch.zeros(3, 12, 12, 3, dtype=torch.uint8)
+    ours = step_flops(config, ACTIONS, seen, asked)
+    counter = FlopCounterMode(display=False)
+    with sdpa_kernel(SDPBackend.MATH), counter:
+        out = model(images, images, torch.ones(3, ACTIONS), rows[0], segments[0], rows[1], segments[1])
+        forward = counter.get_total_flops()
+        out.loss.backward()
+    assert forward == ours.target_forward + ours.context_forward + ours.predictor_forward
+    assert (ours.context_backward == 0) is (frozen != "target")
     assert counter.get_total_flops() == ours.total
 
 

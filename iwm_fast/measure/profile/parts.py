@@ -94,10 +94,10 @@ def measured_parts(trainer: Trainer, said: CollectiveTime) -> Iterator[PartsCloc
     hooks = []
     for part, module in _modules(trainer.zero.module):
 
-        def entered(_: nn.Module, *__: Any, part: str = part) -> None:
-            # With a shared target the encoder answers twice; the target's forward is the one without gradients.
-            target = part == "forward context" and not torch.is_grad_enabled()
-            clock.enter("forward target" if target else part)
+        def entered(_: nn.Module, given: tuple[Any, ...], part: str = part) -> None:
+            # A shared target's encoder runs twice: on visible patches, and for the target on whole images.
+            whole = part == "forward context" and len(given) == 1
+            clock.enter("forward target" if whole else part)
 
         hooks.append(module.register_forward_pre_hook(entered))
         hooks.append(module.register_forward_hook(lambda *_: clock.leave()))
