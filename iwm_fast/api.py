@@ -150,7 +150,7 @@ class WorldModel:
         """Return the tokens of all patches, (B, L, D) float32 on the model's device; k-NN reads their mean over L.
 
         ``which``: the "context" encoder, which feeds the predictor, or the "target" encoder, whose features serve other
-        tasks best; default: the target encoder where it is an EMA.
+        tasks best; default: the target encoder where it is an EMA, else the context encoder.
         """
         chosen = default_encoder(self.model.config) if which is None else which
         if chosen not in ("target", "context"):

@@ -37,7 +37,9 @@ Out = Annotated[
 Encoder = Annotated[
     str | None,
     typer.Option(
-        "--encoder", metavar="target|context", help="Encoder to use; default: the target encoder, if it is an EMA."
+        "--encoder",
+        metavar="target|context",
+        help="Encoder to use; default: the target encoder, if it is an EMA, else the context encoder.",
     ),
 ]
 Pool = Annotated[

@@ -53,7 +53,7 @@ def evaluate_model(
     ``component_images`` of the images, default all.
     k-NN and probes: fitted on ``train``, measured on ``test``; knn, linear, attentive, linear_top5 and so on, each with
     _interval. ``untrained``: also all of these of the network before training, with _untrained, and the control
-    mrr_untrained_target. ``encoder``: default the EMA, if there is one. ``cache``: of features.
+    mrr_untrained_target. ``encoder``: default `features.default_encoder`. ``cache``: of features.
     Equivariance: names in ``Equivariance.summary``, of at most ``equivariance.IMAGES`` of ``train`` and ``test``;
     components without R² and why under ``equivariance_left_out``.
     Evaluations that cannot run are under ``not_run`` with the reason; settings that the images cannot satisfy under

@@ -67,7 +67,9 @@ def reader_builder(
     ``shapes``: of each task's head. The model's own weights are copied if they are trained.
     """
     frozen = encoder_of(model, which)
-    shape = model.config.encoder_shape
+    # What the heads read: the predictor's tokens have the target's width.
+    architecture = model.config.target_architecture if has_predictor(mode) else model.config.architecture
+    shape = architecture.shape
 
     def build() -> Reader:
         predictor = None

@@ -12,7 +12,7 @@ from iwm_fast.actions.ranges import varying
 from iwm_fast.actions.space import ActionSpace
 from iwm_fast.actions.transforms import JITTER
 from iwm_fast.config import Config
-from iwm_fast.eval.features import device_of, evaluating
+from iwm_fast.eval.features import bypass_encoder, device_of, evaluating
 from iwm_fast.eval.world_model.bank import jittered_views, make_bank
 from iwm_fast.eval.world_model.mrr import bank_distances
 from iwm_fast.models.iwm import IWM
@@ -75,7 +75,10 @@ def ranked_examples(
         for i, image in enumerate(images):
             drawn = make_bank(config.actions, space, i, bank, seed=seed)
             source = image.to(device_of(model))
-            found = bank_distances(model, source, drawn, queries, normalize=config.model.normalize_target, chunk=chunk)
+            found = bank_distances(
+                model, source, drawn, queries, normalize=config.model.normalize_target,
+                bypass=bypass_encoder(config.model), chunk=chunk,
+            )  # fmt: skip
             views = torch.cat([part.cpu() for part in jittered_views(source, drawn.jitter).split(chunk)]).numpy()
             ranks = found.ranks("l2")
             rows = found.answers["l2"]

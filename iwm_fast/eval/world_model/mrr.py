@@ -6,10 +6,10 @@ is 1 plus the number of nearer items plus half the number of others equally near
 on a bank of 256, an oracle 1, and a random ranking H_256 / 256 = 0.0239.
 
 Controls are ranked at the same time. ``shuffled`` is conditioned on the next query's action and ranks its own view.
-``neutral`` is conditioned on no change; ``bypass`` uses the source's representation as the prediction. One ranking
-serves all queries of an image for both, so with every action of the bank queried both are at chance exactly, unless
-there are ties. ``untrained_target`` ranks the predictions among the initial target encoder's representations:
-predictions fit only the encoder that they were trained for.
+``neutral`` is conditioned on no change; ``bypass`` uses the source's representation as the prediction, a frozen
+target's where there is one. One ranking serves all queries of an image for both, so with every action of the bank
+queried both are at chance exactly, unless there are ties. ``untrained_target`` ranks the predictions among the initial
+target encoder's representations: predictions fit only the encoder that they were trained for.
 
 Source of the metric: arXiv:2403.00504, section 3; bank, distances and controls are ours (docs/concepts.md).
 """
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from iwm_fast.actions.space import ActionSpace
 from iwm_fast.config import Config
-from iwm_fast.eval.features import device_of, evaluating
+from iwm_fast.eval.features import EncoderName, bypass_encoder, device_of, evaluating
 from iwm_fast.eval.reduced import reduced
 from iwm_fast.eval.stats import bootstrap_interval, chance_hit, chance_mrr, evenly_spaced
 from iwm_fast.eval.world_model.bank import Bank
@@ -141,12 +141,14 @@ def bank_distances(
     queries: np.ndarray,
     *,
     normalize: bool,
+    bypass: EncoderName = "context",
     chunk: int = 64,
     untrained: IWM | None = None,
 ) -> Distances:
     """Return the distances of one clean image (S, S, 3) uint8 on the model's device. Call within ``evaluating(model)``.
 
-    ``untrained``: also rank the predictions among this model's targets.
+    ``normalize``, ``bypass``: the configuration's normalize_target, and `bypass_encoder`. ``untrained``: also rank the
+    predictions among this model's targets.
     """
     device = image.device
     views = bank.targets(image)
@@ -157,7 +159,8 @@ def bank_distances(
     asked = torch.from_numpy(bank.actions[queries]).to(device)
     asked = torch.cat([asked, torch.zeros_like(asked[:1])])  # the last row is neutral
     # Normalised like the targets, or its scale alone would distinguish it.
-    source = layer_norm_rows(z).float() if normalize else z.float()
+    source = z if bypass == "context" else model.encode(seen[None], bypass)
+    source = layer_norm_rows(source).float() if normalize else source.float()
     rows: dict[str, list[Tensor]] = {name: [] for name in DISTANCES}
     strange_rows: dict[str, list[Tensor]] = {name: [] for name in DISTANCES}
     for answer in (*answers_to(model, z, asked, chunk), source):
@@ -255,6 +258,7 @@ def mean_reciprocal_rank(
                 drawn,
                 asked,
                 normalize=config.model.normalize_target,
+                bypass=bypass_encoder(config.model),
                 chunk=chunk,
                 untrained=untrained,
             )

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from iwm_fast.data.order import sorted_order
 from iwm_fast.errors import UserError
-from iwm_fast.eval.features import device_of, evaluating
+from iwm_fast.eval.features import EncoderName, device_of, evaluating
 from iwm_fast.eval.stats import bootstrap_interval
 from iwm_fast.eval.world_model.distances import DISTANCES, between, points, ties
 from iwm_fast.eval.world_model.frames import FrameReader
@@ -105,12 +105,13 @@ def rank_next_frames(
     frames: NextFrames,
     *,
     normalize: bool,
+    bypass: EncoderName = "context",
     chunk: int = 64,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[MrrResult, dict[str, NDArray[np.float64]]]:
     """Return the ranks, (Q, 1) each, and the L2 distances (Q, N) by what was ranked, one row per query.
 
-    normalize: the configuration's normalize_target. The model's mode is unchanged.
+    normalize, bypass: the configuration's normalize_target, and `bypass_encoder`. The model's mode is unchanged.
     """
     device = device_of(model)
     answers: dict[str, dict[str, list[np.ndarray]]] = {d: {w: [] for w in ("model", *CONTROLS)} for d in DISTANCES}
@@ -123,7 +124,8 @@ def rank_next_frames(
                 what: model.predict(z, actions[rows].to(device)).float()
                 for what, actions in zip(("model", "shuffled", "neutral"), told, strict=True)
             }
-            found["bypass"] = layer_norm_rows(z).float() if normalize else z.float()
+            own = z if bypass == "context" else model.encode(frames.source[rows].to(device), bypass)
+            found["bypass"] = layer_norm_rows(own).float() if normalize else own.float()
             for what, answer in found.items():
                 for name, far in between(points(answer), bank).items():
                     answers[name][what].append(far.cpu().numpy())

@@ -5,6 +5,8 @@ the next action, up to the horizon. The error at h is the mean squared differenc
 prediction from the target representation of the frame after h actions, in the unit of the loss. Controls: ``copy`` is
 the target representation of the first frame; ``shuffled`` is the model given another roll-out's actions. Training
 covers h = 1 only.
+
+The predictor must read what it predicts: a frozen target has another space than the encoder, so there are none.
 """
 
 from __future__ import annotations
@@ -84,6 +86,9 @@ def _errors(answers: Tensor, truth: Tensor) -> Tensor:
 
 def evaluate_rollouts(subject: TripletSubject) -> dict[str, Any]:
     """Return roll-outs of ``eval.horizon`` steps under ``rollout``, or why there are none."""
+    if subject.config.model.target == "frozen":
+        reason = "predictions are in the frozen target's space, and the predictor reads the encoder's"
+        return {"not_run": {"rollout": reason}}
     horizon = subject.config.eval.horizon
     found = measure_rollouts(subject.model, subject.reader, horizon, progress=subject.tell("roll-outs"))
     return {"not_run": {"rollout": found["reason"]}} if "reason" in found else {"rollout": found}

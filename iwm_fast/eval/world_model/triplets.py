@@ -13,6 +13,7 @@ from iwm_fast.actions.space import ActionSpace
 from iwm_fast.config import Config
 from iwm_fast.console import Count
 from iwm_fast.data.triplets import Triplets
+from iwm_fast.eval.features import bypass_encoder
 from iwm_fast.eval.reduced import reduced
 from iwm_fast.eval.registry import measure, usual
 from iwm_fast.eval.world_model.examples import RankedExample, first_ranked
@@ -56,7 +57,11 @@ def evaluate_next_frames(subject: TripletSubject) -> dict[str, Any]:
     wanted = subject.bank if subject.bank is not None else config.eval.bank
     frames = draw_next_frames(subject.reader, wanted)
     found, distances = rank_next_frames(
-        subject.model, frames, normalize=config.model.normalize_target, progress=subject.tell("mrr")
+        subject.model,
+        frames,
+        normalize=config.model.normalize_target,
+        bypass=bypass_encoder(config.model),
+        progress=subject.tell("mrr"),
     )
     few = {"mrr_bank": (len(frames.bank), "next frames"), "mrr_images": (len(frames), "triplets")}
     smaller = {
