@@ -12,14 +12,14 @@ from torch import Tensor
 
 from iwm_fast.config.schema import ModelConfig
 from iwm_fast.export.timm_names import to_timm
-from iwm_fast.models import IWM, Segments
+from iwm_fast.models import IWM, Segments, VisionTransformer
 
 State = Mapping[str, Tensor]
 
 
-def norm(x: Tensor, weight: Tensor | float = 1.0, bias: Tensor | float = 0.0) -> Tensor:
+def norm(x: Tensor, weight: Tensor | float = 1.0, bias: Tensor | float = 0.0, eps: float = 1e-6) -> Tensor:
     centred = x - x.sum(-1, keepdim=True) / x.shape[-1]
-    return centred / torch.sqrt((centred**2).sum(-1, keepdim=True) / x.shape[-1] + 1e-6) * weight + bias
+    return centred / torch.sqrt((centred**2).sum(-1, keepdim=True) / x.shape[-1] + eps) * weight + bias
 
 
 def linear(x: Tensor, state: State, name: str) -> Tensor:
@@ -86,6 +86,60 @@ def vit(state: State, image: Tensor, heads: int, patches: list[int]) -> Tensor:
     for i in range(depth_of(state)):
         x = block(x, state, f"blocks.{i}.", heads)
     return norm(x, state["norm.weight"], state["norm.bias"])
+
+
+def rotated(x: Tensor, angles: list[float]) -> Tensor:
+    """Rotate one token's heads (h, d): the pairs (i, i + d / 2), by one angle each."""
+    half = len(angles)
+    out = x.clone()
+    for i, angle in enumerate(angles):
+        a, b = x[:, i], x[:, i + half]
+        out[:, i], out[:, i + half] = (
+            a * math.cos(angle) - b * math.sin(angle),
+            b * math.cos(angle) + a * math.sin(angle),
+        )
+    return out
+
+
+def rope_angles(patch: int, grid: int, head: int, base: float) -> list[float]:
+    """DINOv3's: the row's angles, then the column's, of coordinates in [−1, 1]."""
+    periods = [base ** (4 * i / head) for i in range(head // 4)]
+    centres = [2 * (place + 0.5) / grid - 1 for place in (patch // grid, patch % grid)]
+    return [2 * math.pi * centre / period for centre in centres for period in periods]
+
+
+def dense_encoder(model: VisionTransformer, image: Tensor, patches: list[int]) -> Tensor:
+    """All tokens of one image (P + n, D), by an encoder's parameters and architecture."""
+    told, own = model.architecture, dict(model.state_dict(keep_vars=True))
+    state, prefix = as_timm(own, ""), own.get("prefix")
+    weight, side = state["patch_embed.proj.weight"], told.patch
+    # With the rounding of tables made in fp32: everything else is exact.
+    pixels = image.double() * model.patch_embed.scale[:3] + model.patch_embed.shift[:3]
+    tokens = [] if prefix is None else list(prefix)
+    for patch in patches:
+        top, left = patch // told.grid * side, patch % told.grid * side
+        cut = pixels[top : top + side, left : left + side]
+        token = torch.einsum("yxc,dcyx->d", cut, weight) + state["patch_embed.proj.bias"]
+        if told.positions == "learned":
+            token = token + state["pos_embed"][patch]
+        elif told.positions == "sincos":
+            token = token + position(told.shape.width, patch % told.grid, patch // told.grid).float()
+        tokens.append(token)
+    if not tokens:
+        return weight.new_zeros(0, weight.shape[0])
+    x, head = torch.stack(tokens), told.shape.width // told.shape.heads
+    for i in range(told.shape.depth):
+        name = f"blocks.{i}."
+        y = norm(x, state[name + "norm1.weight"], state[name + "norm1.bias"], told.norm_eps)
+        q, k, v = linear(y, state, name + "attn.qkv").reshape(len(x), 3, told.shape.heads, -1).unbind(1)
+        if told.positions == "rope":
+            before = len(x) - len(patches)
+            turns = [rope_angles(patch, told.grid, head, told.rope_base) for patch in patches]
+            q, k = (torch.stack([*part[:before], *map(rotated, part[before:], turns)]) for part in (q, k))
+        x = x + linear(attention(q, k, v).reshape(len(x), -1), state, name + "attn.proj")
+        y = norm(x, state[name + "norm2.weight"], state[name + "norm2.bias"], told.norm_eps)
+        x = x + linear(gelu(linear(y, state, name + "mlp.fc1")), state, name + "mlp.fc2")
+    return norm(x, state["norm.weight"], state["norm.bias"], told.norm_eps)
 
 
 def predictor(

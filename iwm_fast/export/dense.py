@@ -58,8 +58,12 @@ class WholeEncoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the tokens of all patches, row-major, as `VisionTransformer` without `patches`."""
-        tokens = self.encoder.patch_embed(images).unflatten(0, (-1, self.encoder.patches)) + self.encoder.pos_embed
-        return self.encoder.norm(_blocks(self.encoder.blocks, tokens))
+        encoder = self.encoder
+        tokens = encoder.patch_embed(images).unflatten(0, (-1, encoder.patches)) + encoder.pos_embed
+        if encoder.prefix is None:
+            return encoder.norm(_blocks(encoder.blocks, tokens))
+        tokens = torch.cat([encoder.prefix.expand(tokens.shape[0], -1, -1), tokens], dim=1)
+        return encoder.norm(_blocks(encoder.blocks, tokens)[:, len(encoder.prefix) :])
 
 
 class WholePredictor(nn.Module):

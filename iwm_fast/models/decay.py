@@ -1,8 +1,8 @@
 """Weight decay per parameter: one rule for pretraining, finetuning and the cost model.
 
 The rule goes by a parameter's role, not its shape: a bias may have two dimensions (`ActionTokens`), and ZeRO stage 3
-flattens all of them. Weights of linear maps decay. Biases, scales and shifts of normalisations, and learned tokens
-(mask and task tokens, an attentive head's query) do not, as in MAE and I-JEPA.
+flattens all of them. Weights of linear maps decay. Biases, scales and shifts of normalisations, learned positions and
+learned tokens (prefix, mask and task tokens, an attentive head's query) do not, as in MAE and I-JEPA.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from iwm_fast.models.blocks import StreamNorm
 __all__ = ["DECAYED", "UNDECAYED", "decayed_parameters"]
 
 DECAYED = frozenset({"weight", "w_in", "w_out", "w_action"})
-UNDECAYED = frozenset({"bias", "b_in", "b_out", "norm_weight", "norm_bias", "mask_token", "query"})
+UNDECAYED = frozenset(
+    {"bias", "b_in", "b_out", "norm_weight", "norm_bias", "mask_token", "query", "prefix", "pos_embed"}
+)
 # Modules without decay: normalisations, and `Reader.task_tokens`.
 _WHOLLY_UNDECAYED = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, _NormBase, StreamNorm, nn.ParameterDict, nn.ParameterList)
 

@@ -204,7 +204,7 @@ def pack(
 
 def interleave(parts: Sequence[Segments]) -> tuple[Segments, list[Tensor]]:
     """Concatenate several packed sets image by image: each image's tokens of the first part, then of the second, and so
-    on.
+    on. A part without padding has tokens for the others' segments of padding too.
 
     Returns the segments and, for each part, int64 (N_part,): the row of each of its tokens in the result.
     """
@@ -215,7 +215,7 @@ def interleave(parts: Sequence[Segments]) -> tuple[Segments, list[Tensor]]:
     joined = Segments(
         lengths,
         bounds.sum(dim=0).to(torch.int32),
-        parts[0].padding,
+        max(part.padding for part in parts),
         None if None in ceilings else sum(n for n in ceilings if n is not None),
     )
     # A token of part p follows all earlier images, and its own image's tokens of earlier parts.

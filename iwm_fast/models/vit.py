@@ -1,5 +1,8 @@
-"""The encoder: a vision transformer over the visible patches of each image, with fixed sin-cos positions and no class
-token.
+"""The encoder: a vision transformer over the visible patches of each image.
+
+Learned prefix tokens (a class token, registers) may precede the patches of each image. They take part in the attention
+of all blocks and end with the last one: only patches are returned. Positions are added to the patches, fixed or
+learned; prefix tokens have none.
 """
 
 from __future__ import annotations
@@ -10,9 +13,9 @@ from torch import Tensor, nn
 
 from iwm_fast import kernels
 from iwm_fast.config.encoders import EncoderArchitecture
-from iwm_fast.kernels.permutation import take_rows
+from iwm_fast.kernels.permutation import invert, take_rows
 from iwm_fast.models.blocks import Block, Kept, Norm, rescale_blocks, run_blocks, wants_groups
-from iwm_fast.models.packing import Segments
+from iwm_fast.models.packing import Segments, interleave
 from iwm_fast.models.positions import sincos_positions
 
 __all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "PatchEmbedding", "VisionTransformer"]
@@ -64,9 +67,14 @@ class PatchEmbedding(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """Encoder of the visible patches of uint8 images; parameter names follow timm except for the blocks' MLPs."""
+    """Encoder of the visible patches of uint8 images; parameter names follow timm except for the blocks' MLPs.
+
+    prefix: (P, D), the tokens before each image's patches, or None. pos_embed: (L, D), a parameter where positions are
+    learned, else a buffer.
+    """
 
     pos_embed: Tensor
+    prefix: nn.Parameter | None
 
     def __init__(
         self,
@@ -84,13 +92,19 @@ class VisionTransformer(nn.Module):
         self.attention = attention
         self.activation_checkpointing = activation_checkpointing
         self.patch_embed = PatchEmbedding(self.patch, shape.width)
-        self.register_buffer("pos_embed", sincos_positions(shape.width, architecture.grid), persistent=False)
+        positions = sincos_positions(shape.width, architecture.grid)
+        if architecture.positions == "learned":
+            self.pos_embed = nn.Parameter(positions)
+        else:
+            self.register_buffer("pos_embed", positions, persistent=False)
         self.blocks = nn.ModuleList(
             Block(shape.width, shape.heads, shape.mlp_ratio, attention, eps=architecture.norm_eps)
             for _ in range(shape.depth)
         )
         self.norm = Norm(shape.width, architecture.norm_eps)
         rescale_blocks(self.blocks)
+        prefix = torch.empty(architecture.prefix_tokens, shape.width)
+        self.prefix = nn.Parameter(nn.init.trunc_normal_(prefix, std=0.02)) if len(prefix) else None
 
     @property
     def patches(self) -> int:
@@ -121,8 +135,9 @@ class VisionTransformer(nn.Module):
         """
         self._check(images, patches, segments)
         if patches is None or segments is None:
-            everything = Segments.uniform(len(images), self.patches, images.device)
-            return self._encode(self.embed(images), everything, kept)
+            return self._encode_whole(images, kept)
+        if self.prefix is not None:
+            return self._encode_after(self.prefix, images, patches, segments)
         image = segments.pixels_of_token
         # For attention with one call per length: sorted once here, blocks move no tokens.
         resort = not segments.is_sorted and wants_groups(self.blocks, segments)
@@ -133,6 +148,12 @@ class VisionTransformer(nn.Module):
             return take_rows(x, by_length.token_rank, by_length.token_order)
         return self._encode(self.embed(images, patches, image), segments)
 
+    def all_tokens(self, images: Tensor) -> Tensor:
+        """Return all tokens of whole images (B, S, S, 3) after the last normalisation: (B, P + L, D), prefix first."""
+        self._check(images, None, None)
+        x, segments = self._embed_whole(images)
+        return self._encode(x, segments).unflatten(0, (len(images), -1))
+
     def embed(self, images: Tensor, patches: Tensor | None = None, image: Tensor | None = None) -> Tensor:
         """Return tokens (N, D) with their positions, of all patches or of those that int64 (N,) patches and
         image select.
@@ -141,7 +162,42 @@ class VisionTransformer(nn.Module):
         positions = self.pos_embed.to(tokens.dtype)
         if patches is None:
             return (tokens.view(len(images), self.patches, -1) + positions).flatten(0, 1)
+        if isinstance(self.pos_embed, nn.Parameter):
+            # Its gradient is an ordered sum, where index_select's would add by atomics.
+            return tokens + F.embedding(patches, positions)
         return tokens + positions.index_select(0, patches)
+
+    def _embed_whole(self, images: Tensor) -> tuple[Tensor, Segments]:
+        """Return the tokens of whole images, B · (P + L) of them, and their segments."""
+        x, length = self.embed(images), self.patches
+        if self.prefix is not None:
+            length += len(self.prefix)
+            x = torch.cat([self.prefix.to(x.dtype).expand(len(images), -1, -1), x.unflatten(0, (len(images), -1))], 1)
+            x = x.flatten(0, 1)
+        return x, Segments.uniform(len(images), length, images.device)
+
+    def _encode_whole(self, images: Tensor, kept: Kept | None) -> Tensor:
+        x, segments = self._embed_whole(images)
+        if self.prefix is None:
+            return self._encode(x, segments, kept)
+        prefix, every = len(self.prefix), self.patches
+        if kept is None:
+            seen = Segments.uniform(len(images), every, images.device)
+            kept = Kept(torch.arange(seen.total, device=images.device), seen)
+        rows = kept.rows + prefix * (kept.rows // every + 1)  # its image's prefix tokens, and those of earlier images
+        return self._encode(x, segments, Kept(rows, kept.segments))
+
+    def _encode_after(self, prefix: Tensor, images: Tensor, patches: Tensor, segments: Segments) -> Tensor:
+        """Encode packed patches, each image's after the prefix tokens (P, D)."""
+        before = Segments.uniform(len(segments.lengths), len(prefix), segments.device)
+        joined, places = interleave([before, segments])
+        place = torch.cat(places)
+        if not joined.is_sorted and wants_groups(self.blocks, joined):
+            place, joined = joined.by_length.token_rank[place], joined.by_length.segments
+        tokens = self.embed(images, patches, segments.pixels_of_token)
+        first = prefix.to(tokens.dtype).expand(len(segments.lengths), -1, -1).flatten(0, 1)
+        x = take_rows(torch.cat([first, tokens]), invert(place), place)
+        return self._encode(x, joined, Kept(place[before.total :], segments))
 
     def _encode(self, x: Tensor, segments: Segments, kept: Kept | None = None) -> Tensor:
         return self.norm(run_blocks(self.blocks, x, segments, kept=kept, recompute=self.activation_checkpointing))

@@ -23,8 +23,10 @@ CONTRADICTIONS = {
     ),
     "the average of a constant": (
         {"freeze_encoder": True, "init": "w"},
-        "freeze_encoder is true and target is ema, whose average of a constant is the encoder itself; "
-        "set target to shared, or to frozen with target_init",
+        (
+            "freeze_encoder is true and target is ema, whose average of a constant is the encoder itself; "
+            "set target to shared, or to frozen with target_init"
+        ),
     ),
     "a frozen encoder without weights": (
         {"freeze_encoder": True, "target": "shared"},
@@ -56,7 +58,7 @@ def test_rope_of_a_target_is_checked_too():
 
 @pytest.mark.parametrize("name", UNBUILT)
 def test_a_key_that_nothing_computes_yet_is_refused(name):
-    given = {"prefix_tokens": 1, "positions": "learned", "rope_base": 50.0, "init_pixels": "half", "init": "w"}
+    given = {"rope_base": 50.0, "init_pixels": "half", "init": "w"}
     rest = {"init_predictor": "w", "target_init": "w", "target_encoder": TargetEncoderConfig(encoder="vit_tiny")}
     value = (given | rest | {"freeze_encoder": True})[name]
     with pytest.raises(ValidationError):

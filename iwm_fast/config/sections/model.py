@@ -236,6 +236,8 @@ class ModelConfig(Section):
     @model_validator(mode="after")
     def _built(self) -> Self:
         fields = type(self).model_fields
+        if "rope" in (self.architecture.positions, self.target_architecture.positions):
+            raise ValueError("positions is rope, which this version cannot train yet; use sincos or learned")
         for name in UNBUILT:
             if getattr(self, name) != fields[name].default:
                 raise ValueError(f"{name} is {getattr(self, name)}, which this version cannot train yet; leave it out")
@@ -244,7 +246,7 @@ class ModelConfig(Section):
 
 # Keys that no code reads yet.
 UNBUILT = (
-    "prefix_tokens", "positions", "rope_base",
+    "rope_base",
     "init_predictor", "init_pixels",
 )  # fmt: skip
 
