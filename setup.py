@@ -38,6 +38,7 @@ setup(
     package_data={
         "iwm_fast": ["py.typed"],
         "iwm_fast.eval.report": ["templates/*.html", "templates/*.css", "templates/*.js"],
+        "iwm_fast.export": ["templates/README.md"],
         "iwm_fast.kernels": ["tuned.json"],
         "iwm_fast.configs": ["*.yaml", "ablations/*.yaml", "deepspeed/*.json", "slurm/*.sbatch"],
     },

@@ -30,6 +30,7 @@ TEMPLATES = {
     f"iwm_fast/eval/report/templates/{path.name}"
     for path in (ROOT / "iwm_fast" / "eval" / "report" / "templates").iterdir()
 }
+CARD = {"iwm_fast/export/templates/README.md"}
 
 
 def keyword(name: str) -> object:
@@ -121,7 +122,7 @@ def test_wheel_holds_every_module_and_configuration_once(wheel):
         for pattern in ("*.yaml", "ablations/*.yaml", "deepspeed/*.json", "slurm/*.sbatch")
         for p in (ROOT / "configs").glob(pattern)
     }
-    expected = engine | mapped | configs | TEMPLATES | {"iwm_fast/py.typed", "iwm_fast/kernels/tuned.json"}
+    expected = engine | mapped | configs | TEMPLATES | CARD | {"iwm_fast/py.typed", "iwm_fast/kernels/tuned.json"}
     assert {name for name in names if ".dist-info/" not in name} == expected
     assert set(names.values()) == {1}
 
@@ -133,7 +134,7 @@ def test_sdist_holds_what_the_report_is_made_of(tree, tmp_path):
     assert done.returncode == 0, done.stderr
     with tarfile.open(next(tmp_path.glob("iwm_fast-*.tar.gz"))) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    assert names >= TEMPLATES
+    assert names >= TEMPLATES | CARD
 
 
 def _sources(folder: Path) -> list[Path]:

@@ -18,6 +18,7 @@ from iwm_fast.cli.arguments import check_options, prepare
 from iwm_fast.cli.compare import compare
 from iwm_fast.cli.config import show_config
 from iwm_fast.cli.embed import embed
+from iwm_fast.cli.export import export
 from iwm_fast.cli.options import CacheLimit, Json, Overrides, answer
 from iwm_fast.cli.plan import plan
 from iwm_fast.cli.pretrain import pretrain
@@ -102,7 +103,7 @@ app.command(
 
 @app.command(epilog="Example: iwm-fast evaluate runs/a --data photos --what mrr,knn,linear --json a.json")
 def evaluate(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of pretrain.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of pretrain or export.")],
     data: Annotated[
         str,
         typer.Option(
@@ -127,7 +128,12 @@ def evaluate(
         int | None, typer.Option("--images", min=1, help="Number of images ranked for MRR; default: the run's.")
     ] = None,
     cache: Annotated[
-        Path | None, typer.Option("--cache", metavar="DIR", help="Folder of cached features; default: RUN/cache.")
+        Path | None,
+        typer.Option(
+            "--cache",
+            metavar="DIR",
+            help="Folder of cached features; default: RUN/cache, of an export a temporary one.",
+        ),
     ] = None,
     cache_limit: CacheLimit = CACHE_LIMIT_GB,
     full: Annotated[
@@ -179,35 +185,7 @@ def evaluate(
         raise typer.Exit(1)
 
 
-@app.command(epilog="Example: iwm-fast export runs/a --out weights/a --onnx")
-def export(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of pretrain.")],
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="A folder that does not exist yet.")],
-    checkpoint: Annotated[str, typer.Option("--checkpoint", help="latest, step_000500, or a path to it.")] = "latest",
-    onnx: Annotated[
-        bool, typer.Option("--onnx", help="Also write ONNX graphs of whole images, checked with onnxruntime.")
-    ] = False,
-    layout: Annotated[
-        str,
-        typer.Option("--layout", help="weights, or universal: DeepSpeed's layout, optimizer included."),
-    ] = "weights",
-) -> None:
-    """Write encoder, target encoder and predictor as safetensors, with a JSON that describes them."""
-    from iwm_fast.export.deepspeed_universal import export_universal
-    from iwm_fast.export.weights import export_run
-
-    if layout not in ("weights", "universal"):
-        raise UserError(f"--layout {layout}: give weights or universal")
-    if layout == "universal" and onnx:
-        raise UserError("--onnx needs --layout weights: DeepSpeed's layout has no graphs; export twice, to two --out")
-    if layout == "universal":
-        written = export_universal(run, out, checkpoint)
-    else:
-        written = export_run(run, out, checkpoint, onnx=onnx)
-    for path in sorted(written.iterdir()):
-        print(path)
-
-
+app.command(epilog="Example: iwm-fast export runs/a --out weights/a --format transformers,timm")(export)
 app.command(epilog="Example: iwm-fast compare runs/a runs/b --out comparison")(compare)
 app.command(
     "config", epilog="Example: iwm-fast config vit_tiny_p4_32.yaml train.lr=5e-4    or: iwm-fast config --schema"

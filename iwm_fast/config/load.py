@@ -5,9 +5,10 @@ An error is one line: the file and line or "command line", the key, what was fou
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,15 @@ from iwm_fast.config.schema_table import allowed, rows, section_keys, text_keys
 from iwm_fast.config.yaml_text import Keys
 from iwm_fast.errors import UserError
 
-__all__ = ["dump_config", "find_config", "load_config", "packaged_config", "packaged_names", "plugins_of"]
+__all__ = [
+    "config_from",
+    "dump_config",
+    "find_config",
+    "load_config",
+    "packaged_config",
+    "packaged_names",
+    "plugins_of",
+]
 
 _COMMAND_LINE = "command line"
 
@@ -68,6 +77,17 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     type or range, and keys that contradict each other.
     """
     values, lines = _read(path)
+    return _validated(values, lines, str(path), overrides)
+
+
+def config_from(values: Mapping[str, Any], where: str, overrides: Sequence[str] = ()) -> Config:
+    """Return the configuration of sections as `Config.model_dump` gives them, with ``overrides``; ``where`` names
+    their file in errors, which are `load_config`'s.
+    """
+    return _validated(copy.deepcopy(dict(values)), {}, where, overrides)
+
+
+def _validated(values: dict[str, Any], lines: dict[Keys, int], path: str, overrides: Sequence[str]) -> Config:
     overridden: set[Keys] = set()
     for text in overrides:
         overridden.add(_override(values, text))
@@ -77,7 +97,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     except ValidationError as error:
         problems = _problems(error, values)
         keys, message = problems[0]
-        where = _where(str(path), keys, lines, overridden)
+        where = _where(path, keys, lines, overridden)
         more = len(problems) - 1
         suffix = "" if not more else f" (and {more} more problem{'s' if more > 1 else ''})"
         raise UserError(": ".join(part for part in (where, ".".join(keys), message) if part) + suffix) from error

@@ -17,7 +17,7 @@ from iwm_fast.engine.distributed.ranks import Ranks
 from iwm_fast.environment import environment
 from iwm_fast.errors import UserError, because
 
-__all__ = ["describe_run", "recorded_environment"]
+__all__ = ["describe_run", "recorded_environment", "recorded_launch"]
 
 
 def describe_run(
@@ -68,6 +68,19 @@ def recorded_environment(file: Path) -> dict[str, Any]:
         return {"not known": f"{file}: is damaged"}
     found = document.get("environment") if isinstance(document, dict) else None
     return found if isinstance(found, dict) else {"not known": f"{file}: is of another kind"}
+
+
+def recorded_launch(file: Path) -> dict[str, Any]:
+    """Return the last launch in a run's environment.json, with the ``version`` that trained; {} if the file is missing,
+    damaged or of an older version.
+    """
+    try:
+        document = json.loads(file.read_text(encoding="utf-8"))
+        launch = dict(document["starts"][-1])
+        launch["version"] = document["environment"]["iwm_fast"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return {}
+    return launch
 
 
 def _earlier(file: Path) -> list[dict[str, Any]]:

@@ -12,18 +12,16 @@ from iwm_fast.config import Config
 from iwm_fast.config.load import plugins_of
 from iwm_fast.config.plugins import load_plugins
 from iwm_fast.console import Count
-from iwm_fast.engine.checkpoint.load import default_device, find_checkpoint, load_model
-from iwm_fast.engine.checkpoint.paths import chosen_checkpoint
-from iwm_fast.engine.provenance import recorded_environment
-from iwm_fast.engine.run_directory import RunDirectory, run_config
+from iwm_fast.engine.checkpoint.load import default_device
 from iwm_fast.errors import UserError
 from iwm_fast.eval.defaults import CACHE_LIMIT_GB, COMPONENT_IMAGES
 from iwm_fast.eval.evaluate import evaluate_model
 from iwm_fast.eval.feature_cache import FeatureCache
-from iwm_fast.eval.measurements import divide, keep, place_of, read, weights_of
+from iwm_fast.eval.measurements import divide, keep, place_of, read
+from iwm_fast.eval.opened import OpenedExport, OpenedRun, opened
 from iwm_fast.eval.overrides import check_overrides, for_evaluation, overridden
 from iwm_fast.eval.registry import Kind, names, needed, unusual, usual
-from iwm_fast.eval.report.report import read_metrics, write_report
+from iwm_fast.eval.report.report import write_report
 from iwm_fast.eval.report.verdicts import verdict_results
 from iwm_fast.eval.result_output import given, report_place
 from iwm_fast.eval.splits import open_splits, require_same_classes, splits_record
@@ -60,12 +58,14 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """Evaluate ``what`` on a run's checkpoint and the images under ``data``; write ``RUN/report/index.html``.
 
-    Results are saved in RUN/results (`measurements`), and the report shows all saved results.
+    Results are saved in RUN/results (`measurements`), and the report shows all saved results. ``run`` may be an export
+    (`opened`): the same numbers, a report without training curves.
 
     ``what``: default everything quick, with ``full`` everything. ``images``: those whose banks are ranked, default
     ``eval.mrr_images``; of triplets, the next frames that are ranked, default ``eval.bank``. ``name``: the report's
     title, default the run's folder. ``components``: as in ``evaluate_model``, each on ``COMPONENT_IMAGES`` images, with
-    ``full`` on all. ``cache``: the folder of cached features, default ``RUN/cache``, of at most ``cache_limit`` GB.
+    ``full`` on all. ``cache``: the folder of cached features, default ``RUN/cache``, of at most ``cache_limit`` GB; of
+    an export a temporary one.
     ``overrides``: ``key.path=value`` of the jitter's strength, ``eval`` and ``data``, in place of the run's own.
     ``give`` gets the results before pictures are drawn and files are written. ``report``: False if the run may belong
     to another user: if its folder cannot be written, a line says so, and ``report`` is None.
@@ -75,48 +75,55 @@ def evaluate_run(
     cannot be used, or of which more than ``data.max_bad_fraction`` cannot be decoded.
     """
     load_plugins(plugins_of(overrides))
-    chosen = chosen_checkpoint(run, checkpoint)
-    run = chosen.run
-    external = _external(run)  # loads the plugins of the run
+    source = opened(run, checkpoint)  # loads the plugins of the run
+    external = source.external
     _check_what(what)
     kind: Kind = "triplets" if external else "images"
     by_default = [] if what or full else [*unusual(kind)]
     what = what or (names(kind) if full else usual(kind))
     check_overrides(overrides, command="evaluate", external=external, what=what)
     _check_images(images, overrides, what, external=external)
-    saved = find_checkpoint(run, chosen.which)
-    page = report_place(run, needed=report)
-    model, config, space, step = load_model(run, saved.name, overrides)
+    source.require_weights()
+    page = report_place(source.folder, needed=report)
+    model, config, space, step = source.load(overrides)
     config = for_evaluation(config, overrides)
     subject = _Subject(model.to(default_device()), config, space, data, what, images, progress)
-    if external:
-        measured = _measure_triplets(subject)
-    else:
-        kept = FeatureCache(cache if cache is not None else run / "cache", cache_limit)
-        measured = _measure_images(subject, kept, components, None if full else COMPONENT_IMAGES)
-    measured.results.update(verdict_results(measured.results))
-    if by_default:
-        measured.results["not_by_default"] = by_default
-    answer = {**measured.results, "step": step, "report": None if page is None else str(page)}
-    with given(give, answer):
-        if page is not None:
-            weights = weights_of(saved)
-            keep(run, divide(measured.results, step=step, weights=weights, data=data))
-            examples, sliding = measured.draw()
-            write_report(
-                page,
-                config=config,
-                name=name or run.resolve().name,
-                step=step,
-                results=measured.results,
-                measured=read(run),
-                subject=(weights, place_of(data)),
-                metrics=read_metrics(run / "metrics.jsonl"),
-                examples=examples,
-                sliding=sliding,
-                environment=recorded_environment(RunDirectory(run).environment_file),
-            )
+    with source.cache(cache) as folder:
+        if external:
+            measured = _measure_triplets(subject)
+        else:
+            kept = FeatureCache(folder, cache_limit)
+            measured = _measure_images(subject, kept, components, None if full else COMPONENT_IMAGES)
+        measured.results.update(verdict_results(measured.results))
+        if by_default:
+            measured.results["not_by_default"] = by_default
+        answer = {**measured.results, "step": step, "report": None if page is None else str(page)}
+        with given(give, answer):
+            if page is not None:
+                _write_page(page, source, name, subject, measured, step)
     return answer
+
+
+def _write_page(
+    page: Path, source: OpenedRun | OpenedExport, name: str | None, subject: _Subject, measured: _Measured, step: int
+) -> None:
+    """Keep the results in the folder, and write its report."""
+    weights = source.weights()
+    keep(source.folder, divide(measured.results, step=step, weights=weights, data=subject.data))
+    examples, sliding = measured.draw()
+    write_report(
+        page,
+        config=subject.config,
+        name=name or source.folder.resolve().name,
+        step=step,
+        results=measured.results,
+        measured=read(source.folder),
+        subject=(weights, place_of(subject.data)),
+        metrics=source.metrics(),
+        examples=examples,
+        sliding=sliding,
+        environment=source.environment(),
+    )
 
 
 @dataclass(frozen=True)
@@ -175,12 +182,6 @@ def _check_what(what: Sequence[str] | None) -> None:
     unknown = [word for word in what or () if word not in names()]
     if unknown or (what is not None and not what):
         raise UserError(f"--what: {unknown[0] if unknown else 'empty'}: give a list of {', '.join(names())}")
-
-
-def _external(run: Path) -> bool:
-    """Return whether a run was trained on triplets; errors in its folder are raised when it is loaded."""
-    file = run / "config.yaml"
-    return file.exists() and run_config(file).actions.is_external
 
 
 def _check_images(images: int | None, overrides: Sequence[str], what: Sequence[str], *, external: bool) -> None:

@@ -11,74 +11,62 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from iwm_fast.errors import UserError
-from iwm_fast.export.dense import WholeEncoder, WholePredictor
+from iwm_fast.export.graphs import LARGEST_BATCH, Graph, graphs_of, require_equal
 from iwm_fast.file_names import utf8_name
 from iwm_fast.models.iwm import IWM
 
-__all__ = ["OPSET", "write_onnx"]
+__all__ = ["OPSET", "require_onnx", "write_onnx"]
 
 OPSET = 20  # the first with Gelu as one operator
-# Relative to a result's largest value: ten times the measured rounding of fp32 in another order (ViT-B/16 8e-7, its
-# predictor of 18 layers 1.1e-6), far below the error of a wrong graph.
-_TOLERANCE = 1e-5
 
 
-def write_onnx(model: IWM, folder: Path) -> dict[str, str]:
-    """Write encoder, target encoder (where it is separate) and predictor as .onnx; return file names by part.
-
-    encoder.onnx, target_encoder.onnx: images uint8 (B, S, S, 3), RGB -> tokens float32 (B, L, D). predictor.onnx:
-    tokens float32 (B, L, D), action float32 (B, A) -> predicted float32 (B, L, D). B is free. Weights lie inside, or in
-    a .data file beside where a graph would pass ONNX's limit of 2 GiB. Raises UserError where onnx, onnxscript or
-    onnxruntime is not installed, or a graph differs from its network.
-    """
+def require_onnx(option: str) -> None:
+    """Raise UserError where onnx, onnxscript or onnxruntime is not installed; ``option`` names what needs them."""
     try:
         import onnx  # noqa: F401  (torch's exporter needs both, and says so less clearly)
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise UserError(f"--onnx needs {error.name}, which is not installed: pip install 'iwm-fast[onnx]'") from error
-    model = model.cpu().float().eval()
-    size, patches, width = model.config.image, model.encoder.patches, model.encoder.width
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (3, size, size, 3), generator=generator, dtype=torch.uint8)
-    tokens = torch.randn(3, patches, width, generator=generator)
-    action = torch.randn(3, model.action_dim, generator=generator)
-    written = {"encoder": "encoder.onnx", "predictor": "predictor.onnx"}
-    _write(WholeEncoder(model.encoder), {"images": images}, "tokens", folder / written["encoder"])
-    if model.target_encoder is not None:
-        written["target_encoder"] = "target_encoder.onnx"
-        _write(WholeEncoder(model.target_encoder), {"images": images}, "tokens", folder / written["target_encoder"])
-    inputs = {"tokens": tokens, "action": action}
-    _write(WholePredictor(model.predictor), inputs, "predicted", folder / written["predictor"])
+        raise UserError(f"{option} needs {error.name}, which is not installed: pip install 'iwm-fast[onnx]'") from error
+
+
+def write_onnx(model: IWM, folder: Path) -> dict[str, str]:
+    """Write encoder, target encoder (where it is separate) and predictor as .onnx; return file names by part.
+
+    Inputs and outputs are those of `graphs.SIGNATURES`; B is free. Weights lie inside, or in a .data file beside where
+    a graph would pass ONNX's limit of 2 GiB. Raises UserError where a graph differs from its network.
+    """
+    written = {}
+    for graph in graphs_of(model):
+        written[graph.part] = f"{graph.part}.onnx"
+        _write(graph, folder / written[graph.part])
     return written
 
 
-def _write(module: nn.Module, inputs: dict[str, Tensor], output: str, path: Path) -> None:
+def _write(graph: Graph, path: Path) -> None:
     """Write one graph, exported on a batch of two and compared on a batch of three."""
-    batch = torch.export.Dim("batch", min=1, max=2**16)
+    batch = torch.export.Dim("batch", min=1, max=LARGEST_BATCH)
     with torch.no_grad(), _quiet():
         program = torch.onnx.export(
-            module.eval(),
-            tuple(value[:2] for value in inputs.values()),
-            input_names=list(inputs),
-            output_names=[output],
-            dynamic_shapes=tuple({0: batch} for _ in inputs),
+            graph.network,
+            graph.traced,
+            input_names=list(graph.inputs),
+            output_names=[graph.output],
+            dynamic_shapes=tuple({0: batch} for _ in graph.inputs),
             opset_version=OPSET,
             dynamo=True,
         )
         assert program is not None  # with a path it would be
         with utf8_name(path) as name:
             program.save(name)
-        want = module(*inputs.values()).numpy()
-    found = _run(path, {name: value.numpy() for name, value in inputs.items()})
-    error = float(np.abs(found - want).max() / np.abs(want).max())
-    if found.shape != want.shape or not error <= _TOLERANCE:
-        raise UserError(
-            f"{path.name}: the graph differs from the network by {error:.1e} of its largest number; report it"
-        )
+    require_equal(path.name, graph, lambda inputs: _answer(path, inputs))
+
+
+def _answer(path: Path, inputs: dict[str, Tensor]) -> Tensor:
+    return torch.from_numpy(_run(path, {name: value.numpy() for name, value in inputs.items()}))
 
 
 def _run(path: Path, inputs: dict[str, np.ndarray]) -> np.ndarray:

@@ -1,115 +1,96 @@
-"""Weights for others: both encoders and the predictor as safetensors, with a JSON of what each file holds.
+"""Export a run: one folder per format, each with a model card.
 
-| file | holds | layout |
+| format | opened by | module |
 |---|---|---|
-| encoder.safetensors | context encoder, which the predictor reads | iwm-fast's |
-| target_encoder.safetensors | target encoder, the EMA of it (absent where the target is shared) | iwm-fast's |
-| predictor.safetensors | predictor, the world model | iwm-fast's |
-| context_encoder_timm.safetensors | context encoder | timm's VisionTransformer |
-| target_encoder_timm.safetensors | target encoder (absent where the target is shared) | timm's |
-| encoder_timm.safetensors | the encoder that evaluation reads: the target encoder where there is one | timm's |
+| iwm | `iwm_fast.load`, `iwm-fast evaluate`, `embed` and `compare`; timm and plain PyTorch | `iwm_format` |
+| timm | `timm.create_model("local-dir:…")` | `timm_format` |
+| transformers | `AutoModel.from_pretrained` | `transformers_format` |
+| pt2 | `torch.export.load` | `graph_formats` |
+| onnx | an ONNX runtime | `graph_formats` |
 """
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
 
 from iwm_fast.atomic_files import whole_folder
-from iwm_fast.engine.checkpoint.load import EXPORT_FILE, EXPORT_SCHEMA, find_checkpoint, load_model
-from iwm_fast.engine.checkpoint.shard_file import write_tensors
-from iwm_fast.environment import environment
-from iwm_fast.export.onnx import OPSET, write_onnx
-from iwm_fast.export.timm_names import timm_arguments, to_timm
-from iwm_fast.models.iwm import IWM
+from iwm_fast.errors import UserError
+from iwm_fast.export.card import write_card
+from iwm_fast.export.described import Trained, open_trained
+from iwm_fast.export.graph_formats import write_onnx_format, write_pt2
+from iwm_fast.export.iwm_format import write_iwm
+from iwm_fast.export.onnx import require_onnx
+from iwm_fast.export.timm_format import write_timm
+from iwm_fast.export.transformers_format import no_class, write_transformers
 from iwm_fast.outputs import require_new_folder, writing
 
-__all__ = ["export_run"]
+__all__ = ["FORMATS", "export_run", "export_trained"]
 
-_HOLDS = {
-    "context": "context encoder: trained by gradients, its tokens are what the predictor reads",
-    "target": "target encoder: the EMA of the context encoder, its tokens are what predictions are compared with",
-    "predictor": "predictor: the world model, from the context encoder's tokens and an action to the target's tokens",
+
+def _fits(_trained: Trained) -> None:
+    """Every run fits."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """write: a run's checkpoint into an existing folder. unfit: why the format cannot hold it, or None."""
+
+    write: Callable[[Trained, Path], None]
+    unfit: Callable[[Trained], str | None] = _fits
+
+
+FORMATS = {
+    "iwm": Format(write_iwm),
+    "timm": Format(write_timm),
+    "transformers": Format(write_transformers, no_class),
+    "pt2": Format(write_pt2),
+    "onnx": Format(write_onnx_format),
 }
-_TOKENS = "none: one token per patch, after the last normalisation"
-_MEAN = "mean of all patch tokens after the last normalisation (timm's global_pool avg); forward_features: the tokens"
 
 
-def export_run(run: Path, out: Path, which: str = "latest", *, onnx: bool = False) -> Path:
-    """Write the files of the table above and config.json into the new folder ``out``; return it.
+def export_run(
+    run: Path, out: Path, which: str = "latest", *, formats: Sequence[str] = ("iwm",), onnx: bool = False
+) -> Path:
+    """Write a checkpoint in one or several of `FORMATS` into the new folder ``out``; return it.
 
-    config.json says under ``files`` what each file holds, its layout, dtype and pooling, and whether evaluation (k-NN,
-    probes, finetuning) reads it. The timm files load into timm's VisionTransformer built with the arguments under
-    ``timm``. ``onnx``: also write graphs on whole images (`onnx`). The folder appears whole or not at all.
+    One format's files are in ``out``, of several each in a folder of ``out`` with the format's name. A README.md beside
+    them is the model card. ``onnx``: also write graphs beside the files of iwm. The folder appears whole or not at all.
+    Raises UserError for an unknown format, one whose libraries are missing, and one that cannot hold the run.
     """
+    chosen = _chosen(formats, onnx=onnx)
     require_new_folder(out)
-    checkpoint = find_checkpoint(run, which)
-    model, config, space, step = load_model(run, checkpoint.name)
-    described = {
-        "schema": EXPORT_SCHEMA,
-        "environment": environment(),
-        "checkpoint": checkpoint.name,
-        "step": step,
-        "model": config.model.model_dump(mode="json"),
-        "actions": {**config.actions.model_dump(mode="json"), "names": list(space.names)},
-        "timm": timm_arguments(config.model),
-        "input": "RGB in [0, 1], normalised with ImageNet's mean and std",
-        "evaluated_encoder": "target" if model.target_encoder is not None else "context",
-    }
+    return export_trained(open_trained(run, which), out, chosen, onnx=onnx)
+
+
+def export_trained(trained: Trained, out: Path, formats: Sequence[str], *, onnx: bool = False) -> Path:
+    """Write a loaded checkpoint as `export_run` does."""
+    for name in formats:
+        why = FORMATS[name].unfit(trained)
+        if why is not None:
+            fit = [other for other, one in FORMATS.items() if one.unfit(trained) is None]
+            raise UserError(f"--format {name}: {why}; give one or more of {', '.join(fit)}")
     with writing(out), whole_folder(out) as partial:
-        files = _write_weights(model, config.model.grid, partial)
-        if onnx:
-            graphs = write_onnx(model, partial)
-            described["onnx"] = {"opset": OPSET, "input": "uint8 RGB (batch, side, side, 3)", **graphs}
-            files |= {graphs[part]: _graph_entry(part, model) for part in graphs}
-        described["files"] = files
-        (partial / EXPORT_FILE).write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
+        for name in formats:
+            folder = partial if len(formats) == 1 else partial / name
+            folder.mkdir(exist_ok=True)
+            if name == "iwm":
+                write_iwm(trained, folder, onnx=onnx)
+            else:
+                FORMATS[name].write(trained, folder)
+            write_card(trained, folder, name)
     return out
 
 
-def _write_weights(model: IWM, grid: int, folder: Path) -> dict[str, dict[str, Any]]:
-    """Write every .safetensors; return what each holds, by file name."""
-    evaluated = "target" if model.target_encoder is not None else "context"
-    encoders = {"context": model.encoder} | ({"target": model.target_encoder} if model.target_encoder else {})
-    files: dict[str, dict[str, Any]] = {}
-
-    def write(name: str, state: Mapping[str, Tensor], part: str, layout: str, pooling: str) -> None:
-        write_tensors(folder / name, state)
-        files[name] = _entry(part, layout, pooling, evaluated=part == evaluated)
-        files[name]["dtype"] = str(next(iter(state.values())).dtype).removeprefix("torch.")
-
-    for part, module in encoders.items():
-        state = module.state_dict()
-        own_name = "encoder.safetensors" if part == "context" else "target_encoder.safetensors"
-        write(own_name, state, part, "iwm-fast", _TOKENS)
-        write(f"{part}_encoder_timm.safetensors", to_timm(state, grid), part, "timm", _MEAN)
-    write("predictor.safetensors", model.predictor.state_dict(), "predictor", "iwm-fast", _TOKENS)
-    same = f"{evaluated}_encoder_timm.safetensors"
-    _same_file(folder / same, folder / "encoder_timm.safetensors")
-    files["encoder_timm.safetensors"] = files[same] | {"same_as": same}
-    return files
-
-
-def _entry(part: str, layout: str, pooling: str, *, evaluated: bool) -> dict[str, Any]:
-    return {"part": part, "holds": _HOLDS[part], "layout": layout, "pooling": pooling, "evaluated": evaluated}
-
-
-def _graph_entry(part: str, model: IWM) -> dict[str, Any]:
-    """What a graph of `write_onnx` holds; its parts are encoder, target_encoder and predictor."""
-    short = {"encoder": "context", "target_encoder": "target"}.get(part, part)
-    evaluated = short == ("target" if model.target_encoder is not None else "context")
-    return _entry(short, "onnx", _TOKENS, evaluated=evaluated) | {"dtype": "float32"}
-
-
-def _same_file(path: Path, other: Path) -> None:
-    """Give a file a second name, by a hard link where the disk has them, else by a copy."""
-    try:
-        os.link(path, other)
-    except OSError:
-        shutil.copyfile(path, other)
+def _chosen(formats: Sequence[str], *, onnx: bool) -> list[str]:
+    """Return the formats once each. Raises UserError where one is unknown, or a library that it needs is missing."""
+    unknown = [name for name in formats if name not in FORMATS]
+    if unknown or not formats:
+        raise UserError(f"--format {unknown[0] if unknown else '(empty)'}: give one or more of {', '.join(FORMATS)}")
+    if onnx and "iwm" not in formats:
+        instead = ",".join(dict.fromkeys((*formats, "onnx")))
+        raise UserError(f"--onnx adds graphs to the format iwm, which --format leaves out; give --format {instead}")
+    if onnx or "onnx" in formats:
+        require_onnx("--onnx" if onnx else "--format onnx")
+    return list(dict.fromkeys(formats))

@@ -101,6 +101,22 @@ WRONG = {
         ["export", "nowhere", "--out", "somewhere", "--layout", "flat"],
         "--layout flat: give weights or universal",
     ),
+    "unknown format": (
+        ["export", "nowhere", "--out", "somewhere", "--format", "iwm,tf"],
+        "--format tf: give one or more of iwm, timm, transformers, pt2, onnx",
+    ),
+    "no format": (
+        ["export", "nowhere", "--out", "somewhere", "--format", ","],
+        "--format (empty): give one or more of",
+    ),
+    "graphs beside another format": (
+        ["export", "nowhere", "--out", "somewhere", "--format", "timm", "--format", "pt2", "--onnx"],
+        "--onnx adds graphs to the format iwm, which --format leaves out; give --format timm,pt2,onnx",
+    ),
+    "a format of DeepSpeed's layout": (
+        ["export", "nowhere", "--out", "somewhere", "--layout", "universal", "--format", "timm"],
+        "--format needs --layout weights: ",
+    ),
     "graphs in DeepSpeed's layout": (
         ["export", "nowhere", "--out", "somewhere", "--layout", "universal", "--onnx"],
         "--onnx needs --layout weights: ",

@@ -85,7 +85,7 @@ def test_keys_that_are_named_are_in_the_schema(page):
     """In backticks, with or without a value; `log.py` and the like are files."""
     text = re.sub(r"(?ms)^ *```.*?^ *```", "", (ROOT / page).read_text(encoding="utf-8"))
     named = re.findall(rf"`((?:{'|'.join(FIRST)})\.[a-z_0-9.]+)(?:[=: ][^`]*)?`", text)
-    files = re.compile(r"\.(py|yaml|json|jsonl|md|png|npz|npy|tsv)$")
+    files = re.compile(r"\.(py|yaml|json|jsonl|md|png|npz|npy|tsv|safetensors)$")
     wrong = sorted({key for key in named if key not in KEYS | SECTIONS and not files.search(key)})
     assert not wrong
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from reference_libraries import TORCHVISION, require_libraries
+from safetensors.torch import load_file, save_file
 from small_run import small_config, state
 from worlds import tiny_config, tiny_model
 
@@ -26,9 +26,10 @@ from iwm_fast.eval.features import default_encoder
 from iwm_fast.eval.finetune.modes import reader_builder
 from iwm_fast.eval.finetune.saved import save_finetuned
 from iwm_fast.eval.world_model.given_images import read_files
+from iwm_fast.export import iwm_format
 from iwm_fast.export import onnx as onnx_export
-from iwm_fast.export import weights as export
 from iwm_fast.export.deepspeed_universal import export_universal
+from iwm_fast.export.described import Trained
 from iwm_fast.export.weights import export_run
 from iwm_fast.models.task_model import HeadShape
 from iwm_fast.results import write_result
@@ -75,7 +76,7 @@ def test_config_json_says_what_every_file_holds(run, tmp_path):
     model, config, *_ = load_model(run)
     described = json.loads((written / "config.json").read_text())
     files = described["files"]
-    assert files.keys() == {p.name for p in written.iterdir()} - {"config.json"}
+    assert files.keys() == {p.name for p in written.iterdir()} - {"config.json", "README.md"}
     assert {name: (entry["part"], entry["layout"]) for name, entry in files.items()} == {
         "encoder.safetensors": ("context", "iwm-fast"),
         "target_encoder.safetensors": ("target", "iwm-fast"),
@@ -96,8 +97,10 @@ def test_config_json_says_what_every_file_holds(run, tmp_path):
 
 
 def test_a_shared_target_exports_the_one_encoder_that_there_is(tmp_path):
-    model, space = tiny_model(tiny_config(target="shared"))
-    files = export._write_weights(model, model.config.grid, tmp_path)
+    config = tiny_config(target="shared")
+    model, space = tiny_model(config)
+    iwm_format.write_iwm(Trained(tmp_path, "step_000001", "0", model, config, space, 1), tmp_path)
+    files = json.loads((tmp_path / "config.json").read_text())["files"]
     assert {name: entry["part"] for name, entry in files.items()} == {
         "encoder.safetensors": "context",
         "predictor.safetensors": "predictor",
@@ -298,7 +301,7 @@ def test_the_guide_s_timm_and_onnx_give_the_same_tokens(run, tmp_path):
     save_file({"pixels": pixels, "action": action}, tmp_path / "in.safetensors")
     program = [
         TORCHVISION,
-        guide("timm.create_model"),
+        guide("pretrained_cfg=None"),
         'given = load_file("in.safetensors")',
         "pixels, action = given['pixels'].numpy(), given['action'].numpy()",
         guide("import onnxruntime"),
@@ -323,7 +326,7 @@ def test_a_disk_that_fills_up_is_one_line_that_names_the_folder_and_leaves_nothi
     def full(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(export, "_write_weights", full)
+    monkeypatch.setattr(iwm_format, "_write_weights", full)
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(
         UserError, match=rf"^{tmp_path}/out: cannot be written: No space left on device; choose another"

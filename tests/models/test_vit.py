@@ -55,7 +55,7 @@ def test_exported_names_are_those_of_timm(encoder: VisionTransformer) -> None:
     assert state["blocks.1.mlp.fc1.weight"].shape == (64, 16)
     assert timm_name("blocks.11.mlp.w_out") == "blocks.11.mlp.fc2.weight"
     encoder.load_state_dict(from_timm(state))
-    assert timm_arguments(CONFIG)["embed_dim"] == 16
+    assert timm_arguments(CONFIG.architecture)["embed_dim"] == 16
 
 
 @pytest.mark.parametrize("counts", [[4, 4], [5, 2], [2, 5], [0, 3], [1, 0]], ids=str)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import nn
 from iwm_fast.actions.external import space_of
 from iwm_fast.actions.space import ActionSpace
 from iwm_fast.config import ActionsConfig, Config, ModelConfig
+from iwm_fast.config.load import config_from
 from iwm_fast.engine.checkpoint.format import Checkpoint
 from iwm_fast.engine.checkpoint.fragments import restore_module
 from iwm_fast.engine.checkpoint.paths import chosen_checkpoint, whole_checkpoint
@@ -28,16 +30,22 @@ __all__ = [
     "EXPORT_FILE",
     "EXPORT_SCHEMA",
     "FINETUNED_FILE",
+    "GRAPHS_SCHEMA",
     "default_device",
+    "export_config",
+    "export_environment",
+    "export_weights",
     "find_checkpoint",
     "is_export",
     "is_finetuned",
     "load_export",
     "load_model",
+    "records_evaluation",
 ]
 
 EXPORT_FILE = "config.json"
 EXPORT_SCHEMA = "iwm-fast-export/1"
+GRAPHS_SCHEMA = "iwm-fast-graphs/1"  # of exported graphs, which are described alike but cannot be loaded
 FINETUNED_FILE = "finetune.json"
 
 
@@ -108,6 +116,39 @@ def load_export(folder: Path) -> tuple[IWM, ActionsConfig, ActionSpace, int]:
     return model.eval(), actions, space, step
 
 
+def export_config(folder: Path, overrides: Sequence[str] = ()) -> Config:
+    """Return the configuration that an export's weights are evaluated with, and ``overrides`` of it: the model, its
+    actions, and what the run was evaluated with. Keys that an export does not record have their defaults.
+
+    Raises UserError as `load_export`.
+    """
+    described = _described(folder)
+    actions, recorded = described.get("actions"), described.get("evaluation", {})
+    if not isinstance(actions, dict) or not isinstance(recorded, dict):
+        raise UserError(f"{folder / EXPORT_FILE}: not as exported (actions or evaluation); export the run again")
+    actions = {key: value for key, value in actions.items() if key != "names"}
+    settings = {"model": described.get("model"), "actions": actions, **recorded}
+    return config_from(settings, str(folder / EXPORT_FILE), overrides)
+
+
+def records_evaluation(folder: Path) -> bool:
+    """Return whether an export records what its run is evaluated with; earlier versions did not."""
+    return "evaluation" in _described(folder)
+
+
+def export_weights(folder: Path) -> str:
+    """Return the digest that names an export's weights in results: that of the checkpoint which it was made from."""
+    described = _described(folder)
+    found = described.get("weights")
+    return found if isinstance(found, str) else hashlib.sha256((folder / EXPORT_FILE).read_bytes()).hexdigest()[:16]
+
+
+def export_environment(folder: Path) -> Mapping[str, Any]:
+    """Return the environment that an export was written in, {} where it records none."""
+    found = _described(folder).get("environment")
+    return found if isinstance(found, dict) else {}
+
+
 def _described(folder: Path) -> Mapping[str, Any]:
     path = folder / EXPORT_FILE
     try:
@@ -119,9 +160,21 @@ def _described(folder: Path) -> Mapping[str, Any]:
     except ValueError as error:
         raise UserError(f"{path}: not as exported ({error}); export the run again") from error
     found = described.get("schema") if isinstance(described, dict) else None
+    if found is None or found == GRAPHS_SCHEMA:
+        raise UserError(f"{folder}: {_other_format(described)}; export the run with --format iwm, and name that folder")
     if found != EXPORT_SCHEMA:
         raise UserError(f"{path}: schema is {found!r}, this version reads {EXPORT_SCHEMA!r}; export the run again")
     return dict(described)
+
+
+def _other_format(described: Any) -> str:
+    """Return what a folder with another config.json is."""
+    about = described if isinstance(described, dict) else {}
+    own = about.get("iwm_fast", about)
+    form = own.get("format") if isinstance(own, dict) else None
+    return (
+        f"an export in the format {form}" if form else "not an export that iwm-fast reads (config.json has no schema)"
+    )
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from iwm_fast.config.batch import training_steps
 from iwm_fast.engine.checkpoint.format import step_of, steps
 from iwm_fast.engine.checkpoint.load import EXPORT_FILE, FINETUNED_FILE
 from iwm_fast.engine.checkpoint.paths import named
+from iwm_fast.engine.provenance import recorded_launch
 from iwm_fast.engine.run_directory import RunDirectory, run_config
 from iwm_fast.errors import UserError, because
 from iwm_fast.eval.measurements import Measurement, place_of, read
@@ -29,8 +30,8 @@ class Subject:
     """A run, an export or a finetuned result.
 
     name: unique. kind: run, export or finetuned. settings: by dotted key. records: of metrics.jsonl. measured: of
-    RUN/results. step, of: steps done, and steps in all (None: unknown). state: finished, training, stopped or ended
-    early; "" if it has none.
+    RUN/results, or of the export's. step, of: steps done, and steps in all (None: unknown). state: finished, training,
+    stopped or ended early; "" if it has none.
     """
 
     name: str
@@ -79,7 +80,7 @@ def _read(name: str, folder: Path) -> Subject:
         found = _json(folder / EXPORT_FILE)
         settings = {key: found.get(key, {}) for key in ("model", "actions")}
         settings["actions"] = {key: value for key, value in settings["actions"].items() if key != "names"}
-        return Subject(name, folder, "export", dict(_leaves(settings)), step=found.get("step"))
+        return Subject(name, folder, "export", dict(_leaves(settings)), measured=read(folder), step=found.get("step"))
     raise UserError(
         f"{folder}: no run (no config.yaml), no export ({EXPORT_FILE}) and no finetuned result ({FINETUNED_FILE})"
     )
@@ -89,7 +90,7 @@ def _run(name: str, folder: Path) -> Subject:
     directory = RunDirectory(folder)
     config = run_config(directory.config_file)
     records = read_metrics(directory.metrics_file)
-    launch = _last_launch(directory.environment_file)
+    launch = recorded_launch(directory.environment_file)
     settings = dict(_leaves(config.model_dump(mode="json")))
     settings |= {f"({key})": launch[key] for key in ("images", "world", "version") if key in launch}
     total = launch.get("steps", {}).get("train.steps") or config.train.steps
@@ -115,17 +116,6 @@ def _state(directory: RunDirectory, done: int, total: int | None) -> str:
     if total is not None and done >= total:
         return "finished"
     return "stopped" if directory.stopped_file.exists() else "ended early"
-
-
-def _last_launch(file: Path) -> dict[str, Any]:
-    """Return the last launch in environment.json; {} if it is missing, damaged or of an older version."""
-    try:
-        document = json.loads(file.read_text(encoding="utf-8"))
-        launch = dict(document["starts"][-1])
-        launch["version"] = document["environment"]["iwm_fast"]
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        return {}
-    return launch
 
 
 def _finetuned(name: str, folder: Path) -> Subject:
