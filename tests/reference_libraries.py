@@ -33,8 +33,8 @@ import torch
 def import_torchvision() -> None:
     """Import torchvision beside a CPU build of torch, where PyPI's wheel cannot load its detection operators.
 
-    It then refuses to be imported. Here their names are declared, so that its transforms are found; a vision transformer
-    calls none of the operators.
+    It then refuses to be imported. Declaring their names makes its transforms available; a vision transformer calls
+    none of the operators.
     """
     import torch
 

@@ -12,6 +12,7 @@ library itself. Every parameter is random: nothing hides behind a 0 or a 1.
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from collections.abc import Callable
@@ -115,17 +116,13 @@ def of_timm(reference: Timm, folder: Path) -> tuple[dict[str, torch.Tensor], int
     save_for_hf(model, folder, safe_serialization=True, model_config={"pretrained_cfg": {"mean": mean, "std": std}})
     found: dict[str, torch.Tensor] = {}
 
-    def note(setting: str) -> None:
-        found[f"{setting}.images"] = images = pictures(model.patch_embed.img_size[0])
-        found[f"{setting}.features"] = model.forward_features(normalised(images, reference.pixels))
-
-    note("own")
-    for setting, (image, patch) in reference.other.items():
-        if patch != model.patch_embed.patch_size[0]:
-            model.set_input_size(img_size=image, patch_size=patch)
-        else:
-            model.set_input_size(img_size=image)
-        note(setting)
+    own = model.patch_embed.patch_size[0]
+    for setting, (image, patch) in {"own": (model.patch_embed.img_size[0], own), **reference.other}.items():
+        resized = copy.deepcopy(model)
+        if setting != "own":
+            resized.set_input_size(img_size=image, **({"patch_size": patch} if patch != own else {}))
+        found[f"{setting}.images"] = images = pictures(image)
+        found[f"{setting}.features"] = resized.forward_features(normalised(images, reference.pixels))
     return found, model.num_prefix_tokens
 
 
