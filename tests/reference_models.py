@@ -2,7 +2,7 @@
 
 Arguments: a folder, and the names of references (default: all small ones). For each it writes a folder OUT/NAME:
 
-    OUT/NAME/weights/               as the library saves it: config.json, model.safetensors
+    OUT/NAME/weights/               as the library saves it: config.json, model.safetensors; of `Original`: weights.pth
     OUT/NAME/features.safetensors   SETTING.images uint8 (B, S, S, 3), SETTING.features (B, P + L, D), for each setting
     OUT/NAME/about.json             the library, the number of prefix tokens, mean and std of the pixels
 
@@ -13,6 +13,7 @@ library itself. Every parameter is random: nothing hides behind a 0 or a 1.
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import sys
 from collections.abc import Callable
@@ -60,6 +61,51 @@ class HF:
     other: int = 48
 
 
+@dataclass(frozen=True)
+class Original:
+    """Weights under their authors' own names, as released, which timm's loader reads.
+
+    names: theirs by timm's. extra: further tensors and their shapes. wrap: what the file is around its state_dict.
+    """
+
+    timm: str
+    names: dict[str, str]
+    extra: dict[str, tuple[int, ...]]
+    wrap: Callable[[dict[str, torch.Tensor]], dict[str, Any]]
+    arguments: dict[str, Any] = field(default_factory=dict)
+    other: bool = False
+
+
+def plain(state: dict[str, torch.Tensor]) -> dict[str, Any]:
+    return state
+
+
+def released_ijepa(state: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Encoder, target encoder and predictor of 2 blocks, from ranks' modules, and what a training saves beside them."""
+    generator = torch.Generator().manual_seed(7)
+    block = {name: value for name, value in state.items() if name.startswith("blocks.")}
+    predictor = {f"predictor_{name}": value for name, value in block.items()}
+    predictor |= {"mask_token": torch.randn(1, 1, 32, generator=generator)}
+    for name, shape in {"embed": (32, 32), "proj": (32, 32)}.items():
+        predictor[f"predictor_{name}.weight"] = torch.randn(shape, generator=generator) * 0.2
+        predictor[f"predictor_{name}.bias"] = torch.randn(32, generator=generator) * 0.2
+    predictor |= {f"predictor_norm.{kind}": state[f"norm.{kind}"] for kind in ("weight", "bias")}
+    predictor["predictor_pos_embed"] = state["pos_embed"]
+    target = {name: value if name == "pos_embed" else value * 1.125 for name, value in state.items()}
+    parts = {"encoder": state, "target_encoder": target, "predictor": predictor}
+    modules = {part: {f"module.{name}": value for name, value in of.items()} for part, of in parts.items()}
+    return {**modules, "opt": {"state": {}, "param_groups": [{"lr": 1e-3}]}, "epoch": 300, "loss": 0.5}
+
+
+def sincos(width: int, grid: int, class_row: bool) -> torch.Tensor:
+    """MAE's and I-JEPA's table: columns, then rows."""
+    frequency = 1 / 10000 ** (torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    angle = torch.arange(grid, dtype=torch.float64)[:, None] * frequency
+    axis = torch.cat([angle.sin(), angle.cos()], 1)
+    table = torch.cat([axis.repeat(grid, 1), axis.repeat_interleave(grid, 0)], 1).float()[None]
+    return torch.cat([torch.zeros(1, 1, width), table], 1) if class_row else table
+
+
 DINOV3 = {"num_register_tokens": 4, "intermediate_size": 64, "layerscale_value": 0.5}
 REFERENCES: dict[str, Timm | HF] = {
     "timm_vit": Timm("vit_small_patch16_224", {**SMALL_TIMM, "num_classes": 5}, HALF),
@@ -74,6 +120,27 @@ REFERENCES: dict[str, Timm | HF] = {
     "hf_vit": HF("ViT", WITH_MLP, HALF, interpolates=True),
     "hf_vit_mae": HF("ViTMAE", WITH_MLP | {"mask_ratio": 0.0}, interpolates=True),
 }
+ORIGINALS: dict[str, Original] = {
+    "own_dinov2": Original(
+        "vit_small_patch14_dinov2", {}, {"mask_token": (1, 32)},
+        lambda state: {"teacher": {f"backbone.{name}": value for name, value in state.items()}},
+    ),
+    "own_dinov2_reg": Original(
+        "vit_small_patch14_reg4_dinov2", {"reg_token": "register_tokens"}, {"mask_token": (1, 32)}, plain, other=True,
+    ),
+    "own_dinov3": Original(
+        "vit_small_patch16_dinov3_qkvb",
+        {"reg_token": "storage_tokens", "gamma_1": "ls1.gamma", "gamma_2": "ls2.gamma"},
+        {"mask_token": (1, 32), "local_cls_norm.weight": (32,)}, plain, other=True,
+    ),
+    "own_ijepa": Original(
+        "vit_base_patch16_224", {}, {}, released_ijepa, {"class_token": False, "global_pool": "avg", "fc_norm": False},
+    ),
+    "own_mae": Original(
+        "vit_base_patch16_224", {}, {"mask_token": (1, 1, 16), "decoder_embed.weight": (16, 32)},
+        lambda state: {"model": state},
+    ),
+}  # fmt: skip
 # The sizes at which these are released; some 22 million weights each.
 FULL: dict[str, Timm | HF] = {
     "full_timm_vit": Timm("vit_small_patch16_224", {}, HALF, {"other": (160, 16)}),
@@ -145,21 +212,69 @@ def of_transformers(reference: HF, folder: Path) -> tuple[dict[str, torch.Tensor
     return found, found["own.features"].shape[1] - (config.image_size // config.patch_size) ** 2
 
 
+def of_originals(reference: Original, folder: Path) -> tuple[dict[str, torch.Tensor], int]:
+    """A timm model made from a file under the authors' names by timm's own loader."""
+    model = timm.create_model(
+        reference.timm, pretrained=False, num_classes=0, **SMALL_TIMM, **reference.arguments
+    ).eval()
+    randomise(model)
+    state: dict[str, torch.Tensor] = {}
+    for name, value in model.state_dict().items():
+        theirs = name
+        for ours, original in reference.names.items():
+            theirs = theirs.replace(ours, original)
+        state[theirs] = value
+    generator = torch.Generator().manual_seed(3)
+    for name, shape in reference.extra.items():
+        state[name] = torch.randn(shape, generator=generator)
+    if "register_tokens" in state:  # the class token has a position, which timm adds to it
+        position = torch.randn(1, 1, 32, generator=generator)
+        state["pos_embed"] = torch.cat([position, state["pos_embed"]], 1)
+    if "storage_tokens" in state:  # one bias of three, whose middle part a mask sets to 0
+        for block in range(2):
+            parts = [state.pop(f"blocks.{block}.attn.{one}_bias") for one in "qv"]
+            state[f"blocks.{block}.attn.qkv.bias"] = torch.cat([parts[0], torch.full((32,), float("nan")), parts[1]])
+            mask = torch.ones(96)
+            mask[32:64] = 0
+            state[f"blocks.{block}.attn.qkv.bias_mask"] = mask
+        state["rope_embed.periods"] = (100 ** (torch.arange(4) / 4)).to(torch.bfloat16)
+    if reference.timm == "vit_base_patch16_224":
+        state["pos_embed"] = sincos(32, 4, class_row="cls_token" in state)
+    wrapped = reference.wrap(state)
+    torch.save(wrapped, folder / "weights.pth")
+    module = importlib.import_module(
+        "timm.models.eva" if "storage_tokens" in state else "timm.models.vision_transformer"
+    )
+    loaded = module.checkpoint_filter_fn(
+        {"encoder": wrapped["encoder"]} if "encoder" in wrapped else dict(state), model
+    )
+    missing = model.load_state_dict(loaded, strict=False).missing_keys
+    assert not missing, missing
+    found: dict[str, torch.Tensor] = {}
+    for setting, image in {"own": 32, **({"other": 48} if reference.other else {})}.items():
+        resized = copy.deepcopy(model)
+        if image != 32:
+            resized.set_input_size(img_size=image)
+        found[f"{setting}.images"] = images = pictures(image)
+        found[f"{setting}.features"] = resized.forward_features(normalised(images, IMAGENET))
+    return found, model.num_prefix_tokens
+
+
 @torch.no_grad()
 def build(name: str, out: Path) -> None:
-    reference = (REFERENCES | FULL)[name]
+    reference = (REFERENCES | ORIGINALS | FULL)[name]
     folder = out / name
     (folder / "weights").mkdir(parents=True)
-    make: Callable[..., tuple[dict[str, torch.Tensor], int]] = (
-        of_timm if isinstance(reference, Timm) else of_transformers
-    )
+    makers: dict[type, Callable[..., Any]] = {Timm: of_timm, HF: of_transformers, Original: of_originals}
+    make = makers[type(reference)]
     features, prefix = make(reference, folder / "weights")
     save_file({key: value.contiguous() for key, value in features.items()}, folder / "features.safetensors")
-    about = {"prefix_tokens": prefix, "pixels": reference.pixels, "library": make.__name__.removeprefix("of_")}
+    pixels = getattr(reference, "pixels", IMAGENET)
+    about = {"prefix_tokens": prefix, "pixels": pixels, "library": make.__name__.removeprefix("of_")}
     (folder / "about.json").write_text(json.dumps(about))
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for chosen in sys.argv[2:] or REFERENCES:
+    for chosen in sys.argv[2:] or (*REFERENCES, *ORIGINALS):
         build(chosen, Path(sys.argv[1]))

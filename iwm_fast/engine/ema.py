@@ -11,6 +11,7 @@ all-gathers it by layer.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
@@ -33,7 +34,10 @@ def target_name(online: str) -> str:
 class TargetAverage:
     """``average ← momentum · average + (1 − momentum) · weight``, element by element, in fp32."""
 
-    def __init__(self, zero: ZeroEngine, ranks: Ranks) -> None:
+    def __init__(self, zero: ZeroEngine, ranks: Ranks, start: Mapping[str, Tensor] | None = None) -> None:
+        """``start``: fp32 weights of the target encoder by name, where it does not start as the encoder; at stage 0 it
+        starts as the module has it.
+        """
         self.shards: list[Shard] = [s for s in zero.shards if s.name.startswith(ONLINE)]
         self._ranks = ranks
         self._stage = zero.stage
@@ -56,6 +60,10 @@ class TargetAverage:
             # A replay calls no module inside the graph.
             reader = zero.graphed or zero.module.get_submodule(TARGET.removesuffix("."))
             reader.register_forward_pre_hook(lambda *_: self.arrive())
+        if start:
+            for shard, average in zip(self.shards, self.averages, strict=True):
+                average.copy_(start[target_name(shard.name)].view(-1)[shard.start : shard.stop])
+            self.refresh()
 
     def update(self, momentum: float, unless: Tensor | None = None) -> None:
         """Move the EMA towards the weights by ``1 − momentum`` and refresh the working copy.

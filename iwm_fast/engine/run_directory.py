@@ -66,6 +66,7 @@ class RunDirectory:
         self.stopped_file = path / "stopped"
         self.skipped_file = path / "skipped_steps.json"
         self.kernel_choices_file = path / "kernel_choices.json"
+        self.initial_weights_file = path / "initial_weights.json"
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -34,7 +34,7 @@ from iwm_fast.engine.ema import TargetAverage
 from iwm_fast.engine.ending import Ending, resume_command
 from iwm_fast.engine.evaluator import Evaluator
 from iwm_fast.engine.garbage import Upkeep
-from iwm_fast.engine.initial import start_from_weights
+from iwm_fast.engine.initial import InitialWeights, Started, adopt_record, write_record
 from iwm_fast.engine.kernel_choices import KernelChoices, read_tables
 from iwm_fast.engine.loop import Run, train
 from iwm_fast.engine.metrics.progress import TrainingProgress
@@ -86,10 +86,15 @@ def pretrain(
             live.at("reading of the configuration's data")
             config, triplets = resolve_triplets(config)
 
+            initial = InitialWeights(config.model)
+
             def choose() -> Path | None:
                 held.enter_context(directory.locked())
                 require_ready(config, directory, evaluator)
-                return choose_checkpoint(config, directory, resume)
+                chosen = choose_checkpoint(config, directory, resume)
+                if chosen is None:
+                    initial.open()
+                return chosen
 
             chosen = decide(ranks, choose)
             require_shared(directory.path, ranks.infos, ranks.rank, lambda value: gather(value, ranks.world))
@@ -101,7 +106,7 @@ def pretrain(
                 tell_of_splits(config.data.root or "", "all of them are trained on")
             identity = ListIdentity(files) if ranks.first else None
             decide(ranks, lambda: _begin(config, directory, chosen, files, identity, ranks, measured))
-            step, stop_at = _train(config, directory, chosen, ranks, live, files, identity, stop, evaluator)
+            step, stop_at = _train(config, directory, chosen, ranks, live, files, identity, stop, evaluator, initial)
     if stop.interrupted:
         raise Interrupted
     return Ending(config, out, step, stop_at, ranks.first)
@@ -142,6 +147,7 @@ def _train(
     identity: ListIdentity | None,
     stop: StopRequest,
     evaluator: Evaluator | None,
+    initial: InitialWeights,
 ) -> tuple[int, int]:
     """The step after which it ended, and the one it was to end after."""
     live.at("making of the model")
@@ -170,9 +176,9 @@ def _train(
     with contextlib.closing(stream), contextlib.closing(writer):
         predicts = model.predicts
         live.at("making of the engine")
-        frozen = _weights(model, saved, directory, ranks, live)
+        frozen, started = _weights(model, saved, directory, ranks, live, initial)
         zero = initialize(model, config, stream.micro_batch, stream.accumulation)
-        average = TargetAverage(zero, ranks) if config.model.target == "ema" else None
+        average = TargetAverage(zero, ranks, started.target) if config.model.target == "ema" else None
         if saved:
             live.at("reading of the checkpoint")
             restore_shards(zero, average, saved)
@@ -188,6 +194,8 @@ def _train(
         )  # fmt: skip
         with TrainingProgress(stop_at, done, shown=ranks.first) as progress:
             _announce(run, given, files, saved, progress)
+            for line in started.lines:
+                progress.say(line)
             # Before this there is no state to save, and a signal just ends the process.
             held = stop.held(progress.say, resume_command(directory.path, ranks.world))
             with held, Upkeep() as upkeep, live.watching(), use_tuner(choices.choices):
@@ -196,20 +204,29 @@ def _train(
 
 
 def _weights(
-    model: IWM, saved: Checkpoint | None, directory: RunDirectory, ranks: Ranks, live: Liveness
-) -> FrozenFile | None:
+    model: IWM,
+    saved: Checkpoint | None,
+    directory: RunDirectory,
+    ranks: Ranks,
+    live: Liveness,
+    initial: InitialWeights,
+) -> tuple[FrozenFile | None, Started]:
     """Fill the model with the checkpoint's weights, or a new run's with those that it starts from; return the frozen
-    ones' file.
+    ones' file, and what a new run started from.
     """
+    file = directory.initial_weights_file
     if saved is None:
         live.at("reading of the weights to start from")
-        start_from_weights(model, ranks)
+        started = initial.fill(model, ranks)
+        decide(ranks, lambda: write_record(file, started))
         constants = model.constants
-        return decide(ranks, lambda: write_frozen(directory.checkpoints, constants)) if constants else None
+        written = decide(ranks, lambda: write_frozen(directory.checkpoints, constants)) if constants else None
+        return written, started
     restore_module(model, saved)
+    decide(ranks, lambda: adopt_record(saved.path, file))
     if (frozen := saved.frozen) is None:
-        return None
-    return decide(ranks, lambda: adopt_frozen(saved.path, directory.checkpoints, frozen.sums))
+        return None, Started()
+    return decide(ranks, lambda: adopt_frozen(saved.path, directory.checkpoints, frozen.sums)), Started()
 
 
 def _announce(

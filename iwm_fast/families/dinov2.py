@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from iwm_fast.families.blocks import TIMM_BLOCKS, BlockNames
-from iwm_fast.families.converted import Converted, Source
+from iwm_fast.families.converted import IMAGENET, Converted, Source
 from iwm_fast.families.network import Parts, assemble
 
 __all__ = ["matches", "to_ours"]
@@ -34,7 +34,7 @@ def to_ours(source: Source) -> Converted:
         Parts(
             family="DINOv2 with registers" if registers else "DINOv2", blocks=BLOCKS, patch="patch_embed.proj",
             norm="norm", tokens=("cls_token", *(["register_tokens"] if registers else [])), positions="pos_embed",
-            embedded=1, eps=1e-6, heads=None,
+            embedded=1, eps=1e-6, heads=None, pixels=IMAGENET,
             rule="antialiased bicubic" if registers else "bicubic with an offset of 0.1",
         ),
     )  # fmt: skip

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from iwm_fast.families.blocks import TIMM_BLOCKS, BlockNames
-from iwm_fast.families.converted import Converted, Source
+from iwm_fast.families.converted import IMAGENET, Converted, Source
 from iwm_fast.families.network import Parts, assemble, refuse
 
 __all__ = ["matches", "to_ours"]
@@ -42,7 +42,7 @@ def to_ours(source: Source) -> Converted:
         source,
         Parts(
             family="DINOv3", blocks=BLOCKS, patch="patch_embed.proj", norm="norm", tokens=tokens, positions=None,
-            embedded=0, eps=1e-5, heads=heads, rule="none", notes=notes,
+            embedded=0, eps=1e-5, heads=heads, pixels=IMAGENET, rule="none", notes=notes,
         ),
     )  # fmt: skip
 

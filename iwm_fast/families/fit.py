@@ -70,8 +70,9 @@ def fit_encoder(
     notes = [*found.notes]
     if not found.heads_known:
         notes.append(f"{wanted.shape.heads} heads as configured, the file does not say")
-        if wanted.shape.heads != usual_heads(wanted.shape.width):
-            notes[-1] += f", and a width of {wanted.shape.width} usually has {usual_heads(wanted.shape.width)}"
+        usual = usual_heads(wanted.shape.width)
+        if usual not in (None, wanted.shape.heads):
+            notes[-1] += f", and a width of {wanted.shape.width} usually has {usual}"
     record["notes"] = notes
     clauses += notes
     if found.left_out:
@@ -82,7 +83,7 @@ def fit_encoder(
 def _said_by(found: Converted, pixels: PixelsChoice) -> str:
     if pixels != "auto":
         return "model.init_pixels"
-    return "nothing: ImageNet's is assumed" if found.pixels is None else "the files"
+    return "nothing: ImageNet's is assumed" if found.pixels is None else "the weights' files or family"
 
 
 def _document(architecture: EncoderArchitecture, *, heads: bool) -> dict[str, Any]:
@@ -141,9 +142,10 @@ def _require_fit(place: str, found: Converted, wanted: EncoderArchitecture, *, f
     own = found.architecture
     keys = _keys(found, wanted, frozen=frozen)
     if own.patch != wanted.patch and found.patches == "none":
+        name = _tensor(found, "patch_embed.proj.weight")
         raise UserError(
-            f"{place}: {_tensor(found, 'patch_embed.proj.weight')} is for patches of {own.patch} pixels and model.patch "
-            f"is {wanted.patch}; {found.family} has no rule that resamples them: set {keys}"
+            f"{place}: {name} is for patches of {own.patch} pixels, and model.patch is {wanted.patch}; {found.family} "
+            f"has no rule that resamples them: set {keys}"
         )
     learned = own.positions == wanted.positions == "learned" and not found.fixed_positions
     if learned and own.grid != wanted.grid and found.positions == "sin-cos":
@@ -228,7 +230,9 @@ def _keys(found: Converted, wanted: EncoderArchitecture, *, frozen: bool) -> str
     base = own.rope_base != wanted.rope_base and positions == "rope"
     texts = []
     if frozen:
-        inner = [f"encoder: {_shape(shape)}", *(f"{key}: {_value(value)}" for key, (value, _) in parts.items())]
+        usual = {"prefix_tokens": 0, "positions": "sincos", "norm_eps": 1e-6}
+        told = (f"{key}: {_value(value)}" for key, (value, _) in parts.items() if value != usual[key])
+        inner = [f"encoder: {_shape(shape)}", *told]
         texts.append(f"'model.target_encoder={{{', '.join(inner)}}}'")
     else:
         if shape != wanted.shape:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from iwm_fast.families.blocks import TIMM_BLOCKS, BlockNames, read_blocks
-from iwm_fast.families.converted import Converted, LazyTensors, PredictorWeights, Source
+from iwm_fast.families.converted import IMAGENET, Converted, LazyTensors, PredictorWeights, Source
 from iwm_fast.families.network import Parts, assemble, refuse
 from iwm_fast.families.resize import side_of
 from iwm_fast.models.positions import sincos_positions
@@ -50,7 +50,7 @@ def to_ours(source: Source) -> Converted:
         source,
         Parts(
             family="I-JEPA", blocks=TIMM_BLOCKS, patch="patch_embed.proj", norm="norm", tokens=(),
-            positions="pos_embed", embedded=0, eps=1e-6, heads=None, rule="sin-cos",
+            positions="pos_embed", embedded=0, eps=1e-6, heads=None, pixels=IMAGENET, rule="sin-cos",
         ),
     )  # fmt: skip
 

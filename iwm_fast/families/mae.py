@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from iwm_fast.families.blocks import TIMM_BLOCKS
-from iwm_fast.families.converted import Converted, Source
+from iwm_fast.families.converted import IMAGENET, Converted, Source
 from iwm_fast.families.network import Parts, assemble
 from iwm_fast.families.resize import side_of
 from iwm_fast.models.positions import sincos_positions
@@ -40,6 +40,6 @@ def to_ours(source: Source) -> Converted:
         source,
         Parts(
             family="MAE", blocks=TIMM_BLOCKS, patch="patch_embed.proj", norm="norm", tokens=("cls_token",),
-            positions="pos_embed", embedded=1, eps=1e-6, heads=None, rule="bicubic",
+            positions="pos_embed", embedded=1, eps=1e-6, heads=None, pixels=IMAGENET, rule="bicubic",
         ),
     )  # fmt: skip

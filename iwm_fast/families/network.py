@@ -14,7 +14,7 @@ from torch import Tensor
 from iwm_fast.config.encoders import EncoderArchitecture, EncoderShape, Positions
 from iwm_fast.errors import UserError
 from iwm_fast.families.blocks import BlockNames, Blocks, read_blocks
-from iwm_fast.families.converted import Converted, LazyTensors, PatchRule, PositionRule, Source
+from iwm_fast.families.converted import Converted, LazyTensors, PatchRule, Pixels, PositionRule, Source
 from iwm_fast.families.resize import side_of
 from iwm_fast.models.positions import sincos_positions
 
@@ -59,6 +59,7 @@ class Parts:
     patch_rule: PatchRule = "none"
     rope_base: float = 100.0
     image: int | None = None
+    pixels: Pixels | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -67,11 +68,9 @@ def refuse(source: Source, what: str, advice: str = "choose other weights") -> U
     return UserError(f"{source.place}: {what}; {advice}")
 
 
-def usual_heads(width: int) -> int:
-    """Return the heads of a vision transformer of this width, where a file does not say: of the usual sizes, else 64
-    channels each.
-    """
-    return _USUAL_HEADS.get(width) or max(1, width // 64)
+def usual_heads(width: int) -> int | None:
+    """Return the heads of the usual vision transformer of this width, None for other widths."""
+    return _USUAL_HEADS.get(width)
 
 
 def assemble(source: Source, parts: Parts) -> Converted:
@@ -117,7 +116,7 @@ def assemble(source: Source, parts: Parts) -> Converted:
         heads_known=parts.heads is not None,
         positions=parts.rule,
         patches=parts.patch_rule,
-        pixels=source.pixels,
+        pixels=source.pixels or parts.pixels,
         names=names | dict(blocks.names),
         fixed_positions=fixed,
         folded=folded,
@@ -130,7 +129,7 @@ def _architecture(
     source: Source, parts: Parts, blocks: Blocks, image: int, patch: int, prefix: int, positions: Positions
 ) -> EncoderArchitecture:
     width = blocks.width
-    heads = parts.heads or usual_heads(width)
+    heads = parts.heads or usual_heads(width) or max(1, width // 64)
     try:
         shape = EncoderShape(depth=blocks.depth, width=width, heads=heads, mlp_ratio=blocks.hidden / width)
     except ValidationError as error:

@@ -245,10 +245,7 @@ class ModelConfig(Section):
 
 
 # Keys that no code reads yet.
-UNBUILT = (
-    "rope_base",
-    "init_predictor", "init_pixels",
-)  # fmt: skip
+UNBUILT = ("rope_base",)
 
 
 def _require_rotation(positions: Positions, shape: EncoderShape) -> None:
