@@ -43,7 +43,7 @@ class Parts:
     """A family's names beside its blocks, and what its file or its own code says.
 
     tokens: names of the prefix tokens, in order. embedded: how many of the positions come first and belong to prefix
-    tokens. heads, eps: None and the family's where the file does not say.
+    tokens. heads: None where the file does not say. eps, pixels: the file's, or those of the family's own code.
     """
 
     family: str

@@ -75,9 +75,8 @@ def summary(names: Iterable[str]) -> str:
     """Return names as counts by their first part, without numbers: "decoder (98 tensors), mask_token"."""
     counts: dict[str, int] = {}
     for name in names:
-        first = re.sub(
-            r"_(embed|blocks|norm|pred|pos_embed|layers)$", "", name.removeprefix("embeddings.").split(".")[0]
-        )
+        first = name.removeprefix("embeddings.").split(".")[0]
+        first = re.sub(r"^(decoder|predictor)_.*", r"\1", first)
         counts[first] = counts.get(first, 0) + 1
     return ", ".join(f"{name} ({count} tensors)" if count > 1 else name for name, count in counts.items())
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from iwm_fast.families.blocks import TIMM_BLOCKS, BlockNames
 from iwm_fast.families.converted import Converted, Source
-from iwm_fast.families.network import Parts, assemble, refuse
+from iwm_fast.families.network import Parts, assemble, refuse, usual_heads
 from iwm_fast.families.resize import side_of
 
 __all__ = ["matches", "matches_dinov3", "to_ours", "to_ours_dinov3"]
@@ -33,7 +33,8 @@ _SIZES = {"tiny": 3, "small": 6, "base": 12, "large": 16, "huge": 16}
 # Parts of names of architectures that compute with another activation, or another rotation.
 _OTHER = {
     r"quickgelu": "the activation quick_gelu",
-    r"(so400m|giantopt|base_patch32|large_patch16)_siglip": "the activation gelu_tanh",
+    r"(base_patch32|so400m_patch16|giantopt_patch16)_siglip": "the activation gelu_tanh",
+    r"large_patch16_siglip(_gap)?_512": "the activation gelu_tanh",
     r"_rope_|^eva": "rotations other than DINOv3's",
     r"^aimv2": "MLPs with a gate (SwiGLU)",
 }
@@ -103,7 +104,9 @@ def _heads(source: Source, arguments: Mapping[str, Any]) -> int | None:
     if isinstance(arguments.get("num_heads"), int):
         return int(arguments["num_heads"])
     size = re.match(r"(?:vit|deit3?)_(\w+?)_", str(source.config.get("architecture", "")))
-    return _SIZES.get(size[1]) if size else None
+    heads = _SIZES.get(size[1]) if size else None
+    width = source.tensors["patch_embed.proj.weight"].shape[0]
+    return heads if heads is not None and heads == usual_heads(width) else None
 
 
 def _image(source: Source, arguments: Mapping[str, Any]) -> int | None:
