@@ -8,7 +8,6 @@ messages use the job's own process group: NCCL on GPUs, gloo on CPUs.
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from iwm_fast.engine.distributed.medians import medians_of_others
 from iwm_fast.engine.distributed.rank_info import RankInfo
 from iwm_fast.engine.distributed.ranks import Ranks, gather
 from iwm_fast.engine.distributed.watchdog import Liveness
@@ -112,11 +112,12 @@ def far_below(links: Sequence[Link], infos: Sequence[RankInfo]) -> str | None:
     usual: list[float] = []
     for between in (True, False):
         alike = [link for link in links if link.between_hosts == between]
-        for place, link in enumerate(alike):
-            others = [other.bytes_per_s for other in alike[:place] + alike[place + 1 :]]
-            if others and link.bytes_per_s < _FAR_BELOW * statistics.median(others):
+        if len(alike) == 1:
+            continue
+        for link, others in zip(alike, medians_of_others([link.bytes_per_s for link in alike]), strict=True):
+            if link.bytes_per_s < _FAR_BELOW * others:
                 slow.append(link)
-                usual.append(statistics.median(others))
+                usual.append(others)
     if not slow:
         return None
     common = Counter(end for link in slow for end in _ends(link, infos))

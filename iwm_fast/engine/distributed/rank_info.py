@@ -6,12 +6,15 @@ The exchange uses the launcher's store: in the process group, a host with anothe
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import datetime
 import json
 import os
 import platform
 import socket
 import uuid
+import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,6 +31,9 @@ __all__ = ["RankInfo", "meet", "require_alike", "require_shared", "this_rank"]
 
 _MUST_AGREE = ("torch", "triton", "deepspeed", "nvidia-dali-cuda130", "xformers", "safetensors", "numpy")
 _KEY = "iwm_fast/launch"
+_EVERYONE = f"{_KEY}/everyone"
+# The first rank may have begun to wait later, and finds out who is missing.
+_LATER = datetime.timedelta(seconds=15)
 
 
 @dataclass(frozen=True)
@@ -71,20 +77,60 @@ def this_rank(rank: int, local_world: int, backend: str) -> RankInfo:
 def meet(store: dist.Store, me: RankInfo, world: int, timeout: datetime.timedelta) -> tuple[RankInfo, ...]:
     """Return every rank's description, by rank. Raises UserError where some do not connect in time, or cannot work
     together.
+
+    The first rank reads all descriptions, and leaves one text with them to the others: two or three calls per rank.
     """
-    store.set(f"{_KEY}/{me.rank}", json.dumps(asdict(me)))
     keys = [f"{_KEY}/{rank}" for rank in range(world)]
+    store.set(keys[me.rank], json.dumps(asdict(me)))
     try:
-        store.wait(keys, timeout)
-    except dist.DistError as error:
-        missing = [str(rank) for rank in range(world) if rank != me.rank and not _there(store, keys[rank])]
+        if me.rank == 0:
+            store.wait(keys, timeout)
+            found = {"ranks": [json.loads(text) for text in store.multi_get(keys)], "missing": []}
+        else:
+            store.wait([_EVERYONE], timeout + _LATER)
+            found = _unpacked(store.get(_EVERYONE))
+    except dist.DistError:
+        found = {"ranks": [], "missing": _missing(store, keys)}
+    if me.rank == 0 and world > 1:
+        _leave(store, _packed(found))
+    if not found["ranks"]:
+        missing = ", ".join(str(rank) for rank in found["missing"] if rank != me.rank)
         raise UserError(
-            f"{me.name}: rank(s) {', '.join(missing) or 'unknown'} of {world} did not connect within "
+            f"{me.name}: rank(s) {missing or 'unknown'} of {world} did not connect within "
             f"{timeout.total_seconds():.0f} s; look at the last lines of their hosts, and at the network between them"
-        ) from error
-    infos = tuple(RankInfo(**json.loads(store.get(key))) for key in keys)
+        )
+    infos = tuple(RankInfo(**fields) for fields in found["ranks"])
     require_alike(infos)
     return infos
+
+
+def _packed(found: dict[str, Any]) -> str:
+    """Compressed: a thousand descriptions differ in host, pid and GPU only."""
+    return base64.b64encode(zlib.compress(json.dumps(found).encode())).decode()
+
+
+def _unpacked(text: bytes) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(zlib.decompress(base64.b64decode(text)))
+    return found
+
+
+def _leave(store: dist.Store, text: str) -> None:
+    """Leave it for the others; where the store is gone, they learn of that themselves."""
+    with contextlib.suppress(dist.DistError):
+        store.set(_EVERYONE, text)
+
+
+def _missing(store: dist.Store, keys: list[str], first: int = 0) -> list[int]:
+    """Return the ranks, from ``first`` on, that left no key, by halves; none where the launcher's store is gone."""
+    try:
+        if store.check(keys):
+            return []
+    except dist.DistError:
+        return []
+    if len(keys) == 1:
+        return [first]
+    half = len(keys) // 2
+    return _missing(store, keys[:half], first) + _missing(store, keys[half:], first + half)
 
 
 def require_alike(infos: tuple[RankInfo, ...]) -> None:
@@ -131,12 +177,13 @@ def require_shared(folder: Path, infos: tuple[RankInfo, ...], rank: int, gather:
         wrong = f"{infos[rank].name} cannot write to {folder}: {because(error)}"
     found = [said for said in gather(wrong) if said]
     if not found and rank == 0:
-        unseen = [info.name for info in infos if not (meeting / str(info.rank)).exists()]
+        seen = {file.name for file in meeting.iterdir()}
+        unseen = [info.name for info in infos if str(info.rank) not in seen]
         if unseen:
             others = ", ".join(unseen)
             found = [f"{folder} is not the same folder for {others} and {infos[0].name}: use a shared file system"]
     found = gather(found)[0]
-    _remove(meeting)
+    _remove(meeting, rank)
     if found:
         raise UserError(f"{found[0]}; every rank writes its checkpoints there")
 
@@ -149,18 +196,8 @@ def _this_gpu() -> str:
     return str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
 
 
-def _there(store: dist.Store, key: str) -> bool:
-    try:
-        return bool(store.check([key]))
-    except dist.DistError:
-        return False
-
-
-def _remove(meeting: Path) -> None:
-    """The last rank removes it; the others find it gone or not empty."""
-    try:
-        for file in meeting.iterdir():
-            file.unlink(missing_ok=True)
+def _remove(meeting: Path, rank: int) -> None:
+    """Each rank removes its file, and the last one the folder; the others find it not empty."""
+    with contextlib.suppress(OSError):
+        (meeting / str(rank)).unlink(missing_ok=True)
         meeting.rmdir()
-    except OSError:
-        return

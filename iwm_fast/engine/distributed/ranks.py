@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from iwm_fast.engine.distributed.pulses import announce
 from iwm_fast.engine.distributed.rank_environment import ALONE, device_index, place_of
 from iwm_fast.engine.distributed.rank_info import RankInfo, meet, this_rank
 from iwm_fast.engine.distributed.signals import end_with_parent
@@ -47,6 +48,8 @@ class Ranks:
     infos: tuple[RankInfo, ...] = ()
     # torchrun, deepspeed, slurm, another that sets RANK ("environment"), or "alone".
     launcher: str = "alone"
+    # The launcher's store, in which all ranks have met; None for a rank alone.
+    store: dist.Store | None = None
 
     @property
     def first(self) -> bool:
@@ -82,6 +85,7 @@ def start(timeout_s: float = 600.0, *, alone: bool = False) -> Ranks:
         # A rank alone opens no port.
         with _waiting(rank, world):
             store = dist.HashStore() if world == 1 else _rendezvous(rank, world, timeout)
+            announce(store, rank)
             infos = meet(store, this_rank(rank, local_world, backend), world, timeout)
         try:
             dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
@@ -92,9 +96,12 @@ def start(timeout_s: float = 600.0, *, alone: bool = False) -> Ranks:
                 f"hosts, and at {backend.upper()}_SOCKET_IFNAME, the interface that is used"
             ) from error
     else:  # a second training in this process
+        store = dist.distributed_c10d._get_default_store()  # noqa: SLF001  (has no public name)
+        announce(store, rank)
         infos = _gathered_infos(this_rank(rank, local_world, dist.get_backend()), world)
     control = dist.new_group(backend="gloo") if on_gpu and world > 1 else None
-    return Ranks(rank, world, place.local_rank, local_world, device, control, infos, place.launcher)
+    met = store if world > 1 else None
+    return Ranks(rank, world, place.local_rank, local_world, device, control, infos, place.launcher, met)
 
 
 def leave() -> None:

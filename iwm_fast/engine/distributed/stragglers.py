@@ -7,7 +7,6 @@ data and forward pass, differs. On a GPU events on its stream time the forward p
 from __future__ import annotations
 
 import contextlib
-import statistics
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from iwm_fast.engine.distributed.medians import medians_of_others
 from iwm_fast.engine.distributed.ranks import Ranks
 from iwm_fast.engine.metrics.episodes import Episode
 
@@ -89,8 +89,7 @@ class Stragglers:
         if len(own_s) == 1:
             return None
         named = None
-        for rank, seconds in enumerate(own_s):
-            others = statistics.median(own_s[:rank] + own_s[rank + 1 :])
+        for rank, (seconds, others) in enumerate(zip(own_s, medians_of_others(own_s), strict=True)):
             slow = seconds > self._ratio * others and seconds - others > step_s / 20
             self._slow[rank] = self._slow.get(rank, 0) + 1 if slow else 0
             if self._episodes.setdefault(rank, Episode()).begins(self._slow[rank] >= _IN_A_ROW, gone=not slow):

@@ -2,24 +2,25 @@
 stuck.
 
 A thread of each rank counts heartbeats there, with the current work of the rank's main thread. A rank whose main thread
-makes no progress for the limit looks at all ranks: one without new heartbeats is dead or stopped, and of the others the
-one that is furthest behind hangs. No clocks are compared, and nothing is read while all is well.
+makes no progress for the limit looks at all ranks, or reads what another has found (`pulses`): one without new
+heartbeats is dead or stopped, and of the others the one that is furthest behind hangs. No clocks are compared, and
+nothing is read while all is well.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
 import torch.distributed as dist
 
+from iwm_fast.engine.distributed.pulses import Pulse, Pulses, in_time
 from iwm_fast.engine.distributed.ranks import Ranks
 from iwm_fast.errors import UserError
 
@@ -28,8 +29,6 @@ __all__ = ["Liveness"]
 # A launch reads libraries from a shared disk, compiles, and opens data: until the first step, a rank may be silent for
 # at least this long.
 _START_S = 600.0
-# A store that takes longer to respond is stopped. Short: a launcher that is cut off ends its ranks after half a minute.
-_ANSWER_S = 5.0
 _ADVICE = "check that rank's host and the last lines of its log, then resume with --resume auto"
 
 
@@ -44,11 +43,12 @@ class Liveness:
         self._over = threading.Event()
         self._looked_at: RuntimeError | None = None
         self._telling = threading.Lock()  # taken, for good, by the thread that reports who is lost
-        self._store: Any = None
-        if ranks.world > 1:
+        self._host = ranks.infos[ranks.rank].host if ranks.infos else socket.gethostname()
+        self._pulses: Pulses | None = None
+        if ranks.store is not None:
+            store: Any = ranks.store  # clone is in no stub of torch
             # A connection of its own: a waiting thread blocks the default one.
-            default: Any = dist.distributed_c10d._get_default_store()  # noqa: SLF001  (has no public name)
-            self._store = dist.PrefixStore("iwm_fast/pulse", default.clone())
+            self._pulses = Pulses(store.clone(), ranks.rank, ranks.world)
             for work in (self._pulse, self._watch):
                 threading.Thread(target=work, name=f"iwm-fast {work.__name__}", daemon=True).start()
 
@@ -81,7 +81,7 @@ class Liveness:
         try:
             yield
         except RuntimeError as error:
-            if error is not self._looked_at and self._store is not None:
+            if error is not self._looked_at and self._pulses is not None:
                 self._look_at(error)
             self._say_last(f"{type(error).__name__}: {error}")
             raise
@@ -118,34 +118,30 @@ class Liveness:
                 self._end()
 
     def _publish(self, last: str | None = None) -> None:
+        assert self._pulses is not None
         self._beats += 1
-        pulse = {
-            "beats": self._beats,
-            "moves": self._moves,
-            "where": self._where,
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "last": last,
-        }
-        self._store.set(str(self._ranks.rank), json.dumps(pulse))
+        self._pulses.publish(Pulse(self._beats, self._moves, self._where, self._host, os.getpid(), last))
 
     def _say_last(self, words: str) -> None:
         """Leave the others the reason, while the store exists."""
-        if self._store is not None:
+        if self._pulses is not None:
             self._over.set()
             with contextlib.suppress(dist.DistError, TimeoutError):
-                _answered(lambda: self._publish(" ".join(words.split())))
+                in_time(lambda: self._publish(" ".join(words.split())))
 
     def _end(self) -> None:
         """End the process: the main thread waits inside a library."""
         if not self._telling.acquire(blocking=False):
             return  # a connection has just failed, and the main thread looks for the reason itself
-        self._tell(self._lost() or f"no rank makes progress, all are in {self._where}")
+        lost = self._lost()
+        if lost is None:
+            lost = f"no rank makes progress, all are in {self._where}"
+            self._say_last(lost)
+        self._tell(lost)
 
     def _tell(self, lost: str) -> NoReturn:
         """Print it first, then end: a launcher that lost the same host does not wait for long."""
         print(f"iwm-fast: rank {self._ranks.rank}: {lost}; {_ADVICE}", file=sys.stderr, flush=True)
-        self._say_last(lost)
         self._let_others_look()
         os._exit(1)
 
@@ -155,62 +151,12 @@ class Liveness:
             time.sleep(8 * self._beat_s)
 
     def _lost(self) -> str | None:
-        """Return which rank is dead or hangs, in words; None where all have heartbeats and are equally far."""
+        """Return which ranks are dead or hang, in words; None where all have heartbeats and are equally far."""
+        assert self._pulses is not None
         try:
-            before = _answered(self._read)
-            time.sleep(4 * self._beat_s)
-            after = _answered(self._read)
+            found = self._pulses.look(self._beat_s)
         except (dist.DistError, TimeoutError):
             held = "the launcher" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "rank 0"
             host = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             return f"{held}, which holds the rendezvous at {host}, is gone or stopped"
-        others = [r for r in range(self._ranks.world) if r != self._ranks.rank]
-        silent = [r for r in others if after[r] is None or _beats(after[r]) == _beats(before[r])]
-        last = {r: pulse["last"] for r in silent if (pulse := after[r]) is not None and pulse["last"]}
-        if last:
-            return "; ".join(f"{_name(r, after[r])} has ended: {words}" for r, words in last.items())
-        if silent:
-            return "; ".join(f"{_name(r, after[r])} is gone or stopped" for r in silent)
-        moves = {r: p["moves"] for r, p in after.items() if p is not None} | {self._ranks.rank: self._moves}
-        least = min(moves.values())
-        if least == max(moves.values()):
-            return None
-        return "; ".join(f"{_name(r, after[r])} hangs" for r, n in moves.items() if n == least)
-
-    def _read(self) -> dict[int, dict[str, Any] | None]:
-        found: dict[int, dict[str, Any] | None] = {}
-        for rank in range(self._ranks.world):
-            key = str(rank)
-            found[rank] = json.loads(self._store.get(key)) if self._store.check([key]) else None
-        return found
-
-
-def _answered(call: Callable[[], Any]) -> Any:
-    """Return the result of a call on the launcher's store; TimeoutError where it does not respond."""
-    found: list[Any] = []
-    failed: list[dist.DistError] = []
-
-    def ask() -> None:
-        try:
-            found.append(call())
-        except dist.DistError as error:
-            failed.append(error)
-
-    asking = threading.Thread(target=ask, daemon=True)
-    asking.start()
-    asking.join(_ANSWER_S)
-    if failed:
-        raise failed[0]
-    if not found:
-        raise TimeoutError(f"the store has not answered within {_ANSWER_S:g} s")
-    return found[0]
-
-
-def _beats(pulse: dict[str, Any] | None) -> int:
-    return pulse["beats"] if pulse else 0
-
-
-def _name(rank: int, pulse: dict[str, Any] | None) -> str:
-    if pulse is None:
-        return f"rank {rank}"
-    return f"rank {rank} (host {pulse['host']}, pid {pulse['pid']}, last seen in {pulse['where']})"
+        return found.words
