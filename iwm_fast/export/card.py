@@ -81,9 +81,11 @@ def _files(folder: Path) -> list[tuple[str, str]]:
 def _usual(name: str) -> str:
     """Return what a file holds by its name alone."""
     place, _, file = name.rpartition("/")
-    whose = {"predictor": "of the predictor, the world model", "context_encoder": "of the context encoder"}.get(
-        place, ""
-    )
+    whose = {
+        "predictor": "of the predictor, the world model",
+        "context_encoder": "of the context encoder",
+        "target_encoder": "of the target encoder",
+    }.get(place, "")
     if file.endswith(".data"):
         return f"weights of {file.removesuffix('.data')}"
     kinds = {"config.json": "configuration", "model.safetensors": "weights", "preprocessor_config.json": "pixels"}

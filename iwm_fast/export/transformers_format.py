@@ -1,7 +1,7 @@
 """A folder that transformers' `AutoModel.from_pretrained` opens.
 
     OUT/config.json, model.safetensors, preprocessor_config.json    the encoder that evaluation reads
-    OUT/context_encoder/…                                           the context encoder, where it is another
+    OUT/context_encoder/… or target_encoder/…                       the other encoder, where there are two
     OUT/predictor/config.json, model.safetensors, …_predictor.py    the world model; needs trust_remote_code=True
 
 The encoders are classes of transformers, without code of ours. Nothing here imports transformers.

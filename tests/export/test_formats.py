@@ -19,6 +19,7 @@ from small_run import small_config
 
 from iwm_fast.cli.main import main
 from iwm_fast.engine import pretrain
+from iwm_fast.engine.checkpoint.load import load_export
 from iwm_fast.errors import UserError
 from iwm_fast.export import transformers_format
 from iwm_fast.export.described import open_trained
@@ -26,8 +27,7 @@ from iwm_fast.export.weights import export_run, export_trained
 from iwm_fast.models.iwm import IWM
 
 SIDE = 32
-TRACED = ("plain", "registers")  # whose graphs are traced, which takes seconds
-# Name: keys of the model, and the class of transformers that fits.
+# Name: keys of the model, the class of transformers that fits the encoder which evaluation reads.
 ARCHITECTURES = {
     "plain": ({}, "IJepaModel"),
     "learned": ({"positions": "learned", "norm_eps": 1e-5}, "IJepaModel"),
@@ -38,7 +38,26 @@ ARCHITECTURES = {
     ),
     "registers": ({"prefix_tokens": 4, "positions": "learned"}, "Dinov2WithRegistersModel"),
     "mlp-predictor": ({"predictor": {"kind": "mlp", "conditioning": "block"}}, "IJepaModel"),
-}
+    "action-tokens": ({"predictor": {"conditioning": "sequence+block"}}, "IJepaModel"),
+    "shared": ({"target": "shared", "prefix_tokens": 1}, "Dinov2Model"),
+    "frozen": (
+        {
+            "target": "frozen",
+            "target_init": "/somewhere/teacher",
+            "target_encoder": {
+                "encoder": {"depth": 1, "width": 48, "heads": 3}, "prefix_tokens": 2, "positions": "learned"
+            },
+        },
+        "IJepaModel",
+    ),
+}  # fmt: skip
+# Tests of the quick suite; each of the others loads for seconds.
+QUICK = {("plain", "timm"), ("plain", "transformers"), ("registers", "transformers")}
+CASES = [
+    pytest.param(name, form, marks=() if (name, form) in QUICK else pytest.mark.slow)
+    for name in ARCHITECTURES
+    for form in ("timm", "transformers", *(["pt2"] if name in ("plain", "registers", "frozen") else []))
+]
 
 
 @torch.no_grad()
@@ -53,7 +72,7 @@ def randomised(model: IWM) -> IWM:
 @pytest.fixture(scope="module")
 def run(tiny_images, tmp_path_factory):
     out = tmp_path_factory.mktemp("formats") / "run"
-    pretrain(small_config(tiny_images, train__steps=2), out)
+    pretrain(small_config(tiny_images, train__steps=2, eval__bank=8), out)
     return out
 
 
@@ -97,21 +116,30 @@ def guide_folder(root):
 
 
 @pytest.fixture(scope="module")
-def opened(run, tmp_path_factory):
-    """Each architecture's exports, opened in one process; (trained, folder) by architecture."""
+def opened(request, run, tmp_path_factory):
+    """The exports that the chosen tests need, opened in one process: {architecture: (trained, folder)}, pixels."""
     require_libraries("timm", "transformers")
     root = tmp_path_factory.mktemp("opened")
     pixels = torch.randint(0, 256, (SIDE, SIDE, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     wide = torch.randint(0, 256, (61, 61, 3), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    here = [one for one in request.session.items if one.module is request.module]
+    wanted = {"plain": ["transformers"]}
+    for case in [one.callspec.params for one in here if hasattr(one, "callspec")]:
+        if "form" in case:
+            wanted.setdefault(case["name"], []).append(case["form"])
+    with_guide = any(one.name.startswith("test_the_guide") for one in here)
+    if with_guide:
+        wanted["plain"] = ["timm", "transformers", "pt2"]
     found, folders = {}, []
-    for name in ARCHITECTURES:
+    for name, forms in wanted.items():
         found[name] = trained(run, name)
-        export_trained(found[name], root / name, ["timm", "transformers", *(["pt2"] if name in TRACED else [])])
-        for folder in (root / name).iterdir():
+        for form in dict.fromkeys(forms):
+            folder = export_trained(found[name], root / name / form, [form])
             Image.fromarray(pixels.numpy()).save(folder / "cat.jpg", format="png")  # without loss
             Image.fromarray(wide.numpy()).save(folder / "large.jpg", format="png")
             folders.append(folder)
-    folders.append(guide_folder(root))
+    if with_guide:
+        folders.append(guide_folder(root))
     run_program(HERE / "reference_exports.py", *folders)
     return {name: (one, root / name) for name, one in found.items()}, pixels[None]
 
@@ -121,21 +149,16 @@ def close(found, want):
     assert float((found - want).abs().max()) <= 1e-5 * float(want.abs().max())
 
 
-CASES = [
-    *((name, form) for name in ARCHITECTURES for form in ("timm", "transformers")),
-    *((name, "pt2") for name in TRACED),
-]
-
-
 @pytest.mark.parametrize(("name", "form"), CASES)
 def test_the_card_s_code_gives_the_run_s_tokens_and_predictions(opened, name, form):
     every, pixels = opened
     one, folder = every[name]
     found = load_file(folder / form / "opened.safetensors")
     with torch.no_grad():
-        tokens = one.model.encode(pixels, "target")
+        tokens = one.model.encode(pixels, one.evaluated)
         predicted = one.model.predict(one.model.encode(pixels, "context"), torch.zeros(1, one.space.dim))
-        assert float((tokens - one.model.encode(pixels, "context")).abs().max()) > 0.1
+        if one.evaluated == "target":
+            assert float((tokens - one.model.encode(pixels, "context")).abs().max()) > 0.1
     close(found["tokens"], tokens)
     close(found["features"], tokens.mean(1))
     if form != "timm":
@@ -147,18 +170,18 @@ def test_the_card_s_code_gives_the_run_s_tokens_and_predictions(opened, name, fo
         assert said["loading"] == {".": {}, "predictor": {}}
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_the_processor_reads_images_as_evaluation_does(opened, name):
+def test_the_processor_reads_images_as_evaluation_does(opened):
     from iwm_fast.eval.world_model.given_images import read_files
     from iwm_fast.models.vit import IMAGENET_MEAN, IMAGENET_STD
 
-    folder = opened[0][name][1] / "transformers"
+    folder = opened[0]["plain"][1] / "transformers"
     found = load_file(folder / "opened.safetensors")["pixels"]
     mean, std = (torch.tensor(value).view(1, 3, 1, 1) for value in (IMAGENET_MEAN, IMAGENET_STD))
     ours = read_files([folder / "large.jpg"], SIDE).permute(0, 3, 1, 2).float()
     assert float(((found * std + mean) * 255 - ours).abs().max()) <= 2.01
 
 
+@pytest.mark.slow
 def test_the_guide_s_programs_give_the_run_s_features_and_predictions(opened):
     """The child process has compared the libraries with each other; here with the run."""
     every, pixels = opened
@@ -247,3 +270,20 @@ def test_without_its_packages_onnx_is_one_line_before_anything_is_read(tmp_path,
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(UserError, match=f"^{option} needs onnxscript, which is not installed: pip install"):
         export_run(tmp_path / "no run", tmp_path / "a", **words)
+
+
+def test_an_export_of_a_frozen_target_names_each_encoder_s_arguments_and_no_path(run, tmp_path):
+    one = trained(run, "frozen")
+    folder = export_trained(one, tmp_path / "a", ["iwm"])
+    described = json.loads((folder / "config.json").read_text())
+    assert described["evaluated_encoder"] == "context"
+    assert described["timm"] == described["timm_by_part"]["context"]
+    told = described["timm_by_part"]["target"]
+    assert (told["embed_dim"], told["class_token"], told["reg_tokens"]) == (48, True, 1)
+    assert described["model"]["target_init"] == "teacher"
+    assert described["files"]["target_encoder.safetensors"]["holds"].startswith("target encoder: frozen,")
+    model, *_ = load_export(folder)
+    pixels = torch.randint(0, 256, (1, SIDE, SIDE, 3), dtype=torch.uint8)
+    with torch.no_grad():
+        assert torch.equal(model.encode(pixels, "target"), one.model.encode(pixels, "target"))
+        assert torch.equal(model.encode(pixels), one.model.encode(pixels))
