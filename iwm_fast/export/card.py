@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from iwm_fast.file_names import printable, valid_unicode
 
 __all__ = ["write_card"]
 
+_LISTED = 4
 _LIBRARIES = {"iwm": "iwm-fast", "timm": "timm", "transformers": "transformers", "pt2": "pytorch", "onnx": "onnx"}
 
 
@@ -115,10 +116,27 @@ def _configuration(trained: Trained) -> list[tuple[str, str]]:
         ("global batch", f"{trained.config.train.global_batch:,} images"),
         ("weights here", "float32"),
     ]
-    initial = trained.initial_weights()
-    if initial is not None:
-        rows.append(("initial weights", f"`{printable(json.dumps(_without_paths(initial), ensure_ascii=False))}`"))
+    return rows + _initial(trained.initial_weights() or {})
+
+
+def _initial(record: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return a row for each file of weights that the run started from: its family, name and sums, what was changed."""
+    rows = []
+    for key, name in {"init": "encoder", "target_init": "target", "init_predictor": "predictor"}.items():
+        about = record.get(key)
+        if not isinstance(about, dict):
+            continue
+        said = [str(about.get("family", "")), f"`{about.get('path', '')}`"]
+        said += [f"`{file}` sha256 {sums['sha256'][:16]}…" for file, sums in about.get("files", {}).items()]
+        lists = {key: value for key, value in about.items() if isinstance(value, list) and value}
+        said += [f"{key.replace('_', ' ')}: {_shortened(value)}" for key, value in lists.items()]
+        rows.append((f"{name}'s initial weights", printable("; ".join(filter(None, said))).replace("|", "\\|")))
     return rows
+
+
+def _shortened(value: Sequence[Any]) -> str:
+    more = f" and {len(value) - _LISTED} more" if len(value) > _LISTED else ""
+    return ", ".join(map(str, value[:_LISTED])) + more
 
 
 def _network(own: EncoderArchitecture) -> str:
@@ -135,15 +153,6 @@ def _network(own: EncoderArchitecture) -> str:
 
 def _millions(module: Any) -> str:
     return f"{sum(p.numel() for p in module.parameters()) / 1e6:.1f} M"
-
-
-def _without_paths(value: Any) -> Any:
-    """Reduce absolute paths to their last part: a card is published."""
-    if isinstance(value, dict):
-        return {key: _without_paths(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_paths(item) for item in value]
-    return Path(value).name if isinstance(value, str) and value.startswith("/") else value
 
 
 def _data(trained: Trained) -> str:

@@ -14,6 +14,7 @@ from iwm_fast.actions.space import ActionSpace
 from iwm_fast.config import Config
 from iwm_fast.engine.checkpoint.load import EXPORT_SCHEMA, find_checkpoint, load_model
 from iwm_fast.engine.checkpoint.paths import chosen_checkpoint
+from iwm_fast.engine.run_directory import RunDirectory
 from iwm_fast.environment import environment
 from iwm_fast.errors import UserError, because
 from iwm_fast.eval.features import EncoderName, default_encoder
@@ -37,7 +38,6 @@ _EVALUATION = {
     "eval": ("images", "mrr_images", "bank", "horizon"),
 }
 _PATHS = ("init", "init_predictor", "target_init")
-_INITIAL_WEIGHTS = "initial_weights.json"
 
 
 @dataclass(frozen=True)
@@ -88,14 +88,25 @@ class Trained:
         about = {"part": part, "holds": holds, "layout": layout, "pooling": pooling, "evaluated": evaluated}
         return about | {"dtype": "float32"}
 
-    def initial_weights(self) -> Any:
-        """Return what the run records of the weights that it started from, or None."""
-        file = self.run / _INITIAL_WEIGHTS
+    def initial_weights(self) -> dict[str, Any] | None:
+        """Return what the run records of the weights that it started from, without this machine's paths, or None."""
+        file = RunDirectory(self.run).initial_weights_file
         try:
-            return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+            found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
         except (OSError, ValueError) as error:
             why = because(error) if isinstance(error, OSError) else "not JSON"
             raise UserError(f"{file}: cannot be read ({why}); restore it, or remove it to export without it") from error
+        return _without_paths(found) if isinstance(found, dict) else None
+
+
+def _without_paths(value: Any) -> Any:
+    """Reduce paths of files and folders to their last part: an export is published."""
+    if isinstance(value, dict):
+        return {
+            key: Path(item).name if key == "path" and isinstance(item, str) else _without_paths(item)
+            for key, item in value.items()
+        }
+    return [_without_paths(item) for item in value] if isinstance(value, list) else value
 
 
 def open_trained(run: Path, which: str = "latest") -> Trained:

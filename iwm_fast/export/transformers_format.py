@@ -15,7 +15,7 @@ from typing import Any
 
 from iwm_fast.engine.checkpoint.shard_file import write_tensors
 from iwm_fast.export.described import PIXELS, Trained, write_json
-from iwm_fast.export.transformers_names import hub_class
+from iwm_fast.families.to_transformers import hub_class
 from iwm_fast.models.blocks import NORM_EPS
 from iwm_fast.models.predictors import VitPredictor
 from iwm_fast.models.vit import IMAGENET_MEAN, IMAGENET_STD

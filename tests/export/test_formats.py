@@ -51,8 +51,8 @@ ARCHITECTURES = {
         "IJepaModel",
     ),
 }  # fmt: skip
-# Tests of the quick suite; each of the others loads for seconds.
-QUICK = {("plain", "timm"), ("plain", "transformers"), ("registers", "transformers")}
+# In the quick suite, where test_weights opens an export with timm; each of the others loads for seconds.
+QUICK = {("plain", "transformers"), ("registers", "transformers")}
 CASES = [
     pytest.param(name, form, marks=() if (name, form) in QUICK else pytest.mark.slow)
     for name in ARCHITECTURES
@@ -287,3 +287,29 @@ def test_an_export_of_a_frozen_target_names_each_encoder_s_arguments_and_no_path
     with torch.no_grad():
         assert torch.equal(model.encode(pixels, "target"), one.model.encode(pixels, "target"))
         assert torch.equal(model.encode(pixels), one.model.encode(pixels))
+
+
+def test_initial_weights_are_in_config_json_and_card_without_paths(run, tmp_path):
+    """As a run records them: the family, sums, and what was folded, resized and left out."""
+    other = tmp_path / "run"
+    shutil.copytree(run, other)
+    file = {"bytes": 3, "sha256": "0123456789abcdef" * 4}
+    about = {
+        "path": "/home/me/dinov2", "files": {"model.safetensors": file}, "family": "DINOv2",
+        "folded": ["LayerScale"], "resized": [], "left_out": [f"head.{i}" for i in range(9)],
+    }  # fmt: skip
+    (other / "initial_weights.json").write_text(json.dumps({"schema": "x", "init": about}))
+    folder = export_run(other, tmp_path / "a")
+    described = json.loads((folder / "config.json").read_text())["initial_weights"]
+    assert described == {"schema": "x", "init": about | {"path": "dinov2"}}
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    (row,) = (line for line in text.splitlines() if "initial weights |" in line)
+    assert row == (
+        "| encoder's initial weights | DINOv2; `dinov2`; `model.safetensors` sha256 0123456789abcdef…; "
+        "folded: LayerScale; left out: head.0, head.1, head.2, head.3 and 5 more |"
+    )
+    assert "and what the training images and the initial weights allow" in " ".join(text.split())
+    (other / "initial_weights.json").write_text("{")
+    with pytest.raises(UserError, match=r"initial_weights.json: cannot be read \(not JSON\); restore it"):
+        export_run(other, tmp_path / "b")
+    assert not (tmp_path / "b").exists()
