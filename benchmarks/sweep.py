@@ -102,13 +102,33 @@ def table(arms: list[dict[str, Any]], shown: Sequence[str] = SHOWN) -> str:
     names = [n for n in shown if all(n in run["evaluation"] for arm in arms for run in arm["runs"])]
     lines = ["| variant | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     for arm in arms:
-        cells = []
-        for name in names:
-            found = interval([run["evaluation"][name] for run in arm["runs"]])
-            width = "" if found["half_width"] is None else f" ± {found['half_width']:.3f}"
-            cells.append(f"{found['mean']:.3f}{width}")
+        cells = [_cell([run["evaluation"][name] for run in arm["runs"]]) for name in names]
         lines.append(f"| {arm['name']} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def curves(arms: list[dict[str, Any]], name: str) -> str:
+    """Return Markdown: one row per step at which training measured ``name``, mean ± half-width of the interval per
+    variant.
+    """
+    found = [
+        [{line["step"]: line[name] for line in run["curve"] if line.get(name) is not None} for run in arm["runs"]]
+        for arm in arms
+    ]
+    steps = sorted({step for runs in found for run in runs for step in run})
+    lines = [f"| {name} after step | " + " | ".join(arm["name"] for arm in arms) + " |", "|---" * (len(arms) + 1) + "|"]
+    for step in steps:
+        values = [[run[step] for run in runs if step in run] for runs in found]
+        lines.append(f"| {step} | " + " | ".join(_cell(own) for own in values) + " |")
+    return "\n".join(lines)
+
+
+def _cell(values: list[float]) -> str:
+    """Mean ± half-width of its interval; empty without values."""
+    if not values:
+        return ""
+    found = interval(values)
+    return f"{found['mean']:.3f}" + ("" if found["half_width"] is None else f" ± {found['half_width']:.3f}")
 
 
 def adopt(arms: list[dict[str, Any]], json_file: Path, setting: dict[str, Any]) -> None:
@@ -124,7 +144,7 @@ def adopt(arms: list[dict[str, Any]], json_file: Path, setting: dict[str, Any]) 
             raise SystemExit(f"{json_file}: measured with {key} {found.get(key)!r}, not {value!r}; give another file")
     runs = {(arm["name"], tuple(arm["overrides"])): arm["runs"] for arm in found["arms"]}
     for arm in arms:
-        arm["runs"] = runs.get((arm["name"], tuple(arm["overrides"])), [])
+        arm["runs"] = runs.get((arm["name"], tuple(public(arm["overrides"]))), [])
 
 
 def train_all(
@@ -157,7 +177,8 @@ def train_all(
             arm["runs"].append(done)
             arm["runs"].sort(key=lambda run: run["seed"])
             result = {"schema": SCHEMA, "environment": environment(), "command": public(sys.argv[1:])} | setting
-            write_json(json_file, result | (about or {}) | {"arms": arms}, indent=None)
+            recorded = [arm | {"overrides": public(arm["overrides"])} for arm in arms]
+            write_json(json_file, result | (about or {}) | {"arms": recorded}, indent=None)
 
     with ThreadPoolExecutor(jobs) as pool:
         # Seeds outermost: a stopped sweep has every variant of the first seeds.
@@ -181,6 +202,7 @@ def main() -> None:
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="override keys of all variants")
     parser.add_argument("--what", default="mrr,knn,linear")
     parser.add_argument("--jobs", type=int, default=1, help="parallel trainings; give each OMP_NUM_THREADS threads")
+    parser.add_argument("--curve", metavar="NAME", help="tabulate this metric of training by step too, such as mrr")
     args = parser.parse_args()
     require_result(args.json)
     require_folder(args.out)
@@ -197,6 +219,8 @@ def main() -> None:
         jobs=args.jobs,
     )
     print(table(arms))
+    if args.curve:
+        print(f"\n{curves(arms, args.curve)}")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from iwm_fast.benchmarks.dial import GRIDS, SHOWN, draw, points, read_grid, tables
-from iwm_fast.benchmarks.sweep import adopt, public
+from iwm_fast.benchmarks.sweep import adopt, curves, public
 from iwm_fast.config import load_config
 from iwm_fast.config.load import packaged_config
 
@@ -55,6 +55,28 @@ def test_a_stopped_sweep_is_reused_and_one_of_another_setting_is_refused(tmp_pat
     adopt(again, tmp_path / "none.json", setting)
     with pytest.raises(SystemExit, match="measured with common"):
         adopt(again, file, setting | {"common": ["a=2"]})
+
+
+def test_a_variant_s_weights_are_found_again_without_the_folder_of_this_machine(tmp_path):
+    file, setting = tmp_path / "arms.json", {"config": "c.yaml", "common": [], "measure": []}
+    kept = {"name": "frozen", "overrides": ["model.target_init=teacher"], "runs": [{"seed": 0}]}
+    file.write_text(json.dumps(setting | {"arms": [kept]}))
+    arms = [{"name": "frozen", "overrides": ["model.target_init=/big/runs/teacher"], "runs": []}]
+    adopt(arms, file, setting)
+    assert (arms[0]["runs"], arms[0]["overrides"]) == ([{"seed": 0}], ["model.target_init=/big/runs/teacher"])
+
+
+def test_a_metric_of_training_is_tabulated_by_step():
+    lines = [
+        [{"step": 1, "loss": 1.0}, {"step": 2, "mrr": 0.1 + seed, "loss": 1.0}, {"step": 4, "mrr": None}]
+        for seed in (0, 1)
+    ]
+    arms = [{"name": "a", "runs": [{"curve": own} for own in lines]}, {"name": "b", "runs": [{"curve": lines[0]}]}]
+    assert curves(arms, "mrr").splitlines() == [
+        "| mrr after step | a | b |",
+        "|---|---|---|",
+        "| 2 | 0.600 ± 6.353 | 0.100 |",
+    ]
 
 
 def test_a_recorded_command_has_no_folder_of_this_machine():
