@@ -74,12 +74,15 @@ def trained_for(steps, *, graphs, **changes):
     return trainer, losses, places
 
 
+FROZEN = {"model__freeze_encoder": True, "model__init": "w", "model__target": "shared", "train__precision": "bf16"}
 VARIANTS = {
     "stage 0, micro-batches": {"train__micro_batch": 4, "model__predictor__conditioning": "sequence+block"},
     "stage 1, sources": {"zero__stage": 1, "views__sources_per_target": 2},
     "stage 2": {"zero__stage": 2, "train__micro_batch": 4},
     "mlp": {"model__predictor": {"kind": "mlp", "depth": 1, "width": 32, "conditioning": "block"}},
     "bf16": {"zero__stage": 0, "train__precision": "bf16"},
+    "frozen encoder": FROZEN,
+    "frozen target": {"model__target": "frozen", "model__target_init": "w", "zero__stage": 1},
 }
 
 
@@ -115,6 +118,14 @@ def test_replays_train_with_a_second_term_whose_factor_is_another(without_gpu, m
     assert found == pytest.approx(expected, rel=2e-5)
     assert trainer.zero.graphed.captures
     assert {"loss_prediction", "loss_variance"} <= trainer.train_step().keys()
+
+
+def test_replays_train_beside_a_term_of_the_frozen_encoder_which_has_no_gradient(without_gpu, monkeypatch):
+    monkeypatch.setattr(objective, "TERMS", WITH_VARIANCE)
+    _, expected, _ = trained_for(7, graphs=False, **FROZEN)
+    trainer, found, _ = trained_for(7, graphs=True, **FROZEN)
+    assert trainer.zero.graphed.captures
+    assert found == pytest.approx(expected, rel=1e-2)
 
 
 def test_without_gradients_or_inside_eager_the_model_computes_as_it_is(without_gpu):

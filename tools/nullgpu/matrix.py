@@ -21,11 +21,15 @@ from typing import Any
 
 import torch
 
+from iwm_fast.actions.external import space_of
 from iwm_fast.config import Config
 from iwm_fast.data.tools.synth import draw_dataset
 from iwm_fast.engine import pretrain
 from iwm_fast.engine import step as loop
+from iwm_fast.engine.checkpoint.load import EXPORT_FILE, EXPORT_SCHEMA
+from iwm_fast.engine.checkpoint.shard_file import write_tensors
 from iwm_fast.log_filters import quiet_third_parties
+from iwm_fast.models.iwm import IWM
 from tools.nullgpu.place import FOLDER
 
 __all__ = ["CASES", "main"]
@@ -46,6 +50,9 @@ _SMALL: dict[str, Any] = {
     "checkpoint": {"every_steps": 2},
 }
 _VIT = {"kind": "vit", "depth": 2, "width": 32, "heads": 2}
+_TEACHER = FOLDER / "teacher"
+_TAUGHT = {"model.target": "frozen", "model.target_init": str(_TEACHER)}
+_FROZEN = {"model.target": "shared", "model.freeze_encoder": True, "model.init": str(_TEACHER)}
 CASES: dict[str, dict[str, Any]] = {
     "fp32 stage 0": {"train.precision": "fp32"},
     "bf16 stage 0": {},
@@ -65,6 +72,10 @@ CASES: dict[str, dict[str, Any]] = {
     "geometric": {"actions.groups": ["photometric", "geometric"]},
     "mlp predictor": {"model.predictor": {"kind": "mlp", "depth": 2, "width": 32, "conditioning": "block"}},
     "shared target": {"model.target": "shared", "zero.stage": 1},
+    "frozen target": _TAUGHT | {"zero.stage": 1},
+    "frozen target, stage 0": _TAUGHT,
+    "frozen encoder": _FROZEN | {"zero.stage": 2},
+    "frozen encoder, stage 3": _FROZEN | {"zero.stage": 3},
     "sequence": {"model.predictor": _VIT | {"conditioning": "sequence"}},
     "block and feature": {"model.predictor": _VIT | {"conditioning": "feature+block"}},
     "unconditioned": {"model.predictor": _VIT | {"conditioning": "none"}},
@@ -84,6 +95,20 @@ def _config(root: Path, changes: dict[str, Any]) -> Config:
         section, name = key.split(".")
         tree.setdefault(section, {})[name] = value
     return Config.model_validate(tree)
+
+
+def _write_teacher(folder: Path) -> Path:
+    """Write an export of the small configuration's networks, untrained, computed on the CPU; return its folder."""
+    config = _config(folder, {})
+    space = space_of(config.actions)
+    model = IWM(config.model, space.dim)
+    folder.mkdir(exist_ok=True)
+    for part in ("encoder", "target_encoder", "predictor"):
+        write_tensors(folder / f"{part}.safetensors", model.get_submodule(part).state_dict())
+    described = {"schema": EXPORT_SCHEMA, "step": 0, "model": config.model.model_dump(mode="json")}
+    described["actions"] = config.actions.model_dump(mode="json") | {"names": list(space.names)}
+    (folder / EXPORT_FILE).write_text(json.dumps(described))
+    return folder
 
 
 def _trained(changes: dict[str, Any], root: Path, out: Path, resume: str = "never") -> dict[str, Any]:
@@ -117,9 +142,11 @@ def main(names: Sequence[str]) -> int:
     quiet_third_parties()
     # What is never computed has no eigenvalues, and printing a tensor would read it.
     loop.rank_me = lambda _features: 1.0
+    loop.energy_shares = lambda *_: {}
     torch._tensor_str._tensor_str = lambda _tensor, _indent: "..."  # noqa: SLF001 - there is no public switch
     images = FOLDER / "images"
     draw_dataset(images, train=128, test=16, size=64)
+    _write_teacher(_TEACHER)
     failed = 0
     for name in names or CASES:
         begin = time.monotonic()

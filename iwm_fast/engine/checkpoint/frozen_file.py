@@ -57,11 +57,8 @@ class FrozenFile:
 
 def write_frozen(checkpoints: Path, parameters: Mapping[str, Tensor]) -> FrozenFile:
     """Write a new run's frozen weights, fp32, whole or not at all; call it while the run is locked. Raises UserError
-    where a weight is not finite, or the disk is full.
+    where the disk is full.
     """
-    for name, parameter in parameters.items():
-        if not bool(parameter.isfinite().all()):
-            raise UserError(f"frozen weights: {name} has numbers that are not finite; give other weights")
     path = checkpoints / FROZEN_FILE
     partial = path.with_name(f".{FROZEN_FILE}.partial")
     try:

@@ -109,6 +109,13 @@ def test_a_shared_encoder_counts_as_the_target_where_it_is_not_differentiated():
     assert "backward/target encoder/mlp" not in found
 
 
+def test_a_frozen_encoder_counts_as_context_and_target_and_has_no_backward_pass():
+    found = counted("model.target=shared", "model.freeze_encoder=true", "model.init=w")
+    assert found["forward/target encoder/mlp"] == found["forward/context encoder/mlp"] == 3 * DEPTH
+    assert not [part for part in found if part.startswith("backward/context encoder")]
+    assert found["backward/predictor/mlp"] > 0
+
+
 @pytest.mark.slow
 def test_deepspeed_s_own_launches_are_apart_from_the_update_s(whole_step):
     stage_1 = counted("zero.stage=1", optimizer=True)

@@ -190,13 +190,21 @@ def test_the_step_shown_is_the_middle_one():
     assert clock.middle() == ({"a": 3.0}, 3.0)
 
 
-def test_files_and_a_shared_target_have_their_parts(tiny_images, tmp_path):
-    """Without a separate target, its forward pass is the encoder's pass without gradients."""
+@pytest.mark.parametrize(
+    "frozen",
+    [
+        pytest.param((), id="trained", marks=pytest.mark.slow),
+        pytest.param(("model.freeze_encoder=true", "model.init=unread"), id="frozen"),
+    ],
+)
+def test_files_and_a_shared_target_have_their_parts(tiny_images, tmp_path, frozen):
+    """Without a separate target, its forward pass is the encoder's pass over whole images."""
     words = [
         "profile",
         "vit_tiny_p4_32.yaml",
         *KEYS,
         "model.target=shared",
+        *frozen,
         f"data.root={tiny_images}",
         "data.threads=1",
         "--out",
@@ -207,5 +215,6 @@ def test_files_and_a_shared_target_have_their_parts(tiny_images, tmp_path):
     assert main([*words, "--threads", "1", "--device", "cpu"]) == 0
     parts = json.loads((tmp_path / "profile.json").read_text())["parts_s"]
     assert parts["forward target"] > 0
+    assert parts["forward context"] > 0
     assert parts["EMA"] == 0
     assert parts["data wait"] > 0
