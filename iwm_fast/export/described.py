@@ -25,7 +25,7 @@ from iwm_fast.models.vit import VisionTransformer
 __all__ = ["PIXELS", "TOKENS", "Trained", "open_trained", "same_file", "write_json"]
 
 _HOLDS = {
-    "context": "context encoder: trained by gradients, its tokens are what the predictor reads",
+    "context": "context encoder: {context}, its tokens are what the predictor reads",
     "target": "target encoder: {target}, its tokens are what predictions are compared with",
     "predictor": "predictor: the world model, from the context encoder's tokens and an action to the target's tokens",
 }
@@ -84,7 +84,8 @@ class Trained:
     def file_entry(self, part: str, layout: str, pooling: str) -> dict[str, Any]:
         """Return what config.json says of a file. part: context, target or predictor."""
         target = "frozen" if self.config.model.target == "frozen" else "the EMA of the context encoder"
-        holds, evaluated = _HOLDS[part].format(target=target), part == self.evaluated
+        context = "frozen" if self.config.model.freeze_encoder else "trained by gradients"
+        holds, evaluated = _HOLDS[part].format(target=target, context=context), part == self.evaluated
         about = {"part": part, "holds": holds, "layout": layout, "pooling": pooling, "evaluated": evaluated}
         return about | {"dtype": "float32"}
 

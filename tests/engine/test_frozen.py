@@ -1,6 +1,7 @@
 """A frozen target and a frozen encoder: what trains, what a checkpoint holds, and what a run no longer needs."""
 
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,14 +9,22 @@ from launched import on_ranks
 from safetensors.torch import load_file, save_file
 from small_run import losses, metrics, small_config, state
 
+from iwm_fast.api import load_world
 from iwm_fast.engine import load_model, pretrain
 from iwm_fast.engine.checkpoint.format import damage
 from iwm_fast.engine.checkpoint.frozen_file import FROZEN_FILE
 from iwm_fast.engine.metrics.collapse import CollapseWatch
 from iwm_fast.errors import UserError
+from iwm_fast.eval.finetune.modes import reader_builder
 from iwm_fast.eval.online import OnlineEvaluator, join_shares, measure_share
+from iwm_fast.eval.stats import evenly_spaced
+from iwm_fast.eval.world_model.bank import make_bank
+from iwm_fast.eval.world_model.given_images import read_files
+from iwm_fast.eval.world_model.mrr import mean_reciprocal_rank
+from iwm_fast.eval.world_model.rollout import evaluate_rollouts
 from iwm_fast.export.weights import export_run
 from iwm_fast.models.iwm import IWM
+from iwm_fast.models.task_model import HeadShape
 
 WIDE = {"depth": 1, "width": 48, "heads": 3}
 KINDS = ("target", "encoder", "both")
@@ -184,6 +193,48 @@ def test_an_export_holds_the_frozen_target_and_is_a_teacher_too(run, teachers, t
     pretrain(small_config(tiny_images, train__steps=1, **given), tmp_path / "taught")
     found, student = load_model(tmp_path / "taught")[0].target_encoder, load_model(run)[0].encoder
     assert all(torch.equal(found.state_dict()[name], tensor) for name, tensor in student.state_dict().items())
+
+
+def test_an_export_and_its_run_are_the_same_world_whose_predictions_have_the_target_s_width(run, tiny_images, tmp_path):
+    worlds = [load_world(run), load_world(export_run(run, tmp_path / "export"))]
+    picture = worlds[0].read(sorted(tiny_images.rglob("*.jpg"))[:1])
+    answers = [
+        (one.encode(picture), one.encode(picture, "target"), one.predict(picture, {"hue": 5.0})) for one in worlds
+    ]
+    assert [tuple(tensor.shape) for tensor in answers[0]] == [(1, 16, 32), (1, 16, 48), (1, 16, 48)]
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(*answers, strict=True))
+    found = worlds[0].rank(picture, {"hue": 5.0}, picture.expand(2, -1, -1, -1))
+    assert found.order.shape == (1, 2)
+
+
+@pytest.mark.parametrize("mode", ["linear", "predictor", "end-to-end"])
+def test_heads_read_the_encoder_s_width_or_that_of_predictions(run, tiny_images, mode):
+    model, config, _, _ = load_model(run)
+    reader = reader_builder(
+        model, mode, "pretrained", {"a": HeadShape(3, dense=False)}, config.model.evaluated_encoder
+    )()
+    images = torch.zeros(2, 32, 32, 3, dtype=torch.uint8)
+    assert reader(images, "a").shape == (2, 3)
+    assert sum(p.numel() for p in reader.parameters() if p.requires_grad) > 0
+
+
+def test_there_is_no_roll_out_in_the_space_of_a_frozen_target(run):
+    subject = SimpleNamespace(config=load_model(run)[1])
+    said = evaluate_rollouts(subject)["not_run"]["rollout"]
+    assert said == "predictions are in the frozen target's space, and the predictor reads the encoder's"
+
+
+def test_without_a_predictor_the_source_is_ranked_as_the_frozen_target_sees_it(run, tiny_images):
+    """A bank of clean views: the target's tokens of the source are one of them, whatever the encoder's are."""
+    model, config, space, _ = load_model(run)
+    picture = read_files(sorted(tiny_images.rglob("*.jpg"))[:1], 32)
+    found = mean_reciprocal_rank(model, config, space, picture, bank=8, queries=2)
+    own = model.targets(picture).float().flatten()
+    bank = make_bank(config.actions, space, 0, 8)
+    views = torch.stack([model.targets(view[None]).float().flatten() for view in bank.targets(picture[0])])
+    far = (views - own).norm(dim=1)
+    expected = [int((far < far[query]).sum()) + 1 for query in evenly_spaced(2, 8)]
+    assert found.ranks["l2"]["bypass"][0].tolist() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)
