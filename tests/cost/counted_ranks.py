@@ -82,7 +82,9 @@ if __name__ == "__main__":
     from iwm_fast.engine import train
 
     train.Trainer = Watched
-    train.start_from_weights = lambda *_: None
+    # Only sizes count, so frozen parts keep their random weights.
+    train.InitialWeights.open = lambda _: None
+    train.InitialWeights.fill = lambda *_: train.Started()
     Watched.notes = []
     images, out, *jobs = sys.argv[1:]
     for i, job in enumerate(jobs):
