@@ -56,6 +56,8 @@ def _upstream(case: Case, given: dict[str, Any]) -> tuple[Tensor, ...] | None:
         return (given["context"].new_empty(len(given["place"]), case.width).normal_(),)
     if case.operation == "sigreg_sums":
         return (torch.randn(2, case.hidden, case.width, device=given["p"].device),)
+    if case.operation == "rope":
+        return tuple(torch.randn_like(part) for part in given["qkv"].detach().unbind(1))
     if "x" not in given:
         return None
     return tuple(torch.randn_like(given["x"]) for _ in range(2 if case.operation == "residual_norm" else 1))

@@ -28,6 +28,7 @@ from .predictor_input import (
     predictor_input_reference,
 )
 from .residual_norm import residual_norm, residual_norm_bytes, residual_norm_flops, residual_norm_reference
+from .rope import rope, rope_bytes, rope_flops, rope_reference, rotate_qk
 from .sigreg import sigreg_sums, sigreg_sums_bytes, sigreg_sums_flops, sigreg_sums_reference
 from .stopgrad_l2 import stopgrad_l2, stopgrad_l2_bytes, stopgrad_l2_flops, stopgrad_l2_reference
 
@@ -69,6 +70,11 @@ __all__ = [
     "residual_norm_bytes",
     "residual_norm_flops",
     "residual_norm_reference",
+    "rope",
+    "rope_bytes",
+    "rope_flops",
+    "rope_reference",
+    "rotate_qk",
     "run_choices",
     "shipped_attention",
     "sigreg_sums",

@@ -24,6 +24,7 @@ from iwm_fast.kernels import (
     patchify,
     predictor_input,
     residual_norm,
+    rope,
     sigreg_sums,
     stopgrad_l2,
 )
@@ -79,6 +80,7 @@ _OPERATORS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "predictor_input": (predictor_input, {}),
     "e4m3_rows": (e4m3_rows, {"activation": "gelu"}),
     "sigreg_sums": (sigreg_sums, {}),
+    "rope": (rope, {}),
 }
 
 

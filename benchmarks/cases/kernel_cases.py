@@ -22,6 +22,8 @@ from iwm_fast.kernels import (
     predictor_input_flops,
     residual_norm_bytes,
     residual_norm_flops,
+    rope_bytes,
+    rope_flops,
     sigreg_sums_bytes,
     sigreg_sums_flops,
     stopgrad_l2_bytes,
@@ -32,7 +34,7 @@ __all__ = ["CASES", "OPERATIONS", "Case", "at_most", "inputs"]
 
 OPERATIONS = (
     "conditioned_mlp", "stopgrad_l2", "ema_update", "patchify", "residual_norm", "predictor_input", "e4m3_rows",
-    "sigreg_sums",
+    "sigreg_sums", "rope",
 )  # fmt: skip
 ELEMENT = 2  # bytes of bf16
 _POSITIONS = 196
@@ -47,7 +49,7 @@ class Case:
 
     rows also means: for residual_norm, the branch added to the residual stream before LayerNorm (all rows or 0); for
     predictor_input, the mask tokens, whose `tokens` are the context's. For sigreg_sums, width is the directions and
-    hidden the knots.
+    hidden the knots. For rope, hidden is the width of a head.
     """
 
     operation: str
@@ -71,6 +73,7 @@ class Case:
             "residual_norm": " with a branch" if self.rows else "",
             "e4m3_rows": "",
             "sigreg_sums": f" directions, {self.hidden} knots",
+            "rope": f" in heads of {self.hidden}",
             "predictor_input": f" and {self.rows} mask tokens",
             "patchify": f" of {self.images} images of {self.side}²",
         }
@@ -110,31 +113,28 @@ class Case:
         if self.operation == "e4m3_rows":
             moved = e4m3_rows_bytes(self.tokens, self.width, element=ELEMENT)
             return {"flops": e4m3_rows_flops(self.tokens, self.width), "bytes": moved}
-        passes = (False, True) if backward else (False,)
+        counted = [self._pass(which) for which in ((False, True) if backward else (False,))]
+        return {"flops": sum(flops for flops, _ in counted), "bytes": sum(moved for _, moved in counted)}
+
+    def _pass(self, backward: bool) -> tuple[int, int]:
+        """FLOPs and minimum bytes of one pass of an operation with gradients."""
+        n, d = self.tokens, self.width
         if self.operation == "residual_norm":
-            n, d, branch = self.tokens, self.width, self.rows > 0
-            return {
-                "flops": sum(residual_norm_flops(n, d, branch=branch, backward=b) for b in passes),
-                "bytes": sum(residual_norm_bytes(n, d, branch=branch, backward=b, element=ELEMENT) for b in passes),
-            }
+            options: dict[str, Any] = {"branch": self.rows > 0, "backward": backward}
+            return residual_norm_flops(n, d, **options), residual_norm_bytes(n, d, **options, element=ELEMENT)
         if self.operation == "sigreg_sums":
-            n, k, j = self.tokens, self.width, self.hidden
-            return {
-                "flops": sum(sigreg_sums_flops(n, k, j, backward=b) for b in passes),
-                "bytes": sum(sigreg_sums_bytes(n, k, j, backward=b) for b in passes),
-            }
+            j = self.hidden
+            return sigreg_sums_flops(n, d, j, backward=backward), sigreg_sums_bytes(n, d, j, backward=backward)
+        if self.operation == "rope":
+            moved = rope_bytes(n, d, backward=backward, element=ELEMENT, packed=False)
+            return rope_flops(n, d, backward=backward), moved
         if self.operation == "predictor_input":
-            n, m, d = self.tokens, self.rows, self.width
-            return {
-                "flops": sum(predictor_input_flops(n, m, d, backward=b) for b in passes),
-                "bytes": sum(predictor_input_bytes(n, m, 0, d, backward=b, element=ELEMENT) for b in passes),
-            }
-        sizes = (self.tokens, self.width, self.hidden, self.width)
-        extra: dict[str, Any] = {"images": self.images, "actions": self.actions}
-        return {
-            "flops": sum(conditioned_mlp_flops(*sizes, **extra, backward=b) for b in passes),
-            "bytes": sum(conditioned_mlp_bytes(*sizes, **extra, element=ELEMENT, backward=b) for b in passes),
-        }
+            m = self.rows
+            moved = predictor_input_bytes(n, m, 0, d, backward=backward, element=ELEMENT)
+            return predictor_input_flops(n, m, d, backward=backward), moved
+        sizes = (n, d, self.hidden, d)
+        extra: dict[str, Any] = {"images": self.images, "actions": self.actions, "backward": backward}
+        return conditioned_mlp_flops(*sizes, **extra), conditioned_mlp_bytes(*sizes, **extra, element=ELEMENT)
 
 
 CASES = [
@@ -157,6 +157,7 @@ CASES = [
     Case("predictor_input", 30_720, 384, images=512, rows=69_632),
     Case("e4m3_rows", 50_176, 768),  # a target in fp8: inputs of a block's first GEMMs, and the MLP's hidden
     Case("e4m3_rows", 50_176, 3072),
+    Case("rope", 50_176, 768, 64),  # a block of ViT-B; the gradients of q, k and v are three tensors
     Case("sigreg_sums", 25_088, 512, 8),  # ViT-B: half of the patches of 256 images
 ]
 
@@ -182,10 +183,9 @@ def inputs(case: Case, device: torch.device, dtype: torch.dtype, seed: int = 0) 
         images = torch.randint(0, 256, shape, generator=generator, device=device, dtype=torch.uint8)
         scale, shift = torch.randn(2, d, generator=generator, device=device).div_(64)
         given = {"images": images, "patch": case.patch, "scale": scale, "shift": shift, "dtype": dtype}
-        if n == case.patches:
-            return given
         wanted = torch.randperm(case.patches, generator=generator, device=device)[:n].sort().values
-        return given | {"patches": wanted % every, "image_of_token": wanted // every}
+        chosen = {"patches": wanted % every, "image_of_token": wanted // every}
+        return given if n == case.patches else given | chosen
     if case.operation == "stopgrad_l2":
         index = torch.randint(0, case.rows, (n,), generator=generator, device=device)
         return {"pred": draw(n, d), "target": draw(case.rows, d, leaf=False), "index": index}
@@ -197,6 +197,12 @@ def inputs(case: Case, device: torch.device, dtype: torch.dtype, seed: int = 0) 
         # SIGReg's are in fp32, whatever the others are in.
         projected = {"p": rows.requires_grad_(), "spacing": 3 / max(h, 1), "knots": h}
         return {"x": rows.detach().to(dtype)} if case.operation == "e4m3_rows" else projected
+    if case.operation == "rope":
+        angles = 6 * torch.rand(_POSITIONS, h // 2, generator=generator, device=device)
+        return {
+            "qkv": draw(n, 3, d // h, h), "table": torch.cat([angles.cos(), angles.sin()], dim=1),
+            "patches": torch.randint(-1, _POSITIONS, (n,), generator=generator, device=device),
+        }  # fmt: skip
     if case.operation == "predictor_input":
         patches = torch.randint(0, _POSITIONS, (n + case.rows,), generator=generator, device=device)
         images_of = [torch.arange(count, device=device) * case.images // count for count in (n, case.rows)]

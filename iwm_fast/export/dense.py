@@ -12,15 +12,23 @@ from torch import Tensor, nn
 
 from iwm_fast.models.attention import Attention
 from iwm_fast.models.blocks import Block, ConditionedMlp
+from iwm_fast.models.positions import rotation_table
 from iwm_fast.models.predictors import FeatureMixer, MlpPredictor, VitPredictor
 from iwm_fast.models.vit import VisionTransformer
 
 __all__ = ["WholeEncoder", "WholePredictor"]
 
 
-def _attention(module: Attention, x: Tensor) -> Tensor:
+def _attention(module: Attention, x: Tensor, rotation: Tensor | None) -> Tensor:
     q, k, v = module.qkv(x).unflatten(2, (3, module.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, L, d)
+    if rotation is not None:
+        q, k = _rotated(q, rotation), _rotated(k, rotation)
     return module.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def _rotated(x: Tensor, rotation: Tensor) -> Tensor:
+    (cos, sin), (a, b) = rotation.chunk(2, dim=1), x.chunk(2, dim=3)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=3)
 
 
 def _normed(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -34,10 +42,10 @@ def _mlp(module: ConditionedMlp, x: Tensor, action: Tensor | None) -> Tensor:
     return x + F.linear(F.gelu(hidden), module.w_out, module.b_out)
 
 
-def _blocks(blocks: nn.ModuleList, x: Tensor, action: Tensor | None = None) -> Tensor:
+def _blocks(blocks: nn.ModuleList, x: Tensor, action: Tensor | None = None, rotation: Tensor | None = None) -> Tensor:
     for block in blocks:
         if isinstance(block, Block):
-            x = x + _attention(block.attn, _normed(x, block.norm1.weight, block.norm1.bias, block.norm1.eps))
+            x = x + _attention(block.attn, _normed(x, block.norm1.weight, block.norm1.bias, block.norm1.eps), rotation)
             x = _mlp(block.mlp, x, action)
         elif isinstance(block, ConditionedMlp):
             x = _mlp(block, x, action)
@@ -52,18 +60,30 @@ def _mix(module: FeatureMixer, tokens: Tensor, action: Tensor) -> Tensor:
 class WholeEncoder(nn.Module):
     """uint8 RGB images (B, S, S, 3) to tokens (B, L, D)."""
 
+    rotation: Tensor | None
+
     def __init__(self, encoder: VisionTransformer) -> None:
         super().__init__()
         self.encoder = encoder
+        told, weight = encoder.architecture, encoder.norm.weight
+        table = None
+        if told.positions == "rope":
+            exact = torch.promote_types(weight.dtype, torch.float32)
+            table = rotation_table(told.grid, encoder.width // encoder.heads, told.rope_base, weight.device, exact)
+            table = F.pad(table.to(weight.dtype), (0, 0, told.prefix_tokens, 0))  # prefix tokens: by an angle of 0
+            table[: told.prefix_tokens, : table.shape[1] // 2] = 1.0
+        self.register_buffer("rotation", table, persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the tokens of all patches, row-major, as `VisionTransformer` without `patches`."""
         encoder = self.encoder
-        tokens = encoder.patch_embed(images).unflatten(0, (-1, encoder.patches)) + encoder.pos_embed
+        tokens = encoder.patch_embed(images).unflatten(0, (-1, encoder.patches))
+        if encoder.pos_embed is not None:
+            tokens = tokens + encoder.pos_embed
         if encoder.prefix is None:
-            return encoder.norm(_blocks(encoder.blocks, tokens))
+            return encoder.norm(_blocks(encoder.blocks, tokens, rotation=self.rotation))
         tokens = torch.cat([encoder.prefix.expand(tokens.shape[0], -1, -1), tokens], dim=1)
-        return encoder.norm(_blocks(encoder.blocks, tokens)[:, len(encoder.prefix) :])
+        return encoder.norm(_blocks(encoder.blocks, tokens, rotation=self.rotation)[:, len(encoder.prefix) :])
 
 
 class WholePredictor(nn.Module):

@@ -27,10 +27,12 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from iwm_fast.errors import UserError
+from iwm_fast.kernels import rope, rotate_qk
 from iwm_fast.kernels.permutation import take_rows
 from iwm_fast.models.attention_operators import HALVES, OPERATORS
 from iwm_fast.models.measured_attention import measured_backends, measured_choice
 from iwm_fast.models.packing import Segments
+from iwm_fast.models.positions import Rotation
 
 __all__ = [
     "BACKENDS",
@@ -181,15 +183,18 @@ def choose_backend(
     return found if found in BACKENDS and unavailable(found, device.type) is None else usual
 
 
-def packed_qkv_attention(qkv: Tensor, segments: Segments, backend: str) -> Tensor:
-    """`packed_attention` of q, k and v = qkv[:, 0], qkv[:, 1] and qkv[:, 2], of qkv (N, 3, heads, d): (N, heads, d)."""
+def packed_qkv_attention(qkv: Tensor, segments: Segments, backend: str, rotation: Rotation | None = None) -> Tensor:
+    """`packed_attention` of q, k and v = qkv[:, 0], qkv[:, 1] and qkv[:, 2], of qkv (N, 3, heads, d): (N, heads, d).
+
+    rotation: of q and k first, in place.
+    """
     if backend == "xformers" and qkv.dtype == torch.float32:  # xformers' own operator for fp32
         backend = "efficient"
     if backend == "efficient" and segments.total and torch.is_grad_enabled() and qkv.requires_grad:
         _check_segments(qkv, segments)
-        out: Tensor = _Efficient.apply(qkv, segments)
+        out: Tensor = _Efficient.apply(qkv, segments, rotation)
         return out
-    q, k, v = qkv.unbind(1)
+    q, k, v = qkv.unbind(1) if rotation is None else rope(qkv, rotation.table, rotation.patches)
     return packed_attention(q, k, v, segments, backend)
 
 
@@ -263,20 +268,22 @@ def _efficient_forward(q: Tensor, k: Tensor, v: Tensor, segments: Segments, *, f
 class _Efficient(torch.autograd.Function):
     """PyTorch's memory-efficient attention of a packed qkv, whose backward kernel writes one gradient tensor.
 
-    Autograd's own rule for that operator makes it write three.
+    Autograd's own rule for that operator makes it write three. That tensor is this node's own: it is rotated in place.
     """
 
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, segments: Segments) -> Tensor:
+    def forward(ctx: Any, qkv: Tensor, segments: Segments, rotation: Rotation | None) -> Tensor:
+        if rotation is not None:
+            rotate_qk(qkv.detach(), rotation.table, rotation.patches)
         q, k, v = qkv.unbind(1)
         out, *saved = _efficient_forward(q, k, v, segments, for_backward=True)
         ctx.save_for_backward(qkv, out, *saved[:3])
-        ctx.segments = segments
+        ctx.segments, ctx.rotation = segments, rotation
         return out[0]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         qkv, out, log_sum_exp, seed, offset = ctx.saved_tensors
         bounds, longest = ctx.segments.filled_bounds, ctx.segments.longest
         q, k, v = (part[None] for part in qkv.unbind(1))
@@ -284,7 +291,10 @@ class _Efficient(torch.autograd.Function):
             grad[None].contiguous(), q, k, v, None, out, bounds, bounds, longest, longest, log_sum_exp, 0.0, seed,
             offset, 0, False, shared_storage_dqdkdv=True,
         )  # fmt: skip
-        return _whole(dq[0], dk[0], dv[0]), None
+        whole = _whole(dq[0], dk[0], dv[0])
+        if ctx.rotation is not None:
+            rotate_qk(whole, ctx.rotation.table, ctx.rotation.patches, inverse=True)
+        return whole, None, None
 
 
 def _whole(dq: Tensor, dk: Tensor, dv: Tensor) -> Tensor:
@@ -335,10 +345,10 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, qkv: Tensor, segments: Segments) -> Tensor:
-        """Map qkv (N, 3 · D), packed, to the input of `proj` (N, D)."""
+    def forward(self, qkv: Tensor, segments: Segments, rotation: Rotation | None = None) -> Tensor:
+        """Map qkv (N, 3 · D), packed, to the input of `proj` (N, D). A rotation overwrites q and k."""
         backend = self._backend(qkv, segments)
-        return packed_qkv_attention(qkv.unflatten(1, (3, self.heads, -1)), segments, backend).flatten(1)
+        return packed_qkv_attention(qkv.unflatten(1, (3, self.heads, -1)), segments, backend, rotation).flatten(1)
 
     def wants_groups(self, segments: Segments) -> bool:
         """Return whether attention runs one call per length, so that sorting images by length first saves time."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from iwm_fast import kernels
 from iwm_fast.models.attention import Attention
 from iwm_fast.models.packing import Segments
+from iwm_fast.models.positions import Rotation
 
 __all__ = [
     "NORM_EPS",
@@ -143,10 +145,11 @@ class Block(nn.Module):
         segments: Segments,
         action: Tensor | None = None,
         kept: Kept | None = None,
+        rotation: Rotation | None = None,
     ) -> Tensor:
-        """Map x (N, D) packed and action (B, A) to (N, D), or to (Nk, D) with `kept`."""
+        """Map x (N, D) packed and action (B, A) to (N, D), or to (Nk, D) with `kept`; rotation: of the N tokens."""
         x, qkv = self.before(x)
-        mixed = self.attn(qkv, segments)
+        mixed = self.attn(qkv, segments, rotation)
         if kept is None:
             return self.after(x, mixed, segments.cu_seqlens, action)
         return self.after(x, mixed, kept.segments.cu_seqlens, kept.action, kept.rows)
@@ -174,16 +177,19 @@ def run_blocks(
     action: Tensor | None = None,
     *,
     kept: Kept | None = None,
+    rotation: Rotation | None = None,
     recompute: bool = False,
 ) -> Tensor:
     """Apply all blocks to x; with `recompute` only each block's input is saved for the backward pass.
 
-    segments: as the blocks take them, `Segments`, or cu_seqlens for `ConditionedMlp`. `kept` is for the last block,
-    which must be a `Block`.
+    segments: as the blocks take them, `Segments`, or cu_seqlens for `ConditionedMlp`. `kept` is for the last block.
+    With it or with `rotation` blocks must be `Block`s.
     """
     last = len(blocks) - 1
     for i, block in enumerate(blocks):
-        arguments = (x, segments, action) if kept is None or i < last else (x, segments, action, kept)
+        arguments: tuple[Any, ...] = (x, segments, action)
+        if rotation is not None or (kept is not None and i == last):
+            arguments = (*arguments, kept if i == last else None, rotation)
         if recompute and torch.is_grad_enabled():
             x = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
         else:

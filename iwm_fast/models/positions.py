@@ -1,11 +1,42 @@
-"""Fixed sine-cosine positions of patches on a square grid."""
+"""Fixed positions of patches on a square grid: sines and cosines that are added, and rotations of queries and keys."""
 
 from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 
-__all__ = ["sincos_positions"]
+__all__ = ["Rotation", "rotation_table", "sincos_positions"]
+
+
+@dataclass(frozen=True, eq=False)
+class Rotation:
+    """The rotation of packed tokens' queries and keys (`kernels.rope`).
+
+    table: (L, d), cosines and sines of each patch's angles. patches: int64 (N,), each token's patch; −1: a prefix
+    token, which is not rotated.
+    """
+
+    table: Tensor
+    patches: Tensor
+
+
+@cache  # cached forever: a CUDA graph reads it in place
+def rotation_table(grid: int, head: int, base: float, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return (grid · grid, head): cosines of each patch's head / 2 angles, then their sines; DINOv3's.
+
+    An angle is 2π · c / base^(4k / head), k < head / 4, of the coordinate c of the patch's centre in [−1, 1]: first of
+    its row, then of its column. No buffer of a module, which a cast to bf16 would round.
+    """
+    period = base ** (4 * torch.arange(head // 4, dtype=torch.float64, device="cpu") / head)
+    centre = 2 * (torch.arange(grid, dtype=torch.float64, device="cpu") + 0.5) / grid - 1
+    angle = 2 * math.pi * centre[:, None] / period  # (grid, head / 4)
+    row, column = angle[:, None].expand(-1, grid, -1), angle[None].expand(grid, -1, -1)
+    both = torch.cat([row, column], dim=2).reshape(grid * grid, head // 2)
+    return torch.cat([both.cos(), both.sin()], dim=1).to(dtype).to(device)
 
 
 def sincos_positions(width: int, grid: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 Learned prefix tokens (a class token, registers) may precede the patches of each image. They take part in the attention
 of all blocks and end with the last one: only patches are returned. Positions are added to the patches, fixed or
-learned; prefix tokens have none.
+learned, or rotate their queries and keys in every block; prefix tokens have none.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from iwm_fast.config.encoders import EncoderArchitecture
 from iwm_fast.kernels.permutation import invert, take_rows
 from iwm_fast.models.blocks import Block, Kept, Norm, rescale_blocks, run_blocks, wants_groups
 from iwm_fast.models.packing import Segments, interleave
-from iwm_fast.models.positions import sincos_positions
+from iwm_fast.models.positions import Rotation, rotation_table, sincos_positions
 
 __all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "PatchEmbedding", "VisionTransformer"]
 
@@ -70,10 +70,10 @@ class VisionTransformer(nn.Module):
     """Encoder of the visible patches of uint8 images; parameter names follow timm except for the blocks' MLPs.
 
     prefix: (P, D), the tokens before each image's patches, or None. pos_embed: (L, D), a parameter where positions are
-    learned, else a buffer.
+    learned, a buffer where they are fixed, None for rope.
     """
 
-    pos_embed: Tensor
+    pos_embed: Tensor | None
     prefix: nn.Parameter | None
 
     def __init__(
@@ -92,8 +92,9 @@ class VisionTransformer(nn.Module):
         self.attention = attention
         self.activation_checkpointing = activation_checkpointing
         self.patch_embed = PatchEmbedding(self.patch, shape.width)
-        positions = sincos_positions(shape.width, architecture.grid)
-        if architecture.positions == "learned":
+        rope = architecture.positions == "rope"
+        positions = None if rope else sincos_positions(shape.width, architecture.grid)
+        if positions is not None and architecture.positions == "learned":
             self.pos_embed = nn.Parameter(positions)
         else:
             self.register_buffer("pos_embed", positions, persistent=False)
@@ -144,21 +145,22 @@ class VisionTransformer(nn.Module):
         if resort:
             by_length = segments.by_length
             patches, image = patches[by_length.token_order], image[by_length.token_order]
-            x = self._encode(self.embed(images, patches, image), by_length.segments)
+            x = self._encode(self.embed(images, patches, image), by_length.segments, patches)
             return take_rows(x, by_length.token_rank, by_length.token_order)
-        return self._encode(self.embed(images, patches, image), segments)
+        return self._encode(self.embed(images, patches, image), segments, patches)
 
     def all_tokens(self, images: Tensor) -> Tensor:
         """Return all tokens of whole images (B, S, S, 3) after the last normalisation: (B, P + L, D), prefix first."""
         self._check(images, None, None)
-        x, segments = self._embed_whole(images)
-        return self._encode(x, segments).unflatten(0, (len(images), -1))
+        return self._encode(*self._embed_whole(images)).unflatten(0, (len(images), -1))
 
     def embed(self, images: Tensor, patches: Tensor | None = None, image: Tensor | None = None) -> Tensor:
         """Return tokens (N, D) with their positions, of all patches or of those that int64 (N,) patches and
         image select.
         """
         tokens = self.patch_embed(images, patches, image)
+        if self.pos_embed is None:
+            return tokens
         positions = self.pos_embed.to(tokens.dtype)
         if patches is None:
             return (tokens.view(len(images), self.patches, -1) + positions).flatten(0, 1)
@@ -167,25 +169,26 @@ class VisionTransformer(nn.Module):
             return tokens + F.embedding(patches, positions)
         return tokens + positions.index_select(0, patches)
 
-    def _embed_whole(self, images: Tensor) -> tuple[Tensor, Segments]:
-        """Return the tokens of whole images, B · (P + L) of them, and their segments."""
-        x, length = self.embed(images), self.patches
+    def _embed_whole(self, images: Tensor) -> tuple[Tensor, Segments, Tensor]:
+        """Return the tokens of whole images, B · (P + L) of them, their segments, and the patch of each or −1."""
+        x, prefix = self.embed(images), 0
         if self.prefix is not None:
-            length += len(self.prefix)
+            prefix = len(self.prefix)
             x = torch.cat([self.prefix.to(x.dtype).expand(len(images), -1, -1), x.unflatten(0, (len(images), -1))], 1)
             x = x.flatten(0, 1)
-        return x, Segments.uniform(len(images), length, images.device)
+        patches = torch.arange(-prefix, self.patches, device=images.device).clamp(min=-1).repeat(len(images))
+        return x, Segments.uniform(len(images), prefix + self.patches, images.device), patches
 
     def _encode_whole(self, images: Tensor, kept: Kept | None) -> Tensor:
-        x, segments = self._embed_whole(images)
+        x, segments, patches = self._embed_whole(images)
         if self.prefix is None:
-            return self._encode(x, segments, kept)
+            return self._encode(x, segments, patches, kept)
         prefix, every = len(self.prefix), self.patches
         if kept is None:
             seen = Segments.uniform(len(images), every, images.device)
             kept = Kept(torch.arange(seen.total, device=images.device), seen)
         rows = kept.rows + prefix * (kept.rows // every + 1)  # its image's prefix tokens, and those of earlier images
-        return self._encode(x, segments, Kept(rows, kept.segments))
+        return self._encode(x, segments, patches, Kept(rows, kept.segments))
 
     def _encode_after(self, prefix: Tensor, images: Tensor, patches: Tensor, segments: Segments) -> Tensor:
         """Encode packed patches, each image's after the prefix tokens (P, D)."""
@@ -195,12 +198,22 @@ class VisionTransformer(nn.Module):
         if not joined.is_sorted and wants_groups(self.blocks, joined):
             place, joined = joined.by_length.token_rank[place], joined.by_length.segments
         tokens = self.embed(images, patches, segments.pixels_of_token)
-        first = prefix.to(tokens.dtype).expand(len(segments.lengths), -1, -1).flatten(0, 1)
-        x = take_rows(torch.cat([first, tokens]), invert(place), place)
-        return self._encode(x, joined, Kept(place[before.total :], segments))
+        first, order = prefix.to(tokens.dtype).expand(len(segments.lengths), -1, -1).flatten(0, 1), invert(place)
+        x = take_rows(torch.cat([first, tokens]), order, place)
+        every = torch.cat([patches.new_full((before.total,), -1), patches])[order]
+        return self._encode(x, joined, every, Kept(place[before.total :], segments))
 
-    def _encode(self, x: Tensor, segments: Segments, kept: Kept | None = None) -> Tensor:
-        return self.norm(run_blocks(self.blocks, x, segments, kept=kept, recompute=self.activation_checkpointing))
+    def _encode(self, x: Tensor, segments: Segments, patches: Tensor, kept: Kept | None = None) -> Tensor:
+        """patches: int64 (N,), of each token of x, −1 for prefix tokens."""
+        rotation = None
+        if self.architecture.positions == "rope":
+            table = rotation_table(
+                self.architecture.grid, self.width // self.heads, self.architecture.rope_base, x.device,
+                torch.promote_types(x.dtype, torch.float32),
+            )  # fmt: skip
+            rotation = Rotation(table, patches)
+        x = run_blocks(self.blocks, x, segments, kept=kept, rotation=rotation, recompute=self.activation_checkpointing)
+        return self.norm(x)
 
     def _check(self, images: Tensor, patches: Tensor | None, segments: Segments | None) -> None:
         if images.dtype != torch.uint8 or tuple(images.shape[1:]) != (self.image, self.image, 3):

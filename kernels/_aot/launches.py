@@ -25,6 +25,7 @@ from iwm_fast.kernels.e4m3_rows import launch_e4m3
 from iwm_fast.kernels.ema_update import launch_average
 from iwm_fast.kernels.patchify import launch_patchify
 from iwm_fast.kernels.predictor_input import launch_assembly, launch_assembly_backward
+from iwm_fast.kernels.rope import launch_rope
 from iwm_fast.kernels.sigreg import launch_sigreg_sums, launch_sigreg_sums_backward
 from iwm_fast.kernels.stopgrad_l2 import launch_distance, launch_total
 
@@ -55,6 +56,8 @@ TOKENS = {"block 384": 100_352, "block 192": 100_352, "mixer 384": 100_352, "enc
 PATCHES = (4, 8, 14, 16)
 # Widths and hidden widths of target encoders, ViT-B to ViT-H: operands in fp8, on architectures that have it.
 E4M3_WIDTHS = (768, 1280, 3072, 5120)
+# Heads and their width of encoders with rope: ViT-S to ViT-L, and ViT-H.
+ROPE_HEADS = ((6, 64), (12, 64), (16, 80))
 # Knots of SIGReg but 0: the default's, and as many as its registers take.
 SIGREG_KNOTS = (8, 16)
 _HAS_E4M3 = 89
@@ -127,6 +130,7 @@ def _works(arch: str, dtype: torch.dtype) -> dict[str, Callable[[], None]]:
     works |= {f"patches of {patch}": partial(_launch_patches, patch, dtype) for patch in PATCHES}
     if int(arch.removeprefix("sm_")) >= _HAS_E4M3:
         works |= {f"rows of {width} in e4m3": partial(_launch_e4m3, width, dtype) for width in E4M3_WIDTHS}
+    works |= {f"{heads} heads of {width}": partial(_launch_rope, heads, width, dtype) for heads, width in ROPE_HEADS}
     works |= {f"{knots} knots": partial(_launch_sigreg, knots) for knots in SIGREG_KNOTS}
     return works | {
         "average by 4": partial(_launch_average, 64, dtype),
@@ -156,6 +160,15 @@ def _launch_sigreg(knots: int) -> None:
     for rows in (None, _empty(1, kind=torch.int64)):
         launch_sigreg_sums(p, rows, 0.375, knots)
         launch_sigreg_sums_backward(p, rows, grad_sums, 0.375, _empty(63, 512, kind=torch.float32))
+
+
+def _launch_rope(heads: int, width: int, dtype: torch.dtype) -> None:
+    qkv, table = _empty(63, 3, heads, width, kind=dtype), _empty(196, width, kind=torch.float32)
+    patches = _empty(63, kind=torch.int64)
+    for inverse in (False, True):
+        launch_rope(qkv[:, 0], qkv[:, 1], None, table, patches, qkv, inverse=inverse)
+    q, k, v = (_empty(63, heads, width, kind=dtype) for _ in range(3))
+    launch_rope(q, k, v, table, patches, qkv, inverse=True)
 
 
 def _launch_average(elements: int, dtype: torch.dtype) -> None:

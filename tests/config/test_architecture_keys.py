@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from iwm_fast.config import EncoderArchitecture, EncoderShape, ModelConfig
-from iwm_fast.config.sections.model import UNBUILT, TargetEncoderConfig
+from iwm_fast.config.sections.model import TargetEncoderConfig
 
 CONTRADICTIONS = {
     "a frozen target without weights": (
@@ -54,15 +54,6 @@ def test_keys_that_contradict_each_other(name):
 def test_rope_of_a_target_is_checked_too():
     with pytest.raises(ValidationError, match="multiple of 4; it is 6"):
         TargetEncoderConfig(encoder=EncoderShape(depth=1, width=12, heads=2), positions="rope")
-
-
-@pytest.mark.parametrize("name", UNBUILT)
-def test_a_key_that_nothing_computes_yet_is_refused(name):
-    given = {"rope_base": 50.0, "init_pixels": "half", "init": "w"}
-    rest = {"init_predictor": "w", "target_init": "w", "target_encoder": TargetEncoderConfig(encoder="vit_tiny")}
-    value = (given | rest | {"freeze_encoder": True})[name]
-    with pytest.raises(ValidationError):
-        ModelConfig(**{name: value})
 
 
 def test_the_architecture_holds_what_weights_depend_on():

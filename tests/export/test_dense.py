@@ -21,7 +21,19 @@ def test_encoder_and_predictor_in_float64(plain, kind, conditioning):
     """Every parameter differs from its initial value, so that a missing one shows; float64 rounds at 1e-16."""
     predictor = PredictorConfig(kind=kind, depth=2, width=24, heads=3, conditioning=conditioning)
     shape = EncoderShape(depth=2, width=20, heads=5)
-    config = ModelConfig(encoder=shape, image=12, patch=4, predictor=predictor)
+    _compare(plain, ModelConfig(encoder=shape, image=12, patch=4, predictor=predictor))
+
+
+@pytest.mark.parametrize("positions", ["learned", "rope"])
+@pytest.mark.parametrize("prefix", [0, 3])
+def test_encoders_of_other_architectures(plain, prefix, positions):
+    predictor = PredictorConfig(depth=1, width=8, conditioning="block")
+    shape = EncoderShape(depth=2, width=24, heads=3)
+    told = {"prefix_tokens": prefix, "positions": positions, "norm_eps": 1e-3}
+    _compare(plain, ModelConfig(encoder=shape, image=12, patch=4, predictor=predictor, **told))
+
+
+def _compare(plain, config):
     model = plain.exact_model(config, ACTIONS)
     images = torch.randint(0, 256, (3, 12, 12, 3), dtype=torch.uint8)
     action = torch.randn(3, ACTIONS, dtype=torch.float64)

@@ -18,6 +18,7 @@ from iwm_fast.kernels._tuning.tuner import use_tuner
 from iwm_fast.kernels.e4m3_rows import launch_e4m3
 from iwm_fast.kernels.patchify import launch_patchify
 from iwm_fast.kernels.predictor_input import launch_assembly, launch_assembly_backward
+from iwm_fast.kernels.rope import launch_rope
 from iwm_fast.kernels.stopgrad_l2 import launch_distance, launch_total
 
 ARCHITECTURE = "sm_90"
@@ -88,6 +89,12 @@ def codes(rows):
     )  # fmt: skip
 
 
+def rotation(rows):
+    qkv, table = empty(rows, 3, 12, 64), empty(196, 64, kind=torch.float32)
+    launch_rope(qkv[:, 0], qkv[:, 1], None, table, indices(rows), qkv, inverse=False)
+    launch_rope(*(empty(rows, 12, 64) for _ in range(3)), table, indices(rows), qkv, inverse=True)
+
+
 WORKS = {
     "MLP with an action": mlp,
     "MLP with an action of its own multiply": partial(mlp, actions=24),
@@ -98,6 +105,7 @@ WORKS = {
     "predictor's input": assembly,
     "patches": patches,
     "rows in e4m3": codes,
+    "rotation": rotation,
 }
 
 
@@ -150,7 +158,9 @@ def test_chunks_compile_the_same_for_any_number_of_rows():
         assert compiled_for(partial(chunked, rows)) == first, rows
 
 
-@pytest.mark.parametrize("name", ["MLP with an action", "normalisation", "distance", "predictor's input", "patches"])
+@pytest.mark.parametrize(
+    "name", [*("MLP with an action", "normalisation", "distance"), "predictor's input", "patches", "rotation"]
+)
 def test_what_runs_is_what_was_compiled_ahead_of_time(ahead_of_time, name):
     for kernel, variants in compiled_for(partial(WORKS[name], 1009)).items():
         assert variants <= ahead_of_time[kernel], kernel

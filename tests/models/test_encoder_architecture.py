@@ -14,8 +14,8 @@ from iwm_fast.models.blocks import Kept
 from iwm_fast.models.decay import decayed_parameters
 from iwm_fast.models.packing import pack
 
-SHAPE = EncoderShape(depth=2, width=24, heads=3)
-KINDS = [(prefix, positions) for prefix in (0, 1, 3) for positions in ("sincos", "learned")]
+SHAPE = EncoderShape(depth=2, width=24, heads=3)  # of 8: two angles a side
+KINDS = [(prefix, positions) for prefix in (0, 1, 3) for positions in ("sincos", "learned", "rope")]
 GRID = 3
 TIGHT = {"rtol": 0.0, "atol": 1e-9}
 
@@ -107,10 +107,11 @@ def test_gradients_equal_those_of_the_plain_encoder(plain, prefix, positions):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8, msg=lambda said, name=name: f"{name}: {said}")
 
 
+@pytest.mark.parametrize("positions", ["learned", "rope"])
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["saved", "recomputed"])
-def test_the_loss_of_several_sources_with_prefix_tokens(plain, checkpointing):
+def test_the_loss_of_several_sources_with_prefix_tokens(plain, checkpointing, positions):
     """K = 2 sources of one target, against the same batch with each source's target given to it."""
-    told = config(2, "learned")
+    told = config(2, positions)
     ours = plain.exact_model(told, 3, activation_checkpointing=checkpointing)
     batch = plain.draw_batch(told, 3, [4, 3, 2, 5], [2, 3, 1, 2])
     source, target, *rest = batch.arguments()

@@ -16,7 +16,7 @@ from iwm_fast.config.base import (
 from iwm_fast.config.encoders import EncoderArchitecture, EncoderName, EncoderShape, Positions, shape_of
 from iwm_fast.config.registry import TermNames, term_and_weight
 
-__all__ = ["UNBUILT", "ModelConfig", "PredictorConfig", "RegularizerConfig", "TargetEncoderConfig"]
+__all__ = ["ModelConfig", "PredictorConfig", "RegularizerConfig", "TargetEncoderConfig"]
 
 Conditioning = Literal["none", "sequence", "feature", "block", "sequence+block", "feature+block"]
 
@@ -232,20 +232,6 @@ class ModelConfig(Section):
         if self.init_pixels != "auto" and self.init is None and self.target_init is None:
             raise ValueError(f"init_pixels is {self.init_pixels} and there are no weights; set init or target_init")
         return self
-
-    @model_validator(mode="after")
-    def _built(self) -> Self:
-        fields = type(self).model_fields
-        if "rope" in (self.architecture.positions, self.target_architecture.positions):
-            raise ValueError("positions is rope, which this version cannot train yet; use sincos or learned")
-        for name in UNBUILT:
-            if getattr(self, name) != fields[name].default:
-                raise ValueError(f"{name} is {getattr(self, name)}, which this version cannot train yet; leave it out")
-        return self
-
-
-# Keys that no code reads yet.
-UNBUILT = ("rope_base",)
 
 
 def _require_rotation(positions: Positions, shape: EncoderShape) -> None:
