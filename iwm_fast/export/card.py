@@ -46,6 +46,7 @@ def write_card(trained: Trained, folder: Path, form: str) -> None:
             evaluated=trained.evaluated,
             configuration=_configuration(trained),
             actions=trained.space.names,
+            external=trained.config.actions.is_external,
             data=_data(trained),
             results=_results(trained),
             image=trained.config.model.image,

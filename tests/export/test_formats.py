@@ -17,6 +17,7 @@ from reference_libraries import HERE, require_libraries, run_program
 from safetensors.torch import load_file
 from small_run import small_config
 
+import iwm_fast
 from iwm_fast.cli.main import main
 from iwm_fast.engine import pretrain
 from iwm_fast.engine.checkpoint.load import load_export
@@ -313,3 +314,47 @@ def test_initial_weights_are_in_config_json_and_card_without_paths(run, tmp_path
     with pytest.raises(UserError, match=r"initial_weights.json: cannot be read \(not JSON\); restore it"):
         export_run(other, tmp_path / "b")
     assert not (tmp_path / "b").exists()
+
+
+def test_of_several_formats_the_root_names_the_folder_that_iwm_fast_reads(run, tmp_path, capsys):
+    folder = export_run(run, tmp_path / "all", formats=["iwm", "transformers", "iwm"])
+    assert sorted(path.name for path in folder.iterdir()) == ["iwm", "transformers"]
+    assert iwm_fast.load(folder / "iwm").step == 2
+    for place, line in {
+        folder: f"{folder}: an export in several formats, each in its folder; name {folder / 'iwm'}",
+        folder / "transformers": "an export in the format transformers; export the run with --format iwm",
+    }.items():
+        with pytest.raises(UserError, match=re.escape(line)):
+            iwm_fast.load(place)
+
+
+def test_the_command_prints_every_file(run, tmp_path, capsys):
+    assert main(["export", str(run), "--out", str(tmp_path / "a"), "--format", "timm", "--format", "transformers"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed == sorted(str(path) for path in (tmp_path / "a").rglob("*") if path.is_file())
+    assert str(tmp_path / "a" / "transformers" / "predictor" / "modeling_iwm_predictor.py") in printed
+
+
+@pytest.mark.slow
+def test_the_format_onnx_is_read_as_its_card_says_and_documents_names_and_opset(run, tmp_path, monkeypatch):
+    onnx = pytest.importorskip("onnx", reason="onnx is not installed (extra onnx)")
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed (extra onnx)")
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed (extra onnx)")
+    one = trained(run, "registers")
+    folder = export_trained(one, tmp_path / "a", ["onnx"])
+    pixels = torch.randint(0, 256, (SIDE, SIDE, 3), dtype=torch.uint8)
+    Image.fromarray(pixels.numpy()).save(folder / "cat.jpg", format="png")
+    monkeypatch.chdir(folder)
+    names: dict = {}
+    exec(re.findall(r"(?ms)^```python\n(.*?)^```", (folder / "README.md").read_text(encoding="utf-8"))[0], names)
+    with torch.no_grad():
+        close(torch.from_numpy(names["tokens"]), one.model.encode(pixels[None], "target"))
+        seen = one.model.encode(pixels[None])
+        close(torch.from_numpy(names["predicted"]), one.model.predict(seen, torch.zeros(1, one.space.dim)))
+    about = json.loads((folder / "config.json").read_text())
+    assert about["schema"] == "iwm-fast-graphs/1"
+    for part, signature in about["onnx"]["signatures"].items():
+        graph = onnx.load(folder / about["onnx"][part])
+        assert [one.version for one in graph.opset_import if not one.domain] == [about["onnx"]["opset"]] == [20]
+        assert [one.name for one in graph.graph.input] == list(signature["inputs"])
+        assert [one.name for one in graph.graph.output] == list(signature["outputs"])

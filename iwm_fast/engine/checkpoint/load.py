@@ -73,6 +73,8 @@ def find_checkpoint(run: Path, which: str = "latest") -> Path:
     if not (found.run / "config.yaml").exists():
         if (run / EXPORT_FILE).exists():
             raise UserError(f"{run}: an export, which iwm_fast.load reads; name the run that it was exported from")
+        if (run / "iwm" / EXPORT_FILE).exists():
+            raise UserError(f"{run}: an export in several formats, each in its folder; name {run / 'iwm'}")
         if is_finetuned(run):
             raise UserError(f"{run}: a finetuned result, which iwm_fast.load reads; name the run that it was made from")
         raise UserError(f"{run}: not a run (no config.yaml); name a folder that iwm-fast pretrain wrote")
