@@ -38,6 +38,9 @@ ARCHITECTURES = {
         "ViTModel",
     ),
     "registers": ({"prefix_tokens": 4, "positions": "learned"}, "Dinov2WithRegistersModel"),
+    "rope": ({"positions": "rope", "prefix_tokens": 1, "norm_eps": 1e-5}, "DINOv3ViTModel"),
+    "rope-registers": ({"positions": "rope", "prefix_tokens": 5, "rope_base": 50.0}, "DINOv3ViTModel"),
+    "rope-alone": ({"positions": "rope", "norm_eps": 1e-5}, None),
     "mlp-predictor": ({"predictor": {"kind": "mlp", "conditioning": "block"}}, "IJepaModel"),
     "action-tokens": ({"predictor": {"conditioning": "sequence+block"}}, "IJepaModel"),
     "shared": ({"target": "shared", "prefix_tokens": 1}, "Dinov2Model"),
@@ -53,11 +56,13 @@ ARCHITECTURES = {
     ),
 }  # fmt: skip
 # In the quick suite, where test_weights opens an export with timm; each of the others loads for seconds.
+TRACED = ("plain", "registers", "rope-registers", "frozen")
 QUICK = {("plain", "transformers"), ("registers", "transformers")}
 CASES = [
     pytest.param(name, form, marks=() if (name, form) in QUICK else pytest.mark.slow)
     for name in ARCHITECTURES
-    for form in ("timm", "transformers", *(["pt2"] if name in ("plain", "registers", "frozen") else []))
+    for form in ("timm", "transformers", *(["pt2"] if name in TRACED else []))
+    if (name, form) != ("rope-alone", "transformers")
 ]
 
 
@@ -242,6 +247,22 @@ def test_without_results_a_card_says_how_to_measure_and_takes_an_evaluation_json
         text = (export_run(other, tmp_path / f"at{step}") / "README.md").read_text(encoding="utf-8")
         assert ("| MRR | 0.432 |" in text) == shown
         assert ("On `test`, step 2:" in text) == shown
+
+
+LACKING = {
+    "rope-alone": "none of its classes has rope without a class token",
+    "registers-odd-mlp": "none of its classes has registers and an MLP of 2.3 times the width, no whole number",
+}
+
+
+@pytest.mark.parametrize("name", LACKING)
+def test_what_transformers_has_no_class_for_is_one_line(run, tmp_path, monkeypatch, name):
+    odd = {"encoder": {"depth": 2, "width": 32, "heads": 2, "mlp_ratio": 2.3}, "prefix_tokens": 2}
+    monkeypatch.setitem(ARCHITECTURES, "registers-odd-mlp", (odd, None))
+    line = f"--format transformers: {LACKING[name]}; give one or more of iwm, timm, pt2, onnx"
+    with pytest.raises(UserError, match=f"^{re.escape(line)}$"):
+        export_trained(trained(run, name), tmp_path / "a", ["transformers"])
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_architecture_that_a_format_lacks_is_one_line_that_names_those_that_fit(run, tmp_path, monkeypatch):
