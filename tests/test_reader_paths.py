@@ -15,7 +15,7 @@ QUESTIONS = [
     ("docs/guides/augmentations.md", "## What there is", "actions.strength"),
     ("docs/extend/data_source.md", "# Data source", "@register_source("),
     ("docs/extend/encoder.md", "# Encoder", "register_encoder("),
-    ("docs/guides/export.md", "## Start from existing weights", "are not supported yet"),
+    ("docs/guides/export.md", "## Start from existing weights", "model.init"),
     ("docs/guides/export.md", "## timm", "timm.create_model("),
     ("docs/guides/export.md", "## Plain PyTorch", "load_file("),
     ("docs/guides/evaluate.md", "## Compare runs", "iwm-fast compare runs/a runs/b"),

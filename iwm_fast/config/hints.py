@@ -125,8 +125,9 @@ model.attention |
     checkpoint_dir ckpt_dir exp_dir results_dir exp exp_name experiment experiment_name run_name workdir
 --resume --checkpoint |
     ckpt ckpt_path checkpoint_path resume_from resume_from_checkpoint resume_path resume_checkpoint load_from
-    load load_checkpoint restore restore_from pretrained weights init_from continue checkpoint resume
-    auto_resume
+    load load_checkpoint restore restore_from continue checkpoint resume auto_resume
+model.init | a file or folder of weights that a new run starts from; --resume continues a run
+    pretrained pretrained_weights pretrained_path weights init_from init_weights finetune_from backbone_weights
 --json |
     json_out json_file output_json out_json save_json
 log.every_steps |

@@ -176,8 +176,8 @@ def _misfits(found: Converted, wanted: EncoderArchitecture) -> Iterator[str]:
     if found.heads_known and own.shape.heads != shape.heads:
         yield f"its attention has {own.shape.heads} heads, and the configuration's {shape.heads}"
     if own.prefix_tokens != wanted.prefix_tokens:
-        name = f"{_tensor(found, 'prefix')} and the like: " if own.prefix_tokens else ""
-        yield f"{name}it has {own.prefix_tokens} prefix tokens, and the configuration {wanted.prefix_tokens}"
+        name = f"{_tensor(found, 'prefix')}: " if own.prefix_tokens else ""
+        yield f"{name}{own.prefix_tokens} prefix tokens there and {wanted.prefix_tokens} in the configuration"
     if not _positions_fit(found, wanted):
         yield _positions_misfit(found, wanted)
     if own.norm_eps != wanted.norm_eps:

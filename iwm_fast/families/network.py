@@ -91,7 +91,7 @@ def assemble(source: Source, parts: Parts) -> Converted:
     prefix = sum(read[name].numel() // blocks.width for name in parts.tokens)
     if prefix:
         made["prefix"] = partial(_prefix, read, parts, blocks.width)
-        names["prefix"] = parts.tokens[0]
+        names["prefix"] = ", ".join(parts.tokens)
     patch, image, fixed = weight.shape[-1], parts.image, False
     positions: Positions = "rope"
     if parts.positions is not None:

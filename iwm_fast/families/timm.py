@@ -47,11 +47,7 @@ def matches(names: Mapping[str, Any]) -> bool:
 
 def matches_dinov3(names: Mapping[str, Any]) -> bool:
     """Return whether these are timm's names of DINOv3."""
-    return (
-        "blocks.0.gamma_1" in names
-        and {"cls_token", "patch_embed.proj.weight"} <= names.keys()
-        and ("pos_embed" not in names)
-    )
+    return {"blocks.0.gamma_1", "patch_embed.proj.weight"} <= names.keys() and "pos_embed" not in names
 
 
 def to_ours(source: Source) -> Converted:
@@ -64,8 +60,8 @@ def to_ours(source: Source) -> Converted:
         source,
         Parts(
             family="timm's VisionTransformer", blocks=BLOCKS, patch="patch_embed.proj", norm="norm", tokens=tokens,
-            positions="pos_embed", embedded=_embedded(source, prefix), eps=1e-6, heads=_heads(source, arguments),
-            rule="antialiased bicubic", patch_rule="pseudo-inverse",
+            positions="pos_embed", embedded=_embedded(source, prefix), eps=_eps(source, 1e-6),
+            heads=_heads(source, arguments), rule="antialiased bicubic", patch_rule="pseudo-inverse",
         ),
     )  # fmt: skip
 
@@ -81,7 +77,7 @@ def to_ours_dinov3(source: Source) -> Converted:
         source,
         Parts(
             family="timm's DINOv3", blocks=EVA_BLOCKS, patch="patch_embed.proj", norm="norm", tokens=tokens,
-            positions=None, embedded=0, eps=1e-5, heads=_heads(source, arguments), rule="none",
+            positions=None, embedded=0, eps=_eps(source, 1e-5), heads=_heads(source, arguments), rule="none",
             patch_rule="pseudo-inverse", rope_base=float(arguments.get("rope_temperature", 100.0)),
             image=_image(source, arguments),
         ),
@@ -98,6 +94,12 @@ def _arguments(source: Source) -> Mapping[str, Any]:
     if found.get("act_layer") not in (None, "gelu"):
         raise refuse(source, f"its activation is {found['act_layer']}; this encoder's is the exact gelu")
     return found
+
+
+def _eps(source: Source, usual: float) -> float:
+    """Timm's own, or what our export says: arguments of timm cannot hold it."""
+    own = source.config.get("iwm_fast")
+    return float(own.get("norm_eps", usual)) if isinstance(own, Mapping) else usual
 
 
 def _heads(source: Source, arguments: Mapping[str, Any]) -> int | None:

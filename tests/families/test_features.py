@@ -4,73 +4,18 @@ The references are timm and transformers, in a process of their own (tests/refer
 authors' names are compared with timm, which loads them too.
 """
 
-import json
-import math
-from dataclasses import replace
-
 import pytest
 import torch
+from reference_features import BUILT, FAMILIES, FULL, HEADS, TOLERANCE, require_equal, weights_of
 from reference_libraries import build_references
-from safetensors.torch import load_file
 
-from iwm_fast.families import fit_encoder, read_weights, recognise
-from iwm_fast.models.vit import VisionTransformer
-
-# Of the largest feature, fp32: two blocks in another order of sums measure 4e-7, twelve 2e-6.
-TOLERANCE = 1e-5
-FAMILIES = {
-    "timm_vit": "timm's VisionTransformer",
-    "timm_dinov2": "timm's VisionTransformer",
-    "timm_reg4_dinov2": "timm's VisionTransformer",
-    "timm_dinov3": "timm's DINOv3",
-    "timm_dinov3_qkvb": "timm's DINOv3",
-    "hf_ijepa": "transformers' IJepaModel",
-    "hf_dinov2": "transformers' Dinov2Model",
-    "hf_dinov2_with_registers": "transformers' Dinov2WithRegistersModel",
-    "hf_dinov3": "transformers' DINOv3ViTModel",
-    "hf_vit": "transformers' ViTModel",
-    "hf_vit_mae": "transformers' ViTMAEModel",
-    "own_dinov2": "DINOv2",
-    "own_dinov2_reg": "DINOv2 with registers",
-    "own_dinov3": "DINOv3",
-    "own_ijepa": "I-JEPA",
-    "own_mae": "MAE",
-}
-FULL = ("full_timm_vit", "full_timm_dinov2", "full_timm_reg4_dinov2", "full_timm_dinov3")
-HEADS = 2  # of the small references; files under their authors' names do not say
+from iwm_fast.config import PredictorConfig
+from iwm_fast.families import predictor_of, read_weights, recognise
+from iwm_fast.models.packing import Segments
+from iwm_fast.models.predictors import VitPredictor
 
 
-def weights_of(folder):
-    """The path that a user gives."""
-    file = folder / "weights" / "weights.pth"
-    return file if file.exists() else folder / "weights"
-
-
-def require_equal(folder):
-    """Compare all settings of a reference; return them."""
-    features = load_file(folder / "features.safetensors")
-    place = weights_of(folder)
-    found = recognise(read_weights(place))
-    shape = found.architecture.shape
-    own = found.architecture
-    if not found.heads_known:
-        own = replace(own, shape=shape.model_copy(update={"heads": HEADS}))
-    assert own.prefix_tokens == json.loads((folder / "about.json").read_text())["prefix_tokens"]
-    settings = sorted({name.split(".")[0] for name in features})
-    for setting in settings:
-        images, want = features[f"{setting}.images"], features[f"{setting}.features"]
-        side, patches = images.shape[1], want.shape[1] - own.prefix_tokens
-        wanted = replace(own, image=side, patch=side // math.isqrt(patches))
-        encoder = VisionTransformer(wanted).eval()
-        encoder.load_state_dict(fit_encoder(str(place), found, wanted).encoder)
-        with torch.no_grad():
-            got = encoder.all_tokens(images)
-        assert got.shape == want.shape
-        assert (got - want).abs().max() <= TOLERANCE * want.abs().max(), setting
-    return settings
-
-
-@pytest.mark.parametrize("name", [name for name in FAMILIES if "dinov3" not in name])
+@pytest.mark.parametrize("name", BUILT)
 def test_features_equal_the_family_s_own_at_its_size_and_others(references, name):
     assert recognise(read_weights(weights_of(references / name))).family == FAMILIES[name]
     settings = require_equal(references / name)
@@ -105,3 +50,27 @@ def test_names_of_transformers_5_are_read_as_those_of_its_files(references):
     plain = recognise(given)
     assert found.encoder.keys() == plain.encoder.keys()
     assert all(torch.equal(found.encoder[name], plain.encoder[name]) for name in plain.encoder)
+
+
+def test_i_jepa_s_predictor_predicts_as_its_formula(references, plain):
+    """A second implementation in float64, without actions; its state has the file's own names."""
+    place = weights_of(references / "own_ijepa")
+    found = predictor_of(read_weights(place))
+    assert found is not None
+    weights = found[0]
+    about = (weights.width, weights.depth, weights.hidden, weights.encoder_width, weights.heads)
+    assert about == (32, 2, 128, 32, None)
+    config = PredictorConfig(depth=2, width=32, heads=HEADS, conditioning="none")
+    ours = VitPredictor(config, 32, 4, 3).eval()
+    ours.load_state_dict(dict(weights.tensors))
+    released = torch.load(place, weights_only=True)["predictor"]
+    state = {
+        name.removeprefix("module.").removeprefix("predictor_"): value.double() for name, value in released.items()
+    }
+    state["mask_token"] = state["mask_token"].flatten()
+    z, context, predicted = torch.randn(9, 32), list(range(9)), [9, 12, 15]
+    want = plain.predictor(state, z.double(), context, predicted, torch.zeros(3).double(), HEADS, 4)
+    lengths = [Segments.from_lengths([len(part)]) for part in (context, predicted)]
+    with torch.no_grad():
+        got = ours(z, torch.tensor(context), lengths[0], torch.tensor(predicted), lengths[1], torch.zeros(1, 3))
+    assert (got - want).abs().max() <= TOLERANCE * want.abs().max()

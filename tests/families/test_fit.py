@@ -35,7 +35,7 @@ MISFITS = {
     ),
     "prefix tokens": (
         {"prefix_tokens": 0},
-        r"w: cls_token and the like: it has 1 prefix tokens, and the configuration 0: set model\.prefix_tokens=1$",
+        r"w: cls_token: 1 prefix tokens there and 0 in the configuration: set model\.prefix_tokens=1$",
     ),
     "positions": (
         {"positions": "sincos", "prefix_tokens": 0},
