@@ -1,7 +1,7 @@
 """I-JEPA's released files: ``encoder``, ``target_encoder`` and ``predictor``, under its own names.
 
 Encoders have timm's names without a class token, and fixed positions: for another grid its own code makes the table
-anew. The predictor's blocks are ``predictor_blocks.N``; it has as many heads as the encoder.
+anew. The predictor's blocks are ``predictor_blocks``; it has as many heads as the encoder.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from functools import partial
 from torch import Tensor
 
 from iwm_fast.errors import UserError
-from iwm_fast.families import dinov2, dinov3, ijepa, mae, timm, transformers
+from iwm_fast.families import dinov2, dinov3, ijepa, mae, timm_models, transformers_models
 from iwm_fast.families.converted import Converted, LazyTensors, PredictorWeights, Source
 from iwm_fast.families.files import Contents
 
@@ -118,14 +118,14 @@ def _below(contents: Contents, prefix: str) -> Source:
 def _convert(source: Source, *, released: bool) -> Converted:
     """Convert a network by its family's module. released: the file has an encoder and a target encoder, as I-JEPA's."""
     read = source.tensors
-    if transformers.matches(read):
-        return transformers.to_ours(source)
+    if transformers_models.matches(read):
+        return transformers_models.to_ours(source)
     if dinov3.matches(read):
         return dinov3.to_ours(source)
     if dinov2.matches(read):
         return dinov2.to_ours(source)
-    if timm.matches_dinov3(read):
-        return timm.to_ours_dinov3(source)
+    if timm_models.matches_dinov3(read):
+        return timm_models.to_ours_dinov3(source)
     if "architecture" not in source.config:
         if mae.matches(read):
             return mae.to_ours(source)
@@ -133,6 +133,6 @@ def _convert(source: Source, *, released: bool) -> Converted:
             found = ijepa.to_ours(source)
             if released or found.fixed_positions:
                 return found
-    if timm.matches(read):
-        return timm.to_ours(source)
+    if timm_models.matches(read):
+        return timm_models.to_ours(source)
     raise UserError(f"{source.place}: {_has(read)}, no family known here; known are {KNOWN}")
