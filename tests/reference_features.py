@@ -32,7 +32,6 @@ FAMILIES = {
     "own_ijepa": "I-JEPA",
     "own_mae": "MAE",
 }
-BUILT = [name for name in FAMILIES if "dinov3" not in name]
 FULL = ("full_timm_vit", "full_timm_dinov2", "full_timm_reg4_dinov2", "full_timm_dinov3")
 HEADS = 2  # of the small references; files under their authors' names do not say
 

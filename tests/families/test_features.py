@@ -6,7 +6,7 @@ authors' names are compared with timm, which loads them too.
 
 import pytest
 import torch
-from reference_features import BUILT, FAMILIES, FULL, HEADS, TOLERANCE, require_equal, weights_of
+from reference_features import FAMILIES, FULL, HEADS, TOLERANCE, require_equal, weights_of
 from reference_libraries import build_references
 
 from iwm_fast.config import PredictorConfig
@@ -15,7 +15,7 @@ from iwm_fast.models.packing import Segments
 from iwm_fast.models.predictors import VitPredictor
 
 
-@pytest.mark.parametrize("name", BUILT)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_features_equal_the_family_s_own_at_its_size_and_others(references, name):
     assert recognise(read_weights(weights_of(references / name))).family == FAMILIES[name]
     settings = require_equal(references / name)

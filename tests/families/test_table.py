@@ -10,7 +10,7 @@ import math
 import pytest
 import torch
 from PIL import Image
-from reference_features import BUILT, FAMILIES, HEADS, TOLERANCE, require_equal, weights_of
+from reference_features import FAMILIES, HEADS, TOLERANCE, require_equal, weights_of
 from reference_libraries import HERE, run_program
 from safetensors.torch import load_file
 from small_run import losses, small_config, state
@@ -42,7 +42,7 @@ def table(references, tiny_images, tmp_path_factory):
     """The rows by family, and the pixels of the one image that all exports see."""
     root = tmp_path_factory.mktemp("table")
     pixels = torch.randint(0, 256, (32, 32, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    rows = {name: dict.fromkeys(COLUMNS, False) for name in BUILT}
+    rows = {name: dict.fromkeys(COLUMNS, False) for name in FAMILIES}
     folders = []
     for name, row in rows.items():
         row["loads"] = recognise(read_weights(weights_of(references / name))).family == FAMILIES[name]
@@ -77,7 +77,7 @@ def test_every_family_loads_trains_exports_and_opens_again_with_equal_features(t
     assert [(name, column) for name, row in rows.items() for column in COLUMNS if not row[column]] == []
 
 
-@pytest.mark.parametrize("name", BUILT)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_training_moved_the_weights_and_recorded_where_they_came_from(table, references, name):
     _, root, _ = table
     record = json.loads((root / name / "initial_weights.json").read_text())["init"]
@@ -93,7 +93,7 @@ def test_training_moved_the_weights_and_recorded_where_they_came_from(table, ref
 
 
 @pytest.mark.parametrize("form", FORMATS)
-@pytest.mark.parametrize("name", BUILT)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_an_export_starts_another_run_with_its_exact_encoder(table, name, form):
     """There and back: our export in the library's format, read by its family's module."""
     _, root, _ = table
