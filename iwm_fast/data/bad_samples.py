@@ -27,7 +27,7 @@ class BadSamples:
         self.total, self.max_fraction = total, max_fraction
         self._path = run_dir / FILE_NAME if run_dir is not None else None
         self._own: dict[str, str] = {}
-        self._others: dict[str, str] = {}
+        self._all: dict[str, str] = {}  # of this rank and of the others
         self._offset = 0
         self._earlier = set(self._new_lines())  # of earlier launches: neither written nor counted again
         if self._path is not None and self._path.exists() and self._path.stat().st_size > self._offset:
@@ -48,8 +48,10 @@ class BadSamples:
         if name in self._own:
             return
         self._own[name] = reason
-        self._others.update(self._new_lines())
-        if self._path is None or name in self._earlier or name in self._others:
+        self._all.update(self._new_lines())
+        known = name in self._all or name in self._earlier
+        self._all[name] = reason
+        if self._path is None or known:
             return
         line = json.dumps({"file": name, "reason": reason, "epoch": epoch, "sample_id": sample_id}) + "\n"
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -62,13 +64,12 @@ class BadSamples:
 
     def check(self) -> None:
         """Raise UserError where more than the allowed share of the files is bad."""
-        bad = self._others | self._own
-        if len(self._tried) >= min(_AT_LEAST, self.total) and len(bad) > self.max_fraction * self.total:
-            raise UserError(self._message(bad))
+        if len(self._tried) >= min(_AT_LEAST, self.total) and len(self._all) > self.max_fraction * self.total:
+            raise UserError(self._message(self._all))
 
     def all_bad(self) -> UserError:
         """Return the error for a set without a single decodable file."""
-        return UserError(self._message(self._others | self._own))
+        return UserError(self._message(self._all))
 
     def _message(self, bad: dict[str, str]) -> str:
         first = "; ".join(f"{name} ({reason})" for name, reason in list(bad.items())[:_NAMED])

@@ -13,13 +13,11 @@ from typing import Any
 from iwm_fast.data.decode.encoded import BadSample
 from iwm_fast.data.image_list import ImageSet
 from iwm_fast.data.sources.folder import FolderSource
+from iwm_fast.data.sources.list_digest import ListDigest
 from iwm_fast.data.triplets import Triplets
 
 __all__ = ["Identity", "difference", "identity_of", "names_digest", "read_identity"]
 
-# Parts of the list with their own checksums, which locate a difference.
-_PARTS = 256
-_SUM_DIGITS = 8
 _SCHEMA = 1
 
 
@@ -45,33 +43,25 @@ class Identity:
 
 def identity_of(files: ImageSet | Triplets) -> Identity:
     """Return the list's identity. Sizes come from the list, else from the file system or the object store; no image is
-    read. Raises UserError where the place is gone.
+    read. A manifest's was computed when it was indexed. Raises UserError where the place is gone.
     """
     images = files.frames if isinstance(files, Triplets) else files
-    names = [name.encode("utf-8", "surrogateescape") for name in _names(images)]
-    sizes = _sizes(images)
-    part = max(1, -(-len(names) // _PARTS))
-    digest = hashlib.sha256()
-    sums: dict[str, list[str]] = {"names": [], "sizes": []}
-    for first in range(0, len(names), part):
-        for kind, lines in (
-            ("names", names[first : first + part]),
-            ("sizes", [b"%d" % size for size in sizes[first : first + part]]),
-        ):
-            text = b"\0".join(lines)
-            digest.update(text + b"\n")
-            sums[kind].append(hashlib.sha256(text).hexdigest()[:_SUM_DIGITS])
-    if isinstance(files, Triplets):
-        for column in (files.source, files.target, files.values, files.episode, files.step):
-            digest.update(b"-" if column is None else column.tobytes())
-    return Identity(
-        len(files), sum(max(0, size) for size in sizes), digest.hexdigest(), part,
-        tuple(sums["names"]), tuple(sums["sizes"]),
-    )  # fmt: skip
+    found = images.sums if isinstance(files, ImageSet) else None
+    if found is None:
+        digest = ListDigest(len(images))
+        digest.add([name.encode("utf-8", "surrogateescape") for name in _names(images)], _sizes(images))
+        if isinstance(files, Triplets):
+            for column in (files.source, files.target, files.values, files.episode, files.step):
+                digest.update(b"-" if column is None else column.tobytes())
+        found = digest.sums()
+    return Identity(len(files), found.bytes, found.digest, found.part, found.names, found.sizes)
 
 
 def names_digest(files: ImageSet | Triplets) -> tuple[int, str]:
     """Return (number of samples, SHA-256 of their names below the root), for ranks to compare, without sizes."""
+    known = files.sums if isinstance(files, ImageSet) else None
+    if known is not None:
+        return len(files), known.names_digest
     digest = hashlib.sha256()
     for name in _names(files.frames if isinstance(files, Triplets) else files):
         digest.update(name.encode("utf-8", "surrogateescape") + b"\0")

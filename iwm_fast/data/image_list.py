@@ -12,10 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from iwm_fast.data.decode.encoded import BadSample
-from iwm_fast.data.decode.verdicts import VERDICT, Verdicts
+from iwm_fast.data.decode.verdicts import Verdict
 from iwm_fast.data.randomness import uniforms
 from iwm_fast.data.sources import PATIENCE, Labels, Patience, Source, Storage, open_source
 from iwm_fast.data.sources.left_out import some
+from iwm_fast.data.sources.list_digest import ListSums
 from iwm_fast.data.split_layout import Layout, find_layout, refuse_masks, refuse_split_classes, splits_of_shards
 from iwm_fast.errors import UserError
 from iwm_fast.notices import tell_once
@@ -25,6 +26,7 @@ __all__ = ["ImageSet", "divide", "list_images", "split", "test_rows"]
 # The random stream of the split of a set without its own; the number is part of every result on such a split.
 _SPLIT_STREAM = 0x5711
 _TEST_SHARE = 0.2
+_CHUNK = 32768  # random numbers at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,17 +57,23 @@ class ImageSet:
         """Return a sample's encoded bytes; BadSample where it is unreadable, UserError where all data are gone."""
         return self.source.read(self.row(sample))
 
-    def verdicts(self, max_pixels: int) -> Verdicts:
-        """Return the source's verdicts on all samples (`verdicts.VERDICT`, UNKNOWN where it has none), writable.
+    def verdict(self, sample: int, max_pixels: int) -> Verdict | None:
+        """Return the source's verdict on a sample; None where it has none.
 
-        max_pixels: UNKNOWN for larger images, which may have passed another limit.
+        max_pixels: None for a larger image, which may have passed another limit.
         """
-        found = np.zeros(len(self), VERDICT)
-        known = self.source.verdicts
-        if known is not None:
-            found[:] = known if self.rows is None else known[self.rows]
-            found[found["width"].astype(np.int64) * found["height"] > max_pixels] = 0
-        return found
+        found = self.source.verdict(self.row(sample))
+        return None if found is None or found[2] * found[3] > max_pixels else found
+
+    @property
+    def unchecked(self) -> int:
+        """Return the number of samples without a verdict of the source's; of a subset at most so many."""
+        return min(len(self), self.source.unchecked)
+
+    @property
+    def sums(self) -> ListSums | None:
+        """Return the sums of all names and sizes, where the source knows them; None of a subset."""
+        return self.source.sums if self.rows is None else None
 
     def source_rows(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the samples' rows in the source."""
@@ -95,9 +103,10 @@ class ImageSet:
         known: dict[str, str] = {}
         for sample in range(len(self)):
             piece, offset = self.source.extent(self.row(sample))
-            if piece not in known:
-                known[piece] = _stamp(self.source.storage, piece)
-            yield f"{self.name(sample)} {offset} {known[piece]}\n"
+            stamp = known.get(piece) or _stamp(self.source.storage, piece)
+            if offset is not None:  # else each has its own file
+                known[piece] = stamp
+            yield f"{self.name(sample)} {offset} {stamp}\n"
 
     @property
     def labels(self) -> NDArray[np.int64] | None:
@@ -209,7 +218,10 @@ def test_rows(count: int) -> NDArray[np.bool_]:
     """Return which of `count` samples are the test set of a folder without train/ and test/: a fifth, at least one;
     bool (count,).
     """
-    draw = uniforms(0, 0, np.arange(count), _SPLIT_STREAM, 1)[:, 0]
+    draw = np.empty(count)
+    for first in range(0, count, _CHUNK):
+        ids = np.arange(first, min(first + _CHUNK, count))
+        draw[ids] = uniforms(0, 0, ids, _SPLIT_STREAM, 1)[:, 0]
     rows = np.zeros(count, bool)
     rows[np.argsort(draw, kind="stable")[: max(1, round(_TEST_SHARE * count))]] = True
     return rows

@@ -19,6 +19,7 @@ from iwm_fast.data.checkers import Checkers
 from iwm_fast.data.decode.encoded import BadSample, Encoded, inspect, reencode
 from iwm_fast.data.decode.verdicts import PILLOW, PLAIN, UNKNOWN, verdict_of, verdict_on
 from iwm_fast.data.image_list import ImageSet
+from iwm_fast.data.known_verdicts import KnownVerdicts
 from iwm_fast.data.randomness import REPLACEMENT, uniforms
 from iwm_fast.data.sources.outage import read_present
 
@@ -55,7 +56,7 @@ class FileStore:
     ) -> None:
         self.images, self.max_pixels, self.wait_s = images, max_pixels, wait_s
         self._closed = threading.Event()
-        self._known = images.verdicts(max_pixels)
+        self._known = KnownVerdicts(images, max_pixels)
         self._reasons: dict[int, str] = {}
         self._kept: dict[int, Encoded] = {}
         self._kept_bytes, self._keeps = 0, keep
@@ -63,8 +64,7 @@ class FileStore:
         self._readers = ThreadPoolExecutor(readers, thread_name_prefix="iwm-fast read") if readers > 1 else None
         self._coming: dict[int, Future[bytes]] = {}
         local = images.source.storage.readers == 1
-        unchecked = int(np.count_nonzero(self._known["state"] == UNKNOWN)) if checkers and local else 0
-        worth = unchecked >= max(1, _WORTH_CHECKERS)
+        worth = bool(checkers) and local and images.unchecked >= max(1, _WORTH_CHECKERS)
         self._checkers = Checkers(images.source, max_pixels, checkers) if worth else None
 
     @property
@@ -75,16 +75,16 @@ class FileStore:
     def expect(self, files: NDArray[np.int64]) -> None:
         """Check those of the files that have no verdict: `ask` and `get` will be called for them later."""
         if self._checkers is not None:
-            self._checkers.ask(self.images.source_rows(self._unchecked(files)))
+            self._checkers.ask(self.images.source_rows(self._known.unknown(files)))
 
     def ask(self, files: list[int]) -> None:
         """Start reading files that `get` will need soon, several concurrently; wait for the checkers' verdicts."""
         if self._checkers is not None:
-            rows = self.images.source_rows(self._unchecked(np.array(files, np.int64)))
+            rows = self.images.source_rows(self._known.unknown(np.array(files, np.int64)))
             for found, verdicts in self._checkers.answers(rows):
-                samples = self.images.samples_of(found)
-                new = self._known["state"][samples] == UNKNOWN  # this thread has checked a replacement meanwhile
-                self._known[samples[new]] = verdicts[new]
+                for sample, verdict in zip(self.images.samples_of(found).tolist(), verdicts, strict=True):
+                    if self._known[sample][0] == UNKNOWN:  # else this thread has checked a replacement meanwhile
+                        self._known[sample] = verdict.item()
         if self._readers is None:
             return
         for file in files:
@@ -124,7 +124,7 @@ class FileStore:
 
     def use_pillow(self, file: int) -> None:
         """Mark that DALI rejects the file and Pillow decodes it."""
-        self._known["state"][file] = PILLOW
+        self._known.use_pillow(file)
         self._forget(file)
 
     def _forget(self, file: int) -> None:
@@ -132,14 +132,10 @@ class FileStore:
         if kept is not None:
             self._kept_bytes -= len(kept.data)
 
-    def _unchecked(self, files: NDArray[np.int64]) -> NDArray[np.int64]:
-        found: NDArray[np.int64] = files[self._known["state"][files] == UNKNOWN]
-        return found
-
     def _load(self, file: int) -> bytes:
         """The file's bytes, and a verdict where there is none yet. Runs on a reader's thread."""
         raw = self.images.read(file)
-        if self._known["state"][file] == UNKNOWN:
+        if self._known[file][0] == UNKNOWN:
             self._known[file] = verdict_on(raw, self.max_pixels)
         return raw
 
@@ -149,7 +145,7 @@ class FileStore:
 
     def _read(self, file: int) -> Encoded:
         raw = read_present(lambda: self._fetch(file), self.wait_s, self._closed)
-        state, orientation, width, height, length = self._known[file].item()
+        state, orientation, width, height, length = self._known[file]
         if state == PILLOW:
             return reencode(raw, self.max_pixels)
         if state == PLAIN and length == len(raw):

@@ -14,7 +14,7 @@ from iwm_fast.actions.space import ActionSpace
 from iwm_fast.data import samples as samples_module
 from iwm_fast.data.checkers import Checkers
 from iwm_fast.data.decode.encoded import BadSample
-from iwm_fast.data.decode.verdicts import PILLOW, PLAIN, RULES, UNKNOWN
+from iwm_fast.data.decode.verdicts import PILLOW, PLAIN, RULES
 from iwm_fast.data.image_list import list_images
 from iwm_fast.data.loader import TrainingStream
 from iwm_fast.data.samples import FileStore
@@ -127,13 +127,14 @@ def test_a_manifests_verdicts_are_those_of_looking(folder, manifest):
     images = list_images(manifest)
     store = FileStore(list_images(folder), LIMIT)
     bad = opened(store)
-    found = images.verdicts(LIMIT)
-    assert np.flatnonzero(found["state"] == UNKNOWN).tolist() == bad
+    found = [images.verdict(file, LIMIT) for file in range(FILES)]
+    assert [file for file in range(FILES) if found[file] is None] == bad
+    assert images.unchecked == len(bad)
     good = [file for file in range(FILES) if file not in bad]
     for file in good:
-        assert found[file] == store._known[file] or found["state"][file] == store._known["state"][file] == PILLOW
-    assert found["orientation"][12] == 6
-    assert {int(state) for state in found["state"]} == {UNKNOWN, PLAIN, PILLOW}
+        assert found[file] == store._known[file] or found[file][0] == store._known[file][0] == PILLOW
+    assert found[12][1] == 6
+    assert {found[file][0] for file in good} == {PLAIN, PILLOW}
 
 
 def test_no_verdict_of_a_manifest_stands_for_another_file(tmp_path, monkeypatch):
@@ -170,12 +171,12 @@ def test_a_larger_image_than_allowed_is_refused_whatever_the_manifest_says(tmp_p
 
 def test_verdicts_follow_the_rows_that_were_taken(folder, manifest):
     rows = np.array([17, 12, 3])
-    found = list_images(manifest).take(rows).verdicts(LIMIT)
-    assert found["state"].tolist() == [PILLOW, PLAIN, PLAIN]
+    taken = list_images(manifest).take(rows)
+    assert [taken.verdict(sample, LIMIT)[0] for sample in range(3)] == [PILLOW, PLAIN, PLAIN]
     store = FileStore(list_images(folder).take(rows), LIMIT, checkers=1)
     store.expect(np.arange(3))
     store.ask([0, 1, 2])
-    assert store._known["orientation"].tolist() == [1, 6, 1]
+    assert [store._known[sample][1] for sample in range(3)] == [1, 6, 1]
     store.close()
 
 

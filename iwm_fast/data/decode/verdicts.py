@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from iwm_fast.data.decode.encoded import BadSample, Encoded, as_it_is
 
-__all__ = ["PILLOW", "PLAIN", "RULES", "UNKNOWN", "VERDICT", "Verdicts", "verdict_of", "verdict_on"]
+__all__ = ["PILLOW", "PLAIN", "RULES", "UNKNOWN", "VERDICT", "Verdict", "Verdicts", "verdict_of", "verdict_on"]
 
 # The number of the rules by which files are checked (`encoded`, `structure`): one more when a verdict may be another.
 RULES = 1

@@ -8,12 +8,13 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from iwm_fast.data.decode.verdicts import Verdicts
+from iwm_fast.data.decode.verdicts import Verdict
 from iwm_fast.data.sources.left_out import LeftOut
+from iwm_fast.data.sources.list_digest import ListSums
 from iwm_fast.data.sources.split_names import split_kind
 from iwm_fast.data.sources.storage import Storage
 
-__all__ = ["UNLABELLED", "Labels", "Source", "below_common_folders", "folder_labels", "number_labels"]
+__all__ = ["UNLABELLED", "Labels", "Source", "Unindexed", "below_common_folders", "folder_labels", "number_labels"]
 
 # (labels: int64 (n,), indices into the classes, UNLABELLED for an image without, or None where none has one; the
 # classes' names)
@@ -61,15 +62,42 @@ class Source(Protocol):
         ...
 
     @property
-    def verdicts(self) -> Verdicts | None:
-        """Verdicts on all samples, where they are known without reading; `read` then returns no other bytes
-        than these.
+    def unchecked(self) -> int:
+        """Return the number of samples without a verdict."""
+        ...
+
+    def verdict(self, sample: int) -> Verdict | None:
+        """Return the verdict on a sample where it is known without reading; `read` then returns no other bytes than
+        these.
         """
+        ...
+
+    @property
+    def sums(self) -> ListSums | None:
+        """Return the sums of all names and sizes, where they are known without going over them."""
         ...
 
     def describe(self) -> str:
         """Return a few words on the source."""
         ...
+
+
+class Unindexed:
+    """What a source knows of its samples before it has read them: nothing but their number."""
+
+    sums: ListSums | None = None
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def unchecked(self) -> int:
+        """All of them."""
+        return len(self)
+
+    def verdict(self, sample: int) -> Verdict | None:  # noqa: ARG002  (a Source's)
+        """None."""
+        return None
 
 
 def folder_labels(names: list[str]) -> Labels:

@@ -20,33 +20,64 @@ __all__ = ["changes"]
 
 ADDED = "file(s) that came after their manifest: index again"
 GONE = "file(s) of the manifest that are gone: index again"
+UNCOMPARED = "folder(s) that changed after their manifest was written, too large to compare with it: index again"
 ALTERED = "file(s) that changed after their manifest was written: index again"
+
+_COMPARED = 1_000_000  # names of changed folders that are read again, 3 s
 
 _KINDS: dict[str, Callable[[str], bool]] = {"folder": is_image, "webdataset": is_shard, "tfrecord": is_records}
 
 
-def changes(storage: Storage, source: ManifestSource, manifest: str) -> LeftOut:
-    """Return what came, went or (shards) changed below the storage's root since the file `manifest` was written."""
+def changes(storage: Storage, source: ManifestSource) -> LeftOut:
+    """Return what came, went or (shards) changed below the storage's root since the manifest was written.
+
+    Of more than `LOOKED_AT` folders (or shards) so many are looked at, evenly spread; of folders that changed the first
+    that hold a million images together are compared, the others only counted.
+    """
     left_out = LeftOut()
     if not isinstance(storage, LocalStorage):
         return left_out
-    written = os.stat(manifest).st_mtime_ns  # noqa: PTH116  (as the others here)
-    files = source.pieces()
+    places = source.index.places
+    of_folder = source.kind == "folder"
     folders = {""}
-    for name in files:
-        folder = name.rpartition("/")[0]
+    for name, _, _ in places:
+        folder = name if of_folder else name.rpartition("/")[0]
         while folder not in folders:
             folders.add(folder)
             folder = folder.rpartition("/")[0]
-    newer = {folder for folder in folders if _changed(storage, folder) > written}
+    times = {folder: _changed(storage, folder) for folder in folders}
+    newer = {folder for folder, when in times.items() if when > source.written_ns and when != source.index.settled_ns}
     if newer:
-        known = {name for name in files if name.rpartition("/")[0] in newer}
-        there = {name for folder in newer for name in _listed(storage, folder, folders, _KINDS[source.kind])}
+        known, skipped = _known(source, newer) if of_folder else (_files_in(source, newer), [])
+        left_out.add(UNCOMPARED, *skipped)
+        beyond = folders if source.index.all_places else None
+        there = {name for folder in newer for name in _listed(storage, folder, beyond, _KINDS[source.kind])}
         left_out.add(ADDED, *sorted(there - known))
         left_out.add(GONE, *sorted(name for name in known - there if not os.path.lexists(storage.shown(name))))
-    if source.kind != "folder":
-        left_out.add(ALTERED, *(name for name in files if _changed(storage, name) > written))
+    if not of_folder:
+        left_out.add(ALTERED, *(name for name, _, _ in places if _changed(storage, name) > source.written_ns))
     return left_out
+
+
+def _known(source: ManifestSource, newer: set[str]) -> tuple[set[str], list[str]]:
+    """The images directly in these folders, and those folders that are too large to compare."""
+    known: set[str] = set()
+    skipped, rows = [], 0
+    for folder, first, last in source.index.places:
+        if folder not in newer:
+            continue
+        rows += last + 1 - first
+        if rows > _COMPARED:
+            skipped.append(folder or ".")
+            newer.discard(folder)
+            continue
+        names = (source.name(row) for row in range(first, last + 1))
+        known.update(name for name in names if name.rpartition("/")[0] == folder)
+    return known, skipped
+
+
+def _files_in(source: ManifestSource, newer: set[str]) -> set[str]:
+    return {name for name in source.index.files() if name.rpartition("/")[0] in newer}
 
 
 def _changed(storage: LocalStorage, name: str) -> int:
@@ -57,8 +88,10 @@ def _changed(storage: LocalStorage, name: str) -> int:
         return 0
 
 
-def _listed(storage: LocalStorage, folder: str, known: set[str], wanted: Callable[[str], bool]) -> list[str]:
-    """The wanted names of a folder, and of folders in it that the manifest does not have."""
+def _listed(storage: LocalStorage, folder: str, known: set[str] | None, wanted: Callable[[str], bool]) -> list[str]:
+    """The wanted names of a folder, and of folders in it that the manifest does not have. known: all folders of the
+    manifest; None where they are too many to tell which are new.
+    """
     found = []
     beginning = f"{folder}/" if folder else ""
     top = os.path.realpath(storage.root)
@@ -72,7 +105,11 @@ def _listed(storage: LocalStorage, folder: str, known: set[str], wanted: Callabl
             continue
         if not entry.is_dir():
             found += [name] if wanted(name) else []
-        elif name not in known and not (entry.is_symlink() and _inside(os.path.realpath(entry.path), top)):
+        elif (
+            known is not None
+            and name not in known
+            and not (entry.is_symlink() and _inside(os.path.realpath(entry.path), top))
+        ):
             found += [f"{name}/{inner}" for inner in LocalStorage(Path(entry.path)).names() if wanted(inner)]
     return found
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from functools import cached_property
 
 from iwm_fast.data.decode.encoded import BadSample
-from iwm_fast.data.decode.verdicts import Verdicts
-from iwm_fast.data.sources.base import Labels, folder_labels
+from iwm_fast.data.sources.base import Labels, Unindexed, folder_labels
 from iwm_fast.data.sources.left_out import LeftOut
 from iwm_fast.data.sources.names import Names
 from iwm_fast.data.sources.storage import Storage
@@ -14,7 +13,7 @@ from iwm_fast.data.sources.storage import Storage
 __all__ = ["FolderSource"]
 
 
-class FolderSource:
+class FolderSource(Unindexed):
     """Files of a storage, an image each, in the order given.
 
     Where images lie in sub-folders and there are at least two of these, the first folder of its path is an image's
@@ -22,7 +21,6 @@ class FolderSource:
     """
 
     kind = "folder"
-    verdicts: Verdicts | None = None
 
     def __init__(self, storage: Storage, names: list[str]) -> None:
         self.storage = storage

@@ -28,216 +28,186 @@ that changed, shrank or vanished is skipped, replaced, counted and listed like o
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import cached_property
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from iwm_fast.data.decode.encoded import BadSample
-from iwm_fast.data.decode.verdicts import PILLOW, PLAIN, RULES, UNKNOWN, VERDICT, Verdicts
+from iwm_fast.data.decode.verdicts import PILLOW, PLAIN, RULES, Verdict
 from iwm_fast.data.sources.base import UNLABELLED, Labels, folder_labels, number_labels
 from iwm_fast.data.sources.checksum import crc32c
 from iwm_fast.data.sources.left_out import LeftOut
-from iwm_fast.data.sources.names import Names, escape, unescape
+from iwm_fast.data.sources.list_digest import ListSums
+from iwm_fast.data.sources.manifest_index import ManifestIndex, open_index
+from iwm_fast.data.sources.manifest_scan import BY_PILLOW, STRIDE
+from iwm_fast.data.sources.manifest_text import CHECK, COLUMNS, SCHEMA, Header, ManifestText, read_header
+from iwm_fast.data.sources.names import escape, unescape
 from iwm_fast.data.sources.storage import Storage
 from iwm_fast.errors import UserError
 
-__all__ = ["BY_PILLOW", "CHECK", "COLUMNS", "SCHEMA", "Header", "ManifestSource", "read_header", "root_of"]
+__all__ = ["BY_PILLOW", "CHECK", "COLUMNS", "SCHEMA", "Header", "ManifestSource", "ManifestText", "read_header"]
 
-SCHEMA = "#iwm-fast-manifest/1"
-COLUMNS = ("path", "bytes", "width", "height", "label", "crc32c", "file", "offset")
-CHECK = "check"  # an additional column, if images were checked
-BY_PILLOW = 9
-
-_TAB, _LINE, _ZERO = 9, 10, 48
 _WORDS = {"folder": "an image folder", "webdataset": "WebDataset shards", "tfrecord": "TFRecord files"}
-
-
-@dataclass(frozen=True)
-class Header:
-    """The first line: kind of the source, root of the paths, samples, classes (may be empty), rules of the check."""
-
-    source: str
-    root: str
-    samples: int
-    classes: tuple[str, ...] = ()
-    check: int = 0
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """Names of the columns of each row."""
-        return (*COLUMNS, CHECK) if self.check else COLUMNS
-
-    def line(self) -> str:
-        """Return the line, without its line break."""
-        classes = f"\tclasses={json.dumps(self.classes)}" if self.classes else ""
-        check = f"\tcheck={self.check}" if self.check else ""
-        return f"{SCHEMA}\tsource={self.source}\troot={escape(self.root)}\tsamples={self.samples}{classes}{check}"
-
-
-def read_header(line: str) -> Header:
-    """Parse the first line of a manifest. Raise ValueError if it is none."""
-    schema, *fields = line.rstrip("\n").split("\t")
-    values = dict(field.split("=", 1) for field in fields if "=" in field)
-    if schema != SCHEMA or values.keys() < {"source", "root", "samples"} or values["source"] not in _WORDS:
-        raise ValueError(f"its first line does not begin with {SCHEMA}")
-    classes = json.loads(values.get("classes", "[]"))
-    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
-        raise ValueError("its classes are not a list of names")
-    root, samples, check = unescape(values["root"]), int(values["samples"]), int(values.get("check", "0"))
-    return Header(values["source"], root, samples, tuple(classes), check)
-
-
-def root_of(text: bytes, shown: str) -> str:
-    """Return where the paths of a manifest begin. Raise UserError if it is not a manifest."""
-    try:
-        return read_header(text[: text.index(b"\n")].decode("utf-8", "surrogateescape")).root
-    except ValueError as error:
-        raise _not_whole(shown, error) from error
-
-
-def _not_whole(shown: str, error: Exception) -> UserError:
-    return UserError(f"{shown}: not a complete iwm-fast manifest ({error}); write it again with iwm-fast data index")
+_PATH, _BYTES, _WIDTH, _HEIGHT, _LABEL, _CRC, _FILE, _OFFSET = range(len(COLUMNS))
+_CHECKED = len(COLUMNS)
+_ENCODING = ("utf-8", "surrogateescape")
 
 
 class ManifestSource:
-    """The samples of a manifest `text`, called `shown` in errors; no file is listed or opened.
+    """The samples of the manifest `name` of a storage `place`; no other file is listed or opened.
 
-    storage: where the paths begin.
+    storage: where the paths begin. A row is read when its sample is needed, from the file that all processes of a host
+    share in the system's cache, so a process holds no rows.
     """
 
-    def __init__(self, storage: Storage, text: bytes, shown: str) -> None:
-        self.storage, self._shown = storage, shown
+    def __init__(self, storage: Storage, place: Storage, name: str, text: ManifestText | None = None) -> None:
+        self.storage, self._place = storage, (place, name)
         self.left_out = LeftOut()
-        try:
-            header = read_header(text[: text.index(b"\n")].decode("utf-8", "surrogateescape"))
-            self.kind, self._classes = header.source, header.classes
-            self._check = header.check
-            self._parse(text, header.samples, header.columns)
-        except ValueError as error:
-            raise _not_whole(shown, error) from error
+        self._text = text or ManifestText(place, name)
+        self._shown, header = self._text.shown, self._text.header
+        self.index: ManifestIndex = open_index(self._text)
+        self.kind, self._classes, self._check, self._count = header.source, header.classes, header.check, header.samples
+        self._columns = len(header.columns)
+        self._last: tuple[int, list[bytes]] = (-1, [])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For another process: it opens the manifest itself."""
+        return _reopened, (self.storage, *self._place, self._text.size, self._text.mtime_ns)
 
     def __len__(self) -> int:
-        return len(self._paths)
+        return self._count
 
     def name(self, sample: int) -> str:
         """The path, as it was indexed."""
-        return self._paths[sample]
+        return _text_of(self._row(sample)[_PATH])
 
     def read(self, sample: int) -> bytes:
         """Return the image's bytes, checked against length and checksum of the manifest."""
-        size = int(self._bytes[sample])
+        row = self._row(sample)
+        size = self._number(row, _BYTES, sample)
         if not size:
             raise BadSample("it was empty or unreadable when it was indexed")
         if self.kind == "folder":
-            raw = self.storage.read(self._paths[sample])
+            raw = self.storage.read(_text_of(row[_PATH]))
         else:
-            raw = self.storage.read(self._files[self._file[sample]], int(self._offset[sample]), size)
+            raw = self.storage.read(_text_of(row[_FILE]), self._number(row, _OFFSET, sample), size)
         if len(raw) != size:
             raise BadSample(f"it changed since it was indexed: it has {len(raw)} bytes, not {size}")
-        if crc32c(raw) != self._crc[sample]:
+        if crc32c(raw) != self._number(row, _CRC, sample, 16):
             raise BadSample("it changed since it was indexed: its checksum differs")
         return raw
 
     def size(self, sample: int) -> int:
         """From the manifest."""
-        return int(self._bytes[sample])
+        return self._number(self._row(sample), _BYTES, sample)
 
     def extent(self, sample: int) -> tuple[str, int | None]:
         """From the manifest."""
+        row = self._row(sample)
         if self.kind == "folder":
-            return self._paths[sample], None
-        return self._files[self._file[sample]], int(self._offset[sample])
+            return _text_of(row[_PATH]), None
+        return _text_of(row[_FILE]), self._number(row, _OFFSET, sample)
 
     @cached_property
     def labels(self) -> Labels:
-        """From the manifest."""
-        texts = list(self._labels)
+        """From the manifest; the first use reads all of it."""
         if not self._classes:
+            known: dict[bytes, str] = {}
+            texts = [known.setdefault(label, _text_of(label)) for label in self._labels()]
             # in the order of a folder source, whose labels are its folders; other sources number them
             return folder_labels([f"{text}/" for text in texts]) if self.kind == "folder" else number_labels(texts)
-        place = {name: label for label, name in reversed(list(enumerate(self._classes)))} | {"": UNLABELLED}
-        unknown = next((row for row, text in enumerate(texts) if text not in place), None)
-        if unknown is not None:
+        place = {escape(name).encode(*_ENCODING): label for label, name in reversed(list(enumerate(self._classes)))} | {
+            b"": UNLABELLED
+        }
+        found = np.fromiter((place.get(label, -2) for label in self._labels()), np.int64, len(self))
+        unknown = np.flatnonzero(found == -2)
+        if len(unknown):
+            sample = int(unknown[0])
             raise UserError(
-                f"{self._shown}: {escape(self.name(unknown))} has the label {escape(texts[unknown])}, which is not "
-                "a class of its first line; write it again with iwm-fast data index"
+                f"{self._shown}: {escape(self.name(sample))} has the label {_shown(self._row(sample)[_LABEL])}, which "
+                "is not a class of its first line; write it again with iwm-fast data index"
             )
-        return np.array([place[text] for text in texts], np.int64), self._classes
+        return found, self._classes
 
     @property
-    def verdicts(self) -> Verdicts | None:
+    def sums(self) -> ListSums:
+        """Sums of all names and sizes, computed when the manifest was indexed."""
+        return self.index.sums
+
+    @property
+    def unchecked(self) -> int:
+        """The number of samples without a verdict."""
+        return self.index.unchecked
+
+    def verdict(self, sample: int) -> Verdict | None:
         """From the manifest, if it was checked by the rules of this version."""
         if self._check != RULES:
             return None
-        found = np.zeros(len(self), VERDICT)
-        found["orientation"] = np.where(self._checked == BY_PILLOW, 1, self._checked)
-        found["state"] = np.where(self._checked > 0, PLAIN, UNKNOWN)
-        found["state"][self._checked == BY_PILLOW] = PILLOW
-        found["width"], found["height"], found["length"] = self._width, self._height, self._bytes
-        return found
+        row = self._row(sample)
+        checked = self._number(row, _CHECKED, sample)
+        if not checked:
+            return None
+        state, orientation = (PILLOW, 1) if checked == BY_PILLOW else (PLAIN, checked)
+        width, height, size = (self._number(row, column, sample) for column in (_WIDTH, _HEIGHT, _BYTES))
+        return state, orientation, width, height, size
 
-    def pieces(self) -> list[str]:
-        """The files that hold the samples."""
-        return list(self._paths) if self.kind == "folder" else self._files
+    @property
+    def written_ns(self) -> int:
+        """When the manifest was written."""
+        return self._text.mtime_ns
 
     def describe(self) -> str:
         """Describe the source of the images."""
         return f"{_WORDS[self.kind]} in the manifest {self._shown}"
 
-    def _parse(self, text: bytes, samples: int, columns: tuple[str, ...]) -> None:
-        """Parse the columns into arrays; a million rows take less than a second."""
-        letters = np.frombuffer(text, np.uint8)
-        lines = np.flatnonzero(letters == _LINE)
-        if len(lines) != samples + 2 or lines[-1] != len(text) - 1:
-            raise ValueError(f"it has {max(0, len(lines) - 2)} rows, and its first line says {samples}")
-        if tuple(text[lines[0] + 1 : lines[1]].decode().split("\t")) != columns:
-            raise ValueError(f"its columns are not {', '.join(columns)}")
-        tabs = np.flatnonzero(letters == _TAB)
-        tabs = tabs[tabs > lines[1]]
-        if len(tabs) != samples * (len(columns) - 1):
-            raise ValueError("a row has the wrong number of columns")
-        tabs = tabs.reshape(samples, -1)
-        starts = np.concatenate([lines[1:-1, None] + 1, tabs + 1], axis=1)
-        ends = np.concatenate([tabs, lines[2:, None]], axis=1)
-        if np.any(ends < starts):
-            raise ValueError("a row has the wrong number of columns")
-        column = {name: (starts[:, at], ends[:, at]) for at, name in enumerate(columns)}
-        escaped = b"\\" in text
-        self._paths = Names(text, *column["path"], escaped=escaped)
-        self._labels = Names(text, *column["label"], escaped=escaped)
-        self._bytes = _numbers(letters, *column["bytes"], 10)
-        self._crc = _numbers(letters, *column["crc32c"], 16)
-        self._offset = _numbers(letters, *column["offset"], 10)
-        if self._check:
-            self._width, self._height, self._checked = (
-                _numbers(letters, *column[name], 10) for name in ("width", "height", CHECK)
-            )
-            if np.any(self._checked > BY_PILLOW):
-                raise ValueError(f"a value of check is above {BY_PILLOW}")
-        if self.kind != "folder":
-            files = list(Names(text, *column["file"], escaped=escaped))
-            self._files = sorted(set(files))
-            place = {file: at for at, file in enumerate(self._files)}
-            self._file = np.array([place[file] for file in files], np.int32)
+    def _labels(self) -> Iterator[bytes]:
+        for _, chunk in self._text.chunks():
+            for line in chunk[:-1].split(b"\n"):
+                yield line.split(b"\t")[_LABEL]
+
+    def _row(self, sample: int) -> list[bytes]:
+        """The fields of a row, escaped. Any thread may call it."""
+        if not -self._count <= sample < self._count:
+            raise IndexError(f"sample is {sample}; the manifest has {self._count}")
+        block, place = divmod(int(sample) % self._count, STRIDE)
+        known, lines = self._last
+        if known != block:
+            begin, end = self.index.span(block)
+            raw = self._text.read(begin - 1, end - begin + 1)
+            lines = raw[1:-1].split(b"\n")
+            if raw[:1] + raw[-1:] != b"\n\n" or len(lines) != min(STRIDE, self._count - block * STRIDE):
+                raise self._changed(sample)
+            self._last = block, lines
+        row = lines[place].split(b"\t")
+        if len(row) != self._columns:
+            raise self._changed(sample)
+        return row
+
+    def _number(self, row: list[bytes], column: int, sample: int, base: int = 10) -> int:
+        try:
+            return int(row[column] or b"0", base)
+        except ValueError:
+            raise self._changed(sample) from None
+
+    def _changed(self, sample: int) -> UserError:
+        return UserError(
+            f"{self._shown}: line {sample + 3} is not the row that was there when it was indexed; write the manifest "
+            "again with iwm-fast data index"
+        )
 
 
-def _numbers(
-    letters: NDArray[np.uint8], starts: NDArray[np.int64], ends: NDArray[np.int64], base: int
-) -> NDArray[np.int64]:
-    """Parse the numbers between the given offsets, digit by digit for all rows at once; an empty one is 0."""
-    values = np.zeros(len(starts), np.int64)
-    width = ends - starts
-    longest = int(width.max(initial=0))
-    if longest > (18 if base == 10 else 8):
-        raise ValueError("a number is too long")
-    for place in range(longest):
-        rows = place < width
-        digits = letters[np.where(rows, starts + place, 0)].astype(np.int64) - _ZERO
-        digits -= np.where(digits > 9, 39, 0)  # a to f follow the digits 39 places on
-        if np.any(rows & ((digits < 0) | (digits >= base))):
-            raise ValueError("a number has a letter that is not a digit")
-        values = np.where(rows, values * base + digits, values)
-    return values
+def _reopened(storage: Storage, place: Storage, name: str, size: int, mtime_ns: int) -> ManifestSource:
+    found = ManifestText(place, name)
+    if found.local and (found.size, found.mtime_ns) != (size, mtime_ns):
+        raise UserError(f"{found.shown}: was replaced while it was in use; start again")
+    return ManifestSource(storage, place, name, found)
+
+
+def _text_of(field: bytes) -> str:
+    return unescape(field.decode(*_ENCODING))
+
+
+def _shown(field: bytes) -> str:
+    return field.decode(*_ENCODING)

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from iwm_fast.config.registry import SOURCES
-from iwm_fast.data.decode.encoded import BadSample
 from iwm_fast.data.sources.base import Source
 from iwm_fast.data.sources.folder import FolderSource
 from iwm_fast.data.sources.kinds import (
@@ -156,21 +155,18 @@ def _companions(name: str) -> tuple[str, ...]:
 
 def _of_manifest(storage: Storage, name: str, kind: str, patience: Patience) -> Source:
     from iwm_fast.data.sources.changes import changes
-    from iwm_fast.data.sources.manifest import ManifestSource, root_of  # google-crc32c: for manifests only
+    from iwm_fast.data.sources.manifest import ManifestSource, ManifestText  # google-crc32c: for manifests only
 
     shown = storage.shown(name)
-    try:
-        text = storage.read(name)
-    except BadSample as error:
-        raise UserError(f"{shown}: {error.reason}") from error
-    root = root_of(text, shown)
+    text = ManifestText(storage, name)
+    root, images = text.header.root, storage
     if root != "." and not is_address(root) and not Path(root).exists():
         raise UserError(f"{shown}: its images were in {root}, which does not exist; index them where they are now")
     if root != ".":
         place, only = _place(root, patience)
-        storage = place if only is None else storage
-    source = ManifestSource(storage, text, shown)
-    source.left_out.merge(changes(storage, source, shown))
+        images = place if only is None else storage
+    source = ManifestSource(images, storage, name, text)
+    source.left_out.merge(changes(images, source))
     if kind not in ("auto", source.kind):
         raise UserError(f"{shown}: its images are of the kind {source.kind}, and data.source is {kind}; set it to auto")
     return source

@@ -13,8 +13,7 @@ import numpy as np
 from iwm_fast.config.plugins import load_plugins, loaded_plugins
 from iwm_fast.config.registry import SOURCES
 from iwm_fast.data.decode.encoded import BadSample
-from iwm_fast.data.decode.verdicts import Verdicts
-from iwm_fast.data.sources.base import Labels, number_labels
+from iwm_fast.data.sources.base import Labels, Unindexed, number_labels
 from iwm_fast.data.sources.left_out import LeftOut
 from iwm_fast.data.sources.storage import Storage
 from iwm_fast.errors import UserError
@@ -78,7 +77,7 @@ class OwnStorage:
         """Nothing is open."""
 
 
-class OwnSource:
+class OwnSource(Unindexed):
     """A data set of the user's own as a `Source`.
 
     Beside ``__len__`` and ``__getitem__`` it may have ``labels``, a number or text per image (without them every image
@@ -86,8 +85,6 @@ class OwnSource:
     ``version``, a text that changes when the images do (without it features are not cached, and a resumed run cannot
     tell that images were replaced).
     """
-
-    verdicts: Verdicts | None = None
 
     def __init__(self, kind: str, root: str) -> None:
         dataset = SOURCES.own(kind)

@@ -15,8 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from iwm_fast.data.decode.encoded import BadSample
-from iwm_fast.data.decode.verdicts import Verdicts
-from iwm_fast.data.sources.base import Labels, number_labels
+from iwm_fast.data.sources.base import Labels, Unindexed, number_labels
 from iwm_fast.data.sources.checksum import masked_crc32c
 from iwm_fast.data.sources.example import encoded_image, label_of
 from iwm_fast.data.sources.kinds import is_records, record_index_names
@@ -34,11 +33,10 @@ NO_RECORD = "file(s) without a record"
 MISFIT = "index(es) that do not match their file, which was read without"
 
 
-class TFRecordSource:
+class TFRecordSource(Unindexed):
     """The records of the TFRecord files among the given names, file after file. A record's name is file:offset."""
 
     kind = "tfrecord"
-    verdicts: Verdicts | None = None
 
     def __init__(self, storage: Storage, names: list[str]) -> None:
         self.storage = storage

@@ -15,8 +15,7 @@ from functools import cached_property
 import numpy as np
 
 from iwm_fast.data.decode.encoded import BadSample
-from iwm_fast.data.decode.verdicts import Verdicts
-from iwm_fast.data.sources.base import UNLABELLED, Labels, below_common_folders, folder_labels, number_labels
+from iwm_fast.data.sources.base import UNLABELLED, Labels, Unindexed, below_common_folders, folder_labels, number_labels
 from iwm_fast.data.sources.kinds import is_member_image, is_shard
 from iwm_fast.data.sources.left_out import LeftOut
 from iwm_fast.data.sources.names import Names, unescape
@@ -47,7 +46,7 @@ class _Sample:
     label: Member | None
 
 
-class WebDatasetSource:
+class WebDatasetSource(Unindexed):
     """The samples of the tar shards among the given names, shard after shard, each in its own order.
 
     Members of a shard belong together if their names agree up to the first dot of their last part, the key. Each
@@ -61,7 +60,6 @@ class WebDatasetSource:
     """
 
     kind = "webdataset"
-    verdicts: Verdicts | None = None
 
     def __init__(self, storage: Storage, names: list[str]) -> None:
         self.storage = storage

@@ -22,9 +22,10 @@ from iwm_fast.data.sources import Source, open_source
 from iwm_fast.data.sources.base import UNLABELLED
 from iwm_fast.data.sources.checksum import crc32c
 from iwm_fast.data.sources.kinds import MANIFEST_FILE, is_manifest
-from iwm_fast.data.sources.manifest import BY_PILLOW, COLUMNS, Header
+from iwm_fast.data.sources.manifest import BY_PILLOW, COLUMNS, Header, ManifestSource
 from iwm_fast.data.sources.names import escape
 from iwm_fast.data.sources.s3 import is_address
+from iwm_fast.data.sources.storage import LocalStorage
 from iwm_fast.data.split_layout import tell_of_splits
 from iwm_fast.data.workers import Span, in_order
 from iwm_fast.environment import usable_cores
@@ -90,6 +91,7 @@ def write_index(
                     progress("index", last, len(names))
     except OSError as error:
         raise UserError(f"{out}: cannot be written: {because(error, 'name another file with --out')}") from error
+    ManifestSource(images.storage, LocalStorage(out.absolute().parent), out.name)  # writes its index
     checked = {word: totals.pop(word, 0) for word in _CHECKED}
     return {
         "manifest": str(out.absolute()),
