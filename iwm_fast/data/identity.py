@@ -13,12 +13,14 @@ from typing import Any
 from iwm_fast.data.decode.encoded import BadSample
 from iwm_fast.data.image_list import ImageSet
 from iwm_fast.data.sources.folder import FolderSource
+from iwm_fast.data.sources.left_out import some
 from iwm_fast.data.sources.list_digest import ListDigest
 from iwm_fast.data.triplets import Triplets
 
 __all__ = ["Identity", "difference", "identity_of", "names_digest", "read_identity"]
 
 _SCHEMA = 1
+_SHARDS = 2000  # recorded, 100 KB of names; more are not
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,8 @@ class Identity:
     """A list of samples in a few kilobytes.
 
     samples: their number. bytes: their total size. digest: SHA-256 of names, sizes and, for triplets, rows. names and
-    sizes: checksums of the list's parts, of ``part`` samples each.
+    sizes: checksums of the list's parts, of ``part`` samples each. shards: samples of each shard or TFRecord file; None
+    of more than 2,000.
     """
 
     samples: int
@@ -35,6 +38,7 @@ class Identity:
     part: int
     names: tuple[str, ...]
     sizes: tuple[str, ...]
+    shards: dict[str, int] | None = None
 
     def document(self) -> dict[str, Any]:
         """For a checkpoint's index."""
@@ -54,7 +58,10 @@ def identity_of(files: ImageSet | Triplets) -> Identity:
             for column in (files.source, files.target, files.values, files.episode, files.step):
                 digest.update(b"-" if column is None else column.tobytes())
         found = digest.sums()
-    return Identity(len(files), found.bytes, found.digest, found.part, found.names, found.sizes)
+    shards = images.source.shards() if images.rows is None else None
+    if shards is not None and len(shards) > _SHARDS:
+        shards = None
+    return Identity(len(files), found.bytes, found.digest, found.part, found.names, found.sizes, shards)
 
 
 def names_digest(files: ImageSet | Triplets) -> tuple[int, str]:
@@ -76,8 +83,9 @@ def read_identity(document: object) -> Identity | None:
         return Identity(
             int(document["samples"]), int(document["bytes"]), str(document["digest"]), int(document["part"]),
             tuple(map(str, document["names"])), tuple(map(str, document["sizes"])),
+            {str(name): int(count) for name, count in shards.items()} if (shards := document.get("shards")) else None,
         )  # fmt: skip
-    except (KeyError, TypeError, ValueError):
+    except (AttributeError, KeyError, TypeError, ValueError):
         return None
 
 
@@ -87,8 +95,11 @@ def difference(before: Identity, now: Identity, files: ImageSet | Triplets) -> s
     """
     if before.digest == now.digest:
         return None
+    shards = _shard_changes(before.shards, now.shards)
     if before.samples != now.samples:
-        return f"{now.samples} samples, {before.samples} before"
+        return f"{now.samples} samples, {before.samples} before{f': {shards}' if shards else ''}"
+    if shards:
+        return shards
     images = files.frames if isinstance(files, Triplets) else files
     for word in ("names", "sizes"):
         pairs = zip(getattr(before, word), getattr(now, word), strict=False)
@@ -96,6 +107,22 @@ def difference(before: Identity, now: Identity, files: ImageSet | Triplets) -> s
         if place is not None:
             return f"other {word}, first {_shown(images, place * now.part, now.part)}"
     return "other pictures or actions in the manifest's rows" if isinstance(files, Triplets) else "another list"
+
+
+def _shard_changes(before: dict[str, int] | None, now: dict[str, int] | None) -> str:
+    """What became of the shards, in words; "" where they are the same, or unknown."""
+    if not before or not now:
+        return ""
+    found = {
+        "gone": [name for name in before if name not in now],
+        "new": [name for name in now if name not in before],
+        "with another number of samples": [name for name in now if before.get(name, now[name]) != now[name]],
+    }
+    return "; ".join(
+        f"{len(names)} shard{'s' if len(names) > 1 else ''} {what} ({some(names, len(names))})"
+        for what, names in found.items()
+        if names
+    )
 
 
 def _shown(images: ImageSet, first: int, part: int) -> str:

@@ -22,6 +22,7 @@ from iwm_fast.data.image_list import ImageSet
 from iwm_fast.data.known_verdicts import KnownVerdicts
 from iwm_fast.data.randomness import REPLACEMENT, uniforms
 from iwm_fast.data.sources.outage import read_present
+from iwm_fast.notices import tell_once
 
 __all__ = ["KEPT_BYTES", "FileStore", "SampleReader", "Samples", "candidates"]
 
@@ -58,6 +59,7 @@ class FileStore:
         self._closed = threading.Event()
         self._known = KnownVerdicts(images, max_pixels)
         self._reasons: dict[int, str] = {}
+        self._lost: set[str] = set()  # shards that are gone
         self._kept: dict[int, Encoded] = {}
         self._kept_bytes, self._keeps = 0, keep
         readers = readers or images.source.storage.readers
@@ -111,6 +113,7 @@ class FileStore:
             encoded = self._read(file)
         except BadSample as bad:
             self.refuse(file, bad.reason)
+            self._tell_of_lost_shard(file)
             raise
         if self._keeps and self._kept_bytes + len(encoded.data) <= KEPT_BYTES:
             self._kept[file] = encoded
@@ -126,6 +129,22 @@ class FileStore:
         """Mark that DALI rejects the file and Pillow decodes it."""
         self._known.use_pillow(file)
         self._forget(file)
+
+    def _tell_of_lost_shard(self, file: int) -> None:
+        """Report once that a shard or TFRecord file is gone, of which each sample is bad."""
+        source = self.images.source
+        if source.kind not in ("webdataset", "tfrecord"):
+            return
+        try:
+            piece = source.extent(self.images.row(file))[0]
+        except BadSample:  # a record cannot be read for its place
+            piece = self.images.source_name(file).rpartition(":")[0]
+        if piece not in self._lost and not source.storage.has(piece):
+            self._lost.add(piece)
+            tell_once(
+                f"{source.storage.shown(piece)}: is gone; each of its samples counts as bad and another takes its "
+                "place: bring it back and start again, or index again without it"
+            )
 
     def _forget(self, file: int) -> None:
         kept = self._kept.pop(file, None)

@@ -251,12 +251,14 @@ def _announce(
         progress.say(line)
     for line in conflicts(given, len(files)):
         progress.say(f"note: {line}")
+    change = run.identity.change_since(saved) if saved and run.identity else None
     if saved and saved.index.get("images", len(files)) != len(files):
         progress.say(
             f"the data have {len(files)} images now and had {saved.index['images']} when the checkpoint was written: "
-            "the remaining samples come in another order (iwm-fast data index fixes the list)"
+            "the remaining samples come in another order, so in this epoch some come twice and some not "
+            f"(iwm-fast data index fixes the list{f'; {change}' if change else ''})"
         )
-    elif saved and run.identity and (change := run.identity.change_since(saved)):
+    elif change:
         progress.say(f"the data changed since the checkpoint was written: {change}")
     if saved:
         progress.say(f"resumed from {saved.path}: the next step is {run.trainer.step + 1} of {run.stop_at}")

@@ -298,7 +298,7 @@ def test_dalis_own_reader_reads_the_same_bytes_from_the_object_store(store, fold
     monkeypatch.setenv("AWS_ENDPOINT_URL", store.direct)
     upload(store.direct, packed("shards", folder, tmp_path / "packed"), "dali")
     images = list_images("s3://dali")
-    shards = [f"s3://dali/{name}" for name in images.source.shards]
+    shards = [f"s3://dali/{name}" for name in images.source.files]
     rows = dali_shards(shards, [shard.replace(".tar", ".idx") for shard in shards], ["jpg", "cls"])
     assert [image for image, _ in rows] == contents(images)
 

@@ -282,6 +282,48 @@ def test_files_that_vanish_while_training_are_replaced_and_listed(tmp_path, monk
     }
 
 
+@pytest.mark.parametrize("indexed", [False, True], ids=["shards", "a manifest of shards"])
+def test_a_shard_that_disappears_while_training_is_named_once_and_no_sample_counted_twice(
+    tmp_path, monkeypatch, capfd, indexed
+):
+    root = write(tmp_path / "images", {f"{n:02d}.jpg": encode(picture(40, 30, n)) for n in range(40)})
+    write_shards(root, tmp_path / "shards", shard_bytes=12_000)
+    if indexed:
+        write_index(tmp_path / "shards")
+    images = list_images(tmp_path / "shards")
+    (lost,) = [name for name in images.source.shards() if name.endswith("1.tar")]
+    inside = [images.name(row) for row in range(40) if images.source_name(row).startswith(lost)]
+    assert 1 < len(inside) < 20
+    _Vanishing(monkeypatch, 50, (tmp_path / "shards" / lost).unlink)
+    config = small_config(tmp_path / "shards", train__schedule_steps=15, data__max_bad_fraction=0.6)
+    pretrain(config, tmp_path / "run")
+    said = [line for line in capfd.readouterr().err.splitlines() if line.startswith(str(tmp_path / "shards" / lost))]
+    assert len(said) == 1
+    assert "is gone; each of its samples counts as bad" in said[0]
+    names = [entry["file"] for entry in listed(tmp_path / "run")]
+    assert sorted(names) == sorted(inside)
+
+
+def test_a_run_names_the_shards_that_changed_since_its_checkpoint(tmp_path, capfd):
+    root = write(tmp_path / "images", {f"{n:02d}.jpg": encode(picture(40, 30, n)) for n in range(40)})
+    write_shards(root, tmp_path / "shards", shard_bytes=12_000)
+    limit = {"train__schedule_steps": 4}
+    pretrain(small_config(tmp_path / "shards", train__steps=2, **limit), tmp_path / "run")
+    before = list_images(tmp_path / "shards").source.shards()
+    first, second = list(before)[:2]
+    for path in (tmp_path / "shards").glob(f"{second.removesuffix('.tar')}.*"):
+        path.rename(path.with_name(f"new{path.suffix}"))
+    for path in (tmp_path / "shards").glob(f"{first.removesuffix('.tar')}.*"):
+        path.unlink()
+    capfd.readouterr()
+    pretrain(small_config(tmp_path / "shards", train__steps=3, **limit), tmp_path / "run", resume="auto")
+    (said,) = [line for line in capfd.readouterr().err.splitlines() if "images now and had" in line]
+    left = 40 - before[first]
+    assert f"the data have {left} images now and had 40 when the checkpoint was written: the remaining" in said
+    assert "so in this epoch some come twice and some not" in said
+    assert f"2 shards gone ({first}, {second}); 1 shard new (new.tar)" in said
+
+
 @pytest.mark.parametrize("wait_s", [0.0, 0.5])
 def test_a_folder_that_goes_away_while_training_is_one_clear_error(tmp_path, monkeypatch, wait_s):
     root = write(tmp_path / "images", {f"{n:02d}.jpg": encode(picture(40, 30, n)) for n in range(40)})

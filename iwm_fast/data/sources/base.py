@@ -77,6 +77,12 @@ class Source(Protocol):
         """Return the sums of all names and sizes, where they are known without going over them."""
         ...
 
+    def shards(self) -> dict[str, int] | None:
+        """Return the number of samples in each file that holds several; None for images in their own files, and
+        where it is not known without going over all samples.
+        """
+        ...
+
     def describe(self) -> str:
         """Return a few words on the source."""
         ...
@@ -96,6 +102,10 @@ class Unindexed:
         return len(self)
 
     def verdict(self, sample: int) -> Verdict | None:  # noqa: ARG002  (a Source's)
+        """None."""
+        return None
+
+    def shards(self) -> dict[str, int] | None:
         """None."""
         return None
 

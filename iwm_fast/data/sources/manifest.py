@@ -153,6 +153,12 @@ class ManifestSource:
         width, height, size = (self._number(row, column, sample) for column in (_WIDTH, _HEIGHT, _BYTES))
         return state, orientation, width, height, size
 
+    def shards(self) -> dict[str, int] | None:
+        """From the index, where it has all files, and each one's rows follow each other."""
+        counts = {name: last + 1 - first for name, first, last in self.index.places}
+        known = self.kind != "folder" and self.index.all_places and sum(counts.values()) == len(self)
+        return counts if known else None
+
     @property
     def written_ns(self) -> int:
         """When the manifest was written."""

@@ -91,6 +91,10 @@ class TFRecordSource(Unindexed):
         known = next((label for label in found if label), "")
         return number_labels([known if label is None else label for label in found])
 
+    def shards(self) -> dict[str, int]:
+        """Counted when they were listed."""
+        return dict(zip(self.files, np.bincount(self._file, minlength=len(self.files)).tolist(), strict=True))
+
     def describe(self) -> str:
         """Describe the source of the images."""
         return f"{len(self.files)} TFRecord files"

@@ -64,11 +64,11 @@ class WebDatasetSource(Unindexed):
     def __init__(self, storage: Storage, names: list[str]) -> None:
         self.storage = storage
         self.left_out = LeftOut()
-        self.shards = [name for name in names if is_shard(name)]
+        self.files = [name for name in names if is_shard(name)]
         known = set(names)
-        self._class_files = [_class_file(shard, known) for shard in self.shards]
+        self._class_files = [_class_file(shard, known) for shard in self.files]
         with ThreadPoolExecutor(storage.readers) as pool:
-            opened = list(pool.map(lambda shard: _open(storage, shard, known), self.shards))
+            opened = list(pool.map(lambda shard: _open(storage, shard, known), self.files))
         for _, _, left_out in opened:
             self.left_out.merge(left_out)
         self._indexed = [indexed for _, indexed, _ in opened]
@@ -88,7 +88,7 @@ class WebDatasetSource(Unindexed):
 
     def name(self, sample: int) -> str:
         """shard.tar:member."""
-        return f"{self.shards[self._shard[sample]]}:{self._members[sample]}"
+        return f"{self.files[self._shard[sample]]}:{self._members[sample]}"
 
     def read(self, sample: int) -> bytes:
         """The member's bytes."""
@@ -103,7 +103,7 @@ class WebDatasetSource(Unindexed):
 
     def extent(self, sample: int) -> tuple[str, int | None]:
         """The shard, and the offset of the member's data in it."""
-        return self.shards[self._shard[sample]], int(self._offset[sample])
+        return self.files[self._shard[sample]], int(self._offset[sample])
 
     @cached_property
     def labels(self) -> Labels:
@@ -134,9 +134,13 @@ class WebDatasetSource(Unindexed):
             ]
         )
 
+    def shards(self) -> dict[str, int]:
+        """Counted when they were listed."""
+        return dict(zip(self.files, np.bincount(self._shard, minlength=len(self.files)).tolist(), strict=True))
+
     def describe(self) -> str:
         """Describe the source of the images."""
-        return f"{len(self.shards)} WebDataset shards"
+        return f"{len(self.files)} WebDataset shards"
 
     def _by_folders(self) -> Labels:
         return folder_labels(below_common_folders(self._members, self._shard.tolist()))
@@ -196,7 +200,7 @@ class WebDatasetSource(Unindexed):
         """Return a member's bytes. If its offset comes from an index, check the header before them."""
         shard = int(self._shard[sample])
         ahead = BLOCK if self._indexed[shard] else 0
-        raw = self.storage.read(self.shards[shard], offset - ahead, ahead + size)
+        raw = self.storage.read(self.files[shard], offset - ahead, ahead + size)
         if len(raw) != ahead + size:
             raise BadSample(f"its shard ends {ahead + size - len(raw)} bytes before the member does")
         if not ahead:
