@@ -71,9 +71,10 @@ def _length(config: Config, images: int) -> Iterator[str]:
     if train.steps is None or _NEARLY_WHOLE * total <= train.steps <= total:
         return
     if train.steps > total:
+        ema = f" and train.ema at {train.ema[1]:g}" if config.model.target == "ema" else ""
         yield (
             f"train.steps is {train.steps:,} and the schedules end at step {total:,}: after it the learning rate "
-            f"stays at {train.lr_final:g} of its peak and train.ema at {train.ema[1]:g}; "
+            f"stays at {train.lr_final:g} of its peak{ema}; "
             f"set train.schedule_steps={train.steps}, or train.steps={total}"
         )
         return

@@ -118,6 +118,12 @@ model.predictor.width |
     pred_emb_dim pred_dim pred_width predictor_embed_dim predictor_dim predictor_width decoder_embed_dim
 model.predictor.heads |
     pred_heads predictor_heads predictor_num_heads pred_num_heads decoder_num_heads
+model.target_init | with model.target=frozen
+    teacher teacher_path teacher_weights teacher_checkpoint teacher_ckpt target_weights target_checkpoint
+    pretrained_teacher distill_from
+model.freeze_encoder | with model.init
+    freeze freeze_backbone frozen_backbone frozen_encoder backbone_frozen freeze_vision_model
+    freeze_vision_tower
 model.attention |
     attn attn_implementation attention_backend attn_backend flash_attn use_flash_attn use_sdpa
 --out |

@@ -49,6 +49,9 @@ LINES = {
     "train.warmup=100": "train.warmup is 100 steps and the training 100: the learning rate does not reach",
     "train.warmup=51": "train.warmup is 51 steps and the training 100: the learning rate rises for more",
     "train.schedule_steps=60 train.warmup=60": "train.warmup is 60 steps and the training 60: the learning rate",
+    "train.steps=150 model.target=shared": (
+        "train.steps is 150 and the schedules end at step 100: after it the learning rate stays at 0.001 of its peak;"
+    ),
     "train.steps=150 train.ema=[0.9,1.0]": (
         "train.steps is 150 and the schedules end at step 100: after it the learning rate stays at 0.001 of its "
         "peak and train.ema at 1; set train.schedule_steps=150, or train.steps=100"

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from launched import on_ranks
+from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from small_run import losses, metrics, small_config, state
 
@@ -80,6 +81,45 @@ def test_halves_equal_the_whole_bit_for_bit_after_the_source_is_gone(teachers, t
     held = {key.split("/")[1].split(".")[0] for key in straight}
     assert held == ({"encoder", "predictor"} if kind == "target" else {"predictor"})
     assert {record["ema_momentum"] for record in metrics(tmp_path / "straight")} == {None}
+
+
+OPTIONS = {
+    "recomputation": {"train__activation_checkpointing": True},
+    "compiled": {"train__compile": True},
+    "static shapes": {"train__static_shapes": True},
+    "micro-batches": {"train__micro_batch": 2, "zero__stage": 2},
+}
+OTHERS = {
+    "bf16": ({"train__precision": "bf16"}, 0.05),
+    "fp8": ({"model__target_precision": "fp8"}, 0.05),
+}
+
+
+@SLOW
+@pytest.mark.parametrize("option", [*OPTIONS, *OTHERS])
+@pytest.mark.parametrize("kind", KINDS)
+def test_options_of_the_step_change_frozen_parts_as_little_as_trained_ones(
+    teachers, tiny_images, tmp_path, kind, option
+):
+    """fp8 needs a target of its own, and differs from fp32 as in training with an EMA."""
+    if (kind, option) == ("encoder", "fp8"):
+        with pytest.raises(ValidationError, match="target must be ema or frozen"):
+            small_config(tiny_images, **changes(kind, teachers), **OTHERS[option][0])
+        return
+    given, rel = (OPTIONS[option], 1e-4) if option in OPTIONS else OTHERS[option]
+    pretrain(small_config(tiny_images, train__steps=4, **changes(kind, teachers)), tmp_path / "plain")
+    pretrain(small_config(tiny_images, train__steps=4, **changes(kind, teachers), **given), tmp_path / "other")
+    assert losses(tmp_path / "other") == pytest.approx(losses(tmp_path / "plain"), rel=rel)
+
+
+@SLOW
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("several", [True, False], ids=["several sources", "mlp predictor"])
+def test_other_predictors_and_several_sources_train_too(teachers, tiny_images, tmp_path, kind, several):
+    shape = {"depth": 1, "width": 24, "heads": 2, "kind": "mlp", "conditioning": "block"}
+    given = {"views__sources_per_target": 2} if several else {"model__predictor": shape}
+    pretrain(small_config(tiny_images, train__steps=3, **changes(kind, teachers), **given), tmp_path / "run")
+    assert len(set(losses(tmp_path / "run"))) == 3
 
 
 @SLOW

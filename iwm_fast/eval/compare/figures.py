@@ -13,7 +13,10 @@ from iwm_fast.eval.report.drawing import drawings
 __all__ = ["Figure", "Row", "differences", "measured_rows", "notes"]
 
 # Settings that define the pretraining task: losses of different tasks cannot be compared.
-_OF_THE_TASK = ("data.root", "views.", "masks.", "actions.", "model.target", "model.normalize_target", "model.patch")
+_OF_THE_TASK = (
+    "data.root", "views.", "masks.", "actions.", "model.target", "model.freeze_encoder",
+    "model.normalize_target", "model.patch",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,8 @@ def notes(subjects: Sequence[Subject], rows: Sequence[Row]) -> list[str]:
     runs = [subject for subject in subjects if subject.kind == "run"]
     said = [line for subject in subjects if (line := _state_line(subject))]
     of_the_task = [key for key in differ if key.startswith(_OF_THE_TASK)] if len(runs) > 1 else []
+    if any(run.settings.get("model.freeze_encoder") and run.settings.get("model.target") == "shared" for run in runs):
+        of_the_task += [key for key in differ if key == "model.init"]  # a frozen encoder is the target
     if of_the_task:
         said.append(f"the losses are of different tasks ({', '.join(of_the_task[:4])} differ): compare the measures")
     seen = {subject.name: _seen(subject) for subject in runs if subject.records}

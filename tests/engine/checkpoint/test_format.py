@@ -242,6 +242,7 @@ def test_what_killed_writers_left_is_cleared(tmp_path):
     for name in (".step_000002.partial", ".step_000003.removed"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "rank_00000.safetensors").write_bytes(b"torn")
+    (tmp_path / ".frozen.safetensors.partial").write_bytes(b"torn")
     clear_leftovers(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", whole.name]
 

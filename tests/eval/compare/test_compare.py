@@ -102,6 +102,23 @@ def test_how_a_run_ended_is_said(tmp_path):
     assert "killed: ended early at step 3 of 4; was not evaluated" in said
 
 
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"model__freeze_encoder": True, "model__target": "shared"}, "model.init"),
+        ({"model__target": "frozen", "model__target_init": "a"}, "model.target_init"),
+        ({}, None),
+    ],
+    ids=["frozen encoders", "frozen targets", "initial weights"],
+)
+def test_losses_in_the_spaces_of_two_frozen_encoders_are_of_different_tasks(tmp_path, changes, key):
+    for name in ("a", "b"):
+        own = {"model__target_init": name} if key == "model.target_init" else {}
+        run(tmp_path / name, **(changes | {"model__init": name} | own))
+    said = [line for line in compare([tmp_path / "a", tmp_path / "b"]).document()["notes"] if "different tasks" in line]
+    assert [key is not None and key in line for line in said] == ([] if key is None else [True])
+
+
 def test_losses_of_different_tasks_are_said(tmp_path):
     run(tmp_path / "a")
     run(tmp_path / "b", masks__target_blocks=3, model__patch=4)
