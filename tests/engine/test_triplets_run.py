@@ -100,6 +100,16 @@ def test_evaluation_ranks_next_frames_rolls_out_and_shows_both(run, test_set, tm
     assert f"{found['rollout']['model'][2]:.3f}" in page
 
 
+def test_an_export_gives_the_run_s_numbers_and_its_card_names_the_actions(run, test_set, tmp_path):
+    folder = export_run(run, tmp_path / "weights")
+    found = evaluate_run(folder, test_set)
+    wanted = evaluate_run(run, test_set)
+    assert {key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key)} == {"report"}
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    assert "in the order of its vector: `push`, `turn`." in text
+    assert "The actions are those of recorded triplets" in text
+
+
 def test_only_requested_evaluations_run_and_missing_classes_are_said(run, test_set):
     found = evaluate_run(run, test_set, what=["rollout", "linear"])
     assert "mrr" not in found

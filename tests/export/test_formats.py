@@ -379,3 +379,17 @@ def test_the_format_onnx_is_read_as_its_card_says_and_documents_names_and_opset(
         assert [one.version for one in graph.opset_import if not one.domain] == [about["onnx"]["opset"]] == [20]
         assert [one.name for one in graph.graph.input] == list(signature["inputs"])
         assert [one.name for one in graph.graph.output] == list(signature["outputs"])
+
+
+def test_the_card_of_this_project_s_format_encodes_and_predicts(run, tmp_path, monkeypatch):
+    one = trained(run, "registers")
+    folder = export_trained(one, tmp_path / "a", ["iwm"])
+    pixels = torch.randint(0, 256, (SIDE, SIDE, 3), dtype=torch.uint8)
+    Image.fromarray(pixels.numpy()).save(folder / "cat.jpg", format="png")
+    monkeypatch.chdir(folder)
+    names: dict = {}
+    exec(re.findall(r"(?ms)^```python\n(.*?)^```", (folder / "README.md").read_text(encoding="utf-8"))[0], names)
+    action = torch.from_numpy(one.space.vector({"brightness": 0.3}))[None]
+    with torch.no_grad():
+        close(names["features"], one.model.encode(pixels[None], "target").mean(1))
+        close(names["predicted"], one.model.predict(one.model.encode(pixels[None]), action))
