@@ -54,6 +54,7 @@ def test_an_export_and_its_run_have_equal_json_and_the_report_says_what_is_missi
     found = compare([run, exported])
     (row,) = (row for row in found.rows if row.measure == "mrr")
     assert row.figures[0] == row.figures[1]
+    assert "a: an export has no curves; name its run for these" in found.notes()
 
 
 def test_overrides_and_a_folder_that_cannot_be_written_are_as_for_a_run(exported, tiny_images, tmp_path, capsys):

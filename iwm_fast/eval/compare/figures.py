@@ -128,7 +128,8 @@ def _seen(subject: Subject) -> int:
 
 def _state_line(subject: Subject) -> str:
     if subject.kind == "export":
-        return f"{subject.name}: an export has no curves and no measurements; name its run for these"
+        evaluated = "" if subject.measured else f", and was not evaluated (iwm-fast evaluate {subject.path} --data ...)"
+        return f"{subject.name}: an export has no curves{evaluated}; name its run for these"
     lacks = [] if subject.records or subject.kind != "run" else ["has logged no metrics"]
     if subject.kind == "run" and not subject.measured:
         lacks.append(f"was not evaluated (iwm-fast evaluate {subject.path} --data ...)")
