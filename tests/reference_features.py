@@ -16,6 +16,7 @@ from iwm_fast.models.vit import VisionTransformer
 TOLERANCE = 1e-5
 FAMILIES = {
     "timm_vit": "timm's VisionTransformer",
+    "timm_distilled": "timm's VisionTransformer",
     "timm_dinov2": "timm's VisionTransformer",
     "timm_reg4_dinov2": "timm's VisionTransformer",
     "timm_dinov3": "timm's DINOv3",

@@ -109,6 +109,7 @@ def sincos(width: int, grid: int, class_row: bool) -> torch.Tensor:
 DINOV3 = {"num_register_tokens": 4, "intermediate_size": 64, "layerscale_value": 0.5}
 REFERENCES: dict[str, Timm | HF] = {
     "timm_vit": Timm("vit_small_patch16_224", {**SMALL_TIMM, "num_classes": 5}, HALF),
+    "timm_distilled": Timm("deit_small_distilled_patch16_224"),
     "timm_dinov2": Timm("vit_small_patch14_dinov2"),
     "timm_reg4_dinov2": Timm("vit_small_patch14_reg4_dinov2"),
     "timm_dinov3": Timm("vit_small_patch16_dinov3"),

@@ -61,8 +61,7 @@ def read_weights(path: Path) -> Contents:
     beside = path.parent / _CONFIG
     if path.name in _WEIGHTS and beside.is_file():
         return _folder(path.parent)
-    config = _json(beside) if beside.is_file() and "iwm-fast" in str(_json(beside).get("schema")) else {}
-    return Contents(str(path), _tensors(path), (path,), config)
+    return Contents(str(path), _tensors(path), (path,))
 
 
 def _folder(path: Path) -> Contents:

@@ -118,6 +118,8 @@ def _below(contents: Contents, prefix: str) -> Source:
 def _convert(source: Source, *, released: bool) -> Converted:
     """Convert a network by its family's module. released: the file has an encoder and a target encoder, as I-JEPA's."""
     read = source.tensors
+    if "blocks.0.mlp.norm_weight" in read:
+        raise UserError(f"{source.place}: is an encoder of iwm-fast alone; name the folder of its run or export")
     if transformers_models.matches(read):
         return transformers_models.to_ours(source)
     if dinov3.matches(read):

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from launched import on_ranks
+from made_weights import timm_state
 from safetensors.torch import load_file, save_file
 from small_run import losses, small_config, state
 
@@ -13,6 +14,7 @@ from iwm_fast.engine import load_model, pretrain
 from iwm_fast.engine.checkpoint.format import Checkpoint
 from iwm_fast.errors import UserError
 from iwm_fast.export.weights import export_run
+from iwm_fast.families import read_weights, recognise
 from iwm_fast.models.iwm import IWM
 
 
@@ -31,11 +33,11 @@ def teacher(tiny_images, tmp_path_factory):
 STILL = {"train__steps": 1, "train__lr": 1e-30, "train__ema": [1.0, 1.0]}
 
 
-def started(out, teacher, **given):
-    """Whether a run's first checkpoint has the teacher's encoder, EMA and predictor."""
+def started(out, teacher):
+    """The parts of a run's first checkpoint that are not the teacher's weights: "weight/encoder", ..."""
     found, taught = state(out, 1), state(teacher, 3)
     kinds = [key for key in taught if key.startswith(("weight/", "ema/"))]
-    return {key.split(".")[0] for key in kinds if not torch.equal(found[key], taught[key])}
+    return {key.split(".")[0] for key in kinds if key not in found or not torch.equal(found[key], taught[key])}
 
 
 EVERY_STAGE = [pytest.param(stage, marks=() if stage == 1 else pytest.mark.slow) for stage in range(4)]
@@ -159,6 +161,26 @@ def test_weights_that_cannot_be_used_are_one_line_before_a_checkpoint(teacher, t
         pretrain(small_config(tiny_images, train__steps=1, **given), tmp_path / "run")
     assert "\n" not in str(caught.value)
     assert not list((tmp_path / "run").glob("checkpoints/*"))
+
+
+def test_a_file_of_another_library_is_a_frozen_target_and_starts_an_encoder_of_another_architecture(
+    teacher, tiny_images, tmp_path
+):
+    """The target has a class token and learned positions; the encoder, of a run, has neither."""
+    save_file(timm_state(tokens=1), tmp_path / "w.safetensors")
+    shape = {"depth": 2, "width": 32, "heads": 2, "mlp_ratio": 2.0}
+    config = small_config(
+        tiny_images, **STILL, model__init=str(teacher), model__target="frozen",
+        model__target_init=str(tmp_path / "w.safetensors"),
+        model__target_encoder={"encoder": shape, "prefix_tokens": 1, "positions": "learned"},
+    )  # fmt: skip
+    pretrain(config, tmp_path / "run")
+    assert {place for place in started(tmp_path / "run", teacher) if "ema" not in place} == {"weight/predictor"}
+    model, *_ = load_model(tmp_path / "run")
+    given = recognise(read_weights(tmp_path / "w.safetensors")).encoder
+    found = model.target_encoder.state_dict()
+    assert found.keys() == given.keys()
+    assert all(torch.equal(found[name], given[name]) for name in found)
 
 
 def test_the_configuration_and_the_plan_read_no_weights(tiny_images, tmp_path):

@@ -164,6 +164,10 @@ BAD = {
         lambda path: save_file({"conv1.weight": torch.ones(2, 3, 3, 3), "fc.bias": torch.ones(2)}, path),
         r"w: has conv1\.weight, fc\.bias, no family known here; known are runs and exports of iwm-fast; timm's",
     ),
+    "a file of our own export": (
+        lambda path: save_file(timm_state() | {"blocks.0.mlp.norm_weight": torch.ones(32)}, path),
+        r"w: is an encoder of iwm-fast alone; name the folder of its run or export$",
+    ),
     "two networks alike": (
         lambda path: torch.save({"a": timm_state(), "b": timm_state()}, path),
         r"w: holds 2 networks \(a, b\); save the one to start from alone",
