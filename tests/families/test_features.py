@@ -4,12 +4,16 @@ The references are timm and transformers, in a process of their own (tests/refer
 authors' names are compared with timm, which loads them too.
 """
 
+import json
+
 import pytest
 import torch
 from reference_features import FAMILIES, FULL, HEADS, TOLERANCE, require_equal, weights_of
 from reference_libraries import build_references
+from small_run import small_config, state
 
 from iwm_fast.config import PredictorConfig
+from iwm_fast.engine import pretrain
 from iwm_fast.families import predictor_of, read_weights, recognise
 from iwm_fast.models.packing import Segments
 from iwm_fast.models.predictors import VitPredictor
@@ -74,3 +78,22 @@ def test_i_jepa_s_predictor_predicts_as_its_formula(references, plain):
     with torch.no_grad():
         got = ours(z, torch.tensor(context), lengths[0], torch.tensor(predicted), lengths[1], torch.zeros(1, 3))
     assert (got - want).abs().max() <= TOLERANCE * want.abs().max()
+
+
+def test_a_released_i_jepa_starts_encoder_ema_and_predictor(references, tiny_images, tmp_path):
+    """Of the predictor all but the conditioning; one step at a rate of nothing shows what the run started from."""
+    place = str(weights_of(references / "own_ijepa"))
+    config = small_config(
+        tiny_images, train__steps=1, train__lr=1e-30, train__ema=[1.0, 1.0], model__init=place,
+        model__init_predictor=place,
+    )  # fmt: skip
+    pretrain(config, tmp_path / "run")
+    released = torch.load(place, weights_only=True)
+    saved = state(tmp_path / "run", 1)
+    for kind, part in {"weight/encoder": "encoder", "ema/target_encoder": "target_encoder"}.items():
+        assert torch.equal(saved[f"{kind}.blocks.1.mlp.w_in"], released[part]["module.blocks.1.mlp.fc1.weight"])
+    for name in ("proj.weight", "norm.bias", "blocks.1.attn.qkv.bias"):
+        assert torch.equal(saved[f"weight/predictor.{name}"], released["predictor"][f"module.predictor_{name}"])
+    record = json.loads((tmp_path / "run" / "initial_weights.json").read_text())["init_predictor"]
+    assert {name.split(".")[0] for name in record["initialised"]} == {"feature"}
+    assert record["family"] == "I-JEPA"
