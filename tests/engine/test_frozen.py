@@ -227,6 +227,7 @@ def test_a_new_run_that_resumes_another_s_checkpoint_has_the_frozen_weights_itse
     assert load_model(tmp_path / "run")[3] == 3
 
 
+@SLOW
 def test_an_export_holds_the_frozen_target_and_is_a_teacher_too(run, teachers, tiny_images, tmp_path):
     exported = export_run(run, tmp_path / "export")
     given = {"model__target": "frozen", "model__target_init": str(exported)}
