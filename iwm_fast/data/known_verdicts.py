@@ -24,7 +24,7 @@ class KnownVerdicts:
         slots = min(len(images), SLOTS)
         self._files = np.full(slots, -1, np.int64)
         self._found: Verdicts = np.zeros(slots, VERDICT)
-        self._from_source = images.unchecked < len(images)
+        self._from_source = images.source.unchecked < len(images.source)
 
     def __getitem__(self, file: int) -> Verdict:
         slot = file % len(self._files)

@@ -180,6 +180,20 @@ def test_verdicts_follow_the_rows_that_were_taken(folder, manifest):
     store.close()
 
 
+def test_checkers_open_an_unchecked_manifest_themselves(folder, tmp_path, monkeypatch):
+    write_index(folder, tmp_path / "list.tsv")
+    images = list_images(tmp_path / "list.tsv")
+    assert images.unchecked == FILES
+    store = FileStore(images, LIMIT, checkers=1)
+    looked = counted(monkeypatch)
+    good = [3, 12, 17]
+    store.expect(np.array(good))
+    store.ask(good)
+    assert [store._known[file][1] for file in good] == [1, 6, 1]
+    assert not looked
+    store.close()
+
+
 def test_a_checker_that_dies_is_said_once_and_its_files_are_checked_here(folder, alone, capfd):
     config = small_config(folder, data__max_bad_fraction=0.5, data__checkers=2)
     with TrainingStream(config, list_images(folder), ActionSpace(config.actions.groups)) as stream:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from made_sources import write_classes
+from made_sources import example, write_classes, write_records
 
 from iwm_fast.data import known_verdicts
 from iwm_fast.data.identity import identity_of, names_digest
@@ -20,6 +20,7 @@ from iwm_fast.data.sources import changes, manifest_index, manifest_scan, manife
 from iwm_fast.data.sources.changes import UNCOMPARED
 from iwm_fast.data.sources.manifest_index import index_file
 from iwm_fast.data.tools.index import write_index
+from iwm_fast.data.tools.shard import write_shards
 from iwm_fast.errors import UserError
 
 NAME = "iwm-fast-manifest.tsv"
@@ -70,6 +71,43 @@ def test_rows_are_the_same_with_an_index_as_without_and_only_writing_one_reads_a
     monkeypatch.setattr(manifest_index, "WORTH_A_FILE", 10**9)
     assert facts(tmp_path) == indexed
     assert len(scans) == 2
+
+
+@pytest.mark.parametrize("kind", ["webdataset", "tfrecord"])
+def test_packed_images_are_the_same_list_with_a_manifest_as_without(tmp_path, scans, kind):
+    made = write_classes(tmp_path / "images", 40)
+    packed = tmp_path / "packed"
+    if kind == "webdataset":
+        write_shards(tmp_path / "images", packed, shard_bytes=20_000)
+    else:
+        packed.mkdir()
+        for number in range(3):
+            write_records(packed / f"{number}.tfrecord", [example(raw, 1) for raw in list(made.values())[number::3]])
+    plain = list_images(packed)
+    assert plain.source.kind == kind
+    expected = identity_of(plain), names_digest(plain), plain.source.shards(), plain.labels
+    assert 2 < len(expected[2]) < 40
+    assert sum(expected[2].values()) == 40
+    write_index(packed, check=True)
+    scans.clear()
+    images = list_images(packed)
+    assert images.source.kind == kind
+    found = identity_of(images), names_digest(images), images.source.shards(), images.labels
+    assert found[:3] == expected[:3]
+    assert (found[3] is None) == (expected[3] is None)
+    assert [images.read(row) for row in range(40)] == [plain.read(row) for row in range(40)]
+    assert images.unchecked == 0
+    assert not scans
+
+
+def test_a_large_manifest_without_an_index_says_that_it_is_read(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(manifest_index, "_WORTH_A_LINE", 77)
+    write_classes(tmp_path, 77)
+    write_index(tmp_path, tmp_path / "list.tsv")
+    said = f"{tmp_path}/list.tsv: reading its 77 rows once, to write .list.tsv.rows beside it\n"
+    assert capfd.readouterr().err == said
+    list_images(tmp_path / "list.tsv")
+    assert not capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -264,6 +302,18 @@ def test_changed_folders_with_too_many_images_are_named_and_not_compared(tmp_pat
     source = open_source(tmp_path)
     assert source.left_out.counts == {UNCOMPARED: 1}
     assert source.left_out.examples == {UNCOMPARED: ["cat"]}
+
+
+def test_a_part_of_a_checked_manifest_keeps_its_verdicts_however_many_bad_images_the_whole_has(tmp_path):
+    write_classes(tmp_path, 12)
+    for number in range(5):
+        (tmp_path / f"cat/bad{number}.jpg").write_bytes(b"no image")
+    write_index(tmp_path, check=True)
+    images = list_images(tmp_path)
+    assert images.unchecked == 5
+    good = [row for row in range(len(images)) if "bad" not in images.source_name(row)][:4]
+    known = KnownVerdicts(images.take(np.array(good)), 10**9)
+    assert not len(known.unknown(np.arange(4)))
 
 
 def test_verdicts_of_a_long_list_are_kept_for_the_last_files_and_are_always_the_right_ones(tmp_path, monkeypatch):

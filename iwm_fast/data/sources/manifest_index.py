@@ -35,6 +35,7 @@ __all__ = ["LOOKED_AT", "ManifestIndex", "index_file", "open_index"]
 WORTH_A_FILE = 8 * 2**20
 # Folders or files whose times are compared with the manifest's, at most: 10,000 take 20 ms on a disk.
 LOOKED_AT = 10_000
+_WORTH_A_LINE = 1_000_000  # rows to read, 3 s
 _MAGIC = b"#iwm-fast-manifest-rows/1\n"
 _HEAD = len(_MAGIC) + 16  # and time of its folder, bytes of the facts
 _WAIT_S = 0.2
@@ -92,6 +93,8 @@ def open_index(text: ManifestText) -> ManifestIndex:
         with _only_one(place, text) as found:
             if found is not None:
                 return found
+            if text.header.samples >= _WORTH_A_LINE:
+                tell_once(f"{text.shown}: reading its {text.header.samples} rows once, to write {place.name} beside it")
             done = scan(text)
             _write(place, text, done)
         if before <= text.mtime_ns:
