@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 import threading
@@ -16,7 +17,7 @@ from iwm_fast.data import known_verdicts
 from iwm_fast.data.identity import identity_of, names_digest
 from iwm_fast.data.image_list import ImageSet, list_images
 from iwm_fast.data.known_verdicts import KnownVerdicts
-from iwm_fast.data.sources import changes, manifest_index, manifest_scan, manifest_text, open_source
+from iwm_fast.data.sources import DataGone, changes, manifest_index, manifest_scan, manifest_text, open_source
 from iwm_fast.data.sources.changes import UNCOMPARED
 from iwm_fast.data.sources.manifest_index import index_file
 from iwm_fast.data.tools.index import write_index
@@ -210,11 +211,12 @@ def test_an_open_manifest_stays_as_it_was_when_another_takes_its_place(tmp_path)
     assert len(list_images(tmp_path)) == 76
 
 
-def test_a_manifest_cut_while_it_is_read_is_named_in_one_line(tmp_path):
+@pytest.mark.parametrize("what", ["the manifest", "its index"])
+def test_what_is_cut_while_it_is_read_is_named_in_one_line(tmp_path, what):
     write_classes(tmp_path, 77)
     write_index(tmp_path)
     images = list_images(tmp_path)
-    os.truncate(tmp_path / NAME, 2000)
+    os.truncate(tmp_path / NAME if what == "the manifest" else index_file(str(tmp_path / NAME)), 500)
     with pytest.raises(UserError, match=rf"^{tmp_path / NAME}: line 79 is not the row that was there") as told:
         images.read(76)
     assert "\n" not in str(told.value)
@@ -246,6 +248,19 @@ def test_a_manifest_of_another_version_or_half_written_is_named_in_one_line(tmp_
     assert said in str(told.value)
     assert "\n" not in str(told.value)
     assert not list(tmp_path.glob(".*.lock"))
+
+
+def test_a_file_system_that_fails_is_waited_for_as_for_images(tmp_path, monkeypatch):
+    write_classes(tmp_path, 77)
+    write_index(tmp_path)
+    images = list_images(tmp_path)
+
+    def fail(*_):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(os, "pread", fail)
+    with pytest.raises(DataGone, match=r"cannot be read \(Stale file handle\); bring the data back"):
+        images.read(3)
 
 
 def test_a_pipe_is_no_manifest(tmp_path):

@@ -181,7 +181,7 @@ class ManifestSource:
         known, lines = self._last
         if known != block:
             begin, end = self.index.span(block)
-            raw = self._text.read(begin - 1, end - begin + 1)
+            raw = self._text.read(begin - 1, end - begin + 1) if 0 < begin < end else b""
             lines = raw[1:-1].split(b"\n")
             if raw[:1] + raw[-1:] != b"\n\n" or len(lines) != min(STRIDE, self._count - block * STRIDE):
                 raise self._changed(sample)

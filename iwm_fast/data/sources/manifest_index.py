@@ -25,6 +25,7 @@ from iwm_fast.data.sources.checksum import crc32c
 from iwm_fast.data.sources.list_digest import ListSums
 from iwm_fast.data.sources.manifest_scan import STRIDE, Scan, scan
 from iwm_fast.data.sources.manifest_text import ManifestText
+from iwm_fast.data.sources.storage import DataGone
 from iwm_fast.errors import because
 from iwm_fast.file_locks import hold
 from iwm_fast.notices import tell_once
@@ -60,19 +61,27 @@ class ManifestIndex:
     _files: tuple[str, ...] = ()
 
     def span(self, block: int) -> tuple[int, int]:
-        """Return the offsets of the first row of a block of STRIDE rows, and of the block's end."""
+        """Return the offsets of the first row of a block of STRIDE rows, and of the block's end; (0, 0) where the index
+        was cut.
+        """
         if self._starts is not None:
             return int(self._starts[block]), int(self._starts[block + 1])
-        assert self._file is not None
-        found = np.frombuffer(os.pread(self._file.fileno(), 16, self._starts_at + 8 * block), "<i8")
-        return (int(found[0]), int(found[1])) if len(found) == 2 else (0, 0)
+        raw = self._bytes(self._starts_at + 8 * block, 16)
+        return (int.from_bytes(raw[:8], "little"), int.from_bytes(raw[8:], "little")) if len(raw) == 16 else (0, 0)
 
     def files(self) -> tuple[str, ...]:
         """Return all files that hold samples, sorted; none for images in their own files."""
         if self._file is None:
             return self._files
-        text = os.pread(self._file.fileno(), self._files_at[1], self._files_at[0])
+        text = self._bytes(*self._files_at)
         return tuple(text.decode("utf-8", "surrogateescape").split("\n")) if text else ()
+
+    def _bytes(self, offset: int, length: int) -> bytes:
+        assert self._file is not None
+        try:
+            return os.pread(self._file.fileno(), length, offset)
+        except OSError as error:
+            raise DataGone(f"{self._file.name}: cannot be read ({error.strerror or error})") from error
 
 
 def index_file(manifest: str) -> Path:
