@@ -21,7 +21,7 @@ from iwm_fast import kernels
 from iwm_fast.engine.distributed.ranks import Ranks, gather
 from iwm_fast.engine.zero import Shard, ZeroEngine
 
-__all__ = ["TARGET", "TargetAverage", "target_name"]
+__all__ = ["ONLINE", "TARGET", "TargetAverage", "target_name"]
 
 ONLINE, TARGET = "encoder.", "target_encoder."
 

@@ -123,10 +123,17 @@ class FusedZero(DeepSpeedZeroOptimizer):
                 partition.grad = self._flat_gradient(i)
         self.optimizer.step()
         self._global_grad_norm = self.optimizer._global_grad_norm  # noqa: SLF001  (DeepSpeed's name for it)
-        if shared:
-            return
+        if not shared:
+            for partition in self.single_partition_of_fp32_groups:
+                partition.grad = None
+        self.refresh()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Write this rank's fp32 weights into the model's working copy, and gather the others' parts of it."""
+        if self.alone and self.dtype == torch.float32:
+            return  # one memory
         for i, partition in enumerate(self.single_partition_of_fp32_groups):
-            partition.grad = None
             rank = torch.distributed.get_rank(group=self.real_dp_process_group[i])
             self.parallel_partitioned_bit16_groups[i][rank].copy_(partition)
         if not self.alone:

@@ -9,7 +9,7 @@ from iwm_fast.actions.external import space_of
 from iwm_fast.actions.space import ActionSpace
 from iwm_fast.config import Config
 from iwm_fast.data.bad_samples import FILE_NAME as BAD_SAMPLES_FILE
-from iwm_fast.engine.checkpoint.fragments import fragments
+from iwm_fast.engine.checkpoint.fragments import fragments, tensor_shapes
 from iwm_fast.engine.checkpoint.frozen_file import FROZEN_KEY, FrozenFile
 from iwm_fast.engine.checkpoint.writer import CheckpointWriter
 from iwm_fast.engine.distributed.ranks import Ranks, agree
@@ -232,5 +232,6 @@ def _save(run: Run, log: MetricsLog | None) -> None:
     if identity:
         meta["data"] = identity.document()
     run.live.at(f"checkpoint of step {trainer.step}")
-    run.writer.save(trainer.step, fragments(run.zero, run.average, run.ranks), meta)
+    shapes = tensor_shapes(run.zero, run.average)
+    run.writer.save(trainer.step, fragments(run.zero, run.average, run.ranks), meta, shapes)
     trainer.restart_clock()

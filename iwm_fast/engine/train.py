@@ -21,7 +21,7 @@ from iwm_fast.data.triplet_stream import PairStream
 from iwm_fast.data.triplets import Triplets, resolve_triplets
 from iwm_fast.engine.build import require_machine, trained_model
 from iwm_fast.engine.checkpoint.format import Checkpoint
-from iwm_fast.engine.checkpoint.fragments import restore_module, restore_shards
+from iwm_fast.engine.checkpoint.fragments import require_fit, restore_shards
 from iwm_fast.engine.checkpoint.frozen_file import FrozenFile, adopt_frozen, write_frozen
 from iwm_fast.engine.checkpoint.writer import CheckpointWriter, clear_leftovers, point_latest
 from iwm_fast.engine.determinism import deterministic_operators
@@ -211,8 +211,8 @@ def _weights(
     live: Liveness,
     initial: InitialWeights,
 ) -> tuple[FrozenFile | None, Started]:
-    """Fill the model with the checkpoint's weights, or a new run's with those that it starts from; return the frozen
-    ones' file, and what a new run started from.
+    """Fill a new run's model with the weights that it starts from, or a resumed one's with what is frozen
+    (`restore_shards` reads the rest); return the frozen ones' file, and what a new run started from.
     """
     file = directory.initial_weights_file
     if saved is None:
@@ -222,7 +222,7 @@ def _weights(
         constants = model.constants
         written = decide(ranks, lambda: write_frozen(directory.checkpoints, constants)) if constants else None
         return written, started
-    restore_module(model, saved)
+    require_fit(model, saved)
     decide(ranks, lambda: adopt_record(saved.path, file))
     if (frozen := saved.frozen) is None:
         return None, Started()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any
 
@@ -51,6 +51,7 @@ class ZeroEngine:
     stage: int
     module: nn.Module
     shards: list[Shard]
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)  # of the trainable parameters, by name
 
     @property
     def found_inf(self) -> Tensor:
@@ -79,6 +80,17 @@ class ZeroEngine:
         else:
             tensors = [p for group in self.optimizer.param_groups for p in group["params"]]
         ensure_state(self.optimizer, tensors, count)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Write the shards' fp32 weights into the copies that the model computes with; all ranks call it."""
+        if self.stage in (1, 2):
+            self.engine.optimizer.refresh()
+        elif self.stage == 3:
+            parameters = dict(self.module.named_parameters())
+            for shard in self.shards:
+                working = parameters[shard.name].ds_tensor  # type: ignore[attr-defined]
+                working.data.view(-1)[: shard.weight.numel()].copy_(shard.weight)
 
 
 def deepspeed_config(config: Config, micro_batch: int, accumulation: int) -> dict[str, Any]:
@@ -140,7 +152,7 @@ def initialize(model: nn.Module, config: Config, micro_batch: int, accumulation:
         sums = _sum_gradients(engine, optimizer, list(trainable.values()))
         if sums and isinstance(network, Bf16Compute) and not config.train.cuda_graph:
             network.hand_over(sums.buckets, sums.made)
-    zero = ZeroEngine(engine, optimizer, stage, model, [])
+    zero = ZeroEngine(engine, optimizer, stage, model, [], shapes)
     zero.set_updates(0)
     zero.shards = _shards(zero, shapes)
     if rounding and isinstance(model, IWM):

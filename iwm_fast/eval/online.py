@@ -14,12 +14,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from iwm_fast.actions.ranges import varying
 from iwm_fast.actions.space import ActionSpace
 from iwm_fast.config import Config
-from iwm_fast.engine.distributed.ranks import Ranks, gather
+from iwm_fast.engine.distributed.ranks import Ranks, gather, of_first
 from iwm_fast.engine.distributed.signals import Abandoned
 from iwm_fast.errors import UserError
 from iwm_fast.eval.features import default_encoder, encoder_of, read_features
@@ -122,8 +121,7 @@ def _of_triplets(
             found[0] = None
         except _FAULTS as error:
             found[0] = _reason(error, ranks)
-    if ranks.world > 1:
-        dist.broadcast_object_list(found, src=0, group=ranks.control)
+    found = of_first(found, ranks)
     if isinstance(found[0], str):
         raise UserError(found[0])
     return None if found[0] is None else dict(found[0])

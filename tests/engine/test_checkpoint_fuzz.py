@@ -33,12 +33,12 @@ class Trap:
 
 
 def fragments(model, rank, shift):
-    """Return half of every tensor for each of two ranks: weights, both moments, EMAs."""
+    """Return a part of every tensor for each of two ranks: halves of weights and EMAs, a third of both moments."""
     for name, parameter in model.named_parameters():
         target = name.startswith("target_encoder.")
         for kind in ("ema",) if target else ("weight", "exp_avg", "exp_avg_sq"):
             flat = parameter.detach().flatten() + len(kind) + shift
-            cut = flat.numel() // 2
+            cut = flat.numel() // (3 if kind.startswith("exp") else 2)
             start, part = (0, flat[:cut]) if rank == 0 else (cut, flat[cut:])
             yield Fragment(kind, name, tuple(parameter.shape), start, part)
 
@@ -52,11 +52,11 @@ def written(tmp_path_factory):
         final = root / f"step_{step:06d}"
         partial = root / f".{final.name}.partial"
         partial.mkdir()
-        reports = [
-            writer._write_rank(partial, step, fragments(model, r, 0.5 * step), Ranks(r, 2, r, 2, "cpu")) for r in (0, 1)
-        ]
+        parts = [list(fragments(model, r, 0.5 * step)) for r in (0, 1)]
+        shapes = {f"{part.kind}/{part.name}": list(part.shape) for part in parts[0]}
+        reports = [writer._write_rank(partial, step, parts[r], Ranks(r, 2, r, 2, "cpu"), shapes) for r in (0, 1)]
         meta = {"format": checkpoint.FORMAT, "step": step, "updates": step}
-        assert writer._finish(partial, final, meta, reports, 3, None) is None
+        assert writer._finish(partial, final, meta, shapes, reports, 3, None) is None
     return root, model, everything(root / "step_000002", model)
 
 
@@ -128,27 +128,39 @@ def swap(path, draw):
 def edit_index(path, draw):
     """Make one structural change to the index, with matching checksums."""
     index = json.loads((path / "index.json").read_text())
-    pieces = index["fragments"]
-    at, other = draw.sample(range(len(pieces)), 2)
+    pieces, dealt = index["fragments"], index["dealt"]
+    assert pieces
+    assert dealt
+    tensor, other = draw.choice(sorted(pieces)), draw.choice(sorted(dealt))
+    parts, at = pieces[tensor], draw.randrange(2)
     shape = draw.choice(sorted(index["shapes"]))
+    file = draw.choice(sorted(index["headers"]))
     odd = [None, "7", -1, 2**70, 1.5, True, [], {}]
 
     def exchange():
-        pieces[at][4], pieces[other][4] = "rank_00001.safetensors", "rank_00000.safetensors"
+        parts[0][2], parts[1][2] = 1, 0
 
     draw.choice(
         [
-            lambda: pieces.__delitem__(at),
-            lambda: pieces.append(pieces[at]),
-            lambda: pieces[at].__setitem__(2, pieces[at][2] + draw.choice([-3, -1, 1, 5])),
-            lambda: pieces[at].__setitem__(3, pieces[at][3] + draw.choice([-1, 1])),
-            lambda: pieces[at].__setitem__(draw.randrange(5), draw.choice(odd)),
-            lambda: pieces[at].__setitem__(4, draw.choice(["../elsewhere", "/etc/passwd", "", ".", "index.json"])),
+            lambda: parts.__delitem__(at),
+            lambda: parts.append(parts[at]),
+            lambda: parts[at].__setitem__(0, parts[at][0] + draw.choice([-3, -1, 1, 5])),
+            lambda: parts[at].__setitem__(1, parts[at][1] + draw.choice([-1, 1])),
+            lambda: parts[at].__setitem__(draw.randrange(3), draw.choice(odd)),
+            lambda: parts[at].__setitem__(2, draw.choice([2, 3])),
             exchange,
+            lambda: pieces.__setitem__(tensor, draw.choice(odd)),
+            lambda: pieces.pop(tensor),
+            lambda: dealt.pop(other),
+            lambda: dealt.__setitem__(other, draw.choice([*odd, dealt[other] + 1, 0])),
+            lambda: dealt.__setitem__(tensor, 7),
+            lambda: pieces.__setitem__(other, [[0, 1, 0]]),
             lambda: index["shapes"].pop(shape),
             lambda: index["shapes"].__setitem__(shape, draw.choice([[0], [1], [2**40], "x", None, [-1], [1.0]])),
-            lambda: index.pop(draw.choice(["format", "step", "updates", "shapes", "fragments"])),
+            lambda: index["headers"].__setitem__(file, draw.choice([None, 7, "0" * 64])),
+            lambda: index.pop(draw.choice(["format", "step", "updates", "shapes", "fragments", "dealt", "shards"])),
             lambda: index.__setitem__(draw.choice(["step", "updates"]), draw.choice([None, "7", -1, 1.5, True])),
+            lambda: index.__setitem__("shards", draw.choice([*odd, 1, 3, 10**12])),
         ]
     )()
     (path / "index.json").write_text(json.dumps(index))

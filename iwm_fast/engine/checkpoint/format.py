@@ -1,8 +1,8 @@
 """Checkpoints that do not depend on how a run was sharded, and that load without unpickling: format and reading.
 
 A checkpoint is a folder ``step_000123``: one safetensors file per rank with that rank's fragments of the fp32 weights,
-the optimizer's moments and the target's EMA; ``index.json`` with the place of each fragment; ``manifest.json`` with the
-size and SHA-256 of every file. ``latest`` beside the folders names the newest; weights that a run never changes lie
+the optimizer's moments and the target's EMA; ``index.json`` with the layout; ``manifest.json`` with the size and
+SHA-256 of every file. ``latest`` beside the folders names the newest; weights that a run never changes lie
 beside them once (`frozen_file`). See docs/reference/checkpoints.md; ``writer`` writes it.
 """
 
@@ -11,25 +11,24 @@ from __future__ import annotations
 import errno
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from iwm_fast.engine.checkpoint.frozen_file import FrozenFile, frozen_fault, frozen_of
-from iwm_fast.engine.checkpoint.index import Piece, read_index
-from iwm_fast.engine.checkpoint.shard_file import file_sum, shard_fault
+from iwm_fast.engine.checkpoint.index import FORMAT, FORMATS, read_index
+from iwm_fast.engine.checkpoint.shard_file import ShardReader, file_sum, shard_fault
 from iwm_fast.errors import UserError, because
-from iwm_fast.file_names import utf8_name
 
 __all__ = ["FORMAT", "INDEX", "LATEST", "MANIFEST", "Checkpoint", "Fragment", "damage", "newest", "step_of", "steps"]
 
-FORMAT = "iwm-fast-checkpoint/1"
 INDEX, MANIFEST, LATEST = "index.json", "manifest.json", "latest"
 _FOLDER = re.compile(r"step_(\d{6,})")
+_MOST_OPEN = 64  # files; a process may have a thousand
 _FILE = re.compile(r"\w[\w.-]*")
 # Errors of reading that do not mean damage: permissions, this process's limits, a server.
 _NOT_OF_THE_FILE = frozenset(
@@ -65,7 +64,7 @@ def damage(path: Path) -> str | None:
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         _require_readable(path / MANIFEST, error)
         return f"{MANIFEST}: {error}"
-    if version != FORMAT:
+    if version not in FORMATS:
         return f"{MANIFEST}: format is {version!r}, this version reads {FORMAT!r}"
     for file, expected in files.items():
         if not _FILE.fullmatch(file):
@@ -90,23 +89,21 @@ def _require_readable(path: Path, error: Exception) -> None:
 
 def _contradiction(path: Path, files: dict[str, Any]) -> str | None:
     try:
-        index, pieces = read_index(path / INDEX, FORMAT)
+        index = read_index(path / INDEX)
     except (OSError, ValueError) as error:
         return f"{INDEX}: {error}"
+    step = index.document["step"]
     named = step_of(path)
-    if named is not None and named != index["step"]:
-        return f"{INDEX}: is of step {index['step']}, the folder is named {path.name}"
-    held: dict[str, dict[str, int]] = {}
-    for piece in pieces:
-        held.setdefault(piece.file, {})[piece.key] = piece.length
-    for file, lengths in held.items():
+    if named is not None and named != step:
+        return f"{INDEX}: is of step {step}, the folder is named {path.name}"
+    for file, lengths in index.held():
         if file not in files:
             return f"{MANIFEST}: does not list {file}, which {INDEX} names"
-        wrong = shard_fault(path / file, lengths, {"step": str(index["step"])})
+        wrong = shard_fault(path / file, lengths, {"step": str(step)}, index.document.get("headers", {}).get(file))
         if wrong:
             return f"{file}: {wrong}"
     try:
-        return frozen_fault(path, index)
+        return frozen_fault(path, index.document)
     except OSError as error:
         _require_readable(path.parent, error)
         return f"frozen weights: {error}"
@@ -148,19 +145,21 @@ def step_of(path: Path) -> int | None:
 
 
 class Checkpoint:
-    """Read any range of any tensor of a checkpoint, however it was sharded."""
+    """Read any range of any tensor of a checkpoint, however it was sharded, and no other bytes of its files.
+
+    Checks that each file's header is the one that was written; `damage` checks every byte.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self.index, pieces = read_index(path / INDEX, FORMAT)
+            self._places = read_index(path / INDEX)
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: not a readable checkpoint ({error}); name a folder step_NNNNNN") from error
-        self.shapes: dict[str, tuple[int, ...]] = {k: tuple(v) for k, v in self.index["shapes"].items()}
-        self._where: dict[str, list[Piece]] = {}
-        for piece in pieces:
-            self._where.setdefault(f"{piece.kind}/{piece.name}", []).append(piece)
-        self._open: dict[str, Any] = {}
+        self.index, self.shapes = self._places.document, self._places.shapes
+        self._headers: dict[str, str] = self.index.get("headers", {})
+        self._open: dict[str, ShardReader] = {}
+        self.bytes_read = 0  # of the ranks' files: headers and ranges
         self.frozen: FrozenFile | None = frozen_of(path, self.index)
 
     @property
@@ -177,28 +176,46 @@ class Checkpoint:
         """Copy elements ``start`` … of the flattened tensor into ``out`` (1-D). Raises UserError where some are
         missing.
         """
-        stop, filled = start + out.numel(), 0
-        for piece in self._where.get(f"{kind}/{name}", []):
-            a, b = max(start, piece.start), min(stop, piece.start + piece.length)
-            if a < b:
-                out[a - start : b - start].copy_(self._read(piece, a - piece.start, b - piece.start))
+        self.fill_all([(kind, name, start, out)])
+
+    def fill_all(self, wanted: Iterable[tuple[str, str, int, Tensor]]) -> None:
+        """Do what `fill` does for many ranges, file by file: each is opened once."""
+        parts: dict[str, list[tuple[str, int, Tensor]]] = {}
+        for kind, name, start, out in wanted:
+            tensor, stop, filled = f"{kind}/{name}", start + out.numel(), 0
+            for piece in self._places.pieces(tensor, start, stop):
+                a, b = max(start, piece.start), min(stop, piece.start + piece.length)
+                part = (f"{tensor}@{piece.start}", a - piece.start, out[a - start : b - start])
+                parts.setdefault(piece.file, []).append(part)
                 filled += b - a
-        if filled != out.numel():
-            raise UserError(
-                f"{self.path}: {kind} of {name} is incomplete "
-                f"({filled} of {out.numel()} elements); use another checkpoint"
-            )
+            if filled != out.numel():
+                raise UserError(
+                    f"{self.path}: {kind} of {name} is incomplete "
+                    f"({filled} of {out.numel()} elements); use another checkpoint"
+                )
+        for file, own in parts.items():
+            for key, first, out in own:
+                self._read(file, key, first, out)
 
     def full(self, kind: str, name: str) -> Tensor:
         """Return the whole tensor in its own shape, fp32, on the CPU. Raises UserError where it is missing."""
-        shape = self.shapes.get(f"{kind}/{name}")
-        if shape is None:
-            raise UserError(
-                f"{self.path}: there is no {kind} of {name}; use another checkpoint, or its own config.yaml"
-            )
+        shape = self.require_shape(kind, name)
         flat = torch.empty(torch.Size(shape).numel(), dtype=torch.float32)
         self.fill(kind, name, 0, flat)
         return flat.view(shape)
+
+    def require_shape(self, kind: str, name: str, shape: tuple[int, ...] | None = None) -> tuple[int, ...]:
+        """Return a tensor's sizes. Raises UserError where it is missing, or not of the given ones."""
+        found = self.shapes.get(f"{kind}/{name}")
+        if found is None:
+            raise UserError(
+                f"{self.path}: there is no {kind} of {name}; use another checkpoint, or its own config.yaml"
+            )
+        if shape not in (None, found):
+            raise UserError(
+                f"{self.path}: {kind} of {name} is {_said(found)}, not {_said(shape)}; use its own config.yaml"
+            )
+        return found
 
     def names(self, kind: str) -> list[str]:
         """Return the parameters that have a ``kind``."""
@@ -214,15 +231,29 @@ class Checkpoint:
                     f"{_said(shapes.get(name))} in this configuration; use its own config.yaml"
                 )
 
-    def _read(self, piece: Piece, first: int, last: int) -> Tensor:
+    def _read(self, file: str, key: str, first: int, out: Tensor) -> None:
+        direct = out.dtype == torch.float32 and out.device.type == "cpu" and out.is_contiguous()
+        part = out if direct else torch.empty(out.numel(), dtype=torch.float32)
         try:
-            if piece.file not in self._open:
-                with utf8_name(self.path / piece.file) as name:
-                    self._open[piece.file] = safe_open(name, framework="pt")
-            part: Tensor = self._open[piece.file].get_slice(piece.key)[first:last]
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{self.path / piece.file}: cannot be read ({error}); use another checkpoint") from error
-        return part
+            shard = self._open.get(file) or self._opened(file)
+            before = shard.bytes_read
+            shard.read(key, first, part)
+            self.bytes_read += shard.bytes_read - before
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.path / file}: cannot be read ({error}); use another checkpoint") from error
+        if not direct:
+            out.copy_(part)
+
+    def _opened(self, file: str) -> ShardReader:
+        if len(self._open) >= _MOST_OPEN:
+            self._open.pop(next(iter(self._open))).close()
+        shard = ShardReader(self.path / file)
+        if self._headers.get(file, shard.header_sha256) != shard.header_sha256:
+            shard.close()
+            raise ValueError("its header is not the one that was written (SHA-256 differs)")
+        self.bytes_read += shard.bytes_read
+        self._open[file] = shard
+        return shard
 
 
 def _said(shape: tuple[int, ...] | None) -> str:

@@ -8,12 +8,13 @@ import torch
 
 from iwm_fast.engine.checkpoint.format import Checkpoint, Fragment
 from iwm_fast.engine.distributed.ranks import Ranks
-from iwm_fast.engine.ema import TARGET, TargetAverage, target_name
+from iwm_fast.engine.ema import ONLINE, TARGET, TargetAverage, target_name
+from iwm_fast.engine.optimizer import MOMENTS
 from iwm_fast.engine.zero import ZeroEngine
 from iwm_fast.errors import UserError
 from iwm_fast.models.iwm import IWM
 
-__all__ = ["fragments", "restore_module", "restore_shards"]
+__all__ = ["fragments", "require_fit", "restore_module", "restore_shards", "tensor_shapes"]
 
 
 def fragments(zero: ZeroEngine, average: TargetAverage | None, ranks: Ranks) -> Iterator[Fragment]:
@@ -24,6 +25,14 @@ def fragments(zero: ZeroEngine, average: TargetAverage | None, ranks: Ranks) -> 
     if average is not None:
         for shard, tensor in zip(average.shards, average.averages, strict=True):
             yield from _own(zero, ranks, Fragment("ema", target_name(shard.name), shard.shape, shard.start, tensor))
+
+
+def tensor_shapes(zero: ZeroEngine, average: TargetAverage | None) -> dict[str, tuple[int, ...]]:
+    """Return KIND/NAME → sizes of the tensors that all ranks' fragments are of, the same on each rank."""
+    found = {f"{kind}/{name}": shape for name, shape in zero.shapes.items() for kind in ("weight", *MOMENTS)}
+    if average is not None:
+        found |= {f"ema/{target_name(n)}": shape for n, shape in zero.shapes.items() if n.startswith(ONLINE)}
+    return found
 
 
 def _own(zero: ZeroEngine, ranks: Ranks, fragment: Fragment) -> Iterator[Fragment]:
@@ -37,10 +46,9 @@ def _own(zero: ZeroEngine, ranks: Ranks, fragment: Fragment) -> Iterator[Fragmen
 
 
 @torch.no_grad()
-def restore_module(module: IWM, saved: Checkpoint) -> None:
-    """Fill a whole model with the weights, the target encoder with its EMA, and what is frozen from its own file.
-
-    Raises UserError where the checkpoint is of another architecture, or of another kind of target.
+def require_fit(module: IWM, saved: Checkpoint) -> None:
+    """Fill what is frozen from its own file. Raises UserError where the checkpoint is of another architecture, or of
+    another kind of target.
     """
     constants = module.constants
     if bool(constants) != (saved.frozen is not None):
@@ -52,23 +60,42 @@ def restore_module(module: IWM, saved: Checkpoint) -> None:
         )
     if saved.frozen is not None:
         saved.frozen.fill(constants)
-    changing = {name: p for name, p in module.named_parameters() if name not in constants}
-    saved.require_architecture({name: tuple(p.shape) for name, p in changing.items() if not name.startswith(TARGET)})
-    for name, parameter in changing.items():
-        parameter.copy_(saved.full("ema" if name.startswith(TARGET) else "weight", name))
+    online = {n: p for n, p in _changing(module).items() if not n.startswith(TARGET)}
+    saved.require_architecture({name: tuple(p.shape) for name, p in online.items()})
+
+
+def _changing(module: IWM) -> dict[str, torch.nn.Parameter]:
+    return {name: p for name, p in module.named_parameters() if name not in module.constants}
+
+
+@torch.no_grad()
+def restore_module(module: IWM, saved: Checkpoint) -> None:
+    """Fill a whole model with the weights, the target encoder with its EMA, and what is frozen from its own file.
+
+    Raises UserError as `require_fit`.
+    """
+    require_fit(module, saved)
+    wanted = [("ema" if n.startswith(TARGET) else "weight", n, p) for n, p in _changing(module).items()]
+    for kind, name, parameter in wanted:
+        saved.require_shape(kind, name, tuple(parameter.shape))
+    saved.fill_all((kind, name, 0, parameter.view(-1)) for kind, name, parameter in wanted)
 
 
 @torch.no_grad()
 def restore_shards(zero: ZeroEngine, average: TargetAverage | None, saved: Checkpoint) -> None:
-    """Restore this rank's fp32 weights, moments and EMA exactly, after ``restore_module`` and DeepSpeed's
-    initialisation.
+    """Restore this rank's fp32 weights, moments and EMA exactly, after `require_fit` and DeepSpeed's initialisation.
+
+    It reads only this rank's parts. The working copies of weights and EMA, which every rank needs whole at stages 1 and
+    2, are gathered from the ranks, as after a step.
     """
+    wanted: list[tuple[str, str, int, torch.Tensor]] = []
     for shard in zero.shards:
-        saved.fill("weight", shard.name, shard.start, shard.weight)
-        for key, moment in shard.moments.items():
-            saved.fill(key, shard.name, shard.start, moment)
-    zero.set_updates(saved.updates)
+        wanted += [(kind, shard.name, shard.start, t) for kind, t in {"weight": shard.weight, **shard.moments}.items()]
     if average is not None:
         for shard, tensor in zip(average.shards, average.averages, strict=True):
-            saved.fill("ema", target_name(shard.name), shard.start, tensor)
+            wanted.append(("ema", target_name(shard.name), shard.start, tensor))
+    saved.fill_all(wanted)
+    zero.set_updates(saved.updates)
+    zero.refresh()
+    if average is not None:
         average.refresh()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,10 +24,12 @@ from torch import Tensor
 from iwm_fast.atomic_files import sync_open
 from iwm_fast.file_names import utf8_name
 
-__all__ = ["file_sum", "shard_fault", "write_shard", "write_tensors"]
+__all__ = ["ShardReader", "file_sum", "shard_fault", "write_shard", "write_tensors"]
 
 _ALIGNMENT = 8
 _BLOCK = 1 << 20
+_LARGEST_HEADER = 100_000_000  # bytes, as safetensors
+_LARGEST_READ = 1 << 30  # a call of Linux reads at most 2 GiB
 _NAMES = {
     torch.float32: "F32",
     torch.float64: "F64",
@@ -85,24 +88,97 @@ def _bytes(tensor: Tensor) -> memoryview:
     return view
 
 
-def shard_fault(path: Path, lengths: Mapping[str, int], metadata: Mapping[str, str]) -> str | None:
-    """Return how the file's header contradicts the fragments (key: elements) that it should hold, or None."""
+def shard_fault(
+    path: Path, lengths: Mapping[str, int], metadata: Mapping[str, str], header_sha256: str | None = None
+) -> str | None:
+    """Return how the file's header contradicts its SHA-256 and the fragments (key: elements) that it should hold, or
+    None.
+    """
     try:
-        with utf8_name(path) as file, safe_open(file, framework="pt") as shard:
-            found = shard.metadata() or {}
+        with utf8_name(path) as file, safe_open(file, framework="pt"):  # which checks offsets and sizes
+            pass
+        with ShardReader(path) as shard:
+            if header_sha256 not in (None, shard.header_sha256):
+                return "its header is not the one that was written (SHA-256 differs)"
+            found = shard.metadata
             for name, expected in metadata.items():
                 if found.get(name, expected) != expected:
                     return f"it says {name} {found[name]}, its place says {expected}"
-            keys = set(shard.keys())
             for key, length in lengths.items():
-                if key not in keys:
+                if key not in shard.entries:
                     return f"{key} is not in it"
-                part = shard.get_slice(key)
-                if part.get_dtype() != "F32" or part.get_shape() != [length]:
-                    return f"{key} is {part.get_dtype()} {part.get_shape()}, the index says F32 [{length}]"
-    except (OSError, SafetensorError) as error:
+                entry = shard.entries[key]
+                if entry["dtype"] != "F32" or entry["shape"] != [length]:
+                    return f"{key} is {entry['dtype']} {entry['shape']}, the index says F32 [{length}]"
+    except (OSError, ValueError, SafetensorError) as error:
         return f"not a readable safetensors file ({error})"
     return None
+
+
+class ShardReader:
+    """Read ranges of a safetensors file's fp32 tensors, and nothing else of it.
+
+    Raises OSError, and ValueError where it is no such file. bytes_read: header and ranges so far.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = -1
+        self._file = os.open(path, os.O_RDONLY)
+        try:
+            length = int.from_bytes(self._bytes(0, 8), "little")
+            encoded = self._bytes(8, length if length <= _LARGEST_HEADER else -1)
+            self.header_sha256 = hashlib.sha256(encoded).hexdigest()
+            self._data, self.bytes_read = 8 + length, 8 + length
+            self.entries: dict[str, Any] = json.loads(encoded)
+            if not isinstance(self.entries, dict):
+                raise ValueError("the header is no table")  # noqa: TRY004, TRY301  (of a file's content)
+            self.metadata: dict[str, str] = self.entries.pop("__metadata__", {})
+        except (OSError, ValueError):
+            self.close()
+            raise
+        except RecursionError as error:
+            self.close()
+            raise ValueError("a header nested too deeply") from error
+
+    def __enter__(self) -> ShardReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file >= 0:
+            os.close(self._file)
+        self._file = -1
+
+    __del__ = close
+
+    def read(self, key: str, first: int, out: Tensor) -> None:
+        """Copy elements ``first`` … of the fp32 tensor ``key`` into ``out``, 1-D and contiguous on the CPU."""
+        entry = self.entries.get(key)
+        if entry is None or entry["dtype"] != "F32":
+            raise ValueError(f"{key} is not in it in fp32")
+        begin, end = entry["data_offsets"]
+        at = begin + 4 * first
+        if at + 4 * out.numel() > end:
+            raise ValueError(f"{key} has {(end - begin) // 4} elements, not {first + out.numel()}")
+        view = _bytes(out)
+        done = 0
+        while done < view.nbytes:
+            got = os.preadv(self._file, [view[done : done + _LARGEST_READ]], self._data + at + done)
+            if not got:
+                raise ValueError("it is truncated")
+            done += got
+        self.bytes_read += view.nbytes
+
+    def _bytes(self, at: int, length: int) -> bytes:
+        if length < 0:
+            raise ValueError("its header is too long")
+        found = os.pread(self._file, length, at)
+        if len(found) != length:
+            raise ValueError("it is truncated")
+        return found
 
 
 def file_sum(path: Path) -> dict[str, Any]:

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from iwm_fast.engine.distributed.medians import medians_of_others
+from iwm_fast.engine.distributed.messages import meet_all
 from iwm_fast.engine.distributed.rank_info import RankInfo
 from iwm_fast.engine.distributed.ranks import Ranks, gather
 from iwm_fast.engine.distributed.watchdog import Liveness
@@ -169,7 +170,7 @@ def _best(ranks: Ranks, live: Liveness, where: str, message: Callable[[], Any]) 
     """
     best = float("inf")
     for repeat in range(_REPEATS + 1):
-        dist.barrier(group=ranks.control)
+        meet_all(ranks.world, ranks.control)
         live.at(f"{_CHECK}, {where}")
         begin = time.perf_counter()
         message()

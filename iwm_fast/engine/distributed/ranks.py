@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import pickle
 import socket
 import sys
 import threading
@@ -15,13 +16,14 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from iwm_fast.engine.distributed.messages import bytes_of_first, meet_all
 from iwm_fast.engine.distributed.pulses import announce
 from iwm_fast.engine.distributed.rank_environment import ALONE, device_index, place_of
 from iwm_fast.engine.distributed.rank_info import RankInfo, meet, this_rank
 from iwm_fast.engine.distributed.signals import end_with_parent
 from iwm_fast.errors import UserError
 
-__all__ = ["Ranks", "agree", "decide", "gather", "leave", "start"]
+__all__ = ["Ranks", "agree", "decide", "gather", "leave", "of_first", "start"]
 
 Decided = TypeVar("Decided")
 
@@ -79,6 +81,9 @@ def start(timeout_s: float = 600.0, *, alone: bool = False) -> Ranks:
     if on_gpu:
         torch.cuda.set_device(index)
     device = torch.device("cuda", index) if on_gpu else torch.device("cpu")
+    # Each gloo group would connect every rank to every other, and two groups of a thousand ranks exceed most limits of
+    # open files. With this a connection is opened by its first message.
+    os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     if not dist.is_initialized():
         backend = "nccl" if on_gpu else "gloo"
         timeout = datetime.timedelta(seconds=max(timeout_s, _START_S) + _MARGIN_S)
@@ -87,19 +92,15 @@ def start(timeout_s: float = 600.0, *, alone: bool = False) -> Ranks:
             store = dist.HashStore() if world == 1 else _rendezvous(rank, world, timeout)
             announce(store, rank)
             infos = meet(store, this_rank(rank, local_world, backend), world, timeout)
-        try:
+        with _connecting(infos[rank], backend):
             dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())
-            raise UserError(
-                f"{infos[rank].name}: no connection to the other ranks ({reason}); look at the network between the "
-                f"hosts, and at {backend.upper()}_SOCKET_IFNAME, the interface that is used"
-            ) from error
     else:  # a second training in this process
         store = dist.distributed_c10d._get_default_store()  # noqa: SLF001  (has no public name)
         announce(store, rank)
         infos = _gathered_infos(this_rank(rank, local_world, dist.get_backend()), world)
-    control = dist.new_group(backend="gloo") if on_gpu and world > 1 else None
+    with _connecting(infos[rank], "gloo"):
+        control = dist.new_group(backend="gloo") if on_gpu and world > 1 else None
+        meet_all(world, control)
     met = store if world > 1 else None
     return Ranks(rank, world, place.local_rank, local_world, device, control, infos, place.launcher, met)
 
@@ -121,6 +122,19 @@ def leave() -> None:
         store.set(f"iwm_fast/left/{rank}", "")
         if rank == 0:
             store.wait([f"iwm_fast/left/{other}" for other in range(world)], datetime.timedelta(seconds=_LEAVE_S))
+
+
+@contextlib.contextmanager
+def _connecting(me: RankInfo, backend: str) -> Iterator[None]:
+    """Around a group's first connections: where they fail, a UserError says what to look at."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{me.name}: no connection to the other ranks ({reason}); look at the network between the "
+            f"hosts, and at {backend.upper()}_SOCKET_IFNAME, the interface that is used"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -190,6 +204,15 @@ def agree(ranks: Ranks, *flags: bool) -> list[bool]:
     return [bool(vote) for vote in votes.tolist()]
 
 
+def of_first(value: Decided, ranks: Ranks) -> Decided:
+    """Return the first rank's value on all ranks, which all call it; the others' are not sent."""
+    if ranks.world == 1:
+        return value
+    sent = pickle.dumps(value) if ranks.first else b""
+    found: Decided = pickle.loads(bytes_of_first(sent, ranks.rank, ranks.world, ranks.control))  # noqa: S301  (a rank's)
+    return found
+
+
 def decide(ranks: Ranks, choose: Callable[[], Decided]) -> Decided:
     """Return the first rank's result of `choose` on all ranks, which all call it; its UserError ends every rank."""
     answer: list[Any] = [None, None]
@@ -198,8 +221,7 @@ def decide(ranks: Ranks, choose: Callable[[], Decided]) -> Decided:
             answer[0] = choose()
         except UserError as error:
             answer[1] = str(error)
-    if ranks.world > 1:
-        dist.broadcast_object_list(answer, src=0, group=ranks.control)
+    answer = of_first(answer, ranks)
     if answer[1] is not None:
         raise UserError(answer[1])
     decided: Decided = answer[0]
