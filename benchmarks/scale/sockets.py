@@ -32,8 +32,8 @@ _LIMIT_S = 300.0
 
 
 def sockets_of(world: int) -> list[dict[str, int]]:
-    """Return by rank {store, default, gloo}: sockets to the launcher's store, of the default group, and of both gloo
-    groups.
+    """Return by rank {start, default, gloo}: sockets after the start (the launcher's store, and the default group's
+    neighbours), more of the default group, and of both gloo groups.
 
     Raises RuntimeError where a process fails.
     """
@@ -66,7 +66,7 @@ def _rank(rank: int, world: int, port: str, folder: Path) -> None:
     measure_interconnect(ranks, live, 60.0)
     default = _sockets() - before - stored
     ranks = replace(ranks, control=dist.new_group(backend="gloo"))
-    found: dict[str, Any] = {"store": stored, "default": default}
+    found: dict[str, Any] = {"start": stored, "default": default}
     decide(ranks, lambda: folder)
     agree(ranks, False, True)
     over_ranks({"own_s": 0.1, "loss": 1.0}, ranks)

@@ -86,9 +86,9 @@ class Earlier:
     def __enter__(self):
         plain = CheckpointWriter.save
 
-        def save(writer, step, fragments, meta):
+        def save(writer, step, fragments, meta, shapes):
             meta.pop("order")
-            plain(writer, step, fragments, meta)
+            plain(writer, step, fragments, meta, shapes)
 
         self._patches.setattr(resuming, "FEISTEL", SORTED)
         self._patches.setattr(CheckpointWriter, "save", save)

@@ -23,7 +23,7 @@ def test_a_rank_connects_to_its_neighbours_and_the_first_whatever_the_number_of_
     found = json.loads(done.stdout.splitlines()[-1])
     assert len(found) == world
     for counts in found[1:]:
-        # A listening socket and two neighbours per group, and the first rank for the reports of a checkpoint.
+        # Per group a listening socket and two neighbours, the first rank for a checkpoint's reports, and two to the
+        # launcher's store.
         assert counts["gloo"] <= 7
-        assert counts["default"] <= 3
-        assert counts["store"] <= 4
+        assert sum(counts.values()) <= 12
