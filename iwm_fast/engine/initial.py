@@ -98,6 +98,7 @@ class InitialWeights:
         if not self.given:
             return Started()
         record, lines = decide(ranks, lambda: self._filled(model))
+        self._encoders, self._predictor, self._read = {}, None, {}  # of some files the tensors are in memory
         if ranks.world > 1:
             for parameter in model.parameters():
                 dist.broadcast(parameter.data, 0)

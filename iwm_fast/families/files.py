@@ -52,7 +52,9 @@ class Contents:
 def read_weights(path: Path) -> Contents:
     """Return the tensors of a file or folder, each read when it is used. Raises UserError."""
     if not path.exists():
-        raise UserError(f"{path}: no such file or folder; name weights, or a folder that has them")
+        raise UserError(
+            f"{path}: no such file or folder; name weights, or a folder that has them (nothing is downloaded by name)"
+        )
     if path.is_dir():
         return _folder(path)
     if path.name.endswith(_INDEX):
