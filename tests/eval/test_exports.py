@@ -92,6 +92,10 @@ def changed(exported, out, change):
 
 DAMAGED = {
     "settings of another kind": (lambda d: d.update(evaluation=[1]), "not as exported (actions or evaluation)"),
+    "code to import": (
+        lambda d: d["evaluation"].update(plugins=["evil.py"]),
+        "not as exported (actions or evaluation)",
+    ),
     "a key that is unknown": (lambda d: d["evaluation"]["eval"].update(bnak=3), "eval.bnak: unknown key"),
     "no model": (lambda d: d.pop("model"), "config.json: model: found null"),
     "graphs": (lambda d: d.update(schema="iwm-fast-graphs/1", format="onnx"), "an export in the format onnx"),

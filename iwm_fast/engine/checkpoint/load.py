@@ -45,6 +45,7 @@ __all__ = [
 
 EXPORT_FILE = "config.json"
 EXPORT_SCHEMA = "iwm-fast-export/1"
+_EVALUATION = {"train", "data", "eval"}  # sections that an export may record of its run
 GRAPHS_SCHEMA = "iwm-fast-graphs/1"  # of exported graphs, which are described alike but cannot be loaded
 FINETUNED_FILE = "finetune.json"
 
@@ -126,7 +127,8 @@ def export_config(folder: Path, overrides: Sequence[str] = ()) -> Config:
     """
     described = _described(folder)
     actions, recorded = described.get("actions"), described.get("evaluation", {})
-    if not isinstance(actions, dict) or not isinstance(recorded, dict):
+    # A folder from elsewhere must not name plugins, which are code.
+    if not isinstance(actions, dict) or not isinstance(recorded, dict) or not recorded.keys() <= _EVALUATION:
         raise UserError(f"{folder / EXPORT_FILE}: not as exported (actions or evaluation); export the run again")
     actions = {key: value for key, value in actions.items() if key != "names"}
     settings = {"model": described.get("model"), "actions": actions, **recorded}
