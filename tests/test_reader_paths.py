@@ -16,6 +16,7 @@ QUESTIONS = [
     ("docs/extend/data_source.md", "# Data source", "@register_source("),
     ("docs/extend/encoder.md", "# Encoder", "register_encoder("),
     ("docs/guides/export.md", "## Start from existing weights", "model.init"),
+    ("docs/guides/start_from_weights.md", "## What can be loaded", "DINOv3ViTModel"),
     ("docs/guides/export.md", "## timm", "timm.create_model("),
     ("docs/guides/export.md", "## Plain PyTorch", "load_file("),
     ("docs/guides/evaluate.md", "## Compare runs", "iwm-fast compare runs/a runs/b"),
@@ -44,6 +45,6 @@ def test_the_section_that_answers_is_linked_from_readme_and_index(page, heading,
     assert page in links("docs/index.md")
 
 
-def test_readme_says_that_weights_of_other_projects_cannot_be_loaded():
+def test_readme_says_whose_weights_a_training_can_start_from():
     text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
-    assert "released weights of other projects (timm, DINO, I-JEPA) cannot be loaded yet" in text
+    assert "`model.init=PATH` starts from weights of timm, transformers, DINO, I-JEPA or MAE" in text
