@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import replace
 
 import pytest
 from made_images import encode, picture
@@ -127,3 +128,19 @@ def test_ranks_compare_names_without_looking_at_files(folder, monkeypatch):
     shutil.rmtree(folder)
     assert names_digest(images) == before
     assert before[0] == COUNT
+
+
+def test_shards_that_went_came_or_changed_are_named(folder, tmp_path):
+    before = identity_of(list_images(folder))
+    assert before.shards is None
+    parts = dict.fromkeys(("a.tar", "b.tar", "c.tar", "d.tar"), 3)
+    old = replace(before, digest="old", shards=parts)
+    now = replace(before, digest="new", shards={"a.tar": 3, "c.tar": 4, "e.tar": 3})
+    said = "2 shards gone (b.tar, d.tar); 1 shard new (e.tar); 1 shard with another number of samples (c.tar)"
+    images = list_images(folder)
+    assert difference(old, now, images) == said
+    assert difference(old, replace(now, samples=10), images) == f"10 samples, {COUNT} before: {said}"
+    unknown = replace(old, samples=9, shards=None)  # of an older version
+    assert difference(unknown, now, images) == f"{COUNT} samples, 9 before"
+    assert read_identity(old.document()) == old
+    assert read_identity({key: value for key, value in old.document().items() if key != "shards"}).shards is None

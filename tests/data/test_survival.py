@@ -282,7 +282,9 @@ def test_files_that_vanish_while_training_are_replaced_and_listed(tmp_path, monk
     }
 
 
-@pytest.mark.parametrize("indexed", [False, True], ids=["shards", "a manifest of shards"])
+@pytest.mark.parametrize(
+    "indexed", [pytest.param(False, marks=pytest.mark.slow), True], ids=["shards", "a manifest of shards"]
+)
 def test_a_shard_that_disappears_while_training_is_named_once_and_no_sample_counted_twice(
     tmp_path, monkeypatch, capfd, indexed
 ):
@@ -304,6 +306,7 @@ def test_a_shard_that_disappears_while_training_is_named_once_and_no_sample_coun
     assert sorted(names) == sorted(inside)
 
 
+@pytest.mark.slow
 def test_a_run_names_the_shards_that_changed_since_its_checkpoint(tmp_path, capfd):
     root = write(tmp_path / "images", {f"{n:02d}.jpg": encode(picture(40, 30, n)) for n in range(40)})
     write_shards(root, tmp_path / "shards", shard_bytes=12_000)
