@@ -76,12 +76,12 @@ CASES = {
 def lengths_of(case: Case) -> tuple[list[int], int, int]:
     """Return the tokens of each image, the number of heads, and the head dimension."""
     config = load_config(packaged_config(case.config), [])
-    encoder, predictor = config.model.encoder_shape, config.model.predictor
+    encoder, predictor, prefix = config.model.encoder_shape, config.model.predictor, config.model.prefix_tokens
     if case.part == "target":
-        return [config.model.grid**2] * case.images, encoder.heads, encoder.width // encoder.heads
+        return [prefix + config.model.grid**2] * case.images, encoder.heads, encoder.width // encoder.heads
     tokens = tokens_of(config, case.images)
     if case.part == "context":
-        return tokens.context.tolist(), encoder.heads, encoder.width // encoder.heads
+        return (prefix + tokens.context).tolist(), encoder.heads, encoder.width // encoder.heads
     joined = tokens.context + tokens.predicted
     return joined.tolist(), predictor.head_count, predictor.width // predictor.head_count
 

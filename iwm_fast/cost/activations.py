@@ -4,7 +4,8 @@ A block of width D saves for each token its input, the normalised input, q, k, v
 input: 7·D elements, and one fp32 log-sum-exp per head. The kernels recompute the MLP's hidden activations, about 4·D,
 and the normalisations' statistics; PyTorch's operators on the CPU save them, with the hidden activations' GELU and the
 MLP's normalised input (`hidden_kept`). With activation checkpointing a block saves its input alone, and one block at a
-time is recomputed. A tensor that two parts save counts with the first: a block's result with what follows it.
+time is recomputed. Prefix tokens end with the encoder's last attention; their places, and the patches that rope rotates
+by, are saved once. A tensor that two parts save counts with the first: a block's result with what follows it.
 
 While a block runs, its MLP's kernels hold the hidden activations of one call: one tensor (N, 4·D) in the forward pass,
 two in the backward pass, as far as they fit into model.mlp_workspace_mib, beside slices of the weight gradients
@@ -122,12 +123,17 @@ def activations(config: Config, tokens: Tokens, *, hidden_kept: bool = False) ->
     e, recompute, frozen = form.element, config.train.activation_checkpointing, config.model.freeze_encoder
     seen, asked = int(tokens.context.sum()), int(tokens.predicted.sum())
     hidden, limit = round(shape.width * shape.mlp_ratio), config.model.mlp_workspace_mib * 2**20
-    encoder_block = form.block(seen, shape.width, shape.heads, hidden)
+    joined = seen + len(tokens.context) * config.model.prefix_tokens
+    encoder_block = form.block(joined, shape.width, shape.heads, hidden)
+    last_block = form.block(joined, shape.width, shape.heads, hidden, seen if joined > seen else None)
+    encoder_blocks = (shape.depth - 1) * encoder_block + last_block
+    if recompute:
+        encoder_blocks = shape.depth * joined * shape.width * e
     predictor_input, predictor_blocks, predictor_moment = _predictor(config, form, tokens)
     parts = KeptBytes(
         # A frozen encoder saves nothing; its result is the predictor's.
         patch_embedding=0 if frozen else seen * 3 * config.model.patch**2 * e,
-        encoder_blocks=0 if frozen else shape.depth * (seen * shape.width * e if recompute else encoder_block),
+        encoder_blocks=0 if frozen else encoder_blocks + _places(config, seen, joined),
         encoder_end=0 if frozen else form.norm(seen, shape.width),
         predictor_input=seen * shape.width * e + predictor_input,
         predictor_blocks=predictor_blocks,
@@ -136,15 +142,27 @@ def activations(config: Config, tokens: Tokens, *, hidden_kept: bool = False) ->
     )
     # The backward pass of a block holds about as much again as it saved: the gradients of the same tensors. The
     # target's forward pass saves nothing, but a block's tensors of all patches exist at once.
-    whole = tokens.images * config.model.grid**2
+    whole = tokens.images * (config.model.grid**2 + config.model.target_architecture.prefix_tokens)
     target_hidden = round(target.width * target.mlp_ratio)
     target_block = form.block(whole, target.width, target.heads, target_hidden)
     moments = (
-        Moment(encoder_block, seen, shape.width, hidden, e, limit, backward=not frozen),
+        Moment(encoder_block, joined, shape.width, hidden, e, limit, backward=not frozen),
         predictor_moment,
         Moment(target_block, whole, target.width, target_hidden, e, limit, backward=False),
     )
     return Activations(parts, moments, tokens.images)
+
+
+def _places(config: Config, seen: int, joined: int) -> int:
+    """Bytes of indices: the packed tokens' places, the patches of learned positions, and rope's with its table."""
+    model, table = config.model, 0
+    indices = joined if joined > seen else 0
+    if model.positions == "learned":
+        indices += seen
+    elif model.positions == "rope" and not config.train.activation_checkpointing:
+        indices += joined
+        table = model.grid**2 * model.encoder_shape.width // model.encoder_shape.heads
+    return indices * _INDEX + 4 * table
 
 
 def _loss(config: Config, form: _Form, tokens: Tokens) -> int:

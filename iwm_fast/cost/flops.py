@@ -1,9 +1,9 @@
 """Useful FLOPs of one training step, from the token counts of each image.
 
 A multiply-add is two operations. Counted: the matmuls of linear layers and of attention (two, over an image's own
-tokens). Not counted, as usual for MFU: normalisation, GELU, softmax, residuals, optimizer, and recomputation
-(activation checkpointing, attention). The backward pass of a matmul is two matmuls of its size, or one where its input
-needs no gradient (pixels, actions).
+tokens, prefix tokens among them). Not counted, as usual for MFU: normalisation, GELU, softmax, rotations (rope),
+residuals, optimizer, and recomputation (activation checkpointing, attention). The backward pass of a matmul is two
+matmuls of its size, or one where its input needs no gradient (pixels, actions).
 """
 
 from __future__ import annotations
@@ -77,11 +77,13 @@ def _mlp(width: int, ratio: float, tokens: int, images: int, actions: int) -> _C
 
 
 def _encoder(architecture: EncoderArchitecture, lengths: np.ndarray, kept: int | None = None) -> _Count:
-    """`kept`: tokens after the last attention."""
-    shape, patch = architecture.shape, architecture.patch
-    count = _Count(0, 2 * int(lengths.sum()) * shape.width * patch * patch * 3)
+    """lengths: patches of each image; `kept`: tokens after the last attention, None: all patches."""
+    shape, patch, patches = architecture.shape, architecture.patch, int(lengths.sum())
+    count = _Count(0, 2 * patches * shape.width * patch * patch * 3)
+    kept = patches if kept is None else kept
     for block in range(shape.depth):
-        count += _block(shape.width, shape.mlp_ratio, lengths, kept if block == shape.depth - 1 else None)
+        last = block == shape.depth - 1
+        count += _block(shape.width, shape.mlp_ratio, lengths + architecture.prefix_tokens, kept if last else None)
     return count
 
 

@@ -32,6 +32,15 @@ CASES = {
         "model__target_encoder": {"encoder": {"depth": 1, "width": 96, "heads": 3, "mlp_ratio": 2.0}},
     },
     "frozen encoder": {"model__freeze_encoder": True, "model__init": "w", "model__target": "shared"},
+    "prefix tokens": {"model__prefix_tokens": 5},
+    "prefix tokens and rope": {"model__prefix_tokens": 5, "model__positions": "rope"},
+    "rope": {"model__positions": "rope"},
+    "rope and checkpointing": {
+        "model__prefix_tokens": 5,
+        "model__positions": "rope",
+        "train__activation_checkpointing": True,
+    },
+    "prefix tokens and learned positions": {"model__prefix_tokens": 1, "model__positions": "learned"},
     "wide": {"model__encoder": {"depth": 3, "width": 64, "heads": 4, "mlp_ratio": 2.0}},
 }
 
@@ -50,10 +59,10 @@ def rounded_sums(config: Config, tokens: Tokens) -> tuple[int, int]:
         return depth * heads * 4 * (len(lengths) * -(-int(lengths.max()) // 32) * 32 - int(lengths.sum()))
 
     encoder, predictor = config.model.encoder_shape, config.model.predictor
-    joined = tokens.context + tokens.predicted
+    seen, joined = tokens.context + config.model.prefix_tokens, tokens.context + tokens.predicted
     joined = joined + (ActionSpace().dim if "sequence" in predictor.conditioning else 0)
     in_predictor = 0 if predictor.kind == "mlp" else beyond(joined, predictor.head_count, predictor.depth)
-    in_encoder = 0 if config.model.freeze_encoder else beyond(tokens.context, encoder.heads, encoder.depth)
+    in_encoder = 0 if config.model.freeze_encoder else beyond(seen, encoder.heads, encoder.depth)
     return in_encoder, in_predictor
 
 

@@ -34,17 +34,26 @@ def configure(kind: str, conditioning: str, **frozen: object) -> ModelConfig:
     )
 
 
+@pytest.mark.parametrize("positions", ["sincos", "learned", "rope"])
+@pytest.mark.parametrize("prefix", [0, 3])
+def test_prefix_tokens_and_positions_equal_what_torch_counts(prefix: int, positions: str) -> None:
+    _compare_with_torch(configure("vit", "block", prefix_tokens=prefix, positions=positions))
+
+
 @pytest.mark.parametrize(("kind", "conditioning"), CASES, ids=[f"{k} {c}" for k, c in CASES])
 def test_equals_what_torch_counts(kind: str, conditioning: str) -> None:
+    _compare_with_torch(configure(kind, conditioning))
+
+
+def _compare_with_torch(config: ModelConfig) -> None:
     """Attention as plain matmuls (torch counts none in the CPU's fused one), on packed, ragged lengths.
 
     The forward count is exact part by part. In the backward pass torch's count may differ only in attention, whose
     gradients it does not know; here attention is matmuls, so the whole is exact too.
     """
-    config = configure(kind, conditioning)
     model = IWM(config, ACTIONS)
     seen = [4, 2, 4]
-    asked = seen if kind == "mlp" else [3, 5, 1]
+    asked = seen if config.predictor.kind == "mlp" else [3, 5, 1]
     rows = [torch.cat([torch.arange(n) for n in counts]) for counts in (seen, asked)]
     segments = [Segments.from_lengths(counts) for counts in (seen, asked)]
     images = torch.zeros(3, 12, 12, 3, dtype=torch.uint8)
