@@ -4,7 +4,8 @@
 
 Both start from the same weights and get the same batches of random pixels. Each batch has its own masks, so no two have
 the same lengths. Their losses must agree before a time is reported; with another term in the loss (model.regularizer),
-those of the first step without it.
+those of the first step without it. Encoders of different architectures (model.prefix_tokens, model.positions) have
+other losses, which must be finite; their times are also compared per token and per FLOP.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from iwm_fast.actions.external import space_of
 from iwm_fast.benchmarks.step import TOLERANCE
 from iwm_fast.config import Config, load_config
 from iwm_fast.config.load import find_config
+from iwm_fast.cost.step_time import image_flops
+from iwm_fast.cost.tokens import tokens_of
 from iwm_fast.engine.distributed.ranks import Ranks
 from iwm_fast.engine.step import Trainer
 from iwm_fast.measure.device import only_rank
@@ -36,6 +39,7 @@ from iwm_fast.results import write_result
 
 __all__ = ["loss_difference", "measure_setting"]
 
+_COUNTED = 512  # images whose tokens are counted
 _SETTLED = 10  # steps after which nothing may compile any more
 SIDES = ("without", "with")
 
@@ -43,8 +47,10 @@ SIDES = ("without", "with")
 def measure_setting(configs: dict[str, Config], ranks: Ranks, repeats: int) -> dict[str, Any]:
     """Return seconds of each timed step of both, ratios of their medians, and the graphs compiled before and after.
 
-    configs: "without" and "with". Raise RuntimeError if a logged loss differs by more than the precision explains.
+    configs: "without" and "with". Raise RuntimeError if a logged loss differs by more than the precision explains, or
+    is not finite where architectures differ.
     """
+    same = configs["without"].model.architecture == configs["with"].model.architecture
     steps = _SETTLED + repeats
     space = space_of(configs["with"].actions)
     trainers: dict[str, Trainer] = {}
@@ -62,14 +68,20 @@ def measure_setting(configs: dict[str, Config], ranks: Ranks, repeats: int) -> d
             taken[side].append(clocked(partial(_step, trainers[side], records), ranks.device))
         without, under = records
         if without is not None and under is not None and (i == 0 or without.keys() == under.keys()):
-            difference = max(difference, loss_difference(_prediction(without), _prediction(under)))
+            found = loss_difference(_prediction(without), _prediction(under))
+            difference = max(difference, found if same or not math.isfinite(found) else 0.0)
     # The optimizer carries rounding errors along: allow ten times the error of one step.
     if difference > 10 * TOLERANCE[configs["with"].train.precision]:
         raise RuntimeError(f"losses differ by up to {difference:.1e}: not timed")
     seconds = {side: [one.seconds for one in taken[side][_SETTLED:]] for side in SIDES}
     cpu = {side: [one.cpu_seconds for one in taken[side][_SETTLED:]] for side in SIDES}
     ratio, cpu_ratio = (ratio_of(times["without"], times["with"], paired=True) for times in (seconds, cpu))
+    sizes = {side: _size_of(configs[side]) for side in SIDES}
+    more = {name: sizes["with"][name] / sizes["without"][name] for name in sizes["with"]}
     return {
+        "per_image": sizes,
+        "time_ratio_per_token": 1 / ratio.value / more["tokens"],
+        "time_ratio_per_flop": 1 / ratio.value / more["flops"],
         "images": configs["with"].train.global_batch,
         "sources_per_target": configs["with"].views.sources_per_target,
         "precision": configs["with"].train.precision,
@@ -82,6 +94,19 @@ def measure_setting(configs: dict[str, Config], ranks: Ranks, repeats: int) -> d
         "loss_difference": difference,
         "compilations": compilations() - before,
         "compilations_after_tenth_step": compilations() - settled,
+    }
+
+
+def _size_of(config: Config) -> dict[str, float]:
+    """Mean tokens through both encoders and the predictor, and FLOPs, per image of the run's first ones."""
+    drawn, model = tokens_of(config, _COUNTED), config.model
+    target = model.grid**2 + model.target_architecture.prefix_tokens
+    source = (
+        drawn.context + model.prefix_tokens + drawn.context + (drawn.predicted if model.predictor.kind == "vit" else 0)
+    )
+    return {
+        "tokens": target + float(source.sum()) / drawn.images,
+        "flops": image_flops(config, drawn).total / drawn.images,
     }
 
 
@@ -135,7 +160,8 @@ def _print(row: dict[str, Any]) -> None:
     times = {side: f"{1e3 * median(values):.1f} ms" for side, values in row["seconds"].items()}
     low, high = row["speed_ratio_interval"]
     print(
-        f"{' '.join(row['setting'])}: {times}: {row['speed_ratio']:.3f} ({low:.3f} to {high:.3f}) times as fast; "
+        f"{' '.join(row['setting'])}: {times}: {row['speed_ratio']:.3f} ({low:.3f} to {high:.3f}) times as fast, "
+        f"{row['time_ratio_per_token']:.3f} times the time per token; "
         f"{row['compilations']} graphs, {row['compilations_after_tenth_step']} of them after the tenth step",
         flush=True,
     )

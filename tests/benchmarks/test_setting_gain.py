@@ -25,3 +25,12 @@ def test_both_settings_are_timed_in_turn_after_the_tenth_step():
 def test_a_setting_that_changes_the_losses_is_not_timed():
     with pytest.raises(RuntimeError, match="not timed"):
         measure_setting(sides(train__lr=0.05), start(), repeats=1)
+
+
+def test_another_architecture_is_timed_per_token_too():
+    """Two prefix tokens in each target, and in each context."""
+    row = measure_setting(sides(model__prefix_tokens=2, model__positions="rope"), start(), repeats=1)
+    without, under = (row["per_image"][side] for side in ("without", "with"))
+    assert under["tokens"] == without["tokens"] + 4
+    assert under["flops"] > without["flops"]
+    assert row["time_ratio_per_token"] == pytest.approx(without["tokens"] / under["tokens"] / row["speed_ratio"])

@@ -18,6 +18,7 @@ from iwm_fast.engine import build, zero
 from iwm_fast.engine.distributed.ranks import start
 from iwm_fast.engine.graphs import require_graphs
 from iwm_fast.errors import UserError
+from iwm_fast.kernels import rope
 from iwm_fast.measure.harness import prepare_trainer
 from iwm_fast.measure.synthetic import synthetic_stream
 from iwm_fast.models import attention, objective
@@ -43,11 +44,12 @@ class Again:
         return first, replay
 
 
-def by_bounds(qkv, segments, backend):
+def by_bounds(qkv, segments, backend, rotation=None):
     """Attention that reads only the segments' device tensors."""
     bounds = segments.cu_seqlens.long()
     image = torch.repeat_interleave(bounds.diff(), output_size=qkv.shape[0])
-    q, k, v = (part.transpose(0, 1) for part in qkv.unbind(1))
+    parts = qkv.unbind(1) if rotation is None else rope(qkv, rotation.table, rotation.patches)
+    q, k, v = (part.transpose(0, 1) for part in parts)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=image[:, None] == image[None, :]).transpose(0, 1)
 
 
@@ -81,6 +83,8 @@ VARIANTS = {
     "stage 2": {"zero__stage": 2, "train__micro_batch": 4},
     "mlp": {"model__predictor": {"kind": "mlp", "depth": 1, "width": 32, "conditioning": "block"}},
     "bf16": {"zero__stage": 0, "train__precision": "bf16"},
+    "prefix tokens and rope": {"model__prefix_tokens": 3, "model__positions": "rope", "zero__stage": 1},
+    "learned positions": {"model__prefix_tokens": 1, "model__positions": "learned", "train__micro_batch": 4},
     "frozen encoder": FROZEN,
     "frozen target": {"model__target": "frozen", "model__target_init": "w", "zero__stage": 1},
 }

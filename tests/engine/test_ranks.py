@@ -17,6 +17,10 @@ REGULARIZED = {
     "model__regularizer__center": "position",
     "model__regularizer__mean_weight": 0.5,
 }
+ARCHITECTURES = {
+    "rope": {"model__prefix_tokens": 5, "model__positions": "rope"},
+    "learned": {"model__prefix_tokens": 1, "model__positions": "learned", "train__activation_checkpointing": True},
+}
 # More than half of the weights: the second rank's slice has nothing of the encoder.
 WIDE_PREDICTOR = {"model__predictor__width": 64, "train__steps": 5}
 
@@ -51,6 +55,9 @@ def runs(tiny_images, tmp_path_factory):
         regularized = REGULARIZED | {"model__regularizer__kind": kind} | short
         pretrain(small_config(tiny_images, **regularized), out / f"one_{kind}")
         jobs += [{"name": f"two_{kind}_{s}", "zero__stage": s, **regularized} for s in range(4)]
+    for name, changes in ARCHITECTURES.items():
+        pretrain(small_config(tiny_images, **changes, **short), out / f"one_{name}")
+        jobs += [{"name": f"two_{name}_{s}", "zero__stage": s, **changes, **short} for s in range(4)]
     on_ranks(2, tiny_images, out, jobs)
     for stage in (0, 1, 3):
         pretrain(small_config(tiny_images, zero__stage=0), out / f"two_then_one_{stage}", resume="auto")
@@ -78,6 +85,14 @@ def test_a_regulariser_is_the_same_on_two_ranks(runs, kind, stage):
     one, two = (metrics(runs / name) for name in (f"one_{kind}", f"two_{kind}_{stage}"))
     for key in ("loss", "loss_prediction", f"loss_{kind}"):
         assert [r[key] for r in two] == pytest.approx([r[key] for r in one], rel=1e-4)
+    assert [r["grad_norm"] for r in two] == pytest.approx([r["grad_norm"] for r in one], rel=1e-3)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_prefix_tokens_and_positions_train_alike_on_two_ranks(runs, name, stage):
+    one, two = (metrics(runs / run) for run in (f"one_{name}", f"two_{name}_{stage}"))
+    assert [r["loss"] for r in two] == pytest.approx([r["loss"] for r in one], rel=1e-4)
     assert [r["grad_norm"] for r in two] == pytest.approx([r["grad_norm"] for r in one], rel=1e-3)
 
 

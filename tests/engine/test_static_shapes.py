@@ -15,6 +15,7 @@ VARIANTS = {
         "zero__stage": 1,
         "model__predictor__conditioning": "sequence+block",
     },
+    "prefix tokens and rope": {"model__prefix_tokens": 3, "model__positions": "rope", "train__micro_batch": 4},
     "triplets": {"actions__groups": ["external"]},
 }
 

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("regions_as_traced")
 ACTIONS = 3
 
 
-def configure(kind: str, *, depth: int = 2, target: str = "ema") -> ModelConfig:
+def configure(kind: str, *, depth: int = 2, target: str = "ema", **more: object) -> ModelConfig:
     """16 × 16 images of 4 × 4 patches, blocks of different widths in encoder and predictor."""
     return ModelConfig(
         encoder=EncoderShape(depth=depth, width=16, heads=2, mlp_ratio=2.0),
@@ -31,6 +31,7 @@ def configure(kind: str, *, depth: int = 2, target: str = "ema") -> ModelConfig:
             mlp_ratio=1.5,
             conditioning="block" if kind == "mlp" else "feature+block",
         ),
+        **more,  # type: ignore[arg-type]
     )
 
 
@@ -69,6 +70,28 @@ def test_loss_and_every_gradient_of_any_lengths(plain: SimpleNamespace, config: 
                 torch.testing.assert_close(
                     parameter.grad, theirs, rtol=1e-5, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
                 )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("positions", ["learned", "rope"])
+def test_prefix_tokens_and_positions_of_any_lengths(plain: SimpleNamespace, positions: str) -> None:
+    """Against the same model as it is; the compiled one rounds otherwise."""
+    config = configure("vit", prefix_tokens=2, positions=positions)
+    model, other = (plain.exact_model(config, ACTIONS) for _ in range(2))
+    compile_regions(model)
+    for seed, (context, predicted) in enumerate(LENGTHS):
+        batch = plain.draw_batch(config, ACTIONS, context, predicted, seed)
+        found, expected = (one(*batch.arguments()).loss for one in (model, other))
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
+        if sum(predicted):
+            trained = [[p for p in one.parameters() if p.requires_grad] for one in (model, other)]
+            pairs = zip(
+                torch.autograd.grad(found, trained[0], allow_unused=True, materialize_grads=True),
+                torch.autograd.grad(expected, trained[1], allow_unused=True, materialize_grads=True),
+                strict=True,
+            )
+            for mine, theirs in pairs:
+                torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-6)
 
 
 def test_neither_lengths_nor_depth_add_to_the_compiled_code(plain: SimpleNamespace) -> None:
