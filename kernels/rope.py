@@ -39,7 +39,7 @@ __all__ = ["rope", "rope_bytes", "rope_flops", "rope_reference", "rotate_qk"]
 _INDEX = 8  # bytes of an int64
 _PAIRS = 1024  # that a program of 4 warps holds of q and of k at once
 # Elements of q and k that the CPU rotates at once, so that temporaries stay in its caches.
-_PIECE = 2**19
+_PIECE = 2**16
 
 
 def rope_flops(tokens: int, width: int, *, backward: bool = False) -> int:
@@ -78,24 +78,20 @@ def _angles(table: Tensor, patches: Tensor, dtype: torch.dtype) -> tuple[Tensor,
 
 
 def _rotate_in_place(qkv: Tensor, table: Tensor, patches: Tensor, inverse: bool) -> None:
-    """What `launch_rope` does in place, in PyTorch's operators: x · cos + (x with its halves swapped) · ∓sin.
-
-    Angles are gathered from a table of whole tokens, all heads of q and k: rows of that length are read and multiplied
-    twice as fast as those of half a head.
-    """
+    """What `launch_rope` does in place, in PyTorch's operators: x · cos + (x with its halves swapped) · ∓sin."""
     heads, width = qkv.shape[2:]
     exact = torch.promote_types(qkv.dtype, torch.float32)
     cos, sin = table.to(exact).chunk(2, dim=1)
     sin = -sin if inverse else sin
     # The first row: of tokens without a position.
-    of_own = F.pad(cos, (0, 0, 1, 0), value=1.0).repeat(1, 4 * heads)
-    of_other = F.pad(torch.cat([-sin, sin], dim=1), (0, 0, 1, 0)).repeat(1, 2 * heads)
-    length = 2 * heads * width
-    piece = max(1, _PIECE // length)
-    for x, rows in zip(qkv.flatten(1)[:, :length].split(piece), (patches + 1).split(piece), strict=True):
-        other = x.unflatten(1, (2 * heads, width)).roll(width // 2, 2).flatten(1).to(exact)
+    of_own = F.pad(torch.cat([cos, cos], dim=1), (0, 0, 1, 0), value=1.0)
+    of_other = F.pad(torch.cat([-sin, sin], dim=1), (0, 0, 1, 0))
+    piece = max(1, _PIECE // (2 * heads * width))
+    parts = qkv.flatten(1, 2)[:, : 2 * heads].split(piece)  # q's heads, then k's
+    for x, rows in zip(parts, (patches + 1).split(piece), strict=True):
+        other = x.roll(width // 2, 2).to(exact)
         turned = x if x.dtype == exact else x.to(exact)
-        turned.mul_(of_own.index_select(0, rows)).addcmul_(other, of_other.index_select(0, rows))
+        turned.mul_(of_own.index_select(0, rows)[:, None]).addcmul_(other, of_other.index_select(0, rows)[:, None])
         if turned is not x:
             x.copy_(turned)
 
