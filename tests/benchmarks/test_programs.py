@@ -52,6 +52,7 @@ WORDS = {
     "flops_saved": ["--json", BAD],
     "train": ["--scratch", "scratch", "--json", BAD],
     "train, scratch": ["--scratch", "file/scratch", "--json", "ok.json"],
+    "scale": ["--json", BAD],
     "setting_gain": ["train.compile=true", "--json", BAD],
 }
 INNER = {"ranks", "report"}  # one is started by bench scaling, the other writes into the tree

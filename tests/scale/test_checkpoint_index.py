@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from iwm_fast.benchmarks.scale.simulated import held_by, state_shapes
+from iwm_fast.benchmarks.simulated_ranks.simulated import held_by, state_shapes
 from iwm_fast.config import load_config, packaged_config
 from iwm_fast.engine.checkpoint import format as checkpoint
 from iwm_fast.engine.checkpoint import writer

@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 
-from iwm_fast.benchmarks.scale.counted_store import CountedStore
+from iwm_fast.benchmarks.simulated_ranks.counted_store import CountedStore
 from iwm_fast.engine.distributed import watchdog
 from iwm_fast.engine.distributed.pulses import MOST_CALLS, announce
 from iwm_fast.engine.distributed.rank_info import RankInfo, meet

@@ -10,7 +10,7 @@ pytestmark = pytest.mark.slow  # dozens of processes
 
 PROGRAM = """
 import json, sys
-from iwm_fast.benchmarks.scale.sockets import sockets_of
+from iwm_fast.benchmarks.simulated_ranks.sockets import sockets_of
 print(json.dumps(sockets_of(int(sys.argv[1]))))
 """
 

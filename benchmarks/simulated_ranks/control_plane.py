@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from iwm_fast.benchmarks.scale.counted_store import CountedStore
-from iwm_fast.benchmarks.scale.simulated import PER_HOST, at_once, described, held_by
+from iwm_fast.benchmarks.simulated_ranks.counted_store import CountedStore
+from iwm_fast.benchmarks.simulated_ranks.simulated import PER_HOST, at_once, described, held_by
 from iwm_fast.engine.checkpoint.index import FORMAT, read_index
 from iwm_fast.engine.checkpoint.writer import layout, places
 from iwm_fast.engine.distributed.pulses import Pulse, Pulses, announce
@@ -23,7 +23,7 @@ _BEAT_S = 0.5
 
 
 def measure_meeting(world: int) -> dict[str, Any]:
-    """Return calls, keys and bytes of the store when all ranks meet, and seconds."""
+    """Return calls, keys and bytes that the launcher's store gets and gives when all ranks meet, and seconds."""
     store, infos = CountedStore(), described(world)
     begin = time.perf_counter()
     stores: list[Any] = [store.of(rank) for rank in range(world)]  # with the methods of torch's
