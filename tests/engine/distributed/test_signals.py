@@ -240,7 +240,7 @@ def test_ctrl_c_in_other_commands_is_one_line(command, monkeypatch, capsys):
     def press(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run, "chosen_checkpoint", press)
+    monkeypatch.setattr(run, "opened", press)
     monkeypatch.setattr(finetune, "chosen_checkpoint", press)
     assert main(command) == INTERRUPTED
     assert capsys.readouterr().err == "iwm-fast: interrupted\n"
