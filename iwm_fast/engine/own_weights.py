@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from iwm_fast.config import EncoderArchitecture, ModelConfig
@@ -20,8 +19,7 @@ from iwm_fast.engine.checkpoint.load import EXPORT_FILE, find_checkpoint, is_exp
 from iwm_fast.engine.checkpoint.paths import chosen_checkpoint, named
 from iwm_fast.engine.run_directory import run_config
 from iwm_fast.errors import UserError, because
-from iwm_fast.families import IMAGENET, Converted, LazyTensors, PredictorWeights
-from iwm_fast.file_names import utf8_name
+from iwm_fast.families import IMAGENET, Converted, LazyTensors, PredictorWeights, lazy_safetensors
 
 __all__ = ["OwnWeights", "is_own", "read_own"]
 
@@ -53,7 +51,7 @@ def read_own(path: Path) -> OwnWeights:
     if is_export(path):
         config = _exported(path / EXPORT_FILE)
         files = tuple(file for part in _PARTS if (file := path / f"{part}.safetensors").is_file())
-        parts = {file.stem: _file(file) for file in files}
+        parts = {file.stem: lazy_safetensors(file, "export the run again") for file in files}
         return _own(f"export of iwm-fast ({EXPORT_FILE})", config, parts, files)
     checkpoint = find_checkpoint(path)
     config = run_config(chosen_checkpoint(path).run / "config.yaml").model
@@ -63,7 +61,7 @@ def read_own(path: Path) -> OwnWeights:
         made |= {name: partial(saved.full, kind, name) for name in saved.names(kind)}
     files = (checkpoint / MANIFEST,)
     if saved.frozen is not None:
-        frozen = _file(saved.frozen.path)
+        frozen = lazy_safetensors(saved.frozen.path, "restore it")
         made |= {name: partial(frozen.__getitem__, name) for name in frozen}
         files = (*files, saved.frozen.path)
     parts = {part: _below(made, f"{part}.") for part in _PARTS}
@@ -105,12 +103,3 @@ def _converted(
 
 def _below(made: Mapping[str, Callable[[], Tensor]], prefix: str) -> LazyTensors:
     return LazyTensors({name.removeprefix(prefix): make for name, make in made.items() if name.startswith(prefix)})
-
-
-def _file(path: Path) -> LazyTensors:
-    try:
-        with utf8_name(path) as name:
-            file = safe_open(name, framework="pt")
-        return LazyTensors({key: partial(file.get_tensor, key) for key in file.keys()})  # noqa: SIM118  (no mapping)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot be read whole ({error}); export the run again") from error

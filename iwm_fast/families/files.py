@@ -29,7 +29,7 @@ from iwm_fast.errors import UserError, because
 from iwm_fast.families.converted import LazyTensors, Pixels
 from iwm_fast.file_names import printable, utf8_name
 
-__all__ = ["Contents", "read_weights"]
+__all__ = ["Contents", "lazy_safetensors", "read_weights"]
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # of a folder, best first; each may be an index of shards
 _INDEX = ".index.json"
@@ -144,19 +144,20 @@ def _tensors(path: Path) -> LazyTensors:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({because(error)})") from error
     if head[8:9] == b"{":
-        return _safetensors(path)
+        return lazy_safetensors(path, "download it again")
     if head[:2] == b"PK" or head[:1] == b"\x80":
         return _state_dict(path, mapped=head[:2] == b"PK")
     raise UserError(f"{path}: is neither a safetensors file nor one of torch.save; give one of these")
 
 
-def _safetensors(path: Path) -> LazyTensors:
+def lazy_safetensors(path: Path, remedy: str) -> LazyTensors:
+    """Return a safetensors file's tensors, each read when it is taken. UserError with the remedy if it is damaged."""
     try:
         with utf8_name(path) as name:
             file = safe_open(name, framework="pt")
         return LazyTensors({key: partial(file.get_tensor, key) for key in file.keys()})  # noqa: SIM118  (no mapping)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot be read whole ({printable(str(error))}); download it again") from error
+        raise UserError(f"{path}: cannot be read whole ({printable(str(error))}); {remedy}") from error
 
 
 def _state_dict(path: Path, *, mapped: bool) -> LazyTensors:

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from iwm_fast.config.schema import EncoderShape, ModelConfig, PredictorConfig
 from iwm_fast.config.sections.model import TargetEncoderConfig
-from iwm_fast.cost.flops import step_flops
+from iwm_fast.cost.flops import StepFlops, step_flops
 from iwm_fast.models import IWM, Segments
 
 ACTIONS = 3
@@ -45,24 +45,29 @@ def test_equals_what_torch_counts(kind: str, conditioning: str) -> None:
     _compare_with_torch(configure(kind, conditioning))
 
 
-def _compare_with_torch(config: ModelConfig) -> None:
-    """Attention as plain matmuls (torch counts none in the CPU's fused one), on packed, ragged lengths.
-
-    The forward count is exact part by part. In the backward pass torch's count may differ only in attention, whose
-    gradients it does not know; here attention is matmuls, so the whole is exact too.
-    """
+def counted(config: ModelConfig) -> tuple[StepFlops, int, FlopCounterMode]:
+    """Return FLOPs of a step by formula, those of its forward pass as torch counts them, and torch's counter of all."""
     model = IWM(config, ACTIONS)
     seen = [4, 2, 4]
     asked = seen if config.predictor.kind == "mlp" else [3, 5, 1]
     rows = [torch.cat([torch.arange(n) for n in counts]) for counts in (seen, asked)]
     segments = [Segments.from_lengths(counts) for counts in (seen, asked)]
     images = torch.zeros(3, 12, 12, 3, dtype=torch.uint8)
-    ours = step_flops(config, ACTIONS, seen, asked)
     counter = FlopCounterMode(display=False)
     with sdpa_kernel(SDPBackend.MATH), counter:
         out = model(images, images, torch.ones(3, ACTIONS), rows[0], segments[0], rows[1], segments[1])
         forward = counter.get_total_flops()
         out.loss.backward()
+    return step_flops(config, ACTIONS, seen, asked), forward, counter
+
+
+def _compare_with_torch(config: ModelConfig) -> None:
+    """Attention as plain matmuls (torch counts none in the CPU's fused one), on packed, ragged lengths.
+
+    The forward count is exact part by part. In the backward pass torch's count may differ only in attention, whose
+    gradients it does not know; here attention is matmuls, so the whole is exact too.
+    """
+    ours, forward, counter = counted(config)
     counts = counter.get_flop_counts()
     assert sum(counts["IWM.target_encoder"].values()) == ours.target_forward
     assert forward == ours.target_forward + ours.context_forward + ours.predictor_forward
@@ -81,18 +86,7 @@ FROZEN = {
 @pytest.mark.parametrize("frozen", FROZEN)
 def test_frozen_parts_have_no_backward_pass(kind: str, frozen: str) -> None:
     config = configure(kind, "block", **FROZEN[frozen])
-    model = IWM(config, ACTIONS)
-    seen = [4, 2, 4]
-    asked = seen if kind == "mlp" else [3, 5, 1]
-    rows = [torch.cat([torch.arange(n) for n in counts]) for counts in (seen, asked)]
-    segments = [Segments.from_lengths(counts) for counts in (seen, asked)]
-    images = torch.zeros(3, 12, 12, 3, dtype=torch.uint8)
-    ours = step_flops(config, ACTIONS, seen, asked)
-    counter = FlopCounterMode(display=False)
-    with sdpa_kernel(SDPBackend.MATH), counter:
-        out = model(images, images, torch.ones(3, ACTIONS), rows[0], segments[0], rows[1], segments[1])
-        forward = counter.get_total_flops()
-        out.loss.backward()
+    ours, forward, counter = counted(config)
     assert forward == ours.target_forward + ours.context_forward + ours.predictor_forward
     assert (ours.context_backward == 0) is (frozen != "target")
     assert counter.get_total_flops() == ours.total

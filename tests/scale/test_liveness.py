@@ -8,36 +8,15 @@ import pytest
 import torch
 
 from iwm_fast.benchmarks.simulated_ranks.counted_store import CountedStore
+from iwm_fast.benchmarks.simulated_ranks.simulated import PER_HOST, at_once, described
 from iwm_fast.engine.distributed import watchdog
 from iwm_fast.engine.distributed.pulses import MOST_CALLS, announce
-from iwm_fast.engine.distributed.rank_info import RankInfo, meet
+from iwm_fast.engine.distributed.rank_info import meet
 from iwm_fast.engine.distributed.ranks import Ranks
 from iwm_fast.engine.distributed.watchdog import Liveness
 
-WORLD, PER_HOST = 1024, 8
-INFOS = tuple(
-    RankInfo(
-        rank, f"node{rank // PER_HOST:03d}", 1000 + rank, "nccl", "NVIDIA H200", 8, 8, {"torch": "2"}, f"GPU-{rank}"
-    )
-    for rank in range(WORLD)
-)
-
-
-def at_once(count, call):
-    """Call ``call(i)`` in a thread each, all together; return the results."""
-    found, barrier = [None] * count, threading.Barrier(count)
-
-    def run(i):
-        barrier.wait()
-        found[i] = call(i)
-
-    threads = [threading.Thread(target=run, args=(i,), daemon=True) for i in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(300)
-    assert not any(thread.is_alive() for thread in threads)
-    return found
+WORLD = 1024
+INFOS = described(WORLD)
 
 
 @pytest.mark.slow
