@@ -18,8 +18,8 @@ from typing import Any
 
 from reference_libraries import import_torchvision
 
-# Nothing of this project can be imported. Its root goes too: transformers would take our kernels/ for a library.
-sys.path = [path for path in sys.path if not (Path(path) / "iwm_fast").is_dir()]
+# Nothing of this project can be imported. A checkout's root goes too: its kernels/ would be taken for a library.
+sys.path = [path for path in sys.path if not (Path(path) / "kernels" / "conditioned_mlp.py").is_file()]
 sys.meta_path = [finder for finder in sys.meta_path if "editable" not in getattr(finder, "__module__", "")]
 sys.modules["iwm_fast"] = None  # type: ignore[assignment]
 import_torchvision()
