@@ -29,6 +29,7 @@ from iwm_fast.engine.own_weights import OwnWeights, is_own, read_own
 from iwm_fast.errors import UserError, because
 from iwm_fast.families import Contents, Fitted, fit_encoder, predictor_of, read_weights, recognise, summary
 from iwm_fast.families.converted import PredictorWeights
+from iwm_fast.families.fit import value_text
 from iwm_fast.models.iwm import IWM
 
 __all__ = ["INITIAL_SCHEMA", "InitialWeights", "Started", "adopt_record", "write_record"]
@@ -179,10 +180,10 @@ class InitialWeights:
             wrong.pop("heads", None)
         if wrong:
             key, there = next(iter(wrong.items()))
-            text = " ".join(f"model.predictor.{name}={_plain(value)}" for name, value in wrong.items())
-            here = _plain(wanted[key][1])
+            text = " ".join(f"model.predictor.{name}={value_text(value)}" for name, value in wrong.items())
+            here = value_text(wanted[key][1])
             raise UserError(
-                f"{place}: its predictor has {key} {_plain(there)}, and the configuration's {here}: set {text}"
+                f"{place}: its predictor has {key} {value_text(there)}, and the configuration's {here}: set {text}"
             )
         if weights.encoder_width != self._config.encoder_shape.width:
             raise UserError(
@@ -242,10 +243,6 @@ def _conditions(name: str) -> bool:
 def _short(names: list[str]) -> list[str]:
     """Names with the blocks' numbers left out, each once."""
     return list(dict.fromkeys(re.sub(r"^blocks\.\d+", "blocks.*", name) for name in names))
-
-
-def _plain(value: object) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def write_record(file: Path, started: Started) -> None:

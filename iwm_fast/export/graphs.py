@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,9 +14,9 @@ from iwm_fast.errors import UserError
 from iwm_fast.export.dense import WholeEncoder, WholePredictor
 from iwm_fast.models.iwm import IWM
 
-__all__ = ["LARGEST_BATCH", "SIGNATURES", "Graph", "graphs_of", "require_equal"]
+__all__ = ["SIGNATURES", "Graph", "require_equal", "write_graphs"]
 
-LARGEST_BATCH = 2**16
+_LARGEST_BATCH = 2**16
 # Inputs and outputs of each graph; batch is free.
 _ENCODER = {"inputs": {"images": "uint8 (batch, side, side, 3), RGB"}, "outputs": {"tokens": "float32 (batch, L, D)"}}
 _PREDICTOR = {
@@ -42,8 +43,26 @@ class Graph:
         """The inputs to trace with: a batch of two, so that the comparison is on another size."""
         return tuple(value[:2] for value in self.inputs.values())
 
+    @property
+    def dynamic_shapes(self) -> tuple[dict[int, Any], ...]:
+        """Of each input: its batch is free."""
+        batch = torch.export.Dim("batch", min=1, max=_LARGEST_BATCH)
+        return tuple({0: batch} for _ in self.inputs)
 
-def graphs_of(model: IWM) -> list[Graph]:
+
+def write_graphs(model: IWM, folder: Path, suffix: str, write: Callable[[Graph, Path], None]) -> dict[str, str]:
+    """Write encoder, target encoder (where it is separate) and predictor, each by ``write``; return file names by part.
+
+    Inputs and outputs are those of `SIGNATURES`; the batch is free.
+    """
+    written = {}
+    for graph in _graphs(model):
+        written[graph.part] = f"{graph.part}{suffix}"
+        write(graph, folder / written[graph.part])
+    return written
+
+
+def _graphs(model: IWM) -> list[Graph]:
     """Return encoder, target encoder (where it is separate) and predictor, in fp32 on the CPU."""
     model = model.cpu().float().eval()
     generator = torch.Generator().manual_seed(0)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from iwm_fast.errors import UserError
-from iwm_fast.export.graphs import LARGEST_BATCH, Graph, graphs_of, require_equal
+from iwm_fast.export.graphs import Graph, require_equal, write_graphs
 from iwm_fast.file_names import utf8_name
 from iwm_fast.models.iwm import IWM
 
@@ -39,42 +39,34 @@ def write_onnx(model: IWM, folder: Path) -> dict[str, str]:
     Inputs and outputs are those of `graphs.SIGNATURES`; B is free. Weights lie inside, or in a .data file beside where
     a graph would pass ONNX's limit of 2 GiB. Raises UserError where a graph differs from its network.
     """
-    written = {}
-    for graph in graphs_of(model):
-        written[graph.part] = f"{graph.part}.onnx"
-        _write(graph, folder / written[graph.part])
-    return written
+    return write_graphs(model, folder, ".onnx", _write)
 
 
 def _write(graph: Graph, path: Path) -> None:
     """Write one graph, exported on a batch of two and compared on a batch of three."""
-    batch = torch.export.Dim("batch", min=1, max=LARGEST_BATCH)
     with torch.no_grad(), _quiet():
         program = torch.onnx.export(
             graph.network,
             graph.traced,
             input_names=list(graph.inputs),
             output_names=[graph.output],
-            dynamic_shapes=tuple({0: batch} for _ in graph.inputs),
+            dynamic_shapes=graph.dynamic_shapes,
             opset_version=OPSET,
             dynamo=True,
         )
         assert program is not None  # with a path it would be
         with utf8_name(path) as name:
             program.save(name)
-    require_equal(path.name, graph, lambda inputs: _answer(path, inputs))
+    require_equal(path.name, graph, lambda inputs: _run(path, inputs))
 
 
-def _answer(path: Path, inputs: dict[str, Tensor]) -> Tensor:
-    return torch.from_numpy(_run(path, {name: value.numpy() for name, value in inputs.items()}))
-
-
-def _run(path: Path, inputs: dict[str, np.ndarray]) -> np.ndarray:
+def _run(path: Path, inputs: dict[str, Tensor]) -> Tensor:
     import onnxruntime
 
     with utf8_name(path) as name:
         session = onnxruntime.InferenceSession(name, providers=["CPUExecutionProvider"])
-    return np.asarray(session.run(None, inputs)[0])
+    arrays = {name: value.numpy() for name, value in inputs.items()}
+    return torch.from_numpy(np.asarray(session.run(None, arrays)[0]))
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from iwm_fast.export.graphs import LARGEST_BATCH, Graph, graphs_of, require_equal
+from iwm_fast.export.graphs import Graph, require_equal, write_graphs
 from iwm_fast.file_names import utf8_name
 from iwm_fast.models.iwm import IWM
 
@@ -21,20 +21,14 @@ def write_programs(model: IWM, folder: Path) -> dict[str, str]:
     `torch.export.load(FILE).module()` needs torch only, of the version that wrote it or a later one. Inputs and outputs
     are those of `graphs.SIGNATURES`; B is free. Raises UserError where a program differs from its network.
     """
-    written = {}
-    for graph in graphs_of(model):
-        written[graph.part] = f"{graph.part}.pt2"
-        _write(graph, folder / written[graph.part])
-    return written
+    return write_graphs(model, folder, ".pt2", _write)
 
 
 def _write(graph: Graph, path: Path) -> None:
     """Write one program, exported on a batch of two and compared, as read back, on a batch of three."""
-    batch = torch.export.Dim("batch", min=1, max=LARGEST_BATCH)
-    shapes = tuple({0: batch} for _ in graph.inputs)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's notes on its next version
-        program = torch.export.export(graph.network, graph.traced, dynamic_shapes=shapes)
+        program = torch.export.export(graph.network, graph.traced, dynamic_shapes=graph.dynamic_shapes)
         try:
             with utf8_name(path) as name:
                 torch.export.save(program, name)

@@ -15,19 +15,13 @@ import torch
 from torch import Tensor
 
 from iwm_fast.config.encoders import EncoderArchitecture, EncoderShape, Positions
+from iwm_fast.families.blocks import OUR_MLP
 from iwm_fast.models.positions import sincos_positions
 from iwm_fast.models.vit import IMAGENET_MEAN, IMAGENET_STD
 
 __all__ = ["from_timm", "timm_arguments", "timm_name", "to_timm"]
 
-_MLP_NAMES = {
-    "mlp.norm_weight": "norm2.weight",
-    "mlp.norm_bias": "norm2.bias",
-    "mlp.w_in": "mlp.fc1.weight",
-    "mlp.b_in": "mlp.fc1.bias",
-    "mlp.w_out": "mlp.fc2.weight",
-    "mlp.b_out": "mlp.fc2.bias",
-}
+_MLP_NAMES = {ours: part if part.startswith("norm2") else f"mlp.{part}" for part, ours in OUR_MLP.items()}
 _OUR_NAMES = {theirs: ours for ours, theirs in _MLP_NAMES.items()}
 _SCALES = ("gamma_1", "gamma_2")  # LayerScale of timm's Eva
 _IN_BLOCK = re.compile(r"(blocks\.\d+\.)(.+)")

@@ -16,9 +16,10 @@ from torch import Tensor
 from iwm_fast.errors import UserError
 from iwm_fast.families.converted import LazyTensors, Source
 
-__all__ = ["TIMM_BLOCKS", "BlockNames", "Blocks", "read_blocks"]
+__all__ = ["OUR_MLP", "TIMM_BLOCKS", "BlockNames", "Blocks", "read_blocks"]
 
-_OUR_MLP = {
+# Our names of the parts of a block that `models.blocks.ConditionedMlp` owns.
+OUR_MLP = {
     "norm2.weight": "mlp.norm_weight",
     "norm2.bias": "mlp.norm_bias",
     "fc1.weight": "mlp.w_in",
@@ -159,7 +160,7 @@ def _block(source: Source, number: int, parts: Mapping[str, str]) -> dict[str, t
     for kind in ("weight", "bias"):
         made[f"norm1.{kind}"] = (plain("norm1", kind), parts["norm1.weight"])
         made[f"attn.proj.{kind}"] = (scaled("proj", kind, "scale1"), parts["proj.weight"])
-        made[_OUR_MLP[f"norm2.{kind}"]] = (plain("norm2", kind), parts["norm2.weight"])
-        made[_OUR_MLP[f"fc1.{kind}"]] = (plain("fc1", kind), parts["fc1.weight"])
-        made[_OUR_MLP[f"fc2.{kind}"]] = (scaled("fc2", kind, "scale2"), parts["fc2.weight"])
+        made[OUR_MLP[f"norm2.{kind}"]] = (plain("norm2", kind), parts["norm2.weight"])
+        made[OUR_MLP[f"fc1.{kind}"]] = (plain("fc1", kind), parts["fc1.weight"])
+        made[OUR_MLP[f"fc2.{kind}"]] = (scaled("fc2", kind, "scale2"), parts["fc2.weight"])
     return made

@@ -18,7 +18,7 @@ from iwm_fast.families.recognise import summary
 from iwm_fast.families.resize import resample_patches, resize_positions
 from iwm_fast.models.positions import sincos_positions
 
-__all__ = ["Fitted", "PixelsChoice", "fit_encoder"]
+__all__ = ["Fitted", "PixelsChoice", "fit_encoder", "value_text"]
 
 PixelsChoice = Literal["auto", "imagenet", "half"]
 
@@ -231,14 +231,14 @@ def _keys(found: Converted, wanted: EncoderArchitecture, *, frozen: bool) -> str
     texts = []
     if frozen:
         usual = {"prefix_tokens": 0, "positions": "sincos", "norm_eps": 1e-6}
-        told = (f"{key}: {_value(value)}" for key, (value, _) in parts.items() if value != usual[key])
+        told = (f"{key}: {value_text(value)}" for key, (value, _) in parts.items() if value != usual[key])
         inner = [f"encoder: {_shape(shape)}", *told]
         texts.append(f"'model.target_encoder={{{', '.join(inner)}}}'")
     else:
         if shape != wanted.shape:
             text = f"model.encoder={_shape(shape)}"
             texts.append(f"'{text}'" if "{" in text else text)
-        texts += [f"model.{key}={_value(value)}" for key, (value, now) in parts.items() if value != now]
+        texts += [f"model.{key}={value_text(value)}" for key, (value, now) in parts.items() if value != now]
     if base:
         texts.append(f"model.rope_base={own.rope_base:g}")
     if own.patch != wanted.patch:
@@ -248,7 +248,8 @@ def _keys(found: Converted, wanted: EncoderArchitecture, *, frozen: bool) -> str
     return " ".join(texts)
 
 
-def _value(value: object) -> str:
+def value_text(value: object) -> str:
+    """Return a key's value as a command line takes it."""
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

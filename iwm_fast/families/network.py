@@ -97,9 +97,9 @@ def assemble(source: Source, parts: Parts) -> Converted:
     if parts.positions is not None:
         made["pos_embed"] = partial(_positions, read, parts)
         names["pos_embed"] = parts.positions
-        grid = _grid(source, parts, made["pos_embed"]())
-        image, positions = grid * patch, "learned"
         table = made["pos_embed"]().float()
+        grid = _grid(source, parts, table)
+        image, positions = grid * patch, "learned"
         same = table.shape[1] % 4 == 0 and (table - sincos_positions(table.shape[1], grid)).abs().max() < _SAME_TABLE
         fixed = bool(same)
     used = {*blocks.used, *parts.tokens, *([parts.positions] if parts.positions else [])}
