@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from iwm_fast.engine.checkpoint.format import Checkpoint, Fragment
+from iwm_fast.engine.checkpoint.index import equal_part
 from iwm_fast.engine.distributed.ranks import Ranks
 from iwm_fast.engine.ema import ONLINE, TARGET, TargetAverage, target_name
 from iwm_fast.engine.optimizer import MOMENTS
@@ -39,7 +40,7 @@ def _own(zero: ZeroEngine, ranks: Ranks, fragment: Fragment) -> Iterator[Fragmen
     if zero.stage:
         yield fragment
         return
-    size = -(-fragment.tensor.numel() // ranks.world)
+    size = equal_part(fragment.tensor.numel(), ranks.world)
     part = fragment.tensor[ranks.rank * size : (ranks.rank + 1) * size]
     if part.numel():
         yield Fragment(fragment.kind, fragment.name, fragment.shape, fragment.start + ranks.rank * size, part)
@@ -65,7 +66,9 @@ def require_fit(module: IWM, saved: Checkpoint) -> None:
 
 
 def _changing(module: IWM) -> dict[str, torch.nn.Parameter]:
-    return {name: p for name, p in module.named_parameters() if name not in module.constants}
+    """The parameters that are not frozen, by name."""
+    constants = module.constants
+    return {name: p for name, p in module.named_parameters() if name not in constants}
 
 
 @torch.no_grad()
