@@ -147,6 +147,8 @@ def main() -> None:
         require_result(args.json)
         require_folder(args.out)
         arms, held = points(args.config, args.grid)
+        if args.json.exists():
+            held = json.loads(args.json.read_text()).get("grids", {}) | held
         train_all(
             arms,
             config=args.config,

@@ -5,7 +5,7 @@ r"""Compare what can be trained on a frozen run: a head, a new predictor, or its
 Each RUN is one seed of the same training. Each cell of the table is one `iwm-fast finetune` command. All modes train on
 the same images for the same number of steps; heads choose among several learning rates. Several limits, the numbers of
 training images, give a row of each mode for each. Reported is the mean over the runs with a 95 % interval (Student's
-t). Cells that FILE already has are not run again.
+t). Cells that FILE already has are not run again, and other rows of it stay.
 """
 
 from __future__ import annotations
@@ -88,13 +88,14 @@ def main() -> None:
     length = ["--epochs", str(args.epochs)] if args.steps is None else ["--steps", str(args.steps)]
     shared = [*length, "--batch", str(args.batch)]
     result: dict[str, Any] = {"schema": SCHEMA, "environment": environment(), "command": public(sys.argv[1:])}
-    result["arms"] = empty_rows(args.limit, shared)
+    asked = result["arms"] = empty_rows(args.limit, shared)
     if args.json.exists():
-        before = {tuple(arm["options"]): arm["runs"] for arm in json.loads(args.json.read_text())["arms"]}
-        for arm in result["arms"]:
-            arm["runs"] = before.get(tuple(arm["options"]), [])
+        before = {tuple(arm["options"]): {"images": None} | arm for arm in json.loads(args.json.read_text())["arms"]}
+        for arm in asked:
+            arm["runs"] = before.pop(tuple(arm["options"]), arm)["runs"]
+        result["arms"] = [*asked, *(arm for arm in before.values() if arm["runs"])]
     for place, run in enumerate(args.runs):  # runs outermost: a stopped benchmark has every mode of the first runs
-        for arm in result["arms"]:
+        for arm in asked:
             if arm["name"] not in args.arms or any(done["run"] == run.name for done in arm["runs"]):
                 continue
             words = [*arm["options"], "--data", str(args.data), "--seed", str(place)]

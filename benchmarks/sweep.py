@@ -132,7 +132,7 @@ def _cell(values: list[float]) -> str:
 
 
 def adopt(arms: list[dict[str, Any]], json_file: Path, setting: dict[str, Any]) -> None:
-    """Reuse the runs that a stopped sweep with the same setting left in its file.
+    """Reuse the runs that a stopped sweep with the same setting left in its file, and append its other variants.
 
     Raise SystemExit if the file has another setting: its results would not be comparable.
     """
@@ -144,7 +144,8 @@ def adopt(arms: list[dict[str, Any]], json_file: Path, setting: dict[str, Any]) 
             raise SystemExit(f"{json_file}: measured with {key} {found.get(key)!r}, not {value!r}; give another file")
     runs = {(arm["name"], tuple(arm["overrides"])): arm["runs"] for arm in found["arms"]}
     for arm in arms:
-        arm["runs"] = runs.get((arm["name"], tuple(public(arm["overrides"]))), [])
+        arm["runs"] = runs.pop((arm["name"], tuple(public(arm["overrides"]))), [])
+    arms.extend(arm for arm in found["arms"] if arm["runs"] and (arm["name"], tuple(arm["overrides"])) in runs)
 
 
 def train_all(
@@ -162,12 +163,14 @@ def train_all(
 ) -> None:
     """Train and evaluate each variant (name, overrides, runs: []) on each seed, and write ``json_file`` after each.
 
-    Resume by giving the same file: only missing runs are trained.
+    Resume by giving the same file: only missing runs are trained. Variants that it has besides are kept, and appended
+    to ``arms``.
 
     ``common``: overrides for all variants. ``about``: further fields of the file.
     """
     lock = threading.Lock()
     setting = {"config": Path(config).name, "common": public(common), "measure": public(measure)}
+    asked = list(arms)
     adopt(arms, json_file, setting)
 
     def job(arm: dict[str, Any], seed: int) -> None:
@@ -182,7 +185,7 @@ def train_all(
 
     with ThreadPoolExecutor(jobs) as pool:
         # Seeds outermost: a stopped sweep has every variant of the first seeds.
-        missing = [(arm, seed) for seed in seeds for arm in arms if seed not in {run["seed"] for run in arm["runs"]}]
+        missing = [(arm, seed) for seed in seeds for arm in asked if seed not in {run["seed"] for run in arm["runs"]}]
         for future in [pool.submit(job, arm, seed) for arm, seed in missing]:
             future.result()
 

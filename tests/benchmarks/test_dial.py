@@ -53,6 +53,9 @@ def test_a_stopped_sweep_is_reused_and_one_of_another_setting_is_refused(tmp_pat
     adopt(again, file, setting)
     assert {arm["name"]: arm["runs"] for arm in again if arm["runs"]} == {"strength 0.5": [{"seed": 0}]}
     adopt(again, tmp_path / "none.json", setting)
+    other, _ = points("dial.yaml", ["conditioning"])
+    adopt(other, file, setting)
+    assert [(arm["name"], arm["runs"]) for arm in other if arm["runs"]] == [("strength 0.5", [{"seed": 0}])]
     with pytest.raises(SystemExit, match="measured with common"):
         adopt(again, file, setting | {"common": ["a=2"]})
 

@@ -48,6 +48,11 @@ def test_each_limit_has_a_row_of_each_mode_and_cells_of_the_file_are_not_run_aga
     assert {(arm["name"], arm["images"]): len(arm["runs"]) for arm in arms if arm["runs"]} == {
         (name, images): 3 for name in ("linear head", "random predictor") for images in (20, 50, 100)
     }
+    commands.clear()
+    run(monkeypatch, "0", *words, "--limit", "200")
+    assert len(commands) == 2
+    arms = json.loads((tmp_path / "f.json").read_text())["arms"]
+    assert [arm["images"] for arm in arms if arm["runs"]] == [200] * 2 + [20] * 2 + [50] * 2 + [100] * 2
 
 
 def test_without_a_limit_there_is_one_row_per_mode_and_a_file_without_numbers_of_images_goes_on(
