@@ -16,7 +16,6 @@ import json
 import math
 import re
 import resource
-import shutil
 import subprocess
 import sys
 import threading
@@ -28,6 +27,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from iwm_fast.environment import environment
+from iwm_fast.errors import UserError
 from iwm_fast.outputs import require_folder, require_result
 from iwm_fast.programs import run_program
 from iwm_fast.results import write_json
@@ -65,18 +65,21 @@ def children_cpu() -> float:
 def run_one(config: str, data: Path, run: Path, seed: int, overrides: list[str], measure: list[str]) -> dict[str, Any]:
     """Train and evaluate once; return the evaluation, the curve, and the training's wall-clock and CPU seconds.
 
+    A run that was interrupted is resumed, and its seconds are those since then; ``resumed`` says so. Raise
+    UserError where a command fails, such as where ``run`` has a training with other settings.
+
     CPU seconds include every job that ended meanwhile, so they are this training's only if it ran alone.
 
     ``measure``: further arguments of `iwm-fast evaluate`.
     """
-    shutil.rmtree(run, ignore_errors=True)
+    resumed = (run / "metrics.jsonl").exists()
     iwm = [sys.executable, "-m", "iwm_fast"]
     began, used = time.perf_counter(), children_cpu()
     keys = [f"data.root={data / 'train'}", f"train.seed={seed}", *overrides]
-    subprocess.run([*iwm, "pretrain", config, *keys, "--out", str(run)], check=True)
+    _require_success([*iwm, "pretrain", config, *keys, "--out", str(run), "--resume", "auto"])
     seconds, cpu_seconds = time.perf_counter() - began, children_cpu() - used
     answer = run / "evaluation.json"
-    subprocess.run([*iwm, "evaluate", str(run), "--data", str(data), *measure, "--json", str(answer)], check=True)
+    _require_success([*iwm, "evaluate", str(run), "--data", str(data), *measure, "--json", str(answer)])
     curve = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     logged = [r for r in curve if "loss" in r]
     evaluation = json.loads(answer.read_text().replace(str(data), data.name))
@@ -86,10 +89,19 @@ def run_one(config: str, data: Path, run: Path, seed: int, overrides: list[str],
         "seed": seed,
         "seconds": seconds,
         "cpu_seconds": cpu_seconds,
+        "resumed": resumed,
         "steps": logged[-1]["step"],
         "evaluation": evaluation,
         "curve": curve,
     }
+
+
+def _require_success(command: list[str]) -> None:
+    """Run an iwm-fast command, which prints its own error; raise UserError if it fails."""
+    if code := subprocess.run(command, check=False).returncode:
+        raise UserError(
+            f"iwm-fast {command[3]} ended with exit code {code}, as printed above; the same command resumes the sweep"
+        )
 
 
 def public(words: list[str]) -> list[str]:

@@ -1,0 +1,34 @@
+"""benchmarks.sweep: trainings that were interrupted, and folders of other trainings."""
+
+import pytest
+
+from iwm_fast.benchmarks.sweep import run_one
+from iwm_fast.errors import UserError
+
+TINY = [
+    "model.encoder={depth: 1, width: 32, heads: 2}", "model.predictor.depth=1", "model.predictor.width=32",
+    "train.global_batch=8", "train.warmup=1", "train.schedule_steps=6", "log.every_steps=1",
+]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_an_interrupted_training_is_resumed_and_one_of_other_settings_is_left_as_it_is(tiny_images, tmp_path, capfd):
+    data = tmp_path / "data"
+    data.mkdir()
+    for split in ("train", "test"):
+        (data / split).symlink_to(tiny_images, target_is_directory=True)
+    words = ("demo.yaml", data, tmp_path / "run", 0)
+    measure = ["--what", "knn"]
+    run_one(*words, [*TINY, "train.steps=3"], measure)  # as if it had been stopped there
+    resumed = run_one(*words, [*TINY, "train.steps=6"], measure)
+    whole = run_one("demo.yaml", data, tmp_path / "whole", 0, [*TINY, "train.steps=6"], measure)
+    assert (resumed["resumed"], whole["resumed"]) == (True, False)
+    assert resumed["steps"] == whole["steps"] == 6
+    for key in ("loss_last", "rank_me", "knn"):
+        assert resumed["evaluation"][key] == whole["evaluation"][key]
+    assert [line["loss"] for line in resumed["curve"] if "loss" in line] == [
+        line["loss"] for line in whole["curve"] if "loss" in line
+    ]
+    with pytest.raises(UserError, match="pretrain ended with exit code 2"):
+        run_one(*words, [*TINY, "train.steps=6", "train.lr=0.5"], measure)
+    assert "train.lr" in capfd.readouterr().err
