@@ -16,6 +16,7 @@ from iwm_fast.cost.tokens import padded_share
 from iwm_fast.data.batch import Batch
 from iwm_fast.engine.distributed.ranks import Ranks
 from iwm_fast.engine.metrics.throughput import peak_flops
+from iwm_fast.engine.micro_batch import of_frames
 from iwm_fast.engine.step import Trainer
 from iwm_fast.measure.batches import described, opened_stream
 from iwm_fast.measure.harness import prepare_trainer, settle
@@ -24,6 +25,7 @@ from iwm_fast.measure.stats import median_of
 from iwm_fast.measure.synthetic import synthetic_stream
 from iwm_fast.measure.timing import Clocked, clocked
 from iwm_fast.models import IWM, Segments
+from iwm_fast.models.packing import pack
 
 __all__ = ["TOLERANCE", "WrongAnswerError", "check_answer", "measure_step", "row_of"]
 
@@ -55,14 +57,15 @@ def check_answer(trainer: Trainer, config: Config, batch: Batch, space: ActionSp
 
 def _loss(model: Any, batch: Batch, device: torch.device, predicts: str) -> torch.Tensor:
     """Sum the loss over the batch's first images with all their sources."""
-    patches, few = batch.patches, slice(0, _CHECKED_IMAGES * (len(batch.source) // len(batch.target)))
-    context = torch.from_numpy(patches.context[: patches.context_lengths[few].sum()]).to(device)
-    seen = Segments.from_lengths(patches.context_lengths[few], device)
+    patches, few = batch.patches, slice(0, _CHECKED_IMAGES * (len(batch.action) // len(batch.target)))
+    frames = len(batch.source) // len(batch.action)
+    first = patches.context[: patches.context_lengths[few].sum()]
+    context, seen = pack(*of_frames(first, patches.context_lengths[few], frames), device)
     asked, asked_segments = context, seen
     if predicts == "target":
         asked = torch.from_numpy(patches.target[: patches.target_lengths[few].sum()]).to(device)
         asked_segments = Segments.from_lengths(patches.target_lengths[few], device)
-    pixels = (view.to(device) for view in (batch.source[few], batch.target[:_CHECKED_IMAGES]))
+    pixels = (view.to(device) for view in (batch.source[: few.stop * frames], batch.target[:_CHECKED_IMAGES]))
     loss: torch.Tensor = model(*pixels, batch.action[few].to(device), context, seen, asked, asked_segments).loss
     return loss
 

@@ -18,7 +18,8 @@ bank.
 
 Images are paths, PIL images, uint8 arrays or tensors (S, S, 3) with channels last, batches (B, S, S, 3), or lists of
 these. Files and PIL images are cropped to the centred square and resized, as in evaluation; arrays and tensors are used
-as they are.
+as they are. A model with a history of several frames predicts from windows (B, history, S, S, 3), the oldest frame
+first; an image alone stands for all of its window, as at an episode's beginning.
 
 Actions are physical values by name, one mapping for all images or a list with one per image, or vectors (A,) or (B, A).
 A value that training never sampled gives a `UserWarning`, because the prediction extrapolates; an invalid one (an
@@ -48,9 +49,10 @@ from iwm_fast.eval.features import EncoderName, default_encoder
 from iwm_fast.eval.finetune.finetuned_model import Classified, FinetunedModel, MissingMethodError, open_finetuned
 from iwm_fast.eval.world_model.action_ranges import at_bound, checked_values, search_box, warn, warn_outside
 from iwm_fast.eval.world_model.distances import euclidean, unit_means
-from iwm_fast.eval.world_model.given_images import Images, as_pictures, read_files
+from iwm_fast.eval.world_model.given_images import Images, as_pictures, as_windows, read_files
 from iwm_fast.eval.world_model.infer_action import search_action
 from iwm_fast.models.iwm import IWM
+from iwm_fast.models.window import encode_window, roll_out
 
 __all__ = [
     "Action",
@@ -169,15 +171,37 @@ class WorldModel:
 
         ``action``: one for all images, or one per image. Warns where it lies outside of what training sampled.
         """
-        pictures = self._pictures(images)
+        pictures = self._windows(images)
         rows = self.vector(action)
         if rows.ndim == 1:
             rows = np.tile(rows, (len(pictures), 1))
         if len(rows) != len(pictures):
             raise UserError(f"action has {len(rows)} rows for {len(pictures)} images: give one, or one per image")
-        actions = torch.from_numpy(rows).to(self.device)
-        parts = zip(pictures.split(self._chunk), actions.split(self._chunk), strict=True)
-        return torch.cat([self._answer(self.model.encode(part.to(self.device)), row) for part, row in parts])
+        return self._rolled(pictures, rows[:, None])[:, 0]
+
+    @torch.no_grad()
+    def roll_out(self, images: Images, actions: Sequence[Action] | np.ndarray | Tensor) -> Tensor:
+        """Return the predicted representation after each of T actions, (B, T, L, D) float32: each prediction is fed
+        back, as the newest frame of a window that slides.
+
+        ``actions``: T of them for all images, as in `predict`, or vectors (B, T, A). Raises UserError for a frozen
+        target, whose space the predictor does not read.
+        """
+        if self.model.config.target == "frozen":
+            raise UserError("roll_out: predictions are in the frozen target's space, which the predictor does not read")
+        pictures = self._windows(images)
+        told = np.asarray(actions.detach().cpu()) if isinstance(actions, Tensor) else actions
+        if isinstance(told, np.ndarray) and told.ndim == 3:
+            rows = self.vector(told.reshape(-1, told.shape[2])).reshape(*told.shape[:2], self.space.dim)
+        else:
+            rows = self.vector(told)  # type: ignore[arg-type]  # a sequence of actions is one action per row
+            rows = np.tile(rows[None], (len(pictures), 1, 1)) if rows.ndim == 2 else rows
+        if rows.ndim != 3 or not rows.shape[1] or len(rows) != len(pictures):
+            raise UserError(
+                f"actions are {rows.shape} for {len(pictures)} images: give T actions (T, {self.space.dim}) for all of "
+                f"them, or (B, T, {self.space.dim}), T at least 1"
+            )
+        return self._rolled(pictures, rows)
 
     @torch.no_grad()
     def rank(
@@ -214,10 +238,10 @@ class WorldModel:
         manifest's range, or every choice. Warns where the search stops at a bound, and lists those components in
         ``at_bound``.
         """
-        pair = [self._pictures(source), self._pictures(target)]
+        pair = [self._windows(source), self._pictures(target)]
         if any(len(one) != 1 for one in pair):
             raise UserError(f"source and target are {len(pair[0])} and {len(pair[1])} images: give one of each")
-        z, wanted = self.model.encode(pair[0].to(self.device)), self.targets(pair[1])[0]
+        z, wanted = encode_window(self.model, pair[0].to(self.device)), self.targets(pair[1])[0]
 
         def answer(rows: Tensor) -> Tensor:
             parts = rows.split(self._chunk)
@@ -274,11 +298,21 @@ class WorldModel:
     def _answer(self, z: Tensor, action: Tensor) -> Tensor:
         return self.model.predict(z, action).float()
 
+    def _rolled(self, windows: Tensor, actions: NDArray[np.float32]) -> Tensor:
+        """The predictions (B, T, L, D) from windows (B, H, S, S, 3), given actions (B, T, A)."""
+        told = torch.from_numpy(actions).to(self.device)
+        parts = zip(windows.split(self._chunk), told.split(self._chunk), strict=True)
+        model = self.model
+        return torch.cat([roll_out(model, encode_window(model, p.to(self.device)), a).float() for p, a in parts])
+
     def _through(self, network: Callable[[Tensor], Tensor], pictures: Tensor) -> Tensor:
         return torch.cat([network(part.to(self.device)).float() for part in pictures.split(self._chunk)])
 
     def _pictures(self, images: Images) -> Tensor:
         return as_pictures(images, self.image_size)
+
+    def _windows(self, images: Images) -> Tensor:
+        return as_windows(images, self.image_size, self.model.config.history)
 
 
 def load_world(path: Path, *, checkpoint: str = "latest", device: str | torch.device | None = None) -> WorldModel:

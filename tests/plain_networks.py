@@ -143,12 +143,21 @@ def dense_encoder(model: VisionTransformer, image: Tensor, patches: list[int]) -
 
 
 def predictor(
-    state: State, z: Tensor, context: list[int], predicted: list[int], action: Tensor, heads: int, grid: int
+    state: State,
+    z: Tensor,
+    context: list[int],
+    predicted: list[int],
+    action: Tensor,
+    heads: int,
+    grid: int,
+    ages: list[int] | None = None,
 ) -> Tensor:
-    """Return one image's prediction; the conditioning follows from the parameters that exist."""
+    """Return one image's prediction; the conditioning follows from the parameters that exist. ages: of z's tokens."""
     width = state["mask_token"].shape[0]
     places = [position(width, p % grid, p // grid) for p in range(grid * grid)]
     tokens = [row + places[p] for row, p in zip(linear(z, state, "embed"), context, strict=True)]
+    if ages is not None:
+        tokens = [token + state["time_embed"][age] for token, age in zip(tokens, ages, strict=True)]
     for patch in predicted:
         token = state["mask_token"] + places[patch]
         if "feature.w_in" in state:

@@ -111,10 +111,11 @@ def counted_activations(config: Config, tokens: Tokens, device: str = "cpu") -> 
         model = model.bfloat16()
     counter = KeptCounter(model)
     follow_parts(counter, model.encoder, model.predictor, model.predictor.embed, model.predictor.norm)
-    images = torch.zeros(len(tokens.context), side, side, 3, dtype=torch.uint8, device=device)
-    action = torch.ones(len(images), actions, device=device)
+    frames = len(tokens.context) * tokens.history
+    images = torch.zeros(frames, side, side, 3, dtype=torch.uint8, device=device)
+    action = torch.ones(len(tokens.context), actions, device=device)
     order = np.argsort(tokens.context, kind="stable") if meta else slice(None)
-    counts = (tokens.context[order], tokens.predicted[order])
+    counts = (np.repeat(tokens.context[order], tokens.history), tokens.predicted[order])
     rows = [torch.cat([torch.arange(n) for n in each.tolist()]).to(device) for each in counts]
     segments = [Segments.from_lengths(each, device) for each in counts]
     sampled = tuple(numbers.to(device) for numbers in model.objective.sample(0, 0, torch.device("cpu")))

@@ -81,6 +81,11 @@ class Config(Section):
             raise ValueError(
                 "views.sources_per_target must be 1 where actions.groups is [external]: a triplet has one source"
             )
+        if self.model.history > 1 and not external:
+            raise ValueError(
+                f"model.history is {self.model.history}; it must be 1 unless actions.groups is [external]: the views "
+                "of one image have no earlier frames"
+            )
         if self.data.source == "triplets" and not external:
             raise ValueError("data.source is triplets, so actions.groups must be [external]")
         if (self.data.source == "folder" or SOURCES.own(self.data.source)) and external:

@@ -121,9 +121,9 @@ def activations(config: Config, tokens: Tokens, *, hidden_kept: bool = False) ->
     form = _Form(2 if config.train.precision == "bf16" else 4, hidden_kept)
     shape, target = config.model.encoder_shape, config.model.target_architecture.shape
     e, recompute, frozen = form.element, config.train.activation_checkpointing, config.model.freeze_encoder
-    seen, asked = int(tokens.context.sum()), int(tokens.predicted.sum())
+    seen, asked = tokens.seen, int(tokens.predicted.sum())
     hidden, limit = round(shape.width * shape.mlp_ratio), config.model.mlp_workspace_mib * 2**20
-    joined = seen + len(tokens.context) * config.model.prefix_tokens
+    joined = seen + len(tokens.context) * tokens.history * config.model.prefix_tokens
     encoder_block = form.block(joined, shape.width, shape.heads, hidden)
     last_block = form.block(joined, shape.width, shape.heads, hidden, seen if joined > seen else None)
     encoder_blocks = (shape.depth - 1) * encoder_block + last_block
@@ -195,7 +195,7 @@ def _predictor(config: Config, form: _Form, tokens: Tokens) -> tuple[int, int, M
     """Bytes of the conditioned mask tokens, of all blocks, and one running block."""
     predictor, e = config.model.predictor, form.element
     width, hidden = predictor.width, round(predictor.width * predictor.mlp_ratio)
-    seen, asked = int(tokens.context.sum()), int(tokens.predicted.sum())
+    seen, asked = tokens.seen, int(tokens.predicted.sum())
     recompute, limit = config.train.activation_checkpointing, config.model.mlp_workspace_mib * 2**20
     kinds = predictor.conditioning.split("+")
     if predictor.kind == "mlp":
@@ -208,6 +208,8 @@ def _predictor(config: Config, form: _Form, tokens: Tokens) -> tuple[int, int, M
     last = form.block(joined, width, predictor.head_count, hidden, asked)
     blocks = predictor.depth * joined * width * e if recompute else (predictor.depth - 1) * block + last
     places = joined * _INDEX
+    if tokens.history > 1:  # the age of each token
+        places += seen * _INDEX
     moment = Moment(block, joined, width, hidden, e, limit, backward=True, image="block" in kinds)
     if "feature" in kinds:
         return 3 * asked * width * e + form.mlp(asked, width), blocks + places, moment

@@ -129,7 +129,7 @@ def step_flops(
     Args:
         model: the networks.
         action_dim: A, components of an action.
-        context_lengths: (B · K,), visible patches of each source.
+        context_lengths: (B · K,), visible patches of each source, in each of its frames (`model.history`).
         predicted_lengths: (B · K,), patches to predict for each source; unused with the mlp predictor, which
             predicts the context's.
         sources: K, per target.
@@ -149,10 +149,10 @@ def step_flops(
     asked = context if model.predictor.kind == "mlp" else predicted
     whole = np.full(len(context) // sources, model.grid**2, dtype=np.int64)
     target = _encoder(model.target_architecture, whole, int(asked.sum()) if sources == 1 else None)
-    encoder = _encoder(model.architecture, context)
+    encoder = _encoder(model.architecture, np.repeat(context, model.history))
     if model.predictor.kind == "mlp":
         predictor = _mlp_predictor(model, action_dim, context)
     else:
-        predictor = _vit_predictor(model, action_dim, context, predicted)
+        predictor = _vit_predictor(model, action_dim, context * model.history, predicted)
     context_backward = 0 if model.freeze_encoder else encoder.backward
     return StepFlops(target.forward, encoder.forward, context_backward, predictor.forward, predictor.backward)

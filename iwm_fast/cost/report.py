@@ -63,7 +63,7 @@ def document(planner: Planner, cluster: Cluster, images: ImageCount) -> dict[str
             "trained_parameters": planner.layout.trained_size,
             "averaged_parameters": planner.layout.target_size,
             "frozen_parameters": planner.layout.frozen_size,
-            "context_tokens": float(planner.tokens.context.mean()),
+            "context_tokens": planner.tokens.seen / len(planner.tokens.context),
             "predicted_tokens": float(planner.tokens.predicted.mean()),
             "flops_per_image": flops | {"total": sum(flops.values())},
         },

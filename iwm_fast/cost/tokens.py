@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,29 +20,35 @@ _PARTS, _LEAST = 48, 8
 
 @dataclass(frozen=True, eq=False)
 class Tokens:
-    """context, predicted: int64 (B · K,), each source's visible patches, and patches to predict.
+    """context, predicted: int64 (B · K,), each source's visible patches in a frame, and patches to predict.
 
-    sources: K, of each of the B images, adjacent.
+    sources: K, of each of the B images, adjacent. history: frames of a source (`model.history`).
     """
 
     context: NDArray[np.int64]
     predicted: NDArray[np.int64]
     sources: int = 1
+    history: int = 1
 
     @property
     def images(self) -> int:
         """B."""
         return len(self.context) // self.sources
 
+    @property
+    def seen(self) -> int:
+        """The visible patches of all frames."""
+        return int(self.context.sum()) * self.history
+
     def part(self, first: int, images: int) -> Tokens:
         """Return those of `images` images from `first` on."""
         rows = slice(first * self.sources, (first + images) * self.sources)
-        return Tokens(self.context[rows], self.predicted[rows], self.sources)
+        return replace(self, context=self.context[rows], predicted=self.predicted[rows])
 
     def tiled(self, images: int) -> Tokens:
         """Return as many images as requested, by repeating these."""
         rows = images * self.sources
-        return Tokens(np.resize(self.context, rows), np.resize(self.predicted, rows), self.sources)
+        return replace(self, context=np.resize(self.context, rows), predicted=np.resize(self.predicted, rows))
 
 
 def tokens_of(config: Config, images: int) -> Tokens:
@@ -53,6 +59,7 @@ def tokens_of(config: Config, images: int) -> Tokens:
         patches.context_lengths,
         patches.context_lengths if own else patches.target_lengths,
         config.views.sources_per_target,
+        config.model.history,
     )
 
 
@@ -79,7 +86,7 @@ class Rounding:
 
 
 def default_multiple(sources: int, patches: int) -> int:
-    """Return the multiple for a micro-batch of this many sources of `patches` patches each: about 2 % of padding."""
+    """Return the multiple for a micro-batch of this many frames of `patches` patches each: about 2 % of padding."""
     return max(_LEAST, 1 << max(0, (sources * patches // _PARTS).bit_length() - 1))
 
 
@@ -88,9 +95,8 @@ def rounding_of(config: Config, micro_batch: int) -> Rounding | None:
     if not config.train.static_shapes:
         return None
     patches = config.model.grid**2
-    multiple = config.train.static_multiple or default_multiple(
-        micro_batch * config.views.sources_per_target, patches
-    )  # fmt: skip
+    frames = micro_batch * config.views.sources_per_target * config.model.history
+    multiple = config.train.static_multiple or default_multiple(frames, patches)
     # As few as can hold the padding: at most multiple − 1, and one token per segment.
     return Rounding(multiple, max(1, -(-(multiple - 1) // (patches - 1))), patches)
 
@@ -104,12 +110,13 @@ def expected_padding(config: Config, micro_batch: int) -> float:
 
 
 def padded_share(config: Config, context: NDArray[np.int64], predicted: NDArray[np.int64] | None) -> float:
-    """Return the share of padding among context and predicted tokens of a micro-batch of sources of these lengths.
+    """Return the share of padding among context and predicted tokens of a micro-batch of sources of these lengths, a
+    frame's.
 
     predicted: None where the predictor predicts its own context. 0 without train.static_shapes.
     """
     rounding = rounding_of(config, len(context) // config.views.sources_per_target)
-    totals = [int(part.sum()) for part in (context, predicted) if part is not None]
+    totals = [int(context.sum()) * config.model.history, *([] if predicted is None else [int(predicted.sum())])]
     if rounding is None:
         return 0.0
     return 1 - sum(totals) / sum(rounding.size(total) for total in totals)

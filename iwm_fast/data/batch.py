@@ -17,10 +17,12 @@ __all__ = ["Batch"]
 class Batch:
     """One rank's micro-batch: B images, K sources each, S × S pixels, A components of an action.
 
-    source: uint8 (B · K, S, S, 3) on DALI's device, the sources of an image adjacent; target: uint8 (B, S, S, 3).
-    action: float32 (B · K, A), on the host. patches: of the B · K, on the host. ids and epochs: int64 (B,), indices
-    into the image set, and their epoch. global_context and global_target: context and target tokens of the whole global
-    batch, over all ranks and micro-batches, which the global mean of the loss divides by.
+    source: uint8 (B · K, S, S, 3) on DALI's device, the sources of an image adjacent; of triplets (B · H, S, S, 3), the
+    H frames of a source (`model.history`) adjacent, the oldest first. target: uint8 (B, S, S, 3). action: float32
+    (B · K, A), on the host. patches: of the B · K, on the host; all frames of a source have them. ids and epochs: int64
+    (B,), indices into the image set, and their epoch. global_context and global_target: context tokens, of one frame
+    per source, and target tokens of the whole global batch, over all ranks and micro-batches, which the global mean of
+    the loss divides by.
     """
 
     source: Tensor

@@ -73,7 +73,6 @@ class TrainingStream:
     manager. order: which of `order.ORDERS`. `triplet_stream.PairStream` is the one for triplets.
     """
 
-    files_a_sample = 1
     _bases = False  # nothing that training needs
 
     def __init__(
@@ -115,6 +114,11 @@ class TrainingStream:
             1, thread_name_prefix="iwm-fast data", initializer=use_gpu, initargs=(self._graph.device_id,)
         )
         self._ahead = deque(self._ask() for _ in range(config.data.prefetch))
+
+    @property
+    def files_a_sample(self) -> int:
+        """The most files that a sample shows."""
+        return 1
 
     @property
     def order(self) -> str:

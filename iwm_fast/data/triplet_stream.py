@@ -1,8 +1,8 @@
-"""The stream of triplets: order, batches, masks and bad files as for images, with two files per sample.
+"""The stream of triplets: order, batches, masks and bad files as for images, with several files per sample.
 
-A micro-batch of B triplets passes the one DALI graph as 2B images, the B sources and then the B targets, with no
-augmentation except a crop and a flip that both images of a triplet share. Masks are sampled as usual; the action is the
-manifest's.
+A micro-batch of B triplets passes the one DALI graph as the frames that they show, each once, with no augmentation
+except a crop and a flip that all images of a triplet share (then frames are shared within a triplet alone). Masks are
+sampled as usual; the action is the manifest's. With `model.history` a source is the frames up to its own.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -21,6 +22,7 @@ from iwm_fast.data.bad_samples import BadSamples
 from iwm_fast.data.decode.encoded import BadSample, Encoded
 from iwm_fast.data.loader import TrainingStream
 from iwm_fast.data.samples import FileStore, SampleReader, Samples, candidates
+from iwm_fast.data.triplet_windows import windows
 from iwm_fast.data.triplets import Triplets
 from iwm_fast.data.views.graph import RenderedViews
 from iwm_fast.data.views.sampling import draw_views
@@ -32,120 +34,135 @@ Ints = NDArray[np.int64]
 
 @dataclass
 class PairSamples(Samples):
-    """B triplets: ids and epochs (B,); files (2B,), encoded and size of 2B images, sources first.
+    """B triplets that show U different frames: ids and epochs (B,); files (U,), encoded and size of the frames.
 
-    triplets: int64 (B,), the triplet of each sample: ids[i] unless one of its images is bad.
+    triplets: int64 (B,), the triplet of each sample: ids[i] unless one of its images is bad. places: int64 (B, H + 1),
+    rows of the U: a sample's source, the oldest frame first, then its target. owner: int64 (U,), the first sample that
+    shows a frame.
     """
 
     triplets: Ints
+    places: Ints
+    owner: Ints
 
 
 class PairReader(SampleReader):
     """Reads triplets by id and replaces those with a bad image: a function of (seed, epoch, id) and of which files are
-    bad.
+    bad. shared: whether samples share frames, because nothing is done to them.
     """
 
-    def __init__(self, triplets: Triplets, store: FileStore, seed: int, bad: BadSamples) -> None:
+    def __init__(
+        self, triplets: Triplets, store: FileStore, seed: int, bad: BadSamples, *, history: int = 1, shared: bool = True
+    ) -> None:
         super().__init__(store, seed, bad)
-        self.ends = np.stack([triplets.source, triplets.target], axis=1)  # (n, 2)
+        self.frames = np.concatenate([windows(triplets, history), triplets.target[:, None]], axis=1)  # (n, H + 1)
+        self.shared = shared
 
     def expect(self, ids: Ints) -> None:
-        """Check both images of the triplets."""
-        self.store.expect(np.unique(self.ends[ids]))
+        """Check all images of the triplets."""
+        self.store.expect(np.unique(self.frames[ids]))
 
     def read(self, ids: Ints, epochs: Ints) -> PairSamples:
         """Return the triplets of a batch. Raises UserError where too many files are bad."""
-        chosen = ids.copy()
-        self.store.ask(np.unique(self.ends[ids]).tolist())
-        both: list[tuple[Encoded, Encoded]] = []
+        chosen, held = ids.copy(), dict[int, Encoded]()
+        self.store.ask(np.unique(self.frames[ids]).tolist())
         for row, triplet in enumerate(ids.tolist()):
-            found = self._get(triplet, int(epochs[row]), triplet)
-            if found is None:
-                chosen[row], found = self._other(triplet, int(epochs[row]))
-            both.append(found)
+            if not self._get(triplet, int(epochs[row]), triplet, held):
+                chosen[row] = self._other(triplet, int(epochs[row]), held)
         self.bad.check()
-        return self._samples(ids, epochs, chosen, both)
+        return self._samples(ids, epochs, chosen, held)
 
     def replace(self, samples: Samples, reasons: dict[int, str]) -> PairSamples:
-        """Return the batch after its rows in `reasons` (of 2B) failed to decode."""
+        """Return the batch after its rows in `reasons` (of U) failed to decode."""
         assert isinstance(samples, PairSamples)
-        count = len(samples.ids)
         chosen = samples.triplets.copy()
-        both = list(zip(samples.encoded[:count], samples.encoded[count:], strict=True))
+        held = dict(zip(samples.files.tolist(), samples.encoded, strict=True))
         for row, reason in reasons.items():
-            file, sample, epoch = (
-                int(a) for a in (samples.files[row], samples.ids[row % count], samples.epochs[row % count])
-            )
+            file, owner = int(samples.files[row]), samples.owner[row]
             self.store.refuse(file, reason)
-            self.bad.add(self.store.images.name(file), reason, epoch, sample)
-        for row in sorted({row % count for row in reasons}):
-            chosen[row], both[row] = self._other(int(samples.ids[row]), int(samples.epochs[row]))
+            self.bad.add(self.store.images.name(file), reason, int(samples.epochs[owner]), int(samples.ids[owner]))
+            held.pop(file, None)
+        for row in np.flatnonzero(np.isin(samples.places, list(reasons)).any(axis=1)).tolist():
+            chosen[row] = self._other(int(samples.ids[row]), int(samples.epochs[row]), held)
         self.bad.check()
-        return self._samples(samples.ids, samples.epochs, chosen, both)
+        return self._samples(samples.ids, samples.epochs, chosen, held)
 
-    def _samples(self, ids: Ints, epochs: Ints, chosen: Ints, both: list[tuple[Encoded, Encoded]]) -> PairSamples:
-        files = self.ends[chosen].T.reshape(-1)
-        encoded = [one for one, _ in both] + [other for _, other in both]
-        return PairSamples(ids, epochs, files, encoded, chosen)
+    def _samples(self, ids: Ints, epochs: Ints, chosen: Ints, held: dict[int, Encoded]) -> PairSamples:
+        frames = self.frames[chosen]
+        keys = frames if self.shared else frames + np.arange(len(frames))[:, None] * len(self.store.images)
+        _, first, places = np.unique(keys, return_index=True, return_inverse=True)
+        files = frames.reshape(-1)[first]
+        owner = first // frames.shape[1]
+        return PairSamples(
+            ids, epochs, files, [held[file] for file in files.tolist()], chosen, places.reshape(frames.shape), owner
+        )
 
-    def _get(self, triplet: int, epoch: int, sample: int) -> tuple[Encoded, Encoded] | None:
-        """Both images, or None where one is bad, which is recorded."""
-        pictures = []
-        for file in self.ends[triplet].tolist():
+    def _get(self, triplet: int, epoch: int, sample: int, held: dict[int, Encoded]) -> bool:
+        """Read a triplet's images into `held`; False where one is bad, which is recorded."""
+        files = self.frames[triplet].tolist()
+        for file in files:
             self.bad.tried([file])
+            if file in held:
+                continue
             try:
-                pictures.append(self.store.get(file))
+                held[file] = self.store.get(file)
             except BadSample as bad:
                 self.bad.add(self.store.images.name(file), bad.reason, epoch, sample)
                 self.bad.check()
-                return None
-        source, target = pictures
-        if (source.width, source.height) != (target.width, target.height):
-            self.bad.add(self.store.images.name(int(self.ends[triplet, 1])), _unlike(source, target), epoch, sample)
-            return None
-        return source, target
+                return False
+        source = held[files[-2]]
+        for file in (files[-1], *files[:-2]):
+            if (held[file].width, held[file].height) != (source.width, source.height):
+                self.bad.add(self.store.images.name(file), _unlike(source, held[file]), epoch, sample)
+                return False
+        return True
 
-    def _other(self, sample: int, epoch: int) -> tuple[int, tuple[Encoded, Encoded]]:
+    def _other(self, sample: int, epoch: int, held: dict[int, Encoded]) -> int:
         """Another triplet for one with a bad image, chosen as for images."""
-        for triplet in candidates(self.seed, epoch, sample, len(self.ends)):
-            found = self._get(triplet, epoch, sample)
-            if found is not None:
-                return triplet, found
+        for triplet in candidates(self.seed, epoch, sample, len(self.frames)):
+            if self._get(triplet, epoch, sample, held):
+                return triplet
         raise self.bad.all_bad()
 
 
-def _unlike(source: Encoded, target: Encoded) -> str:
+def _unlike(source: Encoded, other: Encoded) -> str:
     return (
-        f"{target.width} x {target.height} pixels, and the source of its triplet {source.width} x {source.height}: "
+        f"{other.width} x {other.height} pixels, and the source of its triplet {source.width} x {source.height}: "
         "they must be of one size"
     )
 
 
-def pair_views(actions: ActionsConfig, seed: int, samples: Samples) -> Views:
-    """Return the views of 2B images: whole, or with the crop and flip sampled for their triplet."""
-    count = len(samples.ids)
-    size = samples.size[:count]
-    drawn = draw_views(actions, seed, samples.epochs, samples.ids, size).target_geometry
+def pair_views(actions: ActionsConfig, seed: int, samples: PairSamples) -> Views:
+    """Return the views of a batch's U frames: whole, or with the crop and flip sampled for their triplet."""
+    size, of = samples.size, samples.owner
+    drawn = draw_views(actions, seed, samples.epochs[of], samples.ids[of], size).target_geometry
     if actions.crop_scale == (1.0, 1.0):  # the whole image, whatever its aspect
         drawn = Geometry(np.concatenate([np.zeros_like(size), size], axis=1), drawn.flip, drawn.rotation)
-    geometry = Geometry.concatenate([drawn, drawn])
-    return replace(Views.neutral(samples.size, geometry.crop), target_geometry=geometry, source_geometry=geometry)
+    return replace(Views.neutral(size, drawn.crop), target_geometry=drawn, source_geometry=drawn)
 
 
 class PairStream(TrainingStream):
     """`TrainingStream` over `Triplets`."""
 
-    files_a_sample = 2
     _bases = True
     _vectors: NDArray[np.float32]
+
+    @property
+    def files_a_sample(self) -> int:
+        """The frames of a source, and its target."""
+        return self._config.model.history + 1
 
     def _reader_of(self, files: Sized, run_dir: Path | None) -> SampleReader:
         assert isinstance(files, Triplets)
         self._vectors = files.vectors()
+        actions, history = self._config.actions, self._config.model.history
         bad = BadSamples(len(files.frames), self._config.data.max_bad_fraction, run_dir)
-        return PairReader(files, self._store_of(files.frames), self._config.train.seed, bad)
+        untouched = actions.crop_scale == (1.0, 1.0) and not actions.flip_probability
+        store, seed = self._store_of(files.frames), self._config.train.seed
+        return PairReader(files, store, seed, bad, history=history, shared=untouched)
 
     def _draw(self, samples: Samples) -> Views:
+        assert isinstance(samples, PairSamples)
         return pair_views(self._config.actions, self._config.train.seed, samples)
 
     def _pairs(
@@ -153,5 +170,9 @@ class PairStream(TrainingStream):
     ) -> tuple[Tensor, Tensor, NDArray[np.float32]]:
         del views
         assert isinstance(samples, PairSamples)
-        source, target = rendered.base.split(len(samples.ids))  # of (2B, S, S, 3)
+        frames = rendered.base  # (U, S, S, 3)
+        places = torch.from_numpy(samples.places).to(frames.device)
+        source, target = frames[places[:, :-1].flatten()], frames[places[:, -1]]
+        if frames.is_cuda:  # the step's stream need not be this thread's
+            torch.cuda.current_stream(frames.device).synchronize()
         return source, target, self._vectors[samples.triplets]

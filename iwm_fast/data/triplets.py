@@ -22,6 +22,7 @@ from iwm_fast.data.image_list import ImageSet
 from iwm_fast.data.sources.folder import FolderSource
 from iwm_fast.data.sources.storage import LocalStorage
 from iwm_fast.data.triplet_manifest import Line, header_of, lines_of
+from iwm_fast.data.triplet_windows import require_windows
 from iwm_fast.errors import UserError
 
 __all__ = ["MANIFESTS", "Triplets", "find_manifest", "read_triplets", "resolve_triplets"]
@@ -92,6 +93,7 @@ def resolve_triplets(config: Config) -> tuple[Config, Triplets | None]:
             "or data.source=folder for its pictures alone"
         )
     triplets = read_triplets(manifest, config.actions.external)
+    require_windows(triplets, config.model.history)
     actions = config.actions.model_copy(update={"external": triplets.actions})
     return config.model_copy(update={"actions": actions}), triplets
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from iwm_fast.config import Config
 from iwm_fast.cost.tokens import rounding_of
@@ -15,7 +17,7 @@ from iwm_fast.models.losses import GlobalBatch
 from iwm_fast.models.objective import objective_of
 from iwm_fast.models.packing import pack
 
-__all__ = ["Packed", "Packer"]
+__all__ = ["Packed", "Packer", "of_frames"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +41,7 @@ class Packer:
         self.objective = objective_of(config.model)
         self._images, self._width = config.train.global_batch, config.model.target_architecture.shape.width
         self._world, self._micro_batches = world, config.train.global_batch // micro_batch
+        self._history = config.model.history
         self._predicts, self._device, self._seed = predicts, device, config.train.seed
         self.sizes: set[tuple[int, int]] = set()
 
@@ -48,13 +51,14 @@ class Packer:
         step: counted from 0; seeds the random numbers of the loss terms.
         """
         device, patches = self._device, batch.patches
-        context, visible = self._pack(patches.context, patches.context_lengths)
+        context, visible = self._pack(*of_frames(patches.context, patches.context_lengths, self._history))
         predicted, queried, tokens = context, visible, batch.global_context
         if self._predicts == "target":
             predicted, queried = self._pack(patches.target, patches.target_lengths)
             tokens = batch.global_target
         whole = GlobalBatch(
-            self._world, self._micro_batches, self._images, batch.global_context, tokens, self._width
+            self._world, self._micro_batches, self._images, batch.global_context * self._history, tokens,
+            self._width,
         )  # fmt: skip
         self.sizes.add((visible.total, queried.total))
         padding = visible.total - visible.real + (queried.total - queried.real if queried is not visible else 0)
@@ -70,6 +74,14 @@ class Packer:
             return pack(patches, lengths, self._device)
         padding = self._rounding.padding(len(patches))
         return pack(patches, lengths, self._device, padding, self._rounding.longest)
+
+
+def of_frames(patches: NDArray[np.int64], lengths: NDArray[np.int64], frames: int) -> tuple[Any, Any]:
+    """Return the packed patches and lengths of each frame, of sources of `frames` frames, from the sources' own."""
+    if frames == 1:
+        return patches, lengths
+    parts = np.split(patches, np.cumsum(lengths)[:-1])
+    return np.concatenate([part for part in parts for _ in range(frames)]), np.repeat(lengths, frames)
 
 
 def _require_whole_statistics(config: Config, micro_batch: int, world: int) -> None:

@@ -38,9 +38,10 @@ def synthetic_stream(
 ) -> BatchStream:
     """Return the rank's share of `steps` different global batches on `device`, a function of train.seed alone.
 
-    A global batch has train.global_batch images, each with views.sources_per_target sources.
+    A global batch has train.global_batch images, each with views.sources_per_target sources of model.history frames.
     """
     sources = config.views.sources_per_target
+    frames = sources * config.model.history
     micro, accumulation = divide_batch(config.train.global_batch, world, config.train.micro_batch)
     sampler = mask_sampler(config)
     side, size, share = config.model.image, config.train.global_batch, micro * accumulation
@@ -54,7 +55,7 @@ def synthetic_stream(
             mine = ids[first : first + micro]
             source, target = (
                 torch.randint(0, 256, (rows, side, side, 3), dtype=torch.uint8, generator=generator).to(device)
-                for rows in (micro * sources, micro)
+                for rows in (micro * frames, micro)
             )
             action = torch.randn(micro * sources, space.dim, generator=generator)
             patches: PatchSets = sampler.draw(np.zeros_like(mine), mine)

@@ -16,7 +16,7 @@ __all__ = ["DECAYED", "UNDECAYED", "decayed_parameters"]
 
 DECAYED = frozenset({"weight", "w_in", "w_out", "w_action"})
 UNDECAYED = frozenset(
-    {"bias", "b_in", "b_out", "norm_weight", "norm_bias", "mask_token", "query", "prefix", "pos_embed"}
+    {"bias", "b_in", "b_out", "norm_weight", "norm_bias", "mask_token", "query", "prefix", "pos_embed", "time_embed"}
 )
 # Modules without decay: normalisations, and `Reader.task_tokens`.
 _WHOLLY_UNDECAYED = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, _NormBase, StreamNorm, nn.ParameterDict, nn.ParameterList)

@@ -110,7 +110,7 @@ class IWM(nn.Module):
             self.predicts = "target"
             self.predictor = VitPredictor(
                 predictor, width, model.grid, action_dim, model.attention, activation_checkpointing,
-                target_width=target_width,
+                target_width=target_width, history=model.history,
             )  # fmt: skip
         limit_workspace(self, model.mlp_workspace_mib * 2**20)
 
@@ -143,14 +143,15 @@ class IWM(nn.Module):
         *,
         per_size: bool = False,
     ) -> IWMOutput | Losses:
-        """Return the loss of a batch of B images with K sources each.
+        """Return the loss of a batch of B images with K sources each, of H frames (`model.history`).
 
         Args:
-            source: uint8 (B · K, S, S, 3), the views x; those of an image are adjacent.
+            source: uint8 (B · K · H, S, S, 3), the views x; those of an image are adjacent, and so are the frames of a
+                view, the oldest first.
             target: uint8 (B, S, S, 3), the view y; encoded once for all K.
             action: (B · K, A), from source to target.
             context: int64 (Nc,), the source's visible patches, packed.
-            context_segments: of the Nc patches; may end with padding.
+            context_segments: of the Nc patches, one segment per frame; may end with padding.
             predicted: int64 (Nt,), the target's patches to predict, packed; with the mlp predictor, the context's.
             predicted_segments: of the Nt patches, with as many segments of padding, whose tokens have no loss.
             sampled: random numbers of the step, one tensor per random term of the objective (`Objective.sample`).
@@ -163,7 +164,7 @@ class IWM(nn.Module):
 
         """
         self._check(source, target, action, context_segments, predicted, predicted_segments)
-        sources, padding = len(source) // len(target), predicted_segments.padding
+        sources, padding = len(action) // len(target), predicted_segments.padding
         wanted = predicted_segments.pixels_of_token // sources * self.encoder.patches + predicted
         self.target_stream.follow()
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_encoder):
@@ -214,7 +215,8 @@ class IWM(nn.Module):
         """Predict all patches of the target from all patches of the source.
 
         Args:
-            z: (B, L, D) from `encode` by the context encoder; one image expanded over many actions is fine.
+            z: (B, L, D) from `encode` by the context encoder; one image expanded over many actions is fine. With a
+                history of H frames a window (B, H · L, D), from `window.encode_window`; one frame stands for all.
             action: (B, A).
 
         Returns:
@@ -222,10 +224,12 @@ class IWM(nn.Module):
 
         """
         images, patches = z.shape[:2]
-        if patches != self.encoder.patches or action.shape != (images, self.action_dim):
+        every, history = self.encoder.patches, self.config.history
+        if patches not in (every, every * history) or action.shape != (images, self.action_dim):
+            window = f" or (B, {every * history}, {self.encoder.width})" if history > 1 else ""
             raise ValueError(
-                f"z is {tuple(z.shape)} and action {tuple(action.shape)}; they must be (B, {self.encoder.patches}, "
-                f"{self.encoder.width}) and (B, {self.action_dim})"
+                f"z is {tuple(z.shape)} and action {tuple(action.shape)}; they must be (B, {every}, "
+                f"{self.encoder.width}){window} and (B, {self.action_dim})"
             )
         return predict_all(self.predictor, z.to(self.dtype), action.to(self.dtype))
 
@@ -237,17 +241,20 @@ class IWM(nn.Module):
     def _check(
         self, source: Tensor, target: Tensor, action: Tensor, seen: Segments, predicted: Tensor, segments: Segments
     ) -> None:
-        if source.shape[1:] != target.shape[1:] or not len(target) or len(source) % len(target):
+        history = self.config.history
+        if source.shape[1:] != target.shape[1:] or not len(target) or len(source) % (len(target) * history):
+            frames = f", in {history} frames each" if history > 1 else ""
             raise ValueError(
                 f"target is {tuple(target.shape)}; its images must be of source's shape, {tuple(source.shape)}, and "
-                "divide them in number"
+                f"divide them in number{frames}"
             )
-        if action.shape != (len(source), self.action_dim):
-            raise ValueError(f"action is {tuple(action.shape)}; it must be (B, A) = ({len(source)}, {self.action_dim})")
-        if predicted.shape != (segments.total,) or segments.images != len(source):
+        sources = len(source) // history
+        if action.shape != (sources, self.action_dim):
+            raise ValueError(f"action is {tuple(action.shape)}; it must be (B, A) = ({sources}, {self.action_dim})")
+        if predicted.shape != (segments.total,) or segments.images != sources:
             raise ValueError(
                 f"predicted_segments are of {segments.images} images and {segments.total} tokens; there are "
-                f"{len(source)} images and predicted {tuple(predicted.shape)}"
+                f"{sources} images and predicted {tuple(predicted.shape)}"
             )
         if segments.padding != seen.padding:
             raise ValueError(

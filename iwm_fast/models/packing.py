@@ -115,6 +115,22 @@ class Segments:
         """int64 (N,): the image whose pixels make each token: its own, or for padding the last one."""
         return self.image_of_token.clamp(max=self.images - 1) if self.padding else self.image_of_token
 
+    def joined(self, frames: int) -> Segments:
+        """Return the segments of images of `frames` neighbours each; those of padding stay as they are."""
+        if frames == 1:
+            return self
+        if self.images % frames:
+            raise ValueError(f"there are {self.images} segments; they must be a multiple of {frames} frames per image")
+        lengths = np.asarray(self.lengths[: self.images], np.int64).reshape(-1, frames).sum(axis=1).tolist()
+        # From the bounds on the device: a CUDA graph can read other batches' bounds.
+        bounds = torch.cat([self.cu_seqlens[: self.images : frames], self.cu_seqlens[self.images :]])
+        return Segments(
+            (*lengths, *self.lengths[self.images :]),
+            bounds,
+            self.padding,
+            None if self.ceiling is None else self.ceiling * frames,
+        )
+
     @cached_property
     def groups(self) -> tuple[tuple[int, int], ...]:
         """(images, length) of each run of neighbouring images with the same length."""

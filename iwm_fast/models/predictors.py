@@ -1,4 +1,9 @@
-"""World models: predict the target's tokens from the source's tokens and the action."""
+"""World models: predict the target's tokens from the source's tokens and the action.
+
+A source may have several frames (`history`). The encoder encodes each by itself; here they are one image of more
+tokens, to which a learned vector per age is added: 0 for the newest frame. So a prediction, which is one frame too, can
+take the newest frame's place.
+"""
 
 from __future__ import annotations
 
@@ -83,9 +88,13 @@ class ActionTokens(nn.Module):
 
 
 class VitPredictor(nn.Module):
-    """Transformer over each image's context tokens and one mask token per patch to predict."""
+    """Transformer over each image's context tokens and one mask token per patch to predict.
+
+    history: frames of a source. time_embed: (history, Dp), added to a frame's tokens by its age; None for one frame.
+    """
 
     pos_embed: Tensor
+    time_embed: nn.Parameter | None
 
     def __init__(
         self,
@@ -97,10 +106,12 @@ class VitPredictor(nn.Module):
         activation_checkpointing: bool = False,
         *,
         target_width: int | None = None,
+        history: int = 1,
     ) -> None:
         """``target_width``: of the target's tokens; default: the encoder's."""
         super().__init__()
         width = config.width
+        self.history = history
         kinds = config.conditioning.split("+")
         self.attention = attention
         self.activation_checkpointing = activation_checkpointing
@@ -119,6 +130,9 @@ class VitPredictor(nn.Module):
         initialise_linear(self.embed)
         initialise_linear(self.proj)
         rescale_blocks(self.blocks)
+        # Last, so that the other weights do not depend on it.
+        ages = torch.empty(history, width)
+        self.time_embed = nn.Parameter(nn.init.trunc_normal_(ages, std=0.02)) if history > 1 else None
 
     def forward(
         self,
@@ -135,7 +149,8 @@ class VitPredictor(nn.Module):
         Args:
             z: (Nc, De), the source's encoded patches, packed.
             context: int64 (Nc,), their patches on the source's grid.
-            context_segments: of the Nc tokens.
+            context_segments: of the Nc tokens, one segment per frame; the `history` frames of a source are adjacent,
+                the oldest first.
             predicted: int64 (Nt,), the patches to predict, on the target's grid.
             predicted_segments: of the Nt tokens.
             action: (B, A), from the source to the target.
@@ -145,7 +160,8 @@ class VitPredictor(nn.Module):
             (Nt, D), of the target's width, packed in the order of `predicted`.
 
         """
-        position = self.pos_embed.to(z.dtype)
+        position, frames = self.pos_embed.to(z.dtype), context_segments
+        context_segments = frames.joined(self.history)
         parts = [context_segments, predicted_segments]
         tokens = []
         if self.feature is not None:
@@ -168,7 +184,7 @@ class VitPredictor(nn.Module):
         x = run_blocks(
             self.blocks,
             kernels.predictor_input(
-                self.embed(z),
+                self._embedded(z, frames),
                 context,
                 position,
                 place,
@@ -182,6 +198,14 @@ class VitPredictor(nn.Module):
             recompute=self.activation_checkpointing,
         )
         return self.finish(x)
+
+    def _embedded(self, z: Tensor, frames: Segments) -> Tensor:
+        """The source's tokens at the predictor's width, with the vector of their frame's age."""
+        if self.time_embed is None:
+            return self.embed(z)
+        age = self.history - 1 - frames.image_of_token % self.history
+        # Its gradient is an ordered sum, where index_select's would add by atomics.
+        return self.embed(z) + F.embedding(age, self.time_embed.to(z.dtype))
 
     def finish(self, x: Tensor) -> Tensor:
         """Map the blocks' (Nt, Dp) to the target's width."""
@@ -230,12 +254,19 @@ class MlpPredictor(nn.Module):
 def predict_all(
     predictor: VitPredictor | MlpPredictor, z: Tensor, action: Tensor, extra: Tensor | None = None
 ) -> Tensor:
-    """Predict all patches of the target from all patches of the source: z (B, L, De), action (B, A) → (B, L, D),
+    """Predict all patches of the target from all patches of the source: z (B, H · L, De), action (B, A) → (B, L, D),
     of the target's width.
 
-    ``extra``: see `VitPredictor.forward`; ValueError with the mlp predictor, whose tokens do not attend to each other.
+    H: the predictor's frames, the oldest first. z of one frame, (B, L, De), stands for all of them, as at an episode's
+    beginning. ``extra``: see `VitPredictor.forward`; ValueError with the mlp predictor, whose tokens do not attend to
+    each other.
     """
-    images, patches = z.shape[:2]
+    images, patches, history = *z.shape[:2], 1
+    if isinstance(predictor, VitPredictor) and predictor.history > 1:
+        history, every = predictor.history, len(predictor.pos_embed)
+        if patches == every:
+            z = z.repeat(1, history, 1)
+        patches = every
     packed = z.flatten(0, 1)
     segments = Segments.uniform(images, patches, z.device)
     if isinstance(predictor, MlpPredictor):
@@ -244,5 +275,7 @@ def predict_all(
         prediction = predictor(packed, segments, action)
     else:
         everywhere = torch.arange(patches, device=z.device).repeat(images)
-        prediction = predictor(packed, everywhere, segments, everywhere, segments, action, extra)
+        frames = Segments.uniform(images * history, patches, z.device)
+        context = everywhere.repeat(history) if history > 1 else everywhere
+        prediction = predictor(packed, context, frames, everywhere, segments, action, extra)
     return prediction.unflatten(0, (images, patches))

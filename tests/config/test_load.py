@@ -288,6 +288,17 @@ MISTAKES = {
             "actions.groups must be [photometric] or [photometric, compression], or use kind vit"
         ),
     ),
+    "a history of images": (
+        "model:\n  history: 2",
+        (
+            "run.yaml: model.history is 2; it must be 1 unless actions.groups is [external]: the views of one image "
+            "have no earlier frames"
+        ),
+    ),
+    "a history of five frames": (
+        "model:\n  history: 5",
+        "run.yaml:2: model.history: found 5; allowed: a whole number from 1 to 4",
+    ),
     "external actions of images": (
         "actions: {external: {kind: discrete, names: [a]}}",
         "run.yaml:1: actions: external is given, so groups must be [external]; it is ['photometric']",

@@ -17,8 +17,10 @@ from iwm_fast.cost.tokens import Tokens
 
 pytestmark = pytest.mark.usefixtures("torchs_own_linear")
 
+PUSHED = {"groups": ["external"], "external": {"kind": "discrete", "names": ["a", "b"]}}
 CASES = {
     "feature": {},
+    "history": {"actions": PUSHED, "model__history": 3},
     "sequence": {"model__predictor__conditioning": "sequence"},
     "block": {"model__predictor__conditioning": "block"},
     "mlp": {"model__predictor__kind": "mlp", "model__predictor__conditioning": "block"},
@@ -59,7 +61,8 @@ def rounded_sums(config: Config, tokens: Tokens) -> tuple[int, int]:
         return depth * heads * 4 * (len(lengths) * -(-int(lengths.max()) // 32) * 32 - int(lengths.sum()))
 
     encoder, predictor = config.model.encoder_shape, config.model.predictor
-    seen, joined = tokens.context + config.model.prefix_tokens, tokens.context + tokens.predicted
+    seen = np.repeat(tokens.context, tokens.history) + config.model.prefix_tokens
+    joined = tokens.context * tokens.history + tokens.predicted
     joined = joined + (ActionSpace().dim if "sequence" in predictor.conditioning else 0)
     in_predictor = 0 if predictor.kind == "mlp" else beyond(joined, predictor.head_count, predictor.depth)
     in_encoder = 0 if config.model.freeze_encoder else beyond(seen, encoder.heads, encoder.depth)
@@ -75,10 +78,11 @@ def few_of(config: Config) -> dict[str, int]:
 def test_each_part_of_the_plain_operators_saves_what_the_formula_says(case):
     """One length for all images: with several, the CPU's attention saves its result by length and concatenated."""
     config = small_config(Path("unused"), **CASES[case])
-    tokens = Tokens(np.array([7] * 16), np.array([7 if case == "mlp" else 5] * 16), config.views.sources_per_target)
+    predicted = np.array([7 if case == "mlp" else 5] * 16)
+    tokens = Tokens(np.array([7] * 16), predicted, config.views.sources_per_target, config.model.history)
     expected = activations(config, tokens, hidden_kept=True).parts
     # Actions, and the image of each token that is conditioned on one.
-    few = 16 * int(tokens.context.sum() + tokens.predicted.sum())
+    few = 16 * (tokens.seen + int(tokens.predicted.sum()))
     assert_parts_agree(
         counted_activations(config, tokens), expected, predictor_input=few, predictor_blocks=few, **few_of(config)
     )

@@ -45,6 +45,11 @@ def test_equals_what_torch_counts(kind: str, conditioning: str) -> None:
     _compare_with_torch(configure(kind, conditioning))
 
 
+@pytest.mark.parametrize("prefix", [0, 2])
+def test_a_history_equals_what_torch_counts(prefix: int) -> None:
+    _compare_with_torch(configure("vit", "sequence+block", prefix_tokens=prefix, history=3))
+
+
 def counted(config: ModelConfig) -> tuple[StepFlops, int, FlopCounterMode]:
     """Return FLOPs of a step by formula, those of its forward pass as torch counts them, and torch's counter of all."""
     model = IWM(config, ACTIONS)
@@ -52,10 +57,20 @@ def counted(config: ModelConfig) -> tuple[StepFlops, int, FlopCounterMode]:
     asked = seen if config.predictor.kind == "mlp" else [3, 5, 1]
     rows = [torch.cat([torch.arange(n) for n in counts]) for counts in (seen, asked)]
     segments = [Segments.from_lengths(counts) for counts in (seen, asked)]
+    rows[0] = torch.cat([torch.arange(n) for n in seen for _ in range(config.history)])
+    segments[0] = Segments.from_lengths([n for n in seen for _ in range(config.history)])
     images = torch.zeros(3, 12, 12, 3, dtype=torch.uint8)
     counter = FlopCounterMode(display=False)
     with sdpa_kernel(SDPBackend.MATH), counter:
-        out = model(images, images, torch.ones(3, ACTIONS), rows[0], segments[0], rows[1], segments[1])
+        out = model(
+            images.repeat(config.history, 1, 1, 1),
+            images,
+            torch.ones(3, ACTIONS),
+            rows[0],
+            segments[0],
+            rows[1],
+            segments[1],
+        )
         forward = counter.get_total_flops()
         out.loss.backward()
     return step_flops(config, ACTIONS, seen, asked), forward, counter

@@ -17,6 +17,7 @@ from iwm_fast.actions.external import space_of
 from iwm_fast.data.order import shuffled
 from iwm_fast.data.triplet_stream import PairStream
 from iwm_fast.data.triplets import resolve_triplets
+from iwm_fast.data.views.graph import ViewGraph
 from iwm_fast.errors import UserError
 
 TRIPLETS = 24
@@ -72,6 +73,38 @@ def test_a_sample_is_its_triplet_s_two_pictures_untouched_and_its_action(manifes
         for pixels, name in ((source, row["source"]), (target, row["target"])):
             np.testing.assert_array_equal(pixels, np.asarray(Image.open(manifest.parent / name)))
         np.testing.assert_allclose(action, np.array(row["action"]) / [2, 4], rtol=1e-6)
+
+
+def test_a_source_with_a_history_is_the_frames_up_to_its_own(manifest):
+    rows = rows_of_manifest(manifest)
+    with stream_of(manifest, model__history=3) as stream:
+        batch = next(stream)
+    frames = batch.source.unflatten(0, (8, 3)).numpy()
+    for i, sample in enumerate(batch.ids.tolist()):
+        first = sample - rows[sample]["step"]  # of its episode
+        names = [rows[max(sample - back, first)]["source"] for back in (2, 1, 0)]
+        for pixels, name in zip((*frames[i], batch.target[i]), (*names, rows[sample]["target"]), strict=True):
+            np.testing.assert_array_equal(pixels, np.asarray(Image.open(manifest.parent / name)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted"),
+    [({}, 28), ({"model__history": 2}, 28), ({"actions__flip_probability": 0.5}, 48)],
+    ids=["", "history", "a flip of each triplet's own"],
+)
+def test_a_frame_that_several_triplets_of_a_batch_show_is_decoded_once(manifest, monkeypatch, changes, wanted):
+    """All 24 triplets of 28 frames in one batch, of which each has two."""
+    decoded = []
+    submit = ViewGraph.submit
+
+    def noting(graph, encoded, views):
+        decoded.append(len(encoded))
+        submit(graph, encoded, views)
+
+    monkeypatch.setattr(ViewGraph, "submit", noting)
+    with stream_of(manifest, train__global_batch=24, **changes) as stream:
+        next(stream)
+    assert decoded[0] == wanted
 
 
 def test_positions_follow_the_order_of_each_epoch(reference):

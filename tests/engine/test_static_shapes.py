@@ -16,7 +16,7 @@ VARIANTS = {
         "model__predictor__conditioning": "sequence+block",
     },
     "prefix tokens and rope": {"model__prefix_tokens": 3, "model__positions": "rope", "train__micro_batch": 4},
-    "triplets": {"actions__groups": ["external"]},
+    "triplets": {"actions__groups": ["external"], "model__history": 2, "train__micro_batch": 4},
 }
 
 

@@ -134,3 +134,26 @@ def test_discrete_actions_train_too(tmp_path):
     assert space.names == ("left", "stay", "right")
     assert model.action_dim == 3
     assert evaluate_run(tmp_path / "run", manifest, what=["mrr"])["mrr_bank"] == 8
+
+
+def test_a_history_trains_resumes_is_evaluated_and_exported(tmp_path):
+    manifest = write_game(tmp_path / "game")
+    history = {"model__history": 2, "train__steps": 4}
+    pretrain(config_of(manifest, **history), tmp_path / "whole")
+    pretrain(config_of(manifest, **history | {"train__steps": 2}), tmp_path / "run")
+    pretrain(config_of(manifest, **history, train__micro_batch=4), tmp_path / "run", "auto")
+    assert losses(tmp_path / "run")[:2] == losses(tmp_path / "whole")[:2]
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
+    begun, trained = (load_model(tmp_path / "run", f"step_00000{step}")[0] for step in (2, 4))
+    assert not torch.equal(begun.predictor.time_embed, trained.predictor.time_embed)
+    found = evaluate_run(tmp_path / "run", manifest)
+    assert found["rollout"]["horizons"] == [1, 2, 3]
+    assert found["mrr_bank"] == 8
+    folder = export_run(tmp_path / "run", tmp_path / "weights")
+    again = evaluate_run(folder, manifest)
+    assert (again["mrr"], again["rollout"]) == (found["mrr"], found["rollout"])
+    keys = ("source", "target", "action")
+    lines = [HEADER, *({key: row[key] for key in keys} for row in rows_of_manifest(manifest))]
+    write_lines(manifest, *lines)
+    with pytest.raises(UserError, match=r"its rows have no episode, and model\.history is 2"):
+        evaluate_run(tmp_path / "run", manifest)

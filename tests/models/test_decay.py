@@ -27,6 +27,7 @@ DECAYED = (
 )  # fmt: skip
 UNDECAYED = (
     "bias", "b_in", "b_out", "norm_weight", "norm_bias", "norm1.weight", "norm.weight", "mask_token", "pool.query",
+    "time_embed",
     r"task_tokens.\d+",
 )  # fmt: skip
 CONDITIONINGS = get_args(PredictorConfig.model_fields["conditioning"].annotation)
@@ -43,10 +44,12 @@ def wanted(name: str) -> bool:
 def config_of(kind: str, conditioning: str, target: str = "ema", precision: str = "auto") -> Config:
     model = {
         "encoder": {"depth": 1, "width": 16, "heads": 2}, "image": 16, "patch": 4, "target": target,
+        **({"history": 2} if kind == "vit" else {}),
         "predictor": {"kind": kind, "depth": 1, "width": 16, "heads": 2, "conditioning": conditioning},
     }  # fmt: skip
     model |= {} if precision == "auto" else {"target_precision": precision}
-    return Config.model_validate({"model": model})
+    actions = {"groups": ["external"], "external": {"kind": "discrete", "names": ["a", "b"]}} if kind == "vit" else {}
+    return Config.model_validate({"model": model, "actions": actions})
 
 
 def split(model: nn.Module, groups: list[dict[str, object]], decayed: str) -> dict[str, bool]:

@@ -140,6 +140,11 @@ class ModelConfig(Section):
         "train",
         description="of the EMA or frozen target's matmuls in training: train.precision, or fp8 (GPU 8.9 or later)",
     )
+    history: Annotated[int, Field(ge=1, le=4)] = Field(
+        1,
+        description="frames of a source, the last of which the action follows: above 1 for recorded actions only, "
+        "whose manifest has episodes (docs/guides/triplets.md)",
+    )
     normalize_target: bool = Field(True, description="layer-normalise target tokens without affine (I-JEPA)")
     attention: Literal["auto", "xformers", "efficient", "sdpa", "cudnn", "varlen", "flash3", "flash_cute"] = Field(
         "auto",

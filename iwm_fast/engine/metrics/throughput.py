@@ -41,9 +41,11 @@ class StepCounter:
         return len(self._steps)
 
     def count(self, context: NDArray[np.int64], predicted: NDArray[np.int64], padding: int = 0) -> None:
-        """Add a micro-batch's FLOPs, from the sources' token counts, both (B · K,), and its tokens of padding."""
+        """Add a micro-batch's FLOPs, from the token counts of each source, (B · K,), those of one of its frames, and
+        its tokens of padding.
+        """
         queried = 0 if self._model.predictor.kind == "mlp" else int(predicted.sum())
-        self._tokens += int(context.sum()) + queried + padding
+        self._tokens += int(context.sum()) * self._model.history + queried + padding
         self._padding += padding
         self._flops += step_flops(self._model, self._action_dim, context, predicted, self._sources).total
 

@@ -13,6 +13,7 @@ from iwm_fast.config import Config
 from iwm_fast.data.eval_images import load_clean, whole_image
 from iwm_fast.data.sources import top_level
 from iwm_fast.data.sources.split_names import split_kind
+from iwm_fast.data.triplet_windows import require_windows
 from iwm_fast.data.triplets import Triplets, find_manifest, read_triplets
 from iwm_fast.errors import UserError
 from iwm_fast.eval.unusable import LeftOut
@@ -24,9 +25,12 @@ __all__ = ["FrameReader", "find_triplets", "open_triplets"]
 def open_triplets(root: str | Path, config: Config) -> Triplets:
     """Return the test triplets of the manifest that `find_triplets` finds.
 
-    Raise UserError if there is none, or if its actions are not the run's.
+    Raise UserError if there is none, if its actions are not the run's, or if it lacks the episodes that a history
+    needs.
     """
-    return read_triplets(find_triplets(root)[0], config.actions.external)
+    triplets = read_triplets(find_triplets(root)[0], config.actions.external)
+    require_windows(triplets, config.model.history)
+    return triplets
 
 
 def find_triplets(root: str | Path) -> tuple[Path, list[str]]:

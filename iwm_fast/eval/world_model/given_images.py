@@ -25,7 +25,7 @@ from iwm_fast.data.sources.s3 import is_address
 from iwm_fast.data.sources.storage import LocalStorage
 from iwm_fast.errors import UserError
 
-__all__ = ["Images", "as_pictures", "read_files"]
+__all__ = ["Images", "as_pictures", "as_windows", "read_files"]
 
 One = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor
 Images = One | ImageSet | Sequence[One]
@@ -50,6 +50,20 @@ def as_pictures(images: Images, size: int) -> Tensor:
         elif parts[place] is None:
             parts[place] = _of_array(item, size, where)
     return _some(torch.cat([part for part in parts if part is not None]))
+
+
+def as_windows(frames: Images, size: int, length: int) -> Tensor:
+    """Return windows of `length` successive frames, uint8 (B, length, size, size, 3), the oldest first.
+
+    frames: arrays or tensors (B, length, size, size, 3); or `Images`, each of which stands for all frames of its
+    window, as at an episode's beginning. Raise UserError for another length.
+    """
+    if not isinstance(frames, np.ndarray | Tensor) or frames.ndim != 5:
+        return as_pictures(frames, size)[:, None].expand(-1, length, -1, -1, -1)
+    if (found := int(frames.shape[1])) != length:
+        raise UserError(f"images are windows of {found} frames: this model takes windows of {length} (model.history)")
+    windows: Tensor = as_pictures(frames.reshape(-1, *frames.shape[2:]), size).unflatten(0, (-1, length))
+    return windows
 
 
 def read_files(files: ImageSet | Sequence[str | os.PathLike[str]], size: int) -> Tensor:

@@ -2,14 +2,15 @@
 
 The bank holds `bank` next frames of the set, in a random order that depends on the seed alone, no two with the same
 pixels. The queries are as many triplets, the first in that order that differ in source, action or next frame. The
-source is encoded without a mask, the predictor predicts all patches given the action, and the whole bank is ranked by
-distance to the prediction. Ranks, ties and distances are those of `mrr`; chance is H_n / n. A set with fewer distinct
-next frames, or triplets, has a smaller bank, or fewer queries.
+source, with its earlier frames where the model has a history, is encoded without a mask, the predictor predicts all
+patches given the action, and the whole bank is ranked by distance to the prediction. Ranks, ties and distances are
+those of `mrr`; chance is H_n / n. A set with fewer distinct next frames, or triplets, has a smaller bank, or fewer
+queries.
 
 Controls share source, bank and correct frame. ``shuffled`` is given the action of another query (a rotation of the
 random order; with few choices some get their own action, which is counted). ``neutral`` is given the zero vector: no
-choice, or each component at its neutral value. ``bypass`` uses the source's representation as the prediction, as if the
-last frame were copied.
+choice, or each component at its neutral value. ``bypass`` uses the representation of the source's last frame as the
+prediction, as if it were copied.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from iwm_fast.data.order import sorted_order
+from iwm_fast.data.triplet_windows import windows
 from iwm_fast.errors import UserError
 from iwm_fast.eval.features import EncoderName, device_of, evaluating
 from iwm_fast.eval.stats import bootstrap_interval
@@ -32,6 +34,7 @@ from iwm_fast.eval.world_model.frames import FrameReader
 from iwm_fast.eval.world_model.mrr import CONTROLS, MrrResult, bank_points, mean_ranks
 from iwm_fast.models.blocks import layer_norm_rows
 from iwm_fast.models.iwm import IWM
+from iwm_fast.models.window import encode_window
 
 __all__ = ["NextFrames", "draw_next_frames", "rank_next_frames", "summarise_next_frames"]
 
@@ -45,8 +48,9 @@ PROTOCOL = (
 
 @dataclass(frozen=True)
 class NextFrames:
-    """Q queries and a bank of N. rows: int64 (Q,), triplets; source: uint8 (Q, S, S, 3); actions: float32 (Q, A);
-    bank: uint8 (N, S, S, 3); truth: int64 (Q,), index in the bank of each query's next frame.
+    """Q queries and a bank of N. rows: int64 (Q,), triplets; source: uint8 (Q, H, S, S, 3), H frames each, the oldest
+    first; actions: float32 (Q, A); bank: uint8 (N, S, S, 3); truth: int64 (Q,), index in the bank of each query's next
+    frame.
     """
 
     rows: NDArray[np.int64]
@@ -59,12 +63,15 @@ class NextFrames:
         return len(self.rows)
 
 
-def draw_next_frames(reader: FrameReader, bank: int, *, seed: int = 0) -> NextFrames:
+def draw_next_frames(reader: FrameReader, bank: int, *, history: int = 1, seed: int = 0) -> NextFrames:
     """Return at most `bank` distinct next frames and as many distinct queries, in random order.
+
+    history: frames of a source.
 
     Raise UserError if the set has fewer than two decodable ones of either.
     """
     triplets = reader.triplets
+    frames = np.concatenate([windows(triplets, history), triplets.target[:, None]], axis=1)
     order, vectors = sorted_order(seed, 0, len(triplets)), triplets.vectors()
     places: dict[bytes, int] = {}  # index in the bank by a frame's pixels
     asked: dict[tuple[bytes, bytes, int], int] = {}  # rows, by source, action and next frame
@@ -72,9 +79,10 @@ def draw_next_frames(reader: FrameReader, bank: int, *, seed: int = 0) -> NextFr
     targets: list[Tensor] = []
     for first in range(0, len(order), bank):
         part = order[first : first + bank]
-        pictures, good = reader.read(np.concatenate([triplets.source[part], triplets.target[part]]))
-        for place in np.flatnonzero(good[: len(part)] & good[len(part) :]).tolist():
-            source, target, row = pictures[place], pictures[len(part) + place], int(part[place])
+        pictures, good = reader.read(frames[part].reshape(-1))
+        seen = pictures.unflatten(0, (len(part), history + 1))
+        for place in np.flatnonzero(good.reshape(-1, history + 1).all(axis=1)).tolist():
+            source, target, row = seen[place, :-1], seen[place, -1], int(part[place])
             pixels = target.numpy().tobytes()
             if pixels not in places:
                 if len(places) == bank:
@@ -119,12 +127,13 @@ def rank_next_frames(
         bank = bank_points(model, frames.bank.to(device), chunk)
         told = (frames.actions, shuffled_actions(frames), torch.zeros_like(frames.actions))
         for rows in torch.arange(len(frames)).split(chunk):
-            z = model.encode(frames.source[rows].to(device), "context")
+            source = frames.source[rows].to(device)
+            z = encode_window(model, source)
             found = {
                 what: model.predict(z, actions[rows].to(device)).float()
                 for what, actions in zip(("model", "shuffled", "neutral"), told, strict=True)
             }
-            own = z if bypass == "context" else model.encode(frames.source[rows].to(device), bypass)
+            own = model.encode(source[:, -1], bypass) if bypass != "context" else z.chunk(source.shape[1], dim=1)[-1]
             found["bypass"] = layer_norm_rows(own).float() if normalize else own.float()
             for what, answer in found.items():
                 for name, far in between(points(answer), bank).items():

@@ -1,10 +1,11 @@
 """Roll-outs: predictions fed back through the predictor, and their error at each horizon.
 
 From a source frame the predictor predicts all patches given the first action; the prediction is its next source, with
-the next action, up to the horizon. The error at h is the mean squared difference, over tokens and channels, of the
-prediction from the target representation of the frame after h actions, in the unit of the loss. Controls: ``copy`` is
-the target representation of the first frame; ``shuffled`` is the model given another roll-out's actions. Training
-covers h = 1 only.
+the next action, up to the horizon. A model with a history of several frames reads them in a window that slides: the
+prediction is its newest frame, the oldest is left out. The error at h is the mean squared difference, over tokens and
+channels, of the prediction from the target representation of the frame after h actions, in the unit of the loss.
+Controls: ``copy`` is the target representation of the frame that the first action follows; ``shuffled`` is the model
+given another roll-out's actions. Training covers h = 1 only.
 
 The predictor must read what it predicts: a frozen target has another space than the encoder, so there are none.
 """
@@ -19,11 +20,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from iwm_fast.data.triplet_windows import followers, windows
 from iwm_fast.data.triplets import Triplets
 from iwm_fast.eval.features import device_of, evaluating
 from iwm_fast.eval.stats import bootstrap_interval, evenly_spaced
 from iwm_fast.eval.world_model.frames import FrameReader
 from iwm_fast.models.iwm import IWM
+from iwm_fast.models.window import encode_window, roll_out
 
 if TYPE_CHECKING:
     from iwm_fast.eval.world_model.triplet_subject import TripletSubject
@@ -35,19 +38,8 @@ STARTS = 128
 
 
 def chains(triplets: Triplets, horizon: int) -> NDArray[np.int64]:
-    """Return rows of consecutive triplets, int64 (n, horizon): each one's target file is the next one's source.
-
-    They are of one episode and of successive steps, if the manifest has these. A chain ends if several triplets could
-    be the next.
-    """
-    nothing = np.zeros(len(triplets), np.int64)
-    episode = nothing if triplets.episode is None else triplets.episode
-    step, one = (nothing, 0) if triplets.step is None else (triplets.step, 1)
-    begins: dict[tuple[int, int, int], int] = {}
-    for row, key in enumerate(zip(episode.tolist(), step.tolist(), triplets.source.tolist(), strict=True)):
-        begins[key] = -1 if key in begins else row
-    ends = zip(episode.tolist(), (step + one).tolist(), triplets.target.tolist(), strict=True)
-    follows = np.array([begins.get(key, -1) for key in ends], np.int64)
+    """Return rows of consecutive triplets (`triplet_windows.followers`), int64 (n, horizon)."""
+    follows = followers(triplets)
     rows = np.arange(len(triplets))[:, None]
     for _ in range(horizon - 1):
         rows = np.concatenate([rows, follows[rows[:, -1:]]], axis=1)
@@ -56,31 +48,29 @@ def chains(triplets: Triplets, horizon: int) -> NDArray[np.int64]:
 
 
 def rollout_errors(model: IWM, frames: Tensor, actions: Tensor, *, chunk: int = 16) -> dict[str, NDArray[np.float64]]:
-    """Return mean squared errors (n, H) of n roll-outs, by line.
+    """Return mean squared errors (n, T) of n roll-outs, by line.
 
-    frames: uint8 (n, H + 1, S, S, 3), the first frame and the true ones; actions: float32 (n, H, A). At least two
-    roll-outs, so that actions can be shuffled. The model's mode is unchanged.
+    frames: uint8 (n, H + T, S, S, 3), the H frames of the first source, the oldest first, and the true ones; actions:
+    float32 (n, T, A). At least two roll-outs, so that actions can be shuffled. The model's mode is unchanged.
     """
     device = device_of(model)
     lines: dict[str, list[Tensor]] = {name: [] for name in ROLLOUT_LINES}
     others = torch.roll(actions, -1, dims=0)
+    history = frames.shape[1] - actions.shape[1]
     with evaluating(model):
         for rows in torch.arange(len(frames)).split(chunk):
             seen = frames[rows].to(device)
-            truth = model.targets(seen.flatten(0, 1)).float().unflatten(0, seen.shape[:2])  # (b, H + 1, L, D)
-            start = model.encode(seen[:, 0], "context")
+            last = seen[:, history - 1 :]
+            truth = model.targets(last.flatten(0, 1)).float().unflatten(0, last.shape[:2])  # (b, T + 1, L, D)
+            start = encode_window(model, seen[:, :history])
             lines["copy"].append(_errors(truth[:, :1], truth))
             for name, told in (("model", actions), ("shuffled", others)):
-                z, answers = start, []
-                for step in range(actions.shape[1]):
-                    z = model.predict(z, told[rows, step].to(device))
-                    answers.append(z.float())
-                lines[name].append(_errors(torch.stack(answers, dim=1), truth))
+                lines[name].append(_errors(roll_out(model, start, told[rows].to(device)).float(), truth))
     return {name: torch.cat(parts).numpy() for name, parts in lines.items()}
 
 
 def _errors(answers: Tensor, truth: Tensor) -> Tensor:
-    """Return (b, H) float64 on the CPU: predictions (b, H or 1, L, D) against truth (b, H + 1, L, D)[:, 1:]."""
+    """Return (b, T) float64 on the CPU: predictions (b, T or 1, L, D) against truth (b, T + 1, L, D)[:, 1:]."""
     return (answers - truth[:, 1:]).double().square().mean(dim=(2, 3)).cpu()
 
 
@@ -90,7 +80,8 @@ def evaluate_rollouts(subject: TripletSubject) -> dict[str, Any]:
         reason = "predictions are in the frozen target's space, and the predictor reads the encoder's"
         return {"not_run": {"rollout": reason}}
     horizon = subject.config.eval.horizon
-    found = measure_rollouts(subject.model, subject.reader, horizon, progress=subject.tell("roll-outs"))
+    history, tell = subject.config.model.history, subject.tell("roll-outs")
+    found = measure_rollouts(subject.model, subject.reader, horizon, history=history, progress=tell)
     return {"not_run": {"rollout": found["reason"]}} if "reason" in found else {"rollout": found}
 
 
@@ -99,6 +90,7 @@ def measure_rollouts(
     reader: FrameReader,
     horizon: int,
     *,
+    history: int = 1,
     starts: int = STARTS,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
@@ -110,7 +102,7 @@ def measure_rollouts(
     rows = found[evenly_spaced(starts, len(found))]
     if len(rows) < 2:
         return {"reason": f"the set has fewer than two chains of {horizon} consecutive triplets"}
-    places = np.concatenate([reader.triplets.source[rows[:, :1]], reader.triplets.target[rows]], axis=1)
+    places = np.concatenate([windows(reader.triplets, history)[rows[:, 0]], reader.triplets.target[rows]], axis=1)
     pictures, good = reader.read(places.reshape(-1))
     whole = good.reshape(places.shape).all(axis=1)
     if whole.sum() < 2:

@@ -55,7 +55,7 @@ def evaluate_next_frames(subject: TripletSubject) -> dict[str, Any]:
     """Return MRR among next frames; the first of them are the subject's examples."""
     config, space = subject.config, subject.space
     wanted = subject.bank if subject.bank is not None else config.eval.bank
-    frames = draw_next_frames(subject.reader, wanted)
+    frames = draw_next_frames(subject.reader, wanted, history=config.model.history)
     found, distances = rank_next_frames(
         subject.model,
         frames,
@@ -94,7 +94,7 @@ def _example(
     told = space.decode(frames.actions[query : query + 1].numpy())
     few = max(1, _SHOWN // 2)
     return RankedExample(
-        source=frames.source[query].numpy(),
+        source=frames.source[query, -1].numpy(),
         target=views[true],
         action={name: float(value[0]) for name, value in told.items() if value.dtype != bool or value[0]},
         bank=len(frames.bank),

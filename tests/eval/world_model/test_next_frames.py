@@ -105,7 +105,7 @@ def test_the_bank_holds_distinct_next_frames_and_the_queries_are_distinct(game):
     triplets = read_triplets(game)
     for i, row in enumerate(frames.rows):
         place = int(Path(triplets.frames.name(int(triplets.source[row]))).stem)
-        np.testing.assert_array_equal(frames.source[i].numpy(), board(place))
+        np.testing.assert_array_equal(frames.source[i, 0].numpy(), board(place))
         np.testing.assert_array_equal(
             frames.bank[frames.truth[i]].numpy(), board((place + int(triplets.values[row, 0])) % PLACES)
         )
@@ -156,7 +156,7 @@ def test_a_real_model_is_ranked_as_a_loop_over_queries_ranks_it(game):
     with torch.no_grad():
         bank = model.targets(frames.bank).double()
         for query, true in enumerate(frames.truth):
-            z = model.encode(frames.source[query : query + 1])
+            z = model.encode(frames.source[query])
             answer = model.predict(z, frames.actions[query : query + 1]).double()
             distance = (bank - answer).square().sum(dim=(1, 2)).sqrt()
             rank = 1 + int((distance < distance[true] * (1 - 1e-6)).sum())

@@ -113,6 +113,28 @@ def test_a_real_model_s_predictions_are_fed_back_unchanged(game):
                 assert errors["model"][i, h] == pytest.approx(float(want), rel=1e-4)
 
 
+def test_a_history_begins_with_the_frames_before_and_slides(game):
+    config, triplets = resolve_triplets(small_config(game, actions__groups=["external"], model__history=3))
+    torch.manual_seed(0)
+    model = IWM(config.model, space_of(config.actions).dim).eval()
+    reader = FrameReader(triplets, config)
+    found = measure_rollouts(model, reader, 2, history=3, starts=99)
+    rows = chains(triplets, 2)
+    wanted = np.zeros(2)
+    with torch.no_grad():
+        for chain in rows:
+            first = chain[0] - triplets.step[chain[0]]
+            seen = [triplets.source[max(chain[0] - back, first)] for back in (2, 1, 0)]
+            frames, _ = reader.read(np.array([*seen, *triplets.target[chain]]))
+            told = torch.from_numpy(triplets.vectors()[chain])[:, None]
+            a, b, c = (model.encode(frame[None]) for frame in frames[:3])
+            one = model.predict(torch.cat([a, b, c], dim=1), told[0])
+            two = model.predict(torch.cat([b, c, one], dim=1), told[1])
+            truth = model.targets(frames[3:])
+            wanted += [float((p[0] - t).double().square().mean()) for p, t in zip((one, two), truth, strict=True)]
+    np.testing.assert_allclose(found["model"], wanted / len(rows), rtol=1e-4)
+
+
 def test_means_have_intervals_and_begin_at_chains_spread_over_the_set(game):
     config, triplets = resolve_triplets(small_config(game, actions__groups=["external"]))
     found = measure_rollouts(Line(), FrameReader(triplets, config), 3, starts=5)
