@@ -10,6 +10,22 @@ from pathlib import Path
 import google_crc32c
 from made_images import encode, picture
 
+from iwm_fast.data.tools.shard import write_shards
+
+
+def pack(images: Path, out: Path, kind):
+    """Return a root with these images as a source of this kind; `out` is made where it is packed."""
+    if kind == "folder":
+        return images
+    if kind == "webdataset":
+        write_shards(images, out, shard_bytes=20_000)
+        return out
+    out.mkdir()
+    files = sorted(images.rglob("*.jpg"))
+    for number in range(3):
+        write_records(out / f"{number}.tfrecord", [example(file.read_bytes(), 1) for file in files[number::3]])
+    return out
+
 
 def write_classes(root: Path, count=12, classes=("cat", "dog"), *, first=0):
     """Write `count` JPEGs of slightly different sizes, one folder per class; return their bytes by relative path."""

@@ -190,7 +190,7 @@ def index(
     """Write a manifest of all images (path, bytes, size, label, checksum): a training then need not list them.
 
     After an interruption the same command resumes. Files that change later are detected by length and checksum when
-    they are read, and treated as bad; index again after adding files.
+    they are read, and treated as bad; index again after adding or changing files: only these are read.
     """
     from iwm_fast.console import counting
     from iwm_fast.data.tools.index import write_index
@@ -205,6 +205,8 @@ def index(
         )
         if written["resumed"]:
             print(f"{written['resumed']} rows of an interrupted run were reused")
+        if written["unchanged"]:
+            print(f"{written['unchanged']} images are unchanged and were not read again")
         if check:
             found = written["checked"]
             print(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -15,24 +15,22 @@ __all__ = ["in_order"]
 # Spans that each process has been given at a time: the next one is there before an answer is taken.
 _AHEAD = 2
 
-Span = tuple[int, int]
 
-
-def in_order(work: Callable[[Any, Span], Any], given: Any, spans: Sequence[Span], processes: int) -> Iterator[Any]:
-    """work(given, span) for each span, in their order; errors are raised here.
+def in_order(work: Callable[[Any, Any], Any], given: Any, spans: Iterable[Any], processes: int) -> Iterator[Any]:
+    """work(given, span) for each span, in their order; errors are raised here. Takes a few spans ahead, not all.
 
     With one process it is done here. work is a module's function, given is picklable and sent once. A process that dies
     is a UserError, and when this process dies the others end too: what they wait for comes through a pipe of which only
     this process has the other end.
     """
-    if processes < 2 or len(spans) < 2:
+    if processes < 2:
         for span in spans:
             yield work(given, span)
         return
     context = multiprocessing.get_context("spawn")  # no thread and no lock of this process comes along
     helpers = []
     try:
-        for _ in range(min(processes, len(spans))):
+        for _ in range(processes):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs, work), daemon=True)
             process.start()
@@ -47,7 +45,7 @@ def in_order(work: Callable[[Any, Span], Any], given: Any, spans: Sequence[Span]
             process.join()
 
 
-def _collect(connections: list[Connection], spans: Sequence[Span]) -> Iterator[Any]:
+def _collect(connections: list[Connection], spans: Iterable[Any]) -> Iterator[Any]:
     """Spans go to the processes in turn, so the answers come in turn as well."""
     waiting: deque[Connection] = deque()
     for number, span in enumerate(spans):
@@ -72,7 +70,7 @@ def _answer(connection: Connection) -> Any:
     return answer
 
 
-def _serve(connection: Connection, work: Callable[[Any, Span], Any]) -> None:
+def _serve(connection: Connection, work: Callable[[Any, Any], Any]) -> None:
     """The other process: spans in, answers out, until nobody sends any more."""
     try:
         given = connection.recv()

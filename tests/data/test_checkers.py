@@ -8,6 +8,7 @@ import signal
 import numpy as np
 import pytest
 from made_images import broken_tables, encode, picture, turned, write_images
+from made_sources import pack, write_classes
 from small_run import small_config
 
 from iwm_fast.actions.space import ActionSpace
@@ -110,6 +111,38 @@ def test_the_data_thread_looks_only_into_files_that_may_be_bad(folder, manifest,
     looked.clear()
     assert opened(FileStore(list_images(manifest), LIMIT)) == [4, 5, 18, 21]
     assert len(looked) == 3  # for the index Pillow decoded the cut JPEG as well
+
+
+@pytest.mark.parametrize("kind", ["folder", "webdataset", "tfrecord"])
+def test_a_first_epoch_after_a_check_inspects_no_file(tmp_path, monkeypatch, kind):
+    write_classes(tmp_path / "images", 23)
+    root = pack(tmp_path / "images", tmp_path / "packed", kind)
+    looked = counted(monkeypatch)
+    asked = []
+    monkeypatch.setattr(Checkers, "ask", lambda _, rows: asked.extend(rows.tolist()))
+    monkeypatch.setattr(Checkers, "answers", lambda *_: [])
+    plain = drawn(root, batches=3)  # 24 samples
+    assert len(looked) == 23
+    drawn(root, batches=3, data__checkers=1)
+    assert sorted(set(asked)) == list(range(23))
+    write_index(root, check=True)
+    looked.clear()
+    asked.clear()
+    assert drawn(root, batches=3) == drawn(root, batches=3, data__checkers=1) == plain
+    assert looked == asked == []
+
+
+def test_a_file_that_changed_after_the_check_is_bad_until_it_is_checked_again(tmp_path, monkeypatch):
+    write_classes(tmp_path, 5)
+    write_index(tmp_path, check=True)
+    changed = encode(picture(70, 50))
+    (tmp_path / "cat/002.jpg").write_bytes(changed)
+    looked = counted(monkeypatch)
+    assert opened(FileStore(list_images(tmp_path), LIMIT)) == [1]  # named: it changed since it was indexed
+    write_index(tmp_path, check=True)
+    images = list_images(tmp_path)
+    assert images.verdict(1, LIMIT) == (PLAIN, 1, 70, 50, len(changed))
+    assert opened(FileStore(images, LIMIT)) == looked == []
 
 
 def opened(store):

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from dali_readers import dali_shards
+from made_images import encode, picture
 from made_sources import example, write_classes, write_records, write_tar
 from small_run import TINY_WORDS, small_config
 from store import FaultyStore, moto_server, upload
@@ -20,6 +21,7 @@ from iwm_fast.data.sources import Patience
 from iwm_fast.data.sources.left_out import SKIPPED
 from iwm_fast.data.sources.opening import SYSTEM
 from iwm_fast.data.sources.s3 import S3Storage
+from iwm_fast.data.tools import index as index_module
 from iwm_fast.data.tools.index import write_index
 from iwm_fast.data.tools.shard import write_shards
 from iwm_fast.data.tools.verify import verify
@@ -355,6 +357,33 @@ def test_a_copy_in_an_object_store_is_the_same_data_and_sizes_come_with_the_list
     (folder / "more").mkdir()
     write_classes(folder / "more", 1)
     assert difference(identity_of(list_images(folder)), here, images).startswith("13 samples, ")
+
+
+def test_objects_that_did_not_change_are_not_read_again_for_a_manifest(store, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(index_module, "_SPAN", 5)
+    upload(store.direct, folder, "again", "x/")
+    first = write_index("s3://again/x", tmp_path / "x.tsv", check=True)
+    before = (tmp_path / "x.tsv").read_bytes()
+    store.requests.clear()
+    assert write_index("s3://again/x", tmp_path / "x.tsv", check=True) == first | {"unchanged": 13}
+    assert (tmp_path / "x.tsv").read_bytes() == before
+    assert not [path for method, path, _ in store.requests if method == "GET" and path.endswith(".jpg")]
+    assert len(store.requests) == 1 + 3 * 2  # the listing; a question and a list per part of five
+    changed = folder / "dog/003.jpg"
+    changed.write_bytes(encode(picture(50, 20)))
+    upload(store.direct, folder / "dog", "again", "x/dog/")
+    store.requests.clear()
+    found = write_index("s3://again/x", tmp_path / "x.tsv", check=True)
+    assert found["unchanged"] == 12
+    assert [path for method, path, _ in store.requests if method == "GET" and path.endswith(".jpg")] == [
+        "/again/x/dog/003.jpg"
+    ]
+    write_index(folder, tmp_path / "y.tsv", check=True)
+    assert table(tmp_path / "x.tsv") == table(tmp_path / "y.tsv")
+
+
+def table(manifest):
+    return manifest.read_text().split("\n")[1:]
 
 
 def test_no_shard_of_an_object_store_is_read_by_anothers_index(store, tmp_path):

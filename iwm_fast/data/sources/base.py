@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -14,7 +15,17 @@ from iwm_fast.data.sources.list_digest import ListSums
 from iwm_fast.data.sources.split_names import split_kind
 from iwm_fast.data.sources.storage import Storage
 
-__all__ = ["UNLABELLED", "Labels", "Source", "Unindexed", "below_common_folders", "folder_labels", "number_labels"]
+__all__ = [
+    "UNLABELLED",
+    "Labels",
+    "Source",
+    "Unindexed",
+    "below_common_folders",
+    "folder_classes",
+    "folder_labels",
+    "number_labels",
+    "top_folder",
+]
 
 # (labels: int64 (n,), indices into the classes, UNLABELLED for an image without, or None where none has one; the
 # classes' names)
@@ -115,10 +126,21 @@ def folder_labels(names: list[str]) -> Labels:
 
     Names without a folder are unlabelled; where most are, the folders are no classes.
     """
-    folders = [name.split("/", 1)[0] if "/" in name else "" for name in names]
-    if 2 * folders.count("") > len(folders):
-        return None, ()
-    return _placed(folders, sorted({*folders} - {""}))
+    return _placed([top_folder(name) for name in names], list(folder_classes(names)))
+
+
+def folder_classes(names: Iterable[str]) -> tuple[str, ...]:
+    """Return the classes that `folder_labels` gives, of any number of names."""
+    counts = Counter(map(top_folder, names))
+    if 2 * counts[""] > counts.total():
+        return ()
+    classes = tuple(sorted(counts.keys() - {""}))
+    return classes if len(classes) > 1 else ()
+
+
+def top_folder(name: str) -> str:
+    """Return the first folder of a name, "" where it has none."""
+    return name.split("/", 1)[0] if "/" in name else ""
 
 
 def below_common_folders(names: Sequence[str], shards: Sequence[int]) -> list[str]:

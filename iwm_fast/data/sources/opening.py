@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from iwm_fast.config.registry import SOURCES
@@ -25,6 +25,7 @@ from iwm_fast.data.sources.left_out import SKIPPED, LeftOut
 from iwm_fast.data.sources.own import OwnSource
 from iwm_fast.data.sources.s3 import PATIENCE, Patience, S3Storage, is_address
 from iwm_fast.data.sources.shard_index import index_names
+from iwm_fast.data.sources.sorted_names import SortedNames
 from iwm_fast.data.sources.storage import LocalStorage, Storage
 from iwm_fast.data.sources.webdataset import CLASSES_FILE, WebDatasetSource
 from iwm_fast.errors import UserError
@@ -49,22 +50,25 @@ def open_source(
     kind: str = "auto",
     *,
     patience: Patience = PATIENCE,
-    listed_anew: bool = False,
+    listed_anew: Callable[[Iterable[str]], Sequence[str]] | None = None,
 ) -> Source:
     """Open the images below `root`: a folder or an s3://bucket/prefix, or one shard, TFRecord file or manifest there.
 
-    kind: a value of data.source; "auto" detects it, a manifest first (unless `listed_anew`). patience: with an object
-    store. Raises UserError where there is nothing, where there are several kinds and no choice, and for damage. What is
-    left out is reported in one line on standard error, and is in the source's `left_out`.
+    kind: a value of data.source; "auto" detects it, a manifest first. patience: with an object store. listed_anew: no
+    manifest is used, and this sorts the names of a folder, which may be too many for memory. Raises UserError where
+    there is nothing, where there are several kinds and no choice, and for damage. What is left out is reported in one
+    line on standard error, and is in the source's `left_out`.
     """
-    source = _open(root, kind, patience, listed_anew=listed_anew)
+    source = _open(root, kind, patience, listed_anew)
     for line in (source.left_out.skipped_line(), source.left_out.line()):
         if line:
             tell_once(f"{root}: {line if line.startswith('skipped') else f'left out: {line}'}")
     return source
 
 
-def _open(root: str | Path, kind: str, patience: Patience, *, listed_anew: bool) -> Source:
+def _open(
+    root: str | Path, kind: str, patience: Patience, listed_anew: Callable[[Iterable[str]], Sequence[str]] | None
+) -> Source:
     if SOURCES.own(kind) is not None:
         return OwnSource(kind, str(root))
     storage, only = _place(str(root), patience)
@@ -73,15 +77,18 @@ def _open(root: str | Path, kind: str, patience: Patience, *, listed_anew: bool)
         manifest = MANIFEST_FILE
     if manifest is not None:
         return _of_manifest(storage, manifest, kind, patience)
-    names = storage.names() if only is None else [only, *(name for name in _companions(only) if storage.has(name))]
+    names: Sequence[str]
+    if only is not None:
+        names = [only, *(name for name in _companions(only) if storage.has(name))]
+    else:
+        names = storage.names() if listed_anew is None else listed_anew(storage.walk())
     chosen = _chosen(kind, names, storage)
     if chosen == "tfrecord":
         from iwm_fast.data.sources.tfrecord import TFRecordSource  # google-crc32c and protobuf: for these files only
 
-        source: Source = TFRecordSource(storage, names)
+        source: Source = TFRecordSource(storage, list(names))
     else:
-        images = [name for name in names if is_image(name)]
-        source = FolderSource(storage, images) if chosen == "folder" else WebDatasetSource(storage, names)
+        source = FolderSource(storage, _images(names)) if chosen == "folder" else WebDatasetSource(storage, list(names))
     if not len(source):
         why = f" ({source.left_out.line()})" if source.left_out.counts else ""
         raise UserError(f"{root} holds no image: its {_KINDS[chosen][1]} are without one{why}")
@@ -90,7 +97,11 @@ def _open(root: str | Path, kind: str, patience: Patience, *, listed_anew: bool)
     return source
 
 
-def _count_others(source: Source, names: list[str]) -> None:
+def _images(names: Sequence[str]) -> Sequence[str]:
+    return names.only(is_image) if isinstance(names, SortedNames) else [name for name in names if is_image(name)]
+
+
+def _count_others(source: Source, names: Sequence[str]) -> None:
     """Count the other files beside the images, except those of systems."""
     source.left_out.add(SYSTEM, *source.storage.system_folders)
     source.left_out.add(REPEATED, *source.storage.repeated_folders)
@@ -101,17 +112,19 @@ def _count_others(source: Source, names: list[str]) -> None:
     )
     broken = {name for name in links if not source.storage.has(name)}
     source.left_out.add(BROKEN, *sorted(broken))
-    source.left_out.add_by_type(SKIPPED, *(name for name in _unread(source.kind, names) if name not in broken))
+    for name in _unread(source.kind, names):
+        if name not in broken:
+            source.left_out.add_by_type(SKIPPED, name)
 
 
-def _unread(kind: str, names: list[str]) -> list[str]:
+def _unread(kind: str, names: Sequence[str]) -> Iterator[str]:
     """Files that a source of this kind does not read and that are not reported otherwise."""
     wanted = _KINDS[kind][0]
     companions = {MANIFEST_FILE, SHARDS_FILE}
     if kind != "folder":
         companions.update(beside for name in names if wanted(name) for beside in _companions(name))
         companions.update(name for name in names if is_packed(name) or name.rsplit("/", 1)[-1] == CLASSES_FILE)
-    return [name for name in names if not wanted(name) and name not in companions and not is_system(name)]
+    return (name for name in names if not wanted(name) and name not in companions and not is_system(name))
 
 
 def top_level(root: str | Path, patience: Patience = PATIENCE) -> tuple[list[str], list[str]]:
@@ -172,7 +185,7 @@ def _of_manifest(storage: Storage, name: str, kind: str, patience: Patience) -> 
     return source
 
 
-def _chosen(kind: str, names: list[str], storage: Storage) -> str:
+def _chosen(kind: str, names: Sequence[str], storage: Storage) -> str:
     """The requested kind or, of all, the only one that there is."""
     counts = {name: sum(map(test, names)) for name, (test, _) in _KINDS.items()}
     there = [name for name in counts if counts[name]]
@@ -196,7 +209,8 @@ def _chosen(kind: str, names: list[str], storage: Storage) -> str:
         )
     if names:
         found = LeftOut()
-        found.add_by_type(SKIPPED, *names)
+        for name in names:
+            found.add_by_type(SKIPPED, name)
         raise UserError(
             f"{storage.root} holds {len(names)} files ({found.types_line(SKIPPED)}), none of them an image by its "
             f"extension ({known}), "

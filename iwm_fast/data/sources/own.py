@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -56,6 +56,14 @@ class OwnStorage:
     def names(self) -> list[str]:
         """None: there are no files."""
         return []
+
+    def walk(self) -> Iterator[str]:
+        """None."""
+        return iter(())
+
+    def stamps(self, names: Sequence[str]) -> list[bytes | None]:
+        """Unknown."""
+        return [None] * len(names)
 
     def has(self, name: str) -> bool:  # noqa: ARG002  (a Storage's)
         """Never."""

@@ -16,6 +16,7 @@ import random
 import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, TypeVar
@@ -99,28 +100,48 @@ class S3Storage:
 
     def names(self) -> list[str]:
         """Keys below the prefix, without it, sorted."""
-        found = sorted(key for key, _ in self._listed(with_system=True))
-        of_system = {key: folder for key in found if (folder := _system_folder(key)) is not None}
-        self.system_folders = tuple(sorted(set(of_system.values())))
-        return [key for key in found if key not in of_system]
+        return sorted(self.walk())
+
+    def walk(self) -> Iterator[str]:
+        """The keys, as the object store lists them."""
+        of_system: set[str] = set()
+        for key, _ in self._listed():
+            folder = _system_folder(key)
+            if folder is None:
+                yield key
+            else:
+                of_system.add(folder)
+        self.system_folders = tuple(sorted(of_system))
+
+    def stamps(self, names: Sequence[str]) -> list[bytes | None]:
+        """Size and ETag of each object: the first one's by a request, the others' from lists of a thousand."""
+        if not names:
+            return []
+        found: dict[str, bytes | None] = {}
+        with suppress(BadSample):
+            head = self._ask(names[0], lambda: self._client.head_object(**self._object(names[0])))
+            found[names[0]] = _stamp(head.get("ContentLength"), head.get("ETag"))
+        for name, entry in self._listed(after=names[0]) if len(names) > 1 else ():
+            if name > names[-1]:
+                break
+            found[name] = _stamp(entry.get("Size"), entry.get("ETag"))
+        return [found.get(name) for name in names]
 
     def sizes(self, names: Sequence[str]) -> list[int]:
         """From the list of objects, a thousand at a time, instead of one request each."""
         wanted = set(names)
-        found = {key: size for key, size in self._listed() if key in wanted}
+        found = {key: int(entry.get("Size", -1)) for key, entry in self._listed() if key in wanted}
         return [found.get(name, -1) for name in names]
 
-    def _listed(self, *, with_system: bool = False) -> Iterator[tuple[str, int]]:
-        """Name and size of each object below the prefix, without hidden ones and those of SYSTEM_FOLDERS."""
-        more: dict[str, str] = {}
+    def _listed(self, after: str | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Name and entry of each object below the prefix, or of those after a name, without hidden ones."""
+        more: dict[str, str] = {} if after is None else {"StartAfter": self._prefix + after}
         while True:
             page = self._ask(self.root, partial(self._list, **more))
             for entry in page.get("Contents", ()):
                 key = entry["Key"][len(self._prefix) :]
                 if key and not key.endswith("/") and not _hidden(key):
-                    if not with_system and _system_folder(key) is not None:
-                        continue
-                    yield key, int(entry.get("Size", -1))
+                    yield key, entry
             if not page.get("IsTruncated"):
                 return
             more = {"ContinuationToken": page["NextContinuationToken"]}
@@ -240,6 +261,10 @@ class S3Storage:
         """Raise UserError where nothing is left under the prefix."""
         if not self.any():
             raise DataGone(f"{self.root} is empty")
+
+
+def _stamp(size: Any, tag: Any) -> bytes | None:
+    return f"{size} {tag}".encode() if tag else None
 
 
 def _seen(names: list[str]) -> list[str]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -30,6 +32,8 @@ _OURS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
 _NO_ANSWER = frozenset({errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH})
 
 _SIZES_THREADS, _SIZES_SPAN = 16, 500
+# Times of files have steps of up to 2 s (FAT, some servers): a file that changed since may change again unseen.
+SETTLED_NS = 2_000_000_000
 
 
 class DataGone(UserError):  # noqa: N818  (a circumstance, as UserError itself says)
@@ -56,6 +60,16 @@ class Storage(Protocol):
         """Every piece below the root, sorted, but for hidden ones (a part begins with a dot) and SYSTEM_FOLDERS.
 
         UserError if it fails.
+        """
+        ...
+
+    def walk(self) -> Iterator[str]:
+        """Yield what `names` returns in another order, in memory that does not grow with their number."""
+        ...
+
+    def stamps(self, names: Sequence[str]) -> list[bytes | None]:
+        """Return for each of some sorted names what changes when the piece does; None for a missing one, and for one
+        that changed so recently that a further change might not show.
         """
         ...
 
@@ -104,28 +118,43 @@ class LocalStorage:
 
     def names(self) -> list[str]:
         """Paths below the root with forward slashes; links are followed, each real folder is visited once."""
+        return sorted(self.walk())
+
+    def walk(self) -> Iterator[str]:
+        """The paths, folder by folder, each folder's as the system lists them."""
         seen: set[tuple[int, int]] = set()
-        found: list[str] = []
         of_system, mounts, repeated = [], [], []
-        for folder, inside, files in os.walk(self.root, followlinks=True, onerror=_refuse):
-            status = os.stat(folder)  # noqa: PTH116  (os.walk gives strings)
+        waiting = [self.root]
+        while waiting:
+            folder = waiting.pop()
+            with _refusing(folder):
+                status = os.stat(folder)  # noqa: PTH116  (a million of them)
+            prefix = folder[len(self.root) :].strip("/")
             if (status.st_dev, status.st_ino) in seen:
-                repeated.append(folder[len(self.root) :].strip("/"))
-                inside.clear()
+                repeated.append(prefix)
                 continue
             if not seen:
                 disk = status.st_dev
             elif status.st_dev != disk:
                 mounts.append(folder)
             seen.add((status.st_dev, status.st_ino))
-            prefix = folder[len(self.root) :].strip("/")
             prefix = f"{prefix}/" if prefix else ""
+            inside = []
+            with _refusing(folder), os.scandir(folder) as entries:
+                for entry in entries:
+                    if _is_folder(entry):
+                        inside.append(entry.name)
+                    elif not entry.name.startswith("."):
+                        yield prefix + entry.name
             of_system += [prefix + name for name in inside if name in SYSTEM_FOLDERS]
-            inside[:] = sorted(name for name in inside if not name.startswith(".") and name not in SYSTEM_FOLDERS)
-            found += [prefix + name for name in files if not name.startswith(".")]
+            inside = [name for name in inside if not name.startswith(".") and name not in SYSTEM_FOLDERS]
+            waiting += [os.path.join(folder, name) for name in sorted(inside, reverse=True)]  # noqa: PTH118
         self.system_folders, self._mounts = tuple(sorted(of_system)), tuple(mounts)
         self.repeated_folders = tuple(sorted(repeated))
-        return sorted(found)
+
+    def stamps(self, names: Sequence[str]) -> list[bytes | None]:
+        """Size and times of each file."""
+        return [self._stamp(name) for name in names]
 
     def has(self, name: str) -> bool:
         """Whether there is such a file."""
@@ -159,6 +188,16 @@ class LocalStorage:
 
     def close(self) -> None:
         """Nothing waits here."""
+
+    def _stamp(self, name: str) -> bytes | None:
+        now = time.time_ns()
+        try:
+            status = os.stat(self.shown(name))  # noqa: PTH116  (a million of them)
+        except OSError:
+            return None
+        if max(status.st_mtime_ns, status.st_ctime_ns) > now - SETTLED_NS:
+            return None
+        return b"%d %d %d" % (status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
     def _sizes_of(self, names: Sequence[str]) -> list[int]:
         found = []
@@ -215,6 +254,22 @@ def _read_fully(file: int, wanted: int, offset: int) -> bytes:
         done = sum(map(len, parts))
         parts.append(os.pread(file, wanted - done, offset + done))
     return b"".join(parts)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link in a circle
+        return False
+
+
+@contextmanager
+def _refusing(folder: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or folder
+        _refuse(error)
 
 
 def _refuse(error: OSError) -> None:

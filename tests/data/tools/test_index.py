@@ -10,14 +10,17 @@ from pathlib import Path
 
 import pytest
 from made_images import encode, picture, turned
-from made_sources import example, write_classes, write_records
+from made_sources import example, pack, write_classes, write_records
 from PIL import Image
 
 from iwm_fast.data.decode.encoded import BadSample
 from iwm_fast.data.image_list import list_images
+from iwm_fast.data.sources import storage
 from iwm_fast.data.sources.storage import LocalStorage
 from iwm_fast.data.tools import index as index_module
 from iwm_fast.data.tools.index import write_index
+from iwm_fast.data.tools.known_rows import stamps_file
+from iwm_fast.data.tools.manifest_files import writing_manifest
 from iwm_fast.errors import UserError
 
 NAME = "iwm-fast-manifest.tsv"
@@ -46,6 +49,7 @@ def test_a_row_says_what_pillow_says_of_the_upright_image(tmp_path):
         "bytes": sum(map(len, made.values())),
         "unreadable": 1,
         "resumed": 0,
+        "unchanged": 0,
         "left_out": [],
     }
     written = rows(tmp_path / NAME)
@@ -67,7 +71,7 @@ def test_from_a_manifest_nothing_is_listed(tmp_path, monkeypatch):
     made = write_classes(tmp_path, 7)
     before = list_images(tmp_path)
     write_index(tmp_path)
-    monkeypatch.setattr(LocalStorage, "names", lambda _: pytest.fail("the folder was listed"))
+    monkeypatch.setattr(LocalStorage, "walk", lambda _: pytest.fail("the folder was listed"))
     monkeypatch.setattr(LocalStorage, "size", lambda *_: pytest.fail("a file was looked at"))
     after = list_images(tmp_path)
     assert [after.name(i) for i in range(7)] == [before.name(i) for i in range(7)]
@@ -165,30 +169,188 @@ def test_a_damaged_manifest_is_refused_by_name(tmp_path, damage):
     assert str(caught.value).startswith(str(tmp_path / NAME))
 
 
-def test_indexing_resumes_after_the_whole_rows_of_a_killed_run(tmp_path, monkeypatch):
+@pytest.fixture
+def settled(monkeypatch):
+    """Files that were just written are taken for settled; real ones are after two seconds."""
+    monkeypatch.setattr(storage, "SETTLED_NS", 0)
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """The names of the images that were read."""
+    found = []
+    row = index_module._row
+
+    def noted(images, sample, **named):
+        found.append(images.name(sample))
+        return row(images, sample, **named)
+
+    monkeypatch.setattr(index_module, "_row", noted)
+    return found
+
+
+def leave(root, name, text, stamps):
+    """Leave what a killed run leaves."""
+    (root / f".{name}.partial").write_bytes(text)
+    (root / f".{name}.partial.stamps").write_bytes(stamps)
+
+
+@pytest.mark.usefixtures("settled")
+def test_indexing_resumes_after_the_whole_rows_of_a_killed_run(tmp_path, read):
     write_classes(tmp_path, 40)
     write_index(tmp_path, tmp_path / "straight.tsv")
-    whole = (tmp_path / "straight.tsv").read_bytes()
-    read = []
-    measure = index_module._row
-    monkeypatch.setattr(index_module, "_row", lambda images, i, **named: read.append(i) or measure(images, i, **named))
+    whole, stamps = (tmp_path / "straight.tsv").read_bytes(), stamps_file(tmp_path / "straight.tsv").read_bytes()
     for cut in (0, 10, 70, len(whole) // 2, len(whole) - 3, len(whole)):
-        (tmp_path / ".again.tsv.partial").write_bytes(whole[:cut])
+        leave(tmp_path, "again.tsv", whole[:cut], stamps)
         read.clear()
         found = write_index(tmp_path, tmp_path / "again.tsv")
         assert (tmp_path / "again.tsv").read_bytes() == whole
+        assert stamps_file(tmp_path / "again.tsv").read_bytes() == stamps
         assert found["resumed"] == max(0, whole[:cut].count(b"\n") - 2) == 40 - len(read)
         assert found["bytes"] == sum(int(row["bytes"]) for row in rows(tmp_path / "again.tsv"))
-    assert not list(tmp_path.glob(".*.partial"))
+        assert not list(tmp_path.glob(".*.partial*"))
+        (tmp_path / "again.tsv").unlink()
+    leave(tmp_path, "again.tsv", whole, stamps[: 8 * 13 + 5])  # whose stamps were cut
+    assert write_index(tmp_path, tmp_path / "again.tsv")["resumed"] == 13
 
 
-def test_rows_of_another_listing_are_not_kept(tmp_path):
-    write_classes(tmp_path, 10)
+@pytest.mark.usefixtures("settled")
+def test_rows_of_a_killed_run_are_kept_where_the_listing_changed_and_not_where_the_file_did(tmp_path, read):
+    made = write_classes(tmp_path, 10)
     write_index(tmp_path, tmp_path / "a.tsv")
-    (tmp_path / "a.tsv").rename(tmp_path / ".b.tsv.partial")
+    leave(tmp_path, "b.tsv", (tmp_path / "a.tsv").read_bytes(), stamps_file(tmp_path / "a.tsv").read_bytes())
     (tmp_path / "cat/000.jpg").rename(tmp_path / "cat/999.jpg")
-    assert write_index(tmp_path, tmp_path / "b.tsv")["resumed"] == 0
-    assert list_images(tmp_path / "b.tsv").name(0) == f"{tmp_path}/cat/002.jpg"
+    (tmp_path / "cat/000a.jpg").write_bytes(made["cat/000.jpg"])
+    (tmp_path / "dog/005.jpg").write_bytes(made["cat/000.jpg"])
+    read.clear()
+    found = write_index(tmp_path, tmp_path / "b.tsv")
+    assert read == ["cat/000a.jpg", "cat/999.jpg", "dog/005.jpg"]
+    assert (found["resumed"], found["samples"]) == (8, 11)
+    (tmp_path / "a.tsv").unlink()
+    write_index(tmp_path, tmp_path / "a.tsv")
+    assert (tmp_path / "b.tsv").read_bytes() == (tmp_path / "a.tsv").read_bytes()
+
+
+@pytest.mark.usefixtures("settled")
+@pytest.mark.parametrize("kind", ["folder", "webdataset", "tfrecord"])
+def test_an_unchanged_image_is_not_read_again_and_a_changed_one_is_inspected_again(tmp_path, read, kind):
+    write_classes(tmp_path / "images", 40)
+    root = pack(tmp_path / "images", tmp_path / "packed", kind)
+    first = write_index(root, check=True)
+    assert first["checked"] == {"plain": 40, "pillow": 0, "bad": 0}
+    before = (root / NAME).read_bytes()
+    read.clear()
+    again = write_index(root, check=True)
+    assert read == []
+    assert again == first | {"unchanged": 40}
+    assert (root / NAME).read_bytes() == before
+    at = before.split(b"\n")[9].split(b"\t")
+    file, start = root / (at[6] or at[0]).decode(), int(at[7] or 0)
+    raw = bytearray(file.read_bytes())
+    raw[start : start + 20] = bytes(20)  # no JPEG any more, and as long as before
+    file.write_bytes(raw)
+    third = write_index(root, check=True)
+    same_piece = sum(line.split(b"\t")[6] == at[6] for line in before.split(b"\n")[2:-1]) if at[6] else 1
+    assert len(read) == same_piece == 40 - third["unchanged"]
+    assert third["checked"] == {"plain": 39, "pillow": 0, "bad": 1}
+    assert [row["check"] for row in rows(root / NAME)].count("0") == 1
+
+
+@pytest.mark.usefixtures("settled")
+def test_a_check_reads_what_was_indexed_without_one_and_keeps_what_was_checked(tmp_path, read):
+    write_classes(tmp_path, 9)
+    write_index(tmp_path)
+    plain = (tmp_path / NAME).read_bytes()
+    assert write_index(tmp_path, check=True)["unchanged"] == 0
+    assert len(read) == 18
+    checked = (tmp_path / NAME).read_bytes()
+    assert write_index(tmp_path, check=True)["unchanged"] == 9
+    assert (tmp_path / NAME).read_bytes() == checked
+    assert write_index(tmp_path)["unchanged"] == 9
+    assert (tmp_path / NAME).read_bytes() == plain
+    assert len(read) == 18
+
+
+@pytest.mark.usefixtures("settled")
+def test_a_label_that_changed_is_written_though_the_image_is_not_read_again(tmp_path, read):
+    made = write_classes(tmp_path, 6)
+    for name in [name for name in made if name.startswith("dog")]:
+        (tmp_path / name).rename(tmp_path / name.replace("dog", "cat"))
+    (tmp_path / "dog").rmdir()
+    write_index(tmp_path)
+    assert {row["label"] for row in rows(tmp_path / NAME)} == {""}  # one folder is no class
+    (tmp_path / "cow").mkdir()
+    (tmp_path / "cow/1.jpg").write_bytes(made["cat/000.jpg"])
+    read.clear()
+    assert write_index(tmp_path)["unchanged"] == 6
+    assert read == ["cow/1.jpg"]
+    assert [row["label"] for row in rows(tmp_path / NAME)] == ["cat"] * 6 + ["cow"]
+
+
+def test_a_file_that_changed_within_the_last_seconds_is_read_again(tmp_path, read):
+    write_classes(tmp_path, 5)
+    write_index(tmp_path)
+    read.clear()
+    assert write_index(tmp_path)["unchanged"] == 0
+    assert len(read) == 5
+
+
+@pytest.mark.usefixtures("settled")
+@pytest.mark.parametrize(
+    ("of_text", "of_stamps"),
+    [
+        (None, lambda stamps: stamps[:20]),
+        (None, lambda stamps: stamps[8:] + stamps[:8]),
+        (None, lambda _: b""),
+        (lambda text: text.replace(b"cat/002.jpg\t", b"cat/002.jpg\t1"), None),
+        (lambda text: text.replace(b"manifest/1", b"manifest/9"), None),
+        (lambda text: text[: len(text) // 2], None),
+        (lambda _: b"\0\xff" * 300, None),
+    ],
+    ids=["cut", "shifted", "empty", "altered row", "other version", "half a manifest", "no text"],
+)
+def test_a_damaged_manifest_or_stamps_file_vouches_for_no_wrong_row(tmp_path, of_text, of_stamps):
+    write_classes(tmp_path, 12)
+    write_index(tmp_path, check=True)
+    whole = (tmp_path / NAME).read_bytes()
+    for file, damage in ((tmp_path / NAME, of_text), (stamps_file(tmp_path / NAME), of_stamps)):
+        if damage is not None:
+            file.write_bytes(damage(file.read_bytes()))
+    assert write_index(tmp_path, check=True)["unchanged"] < 12
+    assert (tmp_path / NAME).read_bytes() == whole
+
+
+@pytest.mark.usefixtures("settled")
+def test_runs_killed_one_after_the_other_lose_no_row(tmp_path, read, monkeypatch):
+    """Each is killed after some rows, while the folder grows at its beginning."""
+    monkeypatch.setattr(index_module, "_SPAN", 5)
+    made = write_classes(tmp_path, 60)
+    raw = made["cat/000.jpg"]
+    row = index_module._row
+    for turn in range(4):
+        for number in range(7):
+            (tmp_path / f"cat/-{9 - turn}{number}.jpg").write_bytes(raw)
+        left = 18
+
+        def killed(images, sample, **named):
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise KeyboardInterrupt
+            return row(images, sample, **named)
+
+        monkeypatch.setattr(index_module, "_row", killed)
+        with pytest.raises(KeyboardInterrupt):
+            write_index(tmp_path)
+        assert not (tmp_path / NAME).exists()
+    monkeypatch.setattr(index_module, "_row", row)
+    before = len(read)
+    found = write_index(tmp_path)
+    assert found["samples"] == 60 + 4 * 7
+    assert found["resumed"] == 88 - (len(read) - before)
+    assert len(read) - len(set(read)) <= 4 * 4  # the part of five that a kill interrupts
+    assert not list(tmp_path.glob(".*.partial*"))
+    assert [line["path"] for line in rows(tmp_path / NAME)] == sorted(line["path"] for line in rows(tmp_path / NAME))
 
 
 def test_killed_at_any_moment_it_leaves_no_manifest_and_resumes(tmp_path):
@@ -202,7 +364,9 @@ def test_killed_at_any_moment_it_leaves_no_manifest_and_resumes(tmp_path):
     # code outside the condition also runs in the worker processes
     script.write_text(
         "import time\n"
+        "from iwm_fast.data.sources import storage\n"
         "from iwm_fast.data.tools import index\n"
+        "storage.SETTLED_NS = 0\n"
         "index._WORTH_PROCESSES, index._SPAN, row = 10, 10, index._row\n"
         "made = []\n"
         "def late(*given, **named):\n"
@@ -244,7 +408,7 @@ def _in_session(session):
 
 def test_two_commands_do_not_write_one_manifest(tmp_path):
     write_classes(tmp_path, 3)
-    with index_module._beside(tmp_path / NAME), pytest.raises(UserError, match="another process is writing it"):
+    with writing_manifest(tmp_path / NAME), pytest.raises(UserError, match="another process is writing it"):
         write_index(tmp_path)
 
 
