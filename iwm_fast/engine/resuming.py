@@ -14,7 +14,7 @@ from iwm_fast.data.order import FEISTEL, SORTED, require_order
 from iwm_fast.data.sources.s3 import is_address
 from iwm_fast.data.triplets import Triplets
 from iwm_fast.engine.checkpoint import format as checkpoint
-from iwm_fast.engine.checkpoint.format import Checkpoint
+from iwm_fast.engine.checkpoint.format import Checkpoint, FileFault, file_fault
 from iwm_fast.engine.checkpoint.paths import Named, named, whole_checkpoint
 from iwm_fast.engine.distributed.ranks import Ranks, gather
 from iwm_fast.engine.run_directory import RunDirectory
@@ -59,8 +59,10 @@ class ListIdentity:
             self._failed = error
 
 
-def choose_checkpoint(config: Config, directory: RunDirectory, resume: str) -> Path | None:
-    """Return the checkpoint that ``--resume`` names, None for a new run; writes nothing.
+def choose_checkpoint(
+    config: Config, directory: RunDirectory, resume: str, fault: FileFault = file_fault
+) -> Path | None:
+    """Return the checkpoint that ``--resume`` names, None for a new run; writes nothing. fault: what hashes its files.
 
     Raises UserError where a new run would overwrite one, where every checkpoint is damaged, and where the configuration
     differs from the run's in a key that must not change.
@@ -83,7 +85,7 @@ def choose_checkpoint(config: Config, directory: RunDirectory, resume: str) -> P
                 "checkpoints/latest or of a step_NNNNNN there"
             )
         _require_own(wanted, directory)
-    chosen = whole_checkpoint(wanted, say=lambda line: print(line, flush=True))
+    chosen = whole_checkpoint(wanted, say=lambda line: print(line, flush=True), fault=fault)
     if directory.config_file.exists():
         directory.require_same(config)
     elif _of_run(wanted, directory):

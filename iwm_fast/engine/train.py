@@ -20,9 +20,10 @@ from iwm_fast.data.split_layout import tell_of_splits
 from iwm_fast.data.triplet_stream import PairStream
 from iwm_fast.data.triplets import Triplets, resolve_triplets
 from iwm_fast.engine.build import require_machine, trained_model
-from iwm_fast.engine.checkpoint.format import Checkpoint
+from iwm_fast.engine.checkpoint.format import Checkpoint, FileFault
 from iwm_fast.engine.checkpoint.fragments import require_fit, restore_shards
 from iwm_fast.engine.checkpoint.frozen_file import FrozenFile, adopt_frozen, write_frozen
+from iwm_fast.engine.checkpoint.shared_check import choose_together
 from iwm_fast.engine.checkpoint.writer import CheckpointWriter, clear_leftovers, point_latest
 from iwm_fast.engine.determinism import deterministic_operators
 from iwm_fast.engine.distributed.links import Interconnect, far_below, measure_interconnect
@@ -88,16 +89,18 @@ def pretrain(
 
             initial = InitialWeights(config.model)
 
-            def choose() -> Path | None:
+            def choose(fault: FileFault) -> Path | None:
                 held.enter_context(directory.locked())
                 require_ready(config, directory, evaluator)
-                chosen = choose_checkpoint(config, directory, resume)
+                chosen = choose_checkpoint(config, directory, resume, fault)
                 if chosen is None:
                     initial.open()
                 return chosen
 
-            chosen = decide(ranks, choose)
+            chosen, doubted = choose_together(ranks, choose)
             require_shared(directory.path, ranks.infos, ranks.rank, lambda value: gather(value, ranks.world))
+            if doubted is not None:
+                raise UserError(doubted)
             live.at("listing of the data")
             files = triplets or list_images(config.data.root or "", config.data.source, Patience.of(config.data))
             require_alike_lists(files, ranks)

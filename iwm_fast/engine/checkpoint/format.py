@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,20 @@ from iwm_fast.engine.checkpoint.index import FORMAT, FORMATS, read_index
 from iwm_fast.engine.checkpoint.shard_file import ShardReader, file_sum, shard_fault
 from iwm_fast.errors import UserError, because
 
-__all__ = ["FORMAT", "INDEX", "LATEST", "MANIFEST", "Checkpoint", "Fragment", "damage", "newest", "step_of", "steps"]
+__all__ = [
+    "FORMAT",
+    "INDEX",
+    "LATEST",
+    "MANIFEST",
+    "Checkpoint",
+    "FileFault",
+    "Fragment",
+    "damage",
+    "file_fault",
+    "newest",
+    "step_of",
+    "steps",
+]
 
 INDEX, MANIFEST, LATEST = "index.json", "manifest.json", "latest"
 _FOLDER = re.compile(r"step_(\d{6,})")
@@ -52,11 +65,31 @@ class Fragment:
         return f"{self.kind}/{self.name}@{self.start}"
 
 
-def damage(path: Path) -> str | None:
+def file_fault(path: Path, files: Mapping[str, Any]) -> str | None:
+    """Return which of some files of a checkpoint is missing or has other bytes than a manifest's, and how, or None.
+
+    Raises UserError where this process may not read it.
+    """
+    for file, expected in files.items():
+        try:
+            found = file_sum(path / file)
+        except (OSError, ValueError) as error:
+            _require_readable(path / file, error)
+            return f"{file}: {getattr(error, 'strerror', None) or error}"
+        if found != expected:
+            return f"{file}: its bytes are not those that were written (SHA-256 differs)"
+    return None
+
+
+FileFault = Callable[[Path, Mapping[str, Any]], str | None]
+
+
+def damage(path: Path, fault: FileFault = file_fault) -> str | None:
     """Return what is wrong with the checkpoint at ``path``, or None where it is intact.
 
     Finds missing, resized or altered files, and an index that contradicts itself or its shards, whatever the checksums
-    say. Raises UserError where this process may not read it, so that no checkpoint is skipped for that.
+    say. fault: what hashes the files, `file_fault` or all ranks (`shared_check`). Raises UserError where this process
+    may not read it, so that no checkpoint is skipped for that.
     """
     try:
         manifest = json.loads((path / MANIFEST).read_text())
@@ -66,16 +99,12 @@ def damage(path: Path) -> str | None:
         return f"{MANIFEST}: {error}"
     if version not in FORMATS:
         return f"{MANIFEST}: format is {version!r}, this version reads {FORMAT!r}"
-    for file, expected in files.items():
-        if not _FILE.fullmatch(file):
-            return f"{MANIFEST}: {file!r} is not a file of this folder"
-        try:
-            found = file_sum(path / file)
-        except (OSError, ValueError) as error:
-            _require_readable(path / file, error)
-            return f"{file}: {getattr(error, 'strerror', None) or error}"
-        if found != expected:
-            return f"{file}: its bytes are not those that were written (SHA-256 differs)"
+    odd = next((file for file in files if not _FILE.fullmatch(file)), None)
+    if odd is not None:
+        return f"{MANIFEST}: {odd!r} is not a file of this folder"
+    wrong = fault(path, files)
+    if wrong is not None:
+        return wrong
     if INDEX not in files:
         return f"{MANIFEST}: does not list {INDEX}"
     return _contradiction(path, files)
@@ -109,11 +138,14 @@ def _contradiction(path: Path, files: dict[str, Any]) -> str | None:
         return f"frozen weights: {error}"
 
 
-def newest(root: Path) -> tuple[Path | None, list[str]]:
-    """Return the newest intact checkpoint below ``root`` (``latest``, if intact) and the skipped ones with reasons."""
+def newest(root: Path, fault: FileFault = file_fault) -> tuple[Path | None, list[str]]:
+    """Return the newest intact checkpoint below ``root`` (``latest``, if intact) and the skipped ones with reasons.
+
+    fault: as for `damage`.
+    """
     passed: list[str] = []
     for path in steps(root):
-        wrong = damage(path)
+        wrong = damage(path, fault)
         if wrong is None:
             return path, passed
         passed.append(f"{path}: {wrong}")

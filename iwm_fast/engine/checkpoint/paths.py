@@ -10,7 +10,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from iwm_fast.engine.checkpoint.format import INDEX, LATEST, MANIFEST, damage, newest, step_of, steps
+from iwm_fast.engine.checkpoint.format import (
+    INDEX,
+    LATEST,
+    MANIFEST,
+    FileFault,
+    damage,
+    file_fault,
+    newest,
+    step_of,
+    steps,
+)
 from iwm_fast.errors import UserError
 
 __all__ = ["Named", "chosen_checkpoint", "named", "whole_checkpoint"]
@@ -63,20 +73,22 @@ def chosen_checkpoint(run: Path, which: str = LATEST) -> Named:
     return asked
 
 
-def whole_checkpoint(found: Named, say: Callable[[str], None] = lambda _line: None) -> Path:
+def whole_checkpoint(
+    found: Named, say: Callable[[str], None] = lambda _line: None, fault: FileFault = file_fault
+) -> Path:
     """Return the named checkpoint, or the newest intact one. Raises UserError where it is damaged, or there is none.
 
-    ``say`` gets a line for each damaged one that was skipped.
+    ``say`` gets a line for each damaged one that was skipped. fault: as for `format.damage`.
     """
     if found.checkpoint is not None:
         if not found.checkpoint.is_dir():
             raise UserError(f"{found.checkpoint}: no such checkpoint; {_there(found.checkpoint.parent)}")
-        wrong = damage(found.checkpoint)
+        wrong = damage(found.checkpoint, fault)
         if wrong:
             raise UserError(f"{found.checkpoint}: {wrong}; name another checkpoint")
         return found.checkpoint
     root = found.run / "checkpoints"
-    newest_one, passed = newest(root)
+    newest_one, passed = newest(root, fault)
     for line in passed:
         say(f"skipped a damaged checkpoint: {line}")
     if newest_one is None:
