@@ -1,7 +1,8 @@
 """How calls, bytes, memory and seconds of the control plane grow with ranks and images, on simulated ranks.
 
-``python -m benchmarks.scale --ranks 64 256 1024 --images 1e6 1e8 --json FILE`` also draws a picture on logarithmic
-axes beside FILE, with the exponent fitted to each line.
+``python -m benchmarks.scale --ranks 64 256 1024 --images 1e6 1e8 --out SCRATCH --json FILE`` also draws a picture on
+logarithmic axes beside FILE, with the exponent fitted to each line. Columns of images: seconds and bytes of the order
+of an epoch; with --out also a rank's start from a manifest (`parts.manifest_ranks`).
 """
 
 from __future__ import annotations
@@ -15,16 +16,19 @@ import time
 import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
 
+from iwm_fast.benchmarks.parts.manifest_ranks import measure_manifest
+from iwm_fast.benchmarks.parts.scale_picture import draw_scale
 from iwm_fast.benchmarks.simulated_ranks.control_plane import measure_index, measure_look, measure_meeting
 from iwm_fast.benchmarks.simulated_ranks.simulated import state_shapes
 from iwm_fast.benchmarks.sweep import public
 from iwm_fast.config import load_config, packaged_config
 from iwm_fast.data.order import SampleOrder
-from iwm_fast.outputs import require_result
+from iwm_fast.outputs import require_new_folder, require_result
 from iwm_fast.programs import run_program
 from iwm_fast.results import write_result
 
@@ -33,7 +37,7 @@ import json, sys
 from iwm_fast.benchmarks.simulated_ranks.sockets import sockets_of
 print(json.dumps(sockets_of(int(sys.argv[1]))))
 """
-_BATCH = 4096
+_BATCH, _BATCHES, _REPEATS = 4096, 64, 5
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -41,15 +45,21 @@ def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[64, 256, 1024], help="numbers of simulated ranks")
     parser.add_argument("--images", type=float, nargs="*", default=[1e6, 1e8], help="numbers of images")
+    parser.add_argument(
+        "--out", type=Path, metavar="SCRATCH", help="folder to create for manifests of so many images; 90 B per image"
+    )
     parser.add_argument("--processes", type=int, nargs="*", default=[8, 16, 32], help="processes that count sockets")
     parser.add_argument("--json", required=True, help="file to write; the picture is beside it")
     asked = parser.parse_args(words)
     require_result(asked.json)
+    if asked.out is not None:
+        require_new_folder(asked.out)
+        asked.out.parent.mkdir(parents=True, exist_ok=True)
     if min(asked.ranks) < 16:
         parser.error(f"--ranks: {min(asked.ranks)} is too few; simulate 16 or more, two hosts of eight")
     result = {
         "ranks": [_of_ranks(world) for world in asked.ranks],
-        "images": [_of_images(int(count)) for count in asked.images],
+        "images": [_of_images(int(count), asked.out) for count in asked.images],
         "sockets": [_of_processes(world) for world in asked.processes],
     }
     exponents = {
@@ -64,7 +74,7 @@ def main(words: Sequence[str] | None = None) -> int:
     command = public(list(sys.argv[1:] if words is None else words))
     write_result(asked.json, "scale", result | {"exponents": exponents, "command": command})
     if asked.json != "-":
-        _draw(result, exponents, Path(asked.json).with_suffix(".png"))
+        draw_scale(result, exponents, Path(asked.json).with_suffix(".png"))
     return 0
 
 
@@ -82,8 +92,8 @@ def _of_ranks(world: int) -> dict[str, Any]:
     return row
 
 
-def _of_images(count: int) -> dict[str, Any]:
-    """Time and memory of the order of an epoch, a batch in its middle."""
+def _of_images(count: int, scratch: Path | None) -> dict[str, Any]:
+    """Time and memory of the order of an epoch from its middle on, and of a rank's start from a manifest."""
     tracemalloc.start()
     begin = time.perf_counter()
     order = SampleOrder(0, count)
@@ -91,11 +101,27 @@ def _of_images(count: int) -> dict[str, Any]:
     first = time.perf_counter() - begin
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    begin = time.perf_counter()
-    order(count + 1, count + 1 + _BATCH)
-    seconds = (time.perf_counter() - begin) / _BATCH
+    seconds = median(_order_seconds(order, count) for _ in range(_REPEATS))
+    row = {"images": count, "order_first_s": first, "order_s_per_sample": seconds, "order_peak_bytes": peak}
     print(f"{count:,} images: order {seconds * 1e9:.0f} ns per sample, {peak:,} bytes", flush=True)
-    return {"images": count, "order_first_s": first, "order_s_per_sample": seconds, "order_peak_bytes": peak}
+    if scratch is not None:
+        row |= measure_manifest(count, scratch)
+        print(
+            f"{count:,} images: reading a manifest once {row['manifest_index_s']:.1f} s; then open "
+            f"{row['open_s'] * 1e3:.0f} ms, first batch {row['first_batch_s']:.1f} s (slowest "
+            f"{row['first_batch_s_slowest']:.1f}), {row['row_s'] * 1e6:.0f} us per row, private "
+            f"{row['private_bytes'] / 1e6:.0f} MB",
+            flush=True,
+        )
+    return row
+
+
+def _order_seconds(order: SampleOrder, count: int) -> float:
+    """Seconds per sample of 64 batches."""
+    begin, middle = time.perf_counter(), count // 2
+    for batch in range(_BATCHES):
+        order(middle + batch * _BATCH, middle + (batch + 1) * _BATCH)
+    return (time.perf_counter() - begin) / _BATCHES / _BATCH
 
 
 def _of_processes(world: int) -> dict[str, Any]:
@@ -117,30 +143,6 @@ def _exponents(rows: list[dict[str, Any]], names: set[str]) -> dict[str, float]:
             sizes = [math.log(row["size"]) for row in rows]
             found[name] = float(np.polyfit(sizes, [math.log(value) for value in values], 1)[0])
     return found
-
-
-def _draw(result: dict[str, Any], exponents: dict[str, dict[str, float]], path: Path) -> None:
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    sizes = {"ranks": "ranks", "images": "images", "sockets": "processes"}
-    units = (("ranks", "bytes"), ("ranks", "seconds"), ("ranks", ""), ("images", ""), ("sockets", ""))
-    figure, panels = plt.subplots(1, 5, figsize=(24.0, 5.0), layout="constrained")
-    for axes, (place, unit) in zip(panels, units, strict=True):
-        rows, key, found = result[place], sizes[place], exponents.get(place, {})
-        others = [other for where, other in units if where == place and other]
-        shown = [n for n in sorted(found) if (unit in n if unit else not any(other in n for other in others))]
-        for name in shown:
-            label = f"{name.replace('_', ' ')}: n^{found[name] + 0.0:.2f}"
-            axes.plot([row[key] for row in rows], [row[name] for row in rows], marker="o", label=label)
-        axes.set(xscale="log", yscale="log", xlabel=key, ylabel=unit or "number, bytes or seconds")
-        axes.grid(visible=True, alpha=0.3)
-        if shown:
-            axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.15))
-    figure.savefig(path, dpi=110, format="png")
-    plt.close(figure)
 
 
 if __name__ == "__main__":

@@ -46,13 +46,13 @@ WORDS = {
     "index": ["--out", "scratch", "--json", BAD],
     "index, scratch": ["--out", "file/scratch", "--json", "ok.json"],
     "kernels": ["--json", BAD],
-    "large_lists": ["--json", BAD],
     "launches": ["--mlp", "64,32,64,4", "--json", BAD],
     "peers": ["--device", "cpu", "--json", BAD],
     "flops_saved": ["--json", BAD],
     "train": ["--scratch", "scratch", "--json", BAD],
     "train, scratch": ["--scratch", "file/scratch", "--json", "ok.json"],
     "scale": ["--json", BAD],
+    "scale, scratch": ["--out", "file/scratch", "--json", "ok.json"],
     "setting_gain": ["train.compile=true", "--json", BAD],
 }
 INNER = {"ranks", "report"}  # one is started by bench scaling, the other writes into the tree
