@@ -18,8 +18,8 @@ AT_THE_ROOT = ("kernels", "configs", "benchmarks")
 
 # What every room except kernels may import: modules that import the standard library, rich, NumPy and each other.
 GROUND = (
-    "atomic_files", "console", "environment", "errors", "file_locks", "file_names", "log_filters", "notices", "outputs",
-    "parent_process", "programs", "results", "streams", "version",
+    "atomic_files", "console", "environment", "errors", "file_locks", "file_names", "log_filters", "long_work",
+    "notices", "outputs", "parent_process", "programs", "results", "streams", "version",
 )  # fmt: skip
 
 # A room, and the rooms that it may import: those further down.

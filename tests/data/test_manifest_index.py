@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from made_sources import example, write_classes, write_records
 
+from iwm_fast import file_locks
 from iwm_fast.data import known_verdicts
 from iwm_fast.data.identity import identity_of, names_digest
 from iwm_fast.data.image_list import ImageSet, list_images
@@ -23,6 +24,7 @@ from iwm_fast.data.sources.manifest_index import index_file
 from iwm_fast.data.tools.index import write_index
 from iwm_fast.data.tools.shard import write_shards
 from iwm_fast.errors import UserError
+from iwm_fast.long_work import listening
 
 NAME = "iwm-fast-manifest.tsv"
 
@@ -38,9 +40,9 @@ def scans(monkeypatch):
     found = []
     plain = manifest_index.scan
 
-    def counted(text):
+    def counted(text, *tell):
         found.append(text.shown)
-        return plain(text)
+        return plain(text, *tell)
 
     monkeypatch.setattr(manifest_index, "scan", counted)
     return found
@@ -109,6 +111,40 @@ def test_a_large_manifest_without_an_index_says_that_it_is_read(tmp_path, monkey
     assert capfd.readouterr().err == said
     list_images(tmp_path / "list.tsv")
     assert not capfd.readouterr().err
+
+
+def test_while_a_large_manifest_is_read_lines_say_how_far_and_whoever_watches_learns_of_progress(
+    tmp_path, monkeypatch, capfd
+):
+    monkeypatch.setenv("RANK", "3")  # any rank may be the one that reads
+    monkeypatch.setattr(manifest_index, "_WORTH_A_LINE", 77)
+    monkeypatch.setattr(manifest_index, "_LINE_EVERY_S", 0.0)
+    monkeypatch.setattr(manifest_text, "_PIECE", 1000)
+    write_classes(tmp_path, 77)
+    heard = []
+    with listening(lambda: heard.append(1)):
+        write_index(tmp_path, tmp_path / "list.tsv")
+    first, *lines = capfd.readouterr().err.splitlines()
+    assert first == f"{tmp_path}/list.tsv: reading its 77 rows once, to write .list.tsv.rows beside it"
+    assert len(lines) == len(heard) > 2
+    assert lines[-1] == f"{tmp_path}/list.tsv: read 77 of 77 rows, 0 s left"
+
+
+def test_who_waits_for_the_index_takes_over_when_its_reader_is_killed(tmp_path, scans, monkeypatch):
+    write_classes(tmp_path, 77)
+    write_index(tmp_path)
+    place = index_file(str(tmp_path / NAME))
+    place.unlink()
+    scans.clear()
+    lock = place.with_name(f"{place.name}.lock").open("a+b")
+    file_locks.hold(lock, "a reader")
+    waited = []
+    monkeypatch.setattr(manifest_index.time, "sleep", lambda _: waited.append(1) or lock.close())  # it is killed
+    with listening(lambda: waited.append(2)):
+        assert list_images(tmp_path).source_name(76)
+    assert waited[:2] == [1, 2]
+    assert len(scans) == 1
+    assert place.is_file()
 
 
 @pytest.mark.parametrize(

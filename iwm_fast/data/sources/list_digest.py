@@ -51,7 +51,7 @@ class ListDigest:
         """Add the next samples: names below the root, and bytes, -1 for a missing one."""
         if names:
             self._names.update(b"\0".join(names) + b"\0")
-        self._bytes += sum(max(0, size) for size in sizes)
+        self._bytes += sum(sizes) + sizes.count(-1)
         waiting_names, waiting_sizes = self._waiting
         waiting_names += names
         waiting_sizes += sizes

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from iwm_fast.data.sources.manifest_text import ManifestText
 from iwm_fast.data.sources.storage import DataGone
 from iwm_fast.errors import because
 from iwm_fast.file_locks import hold
+from iwm_fast.long_work import note_progress
 from iwm_fast.notices import tell_once
 
 __all__ = ["LOOKED_AT", "ManifestIndex", "index_file", "open_index"]
@@ -40,6 +42,7 @@ _WORTH_A_LINE = 1_000_000  # rows to read, 3 s
 _MAGIC = b"#iwm-fast-manifest-rows/1\n"
 _HEAD = len(_MAGIC) + 16  # and time of its folder, bytes of the facts
 _WAIT_S = 0.2
+_LINE_EVERY_S = 10.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,8 +106,8 @@ def open_index(text: ManifestText) -> ManifestIndex:
             if found is not None:
                 return found
             if text.header.samples >= _WORTH_A_LINE:
-                tell_once(f"{text.shown}: reading its {text.header.samples} rows once, to write {place.name} beside it")
-            done = scan(text)
+                _say(f"{text.shown}: reading its {text.header.samples} rows once, to write {place.name} beside it")
+            done = scan(text, _lines(text))
             _write(place, text, done)
         if before <= text.mtime_ns:
             _settle(place)
@@ -127,6 +130,7 @@ def _only_one(place: Path, text: ManifestText) -> Iterator[ManifestIndex | None]
                 hold(file, str(place))
             except BlockingIOError:
                 time.sleep(_WAIT_S)
+                note_progress()  # another process holds the lock, so it reads
                 continue
             try:
                 yield _read(place, text)
@@ -135,6 +139,27 @@ def _only_one(place: Path, text: ManifestText) -> Iterator[ManifestIndex | None]
                     lock.unlink()
             return
     yield found
+
+
+def _lines(text: ManifestText) -> Callable[[int], None]:
+    """Return what is called with the number of rows read, and prints a line now and then. The one process that reads
+    prints, whatever its rank: the others wait for it.
+    """
+    began = last = time.monotonic()
+
+    def tell(row: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= _LINE_EVERY_S:
+            last = now
+            left = (now - began) * (text.header.samples - row) / row
+            _say(f"{text.shown}: read {row} of {text.header.samples} rows, {left:.0f} s left")
+
+    return tell
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _settle(place: Path) -> None:

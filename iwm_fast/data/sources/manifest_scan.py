@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +13,7 @@ from iwm_fast.data.decode.verdicts import RULES
 from iwm_fast.data.sources.list_digest import ListDigest, ListSums
 from iwm_fast.data.sources.manifest_text import CHECK, ManifestText, not_whole
 from iwm_fast.data.sources.names import unescape
+from iwm_fast.long_work import note_progress
 
 __all__ = ["BY_PILLOW", "STRIDE", "Scan", "scan"]
 
@@ -37,21 +40,24 @@ class Scan:
     unchecked: int
 
 
-def scan(text: ManifestText) -> Scan:
-    """Read and check all rows. Raises UserError where there are not as many as the first line says, or one is wrong."""
+def scan(text: ManifestText, tell: Callable[[int], None] = lambda _rows: None) -> Scan:
+    """Read and check all rows. Raises UserError where there are not as many as the first line says, or one is wrong.
+
+    tell: called with the number of rows so far, every 4 MB.
+    """
     try:
-        return _scan(text)
+        return _scan(text, tell)
     except ValueError as error:
         raise not_whole(text.shown, error) from error
 
 
-def _scan(text: ManifestText) -> Scan:
+def _scan(text: ManifestText, tell: Callable[[int], None]) -> Scan:
     header = text.header
     digest = ListDigest(header.samples)
     own_files = header.source == "folder"
     spans: dict[bytes, list[int]] = {}
     starts: list[Offsets] = []
-    row, checked, last, span = 0, 0, None, [0, 0]
+    row, checked = 0, 0
     for offset, chunk in text.chunks():
         columns = _Columns(chunk, header.columns, row)
         starts.append(offset + columns.begins[-row % STRIDE :: STRIDE])
@@ -61,13 +67,12 @@ def _scan(text: ManifestText) -> Scan:
         columns.numbers("offset", 10)
         checked += _checked(columns) if header.check == RULES else 0
         places = [name.rpartition(b"/")[0] for name in names] if own_files else columns.texts("file")
-        for place in places:
-            if place == last:
-                span[1] = row
-            else:
-                span = spans.setdefault(place, [row, row])
-                span[1], last = row, place
-            row += 1
+        for place, group in groupby(places):
+            count = sum(1 for _ in group)
+            spans.setdefault(place, [row, row])[1] = row + count - 1
+            row += count
+        note_progress()
+        tell(row)
     if row != header.samples:
         raise ValueError(f"it has {row} rows, and its first line says {header.samples}")
     named = [(place.decode(*_ENCODING), first, end) for place, (first, end) in spans.items()]

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from iwm_fast.engine.distributed.pulses import Pulse, Pulses, in_time
 from iwm_fast.engine.distributed.ranks import Ranks
 from iwm_fast.errors import UserError
+from iwm_fast.long_work import listening
 
 __all__ = ["Liveness"]
 
@@ -56,6 +57,10 @@ class Liveness:
         """Note the current work of the main thread. All ranks pass the same places in the same order."""
         self._where, self._moves, self._moved_at = where, self._moves + 1, time.monotonic()
 
+    def note_progress(self) -> None:
+        """Note progress within this work: it may be long, and other ranks may wait for it."""
+        self._moved_at = time.monotonic()
+
     def starting(self) -> None:
         """The next step compiles: until `started`, a rank may be silent as long as before the first one."""
         self._allowed_s = max(self._limit_s, _START_S)
@@ -79,7 +84,8 @@ class Liveness:
         the same moment, and the name takes seconds to find.
         """
         try:
-            yield
+            with listening(self.note_progress):
+                yield
         except RuntimeError as error:
             if error is not self._looked_at and self._pulses is not None:
                 self._look_at(error)
