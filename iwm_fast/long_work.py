@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-__all__ = ["note_progress", "listening"]
+__all__ = ["listening", "note_progress"]
 
 _listeners: list[Callable[[], None]] = []
 
