@@ -25,6 +25,7 @@ from iwm_fast.measure.stats import median_of
 from iwm_fast.measure.synthetic import synthetic_stream
 from iwm_fast.measure.timing import Clocked, clocked
 from iwm_fast.models import IWM, Segments
+from iwm_fast.models.later_steps import every_patch, later_steps
 from iwm_fast.models.packing import pack
 
 __all__ = ["TOLERANCE", "WrongAnswerError", "check_answer", "measure_step", "row_of"]
@@ -57,16 +58,23 @@ def check_answer(trainer: Trainer, config: Config, batch: Batch, space: ActionSp
 
 def _loss(model: Any, batch: Batch, device: torch.device, predicts: str) -> torch.Tensor:
     """Sum the loss over the batch's first images with all their sources."""
-    patches, few = batch.patches, slice(0, _CHECKED_IMAGES * (len(batch.action) // len(batch.target)))
-    frames = len(batch.source) // len(batch.action)
-    first = patches.context[: patches.context_lengths[few].sum()]
-    context, seen = pack(*of_frames(first, patches.context_lengths[few], frames), device)
+    patches, sources = batch.patches, len(batch.patches) // len(batch)
+    few, frames = slice(0, _CHECKED_IMAGES * sources), len(batch.source) // len(batch.patches)
+    first = of_frames(patches.context[: patches.context_lengths[few].sum()], patches.context_lengths[few], frames)
+    context, seen = pack(*first, device)
     asked, asked_segments = context, seen
-    if predicts == "target":
+    targets, told = batch.target[:_CHECKED_IMAGES], batch.action[few]
+    later: dict[str, Any] = {}
+    if batch.steps is not None:  # all samples have all steps, one step after the other
+        horizon = int(batch.steps.max())
+        asked, asked_segments = every_patch(_CHECKED_IMAGES, model.encoder.patches, device)
+        later["later"] = later_steps(*first, batch.steps[few], horizon, model.encoder.patches, device)
+        targets, told = (x.unflatten(0, (horizon, -1))[:, few].flatten(0, 1) for x in (batch.target, batch.action))
+    elif predicts == "target":
         asked = torch.from_numpy(patches.target[: patches.target_lengths[few].sum()]).to(device)
         asked_segments = Segments.from_lengths(patches.target_lengths[few], device)
-    pixels = (view.to(device) for view in (batch.source[: few.stop * frames], batch.target[:_CHECKED_IMAGES]))
-    loss: torch.Tensor = model(*pixels, batch.action[few].to(device), context, seen, asked, asked_segments).loss
+    pixels = (view.to(device) for view in (batch.source[: few.stop * frames], targets))
+    loss: torch.Tensor = model(*pixels, told.to(device), context, seen, asked, asked_segments, **later).loss
     return loss
 
 
@@ -107,7 +115,7 @@ def row_of(
     sample = next(iter(synthetic_stream(config, space, torch.device("cpu"), steps=1)))
     lengths = sample.patches.context_lengths, sample.patches.target_lengths
     asked = None if config.model.predictor.kind == "mlp" else lengths[1]
-    counted = step_flops(config.model, space.dim, *lengths, sources)
+    counted = step_flops(config.model, space.dim, *lengths, sources, sample.steps)
     operations, peak = counted.total / len(sample), peak_flops(device)
     return {
         "name": name,

@@ -103,6 +103,7 @@ def counted_activations(config: Config, tokens: Tokens, device: str = "cpu") -> 
     nothing is computed; images stay in the order of their contexts, which only the CPU would sort.
     """
     from iwm_fast.models import IWM, Segments
+    from iwm_fast.models.later_steps import later_steps
 
     actions, side, meta = action_dim(config.actions), config.model.image, device == "meta"
     with torch.device(device):
@@ -112,15 +113,20 @@ def counted_activations(config: Config, tokens: Tokens, device: str = "cpu") -> 
     counter = KeptCounter(model)
     follow_parts(counter, model.encoder, model.predictor, model.predictor.embed, model.predictor.norm)
     frames = len(tokens.context) * tokens.history
-    images = torch.zeros(frames, side, side, 3, dtype=torch.uint8, device=device)
-    action = torch.ones(len(tokens.context), actions, device=device)
+    images = torch.zeros(max(frames, tokens.images * tokens.horizon), side, side, 3, dtype=torch.uint8, device=device)
+    action = torch.ones(len(tokens.context) * tokens.horizon, actions, device=device)
     order = np.argsort(tokens.context, kind="stable") if meta else slice(None)
     counts = (np.repeat(tokens.context[order], tokens.history), tokens.predicted[order])
     rows = [torch.cat([torch.arange(n) for n in each.tolist()]).to(device) for each in counts]
     segments = [Segments.from_lengths(each, device) for each in counts]
     sampled = tuple(numbers.to(device) for numbers in model.objective.sample(0, 0, torch.device("cpu")))
+    later: dict[str, Any] = {}
+    if (steps := tokens.steps) is not None:
+        packed = np.concatenate([np.arange(n) for n in counts[0].tolist()])
+        later["later"] = later_steps(packed, counts[0], steps, tokens.horizon, config.model.grid**2, device)
+    targets = images[: tokens.images * tokens.horizon]
     with counter.counting(), _as_on_a_gpu() if meta else contextlib.nullcontext():
-        output = model(images, images[: tokens.images], action, rows[0], segments[0], rows[1], segments[1], sampled)
+        output = model(images[:frames], targets, action, rows[0], segments[0], rows[1], segments[1], sampled, **later)
     counter.keep_held(output.loss)
     none = {field.name: 0 for field in fields(KeptBytes)}  # a frozen encoder saves nothing
     return KeptBytes(**none | counter.bytes)

@@ -86,6 +86,7 @@ class Config(Section):
                 f"model.history is {self.model.history}; it must be 1 unless actions.groups is [external]: the views "
                 "of one image have no earlier frames"
             )
+        self._require_steps_ahead()
         if self.data.source == "triplets" and not external:
             raise ValueError("data.source is triplets, so actions.groups must be [external]")
         if (self.data.source == "folder" or SOURCES.own(self.data.source)) and external:
@@ -125,6 +126,24 @@ class Config(Section):
         if self.masks.min_context >= patches:
             raise ValueError(f"masks.min_context is {self.masks.min_context}; a view has only {patches} patches")
         return self
+
+    def _require_steps_ahead(self) -> None:
+        """Raise ValueError where predictions cannot be fed back."""
+        asked = f"train.horizon is {self.train.horizon}; it must be 1 "
+        if self.train.horizon == 1:
+            return
+        if not self.actions.is_external:
+            raise ValueError(f"{asked}unless actions.groups is [external]: an image has no next one")
+        if self.model.target == "frozen":
+            raise ValueError(
+                f"{asked}where model.target is frozen: predictions are in the frozen target's space, and the predictor "
+                "reads the encoder's"
+            )
+        if self.train.static_shapes:
+            raise ValueError(
+                f"{asked}with train.static_shapes: episodes end at different steps, so that the shapes of later steps "
+                "do not recur; set train.static_shapes (and train.cuda_graph) to false"
+            )
 
     @model_validator(mode="after")
     def _optimizer_fits(self) -> Self:

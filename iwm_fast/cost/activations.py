@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 
 from iwm_fast.actions.external import action_dim
 from iwm_fast.config import Config
+from iwm_fast.cost.flops import window_tokens
 from iwm_fast.cost.tokens import Tokens
 from iwm_fast.kernels import mlp_workspace
 
@@ -121,7 +122,7 @@ def activations(config: Config, tokens: Tokens, *, hidden_kept: bool = False) ->
     form = _Form(2 if config.train.precision == "bf16" else 4, hidden_kept)
     shape, target = config.model.encoder_shape, config.model.target_architecture.shape
     e, recompute, frozen = form.element, config.train.activation_checkpointing, config.model.freeze_encoder
-    seen, asked = tokens.seen, int(tokens.predicted.sum())
+    seen, asked = tokens.seen, tokens.asked
     hidden, limit = round(shape.width * shape.mlp_ratio), config.model.mlp_workspace_mib * 2**20
     joined = seen + len(tokens.context) * tokens.history * config.model.prefix_tokens
     encoder_block = form.block(joined, shape.width, shape.heads, hidden)
@@ -138,11 +139,11 @@ def activations(config: Config, tokens: Tokens, *, hidden_kept: bool = False) ->
         predictor_input=seen * shape.width * e + predictor_input,
         predictor_blocks=predictor_blocks,
         predictor_end=form.norm(asked, config.model.predictor.width) + asked * config.model.predictor.width * e,
-        loss=_loss(config, form, tokens) + _regularizer(config, form, seen),
+        loss=_loss(config, form, tokens) + _regularizer(config, form, seen) + _fed_back(config, tokens),
     )
     # The backward pass of a block holds about as much again as it saved: the gradients of the same tensors. The
     # target's forward pass saves nothing, but a block's tensors of all patches exist at once.
-    whole = tokens.images * (config.model.grid**2 + config.model.target_architecture.prefix_tokens)
+    whole = tokens.images * tokens.horizon * (config.model.grid**2 + config.model.target_architecture.prefix_tokens)
     target_hidden = round(target.width * target.mlp_ratio)
     target_block = form.block(whole, target.width, target.heads, target_hidden)
     moments = (
@@ -170,12 +171,18 @@ def _loss(config: Config, form: _Form, tokens: Tokens) -> int:
 
     With one source the target's predicted tokens; with several all of its tokens, and the row of each prediction.
     """
-    row, asked = config.model.target_architecture.shape.width * form.element, int(tokens.predicted.sum())
+    row, asked = config.model.target_architecture.shape.width * form.element, tokens.asked
     if form.hidden_kept:
         return asked * row
     if tokens.sources == 1:
         return 3 * asked * row
     return 2 * asked * row + tokens.images * config.model.grid**2 * row + asked * _INDEX
+
+
+def _fed_back(config: Config, tokens: Tokens) -> int:
+    """The rows of predictions and source that later steps read."""
+    later = range(1, tokens.horizon)
+    return _INDEX * sum(int(window_tokens(config.model, tokens.context, step).sum()) for step in later)
 
 
 def _regularizer(config: Config, form: _Form, seen: int) -> int:
@@ -192,10 +199,24 @@ def _regularizer(config: Config, form: _Form, seen: int) -> int:
 
 
 def _predictor(config: Config, form: _Form, tokens: Tokens) -> tuple[int, int, Moment]:
-    """Bytes of the conditioned mask tokens, of all blocks, and one running block."""
+    """Bytes of the conditioned mask tokens and later sources, of all blocks, and one running block."""
+    into = blocks = 0
+    moments = []
+    for step in range(tokens.horizon):
+        seen = int(window_tokens(config.model, tokens.context, step).sum())
+        more, kept, moment = _predictor_step(config, form, tokens, seen)
+        into += more + (seen * config.model.encoder_shape.width * form.element if step else 0)
+        # The kernels save the patches to predict, which a later step makes itself.
+        blocks += kept + (int(tokens.predicted.sum()) * _INDEX if step and not form.hidden_kept else 0)
+        moments.append(moment)
+    return into, blocks, max(moments, key=lambda moment: moment.tensors)
+
+
+def _predictor_step(config: Config, form: _Form, tokens: Tokens, seen: int) -> tuple[int, int, Moment]:
+    """The same of one step, whose sources have `seen` tokens."""
     predictor, e = config.model.predictor, form.element
     width, hidden = predictor.width, round(predictor.width * predictor.mlp_ratio)
-    seen, asked = tokens.seen, int(tokens.predicted.sum())
+    asked = int(tokens.predicted.sum())
     recompute, limit = config.train.activation_checkpointing, config.model.mlp_workspace_mib * 2**20
     kinds = predictor.conditioning.split("+")
     if predictor.kind == "mlp":

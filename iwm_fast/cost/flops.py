@@ -16,7 +16,7 @@ import numpy as np
 from iwm_fast import kernels
 from iwm_fast.config.schema import EncoderArchitecture, ModelConfig
 
-__all__ = ["StepFlops", "step_flops"]
+__all__ = ["StepFlops", "step_flops", "window_tokens"]
 
 
 @dataclass(frozen=True)
@@ -92,13 +92,24 @@ def _embed(model: ModelConfig, products: int) -> _Count:
     return _Count(0, 2 * products) if model.freeze_encoder else _Count(2 * products)
 
 
-def _vit_predictor(model: ModelConfig, actions: int, context: np.ndarray, predicted: np.ndarray) -> _Count:
+def window_tokens(model: ModelConfig, context: np.ndarray, step: int) -> np.ndarray:
+    """Return the tokens that the predictor reads of each source at a step of train.horizon, counted from 0: the frames
+    that are left, of `context` visible patches each, and the predictions so far.
+    """
+    predicted = min(step, model.history)
+    return context * (model.history - predicted) + predicted * model.grid**2
+
+
+def _vit_predictor(
+    model: ModelConfig, actions: int, context: np.ndarray, predicted: np.ndarray, *, fed_back: bool = False
+) -> _Count:
     config, given, outer = model.predictor, model.encoder_shape.width, model.target_architecture.shape.width
     width, images, kinds = config.width, len(context), config.conditioning.split("+")
     asked = int(predicted.sum())
     joined = context + predicted + (actions if "sequence" in kinds else 0)
     in_blocks = actions if "block" in kinds else 0
-    count = _embed(model, int(context.sum()) * given * width) + _Count(2 * asked * width * outer)
+    embed = int(context.sum()) * given * width
+    count = (_Count(2 * embed) if fed_back else _embed(model, embed)) + _Count(2 * asked * width * outer)
     if "feature" in kinds:
         count += _Count(6 * asked * width * width, 2 * images * width * actions)
     for block in range(config.depth):
@@ -123,6 +134,7 @@ def step_flops(
     context_lengths: Sequence[int] | np.ndarray,
     predicted_lengths: Sequence[int] | np.ndarray,
     sources: int = 1,
+    steps: Sequence[int] | np.ndarray | None = None,
 ) -> StepFlops:
     """Return the FLOPs of one step over the sources with these token counts.
 
@@ -133,6 +145,8 @@ def step_flops(
         predicted_lengths: (B · K,), patches to predict for each source; unused with the mlp predictor, which
             predicts the context's.
         sources: K, per target.
+        steps: (B,), the steps of each source, with train.horizon above 1: then all patches are predicted, and
+            predicted_lengths are unused.
 
     Raises:
         ValueError: the two do not have one entry per source, or are no multiple of K.
@@ -148,11 +162,19 @@ def step_flops(
         raise ValueError(f"context_lengths has {len(context)} entries; it must be a multiple of sources ({sources})")
     asked = context if model.predictor.kind == "mlp" else predicted
     whole = np.full(len(context) // sources, model.grid**2, dtype=np.int64)
-    target = _encoder(model.target_architecture, whole, int(asked.sum()) if sources == 1 else None)
+    if steps is not None:
+        had = np.asarray(steps, dtype=np.int64)
+        asked = whole
+        whole = np.repeat(whole, had)
+    target = _encoder(model.target_architecture, whole, int(asked.sum()) if sources == 1 and steps is None else None)
     encoder = _encoder(model.architecture, np.repeat(context, model.history))
     if model.predictor.kind == "mlp":
         predictor = _mlp_predictor(model, action_dim, context)
     else:
-        predictor = _vit_predictor(model, action_dim, context * model.history, predicted)
+        predictor = _vit_predictor(model, action_dim, context * model.history, asked)
+    for step in range(1, int(had.max()) if steps is not None else 1):
+        going = had > step
+        read = window_tokens(model, context[going], step)
+        predictor += _vit_predictor(model, action_dim, read, asked[going], fed_back=True)
     context_backward = 0 if model.freeze_encoder else encoder.backward
     return StepFlops(target.forward, encoder.forward, context_backward, predictor.forward, predictor.backward)

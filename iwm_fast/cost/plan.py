@@ -197,16 +197,15 @@ class Planner:
     def _more(self, micro: int) -> float:
         """Context and predicted tokens of a micro-batch with their padding, over those without."""
         drawn = self.tokens.images
-        useful = (self.tokens.seen + int(self.tokens.predicted.sum())) * micro / drawn
+        useful = (self.tokens.seen + self.tokens.asked) * micro / drawn
         return 1 + 2 * expected_padding(self.config, micro) / max(useful, 1.0)
 
     def _with_batch(self, config: Config, state: Memory, micro: int) -> Memory:
         """Add a micro-batch: activations by the sampled images' mean, and its pixels as DALI prefetches them."""
         drawn = self.tokens.images
         of_drawn = self._activations[config.train.activation_checkpointing]
-        pixels = (
-            (1 + self.tokens.sources * self.tokens.history) * 3 * config.model.image**2 * (config.data.prefetch + 2)
-        )
+        images = self.tokens.horizon + self.tokens.sources * self.tokens.history
+        pixels = images * 3 * config.model.image**2 * (config.data.prefetch + 2)
         more = self._more(micro)
         passing = round(of_drawn.passing(micro) * more) + pixels * micro
         if config.train.cuda_graph:  # gradients that a replay writes and the engine copies

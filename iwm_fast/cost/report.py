@@ -64,7 +64,7 @@ def document(planner: Planner, cluster: Cluster, images: ImageCount) -> dict[str
             "averaged_parameters": planner.layout.target_size,
             "frozen_parameters": planner.layout.frozen_size,
             "context_tokens": planner.tokens.seen / len(planner.tokens.context),
-            "predicted_tokens": float(planner.tokens.predicted.mean()),
+            "predicted_tokens": planner.tokens.asked / len(planner.tokens.predicted),
             "flops_per_image": flops | {"total": sum(flops.values())},
         },
         "stages": [stage_record(stage, config, cluster.world) for stage in stages],

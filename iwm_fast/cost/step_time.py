@@ -47,7 +47,7 @@ class StepTime:
 def image_flops(config: Config, tokens: Tokens) -> StepFlops:
     """Return the FLOPs of the sampled images together; divide by their number for those per image."""
     actions = action_dim(config.actions)
-    return step_flops(config.model, actions, tokens.context, tokens.predicted, tokens.sources)
+    return step_flops(config.model, actions, tokens.context, tokens.predicted, tokens.sources, tokens.steps)
 
 
 def step_time(
@@ -112,7 +112,7 @@ def _launches(config: Config, accumulation: int) -> tuple[float, float]:
     """
     if config.train.cuda_graph:
         return 0.0, 0.0
-    encoder, predictor = config.model.encoder_shape.depth, config.model.predictor.depth
+    encoder, predictor = config.model.encoder_shape.depth, config.model.predictor.depth * config.train.horizon
     again = 1 if config.train.activation_checkpointing else 0
     trained = predictor + (0 if config.model.freeze_encoder else encoder)
     forward, backward = encoder + config.model.target_architecture.shape.depth + predictor, trained * (2 + again)

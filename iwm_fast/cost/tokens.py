@@ -22,18 +22,30 @@ _PARTS, _LEAST = 48, 8
 class Tokens:
     """context, predicted: int64 (B · K,), each source's visible patches in a frame, and patches to predict.
 
-    sources: K, of each of the B images, adjacent. history: frames of a source (`model.history`).
+    sources: K, of each of the B images, adjacent. history: frames of a source (`model.history`). horizon: steps of a
+    source (`train.horizon`), in each of which `predicted` are predicted.
     """
 
     context: NDArray[np.int64]
     predicted: NDArray[np.int64]
     sources: int = 1
     history: int = 1
+    horizon: int = 1
 
     @property
     def images(self) -> int:
         """B."""
         return len(self.context) // self.sources
+
+    @property
+    def steps(self) -> NDArray[np.int64] | None:
+        """The steps of each source where there are several: an episode's end is not counted."""
+        return np.full(len(self.context), self.horizon, np.int64) if self.horizon > 1 else None
+
+    @property
+    def asked(self) -> int:
+        """The patches to predict in all steps."""
+        return int(self.predicted.sum()) * self.horizon
 
     @property
     def seen(self) -> int:
@@ -55,11 +67,11 @@ def tokens_of(config: Config, images: int) -> Tokens:
     """Return the token counts of each source of the run's first images, by the masks of training."""
     patches = mask_sampler(config).draw(np.zeros(images, np.int64), np.arange(images, dtype=np.int64))
     own = config.model.predictor.kind == "mlp"  # it predicts the context's own patches
+    asked = patches.context_lengths if own else patches.target_lengths
+    if config.train.horizon > 1:
+        asked = np.full_like(asked, config.model.grid**2)
     return Tokens(
-        patches.context_lengths,
-        patches.context_lengths if own else patches.target_lengths,
-        config.views.sources_per_target,
-        config.model.history,
+        patches.context_lengths, asked, config.views.sources_per_target, config.model.history, config.train.horizon
     )
 
 

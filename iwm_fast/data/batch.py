@@ -23,6 +23,10 @@ class Batch:
     (B,), indices into the image set, and their epoch. global_context and global_target: context tokens, of one frame
     per source, and target tokens of the whole global batch, over all ranks and micro-batches, which the global mean of
     the loss divides by.
+
+    steps: of triplets with train.horizon above 1, int64 (B,): the steps that each sample has, fewer where its episode
+    ends. Then target and action have a row for each step of each sample: those of all samples' first steps, of the
+    second steps of those that have one, and so on; global_target counts all patches of these.
     """
 
     source: Tensor
@@ -33,6 +37,7 @@ class Batch:
     epochs: NDArray[np.int64]
     global_context: int
     global_target: int
+    steps: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -203,12 +203,17 @@ class TrainingStream:
         while True:
             ids, epochs = self._order(position, position + size)
             patches = self._masks.draw(epochs, ids)
-            totals = int(patches.context_lengths.sum()), int(patches.target_lengths.sum())
+            totals = int(patches.context_lengths.sum()), self._predicted(ids, patches)
             for first in range(self._rank * share, (self._rank + 1) * share, self.micro_batch):
                 rows = slice(first, first + self.micro_batch)
                 masks = slice(rows.start * self._sources, rows.stop * self._sources)
                 yield _Share(ids[rows], epochs[rows], _rows_of(patches, masks), *totals)
             position += size
+
+    def _predicted(self, ids: NDArray[np.int64], patches: PatchSets) -> int:
+        """The tokens to predict of a global batch."""
+        del ids
+        return int(patches.target_lengths.sum())
 
     def _draw(self, samples: Samples) -> Views:
         actions, seed = self._config.actions, self._config.train.seed
@@ -226,7 +231,13 @@ class TrainingStream:
             epochs=batch.samples.epochs,
             global_context=batch.global_context,
             global_target=batch.global_target,
+            steps=self._steps(batch.samples),
         )
+
+    def _steps(self, samples: Samples) -> NDArray[np.int64] | None:
+        """As in `Batch`."""
+        del samples
+        return None
 
     def _pinned(self, array: NDArray[np.float32]) -> torch.Tensor:
         """On the host; for a GPU in pinned memory, so that the copy does not block the step."""

@@ -2,7 +2,10 @@
 
 A micro-batch of B triplets passes the one DALI graph as the frames that they show, each once, with no augmentation
 except a crop and a flip that all images of a triplet share (then frames are shared within a triplet alone). Masks are
-sampled as usual; the action is the manifest's. With `model.history` a source is the frames up to its own.
+sampled as usual; the action is the manifest's. With `model.history` a source is the frames up to its own; with
+`train.horizon` a sample goes on with the triplets that follow, as far as its episode has them.
+
+Legend: H = model.history, T = train.horizon.
 """
 
 from __future__ import annotations
@@ -21,8 +24,9 @@ from iwm_fast.config.schema import ActionsConfig
 from iwm_fast.data.bad_samples import BadSamples
 from iwm_fast.data.decode.encoded import BadSample, Encoded
 from iwm_fast.data.loader import TrainingStream
+from iwm_fast.data.masks import PatchSets
 from iwm_fast.data.samples import FileStore, SampleReader, Samples, candidates
-from iwm_fast.data.triplet_windows import windows
+from iwm_fast.data.triplet_windows import continuations, windows
 from iwm_fast.data.triplets import Triplets
 from iwm_fast.data.views.graph import RenderedViews
 from iwm_fast.data.views.sampling import draw_views
@@ -36,9 +40,9 @@ Ints = NDArray[np.int64]
 class PairSamples(Samples):
     """B triplets that show U different frames: ids and epochs (B,); files (U,), encoded and size of the frames.
 
-    triplets: int64 (B,), the triplet of each sample: ids[i] unless one of its images is bad. places: int64 (B, H + 1),
-    rows of the U: a sample's source, the oldest frame first, then its target. owner: int64 (U,), the first sample that
-    shows a frame.
+    triplets: int64 (B, T), the triplets of each sample: ids[i], unless one of its images is bad, and those that follow,
+    −1 after its last step. places: int64 (B, H + T), rows of the U: a sample's source, the oldest frame first, then the
+    targets, −1 after the last step. owner: int64 (U,), the first sample that shows a frame.
     """
 
     triplets: Ints
@@ -48,24 +52,37 @@ class PairSamples(Samples):
 
 class PairReader(SampleReader):
     """Reads triplets by id and replaces those with a bad image: a function of (seed, epoch, id) and of which files are
-    bad. shared: whether samples share frames, because nothing is done to them.
+    bad. A sample has the steps of its own triplet, whichever replaces it: every rank knows their number.
+
+    shared: whether samples share frames, because nothing is done to them.
     """
 
     def __init__(
-        self, triplets: Triplets, store: FileStore, seed: int, bad: BadSamples, *, history: int = 1, shared: bool = True
+        self,
+        triplets: Triplets,
+        store: FileStore,
+        seed: int,
+        bad: BadSamples,
+        *,
+        history: int = 1,
+        horizon: int = 1,
+        shared: bool = True,
     ) -> None:
         super().__init__(store, seed, bad)
-        self.frames = np.concatenate([windows(triplets, history), triplets.target[:, None]], axis=1)  # (n, H + 1)
-        self.shared = shared
+        self.rows = continuations(triplets, horizon)  # (n, T)
+        self.steps = (self.rows >= 0).sum(axis=1)
+        targets = np.where(self.rows < 0, -1, triplets.target[self.rows])
+        self.frames = np.concatenate([windows(triplets, history), targets], axis=1)  # (n, H + T)
+        self.shared, self.history = shared, history
 
     def expect(self, ids: Ints) -> None:
         """Check all images of the triplets."""
-        self.store.expect(np.unique(self.frames[ids]))
+        self.store.expect(self._files(ids))
 
     def read(self, ids: Ints, epochs: Ints) -> PairSamples:
         """Return the triplets of a batch. Raises UserError where too many files are bad."""
         chosen, held = ids.copy(), dict[int, Encoded]()
-        self.store.ask(np.unique(self.frames[ids]).tolist())
+        self.store.ask(self._files(ids).tolist())
         for row, triplet in enumerate(ids.tolist()):
             if not self._get(triplet, int(epochs[row]), triplet, held):
                 chosen[row] = self._other(triplet, int(epochs[row]), held)
@@ -75,7 +92,7 @@ class PairReader(SampleReader):
     def replace(self, samples: Samples, reasons: dict[int, str]) -> PairSamples:
         """Return the batch after its rows in `reasons` (of U) failed to decode."""
         assert isinstance(samples, PairSamples)
-        chosen = samples.triplets.copy()
+        chosen = samples.triplets[:, 0].copy()
         held = dict(zip(samples.files.tolist(), samples.encoded, strict=True))
         for row, reason in reasons.items():
             file, owner = int(samples.files[row]), samples.owner[row]
@@ -87,19 +104,26 @@ class PairReader(SampleReader):
         self.bad.check()
         return self._samples(samples.ids, samples.epochs, chosen, held)
 
+    def _files(self, ids: Ints) -> Ints:
+        """The files of the triplets, each once."""
+        files = np.unique(self.frames[ids])
+        return files[files >= 0]
+
     def _samples(self, ids: Ints, epochs: Ints, chosen: Ints, held: dict[int, Encoded]) -> PairSamples:
-        frames = self.frames[chosen]
+        gone = np.arange(self.rows.shape[1]) >= self.steps[ids][:, None]  # a replacement may have more
+        frames, triplets = self.frames[chosen], np.where(gone, -1, self.rows[chosen])
+        frames[:, self.history :][gone] = -1
+        shown = frames >= 0
         keys = frames if self.shared else frames + np.arange(len(frames))[:, None] * len(self.store.images)
-        _, first, places = np.unique(keys, return_index=True, return_inverse=True)
-        files = frames.reshape(-1)[first]
-        owner = first // frames.shape[1]
-        return PairSamples(
-            ids, epochs, files, [held[file] for file in files.tolist()], chosen, places.reshape(frames.shape), owner
-        )
+        _, first, inverse = np.unique(keys[shown], return_index=True, return_inverse=True)
+        places = np.full(frames.shape, -1)
+        places[shown] = inverse
+        files, owner = frames[shown][first], np.nonzero(shown)[0][first]
+        return PairSamples(ids, epochs, files, [held[file] for file in files.tolist()], triplets, places, owner)
 
     def _get(self, triplet: int, epoch: int, sample: int, held: dict[int, Encoded]) -> bool:
         """Read a triplet's images into `held`; False where one is bad, which is recorded."""
-        files = self.frames[triplet].tolist()
+        files = self.frames[triplet, : self.history + self.steps[sample]].tolist()
         for file in files:
             self.bad.tried([file])
             if file in held:
@@ -110,17 +134,17 @@ class PairReader(SampleReader):
                 self.bad.add(self.store.images.name(file), bad.reason, epoch, sample)
                 self.bad.check()
                 return False
-        source = held[files[-2]]
-        for file in (files[-1], *files[:-2]):
+        source = held[files[self.history - 1]]
+        for file in (*files[self.history :], *files[: self.history]):
             if (held[file].width, held[file].height) != (source.width, source.height):
                 self.bad.add(self.store.images.name(file), _unlike(source, held[file]), epoch, sample)
                 return False
         return True
 
     def _other(self, sample: int, epoch: int, held: dict[int, Encoded]) -> int:
-        """Another triplet for one with a bad image, chosen as for images."""
+        """Another triplet for one with a bad image, chosen as for images; its episode goes on as long."""
         for triplet in candidates(self.seed, epoch, sample, len(self.frames)):
-            if self._get(triplet, epoch, sample, held):
+            if self.steps[triplet] >= self.steps[sample] and self._get(triplet, epoch, sample, held):
                 return triplet
         raise self.bad.all_bad()
 
@@ -146,20 +170,33 @@ class PairStream(TrainingStream):
 
     _bases = True
     _vectors: NDArray[np.float32]
+    _all_steps: Ints  # of every triplet
 
     @property
     def files_a_sample(self) -> int:
-        """The frames of a source, and its target."""
-        return self._config.model.history + 1
+        """The frames of a source, and its targets."""
+        return self._config.model.history + self._config.train.horizon
 
     def _reader_of(self, files: Sized, run_dir: Path | None) -> SampleReader:
         assert isinstance(files, Triplets)
         self._vectors = files.vectors()
-        actions, history = self._config.actions, self._config.model.history
+        actions, train = self._config.actions, self._config.train
         bad = BadSamples(len(files.frames), self._config.data.max_bad_fraction, run_dir)
         untouched = actions.crop_scale == (1.0, 1.0) and not actions.flip_probability
-        store, seed = self._store_of(files.frames), self._config.train.seed
-        return PairReader(files, store, seed, bad, history=history, shared=untouched)
+        reader = PairReader(
+            files, self._store_of(files.frames), train.seed, bad,
+            history=self._config.model.history, horizon=train.horizon, shared=untouched,
+        )  # fmt: skip
+        self._all_steps = reader.steps
+        return reader
+
+    def _predicted(self, ids: Ints, patches: PatchSets) -> int:
+        if self._config.train.horizon == 1:
+            return super()._predicted(ids, patches)
+        return int(self._all_steps[ids].sum()) * self._config.model.grid**2
+
+    def _steps(self, samples: Samples) -> Ints | None:
+        return self._all_steps[samples.ids] if self._config.train.horizon > 1 else None
 
     def _draw(self, samples: Samples) -> Views:
         assert isinstance(samples, PairSamples)
@@ -170,9 +207,10 @@ class PairStream(TrainingStream):
     ) -> tuple[Tensor, Tensor, NDArray[np.float32]]:
         del views
         assert isinstance(samples, PairSamples)
-        frames = rendered.base  # (U, S, S, 3)
-        places = torch.from_numpy(samples.places).to(frames.device)
-        source, target = frames[places[:, :-1].flatten()], frames[places[:, -1]]
+        frames, history = rendered.base, self._config.model.history  # (U, S, S, 3)
+        seen, reached = samples.places[:, :history].reshape(-1), samples.places[:, history:].T.reshape(-1)
+        rows = samples.triplets.T.reshape(-1)  # all first steps, then all second ones
+        source, target = (frames[torch.from_numpy(p[p >= 0]).to(frames.device)] for p in (seen, reached))
         if frames.is_cuda:  # the step's stream need not be this thread's
             torch.cuda.current_stream(frames.device).synchronize()
-        return source, target, self._vectors[samples.triplets]
+        return source, target, self._vectors[rows[rows >= 0]]

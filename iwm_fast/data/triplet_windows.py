@@ -16,7 +16,7 @@ from iwm_fast.errors import UserError
 if TYPE_CHECKING:
     from iwm_fast.data.triplets import Triplets
 
-__all__ = ["followers", "require_windows", "windows"]
+__all__ = ["continuations", "followers", "require_windows", "windows"]
 
 Ints = NDArray[np.int64]
 
@@ -48,14 +48,26 @@ def windows(triplets: Triplets, history: int) -> Ints:
     return frames
 
 
+def continuations(triplets: Triplets, horizon: int) -> Ints:
+    """Return each triplet and those that follow it, int64 (n, horizon), −1 after the end of its episode."""
+    after = np.append(followers(triplets) if horizon > 1 else np.zeros(0, np.int64), -1)  # of −1: none
+    rows = np.arange(len(triplets))[:, None]
+    for _ in range(horizon - 1):
+        rows = np.concatenate([rows, after[rows[:, -1:]]], axis=1)
+    return rows
+
+
 def require_windows(triplets: Triplets, history: int, key: str = "model.history") -> None:
-    """Raise UserError where consecutive triplets are needed, `history` frames, and the manifest shows none."""
+    """Raise UserError where consecutive triplets are needed, `history` of them, and the manifest shows none.
+
+    key: of the configuration, which asks for them.
+    """
     if history == 1:
         return
     if triplets.episode is None:
         raise UserError(
             f"{triplets.manifest}: its rows have no episode, and {key} is {history}: give each row its episode (and "
-            f"step), so that the frames before it are known, or set {key}=1"
+            f"step), so that the rows before and after it are known, or set {key}=1"
         )
     if not (followers(triplets) >= 0).any():
         raise UserError(

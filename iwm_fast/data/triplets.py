@@ -94,6 +94,7 @@ def resolve_triplets(config: Config) -> tuple[Config, Triplets | None]:
         )
     triplets = read_triplets(manifest, config.actions.external)
     require_windows(triplets, config.model.history)
+    require_windows(triplets, config.train.horizon, "train.horizon")
     actions = config.actions.model_copy(update={"external": triplets.actions})
     return config.model_copy(update={"actions": actions}), triplets
 

@@ -13,6 +13,7 @@ from iwm_fast.config import Config
 from iwm_fast.cost.tokens import rounding_of
 from iwm_fast.data.batch import Batch
 from iwm_fast.errors import UserError
+from iwm_fast.models.later_steps import every_patch, later_steps
 from iwm_fast.models.losses import GlobalBatch
 from iwm_fast.models.objective import objective_of
 from iwm_fast.models.packing import pack
@@ -41,7 +42,8 @@ class Packer:
         self.objective = objective_of(config.model)
         self._images, self._width = config.train.global_batch, config.model.target_architecture.shape.width
         self._world, self._micro_batches = world, config.train.global_batch // micro_batch
-        self._history = config.model.history
+        self._history, self._every = config.model.history, config.model.grid**2
+        self._horizon = config.train.horizon
         self._predicts, self._device, self._seed = predicts, device, config.train.seed
         self.sizes: set[tuple[int, int]] = set()
 
@@ -51,13 +53,19 @@ class Packer:
         step: counted from 0; seeds the random numbers of the loss terms.
         """
         device, patches = self._device, batch.patches
-        context, visible = self._pack(*of_frames(patches.context, patches.context_lengths, self._history))
+        seen, lengths = of_frames(patches.context, patches.context_lengths, self._history)
+        context, visible = self._pack(seen, lengths)
         predicted, queried, tokens = context, visible, batch.global_context
-        if self._predicts == "target":
+        images, later = self._images, tuple[Any, ...]()
+        if batch.steps is not None:
+            predicted, queried = every_patch(len(batch), self._every, device)
+            later = (later_steps(seen, lengths, batch.steps, self._horizon, self._every, device),)
+            tokens, images = batch.global_target, batch.global_target // self._every
+        elif self._predicts == "target":
             predicted, queried = self._pack(patches.target, patches.target_lengths)
             tokens = batch.global_target
         whole = GlobalBatch(
-            self._world, self._micro_batches, self._images, batch.global_context * self._history, tokens,
+            self._world, self._micro_batches, images, batch.global_context * self._history, tokens,
             self._width,
         )  # fmt: skip
         self.sizes.add((visible.total, queried.total))
@@ -65,7 +73,7 @@ class Packer:
         arguments = (
             batch.source.to(device), batch.target.to(device), batch.action.to(device, non_blocking=True),
             context, visible, predicted, queried,
-            self.objective.sample(self._seed, step, device), self.objective.factors(whole),
+            self.objective.sample(self._seed, step, device), self.objective.factors(whole), *later,
         )  # fmt: skip
         return Packed(arguments, padding)
 

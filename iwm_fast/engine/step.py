@@ -133,7 +133,8 @@ class Trainer:
     def _forward(self, batch: Batch) -> Any:
         """The model's output for a micro-batch."""
         packed = self.packer(batch, self.step)
-        self.counter.count(batch.patches.context_lengths, batch.patches.target_lengths, packed.padding)
+        lengths = batch.patches.context_lengths, batch.patches.target_lengths
+        self.counter.count(*lengths, packed.padding, batch.steps)
         return self.zero.engine(*packed.arguments)
 
     def _global_losses(self, totals: Tensor) -> list[float]:

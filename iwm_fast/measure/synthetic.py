@@ -38,10 +38,11 @@ def synthetic_stream(
 ) -> BatchStream:
     """Return the rank's share of `steps` different global batches on `device`, a function of train.seed alone.
 
-    A global batch has train.global_batch images, each with views.sources_per_target sources of model.history frames.
+    A global batch has train.global_batch images, each with views.sources_per_target sources of model.history frames
+    and all steps of train.horizon.
     """
     sources = config.views.sources_per_target
-    frames = sources * config.model.history
+    frames, horizon = sources * config.model.history, config.train.horizon
     micro, accumulation = divide_batch(config.train.global_batch, world, config.train.micro_batch)
     sampler = mask_sampler(config)
     side, size, share = config.model.image, config.train.global_batch, micro * accumulation
@@ -50,14 +51,16 @@ def synthetic_stream(
     for step in range(steps):
         ids = np.arange(step * size, (step + 1) * size)
         whole = sampler.draw(np.zeros_like(ids), ids)
-        totals = int(whole.context_lengths.sum()), int(whole.target_lengths.sum())
+        asked = int(whole.target_lengths.sum()) if horizon == 1 else size * horizon * config.model.grid**2
+        totals = int(whole.context_lengths.sum()), asked
         for first in range(rank * share, (rank + 1) * share, micro):
             mine = ids[first : first + micro]
             source, target = (
                 torch.randint(0, 256, (rows, side, side, 3), dtype=torch.uint8, generator=generator).to(device)
-                for rows in (micro * frames, micro)
+                for rows in (micro * frames, micro * horizon)
             )
-            action = torch.randn(micro * sources, space.dim, generator=generator)
+            action = torch.randn(micro * sources * horizon, space.dim, generator=generator)
+            ahead = np.full(micro, horizon) if horizon > 1 else None
             patches: PatchSets = sampler.draw(np.zeros_like(mine), mine)
-            batches.append(Batch(source, target, action, patches, mine, np.zeros_like(mine), *totals))
+            batches.append(Batch(source, target, action, patches, mine, np.zeros_like(mine), *totals, ahead))
     return BatchStream(batches, accumulation)

@@ -15,6 +15,7 @@ from iwm_fast.config.schema import ModelConfig
 from iwm_fast.models.blocks import Kept, layer_norm_rows, limit_workspace
 from iwm_fast.models.cuda_stream import SideStream
 from iwm_fast.models.fp8 import products_in_fp8
+from iwm_fast.models.later_steps import LaterStep, fed_back
 from iwm_fast.models.losses import ForwardPass
 from iwm_fast.models.objective import objective_of, together
 from iwm_fast.models.packing import Segments
@@ -140,6 +141,7 @@ class IWM(nn.Module):
         predicted_segments: Segments,
         sampled: Sequence[Tensor] = (),
         loss_scale: float | Sequence[float] = 1.0,
+        later: Sequence[LaterStep] = (),
         *,
         per_size: bool = False,
     ) -> IWMOutput | Losses:
@@ -157,21 +159,28 @@ class IWM(nn.Module):
             sampled: random numbers of the step, one tensor per random term of the objective (`Objective.sample`).
             loss_scale: factor of the objective's terms, which are sums over this batch: one number per term
                 (`Objective.factors`), or one for all.
+            later: the steps after the first, whose source is the prediction fed back (`later_steps`). Then K is 1, all
+                patches are to predict, and target and action have rows for all steps, step after step.
             per_size: return `Losses`, before anything is read that differs between batches of the same sizes.
 
         Raises:
             ValueError: shapes do not match, or the mlp predictor gets other patches than the context's.
 
         """
-        self._check(source, target, action, context_segments, predicted, predicted_segments)
+        self._check(source, target, action, context_segments, predicted, predicted_segments, later)
         sources, padding = len(action) // len(target), predicted_segments.padding
-        wanted = predicted_segments.pixels_of_token // sources * self.encoder.patches + predicted
+        if later:
+            wanted = torch.arange(len(target) * self.encoder.patches, device=target.device)
+        else:
+            wanted = predicted_segments.pixels_of_token // sources * self.encoder.patches + predicted
         self.target_stream.follow()
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_encoder):
             z_x = self.encoder(source, context, context_segments)
         # The target second, so that its refresh overlaps with the context.
         with self.target_stream.working():
-            if sources == 1:
+            if later:
+                z_y, index = self._encode_target(target), None  # all patches are predicted, in this order
+            elif sources == 1:
                 # The last block of the target encoder computes only the predicted tokens after its attention.
                 z_y, index = self._encode_target(target, Kept(wanted, predicted_segments)), None
             else:
@@ -186,7 +195,11 @@ class IWM(nn.Module):
                 )
             prediction = self.predictor(z_x, context_segments, action)
         else:
-            prediction = self.predictor(z_x, context, context_segments, predicted, predicted_segments, action)
+            told = action[: predicted_segments.images] if later else action
+            prediction = self.predictor(z_x, context, context_segments, predicted, predicted_segments, told)
+            if later:
+                prediction = fed_back(self.predictor, z_x, prediction, later, action)
+                predicted_segments = Segments.uniform(len(target), self.encoder.patches, target.device)
         self.target_stream.give(z_y)
         rows = _with_loss(index, predicted_segments)
         names = [term.name for term in self.objective.random_terms]
@@ -239,9 +252,24 @@ class IWM(nn.Module):
         return encoder(images, kept=kept)
 
     def _check(
-        self, source: Tensor, target: Tensor, action: Tensor, seen: Segments, predicted: Tensor, segments: Segments
+        self,
+        source: Tensor,
+        target: Tensor,
+        action: Tensor,
+        seen: Segments,
+        predicted: Tensor,
+        segments: Segments,
+        later: Sequence[LaterStep],
     ) -> None:
         history = self.config.history
+        if later:
+            more = sum(step.samples for step in later)
+            if len(target) != len(action) or len(action) != segments.images + more:
+                raise ValueError(
+                    f"target has {len(target)} rows and action {len(action)}; with later steps both must have "
+                    f"{segments.images} + {more}, one per step of each sample"
+                )
+            target, action = target[: segments.images], action[: segments.images]
         if source.shape[1:] != target.shape[1:] or not len(target) or len(source) % (len(target) * history):
             frames = f", in {history} frames each" if history > 1 else ""
             raise ValueError(

@@ -96,7 +96,7 @@ class Segments:
     @property
     def longest(self) -> int:
         """The longest length that attention kernels are launched for: the ceiling, or the longest here."""
-        return max(self.lengths) if self.ceiling is None else self.ceiling
+        return max(self.lengths, default=0) if self.ceiling is None else self.ceiling
 
     @cached_property
     def filled_bounds(self) -> Tensor:

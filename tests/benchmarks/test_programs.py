@@ -54,6 +54,8 @@ WORDS = {
     "scale": ["--json", BAD],
     "scale, scratch": ["--out", "file/scratch", "--json", "ok.json"],
     "setting_gain": ["train.compile=true", "--json", BAD],
+    "steps_ahead": ["game.yaml", "--data", "d", "--out", "runs", "--json", BAD],
+    "steps_ahead, runs": ["game.yaml", "--data", "d", "--out", "file/runs", "--json", "ok.json"],
 }
 INNER = {"ranks", "report"}  # one is started by bench scaling, the other writes into the tree
 

@@ -295,6 +295,24 @@ MISTAKES = {
             "have no earlier frames"
         ),
     ),
+    "steps ahead of images": (
+        "train:\n  horizon: 2",
+        "run.yaml: train.horizon is 2; it must be 1 unless actions.groups is [external]: an image has no next one",
+    ),
+    "steps ahead of a frozen target": (
+        "actions: {groups: [external]}\ntrain: {horizon: 2}\nmodel: {target: frozen, target_init: w}",
+        (
+            "run.yaml: train.horizon is 2; it must be 1 where model.target is frozen: predictions are in the frozen "
+            "target's space, and the predictor reads the encoder's"
+        ),
+    ),
+    "steps ahead in static shapes": (
+        "actions: {groups: [external]}\ntrain: {horizon: 2, static_shapes: true}",
+        (
+            "run.yaml: train.horizon is 2; it must be 1 with train.static_shapes: episodes end at different steps, so "
+            "that the shapes of later steps do not recur; set train.static_shapes (and train.cuda_graph) to false"
+        ),
+    ),
     "a history of five frames": (
         "model:\n  history: 5",
         "run.yaml:2: model.history: found 5; allowed: a whole number from 1 to 4",

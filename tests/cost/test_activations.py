@@ -13,6 +13,7 @@ from iwm_fast.benchmarks.counting.kept_count import KeptCounter, counted_activat
 from iwm_fast.cli.plan import planner_of
 from iwm_fast.config import Config
 from iwm_fast.cost.activations import KeptBytes, activations
+from iwm_fast.cost.flops import window_tokens
 from iwm_fast.cost.tokens import Tokens
 
 pytestmark = pytest.mark.usefixtures("torchs_own_linear")
@@ -21,6 +22,7 @@ PUSHED = {"groups": ["external"], "external": {"kind": "discrete", "names": ["a"
 CASES = {
     "feature": {},
     "history": {"actions": PUSHED, "model__history": 3},
+    "steps ahead": {"actions": PUSHED, "model__history": 2, "train__horizon": 3},
     "sequence": {"model__predictor__conditioning": "sequence"},
     "block": {"model__predictor__conditioning": "block"},
     "mlp": {"model__predictor__kind": "mlp", "model__predictor__conditioning": "block"},
@@ -62,9 +64,11 @@ def rounded_sums(config: Config, tokens: Tokens) -> tuple[int, int]:
 
     encoder, predictor = config.model.encoder_shape, config.model.predictor
     seen = np.repeat(tokens.context, tokens.history) + config.model.prefix_tokens
-    joined = tokens.context * tokens.history + tokens.predicted
-    joined = joined + (ActionSpace().dim if "sequence" in predictor.conditioning else 0)
-    in_predictor = 0 if predictor.kind == "mlp" else beyond(joined, predictor.head_count, predictor.depth)
+    in_predictor = 0
+    for step in range(0 if predictor.kind == "mlp" else tokens.horizon):
+        joined = window_tokens(config.model, tokens.context, step) + tokens.predicted
+        joined = joined + (ActionSpace().dim if "sequence" in predictor.conditioning else 0)
+        in_predictor += beyond(joined, predictor.head_count, predictor.depth)
     in_encoder = 0 if config.model.freeze_encoder else beyond(seen, encoder.heads, encoder.depth)
     return in_encoder, in_predictor
 
@@ -78,8 +82,9 @@ def few_of(config: Config) -> dict[str, int]:
 def test_each_part_of_the_plain_operators_saves_what_the_formula_says(case):
     """One length for all images: with several, the CPU's attention saves its result by length and concatenated."""
     config = small_config(Path("unused"), **CASES[case])
-    predicted = np.array([7 if case == "mlp" else 5] * 16)
-    tokens = Tokens(np.array([7] * 16), predicted, config.views.sources_per_target, config.model.history)
+    predicted = np.array([16 if config.train.horizon > 1 else 7 if case == "mlp" else 5] * 16)
+    steps = config.model.history, config.train.horizon
+    tokens = Tokens(np.array([7] * 16), predicted, config.views.sources_per_target, *steps)
     expected = activations(config, tokens, hidden_kept=True).parts
     # Actions, and the image of each token that is conditioned on one.
     few = 16 * (tokens.seen + int(tokens.predicted.sum()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -11,6 +12,8 @@ from iwm_fast.config.schema import EncoderShape, ModelConfig, PredictorConfig
 from iwm_fast.config.sections.model import TargetEncoderConfig
 from iwm_fast.cost.flops import StepFlops, step_flops
 from iwm_fast.models import IWM, Segments
+from iwm_fast.models.later_steps import every_patch, later_steps
+from iwm_fast.models.packing import pack
 
 ACTIONS = 3
 CASES = [("vit", c) for c in ("none", "sequence", "feature", "block", "sequence+block", "feature+block")]
@@ -48,6 +51,27 @@ def test_equals_what_torch_counts(kind: str, conditioning: str) -> None:
 @pytest.mark.parametrize("prefix", [0, 2])
 def test_a_history_equals_what_torch_counts(prefix: int) -> None:
     _compare_with_torch(configure("vit", "sequence+block", prefix_tokens=prefix, history=3))
+
+
+@pytest.mark.parametrize(("history", "frozen"), [(1, False), (3, False), (1, True)])
+def test_several_steps_equal_what_torch_counts(history: int, frozen: bool) -> None:
+    """Samples of three, one and two steps; what is fed back has a gradient, also where the encoder is frozen."""
+    more = FROZEN["encoder"] if frozen else {}
+    config = configure("vit", "feature+block", history=history, **more)
+    model, seen, steps = IWM(config, ACTIONS), [4, 2, 4], np.array([3, 1, 2])
+    lengths = np.repeat(seen, history)
+    context = np.concatenate([np.arange(n) for n in lengths])
+    later = later_steps(context, lengths, steps, 3, 9)
+    images = torch.zeros(3 * history, 12, 12, 3, dtype=torch.uint8)
+    targets, actions = torch.zeros(6, 12, 12, 3, dtype=torch.uint8), torch.ones(6, ACTIONS)
+    ours = step_flops(config, ACTIONS, seen, [9] * 3, steps=steps)
+    counter = FlopCounterMode(display=False)
+    with sdpa_kernel(SDPBackend.MATH), counter:
+        out = model(images, targets, actions, *pack(context, lengths), *every_patch(3, 9, "cpu"), (), 1.0, later)
+        forward = counter.get_total_flops()
+        out.loss.backward()
+    assert forward == ours.target_forward + ours.context_forward + ours.predictor_forward
+    assert counter.get_total_flops() == ours.total
 
 
 def counted(config: ModelConfig) -> tuple[StepFlops, int, FlopCounterMode]:

@@ -87,6 +87,45 @@ def test_a_source_with_a_history_is_the_frames_up_to_its_own(manifest):
             np.testing.assert_array_equal(pixels, np.asarray(Image.open(manifest.parent / name)))
 
 
+def ahead(root, count, **options):
+    """Return {(id, epoch): the pictures of its steps and their actions} of the first batches of a stream or several."""
+    streams = [stream_of(root, rank=rank, train__horizon=4, **options) for rank in range(options.get("world", 1))]
+    found, totals = {}, set()
+    for stream in (s for _ in range(count) for s in streams):
+        for _ in range(stream.accumulation):
+            batch = next(stream)
+            totals.add(batch.global_target)
+            rows = [(sample, step) for step in range(4) for sample in range(len(batch)) if batch.steps[sample] > step]
+            assert len(rows) == len(batch.target) == len(batch.action)
+            for (sample, _), pixels, action in zip(rows, batch.target.numpy(), batch.action.numpy(), strict=True):
+                key = int(batch.ids[sample]), int(batch.epochs[sample])
+                found.setdefault(key, []).append((pixels, action))
+    for stream in streams:
+        stream.close()
+    return found, totals
+
+
+def test_a_sample_goes_on_with_the_triplets_that_follow_it_to_the_end_of_its_episode(manifest):
+    rows = rows_of_manifest(manifest)  # four episodes of six steps
+    found, totals = ahead(manifest, 3)
+    assert len(found) == TRIPLETS
+    assert len(totals) == 3
+    assert sum(totals) == 16 * 4 * (6 + 5 + 4 + 3)  # all patches of all steps that there are
+    for (sample, _), steps in found.items():
+        assert len(steps) == min(4, 6 - rows[sample]["step"])
+        for row, (pixels, action) in zip(rows[sample:], steps, strict=False):
+            np.testing.assert_array_equal(pixels, np.asarray(Image.open(manifest.parent / row["target"])))
+            np.testing.assert_allclose(action, np.array(row["action"]) / [2, 4], rtol=1e-6)
+    for options in ({"world": 2, "train__micro_batch": 2}, {"train__micro_batch": 1}):
+        parted, same_totals = ahead(manifest, 3, **options)
+        assert same_totals == totals
+        assert parted.keys() == found.keys()
+        for key, steps in found.items():
+            for (pixels, action), (other, told) in zip(steps, parted[key], strict=True):
+                assert (pixels == other).all()
+                assert (action == told).all()
+
+
 @pytest.mark.parametrize(
     ("changes", "wanted"),
     [({}, 28), ({"model__history": 2}, 28), ({"actions__flip_probability": 0.5}, 48)],
@@ -183,6 +222,16 @@ def test_triplets_with_a_bad_picture_are_replaced_alike_on_any_division_and_list
         row = told[action]
         np.testing.assert_array_equal(source, np.asarray(Image.open(damaged.parent / row["source"])))
         np.testing.assert_array_equal(target, np.asarray(Image.open(damaged.parent / row["target"])))
+
+
+def test_a_replacement_has_the_steps_of_the_sample_that_it_replaces(damaged):
+    """So every rank knows how many there are, whichever files are bad."""
+    found, totals = ahead(damaged, 3, data__max_bad_fraction=0.5)
+    assert sum(totals) == 16 * 4 * (6 + 5 + 4 + 3)
+    rows = rows_of_manifest(damaged)
+    assert {sample: len(steps) for (sample, _), steps in found.items()} == {
+        sample: min(4, 6 - row["step"]) for sample, row in enumerate(rows)
+    }
 
 
 def test_too_many_bad_pictures_end_the_stream_in_one_line(damaged):

@@ -7,7 +7,7 @@ import pytest
 from made_triplets import write_game, write_lines
 from small_run import small_config
 
-from iwm_fast.data.triplet_windows import windows
+from iwm_fast.data.triplet_windows import continuations, windows
 from iwm_fast.data.triplets import read_triplets, resolve_triplets
 from iwm_fast.errors import UserError
 
@@ -57,6 +57,19 @@ def test_a_manifest_that_does_not_tell_the_frames_before_is_one_line(tmp_path, r
         resolve_triplets(config)
     assert "\n" not in str(caught.value)
     resolve_triplets(small_config(manifest, actions__groups=["external"]))
+
+
+def test_a_triplet_goes_on_to_the_end_of_its_episode(tmp_path):
+    triplets = read_triplets(write_game(tmp_path, episodes=2, steps=3))
+    assert continuations(triplets, 1).tolist() == [[0], [1], [2], [3], [4], [5]]
+    wanted = [[0, 1, 2, -1], [1, 2, -1, -1], [2, -1, -1, -1], [3, 4, 5, -1], [4, 5, -1, -1], [5, -1, -1, -1]]
+    assert continuations(triplets, 4).tolist() == wanted
+
+
+def test_several_steps_need_episodes_too(tmp_path):
+    manifest = write_lines(tmp_path / "m.jsonl", row("a", "b"), row("b", "c"))
+    with pytest.raises(UserError, match=r"its rows have no episode, and train\.horizon is 3: .* set train\.horizon=1"):
+        resolve_triplets(small_config(manifest, actions__groups=["external"], train__horizon=3))
 
 
 def test_windows_of_a_recorded_game_are_its_frames_in_order(tmp_path):

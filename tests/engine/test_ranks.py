@@ -3,6 +3,7 @@
 import pytest
 import torch
 from launched import on_ranks
+from made_triplets import write_game
 from second_term import WITH_VARIANCE
 from small_run import losses, metrics, small_config, state
 
@@ -58,6 +59,10 @@ def runs(tiny_images, tmp_path_factory):
     for name, changes in ARCHITECTURES.items():
         pretrain(small_config(tiny_images, **changes, **short), out / f"one_{name}")
         jobs += [{"name": f"two_{name}_{s}", "zero__stage": s, **changes, **short} for s in range(4)]
+    game = str(write_game(out / "game", steps=4))
+    ahead = {"actions__groups": ["external"], "model__history": 2, "train__horizon": 3, "data__root": game} | short
+    pretrain(small_config(tiny_images, **ahead), out / "one_ahead")
+    jobs += [{"name": f"two_ahead_{s}", "zero__stage": s, "train__micro_batch": 2, **ahead} for s in range(4)]
     on_ranks(2, tiny_images, out, jobs)
     for stage in (0, 1, 3):
         pretrain(small_config(tiny_images, zero__stage=0), out / f"two_then_one_{stage}", resume="auto")
@@ -69,6 +74,14 @@ def test_two_ranks_follow_one(runs, stage):
     assert losses(runs / f"two_{stage}") == pytest.approx(losses(runs / "one"), rel=1e-4)
     norms = [[r["grad_norm"] for r in metrics(runs / name)] for name in (f"two_{stage}", "one")]
     assert norms[0] == pytest.approx(norms[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_several_steps_ahead_follow_one_rank(runs, stage):
+    """Episodes end at other steps on each rank, so that a step may be empty on one of them."""
+    one, two = (metrics(runs / name) for name in ("one_ahead", f"two_ahead_{stage}"))
+    assert [r["loss"] for r in two] == pytest.approx([r["loss"] for r in one], rel=1e-4)
+    assert [r["grad_norm"] for r in two] == pytest.approx([r["grad_norm"] for r in one], rel=1e-3)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

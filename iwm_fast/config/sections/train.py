@@ -39,6 +39,11 @@ class TrainConfig(Section):
         description="lamb scales each tensor's update by its norm, for large batches; needs zero.stage 0; or an "
         "optimizer that a plugin registers",
     )
+    horizon: Annotated[int, Field(ge=1, le=16)] = Field(
+        1,
+        description="steps that the predictor predicts, each prediction fed back with gradient: above 1 for recorded "
+        "actions only, whose manifest has episodes; then all patches are predicted",
+    )
     lr: Positive = Field(1e-3, description="peak learning rate, at a global batch of lr_batch")
     lr_batch: Count | None = Field(None, description="scale lr by global_batch / lr_batch; default: no scaling")
     lr_start: NonNegative = Field(0.2, description="learning rate at step 0, over the peak (I-JEPA: 2e-4 / 1e-3)")

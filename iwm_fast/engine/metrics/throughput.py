@@ -40,14 +40,20 @@ class StepCounter:
         """Steps added since the last ``take``."""
         return len(self._steps)
 
-    def count(self, context: NDArray[np.int64], predicted: NDArray[np.int64], padding: int = 0) -> None:
+    def count(
+        self,
+        context: NDArray[np.int64],
+        predicted: NDArray[np.int64],
+        padding: int = 0,
+        steps: NDArray[np.int64] | None = None,
+    ) -> None:
         """Add a micro-batch's FLOPs, from the token counts of each source, (B · K,), those of one of its frames, and
-        its tokens of padding.
+        its tokens of padding; steps: as in `Batch`.
         """
         queried = 0 if self._model.predictor.kind == "mlp" else int(predicted.sum())
         self._tokens += int(context.sum()) * self._model.history + queried + padding
         self._padding += padding
-        self._flops += step_flops(self._model, self._action_dim, context, predicted, self._sources).total
+        self._flops += step_flops(self._model, self._action_dim, context, predicted, self._sources, steps).total
 
     def add(self, step_s: float, parts: dict[str, float]) -> None:
         """Add one step's seconds, in all and by part."""

@@ -5,7 +5,7 @@ the next action, up to the horizon. A model with a history of several frames rea
 prediction is its newest frame, the oldest is left out. The error at h is the mean squared difference, over tokens and
 channels, of the prediction from the target representation of the frame after h actions, in the unit of the loss.
 Controls: ``copy`` is the target representation of the frame that the first action follows; ``shuffled`` is the model
-given another roll-out's actions. Training covers h = 1 only.
+given another roll-out's actions. Training covers the first `train.horizon` steps.
 
 The predictor must read what it predicts: a frozen target has another space than the encoder, so there are none.
 """

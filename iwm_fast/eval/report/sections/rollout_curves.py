@@ -51,7 +51,8 @@ class RolloutDrawing(Drawing):
         protocol = (
             f"From each of {rolled['starts']} frames, predictions are fed back to the predictor with the next action. "
             "Error: mean squared difference, over tokens and channels, from the target representation of the true "
-            "frame. Bands: 95 % interval by bootstrap over roll-outs. Training predicts one step only."
+            "frame. Bands: 95 % interval by bootstrap over roll-outs. Training predicts the first steps "
+            "alone (train.horizon)."
         )
         return Section(
             said.title("Roll-outs"),

@@ -1,0 +1,121 @@
+"""Compare trainings that predict one step and several steps ahead (train.horizon) at equal processor time.
+
+    python -m benchmarks.steps_ahead game.yaml --data car --out RUNS --json FILE --horizons 1 2 4 --steps 1200
+
+First a short training of each horizon gives its processor seconds per step; then each is trained for as many steps as
+take the time of `--steps` steps of the first horizon, on each seed, and evaluated. Reported: the roll-outs' error,
+alone and over that of a copy (each run measures in the space of its own target), and MRR; mean with a 95 % interval
+over the seeds. After an interruption the same command resumes: short trainings are in RUNS/seconds_per_step.json, the
+others in FILE.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from iwm_fast.benchmarks.sweep import children_cpu, interval, train_all
+from iwm_fast.errors import UserError
+from iwm_fast.outputs import require_folder, require_result
+from iwm_fast.programs import run_program
+from iwm_fast.results import write_json
+
+# Steps of the two short trainings, whose difference excludes the start.
+_SHORT = (10, 110)
+
+
+def seconds_per_step(config: str, data: Path, out: Path, horizons: list[int], common: list[str]) -> dict[str, float]:
+    """Return the processor seconds per step of each horizon, measured once; the file in `out` has them afterwards."""
+    file = out / "seconds_per_step.json"
+    found: dict[str, float] = json.loads(file.read_text()) if file.exists() else {}
+    for horizon in horizons:
+        if str(horizon) in found:
+            continue
+        used = []
+        for steps in _SHORT:
+            run = out / f"short_{horizon}_{steps}"
+            shutil.rmtree(run, ignore_errors=True)
+            keys = [f"data.root={data / 'train'}", *common, f"train.horizon={horizon}", f"train.steps={steps}"]
+            before = children_cpu()
+            command = [sys.executable, "-m", "iwm_fast", "pretrain", config, *keys, "--out", str(run)]
+            if code := subprocess.run(command, check=False).returncode:
+                raise UserError(f"iwm-fast pretrain ended with exit code {code}, as printed above")
+            used.append(children_cpu() - before)
+            shutil.rmtree(run)
+        found[str(horizon)] = (used[1] - used[0]) / (_SHORT[1] - _SHORT[0])
+        write_json(file, found)
+    return found
+
+
+def equal_steps(seconds: dict[str, float], horizons: list[int], steps: int) -> dict[int, int]:
+    """Return the steps of each horizon that take the time of `steps` steps of the first."""
+    budget = steps * seconds[str(horizons[0])]
+    return {horizon: round(budget / seconds[str(horizon)]) for horizon in horizons}
+
+
+def measured(run: dict[str, Any]) -> dict[str, float]:
+    """Return what the table shows of one training."""
+    found, rolled = run["evaluation"], run["evaluation"]["rollout"]
+    last = len(rolled["model"]) - 1
+    return {
+        "processor seconds": run["cpu_seconds"],
+        "error, 1 ahead": rolled["model"][0],
+        f"error, {last + 1} ahead": rolled["model"][last],
+        f"over a copy, {last + 1} ahead": rolled["model"][last] / rolled["copy"][last],
+        f"other actions, {last + 1} ahead": rolled["shuffled"][last],
+        "MRR": found["mrr"],
+        "MRR, shuffled": found["mrr_shuffled"],
+        "RankMe": found["rank_me"],
+    }
+
+
+def table(arms: list[dict[str, Any]]) -> str:
+    """Return Markdown: one row per horizon, mean ± half-width of the interval over the seeds."""
+    rows = [[measured(run) for run in arm["runs"]] for arm in arms]
+    names = list(rows[0][0])
+    lines = ["| horizon | steps | " + " | ".join(names) + " |", "|---" * (len(names) + 2) + "|"]
+    for arm, runs in zip(arms, rows, strict=True):
+        cells = []
+        for name in names:
+            both = interval([run[name] for run in runs])
+            half = "" if both["half_width"] is None else f" ± {both['half_width']:.3g}"
+            cells.append(f"{both['mean']:.4g}{half}")
+        lines.append(f"| {arm['name']} | {arm['runs'][0]['steps']:,} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config")
+    parser.add_argument("--data", type=Path, required=True, help="holds train/ and test/ with triplets")
+    parser.add_argument("--out", type=Path, required=True, help="write the runs here")
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--horizons", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--steps", type=int, default=1200, help="of the first horizon")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="override keys of all trainings")
+    args = parser.parse_args()
+    require_result(args.json)
+    require_folder(args.out)
+    args.out.mkdir(parents=True, exist_ok=True)
+    seconds = seconds_per_step(args.config, args.data, args.out, args.horizons, args.set)
+    steps = equal_steps(seconds, args.horizons, args.steps)
+    arms: list[dict[str, Any]] = [
+        {"name": str(k), "overrides": [f"train.horizon={k}", f"train.schedule_steps={steps[k]}"], "runs": []}
+        for k in args.horizons
+    ]
+    train_all(
+        arms, config=args.config, data=args.data, out=args.out, seeds=args.seeds, common=args.set,
+        measure=["--what", "mrr,rollout"], json_file=args.json, about={"cpu_seconds_per_step": seconds},
+    )  # fmt: skip
+    print(table(arms))
+
+
+if __name__ == "__main__":
+    sys.exit(run_program("benchmarks.steps_ahead", main))
