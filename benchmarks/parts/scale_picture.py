@@ -121,9 +121,8 @@ def draw_scale(result: dict[str, Any], exponents: dict[str, dict[str, float]], p
             ax.plot(sizes, values, marker="o", label=f"{panel.lines[name]}{grows}")
         for label, value in panel.goals.items():
             ax.axhline(value, color="grey", linestyle=":", linewidth=1.0)
-            ax.annotate(
-                label, (0.01, value), xycoords=("axes fraction", "data"), va="bottom", fontsize=9, color="dimgrey"
-            )
+            place = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom"}
+            ax.annotate(label, (0.99, value), fontsize=9, color="dimgrey", **place)
         ax.set(xscale="log", yscale="log", xlabel=panel.size, ylabel=panel.unit, title=f"{panel.title}: {panel.unit}")
         ax.set_xticks(sizes, [f"{size:g}" if size < 1e5 else f"{size:.0e}".replace("e+0", "e") for size in sizes])
         ax.minorticks_off()

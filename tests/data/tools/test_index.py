@@ -81,7 +81,8 @@ def test_from_a_manifest_nothing_is_listed(tmp_path, monkeypatch):
     assert "in the manifest" in after.source.describe()
 
 
-def test_names_of_any_bytes_come_back(tmp_path):
+@pytest.mark.usefixtures("settled")
+def test_names_of_any_bytes_come_back_and_are_known_again(tmp_path):
     raw = encode(picture(40, 30))
     names = [
         "tab\there.jpg",
@@ -97,6 +98,7 @@ def test_names_of_any_bytes_come_back(tmp_path):
     images = list_images(tmp_path)
     assert sorted(images.name(i).removeprefix(f"{tmp_path}/") for i in range(len(images))) == sorted(names)
     assert all(images.read(i) == raw for i in range(len(images)))
+    assert write_index(tmp_path)["unchanged"] == len(names)
 
 
 def test_what_changed_or_vanished_is_a_bad_sample(tmp_path):
