@@ -11,7 +11,7 @@ from PIL import Image
 
 from iwm_fast.actions.transforms import Views
 from iwm_fast.config import ActionsConfig, Config, DataConfig, ModelConfig, TrainConfig
-from iwm_fast.data.loader import SampleOrder
+from iwm_fast.data.order import SampleOrder
 from iwm_fast.data.sources.kinds import is_image
 from iwm_fast.data.tools.shard import write_shards
 from iwm_fast.data.views.sampling import draw_views

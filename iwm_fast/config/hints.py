@@ -94,6 +94,10 @@ data.threads --threads | data.readers is the number of files read concurrently
     num_threads n_threads j num_cpus data_workers loader_workers
 data.readers |
     io_workers io_threads num_readers read_threads
+data.order |
+    shard_shuffle shuffle_shards shuffle sampler
+data.shuffle_window |
+    shuffle_buffer shuffle_buffer_size shuffle_size
 data.prefetch |
     prefetch_factor prefetch_batches prefetch_queue_depth queue_size buffer_size
 model.image | pixels

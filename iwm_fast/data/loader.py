@@ -2,7 +2,8 @@
 
 Images, order, view parameters and masks are a function of (seed, position in the stream) alone: global position p is
 sample `order.shuffled(seed, p // n, n, p % n)` of epoch p // n. World size, micro-batch, threads and prefetching only
-divide that order among ranks and batches, so a run can resume at any position on any of them.
+divide that order among ranks and batches, so a run can resume at any position on any of them. `shard_order` is the
+other order, of data in shards.
 """
 
 from __future__ import annotations
@@ -27,8 +28,10 @@ from iwm_fast.data.bad_samples import BadSamples
 from iwm_fast.data.batch import Batch
 from iwm_fast.data.image_list import ImageSet
 from iwm_fast.data.masks import PatchSets, mask_sampler
-from iwm_fast.data.order import FEISTEL, SampleOrder
+from iwm_fast.data.order import FEISTEL
 from iwm_fast.data.samples import FileStore, SampleReader, Samples
+from iwm_fast.data.shard_order import ShardOrder, order_of_samples
+from iwm_fast.data.shard_reads import ReadPlan
 from iwm_fast.data.views.devices import dali_device, dali_threads, image_checkers, use_gpu
 from iwm_fast.data.views.graph import BadRows, RenderedViews, ViewGraph
 from iwm_fast.data.views.sampling import draw_views
@@ -65,12 +68,14 @@ class _InFlight:
 
 
 class TrainingStream:
-    """Endless iterator of `Batch`: `rank` of `world` gets its contiguous share of each global batch, in micro-batches.
+    """Endless iterator of `Batch`: `rank` of `world` gets its share of each global batch, in micro-batches: contiguous
+    samples, or with ``data.order: shard`` every world-th one, which are those of its streams.
 
     start: global samples already consumed. run_dir: folder of bad_samples.jsonl, if any. accumulation: micro-batches
     per rank and global batch, each of micro_batch images. An error in the background thread (UserError where too many
     files are bad) is raised by the `next` of its batch, and by every later one. Close it, or use it as a context
-    manager. order: which of `order.ORDERS`. `triplet_stream.PairStream` is the one for triplets.
+    manager. order: which of `order.ORDERS`, where ``data.order`` is sample. `triplet_stream.PairStream` is the one for
+    triplets.
     """
 
     _bases = False  # nothing that training needs
@@ -90,8 +95,8 @@ class TrainingStream:
         self.micro_batch, self.accumulation = divide_batch(config.train.global_batch, world, config.train.micro_batch)
         self.device = dali_device(config.data.device)
         self._config, self._space, self._rank, self._world, self._start = config, space, rank, world, start
+        self._order = order_of_samples(config, files, world, order)
         self._reader = self._reader_of(files, run_dir)
-        self._order = SampleOrder(config.train.seed, len(files), order)
         geometric = config.actions.geometric
         self._sources = config.views.sources_per_target
         self._masks = mask_sampler(config)
@@ -124,6 +129,11 @@ class TrainingStream:
     def order(self) -> str:
         """Which order the samples come in, for checkpoints."""
         return self._order.kind
+
+    @property
+    def streams(self) -> dict[str, int | str] | None:
+        """What else determines the order, for checkpoints; None where nothing does."""
+        return self._order.facts() if isinstance(self._order, ShardOrder) else None
 
     @property
     def bad(self) -> int:
@@ -170,7 +180,10 @@ class TrainingStream:
     def _store_of(self, files: ImageSet) -> FileStore:
         data = self._config.data
         checkers = image_checkers(data.checkers, self.device, self._world)
-        return FileStore(files, data.max_pixels, data.wait_s, readers=data.readers, checkers=checkers)
+        order, plan = self._order, None
+        if isinstance(order, ShardOrder):
+            plan = ReadPlan(order, self._rank, self._world, self._start)
+        return FileStore(files, data.max_pixels, data.wait_s, readers=data.readers, checkers=checkers, plan=plan)
 
     def _ask(self) -> Future[Batch]:
         return self._thread.submit(next, self._batches)
@@ -202,6 +215,8 @@ class TrainingStream:
         share = self.micro_batch * self.accumulation
         while True:
             ids, epochs = self._order(position, position + size)
+            if isinstance(self._order, ShardOrder):
+                ids, epochs = (column.reshape(-1, self._world).T.reshape(-1) for column in (ids, epochs))
             patches = self._masks.draw(epochs, ids)
             totals = int(patches.context_lengths.sum()), self._predicted(ids, patches)
             for first in range(self._rank * share, (self._rank + 1) * share, self.micro_batch):

@@ -20,9 +20,11 @@ __all__ = [
     "MASKS",
     "ORDER",
     "REPLACEMENT",
+    "SHARDS",
     "SHUFFLE",
     "SOURCE_GEOMETRY",
     "VIEWS",
+    "WINDOWS",
     "philox",
     "uniforms",
     "words",
@@ -37,6 +39,8 @@ BANK = 5
 REPLACEMENT = 6
 COMPRESSION = 7
 SHUFFLE = 8
+SHARDS = 9
+WINDOWS = 10
 
 _MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
 _WEYL = (np.uint64(0x9E3779B9), np.uint64(0xBB67AE85))

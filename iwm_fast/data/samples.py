@@ -21,6 +21,8 @@ from iwm_fast.data.decode.verdicts import PILLOW, PLAIN, UNKNOWN, verdict_of, ve
 from iwm_fast.data.image_list import ImageSet
 from iwm_fast.data.known_verdicts import KnownVerdicts
 from iwm_fast.data.randomness import REPLACEMENT, uniforms
+from iwm_fast.data.shard_reads import Coming, ReadPlan, ShardReads
+from iwm_fast.data.sources.base import Packed
 from iwm_fast.data.sources.outage import read_present
 from iwm_fast.notices import tell_once
 
@@ -31,6 +33,8 @@ KEPT_BYTES = 512 * 2**20
 # Random replacements tried for a bad sample before taking files in order.
 _CANDIDATES = 16
 
+# Threads that read shards ahead on a disk: one reads while the other cuts and checks.
+_SHARD_READERS = 2
 # Fewest unchecked files for which checkers start: fewer take the data thread no longer than a process takes to start
 # (0.3 s).
 _WORTH_CHECKERS = 2000
@@ -42,7 +46,8 @@ class FileStore:
     A plain file is only read on later visits; its header is checked again if its length changed. wait_s: seconds to
     wait for missing data. readers: files read concurrently, by default what suits their storage. keep: whether to cache
     bytes. checkers: processes that check files of `expect`; none for an object store, where each file would be
-    transferred twice: there the readers check what they read.
+    transferred twice: there the readers check what they read. plan: the order in which files will be asked for, all of
+    them, from shards that are read ahead of it; the readers check them.
     """
 
     def __init__(
@@ -54,6 +59,7 @@ class FileStore:
         readers: int | None = None,
         keep: bool = True,
         checkers: int = 0,
+        plan: ReadPlan | None = None,
     ) -> None:
         self.images, self.max_pixels, self.wait_s = images, max_pixels, wait_s
         self._closed = threading.Event()
@@ -62,10 +68,19 @@ class FileStore:
         self._lost: set[str] = set()  # shards that are gone
         self._kept: dict[int, Encoded] = {}
         self._kept_bytes, self._keeps = 0, keep
-        readers = readers or images.source.storage.readers
+        local = images.source.storage.readers == 1
+        self._shards: ShardReads | None = None
+        self._ahead: dict[int, Coming] = {}
+        if plan is not None:
+            source, storage = images.source, images.source.storage
+            assert isinstance(source, Packed)
+            threads = readers or max(_SHARD_READERS, storage.readers)
+            self._shards = ShardReads(source, storage, plan, threads, skip=self._needless, judge=self._judge)
+            readers = checkers = 0
+        else:
+            readers = readers or images.source.storage.readers
         self._readers = ThreadPoolExecutor(readers, thread_name_prefix="iwm-fast read") if readers > 1 else None
         self._coming: dict[int, Future[bytes]] = {}
-        local = images.source.storage.readers == 1
         worth = bool(checkers) and local and images.unchecked >= max(1, _WORTH_CHECKERS)
         self._checkers = Checkers(images.source, max_pixels, checkers) if worth else None
 
@@ -87,10 +102,12 @@ class FileStore:
                 for sample, verdict in zip(self.images.samples_of(found).tolist(), verdicts, strict=True):
                     if self._known[sample][0] == UNKNOWN:  # else this thread has checked a replacement meanwhile
                         self._known[sample] = verdict.item()
-        if self._readers is None:
-            return
         for file in files:
-            if file not in self._kept and file not in self._coming and file not in self._reasons:
+            if self._shards is not None:
+                coming = self._shards.take(file)
+                if coming is not None and not self._needless(file):
+                    self._ahead[file] = coming
+            elif self._readers is not None and file not in self._coming and not self._needless(file):
                 self._coming[file] = self._readers.submit(self._load, file)
 
     def close(self) -> None:
@@ -98,12 +115,20 @@ class FileStore:
         self._closed.set()
         if self._checkers is not None:
             self._checkers.close()
+        if self._shards is not None:
+            self._shards.close()
         self._coming.clear()
         if self._readers is not None:
             self._readers.shutdown(wait=False, cancel_futures=True)
 
     def get(self, file: int) -> Encoded:
         """Return the file, ready for DALI; BadSample where it cannot be decoded."""
+        try:
+            return self._get(file)
+        finally:
+            self._ahead.pop(file, None)
+
+    def _get(self, file: int) -> Encoded:
         kept = self._kept.get(file)
         if kept is not None:
             return kept
@@ -154,11 +179,22 @@ class FileStore:
     def _load(self, file: int) -> bytes:
         """The file's bytes, and a verdict where there is none yet. Runs on a reader's thread."""
         raw = self.images.read(file)
-        if self._known[file][0] == UNKNOWN:
-            self._known[file] = verdict_on(raw, self.max_pixels)
+        self._judge(file, raw)
         return raw
 
+    def _judge(self, file: int, raw: bytes) -> None:
+        """Have a verdict on a file. Runs on a reader's thread."""
+        if self._known[file][0] == UNKNOWN:
+            self._known[file] = verdict_on(raw, self.max_pixels)
+
+    def _needless(self, file: int) -> bool:
+        """Whether a file need not be read."""
+        return file in self._kept or file in self._reasons
+
     def _fetch(self, file: int) -> bytes:
+        ahead = self._ahead.get(file)
+        if ahead is not None:
+            return ahead.result()
         coming = self._coming.pop(file, None)
         return self.images.read(file) if coming is None else coming.result()
 

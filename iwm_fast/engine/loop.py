@@ -224,6 +224,7 @@ def _save(run: Run, log: MetricsLog | None) -> None:
         "written_by": {"world": run.ranks.world, "stage": run.zero.stage},
         "images": run.trainer.dataset_size,
         "order": trainer.stream.order,
+        **({"streams": streams} if (streams := trainer.stream.streams) else {}),
         "action_names": list(space_of(run.config.actions).names),
     }
     if run.frozen:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import sys
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 
 from iwm_fast.config import Config
 from iwm_fast.data.identity import Identity, difference, identity_of, names_digest, read_identity
 from iwm_fast.data.image_list import ImageSet
-from iwm_fast.data.order import FEISTEL, SORTED, require_order
+from iwm_fast.data.order import FEISTEL, SHARDED, SORTED, require_order
 from iwm_fast.data.sources.s3 import is_address
 from iwm_fast.data.triplets import Triplets
 from iwm_fast.engine.checkpoint import format as checkpoint
@@ -20,7 +21,15 @@ from iwm_fast.engine.distributed.ranks import Ranks, gather
 from iwm_fast.engine.run_directory import RunDirectory
 from iwm_fast.errors import UserError
 
-__all__ = ["ListIdentity", "choose_checkpoint", "order_of", "require_alike_lists", "require_data", "same_place"]
+__all__ = [
+    "ListIdentity",
+    "choose_checkpoint",
+    "order_change",
+    "order_of",
+    "require_alike_lists",
+    "require_data",
+    "same_place",
+]
 
 
 class ListIdentity:
@@ -115,9 +124,33 @@ def _tell(line: str) -> None:
 
 
 def order_of(saved: Checkpoint | None) -> str:
-    """Return the order of the samples: a checkpoint's, SORTED where its version recorded none; FEISTEL in a new run."""
-    if saved is None:
-        return FEISTEL
+    """Return the order of the samples where ``data.order`` is sample: a checkpoint's, SORTED where its version recorded
+    none; FEISTEL in a new run, and after a checkpoint of a run whose ``data.order`` was shard.
+    """
+    before = FEISTEL if saved is None else _recorded_order(saved)
+    return FEISTEL if before == SHARDED else before
+
+
+def order_change(saved: Checkpoint, order: str, streams: Mapping[str, object] | None) -> str | None:
+    """Return how the order of the samples differs from a checkpoint's, in words; None where it does not.
+
+    order, streams: those of the training's stream. Within a run ``data.order`` and its keys stay
+    (`RunDirectory.require_same`); a new run may resume another's checkpoint with others, and shards may change.
+    """
+    before, facts = _recorded_order(saved), saved.index.get("streams")
+    if (before == SHARDED) != (order == SHARDED):
+        named = ["shard" if kind == SHARDED else "sample" for kind in (before, order)]
+        return f"data.order was {named[0]} and is {named[1]} now"
+    if streams is None or not isinstance(facts, Mapping):
+        return None
+    names = {"streams": "data.streams was", "window": "data.shuffle_window was", "shards": "the number of shards was"}
+    for key, words in names.items():
+        if facts.get(key) != streams[key]:
+            return f"{words} {facts.get(key)} and is {streams[key]} now"
+    return None if facts.get("sizes") == streams["sizes"] else "shards hold other numbers of samples now"
+
+
+def _recorded_order(saved: Checkpoint) -> str:
     return require_order(str(saved.index.get("order", SORTED)), str(saved.path))
 
 

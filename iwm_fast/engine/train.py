@@ -15,6 +15,7 @@ from iwm_fast.config.batch import in_steps, said_in_steps, training_steps
 from iwm_fast.config.conflicts import conflicts, require_a_step
 from iwm_fast.data.image_list import ImageSet, list_images
 from iwm_fast.data.loader import TrainingStream
+from iwm_fast.data.shard_order import require_streams
 from iwm_fast.data.sources import Patience
 from iwm_fast.data.split_layout import tell_of_splits
 from iwm_fast.data.triplet_stream import PairStream
@@ -42,7 +43,14 @@ from iwm_fast.engine.metrics.progress import TrainingProgress
 from iwm_fast.engine.nonfinite import SkippedSteps
 from iwm_fast.engine.provenance import describe_run
 from iwm_fast.engine.readiness import require_ready, require_room
-from iwm_fast.engine.resuming import ListIdentity, choose_checkpoint, order_of, require_alike_lists, require_data
+from iwm_fast.engine.resuming import (
+    ListIdentity,
+    choose_checkpoint,
+    order_change,
+    order_of,
+    require_alike_lists,
+    require_data,
+)
 from iwm_fast.engine.run_directory import RunDirectory
 from iwm_fast.engine.schedules import Schedules
 from iwm_fast.engine.step import Trainer
@@ -105,6 +113,7 @@ def pretrain(
             files = triplets or list_images(config.data.root or "", config.data.source, Patience.of(config.data))
             require_alike_lists(files, ranks)
             require_a_step(config, len(files))
+            require_streams(config, files, ranks.world)
             if triplets is None:
                 tell_of_splits(config.data.root or "", "all of them are trained on")
             identity = ListIdentity(files) if ranks.first else None
@@ -250,16 +259,29 @@ def _announce(
         f"global batch {config.train.global_batch} = "
         f"{run.ranks.world} × {run.trainer.stream.accumulation} × {run.trainer.stream.micro_batch}"
     )
+    stream = run.trainer.stream
+    if stream.streams:
+        data, shards = config.data, stream.streams["shards"]
+        progress.say(
+            f"data.order shard: {shards:,} shards in {data.streams:,} streams, {data.streams // run.ranks.world:,} per "
+            f"rank, shuffled in windows of up to {data.shuffle_window:,} samples"
+        )
     for line in said_in_steps(given, len(files)):
         progress.say(line)
     for line in conflicts(given, len(files)):
         progress.say(f"note: {line}")
     change = run.identity.change_since(saved) if saved and run.identity else None
+    other_order = order_change(saved, stream.order, stream.streams) if saved else None
     if saved and saved.index.get("images", len(files)) != len(files):
         progress.say(
             f"the data have {len(files)} images now and had {saved.index['images']} when the checkpoint was written: "
             "the remaining samples come in another order, so in this epoch some come twice and some not "
             f"(iwm-fast data index fixes the list{f'; {change}' if change else ''})"
+        )
+    elif other_order:
+        progress.say(
+            f"{other_order}: the remaining samples come in another order than when the checkpoint was written, so in "
+            f"this epoch some come twice and some not{f' ({change})' if change else ''}"
         )
     elif change:
         progress.say(f"the data changed since the checkpoint was written: {change}")

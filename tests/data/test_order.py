@@ -32,7 +32,7 @@ def whole(seed, epoch, n):
 
 def orders(seed, epochs, n):
     """Return the orders of many epochs, (epochs, n), by one vectorised walk over all of them."""
-    keys = np.repeat(words(seed, np.arange(epochs), 0, SHUFFLE, order_module._ROUNDS).T, n, axis=1)
+    keys = np.repeat(words(seed, np.arange(epochs), 0, SHUFFLE, order_module.ROUNDS).T, n, axis=1)
     rows = math.isqrt(n - 1) + 1
     sides = np.uint64(rows), np.uint64(-(-n // rows))
     found = order_module._encrypted(np.tile(np.arange(n, dtype=np.uint64), epochs), keys, *sides)

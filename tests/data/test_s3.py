@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 import pickle
 import subprocess
@@ -13,6 +14,7 @@ from small_run import TINY_WORDS, small_config
 from store import FaultyStore, moto_server, upload
 
 from iwm_fast.actions.space import ActionSpace
+from iwm_fast.data import samples
 from iwm_fast.data.decode.encoded import BadSample
 from iwm_fast.data.identity import difference, identity_of
 from iwm_fast.data.image_list import divide, list_images, split
@@ -245,6 +247,28 @@ def test_training_sees_the_same_samples_from_disk_shards_and_object_store_on_any
     upload(store.direct, shards, "training")
     for root, world in ((shards, 1), (shards, 2), (records, 2), ("s3://training", 1), ("s3://training", 4)):
         assert rows(root, world) == expected
+
+
+@pytest.mark.parametrize("kind", ["shards", "tfrecord"])
+def test_shards_in_their_order_take_few_requests_and_outlive_faults(kind, store, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(samples, "KEPT_BYTES", 0)
+    local = packed(kind, folder, tmp_path / "packed")
+    bucket = f"in-order-{kind}"
+    upload(store.direct, local, bucket)
+    in_order = {"data__order": "shard", "data__streams": 1, "data__shuffle_window": 7}
+    images = list_images(f"s3://{bucket}", patience=SHORT)
+    config = small_config(local, train__global_batch=13, **in_order)
+    with TrainingStream(config, images, ActionSpace(config.actions.groups)) as stream:
+        store.requests.clear()
+        store.faults.extend(["500", "cut"])
+        for _ in range(2):
+            assert sorted(next(stream).ids.tolist()) == list(range(13))
+        taken = 13 * (2 + 3 + 3)  # and prefetched, and in DALI's graph
+        assert len(store.requests) < taken / 3 + 2
+        assert all(asked for _, _, asked in store.requests)
+        store.always = "503"
+        with pytest.raises(UserError, match=rf"^s3://{bucket}/\S+: cannot be read, 3 attempts failed"):
+            list(itertools.islice(stream, 20))
 
 
 def test_files_of_a_batch_are_read_several_at_a_time(store, folder):

@@ -181,7 +181,8 @@ FREE = {
 KEPT = {
     "train": {"seed": 1, "epochs": 7.0, "schedule_steps": 7, "global_batch": 64, "precision": "fp32", "lr": 0.002,
               "optimizer": "lamb", "warmup": 3, "ema": (0.9, 1.0), "clip": 1.0},
-    "data": {"device": "gpu", "max_pixels": 1000, "hw_decoder_load": 0.1},
+    "data": {"device": "gpu", "max_pixels": 1000, "hw_decoder_load": 0.1, "order": "shard", "streams": 32,
+             "shuffle_window": 100},
     "model": {"patch": 8, "target": "shared", "target_precision": "fp8", "normalize_target": False},
     "masks": {"target_blocks": 3},
     "actions": {"strength": 2.0},

@@ -32,17 +32,36 @@ class DataConfig(Section):
         "s3://bucket/prefix; a manifest of iwm-fast data index; or a manifest of triplets (docs/guides/triplets.md)",
     )
     device: Literal["auto", "cpu", "gpu"] = Field("auto", description="where DALI decodes and augments")
+    order: Literal["sample", "shard"] = Field(
+        "sample",
+        description="sample: each epoch is a random order of all samples, each read by itself; shard: .tar shards or "
+        "TFRecord files are read from front to back by data.streams streams and shuffled in windows, so that an object "
+        "store or a network disk serves few, large requests",
+    )
+    streams: Annotated[int, Field(ge=1, le=65536)] = Field(
+        64,
+        description="with data.order shard: streams that an epoch's shards are dealt to, of which every global batch "
+        "takes equal shares; a multiple of the ranks, a divisor of train.global_batch, at most the number of shards",
+    )
+    shuffle_window: Annotated[int, Field(ge=1, le=1_048_576)] = Field(
+        256,
+        description="with data.order shard: consecutive samples of a stream that are shuffled together; a rank holds "
+        "the encoded images of about 1.25 windows of each of its streams",
+    )
     threads: Annotated[int, Field(ge=1, le=256)] | None = Field(
         None, description="DALI's CPU threads; default: cores divided by the ranks of this host"
     )
     readers: Annotated[int, Field(ge=1, le=256)] | None = Field(
-        None, description="files that a rank reads concurrently; default: 1 from disk, 16 from an object store"
+        None,
+        description="files that a rank reads concurrently; default: 1 from disk (2 with data.order shard), 16 from an "
+        "object store",
     )
     checkers: Annotated[int, Field(ge=0, le=64)] | None = Field(
         None,
         description="processes per rank that check image files on disk for damage before their first use; 0: the "
         "reading thread checks them; default: on a GPU an eighth of the rank's cores, at most 2, on a CPU 0. None "
-        "start for fewer than 2,000 unchecked images (iwm-fast data index --check checks them beforehand)",
+        "start for fewer than 2,000 unchecked images (iwm-fast data index --check checks them beforehand), nor with "
+        "data.order shard",
     )
     store_timeout: Annotated[float, Field(ge=0.1, le=600)] = Field(
         20.0, description="seconds without a byte from an object store (s3://) before a request is retried"

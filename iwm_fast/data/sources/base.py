@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,7 @@ from iwm_fast.data.sources.storage import Storage
 __all__ = [
     "UNLABELLED",
     "Labels",
+    "Packed",
     "Source",
     "Unindexed",
     "below_common_folders",
@@ -37,8 +38,8 @@ class Source(Protocol):
     """Images in a fixed order, each with a stable name, readable in any order at any time.
 
     Random access lets the order of a training be a function of (seed, position) alone: every rank sees all samples of
-    all shards by index and reads its share of the global order, so shards are not divided among ranks, and any number
-    of ranks reads the same samples in the same order. Sources are picklable.
+    all shards by index and reads its share of the global order, so any number of ranks reads the same samples in the
+    same order. Sources are picklable.
     """
 
     storage: Storage
@@ -96,6 +97,23 @@ class Source(Protocol):
 
     def describe(self) -> str:
         """Return a few words on the source."""
+        ...
+
+
+@runtime_checkable
+class Packed(Protocol):
+    """What a source has besides whose samples are parts of larger files: many parts may be read at once, and unpacked
+    one by one. Methods only: to look for a property, as `isinstance` does, would read all labels.
+    """
+
+    def span(self, sample: int) -> tuple[str, int, int]:
+        """Return (the storage's file, offset, length) of the bytes that `read` reads. UserError as there."""
+        ...
+
+    def unpack(self, sample: int, raw: bytes) -> bytes:
+        """Return the encoded image in the bytes of a sample's span, fewer where the file ends before, as `read` does.
+        BadSample where they are not what the source lists.
+        """
         ...
 
 

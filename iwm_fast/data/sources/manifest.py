@@ -53,6 +53,7 @@ _WORDS = {"folder": "an image folder", "webdataset": "WebDataset shards", "tfrec
 _PATH, _BYTES, _WIDTH, _HEIGHT, _LABEL, _CRC, _FILE, _OFFSET = range(len(COLUMNS))
 _CHECKED = len(COLUMNS)
 _ENCODING = ("utf-8", "surrogateescape")
+_WAS_EMPTY = "it was empty or unreadable when it was indexed"
 
 
 class ManifestSource:
@@ -86,13 +87,24 @@ class ManifestSource:
     def read(self, sample: int) -> bytes:
         """Return the image's bytes, checked against length and checksum of the manifest."""
         row = self._row(sample)
+        if not self._number(row, _BYTES, sample):
+            raise BadSample(_WAS_EMPTY)
+        if self.kind == "folder":
+            return self.unpack(sample, self.storage.read(_text_of(row[_PATH])))
+        file, offset, size = self.span(sample)
+        return self.unpack(sample, self.storage.read(file, offset, size))
+
+    def span(self, sample: int) -> tuple[str, int, int]:
+        """From the manifest; of shards and TFRecord files only."""
+        row = self._row(sample)
+        return _text_of(row[_FILE]), self._number(row, _OFFSET, sample), self._number(row, _BYTES, sample)
+
+    def unpack(self, sample: int, raw: bytes) -> bytes:
+        """The bytes, checked against length and checksum of the manifest."""
+        row = self._row(sample)
         size = self._number(row, _BYTES, sample)
         if not size:
-            raise BadSample("it was empty or unreadable when it was indexed")
-        if self.kind == "folder":
-            raw = self.storage.read(_text_of(row[_PATH]))
-        else:
-            raw = self.storage.read(_text_of(row[_FILE]), self._number(row, _OFFSET, sample), size)
+            raise BadSample(_WAS_EMPTY)
         if len(raw) != size:
             raise BadSample(f"it changed since it was indexed: it has {len(raw)} bytes, not {size}")
         if crc32c(raw) != self._number(row, _CRC, sample, 16):

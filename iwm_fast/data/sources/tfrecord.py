@@ -63,8 +63,18 @@ class TFRecordSource(Unindexed):
 
     def read(self, sample: int) -> bytes:
         """Return the record's image. Raise BadSample if a checksum is wrong or there is no image."""
+        file, offset, length = self.span(sample)
+        return self.unpack(sample, self.storage.read(file, offset, length))
+
+    def span(self, sample: int) -> tuple[str, int, int]:
+        """The record with its framing."""
+        offset, length = self._records[sample].tolist()
+        return self.files[self._file[sample]], offset, length
+
+    def unpack(self, sample: int, raw: bytes) -> bytes:
+        """The record's image."""
         try:
-            raw = encoded_image(self._payload(sample))
+            raw = encoded_image(self._checked(sample, raw))
         except ValueError as error:
             raise BadSample(str(error)) from error
         if not raw:
@@ -107,8 +117,12 @@ class TFRecordSource(Unindexed):
             return None
 
     def _payload(self, sample: int) -> bytes:
-        offset, length = self._records[sample].tolist()
-        raw = self.storage.read(self.files[self._file[sample]], offset, length)
+        file, offset, length = self.span(sample)
+        return self._checked(sample, self.storage.read(file, offset, length))
+
+    def _checked(self, sample: int, raw: bytes) -> bytes:
+        """The payload of a record. BadSample where it is not whole."""
+        length = int(self._records[sample, 1])
         if len(raw) < length or length < _HEADER + _FOOTER:
             raise BadSample(f"its file ends {length - len(raw)} bytes before the record does")
         if _length(raw) != length - _HEADER - _FOOTER:

@@ -92,10 +92,22 @@ class WebDatasetSource(Unindexed):
 
     def read(self, sample: int) -> bytes:
         """The member's bytes."""
+        if not self._size[sample]:
+            raise BadSample("the member is empty")
+        return self._bytes(sample, int(self._offset[sample]), int(self._size[sample]), of_image=True)
+
+    def span(self, sample: int) -> tuple[str, int, int]:
+        """The member, with its header where its offset comes from an index."""
+        shard = int(self._shard[sample])
+        ahead = BLOCK if self._indexed[shard] else 0
+        return self.files[shard], int(self._offset[sample]) - ahead, ahead + int(self._size[sample])
+
+    def unpack(self, sample: int, raw: bytes) -> bytes:
+        """The member's bytes."""
         size = int(self._size[sample])
         if not size:
             raise BadSample("the member is empty")
-        return self._bytes(sample, int(self._offset[sample]), size, of_image=True)
+        return self._checked(sample, raw, size, of_image=True)
 
     def size(self, sample: int) -> int:
         """The member's length."""
@@ -197,10 +209,15 @@ class WebDatasetSource(Unindexed):
         return _label_in(text) if sidecar else _WHOLE.sub(r"\1", text)
 
     def _bytes(self, sample: int, offset: int, size: int, *, of_image: bool) -> bytes:
-        """Return a member's bytes. If its offset comes from an index, check the header before them."""
+        """Read a member, with its header where its offset comes from an index."""
         shard = int(self._shard[sample])
         ahead = BLOCK if self._indexed[shard] else 0
         raw = self.storage.read(self.files[shard], offset - ahead, ahead + size)
+        return self._checked(sample, raw, size, of_image=of_image)
+
+    def _checked(self, sample: int, raw: bytes, size: int, *, of_image: bool) -> bytes:
+        """A member's bytes, of those read. If its offset comes from an index, the header before them must agree."""
+        ahead = BLOCK if self._indexed[self._shard[sample]] else 0
         if len(raw) != ahead + size:
             raise BadSample(f"its shard ends {ahead + size - len(raw)} bytes before the member does")
         if not ahead:

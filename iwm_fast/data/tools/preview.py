@@ -17,9 +17,10 @@ from iwm_fast.actions.transforms import JITTER, Corruption, Geometry, Jitter, Vi
 from iwm_fast.config.schema import Config
 from iwm_fast.data.bad_samples import BadSamples
 from iwm_fast.data.image_list import list_images
-from iwm_fast.data.loader import SampleOrder
 from iwm_fast.data.masks import PatchSets, mask_sampler
+from iwm_fast.data.order import SampleOrder
 from iwm_fast.data.samples import FileStore, SampleReader, Samples
+from iwm_fast.data.shard_order import shard_order
 from iwm_fast.data.tools.contact_sheet import write_contact_sheet
 from iwm_fast.data.views.devices import dali_device, dali_threads
 from iwm_fast.data.views.graph import BadRows, RenderedViews, ViewGraph
@@ -64,7 +65,7 @@ def write_preview(config: Config, root: str | Path, out: Path, count: int, seed:
     )
     masks = mask_sampler(config, seed)
     space = space_of(config.actions)
-    order = SampleOrder(seed, len(files))
+    order = shard_order(config, files, seed) if config.data.order == "shard" else SampleOrder(seed, len(files))
     records: list[dict[str, Any]] = []
     try:
         out.mkdir(parents=True, exist_ok=True)
