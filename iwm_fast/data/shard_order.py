@@ -10,8 +10,8 @@ end, and a batch may hold the end of one epoch and the beginning of the next. Wi
    S − 1 shards are read by two streams, each its own part. Global position p is of stream p mod S, so every batch of a
    multiple of S samples takes equal shares of all streams, and rank r of W has the streams r, r + W, …, which are the
    positions p = r mod W. The ⌈n / S⌉ − ⌊n / S⌋ = 1 sample more goes to streams that other epochs choose otherwise.
-3. **A stream is shuffled in windows**: its run is cut into windows of at most `window` samples, all of one length or
-   one less, and each is permuted by a bijection keyed by (seed, epoch, stream, window). A buffer that is refilled
+3. **A stream is shuffled in windows**: its run is cut into windows of at most `window` samples, whose lengths differ
+   by one at most, and each is permuted by a bijection keyed by (seed, epoch, stream, window). A buffer that is refilled
    sample by sample, as is usual, has a state that only a replay from its beginning gives; this one has none: the sample
    of a position is a function of (seed, position) alone, so that a resume needs the position only, at any number of
    ranks. Both need the memory of one buffer. A sample moves by less than a window; the mixture of a batch comes from
