@@ -46,8 +46,8 @@ class FileStore:
     A plain file is only read on later visits; its header is checked again if its length changed. wait_s: seconds to
     wait for missing data. readers: files read concurrently, by default what suits their storage. keep: whether to cache
     bytes. checkers: processes that check files of `expect`; none for an object store, where each file would be
-    transferred twice: there the readers check what they read. plan: the order of all later calls of `ask`, whose shards are
-    read ahead of it; the readers check what they read.
+    transferred twice: there the readers check what they read. plan: the order of all later calls of `ask`, whose shards
+    are read ahead of it; the readers check what they read.
     """
 
     def __init__(

@@ -56,6 +56,7 @@ WORDS = {
     "setting_gain": ["train.compile=true", "--json", BAD],
     "steps_ahead": ["game.yaml", "--data", "d", "--out", "runs", "--json", BAD],
     "steps_ahead, runs": ["game.yaml", "--data", "d", "--out", "file/runs", "--json", "ok.json"],
+    "shard_reads": ["--json", BAD],
 }
 INNER = {"ranks", "report"}  # one is started by bench scaling, the other writes into the tree
 
