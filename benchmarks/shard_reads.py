@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import functools
 import http.client
+import importlib
 import io
 import json
 import multiprocessing
@@ -153,10 +154,9 @@ def ours(order: str, url: str, images: ImageSet) -> Iterator[list[Any]]:
 
 def webdataset(urls: list[str]) -> Iterator[list[Any]]:
     """Batches of the library's own loader, in this process, as the keys of their images."""
-    import webdataset
-
+    library = importlib.import_module("webdataset")
     for _ in range(EPOCHS):
-        loader = webdataset.WebDataset(urls, shardshuffle=len(urls)).shuffle(SHARDS * WINDOW)
+        loader = library.WebDataset(urls, shardshuffle=len(urls)).shuffle(SHARDS * WINDOW)
         batch: list[Any] = []
         for sample in loader:
             assert sample["jpg"]

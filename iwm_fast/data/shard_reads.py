@@ -5,9 +5,8 @@ by threads, while earlier samples are decoded, and each image is cut out and che
 bytes over 8 MiB, or one per window where images are small; the bytes between images (headers, padding, labels) are read
 with them.
 
-A stream has read its window and a quarter of the next one, and never more than a range beyond: a rank holds about
-streams / ranks × 1.25 × data.shuffle_window encoded images. With the defaults on one rank and images of 110 KB these
-are 2.2 GB, on 8 ranks 0.3 GB each.
+A stream holds its window and a quarter of the next one, at most a range more, so a rank streams / ranks times that.
+With the defaults and images of 110 KB these are up to 2.8 GB on one rank, and 0.35 GB on each of 8.
 """
 
 from __future__ import annotations

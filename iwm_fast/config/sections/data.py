@@ -46,7 +46,7 @@ class DataConfig(Section):
     shuffle_window: Annotated[int, Field(ge=1, le=1_048_576)] = Field(
         256,
         description="with data.order shard: consecutive samples of a stream that are shuffled together; a rank holds "
-        "the encoded images of about 1.25 windows of each of its streams",
+        "the encoded images of 1.25 windows of each of its streams, and at most 8 MiB more per stream",
     )
     threads: Annotated[int, Field(ge=1, le=256)] | None = Field(
         None, description="DALI's CPU threads; default: cores divided by the ranks of this host"
