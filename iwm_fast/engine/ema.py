@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from iwm_fast import kernels
 from iwm_fast.engine.distributed.ranks import Ranks, gather
+from iwm_fast.engine.host_copies import drop
 from iwm_fast.engine.zero import Shard, ZeroEngine
 
 __all__ = ["ONLINE", "TARGET", "TargetAverage", "target_name"]
@@ -91,7 +92,9 @@ class TargetAverage:
 
     def _send(self) -> None:
         """Start the all-gather of each rank's part, where the target does not read it in place."""
-        if self._stage in (1, 2) and self._ranks.world > 1:
+        if self._stage == 3:
+            drop(self._targets.values())
+        elif self._stage in (1, 2) and self._ranks.world > 1:
             # As bytes, because not every backend gathers every dtype.
             everyone, sent = self._everyone.view(torch.uint8), self._sent.view(torch.uint8)
             self._gathering = dist.all_gather_into_tensor(everyone, sent, async_op=True)

@@ -36,6 +36,7 @@ FREE_KEYS = (
     "model.attention",
     "model.mlp_workspace_mib",
     "zero.stage",
+    "zero.hpz_partition_size",
     "data.threads",
     "data.readers",
     "data.checkers",

@@ -13,6 +13,7 @@ from iwm_fast.actions.external import space_of
 from iwm_fast.config import Config
 from iwm_fast.config.batch import in_steps, said_in_steps, training_steps
 from iwm_fast.config.conflicts import conflicts, require_a_step
+from iwm_fast.config.hosts import require_within_hosts
 from iwm_fast.data.image_list import ImageSet, list_images
 from iwm_fast.data.loader import TrainingStream
 from iwm_fast.data.shard_order import require_streams
@@ -85,6 +86,7 @@ def pretrain(
         if config.data.root is None:
             raise UserError("data.root is not set: name the folder of images, for example data.root=photos/train")
         require_machine(config, ranks.device)  # before anything is written
+        require_within_hosts(config.zero.hpz_partition_size, [info.host for info in ranks.infos])
         directory = RunDirectory(out)
         live = Liveness(ranks, config.train.rank_timeout_s)
         with deterministic_operators(config, ranks.device), contextlib.ExitStack() as held, live.watching():

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from iwm_fast.config import Config
 from iwm_fast.cost.memory import BUCKET_BYTES
+from iwm_fast.engine import host_copies
 from iwm_fast.engine.bf16 import Bf16Compute
 from iwm_fast.engine.graphs import CudaRecorder, GraphedStep
 from iwm_fast.engine.optimizer import MOMENTS, FiniteAdamW, build_optimizer, ensure_state
@@ -91,6 +92,7 @@ class ZeroEngine:
             for shard in self.shards:
                 working = parameters[shard.name].ds_tensor  # type: ignore[attr-defined]
                 working.data.view(-1)[: shard.weight.numel()].copy_(shard.weight)
+            host_copies.drop(parameters[name] for name in self.shapes)
 
 
 def deepspeed_config(config: Config, micro_batch: int, accumulation: int) -> dict[str, Any]:
@@ -111,6 +113,7 @@ def deepspeed_config(config: Config, micro_batch: int, accumulation: int) -> dic
     if config.zero.stage == 3:
         # A parameter that stays whole between steps would miss the EMA, which is written into its partition.
         settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        settings["zero_optimization"]["zero_hpz_partition_size"] = config.zero.hpz_partition_size
     # At stage 0 Bf16Compute rounds fp32 weights: DeepSpeed's own bf16 wrapper for stage 0 is another optimizer with
     # other arithmetic, which would not be comparable with the other stages.
     if config.train.precision == "bf16" and config.zero.stage:
@@ -138,6 +141,7 @@ def initialize(model: nn.Module, config: Config, micro_batch: int, accumulation:
     optimizer = build_optimizer(model, config.train, stage)
     rounding = stage == 0 and config.train.precision == "bf16"
     network: nn.Module = Bf16Compute(model) if rounding else model
+    host_copies.join_group(config.zero.hpz_partition_size)
     with fused_zero() if stage in (1, 2) else contextlib.nullcontext():
         engine, _, _, _ = deepspeed.initialize(
             model=GraphedStep(network, CudaRecorder()) if config.train.cuda_graph else network,

@@ -6,6 +6,7 @@ from typing import cast
 
 from iwm_fast.actions.space import ActionSpace
 from iwm_fast.config import Config
+from iwm_fast.config.hosts import require_within_hosts
 from iwm_fast.data.loader import TrainingStream
 from iwm_fast.engine.build import trained_model
 from iwm_fast.engine.distributed.ranks import Ranks
@@ -33,6 +34,7 @@ def prepare_trainer(
 
     `images`: per epoch, for the record's "epoch" only.
     """
+    require_within_hosts(config.zero.hpz_partition_size, [info.host for info in ranks.infos])
     model = trained_model(config, space.dim, ranks.device)
     zero = initialize(model, config, stream.micro_batch, stream.accumulation)
     average = TargetAverage(zero, ranks) if config.model.target == "ema" else None

@@ -121,3 +121,17 @@ class ZeroConfig(Section):
     stage: Literal[0, 1, 2, 3] = Field(
         1, description="what to shard over ranks: 0 nothing, 1 optimizer state, 2 also gradients, 3 also parameters"
     )
+    hpz_partition_size: Count = Field(
+        1,
+        description="with zero.stage 3: consecutive ranks of one host that hold a copy of the parameters together, so "
+        "that a step gathers them over the network once and then within the host (ZeRO++); 1: no copy",
+    )
+
+    @model_validator(mode="after")
+    def _parameters_are_sharded(self) -> Self:
+        if self.hpz_partition_size > 1 and self.stage != 3:
+            raise ValueError(
+                f"hpz_partition_size is {self.hpz_partition_size}, which needs stage 3; it is {self.stage}, where every "
+                "rank holds whole parameters: give 1, or stage 3"
+            )
+        return self
