@@ -47,21 +47,28 @@ def main(config_file: Path, out: Path, repeats: int) -> None:
         spent.seconds = 0.0
         taken = [clocked(trainer.train_step, ranks.device) for _ in range(repeats)]
     expected: dict[str, int] = {}
+    expected_within = 0
     for one in step_collectives(config, layout_of(config), ranks.world, stream.accumulation):
         expected[one.kind] = expected.get(one.kind, 0) + one.size
+        expected_within += one.size if one.ranks else 0
+    host = config.zero.hpz_partition_size
+    within = sum(call.size for call in counter.calls if 1 < host == call.ranks < ranks.world)
     row: dict[str, Any] = {
         "ranks": ranks.world,
         "images": config.train.global_batch,
         "sources_per_target": config.views.sources_per_target,
         "zero_stage": config.zero.stage,
+        "hpz_partition_size": config.zero.hpz_partition_size,
         "seconds": [one.seconds for one in taken],
         "cpu_seconds": [one.cpu_seconds for one in taken],
         "collectives_a_step": {
             "payload_bytes": counter.sizes() if ranks.world > 1 else {},
-            "sent_bytes_ring": counter.sent(ranks.world),
+            "sent_bytes_ring": counter.sent(),
+            "within_host_bytes": within,
             "seconds": spent.seconds / repeats,
         },
         "expected_bytes": expected,
+        "expected_within_host_bytes": expected_within,
     }
     if ranks.first:
         out.write_text(json.dumps(row))

@@ -50,15 +50,28 @@ def plan(
         Path | None,
         typer.Option("--results", metavar="DIR", help="Folder of bench results; default: benchmarks/results."),
     ] = None,
+    mtbf: Annotated[
+        float | None,
+        typer.Option("--mtbf", min=0.01, help="Hours between failures of one GPU; default: 50,677, of Llama 3's run."),
+    ] = None,
+    storage: Annotated[
+        float | None,
+        typer.Option("--storage", min=0.001, help="GB/s of all hosts writing a checkpoint; default: 5, assumed."),
+    ] = None,
+    restart: Annotated[
+        float | None,
+        typer.Option("--restart", min=0.0, help="Seconds from a failure to the next step; default: 300, assumed."),
+    ] = None,
     json: Json = None,
     plot: Annotated[
-        Path | None, typer.Option("--plot", metavar="PNG", callback=_drawable, help="Plot the scaling to 1,024 GPUs.")
+        Path | None, typer.Option("--plot", metavar="PNG", callback=_drawable, help="Plot the scaling to 16,384 GPUs.")
     ] = None,
 ) -> None:
     """Compute memory, step time and hours, and the best micro-batch, recomputation and ZeRO stage, without a GPU.
 
     Every ZeRO stage is tried without and with activation checkpointing, each at the largest micro-batch that fits. The
-    result says what to change in the configuration, as overrides to paste, the gain, and why others were left out.
+    result says what to change in the configuration, as overrides to paste, the gain, and why others were left out; how
+    the run scales to 16,384 GPUs; and how often it will fail, with the checkpoint interval that loses the least time.
     """
     from iwm_fast.config.load import find_config, load_config
 
@@ -68,8 +81,10 @@ def plan(
     from iwm_fast.console import print_lines, print_table
     from iwm_fast.cost import report as said
     from iwm_fast.cost.devices import compute_rate, find_device, packaged_results
+    from iwm_fast.cost.failure_report import SCALING_COLUMNS, scaling_rows
+    from iwm_fast.cost.failures import GPU_HOURS, RESTART_S, STORAGE, Failures
     from iwm_fast.cost.plan import Cluster
-    from iwm_fast.cost.scaling import draw_scaling, scaling
+    from iwm_fast.cost.scaling import draw_scaling, scaling, scaling_limits
 
     device = find_device(gpu)
     if results is not None and not results.is_dir():
@@ -78,10 +93,13 @@ def plan(
     origin = results or packaged_results()
     rate = compute_rate(device, planner.operations, origin, mfu, loaded.train.precision)
     cluster = Cluster(device, nodes, gpus_per_node, rate, network * 1e9 if network else device.network, data_rate)
-    record = said.document(planner, cluster, counted)
-    points = scaling(planner, cluster) if json or plot else None
-    if points:
-        record["scaling"] = {kind: [asdict(p) for p in line] for kind, line in points.items()}
+    failures = Failures(
+        mtbf or GPU_HOURS, storage * 1e9 if storage else STORAGE, RESTART_S if restart is None else restart
+    )
+    record = said.document(planner, cluster, counted, failures)
+    points = scaling(planner, cluster, counted.count, failures)
+    record["scaling"] = {kind: [asdict(p) for p in line] for kind, line in points.items()}
+    record["scaling_limits"] = scaling_limits(planner, cluster, counted.count)
 
     def show() -> None:
         columns = (
@@ -97,14 +115,17 @@ def plan(
         )
         print_table(
             "GB per GPU by kind",
-            ("ZeRO", "recompute", "parameters", "gradients", "optimizer", "EMA", "activations", "workspace"),
+            said.memory_columns(record["variants"]),
             said.memory_rows(record["variants"]),
         )
         print_table("not recommended", ("ZeRO", "recompute", "why"), said.left_out_rows(record))
+        for kind, label in (("weak", "same batch per GPU"), ("strong", "same global batch")):
+            shown = [p for p in points[kind] if p.gpus >= min(8, cluster.world)]
+            print_table(f"scaling with the {label}", SCALING_COLUMNS, scaling_rows(shown))
         print_lines(said.sentences(record, points))
 
     answer(json, "plan", record, show)
-    if plot and points:
+    if plot:
         draw_scaling(
             points, f"{Path(config).name} on {device.name}, {gpus_per_node} GPUs per host; compute {rate.origin}", plot
         )

@@ -13,10 +13,12 @@ def divide_batch(global_batch: int, world: int, ceiling: int | None) -> tuple[in
 
     Raises UserError where `world` does not divide the global batch.
     """
-    if global_batch % world:
+    left = global_batch % world
+    if left:
+        nearest = [n for n in (global_batch - left, global_batch - left + world) if n]
         raise UserError(
             f"train.global_batch is {global_batch}, which does not divide evenly over {world} ranks; "
-            f"make it a multiple of {world}, or change the number of ranks"
+            f"make it a multiple of {world} ({' or '.join(map(str, nearest))}), or change the number of ranks"
         )
     share = global_batch // world
     micro = next(size for size in range(min(share, ceiling or share), 0, -1) if share % size == 0)

@@ -159,6 +159,8 @@ log.prometheus_port |
     prometheus metrics_port
 zero.stage | 0 to 3
     zero zero_stage deepspeed deepspeed_stage deepspeed_config zero_optimization fsdp sharding zero_optimizer
+zero.hpz_partition_size | with zero.stage 3: ranks of a host
+    zero_hpz_partition_size hpz hpz_size hpz_partition hybrid_shard hybrid_sharding sharding_group_size
 masks.target_blocks |
     num_pred_masks npred num_targets num_target_blocks num_masks
 masks.target_scale |

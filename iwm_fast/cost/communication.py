@@ -2,8 +2,12 @@
 
 This list was counted on DeepSpeed 0.19.8 (`measure.collective_bytes`, tests/cost/test_counted.py), and differs from
 what papers say of the stages: stages 1 and 2 all-reduce whole gradients (`use_multi_rank_bucket_allreduce`), where a
-reduce-scatter would send half; stage 2 does so after every micro-batch; stage 3 all-gathers every parameter once per
-micro-batch, not twice, while the model is below `stage3_max_reuse_distance` elements.
+reduce-scatter would send half; stage 2 does so after every micro-batch; stage 3 all-gathers a parameter once per
+micro-batch, and again in the backward pass only where `stage3_max_reuse_distance` elements or more of others are read
+in between (some of a ViT-L's, none of a ViT-B's).
+
+With zero.hpz_partition_size a trained parameter and the target's are gathered over all ranks once per step, and each
+further time within the host; frozen ones always within the host.
 
 Gradients are sent during the backward pass at every stage, each bucket when it is full: at stage 0 by `engine.overlap`,
 at the others by DeepSpeed's `overlap_comm`. The last bucket is full when the pass ends, and overlaps with nothing;
@@ -21,7 +25,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from iwm_fast.config import Config
-from iwm_fast.cost.memory import BUCKET_BYTES, Layout, buckets_of, stage_settings
+from iwm_fast.cost.memory import BUCKET_BYTES, Layout, Parameter, buckets_of, stage_settings
 
 __all__ = ["Collective", "Fabric", "Kind", "Transfer", "ring_bytes", "step_collectives"]
 
@@ -38,7 +42,8 @@ class Collective:
     """One kind of traffic in a step: `size` bytes of the whole tensor, in all micro-batches and buckets together.
 
     calls: the number of collectives. hidden_by: the computation that it overlaps with, if any. last: the share that is
-    sent after that computation.
+    sent after that computation. ranks: how many, of one host, send it to each other; 0: all. share: of that
+    computation, the part that it overlaps with.
     """
 
     what: str
@@ -47,6 +52,12 @@ class Collective:
     calls: int
     hidden_by: Literal["forward", "backward", None] = None
     last: float = 0.0
+    ranks: int = 0
+    share: float = 1.0
+
+    def sent_bytes(self, world: int) -> float:
+        """The bytes that one of `world` ranks sends."""
+        return ring_bytes(self.kind, self.size, self.ranks or world)
 
 
 def ring_bytes(kind: Kind, size: int, world: int) -> float:
@@ -68,9 +79,9 @@ def step_collectives(config: Config, layout: Layout, world: int, accumulation: i
     if stage == 0:
         calls, last = _buckets(layout, BUCKET_BYTES // _FULL)
         return [Collective("gradients", "all_reduce", _FULL * trained, calls, "backward", last)]
-    buckets, last = _buckets(layout, int(stage_settings(stage)["reduce_bucket_size"]))
     if stage == 3:
-        return _stage_3(layout, world, accumulation, working, buckets, last)
+        return _stage_3(config, layout, world, accumulation)
+    buckets, last = _buckets(layout, int(stage_settings(stage)["reduce_bucket_size"]))
     flat = layout.flat_sizes(world)
     passes = accumulation if stage == 2 else 1
     found = [
@@ -91,25 +102,56 @@ def _buckets(layout: Layout, most: int) -> tuple[int, float]:
     return len(buckets), sum(sizes[i] for i in buckets[-1]) / sum(sizes)
 
 
-def _stage_3(
-    layout: Layout, world: int, accumulation: int, working: int, buckets: int, last: float
-) -> list[Collective]:
-    trained, target = (
-        layout.divided(part, world) * world for part in (layout.trained, (*layout.target, *layout.frozen))
+def _stage_3(config: Config, layout: Layout, world: int, passes: int) -> list[Collective]:
+    """`passes`: micro-batches."""
+    working = 2 if config.train.precision == "bf16" else _FULL
+    settings, host = stage_settings(3), config.zero.hpz_partition_size
+    trained, target, frozen = (
+        layout.divided(part, world) * world for part in (layout.trained, layout.target, layout.frozen)
     )
-    settings = stage_settings(3)
-    whole = layout.trained_size + layout.target_size + layout.frozen_size
-    passes = 1 if whole <= int(settings["stage3_max_reuse_distance"]) else 2
-    gathers = -(-(passes * trained + target) // int(settings["stage3_prefetch_bucket_size"])) + 1
+    again = layout.divided(_read_again(config, layout, int(settings["stage3_max_reuse_distance"])), world) * world
+    buckets, last = _buckets(layout, int(settings["reduce_bucket_size"]))
+
+    def gather(elements: int, times: int, beside: Literal["forward", "backward"], **how: float) -> list[Collective]:
+        calls = times * (-(-elements // int(settings["stage3_prefetch_bucket_size"])) + 1)
+        what = "parameters" if beside == "forward" else "parameters again"
+        what += " within the host" if "ranks" in how else ""
+        found = Collective(what, "all_gather", working * elements * times, calls, beside, **how)  # type: ignore[arg-type]
+        return [found] if elements and times else []
+
+    if host == 1:
+        gathers = gather(trained + target + frozen, passes, "forward") + gather(again, passes, "backward")
+    else:
+        gathers = [
+            *gather(trained + target, 1, "forward", share=1 / passes),
+            *gather(trained + target + frozen, passes - 1, "forward", ranks=host),
+            *gather(frozen, 1, "forward", ranks=host),
+            *gather(again, passes, "backward", ranks=host),
+        ]
     return [
-        Collective(
-            "parameters", "all_gather", working * (passes * trained + target) * accumulation, gathers * accumulation,
-            "forward",
-        ),
-        Collective(
-            "gradients", "reduce_scatter", working * trained * accumulation, buckets * accumulation, "backward", last
-        ),
-    ]  # fmt: skip
+        *gathers,
+        Collective("gradients", "reduce_scatter", working * trained * passes, buckets * passes, "backward", last),
+    ]
+
+
+def _read_again(config: Config, layout: Layout, distance: int) -> tuple[Parameter, ...]:
+    """The trained parameters that DeepSpeed releases between their forward and backward pass: those of which at least
+    `distance` elements of others are read in between. To the nearest parameter; DeepSpeed works by module.
+
+    The forward pass reads encoder, target, predictor; the backward pass those trained from the last to the first, and
+    recomputation each block once more.
+    """
+    backward = 2 if config.train.activation_checkpointing else 1
+    after = 0
+    found: list[Parameter] = []
+    for parameter in reversed(layout.trained):
+        between = after * (1 + backward)
+        if parameter.name.startswith("encoder."):
+            between += layout.target_size + sum(p.size for p in layout.frozen)
+        if between >= distance:
+            found.append(parameter)
+        after += parameter.size
+    return tuple(reversed(found))
 
 
 @dataclass(frozen=True)
@@ -149,15 +191,16 @@ class Fabric:
         host once.
 
         So one part in gpus_per_node of what a GPU sends crosses the network, and the rest stays within the host. Hops:
-        (W − 1) per round, of which (nodes − 1) over the network (as in NCCL's own cost model).
+        (W − 1) per round, of which (nodes − 1) over the network (as in NCCL's own cost model). Between the ranks of a
+        host nothing crosses it.
         """
-        world = self.world
-        sent = ring_bytes(collective.kind, collective.size, world)
-        crossing = 0.0 if self.nodes == 1 else 1 / self.gpus_per_node
+        world, nodes = (collective.ranks, 1) if collective.ranks else (self.world, self.nodes)
+        sent = collective.sent_bytes(self.world)
+        crossing = 0.0 if nodes == 1 else 1 / self.gpus_per_node
         over_network = sent * crossing
         over_link = sent - over_network
         rounds = 2 if collective.kind == "all_reduce" else 1
-        hops = (self.nodes - 1) * NETWORK_HOP_S + (world - self.nodes) * LINK_HOP_S
+        hops = (nodes - 1) * NETWORK_HOP_S + (world - nodes) * LINK_HOP_S
         return Transfer(
             over_link,
             over_network,

@@ -14,6 +14,9 @@ trained parameters, E of the moving average, F frozen, W ranks, e bytes of the w
 | 2 | e(P + E + F) | eP/W | 12P/W | as 1 |
 | 3 | e(P + E + F)/W, and e(P + E + F) while the step runs | eP/W | 12P/W | 4E/W |
 
+With zero.hpz_partition_size H a rank of stage 3 also holds e(P + E + F)/H: its part of the copy that the ranks of a
+host hold together, from a parameter's first release in a step to the update (of F: always).
+
 The optimizer's are AdamW's two moments and, from stage 1 on, the fp32 master weights. Divided state is what the fullest
 rank holds, with DeepSpeed's padding.
 """
@@ -149,7 +152,9 @@ def buckets_of(sizes: Sequence[int], most: int) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class Memory:
-    """A rank's bytes by kind. workspace: buckets of the collectives, and temporaries of a step."""
+    """A rank's bytes by kind. workspace: buckets of the collectives, and temporaries of a step. host_copy: this rank's
+    part of the parameters' copy within the host (zero.hpz_partition_size).
+    """
 
     parameters: int
     gradients: int
@@ -157,6 +162,7 @@ class Memory:
     ema: int
     activations: int = 0
     workspace: int = 0
+    host_copy: int = 0
 
     @property
     def total(self) -> int:
@@ -189,12 +195,15 @@ def state_memory(config: Config, layout: Layout, world: int) -> Memory:
     if stage == 3:
         mine, averaged = layout.divided(layout.trained, world), layout.divided(layout.target, world)
         constant = layout.divided(layout.frozen, world)
+        host = config.zero.hpz_partition_size
+        copied = (mine + averaged + constant) * world // host if host > 1 else 0
         return Memory(
             parameters=working * (mine + averaged + constant),
             gradients=working * mine,
             optimizer=3 * _FULL * mine,
             ema=_FULL * averaged,
             workspace=bucket + gathered_bytes(config, layout) + _FULL * mine,
+            host_copy=working * copied,
         )
     flat = sum(layout.flat_sizes(world))
     longest = layout.longest_share(world)
@@ -227,9 +236,9 @@ def _stage_0_workspace(config: Config, layout: Layout, world: int) -> int:
 def gathered_bytes(config: Config, layout: Layout) -> int:
     """Return the bytes of whole parameters that a rank holds at stage 3 while a step runs.
 
-    DeepSpeed keeps what it will read again within `stage3_max_reuse_distance` elements, and at most
-    `stage3_max_live_parameters`: with the packaged 10⁹ a model below that is whole from its first forward pass to the
-    end of the step. Larger ones count at that ceiling.
+    DeepSpeed keeps what it will read again within `stage3_max_reuse_distance` elements, and prefetches up to
+    `stage3_max_live_parameters`. With the packaged 10⁹ of both, a model below that counts whole, though of one above
+    half of it some is released and gathered again. Larger ones count at that ceiling.
     """
     working = 2 if config.train.precision == "bf16" else _FULL
     ceiling = int(stage_settings(3)["stage3_max_live_parameters"])

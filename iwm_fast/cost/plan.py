@@ -11,8 +11,9 @@ from pydantic import ValidationError
 
 from iwm_fast.config import Config
 from iwm_fast.config.batch import divide_batch
+from iwm_fast.config.hosts import require_within_hosts
 from iwm_fast.cost.activations import Activations, activations
-from iwm_fast.cost.communication import Collective, Fabric, ring_bytes, step_collectives
+from iwm_fast.cost.communication import Collective, Fabric, step_collectives
 from iwm_fast.cost.devices import Device, Rate
 from iwm_fast.cost.memory import Layout, Memory, layout_of, state_memory
 from iwm_fast.cost.step_time import StepTime, image_flops, step_time
@@ -48,12 +49,18 @@ class Cluster:
         """Bytes of a GPU that a run may use."""
         return int(self.device.memory * (1 - FRAGMENTED)) - RESERVED
 
+    @property
+    def fabric(self) -> Fabric:
+        """Its links."""
+        return Fabric(self.nodes, self.gpus_per_node, self.device.link, self.network)
+
 
 @dataclass(frozen=True)
 class Stage:
     """A ZeRO stage, with or without recomputation, at the largest micro-batch that fits, or at 1 where none does.
 
-    padded: the share of padding among context and predicted tokens, with train.static_shapes.
+    padded: the share of padding among context and predicted tokens, with train.static_shapes. hpz: the ranks of a host
+    that hold a copy of the parameters together (zero.hpz_partition_size); 1: no copy.
     """
 
     stage: int
@@ -65,6 +72,7 @@ class Stage:
     time: StepTime
     recompute: bool = False
     padded: float = 0.0
+    hpz: int = 1
 
 
 @dataclass(frozen=True)
@@ -123,26 +131,57 @@ class Planner:
 
     def with_batch(self, global_batch: int) -> Planner:
         """Return the plan of the same run with another global batch."""
-        train = self.config.train.model_copy(update={"global_batch": global_batch})
-        return Planner(self.config.model_copy(update={"train": train}), self.tokens, self.layout)
+        if global_batch == self.config.train.global_batch:
+            return self
+
+        def resized(config: Config) -> Config:
+            train = config.train.model_copy(update={"global_batch": global_batch})
+            return config.model_copy(update={"train": train})
+
+        other = Planner(resized(self.config), self.tokens, self.layout)
+        allowed, refused = self.settings
+        other.settings = [resized(config) for config in allowed], refused
+        other._activations = self._activations
+        return other
 
     def variants(self, cluster: Cluster) -> list[Stage]:
-        """Return every allowed stage without and with recomputation, each at the largest micro-batch that fits,
-        whatever train.micro_batch is. Raises UserError where the global batch does not divide over the ranks.
+        """Return every allowed stage without and with recomputation, stage 3 on several hosts also with a copy of the
+        parameters within each, all at the largest micro-batch that fits, whatever train.micro_batch is. Raises
+        UserError where the global batch does not divide over the ranks.
         """
         divide_batch(self.config.train.global_batch, cluster.world, None)
-        return [self._largest(config, cluster) for config in self.settings[0]]
+        tried = self.settings[0] + self._within_hosts(cluster)
+        return [self._largest(config, cluster) for config in tried]
+
+    def _within_hosts(self, cluster: Cluster) -> list[Config]:
+        """Stage 3's settings with copies of the configured size, or else of a whole host's GPUs."""
+        now, gpus = self.config.zero.hpz_partition_size, cluster.gpus_per_node
+        size = now if now > 1 and gpus % now == 0 else gpus
+        if cluster.nodes == 1 or size == 1:
+            return []
+        plain = [config for config in self.settings[0] if config.zero.stage == 3]
+        zero = {"stage": 3, "hpz_partition_size": size}
+        return [config.model_copy(update={"zero": config.zero.model_copy(update=zero)}) for config in plain]
 
     def stages(self, cluster: Cluster) -> list[Stage]:
         """Return the better variant of every stage: one that fits, the faster of two, without recomputation if equal.
 
         Where neither fits, the one that needs less memory.
         """
-        return best_of_each(self.variants(cluster))
+        return self.best(self.variants(cluster))
+
+    def best(self, variants: Sequence[Stage]) -> list[Stage]:
+        """Return the better variant of every stage."""
+        return best_of_each(variants, self.config.zero.hpz_partition_size)
 
     def configured(self, cluster: Cluster) -> Stage:
-        """Return the configured stage at the micro-batch that training would use, whether it fits or not."""
+        """Return the configured stage at the micro-batch that training would use, whether it fits or not.
+
+        Raises UserError where zero.hpz_partition_size does not fit the hosts.
+        """
         world, train = cluster.world, self.config.train
+        hosts = [f"host {rank // cluster.gpus_per_node}" for rank in range(world)]
+        require_within_hosts(self.config.zero.hpz_partition_size, hosts)
         micro, accumulation = divide_batch(train.global_batch, world, train.micro_batch)
         return self._at(self.config, cluster, micro, accumulation)
 
@@ -185,14 +224,15 @@ class Planner:
         world = cluster.world
         memory = self._with_batch(config, state_memory(config, self.layout, world), micro)
         collectives = step_collectives(config, self.layout, world, accumulation)
-        fabric = Fabric(cluster.nodes, cluster.gpus_per_node, cluster.device.link, cluster.network)
         time = step_time(
-            config, self.layout, self.tokens, collectives, fabric, cluster.device, cluster.rate.mfu, cluster.data_rate,
-            accumulation, self._more(micro),
+            config, self.layout, self.tokens, collectives, cluster.fabric, cluster.device, cluster.rate.mfu,
+            cluster.data_rate, accumulation, self._more(micro),
         )  # fmt: skip
         fits, recompute = memory.total <= cluster.usable, config.train.activation_checkpointing
-        padded = 1 - 1 / self._more(micro)
-        return Stage(config.zero.stage, micro, accumulation, fits, memory, collectives, time, recompute, padded)
+        padded, zero = 1 - 1 / self._more(micro), config.zero
+        return Stage(
+            zero.stage, micro, accumulation, fits, memory, collectives, time, recompute, padded, zero.hpz_partition_size
+        )
 
     def _more(self, micro: int) -> float:
         """Context and predicted tokens of a micro-batch with their padding, over those without."""
@@ -214,14 +254,20 @@ class Planner:
         return replace(state, activations=kept, workspace=state.workspace + passing)
 
 
-def best_of_each(variants: Sequence[Stage]) -> list[Stage]:
-    """Of each stage the variant that fits, the faster where both do, the one without recomputation where equal."""
+def best_of_each(variants: Sequence[Stage], hpz: int = 1) -> list[Stage]:
+    """Of each stage the variant that fits, the faster where both do, the one without recomputation where equal.
+
+    Another zero.hpz_partition_size than `hpz`, the configured one, must be planned 5 % faster, as another stage must.
+    """
     best = []
     for stage in sorted({v.stage for v in variants}):
         own = [v for v in variants if v.stage == stage]
         fitting = [v for v in own if v.fits]
         if fitting:
-            best.append(min(fitting, key=lambda v: (v.time.total, v.recompute)))
+            at = {v.hpz: v for v in sorted(fitting, key=lambda v: (v.time.total, v.recompute), reverse=True)}
+            fastest = min(at.values(), key=lambda v: (v.time.total, v.hpz))
+            now = at.get(hpz) or at.get(1, fastest)
+            best.append(now if now.time.total <= fastest.time.total * (1 + WORTH) else fastest)
         else:
             best.append(min(own, key=lambda v: v.memory.total))
     return best
@@ -236,7 +282,7 @@ def _without(chosen: Stage, refused: Sequence[Refused]) -> str:
 def _changed(config: Config, stage: int, recompute: bool) -> Config | str:
     """The configuration at another stage, with or without recomputation, or its reason for rejecting that."""
     tree = config.model_dump()
-    tree["zero"]["stage"] = stage
+    tree["zero"] = {"stage": stage}
     tree["train"]["activation_checkpointing"] = recompute
     try:
         return Config.model_validate(tree)
@@ -244,19 +290,25 @@ def _changed(config: Config, stage: int, recompute: bool) -> Config | str:
         return str(error.errors()[0]["msg"]).removeprefix("Value error, ")
 
 
-def stage_record(stage: Stage, config: Config, world: int) -> dict[str, Any]:
+def stage_record(stage: Stage, config: Config, fabric: Fabric) -> dict[str, Any]:
     """Return a stage as JSON values: bytes and seconds."""
-    sent = [ring_bytes(c.kind, c.size, world) for c in stage.collectives]
+    sent = [c.sent_bytes(fabric.world) for c in stage.collectives]
+    crossing = [fabric.transfer(c).network_bytes for c in stage.collectives]
     return {
         "stage": stage.stage,
         "activation_checkpointing": stage.recompute,
+        "hpz_partition_size": stage.hpz,
         "fits": stage.fits,
         "micro_batch": stage.micro_batch,
         "accumulation": stage.accumulation,
         "padded": stage.padded,
         "memory_bytes": asdict(stage.memory) | {"total": stage.memory.total},
-        "collectives": [asdict(c) | {"sent_bytes": s} for c, s in zip(stage.collectives, sent, strict=True)],
+        "collectives": [
+            asdict(c) | {"sent_bytes": s, "network_bytes": n}
+            for c, s, n in zip(stage.collectives, sent, crossing, strict=True)
+        ],
         "sent_bytes": sum(sent),
+        "network_bytes": sum(crossing),
         "step_s": asdict(stage.time) | {"total": stage.time.total},
         "images_per_s": config.train.global_batch / stage.time.total,
     }

@@ -10,15 +10,20 @@ from iwm_fast.config import Config
 from iwm_fast.config.batch import said_in_steps, training_steps, warmup_steps
 from iwm_fast.config.conflicts import length_conflicts
 from iwm_fast.cost import communication, plan, step_time
-from iwm_fast.cost.plan import WORTH, Choice, Cluster, Planner, Refused, Stage, best_of_each, stage_record
+from iwm_fast.cost.failure_report import failure_assumptions, failure_record, failure_sentences
+from iwm_fast.cost.failures import Failures
+from iwm_fast.cost.left_out import left_out
+from iwm_fast.cost.plan import Choice, Cluster, Planner, Stage, stage_record
 from iwm_fast.cost.scaling import Point
 from iwm_fast.cost.step_time import StepTime, image_flops
+from iwm_fast.cost.units import duration, of_gpus
 
 __all__ = [
     "ImageCount",
     "document",
     "duration",
     "left_out_rows",
+    "memory_columns",
     "memory_rows",
     "message_rows",
     "of_gpus",
@@ -36,18 +41,21 @@ class ImageCount:
     why: str
 
 
-def document(planner: Planner, cluster: Cluster, images: ImageCount) -> dict[str, Any]:
+def document(
+    planner: Planner, cluster: Cluster, images: ImageCount, failures: Failures | None = None
+) -> dict[str, Any]:
     """Return every computed number, in bytes, seconds and FLOPs; none is measured here.
 
     Raises UserError if the ranks cannot divide the global batch.
     """
     config, sampled = planner.config, planner.tokens.images
     variants, configured = planner.variants(cluster), planner.configured(cluster)
-    stages = best_of_each(variants)
+    stages = planner.best(variants)
     choice = planner.choose(stages, cluster)
     flops = {key: value / sampled for key, value in asdict(image_flops(config, planner.tokens)).items()}
     schedule = training_steps(config, images.count)
     steps = config.train.steps or schedule
+    fails = failures or Failures()
     record: dict[str, Any] = {
         "config": config.model_dump(mode="json"),
         "cluster": {
@@ -67,13 +75,13 @@ def document(planner: Planner, cluster: Cluster, images: ImageCount) -> dict[str
             "predicted_tokens": planner.tokens.asked / len(planner.tokens.predicted),
             "flops_per_image": flops | {"total": sum(flops.values())},
         },
-        "stages": [stage_record(stage, config, cluster.world) for stage in stages],
-        "variants": [stage_record(stage, config, cluster.world) for stage in variants],
-        "configured": stage_record(configured, config, cluster.world) | _length(steps, configured, cluster),
+        "stages": [stage_record(stage, config, cluster.fabric) for stage in stages],
+        "variants": [stage_record(stage, config, cluster.fabric) for stage in variants],
+        "configured": stage_record(configured, config, cluster.fabric) | _length(steps, configured, cluster),
         "recommended": _recommended(planner, choice, configured, steps, cluster),
-        "left_out": left_out(variants, planner.settings[1], choice.stage, cluster.usable),
+        "left_out": left_out(planner, variants, choice.stage, cluster),
         "warnings": warnings(config, images, (choice.stage or configured).time),
-        "assumptions": assumptions(cluster, config, images),
+        "assumptions": [*assumptions(cluster, config, images), *failure_assumptions(planner, cluster, fails)],
         "images": images.count,
         "images_origin": images.origin,
         "steps": steps,
@@ -82,6 +90,7 @@ def document(planner: Planner, cluster: Cluster, images: ImageCount) -> dict[str
         "in_steps": said_in_steps(config, images.count),
         "hours": None,
         "gpu_hours": None,
+        "failures": failure_record(planner, cluster, choice.stage, steps, images.count, fails),
     }
     return record | (_length(steps, choice.stage, cluster) if choice.stage else {})
 
@@ -107,6 +116,7 @@ def _recommended(planner: Planner, choice: Choice, configured: Stage, steps: int
         "stage": stage.stage,
         "why": choice.why,
         "activation_checkpointing": stage.recompute,
+        "hpz_partition_size": stage.hpz,
         "micro_batch": stage.micro_batch,
         "accumulation": stage.accumulation,
         "images_per_s": planner.config.train.global_batch / stage.time.total,
@@ -180,7 +190,7 @@ def stage_rows(
     """
     return [
         (
-            f"{s['stage']}{' *' if _is_recommended(s, recommended) else ''}",
+            f"{_label(s)}{' *' if _is_recommended(s, recommended) else ''}",
             "yes" if s["activation_checkpointing"] else "no",
             _batch(s),
             _shown(s["memory_bytes"]["total"] / 1e9, 1),
@@ -198,7 +208,7 @@ def message_rows(variants: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
     """Return one row per variant: milliseconds of a step's messages, of those not overlapped, and by link type."""
     return [
         (
-            str(s["stage"]),
+            _label(s),
             "yes" if s["activation_checkpointing"] else "no",
             *(_shown(s["step_s"][part] * 1e3, 1) for part in ("communication", "exposed", "link", "network")),
         )
@@ -206,12 +216,23 @@ def message_rows(variants: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
     ]
 
 
+def memory_columns(variants: Sequence[dict[str, Any]]) -> tuple[str, ...]:
+    """Return the names of the columns of `memory_rows`."""
+    names = {"ema": "EMA", "host_copy": "host copy"}
+    return ("ZeRO", "recompute", *(names.get(kind, kind) for kind in _memory_kinds(variants)))
+
+
+def _memory_kinds(variants: Sequence[dict[str, Any]]) -> list[str]:
+    kinds = ["parameters", "gradients", "optimizer", "ema", "activations", "workspace"]
+    return kinds + (["host_copy"] if any(s["memory_bytes"]["host_copy"] for s in variants) else [])
+
+
 def memory_rows(variants: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
     """Return one row per variant: gigabytes per rank by kind."""
-    kinds = ("parameters", "gradients", "optimizer", "ema", "activations", "workspace")
+    kinds = _memory_kinds(variants)
     return [
         (
-            str(s["stage"]),
+            _label(s),
             "yes" if s["activation_checkpointing"] else "no",
             *(_shown(s["memory_bytes"][kind] / 1e9, 2) for kind in kinds),
         )
@@ -222,14 +243,20 @@ def memory_rows(variants: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
 def left_out_rows(record: dict[str, Any]) -> list[tuple[str, ...]]:
     """Return one row per setting that is not recommended, with the reason."""
     return [
-        (str(entry["stage"]), "yes" if entry["activation_checkpointing"] else "no", entry["why"])
+        (_label(entry), "yes" if entry["activation_checkpointing"] else "no", entry["why"])
         for entry in record["left_out"]
     ]
 
 
+def _label(setting: Mapping[str, Any]) -> str:
+    """The stage, and how many ranks of a host hold a copy of the parameters, if any."""
+    size = setting.get("hpz_partition_size", 1)
+    return f"{setting['stage']} hpz {size}" if size > 1 else str(setting["stage"])
+
+
 def _is_recommended(stage: dict[str, Any], recommended: dict[str, Any]) -> bool:
-    own = (stage["stage"], stage["activation_checkpointing"])
-    return own == (recommended["stage"], recommended.get("activation_checkpointing"))
+    own = ("stage", "activation_checkpointing", "hpz_partition_size")
+    return all(stage[key] == recommended.get(key) for key in own)
 
 
 def _batch(stage: dict[str, Any]) -> str:
@@ -253,9 +280,11 @@ def sentences(record: dict[str, Any], points: dict[str, list[Point]] | None) -> 
         said.append(f"recommended: none: {recommended['why']}")
     else:
         said += _advice(record)
+    said += failure_sentences(record)
     for kind, label in (("strong", "same global batch"), ("weak", "same batch per GPU")) if points else ():
         last = [p for p in (points or {})[kind] if p.images_per_s is not None][-1:]
-        said += [f"{label}, {p.gpus} GPUs: {p.images_per_s:,.0f} images/s, stage {p.stage}" for p in last]
+        said += [f"{label}, {p.gpus:,} GPUs: {p.images_per_s:,.0f} images/s, stage {p.stage}" for p in last]
+    said += record.get("scaling_limits", [])
     return [*said, *record["in_steps"], *record["assumptions"]]
 
 
@@ -304,8 +333,11 @@ def _gain(record: dict[str, Any]) -> str:
 
 def keys(stage: Mapping[str, Any]) -> str:
     """Return the overrides of a setting, for the command line."""
+    size = stage["hpz_partition_size"]
+    copies = f"zero.hpz_partition_size={size} " if size > 1 else ""
+    recompute = str(stage["activation_checkpointing"]).lower()
     return (
-        f"zero.stage={stage['stage']} train.activation_checkpointing={str(stage['activation_checkpointing']).lower()} "
+        f"zero.stage={stage['stage']} {copies}train.activation_checkpointing={recompute} "
         f"train.micro_batch={stage['micro_batch']}"
     )
 
@@ -323,61 +355,6 @@ def changes(planner: Planner, configured: Stage, recommended: Stage) -> str:
         words.append(f"train.micro_batch={recommended.micro_batch}")
     if config.zero.stage != recommended.stage:
         words.append(f"zero.stage={recommended.stage}")
+    if config.zero.hpz_partition_size != recommended.hpz:
+        words.append(f"zero.hpz_partition_size={recommended.hpz}")
     return " ".join(words)
-
-
-def left_out(
-    variants: Sequence[Stage], refused: Sequence[Refused], chosen: Stage | None, usable: int
-) -> list[dict[str, Any]]:
-    """Return {stage, activation_checkpointing, why} of every setting except the recommended one."""
-    best = {stage.stage: stage for stage in best_of_each(variants)}
-    reasons = [(r.stage, r.recompute, f"refused: {r.why}") for r in refused]
-    reasons += [(v.stage, v.recompute, _reason(v, best[v.stage], chosen, usable)) for v in variants if v is not chosen]
-    return [
-        {"stage": stage, "activation_checkpointing": recompute, "why": why}
-        for stage, recompute, why in sorted(reasons, key=lambda r: r[:2])
-    ]
-
-
-def _reason(variant: Stage, best: Stage, chosen: Stage | None, usable: int) -> str:
-    """Why a variant is not chosen; best: the better one of its stage."""
-    if not variant.fits or chosen is None:
-        return (
-            f"does not fit: {variant.memory.total / 1e9:.1f} GB at a micro-batch of {variant.micro_batch}, "
-            f"{usable / 1e9:.0f} GB are usable"
-        )
-    if variant is not best:
-        ratio = variant.time.total / best.time.total
-        return f"{_beside(ratio)} than stage {best.stage} without recomputation, which fits"
-    ratio = variant.time.total / chosen.time.total
-    if ratio > 1 + WORTH:
-        return f"{_beside(ratio)} than the recommended setting"
-    if variant.micro_batch < chosen.micro_batch:
-        return f"{_beside(ratio)}, and a micro-batch of {variant.micro_batch} is the largest that fits"
-    return f"{_beside(ratio)}; another stage is recommended from {WORTH:.0%} on, because rates and overlap are assumed"
-
-
-def _beside(ratio: float) -> str:
-    """Return the ratio of two step times in words."""
-    if abs(ratio - 1) < 5e-4:
-        return "no faster"
-    return f"{ratio - 1:.1%} slower" if ratio > 1 else f"{1 - ratio:.1%} faster"
-
-
-def duration(hours: float) -> str:
-    """Return hours as seconds, minutes, hours, or hours and days."""
-    seconds = hours * 3600
-    if seconds < 100:
-        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
-    if seconds < 7200:
-        return f"{seconds / 60:.3g} minutes"
-    if hours < 72:
-        return f"{hours:.1f} hours"
-    return f"{hours:,.0f} hours ({hours / 24:.1f} days)"
-
-
-def of_gpus(gpu_hours: float) -> str:
-    """Return GPU-hours with at least two significant digits, and never 0."""
-    if gpu_hours < 1e-3:
-        return "less than 0.001 GPU-hours"
-    return f"{gpu_hours:.2g} GPU-hours" if gpu_hours < 10 else f"{gpu_hours:,.0f} GPU-hours"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from iwm_fast.actions.external import action_dim
 from iwm_fast.config import Config
-from iwm_fast.cost.communication import Collective, Fabric
+from iwm_fast.cost.communication import Collective, Fabric, Transfer
 from iwm_fast.cost.devices import Device
 from iwm_fast.cost.flops import StepFlops, step_flops
 from iwm_fast.cost.memory import Layout
@@ -84,15 +84,18 @@ def step_time(
     again = encoded + flops.predictor_forward if config.train.activation_checkpointing else 0
     launched = _launches(config, accumulation)
     source = flops.context_forward + flops.predictor_forward
-    forward = max((flops.target_forward + more * source) / rate, launched[0])
-    backward = max(more * (flops.context_backward + flops.predictor_backward + again) / rate, launched[1])
+    computed = (
+        (flops.target_forward + more * source) / rate,
+        more * (flops.context_backward + flops.predictor_backward + again) / rate,
+    )
+    waits = (0.0, 0.0)
+    if config.zero.hpz_partition_size > 1:
+        waits = _host_waits(config, flops.target_forward / rate, computed[1], launched, accumulation)
+    forward, backward = (max(c, n) + w for c, n, w in zip(computed, launched, waits, strict=True))
     transfers = [fabric.transfer(c) for c in collectives]
     # A graph hands over all gradients at its end.
-    hidden = {"forward": forward, "backward": 0.0 if config.train.cuda_graph else backward}
-    exposed = 0.0
-    for collective, transfer in zip(collectives, transfers, strict=True):
-        beside = hidden.get(collective.hidden_by or "", 0.0)
-        exposed += max(collective.last * transfer.seconds, transfer.seconds - beside)
+    hidden = {"forward": forward, "backward": 0.0 if config.train.cuda_graph else backward, None: 0.0}
+    exposed = sum(_exposed(collectives, transfers, part, time) for part, time in hidden.items())
     return StepTime(
         forward,
         backward,
@@ -104,6 +107,29 @@ def step_time(
         images / data_rate if data_rate else None,
         sum(launched),
     )
+
+
+def _exposed(collectives: list[Collective], transfers: list[Transfer], part: str | None, time: float) -> float:
+    """Seconds of the collectives that overlap with this part of the step, of `time` seconds, that it does not hide."""
+    own = [(c, t.seconds) for c, t in zip(collectives, transfers, strict=True) if c.hidden_by == part]
+    return max(
+        sum(c.last * seconds for c, seconds in own),
+        sum(seconds for _, seconds in own) - time,
+        sum(max(0.0, seconds - c.share * time) for c, seconds in own),
+    )
+
+
+def _host_waits(
+    config: Config, target: float, backward: float, launched: tuple[float, float], accumulation: int
+) -> tuple[float, float]:
+    """Seconds that a host's copy of the parameters adds to the forward and the backward pass of a step.
+
+    When DeepSpeed makes the copy of a parameter, in a step's first micro-batch, the host waits for the device: there
+    launches do not overlap with the computation, and the shorter of the two is added. A trained parameter is copied
+    once, which is counted in the backward pass; one of the EMA in the target's forward pass; a frozen one never again.
+    """
+    blocks = config.model.target_architecture.shape.depth if config.model.target == "ema" else 0
+    return min(blocks * LAUNCH_S, target / accumulation), min(launched[1], backward) / accumulation
 
 
 def _launches(config: Config, accumulation: int) -> tuple[float, float]:

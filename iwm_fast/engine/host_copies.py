@@ -18,7 +18,7 @@ __all__ = ["drop", "join_group"]
 def join_group(size: int) -> None:
     """Create this rank's group of ``size`` consecutive ranks for DeepSpeed's next engine; 1: none. All ranks call it.
 
-    DeepSpeed's own way creates all groups on all ranks, world / size of them, each with a barrier in the store; and an
+    DeepSpeed's own way creates all groups on all ranks, world / size of them, each with a barrier of all ranks; and an
     engine takes the group of the engine before it, whatever its own configuration says.
     """
     from deepspeed.utils import groups
@@ -36,4 +36,4 @@ def drop(parameters: Iterable[nn.Parameter]) -> None:
     """
     for parameter in parameters:
         if getattr(parameter, "ds_secondary_tensor", None) is not None:
-            parameter.ds_secondary_tensor = None  # type: ignore[assignment]
+            parameter.ds_secondary_tensor = None  # type: ignore[attr-defined]

@@ -36,7 +36,7 @@ def test_others_are_refused_with_what_to_give(size, hosts, said):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["zero.stage=2"], "hpz_partition_size is 8, which needs stage 3; it is 2"),
+        (["zero.stage=2"], "hpz_partition_size is 8, which needs stage 3, which shards parameters; stage is 2"),
         (["zero.stage=3", "zero.hpz_partition_size=0"], "zero.hpz_partition_size"),
         (["zero.stage=3", "zero.hpz_partition_size=2.5"], "zero.hpz_partition_size"),
     ],

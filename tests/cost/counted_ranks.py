@@ -1,7 +1,7 @@
 """Run under torchrun by test_counted.py: train each configuration and record a warmed-up step's bytes sent and held.
 
 Arguments: images, out, then one JSON object of changes to the small configuration for each training. Rank 0 writes
-OUT/counted.json.
+OUT/counted.json. ``settings``: of DeepSpeed's zero_optimization, beside the packaged ones.
 """
 
 import json
@@ -12,7 +12,7 @@ import torch
 from small_run import small_config
 from torch.utils._pytree import tree_leaves
 
-from iwm_fast.engine import pretrain
+from iwm_fast.engine import pretrain, zero
 from iwm_fast.engine import step as loop
 from iwm_fast.engine.distributed.ranks import leave
 from iwm_fast.measure.collective_bytes import CollectiveCounter
@@ -59,19 +59,20 @@ class Watched(loop.Trainer):
     notes: list
 
     def train_step(self):
-        backward, self.after_backward = self.zero.engine.backward, []
+        backward, self.after_backward, copies = self.zero.engine.backward, [], []
 
         def then_look(*args, **options):
             backward(*args, **options)
             self.after_backward.append(gradients(self))
+            copies.append(held([getattr(p, "ds_secondary_tensor", None) for p in self.zero.module.parameters()]))
 
         self.zero.engine.backward = then_look
         with CollectiveCounter() as counter:
             record = super().train_step()
         self.zero.engine.backward = backward
         if self.step == SETTLED:
-            calls = [[call.kind, call.size] for call in counter.calls]
-            note = {"calls": calls, "gradients": max(self.after_backward), "memory": memory(self)}
+            calls = [[call.kind, call.size, call.ranks] for call in counter.calls]
+            note = {"calls": calls, "gradients": max(self.after_backward), "memory": memory(self), "copy": max(copies)}
             notes = [None] * self.ranks.world
             torch.distributed.all_gather_object(notes, note)
             Watched.notes.append(notes)
@@ -87,8 +88,18 @@ if __name__ == "__main__":
     train.InitialWeights.fill = lambda *_: train.Started()
     Watched.notes = []
     images, out, *jobs = sys.argv[1:]
+    packaged = zero.deepspeed_config
     for i, job in enumerate(jobs):
-        pretrain(small_config(Path(images), **json.loads(job)), Path(out) / str(i))
+        changes = json.loads(job)
+        settings = changes.pop("settings", {})
+
+        def with_settings(*given, settings=settings):
+            found = packaged(*given)
+            found["zero_optimization"] |= settings
+            return found
+
+        zero.deepspeed_config = with_settings
+        pretrain(small_config(Path(images), **changes), Path(out) / str(i))
     if torch.distributed.get_rank() == 0:
         (Path(out) / "counted.json").write_text(json.dumps(Watched.notes))
     leave()

@@ -23,8 +23,8 @@ def runs(tiny_images, tmp_path_factory):
     """Of each shape: without, in pairs, and in pairs and two halves; one more resumed in fours, and by a rank alone."""
     out = tmp_path_factory.mktemp("hosts")
     jobs = []
-    for name, shape in SHAPES.items():
-        shape = {"zero__stage": 3, "train__steps": STEPS, **shape}
+    for name, changes in SHAPES.items():
+        shape = {"zero__stage": 3, "train__steps": STEPS, **changes}
         pairs, half = shape | {"zero__hpz_partition_size": 2}, {"train__steps": STEPS // 2}
         jobs += [{"name": f"pairs_{name}", **pairs}, {"name": f"plain_{name}", **shape}]
         jobs += [{"name": f"halves_{name}", **pairs, **half}, {"name": f"halves_{name}", **pairs, "resume": "auto"}]

@@ -131,7 +131,7 @@ class ZeroConfig(Section):
     def _parameters_are_sharded(self) -> Self:
         if self.hpz_partition_size > 1 and self.stage != 3:
             raise ValueError(
-                f"hpz_partition_size is {self.hpz_partition_size}, which needs stage 3; it is {self.stage}, where every "
-                "rank holds whole parameters: give 1, or stage 3"
+                f"hpz_partition_size is {self.hpz_partition_size}, which needs stage 3, which shards parameters; "
+                f"stage is {self.stage}: give 1, or stage 3"
             )
         return self
