@@ -41,10 +41,10 @@ def plan(
         float | None, typer.Option("--mfu", min=0.01, max=1.0, help="Share of the GPU's peak; default: from a result.")
     ] = None,
     network: Annotated[
-        float | None, typer.Option("--network", min=0.01, help="GB/s per GPU between hosts, one direction.")
+        float | None, typer.Option("--network", min=0.01, max=1e6, help="GB/s per GPU between hosts, one direction.")
     ] = None,
     data_rate: Annotated[
-        float | None, typer.Option("--data-rate", min=0.01, help="Images/s of the data pipeline per GPU.")
+        float | None, typer.Option("--data-rate", min=0.01, max=1e9, help="Images/s of the data pipeline per GPU.")
     ] = None,
     results: Annotated[
         Path | None,
@@ -52,15 +52,21 @@ def plan(
     ] = None,
     mtbf: Annotated[
         float | None,
-        typer.Option("--mtbf", min=0.01, help="Hours between failures of one GPU; default: 50,677, of Llama 3's run."),
+        typer.Option(
+            "--mtbf", min=0.01, max=1e9, help="Hours between failures of one GPU; default: 50,677, of Llama 3's run."
+        ),
     ] = None,
     storage: Annotated[
         float | None,
-        typer.Option("--storage", min=0.001, help="GB/s of all hosts writing a checkpoint; default: 5, assumed."),
+        typer.Option(
+            "--storage", min=0.001, max=1e6, help="GB/s of all hosts writing a checkpoint; default: 5, assumed."
+        ),
     ] = None,
     restart: Annotated[
         float | None,
-        typer.Option("--restart", min=0.0, help="Seconds from a failure to the next step; default: 300, assumed."),
+        typer.Option(
+            "--restart", min=0.0, max=1e6, help="Seconds from a failure to the next step; default: 300, assumed."
+        ),
     ] = None,
     json: Json = None,
     plot: Annotated[
@@ -120,8 +126,8 @@ def plan(
         )
         print_table("not recommended", ("ZeRO", "recompute", "why"), said.left_out_rows(record))
         for kind, label in (("weak", "same batch per GPU"), ("strong", "same global batch")):
-            shown = [p for p in points[kind] if p.gpus >= min(8, cluster.world)]
-            print_table(f"scaling with the {label}", SCALING_COLUMNS, scaling_rows(shown))
+            rows = scaling_rows(points, kind, min(8, cluster.world))
+            print_table(f"scaling with the {label}", SCALING_COLUMNS, rows)
         print_lines(said.sentences(record, points))
 
     answer(json, "plan", record, show)

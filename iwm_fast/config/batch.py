@@ -15,10 +15,11 @@ def divide_batch(global_batch: int, world: int, ceiling: int | None) -> tuple[in
     """
     left = global_batch % world
     if left:
-        nearest = [n for n in (global_batch - left, global_batch - left + world) if n]
+        below, above = global_batch - left, global_batch - left + world
+        nearest = f"{below} or {above}" if below else f"{above} is one image per rank"
         raise UserError(
             f"train.global_batch is {global_batch}, which does not divide evenly over {world} ranks; "
-            f"make it a multiple of {world} ({' or '.join(map(str, nearest))}), or change the number of ranks"
+            f"make it a multiple of {world} ({nearest}), or change the number of ranks"
         )
     share = global_batch // world
     micro = next(size for size in range(min(share, ceiling or share), 0, -1) if share % size == 0)

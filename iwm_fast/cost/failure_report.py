@@ -45,7 +45,10 @@ def failure_record(
     every = min(steps, in_steps(planner.config, images).checkpoint.every_steps)
     loss = expected_loss(every * step_s, checkpoint, plan.mean_s)
     now = {"every_steps": every, "interval_s": every * step_s, "loss": asdict(loss), "lost_share": loss.total}
-    return found | {"plan": plan.record(), "configured": now, "change": f"checkpoint.every_steps={plan.every_steps}"}
+    change = f"checkpoint.every_steps={plan.every_steps}"
+    if planner.config.checkpoint.every_epochs is not None:  # of both keys only one may be set
+        change += " checkpoint.every_epochs=null"
+    return found | {"plan": plan.record(), "configured": now, "change": change}
 
 
 def failure_sentences(record: Mapping[str, Any]) -> list[str]:
@@ -62,7 +65,7 @@ def failure_sentences(record: Mapping[str, Any]) -> list[str]:
     whole = plan["every_steps"] >= record["steps"]
     said = [
         (
-            f"failures: {plan['expected']:.2g} expected in the run ({once}); {failures['change']} (every "
+            f"failures: {_count(plan['expected'])} expected in the run ({once}); {failures['change']} (every "
             f"{duration(plan['interval_s'] / 3600)}{': the last one is enough' if whole else ''}) loses {_lost(plan)}"
         ),
     ]
@@ -86,6 +89,10 @@ def _lost(plan: Mapping[str, Any]) -> str:
     return f"{_percent(plan['lost_share'])} of the time: {parts}, restarts {_percent(loss['restart'])}"
 
 
+def _count(number: float) -> str:
+    return f"{number:,.0f}" if number >= 100 else f"{number:.2g}"
+
+
 def _percent(share: float) -> str:
     return f"{100 * share:.2g}%" if share < 0.1 else f"{100 * share:.0f}%"
 
@@ -99,7 +106,7 @@ def failure_assumptions(planner: Planner, cluster: Cluster, failures: Failures) 
     restart = "assumed, --restart" if failures.restart_s == RESTART_S else "--restart"
     return [
         (
-            f"failures: independent and exponential, one GPU stops the job every {failures.gpu_hours:,.0f} hours "
+            f"failures: independent and exponential, one GPU stops the job every {_count(failures.gpu_hours)} hours "
             f"({source})"
         ),
         (
@@ -115,10 +122,12 @@ def failure_assumptions(planner: Planner, cluster: Cluster, failures: Failures) 
     ]
 
 
-def scaling_rows(points: list[Point]) -> list[tuple[str, ...]]:
-    """Return one row of `SCALING_COLUMNS` per number of GPUs."""
+def scaling_rows(points: dict[str, list[Point]], kind: str, least: int = 1) -> list[tuple[str, ...]]:
+    """Return one row of `SCALING_COLUMNS` per number of GPUs of a kind, from `least` GPUs on."""
     rows = []
-    for point, share in zip(points, efficiency(points), strict=True):
+    for point, share in zip(points[kind], efficiency(points)[kind], strict=True):
+        if point.gpus < least:
+            continue
         gpus, batch = f"{point.gpus:,}", f"{point.global_batch:,}"
         if point.images_per_s is None or share is None or point.failures is None:
             rows.append((gpus, batch, "none fits", *[""] * 6))
@@ -129,7 +138,7 @@ def scaling_rows(points: list[Point]) -> list[tuple[str, ...]]:
             (
                 gpus, batch, f"{point.stage}{copies}", f"{point.images_per_s:,.0f}", f"{share:.0%}",
                 "never" if fails.hours is None else duration(fails.hours),
-                "" if fails.expected is None else f"{fails.expected:.2g}",
+                "" if fails.expected is None else _count(fails.expected),
                 f"{fails.every_steps:,} steps", _percent(fails.loss.total),
             )
         )  # fmt: skip

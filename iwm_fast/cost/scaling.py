@@ -116,11 +116,14 @@ def scaling_limits(planner: Planner, cluster: Cluster, images: int) -> list[str]
     return said
 
 
-def efficiency(points: list[Point]) -> list[float | None]:
-    """Return each point's images/s per GPU over the best point's."""
-    each = [None if p.images_per_s is None else p.images_per_s / p.gpus for p in points]
-    best = max((rate for rate in each if rate is not None), default=1.0)
-    return [None if rate is None else rate / best for rate in each]
+def efficiency(points: dict[str, list[Point]]) -> dict[str, list[float | None]]:
+    """Return each point's images/s per GPU over the best point's of all."""
+    each = {
+        kind: [None if p.images_per_s is None else p.images_per_s / p.gpus for p in line]
+        for kind, line in points.items()
+    }
+    best = max((rate for line in each.values() for rate in line if rate is not None), default=1.0)
+    return {kind: [None if rate is None else rate / best for rate in line] for kind, line in each.items()}
 
 
 def draw_scaling(points: dict[str, list[Point]], title: str, path: Path) -> None:
@@ -137,16 +140,22 @@ def draw_scaling(points: dict[str, list[Point]], title: str, path: Path) -> None
     )
     known = [p for line in points.values() for p in line if p.images_per_s is not None]
     per_gpu = max((p.images_per_s or 0.0) / p.gpus for p in known) if known else 0.0
+    of_perfect = efficiency(points)
     labels = {"strong": ("same global batch", "C0", "o"), "weak": ("same batch per GPU", "C1", "s")}
     for kind, (label, color, marker) in labels.items():
         line = [p for p in points[kind] if p.images_per_s is not None]
         if not line:
             continue
+        images = line[0].global_batch // (1 if kind == "strong" else line[0].gpus)
         gpus = [p.gpus for p in line]
         style = {"color": color, "marker": marker, "markersize": 5}
-        rates.plot(gpus, [p.images_per_s or 0.0 for p in line], label=label, **style)
-        of_best = [100 * (p.images_per_s or 0.0) / p.gpus / per_gpu for p in line]
-        shares.plot(gpus, of_best, label=f"images/s, of perfect: {label}", **style)
+        rates.plot(gpus, [p.images_per_s or 0.0 for p in line], label=f"{label}: {images:,}", **style)
+        shares.plot(
+            gpus,
+            [100 * share for share in of_perfect[kind] if share is not None],
+            label=f"images/s, of perfect: {label}",
+            **style,
+        )
         lost = [100 * p.failures.loss.total if p.failures else 0.0 for p in line]
         hollow = style | {"linestyle": ":", "markerfacecolor": "white"}
         shares.plot(gpus, lost, label=f"time lost to failures: {label}", **hollow)

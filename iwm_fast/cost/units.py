@@ -6,7 +6,7 @@ __all__ = ["duration", "of_gpus"]
 
 
 def duration(hours: float) -> str:
-    """Return hours as seconds, minutes, hours, or hours and days."""
+    """Return hours as seconds, minutes, hours, hours and days, or years."""
     seconds = hours * 3600
     if seconds < 100:
         return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
@@ -14,6 +14,8 @@ def duration(hours: float) -> str:
         return f"{seconds / 60:.3g} minutes"
     if hours < 72:
         return f"{hours:.1f} hours"
+    if hours > 5 * 24 * 365.25:
+        return f"{hours / 24 / 365.25:,.0f} years"
     return f"{hours:,.0f} hours ({hours / 24:.1f} days)"
 
 

@@ -52,7 +52,16 @@ def test_the_command_answers_a_person_and_a_program(tmp_path, capsys):
     ("arguments", "words"),
     [
         (["--gpu", "v100"], "--gpu v100: not known here"),
-        (["--nodes", "3"], "train.global_batch is 2048, which does not divide evenly over 24 ranks"),
+        (
+            ["--nodes", "3"],
+            "train.global_batch is 2048, which does not divide evenly over 24 ranks; make it a multiple of 24 (2040 or "
+            "2064), or change the number of ranks",
+        ),
+        (["--nodes", "1024"], "over 8192 ranks; make it a multiple of 8192 (8192 is one image per rank), or change"),
+        (["--mtbf", "inf"], "Invalid value for '--mtbf'"),
+        (["--restart", "nan"], "Invalid value for '--restart'"),
+        (["--network", "inf"], "Invalid value for '--network'"),
+        (["zero.stage=3", "zero.hpz_partition_size=16", "--nodes", "2"], "ranks 0 to 15 are on several hosts (host 0"),
         (["--results", "{folder}"], "not JSON"),
         (["--results", "{folder}/gone"], "gone: no such folder; give one with results of bench step"),
         (["model.depth=3"], "model.depth"),

@@ -191,7 +191,7 @@ def test_a_run_that_ends_early_is_planned_to_its_end(large):
     ("hours", "said"),
     [
         (0.0092 / 3600, "0.0092 s"), (59.4 / 3600, "59 s"), (0.05, "3 minutes"), (1.5, "90 minutes"),
-        (4.84, "4.8 hours"), (71.96, "72.0 hours"), (1000, "1,000 hours (41.7 days)"),
+        (4.84, "4.8 hours"), (71.96, "72.0 hours"), (1000, "1,000 hours (41.7 days)"), (62.5e6, "7,130 years"),
     ],
 )  # fmt: skip
 def test_lengths_are_said_in_units_that_show_them(hours, said):

@@ -79,7 +79,7 @@ def test_more_gpus_fail_more_often_and_lose_more():
     assert [f.mean_s for f in weak] == [3.6e6 / p.gpus for p in points["weak"]]
     lost = [f.loss.total for f in weak]
     assert lost == sorted(lost)
-    rows = scaling_rows(points["weak"])
+    rows = scaling_rows(points, "weak")
     assert all(len(row) == len(SCALING_COLUMNS) for row in rows)
     assert rows[-1][0] == "16,384"
     assert rows[-1][-1] == f"{100 * lost[-1]:.0f}%"
@@ -89,9 +89,10 @@ def test_where_nothing_fits_the_row_says_so_and_the_picture_is_still_drawn(tmp_p
     planner, at, points, _ = planned()
     tiny = replace(at, device=replace(at.device, memory=10**9))
     none = scaling(planner, tiny, MANY, Failures())
-    assert scaling_rows(none["weak"])[0][2] == "none fits"
-    assert set(efficiency(none["weak"])) == {None}
-    assert max(efficiency(points["weak"])) == 1.0
+    assert scaling_rows(none, "weak")[0][2] == "none fits"
+    assert set(efficiency(none)["weak"]) == {None}
+    assert max(share for line in efficiency(points).values() for share in line) == 1.0
+    assert [row[0] for row in scaling_rows(points, "weak", 8)][:2] == ["8", "16"]
     for name, drawn in (("none.png", none), ("all.png", points)):
         draw_scaling(drawn, "title", tmp_path / name)
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
@@ -115,6 +116,15 @@ def test_the_plan_says_failures_the_interval_to_paste_and_what_the_configured_on
     assert "by Young (1974)" in said
     assert "by Daly (2006)" in said
     assert "one GPU stops the job every 50 hours (--mtbf)" in said
+
+
+def test_the_interval_to_paste_replaces_one_in_epochs():
+    planner, at, _, _ = planned()
+    config = planner.config
+    epochs = config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"every_epochs": 2.0})})
+    record = document(Planner(epochs, planner.tokens, planner.layout), at, ImageCount(MANY, "given", "--images"))
+    assert record["failures"]["change"].endswith(" checkpoint.every_epochs=null")
+    assert record["failures"]["configured"]["every_steps"] == round(2 * MANY / 2048)
 
 
 def test_a_short_run_is_said_to_need_its_last_checkpoint_alone():
