@@ -52,21 +52,15 @@ def plan(
     ] = None,
     mtbf: Annotated[
         float | None,
-        typer.Option(
-            "--mtbf", min=0.01, max=1e9, help="Hours between failures of one GPU; default: 50,677, of Llama 3's run."
-        ),
+        typer.Option("--mtbf", min=0.01, max=1e9, help="Hours between failures of one GPU; default: 50,677 (Llama 3)."),
     ] = None,
     storage: Annotated[
         float | None,
-        typer.Option(
-            "--storage", min=0.001, max=1e6, help="GB/s of all hosts writing a checkpoint; default: 5, assumed."
-        ),
+        typer.Option("--storage", min=0.001, max=1e6, help="GB/s of all hosts to storage; default: 5, assumed."),
     ] = None,
     restart: Annotated[
         float | None,
-        typer.Option(
-            "--restart", min=0.0, max=1e6, help="Seconds from a failure to the next step; default: 300, assumed."
-        ),
+        typer.Option("--restart", min=0.0, max=1e6, help="Seconds from a failure to a step; default: 300, assumed."),
     ] = None,
     json: Json = None,
     plot: Annotated[

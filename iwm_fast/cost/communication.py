@@ -191,8 +191,10 @@ class Fabric:
         host once.
 
         So one part in gpus_per_node of what a GPU sends crosses the network, and the rest stays within the host. Hops:
-        (W − 1) per round, of which (nodes − 1) over the network (as in NCCL's own cost model). Between the ranks of a
-        host nothing crosses it.
+        (W − 1) per round, of which (nodes − 1) over the network. An all-reduce may go through two trees of hosts
+        instead, with the same bytes (Sanders, Speck and Träff 2009, doi:10.1016/j.parco.2009.09.001) and log₂ nodes
+        hops over the network; the shorter counts, as in NCCL's own cost model. Between the ranks of a host nothing
+        crosses the network.
         """
         world, nodes = (collective.ranks, 1) if collective.ranks else (self.world, self.nodes)
         sent = collective.sent_bytes(self.world)
@@ -201,6 +203,9 @@ class Fabric:
         over_link = sent - over_network
         rounds = 2 if collective.kind == "all_reduce" else 1
         hops = (nodes - 1) * NETWORK_HOP_S + (world - nodes) * LINK_HOP_S
+        if collective.kind == "all_reduce":
+            tree = (nodes - 1).bit_length() * NETWORK_HOP_S + (self.gpus_per_node - 1) * LINK_HOP_S
+            hops = min(hops, tree)
         return Transfer(
             over_link,
             over_network,

@@ -8,7 +8,7 @@ from typing import Literal
 
 from iwm_fast.config.batch import training_steps
 from iwm_fast.cost.failures import Checkpoint, Failures, Interval
-from iwm_fast.cost.plan import Cluster, Planner, Stage
+from iwm_fast.cost.plan import Cluster, Planner
 from iwm_fast.file_names import valid_unicode
 
 __all__ = ["MOST_GPUS", "Point", "draw_scaling", "efficiency", "scaling", "scaling_limits"]
@@ -39,8 +39,8 @@ class Point:
 def scaling(planner: Planner, cluster: Cluster, images: int, failures: Failures) -> dict[str, list[Point]]:
     """Doubling the GPUs: "strong" with the run's global batch, "weak" with each GPU's share of it kept.
 
-    The stage is the one recommended for `cluster`, or the one that is chosen where that does not fit. Up to
-    gpus_per_node they are of one host, then whole hosts. images: of the data set. A global batch that the GPUs cannot
+    Each point has the setting that is recommended on its GPUs. Up to gpus_per_node they are of one host, then whole
+    hosts. images: of the data set. A global batch that the GPUs cannot
     share evenly is rounded to one that they can (`Point.global_batch`); with more GPUs than images of a batch there is
     no strong point, and with more images of a batch than of the data set no weak one (`scaling_limits`).
     """
@@ -48,13 +48,12 @@ def scaling(planner: Planner, cluster: Cluster, images: int, failures: Failures)
     batch = config.train.global_batch
     share = max(1, batch // cluster.world)
     found: dict[str, list[Point]] = {"strong": [], "weak": []}
-    recommended = planner.choose(planner.stages(cluster), cluster).stage
     for gpus in _sizes(cluster):
         at = _resized(cluster, gpus)
         if gpus <= batch:
-            found["strong"].append(_point(planner, at, round(batch / gpus) * gpus, recommended, images, failures))
+            found["strong"].append(_point(planner, at, round(batch / gpus) * gpus, images, failures))
         if share * gpus <= max(images, batch):
-            found["weak"].append(_point(planner, at, share * gpus, recommended, images, failures))
+            found["weak"].append(_point(planner, at, share * gpus, images, failures))
     return found
 
 
@@ -72,13 +71,9 @@ def _resized(cluster: Cluster, gpus: int) -> Cluster:
     return replace(cluster, nodes=gpus // cluster.gpus_per_node)
 
 
-def _point(
-    planner: Planner, cluster: Cluster, global_batch: int, recommended: Stage | None, images: int, failures: Failures
-) -> Point:
+def _point(planner: Planner, cluster: Cluster, global_batch: int, images: int, failures: Failures) -> Point:
     other = planner.with_batch(global_batch)
-    stages = other.stages(cluster)
-    same = next((s for s in stages if recommended and s.stage == recommended.stage and s.fits), None)
-    chosen = same or other.choose(stages, cluster).stage
+    chosen = other.choose(other.stages(cluster), cluster).stage
     if chosen is None:
         return Point(cluster.world, global_batch, None, None, None)
     step_s = chosen.time.total
