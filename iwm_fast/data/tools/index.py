@@ -77,7 +77,10 @@ def write_index(
         with writing_manifest(out) as files:
             totals = _write_rows(images, texts, header, files, (processes or usable_cores()) if many else 1, progress)
     except OSError as error:
-        raise UserError(f"{out}: cannot be written: {because(error, 'name another file with --out')}") from error
+        file = error.filename2 or error.filename  # of a renaming the new name
+        at = f"{file}: " if file and Path(file).name != out.name else ""
+        reason = because(error, "name another file with --out")
+        raise UserError(f"{out}: cannot be written: {at}{reason}") from error
     ManifestSource(images.storage, LocalStorage(out.absolute().parent), out.name)  # writes its index
     checked = {word: totals.pop(word, 0) for word in _CHECKED}
     return {

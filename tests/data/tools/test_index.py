@@ -423,6 +423,15 @@ def test_where_nothing_can_be_written_it_says_so(tmp_path):
         write_index(tmp_path, tmp_path / "a.json")
 
 
+@pytest.mark.parametrize("beside", [f".{NAME}.partial", f".{NAME}.stamps"])
+def test_a_folder_in_the_place_of_a_file_beside_the_manifest_is_named(tmp_path, beside):
+    write_classes(tmp_path, 2)
+    (tmp_path / beside).mkdir()
+    with pytest.raises(UserError, match=rf"{NAME}: cannot be written: .*{beside}: Is a directory") as told:
+        write_index(tmp_path)
+    assert "\n" not in str(told.value)
+
+
 def test_json_names_the_schema(tmp_path, capsys):
     from iwm_fast.cli.main import main
 
