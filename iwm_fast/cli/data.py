@@ -10,7 +10,7 @@ import typer
 
 from iwm_fast.cli.arguments import config_and_overrides
 from iwm_fast.cli.completion import config_or_overrides
-from iwm_fast.cli.options import Json, answer, byte_count
+from iwm_fast.cli.options import Json, answer, byte_count, key_values
 from iwm_fast.errors import UserError
 
 __all__ = ["app"]
@@ -101,7 +101,9 @@ def record(
     test: Annotated[int, typer.Option("--test", min=0, help="Number of test triplets, from other episodes.")] = 1000,
     size: Annotated[int, typer.Option("--size", min=16, help="Size of the pictures, pixels.")] = 64,
     seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
-    repeat: Annotated[int, typer.Option("--repeat", min=1, help="Environment steps per action.")] = 1,
+    repeat: Annotated[
+        int, typer.Option("--repeat", "--action-repeat", min=1, help="Environment steps per action.")
+    ] = 1,
     episode_steps: Annotated[
         int | None, typer.Option("--episode-steps", min=1, help="Cut an episode after this many actions.")
     ] = None,
@@ -122,24 +124,33 @@ def record(
         list[str] | None,
         typer.Option("--env-argument", metavar="KEY=VALUE", help="Argument of gymnasium.make; repeatable."),
     ] = None,
+    reset: Annotated[
+        list[str] | None,
+        typer.Option("--reset-option", metavar="KEY=VALUE", help="Option of the environment's reset; repeatable."),
+    ] = None,
+    persistence: Annotated[
+        float,
+        typer.Option(
+            "--persistence", min=0, max=1, help="Probability that the last action is kept: exploration gets further."
+        ),
+    ] = 0.0,
 ) -> None:
     """Record triplets (picture, action, next picture) of a game played at random, to train on with game.yaml.
 
-    DIR/train and DIR/test each hold manifest.jsonl and its pictures. The same command gives the same files.
+    DIR/train and DIR/test each hold manifest.jsonl, its pictures, and recording.json: how it was recorded, which
+    iwm-fast act reads. The same command gives the same files.
     """
-    from iwm_fast.config.yaml_text import parse_value
     from iwm_fast.console import counting
     from iwm_fast.data.tools.record_gym import Recording
     from iwm_fast.data.tools.record_gym import record as record_game
 
-    arguments = {}
-    for text in argument or []:
-        key, equals, value = text.partition("=")
-        if not equals or not key:
-            raise UserError(f"--env-argument {text}: give KEY=VALUE, such as is_slippery=false")
-        arguments[key] = parse_value(value, f"--env-argument {key}")
-    told_names = tuple(name.strip() for name in names.split(",")) if names else ()
-    asked = Recording(env, frames, test, size, seed, repeat, episode_steps, motion, still, crop, told_names, arguments)
+    asked = Recording(
+        env, frames, test, size, seed, repeat, episode_steps, motion, still, crop,
+        names=tuple(name.strip() for name in names.split(",")) if names else (),
+        arguments=key_values(argument, "--env-argument", "is_slippery=false"),
+        persistence=persistence,
+        reset=key_values(reset, "--reset-option", "low=-1.1"),
+    )  # fmt: skip
     with counting() as progress:
         actions = record_game(asked, out, progress)
     told = f"one of {len(actions.names)}" if actions.kind == "discrete" else f"{len(actions.names)} number(s)"

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from iwm_fast.cli import bench, data, finetune
+from iwm_fast.cli.act import act
 from iwm_fast.cli.arguments import check_options, prepare
 from iwm_fast.cli.compare import compare
 from iwm_fast.cli.config import show_config
@@ -185,6 +186,9 @@ def evaluate(
         raise typer.Exit(1)
 
 
+app.command(epilog="Example: iwm-fast act runs/room iwm_fast/PointMassWalls-v0 --out acted --episodes 5 --horizon 10")(
+    act
+)
 app.command(epilog="Example: iwm-fast export runs/a --out weights/a --format transformers,timm")(export)
 app.command(epilog="Example: iwm-fast compare runs/a runs/b --out comparison")(compare)
 app.command(

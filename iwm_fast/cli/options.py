@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -12,7 +12,7 @@ from iwm_fast.cli.completion import overrides
 from iwm_fast.errors import UserError
 from iwm_fast.outputs import require_result
 
-__all__ = ["CONFIG_HELP", "CacheLimit", "Device", "Json", "Overrides", "Threads", "answer", "byte_count"]
+__all__ = ["CONFIG_HELP", "CacheLimit", "Device", "Json", "Overrides", "Threads", "answer", "byte_count", "key_values"]
 
 
 def _writable(destination: str | None) -> str | None:
@@ -69,3 +69,16 @@ def byte_count(text: str) -> int:
     if count < 1:
         raise UserError(f"{text}: not a size; write it as 1000000, 512KB, 256MB or 1.5GB")
     return count
+
+
+def key_values(words: Sequence[str] | None, option: str, example: str) -> dict[str, Any]:
+    """Return the values by key of words KEY=VALUE, read as in a configuration; raise UserError for other words."""
+    from iwm_fast.config.yaml_text import parse_value
+
+    found = {}
+    for word in words or ():
+        key, equals, value = word.partition("=")
+        if not equals or not key:
+            raise UserError(f"{option} {word}: give KEY=VALUE, such as {example}")
+        found[key] = parse_value(value, f"{option} {key}")
+    return found

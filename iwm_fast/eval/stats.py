@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
 
-__all__ = ["Interval", "bootstrap_interval", "bootstrap_rows", "chance_hit", "chance_mrr", "evenly_spaced"]
+__all__ = [
+    "Interval",
+    "bootstrap_interval",
+    "bootstrap_rows",
+    "chance_hit",
+    "chance_mrr",
+    "evenly_spaced",
+    "wilson_interval",
+]
 
 Interval = tuple[float, float]
 RESAMPLES = 1000  # ends of a 95 % interval then vary between seeds by about a twentieth of its width
@@ -65,3 +74,19 @@ def evenly_spaced(count: int, total: int) -> np.ndarray:
     """Return ``count`` (at most ``total``) distinct indices, int64, ascending: middles of equal parts of a range."""
     count = min(count, total)
     return (2 * np.arange(count, dtype=np.int64) + 1) * total // max(2 * count, 1)
+
+
+def wilson_interval(successes: int, trials: int) -> Interval:
+    """Return Wilson's 95 % score interval of a share (JASA 22, 1927).
+
+    Raise ValueError unless 0 ≤ successes ≤ trials.
+    """
+    if not 0 <= successes <= trials or trials < 1:
+        raise ValueError(
+            f"successes is {successes} of {trials} trials; it must be from 0 to trials, and trials above 0"
+        )
+    z = 1.959963984540054  # the normal distribution's 97.5 % quantile
+    share, weight = successes / trials, z * z / trials
+    middle = (share + weight / 2) / (1 + weight)
+    half = z / (1 + weight) * math.sqrt(share * (1 - share) / trials + weight / (4 * trials))
+    return max(0.0, middle - half), min(1.0, middle + half)

@@ -1,0 +1,1 @@
+"""Plan through a world model: search for the actions whose predicted end is nearest to a goal."""
