@@ -19,7 +19,7 @@ __all__ = ["BORN", "__version__", "load"]
 def load(
     run_or_export: str | PathLike[str], *, checkpoint: str = "latest", device: str | None = None
 ) -> WorldModel | FinetunedModel:
-    """Load a trained world model (`iwm_fast.api.WorldModel`): `encode`, `predict`, `rank`, `infer`.
+    """Load a trained world model (`iwm_fast.api.WorldModel`): `encode`, `predict`, `rank`, `infer`, `plan`.
 
     A finetuned result has `encode`, `classify`, `segment` (`iwm_fast.api.FinetunedModel`).
 

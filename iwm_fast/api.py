@@ -288,7 +288,7 @@ class WorldModel:
     ) -> Plan:
         """Search for the ``horizon`` actions whose predicted end is nearest to a goal picture, for runs on triplets.
 
-        ``frames``: one picture, or one window (1, 1, S, S, 3). ``method``: cem, or mppi, or gradient (Adam through the
+        ``frames``: one picture, or one window (1, history, S, S, 3). ``method``: cem, or mppi, or gradient (Adam through the
         predictor, continuous actions only). ``candidates`` sequences per iteration, default 1,000 (gradient: 32 at
         once), for ``iterations``, default 5 (gradient: 40). Actions stay within the run's bounds; with no more
         sequences of choices than candidates, all are tried once. ``distance`` to the goal's representation: l2 over
@@ -298,15 +298,10 @@ class WorldModel:
         The same ``seed`` gives the same plan on the same machine. The frames are encoded once; candidates pass the
         predictor in blocks of about 16 MiB of activations on a CPU, 1 GiB on a GPU.
         """
-        settings = Settings(horizon, method, candidates, iterations, distance, score, seed).checked()
-        require_planning(self.model, self.space, settings.horizon)
-        seen, wanted = as_windows(frames, self.image_size, 1), self._pictures(goal)
-        if len(seen) != 1 or len(wanted) != 1:
-            raise UserError(f"frames and goal are {len(seen)} and {len(wanted)} images: give one of each")
+        settings = Settings(horizon, method, candidates, iterations, distance, score, seed)
+        require_planning(self.model, self.space, settings.checked().horizon)
         near = None if start is None else self.vector(start).reshape(-1, self.space.dim)
-        source = self.model.encode(seen[:, -1].to(self.device))
-        now, end = self.targets(torch.cat([seen[:, -1], wanted])).split(1)
-        return make_plan(self.model, self.space, source, now, end, settings, near)
+        return make_plan(self.model, self.space, self._windows(frames), self._pictures(goal), settings, near)
 
     def vector(self, action: Action) -> NDArray[np.float32]:
         """Return an action as the predictor's input: float32 (A,) from named values, (A,) or (B, A) from vectors.

@@ -37,7 +37,9 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "export": ("eval", "engine", "data", "families", "models", "actions", "config", "kernels"),
     "measure": ("engine", "cost", "data", "models", "actions", "config", "kernels"),
     "api": ("eval", "engine", "data", "models", "actions", "config", "kernels"),
-    "benchmarks": ("measure", "eval", "export", "engine", "cost", "data", "models", "actions", "config", "kernels"),
+    "benchmarks": (
+        "measure", "eval", "export", "engine", "cost", "data", "games", "models", "actions", "config", "kernels",
+    ),
     "cli": (
         "benchmarks", "api", "measure", "eval", "export", "engine", "cost", "data", "models", "actions", "config",
         "kernels",

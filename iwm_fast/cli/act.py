@@ -70,7 +70,7 @@ def act(
     score: Annotated[
         Literal["last", "mean", "nearest"],
         typer.Option("--score", help="A plan's cost: the distance of its last prediction, their mean, or the nearest."),
-    ] = "last",
+    ] = "mean",
     policy: Annotated[
         Literal["plan", "greedy", "shuffled", "random"],
         typer.Option(

@@ -54,7 +54,7 @@ def page() -> str:
     lines = ["# Python", "", GENERATED, "", _code(from_docstring(api.__doc__)), "", "## iwm_fast.load", ""]
     lines += _entry("iwm_fast.load", iwm_fast.load)
     lines += _class("world", api.WorldModel)
-    for kind in (api.Ranking, api.Inferred):
+    for kind in (api.Ranking, api.Inferred, api.Plan):
         lines += _answer(kind)
     lines += [*_class("finetuned", api.FinetunedModel), *_answer(api.Classified)]
     lines += ["## iwm_fast.errors.UserError", "", from_docstring(UserError.__doc__)]

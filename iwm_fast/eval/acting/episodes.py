@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from iwm_fast.actions.external import ExternalSpace
 from iwm_fast.data.tools.record_gym import episode_seed, sampled_action
@@ -110,26 +111,30 @@ class Planner:
         self._model, self._space, self._settings = model, space, settings
         self._resize, self._every = resize, every
         self._plan: Plan | None = None
+        self._window: Tensor | None = None
 
     @torch.no_grad()
     def begin(self, episode: int, goal: Pixels) -> None:
-        """Encode the goal."""
+        """Encode the goal, and forget the frames before."""
         self._episode, self._plan, self._step = episode, None, 0
-        self._goal = self._model.targets(self._resize(goal).to(device_of(self._model))).float()
+        self._picture, self._window = self._resize(goal), None
+        self._goal = self._model.targets(self._picture.to(device_of(self._model))).float()
 
     @torch.no_grad()
     def decide(self, game: Game, number: int) -> Decision:
         """Return the plan's next action, of a new plan where the last has been followed long enough."""
         picture = game.picture()
-        seen = self._resize(picture).to(device_of(self._model))
-        now = self._model.targets(seen).float()
+        seen = self._resize(picture)
+        # At an episode's beginning the first frame stands for all of the window, as in training.
+        before = seen.repeat(self._model.config.history, 1, 1, 1) if self._window is None else self._window
+        self._window = torch.cat([before[1:], seen])
+        now = self._model.targets(seen.to(device_of(self._model))).float()
         plan = self._plan
         if plan is None or self._step >= min(self._every, len(plan.actions)):
             left = None if plan is None else plan.actions[self._step :]
             # A seed of its own for each decision, so that errors of the search are not repeated.
             settings = replace(self._settings, seed=episode_seed(self._settings.seed, self._episode) + number)
-            source = self._model.encode(seen)
-            plan = make_plan(self._model, self._space, source, now, self._goal, settings, left)
+            plan = make_plan(self._model, self._space, self._window[None], self._picture, settings, left)
             self._plan, self._step = plan, 0
         step, self._step = self._step, self._step + 1
         distance = float(goal_distance(now, self._goal, self._settings.distance))

@@ -1,7 +1,7 @@
 """The cost of actions: how far from a goal the predictor ends, of many candidates in packed batches.
 
 Legend: N candidates, H actions each, A components of an action, L tokens of D channels. The frames are encoded once;
-each candidate's first source is that representation, and each prediction is its next source. Candidates go through the
+each candidate's first window is that representation, and each prediction is the newest frame of its next. They pass the
 predictor in blocks: a block runs all its steps before the next begins, so memory holds one block, whatever N.
 
 A block's size depends on the model and N alone, never on a caller's chunk: matmuls of other sizes round otherwise, and
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from iwm_fast.models.iwm import IWM
+from iwm_fast.models.window import slide
 
 __all__ = ["Distance", "GoalCost", "Score", "goal_distance"]
 
@@ -44,7 +45,7 @@ def goal_distance(tokens: Tensor, goal: Tensor, distance: Distance = "l2") -> Te
 class GoalCost:
     """Costs of sequences of actions from one source, by their predictions' distance to a goal.
 
-    source: the context encoder's tokens of the frames, (1, L, De). goal: `targets` of a picture, (1, L, D). distance:
+    source: the window of frames from `encode_window`, (1, F · L, De) of F frames. goal: `targets` of a picture, (1, L, D). distance:
     "l2" over all tokens, or "cosine": the chord between the unit mean tokens. score: which predictions count, the
     "last", their "mean", or the "nearest" of them. shuffled: give each candidate another one's actions, a control.
     """
@@ -90,8 +91,9 @@ class GoalCost:
         """Yield the predicted representation (N, L, D) float32 after each action of (N, H, A), in one batch."""
         z = self.source.expand(len(actions), -1, -1)
         for told in actions.unbind(dim=1):
-            z = self.model.predict(z, told)
-            yield z.float()
+            prediction = self.model.predict(z, told)
+            z = slide(z, prediction)
+            yield prediction.float()
 
     def far(self, representation: Tensor) -> Tensor:
         """Return the distance of representations (N, L, D) to the goal, float64 (N,)."""
@@ -106,7 +108,7 @@ class GoalCost:
     def _block(self, candidates: int, steps: int, *, saved: bool = False) -> int:
         """Return how many candidates go through the predictor at once: equal blocks within `_ROOM`."""
         config = self.model.config.predictor
-        tokens = 2 * self.source.shape[1]  # the source's, and as many to predict
+        tokens = self.source.shape[1] + self.goal.shape[1]  # the window's, and those to predict
         floats = _SAVED * (config.depth + 1) * steps if saved else _FLOATS
         most = max(1, _ROOM[self.source.device.type] // (4 * tokens * config.width * floats))
         return -(-candidates // -(-candidates // most))

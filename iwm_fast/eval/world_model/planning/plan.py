@@ -13,10 +13,12 @@ from torch import Tensor
 from iwm_fast.actions.external import ExternalSpace
 from iwm_fast.actions.space import ActionSpace
 from iwm_fast.errors import UserError
+from iwm_fast.eval.features import device_of
 from iwm_fast.eval.world_model.planning.cost import Distance, GoalCost, Score
 from iwm_fast.eval.world_model.planning.distributions import ActionKind
 from iwm_fast.eval.world_model.planning.solvers import Found, Method, Search, descend, search
 from iwm_fast.models.iwm import IWM
+from iwm_fast.models.window import encode_window
 
 __all__ = ["Plan", "Settings", "action_kind", "make_plan", "require_planning"]
 
@@ -30,7 +32,7 @@ class Plan:
 
     actions: float32 (H, A), the predictor's input; values: the same as physical values by name. cost: predicted, of
     these actions; history: the least cost after each iteration. along: float64 (H,), the predicted distance to the
-    goal after each action; distance_now: that of the source's own representation. predictions: float32 (H, L, D), the
+    goal after each action; distance_now: that of the newest frame's own representation. predictions: float32 (H, L, D), the
     predicted representations, which compare with `targets`. tried: sequences whose cost was predicted.
     """
 
@@ -100,26 +102,32 @@ def action_kind(space: ActionSpace) -> ActionKind:
     return ActionKind(torch.from_numpy(ends[0]), torch.from_numpy(ends[1]))
 
 
+@torch.no_grad()
 def make_plan(
     model: IWM,
     space: ActionSpace,
-    source: Tensor,
-    now: Tensor,
+    frames: Tensor,
     goal: Tensor,
     settings: Settings,
     start: NDArray[np.float32] | None = None,
 ) -> Plan:
-    """Return the plan from a source, the context encoder's tokens (1, L, De), to a goal, `targets` (1, L, D).
+    """Return the plan from a window of frames, uint8 (1, F, S, S, 3), to a goal picture, uint8 (1, S, S, 3).
 
-    now: `targets` of the source's picture. start: actions (n, A) to begin near; those beyond the horizon are left out.
+    start: actions (n, A) to begin near; those beyond the horizon are left out. Raises UserError for settings out of
+    range, several windows or goals, and as `require_planning`.
     """
     settings = settings.checked()
     require_planning(model, space, settings.horizon)
+    if len(frames) != 1 or len(goal) != 1:
+        raise UserError(f"frames and goal are {len(frames)} and {len(goal)} images: give one of each")
+    device = device_of(model)
+    source = encode_window(model, frames.to(device))
+    now, wanted = model.targets(torch.cat([frames[:, -1], goal]).to(device)).float().split(1)
     assert settings.candidates is not None
     assert settings.iterations is not None
     near = None if start is None else torch.from_numpy(start[: settings.horizon])
     how = Search(settings.horizon, settings.candidates, settings.iterations, settings.seed, near)
-    cost = GoalCost(model, source, goal, distance=settings.distance, score=settings.score, shuffled=settings.shuffled)
+    cost = GoalCost(model, source, wanted, distance=settings.distance, score=settings.score, shuffled=settings.shuffled)
     kind = action_kind(space)
     found = (
         descend(cost.slope, kind, how) if settings.method == "gradient" else search(cost, kind, how, settings.method)
@@ -127,7 +135,6 @@ def make_plan(
     return _plan(cost, space, found, now)
 
 
-@torch.no_grad()
 def _plan(cost: GoalCost, space: ActionSpace, found: Found, now: Tensor) -> Plan:
     predictions = torch.cat(list(cost.predictions(found.actions[None].to(now.device))))  # (H, L, D)
     actions = found.actions.numpy()
