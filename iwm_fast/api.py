@@ -288,12 +288,12 @@ class WorldModel:
     ) -> Plan:
         """Search for the ``horizon`` actions whose predicted end is nearest to a goal picture, for runs on triplets.
 
-        ``frames``: one picture, or one window (1, history, S, S, 3). ``method``: cem, or mppi, or gradient (Adam through the
-        predictor, continuous actions only). ``candidates`` sequences per iteration, default 1,000 (gradient: 32 at
-        once), for ``iterations``, default 5 (gradient: 40). Actions stay within the run's bounds; with no more
-        sequences of choices than candidates, all are tried once. ``distance`` to the goal's representation: l2 over
-        all tokens, or cosine of the mean tokens. ``score``: the cost is that of the last prediction, their mean, or
-        the nearest. ``start``: vectors (n, A) to search near, such as ``plan.actions[1:]`` of the plan before.
+        ``frames``: one picture, or one window (1, history, S, S, 3). ``method``: cem, mppi, or gradient (Adam through
+        the predictor, continuous actions only). ``candidates`` sequences per iteration, default 1,000 (gradient: 32),
+        for ``iterations``, default 5 (gradient: 40). Actions stay within the run's bounds; with no more sequences of
+        choices than candidates, all are tried once. ``distance`` to the goal's representation: l2 over all tokens, or
+        cosine of the mean tokens. ``score``: the cost is that of the last prediction, their mean, or the nearest.
+        ``start``: vectors (n, A) to search near, such as ``plan.actions[1:]`` of the plan before.
 
         The same ``seed`` gives the same plan on the same machine. The frames are encoded once; candidates pass the
         predictor in blocks of about 16 MiB of activations on a CPU, 1 GiB on a GPU.

@@ -45,9 +45,9 @@ def goal_distance(tokens: Tensor, goal: Tensor, distance: Distance = "l2") -> Te
 class GoalCost:
     """Costs of sequences of actions from one source, by their predictions' distance to a goal.
 
-    source: the window of frames from `encode_window`, (1, F · L, De) of F frames. goal: `targets` of a picture, (1, L, D). distance:
-    "l2" over all tokens, or "cosine": the chord between the unit mean tokens. score: which predictions count, the
-    "last", their "mean", or the "nearest" of them. shuffled: give each candidate another one's actions, a control.
+    source: the window of F frames from `encode_window`, (1, F · L, De). goal: `targets` of a picture, (1, L, D).
+    distance: "l2" over all tokens, or "cosine": the chord between the unit mean tokens. score: which predictions count,
+    the "last", their "mean", or the "nearest" of them. shuffled: give each candidate another one's actions, a control.
     """
 
     def __init__(

@@ -32,8 +32,8 @@ class Plan:
 
     actions: float32 (H, A), the predictor's input; values: the same as physical values by name. cost: predicted, of
     these actions; history: the least cost after each iteration. along: float64 (H,), the predicted distance to the
-    goal after each action; distance_now: that of the newest frame's own representation. predictions: float32 (H, L, D), the
-    predicted representations, which compare with `targets`. tried: sequences whose cost was predicted.
+    goal after each action; distance_now: that of the newest frame's own representation. predictions: float32
+    (H, L, D), the predicted representations, which compare with `targets`. tried: sequences whose cost was predicted.
     """
 
     actions: NDArray[np.float32]

@@ -25,11 +25,11 @@ CHOICES = {"kind": "discrete", "names": ("left", "stay", "right")}
 
 def world_of(described, **model):
     """Return a world with random weights, whose predictions depend on the action."""
-    config = tiny_config(**model)
+    config = tiny_config().model.model_copy(update=model)
     actions = ActionsConfig(groups=("external",), external=ExternalActions(**described))
     space = space_of(actions)
     torch.manual_seed(0)
-    network = IWM(config.model, space.dim)
+    network = IWM(config, space.dim)
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
