@@ -8,8 +8,8 @@ them: iwm-fast in both orders (`data.order`), which also checks each image's str
 loader where it is installed. Nothing is cached by a reader.
 
 The first epoch is not counted, so that what is read ahead of the counted ones is as much as what is read ahead of
-their end. Every epoch of every reader has to have each image once. Readers run in turn, --repeats times; rates are
-medians.
+their end. Every epoch of every reader has to have each image once. Each reader runs once to count, waiting at both ends
+until nothing is on its way. Then they run in turn, --repeats times, to be timed without such waits; rates are medians.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def counts(port: int) -> tuple[int, int]:
 
 
 def write_images(folder: Path, count: int) -> int:
-    """Write JPEGs of 500 × 375 with noise, of about 110 KB, 64 different ones; return the bytes of all."""
+    """Write JPEGs of 500 × 375 with noise, of about 80 KB, 64 different ones; return the bytes of all."""
     random, made = np.random.default_rng(0), []
     for _ in range(64):
         smooth = np.kron(random.integers(30, 220, (15, 20, 3)), np.ones((25, 25, 1)))
@@ -166,25 +166,47 @@ def webdataset(urls: list[str]) -> Iterator[list[Any]]:
                 batch = []
 
 
-def timed(reader: Iterator[list[Any]], images: int, used: int, port: int) -> dict[str, float]:
-    """Read all epochs, and measure those after the first."""
+def settled(port: int) -> tuple[int, int]:
+    """The counts, when nothing is read any more."""
+    now, before = counts(port), None
+    while now != before:
+        time.sleep(0.5)
+        now, before = counts(port), now
+    return now
+
+
+def run(
+    reader: Iterator[list[Any]], images: int, *, begin: Callable[[], Any], end: Callable[[], Any]
+) -> tuple[Any, Any]:
+    """Read all epochs. Return what `begin` gives after the first and `end` after the last."""
     per_epoch = images // BATCH
     for epoch in range(EPOCHS):
         if epoch == 1:
-            before, began = counts(port), time.perf_counter()
+            before = begin()
         seen = [image for _ in range(per_epoch) for image in next(reader)]
         if len(set(seen)) != images:
             raise RuntimeError(f"an epoch has {len(set(seen))} images of {images}; nothing was measured")
-    seconds = time.perf_counter() - began
-    requests, sent = (now - earlier for now, earlier in zip(counts(port), before, strict=True))
+    after = end()
     if hasattr(reader, "close"):
         reader.close()
-    counted = (EPOCHS - 1) * images
+    return before, after
+
+
+def counted(reader: Iterator[list[Any]], images: int, used: int, port: int) -> dict[str, float]:
+    """Requests per image, and bytes read per byte used."""
+    now = functools.partial(settled, port)
+    before, after = run(reader, images, begin=now, end=now)
+    requests, sent = (one - other for one, other in zip(after, before, strict=True))
     return {
-        "requests_per_image": requests / counted,
+        "requests_per_image": requests / images / (EPOCHS - 1),
         "bytes_read_per_byte_used": sent / used / (EPOCHS - 1),
-        "images_per_s": counted / seconds,
     }
+
+
+def rate(reader: Iterator[list[Any]], images: int) -> float:
+    """Images per second."""
+    began, ended = run(reader, images, begin=time.perf_counter, end=time.perf_counter)
+    return float((EPOCHS - 1) * images / (ended - began))
 
 
 def measure(folder: Path, images: int, latency_s: float, repeats: int) -> dict[str, Any]:
@@ -214,10 +236,11 @@ def measure(folder: Path, images: int, latency_s: float, repeats: int) -> dict[s
             skipped["webdataset"] = "the library is not installed: pip install webdataset"
         else:
             readers["webdataset"] = functools.partial(webdataset, urls)
-        rows: dict[str, list[dict[str, float]]] = {name: [] for name in readers}
+        sums = {name: counted(make(), images, used, port) for name, make in readers.items()}
+        rates: dict[str, list[float]] = {name: [] for name in readers}
         for _ in range(repeats):
             for name, make in readers.items():
-                rows[name].append(timed(make(), images, used, port))
+                rates[name].append(rate(make(), images))
     finally:
         server.kill()
         server.join()
@@ -231,8 +254,8 @@ def measure(folder: Path, images: int, latency_s: float, repeats: int) -> dict[s
         "versions": {"webdataset": installed_version("webdataset")},
         "load": os.getloadavg(),
         "rows": [
-            {"reader": name, **{key: median(row[key] for row in found) for key in found[0]}, "each": found}
-            for name, found in rows.items()
+            {"reader": name, **sums[name], "images_per_s": median(found), "images_per_s_each": found}
+            for name, found in rates.items()
         ],
         "skipped": skipped,
     }
