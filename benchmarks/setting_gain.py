@@ -101,9 +101,9 @@ def _size_of(config: Config) -> dict[str, float]:
     """Mean tokens through both encoders and the predictor, and FLOPs, per image of the run's first ones."""
     drawn, model = tokens_of(config, _COUNTED), config.model
     target = model.grid**2 + model.target_architecture.prefix_tokens
-    source = (
-        drawn.context + model.prefix_tokens + drawn.context + (drawn.predicted if model.predictor.kind == "vit" else 0)
-    )
+    seen = drawn.context * model.history
+    prefix = model.prefix_tokens * model.history
+    source = seen + prefix + seen + (drawn.predicted if model.predictor.kind == "vit" else 0)
     return {
         "tokens": target + float(source.sum()) / drawn.images,
         "flops": image_flops(config, drawn).total / drawn.images,

@@ -49,6 +49,8 @@ WORDS = {
     "launches": ["--mlp", "64,32,64,4", "--json", BAD],
     "peers": ["--device", "cpu", "--json", BAD],
     "flops_saved": ["--json", BAD],
+    "triplet_speed": ["--scratch", "scratch", "--json", BAD],
+    "triplet_speed, scratch": ["--scratch", "file/scratch", "--json", "ok.json"],
     "train": ["--scratch", "scratch", "--json", BAD],
     "train, scratch": ["--scratch", "file/scratch", "--json", "ok.json"],
     "scale": ["--json", BAD],
