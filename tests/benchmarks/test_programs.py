@@ -46,6 +46,7 @@ WORDS = {
     "index": ["--out", "scratch", "--json", BAD],
     "index, scratch": ["--out", "file/scratch", "--json", "ok.json"],
     "kernels": ["--json", BAD],
+    "planning": ["--speed", "--json", BAD],
     "launches": ["--mlp", "64,32,64,4", "--json", BAD],
     "peers": ["--device", "cpu", "--json", BAD],
     "flops_saved": ["--json", BAD],
