@@ -7,12 +7,13 @@ slide the window.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-__all__ = ["World", "encode_window", "roll_out", "slide"]
+__all__ = ["World", "encode_window", "predictions", "roll_out", "slide"]
 
 
 class World(Protocol):
@@ -35,13 +36,19 @@ def slide(z: Tensor, prediction: Tensor) -> Tensor:
     return torch.cat([z[:, prediction.shape[1] :], prediction.to(z.dtype)], dim=1)
 
 
-def roll_out(model: World, z: Tensor, actions: Tensor) -> Tensor:
-    """Return the T predictions (B, T, L, D) from a window z (B, H · L, D), each fed back with the next action.
+def predictions(model: World, z: Tensor, actions: Tensor) -> Iterator[Tensor]:
+    """Yield the T predictions (B, L, D) from a window z (B, H · L, D), each fed back with the next action.
 
     actions: (B, T, A). A window of one frame, (B, L, D), is that of a model with one frame.
     """
-    predictions = []
+    prediction = None
     for action in actions.unbind(dim=1):
-        predictions.append(model.predict(z, action))
-        z = slide(z, predictions[-1])
-    return torch.stack(predictions, dim=1)
+        if prediction is not None:  # never after the last: a frozen target's space may have another width
+            z = slide(z, prediction)
+        prediction = model.predict(z, action)
+        yield prediction
+
+
+def roll_out(model: World, z: Tensor, actions: Tensor) -> Tensor:
+    """Return the `predictions` as one tensor, (B, T, L, D)."""
+    return torch.stack(list(predictions(model, z, actions)), dim=1)

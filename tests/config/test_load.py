@@ -27,6 +27,7 @@ NAMES = [
     "vit_large_p16_224.yaml",
     "vit_small_p16_224.yaml",
     "vit_tiny_p4_32.yaml",
+    "vit_tiny_p4_32_shared.yaml",
     "vit_tiny_p8_96.yaml",
 ]
 

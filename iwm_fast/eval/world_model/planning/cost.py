@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from iwm_fast.models.iwm import IWM
-from iwm_fast.models.window import slide
+from iwm_fast.models.window import predictions
 
 __all__ = ["Distance", "GoalCost", "Score", "goal_distance"]
 
@@ -89,10 +89,7 @@ class GoalCost:
 
     def predictions(self, actions: Tensor) -> Iterator[Tensor]:
         """Yield the predicted representation (N, L, D) float32 after each action of (N, H, A), in one batch."""
-        z = self.source.expand(len(actions), -1, -1)
-        for told in actions.unbind(dim=1):
-            prediction = self.model.predict(z, told)
-            z = slide(z, prediction)
+        for prediction in predictions(self.model, self.source.expand(len(actions), -1, -1), actions):
             yield prediction.float()
 
     def far(self, representation: Tensor) -> Tensor:

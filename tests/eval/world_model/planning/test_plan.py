@@ -13,6 +13,7 @@ from iwm_fast.actions.external import space_of
 from iwm_fast.api import WorldModel
 from iwm_fast.config import ActionsConfig
 from iwm_fast.config.external import ExternalActions
+from iwm_fast.config.sections.model import TargetEncoderConfig
 from iwm_fast.errors import UserError
 from iwm_fast.eval.world_model.planning import cost as costs
 from iwm_fast.eval.world_model.planning.cost import GoalCost
@@ -233,4 +234,8 @@ def test_runs_that_cannot_plan_say_so(tmp_path):
     with pytest.raises(UserError, match="horizon is 8, and this run predicts in the space of a frozen target"):
         frozen.plan(pictures(1), GOAL)
     assert len(frozen.plan(pictures(1), GOAL, horizon=1, candidates=5).actions) == 1
+    wide = TargetEncoderConfig(encoder={"depth": 1, "width": 48, "heads": 3})
+    wider = world_of(PUSHES, target="frozen", target_init=str(tmp_path), target_encoder=wide)
+    plan = wider.plan(pictures(1), GOAL, horizon=1, candidates=5)
+    assert plan.predictions.shape == (1, wider.model.encoder.patches, 48)
     assert pictures(1).shape[1] == SIDE
