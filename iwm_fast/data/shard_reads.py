@@ -14,7 +14,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import cycle
 
 import numpy as np
 
@@ -60,11 +61,28 @@ class _Range:
 
 @dataclass
 class _Stream:
-    """position: of the first sample whose window is not planned. held: samples that are planned and not taken."""
+    """position: of the first sample whose window is not planned. held: samples that are planned and not taken. expected:
+    where each sample's bytes come from, epoch by epoch: another stream may have the sample in another epoch, and be
+    further.
+    """
 
     position: int
-    held: int
-    planned: deque[_Range]
+    held: int = 0
+    planned: deque[_Range] = field(default_factory=deque)
+    expected: dict[int, deque[tuple[_Range | None, int]]] = field(default_factory=dict)
+
+    def expect(self, sample: int, wanted: _Range | None, place: int) -> None:
+        """Note where a sample's bytes come from: None, where they are not read ahead."""
+        self.expected.setdefault(sample, deque()).append((wanted, place))
+
+    def took(self, sample: int) -> tuple[_Range | None, int]:
+        """Return where the bytes of the sample that is taken now come from."""
+        known = self.expected[sample]
+        found = known.popleft()
+        if not known:
+            del self.expected[sample]
+        self.held -= 1
+        return found
 
 
 class Coming:
@@ -111,23 +129,21 @@ class ShardReads:
         self._skip, self._judge = skip, judge
         count = plan.order.streams
         firsts = (plan.start + (stream - plan.start) % count for stream in range(plan.rank, count, plan.world))
-        self._streams = [_Stream(first, 0, deque()) for first in firsts]
-        self._expected: dict[int, deque[tuple[_Stream, _Range | None, int]]] = {}
+        self._streams = [_Stream(first) for first in firsts]
+        # A rank's positions are those of its streams in turn, from the first one's on.
+        self._turn = cycle(sorted(self._streams, key=lambda stream: stream.position))
         self._begun = False
         self._readers = ThreadPoolExecutor(readers, thread_name_prefix="iwm-fast read")
 
     def take(self, sample: int) -> Coming | None:
-        """Return the next sample of the order, and read on; None where its bytes are not read ahead."""
+        """Return the sample at the rank's next position, and read on; None where its bytes are not read ahead."""
         window = self._order.window
         if not self._begun:
             self._begun = True
             for stream in self._streams:  # each one's first window before any second
                 self._fill(stream, window)
-        known = self._expected[sample]
-        stream, found, place = known.popleft()
-        if not known:
-            del self._expected[sample]
-        stream.held -= 1
+        stream = next(self._turn)
+        found, place = stream.took(sample)
         self._fill(stream, window + max(1, window // _AHEAD))
         return None if found is None else Coming(self, found, place)
 
@@ -138,7 +154,8 @@ class ShardReads:
 
     def close(self) -> None:
         """Drop what is not read yet."""
-        self._expected.clear()
+        for stream in self._streams:
+            stream.expected.clear()
         self._readers.shutdown(wait=False, cancel_futures=True)
 
     def _fill(self, stream: _Stream, samples: int) -> None:
@@ -160,17 +177,14 @@ class ShardReads:
         for sample in sorted(self._order.at(positions).tolist()):
             span = None if self._skip(sample) else self._source.span(sample)
             if span is None or span[2] <= 0:
-                self._expect(sample, stream, None, 0)
+                stream.expect(sample, None, 0)
                 stream.held += 1
             else:
                 spans.append((*span, sample))
         stream.planned.extend(_ranges(spans))
         for wanted in stream.planned:
             for place, (sample, _, _) in enumerate(wanted.samples):
-                self._expect(sample, stream, wanted, place)
-
-    def _expect(self, sample: int, stream: _Stream, found: _Range | None, place: int) -> None:
-        self._expected.setdefault(sample, deque()).append((stream, found, place))
+                stream.expect(sample, wanted, place)
 
     def _read(self, wanted: _Range) -> Images:
         """The samples of a range, or why they are bad. Runs on a reading thread."""

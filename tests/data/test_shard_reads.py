@@ -9,7 +9,10 @@ import threading
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from made_images import write_images
 from made_sources import example, write_classes, write_records
 from made_triplets import write_game
@@ -20,7 +23,7 @@ from iwm_fast.data import samples as samples_module
 from iwm_fast.data import shard_reads
 from iwm_fast.data.image_list import list_images
 from iwm_fast.data.loader import TrainingStream
-from iwm_fast.data.shard_order import require_streams
+from iwm_fast.data.shard_order import ShardOrder, require_streams
 from iwm_fast.data.sources.storage import LocalStorage
 from iwm_fast.data.tools.index import write_index
 from iwm_fast.data.tools.shard import write_shards
@@ -192,6 +195,48 @@ def test_a_rank_holds_a_window_and_a_quarter_of_each_stream(tmp_path):
         assert max(held) <= 16 + 4 + 16  # and the last range, which is at most the next window
     assert not stream._reader.store._ahead
     stream.close()
+
+
+class Letters:
+    """Shards in memory, each sample two bytes of its shard: its number."""
+
+    def __init__(self, sizes):
+        self.place = [(f"{shard}", 2 * row) for shard, size in enumerate(sizes) for row in range(size)]
+        self.files = {
+            file: b"".join(n.to_bytes(2, "big") for n, (of, _) in enumerate(self.place) if of == file)
+            for file, _ in self.place
+        }
+
+    def span(self, sample):
+        return (*self.place[sample], 2)
+
+    def unpack(self, sample, raw):
+        return raw
+
+    def read(self, file, offset, length):
+        return self.files[file][offset : offset + length]
+
+
+@given(
+    st.lists(st.integers(0, 20), min_size=1, max_size=9).filter(any),
+    st.integers(1, 3),
+    st.integers(1, 4),
+    st.integers(1, 300),
+    st.integers(0, 5),
+    st.integers(0, 2**63),
+)
+@settings(deadline=None, max_examples=40)
+def test_every_position_has_its_sample_s_bytes_however_many_epochs_a_window_spans(
+    sizes, world, streams_a_rank, window, begin, seed
+):
+    streams, source = world * streams_a_rank, Letters(sizes)
+    order, start = ShardOrder(seed, np.array(sizes), streams, window), begin * streams
+    for rank in range(world):
+        plan = shard_reads.ReadPlan(order, rank, world, start)
+        reads = shard_reads.ShardReads(source, source, plan, 2, skip=lambda _: False, judge=lambda *_: None)
+        for sample in order.at(np.arange(start + rank, start + 3 * len(source.place), world)).tolist():
+            assert reads.take(sample).result() == sample.to_bytes(2, "big")
+        reads.close()
 
 
 def test_a_resume_within_a_window_reads_only_what_is_left_of_it(tmp_path, monkeypatch):
