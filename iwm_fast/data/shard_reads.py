@@ -61,9 +61,10 @@ class _Range:
 
 @dataclass
 class _Stream:
-    """position: of the first sample whose window is not planned. held: samples that are planned and not taken. expected:
-    where each sample's bytes come from, epoch by epoch: another stream may have the sample in another epoch, and be
-    further.
+    """position: of the first sample whose window is not planned. held: samples that are planned and not taken.
+
+    expected: where each sample's bytes come from, epoch by epoch. Of this stream alone: another one may have the sample
+    in another epoch, and be further.
     """
 
     position: int

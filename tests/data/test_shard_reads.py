@@ -211,6 +211,7 @@ class Letters:
         return (*self.place[sample], 2)
 
     def unpack(self, sample, raw):
+        del sample
         return raw
 
     def read(self, file, offset, length):
