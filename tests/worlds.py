@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -22,6 +24,20 @@ def tiny_config(**model) -> Config:
         model=ModelConfig(**(shape | {"predictor": predictor} | model)),
         masks=MasksConfig(min_context=1),
         eval=EvalConfig(bank=16, mrr_images=3),
+    )
+
+
+def nine_patches(conditioning: str = "feature", *, kind: str = "vit", **options: Any) -> ModelConfig:
+    """12 × 12 images of 3 × 3 patches, two encoder and two predictor blocks of different widths."""
+    predictor = {
+        "kind": kind, "depth": 2, "width": 12, "heads": 3, "mlp_ratio": 1.5, "conditioning": conditioning,
+    }  # fmt: skip
+    return ModelConfig(
+        encoder=EncoderShape(depth=2, width=16, heads=2, mlp_ratio=2.0),
+        patch=4,
+        image=12,
+        predictor=PredictorConfig.model_validate(predictor),
+        **options,
     )
 
 

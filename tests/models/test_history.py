@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from worlds import nine_patches
 
-from iwm_fast.config.schema import EncoderShape, ModelConfig, PredictorConfig
 from iwm_fast.models import IWM, Segments
 from iwm_fast.models.packing import pack
 from iwm_fast.models.window import encode_window, roll_out, slide
@@ -17,22 +17,10 @@ from iwm_fast.models.window import encode_window, roll_out, slide
 ACTIONS = 3
 
 
-def configure(conditioning: str, **options: Any) -> ModelConfig:
-    """12 × 12 images of 3 × 3 patches, two encoder and two predictor blocks of different widths."""
-    predictor = {"depth": 2, "width": 12, "heads": 3, "mlp_ratio": 1.5, "conditioning": conditioning}
-    return ModelConfig(
-        encoder=EncoderShape(depth=2, width=16, heads=2, mlp_ratio=2.0),
-        patch=4,
-        image=12,
-        predictor=PredictorConfig.model_validate(predictor),
-        **options,
-    )
-
-
 VARIANTS = {
-    "feature": configure("feature", history=2),
-    "sequence+block": configure("sequence+block", history=3),
-    "prefix tokens, shared target": configure("block", history=2, prefix_tokens=2, target="shared"),
+    "feature": nine_patches("feature", history=2),
+    "sequence+block": nine_patches("sequence+block", history=3),
+    "prefix tokens, shared target": nine_patches("block", history=2, prefix_tokens=2, target="shared"),
 }
 
 
@@ -78,7 +66,7 @@ def test_loss_and_every_gradient(plain: SimpleNamespace, config: Any, recompute:
 
 
 def test_padding_has_no_loss_and_no_gradient(plain: SimpleNamespace) -> None:
-    model = plain.exact_model(configure("feature+block", history=2), ACTIONS)
+    model = plain.exact_model(nine_patches("feature+block", history=2), ACTIONS)
     batch = plain.draw_batch(model.config, ACTIONS, [5, 1, 4], [2, 4, 3])
     frames = batch.source.repeat_interleave(2, dim=0)
 
@@ -96,16 +84,16 @@ def test_padding_has_no_loss_and_no_gradient(plain: SimpleNamespace) -> None:
 
 def test_the_other_weights_are_those_without_a_history() -> None:
     torch.manual_seed(3)
-    alone = IWM(configure("sequence+block"), ACTIONS).state_dict()
+    alone = IWM(nine_patches("sequence+block"), ACTIONS).state_dict()
     torch.manual_seed(3)
-    several = IWM(configure("sequence+block", history=3), ACTIONS).state_dict()
+    several = IWM(nine_patches("sequence+block", history=3), ACTIONS).state_dict()
     assert several.keys() - alone.keys() == {"predictor.time_embed"}
     assert several["predictor.time_embed"].shape == (3, 12)
     assert all(torch.equal(several[name], value) for name, value in alone.items())
 
 
 def test_a_window_slides_and_one_frame_stands_for_all(plain: SimpleNamespace) -> None:
-    model = plain.exact_model(configure("feature", history=3), ACTIONS).eval()
+    model = plain.exact_model(nine_patches("feature", history=3), ACTIONS).eval()
     generator = torch.Generator().manual_seed(5)
     frames = torch.randint(0, 256, (2, 3, 12, 12, 3), generator=generator, dtype=torch.uint8)
     actions = torch.randn(2, 4, ACTIONS, generator=generator, dtype=torch.float64)

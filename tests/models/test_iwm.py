@@ -10,8 +10,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from worlds import nine_patches
 
-from iwm_fast.config.schema import EncoderShape, ModelConfig, PredictorConfig
+from iwm_fast.config.schema import ModelConfig
 from iwm_fast.models import IWM, Segments
 from iwm_fast.models.packing import pack
 
@@ -19,30 +20,12 @@ ACTIONS = 3
 CONDITIONINGS = ["none", "sequence", "feature", "block", "sequence+block", "feature+block"]
 
 
-def configure(conditioning: str = "feature", *, kind: str = "vit", **options: Any) -> ModelConfig:
-    """12 × 12 images of 3 × 3 patches, two encoder and two predictor blocks of different widths."""
-    return ModelConfig(
-        encoder=EncoderShape(depth=2, width=16, heads=2, mlp_ratio=2.0),
-        patch=4,
-        image=12,
-        predictor=PredictorConfig(
-            kind=kind,  # type: ignore[arg-type]
-            depth=2,
-            width=12,
-            heads=3,
-            mlp_ratio=1.5,
-            conditioning=conditioning,  # type: ignore[arg-type]
-        ),
-        **options,
-    )
-
-
 VARIANTS = {
-    **{conditioning: configure(conditioning) for conditioning in CONDITIONINGS},
-    "shared target": configure(target="shared"),
-    "target as it is": configure(normalize_target=False),
-    "mlp": configure("block", kind="mlp"),
-    "mlp without action": configure("none", kind="mlp", target="shared"),
+    **{conditioning: nine_patches(conditioning) for conditioning in CONDITIONINGS},
+    "shared target": nine_patches(target="shared"),
+    "target as it is": nine_patches(normalize_target=False),
+    "mlp": nine_patches("block", kind="mlp"),
+    "mlp without action": nine_patches("none", kind="mlp", target="shared"),
 }
 
 
@@ -75,7 +58,7 @@ def test_loss_and_every_gradient(plain: SimpleNamespace, config: ModelConfig, re
 @pytest.fixture(scope="module")
 def exact_models(plain: SimpleNamespace) -> dict[str, IWM]:
     """Built once: the forward pass should dominate an example's time."""
-    return {conditioning: plain.exact_model(configure(conditioning), ACTIONS) for conditioning in CONDITIONINGS}
+    return {conditioning: plain.exact_model(nine_patches(conditioning), ACTIONS) for conditioning in CONDITIONINGS}
 
 
 @given(data=st.data(), images=st.integers(1, 4), conditioning=st.sampled_from(CONDITIONINGS))
@@ -99,7 +82,7 @@ def test_any_lengths(
 
 def test_images_of_a_batch_do_not_see_each_other(plain: SimpleNamespace) -> None:
     """The sum over images, in any order and any split, is the same loss."""
-    config = configure("sequence+block")
+    config = nine_patches("sequence+block")
     model = plain.exact_model(config, ACTIONS)
     batch = plain.draw_batch(config, ACTIONS, [5, 1, 3, 6], [2, 4, 3, 1])
     with torch.no_grad():
@@ -111,7 +94,7 @@ def test_images_of_a_batch_do_not_see_each_other(plain: SimpleNamespace) -> None
 
 
 def test_predictions_follow_their_images(plain: SimpleNamespace) -> None:
-    config = configure("feature+block")
+    config = nine_patches("feature+block")
     model = plain.exact_model(config, ACTIONS)
     z, action = torch.randn(3, 9, 16, dtype=torch.float64), torch.randn(3, ACTIONS, dtype=torch.float64)
     order = [2, 0, 1]
@@ -123,7 +106,7 @@ def test_predictions_follow_their_images(plain: SimpleNamespace) -> None:
 def test_predictors_that_depend_on_the_action(plain: SimpleNamespace, kind: str, conditioning: str) -> None:
     if kind == "mlp" and conditioning not in ("none", "block"):
         pytest.skip("the mlp predictor has its action in its blocks or not at all")
-    model = plain.exact_model(configure(conditioning, kind=kind), ACTIONS)
+    model = plain.exact_model(nine_patches(conditioning, kind=kind), ACTIONS)
     z = torch.randn(1, 9, 16, dtype=torch.float64).expand(2, -1, -1)
     action = torch.tensor([[0.0, 0.0, 0.0], [0.5, -0.5, 1.0]], dtype=torch.float64)
     one, other = model.predict(z, action)
@@ -133,7 +116,7 @@ def test_predictors_that_depend_on_the_action(plain: SimpleNamespace, kind: str,
 
 def test_block_conditioning_begins_at_zero() -> None:
     torch.manual_seed(0)
-    model = IWM(configure("block"), ACTIONS)
+    model = IWM(nine_patches("block"), ACTIONS)
     z, action = torch.randn(1, 9, 16).expand(2, -1, -1), torch.tensor([[0.0] * 3, [1.0] * 3])
     one, other = model.predict(z, action)
     assert torch.equal(one, other)
@@ -144,7 +127,7 @@ def test_block_conditioning_begins_at_zero() -> None:
 
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
 def test_predict_is_the_predictor_queried_at_every_patch(plain: SimpleNamespace, conditioning: str) -> None:
-    config = configure(conditioning)
+    config = nine_patches(conditioning)
     model = plain.exact_model(config, ACTIONS)
     images = torch.randint(0, 256, (2, 12, 12, 3), dtype=torch.uint8)
     action = torch.randn(2, ACTIONS, dtype=torch.float64)
@@ -157,21 +140,21 @@ def test_predict_is_the_predictor_queried_at_every_patch(plain: SimpleNamespace,
 
 
 def test_target_encoder_begins_equal_and_is_the_encoder_where_shared() -> None:
-    model = IWM(configure(target="ema"), ACTIONS)
+    model = IWM(nine_patches(target="ema"), ACTIONS)
     images = torch.randint(0, 256, (2, 12, 12, 3), dtype=torch.uint8)
     assert model.target_encoder is not None
     assert model.target_encoder is not model.encoder
     assert torch.equal(model.encode(images, "target"), model.encode(images, "context"))
     assert not model.encode(images, "target").requires_grad
     assert model.encode(images, "context").requires_grad
-    shared = IWM(configure(target="shared"), ACTIONS)
+    shared = IWM(nine_patches(target="shared"), ACTIONS)
     assert shared.target_encoder is None
     assert not shared.encode(images, "target").requires_grad
 
 
 def test_targets_are_normalised_as_the_loss_has_them() -> None:
     images = torch.randint(0, 256, (2, 12, 12, 3), dtype=torch.uint8)
-    z = IWM(configure(), ACTIONS).targets(images)
+    z = IWM(nine_patches(), ACTIONS).targets(images)
     assert z.shape == (2, 9, 16)
     torch.testing.assert_close(z.mean(-1), torch.zeros(2, 9), atol=1e-6, rtol=0)
     torch.testing.assert_close(z.var(-1, correction=0), torch.ones(2, 9), atol=1e-4, rtol=0)
@@ -179,7 +162,7 @@ def test_targets_are_normalised_as_the_loss_has_them() -> None:
 
 def test_bf16_weights_give_an_fp32_loss_near_the_fp32_one(plain: SimpleNamespace) -> None:
     """bf16 has 8 bits of mantissa; over some thirty roundings in sequence the loss may differ by 3 %."""
-    config = configure("feature+block")
+    config = nine_patches("feature+block")
     model = plain.exact_model(config, ACTIONS)
     batch = plain.draw_batch(config, ACTIONS, [5, 1, 3, 6], [2, 4, 3, 1])
     expected = model(*batch.arguments()).loss
@@ -194,7 +177,7 @@ def test_bf16_weights_give_an_fp32_loss_near_the_fp32_one(plain: SimpleNamespace
 def test_features_for_rank_are_predicted_tokens_of_every_place_of_the_grid() -> None:
     """400 images of 9 patches, all predicted: at most 2048 rows, with every grid position."""
     torch.manual_seed(0)
-    model = IWM(configure(), ACTIONS)
+    model = IWM(nine_patches(), ACTIONS)
     images = torch.zeros(400, 12, 12, 3, dtype=torch.uint8)
     alone, every = Segments.uniform(400, 1), Segments.uniform(400, 9)
     patch, patches = torch.zeros(400, dtype=torch.int64), torch.arange(9).repeat(400)
@@ -213,7 +196,7 @@ def test_features_for_rank_are_predicted_tokens_of_every_place_of_the_grid() -> 
 def test_each_gathering_module_owns_what_it_hands_to_a_kernel(precision: str) -> None:
     """ZeRO stage 3 gathers the direct parameters of the module whose forward runs, and no others: the model must work
     with every other parameter emptied between a module's forward passes."""
-    config = configure("feature+block", target_precision=precision)
+    config = nine_patches("feature+block", target_precision=precision)
     model = IWM(config, ACTIONS).requires_grad_(False)
     values = {parameter: parameter.data for parameter in model.parameters()}
 
@@ -289,7 +272,7 @@ def test_padding_has_no_loss_and_no_gradient(plain: SimpleNamespace, config: Mod
 
 @pytest.mark.parametrize("conditioning", ["feature", "sequence+block"])
 def test_padding_in_fp32_moves_the_loss_by_rounding_alone(plain: SimpleNamespace, conditioning: str) -> None:
-    model = plain.exact_model(configure(conditioning), ACTIONS).float()
+    model = plain.exact_model(nine_patches(conditioning), ACTIONS).float()
     batch = plain.draw_batch(model.config, ACTIONS, [5, 1, 3, 6], [2, 4, 3, 2])
     batch.action = batch.action.float()
     with torch.no_grad():
@@ -299,7 +282,7 @@ def test_padding_in_fp32_moves_the_loss_by_rounding_alone(plain: SimpleNamespace
 
 
 def test_wrong_arguments_say_what_is_wrong(plain: SimpleNamespace) -> None:
-    config = configure()
+    config = nine_patches()
     model = plain.exact_model(config, ACTIONS)
     batch = plain.draw_batch(config, ACTIONS, [2, 2], [2, 2])
     source, target, action, context, contexts, predicted, asked = batch.arguments()
@@ -318,6 +301,6 @@ def test_wrong_arguments_say_what_is_wrong(plain: SimpleNamespace) -> None:
     more, mores = pack(np.array([0, 1, 2, 3]), np.array([2, 2]), "cpu", [1])
     with pytest.raises(ValueError, match="1 segments of padding and context_segments 0"):
         model(source, target, action, context, contexts, more, mores)
-    mlp = plain.exact_model(configure("block", kind="mlp"), ACTIONS)
+    mlp = plain.exact_model(nine_patches("block", kind="mlp"), ACTIONS)
     with pytest.raises(ValueError, match="maps each patch by itself"):
         mlp(source, target, action, context, contexts, predicted[:3], Segments.from_lengths([1, 2]))

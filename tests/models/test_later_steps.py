@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from worlds import nine_patches
 
-from iwm_fast.config.schema import EncoderShape, ModelConfig, PredictorConfig
+from iwm_fast.config.schema import ModelConfig
 from iwm_fast.models import IWM
 from iwm_fast.models.later_steps import every_patch, later_steps
 from iwm_fast.models.packing import pack
@@ -18,18 +19,6 @@ from iwm_fast.models.packing import pack
 ACTIONS, PATCHES = 3, 9
 CONTEXT = ([0, 2, 3, 7, 8], [4], list(range(9)), [1, 5])  # visible patches of four samples
 STEPS = np.array([3, 1, 2, 3])
-
-
-def configure(conditioning: str, **options: Any) -> ModelConfig:
-    """12 × 12 images of 3 × 3 patches, two encoder and two predictor blocks of different widths."""
-    predictor = {"depth": 2, "width": 12, "heads": 3, "mlp_ratio": 1.5, "conditioning": conditioning}
-    return ModelConfig(
-        encoder=EncoderShape(depth=2, width=16, heads=2, mlp_ratio=2.0),
-        patch=4,
-        image=12,
-        predictor=PredictorConfig.model_validate(predictor),
-        **options,
-    )
 
 
 class Batch:
@@ -74,9 +63,9 @@ def by_hand(plain: SimpleNamespace, model: IWM, batch: Batch) -> Tensor:
 
 
 VARIANTS = {
-    "one frame": configure("feature+block"),
-    "two frames": configure("sequence", history=2),
-    "four frames, shared target": configure("block", history=4, target="shared"),
+    "one frame": nine_patches("feature+block"),
+    "two frames": nine_patches("sequence", history=2),
+    "four frames, shared target": nine_patches("block", history=4, target="shared"),
 }
 
 
@@ -98,7 +87,7 @@ def test_loss_and_every_gradient(plain: SimpleNamespace, config: ModelConfig, re
 
 def test_the_gradient_is_the_loss_s_slope(plain: SimpleNamespace) -> None:
     """Central differences along a random direction of all trained weights."""
-    model, batch = plain.exact_model(configure("feature", history=2), ACTIONS), Batch(2)
+    model, batch = plain.exact_model(nine_patches("feature", history=2), ACTIONS), Batch(2)
     trained = [p for p in model.parameters() if p.requires_grad]
     generator = torch.Generator().manual_seed(3)
     ways = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in trained]
@@ -113,7 +102,7 @@ def test_the_gradient_is_the_loss_s_slope(plain: SimpleNamespace) -> None:
 
 
 def test_samples_do_not_see_each_other_and_steps_that_nobody_has_add_nothing(plain: SimpleNamespace) -> None:
-    model, batch = plain.exact_model(configure("feature+block", history=2), ACTIONS), Batch(2)
+    model, batch = plain.exact_model(nine_patches("feature+block", history=2), ACTIONS), Batch(2)
     with torch.no_grad():
         whole = model(*batch.arguments([0, 1, 2, 3])).loss
         parts = [model(*batch.arguments(part)).loss for part in ([3, 0], [1], [2])]
@@ -126,7 +115,7 @@ def test_samples_do_not_see_each_other_and_steps_that_nobody_has_add_nothing(pla
 
 
 def test_rows_that_do_not_fit_the_steps_are_refused(plain: SimpleNamespace) -> None:
-    model, arguments = plain.exact_model(configure("block"), ACTIONS), list(Batch(1).arguments([0, 1, 2, 3]))
+    model, arguments = plain.exact_model(nine_patches("block"), ACTIONS), list(Batch(1).arguments([0, 1, 2, 3]))
     arguments[1] = arguments[1][:-1]
     with pytest.raises(ValueError, match=r"target has 8 rows and action 9; with later steps both must have 4 \+ 5"):
         model(*arguments)
