@@ -15,10 +15,11 @@ import json
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
-from iwm_fast.benchmarks.sweep import interval, public
+from iwm_fast.benchmarks.sweep import interval, public, run_jobs
 from iwm_fast.environment import environment
 from iwm_fast.outputs import require_result
 from iwm_fast.programs import run_program
@@ -83,6 +84,7 @@ def main() -> None:
     lengths.add_argument("--epochs", type=float, default=2.0)
     lengths.add_argument("--steps", type=int)
     parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--jobs", type=int, default=1, help="parallel cells; give each OMP_NUM_THREADS threads")
     args = parser.parse_args()
     require_result(args.json)
     length = ["--epochs", str(args.epochs)] if args.steps is None else ["--steps", str(args.steps)]
@@ -94,14 +96,22 @@ def main() -> None:
         for arm in asked:
             arm["runs"] = before.pop(tuple(arm["options"]), arm)["runs"]
         result["arms"] = [*asked, *(arm for arm in before.values() if arm["runs"])]
-    for place, run in enumerate(args.runs):  # runs outermost: a stopped benchmark has every mode of the first runs
-        for arm in asked:
-            if arm["name"] not in args.arms or any(done["run"] == run.name for done in arm["runs"]):
-                continue
-            words = [*arm["options"], "--data", str(args.data), "--seed", str(place)]
-            arm["runs"].append({"run": run.name, **measure(run, words)})
+    lock = threading.Lock()
+
+    def cell(arm: dict[str, Any], place: int, run: Path) -> None:
+        done = {"run": run.name, **measure(run, [*arm["options"], "--data", str(args.data), "--seed", str(place)])}
+        with lock:
+            arm["runs"].append(done)
             arm["runs"].sort(key=lambda done: done["run"])
             write_json(args.json, result, indent=1)
+
+    missing = [  # runs outermost: a stopped benchmark has every mode of the first runs
+        (arm, place, run)
+        for place, run in enumerate(args.runs)
+        for arm in asked
+        if arm["name"] in args.arms and all(done["run"] != run.name for done in arm["runs"])
+    ]
+    run_jobs(cell, missing, args.jobs)
     print(table(result["arms"]))
 
 

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean, stdev
@@ -160,6 +160,18 @@ def adopt(arms: list[dict[str, Any]], json_file: Path, setting: dict[str, Any]) 
     arms.extend(arm for arm in found["arms"] if arm["runs"] and (arm["name"], tuple(arm["overrides"])) in runs)
 
 
+def run_jobs(job: Callable[..., None], arguments: Iterable[tuple[Any, ...]], jobs: int) -> None:
+    """Call ``job`` with each tuple of arguments, ``jobs`` at a time; raise the first error, without starting others."""
+    with ThreadPoolExecutor(jobs) as pool:
+        futures = [pool.submit(job, *each) for each in arguments]
+        try:
+            for future in futures:
+                future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
 def train_all(
     arms: list[dict[str, Any]],
     *,
@@ -195,11 +207,9 @@ def train_all(
             recorded = [arm | {"overrides": public(arm["overrides"])} for arm in arms]
             write_json(json_file, result | (about or {}) | {"arms": recorded}, indent=None)
 
-    with ThreadPoolExecutor(jobs) as pool:
-        # Seeds outermost: a stopped sweep has every variant of the first seeds.
-        missing = [(arm, seed) for seed in seeds for arm in asked if seed not in {run["seed"] for run in arm["runs"]}]
-        for future in [pool.submit(job, arm, seed) for arm, seed in missing]:
-            future.result()
+    # Seeds outermost: a stopped sweep has every variant of the first seeds.
+    missing = [(arm, seed) for seed in seeds for arm in asked if seed not in {run["seed"] for run in arm["runs"]}]
+    run_jobs(job, missing, jobs)
 
 
 def main() -> None:
@@ -216,6 +226,10 @@ def main() -> None:
     )  # fmt: skip
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="override keys of all variants")
     parser.add_argument("--what", default="mrr,knn,linear")
+    parser.add_argument(
+        "--measure", nargs="+", default=[], metavar="KEY=VALUE",
+        help="override these keys in the evaluation of all variants, such as actions.strength=1",
+    )  # fmt: skip
     parser.add_argument("--jobs", type=int, default=1, help="parallel trainings; give each OMP_NUM_THREADS threads")
     parser.add_argument("--curve", metavar="NAME", help="tabulate this metric of training by step too, such as mrr")
     args = parser.parse_args()
@@ -229,7 +243,7 @@ def main() -> None:
         out=args.out,
         seeds=args.seeds,
         common=args.set,
-        measure=["--what", args.what],
+        measure=["--what", args.what, *args.measure],
         json_file=args.json,
         jobs=args.jobs,
     )

@@ -49,7 +49,7 @@ def test_each_limit_has_a_row_of_each_mode_and_cells_of_the_file_are_not_run_aga
         (name, images): 3 for name in ("linear head", "random predictor") for images in (20, 50, 100)
     }
     commands.clear()
-    run(monkeypatch, "0", *words, "--limit", "200")
+    run(monkeypatch, "0", *words, "--limit", "200", "--jobs", "2")
     assert len(commands) == 2
     arms = json.loads((tmp_path / "f.json").read_text())["arms"]
     assert [arm["images"] for arm in arms if arm["runs"]] == [200] * 2 + [20] * 2 + [50] * 2 + [100] * 2

@@ -1,8 +1,11 @@
 """benchmarks.sweep: trainings that were interrupted, and folders of other trainings."""
 
+import threading
+import time
+
 import pytest
 
-from iwm_fast.benchmarks.sweep import run_one
+from iwm_fast.benchmarks.sweep import run_jobs, run_one
 from iwm_fast.errors import UserError
 
 TINY = [
@@ -32,3 +35,19 @@ def test_an_interrupted_training_is_resumed_and_one_of_other_settings_is_left_as
     with pytest.raises(UserError, match="pretrain ended with exit code 2"):
         run_one(*words, [*TINY, "train.steps=6", "train.lr=0.5"], measure)
     assert "train.lr" in capfd.readouterr().err
+
+
+def test_jobs_run_at_once_and_after_a_failure_no_other_starts():
+    both = threading.Barrier(2, timeout=60)
+    run_jobs(lambda place: both.wait(), [(0,), (1,)], 2)  # one at a time would wait for the other in vain
+    started = []
+
+    def fail_at_first(place):
+        started.append(place)
+        if place == 0:
+            raise UserError("no such run")
+        time.sleep(0.05)  # one or two may have begun before the failure was seen
+
+    with pytest.raises(UserError, match="no such run"):
+        run_jobs(fail_at_first, [(place,) for place in range(100)], 1)
+    assert len(started) < 100
