@@ -38,8 +38,8 @@ def test_an_interrupted_training_is_resumed_and_one_of_other_settings_is_left_as
 
 
 def test_jobs_run_at_once_and_after_a_failure_no_other_starts():
-    both = threading.Barrier(2, timeout=60)
-    run_jobs(lambda place: both.wait(), [(0,), (1,)], 2)  # one at a time would wait for the other in vain
+    both = threading.Barrier(2)
+    run_jobs(both.wait, [(60,), (60,)], 2)  # one at a time would wait for the other in vain
     started = []
 
     def fail_at_first(place):
