@@ -44,19 +44,22 @@ from torch import Tensor
 
 from iwm_fast.actions.external import ExternalSpace
 from iwm_fast.actions.space import ActionSpace
-from iwm_fast.config import ActionsConfig
+from iwm_fast.config import ActionsConfig, DataConfig
 from iwm_fast.data.image_list import ImageSet
+from iwm_fast.data.triplets import read_triplets
 from iwm_fast.engine.checkpoint.load import default_device, is_export, is_finetuned, load_export, load_model
 from iwm_fast.errors import UserError
 from iwm_fast.eval.features import EncoderName, default_encoder
 from iwm_fast.eval.finetune.finetuned_model import Classified, FinetunedModel, MissingMethodError, open_finetuned
 from iwm_fast.eval.world_model.action_ranges import at_bound, checked_values, search_box, warn, warn_outside
 from iwm_fast.eval.world_model.distances import euclidean, unit_means
+from iwm_fast.eval.world_model.frames import find_triplets
 from iwm_fast.eval.world_model.given_images import Images, as_pictures, as_windows, read_files
 from iwm_fast.eval.world_model.infer_action import search_action
 from iwm_fast.eval.world_model.planning.cost import Distance, Score
 from iwm_fast.eval.world_model.planning.plan import Plan, Settings, make_plan, require_planning
 from iwm_fast.eval.world_model.planning.solvers import Method
+from iwm_fast.eval.world_model.planning.state_head import StateHead, fit_state_head
 from iwm_fast.models.iwm import IWM
 from iwm_fast.models.window import encode_window, roll_out
 
@@ -68,6 +71,7 @@ __all__ = [
     "Inferred",
     "Plan",
     "Ranking",
+    "StateHead",
     "WorldModel",
     "load_world",
     "open_model",
@@ -282,6 +286,7 @@ class WorldModel:
         candidates: int | None = None,
         iterations: int | None = None,
         distance: Distance = "l2",
+        head: StateHead | None = None,
         score: Score = "last",
         seed: int = 0,
         start: Action | None = None,
@@ -291,9 +296,10 @@ class WorldModel:
         ``frames``: one picture, or one window (1, history, S, S, 3). ``method``: cem, mppi, or gradient (Adam through
         the predictor, continuous actions only). ``candidates`` sequences per iteration, default 1,000 (gradient: 32),
         for ``iterations``, default 5 (gradient: 40). Actions stay within the run's bounds; with no more sequences of
-        choices than candidates, all are tried once. ``distance`` to the goal's representation: l2 over all tokens, or
-        cosine of the mean tokens. ``score``: the cost is that of the last prediction, their mean, or the nearest.
-        ``start``: vectors (n, A) to search near, such as ``plan.actions[1:]`` of the plan before.
+        choices than candidates, all are tried once. ``distance`` to the goal's representation: l2 over all tokens,
+        cosine of the mean tokens, or state: between what the ``head`` of `state_head` reads from both. ``score``: the
+        cost is that of the last prediction, their mean, or the nearest. ``start``: vectors (n, A) to search near, such
+        as ``plan.actions[1:]`` of the plan before.
 
         The same ``seed`` gives the same plan on the same machine. The frames are encoded once; candidates pass the
         predictor in blocks of about 16 MiB of activations on a CPU, 1 GiB on a GPU.
@@ -301,7 +307,19 @@ class WorldModel:
         settings = Settings(horizon, method, candidates, iterations, distance, score, seed)
         require_planning(self.model, self.space, settings.checked().horizon)
         near = None if start is None else self.vector(start).reshape(-1, self.space.dim)
-        return make_plan(self.model, self.space, self._windows(frames), self._pictures(goal), settings, near)
+        return make_plan(self.model, self.space, self._windows(frames), self._pictures(goal), settings, near, head)
+
+    def state_head(self, data: str | Path) -> StateHead:
+        """Fit a head that reads the recorded state from a representation, for runs on triplets.
+
+        ``data``: a manifest of triplets with source_state and target_state, or a folder as of `iwm-fast evaluate`; its
+        test triplets come first. ``head(world.targets(images))`` is the states (B, S); ``head.r2`` says how well each
+        component is read in held-out episodes. Raises UserError where no states are recorded, or none can be read.
+        """
+        if not isinstance(self.space, ExternalSpace):
+            raise UserError("state_head: this run was trained on images; states are recorded with triplets")
+        triplets = read_triplets(find_triplets(data)[0], self.space.external)
+        return fit_state_head(self.model, DataConfig(), triplets)
 
     def vector(self, action: Action) -> NDArray[np.float32]:
         """Return an action as the predictor's input: float32 (A,) from named values, (A,) or (B, A) from vectors.

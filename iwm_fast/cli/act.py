@@ -64,8 +64,11 @@ def act(
         int | None, typer.Option("--iterations", min=1, help="Of the search. Default: 5; gradient: 40.")
     ] = None,
     distance: Annotated[
-        Literal["l2", "cosine"],
-        typer.Option("--distance", help="To the goal's representation: over all tokens, or of the mean tokens."),
+        Literal["l2", "cosine", "state"],
+        typer.Option(
+            "--distance",
+            help="To the goal: over all tokens, of the mean tokens, or between the states that are read from both.",
+        ),
     ] = "l2",
     score: Annotated[
         Literal["last", "mean", "nearest"],

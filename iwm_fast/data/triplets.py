@@ -1,8 +1,8 @@
 """Triplets: pairs of images with the action that leads from one to the other, listed in a manifest.
 
-docs/guides/triplets.md has the format: JSON Lines or Parquet, one triplet per row {source, target, action[, episode,
-step]}, and a header beside it or in the first line that describes the actions. An error is one line with the file and
-line.
+docs/guides/triplets.md has the format: JSON Lines or Parquet, one triplet per row {source, target, action[, episode]
+[, step][, source_state, target_state]}, and a header beside it or in the first line that describes the actions. An
+error is one line with the file and line.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from iwm_fast.errors import UserError
 __all__ = ["MANIFESTS", "Triplets", "find_manifest", "read_triplets", "resolve_triplets"]
 
 MANIFESTS = ("manifest.jsonl", "manifest.parquet")
-_KEYS = ("source", "target", "action", "episode", "step")
+_KEYS = ("source", "target", "action", "episode", "step", "source_state", "target_state")
 _CHOICES = 4096  # most choices of a discrete action: each is a component of the vector
 
 
@@ -37,7 +37,8 @@ class Triplets:
     """n triplets over m image files, in the manifest's order: triplet i has sample id i.
 
     frames: the image files, each once. source and target: int64 (n,), indices into `frames`. values: float64 (n, C) or,
-    for discrete actions, int64 (n,). episode: int64 (n,), numbers from 0, or None. step: int64 (n,), or None.
+    for discrete actions, int64 (n,). episode: int64 (n,), numbers from 0, or None. step: int64 (n,), or None. states:
+    float64 (m, S), what each frame shows in numbers, or None.
     """
 
     manifest: Path
@@ -48,6 +49,7 @@ class Triplets:
     episode: NDArray[np.int64] | None
     step: NDArray[np.int64] | None
     actions: ExternalActions
+    states: NDArray[np.float64] | None = None
 
     def __len__(self) -> int:
         return len(self.source)
@@ -126,6 +128,7 @@ def read_triplets(manifest: Path, known: ExternalActions | None = None) -> Tripl
         episode=_episodes(rows) if "episode" in rows[0].row else None,
         step=_steps(rows) if "step" in rows[0].row else None,
         actions=actions,
+        states=_states(rows, ends) if "source_state" in rows[0].row else None,
     )
 
 
@@ -139,6 +142,8 @@ def _check_keys(line: Line, first: Line) -> None:
     for key in _KEYS[3:]:
         if (key in line.row) != (key in first.row):
             raise line.error(f"{key} must stand in every line or in none")
+    if ("source_state" in line.row) != ("target_state" in line.row):
+        raise line.error("source_state and target_state must stand together, or neither")
 
 
 def _path(line: Line, key: str) -> str:
@@ -247,3 +252,22 @@ def _steps(rows: Iterable[Line]) -> NDArray[np.int64]:
             raise line.found("step", "a whole number")
         steps.append(line.row["step"])
     return np.array(steps, np.int64)
+
+
+def _states(rows: list[Line], ends: list[NDArray[np.int64]]) -> NDArray[np.float64]:
+    """The state of each frame; a frame that several rows name must have one state."""
+    first = rows[0].row["source_state"]
+    size = len(first) if isinstance(first, list) else 0
+    if size == 0:
+        raise rows[0].found("source_state", "a list of numbers")
+    states = np.full((1 + max(int(end.max()) for end in ends), size), np.nan)
+    for number, line in enumerate(rows):
+        for key, end in zip(("source_state", "target_state"), ends, strict=True):
+            told = line.row[key]
+            if not isinstance(told, list) or len(told) != size or not all(map(_number, told)):
+                raise line.found(key, f"a list of {size} number{'s' if size > 1 else ''}, as in {rows[0].where}")
+            place = end[number]
+            if not np.isnan(states[place, 0]) and states[place].tolist() != told:
+                raise line.error(f"{key}: {line.row[key.split('_')[0]]} has another state in an earlier row")
+            states[place] = told
+    return states

@@ -16,6 +16,7 @@ from iwm_fast.games.recording import Pixels, Recording
 
 __all__ = ["Game", "Held", "environment_actions"]
 
+_MOST_NUMBERS = 256  # of a state: larger observations are pictures
 _GREY = 124  # near ImageNet's mean of red, which normalises to about 0
 
 
@@ -44,7 +45,8 @@ class Held:
 class Game:
     """An environment as a recording makes, plays and draws it. Close it after use.
 
-    background: the picture that is subtracted, of a recording that shows only what moves.
+    background: the picture that is subtracted, of a recording that shows only what moves. state: the environment's
+    last observation as numbers, float64 (S,), choices one-hot; None where it observes a picture, a text or the like.
     """
 
     def __init__(self, recording: Recording, background: Pixels | None = None) -> None:
@@ -57,6 +59,7 @@ class Game:
         except UserError:
             self.env.close()
             raise
+        self.state: NDArray[np.float64] | None = None
         self._recent: list[Image.Image] = []
 
     def close(self) -> None:
@@ -67,10 +70,10 @@ class Game:
         """Begin an episode. Raises UserError where the environment refuses the recording's options."""
         options = dict(self.recording.reset)
         try:
-            self.env.reset(seed=seed, **({"options": options} if options else {}))
+            observed, _ = self.env.reset(seed=seed, **({"options": options} if options else {}))
         except (ValueError, TypeError, KeyError) as error:
             raise UserError(f"{self.recording.env}: cannot be reset with {options}: {_line(error)}") from error
-        self._recent = [self.draw()] * 3
+        self._recent, self.state = [self.draw()] * 3, self._numbers(observed)
 
     def hold(self, action: int | NDArray[Any], repeat: int | None = None) -> Held:
         """Hold an action, a choice from 0 or numbers of the environment's units, for `repeat` steps.
@@ -82,13 +85,14 @@ class Game:
         given = self._given(action)
         total, over, held = 0.0, False, 0
         for held in range(repeat):
-            _, reward, terminated, truncated, info = env.step(given)
+            observed, reward, terminated, truncated, info = env.step(given)
             total += float(reward)
             over = terminated or truncated
             if over or held >= repeat - (3 if recording.motion else 1):
                 self._recent = [*self._recent[1:], self.draw()]
             if over:
                 break
+        self.state = self._numbers(observed)
         unseen = over and recording.motion and held < repeat - 1 and repeat > 3
         return Held(total, float(reward), held + 1, bool(terminated), bool(truncated), not unseen, dict(info))
 
@@ -122,6 +126,14 @@ class Game:
         if not isinstance(drawn, np.ndarray) or drawn.ndim != 3 or drawn.shape[2] != 3:
             raise UserError(f"{self.recording.env}: does not render RGB frames; choose another environment")
         return np.asarray(drawn, np.uint8)
+
+    def _numbers(self, observed: Any) -> NDArray[np.float64] | None:
+        from gymnasium import spaces
+
+        space = self.env.observation_space
+        if not space.is_np_flattenable or spaces.flatdim(space) > _MOST_NUMBERS:
+            return None
+        return np.asarray(spaces.flatten(space, observed), np.float64)
 
     def _given(self, action: int | NDArray[Any]) -> Any:
         space = self.env.action_space

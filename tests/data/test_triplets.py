@@ -19,6 +19,7 @@ from iwm_fast.data.triplets import find_manifest, read_triplets, resolve_triplet
 from iwm_fast.errors import UserError
 
 ROW = {"source": "a.png", "target": "b.png", "action": [0.5, 1.0]}
+STATED = {**ROW, "source_state": [0, 1], "target_state": [2.5, 3]}
 CHOICE = {"source": "a.png", "target": "b.png", "action": 2}
 CHOICES = {"schema": HEADER["schema"], "actions": {"kind": "discrete", "names": ["left", "stay", "right"]}}
 
@@ -39,9 +40,19 @@ def test_rows_files_and_actions_are_those_of_the_manifest(tmp_path):
     assert triplets.values.tolist() == [row["action"] for row in rows]
     assert triplets.episode.tolist() == [0, 0, 0, 1, 1, 1]
     assert triplets.step.tolist() == [0, 1, 2, 0, 1, 2]
+    assert triplets.states is None
     # By hand: neutral 0, divided by the farther end of the range.
     want = np.array([[row["action"][0] / 2, row["action"][1] / 4] for row in rows])
     np.testing.assert_allclose(triplets.vectors(), want, rtol=1e-6)
+
+
+def test_states_are_those_of_the_frames(tmp_path):
+    rows = [STATED, {**ROW, "source": "b.png", "target": "c.png", "source_state": [2.5, 3], "target_state": [4, 5]}]
+    triplets = read_triplets(write_lines(tmp_path / "m.jsonl", *rows))
+    names = [triplets.frames.name(place).rsplit("/", 1)[1] for place in range(3)]
+    assert dict(zip(names, triplets.states.tolist(), strict=True)) == {
+        "a.png": [0, 1], "b.png": [2.5, 3], "c.png": [4, 5],
+    }  # fmt: skip
 
 
 def test_without_a_header_choices_and_ranges_are_those_found(tmp_path):
@@ -71,13 +82,17 @@ def test_parquet_is_read_as_the_same_lines(tmp_path, discrete):
     import pyarrow
 
     manifest = write_game(tmp_path, discrete=discrete)
-    rows = rows_of_manifest(manifest)
+    rows = [
+        {**row, "source_state": [row["step"], 0.5], "target_state": [row["step"] + 1, 0.5]}
+        for row in rows_of_manifest(manifest)
+    ]
+    write_lines(manifest, manifest.read_text().splitlines()[0], *rows)
     (tmp_path / "other.actions.json").write_text(manifest.read_text().splitlines()[0])
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "other.parquet")
     lines, table = read_triplets(manifest), read_triplets(tmp_path / "other.parquet")
     assert table.actions == lines.actions
     assert [table.frames.name(i) for i in range(28)] == [lines.frames.name(i) for i in range(28)]
-    for name in ("source", "target", "values", "episode", "step"):
+    for name in ("source", "target", "values", "episode", "step", "states"):
         np.testing.assert_array_equal(getattr(table, name), getattr(lines, name))
     parquet.write_table(pyarrow.Table.from_pylist([*rows[:2], {**rows[2], "source": None}]), tmp_path / "other.parquet")
     with pytest.raises(UserError, match=r"other\.parquet:3: source is missing"):
@@ -101,7 +116,7 @@ MISTAKES = {
     "no object": ([ROW, "[1]"], "m.jsonl:2: found [1]; allowed: one object per line"),
     "unknown key": (
         [ROW, {**ROW, "reward": 1}],
-        "m.jsonl:2: unknown key 'reward'; allowed: source, target, action, episode, step",
+        "m.jsonl:2: unknown key 'reward'; allowed: source, target, action, episode, step, source_state, target_state",
     ),
     "missing": (
         [ROW, {"source": "a.png", "action": [1, 2]}],
@@ -150,6 +165,26 @@ MISTAKES = {
     "episode in some": ([ROW, {**ROW, "episode": 1}], "m.jsonl:2: episode must stand in every line or in none"),
     "episode": ([{**ROW, "episode": 1.5}], "m.jsonl:1: episode: found 1.5; allowed: a whole number or a text"),
     "step": ([{**ROW, "step": "1"}], 'm.jsonl:1: step: found "1"; allowed: a whole number'),
+    "state in some": (
+        [STATED, ROW],
+        "m.jsonl:2: source_state must stand in every line or in none",
+    ),
+    "one state": (
+        [{**ROW, "source_state": [1]}],
+        "m.jsonl:1: source_state and target_state must stand together, or neither",
+    ),
+    "state of another length": (
+        [STATED, {**STATED, "target_state": [1]}],
+        "m.jsonl:2: target_state: found [1]; allowed: a list of 2 numbers, as in line 1",
+    ),
+    "state": (
+        [{**STATED, "source_state": "left"}],
+        'm.jsonl:1: source_state: found "left"; allowed: a list of numbers',
+    ),
+    "two states of a frame": (
+        [STATED, {**STATED, "target": "c.png", "source_state": [0, 9]}],
+        "m.jsonl:2: source_state: a.png has another state in an earlier row",
+    ),
     "another schema": (
         [{**HEADER, "schema": "mine"}, ROW],
         "m.jsonl:1: schema: found 'mine'; allowed: 'iwm-fast-triplets/1'",

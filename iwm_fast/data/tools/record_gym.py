@@ -1,5 +1,7 @@
 """Record triplets from a gymnasium environment: a rendered frame, the action of a random player, the next frame.
 
+Where the environment observes numbers, they are recorded as the state of each frame.
+
 The player samples each action uniformly, or with the recording's persistence keeps the last one, and repeats it for
 `repeat` steps of the environment, so that its effect is visible. Actions are a function of (seed, episode, decision),
 each episode resets the environment with its own seed, and the test episodes are numbered after the training episodes:
@@ -24,6 +26,7 @@ from iwm_fast.data.triplets import MANIFESTS
 from iwm_fast.errors import UserError, because
 from iwm_fast.games.play import Game
 from iwm_fast.games.recording import Pixels, Recording, check_crop, write_recording
+from iwm_fast.notices import tell_once
 from iwm_fast.outputs import require_folder
 
 __all__ = ["Recording", "episode_seed", "record", "sampled_action"]
@@ -76,20 +79,26 @@ def _write(
     """Write `count` triplets to a folder; return the number of the next episode."""
     (folder / "frames").mkdir(parents=True)
     rows: list[dict[str, Any]] = []
-    episode = first_episode
+    episode, states = first_episode, True
     while len(rows) < count:
-        before = None
+        before = state = None
         for step, (picture, action) in enumerate(_play(game, episode)):
             name = f"frames/{episode:06d}_{step:05d}.png"
             Image.fromarray(picture).save(folder / name)
+            now = None if game.state is None else game.state.tolist()
+            states = states and now is not None and bool(np.isfinite(now).all())
             if before is not None:
-                rows.append({"source": before, "target": name, "action": action, "episode": episode, "step": step - 1})
+                row = {"source": before, "target": name, "action": action, "episode": episode, "step": step - 1}
+                rows.append({**row, "source_state": state, "target_state": now})
                 if progress is not None:
                     progress(f"record {folder.name}", len(rows), count)
-            before = name
+            before, state = name, now
             if len(rows) == count:
                 break
         episode += 1
+    if not states:
+        tell_once(f"{game.recording.env}: no states are recorded: its observations are not up to 256 finite numbers")
+        rows = [{key: value for key, value in row.items() if not key.endswith("_state")} for row in rows]
     write_manifest(folder / MANIFESTS[0], actions, rows)
     write_recording(folder, game.recording, game.background)
     return episode

@@ -23,6 +23,7 @@ from iwm_fast.eval.opened import OpenedExport, opened
 from iwm_fast.eval.stats import wilson_interval
 from iwm_fast.eval.world_model.frames import find_triplets
 from iwm_fast.eval.world_model.planning.plan import Settings, require_planning
+from iwm_fast.eval.world_model.planning.state_head import StateHead, fit_state_head
 from iwm_fast.games.goals import auto_goal, picture_goal
 from iwm_fast.games.play import Game
 from iwm_fast.games.recording import Pixels, Recording, read_recording
@@ -111,9 +112,11 @@ def act(
     require_planning(actor.model, actor.space, 1 if acting.policy == "greedy" else acting.settings.horizon)
     if out is not None:
         require_new_folder(out)
+    reads_states = acting.settings.distance == "state" and acting.policy != "random"
+    head = fit_state_head(actor.model, actor.config.data, actor.triplets) if reads_states else None
     records = [dict(record) for record in known]
     with _opened_game(actor, acting) as game, closing(Resizer(actor.config.model.image)) as resize:
-        policy = _policy(actor, acting, resize)
+        policy = _policy(actor, acting, resize, head)
         goal = auto_goal if acting.goal == "auto" else partial(_of_file, Path(acting.goal))
         gifs = range(acting.gifs if out is not None else 0)
         neighbours = find_neighbours(actor.model, actor.config, actor.triplets, _BANK) if gifs else None
@@ -123,7 +126,7 @@ def act(
             episode = play_episode(game, policy, goal, number=number, seed=seed, repeat=repeat, most=acting.most)
             records.append(episode.record())
             if out is not None:
-                _write(out, actor, acting, game, records)
+                _write(out, actor, acting, game, head, records)
             if number in gifs and out is not None:
                 with writing(out):
                     write_gif(out / f"episode_{number:03d}.gif", episode, neighbours)
@@ -146,14 +149,14 @@ def _check(acting: Acting) -> None:
         raise UserError(f"--replan {acting.every}, --episodes {acting.episodes}: both must be at least 1")
 
 
-def _policy(actor: Actor, acting: Acting, resize: Resizer) -> Policy:
+def _policy(actor: Actor, acting: Acting, resize: Resizer, head: StateHead | None) -> Policy:
     if acting.policy == "random":
         return RandomPlayer()
     settings = replace(acting.settings, seed=acting.seed, shuffled=acting.policy == "shuffled")
     every = acting.every
     if acting.policy == "greedy":
         settings, every = replace(settings, horizon=1), 1
-    return Planner(actor.model, actor.space, settings, resize, every)
+    return Planner(actor.model, actor.space, settings, resize, every, head)
 
 
 @contextmanager
@@ -185,7 +188,9 @@ def _require_same_actions(actor: Actor, game: Game) -> None:
         )
 
 
-def _write(out: Path, actor: Actor, acting: Acting, game: Game, records: list[dict[str, Any]]) -> None:
+def _write(
+    out: Path, actor: Actor, acting: Acting, game: Game, head: StateHead | None, records: list[dict[str, Any]]
+) -> None:
     body = {
         "env": acting.env,
         "step": actor.step,
@@ -195,6 +200,7 @@ def _write(out: Path, actor: Actor, acting: Acting, game: Game, records: list[di
         "action_repeat": acting.repeat or game.recording.repeat,
         "seed": acting.seed,
         "plan": {key: value for key, value in asdict(acting.settings.checked()).items() if key not in _NOT_TOLD},
+        "state_r2": None if head is None else head.r2.tolist(),
         **summary(records),
         "episodes": records,
     }

@@ -17,6 +17,7 @@ from iwm_fast.eval.acting.frames import Resizer
 from iwm_fast.eval.features import device_of
 from iwm_fast.eval.world_model.planning.cost import goal_distance
 from iwm_fast.eval.world_model.planning.plan import Plan, Settings, make_plan
+from iwm_fast.eval.world_model.planning.state_head import StateHead
 from iwm_fast.games.goals import succeeded
 from iwm_fast.games.play import Game, Held
 from iwm_fast.games.recording import Pixels
@@ -105,11 +106,19 @@ class RandomPlayer:
 
 
 class Planner:
-    """Plans to the goal every `every` decisions, near what is left of the plan before."""
+    """Plans to the goal every `every` decisions, near what is left of the plan before. head: of the distance state."""
 
-    def __init__(self, model: IWM, space: ExternalSpace, settings: Settings, resize: Resizer, every: int) -> None:
+    def __init__(
+        self,
+        model: IWM,
+        space: ExternalSpace,
+        settings: Settings,
+        resize: Resizer,
+        every: int,
+        head: StateHead | None = None,
+    ) -> None:
         self._model, self._space, self._settings = model, space, settings
-        self._resize, self._every = resize, every
+        self._resize, self._every, self._head = resize, every, head
         self._plan: Plan | None = None
         self._window: Tensor | None = None
 
@@ -134,10 +143,10 @@ class Planner:
             left = None if plan is None else plan.actions[self._step :]
             # A seed of its own for each decision, so that errors of the search are not repeated.
             settings = replace(self._settings, seed=episode_seed(self._settings.seed, self._episode) + number)
-            plan = make_plan(self._model, self._space, self._window[None], self._picture, settings, left)
+            plan = make_plan(self._model, self._space, self._window[None], self._picture, settings, left, self._head)
             self._plan, self._step = plan, 0
         step, self._step = self._step, self._step + 1
-        distance = float(goal_distance(now, self._goal, self._settings.distance))
+        distance = float(goal_distance(now, self._goal, self._settings.distance, self._head))
         return Decision(picture, self._told(plan.actions[step]), plan, step, distance)
 
     def _told(self, action: NDArray[np.float32]) -> int | NDArray[Any]:

@@ -69,7 +69,7 @@ def find_neighbours(model: IWM, config: Config, triplets: Triplets, count: int) 
     """Read and encode at most `count` recorded frames, spread over the set; those that cannot be decoded are left
     out. Raises UserError as `FrameReader`.
     """
-    reader = FrameReader(triplets, config)
+    reader = FrameReader(triplets, config.model.image, config.data)
     pictures, good = reader.read(evenly_spaced(count, len(triplets.frames)))
     reader.left_out.check()
     frames = pictures[torch.from_numpy(good)]

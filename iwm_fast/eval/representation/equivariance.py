@@ -28,6 +28,7 @@ from torch import Tensor
 from iwm_fast.config import ActionsConfig
 from iwm_fast.errors import UserError
 from iwm_fast.eval.features import POOLING, EncoderName, pooled_features
+from iwm_fast.eval.representation.ridge import fit_ridge
 from iwm_fast.eval.representation.view_pairs import draw_pairs, left_out, left_out_line, only_where
 from iwm_fast.eval.stats import Interval, bootstrap_rows
 from iwm_fast.models.iwm import IWM
@@ -35,17 +36,13 @@ from iwm_fast.models.iwm import IWM
 if TYPE_CHECKING:
     from iwm_fast.eval.image_subject import ImageSubject
 
-__all__ = ["IMAGES", "Equivariance", "evaluate_equivariance", "measure_equivariance", "ridge_regression"]
+__all__ = ["IMAGES", "Equivariance", "evaluate_equivariance", "measure_equivariance"]
 
 Floats = NDArray[np.float64]
 
 # Pairs are of at most this many training and test images, spread evenly.
 IMAGES = (2000, 1000)
 
-# In units of the mean squared error, on features and targets of unit variance; the best is chosen per component on
-# held-out training pairs.
-RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
-HELD_OUT = 0.2
 # Whether exactly one of two views is mirrored is a product of both views' features, not a sum.
 _PRODUCT = "flip"
 # Training and test pairs are sampled from different parts of the streams.
@@ -200,7 +197,7 @@ def _squares(
         fitted, measured = (only_where(action, components, names[columns[0]]) for action in moved)
         wanted = [components.index(names[column]) for column in columns]
         truth = moved[1][measured][:, wanted]
-        told = ridge_regression(train[fitted], moved[0][fitted][:, wanted], test[measured])
+        told = fit_ridge(train[fitted], moved[0][fitted][:, wanted]).predict(test[measured])
         rows = np.flatnonzero(measured)[:, None]
         error[rows, columns] = (truth - told) ** 2
         spread[rows, columns] = (truth - truth.mean(axis=0)) ** 2
@@ -215,40 +212,3 @@ def _features(parts: Sequence[Floats], *, products: bool) -> tuple[Floats, Float
     centre = [part.mean(axis=0) for part in parts[:2]]
     more = [(a - centre[0]) * (b - centre[1]) for a, b in (parts[:2], parts[2:])]
     return np.hstack([train, more[0]]), np.hstack([test, more[1]])
-
-
-def ridge_regression(x: Floats, y: Floats, x_test: Floats) -> Floats:
-    """Return predictions (m, K) for ``x_test`` (m, F) of a ridge regression fitted on ``x`` (n, F) and ``y`` (n, K).
-
-    Features and targets are standardised by the training rows, the intercept is free. For each target the best of
-    RIDGES on the last fifth of a fixed permutation of the rows is chosen, then fitted on all rows.
-    """
-    order = np.random.default_rng(0).permutation(len(x))
-    kept, held = np.split(order, [len(x) - max(1, round(HELD_OUT * len(x)))])
-    tried = _Ridge(x[kept], y[kept])
-    errors = np.stack([((tried.predict(x[held], r) - y[held]) ** 2).mean(axis=0) for r in RIDGES])  # (ridges, K)
-    final = _Ridge(x, y)
-    answers = np.stack([final.predict(x_test, r) for r in RIDGES])  # (ridges, m, K)
-    chosen: Floats = np.take_along_axis(answers, errors.argmin(axis=0)[None, None, :], axis=0)[0]
-    return chosen
-
-
-class _Ridge:
-    """The solutions for every ridge from one eigendecomposition of the features' covariance."""
-
-    def __init__(self, x: Floats, y: Floats) -> None:
-        self.x_mean, self.y_mean = x.mean(axis=0), y.mean(axis=0)
-        spread = x.std(axis=0)
-        # A constant channel would turn rounding into a feature.
-        self.x_scale = np.where(spread > 1e-6 * spread.max(initial=0), 1 / spread.clip(1e-30), 0.0)
-        rows = self._standardise(x)
-        self.variance, self.axes = np.linalg.eigh(rows.T @ rows / len(x))
-        self.moment = self.axes.T @ (rows.T @ (y - self.y_mean)) / len(x)  # (F, K)
-
-    def _standardise(self, x: Floats) -> Floats:
-        standard: Floats = (x - self.x_mean) * self.x_scale
-        return standard
-
-    def predict(self, x: Floats, ridge: float) -> Floats:
-        weight = self.axes @ (self.moment / (self.variance.clip(0) + ridge)[:, None])
-        return np.asarray(self._standardise(x) @ weight + self.y_mean)

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from iwm_fast.config import Config
+from iwm_fast.config import Config, DataConfig
 from iwm_fast.data.eval_images import load_clean, whole_image
 from iwm_fast.data.sources import top_level
 from iwm_fast.data.sources.split_names import split_kind
@@ -59,12 +59,12 @@ def find_triplets(root: str | Path) -> tuple[Path, list[str]]:
 
 
 class FrameReader:
-    """Reads frames by index into `frames`; those that cannot be decoded are in ``bad`` with the reason."""
+    """Reads frames by index into `frames`, at ``size``; those that cannot be decoded are in ``bad`` with the reason."""
 
-    def __init__(self, triplets: Triplets, config: Config) -> None:
+    def __init__(self, triplets: Triplets, size: int, data: DataConfig) -> None:
         self.triplets = triplets
-        self.left_out = LeftOut(str(triplets.manifest), len(triplets.frames), config.data.max_bad_fraction)
-        self._size, self._data = config.model.image, config.data
+        self.left_out = LeftOut(str(triplets.manifest), len(triplets.frames), data.max_bad_fraction)
+        self._size, self._data = size, data
 
     @property
     def bad(self) -> dict[str, str]:

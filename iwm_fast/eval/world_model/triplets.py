@@ -44,7 +44,7 @@ def evaluate_triplets(
     of ``eval.horizon`` steps, under ``rollout``. What needs classes is under ``not_run``, a bank larger than the set
     under ``reduced``, undecodable frames under ``left_out``.
     """
-    reader = FrameReader(triplets, config)
+    reader = FrameReader(triplets, config.model.image, config.data)
     subject = TripletSubject(model, config, space, reader, bank=bank, examples=examples, progress=progress)
     results = measure(usual("triplets") if what is None else what, "triplets", subject)
     reader.left_out.check()

@@ -38,17 +38,27 @@ def replay(recording, rows, folder):
     checked = 0
     for row in rows:
         if row["step"] == 0:
-            env.reset(seed=int(uniforms(recording.seed, row["episode"], 0, record_gym._PLAYER, 1)[0, 0] * 2**31))
+            seed = int(uniforms(recording.seed, row["episode"], 0, record_gym._PLAYER, 1)[0, 0] * 2**31)
+            seen, _ = env.reset(seed=seed)
             drawn = [shown(env, recording)] * 3
         assert stored(folder / row["source"]) == joined(recording, drawn)
+        assert row["source_state"] == numbers(env, seen)
         action = row["action"] if isinstance(row["action"], int) else np.array(row["action"], np.float32)
         for _ in range(recording.repeat):
-            env.step(action)
+            seen = env.step(action)[0]
             drawn = [*drawn[1:], shown(env, recording)]
         assert stored(folder / row["target"]) == joined(recording, drawn)
+        assert row["target_state"] == numbers(env, seen)
         checked += 1
     env.close()
     return checked
+
+
+def numbers(env, seen):
+    """An observation as a list: choices one-hot."""
+    if isinstance(seen, np.ndarray):
+        return seen.tolist()
+    return [float(choice == seen) for choice in range(env.observation_space.n)]
 
 
 def shown(env, recording):
@@ -160,3 +170,44 @@ def test_the_command_records_under_the_names_that_it_is_given(tmp_path):
     header = json.loads((out / "train" / "manifest.jsonl").read_text().splitlines()[0])
     assert header["actions"] == {"kind": "discrete", "names": ["left", "down", "right", "up"]}
     assert Image.open(out / "test" / rows_of_manifest(out / "test" / "manifest.jsonl")[0]["target"]).size == (16, 16)
+
+
+class Pictures(gymnasium.Env):
+    """Observes what it draws, or numbers that are not finite."""
+
+    metadata = {"render_modes": ["rgb_array"]}  # noqa: RUF012
+    action_space = gymnasium.spaces.Discrete(2)
+
+    def __init__(self, render_mode=None, numbers=False):
+        self.render_mode, self.numbers = render_mode, numbers
+        box = gymnasium.spaces.Box
+        self.observation_space = box(-np.inf, np.inf, (2,)) if numbers else box(0, 255, (16, 16, 3), np.uint8)
+
+    def render(self):
+        return np.full((16, 16, 3), self.count, np.uint8)
+
+    def _seen(self):
+        return np.array([self.count, np.inf if self.count == 2 else 0.0]) if self.numbers else self.render()
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed, options=options)
+        self.count = 0
+        return self._seen(), {}
+
+    def step(self, action):
+        assert action in (0, 1)
+        self.count += 1
+        return self._seen(), 0.0, self.count == 4, False, {}
+
+
+@pytest.mark.parametrize("numbers", [False, True], ids=["pictures", "infinite"])
+def test_observations_that_are_no_finite_numbers_are_left_out_and_said(tmp_path, capsys, numbers):
+    name = f"Pictures{int(numbers)}-v0"
+    gymnasium.register(name, entry_point=Pictures)
+    try:
+        record(Recording(name, train=6, test=0, size=16, arguments={"numbers": numbers}), tmp_path / "out")
+    finally:
+        del gymnasium.registry[name]
+    assert f"{name}: no states are recorded" in capsys.readouterr().err
+    triplets = read_triplets(tmp_path / "out" / "train" / "manifest.jsonl")
+    assert (len(triplets), triplets.states) == (6, None)

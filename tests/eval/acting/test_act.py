@@ -26,6 +26,7 @@ from iwm_fast.eval.acting.act import Acting, act, open_actor, summary  # noqa: E
 from iwm_fast.eval.acting.frames import Resizer, find_neighbours  # noqa: E402
 from iwm_fast.eval.world_model.frames import FrameReader  # noqa: E402
 from iwm_fast.eval.world_model.planning.plan import Settings  # noqa: E402
+from iwm_fast.eval.world_model.planning.state_head import fit_state_head  # noqa: E402
 from iwm_fast.eval.world_model.rollout import rollout_errors  # noqa: E402
 from iwm_fast.export.weights import export_run  # noqa: E402
 from iwm_fast.games import POINT_MASS  # noqa: E402
@@ -130,9 +131,9 @@ def test_an_action_is_held_for_as_many_steps_as_are_given(actor):
 def test_frames_are_those_that_evaluation_reads(actor):
     """At the model's size unchanged, at another as the reader of recorded files resizes them."""
     files = [actor.triplets.manifest.parent / name for name in ("frames/000000_00000.png", "frames/000000_00001.png")]
-    pictures, _ = FrameReader(actor.triplets, actor.config).read(np.array([0, 1]))
+    pictures, _ = FrameReader(actor.triplets, actor.config.model.image, actor.config.data).read(np.array([0, 1]))
     config = actor.config.model_copy(update={"model": actor.config.model.model_copy(update={"image": 48})})
-    larger, _ = FrameReader(actor.triplets, config).read(np.array([0, 1]))
+    larger, _ = FrameReader(actor.triplets, config.model.image, config.data).read(np.array([0, 1]))
     with closing(Resizer(32)) as same, closing(Resizer(48)) as resize:
         for place, file in enumerate(files):
             raw = np.asarray(Image.open(file))
@@ -146,6 +147,22 @@ def test_a_frame_s_nearest_neighbour_is_itself(actor):
     with torch.no_grad():
         found = neighbours.nearest(actor.model.targets(neighbours.frames))
     assert all(np.array_equal(a, b) for a, b in zip(found, neighbours.frames.numpy(), strict=True))
+
+
+def test_distances_between_states_are_of_a_head_fitted_to_the_recorded_ones(run, actor, tmp_path):
+    """The goal, the third and fourth numbers that the environment observes, is in no picture: its R² says so."""
+    acting = Acting(POINT_MASS, settings=Settings(3, candidates=12, iterations=2, distance="state"), most=2)
+    records = act(actor, acting, out=tmp_path / "out")
+    told = json.loads((tmp_path / "out" / "episodes.json").read_text())
+    head = fit_state_head(actor.model, actor.config.data, actor.triplets)
+    assert told["state_r2"] == head.r2.tolist()
+    assert len(told["state_r2"]) == 4
+    env = gymnasium.make(POINT_MASS, render_mode="rgb_array", size=32, apart=0.2)
+    env.reset(seed=records[0]["seed"])
+    with torch.no_grad():
+        ends = actor.model.targets(torch.from_numpy(np.stack([env.render(), env.unwrapped.goal_picture()])))
+    assert records[0]["distances"][0] == pytest.approx(float(head.distance(ends[:1], ends[1:])), rel=1e-3)
+    assert "state_r2" not in act(actor, Acting(POINT_MASS, settings=QUICK, most=1))[0]
 
 
 def test_choices_are_acted_with_too(tmp_path):

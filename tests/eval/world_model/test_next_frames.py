@@ -89,7 +89,7 @@ class Blind(RingOracle):
 
 def ranked(game, model, bank=32):
     config = config_of(game)
-    frames = draw_next_frames(FrameReader(read_triplets(game), config), bank)
+    frames = draw_next_frames(FrameReader(read_triplets(game), config.model.image, config.data), bank)
     found, distances = rank_next_frames(model, frames, normalize=False, chunk=5)
     return frames, summarise_next_frames(frames, found), distances
 
@@ -112,7 +112,7 @@ def test_the_bank_holds_distinct_next_frames_and_the_queries_are_distinct(game):
 
 
 def test_a_smaller_bank_is_a_part_of_a_larger_one_and_the_same_each_time(game):
-    reader = FrameReader(read_triplets(game), config_of(game))
+    reader = FrameReader(read_triplets(game), config_of(game).model.image, config_of(game).data)
     small, large = draw_next_frames(reader, 8), draw_next_frames(reader, 20)
     assert len(small) == len(small.bank) == 8
     assert {p.numpy().tobytes() for p in small.bank} <= {p.numpy().tobytes() for p in large.bank}
@@ -151,7 +151,7 @@ def test_a_real_model_is_ranked_as_a_loop_over_queries_ranks_it(game):
     config = config_of(game).model_copy(update={"model": tiny_config().model})
     torch.manual_seed(0)
     model = IWM(config.model, space_of(config.actions).dim).eval()
-    frames = draw_next_frames(FrameReader(read_triplets(game), config), 12)
+    frames = draw_next_frames(FrameReader(read_triplets(game), config.model.image, config.data), 12)
     found, _ = rank_next_frames(model, frames, normalize=True, chunk=5)
     with torch.no_grad():
         bank = model.targets(frames.bank).double()
@@ -169,13 +169,15 @@ def test_frames_that_cannot_be_decoded_are_left_out(game, tmp_path):
         row |= {"source": str(game.parent / row["source"]), "target": str(game.parent / row["target"])}
     (tmp_path / "bad.png").write_bytes(b"no picture")
     rows[5]["target"] = "bad.png"
-    reader = FrameReader(read_triplets(write_lines(tmp_path / "m.jsonl", *rows)), config_of(game))
+    reader = FrameReader(
+        read_triplets(write_lines(tmp_path / "m.jsonl", *rows)), config_of(game).model.image, config_of(game).data
+    )
     frames = draw_next_frames(reader, 32)
     assert 4 not in frames.rows
     assert [Path(path).name for path in reader.bad] == ["bad.png"]
     only = write_lines(tmp_path / "n.jsonl", rows[0], rows[5])
     with pytest.raises(UserError, match=r"fewer than two distinct next frames to rank; .*bad\.png: cannot identify"):
-        draw_next_frames(FrameReader(read_triplets(only), config_of(game)), 32)
+        draw_next_frames(FrameReader(read_triplets(only), config_of(game).model.image, config_of(game).data), 32)
 
 
 def test_one_call_measures_both_and_says_what_it_cannot(game):
@@ -189,7 +191,7 @@ def test_one_call_measures_both_and_says_what_it_cannot(game):
     assert [example.rank for example in shown] == [1, 1]
     assert shown[0].ranked[0].true
     triplets = read_triplets(game)
-    frames = draw_next_frames(FrameReader(triplets, config), config.eval.bank)
+    frames = draw_next_frames(FrameReader(triplets, config.model.image, config.data), config.eval.bank)
     assert shown[0].action == {"steps": pytest.approx(float(triplets.values[frames.rows[0], 0]), abs=1e-6)}
     assert monitor_triplets(RingOracle(), config, space, game)["mrr"] == 1
 

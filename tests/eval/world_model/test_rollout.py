@@ -99,7 +99,7 @@ def test_a_real_model_s_predictions_are_fed_back_unchanged(game):
     model = IWM(config.model, space_of(config.actions).dim).eval()
     rows = chains(triplets, 3)
     places = np.concatenate([triplets.source[rows[:, :1]], triplets.target[rows]], axis=1)
-    pictures, good = FrameReader(triplets, config).read(places.reshape(-1))
+    pictures, good = FrameReader(triplets, config.model.image, config.data).read(places.reshape(-1))
     assert good.all()
     frames = pictures.unflatten(0, places.shape)
     actions = torch.from_numpy(triplets.vectors()[rows])
@@ -117,7 +117,7 @@ def test_a_history_begins_with_the_frames_before_and_slides(game):
     config, triplets = resolve_triplets(small_config(game, actions__groups=["external"], model__history=3))
     torch.manual_seed(0)
     model = IWM(config.model, space_of(config.actions).dim).eval()
-    reader = FrameReader(triplets, config)
+    reader = FrameReader(triplets, config.model.image, config.data)
     found = measure_rollouts(model, reader, 2, history=3, starts=99)
     rows = chains(triplets, 2)
     wanted = np.zeros(2)
@@ -137,14 +137,14 @@ def test_a_history_begins_with_the_frames_before_and_slides(game):
 
 def test_means_have_intervals_and_begin_at_chains_spread_over_the_set(game):
     config, triplets = resolve_triplets(small_config(game, actions__groups=["external"]))
-    found = measure_rollouts(Line(), FrameReader(triplets, config), 3, starts=5)
+    found = measure_rollouts(Line(), FrameReader(triplets, config.model.image, config.data), 3, starts=5)
     assert (found["horizons"], found["starts"]) == ([1, 2, 3], 5)
     for name in ("model", "shuffled", "copy"):
         for mean, (low, high) in zip(found[name], found[f"{name}_interval"], strict=True):
             assert low <= mean <= high
     assert (
         "fewer than two chains of 9 consecutive triplets"
-        in measure_rollouts(Line(), FrameReader(triplets, config), 9)["reason"]
+        in measure_rollouts(Line(), FrameReader(triplets, config.model.image, config.data), 9)["reason"]
     )
 
 

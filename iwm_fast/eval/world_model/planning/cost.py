@@ -17,12 +17,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from iwm_fast.errors import UserError
+from iwm_fast.eval.world_model.planning.state_head import StateHead
 from iwm_fast.models.iwm import IWM
 from iwm_fast.models.window import predictions
 
 __all__ = ["Distance", "GoalCost", "Score", "goal_distance"]
 
-Distance = Literal["l2", "cosine"]
+Distance = Literal["l2", "cosine", "state"]
 Score = Literal["last", "mean", "nearest"]
 
 # Activations of a forward pass. On a CPU they stay in the cache: larger blocks were no faster. A GPU needs large ones.
@@ -31,10 +33,14 @@ _FLOATS = 16  # per token and channel: residual, normalised, q, k, v, mixed, fou
 _SAVED = 24  # the same per block of layers, of a pass that is differentiated
 
 
-def goal_distance(tokens: Tensor, goal: Tensor, distance: Distance = "l2") -> Tensor:
+def goal_distance(tokens: Tensor, goal: Tensor, distance: Distance = "l2", head: StateHead | None = None) -> Tensor:
     """Return the distance of representations (N, L, D) to that of a goal (1, L, D), float64 (N,): L2 over all tokens,
-    or the chord between the unit mean tokens.
+    the chord between the unit mean tokens, or, with ``head``, between the states that it reads.
     """
+    if distance == "state":
+        if head is None:
+            raise UserError("distance is state: give head, which WorldModel.state_head returns")
+        return head.distance(tokens, goal)
     x, y = tokens.float(), goal.float()
     if distance == "cosine":
         x, y = F.normalize(x.mean(dim=1), dim=1), F.normalize(y.mean(dim=1), dim=1)
@@ -46,7 +52,7 @@ class GoalCost:
     """Costs of sequences of actions from one source, by their predictions' distance to a goal.
 
     source: the window of F frames from `encode_window`, (1, F · L, De). goal: `targets` of a picture, (1, L, D).
-    distance: "l2" over all tokens, or "cosine": the chord between the unit mean tokens. score: which predictions count,
+    distance, head: as in `goal_distance`. score: which predictions count,
     the "last", their "mean", or the "nearest" of them. shuffled: give each candidate another one's actions, a control.
     """
 
@@ -57,11 +63,12 @@ class GoalCost:
         goal: Tensor,
         *,
         distance: Distance = "l2",
+        head: StateHead | None = None,
         score: Score = "last",
         shuffled: bool = False,
     ) -> None:
         self.model, self.source, self.score, self.shuffled = model, source, score, shuffled
-        self.goal, self.distance = goal.float(), distance
+        self.goal, self.distance, self.head = goal.float(), distance, head
 
     @torch.no_grad()
     def __call__(self, actions: Tensor) -> Tensor:
@@ -94,7 +101,7 @@ class GoalCost:
 
     def far(self, representation: Tensor) -> Tensor:
         """Return the distance of representations (N, L, D) to the goal, float64 (N,)."""
-        return goal_distance(representation, self.goal, self.distance)
+        return goal_distance(representation, self.goal, self.distance, self.head)
 
     def scored(self, along: Tensor) -> Tensor:
         """Return the cost (N,) of distances (N, H)."""

@@ -17,6 +17,7 @@ from iwm_fast.eval.features import device_of
 from iwm_fast.eval.world_model.planning.cost import Distance, GoalCost, Score
 from iwm_fast.eval.world_model.planning.distributions import ActionKind
 from iwm_fast.eval.world_model.planning.solvers import Found, Method, Search, descend, search
+from iwm_fast.eval.world_model.planning.state_head import StateHead
 from iwm_fast.models.iwm import IWM
 from iwm_fast.models.window import encode_window
 
@@ -110,11 +111,12 @@ def make_plan(
     goal: Tensor,
     settings: Settings,
     start: NDArray[np.float32] | None = None,
+    head: StateHead | None = None,
 ) -> Plan:
     """Return the plan from a window of frames, uint8 (1, F, S, S, 3), to a goal picture, uint8 (1, S, S, 3).
 
-    start: actions (n, A) to begin near; those beyond the horizon are left out. Raises UserError for settings out of
-    range, several windows or goals, and as `require_planning`.
+    start: actions (n, A) to begin near; those beyond the horizon are left out. head: of the distance "state". Raises
+    UserError for settings out of range, several windows or goals, and as `require_planning` and `goal_distance`.
     """
     settings = settings.checked()
     require_planning(model, space, settings.horizon)
@@ -127,7 +129,10 @@ def make_plan(
     assert settings.iterations is not None
     near = None if start is None else torch.from_numpy(start[: settings.horizon])
     how = Search(settings.horizon, settings.candidates, settings.iterations, settings.seed, near)
-    cost = GoalCost(model, source, wanted, distance=settings.distance, score=settings.score, shuffled=settings.shuffled)
+    cost = GoalCost(
+        model, source, wanted,
+        distance=settings.distance, head=head, score=settings.score, shuffled=settings.shuffled,
+    )  # fmt: skip
     kind = action_kind(space)
     found = (
         descend(cost.slope, kind, how) if settings.method == "gradient" else search(cost, kind, how, settings.method)

@@ -204,7 +204,7 @@ MISTAKES = {
     "no iteration": (PUSHES, {"iterations": 0}, "iterations is 0"),
     "seed": (PUSHES, {"seed": -1}, "seed is -1"),
     "method": (PUSHES, {"method": "icem"}, "method is 'icem': give cem, mppi, gradient"),
-    "distance": (PUSHES, {"distance": "l1"}, "distance is 'l1': give l2, cosine"),
+    "distance": (PUSHES, {"distance": "l1"}, "distance is 'l1': give l2, cosine, state"),
     "score": (PUSHES, {"score": "sum"}, "score is 'sum': give last, mean, nearest"),
     "gradient of choices": (CHOICES, {"method": "gradient"}, "needs continuous actions"),
     "start": (PUSHES, {"start": [1.0, 2.0, 3.0]}, "give 2 numbers"),

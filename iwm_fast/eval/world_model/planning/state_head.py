@@ -1,0 +1,99 @@
+"""Read an environment's state from a representation, so that plans are compared where distances are known.
+
+A ridge regression, in closed form, from all tokens of a recorded frame's target representation to its recorded state.
+Components are weighted by how well they are read in held-out episodes: what a picture does not show, such as a speed or
+a goal, has weight 0 and does not count.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from iwm_fast.config import DataConfig
+from iwm_fast.data.triplets import Triplets
+from iwm_fast.errors import UserError
+from iwm_fast.eval.features import device_of
+from iwm_fast.eval.representation.ridge import fit_ridge
+from iwm_fast.eval.stats import evenly_spaced
+from iwm_fast.eval.world_model.frames import FrameReader
+from iwm_fast.models.iwm import IWM
+
+__all__ = ["StateHead", "fit_state_head"]
+
+FRAMES = 2000  # at most, spread evenly over the set
+_LEAST = 20
+_HELD = 5  # one episode of so many is held out
+_CHUNK = 64
+
+
+@dataclass(frozen=True, eq=False)
+class StateHead:
+    """A linear map from representations to states, and the scale on which these are compared.
+
+    weight: float32 (L · D, S); intercept, scale: float32 (S,); r2: float64 (S,), of each component in held-out
+    episodes. scale: √max(R², 0) over the component's std, so that a distance is in stds.
+    """
+
+    weight: Tensor
+    intercept: Tensor
+    scale: Tensor
+    r2: NDArray[np.float64]
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Return the states (N, S), in the environment's units, of representations (N, L, D)."""
+        return torch.addmm(self.intercept, tokens.float().flatten(1), self.weight)
+
+    def distance(self, tokens: Tensor, goal: Tensor) -> Tensor:
+        """Return the distance between the states of (N, L, D) and that of a goal (1, L, D), float64 (N,)."""
+        far: Tensor = ((self(tokens) - self(goal)) * self.scale).double().norm(dim=1)
+        return far
+
+
+@torch.no_grad()
+def fit_state_head(model: IWM, data: DataConfig, triplets: Triplets) -> StateHead:
+    """Fit a head on at most 2,000 recorded frames, of which a fifth, whole episodes if there are any, is held out.
+
+    Raises UserError where no states are recorded, or none can be read from the representation, and as `FrameReader`.
+    """
+    if triplets.states is None:
+        raise UserError(
+            f"{triplets.manifest}: no states are recorded, which a state head is fitted to: give source_state and "
+            "target_state in every row (iwm-fast data record writes them), or another distance"
+        )
+    reader = FrameReader(triplets, model.config.image, data)
+    chosen = evenly_spaced(FRAMES, len(triplets.frames))
+    pictures, good = reader.read(chosen)
+    reader.left_out.check()
+    chosen, pictures = chosen[good], pictures[torch.from_numpy(good)]
+    if len(chosen) < _LEAST:
+        raise UserError(f"{triplets.manifest}: {len(chosen)} frames; a state head needs at least {_LEAST}")
+    device = device_of(model)
+    parts = [model.targets(part.to(device)).double().flatten(1).cpu() for part in pictures.split(_CHUNK)]
+    states = triplets.states[chosen]
+    fit = fit_ridge(torch.cat(parts).numpy(), states, _held_out(triplets, chosen))
+    if not (fit.r2 > 0).any():
+        raise UserError(
+            f"{triplets.manifest}: no component of the state can be read from the representation (R² by component: "
+            f"{', '.join(f'{value:.2f}' for value in fit.r2)}); train longer, or use another distance"
+        )
+    spread = states.std(axis=0)
+    scale = np.sqrt(fit.r2.clip(0, 1)) / np.where(spread > 0, spread, 1.0)
+    weight, intercept, scale = (
+        torch.from_numpy(part.astype(np.float32)).to(device) for part in (fit.weight, fit.intercept, scale)
+    )
+    return StateHead(weight, intercept, scale, fit.r2)
+
+
+def _held_out(triplets: Triplets, chosen: NDArray[np.int64]) -> NDArray[np.bool_] | None:
+    """Every fifth episode's frames; None, which means any fifth, where there are too few episodes."""
+    if triplets.episode is None:
+        return None
+    episode = np.zeros(len(triplets.frames), np.int64)
+    episode[triplets.source], episode[triplets.target] = triplets.episode, triplets.episode
+    held = episode[chosen] % _HELD == _HELD - 1
+    return held if held.any() else None
