@@ -33,7 +33,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -52,10 +51,10 @@ from iwm_fast.errors import UserError
 from iwm_fast.eval.features import EncoderName, default_encoder
 from iwm_fast.eval.finetune.finetuned_model import Classified, FinetunedModel, MissingMethodError, open_finetuned
 from iwm_fast.eval.world_model.action_ranges import at_bound, checked_values, search_box, warn, warn_outside
-from iwm_fast.eval.world_model.distances import euclidean, unit_means
+from iwm_fast.eval.world_model.distances import Ranking, euclidean, unit_means
 from iwm_fast.eval.world_model.frames import find_triplets
 from iwm_fast.eval.world_model.given_images import Images, as_pictures, as_windows, read_files
-from iwm_fast.eval.world_model.infer_action import search_action
+from iwm_fast.eval.world_model.infer_action import Inferred, search_action
 from iwm_fast.eval.world_model.planning.cost import Distance, Score
 from iwm_fast.eval.world_model.planning.plan import Plan, Settings, make_plan, require_planning
 from iwm_fast.eval.world_model.planning.solvers import Method
@@ -81,30 +80,6 @@ __all__ = [
 Action = Mapping[str, float] | Sequence[Mapping[str, float]] | np.ndarray | Tensor | Sequence[float]
 
 _OF_CLASSES = ("class_names", "classify", "logits", "segment", "tasks")
-
-
-@dataclass(frozen=True)
-class Ranking:
-    """order: int64 (B, N), indices into the bank, nearest first; distances: float64 (B, N), to each of its items."""
-
-    order: NDArray[np.int64]
-    distances: NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Inferred:
-    """The action that best explains a target: a vector (A,) float32, and physical values by name.
-
-    distance: L2 over all tokens from the prediction under that action to the target; distance_neutral: the same under
-    the neutral action. at_bound: components where the search stopped at a bound, so that the true action may lie beyond
-    it; natural bounds (a flag's 0 and 1, a sigma of 0) do not count.
-    """
-
-    action: NDArray[np.float32]
-    values: dict[str, float]
-    distance: float
-    distance_neutral: float
-    at_bound: tuple[str, ...] = ()
 
 
 class WorldModel:
@@ -298,8 +273,8 @@ class WorldModel:
         for ``iterations``, default 5 (gradient: 40). Actions stay within the run's bounds; with no more sequences of
         choices than candidates, all are tried once. ``distance`` to the goal's representation: l2 over all tokens,
         cosine of the mean tokens, or state: between what the ``head`` of `state_head` reads from both. ``score``: the
-        cost is that of the last prediction, their mean, or the nearest. ``start``: vectors (n, A) to search near, such
-        as ``plan.actions[1:]`` of the plan before.
+        cost is that of the last prediction, their mean, the nearest, or arrival: the last plus a tenth of the mean.
+        ``start``: vectors (n, A) to search near, such as ``plan.actions[1:]`` of the plan before.
 
         The same ``seed`` gives the same plan on the same machine. The frames are encoded once; candidates pass the
         predictor in blocks of about 16 MiB of activations on a CPU, 1 GiB on a GPU.
@@ -313,8 +288,9 @@ class WorldModel:
         """Fit a head that reads the recorded state from a representation, for runs on triplets.
 
         ``data``: a manifest of triplets with source_state and target_state, or a folder as of `iwm-fast evaluate`; its
-        test triplets come first. ``head(world.targets(images))`` is the states (B, S); ``head.r2`` says how well each
-        component is read in held-out episodes. Raises UserError where no states are recorded, or none can be read.
+        test triplets come first. The head, called with `targets` of images, returns the states (B, S); its ``r2`` says
+        how well each component is read in held-out episodes. Raises UserError where no states are recorded, or none can
+        be read.
         """
         if not isinstance(self.space, ExternalSpace):
             raise UserError("state_head: this run was trained on images; states are recorded with triplets")

@@ -71,8 +71,10 @@ def act(
         ),
     ] = "l2",
     score: Annotated[
-        Literal["last", "mean", "nearest"],
-        typer.Option("--score", help="A plan's cost: the distance of its last prediction, their mean, or the nearest."),
+        Literal["last", "mean", "nearest", "arrival"],
+        typer.Option(
+            "--score", help="A plan's cost: distance of its last prediction, mean, nearest; arrival: last + 0.1 · mean."
+        ),
     ] = "mean",
     policy: Annotated[
         Literal["plan", "greedy", "shuffled", "random"],
@@ -90,9 +92,9 @@ def act(
 ) -> None:
     """Reach a goal in an environment: plan with a run's world model, hold the first actions, look, plan again.
 
-    Writes DIR/episodes.json (per episode: success, steps, return, predicted costs, seed) after each episode, and
-    DIR/episode_NNN.gif with the pictures, the recorded frames nearest to what was predicted, and the distances. The
-    environment is drawn as recording.json beside the run's data says.
+    Writes DIR/episodes.json (per episode: success, steps, return, predicted costs, seed) after each episode,
+    DIR/index.html, a page with the first one, and DIR/episode_NNN.gif with the pictures, the recorded frames nearest to
+    what was predicted, and the distances. The environment is drawn as recording.json beside the run's data says.
     """
     from iwm_fast.console import counting, print_table
     from iwm_fast.eval.acting.act import Acting, open_actor, summary
@@ -113,7 +115,7 @@ def act(
 
     def show() -> None:
         print_table(f"iwm-fast act, step {actor.step}", ("", "value", "95 % interval"), _rows(found, len(records)))
-        print(f"{out / 'episodes.json'}: every episode")
+        print(f"{out / 'episodes.json'}: every episode; {out / 'index.html'}: the first")
 
     answer(json, "act", {"env": env, "policy": policy, **found, "episodes": records}, show)
 

@@ -1,4 +1,4 @@
-"""Play episodes with a run, and write what happened: episodes.json and GIFs."""
+"""Play episodes with a run, and write what happened: episodes.json, a page, and GIFs."""
 
 from __future__ import annotations
 
@@ -10,15 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from iwm_fast.actions.external import ExternalSpace
+from iwm_fast.atomic_files import write_whole_text
 from iwm_fast.config import Config
 from iwm_fast.console import Count
 from iwm_fast.data.tools.record_gym import episode_seed
 from iwm_fast.data.triplets import Triplets, read_triplets
 from iwm_fast.engine.checkpoint.load import default_device
+from iwm_fast.environment import environment
 from iwm_fast.errors import UserError
 from iwm_fast.eval.acting.animation import write_gif
-from iwm_fast.eval.acting.episodes import POLICIES, Planner, Policy, PolicyName, RandomPlayer, play_episode
+from iwm_fast.eval.acting.episodes import POLICIES, Episode, Planner, Policy, PolicyName, RandomPlayer, play_episode
 from iwm_fast.eval.acting.frames import Resizer, find_neighbours
+from iwm_fast.eval.acting.page import acting_page
 from iwm_fast.eval.opened import OpenedExport, opened
 from iwm_fast.eval.stats import wilson_interval
 from iwm_fast.eval.world_model.frames import find_triplets
@@ -59,8 +62,9 @@ class Acting:
 
 @dataclass(frozen=True, eq=False)
 class Actor:
-    """A run, and the recording of its data."""
+    """A run, its folder's name, and the recording of its data."""
 
+    name: str
     model: IWM
     config: Config
     space: ExternalSpace
@@ -92,7 +96,7 @@ def open_actor(run: Path, checkpoint: str = "latest", data: str | None = None) -
     triplets = read_triplets(find_triplets(root)[0], config.actions.external)
     found = read_recording(triplets.manifest.parent)
     recording, background = (None, None) if found is None else found
-    return Actor(model.to(default_device()), config, space, step, triplets, recording, background)
+    return Actor(run.resolve().name, model.to(default_device()), config, space, step, triplets, recording, background)
 
 
 def act(
@@ -106,7 +110,8 @@ def act(
 ) -> list[dict[str, Any]]:
     """Play the episodes and return the record of each; ``give`` gets all of them after each episode.
 
-    out: a new folder for episodes.json and GIFs. known: records of earlier episodes, which are not played again.
+    out: a new folder for episodes.json, index.html with the first episode, and GIFs. known: records of earlier
+    episodes, which are not played again.
     """
     _check(acting)
     require_planning(actor.model, actor.space, 1 if acting.policy == "greedy" else acting.settings.horizon)
@@ -115,21 +120,27 @@ def act(
     reads_states = acting.settings.distance == "state" and acting.policy != "random"
     head = fit_state_head(actor.model, actor.config.data, actor.triplets) if reads_states else None
     records = [dict(record) for record in known]
+    first: Episode | None = None
+    shown = out is not None and acting.policy != "random"
     with _opened_game(actor, acting) as game, closing(Resizer(actor.config.model.image)) as resize:
         policy = _policy(actor, acting, resize, head)
         goal = auto_goal if acting.goal == "auto" else partial(_of_file, Path(acting.goal))
         gifs = range(acting.gifs if out is not None else 0)
-        neighbours = find_neighbours(actor.model, actor.config, actor.triplets, _BANK) if gifs else None
+        neighbours = find_neighbours(actor.model, actor.config, actor.triplets, _BANK) if shown else None
         for number in range(len(records), acting.episodes):
             seed = episode_seed(acting.seed + _ACTED, number)
             repeat = acting.repeat or game.recording.repeat
             episode = play_episode(game, policy, goal, number=number, seed=seed, repeat=repeat, most=acting.most)
             records.append(episode.record())
+            first = first or episode
             if out is not None:
-                _write(out, actor, acting, game, head, records)
-            if number in gifs and out is not None:
+                body = _body(actor, acting, game, head, records)
+                write_result(out / "episodes.json", "act", body)
+                page = acting_page(actor.name, body, first, neighbours, environment())
                 with writing(out):
-                    write_gif(out / f"episode_{number:03d}.gif", episode, neighbours)
+                    write_whole_text(out / "index.html", page)
+                    if number in gifs:
+                        write_gif(out / f"episode_{number:03d}.gif", episode, neighbours)
             if give is not None:
                 give(records)
             if progress is not None:
@@ -188,10 +199,10 @@ def _require_same_actions(actor: Actor, game: Game) -> None:
         )
 
 
-def _write(
-    out: Path, actor: Actor, acting: Acting, game: Game, head: StateHead | None, records: list[dict[str, Any]]
-) -> None:
-    body = {
+def _body(
+    actor: Actor, acting: Acting, game: Game, head: StateHead | None, records: list[dict[str, Any]]
+) -> dict[str, Any]:
+    return {
         "env": acting.env,
         "step": actor.step,
         "goal": acting.goal,
@@ -204,7 +215,6 @@ def _write(
         **summary(records),
         "episodes": records,
     }
-    write_result(out / "episodes.json", "act", body)
 
 
 _NOT_TOLD = ("seed", "shuffled")

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 from PIL import Image, ImageDraw
 
 from iwm_fast.atomic_files import write_whole
 from iwm_fast.eval.acting.episodes import Decision, Episode
-from iwm_fast.eval.acting.frames import Neighbours
+from iwm_fast.eval.acting.frames import Neighbours, spread
 from iwm_fast.games.recording import Pixels
 
 __all__ = ["write_gif"]
@@ -70,8 +69,8 @@ def _page(episode: Episode, place: int, neighbours: Neighbours | None) -> Image.
 
 def _paste_predicted(page: Image.Image, decision: Decision, neighbours: Neighbours, top: int, side: int) -> None:
     assert decision.plan is not None
-    steps = np.unique(np.linspace(0, len(decision.plan.actions) - 1, _MOST).round().astype(int))
-    for column, picture in enumerate(neighbours.nearest(decision.plan.predictions[steps.tolist()])):
+    steps = spread(len(decision.plan.actions), _MOST)
+    for column, picture in enumerate(neighbours.nearest(decision.plan.predictions[steps])):
         page.paste(_scaled(picture, side), (_GAP + column * (side + _GAP), top))
 
 

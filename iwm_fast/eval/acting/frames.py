@@ -21,7 +21,7 @@ from iwm_fast.eval.world_model.distances import euclidean
 from iwm_fast.eval.world_model.frames import FrameReader
 from iwm_fast.models.iwm import IWM
 
-__all__ = ["Neighbours", "Resizer", "find_neighbours"]
+__all__ = ["Neighbours", "Resizer", "find_neighbours", "spread"]
 
 _CHUNK = 64
 
@@ -49,6 +49,11 @@ class Resizer:
         encoded = Encoded(np.frombuffer(data, np.uint8), width, height, lossless=True)
         shape = np.array([(width, height)], np.int64)
         return self._graph.run([encoded], Views.neutral(shape, whole_image(shape))).base.cpu().clone()
+
+
+def spread(count: int, most: int) -> list[int]:
+    """Return at most ``most`` of 0 … count − 1, spread evenly, both ends among them."""
+    return [int(place) for place in np.linspace(0, count - 1, min(count, most)).round()]
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,7 +14,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-__all__ = ["Bar", "Line", "Place", "bars", "curve", "lines", "overlaid", "places"]
+__all__ = ["Bar", "Line", "Place", "bars", "curve", "lines", "overlaid", "places", "tracks"]
 
 # A unique colour: it becomes currentColor in the page, so axes and words follow light and dark mode.
 _INK = "#010203"
@@ -125,6 +125,26 @@ def lines(places: Sequence[int], values: Sequence[Line], *, name: str, across: s
     axes.set_xlabel(across, color=_INK)
     axes.set_ylabel(label, color=_INK)
     axes.set_xticks(places)
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False, labelcolor=_INK, fontsize=9)
+    return _svg(figure, name, f"{label} over the {across}")
+
+
+def tracks(
+    seen: Sequence[float], foreseen: Mapping[int, Sequence[float]], *, name: str, across: str, label: str
+) -> str:
+    """Plot what was seen from position 0 on, and for each position what was then foreseen: a line from what was seen
+    there on.
+    """
+    figure, axes = _figure()
+    for number, (place, values) in enumerate(foreseen.items()):
+        ahead = [seen[place], *values]
+        told = "foreseen" if number == 0 else None
+        axes.plot(range(place, place + len(ahead)), ahead, color=_COLOURS[1], linewidth=0.9, alpha=0.8, label=told)
+    axes.plot(range(len(seen)), seen, color=_COLOURS[0], linewidth=1.8, label="seen", marker="o", markersize=3)
+    axes.set_xlabel(across, color=_INK)
+    axes.set_ylabel(label, color=_INK)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False, labelcolor=_INK, fontsize=9)
     return _svg(figure, name, f"{label} over the {across}")

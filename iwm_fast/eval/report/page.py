@@ -26,6 +26,7 @@ __all__ = [
     "Fold",
     "Picture",
     "Section",
+    "Strips",
     "Table",
     "block_html",
     "document",
@@ -93,6 +94,15 @@ class Picture:
     def of(cls, image: np.ndarray, caption: str, *, asked: bool = False) -> Picture:
         """Make one from an image (S, S, 3) uint8; small ones show their pixels."""
         return cls(picture_source(image), caption, max(image.shape[:2]) < _SMOOTH, asked)
+
+
+@dataclass(frozen=True)
+class Strips:
+    """Rows of pictures, each with a title, under a line of text."""
+
+    template: ClassVar[str] = "strips.html"
+    title: str
+    rows: Sequence[tuple[str, Sequence[Picture]]]
 
 
 def number(value: float) -> str:

@@ -28,8 +28,8 @@ from torch import Tensor
 from iwm_fast.config import ActionsConfig
 from iwm_fast.errors import UserError
 from iwm_fast.eval.features import POOLING, EncoderName, pooled_features
-from iwm_fast.eval.representation.ridge import fit_ridge
 from iwm_fast.eval.representation.view_pairs import draw_pairs, left_out, left_out_line, only_where
+from iwm_fast.eval.ridge import fit_ridge
 from iwm_fast.eval.stats import Interval, bootstrap_rows
 from iwm_fast.models.iwm import IWM
 

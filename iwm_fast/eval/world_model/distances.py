@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["DISTANCES", "TIE", "between", "euclidean", "points", "ties", "unit_means"]
+__all__ = ["DISTANCES", "TIE", "Ranking", "between", "euclidean", "points", "ties", "unit_means"]
 
 DISTANCES = ("l2", "cosine")
 # Relative to the target's norm. fp32 networks repeat themselves to about 1e-7 of it when an image moves within a batch;
@@ -14,6 +18,14 @@ DISTANCES = ("l2", "cosine")
 TIE = 2.0**-20
 
 _SLICE = 2**14  # elements of each row multiplied at once in float64
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """order: int64 (B, N), indices into the bank, nearest first; distances: float64 (B, N), to each of its items."""
+
+    order: NDArray[np.int64]
+    distances: NDArray[np.float64]
 
 
 def euclidean(a: Tensor, b: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from iwm_fast.actions.space import ActionSpace
 from iwm_fast.actions.transforms import JITTER, Jitter, component
 from iwm_fast.config import ActionsConfig
 
-__all__ = ["Answer", "Bounds", "Found", "jitter_bounds", "search_action"]
+__all__ = ["Answer", "Bounds", "Found", "Inferred", "jitter_bounds", "search_action"]
 
 Answer = Callable[[Tensor], Tensor]  # actions (n, A) float32 -> answers (n, ...) of the predictor
 Bounds = tuple[NDArray[np.float32], NDArray[np.float32]]  # lowest and highest action (A,)
@@ -38,6 +38,22 @@ class Found:
 
     action: NDArray[np.float32]
     distance: float
+
+
+@dataclass(frozen=True)
+class Inferred:
+    """The action that best explains a target: a vector (A,) float32, and physical values by name.
+
+    distance: L2 over all tokens from the prediction under that action to the target; distance_neutral: the same under
+    the neutral action. at_bound: components where the search stopped at a bound, so that the true action may lie beyond
+    it; natural bounds (a flag's 0 and 1, a sigma of 0) do not count.
+    """
+
+    action: NDArray[np.float32]
+    values: dict[str, float]
+    distance: float
+    distance_neutral: float
+    at_bound: tuple[str, ...] = ()
 
 
 def jitter_bounds(actions: ActionsConfig, space: ActionSpace) -> Bounds:

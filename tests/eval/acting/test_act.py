@@ -74,9 +74,31 @@ def test_the_command_writes_episodes_and_a_gif(run, tmp_path, capsys):
         assert len(episode["costs"]) == len(episode["planned_at"])
         assert episode["return"] == float(episode["success"])
     assert json.loads(answer.read_text())["episodes"] == found["episodes"]
-    assert sorted(path.name for path in out.iterdir()) == ["episode_000.gif", "episodes.json"]
+    assert sorted(path.name for path in out.iterdir()) == ["episode_000.gif", "episodes.json", "index.html"]
     with Image.open(out / "episode_000.gif") as gif:
         assert gif.n_frames == found["episodes"][0]["decisions"] + 1
+
+
+def test_the_page_shows_the_first_episode_with_what_was_foreseen(actor, tmp_path):
+    told = {"env": POINT_MASS, "episodes": 2, "settings": QUICK, "most": 4, "every": 2, "gifs": 0}
+    act(actor, Acting(**told), out=tmp_path / "planned")
+    page = (tmp_path / "planned" / "index.html").read_text()
+    known = json.loads((tmp_path / "planned" / "episodes.json").read_text())
+    first = known["episodes"][0]
+    plans = first["planned_at"]
+    assert page.count("<img") == 3 + len(plans) * (1 + QUICK.horizon)
+    for number, cost in zip(plans, first["costs"], strict=True):
+        assert f"After {number} actions: distance {first['distances'][number]:.2f}, cost of the plan {cost:.2f}" in page
+    assert "Episode 0: the goal was" in page
+    assert "foreseen" in page
+    assert "2 episodes" in page
+    act(actor, Acting(**told | {"policy": "random"}), out=tmp_path / "random")
+    page = (tmp_path / "random" / "index.html").read_text()
+    assert (
+        page.count("<img")
+        == 3 + json.loads((tmp_path / "random" / "episodes.json").read_text())["episodes"][0]["decisions"]
+    )
+    assert "foreseen" not in page
 
 
 def test_what_happened_is_what_the_actions_do_in_a_fresh_environment(actor):

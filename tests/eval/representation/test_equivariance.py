@@ -17,8 +17,8 @@ from iwm_fast.data.views.sampling import draw_bank, draw_views
 from iwm_fast.errors import UserError
 from iwm_fast.eval.evaluate import evaluate_model
 from iwm_fast.eval.representation.equivariance import measure_equivariance
-from iwm_fast.eval.representation.ridge import fit_ridge
 from iwm_fast.eval.representation.view_pairs import draw_pairs, left_out, left_out_line
+from iwm_fast.eval.ridge import fit_ridge
 from iwm_fast.eval.splits import TensorSplit
 from iwm_fast.eval.stats import bootstrap_interval, bootstrap_rows
 

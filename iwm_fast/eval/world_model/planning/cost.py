@@ -25,12 +25,15 @@ from iwm_fast.models.window import predictions
 __all__ = ["Distance", "GoalCost", "Score", "goal_distance"]
 
 Distance = Literal["l2", "cosine", "state"]
-Score = Literal["last", "mean", "nearest"]
+Score = Literal["last", "mean", "nearest", "arrival"]
 
 # Activations of a forward pass. On a CPU they stay in the cache: larger blocks were no faster. A GPU needs large ones.
 _ROOM = {"cpu": 16 * 2**20, "cuda": 2**30}
 _FLOATS = 16  # per token and channel: residual, normalised, q, k, v, mixed, four of the MLP twice
 _SAVED = 24  # the same per block of layers, of a pass that is differentiated
+
+# Of score arrival: enough that of plans that end equally near the soonest is chosen, too little to forgo a way round.
+_SOON = 0.1
 
 
 def goal_distance(tokens: Tensor, goal: Tensor, distance: Distance = "l2", head: StateHead | None = None) -> Tensor:
@@ -52,8 +55,9 @@ class GoalCost:
     """Costs of sequences of actions from one source, by their predictions' distance to a goal.
 
     source: the window of F frames from `encode_window`, (1, F · L, De). goal: `targets` of a picture, (1, L, D).
-    distance, head: as in `goal_distance`. score: which predictions count,
-    the "last", their "mean", or the "nearest" of them. shuffled: give each candidate another one's actions, a control.
+    distance, head: as in `goal_distance`. score: which predictions count, the "last", their "mean", the "nearest" of
+    them, or "arrival": the last plus a tenth of the mean. shuffled: give each candidate another one's actions, a
+    control.
     """
 
     def __init__(
@@ -107,6 +111,8 @@ class GoalCost:
         """Return the cost (N,) of distances (N, H)."""
         if self.score == "last":
             return along[:, -1]
+        if self.score == "arrival":
+            return along[:, -1] + _SOON * along.mean(dim=1)
         return along.mean(dim=1) if self.score == "mean" else along.amin(dim=1)
 
     def _block(self, candidates: int, steps: int, *, saved: bool = False) -> int:

@@ -18,7 +18,7 @@ from iwm_fast.config import DataConfig
 from iwm_fast.data.triplets import Triplets
 from iwm_fast.errors import UserError
 from iwm_fast.eval.features import device_of
-from iwm_fast.eval.representation.ridge import fit_ridge
+from iwm_fast.eval.ridge import fit_ridge
 from iwm_fast.eval.stats import evenly_spaced
 from iwm_fast.eval.world_model.frames import FrameReader
 from iwm_fast.models.iwm import IWM

@@ -5,7 +5,7 @@ import pytest
 from sklearn.linear_model import Ridge
 from sklearn.metrics import r2_score
 
-from iwm_fast.eval.representation.ridge import RIDGES, fit_ridge
+from iwm_fast.eval.ridge import RIDGES, fit_ridge
 
 
 def theirs(x, y, rows, ridge, wanted):
