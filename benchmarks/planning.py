@@ -1,12 +1,13 @@
 """Measure how often planning reaches a goal, beside three controls, and how fast it plans.
 
-    python -m benchmarks.planning --runs RUN RUN RUN ... --json FILE
+    python -m benchmarks.planning --runs RUN RUN RUN ... --json FILE [--distance state] [--policies plan random]
     python -m benchmarks.planning --speed --threads 2 --json FILE
 
 Success: each run acts in the environment that its data were recorded from, with that environment's settings below, in
 the same episodes for every policy. Controls: `greedy` plans one action ahead; `shuffled` predicts each candidate given
-another candidate's actions; `random` is the recording's player. FILE is written after each episode; the same command
-resumes. Intervals are Wilson's, 95 %, over the episodes of all runs of an environment.
+another candidate's actions; `random` is the recording's player. Rows of another distance are measured by the same
+command with `--distance`. FILE is written after each episode; the same command resumes. Intervals are Wilson's, 95 %,
+over the episodes of all runs of an environment.
 
 Speed: one CEM iteration of 1,000 candidates × 8 actions at game.yaml's size with random weights, beside
 stable-worldmodel's CEM on the same cost where it is installed. Before it is timed, the batched cost must be that of the
@@ -19,9 +20,9 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -32,9 +33,9 @@ from iwm_fast.config.load import find_config, load_config
 from iwm_fast.environment import environment
 from iwm_fast.errors import UserError
 from iwm_fast.eval.acting.act import Acting, act, open_actor, summary
-from iwm_fast.eval.acting.episodes import POLICIES
+from iwm_fast.eval.acting.episodes import POLICIES, PolicyName
 from iwm_fast.eval.stats import wilson_interval
-from iwm_fast.eval.world_model.planning.cost import GoalCost
+from iwm_fast.eval.world_model.planning.cost import Distance, GoalCost
 from iwm_fast.eval.world_model.planning.distributions import ActionKind
 from iwm_fast.eval.world_model.planning.plan import Settings
 from iwm_fast.eval.world_model.planning.solvers import Search, search
@@ -45,33 +46,43 @@ from iwm_fast.programs import run_program
 from iwm_fast.results import write_json
 
 SCHEMA = "iwm-fast-bench-planning/1"
-# Of each environment: how it is planned in, and the most decisions of an episode. Chosen before measuring.
+# Of each environment: how it is planned in, and the most decisions of an episode. Chosen on episodes of other seeds.
 PLAYED: dict[str, dict[str, Any]] = {
     "FrozenLake-v1": {  # 4⁶ sequences, all tried
         "settings": {"horizon": 6, "candidates": 4096, "score": "nearest"}, "every": 1, "most": 20,
     },
     POINT_MASS: {
-        "settings": {"horizon": 10, "candidates": 300, "iterations": 4, "score": "mean"}, "every": 2, "most": None,
+        "settings": {"horizon": 14, "candidates": 300, "iterations": 4, "score": "arrival"}, "every": 2, "most": None,
     },
     "MountainCarContinuous-v0": {
         "settings": {"horizon": 8, "candidates": 300, "iterations": 4, "score": "nearest"}, "every": 2, "most": None,
     },
 }  # fmt: skip
+_SEED = 1
 _SHAPE = {"candidates": 1000, "horizon": 8}
 
 
-def measure_run(run: Path, episodes: int, rows: list[dict[str, Any]], save: Callable[[], None]) -> None:
-    """Play every policy with a run; ``rows`` has what is known of it, and gets each episode as it is played."""
+def measure_run(
+    run: Path,
+    episodes: int,
+    rows: list[dict[str, Any]],
+    save: Callable[[], None],
+    *,
+    distance: Distance = "l2",
+    policies: Sequence[PolicyName] = POLICIES,
+) -> None:
+    """Play the policies with a run; ``rows`` has what is known of it, and gets each episode as it is played."""
     actor = open_actor(run)
     if actor.recording is None or actor.recording.env not in PLAYED:
         found = "no recording" if actor.recording is None else actor.recording.env
         raise UserError(f"{run}: trained on {found}; give runs on {', '.join(PLAYED)}")
     env = actor.recording.env
     told = PLAYED[env]
-    for policy in POLICIES:
+    settings = {**told["settings"], "distance": distance}
+    for policy in policies:
         setting = {
             "run": run.resolve().name, "step": actor.step, "env": env, "policy": policy,
-            "plan": told["settings"], "replan": told["every"], "decisions": told["most"],
+            "plan": settings, "replan": told["every"], "decisions": told["most"], "seed": _SEED,
         }  # fmt: skip
         row = next((one for one in rows if {key: one.get(key) for key in setting} == setting), None)
         if row is None:
@@ -79,7 +90,7 @@ def measure_run(run: Path, episodes: int, rows: list[dict[str, Any]], save: Call
             rows.append(row)
         acting = Acting(
             env, episodes=episodes, every=told["every"], most=told["most"], policy=policy,
-            settings=Settings(**told["settings"]),
+            settings=Settings(**settings), seed=_SEED,
         )  # fmt: skip
         began, before = time.process_time(), row["cpu_seconds"]
 
@@ -90,15 +101,17 @@ def measure_run(run: Path, episodes: int, rows: list[dict[str, Any]], save: Call
 
         records = act(actor, acting, known=row["episodes"][:episodes], give=keep)
         share = summary(records)["success"]
-        print(f"{setting['run']}  {policy}: {share:.2f} of {episodes} episodes", flush=True)
+        print(f"{setting['run']}  {policy}, {distance}: {share:.2f} of {episodes} episodes", flush=True)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Return Markdown: success of each policy in each environment over all runs, with its interval."""
-    lines = ["| environment | runs | " + " | ".join(POLICIES) + " |", "|---" * (len(POLICIES) + 2) + "|"]
-    for env in dict.fromkeys(row["env"] for row in rows):
-        own = [row for row in rows if row["env"] == env]
-        cells = [env, str(len({row["run"] for row in own}))]
+    """Return Markdown: success of each policy in each environment, by each distance, over all runs, with its
+    interval.
+    """
+    lines = ["| environment | distance | runs | " + " | ".join(POLICIES) + " |", "|---" * (len(POLICIES) + 3) + "|"]
+    for env, distance in dict.fromkeys((row["env"], row["plan"]["distance"]) for row in rows):
+        own = [row for row in rows if (row["env"], row["plan"]["distance"]) == (env, distance)]
+        cells = [env, distance, str(len({row["run"] for row in own}))]
         for policy in POLICIES:
             ends = [episode["success"] for row in own if row["policy"] == policy for episode in row["episodes"]]
             low, high = wilson_interval(sum(ends), len(ends)) if ends else (0.0, 1.0)
@@ -156,6 +169,8 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, nargs="+", default=[], help="folders of pretrain on recorded games")
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--episodes", type=int, default=20)
+    parser.add_argument("--distance", choices=get_args(Distance), default="l2", help="of plans to the goal")
+    parser.add_argument("--policies", nargs="+", choices=POLICIES, default=list(POLICIES))
     parser.add_argument("--speed", action="store_true", help="time a CEM iteration")
     parser.add_argument("--threads", type=int, default=2, help="torch's, of --speed")
     parser.add_argument("--rounds", type=int, default=20, help="of --speed")
@@ -182,7 +197,7 @@ def main() -> None:
         for name, found in result["speed"]["sides"].items():
             print(f"{name}: {found['p50_seconds']:.3f} s per iteration, {found['candidate_steps_per_second']:.0f} /s")
     for run in args.runs:
-        measure_run(run, args.episodes, result["rows"], save)
+        measure_run(run, args.episodes, result["rows"], save, distance=args.distance, policies=args.policies)
     if result["rows"]:
         print(table(result["rows"]))
 

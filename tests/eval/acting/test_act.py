@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from contextlib import closing
 
 import numpy as np
@@ -250,13 +251,22 @@ def test_the_benchmark_plays_every_policy_and_resumes(run, tmp_path, monkeypatch
     assert [len(row["episodes"]) for row in second] == [2] * 4
     assert second[0]["episodes"][0]["mark"] == 1
     assert second[0]["episodes"][1]["seed"] == second[3]["episodes"][1]["seed"]
-    assert f"| {POINT_MASS} | 1 | " in capsys.readouterr().out
+    assert f"| {POINT_MASS} | l2 | 1 | " in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", [*sys.argv, "--distance", "state", "--policies", "greedy"])
+    planning.main()
+    assert f"| {POINT_MASS} | state | 1 |  | " in capsys.readouterr().out
+    assert [row["plan"]["distance"] for row in json.loads(file.read_text())["rows"]] == ["l2"] * 4 + ["state"]
 
 
 def test_the_benchmark_s_table_has_wilson_s_intervals_over_all_runs():
     episodes = [{"success": number < 9} for number in range(10)]
-    rows = [{"env": "a", "run": run, "policy": "plan", "episodes": episodes} for run in "xy"]
-    assert "| a | 2 | 18 of 20 (0.70 – 0.97) |  |  |  |" in planning.table(rows)
+    told = {"env": "a", "policy": "plan", "episodes": episodes}
+    rows = [{**told, "run": run, "plan": {"distance": "l2"}} for run in "xy"]
+    rows.append({**told, "run": "x", "plan": {"distance": "state"}})
+    lines = planning.table(rows).splitlines()
+    assert lines[2:] == [
+        "| a | l2 | 2 | 18 of 20 (0.70 – 0.97) |  |  |  |", "| a | state | 1 | 9 of 10 (0.60 – 0.98) |  |  |  |",
+    ]  # fmt: skip
 
 
 def test_stable_worldmodel_s_solvers_call_our_cost_with_a_batch_of_one():
