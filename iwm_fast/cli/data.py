@@ -137,8 +137,8 @@ def record(
 ) -> None:
     """Record triplets (picture, action, next picture) of a game played at random, to train on with game.yaml.
 
-    DIR/train and DIR/test each hold manifest.jsonl, its pictures, and recording.json: how it was recorded, which
-    iwm-fast act reads. The same command gives the same files.
+    DIR/train and DIR/test each hold manifest.jsonl, with the environment's state where it observes numbers, its
+    pictures, and recording.json: how it was recorded, which iwm-fast act reads. The same command gives the same files.
     """
     from iwm_fast.console import counting
     from iwm_fast.data.tools.record_gym import Recording
