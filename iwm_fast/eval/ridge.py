@@ -43,17 +43,13 @@ def fit_ridge(x: Floats, y: Floats, held: NDArray[np.bool_] | None = None) -> Li
         kept_rows, held_rows = np.split(order, [len(x) - max(1, round(HELD_OUT * len(x)))])
     else:
         kept_rows, held_rows = np.flatnonzero(~held), np.flatnonzero(held)
-    tried = _Ridge(x[kept_rows], y[kept_rows])
-    truth = y[held_rows]
-    errors = np.stack([((tried.fit(r).predict(x[held_rows]) - truth) ** 2).mean(axis=0) for r in RIDGES])
-    best, spread = errors.argmin(axis=0), truth.var(axis=0)  # (K,)
+    tried, truth = _Ridge(x[kept_rows], y[kept_rows]), y[held_rows]
+    answers = (x[held_rows] @ weight + intercept for weight, intercept in map(tried.solve, RIDGES))
+    errors = np.stack([((answer - truth) ** 2).mean(axis=0) for answer in answers])  # (ridges, K)
+    spread = truth.var(axis=0)
     varies = spread > 1e-12 * np.square(truth).mean(axis=0).clip(1e-300)
     r2 = np.where(varies, 1 - errors.min(axis=0) / np.where(varies, spread, 1.0), 0.0)
-    final = _Ridge(x, y)
-    fits = [final.fit(ridge) for ridge in RIDGES]
-    columns = np.arange(y.shape[1])
-    weight = np.stack([fit.weight for fit in fits])[best, :, columns].T  # (F, K)
-    return LinearFit(weight, np.stack([fit.intercept for fit in fits])[best, columns], r2)
+    return LinearFit(*_Ridge(x, y).solve(np.array(RIDGES)[errors.argmin(axis=0)]), r2)
 
 
 class _Ridge:
@@ -75,7 +71,7 @@ class _Ridge:
             self._variance, axes = np.linalg.eigh(rows @ rows.T / count)
             self._axes, self._moment = rows.T @ axes, axes.T @ wanted / count
 
-    def fit(self, ridge: float) -> LinearFit:
-        """Return the solution, on the features' own scale; its r2 is not measured."""
-        weight = (self._axes @ (self._moment / (self._variance.clip(0) + ridge)[:, None])) * self._x_scale[:, None]
-        return LinearFit(weight, self._y_mean - self._x_mean @ weight, np.full(weight.shape[1], np.nan))
+    def solve(self, ridge: float | Floats) -> tuple[Floats, Floats]:
+        """Return weight (F, K) and intercept (K,), on the features' own scale, of one ridge or one per target (K,)."""
+        weight = (self._axes @ (self._moment / (self._variance.clip(0)[:, None] + ridge))) * self._x_scale[:, None]
+        return weight, self._y_mean - self._x_mean @ weight

@@ -45,8 +45,7 @@ class Held:
 class Game:
     """An environment as a recording makes, plays and draws it. Close it after use.
 
-    background: the picture that is subtracted, of a recording that shows only what moves. state: the environment's
-    last observation as numbers, float64 (S,), choices one-hot; None where it observes a picture, a text or the like.
+    background: the picture that is subtracted, of a recording that shows only what moves.
     """
 
     def __init__(self, recording: Recording, background: Pixels | None = None) -> None:
@@ -59,7 +58,7 @@ class Game:
         except UserError:
             self.env.close()
             raise
-        self.state: NDArray[np.float64] | None = None
+        self._observed: Any = None
         self._recent: list[Image.Image] = []
 
     def close(self) -> None:
@@ -70,10 +69,10 @@ class Game:
         """Begin an episode. Raises UserError where the environment refuses the recording's options."""
         options = dict(self.recording.reset)
         try:
-            observed, _ = self.env.reset(seed=seed, **({"options": options} if options else {}))
+            self._observed, _ = self.env.reset(seed=seed, **({"options": options} if options else {}))
         except (ValueError, TypeError, KeyError) as error:
             raise UserError(f"{self.recording.env}: cannot be reset with {options}: {_line(error)}") from error
-        self._recent, self.state = [self.draw()] * 3, self._numbers(observed)
+        self._recent = [self.draw()] * 3
 
     def hold(self, action: int | NDArray[Any], repeat: int | None = None) -> Held:
         """Hold an action, a choice from 0 or numbers of the environment's units, for `repeat` steps.
@@ -85,16 +84,28 @@ class Game:
         given = self._given(action)
         total, over, held = 0.0, False, 0
         for held in range(repeat):
-            observed, reward, terminated, truncated, info = env.step(given)
+            self._observed, reward, terminated, truncated, info = env.step(given)
             total += float(reward)
             over = terminated or truncated
             if over or held >= repeat - (3 if recording.motion else 1):
                 self._recent = [*self._recent[1:], self.draw()]
             if over:
                 break
-        self.state = self._numbers(observed)
         unseen = over and recording.motion and held < repeat - 1 and repeat > 3
         return Held(total, float(reward), held + 1, bool(terminated), bool(truncated), not unseen, dict(info))
+
+    @property
+    def state(self) -> NDArray[np.float64] | None:
+        """The last observation as finite numbers, float64 (S,), choices one-hot; None where it is a picture, a text or
+        the like.
+        """
+        from gymnasium import spaces
+
+        space = self.env.observation_space
+        if not space.is_np_flattenable or spaces.flatdim(space) > _MOST_NUMBERS:
+            return None
+        numbers = np.asarray(spaces.flatten(space, self._observed), np.float64)
+        return numbers if np.isfinite(numbers).all() else None
 
     def picture(self) -> Pixels:
         """Return the picture of now, uint8 (size, size, 3)."""
@@ -126,14 +137,6 @@ class Game:
         if not isinstance(drawn, np.ndarray) or drawn.ndim != 3 or drawn.shape[2] != 3:
             raise UserError(f"{self.recording.env}: does not render RGB frames; choose another environment")
         return np.asarray(drawn, np.uint8)
-
-    def _numbers(self, observed: Any) -> NDArray[np.float64] | None:
-        from gymnasium import spaces
-
-        space = self.env.observation_space
-        if not space.is_np_flattenable or spaces.flatdim(space) > _MOST_NUMBERS:
-            return None
-        return np.asarray(spaces.flatten(space, observed), np.float64)
 
     def _given(self, action: int | NDArray[Any]) -> Any:
         space = self.env.action_space

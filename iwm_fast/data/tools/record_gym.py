@@ -79,14 +79,13 @@ def _write(
     """Write `count` triplets to a folder; return the number of the next episode."""
     (folder / "frames").mkdir(parents=True)
     rows: list[dict[str, Any]] = []
-    episode, states = first_episode, True
+    episode = first_episode
     while len(rows) < count:
         before = state = None
         for step, (picture, action) in enumerate(_play(game, episode)):
             name = f"frames/{episode:06d}_{step:05d}.png"
             Image.fromarray(picture).save(folder / name)
-            now = None if game.state is None else game.state.tolist()
-            states = states and now is not None and bool(np.isfinite(now).all())
+            now = None if (numbers := game.state) is None else numbers.tolist()
             if before is not None:
                 row = {"source": before, "target": name, "action": action, "episode": episode, "step": step - 1}
                 rows.append({**row, "source_state": state, "target_state": now})
@@ -96,7 +95,7 @@ def _write(
             if len(rows) == count:
                 break
         episode += 1
-    if not states:
+    if any(None in (row["source_state"], row["target_state"]) for row in rows):
         tell_once(f"{game.recording.env}: no states are recorded: its observations are not up to 256 finite numbers")
         rows = [{key: value for key, value in row.items() if not key.endswith("_state")} for row in rows]
     write_manifest(folder / MANIFESTS[0], actions, rows)

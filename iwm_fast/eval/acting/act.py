@@ -19,10 +19,11 @@ from iwm_fast.engine.checkpoint.load import default_device
 from iwm_fast.environment import environment
 from iwm_fast.errors import UserError
 from iwm_fast.eval.acting.animation import write_gif
-from iwm_fast.eval.acting.episodes import POLICIES, Episode, Planner, Policy, PolicyName, RandomPlayer, play_episode
+from iwm_fast.eval.acting.episodes import POLICIES, Planner, Policy, PolicyName, RandomPlayer, play_episode
 from iwm_fast.eval.acting.frames import Resizer, find_neighbours
-from iwm_fast.eval.acting.page import acting_page
+from iwm_fast.eval.acting.page import acting_page, episode_section
 from iwm_fast.eval.opened import OpenedExport, opened
+from iwm_fast.eval.report.page import Section
 from iwm_fast.eval.stats import wilson_interval
 from iwm_fast.eval.world_model.frames import find_triplets
 from iwm_fast.eval.world_model.planning.plan import Settings, require_planning
@@ -120,26 +121,26 @@ def act(
     reads_states = acting.settings.distance == "state" and acting.policy != "random"
     head = fit_state_head(actor.model, actor.config.data, actor.triplets) if reads_states else None
     records = [dict(record) for record in known]
-    first: Episode | None = None
+    section: Section | None = None
     shown = out is not None and acting.policy != "random"
+    made_with = environment() if out is not None else {}
     with _opened_game(actor, acting) as game, closing(Resizer(actor.config.model.image)) as resize:
         policy = _policy(actor, acting, resize, head)
         goal = auto_goal if acting.goal == "auto" else partial(_of_file, Path(acting.goal))
-        gifs = range(acting.gifs if out is not None else 0)
-        neighbours = find_neighbours(actor.model, actor.config, actor.triplets, _BANK) if shown else None
+        neighbours = find_neighbours(actor.model, actor.config.data, actor.triplets, _BANK) if shown else None
         for number in range(len(records), acting.episodes):
             seed = episode_seed(acting.seed + _ACTED, number)
             repeat = acting.repeat or game.recording.repeat
             episode = play_episode(game, policy, goal, number=number, seed=seed, repeat=repeat, most=acting.most)
             records.append(episode.record())
-            first = first or episode
             if out is not None:
                 body = _body(actor, acting, game, head, records)
                 write_result(out / "episodes.json", "act", body)
-                page = acting_page(actor.name, body, first, neighbours, environment())
+                section = section or episode_section(episode, neighbours)
+                page = acting_page(actor.name, body, section, made_with)
                 with writing(out):
                     write_whole_text(out / "index.html", page)
-                    if number in gifs:
+                    if number < acting.gifs:
                         write_gif(out / f"episode_{number:03d}.gif", episode, neighbours)
             if give is not None:
                 give(records)

@@ -10,20 +10,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from iwm_fast.actions.transforms import Views
-from iwm_fast.config import Config
+from iwm_fast.config import DataConfig
 from iwm_fast.data.decode.encoded import Encoded
 from iwm_fast.data.eval_images import whole_image
 from iwm_fast.data.triplets import Triplets
 from iwm_fast.data.views.graph import ViewGraph
-from iwm_fast.eval.features import device_of
-from iwm_fast.eval.stats import evenly_spaced
 from iwm_fast.eval.world_model.distances import euclidean
-from iwm_fast.eval.world_model.frames import FrameReader
+from iwm_fast.eval.world_model.frames import encode_frames
 from iwm_fast.models.iwm import IWM
 
 __all__ = ["Neighbours", "Resizer", "find_neighbours", "spread"]
-
-_CHUNK = 64
 
 
 class Resizer:
@@ -69,15 +65,7 @@ class Neighbours:
         return [self.frames[int(place)].numpy() for place in far.argmin(dim=1)]
 
 
-@torch.no_grad()
-def find_neighbours(model: IWM, config: Config, triplets: Triplets, count: int) -> Neighbours:
-    """Read and encode at most `count` recorded frames, spread over the set; those that cannot be decoded are left
-    out. Raises UserError as `FrameReader`.
-    """
-    reader = FrameReader(triplets, config.model.image, config.data)
-    pictures, good = reader.read(evenly_spaced(count, len(triplets.frames)))
-    reader.left_out.check()
-    frames = pictures[torch.from_numpy(good)]
-    device = device_of(model)
-    parts = [model.targets(part.to(device)).float().flatten(1) for part in frames.split(_CHUNK)]
-    return Neighbours(frames, torch.cat(parts))
+def find_neighbours(model: IWM, data: DataConfig, triplets: Triplets, count: int) -> Neighbours:
+    """Return at most `count` recorded frames, as `encode_frames`."""
+    _, frames, points = encode_frames(model, data, triplets, count)
+    return Neighbours(frames, points)

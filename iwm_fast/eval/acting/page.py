@@ -12,23 +12,15 @@ from iwm_fast.eval.report.charts import tracks
 from iwm_fast.eval.report.page import Block, Charts, Fold, Picture, Section, Strips, Table, document, facts, percent
 from iwm_fast.file_names import printable
 
-__all__ = ["acting_page"]
+__all__ = ["acting_page", "episode_section"]
 
 _PLANS = 8  # shown, spread evenly over the episode
 _AHEAD = 8  # predictions shown of a plan, spread evenly over it
 _FRAMES = 16  # shown of an episode without plans
 
 
-def acting_page(
-    name: str,
-    results: Mapping[str, Any],
-    episode: Episode,
-    neighbours: Neighbours | None,
-    environment: Mapping[str, Any],
-) -> str:
-    """Return one self-contained HTML page. ``results``: what episodes.json holds. Without neighbours, predicted frames
-    are not shown.
-    """
+def acting_page(name: str, results: Mapping[str, Any], episode: Section, environment: Mapping[str, Any]) -> str:
+    """Return one self-contained HTML page. ``results``: what episodes.json holds. ``episode``: of `episode_section`."""
     when = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     count = len(results["episodes"])
     low, high = results["success_interval"]
@@ -40,14 +32,15 @@ def acting_page(
     said = {key: value for key, value in results.items() if key != "episodes"}
     sections = [
         Section(f"{count} episode{'s' if count > 1 else ''}", [Table(("", "value", "95 % interval (Wilson)"), rows)]),
-        _episode(episode, neighbours),
+        episode,
         Section("How it was made", [Fold("Settings", facts(said)), Fold("Environment", facts(environment))]),
     ]
     lead = f"step {results['step']} · policy {results['policy']} · {when}"
     return document(f"{printable(name)}, acting", printable(name), lead, [printable(results["env"])], sections)
 
 
-def _episode(episode: Episode, neighbours: Neighbours | None) -> Section:
+def episode_section(episode: Episode, neighbours: Neighbours | None) -> Section:
+    """Return what was seen and foreseen in an episode. Without neighbours, predicted frames are not shown."""
     end = "the goal was reached" if episode.success else "the goal was not reached"
     title = f"Episode {episode.number}: {end} after {episode.steps} steps"
     ends = (

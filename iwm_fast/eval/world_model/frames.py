@@ -16,10 +16,15 @@ from iwm_fast.data.sources.split_names import split_kind
 from iwm_fast.data.triplet_windows import require_windows
 from iwm_fast.data.triplets import Triplets, find_manifest, read_triplets
 from iwm_fast.errors import UserError
+from iwm_fast.eval.features import device_of
+from iwm_fast.eval.stats import evenly_spaced
 from iwm_fast.eval.unusable import LeftOut
 from iwm_fast.file_names import printable
+from iwm_fast.models.iwm import IWM
 
-__all__ = ["FrameReader", "find_triplets", "open_triplets"]
+__all__ = ["FrameReader", "encode_frames", "find_triplets", "open_triplets"]
+
+_CHUNK = 64  # frames per forward pass
 
 
 def open_triplets(root: str | Path, config: Config) -> Triplets:
@@ -92,3 +97,22 @@ class FrameReader:
             good[clean.rows] = True
             self.bad.update({files.name(row): reason for row, reason in clean.failed.items()})
         return pictures[torch.from_numpy(place)], good[place]
+
+
+@torch.no_grad()
+def encode_frames(
+    model: IWM, data: DataConfig, triplets: Triplets, count: int
+) -> tuple[NDArray[np.int64], Tensor, Tensor]:
+    """Read and encode at most ``count`` frames, spread over the set; those that cannot be decoded are left out.
+
+    Return their indices (n,), pictures uint8 (n, S, S, 3) on the CPU, and target representations float32 (n, L · D) on
+    the model's device. Raise UserError where too many are left out.
+    """
+    reader = FrameReader(triplets, model.config.image, data)
+    places = evenly_spaced(count, len(triplets.frames))
+    pictures, good = reader.read(places)
+    reader.left_out.check()
+    pictures = pictures[torch.from_numpy(good)]
+    device = device_of(model)
+    parts = [model.targets(part.to(device)).float().flatten(1) for part in pictures.split(_CHUNK)]
+    return places[good], pictures, torch.cat(parts)

@@ -165,7 +165,7 @@ def test_frames_are_those_that_evaluation_reads(actor):
 
 
 def test_a_frame_s_nearest_neighbour_is_itself(actor):
-    neighbours = find_neighbours(actor.model, actor.config, actor.triplets, 10)
+    neighbours = find_neighbours(actor.model, actor.config.data, actor.triplets, 10)
     assert len(neighbours.frames) == 10
     with torch.no_grad():
         found = neighbours.nearest(actor.model.targets(neighbours.frames))

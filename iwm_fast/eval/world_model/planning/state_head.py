@@ -17,10 +17,8 @@ from torch import Tensor
 from iwm_fast.config import DataConfig
 from iwm_fast.data.triplets import Triplets
 from iwm_fast.errors import UserError
-from iwm_fast.eval.features import device_of
 from iwm_fast.eval.ridge import fit_ridge
-from iwm_fast.eval.stats import evenly_spaced
-from iwm_fast.eval.world_model.frames import FrameReader
+from iwm_fast.eval.world_model.frames import encode_frames
 from iwm_fast.models.iwm import IWM
 
 __all__ = ["StateHead", "fit_state_head"]
@@ -28,7 +26,6 @@ __all__ = ["StateHead", "fit_state_head"]
 FRAMES = 2000  # at most, spread evenly over the set
 _LEAST = 20
 _HELD = 5  # one episode of so many is held out
-_CHUNK = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,28 +51,21 @@ class StateHead:
         return far
 
 
-@torch.no_grad()
 def fit_state_head(model: IWM, data: DataConfig, triplets: Triplets) -> StateHead:
     """Fit a head on at most 2,000 recorded frames, of which a fifth, whole episodes if there are any, is held out.
 
-    Raises UserError where no states are recorded, or none can be read from the representation, and as `FrameReader`.
+    Raises UserError where no states are recorded, or none can be read from the representation, and as `encode_frames`.
     """
     if triplets.states is None:
         raise UserError(
             f"{triplets.manifest}: no states are recorded, which a state head is fitted to: give source_state and "
             "target_state in every row (iwm-fast data record writes them), or another distance"
         )
-    reader = FrameReader(triplets, model.config.image, data)
-    chosen = evenly_spaced(FRAMES, len(triplets.frames))
-    pictures, good = reader.read(chosen)
-    reader.left_out.check()
-    chosen, pictures = chosen[good], pictures[torch.from_numpy(good)]
+    chosen, _, points = encode_frames(model, data, triplets, FRAMES)
     if len(chosen) < _LEAST:
         raise UserError(f"{triplets.manifest}: {len(chosen)} frames; a state head needs at least {_LEAST}")
-    device = device_of(model)
-    parts = [model.targets(part.to(device)).double().flatten(1).cpu() for part in pictures.split(_CHUNK)]
     states = triplets.states[chosen]
-    fit = fit_ridge(torch.cat(parts).numpy(), states, _held_out(triplets, chosen))
+    fit = fit_ridge(points.double().cpu().numpy(), states, _held_out(triplets, chosen))
     if not (fit.r2 > 0).any():
         raise UserError(
             f"{triplets.manifest}: no component of the state can be read from the representation (R² by component: "
@@ -84,7 +74,7 @@ def fit_state_head(model: IWM, data: DataConfig, triplets: Triplets) -> StateHea
     spread = states.std(axis=0)
     scale = np.sqrt(fit.r2.clip(0, 1)) / np.where(spread > 0, spread, 1.0)
     weight, intercept, scale = (
-        torch.from_numpy(part.astype(np.float32)).to(device) for part in (fit.weight, fit.intercept, scale)
+        torch.from_numpy(part.astype(np.float32)).to(points.device) for part in (fit.weight, fit.intercept, scale)
     )
     return StateHead(weight, intercept, scale, fit.r2)
 
