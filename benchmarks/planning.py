@@ -48,14 +48,14 @@ from iwm_fast.results import write_json
 SCHEMA = "iwm-fast-bench-planning/1"
 # Of each environment: how it is planned in, and the most decisions of an episode. Chosen on episodes of other seeds.
 PLAYED: dict[str, dict[str, Any]] = {
-    "FrozenLake-v1": {  # 4⁶ sequences, all tried
-        "settings": {"horizon": 6, "candidates": 4096, "score": "nearest"}, "every": 1, "most": 20,
+    "FrozenLake-v1": {  # not all 4⁶ sequences: the environment is the same in each episode, so the search has to differ
+        "settings": {"horizon": 6, "candidates": 300, "iterations": 3, "score": "nearest"}, "every": 1, "most": 20,
     },
     POINT_MASS: {
         "settings": {"horizon": 14, "candidates": 300, "iterations": 4, "score": "arrival"}, "every": 2, "most": None,
     },
-    "MountainCarContinuous-v0": {
-        "settings": {"horizon": 8, "candidates": 300, "iterations": 4, "score": "nearest"}, "every": 2, "most": None,
+    "MountainCarContinuous-v0": {  # twice the fewest decisions that it needs: in all 62 a random player gets there
+        "settings": {"horizon": 8, "candidates": 300, "iterations": 4, "score": "nearest"}, "every": 1, "most": 12,
     },
 }  # fmt: skip
 _SEED = 1

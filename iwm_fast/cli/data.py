@@ -134,6 +134,12 @@ def record(
             "--persistence", min=0, max=1, help="Probability that the last action is kept: exploration gets further."
         ),
     ] = 0.0,
+    absorbing: Annotated[
+        bool,
+        typer.Option(
+            "--absorbing", help="Record that an ended episode stays as it ended, so that no plan leads through its end."
+        ),
+    ] = False,
 ) -> None:
     """Record triplets (picture, action, next picture) of a game played at random, to train on with game.yaml.
 
@@ -150,6 +156,7 @@ def record(
         arguments=key_values(argument, "--env-argument", "is_slippery=false"),
         persistence=persistence,
         reset=key_values(reset, "--reset-option", "low=-1.1"),
+        absorbing=absorbing,
     )  # fmt: skip
     with counting() as progress:
         actions = record_game(asked, out, progress)

@@ -25,7 +25,8 @@ class Held:
     """What an action, held for the recording's steps, led to.
 
     reward: summed; last_reward: of the last step. steps: those made. shown: whether the picture shows it; it does not
-    if the episode ended before the steps that a picture of motion shows were rendered.
+    if the episode ended before the steps that a picture of motion shows were rendered, and no absorbing picture stands
+    for them.
     """
 
     reward: float
@@ -91,7 +92,10 @@ class Game:
                 self._recent = [*self._recent[1:], self.draw()]
             if over:
                 break
-        unseen = over and recording.motion and held < repeat - 1 and repeat > 3
+        absorbed = over and terminated and recording.absorbing
+        if absorbed:
+            self._recent = [self._recent[-1]] * 3
+        unseen = over and not absorbed and recording.motion and held < repeat - 1 and repeat > 3
         return Held(total, float(reward), held + 1, bool(terminated), bool(truncated), not unseen, dict(info))
 
     @property

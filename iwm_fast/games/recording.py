@@ -31,7 +31,8 @@ class Recording:
     last three steps, so that one frame shows speed. still: subtract the median of the first frames, about mid-grey, so
     that only what moves is visible. crop: left, top, right and bottom, as fractions of the rendered frame. names: of
     the choices, or of the components. persistence: probability that an action is that of the step before. reset:
-    options of the environment's reset.
+    options of the environment's reset. absorbing: an episode that the environment ended stays as it ended, at rest,
+    whatever is done; one triplet says so.
     """
 
     env: str
@@ -48,6 +49,7 @@ class Recording:
     arguments: Mapping[str, Any] | None = None
     persistence: float = 0.0
     reset: Mapping[str, Any] = field(default_factory=dict)
+    absorbing: bool = False
 
 
 def check_crop(recording: Recording) -> None:

@@ -125,9 +125,15 @@ def _play(game: Game, episode: int) -> Iterator[tuple[Pixels, Any]]:
         held = game.hold(action)
         if not held.shown:
             return  # the steps before the end were not rendered, so its frame cannot show them
-        yield game.picture(), action if isinstance(action, int) else action.astype(float).tolist()
+        yield game.picture(), _told(action)
+        if held.terminated and recording.absorbing:
+            yield game.picture(), _told(sampled_action(game, episode, decision + 1, action))
         if held.over:
             return
+
+
+def _told(action: int | NDArray[Any]) -> int | list[float]:
+    return action if isinstance(action, int) else action.astype(float).tolist()
 
 
 def episode_seed(seed: int, episode: int) -> int:

@@ -115,7 +115,10 @@ def act(
     episodes, which are not played again.
     """
     _check(acting)
-    require_planning(actor.model, actor.space, 1 if acting.policy == "greedy" else acting.settings.horizon)
+    horizon = 1 if acting.policy == "greedy" else acting.settings.horizon
+    require_planning(actor.model, actor.space, horizon)
+    if acting.policy != "random":
+        _require_read(actor, horizon)
     if out is not None:
         require_new_folder(out)
     reads_states = acting.settings.distance == "state" and acting.policy != "random"
@@ -147,6 +150,17 @@ def act(
             if progress is not None:
                 progress("episodes", number + 1, acting.episodes)
     return records
+
+
+def _require_read(actor: Actor, horizon: int) -> None:
+    """Raise UserError where a plan feeds back predictions that the predictor was never trained to read."""
+    train = actor.config.train
+    if actor.config.model.target == "ema" and train.ema == (1.0, 1.0) and train.horizon == 1 < horizon:
+        raise UserError(
+            f"act: the plan's horizon is {horizon}, and train.ema [1.0, 1.0] kept the target's first weights: the "
+            "predictor does not read what it predicts. Train with model.freeze_encoder on that target "
+            "(docs/guides/act.md), or give --horizon 1"
+        )
 
 
 def _of_file(path: Path, game: Game) -> Pixels:

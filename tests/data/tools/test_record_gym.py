@@ -117,6 +117,49 @@ def test_what_stays_as_it_is_becomes_grey_and_only_that(tmp_path):
     assert (np.where(known >= 0, known, known.max(axis=0)) == known.max(axis=0)).all()
 
 
+def test_an_absorbing_end_stays_as_it_is_and_a_truncated_episode_has_none(tmp_path):
+    """Beside the plain recording of the same seed: one more row per episode that the environment ended."""
+    episodes = {}
+    for absorbing in (False, True):
+        out = tmp_path / str(absorbing)
+        record(Recording(**{**vars(DISCRETE), "train": 60, "absorbing": absorbing}), out)
+        for row in rows_of_manifest(out / "train" / "manifest.jsonl"):
+            episodes.setdefault(absorbing, {}).setdefault(row["episode"], []).append(row)
+    ended = 0
+    last = max(episodes[True])  # cut by the number of triplets
+    for episode in set(episodes[True]) - {last}:
+        plain, absorbed = episodes[False][episode], episodes[True][episode]
+        assert absorbed[: len(plain)] == plain
+        place = np.argmax(plain[-1]["target_state"])
+        over = gymnasium.make("FrozenLake-v1", **LAKE).unwrapped.desc.reshape(-1)[place] in (b"H", b"G")
+        assert len(absorbed) == len(plain) + over
+        if over:
+            ended += 1
+            row = absorbed[-1]
+            assert (row["source"], row["source_state"]) == (plain[-1]["target"], row["target_state"])
+            pictures = [stored(tmp_path / "True" / "train" / row[name]) for name in ("source", "target")]
+            assert pictures[0] == pictures[1]
+    assert 3 < ended < last - min(episodes[True])
+
+
+def test_an_absorbing_end_within_an_action_is_at_rest(tmp_path):
+    """The car passes the flag in the middle of 16 steps: its picture is that of the car at rest where it ended."""
+    car = Recording(
+        "MountainCarContinuous-v0", train=30, test=0, size=32, repeat=16, motion=True, episode_steps=4,
+        reset={"low": 0.42, "high": 0.44}, absorbing=True,
+    )  # fmt: skip
+    record(car, tmp_path / "car")
+    rows = rows_of_manifest(tmp_path / "car" / "train" / "manifest.jsonl")
+    at_flag = [row for row in rows if row["target_state"][0] >= 0.45]
+    assert len(at_flag) >= 4
+    for row in at_flag:
+        picture = np.asarray(Image.open(tmp_path / "car" / "train" / row["target"]))
+        assert (picture[..., 0] == picture[..., 2]).all()
+    record(Recording(**{**vars(car), "absorbing": False}), tmp_path / "left_out")
+    rows = rows_of_manifest(tmp_path / "left_out" / "train" / "manifest.jsonl")
+    assert max(row["target_state"][0] for row in rows) < 0.45
+
+
 def test_the_same_seed_gives_the_same_files_and_another_others(tmp_path):
     for name in ("a", "b"):
         record(DISCRETE, tmp_path / name)

@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 from contextlib import closing
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -57,6 +58,20 @@ def actor(run):
 def played(actor, **changes):
     told = {"env": POINT_MASS, "episodes": 2, "settings": QUICK, "most": 4, "every": 2}
     return act(actor, Acting(**told | changes))
+
+
+@pytest.mark.parametrize(("ema", "steps_ahead"), [((1.0, 1.0), 1), ((1.0, 1.0), 2), ((0.9, 1.0), 1)])
+def test_a_target_that_stays_is_not_planned_through(actor, ema, steps_ahead):
+    """Its predictions are in a space that the predictor does not read, unless it was trained on them."""
+    train = actor.config.train.model_copy(update={"ema": ema, "horizon": steps_ahead})
+    told = replace(actor, config=actor.config.model_copy(update={"train": train}))
+    if (ema, steps_ahead) == ((1.0, 1.0), 1):
+        with pytest.raises(UserError, match=r"horizon is 3, and train\.ema"):
+            played(told)
+        assert played(told, policy="greedy", episodes=1)
+    else:
+        assert played(told, episodes=1)
+    assert played(told, policy="random", episodes=1)
 
 
 def test_the_command_writes_episodes_and_a_gif(run, tmp_path, capsys):
