@@ -132,9 +132,10 @@ def measure_speed(threads: int, rounds: int) -> dict[str, Any]:
     kind = ActionKind(-torch.ones(2), torch.ones(2))
     how = Search(_SHAPE["horizon"], _SHAPE["candidates"], 1)
     sides: dict[str, Callable[[], Any]] = {"iwm-fast": lambda: search(cost, kind, how)}
-    missing = None
+    missing = version = None
     try:
         sides["stable-worldmodel"] = stable_worldmodel.cem(cost, components=2, iterations=1, **_SHAPE)
+        version = stable_worldmodel.installed_version()
     except SideMissing as error:
         missing = str(error)
     times: dict[str, list[float]] = {name: [] for name in sides}
@@ -152,7 +153,8 @@ def measure_speed(threads: int, rounds: int) -> dict[str, Any]:
         }
         for name, values in times.items()
     }
-    return {"config": "game.yaml", "threads": threads, "rounds": rounds, **_SHAPE, "sides": found, "missing": missing}
+    told = {"threads": threads, "rounds": rounds, **_SHAPE, "stable_worldmodel": version, "missing": missing}
+    return {"config": "game.yaml", **told, "sides": found}
 
 
 def _require_equal(cost: GoalCost) -> None:

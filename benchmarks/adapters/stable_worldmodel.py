@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Callable
+from importlib.metadata import version
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from iwm_fast.benchmarks.adapters.inputs import SideMissing
 
-__all__ = ["CostObject", "cem"]
+__all__ = ["CostObject", "cem", "installed_version"]
 
 
 class CostObject:
@@ -43,7 +44,7 @@ def cem(
     """Return a function that plans, and returns actions (H, A). Raise SideMissing where it is not installed."""
     try:
         import gymnasium
-        from stable_worldmodel.planning.solver.cem import CEMSolver
+        from stable_worldmodel.solver.cem import CEMSolver
     except ImportError as error:
         raise SideMissing(f"stable-worldmodel is not installed ({error})") from error
     solver = CEMSolver(
@@ -58,3 +59,8 @@ def cem(
         return found
 
     return plan
+
+
+def installed_version() -> str:
+    """Return the version that `cem` measures, once it has."""
+    return version("stable-worldmodel")
