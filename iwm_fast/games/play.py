@@ -159,6 +159,7 @@ class Game:
 def _make(recording: Recording) -> Any:
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
     os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
+    os.environ.setdefault("SDL_NO_SIGNAL_HANDLERS", "1")  # or SIGTERM would be an event that nobody reads
     try:
         import gymnasium
         from gymnasium.error import Error
