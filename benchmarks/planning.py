@@ -30,7 +30,7 @@ import torch
 from iwm_fast.benchmarks.adapters import stable_worldmodel
 from iwm_fast.benchmarks.adapters.inputs import SideMissing
 from iwm_fast.config.load import find_config, load_config
-from iwm_fast.environment import environment
+from iwm_fast.environment import environment, installed_version
 from iwm_fast.errors import UserError
 from iwm_fast.eval.acting.act import Acting, act, open_actor, summary
 from iwm_fast.eval.acting.episodes import POLICIES, PolicyName
@@ -132,10 +132,9 @@ def measure_speed(threads: int, rounds: int) -> dict[str, Any]:
     kind = ActionKind(-torch.ones(2), torch.ones(2))
     how = Search(_SHAPE["horizon"], _SHAPE["candidates"], 1)
     sides: dict[str, Callable[[], Any]] = {"iwm-fast": lambda: search(cost, kind, how)}
-    missing = version = None
+    missing = None
     try:
         sides["stable-worldmodel"] = stable_worldmodel.cem(cost, components=2, iterations=1, **_SHAPE)
-        version = stable_worldmodel.installed_version()
     except SideMissing as error:
         missing = str(error)
     times: dict[str, list[float]] = {name: [] for name in sides}
@@ -153,6 +152,7 @@ def measure_speed(threads: int, rounds: int) -> dict[str, Any]:
         }
         for name, values in times.items()
     }
+    version = installed_version("stable-worldmodel")
     told = {"threads": threads, "rounds": rounds, **_SHAPE, "stable_worldmodel": version, "missing": missing}
     return {"config": "game.yaml", **told, "sides": found}
 

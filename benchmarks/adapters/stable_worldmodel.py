@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Callable
-from importlib.metadata import version
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from iwm_fast.benchmarks.adapters.inputs import SideMissing
 
-__all__ = ["CostObject", "cem", "installed_version"]
+__all__ = ["CostObject", "cem"]
 
 
 class CostObject:
@@ -59,8 +58,3 @@ def cem(
         return found
 
     return plan
-
-
-def installed_version() -> str:
-    """Return the version that `cem` measures, once it has."""
-    return version("stable-worldmodel")

@@ -92,7 +92,7 @@ class Game:
                 self._recent = [*self._recent[1:], self.draw()]
             if over:
                 break
-        absorbed = over and terminated and recording.absorbing
+        absorbed = terminated and recording.absorbing
         if absorbed:
             self._recent = [self._recent[-1]] * 3
         unseen = over and not absorbed and recording.motion and held < repeat - 1 and repeat > 3

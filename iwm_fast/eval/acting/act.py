@@ -117,15 +117,16 @@ def act(
     _check(acting)
     horizon = 1 if acting.policy == "greedy" else acting.settings.horizon
     require_planning(actor.model, actor.space, horizon)
-    if acting.policy != "random":
+    plans = acting.policy != "random"
+    if plans:
         _require_read(actor, horizon)
     if out is not None:
         require_new_folder(out)
-    reads_states = acting.settings.distance == "state" and acting.policy != "random"
+    reads_states = plans and acting.settings.distance == "state"
     head = fit_state_head(actor.model, actor.config.data, actor.triplets) if reads_states else None
     records = [dict(record) for record in known]
     section: Section | None = None
-    shown = out is not None and acting.policy != "random"
+    shown = plans and out is not None
     made_with = environment() if out is not None else {}
     with _opened_game(actor, acting) as game, closing(Resizer(actor.config.model.image)) as resize:
         policy = _policy(actor, acting, resize, head)
