@@ -89,14 +89,21 @@ class WorldModel:
     """
 
     def __init__(
-        self, model: IWM, actions: ActionsConfig, space: ActionSpace, *, step: int = 0, chunk: int = 64
+        self,
+        model: IWM,
+        actions: ActionsConfig,
+        space: ActionSpace,
+        *,
+        step: int = 0,
+        chunk: int = 64,
+        unread: str | None = None,
     ) -> None:
-        """``chunk``: images per forward pass."""
+        """``chunk``: images per forward pass. ``unread``: why predictions are not fed back (`Config.unread`)."""
         self.model = model.eval()
         self.actions = actions
         self.space = space
         self.step = step
-        self._chunk = chunk
+        self._chunk, self._unread = chunk, unread
 
     if not TYPE_CHECKING:  # a checker is to know that there are no such attributes
 
@@ -170,11 +177,9 @@ class WorldModel:
         """Return the predicted representation after each of T actions, (B, T, L, D) float32: each prediction is fed
         back, as the newest frame of a window that slides.
 
-        ``actions``: T of them for all images, as in `predict`, or vectors (B, T, A). Raises UserError for a frozen
-        target, whose space the predictor does not read.
+        ``actions``: T of them for all images, as in `predict`, or vectors (B, T, A). Raises UserError for more than one
+        where the predictor does not read what it predicts: a frozen target, or one that kept its first weights.
         """
-        if self.model.config.target == "frozen":
-            raise UserError("roll_out: predictions are in the frozen target's space, which the predictor does not read")
         pictures = self._windows(images)
         told = np.asarray(actions.detach().cpu()) if isinstance(actions, Tensor) else actions
         if isinstance(told, np.ndarray) and told.ndim == 3:
@@ -187,6 +192,8 @@ class WorldModel:
                 f"actions are {rows.shape} for {len(pictures)} images: give T actions (T, {self.space.dim}) for all of "
                 f"them, or (B, T, {self.space.dim}), T at least 1"
             )
+        if self._unread is not None and rows.shape[1] > 1:
+            raise UserError(f"roll_out: {self._unread}: give one action")
         return self._rolled(pictures, rows)
 
     @torch.no_grad()
@@ -280,7 +287,7 @@ class WorldModel:
         predictor in blocks of about 16 MiB of activations on a CPU, 1 GiB on a GPU.
         """
         settings = Settings(horizon, method, candidates, iterations, distance, score, seed)
-        require_planning(self.model, self.space, settings.checked().horizon)
+        require_planning(self.space, settings.checked().horizon, self._unread)
         near = None if start is None else self.vector(start).reshape(-1, self.space.dim)
         return make_plan(self.model, self.space, self._windows(frames), self._pictures(goal), settings, near, head)
 
@@ -358,11 +365,10 @@ def load_world(path: Path, *, checkpoint: str = "latest", device: str | torch.de
     if is_export(path):
         if checkpoint != "latest":
             raise UserError(f"{path}: an export, which holds one checkpoint; leave out {checkpoint}")
-        model, actions, space, step = load_export(path)
+        model, config, space, step = load_export(path)
     else:
         model, config, space, step = load_model(path, checkpoint)
-        actions = config.actions
-    return WorldModel(model.to(place), actions, space, step=step)
+    return WorldModel(model.to(place), config.actions, space, step=step, unread=config.unread)
 
 
 def open_model(

@@ -31,7 +31,7 @@ def world_of(**model):
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.05)
-    return WorldModel(made, config.actions, space_of(config.actions), chunk=2)
+    return WorldModel(made, config.actions, space_of(config.actions), chunk=2, unread=config.unread)
 
 
 @pytest.fixture(scope="module")
@@ -98,4 +98,5 @@ def test_a_mistake_is_one_line(world, frames, act, message):
 def test_predictions_of_a_frozen_target_are_not_fed_back(frames):
     frozen = world_of(target="frozen", target_init="w")
     with pytest.raises(UserError, match="roll_out: predictions are in the frozen target's space"):
-        frozen.roll_out(frames, [[0.5]])
+        frozen.roll_out(frames, [[0.5], [0.5]])
+    assert torch.equal(frozen.roll_out(frames, [[0.5]])[:, 0], frozen.predict(frames, [0.5]))

@@ -61,6 +61,15 @@ class Config(Section):
         "checks the configuration; they register sources, terms, optimizers and more (docs/extend/index.md)",
     )
 
+    @property
+    def unread(self) -> str | None:
+        """Why the predictor does not read what it predicts, so that no prediction is fed back; None where it does."""
+        if self.model.target == "frozen":
+            return "predictions are in the frozen target's space, and the predictor reads the encoder's"
+        if self.model.target == "ema" and self.train.ema == (1.0, 1.0) and self.train.horizon == 1:
+            return "train.ema [1.0, 1.0] kept the target's first weights, and the predictor reads the encoder's"
+        return None
+
     @model_validator(mode="before")
     @classmethod
     def _plugins_first(cls, values: Any) -> Any:
@@ -135,10 +144,7 @@ class Config(Section):
         if not self.actions.is_external:
             raise ValueError(f"{asked}unless actions.groups is [external]: an image has no next one")
         if self.model.target == "frozen":
-            raise ValueError(
-                f"{asked}where model.target is frozen: predictions are in the frozen target's space, and the predictor "
-                "reads the encoder's"
-            )
+            raise ValueError(f"{asked}where model.target is frozen: {self.unread}")
         if self.train.static_shapes:
             raise ValueError(
                 f"{asked}with train.static_shapes: episodes end at different steps, so that the shapes of later steps "

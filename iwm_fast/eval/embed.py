@@ -129,9 +129,9 @@ def _open(run: Path, checkpoint: str, overrides: Sequence[str]) -> _Opened:
     if is_export(run):
         if checkpoint != "latest":
             raise UserError(f"{run}: an export has one checkpoint; leave out --checkpoint")
-        model, actions, _, step = load_export(run)
+        model, own, _, step = load_export(run)
         config = load_config(Path("/dev/null"), overrides)  # an export does not record how images are read
-        return _Opened(model, for_evaluation(config, overrides), _described(model.config, actions), None, step)
+        return _Opened(model, for_evaluation(config, overrides), _described(own.model, own.actions), None, step)
     saved = find_checkpoint(run, checkpoint)
     model, config, _, step = load_model(run, checkpoint, overrides)
     described = config.model_dump(mode="json")

@@ -85,7 +85,7 @@ class OpenedExport:
 
     def load(self, overrides: Sequence[str]) -> tuple[IWM, Config, ActionSpace, int]:
         """Return (model, configuration, action space, steps done)."""
-        model, _, space, step = load_export(self.folder)
+        model, config, space, step = load_export(self.folder)
         print(f"{self.folder}: an export; its report has no training curves, which the run has", file=sys.stderr)
         if not self._recorded:
             print(
@@ -93,7 +93,7 @@ class OpenedExport:
                 "default size, unless overridden; export the run again for the run's own",
                 file=sys.stderr,
             )
-        return model, export_config(self.folder, overrides), space, step
+        return model, export_config(self.folder, overrides) if overrides else config, space, step
 
     def weights(self) -> str:
         """Return the digest that names the weights in results."""

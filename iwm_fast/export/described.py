@@ -33,7 +33,7 @@ TOKENS = "none: one token per patch, after the last normalisation"
 PIXELS = "RGB in [0, 1], normalised with ImageNet's mean and std"
 # What an evaluation reads of the run beside its model and actions. No paths, and nothing of the machine.
 _EVALUATION = {
-    "train": ("seed",),
+    "train": ("seed", "ema", "horizon"),
     "data": ("device", "max_pixels", "max_bad_fraction"),
     "eval": ("images", "mrr_images", "bank", "horizon"),
 }

@@ -97,7 +97,7 @@ DAMAGED = {
         "not as exported (actions or evaluation)",
     ),
     "a key that is unknown": (lambda d: d["evaluation"]["eval"].update(bnak=3), "eval.bnak: unknown key"),
-    "no model": (lambda d: d.pop("model"), "config.json: model: found null"),
+    "no model": (lambda d: d.pop("model"), "config.json: not as exported (model: found null"),
     "graphs": (lambda d: d.update(schema="iwm-fast-graphs/1", format="onnx"), "an export in the format onnx"),
     "another library's": (lambda d: (d.clear(), d.update(model_type="ijepa")), "not an export that iwm-fast reads"),
 }

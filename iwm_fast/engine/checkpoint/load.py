@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
 from iwm_fast.actions.external import space_of
 from iwm_fast.actions.space import ActionSpace
-from iwm_fast.config import ActionsConfig, Config, ModelConfig
+from iwm_fast.config import Config
 from iwm_fast.config.load import config_from
 from iwm_fast.engine.checkpoint.format import Checkpoint
 from iwm_fast.engine.checkpoint.fragments import restore_module
@@ -96,27 +95,21 @@ def load_model(run: Path, which: str = "latest", overrides: Sequence[str] = ()) 
     return model.eval(), config, space, saved.step
 
 
-def load_export(folder: Path) -> tuple[IWM, ActionsConfig, ActionSpace, int]:
-    """Return (model, actions, action space, steps done) of a folder that ``iwm-fast export`` wrote.
+def load_export(folder: Path) -> tuple[IWM, Config, ActionSpace, int]:
+    """Return (model, configuration as `export_config`, action space, steps done) of what ``iwm-fast export`` wrote.
 
     Raises UserError where a file is missing, truncated, of another version or of another network.
     """
-    described = _described(folder)
-    try:
-        config = ModelConfig.model_validate(described["model"])
-        told = {key: value for key, value in described["actions"].items() if key != "names"}
-        actions = ActionsConfig.model_validate(told)
-        step = int(described["step"])
-    except (KeyError, TypeError, AttributeError, ValidationError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{folder / EXPORT_FILE}: not as exported ({reason}); export the run again") from error
-    space = space_of(actions)
-    model = IWM(config, space.dim)
+    config, step = export_config(folder), _described(folder).get("step")
+    if not isinstance(step, int):
+        raise UserError(f"{folder / EXPORT_FILE}: not as exported (step is {step!r:.60}); export the run again")
+    space = space_of(config.actions)
+    model = IWM(config.model, space.dim)
     parts = {"encoder": model.encoder, "target_encoder": model.target_encoder, "predictor": model.predictor}
     for name, module in parts.items():
         if module is not None:
             _fill(module, folder / f"{name}.safetensors")
-    return model.eval(), actions, space, step
+    return model.eval(), config, space, step
 
 
 def export_config(folder: Path, overrides: Sequence[str] = ()) -> Config:
@@ -132,7 +125,11 @@ def export_config(folder: Path, overrides: Sequence[str] = ()) -> Config:
         raise UserError(f"{folder / EXPORT_FILE}: not as exported (actions or evaluation); export the run again")
     actions = {key: value for key, value in actions.items() if key != "names"}
     settings = {"model": described.get("model"), "actions": actions, **recorded}
-    return config_from(settings, str(folder / EXPORT_FILE), overrides)
+    try:
+        config = config_from(settings, "")
+    except UserError as error:
+        raise UserError(f"{folder / EXPORT_FILE}: not as exported ({error}); export the run again") from error
+    return config_from(settings, str(folder / EXPORT_FILE), overrides) if overrides else config
 
 
 def records_evaluation(folder: Path) -> bool:

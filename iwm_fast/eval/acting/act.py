@@ -116,10 +116,8 @@ def act(
     """
     _check(acting)
     horizon = 1 if acting.policy == "greedy" else acting.settings.horizon
-    require_planning(actor.model, actor.space, horizon)
     plans = acting.policy != "random"
-    if plans:
-        _require_read(actor, horizon)
+    require_planning(actor.space, horizon, actor.config.unread if plans else None)
     if out is not None:
         require_new_folder(out)
     reads_states = plans and acting.settings.distance == "state"
@@ -151,17 +149,6 @@ def act(
             if progress is not None:
                 progress("episodes", number + 1, acting.episodes)
     return records
-
-
-def _require_read(actor: Actor, horizon: int) -> None:
-    """Raise UserError where a plan feeds back predictions that the predictor was never trained to read."""
-    train = actor.config.train
-    if actor.config.model.target == "ema" and train.ema == (1.0, 1.0) and train.horizon == 1 < horizon:
-        raise UserError(
-            f"act: the plan's horizon is {horizon}, and train.ema [1.0, 1.0] kept the target's first weights: the "
-            "predictor does not read what it predicts. Train with model.freeze_encoder on that target "
-            "(docs/guides/act.md), or give --horizon 1"
-        )
 
 
 def _of_file(path: Path, game: Game) -> Pixels:

@@ -77,8 +77,7 @@ def _errors(answers: Tensor, truth: Tensor) -> Tensor:
 def evaluate_rollouts(subject: TripletSubject) -> dict[str, Any]:
     """Return roll-outs of ``eval.horizon`` steps under ``rollout``, or why there are none."""
     if subject.config.model.target == "frozen":
-        reason = "predictions are in the frozen target's space, and the predictor reads the encoder's"
-        return {"not_run": {"rollout": reason}}
+        return {"not_run": {"rollout": subject.config.unread}}
     horizon = subject.config.eval.horizon
     history, tell = subject.config.model.history, subject.tell("roll-outs")
     found = measure_rollouts(subject.model, subject.reader, horizon, history=history, progress=tell)

@@ -21,6 +21,7 @@ import iwm_fast  # noqa: E402
 from iwm_fast.benchmarks import planning  # noqa: E402
 from iwm_fast.benchmarks.adapters.stable_worldmodel import CostObject  # noqa: E402
 from iwm_fast.cli.main import main  # noqa: E402
+from iwm_fast.config.load import dump_config, load_config  # noqa: E402
 from iwm_fast.data.tools.record_gym import record  # noqa: E402
 from iwm_fast.engine import pretrain  # noqa: E402
 from iwm_fast.errors import UserError  # noqa: E402
@@ -65,13 +66,32 @@ def test_a_target_that_stays_is_not_planned_through(actor, ema, steps_ahead):
     """Its predictions are in a space that the predictor does not read, unless it was trained on them."""
     train = actor.config.train.model_copy(update={"ema": ema, "horizon": steps_ahead})
     told = replace(actor, config=actor.config.model_copy(update={"train": train}))
-    if (ema, steps_ahead) == ((1.0, 1.0), 1):
-        with pytest.raises(UserError, match=r"horizon is 3, and train\.ema"):
-            played(told)
-        assert played(told, policy="greedy", episodes=1)
-    else:
-        assert played(told, episodes=1)
     assert played(told, policy="random", episodes=1)
+    assert played(told, policy="greedy", episodes=1)
+    if (ema, steps_ahead) != ((1.0, 1.0), 1):
+        assert played(told, episodes=1)
+        return
+    with pytest.raises(UserError, match=r"horizon is 3, and train\.ema"):
+        played(told)
+
+
+def test_python_refuses_what_act_refuses_also_of_an_export(run, tmp_path):
+    """A target that stays: a plan and a roll-out of one action are made, longer ones are not."""
+    still, exported = tmp_path / "still", tmp_path / "export"
+    shutil.copytree(run, still)
+    (still / "config.yaml").write_text(dump_config(load_config(still / "config.yaml", ["train.ema=[1.0,1.0]"])))
+    assert main(["export", str(still), "--out", str(exported)]) == 0
+    for folder in (still, exported):
+        world = iwm_fast.load(folder)
+        frame = np.zeros((world.image_size, world.image_size, 3), np.uint8)
+        one = np.zeros((1, 1, world.space.dim), np.float32)
+        assert len(world.plan(frame, frame, horizon=1, candidates=4, iterations=1).actions) == 1
+        assert torch.equal(world.roll_out(frame, one)[:, 0], world.predict(frame, one[0, 0]))
+        with pytest.raises(UserError, match=r"plan: horizon is 2, and train\.ema \[1\.0, 1\.0\] kept"):
+            world.plan(frame, frame, horizon=2)
+        with pytest.raises(UserError, match=r"roll_out: train\.ema \[1\.0, 1\.0\] kept .*: give one action"):
+            world.roll_out(frame, np.repeat(one, 2, axis=1))
+    assert len(iwm_fast.load(run).plan(frame, frame, horizon=2, candidates=4, iterations=1).actions) == 2
 
 
 def test_the_command_writes_episodes_and_a_gif(run, tmp_path, capsys):

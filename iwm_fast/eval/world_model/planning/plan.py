@@ -79,17 +79,17 @@ class Settings:
         )  # fmt: skip
 
 
-def require_planning(model: IWM, space: ActionSpace, horizon: int) -> None:
-    """Raise UserError where a model has no actions to plan, or cannot read what it predicts."""
+def require_planning(space: ActionSpace, horizon: int, unread: str | None) -> None:
+    """Raise UserError where a run has no actions to plan, or does not read what it predicts (`Config.unread`)."""
     if not isinstance(space, ExternalSpace):
         raise UserError(
             "plan: this run has no actions to plan: it was trained on images, whose actions are changes of a picture; "
             "train on triplets, as docs/guides/triplets.md shows"
         )
-    if model.config.target == "frozen" and horizon > 1:
+    if unread is not None and horizon > 1:
         raise UserError(
-            f"plan: horizon is {horizon}, and this run predicts in the space of a frozen target, which its predictor "
-            "does not read: give horizon 1"
+            f"plan: horizon is {horizon}, and {unread}: give horizon 1, or train with model.freeze_encoder on that "
+            "target (docs/guides/act.md)"
         )
 
 
@@ -115,11 +115,11 @@ def make_plan(
 ) -> Plan:
     """Return the plan from a window of frames, uint8 (1, F, S, S, 3), to a goal picture, uint8 (1, S, S, 3).
 
-    start: actions (n, A) to begin near; those beyond the horizon are left out. head: of the distance "state". Raises
-    UserError for settings out of range, several windows or goals, and as `require_planning` and `goal_distance`.
+    start: actions (n, A) to begin near; those beyond the horizon are left out. head: of the distance "state". Call
+    `require_planning` first. Raises UserError for settings out of range, several windows or goals, and as
+    `goal_distance`.
     """
     settings = settings.checked()
-    require_planning(model, space, settings.horizon)
     if len(frames) != 1 or len(goal) != 1:
         raise UserError(f"frames and goal are {len(frames)} and {len(goal)} images: give one of each")
     device = device_of(model)

@@ -24,7 +24,7 @@ PUSHES = {"kind": "continuous", "names": ("push", "turn"), "low": (-2, 0), "high
 CHOICES = {"kind": "discrete", "names": ("left", "stay", "right")}
 
 
-def world_of(described, **model):
+def world_of(described, unread=None, **model):
     """Return a world with random weights, whose predictions depend on the action."""
     config = tiny_config().model.model_copy(update=model)
     actions = ActionsConfig(groups=("external",), external=ExternalActions(**described))
@@ -34,7 +34,7 @@ def world_of(described, **model):
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
-    return WorldModel(network, actions, space)
+    return WorldModel(network, actions, space, unread=unread)
 
 
 @pytest.fixture(scope="module")
@@ -231,12 +231,12 @@ def test_runs_that_cannot_plan_say_so(tmp_path):
     model, space = tiny_model(config)
     with pytest.raises(UserError, match="this run has no actions to plan: it was trained on images"):
         WorldModel(model, config.actions, space).plan(pictures(1), GOAL)
-    frozen = world_of(PUSHES, target="frozen", target_init=str(tmp_path))
-    with pytest.raises(UserError, match="horizon is 8, and this run predicts in the space of a frozen target"):
+    frozen = world_of(PUSHES, "it predicts elsewhere", target="frozen", target_init=str(tmp_path))
+    with pytest.raises(UserError, match="horizon is 8, and it predicts elsewhere: give horizon 1, or train with"):
         frozen.plan(pictures(1), GOAL)
     assert len(frozen.plan(pictures(1), GOAL, horizon=1, candidates=5).actions) == 1
     wide = TargetEncoderConfig(encoder={"depth": 1, "width": 48, "heads": 3})
-    wider = world_of(PUSHES, target="frozen", target_init=str(tmp_path), target_encoder=wide)
+    wider = world_of(PUSHES, "it predicts elsewhere", target="frozen", target_init=str(tmp_path), target_encoder=wide)
     plan = wider.plan(pictures(1), GOAL, horizon=1, candidates=5)
     assert plan.predictions.shape == (1, wider.model.encoder.patches, 48)
     assert pictures(1).shape[1] == SIDE
