@@ -73,6 +73,7 @@ def _plan(number: int, decision: Decision, neighbours: Neighbours) -> Strips:
     steps = spread(len(decision.plan.actions), _AHEAD)
     near = neighbours.nearest(decision.plan.predictions[steps])
     ahead = [Picture.of(picture, f"+{step + 1}") for step, picture in zip(steps, near, strict=True)]
-    title = f"After {number} actions: distance {decision.distance:.2f}, cost of the plan {decision.plan.cost:.2f}"
+    after = f"After {number} action{'' if number == 1 else 's'}"
+    title = f"{after}: distance {decision.distance:.2f}, cost of the plan {decision.plan.cost:.2f}"
     seen = [Picture.of(decision.picture, "seen")]
     return Strips(title, [("seen", seen), ("recorded frames nearest to what the plan predicts", ahead)])
