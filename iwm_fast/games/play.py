@@ -17,6 +17,7 @@ from iwm_fast.games.recording import Pixels, Recording
 __all__ = ["Game", "Held", "environment_actions"]
 
 _MOST_NUMBERS = 256  # of a state: larger observations are pictures
+_FAINT = 3  # of 255: what remains of a thing whose edge alone is in the picture
 _GREY = 124  # near ImageNet's mean of red, which normalises to about 0
 
 
@@ -120,6 +121,10 @@ class Game:
         if not self.recording.motion:
             return self._moving(np.asarray(recent[-1], np.uint8))
         return self._moving(np.stack([np.asarray(one.convert("L"), np.uint8) for one in recent], axis=2))
+
+    def empty(self, picture: Pixels) -> bool:
+        """Return whether a picture less the background shows nothing; False where no background is subtracted."""
+        return self.background is not None and bool((np.abs(picture.astype(np.int16) - _GREY) <= _FAINT).all())
 
     def draw(self, drawn: Any = None) -> Image.Image:
         """Return a rendering, or what the environment renders now: the crop, resized to a square."""

@@ -79,12 +79,14 @@ def _write(
     """Write `count` triplets to a folder; return the number of the next episode."""
     (folder / "frames").mkdir(parents=True)
     rows: list[dict[str, Any]] = []
+    pictures = empty = 0
     episode = first_episode
     while len(rows) < count:
         before = state = None
         for step, (picture, action) in enumerate(_play(game, episode)):
             name = f"frames/{episode:06d}_{step:05d}.png"
             Image.fromarray(picture).save(folder / name)
+            pictures, empty = pictures + 1, empty + game.empty(picture)
             now = None if (numbers := game.state) is None else numbers.tolist()
             if before is not None:
                 row = {"source": before, "target": name, "action": action, "episode": episode, "step": step - 1}
@@ -95,6 +97,11 @@ def _write(
             if len(rows) == count:
                 break
         episode += 1
+    if empty:
+        tell_once(
+            f"{folder.name}: {empty:,} of {pictures:,} pictures show nothing that moves: it is out of sight there; "
+            "where --crop cuts it off, widen it"
+        )
     if any(None in (row["source_state"], row["target_state"]) for row in rows):
         tell_once(f"{game.recording.env}: no states are recorded: its observations are not up to 256 finite numbers")
         rows = [{key: value for key, value in row.items() if not key.endswith("_state")} for row in rows]

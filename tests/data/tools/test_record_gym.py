@@ -117,6 +117,21 @@ def test_what_stays_as_it_is_becomes_grey_and_only_that(tmp_path):
     assert (np.where(known >= 0, known, known.max(axis=0)) == known.max(axis=0)).all()
 
 
+@pytest.mark.parametrize("left", [0.0, 0.45])
+def test_pictures_that_show_nothing_are_counted(tmp_path, capsys, left):
+    """The car begins at 0.33 to 0.44 of the drawing's width."""
+    car = Recording(
+        "MountainCarContinuous-v0", train=20, test=0, size=32, repeat=8, episode_steps=4, motion=True, still=True,
+        crop=(left, 0.0, 1.0, 1.0),
+    )  # fmt: skip
+    record(car, tmp_path / "car")
+    pictures = [stored(path) for path in (tmp_path / "car" / "train" / "frames").iterdir()]
+    empty = sum(int(np.ptp(picture) <= 6) for picture in pictures)
+    assert (empty > 0) == (left > 0)
+    said = capsys.readouterr().err
+    assert (f"train: {empty} of {len(pictures)} pictures show nothing that moves" in said) == (empty > 0)
+
+
 def test_an_absorbing_end_stays_as_it_is_and_a_truncated_episode_has_none(tmp_path):
     """Beside the plain recording of the same seed: one more row per episode that the environment ended."""
     episodes = {}
