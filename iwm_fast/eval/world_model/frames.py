@@ -69,7 +69,7 @@ class FrameReader:
     def __init__(self, triplets: Triplets, size: int, data: DataConfig) -> None:
         self.triplets = triplets
         self.left_out = LeftOut(str(triplets.manifest), len(triplets.frames), data.max_bad_fraction)
-        self._size, self._data = size, data
+        self.data, self._size = data, size
 
     @property
     def bad(self) -> dict[str, str]:
@@ -85,13 +85,13 @@ class FrameReader:
         for clean in load_clean(
             files,
             self._size,
-            device=self._data.device,
-            threads=self._data.threads,
-            max_pixels=self._data.max_pixels,
+            device=self.data.device,
+            threads=self.data.threads,
+            max_pixels=self.data.max_pixels,
             crop=whole_image,
-            wait_s=self._data.wait_s,
-            readers=self._data.readers,
-            hw_decoder_load=self._data.hw_decoder_load,
+            wait_s=self.data.wait_s,
+            readers=self.data.readers,
+            hw_decoder_load=self.data.hw_decoder_load,
         ):
             pictures[torch.from_numpy(clean.rows)] = clean.images.cpu()
             good[clean.rows] = True

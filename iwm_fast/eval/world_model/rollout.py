@@ -25,6 +25,7 @@ from iwm_fast.data.triplets import Triplets
 from iwm_fast.eval.features import device_of, evaluating
 from iwm_fast.eval.stats import bootstrap_interval, evenly_spaced
 from iwm_fast.eval.world_model.frames import FrameReader
+from iwm_fast.eval.world_model.rollout_states import StateReader
 from iwm_fast.models.iwm import IWM
 from iwm_fast.models.window import encode_window, roll_out
 
@@ -47,8 +48,10 @@ def chains(triplets: Triplets, horizon: int) -> NDArray[np.int64]:
     return rows
 
 
-def rollout_errors(model: IWM, frames: Tensor, actions: Tensor, *, chunk: int = 16) -> dict[str, NDArray[np.float64]]:
-    """Return mean squared errors (n, T) of n roll-outs, by line.
+def rollout_errors(
+    model: IWM, frames: Tensor, actions: Tensor, *, chunk: int = 16, states: StateReader | None = None
+) -> dict[str, NDArray[np.float64]]:
+    """Return mean squared errors (n, T) of n roll-outs, by line; ``states`` is given them as well.
 
     frames: uint8 (n, H + T, S, S, 3), the H frames of the first source, the oldest first, and the true ones; actions:
     float32 (n, T, A). At least two roll-outs, so that actions can be shuffled. The model's mode is unchanged.
@@ -65,7 +68,10 @@ def rollout_errors(model: IWM, frames: Tensor, actions: Tensor, *, chunk: int = 
             start = encode_window(model, seen[:, :history])
             lines["copy"].append(_errors(truth[:, :1], truth))
             for name, told in (("model", actions), ("shuffled", others)):
-                lines[name].append(_errors(roll_out(model, start, told[rows].to(device)).float(), truth))
+                predictions = roll_out(model, start, told[rows].to(device)).float()
+                lines[name].append(_errors(predictions, truth))
+                if name == "model" and states is not None:
+                    states.add(rows.numpy(), truth[:, 1:], predictions)
     return {name: torch.cat(parts).numpy() for name, parts in lines.items()}
 
 
@@ -95,7 +101,8 @@ def measure_rollouts(
 ) -> dict[str, Any]:
     """Return {horizons, starts, and for each line its mean (H,), its interval (H, 2)}; or {reason} without chains.
 
-    Roll-outs begin at chains spread evenly over the set; intervals are by bootstrap over roll-outs.
+    Where episodes with states are recorded, also {state_r2: as `StateReader.result`}. Roll-outs begin at chains spread
+    evenly over the set; intervals are by bootstrap over roll-outs.
     """
     found = chains(reader.triplets, horizon)
     rows = found[evenly_spaced(starts, len(found))]
@@ -108,10 +115,13 @@ def measure_rollouts(
         return {"reason": f"fewer than two chains of {horizon} triplets can be decoded"}
     frames = pictures.unflatten(0, places.shape)[torch.from_numpy(whole)]
     vectors = torch.from_numpy(reader.triplets.vectors()[rows[whole]])
-    errors = rollout_errors(model, frames, vectors)
+    states = StateReader.of(model, reader.data, reader.triplets, rows[whole])
+    errors = rollout_errors(model, frames, vectors, states=states)
     if progress is not None:
         progress(len(frames), len(frames))
     out: dict[str, Any] = {"horizons": list(range(1, horizon + 1)), "starts": len(frames)}
+    if states is not None:
+        out["state_r2"] = states.result()
     for name, values in errors.items():
         out[name] = values.mean(axis=0).tolist()
         out[f"{name}_interval"] = [list(bootstrap_interval(column)) for column in values.T]

@@ -64,13 +64,38 @@ def fit_state_head(model: IWM, data: DataConfig, triplets: Triplets) -> StateHea
     chosen, _, points = encode_frames(model, data, triplets, FRAMES)
     if len(chosen) < _LEAST:
         raise UserError(f"{triplets.manifest}: {len(chosen)} frames; a state head needs at least {_LEAST}")
-    states = triplets.states[chosen]
-    fit = fit_ridge(points.double().cpu().numpy(), states, _held_out(triplets, chosen))
-    if not (fit.r2 > 0).any():
+    head = _fitted(points, triplets.states[chosen], episodes_of_frames(triplets, chosen))
+    if not (head.r2 > 0).any():
         raise UserError(
             f"{triplets.manifest}: no component of the state can be read from the representation (R² by component: "
-            f"{', '.join(f'{value:.2f}' for value in fit.r2)}); train longer, or use another distance"
+            f"{', '.join(f'{value:.2f}' for value in head.r2)}); train longer, or use another distance"
         )
+    return head
+
+
+def fit_half_heads(model: IWM, data: DataConfig, triplets: Triplets) -> tuple[StateHead, StateHead] | None:
+    """Fit two heads on at most 2,000 recorded frames: the first reads even episodes and is fitted on the odd ones, the
+    second reads odd episodes. None where there are no states, no episodes, or too few frames.
+    """
+    if triplets.states is None or triplets.episode is None:
+        return None
+    chosen, _, points = encode_frames(model, data, triplets, FRAMES)
+    episodes = episodes_of_frames(triplets, chosen)
+    assert episodes is not None
+    halves = [episodes % 2 == 1, episodes % 2 == 0]
+    if min(half.sum() for half in halves) < _LEAST:
+        return None
+    first, second = (
+        _fitted(points[torch.from_numpy(half).to(points.device)], triplets.states[chosen[half]], episodes[half] // 2)
+        for half in halves
+    )
+    return first, second
+
+
+def _fitted(points: Tensor, states: NDArray[np.float64], episodes: NDArray[np.int64] | None) -> StateHead:
+    """Fit states (n, S) from representations (n, L · D); every fifth episode is held out, or any fifth."""
+    held = None if episodes is None else episodes % _HELD == _HELD - 1
+    fit = fit_ridge(points.double().cpu().numpy(), states, held if held is not None and held.any() else None)
     spread = states.std(axis=0)
     scale = np.sqrt(fit.r2.clip(0, 1)) / np.where(spread > 0, spread, 1.0)
     weight, intercept, scale = (
@@ -79,11 +104,10 @@ def fit_state_head(model: IWM, data: DataConfig, triplets: Triplets) -> StateHea
     return StateHead(weight, intercept, scale, fit.r2)
 
 
-def _held_out(triplets: Triplets, chosen: NDArray[np.int64]) -> NDArray[np.bool_] | None:
-    """Every fifth episode's frames; None, which means any fifth, where there are too few episodes."""
+def episodes_of_frames(triplets: Triplets, chosen: NDArray[np.int64]) -> NDArray[np.int64] | None:
+    """Return the episode of each chosen frame, int64 (n,), or None where the manifest has none."""
     if triplets.episode is None:
         return None
     episode = np.zeros(len(triplets.frames), np.int64)
     episode[triplets.source], episode[triplets.target] = triplets.episode, triplets.episode
-    held = episode[chosen] % _HELD == _HELD - 1
-    return held if held.any() else None
+    return episode[chosen]
