@@ -5,8 +5,8 @@
 First a short training of each horizon gives its processor seconds per step; then each is trained for as many steps as
 take the time of `--steps` steps of the first horizon, on each seed, and evaluated. Reported: the roll-outs' error,
 alone and over that of a copy (each run measures in the space of its own target), and MRR; mean with a 95 % interval
-over the seeds. After an interruption the same command resumes: short trainings are in RUNS/seconds_per_step.json, the
-others in FILE.
+over the seeds; where states are recorded, also the mean R² of their components, read from predictions. After an
+interruption the same command resumes: short trainings are in RUNS/seconds_per_step.json, the others in FILE.
 """
 
 from __future__ import annotations
@@ -62,6 +62,8 @@ def measured(run: dict[str, Any]) -> dict[str, float]:
     """Return what the table shows of one training."""
     found, rolled = run["evaluation"], run["evaluation"]["rollout"]
     last = len(rolled["model"]) - 1
+    states = rolled["state_r2"]["prediction"][last] if "state_r2" in rolled else []
+    read = [value for value in states if value is not None]
     return {
         "processor seconds": run["cpu_seconds"],
         "error, 1 ahead": rolled["model"][0],
@@ -71,6 +73,7 @@ def measured(run: dict[str, Any]) -> dict[str, float]:
         "MRR": found["mrr"],
         "MRR, shuffled": found["mrr_shuffled"],
         "RankMe": found["rank_me"],
+        **({f"R² of the state, {last + 1} ahead": sum(read) / len(read)} if read else {}),
     }
 
 

@@ -29,6 +29,15 @@ def test_the_table_has_each_horizon_s_error_with_its_interval():
     assert one[1] == "1,200"
 
 
+def test_the_table_has_the_states_that_are_read_where_they_are_recorded():
+    run = run_of(0.4)
+    ahead = [[0.9, 0.7, None], [0.5, 0.3, None]]
+    run["evaluation"]["rollout"]["state_r2"] = {"target": [0.9, 0.8, None], "prediction": ahead}
+    head, _, row = (line.split(" | ") for line in table([{"name": "1", "runs": [run, run]}]).splitlines())
+    assert head[-1] == "R² of the state, 2 ahead |"
+    assert row[-1] == "0.4 ± 0 |"
+
+
 def test_short_trainings_are_not_repeated_after_an_interruption(tmp_path, monkeypatch):
     """Steps of 10 ms after a start of 3 s; the start is no part of a step."""
     used, commands = [0.0], []
