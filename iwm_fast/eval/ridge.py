@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["RIDGES", "LinearFit", "fit_ridge"]
+__all__ = ["RIDGES", "LinearFit", "column_variance", "fit_ridge"]
 
 Floats = NDArray[np.float64]
 
@@ -46,10 +46,16 @@ def fit_ridge(x: Floats, y: Floats, held: NDArray[np.bool_] | None = None) -> Li
     tried, truth = _Ridge(x[kept_rows], y[kept_rows]), y[held_rows]
     answers = (x[held_rows] @ weight + intercept for weight, intercept in map(tried.solve, RIDGES))
     errors = np.stack([((answer - truth) ** 2).mean(axis=0) for answer in answers])  # (ridges, K)
-    spread = truth.var(axis=0)
-    varies = spread > 1e-12 * np.square(truth).mean(axis=0).clip(1e-300)
-    r2 = np.where(varies, 1 - errors.min(axis=0) / np.where(varies, spread, 1.0), 0.0)
+    spread, varies = column_variance(truth)
+    r2 = np.where(varies, 1 - errors.min(axis=0) / spread, 0.0)
     return LinearFit(*_Ridge(x, y).solve(np.array(RIDGES)[errors.argmin(axis=0)]), r2)
+
+
+def column_variance(y: Floats) -> tuple[Floats, NDArray[np.bool_]]:
+    """Return (the variance of each column of (n, K), 1 where it is constant; whether it varies, bool (K,))."""
+    spread = y.var(axis=0)
+    varies = spread > 1e-12 * np.square(y).mean(axis=0).clip(1e-300)
+    return np.where(varies, spread, 1.0), varies
 
 
 class _Ridge:

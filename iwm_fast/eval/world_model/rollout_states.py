@@ -15,6 +15,7 @@ from torch import Tensor
 
 from iwm_fast.config import DataConfig
 from iwm_fast.data.triplets import Triplets
+from iwm_fast.eval.ridge import column_variance
 from iwm_fast.eval.world_model.planning.state_head import StateHead, fit_half_heads
 from iwm_fast.models.iwm import IWM
 
@@ -52,9 +53,8 @@ class StateReader:
 
         Errors are over the variance of the component in all of the roll-outs' frames.
         """
-        spread = self._true.var(axis=(0, 1))
-        varies = spread > 1e-12 * np.square(self._true).mean(axis=(0, 1)).clip(1e-300)
+        spread, varies = column_variance(self._true.reshape(-1, self._true.shape[2]))
         errors = {name: np.square(read - self._true) for name, read in self._read.items()}
         shares = {"target": errors["target"].mean(axis=(0, 1)), "prediction": errors["prediction"].mean(axis=0)}
-        r2 = {name: 1 - share / np.where(varies, spread, 1.0) for name, share in shares.items()}
+        r2 = {name: 1 - share / spread for name, share in shares.items()}
         return {name: np.where(varies, value, np.array(None)).tolist() for name, value in r2.items()}

@@ -64,7 +64,7 @@ def fit_state_head(model: IWM, data: DataConfig, triplets: Triplets) -> StateHea
     chosen, _, points = encode_frames(model, data, triplets, FRAMES)
     if len(chosen) < _LEAST:
         raise UserError(f"{triplets.manifest}: {len(chosen)} frames; a state head needs at least {_LEAST}")
-    head = _fitted(points, triplets.states[chosen], episodes_of_frames(triplets, chosen))
+    head = _fitted(points, triplets.states[chosen], _episodes_of_frames(triplets, chosen))
     if not (head.r2 > 0).any():
         raise UserError(
             f"{triplets.manifest}: no component of the state can be read from the representation (R² by component: "
@@ -80,7 +80,7 @@ def fit_half_heads(model: IWM, data: DataConfig, triplets: Triplets) -> tuple[St
     if triplets.states is None or triplets.episode is None:
         return None
     chosen, _, points = encode_frames(model, data, triplets, FRAMES)
-    episodes = episodes_of_frames(triplets, chosen)
+    episodes = _episodes_of_frames(triplets, chosen)
     assert episodes is not None
     halves = [episodes % 2 == 1, episodes % 2 == 0]
     if min(half.sum() for half in halves) < _LEAST:
@@ -104,7 +104,7 @@ def _fitted(points: Tensor, states: NDArray[np.float64], episodes: NDArray[np.in
     return StateHead(weight, intercept, scale, fit.r2)
 
 
-def episodes_of_frames(triplets: Triplets, chosen: NDArray[np.int64]) -> NDArray[np.int64] | None:
+def _episodes_of_frames(triplets: Triplets, chosen: NDArray[np.int64]) -> NDArray[np.int64] | None:
     """Return the episode of each chosen frame, int64 (n,), or None where the manifest has none."""
     if triplets.episode is None:
         return None
