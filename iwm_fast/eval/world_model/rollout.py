@@ -115,7 +115,8 @@ def measure_rollouts(
         return {"reason": f"fewer than two chains of {horizon} triplets can be decoded"}
     frames = pictures.unflatten(0, places.shape)[torch.from_numpy(whole)]
     vectors = torch.from_numpy(reader.triplets.vectors()[rows[whole]])
-    states = StateReader.of(model, reader.data, reader.triplets, rows[whole])
+    with evaluating(model):  # as the roll-outs that the heads read: a target in fp8 is so in training mode alone
+        states = StateReader.of(model, reader.data, reader.triplets, rows[whole])
     errors = rollout_errors(model, frames, vectors, states=states)
     if progress is not None:
         progress(len(frames), len(frames))

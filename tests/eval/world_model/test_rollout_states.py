@@ -96,6 +96,22 @@ def test_a_head_is_not_fitted_on_the_episodes_that_it_reads(tmp_path):
     assert found["target"][2] < 0
 
 
+class Training(Light):
+    """Represents everything by 0 in training mode."""
+
+    def targets(self, images):
+        return self.encode(images) * (not self.training)
+
+
+def test_heads_are_fitted_on_the_representations_that_they_read(tmp_path):
+    """A model in training mode, as between two steps: heads and roll-outs are both of evaluation mode."""
+    triplets = write_lights(tmp_path / "manifest.jsonl")
+    model = Training(0.0, 1.0).train()
+    found = measure_rollouts(model, FrameReader(triplets, SIDE, DataConfig(device="cpu")), 3, starts=999)
+    assert found["state_r2"]["target"][0] == pytest.approx(1.0, abs=1e-3)
+    assert model.training
+
+
 @pytest.mark.parametrize("lacks", ["states", "numbered"])
 def test_without_states_or_episodes_there_is_no_r2(tmp_path, lacks):
     triplets = write_lights(tmp_path / "manifest.jsonl", **{lacks: False})
