@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 import threading
 from pathlib import Path
 from typing import Any
 
-from iwm_fast.benchmarks.sweep import interval, public, run_jobs
+from iwm_fast.benchmarks.sweep import interval, public, run_iwm, run_jobs
 from iwm_fast.environment import environment
 from iwm_fast.outputs import require_result
 from iwm_fast.programs import run_program
@@ -39,9 +38,7 @@ def measure(run: Path, words: list[str]) -> dict[str, Any]:
     """Run one cell; return the body of the command's JSON."""
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "answer.json"
-        command = [sys.executable, "-m", "iwm_fast", "finetune", str(run), *words, "--json", str(answer)]
-        if code := subprocess.run(command, check=False).returncode:
-            sys.exit(code)
+        run_iwm("finetune", str(run), *words, "--json", str(answer))
         found: dict[str, Any] = json.loads(answer.read_text())
     return {key: value for key, value in found.items() if key not in ("schema", "environment")}
 

@@ -14,13 +14,11 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-from iwm_fast.benchmarks.sweep import children_cpu, interval, train_all
-from iwm_fast.errors import UserError
+from iwm_fast.benchmarks.sweep import interval, run_iwm, train_all
 from iwm_fast.outputs import require_folder, require_result
 from iwm_fast.programs import run_program
 from iwm_fast.results import write_json
@@ -42,11 +40,7 @@ def seconds_per_step(config: str, data: Path, out: Path, horizons: list[int], co
             run = out / f"short_{horizon}_{steps}"
             shutil.rmtree(run, ignore_errors=True)
             keys = [f"data.root={data / 'train'}", *common, f"train.horizon={horizon}", f"train.steps={steps}"]
-            before = children_cpu()
-            command = [sys.executable, "-m", "iwm_fast", "pretrain", config, *keys, "--out", str(run)]
-            if code := subprocess.run(command, check=False).returncode:
-                raise UserError(f"iwm-fast pretrain ended with exit code {code}, as printed above")
-            used.append(children_cpu() - before)
+            used.append(run_iwm("pretrain", config, *keys, "--out", str(run)))
             shutil.rmtree(run)
         found[str(horizon)] = (used[1] - used[0]) / (_SHORT[1] - _SHORT[0])
         write_json(file, found)

@@ -14,8 +14,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import re
-import resource
 import subprocess
 import sys
 import threading
@@ -56,9 +56,19 @@ def interval(values: list[float]) -> dict[str, float | None]:
     return {"mean": mean(values), "half_width": half}
 
 
-def children_cpu() -> float:
-    """Return CPU seconds of all child processes that have ended."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+def run_iwm(*arguments: str) -> float:
+    """Run an iwm-fast command, which prints its own error; return its CPU seconds, with those of its own processes.
+
+    Raise UserError if it fails.
+    """
+    with subprocess.Popen([sys.executable, "-m", "iwm_fast", *arguments]) as process:
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise UserError(
+            f"iwm-fast {arguments[0]} ended with exit code {process.returncode}, as printed above; "
+            "the same command resumes where it stopped"
+        )
     return used.ru_utime + used.ru_stime
 
 
@@ -68,18 +78,15 @@ def run_one(config: str, data: Path, run: Path, seed: int, overrides: list[str],
     A run that was interrupted is resumed, and its seconds are those since then; ``resumed`` says so. Raise
     UserError where a command fails, such as where ``run`` has a training with other settings.
 
-    CPU seconds include every job that ended meanwhile, so they are this training's only if it ran alone.
-
     ``measure``: further arguments of `iwm-fast evaluate`.
     """
     resumed = (run / "metrics.jsonl").exists()
-    iwm = [sys.executable, "-m", "iwm_fast"]
-    began, used = time.perf_counter(), children_cpu()
+    began = time.perf_counter()
     keys = [f"data.root={data / 'train'}", f"train.seed={seed}", *overrides]
-    _require_success([*iwm, "pretrain", config, *keys, "--out", str(run), "--resume", "auto"])
-    seconds, cpu_seconds = time.perf_counter() - began, children_cpu() - used
+    cpu_seconds = run_iwm("pretrain", config, *keys, "--out", str(run), "--resume", "auto")
+    seconds = time.perf_counter() - began
     answer = run / "evaluation.json"
-    _require_success([*iwm, "evaluate", str(run), "--data", str(data), *measure, "--json", str(answer)])
+    run_iwm("evaluate", str(run), "--data", str(data), *measure, "--json", str(answer))
     curve = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     logged = [r for r in curve if "loss" in r]
     evaluation = json.loads(answer.read_text().replace(str(data), data.name))
@@ -94,14 +101,6 @@ def run_one(config: str, data: Path, run: Path, seed: int, overrides: list[str],
         "evaluation": evaluation,
         "curve": curve,
     }
-
-
-def _require_success(command: list[str]) -> None:
-    """Run an iwm-fast command, which prints its own error; raise UserError if it fails."""
-    if code := subprocess.run(command, check=False).returncode:
-        raise UserError(
-            f"iwm-fast {command[3]} ended with exit code {code}, as printed above; the same command resumes the sweep"
-        )
 
 
 def public(words: list[str]) -> list[str]:
