@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from iwm_fast.kernels import sigreg_sums, sigreg_sums_bytes, sigreg_sums_flops
+from iwm_fast.kernels import sigreg, sigreg_sums, sigreg_sums_bytes, sigreg_sums_flops
 
 
 def sampled(rows: int, directions: int, seed: int, size: float = 1.0) -> Tensor:
@@ -26,8 +28,16 @@ def reference(p: Tensor, spacing: float, knots: int, rows: int) -> Tensor:
 @given(
     rows=st.integers(0, 40), directions=st.integers(1, 9), knots=st.integers(1, 17), padding=st.integers(0, 5),
     spacing=st.sampled_from([0.1, 0.375, 3.0]), size=st.sampled_from([1e-3, 1.0, 30.0]), seed=st.integers(0, 99),
+    in_cache=st.sampled_from([1, 20, 100, sigreg._IN_CACHE]),
 )  # fmt: skip
 def test_value_and_gradient(
+    rows: int, directions: int, knots: int, padding: int, spacing: float, size: float, seed: int, in_cache: int
+) -> None:
+    with patch.object(sigreg, "_IN_CACHE", in_cache):
+        check_value_and_gradient(rows, directions, knots, padding, spacing, size, seed)
+
+
+def check_value_and_gradient(
     rows: int, directions: int, knots: int, padding: int, spacing: float, size: float, seed: int
 ) -> None:
     ours = sampled(rows + padding, directions, seed, size).requires_grad_()
