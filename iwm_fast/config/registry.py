@@ -26,6 +26,7 @@ __all__ = [
     "Registry",
     "SourceName",
     "TermNames",
+    "needs_whole_tensors",
     "term_and_weight",
 ]
 
@@ -79,8 +80,14 @@ class Optimizer:
 SOURCES: Registry[Callable[[str], Any]] = Registry(
     "source", "data.source", ("auto", "folder", "webdataset", "tfrecord", "triplets")
 )
-OPTIMIZERS: Registry[Optimizer] = Registry("optimizer", "train.optimizer", ("adamw", "lamb"))
+OPTIMIZERS: Registry[Optimizer] = Registry("optimizer", "train.optimizer", ("adamw", "lamb", "muon"))
 TERMS: Registry[Callable[[Any, float], Any]] = Registry("term", "model.terms")
+
+
+def needs_whole_tensors(optimizer: str) -> bool:
+    """Whether its update reads whole tensors, so that it needs zero.stage 0."""
+    own = OPTIMIZERS.own(optimizer)
+    return optimizer in ("lamb", "muon") if own is None else own.whole_tensors
 
 
 def term_and_weight(text: str) -> tuple[str, float]:

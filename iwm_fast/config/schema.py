@@ -15,7 +15,7 @@ from iwm_fast.config.base import Names, Section
 from iwm_fast.config.encoders import ENCODERS, EncoderArchitecture, EncoderShape
 from iwm_fast.config.external import ExternalActions
 from iwm_fast.config.plugins import load_plugins, named_plugins
-from iwm_fast.config.registry import OPTIMIZERS, SOURCES
+from iwm_fast.config.registry import OPTIMIZERS, SOURCES, needs_whole_tensors
 from iwm_fast.config.sections.data import DataConfig
 from iwm_fast.config.sections.model import ModelConfig, PredictorConfig
 from iwm_fast.config.sections.records import CheckpointConfig, EvalConfig, LogConfig
@@ -159,11 +159,10 @@ class Config(Section):
                 f"train.optimizer {self.train.optimizer} needs zero.stage 0, 1 or 2: at stage 3 DeepSpeed updates one "
                 "module's shards at a time, with adamw"
             )
-        whole = self.train.optimizer == "lamb" if own is None else own.whole_tensors
-        if whole and self.zero.stage:
+        if needs_whole_tensors(self.train.optimizer) and self.zero.stage:
             raise ValueError(
-                f"train.optimizer {self.train.optimizer} needs the norms of whole tensors, which zero.stage "
-                f"{self.zero.stage} shards over ranks; use zero.stage 0, or adamw"
+                f"train.optimizer {self.train.optimizer} needs whole tensors, which zero.stage {self.zero.stage} "
+                "shards over ranks; use zero.stage 0, or adamw"
             )
         return self
 

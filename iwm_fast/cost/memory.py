@@ -46,11 +46,14 @@ BUCKET_BYTES = 50_000_000
 
 @dataclass(frozen=True)
 class Parameter:
-    """A parameter's name, its number of elements, and whether weight decay applies to it (which chooses its group)."""
+    """A parameter's name, its number of elements, whether weight decay applies to it (which chooses its group), and
+    its shape.
+    """
 
     name: str
     size: int
     decayed: bool
+    shape: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -126,7 +129,7 @@ def layout_of(config: Config) -> Layout:
     found: dict[str, list[Parameter]] = {"trained": [], "target": [], "frozen": []}
     for name, p in model.named_parameters():
         role = "trained" if p.requires_grad else "frozen" if name in constants else "target"
-        found[role].append(Parameter(name, p.numel(), decays[name]))
+        found[role].append(Parameter(name, p.numel(), decays[name], tuple(p.shape)))
     return Layout(**{role: tuple(parameters) for role, parameters in found.items()})
 
 

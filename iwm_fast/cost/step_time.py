@@ -8,11 +8,11 @@ from iwm_fast.actions.external import action_dim
 from iwm_fast.config import Config
 from iwm_fast.cost.communication import Collective, Fabric, Transfer
 from iwm_fast.cost.devices import Device
-from iwm_fast.cost.flops import StepFlops, step_flops
+from iwm_fast.cost.flops import StepFlops, muon_flops, step_flops
 from iwm_fast.cost.memory import Layout
 from iwm_fast.cost.tokens import Tokens
 
-__all__ = ["StepTime", "image_flops", "step_time"]
+__all__ = ["StepTime", "image_flops", "optimizer_flops", "step_time"]
 
 MEMORY_EFFICIENCY = 0.75  # assumed: the share of the data sheet's memory bandwidth that the optimizer reaches
 # Assumed: the host takes 10 µs per operator of eager PyTorch, of which a block's forward pass has about eight.
@@ -21,7 +21,7 @@ LAUNCH_S = 80e-6
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds. compute: forward and backward, with recomputation. optimizer: AdamW and EMA.
+    """Seconds. compute: forward and backward, with recomputation. optimizer: the update and the EMA.
 
     communication: of all collectives; exposed: the part that overlaps with no computation. data: to make the images,
     None without a rate; it overlaps with the rest, so the slower of the two counts. launches: the host's time to launch
@@ -48,6 +48,13 @@ def image_flops(config: Config, tokens: Tokens) -> StepFlops:
     """Return the FLOPs of the sampled images together; divide by their number for those per image."""
     actions = action_dim(config.actions)
     return step_flops(config.model, actions, tokens.context, tokens.predicted, tokens.sources, tokens.steps)
+
+
+def optimizer_flops(config: Config, layout: Layout) -> int:
+    """Return the operations of Muon's matmuls, which each rank computes for all matrices; the others have none."""
+    if config.train.optimizer != "muon":
+        return 0
+    return sum(muon_flops(*p.shape) for p in layout.trained if p.decayed and len(p.shape) == 2)
 
 
 def step_time(
@@ -99,7 +106,8 @@ def step_time(
     return StepTime(
         forward,
         backward,
-        _optimizer_bytes(config, layout, fabric.world) / (device.bandwidth * MEMORY_EFFICIENCY),
+        _optimizer_bytes(config, layout, fabric.world) / (device.bandwidth * MEMORY_EFFICIENCY)
+        + optimizer_flops(config, layout) / (device.rate(config.train.precision) * mfu),
         sum(t.seconds for t in transfers),
         exposed,
         sum(t.link_s for t in transfers),

@@ -1,4 +1,6 @@
-"""AdamW and LAMB whose norm, finite check, clipping and update stay on the device, so that the host never waits."""
+"""AdamW whose norm, finite check, clipping and update stay on the device, so that the host never waits: the base of the
+other optimizers.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from iwm_fast.config import TrainConfig
 from iwm_fast.config.registry import OPTIMIZERS, Optimizer
 from iwm_fast.errors import UserError
 from iwm_fast.kernels._lib.backend import launches_recorded
@@ -18,9 +19,7 @@ from iwm_fast.models.decay import decayed_parameters
 __all__ = [
     "MOMENTS",
     "FiniteAdamW",
-    "FiniteLamb",
     "GroupTensors",
-    "build_optimizer",
     "ensure_state",
     "parameter_groups",
     "register_optimizer",
@@ -157,47 +156,6 @@ def _norms(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     return norms
 
 
-class FiniteLamb(FiniteAdamW):
-    """LAMB (You et al. 2020, arXiv:1904.00962, algorithm 2) for large batches.
-
-    AdamW's direction with its decay, scaled for each decayed tensor by ‖w‖ / ‖direction‖; tensors without decay
-    (biases, norms, the mask token) are not scaled. The moments are AdamW's, so checkpoints are the same. At ZeRO stage
-    0 only, because the norms are of whole tensors.
-    """
-
-    def move(self, group: dict[str, Any], own: GroupTensors, found_inf: Tensor, scale: Tensor | None) -> None:
-        """Update one group. In a skipped step the gradients' bits become zero and every factor leaves the weights
-        unchanged.
-        """
-        weights, grads, first, second, counts = own
-        (beta1, beta2), count = group["betas"], counts[0].double()
-        moved = 1.0 - found_inf
-        # NaN · 0 is NaN, but as an integer 0 has the bits of 0.0.
-        torch._foreach_mul_([g.view(torch.int32) for g in grads], moved.to(torch.int32))
-        if scale is not None:
-            torch._foreach_div_(grads, torch.where(moved > 0, scale, 1.0))
-        torch._foreach_mul_(first, 1.0 - (1.0 - beta1) * moved)
-        torch._foreach_add_(first, grads, alpha=1.0 - beta1)
-        torch._foreach_mul_(second, 1.0 - (1.0 - beta2) * moved)
-        torch._foreach_addcmul_(second, grads, grads, 1.0 - beta2)
-        count = count.clamp_min(1.0)  # nothing was counted where the first steps are skipped
-        direction = torch._foreach_div(first, (1.0 - beta1**count).float())  # noqa: SLF001
-        size = torch._foreach_sqrt(torch._foreach_div(second, (1.0 - beta2**count).float()))  # noqa: SLF001
-        torch._foreach_add_(size, group["eps"])
-        torch._foreach_div_(direction, size)
-        if group["decayed"]:
-            torch._foreach_add_(direction, weights, alpha=group["weight_decay"])
-            norms = torch._foreach_norm(weights), torch._foreach_norm(direction)  # noqa: SLF001
-            torch._foreach_mul_(direction, _trust(*norms))
-        torch._foreach_mul_(direction, moved)
-        torch._foreach_add_(weights, direction, alpha=-group["lr"])
-
-
-def _trust(weights: Sequence[torch.Tensor], directions: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """‖w‖ / ‖direction‖, and 1 where either is 0."""
-    return [torch.where((w > 0) & (d > 0), w / d, torch.ones_like(w)) for w, d in zip(weights, directions, strict=True)]
-
-
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     """Return two groups of the trainable parameters, with and without decay, by `models.decay`."""
     decays = decayed_parameters(model)
@@ -205,22 +163,6 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     decayed = [p for name, p in trainable if decays[name]]
     plain = [p for name, p in trainable if not decays[name]]
     return [{"params": decayed, "decayed": True}, {"params": plain, "decayed": False, "weight_decay": 0.0}]
-
-
-def build_optimizer(model: nn.Module, train: TrainConfig, stage: int) -> torch.optim.AdamW:
-    """Return AdamW, LAMB or a plugin's optimizer for the groups of the trainable parameters; at stage 3 AdamW only.
-
-    PyTorch's fused AdamW runs on the CPU and the GPU without a compiler; DeepSpeed's LAMB needs one, and a GPU.
-    """
-    groups = parameter_groups(model)
-    # lr and weight decay are set before each step; until then no update happens.
-    if stage < 3:
-        own = OPTIMIZERS.own(train.optimizer)
-        kind = own.kind if own is not None else FiniteLamb if train.optimizer == "lamb" else FiniteAdamW
-        return kind(groups, clip=train.clip, lr=0.0, betas=train.betas, fused=True)
-    if train.optimizer != "adamw":
-        raise UserError(f"train.optimizer {train.optimizer} needs zero.stage 0, 1 or 2; it is {stage}")
-    return torch.optim.AdamW(groups, lr=0.0, betas=train.betas, fused=True)
 
 
 def register_optimizer(name: str, *, whole_tensors: bool = False) -> Callable[[Kind], Kind]:

@@ -5,20 +5,26 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import resources
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from iwm_fast.config import Config
+from iwm_fast.config import Config, TrainConfig
+from iwm_fast.config.registry import OPTIMIZERS
 from iwm_fast.cost.memory import BUCKET_BYTES
 from iwm_fast.engine import host_copies
 from iwm_fast.engine.bf16 import Bf16Compute
 from iwm_fast.engine.graphs import CudaRecorder, GraphedStep
-from iwm_fast.engine.optimizer import MOMENTS, FiniteAdamW, build_optimizer, ensure_state
+from iwm_fast.engine.lamb import FiniteLamb
+from iwm_fast.engine.muon import FiniteMuon
+from iwm_fast.engine.optimizer import MOMENTS, FiniteAdamW, ensure_state, parameter_groups
 from iwm_fast.engine.overlap import SummedGradients
+from iwm_fast.errors import UserError
 from iwm_fast.models.iwm import IWM
 
 __all__ = ["Shard", "ZeroEngine", "deepspeed_config", "initialize"]
@@ -121,6 +127,24 @@ def deepspeed_config(config: Config, micro_batch: int, accumulation: int) -> dic
     return settings
 
 
+def _optimizer(model: nn.Module, train: TrainConfig, stage: int) -> torch.optim.AdamW:
+    """Return the configured optimizer of the trainable parameters, built in or a plugin's; at stage 3 AdamW only.
+
+    PyTorch's fused AdamW runs on the CPU and the GPU without a compiler; DeepSpeed's LAMB needs one, and a GPU.
+    """
+    # lr and weight decay are set before each step; until then no update happens.
+    groups = parameter_groups(model)
+    if stage == 3:
+        if train.optimizer != "adamw":
+            raise UserError(f"train.optimizer {train.optimizer} needs zero.stage 0, 1 or 2; it is {stage}")
+        return torch.optim.AdamW(groups, lr=0.0, betas=train.betas, fused=True)
+    muon = partial(FiniteMuon, working=torch.bfloat16 if train.precision == "bf16" else torch.float32)
+    own = OPTIMIZERS.own(train.optimizer)
+    kinds: dict[str, Callable[..., FiniteAdamW]] = {"adamw": FiniteAdamW, "lamb": FiniteLamb, "muon": muon}
+    kind = kinds[train.optimizer] if own is None else own.kind
+    return kind(groups, clip=train.clip, lr=0.0, betas=train.betas, fused=True)
+
+
 def initialize(model: nn.Module, config: Config, micro_batch: int, accumulation: int) -> ZeroEngine:
     """Initialise DeepSpeed with ``model`` (fp32, on the rank's device) and collect this rank's shards, moments at zero.
 
@@ -138,7 +162,7 @@ def initialize(model: nn.Module, config: Config, micro_batch: int, accumulation:
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     full = {name: p.detach().to(torch.float32, copy=True).flatten() for name, p in trainable.items()}
     shapes = {name: tuple(p.shape) for name, p in trainable.items()}
-    optimizer = build_optimizer(model, config.train, stage)
+    optimizer = _optimizer(model, config.train, stage)
     rounding = stage == 0 and config.train.precision == "bf16"
     network: nn.Module = Bf16Compute(model) if rounding else model
     host_copies.join_group(config.zero.hpz_partition_size)

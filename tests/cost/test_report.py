@@ -143,7 +143,7 @@ LEFT_OUT = {
     "beside": (["train.target_stream=true"], 3, True, "refused: train.target_stream needs zero.stage 0, 1 or 2"),
     "lamb": (
         ["train.optimizer=lamb", "zero.stage=0", "train.activation_checkpointing=false"], 2, False,
-        "refused: train.optimizer lamb needs the norms of whole tensors, which zero.stage 2 shards",
+        "refused: train.optimizer lamb needs whole tensors, which zero.stage 2 shards",
     ),
 }  # fmt: skip
 

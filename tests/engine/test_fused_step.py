@@ -10,7 +10,9 @@ from torch import nn
 from iwm_fast.engine import pretrain
 from iwm_fast.engine.bf16 import Bf16Compute
 from iwm_fast.engine.checkpoint import format as checkpoint
-from iwm_fast.engine.optimizer import MOMENTS, FiniteAdamW, FiniteLamb
+from iwm_fast.engine.lamb import FiniteLamb
+from iwm_fast.engine.muon import FiniteMuon
+from iwm_fast.engine.optimizer import MOMENTS, FiniteAdamW
 from iwm_fast.errors import UserError
 
 SIZES = [(3,), (7, 5), (131, 513), (1,)]  # the third is summed in rows of 1024 and a remainder
@@ -81,7 +83,7 @@ def test_the_norm_of_three_million_elements_is_right_to_a_millionth():
 
 @pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan"), 1e30], ids=["inf", "-inf", "nan", "square"])
 @pytest.mark.parametrize("clip", [0.0, 1.0])
-@pytest.mark.parametrize("kind", [FiniteAdamW, FiniteLamb])
+@pytest.mark.parametrize("kind", [FiniteAdamW, FiniteLamb, FiniteMuon])
 def test_a_step_that_is_not_finite_is_as_if_it_had_not_been(kind, clip, bad):
     """1e30 is finite; its square is not in float32, and the norm is infinite."""
     (ours, skipping), (theirs, plain) = made(kind, clip=clip), made(kind, clip=clip)
@@ -99,7 +101,7 @@ def test_a_step_that_is_not_finite_is_as_if_it_had_not_been(kind, clip, bad):
             assert all(torch.equal(skipping.state[a][key], plain.state[b][key]) for key in (*MOMENTS, "step"))
 
 
-@pytest.mark.parametrize("kind", [FiniteAdamW, FiniteLamb])
+@pytest.mark.parametrize("kind", [FiniteAdamW, FiniteLamb, FiniteMuon])
 def test_a_first_step_that_is_not_finite_moves_nothing(kind):
     model, optimizer = made(kind, clip=1.0)
     begin = [p.detach().clone() for p in model.parameters()]

@@ -65,7 +65,7 @@ def waits_of_a_step(folder, out, monkeypatch, **changes):
     return watched[-2:]
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "lamb"])
+@pytest.mark.parametrize("optimizer", ["adamw", "lamb", "muon"])
 def test_a_step_at_stage_0_never_waits(tiny_images, tmp_path, monkeypatch, optimizer):
     found = waits_of_a_step(tiny_images, tmp_path / "run", monkeypatch, train__optimizer=optimizer, train__clip=1.0)
     assert found == [{}] * 2

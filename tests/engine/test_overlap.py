@@ -117,7 +117,8 @@ JOBS += [{"name": f"stage {s} micro", "zero__stage": s} | MICRO for s in range(3
 JOBS += [{"name": f"stage {s} bf16", "zero__stage": s} | BF16 | MICRO for s in range(2)]
 JOBS += [{"name": "stage 0 bf16 late", "zero__stage": 0, "late": True} | BF16 | MICRO]
 JOBS += [{"name": f"stage {s} graphs", "zero__stage": s, "graphs": True} for s in range(3)]
-CLIPPED = {"adamw": {"train__clip": 0.05}, "lamb": {"train__clip": 0.05, "train__optimizer": "lamb"}}
+CLIPPED = {"adamw": {"train__clip": 0.05}, "lamb": {"train__clip": 0.05, "train__optimizer": "lamb"},
+           "muon": {"train__clip": 0.05, "train__optimizer": "muon"}}  # fmt: skip
 JOBS += [{"name": f"stage 0 {kind}", "zero__stage": 0} | changes for kind, changes in CLIPPED.items()]
 JOBS += [{"name": "stage 0 shapes", "zero__stage": 0, "train__static_shapes": True}]
 

@@ -64,6 +64,7 @@ CASES: dict[str, dict[str, Any]] = {
     "clip stage 1": {"zero.stage": 1, "train.clip": 1.0},
     "clip stage 0": {"train.clip": 1.0},
     "lamb": {"train.optimizer": "lamb"},
+    "muon": {"train.optimizer": "muon"},
     "accumulation": {"zero.stage": 2, "train.micro_batch": 4},
     "activation checkpointing": {"zero.stage": 1, "train.activation_checkpointing": True},
     "fp8 target": {"zero.stage": 1, "model.target_precision": "fp8"},

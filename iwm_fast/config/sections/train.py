@@ -36,8 +36,8 @@ class TrainConfig(Section):
     precision: Literal["fp32", "bf16"] = Field("bf16", description="of activations; master weights are always fp32")
     optimizer: OptimizerName = Field(
         "adamw",
-        description="lamb scales each tensor's update by its norm, for large batches; needs zero.stage 0; or an "
-        "optimizer that a plugin registers",
+        description="muon orthogonalises the updates of matrices, and is AdamW for the rest; lamb scales each tensor's "
+        "update by its norm, for large batches; both need zero.stage 0; or an optimizer that a plugin registers",
     )
     horizon: Annotated[int, Field(ge=1, le=16)] = Field(
         1,
