@@ -26,6 +26,7 @@ from typing import Literal
 
 from iwm_fast.config import Config
 from iwm_fast.cost.memory import BUCKET_BYTES, Layout, Parameter, buckets_of, stage_settings
+from iwm_fast.cost.muon import fullest_rank, matrices_of
 
 __all__ = ["Collective", "Fabric", "Kind", "Transfer", "ring_bytes", "step_collectives"]
 
@@ -78,7 +79,11 @@ def step_collectives(config: Config, layout: Layout, world: int, accumulation: i
     trained = layout.trained_size
     if stage == 0:
         calls, last = _buckets(layout, BUCKET_BYTES // _FULL)
-        return [Collective("gradients", "all_reduce", _FULL * trained, calls, "backward", last)]
+        found = [Collective("gradients", "all_reduce", _FULL * trained, calls, "backward", last)]
+        if config.train.optimizer == "muon":
+            _, elements = fullest_rank(matrices_of(layout), world)
+            found.append(Collective("Muon's updates", "all_gather", working * elements * world, 1))
+        return found
     if stage == 3:
         return _stage_3(config, layout, world, accumulation)
     buckets, last = _buckets(layout, int(stage_settings(stage)["reduce_bucket_size"]))

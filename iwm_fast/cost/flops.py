@@ -16,9 +16,7 @@ import numpy as np
 from iwm_fast import kernels
 from iwm_fast.config.schema import EncoderArchitecture, ModelConfig
 
-__all__ = ["MUON_ITERATIONS", "StepFlops", "muon_flops", "step_flops", "window_tokens"]
-
-MUON_ITERATIONS = 5
+__all__ = ["StepFlops", "step_flops", "window_tokens"]
 
 
 @dataclass(frozen=True)
@@ -180,9 +178,3 @@ def step_flops(
         predictor += _vit_predictor(model, action_dim, read, asked[going], fed_back=True)
     context_backward = 0 if model.freeze_encoder else encoder.backward
     return StepFlops(target.forward, encoder.forward, context_backward, predictor.forward, predictor.backward)
-
-
-def muon_flops(rows: int, columns: int) -> int:
-    """Return the operations of `engine.muon.orthogonal` for one matrix: three matmuls per iteration."""
-    small, large = sorted((rows, columns))
-    return MUON_ITERATIONS * (4 * small**2 * large + 2 * small**3)

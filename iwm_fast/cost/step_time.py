@@ -8,11 +8,12 @@ from iwm_fast.actions.external import action_dim
 from iwm_fast.config import Config
 from iwm_fast.cost.communication import Collective, Fabric, Transfer
 from iwm_fast.cost.devices import Device
-from iwm_fast.cost.flops import StepFlops, muon_flops, step_flops
+from iwm_fast.cost.flops import StepFlops, step_flops
 from iwm_fast.cost.memory import Layout
+from iwm_fast.cost.muon import fullest_rank, matrices_of
 from iwm_fast.cost.tokens import Tokens
 
-__all__ = ["StepTime", "image_flops", "optimizer_flops", "step_time"]
+__all__ = ["StepTime", "image_flops", "step_time"]
 
 MEMORY_EFFICIENCY = 0.75  # assumed: the share of the data sheet's memory bandwidth that the optimizer reaches
 # Assumed: the host takes 10 µs per operator of eager PyTorch, of which a block's forward pass has about eight.
@@ -50,13 +51,6 @@ def image_flops(config: Config, tokens: Tokens) -> StepFlops:
     return step_flops(config.model, actions, tokens.context, tokens.predicted, tokens.sources, tokens.steps)
 
 
-def optimizer_flops(config: Config, layout: Layout) -> int:
-    """Return the operations of Muon's matmuls, which each rank computes for all matrices; the others have none."""
-    if config.train.optimizer != "muon":
-        return 0
-    return sum(muon_flops(*p.shape) for p in layout.trained if p.decayed and len(p.shape) == 2)
-
-
 def step_time(
     config: Config,
     layout: Layout,
@@ -85,6 +79,8 @@ def step_time(
 
     """
     images = config.train.global_batch / fabric.world
+    muon = config.train.optimizer == "muon"
+    update_flops = fullest_rank(matrices_of(layout), fabric.world)[0] if muon else 0
     flops, drawn = image_flops(config, tokens), tokens.images
     rate = device.rate(config.train.precision) * mfu * drawn / images
     encoded = 0 if config.model.freeze_encoder else flops.context_forward
@@ -107,7 +103,7 @@ def step_time(
         forward,
         backward,
         _optimizer_bytes(config, layout, fabric.world) / (device.bandwidth * MEMORY_EFFICIENCY)
-        + optimizer_flops(config, layout) / (device.rate(config.train.precision) * mfu),
+        + update_flops / (device.rate(config.train.precision) * mfu),
         sum(t.seconds for t in transfers),
         exposed,
         sum(t.link_s for t in transfers),

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iwm_fast.engine.optimizer import FiniteAdamW, GroupTensors
+from iwm_fast.engine.optimizer import FiniteAdamW, GroupTensors, zero_unless
 
 __all__ = ["FiniteLamb"]
 
@@ -28,8 +28,7 @@ class FiniteLamb(FiniteAdamW):
         weights, grads, first, second, counts = own
         (beta1, beta2), count = group["betas"], counts[0].double()
         moved = 1.0 - found_inf
-        # NaN · 0 is NaN, but as an integer 0 has the bits of 0.0.
-        torch._foreach_mul_([g.view(torch.int32) for g in grads], moved.to(torch.int32))
+        zero_unless(moved, grads)
         if scale is not None:
             torch._foreach_div_(grads, torch.where(moved > 0, scale, 1.0))
         torch._foreach_mul_(first, 1.0 - (1.0 - beta1) * moved)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from iwm_fast.cost.flops import MUON_ITERATIONS
-from iwm_fast.engine.optimizer import FiniteAdamW, GroupTensors
+from iwm_fast.cost.muon import ITERATIONS, fullest_rank, owners
+from iwm_fast.engine.optimizer import FiniteAdamW, GroupTensors, zero_unless
 
 __all__ = ["FiniteMuon", "orthogonal"]
 
@@ -30,7 +32,7 @@ def orthogonal(matrices: Tensor, working: torch.dtype) -> Tensor:
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
     x = (x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp_min(1e-7)).to(working)
-    for _ in range(MUON_ITERATIONS):
+    for _ in range(ITERATIONS):
         gram = torch.bmm(x, x.mT)
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
@@ -40,9 +42,8 @@ class FiniteMuon(FiniteAdamW):
     """Muon for the decayed matrices, AdamW for biases, norms and tokens.
 
     A matrix moves by lr · 0.2 · √max(M, N) · `orthogonal`(Nesterov momentum). The second moment of a matrix stays 0, so
-    that checkpoints are AdamW's. At ZeRO stage 0 only, because it needs whole matrices.
-
-    ``working``: type of the matmuls.
+    that checkpoints are AdamW's. At ZeRO stage 0 only, because it needs whole matrices. Each rank orthogonalises a part
+    of them, and one all-gather gives all ranks all: n elements of ``working``, the type of the matmuls, once per step.
     """
 
     def __init__(self, params: Any, *, working: torch.dtype = torch.float32, **options: Any) -> None:
@@ -50,25 +51,57 @@ class FiniteMuon(FiniteAdamW):
         self.working = working
 
     def move(self, group: dict[str, Any], own: GroupTensors, found_inf: Tensor, scale: Tensor | None) -> None:
-        """Update one group; the matrices of one shape together."""
-        shapes = [w.shape if group["decayed"] and w.ndim == 2 else None for w in own.weights]
-        places: dict[torch.Size | None, list[int]] = defaultdict(list)
-        for place, shape in enumerate(shapes):
-            places[shape].append(place)
-        for shape, chosen in places.items():
-            some = GroupTensors(*([tensors[place] for place in chosen] for tensors in own))
-            if shape is None:
-                super().move(group, some, found_inf, scale)
-            else:
-                self._move_matrices(group, some, 1.0 - found_inf, scale)
+        """Update one group."""
+        chosen = [group["decayed"] and w.ndim == 2 for w in own.weights]
+        matrices, rest = (
+            GroupTensors(*([t for t, c in zip(tensors, chosen, strict=True) if c is kind] for tensors in own))
+            for kind in (True, False)
+        )
+        if rest.weights:
+            super().move(group, rest, found_inf, scale)
+        if matrices.weights:
+            self._move_matrices(group, matrices, 1.0 - found_inf, scale)
 
     def _move_matrices(self, group: dict[str, Any], own: GroupTensors, moved: Tensor, scale: Tensor | None) -> None:
-        """Update matrices of one shape, unless ``moved`` is 0.0: then momentum and weights keep their bits."""
-        grads = torch.stack(own.grads)
-        grads = torch.where(moved > 0, grads if scale is None else grads / scale, 0.0)
-        torch._foreach_mul_(own.first, 1.0 - (1.0 - _MOMENTUM) * moved)
-        torch._foreach_add_(own.first, list(grads), alpha=1.0 - _MOMENTUM)
-        direction = orthogonal(grads.lerp(torch.stack(own.first), _MOMENTUM), self.working).float()
-        torch._foreach_mul_(own.weights, 1.0 - group["lr"] * group["weight_decay"] * moved)
-        step = group["lr"] * _RMS * max(direction.shape[1:]) ** 0.5
-        torch._foreach_add_(own.weights, list(direction * moved), alpha=-step)
+        """Update them, unless ``moved`` is 0.0: then momentum and weights keep their bits."""
+        weights, grads, momenta = own.weights, own.grads, own.first
+        zero_unless(moved, grads)
+        if scale is not None:
+            torch._foreach_div_(grads, torch.where(moved > 0, scale, 1.0))
+        torch._foreach_mul_(momenta, 1.0 - (1.0 - _MOMENTUM) * moved)
+        torch._foreach_add_(momenta, grads, alpha=1.0 - _MOMENTUM)
+        torch._foreach_lerp_(grads, momenta, _MOMENTUM)
+        directions = [direction.float() for direction in self._orthogonal(grads)]
+        torch._foreach_mul_(directions, [_RMS * max(w.shape) ** 0.5 for w in weights])
+        torch._foreach_mul_(directions, moved)
+        torch._foreach_mul_(weights, 1.0 - group["lr"] * group["weight_decay"] * moved)
+        torch._foreach_add_(weights, directions, alpha=-group["lr"])
+
+    def _orthogonal(self, matrices: Sequence[Tensor]) -> list[Tensor]:
+        """`orthogonal` of each. Matrices of one shape are multiplied together, and each on its own rank."""
+        world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+        shapes = tuple(tuple(m.shape) for m in matrices)
+        ranks = owners(shapes, world)
+        together: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        for place, owner in enumerate(ranks):
+            if owner == rank:
+                together[shapes[place]].append(place)
+        found: dict[int, Tensor] = {}
+        for places in together.values():
+            result = orthogonal(torch.stack([matrices[place] for place in places]), self.working)
+            found.update(zip(places, result, strict=True))
+        if world > 1:
+            _, most = fullest_rank(shapes, world)
+            everyone = matrices[0].new_empty((world, most), dtype=self.working)
+            begins = [0] * world
+            parts = []
+            for shape, owner in zip(shapes, ranks, strict=True):
+                end = begins[owner] + shape[0] * shape[1]
+                parts.append(everyone[owner, begins[owner] : end].view(shape))
+                begins[owner] = end
+            for place, direction in found.items():
+                parts[place].copy_(direction)
+            everyone[rank, begins[rank] :].zero_()  # what nobody reads is sent too
+            dist.all_gather_into_tensor(everyone.view(-1), everyone[rank].clone())
+            found = dict(enumerate(parts))
+        return [found[place] for place in range(len(matrices))]

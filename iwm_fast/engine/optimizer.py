@@ -24,6 +24,7 @@ __all__ = [
     "parameter_groups",
     "register_optimizer",
     "set_hyperparameters",
+    "zero_unless",
 ]
 
 Kind = TypeVar("Kind", bound=type["FiniteAdamW"])
@@ -154,6 +155,12 @@ def _norms(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         rest = torch.linalg.vector_norm(flat[rows * _ROW :])
         norms.append(torch.hypot(_norms([parts])[0], rest))
     return norms
+
+
+def zero_unless(moved: Tensor, grads: Sequence[Tensor]) -> None:
+    """Set gradients, fp32, to 0 in place where ``moved`` is 0.0, NaN and infinity too; where it is 1.0 they stay."""
+    # NaN · 0 is NaN, but as an integer 0 has the bits of 0.0.
+    torch._foreach_mul_([grad.view(torch.int32) for grad in grads], moved.to(torch.int32))
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:

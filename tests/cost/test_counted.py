@@ -40,6 +40,8 @@ for stage, precision, name in (
 ):  # fmt: skip
     CASES.append({"zero__stage": stage, "train__precision": precision, "train__micro_batch": 2} | FROZEN[name])
     NAMES.append(f"stage {stage} {precision} {name}")
+CASES += [{"zero__stage": 0, "train__precision": p, "train__optimizer": "muon"} for p in ("bf16", "fp32")]
+NAMES += [f"stage 0 {p} muon" for p in ("bf16", "fp32")]
 
 
 MORE = pytest.mark.skipif(not os.environ.get("IWM_TEST_MORE_RANKS"), reason="set IWM_TEST_MORE_RANKS=1: a minute")

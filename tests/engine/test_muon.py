@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from iwm_fast.actions.external import action_dim
 from iwm_fast.cost.memory import layout_of
-from iwm_fast.cost.step_time import optimizer_flops
+from iwm_fast.cost.muon import fullest_rank, matrices_of, matrix_flops, owners
 from iwm_fast.engine import pretrain
 from iwm_fast.engine.muon import FiniteMuon, orthogonal
 from iwm_fast.engine.optimizer import MOMENTS, parameter_groups
@@ -127,8 +127,21 @@ def test_planned_flops_are_those_that_torch_counts(tiny_images) -> None:
         parameter.grad = torch.randn_like(parameter)
     with FlopCounterMode(display=False) as counter:
         optimizer.step()
-    assert counter.get_total_flops() == optimizer_flops(config, layout_of(config)) > 0
-    assert optimizer_flops(small_config(tiny_images), layout_of(config)) == 0
+    flops, elements = fullest_rank(matrices_of(layout_of(config)), 1)
+    assert counter.get_total_flops() == flops
+    assert elements == sum(p.numel() for p in optimizer.param_groups[0]["params"] if p.ndim == 2)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    shapes=st.lists(st.sampled_from([(2, 3), (8, 8), (16, 4), (64, 64)]), min_size=1, max_size=20),
+    world=st.integers(1, 9),
+)
+def test_no_rank_has_a_matrix_more_than_another(shapes: list[tuple[int, int]], world: int) -> None:
+    ranks = owners(tuple(shapes), world)
+    loads = [sum(matrix_flops(s) for s, r in zip(shapes, ranks, strict=True) if r == rank) for rank in range(world)]
+    assert fullest_rank(shapes, world)[0] == max(loads)
+    assert max(loads) - min(loads) <= max(map(matrix_flops, shapes))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
