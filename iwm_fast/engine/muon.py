@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from iwm_fast.cost.muon import ITERATIONS, fullest_rank, owners
 from iwm_fast.engine.optimizer import FiniteAdamW, GroupTensors, zero_unless
@@ -71,14 +71,14 @@ class FiniteMuon(FiniteAdamW):
         torch._foreach_mul_(momenta, 1.0 - (1.0 - _MOMENTUM) * moved)
         torch._foreach_add_(momenta, grads, alpha=1.0 - _MOMENTUM)
         torch._foreach_lerp_(grads, momenta, _MOMENTUM)
-        directions = [direction.float() for direction in self._orthogonal(grads)]
+        directions = self._orthogonal(grads)
         torch._foreach_mul_(directions, [_RMS * max(w.shape) ** 0.5 for w in weights])
         torch._foreach_mul_(directions, moved)
         torch._foreach_mul_(weights, 1.0 - group["lr"] * group["weight_decay"] * moved)
         torch._foreach_add_(weights, directions, alpha=-group["lr"])
 
     def _orthogonal(self, matrices: Sequence[Tensor]) -> list[Tensor]:
-        """`orthogonal` of each. Matrices of one shape are multiplied together, and each on its own rank."""
+        """`orthogonal` of each, fp32. Matrices of one shape are multiplied together, and each on its own rank."""
         world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
         shapes = tuple(tuple(m.shape) for m in matrices)
         ranks = owners(shapes, world)
@@ -86,22 +86,20 @@ class FiniteMuon(FiniteAdamW):
         for place, owner in enumerate(ranks):
             if owner == rank:
                 together[shapes[place]].append(place)
-        found: dict[int, Tensor] = {}
+        mine: dict[int, Tensor] = {}
         for places in together.values():
             result = orthogonal(torch.stack([matrices[place] for place in places]), self.working)
-            found.update(zip(places, result, strict=True))
-        if world > 1:
-            _, most = fullest_rank(shapes, world)
-            everyone = matrices[0].new_empty((world, most), dtype=self.working)
-            begins = [0] * world
-            parts = []
-            for shape, owner in zip(shapes, ranks, strict=True):
-                end = begins[owner] + shape[0] * shape[1]
-                parts.append(everyone[owner, begins[owner] : end].view(shape))
-                begins[owner] = end
-            for place, direction in found.items():
-                parts[place].copy_(direction)
-            everyone[rank, begins[rank] :].zero_()  # what nobody reads is sent too
-            dist.all_gather_into_tensor(everyone.view(-1), everyone[rank].clone())
-            found = dict(enumerate(parts))
-        return [found[place] for place in range(len(matrices))]
+            mine.update(zip(places, result if world > 1 else result.float(), strict=True))
+        if world == 1:
+            return [mine[place] for place in range(len(matrices))]
+        _, most = fullest_rank(shapes, world)
+        sent = torch.cat([mine[place].reshape(-1) for place in sorted(mine)] or [matrices[0].new_empty(0)])
+        sent = nn.functional.pad(sent.to(self.working), (0, most - len(sent)))
+        everyone = sent.new_empty(world * most)
+        dist.all_gather_into_tensor(everyone, sent)
+        everyone = everyone.float()
+        begins, found = [most * owner for owner in range(world)], []
+        for m, owner in zip(matrices, ranks, strict=True):
+            found.append(everyone[begins[owner] : begins[owner] + m.numel()].view(m.shape))
+            begins[owner] += m.numel()
+        return found
