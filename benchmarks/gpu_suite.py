@@ -38,7 +38,7 @@ from iwm_fast.results import write_json
 __all__ = ["PARTS", "Part", "limit_of", "main"]
 
 SCHEMA = "iwm-fast-gpu-suite/2"
-_SETTINGS = ("train.compile=true", "train.target_stream=true", "model.attention=efficient")
+_SETTINGS = ("train.compile=true", "train.target_stream=true", "model.attention=efficient", "train.optimizer=muon")
 _BASE = ("vit_base_p16_224_equi.yaml", "train.global_batch=256", "train.micro_batch=256")
 # Baselines that autotune over many kernels before they run one.
 _TUNED = ("compile max-autotune", "compile max-autotune, CUDA graphs", "quack")
@@ -128,7 +128,7 @@ def _settings(args: argparse.Namespace, file: Path) -> list[str]:
     settings = _SETTINGS if _on_gpu(args) else _SETTINGS[:1]  # the others need a GPU
     words = ["iwm_fast.benchmarks.setting_gain", *settings, "--each", "--json", str(file), "--config", config]
     few = ["--batch", "256", "--repeats", "20"] if _on_gpu(args) else ["--batch", "16", "--repeats", "3"]
-    return [*words, "--common", *common, *few, "--device", args.device]
+    return [*words, "--common", *common, "zero.stage=0", *few, "--device", args.device]
 
 
 # Most valuable first: a suite that is cut off has those. The limits of all but the last add up to nine minutes.
@@ -139,10 +139,10 @@ PARTS = {
     "attention": Part(40, _attention, ("xformers",), "packed attention at the step's sequence lengths"),
     "kernels": Part(80, _kernels, (), "every kernel against its baselines, checked against float64"),
     "profile": Part(40, _profile, what="time of a step by part, with a trace"),
-    "peers": Part(110, _peers, what="the whole step against ijepa and plain PyTorch"),
+    "peers": Part(100, _peers, what="the whole step against ijepa and plain PyTorch"),
     "tests": Part(60, _tests, what="tests/gpu and the kernels' tests on the GPU"),
     "train": Part(50, _train, ("deepspeed", "xformers", "dali"), "training from JPEG files"),
-    "settings": Part(30, _settings, what="gain of train.compile, train.target_stream and model.attention"),
+    "settings": Part(40, _settings, what="gain of train.compile, target_stream, model.attention; cost of Muon"),
     "autotune": Part(300, _autotune, (), "the conditioned MLP against max-autotune and QuACK, which tune for minutes"),
 }
 

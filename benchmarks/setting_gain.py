@@ -4,7 +4,7 @@
 
 Both start from the same weights and get the same batches of random pixels. Each batch has its own masks, so no two have
 the same lengths. Their losses must agree before a time is reported; with another term in the loss (model.regularizer),
-those of the first step without it. Encoders of different architectures (model.prefix_tokens, model.positions) have
+those of the first step without it; with another optimizer, those of the first step. Encoders of different architectures (model.prefix_tokens, model.positions) have
 other losses, which must be finite; their times are also compared per token and per FLOP.
 """
 
@@ -51,6 +51,7 @@ def measure_setting(configs: dict[str, Config], ranks: Ranks, repeats: int) -> d
     is not finite where architectures differ.
     """
     same = configs["without"].model.architecture == configs["with"].model.architecture
+    follows = configs["without"].train.optimizer == configs["with"].train.optimizer
     steps = _SETTLED + repeats
     space = space_of(configs["with"].actions)
     trainers: dict[str, Trainer] = {}
@@ -67,7 +68,7 @@ def measure_setting(configs: dict[str, Config], ranks: Ranks, repeats: int) -> d
         for side in SIDES:
             taken[side].append(clocked(partial(_step, trainers[side], records), ranks.device))
         without, under = records
-        if without is not None and under is not None and (i == 0 or without.keys() == under.keys()):
+        if without is not None and under is not None and (i == 0 or (follows and without.keys() == under.keys())):
             found = loss_difference(_prediction(without), _prediction(under))
             difference = max(difference, found if same or not math.isfinite(found) else 0.0)
     # The optimizer carries rounding errors along: allow ten times the error of one step.
