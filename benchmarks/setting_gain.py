@@ -4,8 +4,9 @@
 
 Both start from the same weights and get the same batches of random pixels. Each batch has its own masks, so no two have
 the same lengths. Their losses must agree before a time is reported; with another term in the loss (model.regularizer),
-those of the first step without it; with another optimizer, those of the first step. Encoders of different architectures (model.prefix_tokens, model.positions) have
-other losses, which must be finite; their times are also compared per token and per FLOP.
+those of the first step without it; with another optimizer, those of the first step. Encoders of different architectures
+(model.prefix_tokens, model.positions) have other losses, which must be finite; their times are also compared per token
+and per FLOP.
 """
 
 from __future__ import annotations
