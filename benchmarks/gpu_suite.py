@@ -131,6 +131,12 @@ def _settings(args: argparse.Namespace, file: Path) -> list[str]:
     return [*words, "--common", *common, "zero.stage=0", *few, "--device", args.device]
 
 
+def _optimizers(args: argparse.Namespace, file: Path) -> list[str]:
+    configs = [_BASE[0], "vit_large_p16_224.yaml"] if _on_gpu(args) else [_TINY[0]]
+    few = [] if _on_gpu(args) else ["--repeats", "2"]
+    return ["iwm_fast.benchmarks.optimizers", "--config", *configs, *few, "--device", args.device, "--json", str(file)]
+
+
 # Most valuable first: a suite that is cut off has those. The limits of all but the last add up to nine minutes.
 PARTS = {
     "doctor": Part(30, _doctor, ("deepspeed", "xformers", "dali"), "which parts of the stack run here"),
@@ -139,10 +145,11 @@ PARTS = {
     "attention": Part(40, _attention, ("xformers",), "packed attention at the step's sequence lengths"),
     "kernels": Part(80, _kernels, (), "every kernel against its baselines, checked against float64"),
     "profile": Part(40, _profile, what="time of a step by part, with a trace"),
-    "peers": Part(100, _peers, what="the whole step against ijepa and plain PyTorch"),
+    "peers": Part(80, _peers, what="the whole step against ijepa and plain PyTorch"),
     "tests": Part(60, _tests, what="tests/gpu and the kernels' tests on the GPU"),
     "train": Part(50, _train, ("deepspeed", "xformers", "dali"), "training from JPEG files"),
-    "settings": Part(40, _settings, what="gain of train.compile, target_stream, model.attention; cost of Muon"),
+    "settings": Part(30, _settings, what="gain of train.compile, target_stream, model.attention; cost of Muon"),
+    "optimizers": Part(30, _optimizers, ("deepspeed",), "a step of Muon beside PyTorch's and DeepSpeed's"),
     "autotune": Part(300, _autotune, (), "the conditioned MLP against max-autotune and QuACK, which tune for minutes"),
 }
 

@@ -102,7 +102,8 @@ def test_nothing_begins_after_its_time(parts, tmp_path, capfd):
 
 
 def test_the_most_valuable_part_comes_first_and_all_but_the_last_fit_into_a_run(capsys, tmp_path):
-    order = ["doctor", "ceilings", "step", "attention", "kernels", "profile", "peers", "tests", "train", "settings"]
+    order = ["doctor", "ceilings", "step", "attention", "kernels", "profile", "peers", "tests", "train", "settings",
+             "optimizers"]  # fmt: skip
     assert list(PARTS) == [*order, "autotune"]
     assert gpu_suite.main(["--out", str(tmp_path), "--dry"]) == 0
     said = capsys.readouterr().out.splitlines()

@@ -48,6 +48,7 @@ WORDS = {
     "kernels": ["--json", BAD],
     "planning": ["--speed", "--json", BAD],
     "launches": ["--mlp", "64,32,64,4", "--json", BAD],
+    "optimizers": ["--json", BAD],
     "peers": ["--device", "cpu", "--json", BAD],
     "flops_saved": ["--json", BAD],
     "triplet_speed": ["--scratch", "scratch", "--json", BAD],

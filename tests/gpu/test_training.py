@@ -32,6 +32,17 @@ def test_training_on_a_gpu_runs_at_every_stage_and_precision(tiny_images, tmp_pa
     assert metrics(tmp_path / "run")[-1]["memory_bytes"] == torch.cuda.max_memory_allocated()
 
 
+@pytest.mark.parametrize("optimizer", ["lamb", "muon"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_training_on_a_gpu_runs_with_the_optimizers_of_whole_tensors(tiny_images, tmp_path, optimizer, precision):
+    config = small_config(
+        tiny_images, train__steps=6, train__precision=precision, train__optimizer=optimizer, data__device="gpu"
+    )
+    pretrain(config, tmp_path / "run")
+    found = losses(tmp_path / "run")
+    assert found[-1] < found[0]
+
+
 def test_forward_backward_and_the_ema_never_wait_for_the_gpu(tiny_images, tmp_path, monkeypatch):
     """CUDA's debug mode raises at host synchronisations; tests/engine/test_no_waiting.py counts them on the CPU."""
     train_step, never = loop.Trainer.train_step, {"forward", "backward", "ema"}
