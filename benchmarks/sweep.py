@@ -104,8 +104,16 @@ def run_one(config: str, data: Path, run: Path, seed: int, overrides: list[str],
 
 
 def public(words: list[str]) -> list[str]:
-    """Return the command without this machine's folders: an absolute path, also a key's, becomes its last part."""
-    return [re.sub(r"^(|[\w.]+=)/.*?([^/]*)/*$", r"\1\2", word) for word in words]
+    """Return the command without this machine's folders: an absolute path, also a key's or in its list, becomes its
+    last part.
+    """
+    return [_public(word) for word in words]
+
+
+def _public(word: str) -> str:
+    if several := re.fullmatch(r"([\w.]+=)\[(.*)\]", word):
+        return f"{several[1]}[{','.join(_public(part) for part in several[2].split(','))}]"
+    return re.sub(r"^(\s*|[\w.]+=)/.*?([^/]*)/*$", r"\1\2", word)
 
 
 def table(arms: list[dict[str, Any]], shown: Sequence[str] = SHOWN) -> str:

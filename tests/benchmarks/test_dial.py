@@ -84,4 +84,5 @@ def test_a_metric_of_training_is_tabulated_by_step():
 
 def test_a_recorded_command_has_no_folder_of_this_machine():
     words = ["c.yaml", "--data", "/big/photos", "eval.root=/big/photos", "data.root=photos", "model.lr=1/2"]
+    assert public(["plugins=[/a/b.py, /c/d.py,e.py]", "a.b=[0.6,1]"]) == ["plugins=[b.py, d.py,e.py]", "a.b=[0.6,1]"]
     assert public(words) == ["c.yaml", "--data", "photos", "eval.root=photos", "data.root=photos", "model.lr=1/2"]
