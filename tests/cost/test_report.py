@@ -108,6 +108,20 @@ def test_a_configuration_that_does_not_fit_is_said_not_to(large):
     assert f"train.micro_batch={record['recommended']['micro_batch']}" in record["recommended"]["change"]
 
 
+def test_muons_matmuls_are_planned_and_divided_over_the_gpus(large):
+    """By hand: 5 iterations of X Xᵀ, its square, and a product with X, of every matrix that decays."""
+    words = ["zero.stage=0", "train.activation_checkpointing=false"]
+    shapes = [sorted(p.shape) for p in large.layout.trained if p.decayed and len(p.shape) == 2]
+    alone = sum(5 * (4 * s**2 * m + 2 * s**3) for s, m in shapes) / (989e12 * 0.4)
+    for gpus, tolerance in ((1, 1e-6), (8, 0.05)):
+        adamw, muon = (
+            changed(large, *words, f"train.optimizer={name}").configured(cluster(gpus=gpus)).time
+            for name in ("adamw", "muon")
+        )
+        assert muon.optimizer - adamw.optimizer == pytest.approx(alone / gpus, rel=tolerance)
+        assert (muon.communication > adamw.communication) is (gpus > 1)
+
+
 def test_recomputation_is_recommended_where_nothing_else_fits(large):
     """Memory between what one image needs with recomputation and without, at the stage that shards most."""
     at = cluster(gpus=2, device=replace(DEVICES["h100"], memory=10**9))
