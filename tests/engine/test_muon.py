@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from functools import partial
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_run import losses, small_config, state
+from small_run import small_config
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from iwm_fast.actions.external import action_dim
 from iwm_fast.cost.memory import layout_of
 from iwm_fast.cost.muon import fullest_rank, matrices_of, matrix_flops, owners
-from iwm_fast.engine import pretrain
 from iwm_fast.engine.muon import FiniteMuon, orthogonal
 from iwm_fast.engine.optimizer import MOMENTS, parameter_groups
 from iwm_fast.models.iwm import IWM
@@ -142,21 +140,3 @@ def test_no_rank_has_a_matrix_more_than_another(shapes: list[tuple[int, int]], w
     loads = [sum(matrix_flops(s) for s, r in zip(shapes, ranks, strict=True) if r == rank) for rank in range(world)]
     assert fullest_rank(shapes, world)[0] == max(loads)
     assert max(loads) - min(loads) <= max(map(matrix_flops, shapes))
-
-
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_run_with_muon_learns_and_resumes_bit_for_bit(tiny_images, tmp_path, precision) -> None:
-    config = {"train__optimizer": "muon", "train__lr": 4e-3, "train__precision": precision}
-    pretrain(small_config(tiny_images, **config), tmp_path / "straight")
-    pretrain(small_config(tiny_images, train__steps=10, **config), tmp_path / "halves")
-    pretrain(small_config(tiny_images, **config), tmp_path / "halves", resume="auto")
-    assert losses(tmp_path / "halves") == losses(tmp_path / "straight")
-    whole, halves = state(tmp_path / "straight", 20), state(tmp_path / "halves", 20)
-    assert all(torch.equal(whole[key], halves[key]) for key in whole)
-    assert losses(tmp_path / "straight")[-1] < losses(tmp_path / "straight")[0]
-
-
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_muon_is_refused_where_matrices_are_divided(stage, tiny_images) -> None:
-    with pytest.raises(ValueError, match=f"muon needs whole tensors, which zero.stage {stage} shards over ranks"):
-        small_config(tiny_images, train__optimizer="muon", zero__stage=stage)
