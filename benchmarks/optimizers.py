@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from iwm_fast.actions.external import action_dim
 from iwm_fast.config import load_config
 from iwm_fast.config.load import find_config
+from iwm_fast.cost.muon import is_orthogonalised
 from iwm_fast.engine.muon import FiniteMuon
 from iwm_fast.engine.optimizer import parameter_groups
 from iwm_fast.measure.device import only_rank
@@ -47,9 +48,11 @@ def _ours(model: nn.Module) -> Step:
 
 
 def _split(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
-    """Matrices that decay, what else decays, the rest."""
+    """Muon's matrices, what else decays, the rest."""
     decayed, plain = (group["params"] for group in parameter_groups(model))
-    return [p for p in decayed if p.ndim == 2], [p for p in decayed if p.ndim != 2], plain
+    muons = [is_orthogonalised(p.shape, decayed=True) for p in decayed]
+    matrices, others = ([p for p, own in zip(decayed, muons, strict=True) if own is kind] for kind in (True, False))
+    return matrices, others, plain
 
 
 def _adamw(others: Sequence[nn.Parameter], plain: Sequence[nn.Parameter]) -> list[dict[str, Any]]:

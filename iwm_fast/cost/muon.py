@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
 
 from iwm_fast.cost.memory import Layout
 
-__all__ = ["ITERATIONS", "fullest_rank", "matrices_of", "matrix_flops", "owners"]
+__all__ = ["ITERATIONS", "fullest_rank", "is_orthogonalised", "matrices_of", "matrix_flops", "owners"]
 
 ITERATIONS = 5  # Jordan's, of Newton and Schulz
 Shape = tuple[int, ...]
@@ -21,9 +20,14 @@ def matrix_flops(shape: Shape) -> int:
     return ITERATIONS * (4 * small**2 * large + 2 * small**3)
 
 
-def matrices_of(layout: Layout) -> list[Shape]:
-    """Return the shapes of what Muon orthogonalises: trained matrices with decay."""
-    return [p.shape for p in layout.trained if p.decayed and len(p.shape) == 2]
+def is_orthogonalised(shape: Shape, *, decayed: bool) -> bool:
+    """Return whether Muon updates a parameter: matrices with decay; AdamW has the others."""
+    return decayed and len(shape) == 2
+
+
+def matrices_of(layout: Layout) -> tuple[Shape, ...]:
+    """Return the shapes of what Muon updates."""
+    return tuple(p.shape for p in layout.trained if is_orthogonalised(p.shape, decayed=p.decayed))
 
 
 @lru_cache(maxsize=8)
@@ -37,9 +41,10 @@ def owners(shapes: tuple[Shape, ...], world: int) -> tuple[int, ...]:
     return tuple(found)
 
 
-def fullest_rank(shapes: Sequence[Shape], world: int) -> tuple[int, int]:
+@lru_cache(maxsize=8)  # asked in each step
+def fullest_rank(shapes: tuple[Shape, ...], world: int) -> tuple[int, int]:
     """Return the most operations and the most elements that any rank has."""
-    ranks = np.array(owners(tuple(shapes), world), np.int64)
+    ranks = np.array(owners(shapes, world), np.int64)
     flops = np.bincount(ranks, [float(matrix_flops(s)) for s in shapes])
     elements = np.bincount(ranks, [float(np.prod(s)) for s in shapes])
     return int(flops.max(initial=0)), int(elements.max(initial=0))

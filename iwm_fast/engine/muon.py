@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from iwm_fast.cost.muon import ITERATIONS, fullest_rank, owners
+from iwm_fast.cost.muon import ITERATIONS, fullest_rank, is_orthogonalised, owners
 from iwm_fast.engine.optimizer import FiniteAdamW, GroupTensors, zero_unless
 
 __all__ = ["FiniteMuon", "orthogonal"]
@@ -52,7 +52,7 @@ class FiniteMuon(FiniteAdamW):
 
     def move(self, group: dict[str, Any], own: GroupTensors, found_inf: Tensor, scale: Tensor | None) -> None:
         """Update one group."""
-        chosen = [group["decayed"] and w.ndim == 2 for w in own.weights]
+        chosen = [is_orthogonalised(w.shape, decayed=group["decayed"]) for w in own.weights]
         matrices, rest = (
             GroupTensors(*([t for t, c in zip(tensors, chosen, strict=True) if c is kind] for tensors in own))
             for kind in (True, False)
@@ -93,8 +93,9 @@ class FiniteMuon(FiniteAdamW):
         if world == 1:
             return [mine[place] for place in range(len(matrices))]
         _, most = fullest_rank(shapes, world)
-        sent = torch.cat([mine[place].reshape(-1) for place in sorted(mine)] or [matrices[0].new_empty(0)])
-        sent = nn.functional.pad(sent.to(self.working), (0, most - len(sent)))
+        nothing = matrices[0].new_empty(0, dtype=self.working)
+        sent = torch.cat([nothing, *(mine[place].reshape(-1) for place in sorted(mine))])
+        sent = nn.functional.pad(sent, (0, most - len(sent)))
         everyone = sent.new_empty(world * most)
         dist.all_gather_into_tensor(everyone, sent)
         everyone = everyone.float()

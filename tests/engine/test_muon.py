@@ -138,5 +138,5 @@ def test_planned_flops_are_those_that_torch_counts(tiny_images) -> None:
 def test_no_rank_has_a_matrix_more_than_another(shapes: list[tuple[int, int]], world: int) -> None:
     ranks = owners(tuple(shapes), world)
     loads = [sum(matrix_flops(s) for s, r in zip(shapes, ranks, strict=True) if r == rank) for rank in range(world)]
-    assert fullest_rank(shapes, world)[0] == max(loads)
+    assert fullest_rank(tuple(shapes), world)[0] == max(loads)
     assert max(loads) - min(loads) <= max(map(matrix_flops, shapes))
