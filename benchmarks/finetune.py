@@ -1,11 +1,13 @@
 r"""Compare what can be trained on a frozen run: a head, a new predictor, or its own predictor, at one training budget.
 
     python -m benchmarks.finetune RUN... --data DIR --json FILE [--limit N...] [--epochs E | --steps S] [--batch B]
+        [--lr RATE,...]
 
 Each RUN is one seed of the same training. Each cell of the table is one `iwm-fast finetune` command. All modes train on
-the same images for the same number of steps; heads choose among several learning rates. Several limits, the numbers of
-training images, give a row of each mode for each. Reported is the mean over the runs with a 95 % interval (Student's
-t). Cells that FILE already has are not run again, and other rows of it stay.
+the same images for the same number of steps; heads choose among several learning rates on held-out images, and with
+--lr every mode chooses among those. Several limits, the numbers of training images, give a row of each mode for each.
+Reported is the mean over the runs with a 95 % interval (Student's t). Cells that FILE already has are not run again,
+and other rows of it stay.
 """
 
 from __future__ import annotations
@@ -81,11 +83,12 @@ def main() -> None:
     lengths.add_argument("--epochs", type=float, default=2.0)
     lengths.add_argument("--steps", type=int)
     parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--lr", help="rates that every mode tries, as in `iwm-fast finetune`; default: the mode's own")
     parser.add_argument("--jobs", type=int, default=1, help="parallel cells; give each OMP_NUM_THREADS threads")
     args = parser.parse_args()
     require_result(args.json)
     length = ["--epochs", str(args.epochs)] if args.steps is None else ["--steps", str(args.steps)]
-    shared = [*length, "--batch", str(args.batch)]
+    shared = [*length, "--batch", str(args.batch), *([] if args.lr is None else ["--lr", args.lr])]
     result: dict[str, Any] = {"schema": SCHEMA, "environment": environment(), "command": public(sys.argv[1:])}
     asked = result["arms"] = empty_rows(args.limit, shared)
     if args.json.exists():

@@ -69,6 +69,12 @@ def test_without_a_limit_there_is_one_row_per_mode_and_a_file_without_numbers_of
     assert len(commands) == len(finetune.ARMS)
 
 
+def test_every_mode_tries_the_given_rates(commands, monkeypatch, tmp_path):
+    run(monkeypatch, "0", "--data", "d", "--json", tmp_path / "f.json", "--lr", "1e-3,1e-2")
+    assert len(commands) == len(finetune.ARMS)
+    assert all(words[words.index("--lr") + 1] == "1e-3,1e-2" for _, words in commands)
+
+
 def test_the_plot_shows_every_mode_and_says_when_there_is_no_number_of_images(commands, monkeypatch, tmp_path):
     run(monkeypatch, "0", "1", "--data", "d", "--json", tmp_path / "f.json", "--limit", "20", "50")
     monkeypatch.setattr(sys, "argv", ["plot", str(tmp_path / "f.json"), str(tmp_path / "f.svg")])
