@@ -1,4 +1,4 @@
-"""Settings that contradict each other for the number of images at hand."""
+"""Settings that contradict each other, some of them only for the number of images at hand."""
 
 from __future__ import annotations
 
@@ -28,12 +28,21 @@ def require_a_step(config: Config, images: int) -> None:
 
 def conflicts(config: Config, images: int) -> list[str]:
     """Return one warning per group of settings that contradict each other; empty where all agree."""
-    return [*_batch(config, images), *length_conflicts(config, images)]
+    return [*_rate(config), *_batch(config, images), *length_conflicts(config, images)]
 
 
 def length_conflicts(config: Config, images: int) -> list[str]:
     """Return those warnings that concern the length of training."""
     return [*_warmup(config, images), *_length(config, images), *_never(config, images)]
+
+
+def _rate(config: Config) -> Iterator[str]:
+    train = config.train
+    if train.optimizer == "muon" and train.lr == type(train).model_fields["lr"].default:
+        yield (
+            f"train.optimizer is muon and train.lr {train.lr:g}, the default, which suits adamw: muon learned most at "
+            "0.008 with a small encoder; try train.lr from 0.004 to 0.016"
+        )
 
 
 def _batch(config: Config, images: int) -> Iterator[str]:
