@@ -74,7 +74,7 @@ def choose_checkpoint(
     """Return the checkpoint that ``--resume`` names, None for a new run; writes nothing. fault: what hashes its files.
 
     Raises UserError where a new run would overwrite one, where every checkpoint is damaged, and where the configuration
-    differs from the run's in a key that must not change.
+    differs from the run's in a key that must not change, or from another run's in one of its training.
     """
     if resume == "never":
         if checkpoint.steps(directory.checkpoints):
@@ -101,6 +101,8 @@ def choose_checkpoint(
         _tell(
             f"{directory.config_file}: is missing, so the given settings are used without comparing them with the run's"
         )
+    elif (other := RunDirectory(wanted.run)).config_file.exists():
+        other.require_same_training(config)
     return chosen
 
 

@@ -123,15 +123,31 @@ class RunDirectory:
 
         The place of the data may (`resuming.require_data`).
         """
+        for words in self._changes(config):
+            raise UserError(
+                f"{words}; a resumed run keeps it (set it back, leave CONFIG out to take the run's, or start a new "
+                "--out)"
+            )
+
+    def require_same_training(self, config: Config) -> None:
+        """Raise UserError with the first key of the section train that must not differ in a new run which resumes a
+        checkpoint of this one: moments, schedules and counts of samples are its optimizer's and its batch's.
+        """
+        for words in self._changes(config, "train."):
+            raise UserError(
+                f"{words}; its checkpoint resumes with it (set it back, leave CONFIG out to take the run's, or begin "
+                f"from its weights alone: model.init={self.path})"
+            )
+
+    def _changes(self, config: Config, section: str = "") -> Iterator[str]:
+        """Yield each key that differs from the run's and is not free to, in words."""
         # Loaded as a configuration, so that missing keys have their defaults.
         before = dict(_leaves(run_config(self.config_file).model_dump(mode="json")))
         now = dict(_leaves(config.model_dump(mode="json")))
         for key in sorted(before.keys() | now.keys()):
-            if before.get(key) != now.get(key) and not key.startswith((*FREE_KEYS, *_PLACE_KEYS)):
-                raise UserError(
-                    f"{self.config_file}: {key} was {before.get(key)} when the run began and is {now.get(key)} now; "
-                    f"a resumed run keeps it (set it back, leave CONFIG out to take the run's, or start a new --out)"
-                )
+            free = not key.startswith(section) or key.startswith((*FREE_KEYS, *_PLACE_KEYS))
+            if before.get(key) != now.get(key) and not free:
+                yield f"{self.config_file}: {key} was {before.get(key)} when the run began and is {now.get(key)} now"
 
     def drop_metrics_after(self, step: int) -> None:
         """Drop the lines that a killed run logged after the checkpoint's step; earlier ones stay byte for byte.

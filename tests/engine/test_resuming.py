@@ -190,8 +190,8 @@ KEPT = {
 }  # fmt: skip
 
 
-def changed(section, **values):
-    config = Config()
+def changed(section, config=None, **values):
+    config = config or Config()
     return config.model_copy(update={section: getattr(config, section).model_copy(update=values)})
 
 
@@ -267,6 +267,19 @@ def test_another_run_is_not_resumed_over_a_run_that_has_checkpoints(copy, run, t
         resuming.choose_checkpoint(config, RunDirectory(copy), str(other))
     shutil.rmtree(copy / "checkpoints")
     assert resuming.choose_checkpoint(config, RunDirectory(copy), str(other)).name == "step_000002"
+
+
+@pytest.mark.parametrize(("key", "value"), {"optimizer": "lamb", "global_batch": 64, "lr": 0.5, "seed": 9}.items())
+def test_a_new_run_has_the_training_keys_of_the_checkpoint_that_it_resumes(key, value, copy, run, tmp_path):
+    config = changed("train", small_config(run.parent / "here/images", train__steps=2), **{key: value})
+    with pytest.raises(UserError, match=rf"run/config\.yaml: train\.{key} was .* model\.init=.*run\)"):
+        resuming.choose_checkpoint(config, RunDirectory(tmp_path / "new"), str(copy))
+
+
+def test_a_new_run_may_have_other_masks_than_the_run_that_it_resumes(copy, run, tmp_path):
+    config = changed("masks", small_config(run.parent / "here/images", train__steps=2), target_blocks=3)
+    chosen = resuming.choose_checkpoint(config, RunDirectory(tmp_path / "new"), str(copy))
+    assert chosen.name == "step_000002"
 
 
 def test_settings_that_cannot_be_compared_are_said(copy, run, capfd):
