@@ -9,9 +9,10 @@ in between (some of a ViT-L's, none of a ViT-B's).
 With zero.hpz_partition_size a trained parameter and the target's are gathered over all ranks once per step, and each
 further time within the host; frozen ones always within the host.
 
-Gradients are sent during the backward pass at every stage, each bucket when it is full: at stage 0 by `engine.overlap`,
-at the others by DeepSpeed's `overlap_comm`. The last bucket is full when the pass ends, and overlaps with nothing;
-where all gradients come at the end, with train.cuda_graph, none does (`step_time`).
+Gradients are sent during the backward pass at every stage (of several micro-batches: the last one's at stages 0 and 1,
+each one's at 2 and 3), each bucket when it is full: at stage 0 by `engine.overlap`, at the others by DeepSpeed's
+`overlap_comm`. The last bucket is full when the pass ends, and overlaps with nothing; where all gradients come at the
+end, with train.cuda_graph, none does (`step_time`).
 
 Bytes sent by a rank in a ring of W (Patarasuk and Yuan 2009, doi:10.1016/j.jpdc.2008.09.002), n bytes whole: all-reduce
 2(W − 1)/W · n; reduce-scatter and all-gather (W − 1)/W · n.
@@ -79,7 +80,9 @@ def step_collectives(config: Config, layout: Layout, world: int, accumulation: i
     trained = layout.trained_size
     if stage == 0:
         calls, last = _buckets(layout, BUCKET_BYTES // _FULL)
-        found = [Collective("gradients", "all_reduce", _FULL * trained, calls, "backward", last)]
+        found = [
+            Collective("gradients", "all_reduce", _FULL * trained, calls, "backward", last, share=1 / accumulation)
+        ]
         if config.train.optimizer == "muon":
             _, elements = fullest_rank(matrices_of(layout), world)
             found.append(Collective("Muon's updates", "all_gather", working * elements * world, 1))
@@ -90,13 +93,21 @@ def step_collectives(config: Config, layout: Layout, world: int, accumulation: i
     flat = layout.flat_sizes(world)
     passes = accumulation if stage == 2 else 1
     found = [
-        Collective("gradients", "all_reduce", working * trained * passes, buckets * passes, "backward", last),
+        Collective(
+            "gradients",
+            "all_reduce",
+            working * trained * passes,
+            buckets * passes,
+            "backward",
+            last,
+            share=passes / accumulation,
+        ),
         Collective("parameters", "all_gather", working * sum(flat), len(flat)),
     ]
     if layout.target:
         size = working * layout.longest_share(world) * world
         # It begins after the update, and the target's forward pass, which comes second, waits for it.
-        found.append(Collective("target's average", "all_gather", size, 1, "forward"))
+        found.append(Collective("target's average", "all_gather", size, 1, "forward", share=1 / accumulation))
     return found
 
 

@@ -48,9 +48,29 @@ def test_gradients_are_sent_beside_the_backward_pass_in_the_layouts_buckets_but_
     assert (len(buckets) > 3) == (stage < 3)
 
 
-def exposed(config, layout, collectives, fabric):
+def planned(config, layout, collectives, fabric):
     tokens = Tokens(np.full(256, 40), np.full(256, 60))
-    return step_time(config, layout, tokens, collectives, fabric, DEVICES["h100"], 0.4, None).exposed
+    return step_time(config, layout, tokens, collectives, fabric, DEVICES["h100"], 0.4, None)
+
+
+def exposed(config, layout, collectives, fabric):
+    return planned(config, layout, collectives, fabric).exposed
+
+
+@pytest.mark.parametrize(
+    ("stage", "what", "sent"),
+    [(0, "gradients", 1), (1, "gradients", 1), (2, "gradients", 4), (1, "target's average", 1)],
+)
+def test_of_four_micro_batches_messages_overlap_with_those_that_they_are_sent_beside(base, stage, what, sent):
+    """On a network so slow that computation hides what it can: all of the pass, or the quarter of one micro-batch."""
+    config, layout = at_stage(base[0], stage), base[1]
+    fabric = Fabric(8, 1, 400e9, 1e8)
+    one, four = ([c for c in step_collectives(config, layout, 8, n) if c.what == what] for n in (1, 4))
+    times = planned(config, layout, one, fabric)
+    beside = times.forward if what == "target's average" else times.backward
+    alone = fabric.transfer(one[0]).seconds
+    assert times.exposed == pytest.approx(alone - beside)
+    assert exposed(config, layout, four, fabric) == pytest.approx(sent * alone - beside * (1 if sent == 4 else 0.25))
 
 
 def test_a_long_backward_pass_hides_all_but_the_last_bucket_and_a_slow_network_shows(base):
