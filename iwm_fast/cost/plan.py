@@ -18,6 +18,7 @@ from iwm_fast.cost.devices import Device, Rate
 from iwm_fast.cost.memory import Layout, Memory, layout_of, state_memory
 from iwm_fast.cost.step_time import StepTime, image_flops, step_time
 from iwm_fast.cost.tokens import Tokens, expected_padding
+from iwm_fast.cost.update_memory import update_bytes
 
 __all__ = ["WORTH", "Choice", "Cluster", "Planner", "Refused", "Stage", "best_of_each", "stage_record"]
 
@@ -215,14 +216,14 @@ class Planner:
         ceiling: int | None = None
         while True:
             micro, accumulation = divide_batch(config.train.global_batch, cluster.world, ceiling)
-            fits = self._with_batch(config, state, micro).total <= cluster.usable
+            fits = self._with_batch(config, state, micro, cluster.world).total <= cluster.usable
             if fits or micro == 1 or config.model.regularizer.kind != "none":  # which takes no accumulation
                 return self._at(config, cluster, micro, accumulation)
             ceiling = micro - 1
 
     def _at(self, config: Config, cluster: Cluster, micro: int, accumulation: int) -> Stage:
         world = cluster.world
-        memory = self._with_batch(config, state_memory(config, self.layout, world), micro)
+        memory = self._with_batch(config, state_memory(config, self.layout, world), micro, world)
         collectives = step_collectives(config, self.layout, world, accumulation)
         time = step_time(
             config, self.layout, self.tokens, collectives, cluster.fabric, cluster.device, cluster.rate.mfu,
@@ -240,8 +241,10 @@ class Planner:
         useful = (self.tokens.seen + self.tokens.asked) * micro / drawn
         return 1 + 2 * expected_padding(self.config, micro) / max(useful, 1.0)
 
-    def _with_batch(self, config: Config, state: Memory, micro: int) -> Memory:
-        """Add a micro-batch: activations by the sampled images' mean, and its pixels as DALI prefetches them."""
+    def _with_batch(self, config: Config, state: Memory, micro: int, world: int) -> Memory:
+        """Add a micro-batch: activations by the sampled images' mean, and its pixels as DALI prefetches them; or, where
+        that is more, what the optimizer's update holds when activations are freed.
+        """
         drawn = self.tokens.images
         of_drawn = self._activations[config.train.activation_checkpointing]
         images = self.tokens.horizon + self.tokens.sources * self.tokens.history
@@ -251,7 +254,8 @@ class Planner:
         if config.train.cuda_graph:  # gradients that a replay writes and the engine copies
             passing += self.layout.trained_size * (2 if config.train.precision == "bf16" and config.zero.stage else 4)
         kept = round(of_drawn.kept * micro * more) // drawn
-        return replace(state, activations=kept, workspace=state.workspace + passing)
+        update = update_bytes(config, self.layout, world)
+        return replace(state, activations=kept, workspace=max(state.workspace + passing, update - kept))
 
 
 def best_of_each(variants: Sequence[Stage], hpz: int = 1) -> list[Stage]:

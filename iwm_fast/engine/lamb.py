@@ -37,7 +37,8 @@ class FiniteLamb(FiniteAdamW):
         torch._foreach_addcmul_(second, grads, grads, 1.0 - beta2)
         count = count.clamp_min(1.0)  # nothing was counted where the first steps are skipped
         direction = torch._foreach_div(first, (1.0 - beta1**count).float())  # noqa: SLF001
-        size = torch._foreach_sqrt(torch._foreach_div(second, (1.0 - beta2**count).float()))  # noqa: SLF001
+        size = torch._foreach_div(second, (1.0 - beta2**count).float())  # noqa: SLF001
+        torch._foreach_sqrt_(size)
         torch._foreach_add_(size, group["eps"])
         torch._foreach_div_(direction, size)
         if group["decayed"]:

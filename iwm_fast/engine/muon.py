@@ -89,7 +89,8 @@ class FiniteMuon(FiniteAdamW):
         mine: dict[int, Tensor] = {}
         for places in together.values():
             result = orthogonal(torch.stack([matrices[place] for place in places]), self.working)
-            mine.update(zip(places, result if world > 1 else result.float(), strict=True))
+            result = result if world > 1 else result.float()  # one name: the next stack has the rounded one's memory
+            mine.update(zip(places, result, strict=True))
         if world == 1:
             return [mine[place] for place in range(len(matrices))]
         _, most = fullest_rank(shapes, world)
