@@ -11,6 +11,7 @@ the same command gives the same files. No display is needed.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ Progress = Callable[[str, int, int | None], None]
 _PLAYER = 0x6A3E  # the player's random stream; part of a recording's identity
 _SPLITS = ("train", "test")
 _FIRST = 96  # frames of the median
+_VAIN = 100  # episodes in succession without a triplet, after which the recording ends
 
 
 def record(recording: Recording, out: Path, progress: Progress | None = None) -> ExternalActions:
@@ -43,7 +45,7 @@ def record(recording: Recording, out: Path, progress: Progress | None = None) ->
     the actions.
 
     The folder is renamed into place when complete. Raises UserError if gymnasium is missing, the environment cannot be
-    made, rendered or played at random, or `out` exists or cannot be written.
+    made, rendered or played at random, shows no action's effect, or `out` exists or cannot be written.
     """
     check_crop(recording)
     if out.exists():
@@ -79,16 +81,21 @@ def _write(
     """Write `count` triplets to a folder; return the number of the next episode."""
     (folder / "frames").mkdir(parents=True)
     rows: list[dict[str, Any]] = []
-    pictures = empty = 0
+    pictures = empty = vain = 0
     episode = first_episode
     while len(rows) < count:
-        before = state = None
+        before = state = first = None
         for step, (picture, action) in enumerate(_play(game, episode)):
             name = f"frames/{episode:06d}_{step:05d}.png"
-            Image.fromarray(picture).save(folder / name)
-            pictures, empty = pictures + 1, empty + game.empty(picture)
             now = None if (numbers := game.state) is None else numbers.tolist()
-            if before is not None:
+            if before is None:
+                first = picture  # written with the second, if there is one
+            else:
+                for path, shown in ((before, first), (name, picture)):
+                    if shown is not None:
+                        Image.fromarray(shown).save(folder / path)
+                        pictures, empty = pictures + 1, empty + game.empty(shown)
+                first = None
                 row = {"source": before, "target": name, "action": action, "episode": episode, "step": step - 1}
                 rows.append({**row, "source_state": state, "target_state": now})
                 if progress is not None:
@@ -96,6 +103,12 @@ def _write(
             before, state = name, now
             if len(rows) == count:
                 break
+        vain = vain + 1 if first is not None else 0
+        if vain == _VAIN:
+            raise UserError(
+                f"{game.recording.env}: {_VAIN} episodes in succession ended before a second picture, which an action "
+                "leads to: lower --action-repeat, or record ends with --absorbing"
+            )
         episode += 1
     if empty:
         tell_once(
@@ -115,7 +128,7 @@ def _background(game: Game) -> Pixels:
     pictures: list[Pixels] = []
     episode = 0
     while len(pictures) < _FIRST:
-        pictures += [picture for picture, _ in _play(game, episode)][: _FIRST - len(pictures)]
+        pictures += [picture for picture, _ in islice(_play(game, episode), _FIRST - len(pictures))]
         episode += 1
     return np.asarray(np.median(np.stack(pictures), axis=0), np.uint8)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import filecmp
+import itertools
 import json
 import os
 
@@ -230,19 +231,22 @@ def test_the_command_records_under_the_names_that_it_is_given(tmp_path):
     assert Image.open(out / "test" / rows_of_manifest(out / "test" / "manifest.jsonl")[0]["target"]).size == (16, 16)
 
 
+NUMBERS = itertools.count()
+
+
 class Pictures(gymnasium.Env):
     """Observes what it draws, or numbers that are not finite."""
 
     metadata = {"render_modes": ["rgb_array"]}  # noqa: RUF012
     action_space = gymnasium.spaces.Discrete(2)
 
-    def __init__(self, render_mode=None, numbers=False):
-        self.render_mode, self.numbers = render_mode, numbers
+    def __init__(self, render_mode=None, numbers=False, end=4):
+        self.render_mode, self.numbers, self.end = render_mode, numbers, end
         box = gymnasium.spaces.Box
         self.observation_space = box(-np.inf, np.inf, (2,)) if numbers else box(0, 255, (16, 16, 3), np.uint8)
 
     def render(self):
-        return np.full((16, 16, 3), self.count, np.uint8)
+        return np.full((16, 16, 3), self.count % 256, np.uint8)
 
     def _seen(self):
         return np.array([self.count, np.inf if self.count == 2 else 0.0]) if self.numbers else self.render()
@@ -255,17 +259,40 @@ class Pictures(gymnasium.Env):
     def step(self, action):
         assert action in (0, 1)
         self.count += 1
-        return self._seen(), 0.0, self.count == 4, False, {}
+        return self._seen(), 0.0, self.count == self.end, False, {}
+
+
+@pytest.fixture
+def name():
+    name = f"Pictures{next(NUMBERS)}-v0"  # its own, because a line about an environment is said once
+    gymnasium.register(name, entry_point=Pictures)
+    yield name
+    del gymnasium.registry[name]
+
+
+def test_episodes_that_end_before_a_second_picture_end_the_recording_in_one_line(tmp_path, name):
+    with pytest.raises(UserError, match=f"{name}: 100 episodes .* before a second picture, .* lower --action-repeat"):
+        record(Recording(name, train=6, test=0, size=16, repeat=20, motion=True), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_each_picture_belongs_to_a_triplet_also_where_episodes_end_at_once(tmp_path):
+    short = Recording("FrozenLake-v1", train=12, test=0, size=16, seed=4, repeat=4, motion=True, arguments=LAKE)
+    record(short, tmp_path / "out")
+    rows = rows_of_manifest(tmp_path / "out" / "train" / "manifest.jsonl")
+    assert {row["episode"] for row in rows} == {1, 2, 3}  # the first gave none
+    named = {row[end] for row in rows for end in ("source", "target")}
+    assert {f"frames/{path.name}" for path in (tmp_path / "out" / "train" / "frames").iterdir()} == named
+
+
+def test_an_environment_that_never_ends_has_a_background_too(tmp_path, name):
+    record(Recording(name, train=6, test=0, size=16, still=True, arguments={"end": None}), tmp_path / "out")
+    assert len(read_triplets(tmp_path / "out" / "train" / "manifest.jsonl")) == 6
 
 
 @pytest.mark.parametrize("numbers", [False, True], ids=["pictures", "infinite"])
-def test_observations_that_are_no_finite_numbers_are_left_out_and_said(tmp_path, capsys, numbers):
-    name = f"Pictures{int(numbers)}-v0"
-    gymnasium.register(name, entry_point=Pictures)
-    try:
-        record(Recording(name, train=6, test=0, size=16, arguments={"numbers": numbers}), tmp_path / "out")
-    finally:
-        del gymnasium.registry[name]
+def test_observations_that_are_no_finite_numbers_are_left_out_and_said(tmp_path, capsys, numbers, name):
+    record(Recording(name, train=6, test=0, size=16, arguments={"numbers": numbers}), tmp_path / "out")
     assert f"{name}: no states are recorded" in capsys.readouterr().err
     triplets = read_triplets(tmp_path / "out" / "train" / "manifest.jsonl")
     assert (len(triplets), triplets.states) == (6, None)
