@@ -140,6 +140,6 @@ def _page(name: str, results: Mapping[str, Any], environment: Mapping[str, Any])
 
 def _rates(text: str | None) -> tuple[float, ...]:
     try:
-        return () if text is None else tuple(float(word) for word in text.split(",") if word.strip())
+        return () if text is None else tuple(float(word) for word in text.split(","))
     except ValueError as error:
         raise UserError(f"--lr {text}: give a number, or several separated by commas, such as 3e-4,1e-3") from error

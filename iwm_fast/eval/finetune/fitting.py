@@ -17,7 +17,7 @@ from iwm_fast.errors import UserError
 from iwm_fast.eval.feature_cache import Features
 from iwm_fast.eval.features import device_of, evaluating
 from iwm_fast.eval.finetune.scores import Scores, task_loss
-from iwm_fast.eval.finetune.tasks import Task, batches, in_order
+from iwm_fast.eval.finetune.tasks import Task, batches, in_order, steps_per_epoch
 from iwm_fast.eval.stats import evenly_spaced
 from iwm_fast.models.decay import decayed_parameters
 from iwm_fast.models.task_model import Reader
@@ -59,7 +59,7 @@ class Point:
 
 @dataclass(frozen=True, eq=False)
 class Fit:
-    """The reader with the best held-out score, its learning rate, and each rate's score.
+    """The reader with the best held-out score, its learning rate, and each rate's score, None where it diverged.
 
     curve: of that reader; its last point has no test score, because all test images are scored then. curve_images: test
     images of the other points, by task.
@@ -67,7 +67,7 @@ class Fit:
 
     reader: Reader
     rate: float
-    held_out: dict[float, float]
+    held_out: dict[float, float | None]
     curve: tuple[Point, ...] = ()
     curve_images: dict[str, int] = field(default_factory=dict)
 
@@ -118,15 +118,15 @@ def fit(
             say(point)
         if progress is not None:
             progress(step + 1, plan.steps)
-    if not torch.isfinite(last).any():
-        raise UserError(f"--lr {', '.join(f'{rate:g}' for rate in plan.rates)}: the loss is not finite; lower it")
     scores = [
         sum(measure(reader, task, task.train, held=True).main() for task in tasks) / len(tasks)
-        if math.isfinite(float(loss))
-        else -1.0
+        if math.isfinite(float(loss)) and _learns(reader, tasks)
+        else None
         for reader, loss in zip(readers, last, strict=True)
     ]
-    best = max(range(len(readers)), key=lambda place: scores[place])
+    best = max(range(len(readers)), key=lambda place: -1.0 if scores[place] is None else scores[place])
+    if scores[best] is None:
+        raise UserError(f"--lr {', '.join(f'{rate:g}' for rate in plan.rates)}: the loss is not finite; lower it")
     return Fit(
         readers[best].eval(),
         plan.rates[best],
@@ -141,7 +141,7 @@ class _Curve:
 
     def __init__(self, readers: Sequence[Reader], tasks: Sequence[Task], plan: Plan) -> None:
         self._readers, self._tasks = readers, tasks
-        passes = plan.steps * plan.batch / max(int((~task.held).sum()) for task in tasks)
+        passes = plan.steps / steps_per_epoch(max(int((~task.held).sum()) for task in tasks), plan.batch)
         self._marks = _marks(plan.steps, passes)
         budget = max(_FEWEST_IMAGES, int(_CURVE_SHARE * plan.steps * plan.batch / len(self._marks)))
         self._rows = [evenly_spaced(min(budget, _CURVE_IMAGES), len(task.test)) for task in tasks]
@@ -186,6 +186,17 @@ def _marks(steps: int, passes: float) -> frozenset[int]:
         count *= 2
     count = min(count, steps)
     return frozenset(round(steps * (place + 1) / count) for place in range(count))
+
+
+def _learns(reader: Reader, tasks: Sequence[Task]) -> bool:
+    """Return whether the loss of some held-out rows of each task is finite after the last update."""
+    reader.eval()
+    device, losses = device_of(reader.encoder), []
+    with torch.inference_mode():
+        for task in tasks:
+            inputs, labels = next(in_order(task.train, task.held.nonzero()[0]))
+            losses.append(task_loss(reader(inputs.to(device), task.name), labels.to(device)))
+    return bool(torch.isfinite(torch.stack(losses)).all())
 
 
 def measure(reader: Reader, task: Task, features: Features, *, held: bool = False) -> Scores:

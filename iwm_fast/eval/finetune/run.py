@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -37,7 +38,7 @@ from iwm_fast.eval.finetune.modes import (
 from iwm_fast.eval.finetune.result_rows import main_figure, percent
 from iwm_fast.eval.finetune.saved import require_absent, save_finetuned
 from iwm_fast.eval.finetune.scores import IGNORED
-from iwm_fast.eval.finetune.tasks import Task
+from iwm_fast.eval.finetune.tasks import Task, steps_per_epoch
 from iwm_fast.eval.overrides import check_overrides, for_evaluation
 from iwm_fast.eval.reduced import reduced
 from iwm_fast.eval.result_output import given
@@ -93,8 +94,9 @@ class Request:
             raise UserError(f"--init: mode {self.mode} has no predictor to initialise; leave --init out")
         if len(self.data) > 1 and self.mode != "multitask":
             raise UserError(f"--data: {len(self.data)} tasks need --mode multitask; give mode {self.mode} one task")
-        if any(rate <= 0 for rate in self.rates):
-            raise UserError(f"--lr {min(self.rates):g}: give a learning rate above 0")
+        for rate in self.rates:
+            if not (rate > 0 and math.isfinite(rate)):
+                raise UserError(f"--lr {rate:g}: give a learning rate above 0")
         check_overrides(self.overrides, command="finetune")
 
 
@@ -282,7 +284,7 @@ def _plan(request: Request, init: Init, tasks: Sequence[Task]) -> Plan:
         )
     steps = request.steps or max(1, round(length))
     return Plan(
-        rates=request.rates or default_rates(request.mode),
+        rates=tuple(dict.fromkeys(request.rates)) or default_rates(request.mode),
         steps=steps,
         batch=request.batch,
         weight_decay=request.weight_decay,
@@ -350,7 +352,8 @@ def _protocol(
 ) -> dict[str, Any]:
     rows = [int((~task.held).sum()) for task in tasks]
     learned = sum(rows)
-    seen = plan.steps * sum(min(plan.batch, count) for count in rows)
+    parts = [steps_per_epoch(count, plan.batch) for count in rows]
+    seen = sum(plan.steps * count / part for count, part in zip(rows, parts, strict=True))
     with_predictor = has_predictor(request.mode)
     return {
         "encoder": default_encoder(config.model),
@@ -359,7 +362,7 @@ def _protocol(
         "predictor_lr": found.rate * plan.predictor_factor if with_predictor else None,
         "encoder_lr": found.rate * plan.encoder_factor if request.mode == "end-to-end" else None,
         "steps": plan.steps,
-        "batch": plan.batch,
+        "batch": max(-(-count // part) for count, part in zip(rows, parts, strict=True)),
         "epochs": seen / max(1, learned),
         "weight_decay": plan.weight_decay,
         "seed": plan.seed,

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from iwm_fast.eval.feature_cache import Features
+from iwm_fast.eval.finetune.scores import IGNORED
 from iwm_fast.eval.held_out import held_out_rows
 from iwm_fast.eval.stats import evenly_spaced
 from iwm_fast.models.task_model import HeadShape
 
-__all__ = ["Task", "batches", "in_order"]
+__all__ = ["Task", "batches", "in_order", "steps_per_epoch"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,13 +32,19 @@ class Task:
 
     @classmethod
     def of(cls, name: str, shape: HeadShape, train: Features, test: Features) -> Task:
-        """Hold out a tenth: of each class or, if each pixel has a class, spread evenly over the images.
+        """Hold out a tenth: of each class or, if each pixel has a class, spread evenly over the images with such a
+        pixel.
 
-        Raise ValueError if nothing is left to hold out or to train on.
+        Raise ValueError if nothing is left to hold out or to train on, and if no test image can be scored.
         """
         if shape.dense:
+            known, tested = ((part.labels != IGNORED).any(axis=(1, 2)) for part in (train, test))
+            if not tested.any() or known.sum() < 2:
+                part, count = ("test", len(test)) if known.sum() >= 2 else ("training", len(train))
+                raise ValueError(f"{name}: of its {count} {part} masks too few have a pixel that is not {IGNORED}")
             held = np.zeros(len(train), bool)
-            held[evenly_spaced(max(1, round(len(train) / 10)), len(train))] = True
+            scored = np.flatnonzero(known)
+            held[scored[evenly_spaced(max(1, round(len(scored) / 10)), len(scored))]] = True
         else:
             held = held_out_rows(train.labels)
         if not held.any() or (~held).sum() < 2:
@@ -51,13 +58,18 @@ def batches(task: Task, size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]
     Batches of one epoch differ by at most one row; none has a single row, which has no variance to normalise by.
     """
     rows = np.flatnonzero(~task.held)
-    parts = max(1, min(-(-len(rows) // size), len(rows) // 2))
+    parts = steps_per_epoch(len(rows), size)
     epoch = 0
     while True:
         order = np.random.default_rng((seed, epoch)).permutation(rows)
         for part in np.array_split(order, parts):
             yield tensors(task.train, np.sort(part))  # ascending: sequential reads from disk
         epoch += 1
+
+
+def steps_per_epoch(rows: int, size: int) -> int:
+    """Return the number of batches of at most ``size`` rows, two or more in each, that an epoch is divided into."""
+    return max(1, min(-(-rows // size), rows // 2))
 
 
 def in_order(features: Features, rows: np.ndarray | None = None, size: int = 256) -> Iterator[tuple[Tensor, Tensor]]:

@@ -22,7 +22,7 @@ def finetune_page(name: str, results: Mapping[str, Any], environment: Mapping[st
     tried = [
         [
             rate,
-            percent(score) if score >= 0 else "the loss was not finite",
+            "the loss was not finite" if score is None else percent(score),
             "chosen" if rate == f"{results['lr']:g}" else "",
         ]
         for rate, score in results["lr_tried"].items()

@@ -8,11 +8,12 @@ import torch
 from worlds import pictures, tiny_config, tiny_model
 
 from iwm_fast.errors import UserError
+from iwm_fast.eval.feature_cache import Features
 from iwm_fast.eval.features import read_features
 from iwm_fast.eval.finetune import fitting
 from iwm_fast.eval.finetune.fitting import Plan, fit, measure
 from iwm_fast.eval.finetune.modes import kept_for, reader_builder
-from iwm_fast.eval.finetune.tasks import Task, batches
+from iwm_fast.eval.finetune.tasks import Task, batches, steps_per_epoch
 from iwm_fast.eval.splits import TensorSplit
 from iwm_fast.models.blocks import LimitedMlp
 from iwm_fast.models.iwm import IWM
@@ -144,6 +145,36 @@ def test_a_loss_that_is_not_finite_is_said_and_a_finite_rate_beside_it_is_used()
     one = task("attentive")
     found = fit(builder("attentive", [one]), [one], Plan(rates=(1e35, 1e-3), steps=20, batch=16))
     assert found.rate == 1e-3
+    assert found.held_out[1e35] is None
+
+
+def test_a_reader_that_its_last_update_broke_is_not_chosen():
+    """The loss of the last step is that of the weights before it."""
+    one = task("attentive")
+    found = fit(builder("attentive", [one]), [one], Plan(rates=(1e35, 1e-3), steps=1, batch=16))
+    assert (found.rate, found.held_out[1e35]) == (1e-3, None)
+    with pytest.raises(UserError, match=r"--lr 1e\+35: the loss is not finite; lower it"):
+        fit(builder("attentive", [one]), [one], Plan(rates=(1e35,), steps=1, batch=16))
+
+
+def test_images_without_a_known_pixel_are_not_held_out():
+    """Rows 0, 10, ... would be, and have no score."""
+    labels = np.random.default_rng(0).integers(0, 2, (40, 8, 8)).astype(np.uint8)
+    labels[::10] = 255
+    values = np.zeros((40, 4, 3), np.float32)
+    held = Task.of("masks", HeadShape(2, dense=True), Features(values, labels), Features(values, labels)).held
+    assert held.sum() == 4
+    assert not held[::10].any()
+    labels[1:] = 255
+    with pytest.raises(ValueError, match="masks: of its 40 training masks too few have a pixel that is not 255"):
+        Task.of("masks", HeadShape(2, dense=True), Features(values, labels), Features(values, labels))
+
+
+@pytest.mark.parametrize(
+    ("rows", "size", "parts"), [(130, 128, 2), (128, 128, 1), (9000, 64, 141), (3, 1, 1), (9, 2, 4)]
+)
+def test_an_epoch_is_divided_into_equal_batches(rows, size, parts):
+    assert steps_per_epoch(rows, size) == parts
 
 
 def test_too_few_images_are_refused():

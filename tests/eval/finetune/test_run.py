@@ -67,7 +67,9 @@ def test_a_mode_learns_writes_json_and_saves_what_predicts_again(run, tiny_image
     page = (tmp_path / "kept" / "report" / "index.html").read_text()
     assert page.count("<svg") == 2
     assert f"{100 * found['top1']:.1f} %" in page
-    assert (found["mode"], found["steps"], found["batch"], found["lr"]) == (mode, 30, 8, 3e-3)
+    assert (found["mode"], found["steps"], found["lr"]) == (mode, 30, 3e-3)
+    rows = found["train_images"]  # three batches of equal size per epoch, of at most the 8 that were asked for
+    assert (found["batch"], found["epochs"]) == (-(-rows // 3), 10.0)
     assert found["top1"] >= 0.8  # blue and orange, of five test images
     assert found["top1_interval"][0] <= found["top1"] <= found["top1_interval"][1]
     assert (found["train_images"], found["held_out_images"], found["test_images"]) == (17, 2, 5)
@@ -152,7 +154,10 @@ def test_mistakes_are_one_line_each(run, tiny_images, segments, tmp_path, capsys
         ([run, *data, "--mode", "linear", "--init", "random"], "--init: mode linear has no predictor"),
         ([run, *data, "--init", "none"], "--init none: give one of pretrained, random"),
         ([run, *data, "--lr", "fast"], "--lr fast: give a number"),
+        ([run, *data, "--lr", ","], "--lr ,: give a number"),
         ([run, *data, "--lr", "-1"], "--lr -1: give a learning rate above 0"),
+        ([run, *data, "--lr", "1e-3,nan"], "--lr nan: give a learning rate above 0"),
+        ([run, *data, "--lr", "inf"], "--lr inf: give a learning rate above 0"),
         ([run, *data, *data], "--data "),
         ([run, *data, "--data", f"b={segments}"], "--data: 2 tasks need --mode multitask"),
         ([run, *data, "--out", tmp_path / "there"], f"{tmp_path / 'there'}: exists already; choose another --out"),
@@ -212,6 +217,14 @@ def test_masks_of_one_class_teach_nothing(run, segments, tmp_path, capsys, level
             Image.fromarray(np.where(np.asarray(Image.open(path)), *levels[::-1]).astype(np.uint8)).save(path)
     line = refused(capsys, run, "--data", tmp_path / "drawn", "--mode", "linear", "--steps", 1)
     assert f"{tmp_path / 'drawn'}: its 120 training masks {words} (255 is ignored)" in line
+
+
+def test_test_masks_without_a_class_cannot_be_scored(run, segments, tmp_path, capsys):
+    shutil.copytree(segments, tmp_path / "drawn")
+    for path in (tmp_path / "drawn" / "test" / "masks").iterdir():
+        Image.fromarray(np.full_like(np.asarray(Image.open(path)), 255)).save(path)
+    line = refused(capsys, run, "--data", tmp_path / "drawn", "--mode", "linear", "--steps", 1)
+    assert "of its 30 test masks too few have a pixel that is not 255" in line
 
 
 def test_a_mask_that_cannot_be_used_is_left_out_aloud_below_the_limit(run, segments, tmp_path, capsys):
