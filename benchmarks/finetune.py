@@ -3,11 +3,11 @@ r"""Compare what can be trained on a frozen run: a head, a new predictor, or its
     python -m benchmarks.finetune RUN... --data DIR --json FILE [--limit N...] [--epochs E | --steps S] [--batch B]
         [--lr RATE,...]
 
-Each RUN is one seed of the same training. Each cell of the table is one `iwm-fast finetune` command. All modes train on
-the same images for the same number of steps; heads choose among several learning rates on held-out images, and with
---lr every mode chooses among those. Several limits, the numbers of training images, give a row of each mode for each.
-Reported is the mean over the runs with a 95 % interval (Student's t). Cells that FILE already has are not run again,
-and other rows of it stay.
+Each RUN is one seed of the same training, and its cells have its seed. Each cell of the table is one `iwm-fast
+finetune` command. All modes train on the same images for the same number of steps; heads choose among several learning
+rates on held-out images, and with --lr every mode chooses among those. Several limits, the numbers of training images,
+give a row of each mode for each. Reported is the mean over the runs with a 95 % interval (Student's t). Cells that FILE
+already has are not run again, and other rows of it stay.
 """
 
 from __future__ import annotations
@@ -21,7 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from iwm_fast.benchmarks.sweep import interval, public, run_iwm, run_jobs
+from iwm_fast.engine.checkpoint.load import find_checkpoint
+from iwm_fast.engine.run_directory import run_config
 from iwm_fast.environment import environment
+from iwm_fast.errors import UserError
+from iwm_fast.eval.measurements import weights_of
+from iwm_fast.measure.continued import earlier, files_digest, require_data, require_different
 from iwm_fast.outputs import require_result
 from iwm_fast.programs import run_program
 from iwm_fast.results import write_json
@@ -43,6 +48,21 @@ def measure(run: Path, words: list[str]) -> dict[str, Any]:
         run_iwm("finetune", str(run), *words, "--json", str(answer))
         found: dict[str, Any] = json.loads(answer.read_text())
     return {key: value for key, value in found.items() if key not in ("schema", "environment")}
+
+
+def weights_and_seed(run: Path) -> tuple[str, int]:
+    """Return a digest of a run's newest checkpoint, and its training's seed, which its cells have too."""
+    found = find_checkpoint(run)
+    return weights_of(found), run_config(run / "config.yaml").train.seed
+
+
+def require_weights(file: Path, arms: list[dict[str, Any]], chosen: dict[str, tuple[str, int]]) -> None:
+    """Raise UserError where a file's cells are of another training under a run's name. Earlier versions did not record
+    it.
+    """
+    for done in (done for arm in arms for done in arm["runs"] if done["run"] in chosen):
+        if done.get("weights", chosen[done["run"]][0]) != chosen[done["run"]][0]:
+            raise UserError(f"{file}: measured another training's {done['run']}, or an earlier step; give another file")
 
 
 def empty_rows(limits: list[int] | None, shared: list[str]) -> list[dict[str, Any]]:
@@ -89,25 +109,34 @@ def main() -> None:
     require_result(args.json)
     length = ["--epochs", str(args.epochs)] if args.steps is None else ["--steps", str(args.steps)]
     shared = [*length, "--batch", str(args.batch), *([] if args.lr is None else ["--lr", args.lr])]
-    result: dict[str, Any] = {"schema": SCHEMA, "environment": environment(), "command": public(sys.argv[1:])}
+    require_different("runs' names", [run.name for run in args.runs])
+    chosen = {run.name: weights_and_seed(run) for run in args.runs}
+    result: dict[str, Any] = {
+        "schema": SCHEMA, "environment": environment(), "command": public(sys.argv[1:]),
+        "data": files_digest(args.data),
+    }  # fmt: skip
     asked = result["arms"] = empty_rows(args.limit, shared)
-    if args.json.exists():
-        before = {tuple(arm["options"]): {"images": None} | arm for arm in json.loads(args.json.read_text())["arms"]}
+    if found := earlier(args.json, SCHEMA):
+        require_data(args.json, found, result["data"])
+        require_weights(args.json, found["arms"], chosen)
+        before = {tuple(arm["options"]): {"images": None} | arm for arm in found["arms"]}
         for arm in asked:
             arm["runs"] = before.pop(tuple(arm["options"]), arm)["runs"]
         result["arms"] = [*asked, *(arm for arm in before.values() if arm["runs"])]
     lock = threading.Lock()
 
-    def cell(arm: dict[str, Any], place: int, run: Path) -> None:
-        done = {"run": run.name, **measure(run, [*arm["options"], "--data", str(args.data), "--seed", str(place)])}
+    def cell(arm: dict[str, Any], run: Path) -> None:
+        weights, seed = chosen[run.name]
+        words = [*arm["options"], "--data", str(args.data), "--seed", str(seed)]
+        done = {"run": run.name, "weights": weights, **measure(run, words)}
         with lock:
             arm["runs"].append(done)
             arm["runs"].sort(key=lambda done: done["run"])
             write_json(args.json, result, indent=1)
 
     missing = [  # runs outermost: a stopped benchmark has every mode of the first runs
-        (arm, place, run)
-        for place, run in enumerate(args.runs)
+        (arm, run)
+        for run in args.runs
         for arm in asked
         if arm["name"] in args.arms and all(done["run"] != run.name for done in arm["runs"])
     ]

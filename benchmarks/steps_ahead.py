@@ -6,19 +6,26 @@ First a short training of each horizon gives its processor seconds per step; the
 take the time of `--steps` steps of the first horizon, on each seed, and evaluated. Reported: the roll-outs' error,
 alone and over that of a copy (each run measures in the space of its own target), and MRR; mean with a 95 % interval
 over the seeds; where states are recorded, also the mean R² of their components, read from predictions. After an
-interruption the same command resumes: short trainings are in RUNS/seconds_per_step.json, the others in FILE.
+interruption the same command resumes: short trainings are in RUNS/seconds_per_step.json, the others in FILE. Processor
+seconds are of trainings that were not interrupted.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import os
+import platform
 import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
-from iwm_fast.benchmarks.sweep import interval, run_iwm, train_all
+from iwm_fast.benchmarks.sweep import interval, public, run_iwm, train_all
+from iwm_fast.config.load import find_config, load_config
+from iwm_fast.errors import UserError
+from iwm_fast.eval.world_model.frames import open_triplets
+from iwm_fast.eval.world_model.rollout import chains
+from iwm_fast.measure.continued import earlier, files_digest, require_different
 from iwm_fast.outputs import require_folder, require_result
 from iwm_fast.programs import run_program
 from iwm_fast.results import write_json
@@ -26,12 +33,22 @@ from iwm_fast.results import write_json
 # Steps of the two short trainings, whose difference excludes the start; so many that what differs between two starts,
 # a second or two, is little of it.
 _SHORT = (10, 310)
+_SECONDS = "iwm-fast-seconds-per-step/1"
 
 
 def seconds_per_step(config: str, data: Path, out: Path, horizons: list[int], common: list[str]) -> dict[str, float]:
-    """Return the processor seconds per step of each horizon, measured once; the file in `out` has them afterwards."""
+    """Return the processor seconds per step of each horizon, measured once for these settings and data; the file in
+    `out` has them afterwards.
+    """
     file = out / "seconds_per_step.json"
-    found: dict[str, float] = json.loads(file.read_text()) if file.exists() else {}
+    setting = {
+        "schema": _SECONDS, "config": Path(config).name, "common": public(common), "data": files_digest(data),
+        "machine": platform.node(), "threads": os.environ.get("OMP_NUM_THREADS"),
+    }  # fmt: skip
+    before = earlier(file, _SECONDS)
+    found: dict[str, float] = before.pop("seconds", {})
+    if before != setting:
+        found = {}
     for horizon in horizons:
         if str(horizon) in found:
             continue
@@ -43,7 +60,7 @@ def seconds_per_step(config: str, data: Path, out: Path, horizons: list[int], co
             used.append(run_iwm("pretrain", config, *keys, "--out", str(run)))
             shutil.rmtree(run)
         found[str(horizon)] = (used[1] - used[0]) / (_SHORT[1] - _SHORT[0])
-        write_json(file, found)
+        write_json(file, setting | {"seconds": found})
     return found
 
 
@@ -53,14 +70,24 @@ def equal_steps(seconds: dict[str, float], horizons: list[int], steps: int) -> d
     return {horizon: round(budget / seconds[str(horizon)]) for horizon in horizons}
 
 
-def measured(run: dict[str, Any]) -> dict[str, float]:
-    """Return what the table shows of one training."""
+def require_chains(config: str, data: Path, common: list[str]) -> None:
+    """Raise UserError where the test triplets have no roll-outs to measure."""
+    settings = load_config(find_config(config), common)
+    if len(chains(open_triplets(data, settings), settings.eval.horizon)) < 2:
+        raise UserError(
+            f"{data}: its test set has fewer than two chains of eval.horizon {settings.eval.horizon} consecutive "
+            "triplets, along which roll-outs are measured; lower eval.horizon with --set, or record longer episodes"
+        )
+
+
+def measured(run: dict[str, Any]) -> dict[str, float | None]:
+    """Return what the table shows of one training; None: not measured."""
     found, rolled = run["evaluation"], run["evaluation"]["rollout"]
     last = len(rolled["model"]) - 1
     states = rolled["state_r2"]["prediction"][last] if "state_r2" in rolled else []
     read = [value for value in states if value is not None]
     return {
-        "processor seconds": run["cpu_seconds"],
+        "processor seconds": None if run.get("resumed") else run["cpu_seconds"],
         "error, 1 ahead": rolled["model"][0],
         f"error, {last + 1} ahead": rolled["model"][last],
         f"over a copy, {last + 1} ahead": rolled["model"][last] / rolled["copy"][last],
@@ -80,7 +107,11 @@ def table(arms: list[dict[str, Any]]) -> str:
     for arm, runs in zip(arms, rows, strict=True):
         cells = []
         for name in names:
-            both = interval([run[name] for run in runs])
+            values = [value for run in runs if (value := run[name]) is not None]
+            if not values:
+                cells.append("–")
+                continue
+            both = interval(values)
             half = "" if both["half_width"] is None else f" ± {both['half_width']:.3g}"
             cells.append(f"{both['mean']:.4g}{half}")
         lines.append(f"| {arm['name']} | {arm['runs'][0]['steps']:,} | " + " | ".join(cells) + " |")
@@ -101,6 +132,8 @@ def main() -> None:
     args = parser.parse_args()
     require_result(args.json)
     require_folder(args.out)
+    require_different("--horizons", args.horizons)
+    require_chains(args.config, args.data, args.set)
     args.out.mkdir(parents=True, exist_ok=True)
     seconds = seconds_per_step(args.config, args.data, args.out, args.horizons, args.set)
     steps = equal_steps(seconds, args.horizons, args.steps)

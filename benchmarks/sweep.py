@@ -23,11 +23,12 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import NormalDist, mean, stdev
 from typing import Any
 
 from iwm_fast.environment import environment
 from iwm_fast.errors import UserError
+from iwm_fast.measure.continued import earlier, files_digest, require_data, require_different
 from iwm_fast.outputs import require_folder, require_result
 from iwm_fast.programs import run_program
 from iwm_fast.results import write_json
@@ -52,8 +53,20 @@ SHOWN = (
 
 def interval(values: list[float]) -> dict[str, float | None]:
     """Return the mean and the half-width of its 95 % interval; None for a single value."""
-    half = T95[len(values) - 1] * stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    half = _student(len(values) - 1) * stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
     return {"mean": mean(values), "half_width": half}
+
+
+def _student(freedom: int) -> float:
+    """Return Student's two-sided 95 % quantile; from ten degrees of freedom on within 2e-4, by the first terms of its
+    expansion (Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.5).
+    """
+    if freedom in T95:
+        return T95[freedom]
+    z = NormalDist().inv_cdf(0.975)
+    first, second = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + first / freedom + second / freedom**2 + third / freedom**3
 
 
 def run_iwm(*arguments: str) -> float:
@@ -80,6 +93,7 @@ def run_one(config: str, data: Path, run: Path, seed: int, overrides: list[str],
 
     ``measure``: further arguments of `iwm-fast evaluate`.
     """
+    data = data.resolve()
     resumed = (run / "metrics.jsonl").exists()
     began = time.perf_counter()
     keys = [f"data.root={data / 'train'}", f"train.seed={seed}", *overrides]
@@ -89,7 +103,7 @@ def run_one(config: str, data: Path, run: Path, seed: int, overrides: list[str],
     run_iwm("evaluate", str(run), "--data", str(data), *measure, "--json", str(answer))
     curve = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     logged = [r for r in curve if "loss" in r]
-    evaluation = json.loads(answer.read_text().replace(str(data), data.name))
+    evaluation = _without(json.loads(answer.read_text()), str(data), data.name)
     del evaluation["report"]  # a path on this machine
     evaluation |= {"loss_last": logged[-1]["loss"], "rank_me": logged[-1]["rank_me"]}
     return {
@@ -101,6 +115,15 @@ def run_one(config: str, data: Path, run: Path, seed: int, overrides: list[str],
         "evaluation": evaluation,
         "curve": curve,
     }
+
+
+def _without(value: Any, folder: str, name: str) -> Any:
+    """Return JSON whose texts name this machine's folder by its last part."""
+    if isinstance(value, str):
+        return re.sub(rf"{re.escape(folder)}(?![\w.-])", name, value)
+    if isinstance(value, dict):
+        return {key: _without(item, folder, name) for key, item in value.items()}
+    return [_without(item, folder, name) for item in value] if isinstance(value, list) else value
 
 
 def public(words: list[str]) -> list[str]:
@@ -153,14 +176,15 @@ def _cell(values: list[float]) -> str:
 def adopt(arms: list[dict[str, Any]], json_file: Path, setting: dict[str, Any]) -> None:
     """Reuse the runs that a stopped sweep with the same setting left in its file, and append its other variants.
 
-    Raise SystemExit if the file has another setting: its results would not be comparable.
+    Raise UserError if the file has another setting or other data: its results would not be comparable.
     """
-    if not json_file.exists():
+    found = earlier(json_file, SCHEMA)
+    if not found:
         return
-    found = json.loads(json_file.read_text())
+    require_data(json_file, found, setting["data"])
     for key, value in setting.items():
-        if found.get(key) != value:
-            raise SystemExit(f"{json_file}: measured with {key} {found.get(key)!r}, not {value!r}; give another file")
+        if key != "data" and found.get(key) != value:
+            raise UserError(f"{json_file}: measured with {key} {found.get(key)!r}, not {value!r}; give another file")
     runs = {(arm["name"], tuple(arm["overrides"])): arm["runs"] for arm in found["arms"]}
     for arm in arms:
         arm["runs"] = runs.pop((arm["name"], tuple(public(arm["overrides"]))), [])
@@ -200,12 +224,16 @@ def train_all(
     ``common``: overrides for all variants. ``about``: further fields of the file.
     """
     lock = threading.Lock()
-    setting = {"config": Path(config).name, "common": public(common), "measure": public(measure)}
+    setting = {
+        "config": Path(config).name, "common": public(common), "measure": public(measure), "data": files_digest(data),
+    }  # fmt: skip
+    require_different("--seeds", seeds)
+    require_different("variants' folders", [_folder(arm) for arm in arms])
     asked = list(arms)
     adopt(arms, json_file, setting)
 
     def job(arm: dict[str, Any], seed: int) -> None:
-        run = out / f"{arm['name']}_{seed}".replace(" ", "_")
+        run = out / f"{_folder(arm)}_{seed}"
         done = run_one(config, data, run, seed, [*common, *arm["overrides"]], measure)
         with lock:  # after each, so that a stopped sweep resumes with all that it has measured
             arm["runs"].append(done)
@@ -217,6 +245,10 @@ def train_all(
     # Seeds outermost: a stopped sweep has every variant of the first seeds.
     missing = [(arm, seed) for seed in seeds for arm in asked if seed not in {run["seed"] for run in arm["runs"]}]
     run_jobs(job, missing, jobs)
+
+
+def _folder(arm: dict[str, Any]) -> str:
+    return str(arm["name"]).replace(" ", "_")
 
 
 def main() -> None:

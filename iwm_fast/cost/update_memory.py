@@ -33,27 +33,27 @@ def _one_rank(shapes: tuple[Shape, ...], working: int) -> int:
     most, before = 0, 0
     for shape, count in Counter(shapes).items():
         size = count * shape[0] * shape[1]
-        most = max(most, _FULL * before + _products(shape, count, working))
+        most = max(most, _FULL * before + _matmuls(shape, count, working))
         before += size
     return max(most, _FULL * before)
 
 
 def _many_ranks(shapes: tuple[Shape, ...], world: int, working: int) -> int:
-    """As of one rank, with its results in the type of the products; then own, sent and gathered, and those in fp32."""
+    """As of one rank, with its results in the matmuls' type; then own, sent and gathered, and those in fp32."""
     ranks, (_, elements) = owners(shapes, world), fullest_rank(shapes, world)
     most = 0
     for rank in range(world):
         before = 0
         for shape, count in Counter(s for s, own in zip(shapes, ranks, strict=True) if own == rank).items():
-            most = max(most, working * before + _products(shape, count, working))
+            most = max(most, working * before + _matmuls(shape, count, working))
             before += count * shape[0] * shape[1]
     gathered = working + (_FULL if working < _FULL else 0)
     return max(most, 2 * working * elements + gathered * world * elements)
 
 
-def _products(shape: Shape, count: int, working: int) -> int:
+def _matmuls(shape: Shape, count: int, working: int) -> int:
     """`engine.muon.orthogonal` of a stack: its fp32 copy while it is divided by the norms and rounded; in an iteration
-    two of the stack and two of its products with itself.
+    two of the stack and two of its Gram matrices.
     """
     size, square = count * shape[0] * shape[1], count * min(shape) ** 2
     rounded = _FULL + working if working < _FULL else _FULL

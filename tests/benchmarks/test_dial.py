@@ -8,9 +8,10 @@ import pytest
 from PIL import Image
 
 from iwm_fast.benchmarks.dial import GRIDS, SHOWN, draw, points, read_grid, tables
-from iwm_fast.benchmarks.sweep import adopt, curves, public
+from iwm_fast.benchmarks.sweep import SCHEMA, adopt, curves, public
 from iwm_fast.config import load_config
 from iwm_fast.config.load import packaged_config
+from iwm_fast.errors import UserError
 
 
 @pytest.mark.parametrize("path", sorted(GRIDS.glob("*.yaml")), ids=lambda p: p.stem)
@@ -45,7 +46,8 @@ def test_results_are_tabulated_and_plotted_and_missing_ones_left_out(tmp_path):
 
 
 def test_a_stopped_sweep_is_reused_and_one_of_another_setting_is_refused(tmp_path):
-    file, setting = tmp_path / "dial.json", {"config": "dial.yaml", "common": ["a=1"], "measure": []}
+    file = tmp_path / "dial.json"
+    setting = {"schema": SCHEMA, "config": "dial.yaml", "common": ["a=1"], "measure": [], "data": "d1"}
     arms, _ = points("dial.yaml", ["difficulty"])
     arms[0]["runs"] = [{"seed": 0}]
     file.write_text(json.dumps(setting | {"arms": arms}))
@@ -56,12 +58,21 @@ def test_a_stopped_sweep_is_reused_and_one_of_another_setting_is_refused(tmp_pat
     other, _ = points("dial.yaml", ["conditioning"])
     adopt(other, file, setting)
     assert [(arm["name"], arm["runs"]) for arm in other if arm["runs"]] == [("strength 0.5", [{"seed": 0}])]
-    with pytest.raises(SystemExit, match="measured with common"):
+    with pytest.raises(UserError, match="measured with common"):
         adopt(again, file, setting | {"common": ["a=2"]})
+    with pytest.raises(UserError, match=r"dial.json: measured on other data"):
+        adopt(again, file, setting | {"data": "d2"})
+    file.write_text(json.dumps({key: value for key, value in setting.items() if key != "data"} | {"arms": arms}))
+    adopt(other, file, setting)  # an earlier version's
+    for text in ("{", "[]", '{"schema": "iwm-fast-finetune-table/1"}'):
+        file.write_text(text)
+        with pytest.raises(UserError, match=r"dial.json: is not (JSON|of schema iwm-fast-arms/1)"):
+            adopt(again, file, setting)
 
 
 def test_a_variant_s_weights_are_found_again_without_the_folder_of_this_machine(tmp_path):
-    file, setting = tmp_path / "arms.json", {"config": "c.yaml", "common": [], "measure": []}
+    file = tmp_path / "arms.json"
+    setting = {"schema": SCHEMA, "config": "c.yaml", "common": [], "measure": [], "data": "d1"}
     kept = {"name": "frozen", "overrides": ["model.target_init=teacher"], "runs": [{"seed": 0}]}
     file.write_text(json.dumps(setting | {"arms": [kept]}))
     arms = [{"name": "frozen", "overrides": ["model.target_init=/big/runs/teacher"], "runs": []}]

@@ -4,9 +4,12 @@ import json
 import sys
 
 import pytest
+from small_run import small_config
 
 from iwm_fast.benchmarks import finetune
 from iwm_fast.benchmarks.plots import finetune as plot
+from iwm_fast.engine import pretrain
+from iwm_fast.errors import UserError
 
 
 @pytest.fixture
@@ -20,6 +23,7 @@ def commands(monkeypatch):
         return {"top1": 0.1 + images / 1000 + 0.01 * int(run.name), "trained_parameters": 7}
 
     monkeypatch.setattr(finetune, "measure", measure)
+    monkeypatch.setattr(finetune, "weights_and_seed", lambda run: (f"weights of {run}", int(run.name)))
     return given
 
 
@@ -67,6 +71,32 @@ def test_without_a_limit_there_is_one_row_per_mode_and_a_file_without_numbers_of
     path.write_text(json.dumps(document))
     run(monkeypatch, "0", "--data", "d", "--json", path)
     assert len(commands) == len(finetune.ARMS)
+
+
+def test_cells_of_other_data_and_of_other_trainings_are_not_mixed(commands, monkeypatch, tmp_path):
+    for name in ("d", "e"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.jpg").write_bytes(name.encode() * ord(name))
+    words = ["--json", tmp_path / "f.json", "--arms", "linear head", "--data"]
+    run(monkeypatch, "one/1", "one/2", *words, tmp_path / "d")
+    assert [words[words.index("--seed") + 1] for _, words in commands] == ["1", "2"]
+    run(monkeypatch, "one/2", *words, tmp_path / "d")  # in whatever order: its cell is there
+    assert len(commands) == 2
+    with pytest.raises(UserError, match=r"f\.json: measured on other data"):
+        run(monkeypatch, "one/1", *words, tmp_path / "e")
+    with pytest.raises(UserError, match=r"f\.json: measured another training's 2, or an earlier step"):
+        run(monkeypatch, "other/2", *words, tmp_path / "d")
+    with pytest.raises(UserError, match="runs' names: 2 is given twice"):
+        run(monkeypatch, "one/2", "other/2", *words, tmp_path / "d")
+    assert len(commands) == 2
+
+
+def test_a_cell_is_of_the_run_s_newest_checkpoint_and_has_its_seed(tiny_images, tmp_path):
+    pretrain(small_config(tiny_images, train__steps=1, train__seed=5), tmp_path / "run")
+    first, seed = finetune.weights_and_seed(tmp_path / "run")
+    pretrain(small_config(tiny_images, train__steps=2, train__seed=5), tmp_path / "run", "auto")
+    assert seed == 5
+    assert finetune.weights_and_seed(tmp_path / "run") != (first, seed)
 
 
 def test_every_mode_tries_the_given_rates(commands, monkeypatch, tmp_path):

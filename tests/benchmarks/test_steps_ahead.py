@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
+from made_triplets import write_game
 
 from iwm_fast.benchmarks import steps_ahead
-from iwm_fast.benchmarks.steps_ahead import equal_steps, seconds_per_step, table
+from iwm_fast.benchmarks.steps_ahead import equal_steps, require_chains, seconds_per_step, table
+from iwm_fast.errors import UserError
 
 
 def run_of(last, copy=1.0):
@@ -49,9 +51,36 @@ def test_short_trainings_are_not_repeated_after_an_interruption(tmp_path, monkey
         return 3 + 0.01 * steps
 
     monkeypatch.setattr(steps_ahead, "run_iwm", train)
-    (tmp_path / "seconds_per_step.json").write_text(json.dumps({"1": 0.5}))
-    found = seconds_per_step("game.yaml", tmp_path / "car", tmp_path, [1, 2], ["data.threads=1"])
+    car = write_game(tmp_path / "car").parent
+    words = ("game.yaml", car, tmp_path)
+    assert seconds_per_step(*words, [1], ["data.threads=1"]) == pytest.approx({"1": 0.01})
+    file = tmp_path / "seconds_per_step.json"
+    document = json.loads(file.read_text())
+    file.write_text(json.dumps(document | {"seconds": {"1": 0.5}}))
+    found = seconds_per_step(*words, [1, 2], ["data.threads=1"])
     assert found == pytest.approx({"1": 0.5, "2": 0.01})
-    assert len(commands) == 2
-    assert seconds_per_step("game.yaml", tmp_path / "car", tmp_path, [1, 2], []) == found
-    assert len(commands) == 2
+    assert len(commands) == 4
+    assert seconds_per_step(*words, [1, 2], ["data.threads=1"]) == found
+    assert len(commands) == 4
+    # Other settings, and other data, take another time.
+    assert seconds_per_step(*words, [1], ["data.threads=2"]) == pytest.approx({"1": 0.01})
+    (car / "more.txt").write_text("x")
+    assert seconds_per_step(*words, [1], ["data.threads=2"]) == pytest.approx({"1": 0.01})
+    assert len(commands) == 8
+
+
+def test_processor_seconds_are_of_trainings_that_were_not_interrupted():
+    late = run_of(0.4) | {"cpu_seconds": 4.0, "resumed": True}
+    head, _, both, none = (
+        line.split(" | ")
+        for line in table([{"name": "1", "runs": [run_of(0.4), late]}, {"name": "2", "runs": [late]}]).splitlines()
+    )
+    column = head.index("processor seconds")
+    assert (both[column], none[column]) == ("80", "–")
+
+
+def test_episodes_too_short_for_a_roll_out_are_refused_before_training(tmp_path):
+    write_game(tmp_path / "car" / "test", steps=6)
+    require_chains("game.yaml", tmp_path / "car", ["eval.horizon=6"])
+    with pytest.raises(UserError, match=r"car: its test set has fewer than two chains of eval.horizon 7 consecutive"):
+        require_chains("game.yaml", tmp_path / "car", ["eval.horizon=7"])
