@@ -142,7 +142,15 @@ def _optimizer(model: nn.Module, train: TrainConfig, stage: int) -> torch.optim.
     own = OPTIMIZERS.own(train.optimizer)
     kinds: dict[str, Callable[..., FiniteAdamW]] = {"adamw": FiniteAdamW, "lamb": FiniteLamb, "muon": muon}
     kind = kinds[train.optimizer] if own is None else own.kind
-    return kind(groups, clip=train.clip, lr=0.0, betas=train.betas, fused=True)
+    try:
+        return kind(groups, clip=train.clip, lr=0.0, betas=train.betas, fused=True)
+    except TypeError as error:
+        if own is None:
+            raise
+        raise UserError(
+            f"train.optimizer {train.optimizer}: {kind.__name__}({error}): let its __init__ take params and **options, "
+            "and pass both to FiniteAdamW's"
+        ) from error
 
 
 def initialize(model: nn.Module, config: Config, micro_batch: int, accumulation: int) -> ZeroEngine:

@@ -280,6 +280,21 @@ def test_an_own_optimizer_trains_at_stage_1_and_is_refused_at_stage_3(tiny_image
         small_config(tiny_images, zero__stage=3, **made)
 
 
+def test_an_own_optimizer_that_cannot_be_made_is_one_line(tiny_images, tmp_path):
+    (tmp_path / "narrow.py").write_text(
+        "from iwm_fast.engine.optimizer import FiniteAdamW, register_optimizer\n"
+        "@register_optimizer('narrow')\n"
+        "class Narrow(FiniteAdamW):\n"
+        "    def __init__(self, params, lr):\n"
+        "        super().__init__(params, lr=lr)\n"
+    )
+    made = {"plugins": [str(tmp_path / "narrow.py")], "train__optimizer": "narrow"}
+    with pytest.raises(
+        UserError, match=r"train\.optimizer narrow: Narrow\(.*unexpected keyword.* and \*\*opt"
+    ):
+        pretrain(small_config(tiny_images, train__steps=1, **made), tmp_path / "run")
+
+
 # ------------------------------------------------------------------------------------------------ encoder, evaluation
 
 

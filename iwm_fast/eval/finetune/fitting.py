@@ -124,7 +124,8 @@ def fit(
         else None
         for reader, loss in zip(readers, last, strict=True)
     ]
-    best = max(range(len(readers)), key=lambda place: -1.0 if scores[place] is None else scores[place])
+    ranked = [-1.0 if score is None else score for score in scores]
+    best = ranked.index(max(ranked))
     if scores[best] is None:
         raise UserError(f"--lr {', '.join(f'{rate:g}' for rate in plan.rates)}: the loss is not finite; lower it")
     return Fit(

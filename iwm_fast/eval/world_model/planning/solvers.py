@@ -93,7 +93,7 @@ def search(cost: Cost, kind: ActionKind, how: Search, method: Literal["cem", "mp
     for _ in range(how.iterations):
         actions = distribution.sample(how.candidates, generator)
         costs = best.see(actions, cost(actions))
-        if best.actions is not None:
+        if bool(costs.isfinite().any()):  # else all is as it was, and others are sampled
             distribution = distribution.refit(actions, _elites(costs) if method == "cem" else _soft(costs))
     return best.found()
 

@@ -147,6 +147,21 @@ def test_costs_that_are_no_numbers_are_never_chosen():
         search(lambda actions: torch.full((len(actions),), torch.nan), BOX, Search(2, 10, 2))
 
 
+@pytest.mark.parametrize("method", ["cem", "mppi"])
+def test_an_iteration_without_a_finite_cost_changes_nothing(method):
+    """The second of three: the search goes on from what the first one found."""
+    seen = []
+
+    def cost(actions):
+        seen.append(actions)
+        found = actions.square().sum((1, 2))
+        return torch.full_like(found, torch.nan) if len(seen) == 2 else found
+
+    found = search(cost, BOX, Search(2, 50, 3), method)
+    assert all(bool(actions.isfinite().all()) for actions in seen)
+    assert found.history[0] == found.history[1] >= found.history[2] == found.cost
+
+
 def test_choices_have_no_gradient():
     with pytest.raises(UserError, match="method gradient needs continuous actions"):
         descend(lambda actions: (actions, actions), CHOICES, Search(2, 4, 2))
