@@ -289,9 +289,7 @@ def test_an_own_optimizer_that_cannot_be_made_is_one_line(tiny_images, tmp_path)
         "        super().__init__(params, lr=lr)\n"
     )
     made = {"plugins": [str(tmp_path / "narrow.py")], "train__optimizer": "narrow"}
-    with pytest.raises(
-        UserError, match=r"train\.optimizer narrow: Narrow\(.*unexpected keyword.* and \*\*opt"
-    ):
+    with pytest.raises(UserError, match=r"train\.optimizer narrow: Narrow\(.*unexpected keyword.* and \*\*opt"):
         pretrain(small_config(tiny_images, train__steps=1, **made), tmp_path / "run")
 
 

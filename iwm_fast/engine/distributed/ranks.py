@@ -84,6 +84,10 @@ def start(timeout_s: float = 600.0, *, alone: bool = False) -> Ranks:
     # Each gloo group would connect every rank to every other, and two groups of a thousand ranks exceed most limits of
     # open files. With this a connection is opened by its first message.
     os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
+    # oneDNN, and PyTorch above it, keep what they made for 1,024 shapes. Packed batches have other shapes in each step,
+    # so it is never used again, and grows to gigabytes; within a step a few dozen shapes come several times.
+    for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(cache, "64")
     if not dist.is_initialized():
         backend = "nccl" if on_gpu else "gloo"
         timeout = datetime.timedelta(seconds=max(timeout_s, _START_S) + _MARGIN_S)
