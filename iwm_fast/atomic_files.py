@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 from iwm_fast.outputs import is_special, writing
 
-__all__ = ["new_file", "sync", "sync_open", "whole_folder", "write_whole", "write_whole_text"]
+__all__ = ["link_or_copy", "new_file", "sync", "sync_open", "whole_folder", "write_whole", "write_whole_text"]
 
 # Errors of file systems without fsync on this kind of file: CIFS, and some FUSE for folders. A full or failing disk
 # gives others.
@@ -109,6 +109,14 @@ def _take_name(partial: Path, path: Path) -> None:
         if os.path.lexists(path):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
         partial.replace(path)
+
+
+def link_or_copy(path: Path, other: Path) -> None:
+    """Give a file a second name, by a hard link where the disk has them, else by a copy."""
+    try:
+        os.link(path, other)
+    except OSError:
+        shutil.copyfile(path, other)
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from iwm_fast.engine.checkpoint.format import Checkpoint, FileFault
 from iwm_fast.engine.checkpoint.fragments import require_fit, restore_shards
 from iwm_fast.engine.checkpoint.frozen_file import FrozenFile, adopt_frozen, write_frozen
 from iwm_fast.engine.checkpoint.shared_check import choose_together
-from iwm_fast.engine.checkpoint.writer import CheckpointWriter, clear_leftovers, point_latest
+from iwm_fast.engine.checkpoint.writer import CheckpointWriter, adopt_checkpoint, clear_leftovers, point_latest
 from iwm_fast.engine.determinism import deterministic_operators
 from iwm_fast.engine.distributed.links import Interconnect, far_below, measure_interconnect
 from iwm_fast.engine.distributed.rank_info import require_shared
@@ -238,9 +238,11 @@ def _weights(
         return written, started
     require_fit(model, saved)
     decide(ranks, lambda: adopt_record(saved.path, file))
-    if (frozen := saved.frozen) is None:
-        return None, Started()
-    return decide(ranks, lambda: adopt_frozen(saved.path, directory.checkpoints, frozen.sums)), Started()
+    kept = None
+    if (frozen := saved.frozen) is not None:
+        kept = decide(ranks, lambda: adopt_frozen(saved.path, directory.checkpoints, frozen.sums))
+    decide(ranks, lambda: adopt_checkpoint(saved.path, directory.checkpoints))
+    return kept, Started()
 
 
 def _announce(

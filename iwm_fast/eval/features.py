@@ -211,7 +211,10 @@ def _bytes(encoder: VisionTransformer, split: Split, keep: Kept) -> int:
 
 
 def _key(encoder: VisionTransformer, split: Split, keep: Kept) -> dict[str, Any]:
-    """Return everything that the features depend on. Weights' shapes do not show heads; pixels need no weights."""
-    shape = [encoder.image, encoder.patch, encoder.heads]
+    """Return everything that the features depend on. Weights show not all of the architecture, neither heads nor the
+    rotation's base; pixels need none.
+    """
+    own = encoder.architecture
+    shape = [own.image, own.patch, own.shape.heads, own.positions, own.norm_eps, own.rope_base]
     weights = None if keep == "pixels" else weights_digest(encoder)
     return {"keep": keep, "encoder": shape, "weights": weights, "images": split.fingerprint()}

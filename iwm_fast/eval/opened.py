@@ -45,6 +45,7 @@ class OpenedRun:
     def require_weights(self) -> None:
         """Raise UserError where there is no intact checkpoint."""
         self._checkpoint = find_checkpoint(self.folder, self._chosen.which)
+        self._weights = weights_of(self._checkpoint)  # now: a training may remove it meanwhile
 
     def load(self, overrides: Sequence[str]) -> tuple[IWM, Config, ActionSpace, int]:
         """Return (model, configuration, action space, steps done)."""
@@ -52,7 +53,7 @@ class OpenedRun:
 
     def weights(self) -> str:
         """Return the digest that names the weights in results."""
-        return weights_of(self._checkpoint)
+        return self._weights
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return the records of the training."""

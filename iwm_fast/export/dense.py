@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from iwm_fast.models.attention import Attention
 from iwm_fast.models.blocks import Block, ConditionedMlp
+from iwm_fast.models.iwm import IWM
 from iwm_fast.models.positions import rotation_table
 from iwm_fast.models.predictors import FeatureMixer, MlpPredictor, VitPredictor
 from iwm_fast.models.vit import VisionTransformer
@@ -86,8 +87,15 @@ class WholeEncoder(nn.Module):
         return encoder.norm(_blocks(encoder.blocks, tokens, rotation=self.rotation)[:, len(encoder.prefix) :])
 
 
+def several_frames(model: IWM) -> str | None:
+    """Return why `WholePredictor` cannot be a model's predictor, or None."""
+    if model.config.history == 1:
+        return None
+    return f"its predictor reads {model.config.history} frames (model.history), and this format's reads one"
+
+
 class WholePredictor(nn.Module):
-    """Predict the target's tokens (B, L, D) from the source's (B, L, D) and the action (B, A)."""
+    """Predict the target's tokens (B, L, D) from those of one source (B, L, D) and the action (B, A)."""
 
     def __init__(self, predictor: VitPredictor | MlpPredictor) -> None:
         super().__init__()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +20,7 @@ from iwm_fast.eval.measurements import weights_of
 from iwm_fast.models.iwm import IWM
 from iwm_fast.models.vit import VisionTransformer
 
-__all__ = ["PIXELS", "TOKENS", "Trained", "open_trained", "same_file", "write_json"]
+__all__ = ["PIXELS", "TOKENS", "Trained", "open_trained", "write_json"]
 
 _HOLDS = {
     "context": "context encoder: {context}, its tokens are what the predictor reads",
@@ -121,11 +119,3 @@ def open_trained(run: Path, which: str = "latest") -> Trained:
 def write_json(path: Path, document: Mapping[str, Any]) -> None:
     """Write a document of an export."""
     path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-
-
-def same_file(path: Path, other: Path) -> None:
-    """Give a file a second name, by a hard link where the disk has them, else by a copy."""
-    try:
-        os.link(path, other)
-    except OSError:
-        shutil.copyfile(path, other)

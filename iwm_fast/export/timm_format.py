@@ -9,9 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from iwm_fast.atomic_files import link_or_copy
 from iwm_fast.engine.checkpoint.load import EXPORT_FILE
 from iwm_fast.engine.checkpoint.shard_file import write_tensors
-from iwm_fast.export.described import PIXELS, Trained, same_file, write_json
+from iwm_fast.export.described import PIXELS, Trained, write_json
 from iwm_fast.export.timm_names import timm_arguments, to_timm
 
 __all__ = ["timm_entries", "write_timm", "write_timm_files"]
@@ -23,7 +24,7 @@ _SAME = "encoder_timm.safetensors"
 def write_timm(trained: Trained, folder: Path) -> None:
     """Write config.json, model.safetensors and a file per encoder."""
     files = write_timm_files(trained, folder)
-    same_file(folder / _SAME, folder / "model.safetensors")
+    link_or_copy(folder / _SAME, folder / "model.safetensors")
     files["model.safetensors"] = files[_SAME]
     arguments = timm_arguments(trained.encoders[trained.evaluated].architecture)
     about = arguments.pop("pretrained_cfg")
@@ -68,6 +69,6 @@ def write_timm_files(trained: Trained, folder: Path) -> dict[str, dict[str, Any]
         write_tensors(folder / name, to_timm(encoder.state_dict(), own.grid, own.positions), {"format": "pt"})
         files[name] = trained.file_entry(part, "timm", _MEAN)
     same = f"{trained.evaluated}_encoder_timm.safetensors"
-    same_file(folder / same, folder / _SAME)
+    link_or_copy(folder / same, folder / _SAME)
     files[_SAME] = files[same] | {"same_as": same}
     return files

@@ -18,6 +18,7 @@ from pathlib import Path
 from iwm_fast.atomic_files import whole_folder
 from iwm_fast.errors import UserError
 from iwm_fast.export.card import write_card
+from iwm_fast.export.dense import several_frames
 from iwm_fast.export.described import Trained, open_trained
 from iwm_fast.export.graph_formats import write_onnx_format, write_pt2
 from iwm_fast.export.iwm_format import write_iwm
@@ -33,6 +34,14 @@ def _fits(_trained: Trained) -> None:
     """Every run fits."""
 
 
+def _graphs_unfit(trained: Trained) -> str | None:
+    return several_frames(trained.model)
+
+
+def _classes_unfit(trained: Trained) -> str | None:
+    return no_class(trained) or several_frames(trained.model)
+
+
 @dataclass(frozen=True)
 class Format:
     """write: a run's checkpoint into an existing folder. unfit: why the format cannot hold it, or None."""
@@ -44,9 +53,9 @@ class Format:
 FORMATS = {
     "iwm": Format(write_iwm),
     "timm": Format(write_timm),
-    "transformers": Format(write_transformers, no_class),
-    "pt2": Format(write_pt2),
-    "onnx": Format(write_onnx_format),
+    "transformers": Format(write_transformers, _classes_unfit),
+    "pt2": Format(write_pt2, _graphs_unfit),
+    "onnx": Format(write_onnx_format, _graphs_unfit),
 }
 
 
@@ -71,6 +80,8 @@ def export_trained(trained: Trained, out: Path, formats: Sequence[str], *, onnx:
         if why is not None:
             fit = [other for other, one in FORMATS.items() if one.unfit(trained) is None]
             raise UserError(f"--format {name}: {why}; give one or more of {', '.join(fit)}")
+    if onnx and (why := _graphs_unfit(trained)) is not None:
+        raise UserError(f"--onnx: {why}; leave it out")
     with writing(out), whole_folder(out) as partial:
         for name in formats:
             folder = partial if len(formats) == 1 else partial / name

@@ -192,7 +192,8 @@ class SortedSegments:
 
 @cache  # cached forever: a CUDA graph reads them in place
 def _uniform(images: int, length: int, device: torch.device) -> Segments:
-    return Segments.from_lengths((length,) * images, device, ceiling=length)
+    with torch.inference_mode(False):
+        return Segments.from_lengths((length,) * images, device, ceiling=length)
 
 
 def to_device(array: np.ndarray, device: torch.device | str) -> Tensor:

@@ -31,12 +31,13 @@ def rotation_table(grid: int, head: int, base: float, device: torch.device, dtyp
     An angle is 2π · c / base^(4k / head), k < head / 4, of the coordinate c of the patch's centre in [−1, 1]: first of
     its row, then of its column. No buffer of a module, which a cast to bf16 would round.
     """
-    period = base ** (4 * torch.arange(head // 4, dtype=torch.float64, device="cpu") / head)
-    centre = 2 * (torch.arange(grid, dtype=torch.float64, device="cpu") + 0.5) / grid - 1
-    angle = 2 * math.pi * centre[:, None] / period  # (grid, head / 4)
-    row, column = angle[:, None].expand(-1, grid, -1), angle[None].expand(grid, -1, -1)
-    both = torch.cat([row, column], dim=2).reshape(grid * grid, head // 2)
-    return torch.cat([both.cos(), both.sin()], dim=1).to(dtype).to(device)
+    with torch.inference_mode(False):  # or the first one to ask would decide whether it can be trained with
+        period = base ** (4 * torch.arange(head // 4, dtype=torch.float64, device="cpu") / head)
+        centre = 2 * (torch.arange(grid, dtype=torch.float64, device="cpu") + 0.5) / grid - 1
+        angle = 2 * math.pi * centre[:, None] / period  # (grid, head / 4)
+        row, column = angle[:, None].expand(-1, grid, -1), angle[None].expand(grid, -1, -1)
+        both = torch.cat([row, column], dim=2).reshape(grid * grid, head // 2)
+        return torch.cat([both.cos(), both.sin()], dim=1).to(dtype).to(device)
 
 
 def sincos_positions(width: int, grid: int) -> Tensor:

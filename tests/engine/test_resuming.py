@@ -13,6 +13,7 @@ from iwm_fast.data.loader import TrainingStream
 from iwm_fast.data.order import FEISTEL, SORTED
 from iwm_fast.engine import pretrain, resuming
 from iwm_fast.engine.checkpoint.format import Checkpoint
+from iwm_fast.engine.checkpoint.load import load_model
 from iwm_fast.engine.checkpoint.writer import CheckpointWriter
 from iwm_fast.engine.distributed.rank_info import RankInfo
 from iwm_fast.engine.distributed.ranks import Ranks
@@ -267,6 +268,16 @@ def test_another_run_is_not_resumed_over_a_run_that_has_checkpoints(copy, run, t
         resuming.choose_checkpoint(config, RunDirectory(copy), str(other))
     shutil.rmtree(copy / "checkpoints")
     assert resuming.choose_checkpoint(config, RunDirectory(copy), str(other)).name == "step_000002"
+
+
+def test_a_new_run_has_the_checkpoint_that_it_resumes_before_one_of_its_own(copy, run, tmp_path):
+    """As a run that is stopped before its first checkpoint: it resumes from itself, also where the other is gone."""
+    new = tmp_path / "new"
+    pretrain(small_config(run.parent / "here/images", train__steps=2), new, str(copy))
+    shutil.rmtree(copy)
+    assert load_model(new)[3] == 2
+    pretrain(small_config(run.parent / "here/images", train__steps=3), new, "auto")
+    assert [record["step"] for record in metrics(new)] == [3]
 
 
 @pytest.mark.parametrize(("key", "value"), {"optimizer": "lamb", "global_batch": 64, "lr": 0.5, "seed": 9}.items())

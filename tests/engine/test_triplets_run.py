@@ -150,6 +150,11 @@ def test_a_history_trains_resumes_is_evaluated_and_exported(tmp_path):
     assert found["rollout"]["horizons"] == [1, 2, 3]
     assert found["mrr_bank"] == 8
     folder = export_run(tmp_path / "run", tmp_path / "weights")
+    for name in ("pt2", "transformers"):
+        with pytest.raises(
+            UserError, match=rf"--format {name}: its predictor reads 2 frames .* give one or more of iwm"
+        ):
+            export_run(tmp_path / "run", tmp_path / name, formats=[name])
     again = evaluate_run(folder, manifest)
     assert (again["mrr"], again["rollout"]) == (found["mrr"], found["rollout"])
     keys = ("source", "target", "action")

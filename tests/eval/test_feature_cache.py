@@ -100,6 +100,18 @@ def test_another_checkpoint_or_another_picture_is_not_served_what_is_old(photos,
     np.testing.assert_array_equal(replaced[1:], trained[1:])
 
 
+def test_encoders_of_equal_weights_that_rotate_otherwise_have_features_of_their_own(photos, tmp_path):
+    cache, found = FeatureCache(tmp_path / "cache"), []
+    for base in (100.0, 3.0):
+        torch.manual_seed(0)
+        config = tiny_config(positions="rope", rope_base=base)
+        model, _ = tiny_model(Config(**(dict(config) | {"data": CPU.data})))
+        split = opened(photos)
+        found.append(np.array(read_features([model.encoder], split, "pooled", cache=cache)[0].values))
+        assert split.reads == 1
+    assert not np.allclose(*found)
+
+
 def test_only_the_encoder_that_is_new_is_computed(photos, tmp_path):
     models = [tiny_model(CPU, seed)[0].target_encoder for seed in (0, 1)]
     cache = FeatureCache(tmp_path / "cache")

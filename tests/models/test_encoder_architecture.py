@@ -13,6 +13,7 @@ from iwm_fast.models import IWM, Segments, VisionTransformer
 from iwm_fast.models.blocks import Kept
 from iwm_fast.models.decay import decayed_parameters
 from iwm_fast.models.packing import pack
+from iwm_fast.models.positions import rotation_table
 
 SHAPE = EncoderShape(depth=2, width=24, heads=3)  # of 8: two angles a side
 KINDS = [(prefix, positions) for prefix in (0, 1, 3) for positions in ("sincos", "learned", "rope")]
@@ -105,6 +106,15 @@ def test_gradients_equal_those_of_the_plain_encoder(plain, prefix, positions):
     wanted = torch.autograd.grad((expected(plain, encoder, images, patches) ** 3).sum(), weights)
     for name, a, b in zip(names, found, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8, msg=lambda said, name=name: f"{name}: {said}")
+
+
+def test_what_is_cached_in_inference_can_be_trained_with():
+    rotation_table.cache_clear()
+    with torch.inference_mode():
+        tables = rotation_table(4, 16, 100.0, torch.device("cpu"), torch.float32), Segments.uniform(3, 17)
+    weight = torch.ones(16, 16, requires_grad=True)
+    (weight * tables[0]).sum().backward()
+    assert not any(tensor.is_inference() for tensor in (tables[0], tables[1].cu_seqlens))
 
 
 @pytest.mark.parametrize("positions", ["learned", "rope"])

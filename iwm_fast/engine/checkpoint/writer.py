@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from iwm_fast.atomic_files import sync, write_whole_text
+from iwm_fast.atomic_files import link_or_copy, sync, whole_folder, write_whole_text
 from iwm_fast.engine.checkpoint.format import FORMAT, INDEX, LATEST, MANIFEST, Fragment, step_of, steps
 from iwm_fast.engine.checkpoint.frozen_file import FROZEN_FILE
 from iwm_fast.engine.checkpoint.index import equal_part, shard_name
@@ -31,7 +31,7 @@ from iwm_fast.engine.distributed.messages import bytes_of_first, reports_to_firs
 from iwm_fast.engine.distributed.ranks import Ranks
 from iwm_fast.errors import UserError, because
 
-__all__ = ["CheckpointWriter", "clear_leftovers", "layout", "places", "point_latest", "write"]
+__all__ = ["CheckpointWriter", "adopt_checkpoint", "clear_leftovers", "layout", "places", "point_latest", "write"]
 
 _PARTIAL, _REMOVED = ".partial", ".removed"
 
@@ -162,6 +162,22 @@ def point_latest(root: Path, name: str) -> None:
     if latest.is_symlink():
         latest.unlink()
     write_whole_text(latest, name + "\n")
+
+
+def adopt_checkpoint(checkpoint: Path, root: Path) -> None:
+    """Give a new run the checkpoint of another that it resumes from, linked or copied: stopped before a checkpoint of
+    its own it resumes from this one. UserError where it cannot be written.
+    """
+    own = root / checkpoint.resolve().name
+    if own.exists():
+        return
+    try:
+        with whole_folder(own) as partial:
+            for file in checkpoint.iterdir():
+                link_or_copy(file, partial / file.name)
+    except OSError as error:
+        raise UserError(f"{own}: cannot be written ({because(error)})") from error
+    point_latest(root, own.name)
 
 
 def _begin(partial: Path) -> str | None:

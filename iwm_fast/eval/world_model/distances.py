@@ -59,5 +59,6 @@ def between(answers: dict[str, Tensor], bank: dict[str, Tensor]) -> dict[str, Te
 
 def ties(bank: dict[str, Tensor]) -> dict[str, float]:
     """Return the difference of each kind up to which two items of the bank are equally near."""
-    norm = float(bank["l2"].double().square().sum(dim=1).mean().sqrt())
+    squares = bank["l2"].double().square().sum(dim=1)
+    norm = float(squares[squares.isfinite()].mean().nan_to_num().sqrt())  # of a view that overflows, none
     return {"l2": TIE * norm, "cosine": TIE}

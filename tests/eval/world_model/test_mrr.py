@@ -11,7 +11,7 @@ from iwm_fast.actions.space import ActionSpace
 from iwm_fast.config import PredictorConfig
 from iwm_fast.eval.stats import chance_mrr
 from iwm_fast.eval.world_model.bank import jittered_views, make_bank
-from iwm_fast.eval.world_model.distances import DISTANCES, TIE, euclidean
+from iwm_fast.eval.world_model.distances import DISTANCES, TIE, euclidean, ties
 from iwm_fast.eval.world_model.mrr import CONTROLS, bank_distances, mean_ranks, mean_reciprocal_rank
 
 SPACE = ActionSpace()
@@ -42,6 +42,19 @@ def test_distances_keep_their_digits_when_points_are_near_and_far_from_the_origi
     b = a[[0, 3, 4]] + 1e-4 * torch.randn(3, 40_000)
     want = torch.stack([(a.double() - row.double()).norm(dim=1) for row in b], dim=1)
     torch.testing.assert_close(euclidean(a, b), want, rtol=0, atol=1e-3 * TIE * float(a[0].norm()))
+
+
+def test_a_view_that_overflows_makes_no_tie_of_the_others():
+    torch.manual_seed(0)
+    points = torch.randn(16, 8)
+    broken = torch.cat([points, torch.full((1, 8), torch.nan), torch.full((1, 8), torch.inf)])
+    assert ties({"l2": broken}) == ties({"l2": points})
+    assert ties({"l2": broken[16:]})["l2"] == 0.0
+    whole, with_broken = (
+        mean_ranks(euclidean(points[:4] + 3, bank).numpy(), np.arange(4), ties({"l2": bank})["l2"])
+        for bank in (points, broken)
+    )
+    assert whole.tolist() == with_broken.tolist()
 
 
 def test_oracle_scores_one_and_its_shuffled_predictions_do_not():
