@@ -61,6 +61,7 @@ class Run:
     writer: CheckpointWriter
     live: Liveness
     stop_at: int
+    counted: int  # images that schedules and intervals in epochs are counted in
     identity: ListIdentity | None  # on the first rank
     choices: KernelChoices
     evaluator: Evaluator | None
@@ -223,6 +224,7 @@ def _save(run: Run, log: MetricsLog | None) -> None:
         "samples_seen": trainer.step * run.config.train.global_batch,
         "written_by": {"world": run.ranks.world, "stage": run.zero.stage},
         "images": run.trainer.dataset_size,
+        "counted_images": run.counted,
         "order": trainer.stream.order,
         **({"streams": streams} if (streams := trainer.stream.streams) else {}),
         "action_names": list(space_of(run.config.actions).names),

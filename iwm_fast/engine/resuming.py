@@ -24,6 +24,7 @@ from iwm_fast.errors import UserError
 __all__ = [
     "ListIdentity",
     "choose_checkpoint",
+    "counted_images",
     "order_change",
     "order_of",
     "require_alike_lists",
@@ -131,6 +132,15 @@ def order_of(saved: Checkpoint | None) -> str:
     """
     before = FEISTEL if saved is None else _recorded_order(saved)
     return FEISTEL if before == SHARDED else before
+
+
+def counted_images(saved: Checkpoint | None, images: int) -> int:
+    """Return the number of images that epochs of schedules and of intervals are counted in: a resumed run's first, or
+    the learning rate would move with each image that is added.
+    """
+    if saved is None:
+        return images
+    return int(saved.index.get("counted_images", saved.index.get("images", images)))
 
 
 def order_change(saved: Checkpoint, order: str, streams: Mapping[str, object] | None) -> str | None:

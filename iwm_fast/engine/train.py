@@ -47,6 +47,7 @@ from iwm_fast.engine.readiness import require_ready, require_room
 from iwm_fast.engine.resuming import (
     ListIdentity,
     choose_checkpoint,
+    counted_images,
     order_change,
     order_of,
     require_alike_lists,
@@ -165,13 +166,14 @@ def _train(
 ) -> tuple[int, int]:
     """The step after which it ended, and the one it was to end after."""
     live.at("making of the model")
-    given, config = config, in_steps(config, len(files))
+    saved = Checkpoint(chosen) if chosen is not None else None
+    counted = counted_images(saved, len(files))
+    given, config = config, in_steps(config, counted)
     space = space_of(config.actions)
     model = trained_model(config, space.dim, ranks.device)
     decide(ranks, lambda: require_room(model, directory.checkpoints))
-    saved = Checkpoint(chosen) if chosen is not None else None
     done, updates = (saved.step, saved.updates) if saved else (0, 0)
-    schedules = Schedules(config.train, training_steps(config, len(files)))
+    schedules = Schedules(config.train, training_steps(config, counted))
     stop_at = config.train.steps or schedules.total
     live.at("opening of the data")
     stream = (PairStream if isinstance(files, Triplets) else TrainingStream)(
@@ -203,8 +205,8 @@ def _train(
         file = directory.kernel_choices_file
         choices = KernelChoices(ranks, file, decide(ranks, lambda: read_tables(file, chosen)))
         run = Run(
-            config, directory, ranks, zero, average, trainer, writer, live, stop_at, identity, choices, evaluator,
-            frozen,
+            config, directory, ranks, zero, average, trainer, writer, live, stop_at, counted, identity, choices,
+            evaluator, frozen,
         )  # fmt: skip
         with TrainingProgress(stop_at, done, shown=ranks.first) as progress:
             _announce(run, given, files, saved, progress)
@@ -270,10 +272,16 @@ def _announce(
             f"data.order shard: {shards:,} shards in {data.streams:,} streams, {data.streams // run.ranks.world:,} per "
             f"rank, shuffled in windows of up to {data.shuffle_window:,} samples"
         )
-    for line in said_in_steps(given, len(files)):
+    for line in said_in_steps(given, run.counted):
         progress.say(line)
-    for line in conflicts(given, len(files)):
+    for line in conflicts(given, run.counted):
         progress.say(f"note: {line}")
+    steps, other = (training_steps(given, images) for images in (run.counted, len(files)))
+    if steps != other:
+        progress.say(
+            f"the schedules keep their {steps:,} steps, train.epochs {given.train.epochs:g} of the {run.counted:,} "
+            f"images that the run began with; {len(files):,} would be {other:,}"
+        )
     change = run.identity.change_since(saved) if saved and run.identity else None
     other_order = order_change(saved, stream.order, stream.streams) if saved else None
     if saved and saved.index.get("images", len(files)) != len(files):

@@ -270,6 +270,23 @@ def test_another_run_is_not_resumed_over_a_run_that_has_checkpoints(copy, run, t
     assert resuming.choose_checkpoint(config, RunDirectory(copy), str(other)).name == "step_000002"
 
 
+def test_schedules_keep_their_length_where_images_come_or_go(tiny_images, tmp_path, capfd):
+    """Twice the images: epochs of them would be twice as many steps, and the learning rate would rise again."""
+    shutil.copytree(tiny_images, tmp_path / "images")
+    length = {"train__schedule_steps": None, "train__epochs": 2, "train__warmup": 0}
+    whole = small_config(tmp_path / "images", train__steps=None, **length)
+    pretrain(whole, tmp_path / "whole")
+    steps = len(metrics(tmp_path / "whole"))
+    pretrain(small_config(tmp_path / "images", train__steps=steps - 2, **length), tmp_path / "run")
+    for path in sorted((tmp_path / "images").rglob("*.jpg")):
+        shutil.copy(path, path.with_name(f"more_{path.name}"))
+    for stop in (steps - 1, None):  # the second time its own checkpoint knows
+        pretrain(small_config(tmp_path / "images", train__steps=stop, **length), tmp_path / "run", "auto")
+        assert f"the schedules keep their {steps} steps, train.epochs 2 of the 24 images" in capfd.readouterr().err
+    rates = [[record["lr"] for record in metrics(tmp_path / run)] for run in ("run", "whole")]
+    assert rates[0] == rates[1]
+
+
 def test_a_new_run_has_the_checkpoint_that_it_resumes_before_one_of_its_own(copy, run, tmp_path):
     """As a run that is stopped before its first checkpoint: it resumes from itself, also where the other is gone."""
     new = tmp_path / "new"
