@@ -63,7 +63,7 @@ class Trained:
 
     def described(self) -> dict[str, Any]:
         """Return the JSON that every format has: the model, its actions, the checkpoint, and how it is evaluated."""
-        model = self.config.model.model_dump(mode="json")
+        model = self.config.model.described()
         model |= {key: Path(model[key]).name for key in _PATHS if model.get(key) is not None}  # no paths of a machine
         whole = self.config.model_dump(mode="json")
         initial = self.initial_weights()

@@ -15,6 +15,7 @@ import pytest
 import torch
 from small_run import losses, metrics, small_config, state
 
+import iwm_fast
 from iwm_fast.cli.main import main
 from iwm_fast.config import Config, encoders, plugins
 from iwm_fast.config.load import load_config
@@ -301,12 +302,21 @@ def test_an_own_encoder_trains_is_exported_and_measured_by_an_own_evaluation(tin
     made = {"plugins": [plugin("vit_nano")], "model__encoder": "vit_nano"}
     pretrain(small_config(tiny_images, train__steps=1, **made), run)
     assert main(["export", str(run), "--out", str(tmp_path / "weights")]) == 0
-    assert json.loads(next((tmp_path / "weights").glob("*.json")).read_text())
     words = ["evaluate", str(run), "--data", str(tiny_images), "--what", "spectrum", "--json", str(answer)]
     assert main([*words, f"plugins=[{plugin('spectrum')}]"]) == 0
     found = json.loads(answer.read_text())
     assert 1 <= found["spectrum"] <= 48
     assert "directions with 90 % of the variance" in (run / "report" / "index.html").read_text()
+    words = ["finetune", str(run), "--data", str(tiny_images), "--mode", "linear", "--steps", "2"]
+    assert main([*words, "--out", str(tmp_path / "head")]) == 0
+    answers = []
+    for folder in ("run", "weights", "head"):  # the last two as another program does, which has no plugin
+        if folder == "weights":
+            encoders._NAMES._own.clear()
+        model = iwm_fast.load(tmp_path / folder)
+        answers.append(model.encode(np.zeros((1, 32, 32, 3), np.uint8)))
+    assert torch.equal(answers[0], answers[1])
+    assert answers[2].shape == answers[0].shape
 
 
 def test_directions_are_those_of_a_known_spectrum():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -13,7 +13,7 @@ from iwm_fast.config.base import (
     Positive,
     Section,
 )
-from iwm_fast.config.encoders import EncoderArchitecture, EncoderName, EncoderShape, Positions, shape_of
+from iwm_fast.config.encoders import ENCODERS, EncoderArchitecture, EncoderName, EncoderShape, Positions, shape_of
 from iwm_fast.config.registry import TermNames, term_and_weight
 
 __all__ = ["ModelConfig", "PredictorConfig", "RegularizerConfig", "TargetEncoderConfig"]
@@ -192,6 +192,18 @@ class ModelConfig(Section):
 
     def _architecture(self, shape: EncoderShape, prefix: int, positions: Positions, eps: float) -> EncoderArchitecture:
         return EncoderArchitecture(shape, self.image, self.patch, prefix, positions, eps, self.rope_base)
+
+    def described(self) -> dict[str, Any]:
+        """Return it for an export, which is read without the run's plugins: their encoders by size, without their terms
+        of the loss.
+        """
+        found = self.model_dump(mode="json") | {"terms": []}
+        if isinstance(self.encoder, str) and self.encoder not in ENCODERS:
+            found["encoder"] = self.encoder_shape.model_dump(mode="json")
+        own = self.target_encoder
+        if own is not None and isinstance(own.encoder, str) and own.encoder not in ENCODERS:
+            found["target_encoder"]["encoder"] = own.shape.model_dump(mode="json")
+        return found
 
     @property
     def evaluated_encoder(self) -> Literal["target", "context"]:

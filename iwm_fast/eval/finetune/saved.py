@@ -78,7 +78,7 @@ def save_finetuned(
         "environment": dict(environment),
         "mode": mode,
         "action_dim": reader.action_dim,
-        "model": model.model_dump(mode="json"),
+        "model": model.described(),
         "tasks": {name: {**asdict(shape), "names": list(classes[name])} for name, shape in shapes.items()},
         "results": dict(results),
     }
