@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from iwm_fast.eval.compare.subjects import Subject, tasks_of
-from iwm_fast.eval.measurements import merged
+from iwm_fast.eval.measurements import Measurement, merged
 from iwm_fast.eval.report.drawing import drawings
 
 __all__ = ["Figure", "Row", "differences", "measured_rows", "notes"]
@@ -17,15 +18,20 @@ _OF_THE_TASK = (
     "data.root", "views.", "masks.", "actions.", "model.target", "model.freeze_encoder",
     "model.normalize_target", "model.patch",
 )  # fmt: skip
+# What an evaluation's result depends on beside weights and place of the images.
+_CONDITION = re.compile(r"(train|test)_images|\w+_(bank|images|queries|k|temperature)")
+# Without training images: what is ranked are views of test images.
+_OF_TEST_IMAGES = ("mrr", "rollout")
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A measured number, its 95 % interval, and the step of the checkpoint."""
+    """A measured number, its 95 % interval, the step of the checkpoint, and the numbers that it was measured with."""
 
     value: float
     interval: tuple[float, float] | None
     step: int | None
+    conditions: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,7 @@ class Row:
     """One measure on one data set: the figure of each subject, None if it was not measured.
 
     verdicts: of each subject against the first measured one, "" for that one: higher or lower if the intervals do not
-    overlap, within if they do, no interval.
+    overlap, within if they do, no interval; measured otherwise: with other numbers of images, say.
     """
 
     measure: str
@@ -77,7 +83,8 @@ def _figures(subject: Subject) -> Iterator[tuple[str, str, Figure]]:
             for figure in drawing.figures(results):
                 key = figure.name + figure.end
                 if key in results:
-                    yield key, place, _figure(results, key, step.get(figure.name, at))
+                    measure = next(one for one in newest if key in one.results)
+                    yield key, place, _figure(results, key, step.get(figure.name, at), _conditions(measure, key))
     if subject.kind == "finetuned":
         for task, place, found in tasks_of(subject):
             for key in ("top1", "top5", "miou"):
@@ -85,9 +92,21 @@ def _figures(subject: Subject) -> Iterator[tuple[str, str, Figure]]:
                     yield f"finetuned {key}{f', {task}' if task else ''}", place, _figure(found, key, subject.step)
 
 
-def _figure(results: Mapping[str, Any], key: str, step: int | None) -> Figure:
+def _figure(
+    results: Mapping[str, Any], key: str, step: int | None, conditions: Mapping[str, Any] | None = None
+) -> Figure:
     ends = results.get(f"{key}_interval")
-    return Figure(float(results[key]), (float(ends[0]), float(ends[1])) if ends else None, step)
+    return Figure(float(results[key]), (float(ends[0]), float(ends[1])) if ends else None, step, conditions or {})
+
+
+def _conditions(measured: Measurement, key: str) -> dict[str, Any]:
+    return {
+        name: value
+        for name, value in measured.results.items()
+        if _CONDITION.fullmatch(name)
+        and ("component" in name) <= ("component" in key)
+        and not (name == "train_images" and measured.measure in _OF_TEST_IMAGES)
+    }
 
 
 def _verdicts(figures: Sequence[Figure | None]) -> list[str]:
@@ -96,6 +115,8 @@ def _verdicts(figures: Sequence[Figure | None]) -> list[str]:
 
 
 def _verdict(first: Figure, other: Figure) -> str:
+    if first.conditions != other.conditions:
+        return "measured otherwise"
     if first.interval is None or other.interval is None:
         return "no interval"
     if other.interval[0] > first.interval[1]:
@@ -117,9 +138,25 @@ def notes(subjects: Sequence[Subject], rows: Sequence[Row]) -> list[str]:
     if len(set(seen.values())) > 1:
         shown = ", ".join(f"{name} {count:,}" for name, count in seen.items())
         said.append(f"the runs have seen different numbers of images: {shown}")
+    said += _other_conditions(subjects, rows)
     if rows and not any(row.figures.count(None) <= len(subjects) - 2 for row in rows):
         said.append("no two of them were evaluated on the same images: evaluate them with the same --data")
     return said
+
+
+def _other_conditions(subjects: Sequence[Subject], rows: Sequence[Row]) -> list[str]:
+    """Say once for each condition which subjects were measured with which."""
+    found: dict[str, None] = {}
+    for row in rows:
+        if "measured otherwise" not in row.verdicts:
+            continue
+        measured = [(one.name, figure.conditions) for one, figure in zip(subjects, row.figures, strict=True) if figure]
+        for name in dict.fromkeys(name for _, conditions in measured for name in conditions):
+            values = [conditions.get(name) for _, conditions in measured]
+            if any(value != values[0] for value in values):
+                shown = ", ".join(f"{who} {value}" for (who, _), value in zip(measured, values, strict=True))
+                found[f"measured otherwise: {name} is {shown}; evaluate them alike"] = None
+    return list(found)
 
 
 def _seen(subject: Subject) -> int:

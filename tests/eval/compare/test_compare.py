@@ -31,10 +31,10 @@ def run(folder, *, steps=4, of=4, batch=8, measured=None, data="/photos", step=N
     return folder
 
 
-def measure(folder, step, data, values):
+def measure(folder, step, data, values, **more):
     date = "2026-01-01T00:00:00+00:00"
     kept = [
-        Measurement(step, f"{step:08d}", name, data, date, {name: value, f"{name}_interval": ends})
+        Measurement(step, f"{step:08d}", name, data, date, {name: value, f"{name}_interval": ends, **more})
         for name, (value, *ends) in values.items()
     ]
     keep(folder, kept)
@@ -88,6 +88,21 @@ def test_measures_on_other_images_are_not_compared(tmp_path):
         "knn, on drawings",
     ]
     assert "no two of them were evaluated on the same images: evaluate them with the same --data" in found["notes"]
+
+
+def test_other_numbers_of_images_or_another_bank_give_no_verdict(tmp_path):
+    for name, value, tested in (("a", 0.25, 2000), ("b", 0.9, 1000)):
+        run(tmp_path / name)
+        measure(tmp_path / name, 4, "/photos", {"knn": (value, value, value)}, train_images=9, test_images=tested)
+        measure(tmp_path / name, 4, "/photos", {"mrr": (value, value, value)}, train_images=tested, mrr_bank=256)
+    found = compare([tmp_path / "a", tmp_path / "b"]).document()
+    assert {row["measure"]: row["verdicts"]["b"] for row in found["measures"]} == {
+        "knn": "measured otherwise", "mrr": "higher",
+    }  # fmt: skip
+    assert "measured otherwise: test_images is a 2000, b 1000; evaluate them alike" in found["notes"]
+    measure(tmp_path / "b", 4, "/photos", {"mrr": (0.9, 0.9, 0.9)}, mrr_bank=64)
+    found = compare([tmp_path / "a", tmp_path / "b"]).document()
+    assert "measured otherwise: mrr_bank is a 256, b 64; evaluate them alike" in found["notes"]
 
 
 def test_how_a_run_ended_is_said(tmp_path):
