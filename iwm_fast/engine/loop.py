@@ -173,8 +173,8 @@ def _say_stopped(run: Run, asked: Asked, progress: TrainingProgress, *, made_ste
 
 
 def _open_log(run: Run) -> MetricsLog:
-    directory = run.directory
-    return MetricsLog(directory.metrics_file, open_sinks(run.config, directory.path, directory.tensorboard))
+    directory, first = run.directory, run.trainer.step + 1
+    return MetricsLog(directory.metrics_file, open_sinks(run.config, directory.path, directory.tensorboard, first))
 
 
 class _Warnings:

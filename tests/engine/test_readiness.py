@@ -146,7 +146,7 @@ def test_an_evaluation_that_fails_loses_no_step(fault, words, tiny_images, tmp_p
 def test_a_run_whose_name_is_no_utf8_has_its_metrics_everywhere(tiny_images, tmp_path):
     run = tmp_path / os.fsdecode(b"caf\xe9")
     config = small_config(tiny_images, log__tensorboard=True, log__prometheus_port=free_port())
-    sinks = open_sinks(config, run, run / "tensorboard")
+    sinks = open_sinks(config, run, run / "tensorboard", 1)
     for sink in sinks:
         sink.write({"step": 1, "loss": 0.5})
     text = urllib.request.urlopen(f"http://127.0.0.1:{config.log.prometheus_port}/metrics", timeout=9).read().decode()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import resource
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,14 @@ __all__ = ["MetricsLog", "memory_bytes", "metrics_record"]
 
 
 class MetricsLog:
-    """Appends records to ``metrics.jsonl`` and passes them to the sinks. Raises UserError where the disk is full."""
+    """Appends records to ``metrics.jsonl`` and passes them to the sinks. Raises UserError where the disk is full; a
+    sink that fails gets no more, which a line says.
+    """
 
     def __init__(self, file: Path, sinks: Sequence[Sink] = ()) -> None:
         self._path = file
         self._file = file.open("ab", buffering=0)  # unbuffered: a kill leaves a line whole or not at all
-        self._sinks = sinks
+        self._sinks = list(sinks)
 
     def close(self) -> None:
         """Close all."""
@@ -39,10 +42,14 @@ class MetricsLog:
             line = memoryview((json.dumps(clean) + "\n").encode())
             while line:
                 line = line[self._file.write(line) or 0 :]
-            for sink in self._sinks:
-                sink.write(record)
         except OSError as error:
             raise self._unwritten(error) from error
+        for sink in [*self._sinks]:
+            try:
+                sink.write(record)
+            except OSError as error:
+                self._sinks.remove(sink)
+                print(f"{sink.where}: {because(error)}; it gets no more of this run", file=sys.stderr, flush=True)
 
     def sync(self) -> None:
         """Flush the lines to the disk; called before a checkpoint, after which they are not written again."""

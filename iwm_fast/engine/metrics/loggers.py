@@ -15,6 +15,8 @@ __all__ = ["Sink", "open_sinks"]
 class Sink(Protocol):
     """Takes the record of each logged step."""
 
+    where: str
+
     def write(self, record: dict[str, Any]) -> None:
         """Take one record."""
 
@@ -23,12 +25,14 @@ class Sink(Protocol):
 
 
 class _TensorBoard:
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, first: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         folder.mkdir(parents=True, exist_ok=True)
+        self.where = f"{folder} (log.tensorboard)"
         self._name = ExitStack()  # open while files may be opened in the folder
-        self._board: Any = SummaryWriter(self._name.enter_context(utf8_name(folder)))
+        # What a killed run logged from this step on is not shown: it comes again.
+        self._board: Any = SummaryWriter(self._name.enter_context(utf8_name(folder)), purge_step=first)
 
     def write(self, record: dict[str, Any]) -> None:
         for key, value in record.items():
@@ -40,8 +44,10 @@ class _TensorBoard:
         self._name.close()
 
 
-def open_sinks(config: Config, directory: Path, tensorboard: Path) -> list[Sink]:
-    """Return the sinks of a run, on the first rank only. Raises UserError where a configured one is unavailable."""
+def open_sinks(config: Config, directory: Path, tensorboard: Path, first: int) -> list[Sink]:
+    """Return the sinks of a run whose next step is ``first``, on the first rank only. Raises UserError where a
+    configured one is unavailable.
+    """
     log = config.log
     sinks: list[Sink] = []
     if log.wandb is not None:
@@ -53,5 +59,5 @@ def open_sinks(config: Config, directory: Path, tensorboard: Path) -> list[Sink]
 
         sinks.append(PrometheusSink(log.prometheus_host, log.prometheus_port, str(directory)))
     if log.tensorboard:
-        sinks.append(_TensorBoard(tensorboard))
+        sinks.append(_TensorBoard(tensorboard, first))
     return sinks

@@ -35,6 +35,8 @@ class PrometheusSink:
     Raises UserError where the package is missing or the port cannot be opened. Port 0 takes a free one, in ``port``.
     """
 
+    where = "Prometheus (log.prometheus_port)"
+
     def __init__(self, host: str, port: int, run: str) -> None:
         require_prometheus()
         self._text = b""

@@ -27,6 +27,8 @@ class WandbSink:
     W&B's environment variables apply: WANDB_MODE=offline writes only below ``directory``/wandb.
     """
 
+    where = "W&B (log.wandb)"
+
     def __init__(self, project: str, directory: Path, config: dict[str, Any]) -> None:
         require_wandb()
         import wandb
