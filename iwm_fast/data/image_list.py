@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -194,9 +195,14 @@ def _by_shard_names(images: ImageSet, layout: Layout) -> tuple[ImageSet, ImageSe
     """The two splits by the names of shards or TFRecord files; None where the names do not say."""
     if images.source.kind not in ("webdataset", "tfrecord"):
         return None
-    end = ".tar" if images.source.kind == "webdataset" else ""
-    names = (images.source.name(sample) for sample in range(len(images)))
-    files = [name.split(".tar:", 1)[0] if end else name.rpartition(":")[0] for name in names]
+    names = [images.source.name(sample) for sample in range(len(images))]
+    tar = re.compile(r"\.tar(?=:)", re.IGNORECASE)
+    end = ""
+    if images.source.kind == "webdataset":
+        end = next((found[0] for name in names if (found := tar.search(name))), ".tar")
+        files = [tar.split(name, maxsplit=1)[0] for name in names]
+    else:
+        files = [name.rpartition(":")[0] for name in names]
     parts = splits_of_shards(sorted(set(files)))
     if parts is None:
         return None

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ __all__ = [
     "refuse_masks",
     "refuse_split_classes",
     "splits_of_shards",
+    "tell_of_shard_splits",
     "tell_of_splits",
 ]
 
@@ -173,6 +174,18 @@ def tell_of_splits(root: str | Path, what: str) -> None:
     found = [name for name in top_level(root)[0] if split_kind(name) is not None]
     if len({split_kind(name) for name in found}) > 1:
         tell_once(f"{printable(str(root))} holds {_list(found)}, the names of splits: {what}; name one of them alone")
+
+
+def tell_of_shard_splits(root: str, files: Iterable[str], what: str) -> None:
+    """Report once that shards or TFRecord files have names of several splits, as `splits_of_shards` reads them."""
+    try:
+        parts = splits_of_shards(sorted(re.sub(r"\.tar$", "", file, flags=re.IGNORECASE) for file in files))
+    except UserError:  # only some have such names
+        return
+    if parts is not None:
+        first = [next(file for file in parts if parts[file] == part) for part in ("train", "test")]
+        shown = " and ".join(map(printable, first))
+        tell_once(f"{printable(root)} holds {shown}, files of several splits: {what}; give each split its own folder")
 
 
 def _choose(folders: Sequence[str], place: str) -> tuple[str, str, list[str]]:

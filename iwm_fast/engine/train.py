@@ -18,7 +18,7 @@ from iwm_fast.data.image_list import ImageSet, list_images
 from iwm_fast.data.loader import TrainingStream
 from iwm_fast.data.shard_order import require_streams
 from iwm_fast.data.sources import Patience
-from iwm_fast.data.split_layout import tell_of_splits
+from iwm_fast.data.split_layout import tell_of_shard_splits, tell_of_splits
 from iwm_fast.data.triplet_stream import PairStream
 from iwm_fast.data.triplets import Triplets, resolve_triplets
 from iwm_fast.engine.build import require_machine, trained_model
@@ -118,7 +118,10 @@ def pretrain(
             require_a_step(config, len(files))
             require_streams(config, files, ranks.world)
             if triplets is None:
-                tell_of_splits(config.data.root or "", "all of them are trained on")
+                what = "all of them are trained on"
+                tell_of_splits(config.data.root or "", what)
+                if isinstance(files, ImageSet) and (shards := files.source.shards()) is not None:
+                    tell_of_shard_splits(config.data.root or "", shards, what)
             identity = ListIdentity(files) if ranks.first else None
             decide(ranks, lambda: _begin(config, directory, chosen, files, identity, ranks, measured))
             step, stop_at = _train(config, directory, chosen, ranks, live, files, identity, stop, evaluator, initial)

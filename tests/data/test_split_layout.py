@@ -10,7 +10,7 @@ from made_images import encode, picture
 
 from iwm_fast.data.image_list import divide
 from iwm_fast.data.sources.split_names import split_kind
-from iwm_fast.data.split_layout import find_layout, splits_of_shards, tell_of_splits
+from iwm_fast.data.split_layout import find_layout, splits_of_shards, tell_of_shard_splits, tell_of_splits
 from iwm_fast.data.tools.index import write_index
 from iwm_fast.data.tools.shard import write_shards
 from iwm_fast.errors import UserError
@@ -187,6 +187,11 @@ def test_shards_of_one_folder_are_divided_by_their_names(tmp_path):
     assert layout.test.endswith("set-val-000.tar")
     assert {learned.name(row).split(".tar:")[0][-9:] for row in range(len(learned))} == {"train-000"}
     assert (len(learned), len(tested), tested.classes) == (6, 6, ("cat", "dog"))
+    for path in (tmp_path / "flat").glob("*.tar"):
+        path.rename(path.with_suffix(".TAR"))
+    learned, tested, layout = divide(tmp_path / "flat")
+    assert (layout.how, len(learned), len(tested)) == ("shard names", 6, 6)
+    assert layout.test.endswith("set-val-000.TAR")
 
 
 @pytest.mark.parametrize(
@@ -228,6 +233,17 @@ def test_a_folder_of_which_all_is_taken_is_told_of_its_splits(tmp_path, folders,
         f"{tmp_path} holds train/ and val/, the names of splits: all of them are trained on; name one of them alone\n"
     )
     assert capfd.readouterr().err == (line if told else "")
+
+
+@pytest.mark.parametrize(
+    ("files", "told"),
+    [(["train-0.tar", "val-0.TAR"], True), (["train-0.tar", "train-1.tar"], False), (["train-0", "val-0", "x"], False)],
+)
+def test_shards_of_several_splits_of_which_all_are_taken_are_told(files, told, capfd):
+    tell_of_shard_splits("/packed", files, "all of them are trained on")
+    said = capfd.readouterr().err
+    assert said.startswith("/packed holds train-0") if told else said == ""
+    assert ("train-0 and val-0, files of several splits: all of them are trained on" in said) is told
 
 
 @pytest.mark.parametrize(

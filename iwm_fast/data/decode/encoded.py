@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +32,7 @@ __all__ = [
 
 MAX_PIXELS = 178_956_970  # data.max_pixels' default, which is Pillow's
 
+_DRAWN = ("EPS", "WMF")  # by Ghostscript, and by Windows
 _WIDTH, _HEIGHT, _ORIENTATION = 0x0100, 0x0101, 0x0112
 _TRANSPOSED = 5  # from this orientation on, width and height are swapped
 
@@ -112,9 +114,14 @@ def decode_upright(raw: bytes, max_pixels: int) -> NDArray[np.uint8]:
 
 
 def _open(raw: bytes, max_pixels: int) -> Image.Image:
+    # Pillow's own limit warns of half of data.max_pixels' default, and a raised one is meant.
+    if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
+        Image.MAX_IMAGE_PIXELS = max_pixels
     try:
-        image = Image.open(io.BytesIO(raw))
+        image = Image.open(io.BytesIO(raw), formats=_formats())
         reason = refusal(image)
+    except Image.DecompressionBombError as error:
+        raise BadSample(f"more than twice data.max_pixels ({max_pixels}): {_line(error)}") from error
     except PILLOW_ERRORS as error:
         raise BadSample(_line(error)) from error
     width, height = image.size
@@ -125,6 +132,13 @@ def _open(raw: bytes, max_pixels: int) -> Image.Image:
     if reason is not None:
         raise BadSample(reason)
     return image
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """Pillow's formats, without those that it has another program draw."""
+    Image.init()
+    return tuple(name for name in Image.ID if name not in _DRAWN)
 
 
 def _line(error: BaseException) -> str:

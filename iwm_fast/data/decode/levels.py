@@ -33,6 +33,7 @@ PILLOW_ERRORS = (
     ZeroDivisionError,
     MemoryError,
     ImportError,
+    RuntimeError,
     struct.error,
     zlib.error,
     Image.DecompressionBombError,

@@ -262,7 +262,8 @@ def _place(root: str | Path, out: Path | None) -> Path:
     if out is None and is_address(str(root)):
         raise UserError(f"{root} is an object store: name a local file for the manifest with --out")
     if out is None:
-        out = Path(root) if Path(root).is_dir() else Path(root).parent
+        # Of one file beside it under its name: the folder's manifest is of all that is in it.
+        out = Path(root) if Path(root).is_dir() else Path(root).with_name(f"{Path(root).name}.tsv")
     if out.is_dir():
         out /= MANIFEST_FILE
     if not is_manifest(out.name):

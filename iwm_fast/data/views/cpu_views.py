@@ -140,16 +140,20 @@ class _Memory:
     def take(self, *shape: int) -> Tensor:
         """Return a uint8 tensor of that shape, uninitialised."""
         count = math.prod(shape)
-        free = (block for block in self._blocks if len(block) >= count and sys.getrefcount(block) == _UNUSED)
-        block = next(free, None)
+        held = zip(self._blocks, _references(self._blocks), strict=True)
+        block = next((block for block, references in held if len(block) >= count and references == _UNUSED), None)
         if block is None:
             block = torch.empty(count, dtype=torch.uint8).numpy()
             self._blocks.append(block)
         return torch.from_numpy(block)[:count].view(shape)
 
 
-# References to an unused block, seen from the generator: the list's, the loop's, the call's.
-_UNUSED = 3
+def _references(blocks: list[NDArray[np.uint8]]) -> list[int]:
+    """Return each one's references, those of the count itself included, which differ among versions of Python."""
+    return [sys.getrefcount(block) for block in blocks]
+
+
+_UNUSED = _references([np.empty(1, np.uint8)])[0]  # what the list alone holds
 
 
 def _jitter(image: Levels, inputs: Inputs, view: str, row: int, out: Levels) -> None:

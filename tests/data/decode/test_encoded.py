@@ -26,6 +26,30 @@ def pixels(encoded):
     return np.frombuffer(image, np.uint8).reshape(encoded.height, encoded.width, 3)
 
 
+def test_no_other_program_draws_a_file_and_a_decoder_that_gives_up_makes_it_bad(monkeypatch):
+    """PostScript under an image's name would start Ghostscript; of DDS Pillow decodes some kinds only."""
+    monkeypatch.setattr("subprocess.check_call", lambda *_, **__: pytest.fail("a program was started"))
+    script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"
+    dds = b"DDS " + struct.pack("<7I", 124, 0x1007, 4, 4, 0, 0, 0) + bytes(44)
+    dds += struct.pack("<2I4s5I", 32, 4, b"ABCD", 0, 0, 0, 0, 0) + bytes(20 + 64)
+    for raw in (script, dds):
+        for read in (inspect, decode_upright):
+            with pytest.raises(BadSample):
+                read(raw, LIMIT)
+
+
+def test_the_limit_of_pixels_is_the_configuration_s(monkeypatch):
+    """A header of 20,000 x 20,000 pixels, above Pillow's own limit."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 89_478_485)
+    data = struct.pack(">IIBBBBB", 20_000, 20_000, 8, 0, 0, 0, 0)
+    chunk = struct.pack(">I", len(data)) + b"IHDR" + data + struct.pack(">I", zlib.crc32(b"IHDR" + data))
+    raw = PNG[:8] + chunk + PNG[33:]
+    with pytest.raises(BadSample, match=r"more than twice data\.max_pixels \(178956970\)"):
+        decode_upright(raw, 178_956_970)
+    with pytest.raises(BadSample, match=r"20000 x 20000 pixels: more than data\.max_pixels \(300000000\)"):
+        decode_upright(raw, 300_000_000)
+
+
 @pytest.mark.parametrize(
     "raw",
     [

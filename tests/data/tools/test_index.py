@@ -21,6 +21,7 @@ from iwm_fast.data.tools import index as index_module
 from iwm_fast.data.tools.index import write_index
 from iwm_fast.data.tools.known_rows import stamps_file
 from iwm_fast.data.tools.manifest_files import writing_manifest
+from iwm_fast.data.tools.shard import write_shards
 from iwm_fast.errors import UserError
 
 NAME = "iwm-fast-manifest.tsv"
@@ -31,6 +32,17 @@ def rows(path):
     lines = path.read_text().splitlines()
     columns = lines[1].split("\t")
     return [dict(zip(columns, line.split("\t"), strict=True)) for line in lines[2:]]
+
+
+def test_one_shard_s_manifest_leaves_that_of_its_folder(tmp_path):
+    write_classes(tmp_path / "images", 4)
+    write_shards(tmp_path / "images", tmp_path / "shards", shard_bytes=4000)
+    write_index(tmp_path / "shards")
+    whole = len(list_images(tmp_path / "shards"))
+    shard = next((tmp_path / "shards").glob("*.tar"))
+    alone = write_index(shard)
+    assert alone["manifest"] == f"{shard}.tsv"
+    assert len(list_images(tmp_path / "shards")) == whole > len(list_images(f"{shard}.tsv"))
 
 
 def test_a_row_says_what_pillow_says_of_the_upright_image(tmp_path):
