@@ -103,12 +103,14 @@ class Segments:
         """cu_seqlens of the images that have a token, int32, on the device."""
         if 0 not in self.lengths:
             return self.cu_seqlens
-        return Segments.from_lengths([n for n in self.lengths if n], self.device).cu_seqlens
+        with torch.inference_mode(False):
+            return Segments.from_lengths([n for n in self.lengths if n], self.device).cu_seqlens
 
     @cached_property
     def image_of_token(self) -> Tensor:
         """int64 (N,): the image that each token belongs to; of padding, B or more."""
-        return torch.repeat_interleave(self.cu_seqlens.long().diff(), output_size=self.total)
+        with torch.inference_mode(False):  # the first to ask may be an evaluation, the next a training
+            return torch.repeat_interleave(self.cu_seqlens.long().diff(), output_size=self.total)
 
     @cached_property
     def pixels_of_token(self) -> Tensor:

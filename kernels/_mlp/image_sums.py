@@ -28,6 +28,9 @@ __all__ = [
 
 # Fewest rows of a column that one program sums.
 _SUM_ROWS = 256
+# A program of the action's kernels holds all components: above 512 they do not fit into the shared memory of a consumer
+# GPU (101,376 bytes; 135,168 are compiled for 600), from 257 on its sums leave the registers.
+_MOST_ACTIONS = 64
 
 
 @triton.jit(do_not_specialize=["N", "cu_seqlens_ptr"])
@@ -171,6 +174,9 @@ def action_gradients(dbias: Tensor, action: Tensor, w_action: Tensor, b_in: Tens
     """Return gradients of action (B, A), w_action (H, A) and b_in (H,), in their dtypes, from dbias fp32 (B, H)."""
     images, units = dbias.shape
     actions = action.shape[1]
+    if actions > _MOST_ACTIONS:
+        dw, daction = dbias.mT @ action.float(), dbias @ w_action.float()
+        return daction.to(action.dtype), dw.to(w_action.dtype), dbias.sum(dim=0).to(b_in.dtype)
     db = torch.empty(units, dtype=b_in.dtype, device=b_in.device)
     dw = torch.empty(units, actions, dtype=w_action.dtype, device=w_action.device)
     daction = torch.empty(images, actions, dtype=action.dtype, device=action.device)

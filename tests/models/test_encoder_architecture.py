@@ -112,9 +112,10 @@ def test_what_is_cached_in_inference_can_be_trained_with():
     rotation_table.cache_clear()
     with torch.inference_mode():
         tables = rotation_table(4, 16, 100.0, torch.device("cpu"), torch.float32), Segments.uniform(3, 17)
+        images = tables[1].image_of_token
     weight = torch.ones(16, 16, requires_grad=True)
     (weight * tables[0]).sum().backward()
-    assert not any(tensor.is_inference() for tensor in (tables[0], tables[1].cu_seqlens))
+    assert not any(tensor.is_inference() for tensor in (tables[0], tables[1].cu_seqlens, images))
 
 
 @pytest.mark.parametrize("positions", ["learned", "rope"])

@@ -92,7 +92,9 @@ def test_nothing_is_added_to_nothing(device):
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
-@pytest.mark.parametrize(("images", "units", "actions"), [(1, 1, 1), (37, 70, 5), (20, 65, 16), (3, 40, 20), (0, 9, 3)])
+@pytest.mark.parametrize(
+    ("images", "units", "actions"), [(1, 1, 1), (37, 70, 5), (20, 65, 16), (3, 40, 20), (0, 9, 3), (5, 9, 65)]
+)
 def test_gradients_of_an_action_its_weight_and_the_bias(images, units, actions, dtype, device):
     dbias = draw(images, units, seed=1, device=device)
     action, w_action, b_in = (
