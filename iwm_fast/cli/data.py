@@ -45,7 +45,7 @@ def synth(
     train: Annotated[int, typer.Option("--train", min=1, help="Number of training images.")] = 4096,
     test: Annotated[int, typer.Option("--test", min=1, help="Number of test images.")] = 800,
     size: Annotated[int, typer.Option("--size", min=16, help="Image size, pixels.")] = 64,
-    seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1)] = 0,
     *,
     segments: Annotated[
         bool, typer.Option("--segments", help="Write images/ and masks/ with a class per pixel, not class folders.")
@@ -77,7 +77,9 @@ def preview(
         ),
     ] = None,
     count: Annotated[int, typer.Option("--count", min=1, help="Images.")] = 8,
-    seed: Annotated[int | None, typer.Option("--seed", min=0, help="Default: train.seed of the configuration.")] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", min=0, max=2**63 - 1, help="Default: train.seed of the configuration.")
+    ] = None,
 ) -> None:
     """Write the views, masks and parameters of some images as training generates them, and one sheet that shows them
     side by side: OUT/contact_sheet.png.
@@ -100,7 +102,7 @@ def record(
     frames: Annotated[int, typer.Option("--frames", min=1, help="Number of training triplets.")] = 4000,
     test: Annotated[int, typer.Option("--test", min=0, help="Number of test triplets, from other episodes.")] = 1000,
     size: Annotated[int, typer.Option("--size", min=16, help="Size of the pictures, pixels.")] = 64,
-    seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1)] = 0,
     repeat: Annotated[
         int, typer.Option("--repeat", "--action-repeat", min=1, help="Environment steps per action.")
     ] = 1,

@@ -7,6 +7,7 @@ reject unknown keys. A check across fields belongs to the model that holds both.
 
 from __future__ import annotations
 
+import math
 from typing import Any, Self
 
 from pydantic import Field, model_validator
@@ -130,10 +131,8 @@ class Config(Section):
             raise ValueError(
                 f"eval.{self.eval.interval_key} is set and eval.root is not; set eval.root to the images to evaluate on"
             )
-        patches = self.model.grid**2
         _require_statistics(self.model, self.train.global_batch, self.masks.min_context)
-        if self.masks.min_context >= patches:
-            raise ValueError(f"masks.min_context is {self.masks.min_context}; a view has only {patches} patches")
+        _require_context(self.masks, self.model.grid**2)
         return self
 
     def _require_steps_ahead(self) -> None:
@@ -165,6 +164,18 @@ class Config(Section):
                 "shards over ranks; use zero.stage 0, or adamw"
             )
         return self
+
+
+def _require_context(masks: MasksConfig, patches: int) -> None:
+    """Raise ValueError where no context of ``patches`` could have the fewest, so that each would be the fallback's."""
+    if masks.min_context >= patches:
+        raise ValueError(f"masks.min_context is {masks.min_context}; a view has only {patches} patches")
+    most = max(1, round(math.sqrt(masks.context_scale[1] * patches))) ** 2
+    if most < masks.min_context:
+        raise ValueError(
+            f"masks.context_scale ends at {masks.context_scale[1]:g}, {most} of {patches} patches, below "
+            f"masks.min_context ({masks.min_context}): raise the one, or lower the other"
+        )
 
 
 def _require_statistics(model: ModelConfig, images: int, tokens: int) -> None:

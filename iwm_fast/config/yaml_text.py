@@ -44,7 +44,10 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _construct_int(loader: _Loader, node: yaml.ScalarNode) -> int:
-    return int(loader.construct_scalar(node))
+    try:
+        return int(loader.construct_scalar(node))
+    except ValueError as error:  # Python reads up to 4,300 digits
+        raise yaml.constructor.ConstructorError(None, None, "too large a number", node.start_mark) from error
 
 
 def _construct_float(loader: _Loader, node: yaml.ScalarNode) -> float:

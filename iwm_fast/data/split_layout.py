@@ -24,6 +24,7 @@ from typing import Any
 from iwm_fast.data.sources import PATIENCE, Patience, top_level
 from iwm_fast.data.sources.kinds import MANIFEST_FILE, is_image, is_records, is_shard
 from iwm_fast.data.sources.split_names import split_kind, split_template, split_word
+from iwm_fast.data.sources.storage import is_folder
 from iwm_fast.errors import UserError
 from iwm_fast.file_names import printable
 from iwm_fast.notices import tell_once
@@ -257,7 +258,7 @@ def _place(root: str | Path) -> str:
 def _folders_of(folder: str) -> list[str]:
     try:
         with os.scandir(folder) as entries:
-            return [entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir()]
+            return [entry.name for entry in entries if not entry.name.startswith(".") and is_folder(entry)]
     except OSError:  # the listing that follows reports it
         return []
 

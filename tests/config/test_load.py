@@ -516,3 +516,17 @@ def test_every_key_is_read_by_something():
     read |= {corruption.strength for corruption in CORRUPTIONS}
     keys = {row.key: through.get(row.key, row.key.rsplit(".", 1)[-1]) for row in rows()}
     assert [key for key, name in keys.items() if name not in read] == []
+
+
+def test_a_context_that_cannot_be_large_enough_is_refused():
+    """The fallback would show all that is not predicted, more than was asked for."""
+    words = ["masks.context_scale=[0.1,0.15]"]
+    with pytest.raises(UserError, match=r"context_scale ends at 0\.15, 9 of 64 patches, below masks\.min_context"):
+        load_config(packaged_config("vit_tiny_p4_32.yaml"), words)
+    load_config(packaged_config("vit_tiny_p4_32.yaml"), [*words, "masks.min_context=9"])
+
+
+@pytest.mark.parametrize("words", [f"train.seed={'9' * 5000}", "train.epochs=1e308"], ids=["digits", "epochs"])
+def test_a_number_without_end_is_one_line(words):
+    with pytest.raises(UserError, match=r"too large a number|train\.epochs"):
+        load_config(packaged_config("demo.yaml"), [words])

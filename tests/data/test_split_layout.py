@@ -264,3 +264,13 @@ def test_masks_are_no_class(tmp_path, parts):
     make(tmp_path, *(f"{part}/{kind}" for part in parts for kind in ("images", "masks")))
     with pytest.raises(UserError, match=r"holds images/ and masks/, a set for .*segmentation.*/images for its images"):
         divide(tmp_path)
+
+
+def test_a_link_to_itself_hides_no_folder(tmp_path):
+    make(tmp_path, *classes_of("train", "test"))
+    write_index(tmp_path / "train")
+    for folder in (tmp_path, tmp_path / "train"):
+        (folder / "loop").symlink_to("loop")
+    learned, tested, layout = divide(tmp_path)
+    assert layout.train.endswith("/train")
+    assert len(learned) == len(tested) == 4

@@ -28,7 +28,7 @@ class TrainConfig(Section):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
         0, description="seed of weights, data order, augmentations and masks"
     )
-    epochs: Positive = Field(300.0, description="length of training in passes over the data")
+    epochs: Annotated[Positive, Field(le=1e12)] = Field(300.0, description="length of training in passes over the data")
     steps: Count | None = Field(None, description="stop after this step; default: at the end of the schedules")
     schedule_steps: Count | None = Field(None, description="length of the schedules in steps; default: from epochs")
     global_batch: Count = Field(2048, description="images per step, over all ranks and accumulated micro-batches")

@@ -14,7 +14,7 @@ from pathlib import Path
 from iwm_fast.data.sources.kinds import is_image, is_records, is_shard
 from iwm_fast.data.sources.left_out import LeftOut
 from iwm_fast.data.sources.manifest import ManifestSource
-from iwm_fast.data.sources.storage import LocalStorage, Storage
+from iwm_fast.data.sources.storage import LocalStorage, Storage, is_folder
 
 __all__ = ["changes"]
 
@@ -103,7 +103,7 @@ def _listed(storage: LocalStorage, folder: str, known: set[str] | None, wanted: 
         name = beginning + entry.name
         if entry.name.startswith("."):
             continue
-        if not entry.is_dir():
+        if not is_folder(entry):
             found += [name] if wanted(name) else []
         elif (
             known is not None

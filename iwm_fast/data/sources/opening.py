@@ -26,7 +26,7 @@ from iwm_fast.data.sources.own import OwnSource
 from iwm_fast.data.sources.s3 import PATIENCE, Patience, S3Storage, is_address
 from iwm_fast.data.sources.shard_index import index_names
 from iwm_fast.data.sources.sorted_names import SortedNames
-from iwm_fast.data.sources.storage import LocalStorage, Storage
+from iwm_fast.data.sources.storage import LocalStorage, Storage, is_folder
 from iwm_fast.data.sources.webdataset import CLASSES_FILE, WebDatasetSource
 from iwm_fast.errors import UserError
 from iwm_fast.notices import tell_once
@@ -136,7 +136,7 @@ def top_level(root: str | Path, patience: Patience = PATIENCE) -> tuple[list[str
         return S3Storage(str(root), patience).top()
     try:
         with os.scandir(root) as entries:
-            seen = sorted((e.name, e.is_dir()) for e in entries if not e.name.startswith("."))
+            seen = sorted((e.name, is_folder(e)) for e in entries if not e.name.startswith("."))
     except OSError:
         return [], []
     return [name for name, folder in seen if folder], [name for name, folder in seen if not folder]

@@ -14,7 +14,7 @@ from typing import Protocol
 from iwm_fast.data.decode.encoded import BadSample
 from iwm_fast.errors import UserError, because
 
-__all__ = ["SYSTEM_FOLDERS", "DataGone", "LocalStorage", "Storage"]
+__all__ = ["SYSTEM_FOLDERS", "DataGone", "LocalStorage", "Storage", "is_folder"]
 
 # Folders that systems and servers keep beside people's files, by their exact names; those that begin with a dot are
 # hidden ones. Some may be listed by root only.
@@ -142,7 +142,7 @@ class LocalStorage:
             inside = []
             with _refusing(folder), os.scandir(folder) as entries:
                 for entry in entries:
-                    if _is_folder(entry):
+                    if is_folder(entry):
                         inside.append(entry.name)
                     elif not entry.name.startswith("."):
                         yield prefix + entry.name
@@ -256,10 +256,11 @@ def _read_fully(file: int, wanted: int, offset: int) -> bytes:
     return b"".join(parts)
 
 
-def _is_folder(entry: os.DirEntry[str]) -> bool:
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Return whether a folder's entry is a folder, through links; one in a circle is none."""
     try:
         return entry.is_dir()
-    except OSError:  # a link in a circle
+    except OSError:
         return False
 
 

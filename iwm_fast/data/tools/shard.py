@@ -112,18 +112,20 @@ def _samples(images: Source, labels: list[int] | None, progress: Progress | None
     taken: set[str] = set()
     with ThreadPoolExecutor(images.storage.readers) as pool:
         for number, size in enumerate(pool.map(partial(_size, images), range(len(images)))):
-            key, extension = _key(images, number, taken)
+            key, extension = _key(images, number, taken, classes=labels is not None)
             label = None if labels is None or labels[number] == UNLABELLED else labels[number]
             yield _Sample(number, key, extension, size, label)
             if progress is not None and (number % 1000 == 999 or number + 1 == len(images)):
                 progress("plan", number + 1, len(images))
 
 
-def _key(images: Source, number: int, taken: set[str]) -> tuple[str, str]:
-    """Return key and extension of a sample; keys are unique."""
+def _key(images: Source, number: int, taken: set[str], *, classes: bool) -> tuple[str, str]:
+    """Return key and extension of a sample; keys are unique. Without ``classes`` they have no folders, which would be
+    read as classes.
+    """
     name = images.name(number)
     stem, extension = name.rsplit(".", 1) if is_member_image(name) else (name, NAMELESS)
-    key = quote(stem, safe="/", errors="surrogateescape").replace(".", "%2E")
+    key = quote(stem, safe="/" if classes else "", errors="surrogateescape").replace(".", "%2E")
     if key in taken:  # a.jpg beside a.png would be one sample
         key = f"{key}%2E{extension}"
     if key in taken or len(f"{key}.{extension}") > _LONGEST_NAME:

@@ -141,3 +141,17 @@ def test_the_command_packs_and_says_so(folder, tmp_path, command):
     said = json.loads(done.stdout)
     assert (said["schema"], said["samples"], said["classes"]) == ("iwm-fast-data-shard/1", 40, 2)
     assert "pack: 40 of 40" in done.stderr
+
+
+def test_shards_of_unlabelled_images_have_no_classes(tmp_path):
+    """Their names hold the shard's, which a reader would take for a class."""
+    write_classes(tmp_path / "images", 4)
+    for folder in (tmp_path / "images").iterdir():
+        for path in folder.iterdir():
+            path.rename(tmp_path / "images" / f"{folder.name}_{path.name}")
+        folder.rmdir()
+    write_shards(tmp_path / "images", tmp_path / "first", shard_bytes=4000)
+    write_shards(tmp_path / "first", tmp_path / "second")
+    assert len(list((tmp_path / "first").glob("*.tar"))) > 1
+    found = list_images(tmp_path / "second")
+    assert (len(found), found.classes) == (len(list_images(tmp_path / "images")), ())
