@@ -6,7 +6,6 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
-from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -81,14 +80,15 @@ def test_an_update_holds_what_the_plan_counts(optimizer, precision):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_of_several_ranks_the_fullest_counts(precision):
+def test_of_several_ranks_the_fullest_counts(precision, monkeypatch):
+    """Each of three in turn, with an all-gather that sends nothing: another test's process group may be there."""
     config, found = of("muon", precision), []
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 3)
+    monkeypatch.setattr(dist, "all_gather_into_tensor", lambda *_: None)
     for rank in range(3):
-        dist.init_process_group("fake", rank=rank, world_size=3, store=FakeStore())
-        try:
-            found.append(measured(config))
-        finally:
-            dist.destroy_process_group()
+        monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
+        found.append(measured(config))
     assert max(found) == pytest.approx(update_bytes(config, layout_of(config), 3), rel=2e-3)
 
 
