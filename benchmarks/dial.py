@@ -26,8 +26,9 @@ import matplotlib.pyplot as plt
 import yaml
 
 from iwm_fast.benchmarks.plots import save
-from iwm_fast.benchmarks.sweep import interval, table, train_all
+from iwm_fast.benchmarks.sweep import SCHEMA, interval, table, train_all
 from iwm_fast.config.load import find_config, load_config
+from iwm_fast.measure.continued import earlier
 from iwm_fast.outputs import require_file, require_folder, require_result
 from iwm_fast.programs import run_program
 
@@ -147,8 +148,7 @@ def main() -> None:
         require_result(args.json)
         require_folder(args.out)
         arms, held = points(args.config, args.grid)
-        if args.json.exists():
-            held = json.loads(args.json.read_text()).get("grids", {}) | held
+        held = earlier(args.json, SCHEMA).get("grids", {}) | held
         train_all(
             arms,
             config=args.config,

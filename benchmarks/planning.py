@@ -17,7 +17,6 @@ candidates one by one.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -40,6 +39,7 @@ from iwm_fast.eval.world_model.planning.distributions import ActionKind
 from iwm_fast.eval.world_model.planning.plan import Settings
 from iwm_fast.eval.world_model.planning.solvers import Search, search
 from iwm_fast.games import POINT_MASS
+from iwm_fast.measure.continued import earlier
 from iwm_fast.models.iwm import IWM
 from iwm_fast.outputs import require_result
 from iwm_fast.programs import run_program
@@ -180,9 +180,7 @@ def main() -> None:
     if not (args.runs or args.speed):
         parser.error("give --runs, or --speed")
     require_result(args.json)
-    told = json.loads(args.json.read_text()) if args.json.exists() else {}
-    if told and told.get("schema") != SCHEMA:
-        raise UserError(f"{args.json}: not written by this program; give another file")
+    told = earlier(args.json, SCHEMA)
     result: dict[str, Any] = {
         "schema": SCHEMA,
         "environment": environment(),

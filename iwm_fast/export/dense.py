@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from iwm_fast.models.attention import Attention
 from iwm_fast.models.blocks import Block, ConditionedMlp
-from iwm_fast.models.iwm import IWM
 from iwm_fast.models.positions import rotation_table
 from iwm_fast.models.predictors import FeatureMixer, MlpPredictor, VitPredictor
 from iwm_fast.models.vit import VisionTransformer
@@ -85,13 +84,6 @@ class WholeEncoder(nn.Module):
             return encoder.norm(_blocks(encoder.blocks, tokens, rotation=self.rotation))
         tokens = torch.cat([encoder.prefix.expand(tokens.shape[0], -1, -1), tokens], dim=1)
         return encoder.norm(_blocks(encoder.blocks, tokens, rotation=self.rotation)[:, len(encoder.prefix) :])
-
-
-def several_frames(model: IWM) -> str | None:
-    """Return why `WholePredictor` cannot be a model's predictor, or None."""
-    if model.config.history == 1:
-        return None
-    return f"its predictor reads {model.config.history} frames (model.history), and this format's reads one"
 
 
 class WholePredictor(nn.Module):

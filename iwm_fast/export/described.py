@@ -20,7 +20,7 @@ from iwm_fast.eval.measurements import weights_of
 from iwm_fast.models.iwm import IWM
 from iwm_fast.models.vit import VisionTransformer
 
-__all__ = ["PIXELS", "TOKENS", "Trained", "open_trained", "write_json"]
+__all__ = ["PIXELS", "TOKENS", "Trained", "open_trained", "several_frames", "write_json"]
 
 _HOLDS = {
     "context": "context encoder: {context}, its tokens are what the predictor reads",
@@ -106,6 +106,12 @@ def _without_paths(value: Any) -> Any:
             for key, item in value.items()
         }
     return [_without_paths(item) for item in value] if isinstance(value, list) else value
+
+
+def several_frames(trained: Trained) -> str | None:
+    """Return why a format whose predictor reads one frame (`dense.WholePredictor`) cannot hold a run, or None."""
+    frames = trained.config.model.history
+    return None if frames == 1 else f"its predictor reads {frames} frames (model.history), and this format's reads one"
 
 
 def open_trained(run: Path, which: str = "latest") -> Trained:

@@ -18,8 +18,7 @@ from pathlib import Path
 from iwm_fast.atomic_files import whole_folder
 from iwm_fast.errors import UserError
 from iwm_fast.export.card import write_card
-from iwm_fast.export.dense import several_frames
-from iwm_fast.export.described import Trained, open_trained
+from iwm_fast.export.described import Trained, open_trained, several_frames
 from iwm_fast.export.graph_formats import write_onnx_format, write_pt2
 from iwm_fast.export.iwm_format import write_iwm
 from iwm_fast.export.onnx import require_onnx
@@ -34,12 +33,8 @@ def _fits(_trained: Trained) -> None:
     """Every run fits."""
 
 
-def _graphs_unfit(trained: Trained) -> str | None:
-    return several_frames(trained.model)
-
-
-def _classes_unfit(trained: Trained) -> str | None:
-    return no_class(trained) or several_frames(trained.model)
+def _no_class(trained: Trained) -> str | None:
+    return no_class(trained) or several_frames(trained)
 
 
 @dataclass(frozen=True)
@@ -53,9 +48,9 @@ class Format:
 FORMATS = {
     "iwm": Format(write_iwm),
     "timm": Format(write_timm),
-    "transformers": Format(write_transformers, _classes_unfit),
-    "pt2": Format(write_pt2, _graphs_unfit),
-    "onnx": Format(write_onnx_format, _graphs_unfit),
+    "transformers": Format(write_transformers, _no_class),
+    "pt2": Format(write_pt2, several_frames),
+    "onnx": Format(write_onnx_format, several_frames),
 }
 
 
@@ -80,7 +75,7 @@ def export_trained(trained: Trained, out: Path, formats: Sequence[str], *, onnx:
         if why is not None:
             fit = [other for other, one in FORMATS.items() if one.unfit(trained) is None]
             raise UserError(f"--format {name}: {why}; give one or more of {', '.join(fit)}")
-    if onnx and (why := _graphs_unfit(trained)) is not None:
+    if onnx and (why := several_frames(trained)) is not None:
         raise UserError(f"--onnx: {why}; leave it out")
     with writing(out), whole_folder(out) as partial:
         for name in formats:
