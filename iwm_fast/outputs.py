@@ -63,8 +63,12 @@ def require_new_folder(out: Path, option: str = "--out") -> None:
         raise UserError(f"{out}: cannot be written: {why}; choose another {option}")
 
 
-def require_folder(out: Path, option: str = "--out") -> None:
-    """Raise UserError where `out` cannot hold new files; it may be missing."""
+def require_folder(out: Path, option: str = "--out", *, read: str | Path | None = None) -> None:
+    """Raise UserError where `out` cannot hold new files; it may be missing. `read`: the images that it is made from,
+    if what is written would be taken for more of them: then it may not lie among them.
+    """
+    if read is not None and Path(read).is_dir() and out.resolve().is_relative_to(Path(read).resolve()):
+        raise UserError(f"{out}: lies in {read}, where its files would be read as images; choose another {option}")
     why = unwritable(out)
     if why is not None:
         raise UserError(f"{out}: cannot be written: {why}; choose another {option}")

@@ -32,6 +32,7 @@ from torch.utils.flop_counter import register_flop_formula
 from ._lib.backend import resolve_backend, without_autocast
 from ._lib.checks import check_floating, check_index, check_like, check_shape
 from ._lib.jit import to_type
+from ._lib.once import once_differentiable
 from ._lib.rows import launching
 
 __all__ = ["rope", "rope_bytes", "rope_flops", "rope_reference", "rotate_qk"]
@@ -214,7 +215,7 @@ class _Rope(torch.autograd.Function):
         return q, k, v
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable("rope")
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         table, patches = ctx.saved_tensors
         if ctx.backend == "triton":

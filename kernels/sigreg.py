@@ -33,6 +33,7 @@ from torch.utils.flop_counter import register_flop_formula
 from ._lib.backend import resolve_backend, without_autocast
 from ._lib.checks import check_floating, check_like, check_shape
 from ._lib.jit import INTERPRETED
+from ._lib.once import once_differentiable
 from ._lib.rows import SUM_PROGRAMS, launching, rows_together
 from ._lib.slices import add_slices
 
@@ -91,6 +92,7 @@ class _Sums(torch.autograd.Function):
         return sums
 
     @staticmethod
+    @once_differentiable("sigreg_sums")
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         p, rows = ctx.saved_tensors
         order = torch.arange(1, ctx.knots + 1, device=p.device, dtype=p.dtype)[:, None] * ctx.spacing

@@ -33,6 +33,7 @@ from ._lib.backend import autocast_type, resolve_backend, without_autocast
 from ._lib.checks import check_eps, check_floating, check_index, check_like, check_shape, looked_at
 from ._lib.jit import to_type
 from ._lib.norms import row_statistics
+from ._lib.once import once_differentiable
 from ._lib.rows import launching, rows_in_warps, rows_together
 
 __all__ = ["stopgrad_l2", "stopgrad_l2_bytes", "stopgrad_l2_flops", "stopgrad_l2_reference"]
@@ -90,6 +91,7 @@ class _StopGradL2(torch.autograd.Function):
         return difference.square().sum() * scale
 
     @staticmethod
+    @once_differentiable("stopgrad_l2")
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (difference,) = ctx.saved_tensors
         # The upstream gradient may be a loss scale: multiply before the cast, or small gradients underflow in half.
@@ -295,8 +297,9 @@ def _differentiate(ctx: Any, incoming: Tensor | None, _: None) -> tuple[Tensor |
         return (None, *nothing)
     saved = (*ctx.saved_tensors, *ctx.options)
     grad, ctx.grad = ctx.grad, None
-    # A traced graph may not write into what its forward pass returned: recompute there too.
-    if grad is None or type(incoming) is not Tensor:
+    # A traced graph may not write into what its forward pass returned: recompute there too. So too for
+    # create_graph=True: that operator reports that it has no derivative.
+    if grad is None or torch.is_grad_enabled() or type(incoming) is not Tensor:
         return (torch.ops.iwm_fast.stopgrad_l2_backward(incoming, *saved), *nothing)
     torch.ops.iwm_fast.stopgrad_l2_scale_(grad, incoming, *saved)
     return (grad, *nothing)

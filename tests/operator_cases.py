@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -22,7 +23,17 @@ from iwm_fast.kernels import (
 )
 from iwm_fast.kernels.permutation import take_rows
 
-__all__ = ["CASES", "CAST", "VIEWS", "Case", "check_autocast", "check_compiled_autocast", "check_layout", "outcome"]
+__all__ = [
+    "CASES",
+    "CAST",
+    "VIEWS",
+    "Case",
+    "check_autocast",
+    "check_compiled_autocast",
+    "check_layout",
+    "check_second_derivatives",
+    "outcome",
+]
 
 
 @dataclass(frozen=True)
@@ -277,6 +288,34 @@ def check_compiled_autocast(name: str, device: str, backend: str) -> None:
         for key, value in expected.items():
             assert found[key].dtype == value.dtype, (key, passes)
             torch.testing.assert_close(found[key], value, msg=lambda said, key=key: f"{key}: {said}")
+
+
+def check_second_derivatives(name: str, device: str, backend: str) -> None:
+    """Require right second derivatives, by finite differences in float64, or an error that says there are none."""
+    case = CASES[name]()
+    dtype = torch.float64 if backend == "reference" else torch.float32
+    given = {k: t.to(device, dtype if t.is_floating_point() else t.dtype) for k, t in case.tensors.items()}
+    leaves = {k: t.requires_grad_() for k, t in given.items() if t.is_floating_point() and k not in _UNTOUCHED}
+
+    def differentiated(*tensors: Tensor) -> list[Tensor]:
+        results = case.call(**(given | dict(zip(leaves, tensors, strict=True))), backend=backend)
+        return [r for r in (results if isinstance(results, tuple) else (results,)) if r.requires_grad]
+
+    made = differentiated(*leaves.values())
+    if not made:
+        return
+    try:
+        # Upstream gradients that are constants, as a loss's is: the second derivative then has no other path.
+        grads = torch.autograd.grad([r.sum() for r in made], leaves.values(), create_graph=True)
+        torch.stack([grad.square().sum() for grad in grads] + [leaf.sum() for leaf in leaves.values()]).sum().backward()
+    except RuntimeError as error:
+        if not re.search("differentiable once|no autograd formula", str(error)):
+            raise
+    else:
+        exact = name.removesuffix(" without mask tokens") in {"take_rows", "predictor_input"}  # linear
+        assert exact or backend == "reference"
+        if backend == "reference":
+            assert torch.autograd.gradgradcheck(differentiated, tuple(leaves.values()), fast_mode=True)
 
 
 def _is_float(value: Any) -> bool:

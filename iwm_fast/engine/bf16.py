@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from iwm_fast.kernels._lib.once import once_differentiable
+
 __all__ = ["Bf16Compute"]
 
 
@@ -55,6 +57,7 @@ class _Rounded(torch.autograd.Function):
         return tuple(_converted(list(tensors), torch.bfloat16))
 
     @staticmethod
+    @once_differentiable("bf16 compute")
     def backward(_ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         there = [i for i, grad in enumerate(grads) if grad is not None]
         found: list[Tensor | None] = [None] * len(grads)

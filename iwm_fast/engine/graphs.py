@@ -24,10 +24,11 @@ from torch import Tensor, nn
 from iwm_fast.config import Config
 from iwm_fast.errors import UserError
 from iwm_fast.kernels import compiled_variants
+from iwm_fast.kernels._lib.once import once_differentiable
 from iwm_fast.models.attention import GROUPED, resolve_backend
 from iwm_fast.models.compiled_regions import compilations
 from iwm_fast.models.iwm import IWMOutput, Losses
-from iwm_fast.models.packing import Segments
+from iwm_fast.models.packing import Segments, held_segments
 
 __all__ = ["CudaRecorder", "GraphedStep", "Recorder", "require_graphs"]
 
@@ -81,6 +82,7 @@ class _Handed(torch.autograd.Function):
         return loss.clone()
 
     @staticmethod
+    @once_differentiable("a replayed CUDA graph")
     def backward(ctx: Any, *incoming: Tensor) -> tuple[Tensor | None, ...]:
         # New tensors: the next replay overwrites the graph's own.
         scaled = torch._foreach_mul(ctx.gradients, incoming[0])  # noqa: SLF001  (has no public name)
@@ -114,6 +116,7 @@ class GraphedStep(nn.Module):
         self._graphs: dict[tuple[int, int], _Captured] = {}
         self._compiled: dict[tuple[int, int], int] = {}
         self._gradients: dict[nn.Parameter, Tensor] = {}
+        self._segments: set[Segments] = set()
         self._off = False
 
     @contextlib.contextmanager
@@ -140,9 +143,11 @@ class GraphedStep(nn.Module):
             compiled = compiled_variants() + compilations()
             if self._compiled.get(key) != compiled:
                 self._compiled[key] = compiled
-                eager: IWMOutput = self.model(*arguments)
+                with held_segments(self._segments):
+                    eager: IWMOutput = self.model(*arguments)
                 return eager
-            self._graphs[key] = self._capture(key, arguments)
+            with held_segments(self._segments):
+                self._graphs[key] = self._capture(key, arguments)
             self.captures += 1
         captured = self._graphs[key]
         torch._foreach_copy_(captured.inputs, _tensors(arguments), non_blocking=True)

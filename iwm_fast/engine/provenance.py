@@ -17,7 +17,7 @@ from iwm_fast.engine.distributed.ranks import Ranks
 from iwm_fast.environment import environment
 from iwm_fast.errors import UserError, because
 
-__all__ = ["describe_run", "recorded_environment", "recorded_launch"]
+__all__ = ["describe_run", "recorded_beginning", "recorded_environment", "recorded_launch"]
 
 
 def describe_run(
@@ -81,6 +81,15 @@ def recorded_launch(file: Path) -> dict[str, Any]:
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return {}
     return launch
+
+
+def recorded_beginning(file: Path) -> str:
+    """Return when a run's training began, its last launch from step 0, as ISO 8601 in UTC; "" if that is not known."""
+    try:
+        starts = json.loads(file.read_text(encoding="utf-8"))["starts"]
+        return str(next(start["started"] for start in reversed(starts) if start["step"] == 0))
+    except (OSError, ValueError, LookupError, TypeError, StopIteration, RecursionError):
+        return ""
 
 
 def _earlier(file: Path) -> list[dict[str, Any]]:

@@ -28,6 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from iwm_fast.errors import UserError
 from iwm_fast.kernels import rope, rotate_qk
+from iwm_fast.kernels._lib.once import once_differentiable
 from iwm_fast.kernels.permutation import take_rows
 from iwm_fast.models.attention_operators import HALVES, OPERATORS
 from iwm_fast.models.measured_attention import measured_backends, measured_choice
@@ -282,7 +283,7 @@ class _Efficient(torch.autograd.Function):
         return out[0]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable("attention by the memory-efficient operator")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         qkv, out, log_sum_exp, seed, offset = ctx.saved_tensors
         bounds, longest = ctx.segments.filled_bounds, ctx.segments.longest

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import cache
+from types import MethodType
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ def compile_regions(model: IWM) -> None:
     # A method holds its compiled code, and torch allows eight versions: those of another configuration are dropped.
     torch.compiler.reset()
     for module, name, packed in _regions(model):
-        setattr(module, name, _region(module, name, packed))
+        setattr(module, name, MethodType(_region(type(module), name, packed), module))  # a copy's is bound to the copy
 
 
 def compilations() -> int:
@@ -61,11 +62,11 @@ def _compiled(method: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(method, fullgraph=True, dynamic=False)
 
 
-def _region(module: nn.Module, name: str, packed: tuple[int, ...]) -> Callable[..., Any]:
-    method = getattr(type(module), name)
+def _region(kind: type[nn.Module], name: str, packed: tuple[int, ...]) -> Callable[..., Any]:
+    method = getattr(kind, name)
     compiled = _compiled(method)
 
-    def run(*arguments: Tensor | None) -> Any:
+    def run(module: nn.Module, *arguments: Tensor | None) -> Any:
         for tensor in arguments:
             if tensor is not None:
                 torch._dynamo.maybe_mark_dynamic(tensor, 0)  # noqa: SLF001  (the documented name)

@@ -216,8 +216,8 @@ class IWM(nn.Module):
         if which not in ("target", "context"):
             raise ValueError(f"which is {which!r}; it must be target or context")
         if which == "target":
-            return self._encode_target(images).unflatten(0, (len(images), -1))
-        return self.encoder(images).unflatten(0, (len(images), -1))
+            return self._encode_target(images).unflatten(0, (-1, self.encoder.patches))
+        return self.encoder(images).unflatten(0, (-1, self.encoder.patches))
 
     def targets(self, images: Tensor) -> Tensor:
         """Return the prediction targets (B, L, D), layer-normalised where configured (then fp32)."""

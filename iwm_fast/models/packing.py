@@ -9,10 +9,12 @@ to no image, nothing attends to them, and their tokens have no loss, so every gr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, cached_property
-from typing import Any
+from functools import cached_property, lru_cache, wraps
+from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -20,7 +22,22 @@ from torch import Tensor
 
 from iwm_fast.kernels.permutation import invert
 
-__all__ = ["Segments", "SortedSegments", "interleave", "pack", "to_device"]
+__all__ = ["Segments", "SortedSegments", "held_segments", "interleave", "pack", "to_device"]
+
+Derived = TypeVar("Derived")
+# Sizes that `Segments.uniform` remembers: rollouts of a batch's remaining samples may ask for any number of images.
+_RECENT = 64
+
+
+def _cached(derive: Callable[[Segments], Derived]) -> cached_property[Derived]:
+    """As `cached_property`, outside inference mode: the first to ask may be an evaluation, the next a training."""
+
+    @wraps(derive)
+    def derived(segments: Segments) -> Derived:
+        with torch.inference_mode(False):
+            return derive(segments)
+
+    return cached_property(derived)
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,8 +71,11 @@ class Segments:
 
     @staticmethod
     def uniform(images: int, length: int, device: torch.device | str = "cpu") -> Segments:
-        """Return segments of `images` images of `length` tokens each, cached."""
-        return _uniform(images, length, torch.device(device))
+        """Return segments of `images` images of `length` tokens each; those of recent sizes are cached."""
+        found = _uniform(images, length, torch.device(device))
+        if _held is not None:
+            _held.add(found)
+        return found
 
     @property
     def device(self) -> torch.device:
@@ -98,21 +118,19 @@ class Segments:
         """The longest length that attention kernels are launched for: the ceiling, or the longest here."""
         return max(self.lengths, default=0) if self.ceiling is None else self.ceiling
 
-    @cached_property
+    @_cached
     def filled_bounds(self) -> Tensor:
         """cu_seqlens of the images that have a token, int32, on the device."""
         if 0 not in self.lengths:
             return self.cu_seqlens
-        with torch.inference_mode(False):
-            return Segments.from_lengths([n for n in self.lengths if n], self.device).cu_seqlens
+        return Segments.from_lengths([n for n in self.lengths if n], self.device).cu_seqlens
 
-    @cached_property
+    @_cached
     def image_of_token(self) -> Tensor:
         """int64 (N,): the image that each token belongs to; of padding, B or more."""
-        with torch.inference_mode(False):  # the first to ask may be an evaluation, the next a training
-            return torch.repeat_interleave(self.cu_seqlens.long().diff(), output_size=self.total)
+        return torch.repeat_interleave(self.cu_seqlens.long().diff(), output_size=self.total)
 
-    @cached_property
+    @_cached
     def pixels_of_token(self) -> Tensor:
         """int64 (N,): the image whose pixels make each token: its own, or for padding the last one."""
         return self.image_of_token.clamp(max=self.images - 1) if self.padding else self.image_of_token
@@ -149,7 +167,7 @@ class Segments:
         """Whether images of the same length are neighbours because lengths never fall."""
         return all(a <= b for a, b in zip(self.lengths, self.lengths[1:], strict=False))
 
-    @cached_property
+    @_cached
     def by_length(self) -> SortedSegments:
         """The same images in ascending order of length."""
         image_order = np.argsort(np.asarray(self.lengths, dtype=np.int64), kind="stable")
@@ -161,7 +179,7 @@ class Segments:
         order = torch.arange(self.total, device=self.device) + shift[ordered.image_of_token]
         return SortedSegments(ordered, order_device, order, invert(order))
 
-    @cached_property
+    @_cached
     def block_diagonal_mask(self) -> Any:
         """The mask of these segments for xformers. Images without a token have no block.
 
@@ -192,10 +210,29 @@ class SortedSegments:
     token_rank: Tensor
 
 
-@cache  # cached forever: a CUDA graph reads them in place
+_alive: WeakValueDictionary[tuple[int, int, torch.device], Segments] = WeakValueDictionary()
+_held: set[Segments] | None = None
+
+
+@lru_cache(maxsize=_RECENT)
 def _uniform(images: int, length: int, device: torch.device) -> Segments:
-    with torch.inference_mode(False):
-        return Segments.from_lengths((length,) * images, device, ceiling=length)
+    found = _alive.get((images, length, device))
+    if found is None:
+        with torch.inference_mode(False):
+            found = Segments.from_lengths((length,) * images, device, ceiling=length)
+        _alive[images, length, device] = found
+    return found
+
+
+@contextmanager
+def held_segments(held: set[Segments]) -> Iterator[None]:
+    """Inside, add to `held` what `Segments.uniform` returns: a CUDA graph reads them in place as long as it exists."""
+    global _held  # noqa: PLW0603  (read wherever a network is computed)
+    before, _held = _held, held
+    try:
+        yield
+    finally:
+        _held = before
 
 
 def to_device(array: np.ndarray, device: torch.device | str) -> Tensor:

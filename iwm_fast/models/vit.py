@@ -7,6 +7,9 @@ learned, or rotate their queries and keys in every block; prefix tokens have non
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -52,6 +55,14 @@ class PatchEmbedding(nn.Module):
         mean = torch.tensor(IMAGENET_MEAN).repeat(patch * patch)
         self.register_buffer("scale", 1 / (255 * std), persistent=False)
         self.register_buffer("shift", -mean / std, persistent=False)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> PatchEmbedding:
+        """As of any module, but the constants of the pixels never become less precise than fp32."""
+        exact = self.scale, self.shift
+        super()._apply(fn, recurse)
+        if self.scale.dtype.itemsize < torch.float32.itemsize:
+            self.scale, self.shift = (own.to(self.scale.device, torch.float32) for own in exact)
+        return self
 
     def forward(self, images: Tensor, patches: Tensor | None = None, image_of_token: Tensor | None = None) -> Tensor:
         """Embed patches of uint8 images (B, S, S, 3) as (N, D) of the weights' type.
@@ -152,7 +163,8 @@ class VisionTransformer(nn.Module):
     def all_tokens(self, images: Tensor) -> Tensor:
         """Return all tokens of whole images (B, S, S, 3) after the last normalisation: (B, P + L, D), prefix first."""
         self._check(images, None, None)
-        return self._encode(*self._embed_whole(images)).unflatten(0, (len(images), -1))
+        x, segments, patches = self._embed_whole(images)
+        return self._encode(x, segments, patches).unflatten(0, (len(images), segments.longest))
 
     def embed(self, images: Tensor, patches: Tensor | None = None, image: Tensor | None = None) -> Tensor:
         """Return tokens (N, D) with their positions, of all patches or of those that int64 (N,) patches and
@@ -163,7 +175,7 @@ class VisionTransformer(nn.Module):
             return tokens
         positions = self.pos_embed.to(tokens.dtype)
         if patches is None:
-            return (tokens.view(len(images), self.patches, -1) + positions).flatten(0, 1)
+            return (tokens.unflatten(0, (-1, self.patches)) + positions).flatten(0, 1)
         if isinstance(self.pos_embed, nn.Parameter):
             # Its gradient is an ordered sum, where index_select's would add by atomics.
             return tokens + F.embedding(patches, positions)
@@ -174,7 +186,7 @@ class VisionTransformer(nn.Module):
         x, prefix = self.embed(images), 0
         if self.prefix is not None:
             prefix = len(self.prefix)
-            x = torch.cat([self.prefix.to(x.dtype).expand(len(images), -1, -1), x.unflatten(0, (len(images), -1))], 1)
+            x = torch.cat([self.prefix.to(x.dtype).expand(len(images), -1, -1), x.unflatten(0, (-1, self.patches))], 1)
             x = x.flatten(0, 1)
         patches = torch.arange(-prefix, self.patches, device=images.device).clamp(min=-1).repeat(len(images))
         return x, Segments.uniform(len(images), prefix + self.patches, images.device), patches

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+import copy
+from types import MethodType, SimpleNamespace
 
 import pytest
 import torch
@@ -92,6 +93,23 @@ def test_prefix_tokens_and_positions_of_any_lengths(plain: SimpleNamespace, posi
             )
             for mine, theirs in pairs:
                 torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-6)
+
+
+def test_a_copy_computes_with_its_own_weights() -> None:
+    """As `torch.optim.swa_utils.AveragedModel` makes one. A single token runs without compilation."""
+    model = IWM(configure("mlp"), ACTIONS)
+    compile_regions(model)
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter.zero_()
+        one = torch.randn(1, 12)
+        assert copied.predictor.finish(one).abs().sum() == 0
+        assert model.predictor.finish(one).abs().sum() > 0
+    for module, copy_of_it in zip(model.modules(), copied.modules(), strict=True):
+        for name, region in vars(module).items():
+            if isinstance(region, MethodType):
+                assert vars(copy_of_it)[name].__self__ is copy_of_it
 
 
 def test_neither_lengths_nor_depth_add_to_the_compiled_code(plain: SimpleNamespace) -> None:

@@ -174,6 +174,29 @@ def test_bf16_weights_give_an_fp32_loss_near_the_fp32_one(plain: SimpleNamespace
     assert all(p.grad is not None and p.grad.dtype == torch.bfloat16 for p in model.encoder.parameters())
 
 
+@pytest.mark.parametrize("cast", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_cast_of_the_model_does_not_round_the_pixels_constants(cast: torch.dtype) -> None:
+    """Half of their bits would move every pixel by up to 2⁻⁸ of its value; there and back again too."""
+    model = IWM(nine_patches(), ACTIONS)
+    pixels = model.encoder.patch_embed
+    exact = pixels.scale.clone(), pixels.shift.clone()
+    for moved in (model.to(cast), model.float()):
+        assert model.encoder is moved.encoder
+        for constant, expected in zip((pixels.scale, pixels.shift), exact, strict=True):
+            assert torch.equal(constant.float(), expected)
+
+
+@pytest.mark.parametrize("positions", ["sincos", "learned", "rope"])
+@pytest.mark.parametrize("prefix_tokens", [0, 2])
+def test_no_image_gives_no_tokens(positions: str, prefix_tokens: int) -> None:
+    model = IWM(nine_patches(positions=positions, prefix_tokens=prefix_tokens), ACTIONS)
+    images = torch.zeros(0, 12, 12, 3, dtype=torch.uint8)
+    for z in (model.encode(images), model.targets(images)):
+        assert z.shape == (0, 9, 16)
+    assert model.encoder.all_tokens(images).shape == (0, prefix_tokens + 9, 16)
+    assert model.predict(model.encode(images), torch.zeros(0, ACTIONS)).shape == (0, 9, 16)
+
+
 def test_features_for_rank_are_predicted_tokens_of_every_place_of_the_grid() -> None:
     """400 images of 9 patches, all predicted: at most 2048 rows, with every grid position."""
     torch.manual_seed(0)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from iwm_fast.kernels.permutation import invert, take_rows
-from iwm_fast.models.packing import Segments, interleave, pack
+from iwm_fast.models.packing import Segments, held_segments, interleave, pack
 
 LENGTHS = st.lists(st.integers(0, 6), max_size=8)
 
@@ -89,3 +92,25 @@ def test_take_rows_differentiates_as_indexing() -> None:
 def test_wrong_lengths_are_refused(lengths: list[int]) -> None:
     with pytest.raises(ValueError, match="lengths must be"):
         Segments.from_lengths(lengths)
+
+
+def test_segments_of_equal_lengths_are_kept_for_recent_sizes_and_as_long_as_something_holds_them() -> None:
+    """Rollouts ask for any number of images: of each a set kept forever would fill the device."""
+    held: set[Segments] = set()
+    with held_segments(held):
+        mine = Segments.uniform(3, 5)
+    others = [weakref.ref(Segments.uniform(images, 7)) for images in range(300)]
+    gc.collect()
+    assert sum(other() is not None for other in others) <= 64
+    assert Segments.uniform(299, 7) is others[-1]()
+    assert Segments.uniform(3, 5) is mine
+    assert held == {mine}
+
+
+def test_what_an_evaluation_derives_first_a_training_can_use() -> None:
+    with torch.inference_mode():
+        segments = Segments.from_lengths([2, 0, 1, 3, 2], padding=1)
+        derived = [segments.image_of_token, segments.filled_bounds, segments.pixels_of_token]
+        derived += [segments.by_length.token_order, segments.by_length.token_rank, segments.by_length.image_order]
+        derived += [segments.by_length.segments.image_of_token]
+    assert not any(tensor.is_inference() for tensor in derived)

@@ -73,10 +73,10 @@ def write_shards(
 
     Files are packed unchanged, whether they decode or not. Each shard is renamed into place when complete, then its
     index, and last `shards.json`, which lists them. Returns {out, shards, samples, bytes, classes, resumed, left_out};
-    resumed: shards kept from an earlier run. Raises UserError as `list_images`; if `out` has other files or another
-    process writes it; and for a file that cannot be read or changes its length meanwhile.
+    resumed: shards kept from an earlier run. Raises UserError as `list_images`; if `out` lies in `root`, has
+    other files or another process writes it; and for a file that cannot be read or changes its length meanwhile.
     """
-    require_folder(out)
+    require_folder(out, read=root)
     images = open_source(root, source)
     tell_of_splits(root, "they are packed as classes, which no evaluation accepts")
     labels, classes = images.labels

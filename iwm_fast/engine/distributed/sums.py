@@ -18,7 +18,7 @@ class _SumOverRanks(torch.autograd.Function):
 
     @staticmethod
     def backward(_: Any, *grads: Tensor) -> Tensor:
-        return _summed(grads[0])
+        return sum_over_ranks(grads[0])
 
 
 def _summed(x: Tensor) -> Tensor:

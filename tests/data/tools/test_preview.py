@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from small_run import small_config
 from iwm_fast.data.decode.encoded import decode_upright
 from iwm_fast.data.tools import contact_sheet
 from iwm_fast.data.tools.preview import write_preview
+from iwm_fast.data.tools.shard import write_shards
 from iwm_fast.errors import UserError
 
 COUNT = 18  # more than are rendered at once, and more than there are files
@@ -130,6 +132,19 @@ def test_more_sources_are_shown_and_described_as_the_first_is(folder, tmp_path):
 def test_the_seed_chooses_images_and_parameters(folder, tmp_path):
     same = [preview(folder, tmp_path / name, ["photometric"], seed)[1] for name, seed in (("a", 3), ("b", 3), ("c", 4))]
     assert same[0] == same[1] != same[2]
+
+
+@pytest.mark.parametrize("write", [partial(write_preview, small_config("unread")), write_shards])
+@pytest.mark.parametrize("place", [".", "train/views"])
+def test_an_output_among_the_images_would_be_read_as_images_and_is_refused(write, place, tmp_path):
+    root = tmp_path / "photos"
+    (root / "train").mkdir(parents=True)
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(root / "train" / "a.png")
+    before = sorted(tmp_path.rglob("*"))
+    more = (1, 0) if isinstance(write, partial) else ()
+    with pytest.raises(UserError, match=r"lies in .*; choose another --out"):
+        write(root, root / place, *more)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_an_output_folder_that_cannot_be_made_is_one_line(folder, tmp_path):

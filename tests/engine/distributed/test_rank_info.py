@@ -129,9 +129,17 @@ def test_a_rank_that_waits_long_says_for_whom_and_where(address, added, monkeypa
     monkeypatch.setenv("MASTER_ADDR", address)
     monkeypatch.setenv("MASTER_PORT", "29500")
     monkeypatch.setattr(distributed, "_SILENT_S", 0.01)
+    timers = []
+
+    class Recorded(threading.Timer):  # on a busy machine it may have ended before anybody looks for its thread
+        def start(self):
+            timers.append(self)
+            super().start()
+
+    monkeypatch.setattr(threading, "Timer", Recorded)
     for world in (2, 1):
+        timers.clear()
         with distributed._waiting(0, world):
-            timers = [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]
             assert len(timers) == world - 1
             for timer in timers:
                 timer.join()
