@@ -113,7 +113,8 @@ def _peers(args: argparse.Namespace, file: Path) -> list[str]:
 
 
 def _tests(args: argparse.Namespace, file: Path) -> list[str]:
-    chosen = ["tests/gpu", "tests/triton"] if _on_gpu(args) else ["tests/gpu", "tests/triton", "-k", "opcheck"]
+    # On a GPU what is slow elsewhere is not.
+    chosen = ["tests/gpu", "tests/triton", *(["-m", ""] if _on_gpu(args) else ["-k", "opcheck"])]
     del file  # pytest's output is recorded, as every part's
     return ["pytest", "-q", "-rs", "-W", "ignore", "-p", "no:cacheprovider", "--durations=10", *chosen]
 

@@ -69,7 +69,13 @@ def test_another_gelu_is_detected(monkeypatch):
     assert worst(plain_training(run_config(), drawn(1), STEPS), plain) > TOLERANCE
 
 
-@pytest.mark.parametrize("part", PARTS)
+# Kernels that have an exact test of their own: all of them together are tested below.
+_ELSEWHERE = {"conditioned_mlp", "ema_update", "patchify", "predictor_input", "residual_norm", "stopgrad_l2"}
+
+
+@pytest.mark.parametrize(
+    "part", [pytest.param(part, marks=pytest.mark.slow) if part in _ELSEWHERE else part for part in PARTS]
+)
 def test_each_part_alone_in_the_reference_training(part):
     sources = 2 if part == "one_target_for_two_sources" else 1
     found = plain_training(run_config(), drawn(sources), STEPS, part)
@@ -85,7 +91,9 @@ SWITCHES = {
 }
 
 
-@pytest.mark.parametrize("switch", SWITCHES)
+@pytest.mark.parametrize(
+    "switch", [pytest.param(s, marks=pytest.mark.slow) if s in ("stage 1", "stage 2") else s for s in SWITCHES]
+)
 def test_the_engine_alone_around_the_plain_network(switch):
     config = run_config(**SWITCHES[switch])
     found = engine_losses(config, PlainModule(plain_model(config)), drawn(1))

@@ -12,8 +12,11 @@ from iwm_fast.engine.ema import TargetAverage, target_name
 from iwm_fast.errors import UserError
 from iwm_fast.eval.online import OnlineEvaluator, join_shares, measure_share
 
+ALSO_0 = pytest.param(0, marks=pytest.mark.slow)
+STAGES = [ALSO_0, 1, pytest.param(2, marks=pytest.mark.slow), 3]
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+
+@pytest.mark.parametrize("stage", STAGES)
 def test_ten_and_ten_steps_equal_twenty_bit_for_bit(tiny_images, tmp_path, stage, capfd):
     config = small_config(tiny_images, zero__stage=stage)
     pretrain(config, tmp_path / "straight")
@@ -34,7 +37,7 @@ def test_stages_follow_the_undivided_trajectory(tiny_images, tmp_path, stage):
     assert losses(tmp_path / "divided") == pytest.approx(losses(tmp_path / "plain"), rel=1e-4)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", STAGES)
 def test_accumulation_does_not_change_losses_or_gradients(tiny_images, tmp_path, stage):
     pretrain(small_config(tiny_images, train__steps=5, zero__stage=stage), tmp_path / "whole")
     pretrain(small_config(tiny_images, train__steps=5, train__micro_batch=3, zero__stage=stage), tmp_path / "parts")
@@ -61,7 +64,7 @@ def test_a_checkpoint_of_one_stage_resumes_as_another(tiny_images, tmp_path):
         assert losses(run) == pytest.approx(losses(tmp_path / "straight"), rel=1e-4)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", STAGES)
 def test_bf16_follows_fp32_and_keeps_fp32_weights(tiny_images, tmp_path, stage):
     pretrain(small_config(tiny_images, train__steps=8), tmp_path / "fp32")
     pretrain(small_config(tiny_images, train__steps=8, train__precision="bf16", zero__stage=stage), tmp_path / "bf16")
@@ -71,7 +74,7 @@ def test_bf16_follows_fp32_and_keeps_fp32_weights(tiny_images, tmp_path, stage):
     assert any(not torch.equal(w, w.bfloat16().float()) for key, w in weights.items() if key.startswith("weight/"))
 
 
-@pytest.mark.parametrize("stage", [0, 1, 3])
+@pytest.mark.parametrize("stage", [ALSO_0, 1, 3])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_target_in_fp8_follows_the_one_without(tiny_images, tmp_path, stage, precision, capfd):
     """Its operands are off by 2.6 % each, its features by about 4 %, and a loss of their size by no more."""
@@ -121,7 +124,7 @@ def test_the_ema_equals_float64(tiny_images, tmp_path):
         torch.testing.assert_close(steps[3][key].double(), expected, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_target_of_a_single_rank_reads_the_rounded_ema(tiny_images, tmp_path, stage, precision, monkeypatch):
     """After each update, and after a resume, which sets the EMA and refreshes its rounded copy."""
@@ -231,7 +234,7 @@ def test_other_predictors_and_the_shared_target_train_too(tiny_images, tmp_path,
     assert metrics(tmp_path / "run")[0]["ema_momentum"] is None
 
 
-@pytest.mark.parametrize("stage", [0, 1, 3])
+@pytest.mark.parametrize("stage", [ALSO_0, 1, 3])
 def test_evaluation_while_training_measures_the_live_model_and_changes_nothing(tiny_images, tmp_path, stage):
     measured = {"eval__every_steps": 2, "eval__root": str(tiny_images), "eval__mrr_images": 2, "eval__bank": 8}
     config = small_config(tiny_images, train__steps=4, zero__stage=stage, **measured)

@@ -11,7 +11,7 @@ from iwm_fast.engine import pretrain
 RATES = {"lamb": 0.02, "muon": 4e-3}
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
 @pytest.mark.parametrize("optimizer", RATES)
 def test_a_run_learns_and_resumes_bit_for_bit(tiny_images, tmp_path, optimizer, precision) -> None:
     config = {"train__optimizer": optimizer, "train__lr": RATES[optimizer], "train__precision": precision}

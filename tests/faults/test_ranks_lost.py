@@ -126,6 +126,7 @@ def test_a_signal_to_one_rank_stops_both_and_a_killed_one_is_named(config, start
     assert metrics(run)[last]["step"] == last + 1
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_ends_all_within_the_timeout_and_is_named(started, config, tmp_path):
     """Its third forward pass does not end: the process lives, and its heartbeat continues."""
     job = started(config, tmp_path / "run", second=HANGS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 from types import MethodType, SimpleNamespace
 
 import pytest
@@ -106,12 +107,18 @@ def test_a_copy_computes_with_its_own_weights() -> None:
         one = torch.randn(1, 12)
         assert copied.predictor.finish(one).abs().sum() == 0
         assert model.predictor.finish(one).abs().sum() > 0
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    read = torch.load(file, weights_only=False)  # not compiled
+    assert torch.equal(read.predictor.finish(one), model.predictor.finish(one))
     for module, copy_of_it in zip(model.modules(), copied.modules(), strict=True):
         for name, region in vars(module).items():
             if isinstance(region, MethodType):
                 assert vars(copy_of_it)[name].__self__ is copy_of_it
 
 
+@pytest.mark.slow
 def test_neither_lengths_nor_depth_add_to_the_compiled_code(plain: SimpleNamespace) -> None:
     counts = []
     for depth in (2, 5):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from iwm_fast.kernels import stopgrad_l2
 
 operator = import_module("iwm_fast.kernels.stopgrad_l2")  # in the package this name is the function
-TYPES = [torch.float32, torch.float16, torch.bfloat16]
+TYPES = [torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow), torch.bfloat16]
 
 
 def draw(rows, width, seed, dtype=torch.float32, device="cpu", size=1.0):

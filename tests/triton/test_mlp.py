@@ -16,7 +16,7 @@ from iwm_fast.kernels._tuning import tuner as _tuning
 from iwm_fast.kernels._tuning.candidates import Choice
 from iwm_fast.kernels._tuning.tuner import Tuner, use_tuner
 
-HALF = [torch.float16, torch.bfloat16]
+HALF = [pytest.param(torch.float16, marks=pytest.mark.slow), torch.bfloat16]
 SHAPES = st.fixed_dictionaries(
     {
         "lengths": st.lists(st.integers(0, 45), min_size=1, max_size=4),
@@ -224,8 +224,11 @@ def test_every_implementation_gives_the_same(choice, dtype, actions, norm, devic
 @pytest.mark.parametrize(
     ("actions", "dtype", "fastest"),
     [
-        (3, torch.float32, "narrow"), (None, torch.float32, "library"),
-        (3, torch.bfloat16, "library"), (None, torch.bfloat16, "narrow"),
+        (3, torch.bfloat16, "narrow"), (None, torch.float32, "library"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in ((3, torch.float32, "narrow"), (3, torch.bfloat16, "library"), (None, torch.bfloat16, "narrow"))
+        ),
     ],
     ids=str,
 )  # fmt: skip

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from iwm_fast.kernels import residual_norm, residual_norm_flops
 from iwm_fast.kernels._lib import rows as row_blocks
 
-TYPES = [torch.float32, torch.float16, torch.bfloat16]
+TYPES = [torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow), torch.bfloat16]
 BRANCHED = pytest.mark.parametrize("branched", [True, False], ids=["branch", "no branch"])
 
 

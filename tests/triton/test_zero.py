@@ -7,7 +7,7 @@ from iwm_fast.engine import pretrain
 from iwm_fast.kernels import use_backend
 
 
-@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), 3])
 def test_a_pretraining_follows_the_reference(stage, tiny_images, tmp_path):
     """Losses in fp32 to 1e-4, as between stages: encoder, predictor with block conditioning, and the loss."""
     found = {}
