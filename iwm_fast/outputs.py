@@ -67,11 +67,18 @@ def require_folder(out: Path, option: str = "--out", *, read: str | Path | None 
     """Raise UserError where `out` cannot hold new files; it may be missing. `read`: the images that it is made from,
     if what is written would be taken for more of them: then it may not lie among them.
     """
-    if read is not None and Path(read).is_dir() and out.resolve().is_relative_to(Path(read).resolve()):
+    if read is not None and _is_listed(Path(os.path.realpath(out)), Path(os.path.realpath(read))):
         raise UserError(f"{out}: lies in {read}, where its files would be read as images; choose another {option}")
     why = unwritable(out)
     if why is not None:
         raise UserError(f"{out}: cannot be written: {why}; choose another {option}")
+
+
+def _is_listed(out: Path, root: Path) -> bool:
+    """Return whether a listing of the folder `root` enters `out`, both resolved; it enters no hidden folder."""
+    if not root.is_dir() or not out.is_relative_to(root):
+        return False
+    return not any(part.startswith(".") for part in out.relative_to(root).parts)
 
 
 @contextmanager

@@ -239,8 +239,8 @@ def conditioned_mlp(
             tokens. None: `use_workspace`'s, or 1 GiB.
 
     Under autocast all floating arguments are cast to its dtype first, except float64; statistics and sums stay fp32,
-    and the backward pass runs without autocast wherever it is called. The result is differentiable once; the Triton
-    backend has no second derivative.
+    and the backward pass runs without autocast wherever it is called. The Triton backend has no
+    second derivative: it raises RuntimeError.
 
     Returns:
         (N, Do) of x's dtype, or of autocast's.

@@ -169,8 +169,8 @@ def residual_norm(
         eps: added to the variance.
         backend: "triton", "reference", or "auto": Triton on CUDA for fp32, fp16 and bf16, else the reference.
 
-    Under autocast all arguments are cast to its dtype first, except float64; statistics and sums stay fp32. The result
-    is differentiable once; the Triton backend has no second derivative.
+    Under autocast all arguments are cast to its dtype first, except float64; statistics and sums stay fp32. The
+    Triton backend has no second derivative: it raises RuntimeError.
 
     Returns:
         s and its LayerNorm, (N, D) each, of x's dtype, or of autocast's.

@@ -118,7 +118,7 @@ def stopgrad_l2_reference(
     """Compute `stopgrad_l2` with PyTorch's operators. Arguments are not checked."""
     factor = _factor(pred, reduction, scale)
     target = target.detach()
-    if pred.requires_grad and torch.is_grad_enabled():
+    if pred.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return _StopGradL2.apply(pred, target, index, normalize_target, factor, eps)
     return _difference(pred, target, index, normalize_target, eps).square().sum() * factor
 
@@ -340,7 +340,8 @@ def stopgrad_l2(
         backend: "triton", "reference", or "auto": Triton on CUDA for fp32, fp16 and bf16, else the reference.
 
     Under autocast, which gives matmuls in half and normalisations in fp32, pred and target may have two dtypes: both
-    are cast to the wider one. Arithmetic is fp32 regardless. The result is differentiable once.
+    are cast to the wider one. Arithmetic is fp32 regardless. The result is differentiable once:
+    a second derivative raises RuntimeError.
 
     Returns:
         A scalar, fp32 (float64 for float64 predictions).

@@ -89,6 +89,8 @@ class _Early:
 
     def _taker(self, parameter: Tensor) -> Callable[[Tensor], None]:
         def take(copy: Tensor) -> None:
+            if torch.is_grad_enabled():
+                raise RuntimeError("bf16 compute is differentiable once: create_graph=True cannot pass through it")
             if not self._left:  # the pass's first gradient
                 self._left = [len(bucket) for bucket in self._buckets]
                 torch.autograd.Variable._execution_engine.queue_callback(self._end)  # noqa: SLF001  (has no other name)

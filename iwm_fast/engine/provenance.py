@@ -17,7 +17,7 @@ from iwm_fast.engine.distributed.ranks import Ranks
 from iwm_fast.environment import environment
 from iwm_fast.errors import UserError, because
 
-__all__ = ["describe_run", "recorded_beginning", "recorded_environment", "recorded_launch"]
+__all__ = ["describe_run", "recorded_environment", "recorded_launch", "recorded_starts"]
 
 
 def describe_run(
@@ -83,13 +83,13 @@ def recorded_launch(file: Path) -> dict[str, Any]:
     return launch
 
 
-def recorded_beginning(file: Path) -> str:
-    """Return when a run's training began, its last launch from step 0, as ISO 8601 in UTC; "" if that is not known."""
+def recorded_starts(file: Path) -> list[tuple[str, int]]:
+    """Return the date, ISO 8601 in UTC, and the step of each launch of a run; [] where they are not known."""
     try:
         starts = json.loads(file.read_text(encoding="utf-8"))["starts"]
-        return str(next(start["started"] for start in reversed(starts) if start["step"] == 0))
-    except (OSError, ValueError, LookupError, TypeError, StopIteration, RecursionError):
-        return ""
+        return [(str(start["started"]), int(start["step"])) for start in starts]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return []
 
 
 def _earlier(file: Path) -> list[dict[str, Any]]:

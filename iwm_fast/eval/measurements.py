@@ -18,6 +18,8 @@ from typing import Any
 from iwm_fast.atomic_files import write_whole_text
 from iwm_fast.data.sources.s3 import is_address
 from iwm_fast.engine.checkpoint.format import MANIFEST
+from iwm_fast.engine.provenance import recorded_starts
+from iwm_fast.engine.run_directory import RunDirectory
 from iwm_fast.environment import environment
 from iwm_fast.eval.registry import evaluations, names
 from iwm_fast.results import json_text
@@ -79,8 +81,12 @@ def keep(run: Path, measurements: Sequence[Measurement]) -> None:
 
 
 def read(run: Path) -> list[Measurement]:
-    """Return all measurements, oldest first; other or unreadable files are named and left out."""
-    found = []
+    """Return all measurements of the run's training, oldest first.
+
+    Left out, and said: other and unreadable files, and measurements of weights that a later launch trained anew, from
+    an earlier step or from none.
+    """
+    found, starts = [], recorded_starts(RunDirectory(run).environment_file)
     for path in sorted((run / FOLDER).glob("*.json")):
         try:
             document = json.loads(path.read_text(encoding="utf-8"))
@@ -88,7 +94,12 @@ def read(run: Path) -> list[Measurement]:
         except (OSError, ValueError, KeyError, TypeError) as error:
             why = " ".join(str(error).split())
             print(f"{path}: left out of the report: not a measurement ({why})", file=sys.stderr, flush=True)
-    return sorted(found, key=lambda one: (one.date, one.step))
+    kept = [one for one in found if not any(date > one.date and step < max(1, one.step) for date, step in starts)]
+    dead = len(found) - len(kept)
+    if dead:
+        why = "of weights that were trained anew since"
+        print(f"{run / FOLDER}: {dead} measurement(s) left out: {why}", file=sys.stderr, flush=True)
+    return sorted(kept, key=lambda one: (one.date, one.step))
 
 
 def merged(measurements: Sequence[Measurement]) -> dict[str, Any]:

@@ -69,8 +69,8 @@ def evaluate_run(
     ``overrides``: ``key.path=value`` of the jitter's strength, ``eval`` and ``data``, in place of the run's own.
     ``give`` gets the results before pictures are drawn and files are written. ``report``: False if the run may belong
     to another user: if its folder cannot be written, a line says so, and ``report`` is None.
-    Returns the names and values of ``evaluate_model``, with ``step`` and ``report``; ``splits``: the training and the
-    test data; ``left_out``: images that cannot be decoded.
+    Returns the names and values of ``evaluate_model``, with ``step``, ``weights`` (the digest of the checkpoint) and
+    ``report``; ``splits``: the training and the test data; ``left_out``: images that cannot be decoded.
     Raises UserError for an unknown ``what``, a folder that is not a run, an override without effect, and data that
     cannot be used, or of which more than ``data.max_bad_fraction`` cannot be decoded.
     """
@@ -97,7 +97,8 @@ def evaluate_run(
         measured.results.update(verdict_results(measured.results))
         if by_default:
             measured.results["not_by_default"] = by_default
-        answer = {**measured.results, "step": step, "report": None if page is None else str(page)}
+        report_page = None if page is None else str(page)
+        answer = {**measured.results, "step": step, "weights": source.weights(), "report": report_page}
         with given(give, answer):
             if page is not None:
                 _write_page(page, source, name, subject, measured, step)

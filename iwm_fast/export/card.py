@@ -167,7 +167,7 @@ def _data(trained: Trained) -> str:
 
 
 def _results(trained: Trained) -> list[dict[str, Any]]:
-    """Return the results of this checkpoint by data: of RUN/results, else of RUN/evaluation.json at this step."""
+    """Return the results of this checkpoint by data: of RUN/results, else of RUN/evaluation.json."""
     own = [one for one in read(trained.run) if one.weights == trained.weights]
     found = [_shown(place, merged([m for m in own if m.data == place]), trained.step) for place in _places(own)]
     if found:
@@ -176,7 +176,7 @@ def _results(trained: Trained) -> list[dict[str, Any]]:
         document = json.loads((trained.run / "evaluation.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):  # no such file, or none of an evaluation
         return []
-    if not isinstance(document, dict) or document.get("step") != trained.step:
+    if not isinstance(document, dict) or document.get("weights") != trained.weights:
         return []
     splits = document.get("splits")
     place = splits.get("test", "") if isinstance(splits, dict) else ""

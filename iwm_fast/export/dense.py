@@ -79,7 +79,7 @@ class WholeEncoder(nn.Module):
         encoder = self.encoder
         tokens = encoder.patch_embed(images).unflatten(0, (-1, encoder.patches))
         if encoder.pos_embed is not None:
-            tokens = tokens + encoder.pos_embed
+            tokens = tokens + encoder.pos_embed.to(tokens.dtype)
         if encoder.prefix is None:
             return encoder.norm(_blocks(encoder.blocks, tokens, rotation=self.rotation))
         tokens = torch.cat([encoder.prefix.expand(tokens.shape[0], -1, -1), tokens], dim=1)
@@ -99,10 +99,11 @@ class WholePredictor(nn.Module):
         x = own.embed(tokens)
         if isinstance(own, MlpPredictor):
             return own.proj(own.norm(_blocks(own.blocks, x, action)))
-        asked = (own.pos_embed + own.mask_token).expand(x.shape[0], -1, -1)
+        positions = own.pos_embed.to(x.dtype)
+        asked = (positions + own.mask_token).expand(x.shape[0], -1, -1)
         if own.feature is not None:
             asked = _mix(own.feature, asked, action)
-        parts = [x + own.pos_embed, asked]
+        parts = [x + positions, asked]
         if own.sequence is not None:
             parts.append(torch.addcmul(own.sequence.bias, action[:, :, None], own.sequence.weight))
         patches = own.pos_embed.shape[0]

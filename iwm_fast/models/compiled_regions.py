@@ -9,7 +9,7 @@ keep their names.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, wraps
 from types import MethodType
 from typing import Any
 
@@ -43,13 +43,13 @@ def compilations() -> int:
 
 
 def _regions(model: IWM) -> Iterator[tuple[nn.Module, str, tuple[int, ...]]]:
-    """(module, method name, which arguments hold packed tokens) of each region."""
+    """(module, method name, which arguments hold packed tokens or images) of each region."""
     for module in model.modules():
         if isinstance(module, Block):
             yield module, "before", (0,)
             yield module, "after", (0, 4)
         elif isinstance(module, VisionTransformer):
-            yield module, "embed", (1,)
+            yield module, "embed", (0, 1)
         elif isinstance(module, VitPredictor | MlpPredictor):
             yield module, "finish", (0,)
     if isinstance(model.predictor, MlpPredictor):  # a `ConditionedMlp` in a block is part of the block's region
@@ -66,6 +66,7 @@ def _region(kind: type[nn.Module], name: str, packed: tuple[int, ...]) -> Callab
     method = getattr(kind, name)
     compiled = _compiled(method)
 
+    @wraps(method)  # a file of a whole model names the method, and is read as a model that is not compiled
     def run(module: nn.Module, *arguments: Tensor | None) -> Any:
         for tensor in arguments:
             if tensor is not None:

@@ -25,6 +25,7 @@ from iwm_fast.models.blocks import (
     run_blocks,
     wants_groups,
 )
+from iwm_fast.models.exact_buffers import ExactBuffers
 from iwm_fast.models.packing import Segments, interleave
 from iwm_fast.models.positions import sincos_positions
 
@@ -87,7 +88,7 @@ class ActionTokens(nn.Module):
         return torch.addcmul(self.bias, action[:, :, None], self.weight).flatten(0, 1)
 
 
-class VitPredictor(nn.Module):
+class VitPredictor(ExactBuffers):
     """Transformer over each image's context tokens and one mask token per patch to predict.
 
     history: frames of a source. time_embed: (history, Dp), added to a frame's tokens by its age; None for one frame.

@@ -81,7 +81,7 @@ class Reader(nn.Module):
         """
         if inputs.dtype == torch.uint8:
             with torch.set_grad_enabled(torch.is_grad_enabled() and self.trained_encoder is not None):
-                inputs = self.encoder(inputs).unflatten(0, (len(inputs), -1))
+                inputs = self.encoder(inputs).unflatten(0, (-1, self.encoder.patches))
         if self.predictor is not None:
             extra = None if self.task_tokens is None else self.task_tokens[self.places[task]]
             neutral = inputs.new_zeros(len(inputs), self.action_dim)

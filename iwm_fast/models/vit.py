@@ -7,9 +7,6 @@ learned, or rotate their queries and keys in every block; prefix tokens have non
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,6 +15,7 @@ from iwm_fast import kernels
 from iwm_fast.config.encoders import EncoderArchitecture
 from iwm_fast.kernels.permutation import invert, take_rows
 from iwm_fast.models.blocks import Block, Kept, Norm, rescale_blocks, run_blocks, wants_groups
+from iwm_fast.models.exact_buffers import ExactBuffers
 from iwm_fast.models.packing import Segments, interleave
 from iwm_fast.models.positions import Rotation, rotation_table, sincos_positions
 
@@ -41,7 +39,7 @@ class PatchProjection(nn.Module):
         return F.linear(pixels, self.weight.permute(0, 2, 3, 1).flatten(1), self.bias)
 
 
-class PatchEmbedding(nn.Module):
+class PatchEmbedding(ExactBuffers):
     """Embed patches of uint8 images as tokens; subtracts ImageNet's mean and divides by its std in fp32 first."""
 
     scale: Tensor
@@ -56,14 +54,6 @@ class PatchEmbedding(nn.Module):
         self.register_buffer("scale", 1 / (255 * std), persistent=False)
         self.register_buffer("shift", -mean / std, persistent=False)
 
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> PatchEmbedding:
-        """As of any module, but the constants of the pixels never become less precise than fp32."""
-        exact = self.scale, self.shift
-        super()._apply(fn, recurse)
-        if self.scale.dtype.itemsize < torch.float32.itemsize:
-            self.scale, self.shift = (own.to(self.scale.device, torch.float32) for own in exact)
-        return self
-
     def forward(self, images: Tensor, patches: Tensor | None = None, image_of_token: Tensor | None = None) -> Tensor:
         """Embed patches of uint8 images (B, S, S, 3) as (N, D) of the weights' type.
 
@@ -77,7 +67,7 @@ class PatchEmbedding(nn.Module):
         )
 
 
-class VisionTransformer(nn.Module):
+class VisionTransformer(ExactBuffers):
     """Encoder of the visible patches of uint8 images; parameter names follow timm except for the blocks' MLPs.
 
     prefix: (P, D), the tokens before each image's patches, or None. pos_embed: (L, D), a parameter where positions are

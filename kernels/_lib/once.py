@@ -21,7 +21,7 @@ def once_differentiable(name: str) -> Callable[[Callable[..., Any]], Callable[..
     def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(backward)
         def checked(ctx: Any, *grads: Any) -> Any:
-            # A compiled graph is traced with gradients on, and has no second derivative in any case.
+            # A compiled graph is traced with gradients on; AOTAutograd reports what differentiates it twice.
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 raise RuntimeError(f"{name} is differentiable once: create_graph=True cannot pass through it")
             return backward(ctx, *grads)

@@ -55,6 +55,27 @@ def test_a_file_that_is_no_measurement_is_named_and_left_out(tmp_path, capsys, t
     assert f"{tmp_path / FOLDER / 'mine.json'}: left out of the report" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("later", "kept"),
+    [
+        ([], [2, 4]),
+        ([(4, "2026-01-02")], [2, 4]),  # the training went on
+        ([(2, "2026-01-02")], [2]),  # it went on from an earlier checkpoint
+        ([(0, "2026-01-02")], []),  # it began anew
+        ([(0, "2026-01-02"), (4, "2026-01-03")], []),
+        ([(0, "2025-12-31")], [2, 4]),
+    ],
+)
+def test_measurements_of_weights_that_were_trained_anew_since_are_left_out_and_said(later, kept, tmp_path, capsys):
+    for step in (2, 4):
+        keep(tmp_path, [Measurement(step, f"{step:08d}", "knn", "/photos", "2026-01-01T12:00:00+00:00", {"knn": 0.5})])
+    starts = [{"step": step, "started": f"{day}T00:00:00+00:00"} for step, day in [(0, "2025-12-30"), *later]]
+    (tmp_path / "environment.json").write_text(json.dumps({"starts": starts}))
+    assert [one.step for one in read(tmp_path)] == kept
+    said = capsys.readouterr().err
+    assert (f"results: {2 - len(kept)} measurement(s) left out" in said) == (len(kept) < 2)
+
+
 def test_data_whose_name_is_no_utf8_is_kept_and_shown(tmp_path):
     name = os.fsdecode(b"/caf\xe9")
     keep(tmp_path, measured(KNN, data=name))

@@ -22,6 +22,7 @@ from iwm_fast.cli.main import main
 from iwm_fast.engine import pretrain
 from iwm_fast.engine.checkpoint.load import load_export
 from iwm_fast.errors import UserError
+from iwm_fast.eval.measurements import weights_of
 from iwm_fast.export import transformers_format
 from iwm_fast.export.described import open_trained
 from iwm_fast.export.weights import export_run, export_trained
@@ -242,9 +243,10 @@ def test_without_results_a_card_says_how_to_measure_and_takes_an_evaluation_json
     text = (export_run(other, tmp_path / "a") / "README.md").read_text(encoding="utf-8")
     assert "None recorded for this checkpoint. `iwm-fast evaluate RUN --data DIR` measures" in text
     document = {"step": 2, "mrr": 0.4321, "mrr_chance": 0.1, "mrr_shuffled": 0.2, "splits": {"test": "/x/photos/test"}}
-    for step, shown in ((2, True), (1, False)):
-        (other / "evaluation.json").write_text(json.dumps(document | {"step": step}))
-        text = (export_run(other, tmp_path / f"at{step}") / "README.md").read_text(encoding="utf-8")
+    own = weights_of(other / "checkpoints" / "step_000002")
+    for weights, shown in ((own, True), ("of another training", False)):
+        (other / "evaluation.json").write_text(json.dumps(document | {"weights": weights}))
+        text = (export_run(other, tmp_path / f"shown {shown}") / "README.md").read_text(encoding="utf-8")
         assert ("| MRR | 0.432 |" in text) == shown
         assert ("On `test`, step 2:" in text) == shown
 

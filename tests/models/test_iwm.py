@@ -175,15 +175,14 @@ def test_bf16_weights_give_an_fp32_loss_near_the_fp32_one(plain: SimpleNamespace
 
 
 @pytest.mark.parametrize("cast", [torch.float16, torch.bfloat16, torch.float64])
-def test_a_cast_of_the_model_does_not_round_the_pixels_constants(cast: torch.dtype) -> None:
-    """Half of their bits would move every pixel by up to 2⁻⁸ of its value; there and back again too."""
+def test_a_cast_of_the_model_does_not_round_its_constants(cast: torch.dtype) -> None:
+    """Half of their bits would move every pixel by up to 2⁻⁸ of its value, and positions there and back again."""
     model = IWM(nine_patches(), ACTIONS)
-    pixels = model.encoder.patch_embed
-    exact = pixels.scale.clone(), pixels.shift.clone()
+    exact = {name: constant.clone() for name, constant in model.named_buffers()}
+    assert exact.keys() >= {"encoder.patch_embed.scale", "encoder.pos_embed", "predictor.pos_embed"}
     for moved in (model.to(cast), model.float()):
-        assert model.encoder is moved.encoder
-        for constant, expected in zip((pixels.scale, pixels.shift), exact, strict=True):
-            assert torch.equal(constant.float(), expected)
+        for name, constant in moved.named_buffers():
+            assert torch.equal(constant.float(), exact[name]), name
 
 
 @pytest.mark.parametrize("positions", ["sincos", "learned", "rope"])

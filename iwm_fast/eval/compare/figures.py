@@ -170,8 +170,6 @@ def _state_line(subject: Subject) -> str:
     lacks = [] if subject.records or subject.kind != "run" else ["has logged no metrics"]
     if subject.kind == "run" and not subject.measured:
         lacks.append(f"was not evaluated (iwm-fast evaluate {subject.path} --data ...)")
-    if subject.dead:
-        lacks.append(f"{subject.dead} measurement(s) of an earlier training in its folder are left out")
     if subject.state == "training":
         lacks.insert(0, "is still training")
     elif subject.state in ("stopped", "ended early"):

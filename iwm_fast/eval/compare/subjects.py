@@ -12,7 +12,7 @@ from iwm_fast.config.batch import training_steps
 from iwm_fast.engine.checkpoint.format import step_of, steps
 from iwm_fast.engine.checkpoint.load import EXPORT_FILE, FINETUNED_FILE
 from iwm_fast.engine.checkpoint.paths import named
-from iwm_fast.engine.provenance import recorded_beginning, recorded_launch
+from iwm_fast.engine.provenance import recorded_launch
 from iwm_fast.engine.run_directory import RunDirectory, run_config
 from iwm_fast.errors import UserError, because
 from iwm_fast.eval.measurements import Measurement, place_of, read
@@ -30,9 +30,8 @@ class Subject:
     """A run, an export or a finetuned result.
 
     name: unique. kind: run, export or finetuned. settings: by dotted key. records: of metrics.jsonl. measured: of
-    RUN/results, or of the export's. dead: how many measurements are left out, being older than the run's training:
-    another used its folder before. step, of: steps done, and steps in all (None: unknown). state: finished, training,
-    stopped or ended early; "" if it has none.
+    RUN/results, or of the export's. step, of: steps done, and steps in all (None: unknown).
+    state: finished, training, stopped or ended early; "" if it has none.
     """
 
     name: str
@@ -41,7 +40,6 @@ class Subject:
     settings: Mapping[str, Any]
     records: Sequence[Mapping[str, Any]] = ()
     measured: Sequence[Measurement] = ()
-    dead: int = 0
     step: int | None = None
     of: int | None = None
     state: str = ""
@@ -102,10 +100,8 @@ def _run(name: str, folder: Path) -> Subject:
         total = config.train.schedule_steps
     saved = [step for path in steps(directory.checkpoints) if (step := step_of(path)) is not None]
     done = max([*saved, *(record["step"] for record in records)], default=0)
-    every, began = read(folder), recorded_beginning(directory.environment_file)
-    measured = [one for one in every if one.date >= began]
-    dead, state = len(every) - len(measured), _state(directory, done, total)
-    return Subject(name, folder, "run", settings, records, measured, dead, done, total, state)
+    measured, state = read(folder), _state(directory, done, total)
+    return Subject(name, folder, "run", settings, records, measured, done, total, state)
 
 
 def _state(directory: RunDirectory, done: int, total: int | None) -> str:

@@ -46,7 +46,7 @@ def profile(
     In order: `steps` steps by the clock alone, as many in parts, one counted, two traced. ``keep`` gets the figures
     before the files are written. UserError, before anything is measured, where they could not be.
     """
-    require_folder(out)
+    require_folder(out, read=config.data.root if root is None else root)
     out.mkdir(parents=True, exist_ok=True)
     quiet = config.model_copy(update={"log": config.log.model_copy(update={"every_steps": 10**9})})
     quiet, triplets = described(quiet, root)

@@ -145,6 +145,9 @@ def test_an_output_among_the_images_would_be_read_as_images_and_is_refused(write
     with pytest.raises(UserError, match=r"lies in .*; choose another --out"):
         write(root, root / place, *more)
     assert sorted(tmp_path.rglob("*")) == before
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(UserError, match="loop: cannot be written"):
+        write(root, tmp_path / "loop", *more)
 
 
 def test_an_output_folder_that_cannot_be_made_is_one_line(folder, tmp_path):

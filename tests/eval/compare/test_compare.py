@@ -105,24 +105,6 @@ def test_other_numbers_of_images_or_another_bank_give_no_verdict(tmp_path):
     assert "measured otherwise: mrr_bank is a 256, b 64; evaluate them alike" in found["notes"]
 
 
-def test_measurements_of_an_earlier_training_in_the_folder_are_left_out_and_said(tmp_path):
-    for name in "ab":
-        run(tmp_path / name, measured={"knn": (0.25, 0.2, 0.3)})
-    starts = [(0, "2025-12-30T00:00:00+00:00"), (0, "2026-01-02T00:00:00+00:00"), (2, "2026-01-03T00:00:00+00:00")]
-    document = {"starts": [{"step": step, "started": date} for step, date in starts]}
-    (tmp_path / "b" / "environment.json").write_text(json.dumps(document))
-    found = compare([tmp_path / "a", tmp_path / "b"]).document()
-    (row,) = found["measures"]
-    assert row["values"]["b"] is None
-    (note,) = [line for line in found["notes"] if line.startswith("b: ")]
-    assert note.startswith("b: was not evaluated")
-    assert note.endswith("1 measurement(s) of an earlier training in its folder are left out")
-    document["starts"] = document["starts"][:1] + document["starts"][2:]  # resumed, not begun anew
-    (tmp_path / "b" / "environment.json").write_text(json.dumps(document))
-    (row,) = compare([tmp_path / "a", tmp_path / "b"]).document()["measures"]
-    assert row["values"]["b"]["value"] == 0.25
-
-
 def test_how_a_run_ended_is_said(tmp_path):
     folders = [run(tmp_path / name, steps=3 if name != "done" else 4) for name in ("done", "live", "stopped", "killed")]
     (tmp_path / "stopped" / "stopped").write_text("step 3\n")
