@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import reference_views as reference
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from made_images import encode, picture, turned
 from PIL import Image
@@ -90,13 +90,20 @@ ALL = {
 }
 
 
-def assert_recreated(rendered, views, tolerance=EXACT):
-    """Check that both views follow from their bases and the emitted parameters."""
+def assert_recreated(rendered, views, tolerance=EXACT, thresholds=(0,)):
+    """Check that both views follow from their bases and the emitted parameters.
+
+    thresholds: what may be added to solarize's, pixel by pixel: a level that rounds a half the other way may cross it.
+    """
     for row in range(len(views)):
         target = reference.target(rendered.base[row].numpy(), views, row)
-        source = reference.source(rendered.source_base[row].numpy(), views, row)
         assert reference.error(target, rendered.target[row].numpy()) <= tolerance
-        assert reference.error(source, rendered.source[row].numpy()) <= tolerance
+        found, base = rendered.source[row].numpy(), rendered.source_base[row].numpy()
+        moved = [replace(views, solarize_threshold=views.solarize_threshold + change) for change in thresholds]
+        sources = np.stack([reference.source(base, each, row) for each in moved])
+        nearest = np.abs(sources.astype(int) - found).argmin(axis=0)
+        source = np.take_along_axis(sources, nearest[None], axis=0)[0]
+        assert reference.error(source, found) <= tolerance
 
 
 @pytest.mark.parametrize("component", PHOTOMETRIC)
@@ -219,15 +226,15 @@ def parameters(encoded, seed, widest):
 
 
 @settings(max_examples=12)
+@example(seed=344225837, widest=0.05)  # ten pixels of the level beside the threshold
 @given(seed=st.integers(0, 2**32 - 1), widest=st.sampled_from([0.05, 0.4, 1.0]))
 def test_whatever_the_parameters_they_recreate_the_views(geometric_graph, encoded, files, seed, widest):
-    """Each base from Pillow's upright image, each view from its base.
-
-    A level that rounds a half the other way may cross the solarize threshold: allow ten times the remaining error.
+    """Each base from Pillow's upright image, each view from its base. In a crop of few pixels many levels are equal,
+    and a half rounds the other way in all of them: ten times the error is allowed.
     """
     views = parameters(encoded, seed, widest)
     rendered = geometric_graph.run(encoded, views)
-    assert_recreated(rendered, views, tolerance=10 * EXACT)
+    assert_recreated(rendered, views, 10 * EXACT, thresholds=(0, -1, 1))
     for row, raw in enumerate(files):
         upright = decode_upright(raw, NO_LIMIT)
         for geometry, base in ((views.target_geometry, rendered.base), (views.source_geometry, rendered.source_base)):
