@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from iwm_fast.kernels._lib.once import once_differentiable
+from iwm_fast.kernels._lib.once import once_differentiable, refuse_graph
 
 __all__ = ["Bf16Compute"]
+
+_NAME = "bf16 compute"  # in errors
 
 
 class Bf16Compute(nn.Module):
@@ -57,7 +59,7 @@ class _Rounded(torch.autograd.Function):
         return tuple(_converted(list(tensors), torch.bfloat16))
 
     @staticmethod
-    @once_differentiable("bf16 compute")
+    @once_differentiable(_NAME)
     def backward(_ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         there = [i for i, grad in enumerate(grads) if grad is not None]
         found: list[Tensor | None] = [None] * len(grads)
@@ -89,8 +91,7 @@ class _Early:
 
     def _taker(self, parameter: Tensor) -> Callable[[Tensor], None]:
         def take(copy: Tensor) -> None:
-            if torch.is_grad_enabled():
-                raise RuntimeError("bf16 compute is differentiable once: create_graph=True cannot pass through it")
+            refuse_graph(_NAME)
             if not self._left:  # the pass's first gradient
                 self._left = [len(bucket) for bucket in self._buckets]
                 torch.autograd.Variable._execution_engine.queue_callback(self._end)  # noqa: SLF001  (has no other name)

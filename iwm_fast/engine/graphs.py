@@ -141,12 +141,11 @@ class GraphedStep(nn.Module):
             return output
         if key not in self._graphs:
             compiled = compiled_variants() + compilations()
-            if self._compiled.get(key) != compiled:
-                self._compiled[key] = compiled
-                with held_segments(self._segments):
-                    eager: IWMOutput = self.model(*arguments)
-                return eager
             with held_segments(self._segments):
+                if self._compiled.get(key) != compiled:
+                    self._compiled[key] = compiled
+                    eager: IWMOutput = self.model(*arguments)
+                    return eager
                 self._graphs[key] = self._capture(key, arguments)
             self.captures += 1
         captured = self._graphs[key]

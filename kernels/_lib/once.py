@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["once_differentiable"]
+__all__ = ["once_differentiable", "refuse_graph"]
 
 
 def once_differentiable(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -21,11 +21,16 @@ def once_differentiable(name: str) -> Callable[[Callable[..., Any]], Callable[..
     def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(backward)
         def checked(ctx: Any, *grads: Any) -> Any:
-            # A compiled graph is traced with gradients on; AOTAutograd reports what differentiates it twice.
-            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-                raise RuntimeError(f"{name} is differentiable once: create_graph=True cannot pass through it")
+            refuse_graph(name)
             return backward(ctx, *grads)
 
         return checked
 
     return decorate
+
+
+def refuse_graph(name: str) -> None:
+    """Raise RuntimeError in a backward pass with ``create_graph=True``; ``name``: what has no second derivative."""
+    # A compiled graph is traced with gradients on; AOTAutograd reports what differentiates it twice.
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(f"{name} is differentiable once: create_graph=True cannot pass through it")

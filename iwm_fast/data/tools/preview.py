@@ -41,8 +41,8 @@ def write_preview(config: Config, root: str | Path, out: Path, count: int, seed:
     (the source's visible patches); with the geometric group NNN_source_base.png; and params.json, one object per
     sample, with the factors that the operators used. With several sources the second is NNN_source_1.png and so on, and
     the object's more_sources describes them. contact_sheet.png shows the first of them side by side. Returns its path
-    and the number of images on it. Raises UserError if `root` has no usable images, and if `out` lies in
-    it or cannot be written.
+    and the number of images on it. Raises UserError if `root` has no usable images, and if `out` lies in it
+    or cannot be written.
     """
     if config.actions.is_external:
         raise UserError(

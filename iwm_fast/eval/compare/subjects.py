@@ -30,8 +30,8 @@ class Subject:
     """A run, an export or a finetuned result.
 
     name: unique. kind: run, export or finetuned. settings: by dotted key. records: of metrics.jsonl. measured: of
-    RUN/results, or of the export's. step, of: steps done, and steps in all (None: unknown).
-    state: finished, training, stopped or ended early; "" if it has none.
+    RUN/results, or of the export's. step, of: steps done, and steps in all (None: unknown). state: finished, training,
+    stopped or ended early; "" if it has none.
     """
 
     name: str
@@ -100,8 +100,8 @@ def _run(name: str, folder: Path) -> Subject:
         total = config.train.schedule_steps
     saved = [step for path in steps(directory.checkpoints) if (step := step_of(path)) is not None]
     done = max([*saved, *(record["step"] for record in records)], default=0)
-    measured, state = read(folder), _state(directory, done, total)
-    return Subject(name, folder, "run", settings, records, measured, done, total, state)
+    measured = read(folder)
+    return Subject(name, folder, "run", settings, records, measured, done, total, _state(directory, done, total))
 
 
 def _state(directory: RunDirectory, done: int, total: int | None) -> str:
